@@ -1,0 +1,33 @@
+# make demo   sets up, trains on generated scenes, evaluates, draws
+# make test   sets up, lints, runs every test
+# ACCELERATOR=cuda or tpu installs that variant instead of the CPU's
+ACCELERATOR ?= cpu
+REQUIREMENTS := $(if $(filter cpu,$(ACCELERATOR)),requirements.txt,requirements-$(ACCELERATOR).txt)
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+PY := .venv/bin/python
+DEMO := runs/demo
+
+.PHONY: demo test setup clean
+
+demo: setup
+	$(PY) scripts/train.py --config configs/demo.py --workdir $(DEMO)
+	@echo "pictures: $(DEMO)/pictures"
+
+test: setup
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m pytest
+
+setup: .venv/.ready-$(ACCELERATOR)
+
+.venv/.ready-$(ACCELERATOR): requirements.txt $(REQUIREMENTS) pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11, 3.12 or 3.13 is needed; name it with make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@rm -f .venv/.ready-*
+	@touch $@
+
+clean:
+	rm -rf .venv .cache runs/demo

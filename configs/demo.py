@@ -1,0 +1,49 @@
+"""The demo: a small RetinaNet on generated scenes, from nothing to a COCO table in minutes on two CPU cores.
+
+    make demo
+
+Scenes of 128 x 128 with six classes (a shape in a hue), clutter, look-alikes, occlusion, objects from 8 px up. All parts
+are the paper's (FPN, shared heads, focal loss with its prior, matching, NMS); widths, anchors and schedule are smaller.
+"""
+
+from retina_jax.config import (
+    AnchorConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScenesConfig,
+    TrainingConfig,
+)
+
+
+def get_config() -> Config:
+    """Sizes found by trial on two cores; see docs/results/demo.md for what was measured."""
+    return Config(
+        data=DataConfig(
+            source="scenes",
+            scenes=ScenesConfig(),
+            batch_size=8,
+            short_side=128,
+            long_side=128,
+            images_without_boxes="keep",
+        ),
+        model=ModelConfig(
+            backbone="resnet18",
+            base_width=16,
+            norm="group",
+            frozen_stages=0,
+            norm_groups=8,
+            max_level=6,
+            fpn_channels=32,
+            head_convs=2,
+            head_channels=32,
+            head_std=0.03,
+            input_normalisation="imagenet",
+        ),
+        anchors=AnchorConfig(size_factor=1.5),
+        optimizer=OptimizerConfig(
+            learning_rate=0.06, clip_norm=3.0, warmup_steps=150, warmup_factor=0.1, boundaries=(2000, 2700)
+        ),
+        training=TrainingConfig(steps=3000, log_every=50, eval_every=1000, checkpoint_every=500),
+    )

@@ -1,0 +1,132 @@
+"""What every script shares: the command line read by tyro, one line for every error, JAX and TensorFlow set up quietly."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+# TensorFlow only reads images here: its start-up banner is no news.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+import jax
+import tyro
+
+from retina_jax.config import Config, ConfigError
+from retina_jax.config_files import flatten, load_config, unknown_name
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Errors that a person can mend end the script with one line and exit status 2; others keep their traceback."""
+    from retina_jax.data.source import DataError
+    from retina_jax.evaluation import EvaluationError
+    from retina_jax.training.metrics import NonFiniteLoss
+
+    try:
+        yield
+    except (ConfigError, DataError, EvaluationError, NonFiniteLoss) as error:
+        print(f"\nerror: {error}" if sys.stdout.isatty() else f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def set_up_jax() -> None:
+    """Compiled programs are kept in ~/.cache/retina_jax (or JAX_COMPILATION_CACHE_DIR) and reused by later runs."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "retina_jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def option_value(argv: Sequence[str], option: str) -> str | None:
+    """What `option` is given as, before the command line is parsed as a whole; None where it is absent."""
+    for place, word in enumerate(argv):
+        if word == option:
+            return argv[place + 1] if place + 1 < len(argv) else None
+        if word.startswith(option + "="):
+            return word.partition("=")[2]
+    return None
+
+
+def config_of(argv: Sequence[str], default: str) -> Config:
+    """The Config of the file that `--config` names, before the overrides are known."""
+    return load_config(option_value(argv, "--config") or default)
+
+
+def parse_command_line(arguments: type[T], defaults: T, argv: Sequence[str], description: str) -> T:
+    """`argv` parsed into the dataclass `arguments` by tyro, every failure as a one-line ConfigError.
+
+    Booleans are taken both ways: `--data.no-flip` and `--data.flip False`. `--help` prints every field and exits.
+    """
+    known = dict(_options(defaults))
+    words = _booleans_as_flags(argv, known)
+    for word in words:
+        name = word.split("=")[0]
+        if name.startswith("--") and name != "--help" and _field_name(name) not in known:
+            raise ConfigError(f"{name}: {unknown_name(_field_name(name), known)}")
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(arguments, default=defaults, args=words, description=description)
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+        raise ConfigError(_first_message(printed.getvalue())) from None
+
+
+def _options(defaults: Any) -> Iterator[tuple[str, Any]]:
+    """The options tyro makes of the arguments: a Config among them stands without a prefix."""
+    for field in dataclasses.fields(defaults):
+        value = getattr(defaults, field.name)
+        if isinstance(value, Config):
+            yield from flatten(value).items()
+        else:
+            yield field.name, value
+
+
+def _field_name(option: str) -> str:
+    """--data.no-flip -> data.flip, --data.batch-size -> data.batch_size."""
+    name = option.removeprefix("--").replace("-", "_")
+    group, dot, last = name.rpartition(".")
+    return group + dot + last.removeprefix("no_")
+
+
+def _booleans_as_flags(argv: Sequence[str], known: Mapping[str, Any]) -> list[str]:
+    """`--data.flip False` and `--data.flip=False` -> `--data.no-flip`; all else unchanged."""
+    words: list[str] = []
+    for word in (part for w in argv for part in (w.split("=", 1) if w.startswith("--") else [w])):
+        before = words[-1] if words else ""
+        if (
+            word.lower() in ("true", "false")
+            and before.startswith("--")
+            and known.get(_field_name(before)) in (True, False)
+        ):
+            group, dot, last = before.removeprefix("--").rpartition(".")
+            last = last.removeprefix("no-")
+            words[-1] = f"--{group}{dot}{'' if word.lower() == 'true' else 'no-'}{last}"
+        else:
+            words.append(word)
+    return words
+
+
+def _first_message(box: str) -> str:
+    """The sentence inside the box that tyro draws around an error, on one line."""
+    lines = [line.strip("│ ").strip() for line in box.splitlines()]
+    sentence: list[str] = []
+    for line in lines:
+        if line.startswith(("╭", "╰")) or not line:
+            continue
+        if set(line) == {"─"}:
+            break
+        sentence.append(line)
+    return " ".join(sentence) or "the command line cannot be read; --help lists the options"

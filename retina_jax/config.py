@@ -1,0 +1,288 @@
+"""The whole vocabulary of an experiment, as frozen dataclasses.
+
+A config file (`configs/*.py`) is a Python file with a function `get_config() -> Config`; every field can be overridden
+on the command line by its dotted name (`--loss.gamma 5 --data.batch-size 16`). Defaults are the paper's (RetinaNet-50-600,
+Table 1): its text first, and where the text is silent, its authors' code (Detectron).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """A config that cannot be meant; the message is one line that names the field and what would be right."""
+
+
+@dataclass(frozen=True)
+class ScenesConfig:
+    """Generated scenes (`data.source scenes`), written once as JPEGs and COCO JSONs."""
+
+    folder: str = "data/scenes"
+    """Folder the scenes are written under; each setting gets its own sub-folder and is reused when it is there."""
+    train_images: int = 3000
+    """Images in the training split."""
+    val_images: int = 400
+    """Images in the validation split, drawn from other seeds than the training split."""
+    size: int = 128
+    """Side of the square images, pixels."""
+    classes: int = 6
+    """Object classes, 2 to 12: each is one shape in one hue."""
+    max_objects: int = 5
+    """Most objects in an image; each image has 0 to this many."""
+    min_side: float = 8.0
+    """Smallest object, square root of the box area, pixels."""
+    max_side: float = 56.0
+    """Largest object, square root of the box area, pixels."""
+    lookalikes: int = 4
+    """Most distractors an image: the right shape in a wrong hue or the right hue in a wrong shape."""
+    seed: int = 0
+    """Seed of the scenes themselves."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained and evaluated on, and how an image becomes a network input."""
+
+    source: Literal["coco", "tfds", "scenes"] = "coco"
+    """coco: a COCO-format JSON and an image folder; tfds: a TensorFlow dataset with COCO's features; scenes: generated."""
+    train_annotations: str = ""
+    """COCO JSON of the training images (source coco). Paper: trainval35k, which is instances_train2017.json."""
+    train_images: str = ""
+    """Folder of the training images (source coco)."""
+    val_annotations: str = ""
+    """COCO JSON of the evaluation images. Paper: minival, which is instances_val2017.json. With source tfds it may be empty:
+    the truth is then taken from the dataset's own features (areas rounded to integers)."""
+    val_images: str = ""
+    """Folder of the evaluation images (source coco)."""
+    tfds_name: str = "coco/2017"
+    """TensorFlow dataset (source tfds), or the folder of a prepared one."""
+    tfds_folder: str = ""
+    """TFDS data_dir; empty: TFDS's own default."""
+    tfds_train_split: str = "train"
+    """TFDS split trained on."""
+    tfds_val_split: str = "validation"
+    """TFDS split evaluated on."""
+    scenes: ScenesConfig = field(default_factory=ScenesConfig)
+    """Generated scenes (source scenes)."""
+    batch_size: int = 16
+    """Images a training step, over all devices and hosts. Paper: 16 (2 on each of 8 GPUs)."""
+    short_side: int = 600
+    """Length the shorter image side is resized to, pixels. Paper: 600 for the ablations, 400 to 800 in Table 1e."""
+    long_side: int = 1000
+    """Most the longer side may be after the resize, pixels. Paper: 1000 with 600, 1333 with 800."""
+    jitter_short_sides: tuple[int, ...] = ()
+    """Short sides drawn from at random in training (scale jitter, Table 2); empty: short_side alone."""
+    flip: bool = True
+    """Flip half of the training images left to right. Paper: the only augmentation."""
+    resize: Literal["bilinear", "antialias"] = "bilinear"
+    """bilinear without antialiasing (cv2, Detectron, torchvision) or with it (PIL, detectron2)."""
+    buckets: Literal[1, 2, 4] = 4
+    """Canvas shapes that images are padded to: 4 = 2 orientations x 2 long sides, 2 = orientations, 1 = one square.
+    As many programs are compiled."""
+    pad_multiple: int = 32
+    """Canvas sides are multiples of this, pixels; itself a multiple of 32."""
+    max_boxes: int = 100
+    """Ground-truth boxes an image can hold; what overflows is counted and logged. COCO's fullest image has 93."""
+    images_without_boxes: Literal["drop", "keep"] = "drop"
+    """Training images without a box: drop (Detectron) or keep as pure background."""
+    bad_images: Literal["stop", "skip"] = "stop"
+    """An image that is missing, broken or of another size than the JSON says: stop naming it, or skip (named, counted)."""
+    workers: int = 0
+    """Images decoded at once on a host; 0: twice the number of cores."""
+    prefetch: int = 2
+    """Batches made ready ahead of the device."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network (Section 4, Figure 3)."""
+
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d"] = "resnet50"
+    """Backbone. Paper: resnet50 for the ablations, resnet101 in Tables 1d and 2, resnext101_32x8d in Table 2."""
+    base_width: int = 64
+    """Channels of the backbone's stem; all stages scale with it. Paper: 64."""
+    stage_blocks: tuple[int, ...] = ()
+    """Blocks of the four stages C2 to C5; empty: the backbone's own (resnet50: 3 4 6 3)."""
+    num_classes: int | None = None
+    """Object classes K; None: as many as the dataset has categories. Paper: 80."""
+    stride_position: Literal["1x1", "3x3"] = "1x1"
+    """Convolution that carries a bottleneck's stride. Paper: 1x1 (MSRA weights); torchvision: 3x3."""
+    norm: Literal["frozen", "group", "batch"] = "frozen"
+    """Backbone normalisation: frozen BatchNorm (an affine that is never trained), GroupNorm, or BatchNorm with statistics
+    over the whole batch of all devices. Paper: frozen."""
+    norm_groups: int = 32
+    """Groups of GroupNorm; lowered to a divisor of the channels where they are fewer."""
+    frozen_stages: int = 2
+    """Backbone parts never trained, counted from the stem: 0 none, 1 stem, 2 stem and C2, ... 5 all. Detectron: 2."""
+    min_level: int = 3
+    """Finest pyramid level (stride 2^level). Paper: 3."""
+    max_level: int = 7
+    """Coarsest pyramid level. Paper: 7."""
+    p6_from: Literal["c5", "p5"] = "c5"
+    """Map that P6 is convolved from. Paper: c5; torchvision v1: p5."""
+    fpn_channels: int = 256
+    """Channels of every pyramid level. Paper: 256."""
+    head_convs: int = 4
+    """3x3 convolutions before the last one in each head. Paper: 4."""
+    head_channels: int = 256
+    """Channels of the heads. Paper: 256."""
+    head_norm: Literal["none", "group"] = "none"
+    """Normalisation in the heads. Paper: none; torchvision v2: group."""
+    head_std: float = 0.01
+    """Standard deviation of the heads' initial weights. Paper: 0.01."""
+    prior: float = 0.01
+    """Probability of foreground an anchor starts with, pi: class bias = -log((1 - pi) / pi). Paper: 0.01."""
+    input_normalisation: Literal["detectron", "detectron2", "imagenet"] = "detectron"
+    """detectron: BGR 0-255 minus (102.9801, 115.9465, 122.7717); detectron2: BGR minus (103.53, 116.28, 123.675);
+    imagenet: RGB 0-1 minus mean over standard deviation (torchvision)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the convolutions; parameters, losses and decoding are float32 always."""
+    remat: bool = False
+    """Recompute the backbone's blocks in the backward pass: less memory, about a third more time."""
+
+
+@dataclass(frozen=True)
+class AnchorConfig:
+    """Anchor boxes (Section 4, Anchors)."""
+
+    style: Literal["paper", "detectron", "torchvision"] = "paper"
+    """paper: exact sizes, centred on the cell, scale-major; detectron: its rounded sizes, pixel convention and order;
+    torchvision: its truncated sizes and rounded cells, ratio-major, strides from the map sizes."""
+    size_factor: float = 4.0
+    """Side of a level's square base anchor over its stride: 32 px on P3 to 512 px on P7. Paper: 4."""
+    scales: tuple[float, ...] = (1.0, 2.0 ** (1 / 3), 2.0 ** (2 / 3))
+    """Sub-octave scales of the base anchor. Paper: 2^0, 2^(1/3), 2^(2/3)."""
+    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Height over width. Paper: 1:2, 1:1, 2:1."""
+
+
+@dataclass(frozen=True)
+class MatchingConfig:
+    """Anchors to ground truth (Section 4, Anchors)."""
+
+    positive_iou: float = 0.5
+    """IoU from which an anchor is foreground, the threshold itself included. Paper: 0.5."""
+    negative_iou: float = 0.4
+    """IoU below which an anchor is background; between the two it is ignored. Paper: 0.4."""
+    low_quality: Literal["none", "band", "all"] = "band"
+    """A box's best anchor below positive_iou: none leaves it (the paper's text); band takes it where its IoU is at least
+    negative_iou (Detectron); all takes it always (detectron2, torchvision)."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Training loss (Sections 3 and 4.1)."""
+
+    kind: Literal["cross_entropy", "balanced_cross_entropy", "focal"] = "focal"
+    """Classification loss: equation 1, 3 or 5. Paper: focal."""
+    alpha: float = 0.25
+    """Weight of the foreground, 1 - alpha of the background (not used by cross_entropy). Paper: 0.25 with gamma 2."""
+    gamma: float = 2.0
+    """Focusing parameter of the focal loss, >= 0; 0 is cross entropy. Paper: 2."""
+    box: Literal["smooth_l1", "l1", "giou"] = "smooth_l1"
+    """Box regression loss. Paper: smooth_l1."""
+    beta: float = 0.11
+    """Smooth L1 is quadratic below this, in units of the box deltas. Detectron: 0.11."""
+    box_weight: float = 1.0
+    """Weight of the box loss in the sum. Paper: 1."""
+    normaliser: Literal["global", "per_image", "per_device", "ema"] = "global"
+    """Positive anchors the loss is divided by: of the whole batch; of each image, then the mean; of each device, then the
+    mean; or a running mean of the devices' counts (detectron2: momentum 0.9 from 100)."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimization (Section 4.1)."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """sgd with momentum, weight decay added to the gradient before it; or adamw. Paper: sgd."""
+    learning_rate: float = 0.01
+    """Peak learning rate. Paper: 0.01 for 16 images a step."""
+    scale_learning_rate: bool = False
+    """Multiply the learning rate by data.batch_size / 16."""
+    momentum: float = 0.9
+    """Momentum of sgd, beta 1 of adamw. Paper: 0.9."""
+    weight_decay: float = 1e-4
+    """Weight decay. Paper: 0.0001."""
+    bias_learning_rate_factor: float = 2.0
+    """Learning rate of biases over that of weights. Detectron: 2; detectron2 and torchvision: 1."""
+    decay_biases: bool = False
+    """Weight decay on biases and normalisation parameters too. Detectron: no; detectron2 and torchvision: yes."""
+    warmup_steps: int = 500
+    """Steps of linear warm-up; it replaces the start of the schedule and does not shift it. Detectron: 500."""
+    warmup_factor: float = 1 / 3
+    """Learning rate at step 0 over the peak. Detectron: 1/3."""
+    boundaries: tuple[int, ...] = (60_000, 80_000)
+    """Steps from which on, themselves included, the rate is multiplied by decay_factor. Paper: 60000 80000."""
+    decay_factor: float = 0.1
+    """What each boundary multiplies the learning rate by. Paper: 0.1."""
+    clip_norm: float = 0.0
+    """Largest global norm of the gradient; 0: no clipping. Paper: none."""
+
+
+@dataclass(frozen=True)
+class DetectionConfig:
+    """Logits to boxes (Section 4.1, Inference)."""
+
+    score_threshold: float = 0.05
+    """Scores at or below this are dropped. Paper: 0.05."""
+    top_k: int = 1000
+    """Best scores decoded a pyramid level. Paper: 1000."""
+    nms_iou: float = 0.5
+    """A box is suppressed by a better one of its class with an IoU above this. Paper: 0.5."""
+    max_detections: int = 100
+    """Detections an image. COCO: 100."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop."""
+
+    steps: int = 90_000
+    """Training steps. Paper: 90000."""
+    log_every: int = 20
+    """Steps between two lines of metrics."""
+    eval_every: int = 10_000
+    """Steps between evaluations; the last step is always evaluated. 0: only the last; -1: never."""
+    eval_images: int = 0
+    """Images evaluated, the first ones of the split; 0: all."""
+    eval_batch_size: int = 0
+    """Images an evaluation step; 0: data.batch_size."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; the best by AP is kept beside them."""
+    pictures: int = 8
+    """Evaluation images drawn with their detections at each evaluation."""
+    tensorboard: bool = True
+    """Write TensorBoard files beside metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """An experiment."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Data and input pipeline."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Network."""
+    anchors: AnchorConfig = field(default_factory=AnchorConfig)
+    """Anchor boxes."""
+    matching: MatchingConfig = field(default_factory=MatchingConfig)
+    """Anchors to ground truth."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Training loss."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer and schedule."""
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
+    """Inference."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Loop."""
+    parallel: Literal["jit", "pmap"] = "jit"
+    """Driver of the step over the devices: jit over a data mesh, or pmap."""
+    devices: int = 0
+    """Devices used; 0: all there are. data.batch_size is a multiple of it."""
+    seed: int = 0
+    """Seed of the initial weights, the data order and the augmentation."""

@@ -1,0 +1,254 @@
+"""Configs on their way in and out: files, dotted overrides, JSON, value checks, and what a resumed run may change."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from retina_jax.config import Config, ConfigError
+
+T = TypeVar("T")
+
+# A run that is resumed may change these: none of them changes what a step computes.
+FREE_TO_CHANGE = (
+    "training.steps",
+    "training.log_every",
+    "training.eval_every",
+    "training.eval_images",
+    "training.eval_batch_size",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.pictures",
+    "training.tensorboard",
+    "data.workers",
+    "data.prefetch",
+    "data.val_annotations",
+    "data.val_images",
+    "data.tfds_val_split",
+    "detection.score_threshold",
+    "detection.top_k",
+    "detection.nms_iou",
+    "detection.max_detections",
+    "parallel",
+    "devices",
+)
+
+
+def load_config(path: str | Path) -> Config:
+    """The `get_config()` of the Python file at `path`."""
+    path = Path(path)
+    if not path.is_file():
+        beside = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise ConfigError(f"--config {path}: no such file" + (f"; there are {', '.join(beside)}" if beside else ""))
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a person's own file raises is reported in one line, with its place
+        line = error.__traceback__
+        while line.tb_next is not None:
+            line = line.tb_next
+        raise ConfigError(f"{path}, line {line.tb_lineno}: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, "get_config", None)):
+        raise ConfigError(f"{path}: a config file has a function get_config() that returns a Config")
+    config = module.get_config()
+    if not isinstance(config, Config):
+        raise ConfigError(f"{path}: get_config() returned a {type(config).__name__}, not a retina_jax.config.Config")
+    return config
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted names to values: {"loss.gamma": 2.0, ...}, in the order of the fields."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        name = prefix + field.name
+        values.update(flatten(value, name + ".") if dataclasses.is_dataclass(value) else {name: value})
+    return values
+
+
+def override(config: T, changes: Mapping[str, Any]) -> T:
+    """`config` with dotted fields replaced: override(config, {"loss.gamma": 5.0}). Unknown names raise ConfigError."""
+    known = flatten(config)
+    for name, value in changes.items():
+        if name not in known:
+            raise ConfigError(f"{name}: {unknown_name(name, known)}")
+        config = _replaced(config, name.split("."), value)
+    return config
+
+
+def _replaced(config: Any, path: Sequence[str], value: Any) -> Any:
+    if len(path) > 1:
+        value = _replaced(getattr(config, path[0]), path[1:], value)
+    return dataclasses.replace(config, **{path[0]: value})
+
+
+def unknown_name(name: str, known: Mapping[str, Any]) -> str:
+    """What to say of a field that does not exist: the nearest ones, else the whole group."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.75)
+    if near:
+        return f"no such field; did you mean {' or '.join(near)}?"
+    group = name.rpartition(".")[0] + "."
+    siblings = [k for k in known if k.startswith(group)] if group != "." else []
+    groups = sorted({k.split(".")[0] for k in known})
+    return f"no such field; there are {', '.join(siblings or groups)}"
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested dicts of JSON's own types."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: Mapping[str, Any], where: str = "config") -> Config:
+    """The Config that `to_dict` gave; unknown fields and wrong types raise ConfigError naming `where` and the field."""
+    return _build(Config, values, where, "")
+
+
+def _build(kind: type, values: Any, where: str, prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the config'} must be an object, not {values!r}")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ConfigError(f"{where}: {prefix}{unknown[0]}: {unknown_name(unknown[0], hints)}")
+    made = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            made[name] = _build(hints[name], value, where, f"{prefix}{name}.")
+        else:
+            made[name] = tuple(value) if isinstance(value, list) else value
+            if not _is_a(made[name], hints[name]):
+                raise ConfigError(f"{where}: {prefix}{name}: {value!r} is not {_describe(hints[name])}")
+    return kind(**made)
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return value in arguments and type(value) in {type(a) for a in arguments}
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_a(v, arguments[0]) for v in value)
+    if arguments:  # int | None
+        return any(_is_a(value, a) for a in arguments)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
+
+
+def meaning_changes(old: Config, new: Config) -> list[str]:
+    """One "field: old -> new" for each difference that would change what a resumed run computes."""
+    before, after = flatten(old), flatten(new)
+    return [f"{k}: {before[k]} -> {after[k]}" for k in before if before[k] != after[k] and k not in FREE_TO_CHANGE]
+
+
+def validate(config: Config) -> Config:
+    """`config` itself, its values checked against each other; the first that cannot be meant raises ConfigError."""
+    _check_types(config)
+    d, m, a, o, t = config.data, config.model, config.anchors, config.optimizer, config.training
+    checks: list[tuple[bool, str, str]] = [
+        (d.batch_size >= 1, "data.batch_size", "at least 1"),
+        (1 <= d.short_side <= d.long_side, "data.short_side", f"from 1 to data.long_side ({d.long_side})"),
+        (
+            all(1 <= s <= d.long_side for s in d.jitter_short_sides),
+            "data.jitter_short_sides",
+            "from 1 to data.long_side",
+        ),
+        (d.pad_multiple > 0 and d.pad_multiple % 32 == 0, "data.pad_multiple", "a positive multiple of 32"),
+        (d.max_boxes >= 1, "data.max_boxes", "at least 1"),
+        (d.workers >= 0, "data.workers", "at least 0"),
+        (d.prefetch >= 1, "data.prefetch", "at least 1"),
+        (2 <= d.scenes.classes <= 12, "data.scenes.classes", "from 2 to 12"),
+        (
+            d.scenes.train_images >= 1 and d.scenes.val_images >= 1,
+            "data.scenes.train_images",
+            "at least 1, val_images too",
+        ),
+        (32 <= d.scenes.size <= 4096, "data.scenes.size", "from 32 to 4096"),
+        (
+            4 <= d.scenes.min_side <= d.scenes.max_side <= d.scenes.size,
+            "data.scenes.min_side",
+            "4 <= min_side <= max_side <= size",
+        ),
+        (m.base_width >= 1, "model.base_width", "at least 1"),
+        (
+            not m.stage_blocks or (len(m.stage_blocks) == 4 and min(m.stage_blocks) >= 1),
+            "model.stage_blocks",
+            "four numbers, each at least 1",
+        ),
+        (m.num_classes is None or m.num_classes >= 1, "model.num_classes", "at least 1"),
+        (m.norm_groups >= 1, "model.norm_groups", "at least 1"),
+        (0 <= m.frozen_stages <= 5, "model.frozen_stages", "from 0 to 5"),
+        (2 <= m.min_level <= 5, "model.min_level", "from 2 to 5"),
+        (5 <= m.max_level <= 8, "model.max_level", "from 5 to 8"),
+        (m.fpn_channels >= 1 and m.head_channels >= 1, "model.fpn_channels", "at least 1, head_channels too"),
+        (m.head_convs >= 0, "model.head_convs", "at least 0"),
+        (m.head_std > 0, "model.head_std", "above 0"),
+        (0 < m.prior < 1, "model.prior", "between 0 and 1"),
+        (a.size_factor > 0, "anchors.size_factor", "above 0"),
+        (bool(a.scales) and min(a.scales) > 0, "anchors.scales", "at least one, all above 0"),
+        (bool(a.ratios) and min(a.ratios) > 0, "anchors.ratios", "at least one, all above 0"),
+        (
+            0 < config.matching.negative_iou <= config.matching.positive_iou <= 1,
+            "matching.positive_iou",
+            "0 < negative_iou <= positive_iou <= 1",
+        ),
+        (0 <= config.loss.alpha <= 1, "loss.alpha", "from 0 to 1"),
+        (config.loss.gamma >= 0, "loss.gamma", "at least 0"),
+        (config.loss.beta >= 0, "loss.beta", "at least 0"),
+        (config.loss.box_weight >= 0, "loss.box_weight", "at least 0"),
+        (o.learning_rate >= 0, "optimizer.learning_rate", "at least 0"),
+        (0 <= o.momentum < 1, "optimizer.momentum", "from 0 up to, not including, 1"),
+        (o.weight_decay >= 0, "optimizer.weight_decay", "at least 0"),
+        (o.warmup_steps >= 0, "optimizer.warmup_steps", "at least 0"),
+        (0 <= o.warmup_factor <= 1, "optimizer.warmup_factor", "from 0 to 1"),
+        (
+            list(o.boundaries) == sorted(set(o.boundaries)) and all(b > 0 for b in o.boundaries),
+            "optimizer.boundaries",
+            "rising and positive",
+        ),
+        (o.clip_norm >= 0, "optimizer.clip_norm", "at least 0"),
+        (config.detection.top_k >= 1, "detection.top_k", "at least 1"),
+        (config.detection.max_detections >= 1, "detection.max_detections", "at least 1"),
+        (0 <= config.detection.score_threshold < 1, "detection.score_threshold", "from 0 up to, not including, 1"),
+        (0 < config.detection.nms_iou <= 1, "detection.nms_iou", "above 0, at most 1"),
+        (config.devices >= 0, "devices", "at least 0"),
+        (t.steps >= 0, "training.steps", "at least 0"),
+        (t.log_every >= 1, "training.log_every", "at least 1"),
+        (t.eval_every >= -1, "training.eval_every", "at least -1"),
+        (t.checkpoint_every >= 1, "training.checkpoint_every", "at least 1"),
+        (t.keep_checkpoints >= 1, "training.keep_checkpoints", "at least 1"),
+        (
+            min(t.eval_images, t.eval_batch_size, t.pictures) >= 0,
+            "training.eval_images",
+            "at least 0; eval_batch_size and pictures too",
+        ),
+    ]
+    for holds, name, right in checks:
+        if not holds:
+            raise ConfigError(f"{name}: {flatten(config)[name]} cannot be; it must be {right}")
+    for name, value in flatten(config).items():
+        if any(
+            isinstance(v, float) and not math.isfinite(v) for v in (value if isinstance(value, tuple) else (value,))
+        ):
+            raise ConfigError(f"{name}: {value} is not a finite number")
+    return config
+
+
+def _check_types(config: Config) -> None:
+    """A config file's values against the fields' types, which Python itself does not check."""
+    _build(Config, dataclasses.asdict(config), "config", "")

@@ -1,0 +1,222 @@
+"""COCO-format annotations: a JSON file and a folder of images.
+
+Everything in the file is checked once, here, so that nothing after this file meets a missing key, a string for a
+number or a box outside its image.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import reprlib
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from retina_jax.data.source import BadImage, DataError, Source, make_records
+
+T = TypeVar("T")
+LARGEST = 1e9
+"""No size, coordinate or area in pixels is larger."""
+LARGEST_ID = 2**53
+"""Ids stay below, where every JSON writer keeps integers exact."""
+
+
+def read_coco(
+    annotations: str | Path, images: str | Path, *, images_without_boxes: Literal["keep", "drop"] = "keep"
+) -> Source:
+    """The data set of a COCO JSON. "drop" (for training) leaves out images that have no usable box; evaluation keeps all.
+
+    Raises DataError, one line that names the file, the entry and what would be right, for anything in the file that
+    cannot be used, for no images at all, and with "drop" for no usable box at all. The images are not opened here.
+    """
+    path, folder = Path(annotations), Path(images)
+    document = load_json(path)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; it must hold the images that {path} names")
+    if not isinstance(document, dict):
+        raise DataError(f"{path}: must be an object with images, annotations and categories, not {_short(document)}")
+    categories = sorted(_parse_all(path, document, "categories", _category_parser()))
+    parsed_images = _parse_all(path, document, "images", _image_parser())
+    if not categories or not parsed_images:
+        raise DataError(f"{path}: {'images' if categories else 'categories'} is empty; it must list at least one")
+    image_rows = {image[0]: i for i, image in enumerate(parsed_images)}
+    label_of = {category_id: label for label, (category_id, _) in enumerate(categories)}
+    boxes = _parse_all(path, document, "annotations", _annotation_parser(image_rows, label_of))
+
+    columns = np.array(boxes, np.float64).reshape(-1, 7)
+    boxes_xyxy = np.concatenate([columns[:, 3:5], columns[:, 3:5] + columns[:, 5:7]], axis=1)
+    records, _, counts = make_records(
+        parsed_images,
+        columns[:, 0].astype(np.int64),
+        boxes_xyxy,
+        columns[:, 1].astype(np.int64),
+        columns[:, 2] > 0,
+        images_without_boxes,
+    )
+    if not records:
+        raise DataError(f"{path}: annotations has no usable box in any image ({counts}); training needs at least one")
+
+    def where(index: int) -> str:
+        return str(folder / records[index].file_name)
+
+    def read(index: int) -> bytes:
+        try:
+            return Path(where(index)).read_bytes()
+        except OSError as error:
+            raise BadImage(f"{where(index)}: cannot be read: {error.strerror}") from None
+
+    return Source(
+        name=str(path),
+        records=records,
+        class_names=tuple(name for _, name in categories),
+        category_ids=tuple(category_id for category_id, _ in categories),
+        counts=counts,
+        read=read,
+        where=where,
+        make_truth=lambda: read_truth(path),
+    )
+
+
+def load_json(path: Path) -> Any:  # noqa: ANN401 (whatever the file holds)
+    """The file's content, or DataError with the line and column where it stops being JSON."""
+    try:
+        encoded = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; it must be a COCO JSON") from None
+    # train2017 makes tens of millions of objects, none of them garbage: the collector would walk them again and again.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return json.loads(encoded)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is not JSON: {str(error).splitlines()[0]}") from None
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def read_truth(path: Path) -> dict[str, Any]:
+    """Ground truth for pycocotools from a file that `read_coco` has accepted: see `Source.truth`.
+
+    It is read again when evaluation asks for it, so that training does not carry 860 thousand dicts around.
+    """
+    document = load_json(path)
+    found = document["annotations"]
+    ids = [annotation.get("id", 0) for annotation in found]
+    renumber = len(set(ids)) < len(ids) or any(annotation_id < 1 for annotation_id in ids)
+    truth = []
+    for i, annotation in enumerate(found):
+        _, _, width, height = annotation["bbox"]
+        kept = {key: value for key, value in annotation.items() if key != "segmentation"}
+        # Missing area and iscrowd come first, so that what the annotation has of its own wins.
+        truth.append({"area": width * height, "iscrowd": 0, **kept, "id": i + 1 if renumber else ids[i]})
+    return {"info": {}, "images": document["images"], "annotations": truth, "categories": document["categories"]}
+
+
+def _parse_all(path: Path, document: dict, key: str, parse: Callable[[dict], T]) -> list[T]:
+    """`parse` of every entry of a list in the file; its DataErrors get the file, the entry's position and id."""
+    entries = document.get(key)
+    if not isinstance(entries, list):
+        found = _short(entries) if key in document else "missing"
+        raise DataError(f"{path}: {key} must be a list of objects, but is {found}")
+    parsed = []
+    for i, entry in enumerate(entries):
+        try:
+            if not isinstance(entry, dict):
+                raise DataError(f"must be an object, not {_short(entry)}")
+            parsed.append(parse(entry))
+        except DataError as error:
+            named = f" (id {_short(entry['id'])})" if isinstance(entry, dict) and "id" in entry else ""
+            raise DataError(f"{path}: {key}[{i}]{named}: {error}") from None
+    return parsed
+
+
+def _category_parser() -> Callable[[dict], tuple[int, str]]:
+    seen = set()
+
+    def parse(entry: dict) -> tuple[int, str]:
+        return _new(seen, _integer(entry, "id")), _text(entry, "name")
+
+    return parse
+
+
+def _image_parser() -> Callable[[dict], tuple[int, str, int, int]]:
+    seen = set()
+
+    def parse(entry: dict) -> tuple[int, str, int, int]:
+        width, height = _integer(entry, "width"), _integer(entry, "height")
+        for key, side in (("width", width), ("height", height)):
+            if not 0 < side <= LARGEST:
+                raise DataError(f"{key} must be a positive number of pixels, not {side}")
+        name = _text(entry, "file_name")
+        rooted = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor
+        if rooted or ".." in PureWindowsPath(name).parts or "\0" in name:
+            raise DataError(f"file_name must be a path inside the image folder, not {_short(name)}")
+        return _new(seen, _integer(entry, "id")), name, width, height
+
+    return parse
+
+
+def _annotation_parser(image_rows: dict[int, int], label_of: dict[int, int]) -> Callable[[dict], tuple]:
+    """Parses an annotation to (row of its image, label, crowd, x, y, width, height)."""
+
+    def parse(entry: dict) -> tuple:
+        image = image_rows.get(_integer(entry, "image_id"))
+        if image is None:
+            raise DataError(f"image_id must be the id of one of the images, not {entry['image_id']}")
+        label = label_of.get(_integer(entry, "category_id"))
+        if label is None:
+            raise DataError(f"category_id must be one of {_short(sorted(label_of))}, not {entry['category_id']}")
+        crowd = entry.get("iscrowd", 0)
+        if crowd not in (0, 1):
+            raise DataError(f"iscrowd must be 0 or 1, not {_short(crowd)}")
+        if "id" in entry:
+            _integer(entry, "id")
+        if "area" in entry and not _is_number(entry["area"]):
+            raise DataError(f"area must be a number of pixels, not {_short(entry['area'])}")
+        if "bbox" not in entry:
+            only = " and only a segmentation" if "segmentation" in entry else ""
+            raise DataError(f"has no bbox{only}; it must have one, [x, y, width, height] in pixels")
+        box = entry["bbox"]
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+            raise DataError(f"bbox must be four finite numbers, [x, y, width, height] in pixels, not {_short(box)}")
+        return (image, label, crowd, *box)
+
+    return parse
+
+
+def _integer(entry: dict, key: str) -> int:
+    value = entry.get(key)
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if not whole or isinstance(value, bool) or abs(value) >= LARGEST_ID:
+        raise DataError(f"{key} must be an integer, {'not ' + _short(value) if key in entry else 'but is missing'}")
+    return int(value)
+
+
+def _text(entry: dict, key: str) -> str:
+    value = entry.get(key)
+    if not isinstance(value, str) or not value:
+        raise DataError(f"{key} must be text, {'not ' + _short(value) if key in entry else 'but is missing'}")
+    return value
+
+
+def _is_number(value: object) -> bool:
+    # A comparison with NaN is false, one with an infinity or an integer of a thousand digits is too, without overflow.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+def _new(seen: set[int], identity: int) -> int:
+    if identity in seen:
+        raise DataError("id is used twice; every entry must have its own")
+    seen.add(identity)
+    return identity
+
+
+def _short(value: object) -> str:
+    """The value on one line, however long or deep it is."""
+    return "null" if value is None else reprlib.repr(value)

@@ -1,0 +1,109 @@
+"""Encoded image to the RGB that a person sees, whatever the file holds. Training, evaluation and prediction share it."""
+
+from __future__ import annotations
+
+import io
+import struct
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageMode
+
+from retina_jax.data.source import BadImage
+
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "TIFF")
+"""File formats read. PIL has more; some of those start other programs."""
+MAX_PIXELS = 178_956_970
+"""Images of more pixels are refused before they are decoded: a file of kilobytes can ask for gigabytes. PIL's own limit."""
+ORIENTATION_TAG = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation to what makes the image upright; from 5 on width and height change places."""
+
+
+def to_rgb(encoded: bytes, *, expected_size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h w 3"]:
+    """Decodes an image file to RGB, 8 bits.
+
+    Transparency shows white behind it; 16 bits become the upper 8; CMYK, palettes and grey become RGB; of several frames
+    the first is taken; colour profiles are not applied.
+
+    An EXIF orientation is applied where `expected_size`, the (width, height) that the annotations name, is the size after
+    turning, or is None (prediction); it is not where that is the size as stored, because the boxes then lie on the image
+    as stored. Where turning keeps the size, it is applied.
+
+    Raises BadImage (one line, without the file's name, which the caller knows) where the file is no image of FORMATS, is
+    truncated or broken, has more than MAX_PIXELS, or has neither of the two sizes.
+    """
+    image = open_image(encoded)
+    try:
+        image.load()
+        turn = upright(image, expected_size)
+        return np.asarray(_eight_bit_rgb(image if turn is None else image.transpose(turn)))
+    except BadImage:
+        raise
+    except Exception as error:
+        # A broken file can make PIL's decoders raise nearly anything: OSError, SyntaxError, struct.error, IndexError.
+        raise BadImage(f"cannot be decoded: {_one_line(error)}") from None
+
+
+def is_plain_jpeg(encoded: bytes, *, expected_size: tuple[int, int] | None = None) -> bool:
+    """Whether any JPEG decoder gives what `to_rgb` does: grey or three components, whole, upright as stored.
+
+    Only the header is read (some 40 microseconds). Raises BadImage as `to_rgb` does, for what the header can show.
+    """
+    image = open_image(encoded)
+    if image.format != "JPEG" or image.mode not in ("RGB", "L") or not encoded.endswith(b"\xff\xd9"):
+        return False
+    return upright(image, expected_size) is None
+
+
+def open_image(encoded: bytes) -> Image.Image:
+    """The image with its header read and its pixels not yet; BadImage where that fails."""
+    try:
+        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise BadImage(f"has more than {MAX_PIXELS} pixels") from None
+    except Exception:
+        raise BadImage(f"is not an image in one of the formats {', '.join(FORMATS)}") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage(f"has {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+    return image
+
+
+def upright(image: Image.Image, expected_size: tuple[int, int] | None) -> Image.Transpose | None:
+    """How to turn the image, None for not at all; the rule is in `to_rgb`."""
+    try:
+        orientation = image.getexif().get(ORIENTATION_TAG, 1)
+    except (ValueError, SyntaxError, KeyError, IndexError, TypeError, OSError, struct.error):
+        orientation = 1  # EXIF that cannot be parsed says nothing about the pixels.
+    turn = TURNS.get(orientation) if isinstance(orientation, int) else None
+    width, height = image.size
+    turned = (height, width) if turn is not None and orientation >= 5 else (width, height)
+    if expected_size is None or turned == expected_size:
+        return turn
+    if image.size == expected_size:
+        return None
+    raise BadImage(f"is {width}x{height} pixels where its annotations say {expected_size[0]}x{expected_size[1]}")
+
+
+def _eight_bit_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16-bit grey, which older versions of PIL open as 32-bit. Its own conversion would cut everything at 255.
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if ImageMode.getmode(image.mode).basetype == "F":
+        raise BadImage("has floating-point pixels, whose range is unknown; it must have 8 or 16 bits")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,243 @@
+"""Batches of images and boxes: tf.data over an index, with no state but the step.
+
+Element i of the data set is row i % b of step i // b, and everything about it (which image, its size, its flip) is a pure
+function of (seed, step, row). To resume is to start at another step; a batch that fails can simply be made again.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from jaxtyping import Bool, Float32, Int32, Int64, UInt8
+
+from retina_jax.config import DataConfig
+from retina_jax.data.decoding import is_plain_jpeg, to_rgb
+from retina_jax.data.order import AUGMENTATION, TrainOrder, eval_order, host_rows, random_bits
+from retina_jax.data.preprocessing import assign_bucket, buckets, flip_boxes, resize, resized_size, train_short_sides
+from retina_jax.data.source import BadImage, Source
+
+log = logging.getLogger(__name__)
+
+
+class Batch(NamedTuple):
+    """b images of one canvas shape H W: this host's rows of a global batch."""
+
+    images: UInt8[np.ndarray, "b H W 3"]
+    """RGB, at the canvas's upper left; the rest of the canvas is 0."""
+    image_sizes: Int32[np.ndarray, "b 2"]
+    """Height and width of the image on its canvas."""
+    boxes_xyxy: Float32[np.ndarray, "b G 4"]
+    """Pixels of the canvas; 0 where there is no box."""
+    labels: Int32[np.ndarray, "b G"]
+    """0 to K-1; -1 where there is no box."""
+    indices: Int64[np.ndarray, " b"]
+    """Rows in `source.records`."""
+    valid: Bool[np.ndarray, " b"]
+    """False: an image repeated to fill an evaluation batch, or a bad one (black, 1x1, without boxes)."""
+    scales: Float32[np.ndarray, "b 2"]
+    """Canvas pixels per original pixel, along x and along y."""
+
+
+class SkippedImages(Counter[str]):
+    """How many times each bad image was met in the batches handed out (`data.bad_images skip`)."""
+
+
+class Rows(NamedTuple):
+    """What a host reads at a step."""
+
+    canvas: tuple[int, int]
+    indices: Int64[np.ndarray, " b"]
+    valid: Bool[np.ndarray, " b"]
+    positions: Int64[np.ndarray, " b"]
+    """Seeds of the augmentation."""
+
+
+def train_batches(
+    source: Source, data: DataConfig, *, seed: int, start_step: int = 0, host: int = 0, hosts: int = 1
+) -> Batches:
+    """Training batches from `start_step` on, without end: the same whether training was interrupted or not.
+
+    At each step all hosts get the same canvas shape, and together exactly the images of one host with the whole batch.
+    """
+    short_sides = train_short_sides(data)
+    shapes = buckets(data, short_sides)
+    # A canvas that holds the largest of the short sides holds the others.
+    order = TrainOrder(_image_buckets(source, data, max(short_sides), shapes), data.batch_size, seed)
+    mine = host_rows(data.batch_size, host, hosts)
+
+    def rows_at(step: int) -> Rows:
+        batch = order.batch(step)
+        indices = batch.indices[mine]
+        return Rows(shapes[batch.bucket], indices, np.ones(len(indices), bool), batch.positions[mine])
+
+    def augment(position: int) -> tuple[int, bool]:
+        coin, die = random_bits(AUGMENTATION, seed, position, count=2)
+        return short_sides[int(die) % len(short_sides)], data.flip and int(coin) % 2 == 1
+
+    return Batches(source, data, rows_at, augment, mine.stop - mine.start, start_step, None)
+
+
+def eval_batches(
+    source: Source, data: DataConfig, *, batch_size: int, limit: int = 0, host: int = 0, hosts: int = 1
+) -> Batches:
+    """Evaluation batches: every image once (of the first `limit`, if that is not 0), unflipped, at `data.short_side`.
+
+    All hosts get equally many batches of the same shapes; rows that only fill a batch are not `valid`.
+    """
+    shapes = buckets(data, (data.short_side,))
+    batches = eval_order(_image_buckets(source, data, data.short_side, shapes)[: limit or None], batch_size)
+    mine = host_rows(batch_size, host, hosts)
+
+    def rows_at(step: int) -> Rows:
+        batch = batches[step]
+        return Rows(shapes[batch.bucket], batch.indices[mine], batch.valid[mine], batch.indices[mine])
+
+    def augment(position: int) -> tuple[int, bool]:
+        return data.short_side, False
+
+    return Batches(source, data, rows_at, augment, mine.stop - mine.start, 0, len(batches))
+
+
+def overflow(source: Source, data: DataConfig) -> tuple[int, int]:
+    """Images with more than `data.max_boxes` boxes, and the boxes beyond it, which no batch holds (the last of an image)."""
+    beyond = [len(record.labels) - data.max_boxes for record in source.records]
+    return sum(n > 0 for n in beyond), sum(max(n, 0) for n in beyond)
+
+
+class Batches(Iterator[Batch]):
+    """Iterator over the batches of steps `start` to `stop` (None: without end), `local` images each.
+
+    A bad image raises BadImage at its own step; or, with `data.bad_images` skip, its row is not valid, it is logged once
+    and counted in `skipped` each time a batch with it is handed out.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        data: DataConfig,
+        rows_at: Callable[[int], Rows],
+        augment: Callable[[int], tuple[int, bool]],
+        local: int,
+        start: int,
+        stop: int | None,
+    ) -> None:
+        self.skipped = SkippedImages()
+        self._source, self._data = source, data
+        self._rows_at = functools.lru_cache(maxsize=64)(rows_at)
+        self._augment = augment
+        self._local, self._step, self._stop = local, start, stop
+        self._bad: dict[int, BadImage] = {}
+        self._doubted: set[int] = set()
+        self._iterator: Iterator[tuple] | None = None
+
+    def __next__(self) -> Batch:
+        while True:
+            if self._iterator is None:
+                self._iterator = self._dataset().as_numpy_iterator()
+            try:
+                batch = Batch(*next(self._iterator))
+                break
+            except tf.errors.OpError:
+                # TensorFlow does not say which image it could not decode. Make the batch again with PIL, which will.
+                suspects = set(self._rows_at(self._step).indices.tolist())
+                if suspects <= self._doubted:
+                    raise
+                self._doubted |= suspects
+                self._iterator = None
+        self._report_bad_images(batch)
+        self._step += 1
+        return batch
+
+    def _report_bad_images(self, batch: Batch) -> None:
+        for index in batch.indices[self._rows_at(self._step).valid & ~batch.valid].tolist():
+            if self._data.bad_images == "stop":
+                self._iterator = None  # It has moved on; whoever asks again gets this step again.
+                raise self._bad[index]
+            name = self._source.where(index)
+            if name not in self.skipped:
+                log.warning("skipped: %s", self._bad[index])
+            self.skipped[name] += 1
+
+    def _dataset(self) -> tf.data.Dataset:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = self._data.workers or 2 * cores
+        options = tf.data.Options()
+        options.deterministic = True
+        options.autotune.enabled = False
+        options.threading.private_threadpool_size = workers
+        options.threading.max_intra_op_parallelism = 1  # Whole images are what runs in parallel.
+        stop = tf.int64.max if self._stop is None else self._stop * self._local
+        elements = tf.data.Dataset.range(self._step * self._local, stop).map(self._element, num_parallel_calls=workers)
+        return elements.batch(self._local, drop_remainder=True).prefetch(self._data.prefetch).with_options(options)
+
+    def _element(self, i: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """Row of a Batch: Python says what to make, TensorFlow makes the pixels without holding Python up."""
+        types = tf.string, tf.uint8, tf.bool, tf.int32, tf.int32, tf.float32, tf.int32, tf.int64, tf.bool, tf.float32
+        encoded, decoded, flip, canvas, size, *others = tf.numpy_function(self._load, [i], types)
+        decoded.set_shape((None, None, 3))
+        image = tf.cond(
+            tf.strings.length(encoded) > 0,
+            lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE"),
+            lambda: decoded,
+        )
+        image = resize(image, size, self._data.resize)
+        # Mirrored last, so that a mirrored image has exactly the pixels of the plain one.
+        image = tf.cond(flip, lambda: tf.reverse(image, axis=[1]), lambda: image)
+        image = tf.pad(image, [[0, canvas[0] - size[0]], [0, canvas[1] - size[1]], [0, 0]])
+        return image, size, *others
+
+    def _load(self, i: np.int64) -> tuple:
+        """Everything of element i but pixel work: the image as `_read` gives it, flip, canvas, then Batch's own fields."""
+        step, row = divmod(int(i), self._local)
+        rows, data = self._rows_at(step), self._data
+        index = int(rows.indices[row])
+        record = self._source.records[index]
+        canvas = np.array(rows.canvas, np.int32)
+        boxes, labels = np.zeros((data.max_boxes, 4), np.float32), np.full(data.max_boxes, -1, np.int32)
+        try:
+            encoded, decoded = self._read(index)
+        except BadImage as error:
+            # Raised where the batch is handed out, if at all: through TensorFlow it would come out as another error.
+            self._bad[index] = error
+            size, scales, black = np.ones(2, np.int32), np.ones(2, np.float32), np.zeros((1, 1, 3), np.uint8)
+            return b"", black, False, canvas, size, boxes, labels, np.int64(index), False, scales
+        short_side, flip = self._augment(int(rows.positions[row]))
+        height, width = resized_size(record.height, record.width, short_side, data.long_side)
+        scales = np.array([width / record.width, height / record.height])
+        n = min(len(record.labels), data.max_boxes)
+        # In float64, so that a box that ends at the image's edge still does on the canvas.
+        scaled = (record.boxes_xyxy[:n] * np.tile(scales, 2)).astype(np.float32)
+        boxes[:n] = flip_boxes(scaled, width) if flip else scaled
+        labels[:n] = record.labels[:n]
+        size, valid = np.array([height, width], np.int32), bool(rows.valid[row])
+        return encoded, decoded, flip, canvas, size, boxes, labels, np.int64(index), valid, scales.astype(np.float32)
+
+    def _read(self, index: int) -> tuple[bytes, np.ndarray]:
+        """A plain JPEG still encoded, any other image decoded; the other of the two is empty."""
+        if index in self._bad:
+            raise self._bad[index]
+        record = self._source.records[index]
+        encoded = self._source.read(index)
+        try:
+            if index not in self._doubted and is_plain_jpeg(encoded, expected_size=(record.width, record.height)):
+                return encoded, np.zeros((0, 0, 3), np.uint8)
+            return b"", to_rgb(encoded, expected_size=(record.width, record.height))
+        except BadImage as error:
+            raise BadImage(f"{self._source.where(index)}: {error}") from None
+
+
+def _image_buckets(
+    source: Source, data: DataConfig, short_side: int, shapes: tuple[tuple[int, int], ...]
+) -> Int64[np.ndarray, " N"]:
+    @functools.cache
+    def bucket(height: int, width: int) -> int:
+        return assign_bucket(resized_size(height, width, short_side, data.long_side), shapes)
+
+    return np.array([bucket(record.height, record.width) for record in source.records], np.int64)

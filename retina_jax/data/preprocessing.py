@@ -1,0 +1,80 @@
+"""From an image to its place on a canvas: the resize rule of Detectron and the few canvas shapes that are compiled for."""
+
+from __future__ import annotations
+
+import math
+
+
+import numpy as np
+import tensorflow as tf
+from jaxtyping import Float32
+
+from retina_jax.config import DataConfig
+
+# TensorFlow reads images and nothing else: the accelerators are JAX's.
+tf.config.set_visible_devices([], "GPU")
+
+
+def resized_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
+    """(height, width) of the resized image: its short side becomes `short_side`, unless its long side would pass `long_side`.
+
+    Sides are rounded to the nearest pixel, halves up, and are at least 1 (Section 4.1 gives the short side; the cap on the
+    long one is Detectron's: 1000 with 600, 1333 with 800).
+    """
+    scale = min(short_side / min(height, width), long_side / max(height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def train_short_sides(data: DataConfig) -> tuple[int, ...]:
+    """Short sides that training draws from."""
+    return data.jitter_short_sides or (data.short_side,)
+
+
+def buckets(data: DataConfig, short_sides: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Canvas shapes (height, width) that hold every image resized to any of `short_sides`; all multiples of `pad_multiple`.
+
+    With S the largest short side and L the long side: 4 buckets are landscape and portrait, S by 4/3 S (where most
+    photographs fit) and S by L; 2 buckets are S by L and L by S; 1 is L by L. Shapes that coincide are given once.
+    """
+
+    def padded(side: float) -> int:
+        return math.ceil(side / data.pad_multiple) * data.pad_multiple
+
+    long = padded(data.long_side)
+    short = min(padded(max(short_sides)), long)
+    if data.buckets == 1:
+        return ((long, long),)
+    longs = [long] if data.buckets == 2 else [min(padded(4 / 3 * max(short_sides)), long), long]
+    return tuple(dict.fromkeys(shape for side in longs for shape in ((short, side), (side, short))))
+
+
+def assign_bucket(size_hw: tuple[int, int], shapes: tuple[tuple[int, int], ...]) -> int:
+    """Smallest of `shapes` that holds an image of this size; of two equally small, the first."""
+    fitting = [i for i, shape in enumerate(shapes) if size_hw[0] <= shape[0] and size_hw[1] <= shape[1]]
+    if not fitting:
+        raise ValueError(f"an image resized to {size_hw[0]}x{size_hw[1]} (height x width) fits none of {shapes}")
+    return min(fitting, key=lambda i: shapes[i][0] * shapes[i][1])
+
+
+def resize(image: tf.Tensor, size_hw: tf.Tensor | tuple[int, int], kind: str) -> tf.Tensor:
+    """Resizes uint8 [h w 3] to uint8 [h' w' 3], half-pixel centres, rounded to the nearest, halves up.
+
+    `kind` is "bilinear" (two by two neighbours: cv2, Detectron, torchvision) or "antialias" (the kernel widens with the
+    reduction: PIL, detectron2). Enlarging, both are the same.
+    """
+    # The weights of a pixel sum to 1, so the half that makes truncation round is added where there are fewest pixels.
+    halves = tf.cast(image, tf.float32) + 0.5
+    # Enlarging, the wider kernel is the plain one, at a third of the speed.
+    widen = tf.reduce_any(tf.shape(image)[:2] > size_hw) if kind == "antialias" else tf.constant(False)
+    resized = tf.cond(
+        widen,
+        lambda: tf.image.resize(halves, size_hw, method="bilinear", antialias=True),
+        lambda: tf.image.resize(halves, size_hw, method="bilinear"),
+    )
+    return tf.cast(resized, tf.uint8)
+
+
+def flip_boxes(boxes_xyxy: Float32[np.ndarray, "G 4"], width: float) -> Float32[np.ndarray, "G 4"]:
+    """Boxes of the image mirrored left to right, `width` pixels wide: x becomes width - x."""
+    x1, y1, x2, y2 = boxes_xyxy.T
+    return np.stack([width - x2, y1, width - x1, y2], axis=1)

@@ -1,0 +1,122 @@
+"""What every data set becomes: records (sizes, boxes, labels) in memory, and encoded images read one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float32, Float64, Int32, Int64
+
+
+class DataError(ValueError):
+    """Annotations that cannot be meant; the message is one line that names the file, the field and what would be right."""
+
+
+class BadImage(DataError):
+    """An image that is missing, broken or of another size than its annotations say; the message names it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """One image and the boxes that can be trained on."""
+
+    image_id: int
+    """Id in the ground truth that evaluation compares with."""
+    file_name: str
+    width: int
+    """Pixels, as the boxes count them."""
+    height: int
+    boxes_xyxy: Float32[np.ndarray, "n 4"]
+    """Pixels of the original image, inside it, without crowds, every side longer than 0."""
+    labels: Int32[np.ndarray, " n"]
+    """0 to K-1."""
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A data set. Label k is category `category_ids[k]`, called `class_names[k]`; ids ascend."""
+
+    name: str
+    """What messages call it: the path of its JSON, or the TFDS name and split."""
+    records: list[Record]
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    counts: dict[str, int]
+    """What cleaning found, by kind of box (`crowd`, `zero_size`, `outside`: dropped; `clipped`: cut to the image), and
+    `images_without_boxes`, dropped or kept as asked."""
+    read: Callable[[int], bytes]
+    """Encoded image of a record; BadImage where it cannot be read. Called from many threads at once."""
+    where: Callable[[int], str]
+    """What messages call the image of a record."""
+    make_truth: Callable[[], dict[str, Any]]
+    """Makes `truth`."""
+
+    @cached_property
+    def truth(self) -> dict[str, Any]:
+        """Ground truth in COCO's format for pycocotools: every annotation as it was found, crowds included.
+
+        Only what comparing boxes needs is added or left out: `iscrowd` and `area` where missing, ids from 1 where ids
+        are missing, repeated or below 1 (pycocotools takes id 0 for "unmatched"), and no `segmentation`.
+        """
+        return self.make_truth()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+def clean_boxes(
+    boxes_xyxy: Float64[np.ndarray, "M 4"], crowd: Bool[np.ndarray, " M"], sizes_wh: Int64[np.ndarray, "M 2"]
+) -> tuple[Float32[np.ndarray, "M 4"], Bool[np.ndarray, " M"], dict[str, int]]:
+    """Boxes cut to their images, which of them can be trained on, and how many fell to which rule.
+
+    A box is counted once, under the first rule that drops it: crowd, zero_size (a side of 0 or less), outside (touches
+    its image's edge from outside at most), or zero_size again where nothing is left of it in float32. `clipped` counts
+    kept boxes that stuck out by more than 0.01 pixel; what is less is the rounding of two-decimal annotations.
+    """
+    limits = np.concatenate([sizes_wh, sizes_wh], axis=1)
+    clipped = np.clip(boxes_xyxy, 0, limits).astype(np.float32)
+
+    def has_area(boxes: np.ndarray) -> np.ndarray:
+        return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+
+    inside = (boxes_xyxy[:, :2] < sizes_wh).all(1) & (boxes_xyxy[:, 2:] > 0).all(1)
+    solid = has_area(boxes_xyxy)
+    usable = ~crowd & solid & inside & has_area(clipped)
+    sticks_out = np.abs(clipped - boxes_xyxy).max(1, initial=0) > 0.01
+    counts = {
+        "crowd": crowd.sum(),
+        "zero_size": (~crowd & (~solid | (inside & ~has_area(clipped)))).sum(),
+        "outside": (~crowd & solid & ~inside).sum(),
+        "clipped": (usable & sticks_out).sum(),
+    }
+    return clipped, usable, {kind: int(count) for kind, count in counts.items()}
+
+
+def make_records(
+    images: list[tuple[int, str, int, int]],
+    owners: Int64[np.ndarray, " M"],
+    boxes_xyxy: Float64[np.ndarray, "M 4"],
+    labels: Int64[np.ndarray, " M"],
+    crowd: Bool[np.ndarray, " M"],
+    images_without_boxes: str,
+) -> tuple[list[Record], list[int], dict[str, int]]:
+    """Records of `images` (id, file name, width, height) from flat columns of boxes; box m lies in image `owners[m]`.
+
+    Also the position in `images` that each record came from, and the counts. Boxes keep their order within an image.
+    """
+    sizes_wh = np.array([image[2:] for image in images], np.int64).reshape(-1, 2)
+    boxes, usable, counts = clean_boxes(boxes_xyxy, crowd, sizes_wh[owners])
+    rows = np.flatnonzero(usable)
+    rows = rows[np.argsort(owners[rows], kind="stable")]
+    ends = np.cumsum(np.bincount(owners[rows], minlength=len(images)))
+    records, kept = [], []
+    for i, (image_id, file_name, width, height) in enumerate(images):
+        mine = rows[(ends[i - 1] if i else 0) : ends[i]]
+        if len(mine) or images_without_boxes == "keep":
+            records.append(Record(image_id, file_name, width, height, boxes[mine], labels[mine].astype(np.int32)))
+            kept.append(i)
+    counts["images_without_boxes"] = int((np.bincount(owners[rows], minlength=len(images)) == 0).sum())
+    return records, kept, counts

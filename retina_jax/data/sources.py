@@ -1,0 +1,41 @@
+"""The configured data set, whichever kind it is."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from retina_jax.config import ConfigError, DataConfig
+from retina_jax.data.coco import read_coco
+from retina_jax.data.scenes import write_scenes
+from retina_jax.data.source import DataError, Source
+
+
+def open_source(data: DataConfig, split: Literal["train", "val"]) -> Source:
+    """Opens the training or the evaluation images; evaluation always keeps images without boxes.
+
+    Raises ConfigError for a field that is missing, DataError for annotations that cannot be used (and, in training, for
+    annotations without any usable box).
+    """
+    without_boxes = data.images_without_boxes if split == "train" else "keep"
+    if data.source == "tfds":
+        # TensorFlow Datasets takes seconds to import: only those who use it wait.
+        from retina_jax.data.tfds import read_tfds
+
+        name = data.tfds_train_split if split == "train" else data.tfds_val_split
+        truth = "" if split == "train" else data.val_annotations
+        source = read_tfds(
+            data.tfds_name, data.tfds_folder, name, images_without_boxes=without_boxes, truth_annotations=truth
+        )
+    else:
+        if data.source == "scenes":
+            paths = write_scenes(data.scenes)
+            annotations, images = paths[:2] if split == "train" else paths[2:]
+        else:
+            annotations, images = getattr(data, f"{split}_annotations"), getattr(data, f"{split}_images")
+            for field, value in ((f"{split}_annotations", annotations), (f"{split}_images", images)):
+                if not value:
+                    raise ConfigError(f"data.{field} is empty; with data.source coco it must be a path")
+        source = read_coco(annotations, images, images_without_boxes=without_boxes)
+    if split == "train" and not any(len(record.labels) for record in source.records):
+        raise DataError(f"{source.name}: has no usable box ({source.counts}); training needs at least one")
+    return source

@@ -1,0 +1,129 @@
+"""The training loss of a detector (Section 4.1): sums over an image's anchors, and what the sums are divided by.
+
+The paper divides by "the number of anchors assigned to a ground-truth box" and leaves open over what that number is
+counted. Every answer in use has the form
+
+    loss = sum_i w_i * (classification_i + box_weight * box_i) / D
+
+over the images i of the whole batch, where the weights w_i (`image_weights`) are known to the device that holds the
+images, and the denominator D (`denominator`) needs only the number of positive anchors of the whole batch, N. With n_i
+the positive anchors of image i, S shards and B images in the whole batch:
+
+    normaliser    w_i                                     D
+    global        1                                       max(N, 1)
+    per_image     1 / (max(n_i, 1) B)                     1
+    per_device    1 / (max(n of i's shard, 1) S)          1
+    ema           1                                       S e,   e <- .9 e + .1 max(N / S, 1)
+
+Since D does not depend on any parameter, grad(loss) = grad(sum_i w_i loss_i) / D. A data-parallel step therefore takes
+gradients of the weighted sum first, adds gradients, sums and N up over the devices in ONE all-reduce, and divides
+afterwards. No mean of per-device ratios can creep in.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int
+
+from retina_jax.config import ConfigError, LossConfig, MatchingConfig
+from retina_jax.losses.classification import classification_loss
+from retina_jax.losses.regression import box_loss
+from retina_jax.matching import match
+
+EMA_START = 100.0
+"""Positive anchors a shard that the running mean of normaliser `ema` starts from (detectron2)."""
+EMA_MOMENTUM = 0.9
+"""Share of the old mean that `ema` keeps each step (detectron2)."""
+
+
+class ImageLosses(NamedTuple):
+    """Sums over the anchors (and classes) of each image, before any division."""
+
+    classification: Float32[Array, " B"]
+    """Classification loss over all anchors that are not ignored and all classes."""
+    box: Float32[Array, " B"]
+    """Box loss over the positive anchors and 4 coordinates, not yet multiplied by box_weight."""
+    positives: Float32[Array, " B"]
+    """Positive anchors, a whole number."""
+
+
+def image_losses(
+    logits: Float[Array, "B A K"],
+    deltas: Float[Array, "B A 4"],
+    anchors: Float[Array | np.ndarray, "A 4"],
+    boxes_xyxy: Float[Array, "B G 4"],
+    labels: Int[Array, "B G"],
+    *,
+    matching: MatchingConfig,
+    loss: LossConfig,
+) -> ImageLosses:
+    """Loss sums of each image: matching, classification loss of all anchors, box loss of the positive ones.
+
+    labels is -1 on padded boxes. Images are independent of each other. An image without boxes is all background: its
+    box loss and positives are 0. Everything is float32 whatever the dtype of logits and deltas.
+    """
+    loss_of_logits, loss_of_deltas = classification_loss(loss), box_loss(loss)
+    anchors = jnp.asarray(anchors)
+
+    def of_image(
+        logits: Float[Array, "A K"],
+        deltas: Float[Array, "A 4"],
+        boxes_xyxy: Float[Array, "G 4"],
+        labels: Int[Array, " G"],
+    ) -> ImageLosses:
+        matches = match(anchors, boxes_xyxy, labels, matching)
+        positive = matches.labels >= 0
+        of_boxes = loss_of_deltas(deltas.astype(jnp.float32), anchors, boxes_xyxy[matches.box_index])
+        return ImageLosses(
+            classification=loss_of_logits(logits, matches.labels).sum(),
+            box=jnp.where(positive, of_boxes, 0.0).sum(),
+            positives=positive.astype(jnp.float32).sum(),
+        )
+
+    return jax.vmap(of_image)(logits, deltas, boxes_xyxy.astype(jnp.float32), labels)
+
+
+def image_weights(positives: Float32[Array, " B"], scope: str, *, batch_size: int, shards: int) -> Float32[Array, " B"]:
+    """w_i of the images at hand, for normaliser `scope`.
+
+    positives are those of the whole batch (a global view, B = batch_size) or of one or more whole shards of it (a
+    per-device view, B = batch_size / shards); images of a shard follow each other. batch_size and shards are always
+    the global ones. A shard or image without a positive anchor counts as having one.
+    """
+    images = positives.shape[0]
+    if batch_size % shards or images % (batch_size // shards):
+        raise ConfigError(
+            f"data.batch_size {batch_size} on {shards} devices with {images} images at hand: the batch must split into "
+            "equal whole shards"
+        )
+    if scope in ("global", "ema"):
+        return jnp.ones_like(positives)
+    if scope == "per_image":
+        return 1.0 / (jnp.maximum(positives, 1.0) * batch_size)
+    if scope == "per_device":
+        per_shard = batch_size // shards
+        of_shard = positives.reshape(-1, per_shard).sum(axis=1)
+        return jnp.repeat(1.0 / (jnp.maximum(of_shard, 1.0) * shards), per_shard)
+    raise ConfigError(f"loss.normaliser is {scope!r}: it must be global, per_image, per_device or ema")
+
+
+def denominator(
+    total_positives: Float32[Array, ""], scope: str, ema: Float32[Array, ""], *, shards: int
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """(D, new ema) for normaliser `scope`, given the positive anchors of the whole batch over all devices.
+
+    ema is the running mean of positive anchors a shard, EMA_START before the first step; the mean that includes this
+    step divides it, as in detectron2 (which keeps one mean a process; this is their common mean). The other scopes
+    give it back unchanged. D is never below 1 for global, never 0 for any.
+    """
+    one = jnp.ones((), jnp.float32)
+    if scope == "global":
+        return jnp.maximum(total_positives, 1.0), ema
+    if scope in ("per_image", "per_device"):
+        return one, ema
+    if scope == "ema":
+        ema = EMA_MOMENTUM * ema + (1.0 - EMA_MOMENTUM) * jnp.maximum(total_positives / shards, 1.0)
+        return ema * shards, ema
+    raise ConfigError(f"loss.normaliser is {scope!r}: it must be global, per_image, per_device or ema")

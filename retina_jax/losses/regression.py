@@ -1,0 +1,58 @@
+"""Box regression losses (Section 4.1; smooth L1 of Fast R-CNN, Girshick 2015, equation 3)."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from retina_jax.boxes import decode, encode, giou
+from retina_jax.config import ConfigError, LossConfig
+
+BoxLoss = Callable[
+    [Float[Array, "A 4"], Float[Array | np.ndarray, "A 4"], Float[Array | np.ndarray, "A 4"]], Float[Array, " A"]
+]
+
+
+def smooth_l1(error: Float[Array, "*N"], *, beta: float) -> Float[Array, "*N"]:
+    """error^2 / (2 beta) where |error| < beta, |error| - beta / 2 elsewhere; elementwise.
+
+    At |error| = beta the two pieces agree in value (beta / 2) and slope (1). beta = 0 is exactly `l1`. Detectron's beta
+    is 0.11 in units of the box deltas; Fast R-CNN's is 1.
+    """
+    if beta < 0:
+        raise ConfigError(f"loss.beta is {beta}: it must be 0 or more")
+    size = jnp.abs(error)
+    if beta == 0:
+        return size
+    return jnp.where(size < beta, 0.5 / beta * error * error, size - 0.5 * beta)
+
+
+def l1(error: Float[Array, "*N"]) -> Float[Array, "*N"]:
+    """|error|, elementwise; its gradient at 0 is 0."""
+    return jnp.abs(error)
+
+
+def box_loss(config: LossConfig) -> BoxLoss:
+    """The loss that `loss.box` names: (deltas [A 4], anchors [A 4], targets_xyxy [A 4]) -> [A].
+
+    smooth_l1 and l1 compare deltas with the encoded target and sum over the 4 coordinates; giou is 1 - GIoU of the
+    decoded box with the target, in [0, 2]. Value and gradient are finite on padded targets; the caller masks them.
+    """
+
+    def of_deltas(
+        deltas: Float[Array, "A 4"], anchors: Float[Array | np.ndarray, "A 4"], targets_xyxy: Float[Array, "A 4"]
+    ) -> Float[Array, " A"]:
+        error = deltas - encode(targets_xyxy, anchors)
+        return (l1(error) if config.box == "l1" else smooth_l1(error, beta=config.beta)).sum(axis=-1)
+
+    def of_boxes(
+        deltas: Float[Array, "A 4"], anchors: Float[Array | np.ndarray, "A 4"], targets_xyxy: Float[Array, "A 4"]
+    ) -> Float[Array, " A"]:
+        return 1.0 - giou(decode(deltas, anchors), targets_xyxy)
+
+    if config.box in ("smooth_l1", "l1"):
+        return of_deltas
+    if config.box == "giou":
+        return of_boxes
+    raise ConfigError(f"loss.box is {config.box!r}: it must be smooth_l1, l1 or giou")

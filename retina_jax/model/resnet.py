@@ -1,0 +1,152 @@
+"""ResNet and ResNeXt (He et al. 2016, Xie et al. 2017): pixels to the maps C2 to C5."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import numpy as np
+from jaxtyping import Array, Float
+
+from retina_jax.config import ConfigError, ModelConfig
+from retina_jax.model.layers import Conv, Norm, largest_divisor
+
+
+class Architecture(NamedTuple):
+    """What tells one backbone from another."""
+
+    blocks: tuple[int, int, int, int]
+    """Blocks of C2, C3, C4, C5."""
+    bottleneck: bool
+    """1x1, 3x3, 1x1 with four times the channels at the end; else 3x3, 3x3."""
+    groups: int = 1
+    """Groups of the bottleneck's 3x3 convolution."""
+    inner: int = 1
+    """Channels of the bottleneck's 3x3 convolution over the stage's width: 32 groups of 8 are 4 times 64."""
+
+
+ARCHITECTURES = {
+    "resnet18": Architecture((2, 2, 2, 2), bottleneck=False),
+    "resnet34": Architecture((3, 4, 6, 3), bottleneck=False),
+    "resnet50": Architecture((3, 4, 6, 3), bottleneck=True),
+    "resnet101": Architecture((3, 4, 23, 3), bottleneck=True),
+    "resnext101_32x8d": Architecture((3, 4, 23, 3), bottleneck=True, groups=32, inner=4),
+}
+
+
+class Layer(NamedTuple):
+    """One convolution of a block."""
+
+    features: int
+    kernel_size: int
+    stride: int = 1
+    groups: int = 1
+
+
+def block_layers(config: ModelConfig, width: int, stride: int) -> tuple[Layer, ...]:
+    """The convolutions of a block in a stage of `width`, the first of which carry its stride.
+
+    A bottleneck's stride sits in the 1x1 (the paper's MSRA weights) or in the 3x3 (torchvision; Detectron too for ResNeXt),
+    by `config.stride_position`; a basic block's sits in its first 3x3 either way. Where a small base_width leaves fewer
+    channels than groups, the groups are lowered to a divisor.
+    """
+    architecture = ARCHITECTURES[config.backbone]
+    if not architecture.bottleneck:
+        return Layer(width, 3, stride), Layer(width, 3)
+    first, second = (stride, 1) if config.stride_position == "1x1" else (1, stride)
+    inner = width * architecture.inner
+    groups = largest_divisor(inner, architecture.groups)
+    return Layer(inner, 1, first), Layer(inner, 3, second, groups), Layer(4 * width, 1)
+
+
+class Block(nn.Module):
+    """Residual block: ReLU(shortcut + convolutions), a norm after each convolution and a ReLU between two.
+
+    The shortcut is the identity, or where the shape changes a strided 1x1 convolution with a norm (option B of He et al.).
+    """
+
+    layers: tuple[Layer, ...]
+    conv: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w D"]:
+        y = x
+        for i, layer in enumerate(self.layers, start=1):
+            y = self.norm(name=f"norm{i}")(self.conv(*layer, name=f"conv{i}")(y), train)
+            if i < len(self.layers):
+                y = nn.relu(y)
+        if x.shape != y.shape:
+            stride = int(np.prod([layer.stride for layer in self.layers]))
+            x = self.norm(name="shortcut_norm")(self.conv(y.shape[-1], 1, stride, name="shortcut")(x), train)
+        return nn.relu(x + y)
+
+
+class Stem(nn.Module):
+    """7x7 convolution of stride 2, norm, ReLU, then 3x3 maximum of stride 2: a quarter of the sides, rounded up."""
+
+    features: int
+    conv: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W 3"], train: bool) -> Float[Array, "B h w C"]:
+        x = nn.relu(self.norm(name="norm")(self.conv(self.features, 7, 2, name="conv")(x), train))
+        return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pads with -inf
+
+
+class Stage(nn.Module):
+    """The blocks of one of C2 to C5, the first of which carries the stride."""
+
+    config: ModelConfig
+    blocks: int
+    width: int
+    stride: int
+    remat: bool
+    conv: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w D"]:
+        block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block  # argument 2 is `train`
+        for i in range(self.blocks):
+            layers = block_layers(self.config, self.width, self.stride if i == 0 else 1)
+            x = block(layers, self.conv, self.norm, name=f"block{i + 1}")(x, train)
+        return x
+
+
+class ResNet(nn.Module):
+    """Backbone: normalised images to (C2, C3, C4, C5), whose sides are those of the image over 4, 8, 16, 32, rounded up.
+
+    The parts are numbered 1 (stem), 2 (C2) to 5 (C5), and the first `config.frozen_stages` of them are not trained: all
+    their weights live in `frozen`. No backward pass reaches them, so they are not rematerialised either.
+    """
+
+    config: ModelConfig
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W 3"], train: bool = False) -> tuple[Float[Array, "B _ _ _"], ...]:
+        config = self.config
+        blocks = config.stage_blocks or ARCHITECTURES[config.backbone].blocks
+        if len(blocks) != 4 or min(blocks) < 1:
+            raise ConfigError(f"model.stage_blocks is {blocks}: give four numbers of blocks >= 1, for C2 to C5")
+        if not 0 <= config.frozen_stages <= 5:
+            raise ConfigError(f"model.frozen_stages is {config.frozen_stages}: give 0 (none) to 5 (stem and C2 to C5)")
+
+        dtype = np.dtype(config.dtype)
+
+        def parts(number: int) -> dict[str, Callable[..., nn.Module]]:
+            frozen = number <= config.frozen_stages
+            norm = partial(Norm, config.norm, config.norm_groups, frozen, self.axis_name, dtype)
+            return {"conv": partial(Conv, frozen=frozen, dtype=dtype), "norm": norm}
+
+        x = Stem(config.base_width, **parts(1), name="stem")(x, train)
+        maps = []
+        for i, number in enumerate(range(2, 6)):
+            width, stride = config.base_width * 2**i, 1 if i == 0 else 2
+            remat = config.remat and number > config.frozen_stages
+            stage = Stage(config, blocks[i], width, stride, remat, **parts(number), name=f"c{number}")
+            x = stage(x, train)
+            maps.append(x)
+        return tuple(maps)

@@ -1,0 +1,1 @@
+"""Training: optimizer, state, the pure step, its two drivers, checkpoints, and a run's folder."""

@@ -1,0 +1,71 @@
+"""A run assessed at a step: detections over a dataset, COCO scores, pictures, all in the run's folder."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from PIL import Image
+
+from retina_jax.data.decoding import to_rgb
+from retina_jax.data.pipeline import eval_batches
+from retina_jax.data.source import Source
+from retina_jax.detector import Detector, ImageDetections
+from retina_jax.evaluation import Scores, coco_results, evaluate_coco
+from retina_jax.training.run import Run, write_json
+from retina_jax.visualize import contact_sheet, draw
+
+
+def assess(run: Run, detector: Detector, source: Source, step: int) -> Scores:
+    """Detect on `source`, score against its own ground truth by image id, write what was found, return the scores.
+
+    Writes RUN/evaluation/, RUN/detections/ (COCO results format) and RUN/pictures/ for `step`.
+    """
+    training = run.config.training
+    limit = training.eval_images or len(source)
+    shards = detector.driver.shards
+    wanted = training.eval_batch_size or run.config.data.batch_size
+    batch_size = -(-wanted // shards) * shards
+    batches = eval_batches(source, run.config.data, batch_size=batch_size, limit=limit)
+    sizes = [(record.height, record.width) for record in source.records]
+
+    started = time.monotonic()
+    found: dict[int, ImageDetections] = dict(detector.detect_batches(batches, sizes))
+    seconds = time.monotonic() - started
+    results = []
+    for index, detections in sorted(found.items()):
+        image_id = source.records[index].image_id
+        results += coco_results(
+            image_id, detections.boxes_xyxy, detections.scores, detections.labels, detector.category_ids
+        )
+    image_ids = [record.image_id for record in source.records[:limit]]
+    scores = evaluate_coco(source.truth, results, image_ids, [source.records[index].image_id for index in found])
+    write_json(run.path("detections", step), results)
+    write_json(
+        run.path("evaluation", step),
+        {"step": step, "images": len(image_ids), **scores.summary, "per_class": scores.per_class},
+    )
+    _write_pictures(run, detector, source, found, step)
+    print(f"evaluated {len(image_ids)} images in {seconds:.1f} s ({len(image_ids) / max(seconds, 1e-9):.1f} img/s)")
+    return scores
+
+
+def _write_pictures(run: Run, detector: Detector, source: Source, found: dict[int, ImageDetections], step: int) -> None:
+    """The first images with their detections and, thin, the truth; and all of them on one sheet."""
+    drawn = []
+    for index in sorted(found)[: run.config.training.pictures]:
+        record, detections = source.records[index], found[index]
+        image = to_rgb(source.read(index), expected_size=(record.width, record.height))
+        good = detections.scores >= max(0.3, run.config.detection.score_threshold)
+        picture = draw(
+            image,
+            detections.boxes_xyxy[good],
+            detections.labels[good],
+            detections.scores[good],
+            class_names=detector.class_names,
+            truth_boxes_xyxy=record.boxes_xyxy,
+        )
+        Image.fromarray(picture).save(run.path("pictures", step, f"_{record.image_id}.png"))
+        drawn.append(np.asarray(picture))
+    if drawn:
+        Image.fromarray(contact_sheet(drawn)).save(run.path("pictures", step, ".png"))

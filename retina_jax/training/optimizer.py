@@ -1,0 +1,69 @@
+"""The paper's optimizer (Section 4.1, Optimization) in optax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from retina_jax.config import OptimizerConfig
+
+PAPER_BATCH_SIZE = 16
+
+
+def learning_rate_schedule(config: OptimizerConfig, batch_size: int) -> optax.Schedule:
+    """Learning rate of a step, counted from 0.
+
+    Piecewise constant: `decay_factor` times lower from each boundary on, so that step 59999 still has the first rate and
+    step 60000 the second. The warm-up multiplies the first `warmup_steps` steps by a line from `warmup_factor` at step 0
+    to 1 at step `warmup_steps`; boundaries are absolute and not shifted by it.
+    """
+    peak = config.learning_rate * (batch_size / PAPER_BATCH_SIZE if config.scale_learning_rate else 1.0)
+    pieces = optax.piecewise_constant_schedule(peak, dict.fromkeys(config.boundaries, config.decay_factor))
+    warmup = optax.linear_schedule(
+        config.warmup_factor if config.warmup_steps else 1.0, 1.0, max(config.warmup_steps, 1)
+    )
+
+    def schedule(step: Any) -> Array:
+        exact = jnp.asarray(step, jnp.float32)  # as optax's schedules want it; exact up to 2^24 steps
+        return jnp.asarray(pieces(exact) * warmup(exact), jnp.float32)
+
+    return schedule
+
+
+def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Gradient transformation with the learning rate of `schedule` applied last.
+
+    sgd: g <- clip(g) + decay * w;  v <- momentum * v + g;  w <- w - rate * v. The decay enters the gradient before the
+    momentum (L2 regularisation, not decoupled), and the rate multiplies the velocity afterwards, so that a drop of the
+    rate takes effect at once. Biases and normalisation parameters (every leaf not named `kernel`) take
+    `bias_learning_rate_factor` times the rate and, unless `decay_biases`, no decay.
+    """
+    decay = optax.add_decayed_weights(config.weight_decay, None if config.decay_biases else _named(_is_kernel))
+    if config.name == "sgd":
+        parts = [decay, optax.trace(decay=config.momentum)]
+    else:
+        parts = [optax.scale_by_adam(b1=config.momentum), decay]
+    if config.clip_norm > 0:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.bias_learning_rate_factor != 1.0:
+        factor = optax.scale(config.bias_learning_rate_factor)
+        parts.append(optax.masked(factor, _named(lambda name: not _is_kernel(name))))
+    return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+
+
+def _is_kernel(name: str) -> bool:
+    return name == "kernel"
+
+
+def _named(wanted: Callable[[str], bool]) -> Callable[[PyTree], PyTree[bool]]:
+    """Mask of the leaves whose last name is wanted, as a function of the tree."""
+
+    def mask(tree: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: wanted(path[-1].key), tree)
+
+    return mask

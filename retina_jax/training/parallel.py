@@ -1,0 +1,154 @@
+"""The step over many devices: jit over a data mesh (the default), or pmap. Both run the same `train_step`.
+
+Under jit the program is written for the whole batch and the compiler splits it: what the code calls a sum over the batch
+*is* one. Under pmap it is written for one device's share and sums cross the axis by name. Parameters are replicated,
+images are split over the one axis `data`. Inference has no sums over images: each device handles its own, NMS included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, PyTree
+
+from retina_jax.anchors import anchor_grid, anchors_per_cell, level_counts
+from retina_jax.config import Config, ConfigError
+from retina_jax.detection import Detections, detect
+from retina_jax.model.initialisation import initialise
+from retina_jax.model.retinanet import RetinaNet
+from retina_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from retina_jax.training.state import TrainState, new_state
+from retina_jax.training.step import Inputs, train_step
+
+AXIS = "data"
+
+
+@dataclass(frozen=True)
+class Driver:
+    """A network and its devices: places state and batches, runs the compiled steps."""
+
+    config: Config
+    num_classes: int
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        """One axis, `data`, over the devices used."""
+        devices = jax.devices()
+        if self.config.devices > len(devices):
+            raise ConfigError(f"devices: {self.config.devices} asked for, {len(devices)} found ({devices[0].platform})")
+        return Mesh(np.array(devices[: self.config.devices or None]), (AXIS,))
+
+    @property
+    def shards(self) -> int:
+        """Number of devices used, over all hosts."""
+        return self.mesh.size
+
+    @cached_property
+    def model(self) -> RetinaNet:
+        """The network; it knows the axis only where statistics must cross it by name."""
+        axis = AXIS if self.config.parallel == "pmap" else None
+        return RetinaNet(self.config.model, self.num_classes, anchors_per_cell(self.config.anchors), axis_name=axis)
+
+    @cached_property
+    def schedule(self) -> optax.Schedule:
+        """Learning rate by step."""
+        return learning_rate_schedule(self.config.optimizer, self.config.data.batch_size)
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """Gradient transformation."""
+        return make_optimizer(self.config.optimizer, self.schedule)
+
+    @cached_property
+    def replicated(self) -> NamedSharding:
+        """Sharding of everything that is the same on all devices."""
+        return NamedSharding(self.mesh, P())
+
+    def check_batch_size(self, batch_size: int, field: str) -> None:
+        """A batch must split evenly over the devices."""
+        if batch_size % self.shards:
+            raise ConfigError(
+                f"{field}: {batch_size} images cannot be split evenly over {self.shards} devices; "
+                f"take a multiple of {self.shards}, or fewer devices with --devices"
+            )
+
+    def place_state(self, state: PyTree) -> PyTree:
+        """`state` on every device."""
+        return jax.device_put(state, self.replicated)
+
+    def first_state(self) -> TrainState:
+        """The state before the first step, by config.seed, on the devices."""
+        return self.place_state(new_state(initialise(self.model, self.config.seed), self.optimizer))
+
+    def place(self, inputs: Inputs) -> Inputs:
+        """This host's rows of a global batch, split over its devices; pmap takes them as [devices, rows, ...]."""
+        if self.config.parallel == "pmap":
+            local = self.mesh.local_mesh.size
+            return jax.tree.map(lambda x: x.reshape(local, x.shape[0] // local, *x.shape[1:]), inputs)
+        split = NamedSharding(self.mesh, P(AXIS))
+        return jax.tree.map(partial(jax.make_array_from_process_local_data, split), inputs)
+
+    @cached_property
+    def step(self) -> Callable[[TrainState, Inputs], tuple[TrainState, dict[str, Array]]]:
+        """The compiled training step; one program a canvas shape. Under jit the state given is consumed (donated)."""
+        step = partial(
+            train_step,
+            model=self.model,
+            config=self.config,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            shards=self.shards,
+        )
+        if self.config.parallel == "pmap":
+            # pmap cannot donate a replicated argument on its second call.
+            return jax.pmap(
+                partial(step, axis=AXIS),
+                axis_name=AXIS,
+                in_axes=(None, 0),
+                out_axes=(None, None),
+                devices=list(self.mesh.devices.flat),
+            )
+        split = NamedSharding(self.mesh, P(AXIS))
+        return jax.jit(
+            step,
+            in_shardings=(self.replicated, split),
+            out_shardings=(self.replicated, self.replicated),
+            donate_argnums=0,
+        )
+
+    @cached_property
+    def detect(self) -> Callable[[dict[str, PyTree], Inputs], Detections]:
+        """The compiled inference step: variables and a placed batch to Detections in canvas pixels, [B, D, ...]."""
+
+        def one_device(variables: dict[str, PyTree], inputs: Inputs) -> Detections:
+            canvas = inputs.images.shape[1:3]
+            logits, deltas = self.model.apply(variables, inputs.images, inputs.image_sizes, train=False)
+            anchors = jax.numpy.asarray(anchor_grid(canvas, self.config.anchors, self.config.model))
+            counts = level_counts(canvas, self.config.anchors, self.config.model)
+            return detect(logits, deltas, anchors, counts, inputs.image_sizes, self.config.detection)
+
+        if self.config.parallel == "pmap":
+            mapped = jax.pmap(one_device, axis_name=AXIS, in_axes=(None, 0), devices=list(self.mesh.devices.flat))
+            return lambda variables, inputs: jax.tree.map(
+                lambda x: x.reshape(-1, *x.shape[2:]), mapped(variables, inputs)
+            )
+        return jax.jit(
+            jax.shard_map(one_device, mesh=self.mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS), check_vma=False)
+        )
+
+
+def peak_memory_bytes() -> int:
+    """Most memory in use so far: of the fullest local device, or of this process where devices do not tell (CPU)."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    if all(stats):
+        return max(s["peak_bytes_in_use"] for s in stats)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

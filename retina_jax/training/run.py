@@ -1,0 +1,153 @@
+"""A run's folder: what it was started with, what it measured, how it ended.
+
+RUN/config.json holds the resolved config, the classes, the package versions, the git commit and the command;
+RUN/metrics.jsonl a line for every `log_every` steps; RUN/evaluation/, RUN/detections/ and RUN/pictures/ what each
+evaluation found; RUN/summary.json the end.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from retina_jax.config import Config, ConfigError
+from retina_jax.config_files import from_dict, meaning_changes, to_dict
+
+PACKAGES = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "tensorflow", "tensorflow-datasets",
+    "pycocotools", "numpy", "Pillow",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open run's folder."""
+
+    folder: Path
+    config: Config
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    """COCO category id of each class."""
+
+    def path(self, kind: str, step: int, suffix: str = ".json") -> Path:
+        """RUN/KIND/step_00001000.json, its folder made."""
+        path = self.folder / kind / f"step_{step:08d}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+def open_run(folder: Path, config: Config, class_names: Sequence[str], category_ids: Sequence[int]) -> Run:
+    """Make RUN with its config.json, or check that a run already there is the same experiment.
+
+    Raises ConfigError when the folder cannot be written, or when the run in it was started with other classes or with a
+    config that computes something else (`FREE_TO_CHANGE` in config_files.py lists what may change).
+    """
+    run = Run(folder, config, tuple(class_names), tuple(category_ids))
+    made_here = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write_test_{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"--workdir {folder}: cannot be written: {error.strerror}") from None
+    if not made_here and (folder / "config.json").exists():
+        before = read_run(folder)
+        if before.class_names != run.class_names:
+            raise ConfigError(
+                f"--workdir {folder}: its run has {len(before.class_names)} classes ({_few(before.class_names)}), the "
+                f"data has {len(run.class_names)} ({_few(run.class_names)}); take the same data or another --workdir"
+            )
+        changes = meaning_changes(before.config, config)
+        if changes:
+            raise ConfigError(f"--workdir {folder}: a resumed run keeps its config, but {'; '.join(changes)}")
+    write_json(
+        folder / "config.json",
+        {
+            "config": to_dict(config),
+            "class_names": list(class_names),
+            "category_ids": list(category_ids),
+            "command": sys.argv,
+            "commit": _commit(),
+            "versions": _versions(),
+        },
+    )
+    return run
+
+
+def read_run(folder: Path) -> Run:
+    """The run in `folder`, from its config.json."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"--workdir {folder}: no run there ({path} is missing)")
+    try:
+        saved = json.loads(path.read_text())
+        classes, ids = tuple(saved["class_names"]), tuple(saved["category_ids"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {type(error).__name__}: {error}") from None
+    return Run(folder, from_dict(saved.get("config"), str(path)), classes, ids)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write whole or not at all: to a file beside it, then renamed."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    beside.replace(path)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def _commit() -> str | None:
+    """Git commit of this code, with "+changes" where the tree differs from it; None outside a checkout."""
+    where = Path(__file__).resolve().parents[2]
+    git = ["git", "-C", str(where)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    devices = jax.devices()
+    versions["devices"] = f"{len(devices)} x {devices[0].device_kind}"
+    return versions
+
+
+class Clock:
+    """Wall time a run has spent, over all its starts."""
+
+    def __init__(self, folder: Path, resumed: bool) -> None:
+        self._path = folder / "seconds.json"
+        before = json.loads(self._path.read_text()) if resumed and self._path.exists() else 0.0
+        self._start = time.monotonic() - before
+
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return time.monotonic() - self._start
+
+    def save(self) -> None:
+        """Keep the time for a later start."""
+        write_json(self._path, round(self.seconds(), 1))

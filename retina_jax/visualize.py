@@ -1,0 +1,131 @@
+"""Pictures with boxes, made to be read: small images are enlarged, and tags stay inside the picture."""
+
+import colorsys
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+READABLE_SIDE = 480
+"""Images are enlarged by a whole factor until their longer side comes as close to this as it can, pixels."""
+
+
+def class_colour(label: int) -> tuple[int, int, int]:
+    """The RGB colour of class `label` (>= 0), always the same: hues a golden angle apart, so neighbours differ."""
+    hue = (0.02 + label * (math.sqrt(5) - 1) / 2) % 1
+    saturation, value = ((0.95, 1.0), (0.6, 1.0), (0.95, 0.72))[label // 8 % 3]
+    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, saturation, value))
+
+
+def draw(
+    image: UInt8[np.ndarray, "h w 3"],
+    boxes_xyxy: Float[np.ndarray, "D 4"],
+    labels: Int[np.ndarray, " D"],
+    scores: Float[np.ndarray, " D"] | None = None,
+    *,
+    class_names: Sequence[str],
+    truth_boxes_xyxy: Float[np.ndarray, "G 4"] | None = None,
+) -> UInt8[np.ndarray, "H W 3"]:
+    """The image with its boxes, a colour a class, and a tag "name .87" at each.
+
+    Args:
+      image: RGB.
+      boxes_xyxy: boxes in pixels of `image`; what sticks out is cut at the border.
+      labels: classes; a negative label is padding and is left out.
+      scores: where given, boxes are drawn from the lowest score to the highest, so that the best lie on top.
+      class_names: name of class k; a class beyond them is tagged by its number.
+      truth_boxes_xyxy: ground truth, drawn as dashed white lines under the detections.
+
+    Returns:
+      RGB picture, `image` enlarged by a whole factor: 1 from a longer side of 2/3 * READABLE_SIDE on.
+    """
+    height, width = image.shape[:2]
+    zoom = max(1, round(READABLE_SIDE / max(height, width)))
+    picture = Image.fromarray(image).resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)
+    canvas = ImageDraw.Draw(picture)
+    longer = max(picture.size)
+    line = max(2, round(longer / 300))
+    font = ImageFont.load_default(max(11, round(longer / 42)))
+    limit = np.array([picture.width - 1, picture.height - 1] * 2)
+
+    def place(box: np.ndarray) -> tuple[float, ...]:
+        x1, y1, x2, y2 = np.clip(box.astype(np.float64) * zoom, 0, limit).tolist()
+        return x1, y1, max(x1, x2), max(y1, y2)  # PIL refuses a box of negative size
+
+    for box in () if truth_boxes_xyxy is None else truth_boxes_xyxy:
+        dashed_rectangle(canvas, place(box), dash=4 * line, width=max(1, line // 2))
+
+    order = np.arange(len(labels)) if scores is None else np.argsort(scores, kind="stable")
+    order = [i for i in order if labels[i] >= 0]
+    for i in order:
+        canvas.rectangle(place(boxes_xyxy[i]), outline=class_colour(int(labels[i])), width=line)
+    for i in order:  # tags after all boxes, so that no line runs through one
+        label = int(labels[i])
+        name = class_names[label] if label < len(class_names) else f"class {label}"
+        text = name if scores is None else f"{name} {format_score(float(scores[i]))}"
+        tag(canvas, place(boxes_xyxy[i])[:2], text, class_colour(label), font, picture.size)
+    return np.asarray(picture)
+
+
+def format_score(score: float) -> str:
+    """A score in two digits: .87, and 1.0 from .995 on."""
+    return "1.0" if score >= 0.995 else f"{score:.2f}".removeprefix("0")
+
+
+def tag(
+    canvas: ImageDraw.ImageDraw,
+    corner: tuple[float, ...],
+    text: str,
+    colour: tuple[int, int, int],
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    size: tuple[int, int],
+) -> None:
+    """Text on a filled plate, standing on the box's upper left corner, moved to lie inside a picture of `size`."""
+    left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
+    plate_width, plate_height = right - left + 6, bottom - top + 4
+    x = max(0, min(corner[0], size[0] - plate_width))
+    y = max(0, min(corner[1] - plate_height, size[1] - plate_height))
+    canvas.rectangle((x, y, x + plate_width - 1, y + plate_height - 1), fill=colour)
+    luminance = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+    canvas.text((x + 3 - left, y + 2 - top), text, fill="black" if luminance > 128 else "white", font=font)
+
+
+def dashed_rectangle(canvas: ImageDraw.ImageDraw, box_xyxy: tuple[float, ...], *, dash: int, width: int) -> None:
+    """White dashes on a black line, visible on any ground."""
+    x1, y1, x2, y2 = box_xyxy
+    canvas.rectangle(box_xyxy, outline="black", width=width)
+    for (ax, ay), (bx, by) in (((x1, y1), (x2, y1)), ((x2, y1), (x2, y2)), ((x1, y2), (x2, y2)), ((x1, y1), (x1, y2))):
+        length = max(bx - ax, by - ay)
+        for start in np.arange(0, length, 2 * dash):
+            a, b = start / length, min(start + dash, length) / length
+            ends = (ax + a * (bx - ax), ay + a * (by - ay), ax + b * (bx - ax), ay + b * (by - ay))
+            canvas.line(ends, fill="white", width=width)
+
+
+def contact_sheet(
+    images: Sequence[UInt8[np.ndarray, "_ _ 3"]], columns: int | None = None, gap: int = 6
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Pictures side by side: columns as wide as the widest of all, rows as high as the highest of each.
+
+    Args:
+      images: RGB pictures, at least one, of any sizes.
+      columns: pictures a row; None: as many rows as columns, or one row fewer.
+      gap: pixels around each, dark grey.
+
+    Raises:
+      ValueError: there is no picture.
+    """
+    if not images:
+        raise ValueError("images is empty: give at least one picture")
+    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
+    tops = np.cumsum([gap] + [max(len(image) for image in row) + gap for row in rows])
+    width = max(image.shape[1] for image in images) + gap
+    sheet = np.full((tops[-1], columns * width + gap, 3), 40, np.uint8)
+    for top, row in zip(tops, rows, strict=False):
+        for i, image in enumerate(row):
+            left = i * width + gap
+            sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return sheet

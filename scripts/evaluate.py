@@ -1,0 +1,63 @@
+"""Score a run's checkpoint on its validation data: python scripts/evaluate.py --workdir RUN [--step N]
+
+Any inference setting of the run can be overridden (--detection.nms-iou 0.6, --data.short-side 800, --data.val-annotations
+FILE, --training.eval-images 500); the network itself is the run's.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from retina_jax.command_line import (
+    one_line_errors,
+    option_value,
+    parse_command_line,
+    set_up_jax,
+)
+from retina_jax.config import Config, ConfigError
+from retina_jax.config_files import validate
+from retina_jax.data.sources import open_source
+from retina_jax.detector import load_detector
+from retina_jax.evaluation import coco_table
+from retina_jax.training.assessment import assess
+from retina_jax.training.run import Run, read_run
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options of this script; all others are fields of the run's config."""
+
+    workdir: Path
+    """Folder of the run."""
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+    step: int | None = None
+    """Saved step to score; None: the newest."""
+
+
+def main() -> None:
+    """Read the run, detect, score, write RUN/evaluation/step_N.json, print the COCO table."""
+    workdir = option_value(sys.argv[1:], "--workdir")
+    settings = read_run(Path(workdir)).config if workdir else Config()
+    arguments = parse_command_line(Arguments, Arguments(tyro.MISSING, settings), sys.argv[1:], __doc__)
+    set_up_jax()
+    config = validate(arguments.settings)
+    detector, step = load_detector(arguments.workdir, arguments.step, config)
+    source = open_source(config.data, "val")
+    if source.class_names != detector.class_names:
+        raise ConfigError(
+            f"data.val_annotations: classes {source.class_names} are not the run's {detector.class_names}"
+        )
+    run = Run(arguments.workdir, config, detector.class_names, detector.category_ids)
+    scores = assess(run, detector, source, step)
+    print(coco_table(scores))
+    print(f"step {step}; written to {run.path('evaluation', step)}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

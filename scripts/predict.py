@@ -1,0 +1,106 @@
+"""Detect on images of your own: python scripts/predict.py --workdir RUN IMAGE_OR_FOLDER... --out DIR
+
+Writes DIR/detections.json (per image: boxes in its own pixels, scores, class names) and a drawn picture per image.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from PIL import Image
+
+from retina_jax.command_line import one_line_errors, parse_command_line, set_up_jax
+from retina_jax.config import ConfigError
+from retina_jax.data.decoding import to_rgb
+from retina_jax.data.source import BadImage
+from retina_jax.detector import load_detector
+from retina_jax.training.run import write_json
+from retina_jax.visualize import draw
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options of this script."""
+
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Image files, or folders of them."""
+    workdir: Path
+    """Folder of the run whose detector is asked."""
+    out: Path
+    """Folder to write to."""
+    step: int | None = None
+    """Saved step; None: the newest."""
+    score: float = 0.3
+    """Least score drawn; detections.json holds all that the run's config keeps."""
+
+
+def main() -> None:
+    """Read, detect, write, draw."""
+    missing = tyro.MISSING
+    arguments = parse_command_line(Arguments, Arguments(missing, missing, missing), sys.argv[1:], __doc__)
+    set_up_jax()
+    files = image_files(arguments.images)
+    detector, step = load_detector(arguments.workdir, arguments.step)
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {arguments.out}: cannot be written: {error.strerror}") from None
+    entries = []
+    for file, target in files.items():
+        try:
+            image = to_rgb(file.read_bytes(), expected_size=None)
+        except (OSError, BadImage) as error:
+            raise BadImage(f"{file}: {error}") from None
+        (found,) = detector.detect([image])
+        good = found.scores >= arguments.score
+        picture = draw(
+            image, found.boxes_xyxy[good], found.labels[good], found.scores[good], class_names=detector.class_names
+        )
+        Image.fromarray(picture).save(arguments.out / target)
+        entries.append(
+            {
+                "file": str(file),
+                "width": image.shape[1],
+                "height": image.shape[0],
+                "boxes_xyxy": found.boxes_xyxy.round(2).tolist(),
+                "scores": found.scores.round(5).tolist(),
+                "labels": [detector.class_names[label] for label in found.labels],
+            }
+        )
+        print(f"{file}: {int(good.sum())} detections at {arguments.score} or above -> {arguments.out / target}")
+    write_json(arguments.out / "detections.json", {"workdir": str(arguments.workdir), "step": step, "images": entries})
+    print(f"{len(files)} images; boxes in {arguments.out / 'detections.json'}")
+
+
+def image_files(paths: tuple[Path, ...]) -> dict[Path, str]:
+    """Each image file with the name of its drawn picture; names that would meet get a number."""
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            if not inside:
+                raise ConfigError(f"{path}: no image in this folder ({', '.join(SUFFIXES)})")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise ConfigError(f"{path}: no such file or folder")
+    named: dict[Path, str] = {}
+    for file in files:
+        name, number = f"{file.stem}.png", 1
+        while name in named.values():
+            number += 1
+            name = f"{file.stem}_{number}.png"
+        named[file] = name
+    return named
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,144 @@
+"""Train a RetinaNet: python scripts/train.py --config configs/demo.py --workdir runs/demo [--loss.gamma 5 ...]
+
+Started again with the same command, a run resumes from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from retina_jax.command_line import config_of, one_line_errors, parse_command_line, set_up_jax
+from retina_jax.config import Config, ConfigError
+from retina_jax.config_files import override, validate
+from retina_jax.data.pipeline import overflow, train_batches
+from retina_jax.data.source import Source
+from retina_jax.data.sources import open_source
+from retina_jax.detector import Detector
+from retina_jax.evaluation import SUMMARY, Scores, coco_table
+from retina_jax.model.table import parameter_table
+from retina_jax.training.assessment import assess
+from retina_jax.training.checkpoints import Checkpoints
+from retina_jax.training.metrics import Metrics
+from retina_jax.training.parallel import Driver
+from retina_jax.training.run import Clock, Run, open_run, write_json
+from retina_jax.training.state import parameters_sha256
+from retina_jax.training.step import Inputs
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options of this script; all others are fields of the config."""
+
+    workdir: Path
+    """Folder of the run; made where it is missing, resumed where it holds a run."""
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+    config: Path = Path("configs/paper_r50_600.py")
+    """Config file whose fields the other options override."""
+
+
+def main() -> None:
+    """Read the command line and train."""
+    defaults = Arguments(workdir=tyro.MISSING, settings=config_of(sys.argv[1:], "configs/paper_r50_600.py"))
+    arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__)
+    set_up_jax()
+    train(validate(arguments.settings), arguments.workdir)
+
+
+def train(config: Config, workdir: Path) -> None:
+    """The loop. A step's number is the number of steps taken before it; files are named after steps finished."""
+    # Data: what is there, and what was left out of it.
+    source, val_source = open_source(config.data, "train"), open_source(config.data, "val")
+    config = with_classes(config, source, val_source)
+    for split, data in (("train", source), ("val", val_source)):
+        print(f"{split}: {len(data)} images, {len(data.class_names)} classes; {data.counts}")
+    images, boxes = overflow(source, config.data)
+    if images:
+        print(
+            f"warning: {images} images overflow data.max_boxes {config.data.max_boxes}: {boxes} boxes are not trained on"
+        )
+
+    # Network and state, from the newest checkpoint if there is one.
+    driver = Driver(config, config.model.num_classes)
+    driver.check_batch_size(config.data.batch_size, "data.batch_size")
+    run = open_run(workdir, config, source.class_names, source.category_ids)
+    state = driver.first_state()
+    print(parameter_table(state.variables))
+    with Checkpoints(workdir / "checkpoints", config.training.keep_checkpoints) as checkpoints:
+        if checkpoints.steps():
+            state = checkpoints.restore(state)
+            print(f"resuming {workdir} at step {int(state.step)}")
+        start = int(state.step)
+        clock = Clock(workdir, resumed=start > 0)
+        with Metrics(run, start) as metrics:
+            batches = train_batches(source, config.data, seed=config.seed, start_step=start)
+            for step in range(start + 1, config.training.steps + 1):
+                asked = time.monotonic()
+                batch = next(batches)
+                waited = time.monotonic() - asked
+                inputs = Inputs(batch.images, batch.image_sizes, batch.boxes_xyxy, batch.labels, batch.valid)
+                state, measured = driver.step(state, driver.place(inputs))
+                metrics.add(step, measured, [source.records[i].image_id for i in batch.indices], waited)
+
+                last = step == config.training.steps
+                evaluate = is_due(step, config.training.eval_every, last)
+                save = evaluate or is_due(step, config.training.checkpoint_every, last)
+                if save or step % config.training.log_every == 0:
+                    metrics.flush()
+                if evaluate:
+                    detector = Detector(driver, state.variables, run.class_names, run.category_ids)
+                    scores = assess(run, detector, val_source, step)
+                    metrics.write(step, {"event": "evaluation", **scores.summary})
+                    print(f"step {step}: AP {scores.summary['AP']}, AP50 {scores.summary['AP50']}")
+                if save:
+                    checkpoints.save(step, state, ap=scores.summary["AP"] if evaluate else None)
+                    clock.save()
+                    metrics.restart_window()
+    finish(run, state.variables, int(state.step), clock)
+
+
+def is_due(step: int, every: int, last: bool) -> bool:
+    """Whether something done every so many steps (0: only at the last, -1: never) is done after `step`."""
+    return every >= 0 and (last or (every > 0 and step % every == 0))
+
+
+def with_classes(config: Config, source: Source, val_source: Source) -> Config:
+    """`config` with the dataset's number of classes; ConfigError where a number or names given differ from it."""
+    if source.class_names != val_source.class_names:
+        raise ConfigError(
+            f"data.val_annotations: its classes {val_source.class_names} are not the training data's {source.class_names}"
+        )
+    found = len(source.class_names)
+    if config.model.num_classes not in (None, found):
+        raise ConfigError(f"model.num_classes: {config.model.num_classes}, but the data has {found} categories")
+    return override(config, {"model.num_classes": found})
+
+
+def finish(run: Run, variables: dict, step: int, clock: Clock) -> None:
+    """Write summary.json, and print the last evaluation and where everything lies."""
+    evaluations = sorted((run.folder / "evaluation").glob("step_*.json"))
+    evaluation = json.loads(evaluations[-1].read_text()) if evaluations else None
+    write_json(
+        run.folder / "summary.json",
+        {
+            "steps": step,
+            "images": step * run.config.data.batch_size,
+            "seconds": round(clock.seconds(), 1),
+            "evaluation": evaluation,
+            "parameters_sha256": parameters_sha256(variables),
+        },
+    )
+    if evaluation is not None:
+        print(coco_table(Scores({name: evaluation[name] for name in SUMMARY}, evaluation["per_class"])))
+    print(f"{step} steps in {clock.seconds():.0f} s; everything is in {run.folder}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,30 @@
+"""Every test runs strict: shapes and types checked by machine, no silent promotion, 8 CPU devices, warnings are errors."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+install_import_hook("retina_jax", "beartype.beartype").__enter__()
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real images that stands beside some checkouts; the test is skipped where it does not."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is absent: this test needs the real images there")
+    return SHARED

@@ -1,0 +1,220 @@
+"""The loss of an image against float64 numpy, and the four normalisers against their definitions."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from retina_jax.boxes import encode
+from retina_jax.config import ConfigError, LossConfig, MatchingConfig
+from retina_jax.losses.detection import EMA_START, ImageLosses, denominator, image_losses, image_weights
+from retina_jax.matching import BACKGROUND, IGNORED, match
+
+SCOPES = ("global", "per_image", "per_device", "ema")
+B, A, G, K = 3, 12, 4, 3
+
+
+def small_case() -> dict[str, jax.Array]:
+    """Three images: two boxes, one box, none. Anchors are boxes shaken a little, so that all three labels occur."""
+    rng = np.random.default_rng(7)
+    corner = rng.uniform(0, 60, (A, 2))
+    anchors = np.concatenate([corner, corner + rng.uniform(12, 30, (A, 2))], axis=1).astype(np.float32)
+    boxes, labels = np.zeros((B, G, 4), np.float32), np.full((B, G), -1, np.int32)
+    boxes[0, 0], labels[0, 0] = anchors[2] + [1, 0, 2, 1], 1
+    boxes[0, 1], labels[0, 1] = anchors[5] + [-8, 0, 3, 0], 2
+    boxes[1, 2], labels[1, 2] = anchors[9] + [0, 2, 1, -1], 0
+    return {
+        "logits": jnp.asarray(rng.normal(-1, 2, (B, A, K)), jnp.float32),
+        "deltas": jnp.asarray(rng.normal(0, 0.5, (B, A, 4)), jnp.float32),
+        "anchors": jnp.asarray(anchors),
+        "boxes_xyxy": jnp.asarray(boxes),
+        "labels": jnp.asarray(labels),
+    }
+
+
+def losses(case: dict[str, jax.Array], **loss: object) -> ImageLosses:
+    return image_losses(**case, matching=MatchingConfig(), loss=LossConfig(**loss))
+
+
+def test_image_losses_are_the_sums_of_the_definitions() -> None:
+    case = small_case()
+    result = losses(case)
+    seen = set()
+    for i in range(B):
+        matches = match(case["anchors"], case["boxes_xyxy"][i], case["labels"][i], MatchingConfig())
+        labels, index = np.asarray(matches.labels), np.asarray(matches.box_index)
+        seen |= set(np.sign(labels) * (labels < 0) - (labels == IGNORED))
+        classification = box = 0.0
+        for a in range(A):
+            if labels[a] == IGNORED:
+                continue
+            for k in range(K):
+                x = float(case["logits"][i, a, k])
+                p = 1 / (1 + np.exp(-x))
+                p_t, alpha_t = (p, 0.25) if labels[a] == k else (1 - p, 0.75)
+                classification += -alpha_t * (1 - p_t) ** 2 * np.log(p_t)
+            if labels[a] >= 0:
+                target = encode(case["boxes_xyxy"][i, index[a]], case["anchors"][a])
+                error = np.abs(np.asarray(case["deltas"][i, a] - target, np.float64))
+                box += np.where(error < 0.11, error**2 / 0.22, error - 0.055).sum()
+        assert float(result.classification[i]) == pytest.approx(classification, rel=1e-5)
+        assert float(result.box[i]) == pytest.approx(box, rel=1e-5)
+        assert float(result.positives[i]) == (labels >= 0).sum()
+    assert {int(s) for s in seen} == {0, -1, -2}  # the case has positive, background and ignored anchors
+
+
+def test_image_without_boxes_is_all_background_with_finite_gradients() -> None:
+    case = small_case()
+    case["labels"] = jnp.full((B, G), -1, jnp.int32)
+    for box in ("smooth_l1", "giou"):
+        result = losses(case, box=box)
+        np.testing.assert_array_equal(result.box, np.zeros(B))
+        np.testing.assert_array_equal(result.positives, np.zeros(B))
+        assert (np.asarray(result.classification) > 0).all()
+
+        def total(logits: jax.Array, deltas: jax.Array, box: str = box) -> jax.Array:
+            sums = losses({**case, "logits": logits, "deltas": deltas}, box=box)
+            return sums.classification.sum() + sums.box.sum()
+
+        to_logits, to_deltas = jax.grad(total, (0, 1))(case["logits"], case["deltas"])
+        assert (np.asarray(to_logits) > 0).all()  # every class of every anchor is pushed down
+        np.testing.assert_array_equal(to_deltas, np.zeros((B, A, 4)))
+
+
+@pytest.mark.parametrize("box", ["smooth_l1", "giou"])
+def test_gradient_is_the_numerical_gradient(box: str) -> None:
+    case = small_case()
+    rng = np.random.default_rng(3)
+
+    def total(logits: jax.Array, deltas: jax.Array) -> jax.Array:
+        sums = losses({**case, "logits": logits, "deltas": deltas}, box=box)
+        return sums.classification.sum() + sums.box.sum()
+
+    evaluate, gradient = jax.jit(total), jax.grad(total, (0, 1))(case["logits"], case["deltas"])
+    for _ in range(5):
+        direction = [jnp.asarray(rng.normal(size=g.shape), jnp.float32) for g in gradient]
+        forward, backward = (
+            evaluate(case["logits"] + step * direction[0], case["deltas"] + step * direction[1])
+            for step in (2e-3, -2e-3)
+        )
+        slope = sum(float((g * d).sum()) for g, d in zip(gradient, direction, strict=True))
+        assert float(forward - backward) / 4e-3 == pytest.approx(slope, rel=2e-2, abs=2e-2)
+
+
+def test_bfloat16_outputs_are_summed_in_float32() -> None:
+    case = small_case()
+    case |= {"logits": case["logits"].astype(jnp.bfloat16), "deltas": case["deltas"].astype(jnp.bfloat16)}
+    exact = losses({**case, "logits": case["logits"].astype(jnp.float32), "deltas": case["deltas"].astype(jnp.float32)})
+    for got, expected in zip(losses(case), exact, strict=True):
+        assert got.dtype == jnp.float32
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_images_do_not_see_each_other() -> None:
+    case = small_case()
+    together = losses(case)
+    for i in range(B):
+        alone = losses({name: x if name == "anchors" else x[i : i + 1] for name, x in case.items()})
+        for all_images, one in zip(together, alone, strict=True):
+            np.testing.assert_allclose(all_images[i], one[0], rtol=1e-6)
+
+
+N = np.array([3.0, 0.0, 5.0, 1.0, 0.0, 0.0, 2.0, 9.0])  # positive anchors of 8 images
+L = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])  # and their losses
+
+
+def total_loss(scope: str, shards: int, ema: float = EMA_START) -> float:
+    weights = image_weights(jnp.asarray(N, jnp.float32), scope, batch_size=8, shards=shards)
+    by, _ = denominator(jnp.float32(N.sum()), scope, jnp.float32(ema), shards=shards)
+    return float((weights * jnp.asarray(L, jnp.float32)).sum() / by)
+
+
+def test_global_divides_by_all_positives() -> None:
+    assert total_loss("global", shards=4) == pytest.approx(L.sum() / N.sum())
+
+
+def test_per_image_is_the_mean_of_the_images_ratios() -> None:
+    assert total_loss("per_image", shards=4) == pytest.approx(np.mean(L / np.maximum(N, 1)))
+
+
+def test_per_device_is_the_mean_of_the_devices_ratios() -> None:
+    ratios = L.reshape(4, 2).sum(axis=1) / np.maximum(N.reshape(4, 2).sum(axis=1), 1)
+    assert total_loss("per_device", shards=4) == pytest.approx(np.mean(ratios))
+    assert total_loss("per_device", shards=1) == pytest.approx(total_loss("global", shards=1))
+    assert total_loss("per_device", shards=8) == pytest.approx(total_loss("per_image", shards=8))
+    assert total_loss("per_device", shards=4) != pytest.approx(total_loss("global", shards=4), rel=0.01)
+
+
+def test_ema_follows_the_trace_worked_out_by_hand() -> None:
+    ema = jnp.float32(EMA_START)
+    trace = []
+    for total in (40.0, 0.0, 2000.0):  # on 4 devices: 10, at least 1, 500 a device
+        by, ema = denominator(jnp.float32(total), "ema", ema, shards=4)
+        assert float(by) == pytest.approx(4 * float(ema))
+        trace.append(float(ema))
+    assert trace == pytest.approx([91.0, 82.0, 123.8], rel=1e-5)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_other_scopes_leave_the_ema_alone_and_never_divide_by_zero(scope: str) -> None:
+    by, ema = denominator(jnp.float32(0), scope, jnp.float32(7), shards=2)
+    assert float(by) > 0
+    assert float(ema) == (pytest.approx(6.4) if scope == "ema" else 7)
+    weights = image_weights(jnp.zeros(4), scope, batch_size=4, shards=2)
+    assert np.isfinite(weights).all()
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_weights_of_one_shard_are_its_part_of_the_weights_of_all(scope: str, shards: int) -> None:
+    every = image_weights(jnp.asarray(N, jnp.float32), scope, batch_size=8, shards=shards)
+    mine = [
+        image_weights(jnp.asarray(part, jnp.float32), scope, batch_size=8, shards=shards)
+        for part in N.reshape(shards, -1)
+    ]
+    np.testing.assert_array_equal(np.concatenate(mine), every)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_dividing_after_the_gradient_is_dividing_before_it(scope: str) -> None:
+    case = small_case()
+
+    def weighted(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        sums = losses({**case, "logits": logits})
+        weights = image_weights(sums.positives, scope, batch_size=B, shards=1)
+        return (weights * (sums.classification + sums.box)).sum(), sums.positives.sum()
+
+    def ratio(logits: jax.Array) -> jax.Array:
+        value, positives = weighted(logits)
+        return value / denominator(positives, scope, jnp.float32(EMA_START), shards=1)[0]
+
+    gradient, positives = jax.grad(weighted, has_aux=True)(case["logits"])
+    by, _ = denominator(positives, scope, jnp.float32(EMA_START), shards=1)
+    np.testing.assert_allclose(gradient / by, jax.grad(ratio)(case["logits"]), rtol=1e-5, atol=1e-9)
+
+
+def test_uneven_shards_and_unknown_scopes_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"data\.batch_size 8 on 3 devices"):
+        image_weights(jnp.zeros(8), "per_device", batch_size=8, shards=3)
+    with pytest.raises(ConfigError, match="3 images at hand"):
+        image_weights(jnp.zeros(3), "global", batch_size=8, shards=4)
+    with pytest.raises(ConfigError, match=r"loss\.normaliser"):
+        image_weights(jnp.zeros(8), "median", batch_size=8, shards=4)
+    with pytest.raises(ConfigError, match=r"loss\.normaliser"):
+        denominator(jnp.float32(1), "median", jnp.float32(1), shards=4)
+
+
+def test_background_and_ignored_are_told_apart_in_the_sum() -> None:
+    # One anchor, one box: IoU .45 is ignored under `none`, so only the box's absence makes it background.
+    case = {
+        "logits": jnp.full((2, 1, K), 2.0),
+        "deltas": jnp.zeros((2, 1, 4)),
+        "anchors": jnp.array([[0.0, 0, 4.5, 1]]),
+        "boxes_xyxy": jnp.array([[[0.0, 0, 10, 1]]] * 2),
+        "labels": jnp.array([[0], [BACKGROUND]], jnp.int32),
+    }
+    result = image_losses(**case, matching=MatchingConfig(low_quality="none"), loss=dataclasses.replace(LossConfig()))
+    assert float(result.classification[0]) == 0
+    assert float(result.classification[1]) > 1

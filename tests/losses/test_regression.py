@@ -1,0 +1,67 @@
+"""Box losses against values known by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from retina_jax.boxes import encode
+from retina_jax.config import ConfigError, LossConfig
+from retina_jax.losses.regression import box_loss, l1, smooth_l1
+
+ANCHORS = jnp.array([[0, 0, 10, 10], [0, 0, 20, 10], [5, 5, 9, 25]], jnp.float32)
+
+
+def test_smooth_l1_of_known_values() -> None:
+    error = jnp.array([0.0, 0.5, -0.5, 1.0, -1.0, 2.0, -3.0])
+    np.testing.assert_allclose(smooth_l1(error, beta=1.0), [0, 0.125, 0.125, 0.5, 0.5, 1.5, 2.5], rtol=1e-6)
+    np.testing.assert_allclose(smooth_l1(jnp.array([0.05, 1.0]), beta=0.11), [0.05**2 / 0.22, 0.945], rtol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.11, 0.5, 1.0])
+def test_the_pieces_of_smooth_l1_meet_at_beta_in_value_and_slope(beta: float) -> None:
+    around = jnp.array([beta * (1 - 1e-6), beta, beta * (1 + 1e-6)], jnp.float32)
+    np.testing.assert_allclose(smooth_l1(around, beta=beta), [beta / 2] * 3, rtol=1e-5)
+    np.testing.assert_allclose(jax.vmap(jax.grad(lambda e: smooth_l1(e, beta=beta)))(around), np.ones(3), rtol=1e-5)
+
+
+def test_beta_zero_is_l1_with_gradient_zero_at_zero() -> None:
+    error = jnp.array([-2.0, -1e-6, 0.0, 1e-6, 2.0])
+    np.testing.assert_array_equal(smooth_l1(error, beta=0.0), l1(error))
+    np.testing.assert_array_equal(jax.grad(lambda e: smooth_l1(e, beta=0.0).sum())(error), [-1, -1, 0, 1, 1])
+
+
+@pytest.mark.parametrize("kind", ["smooth_l1", "l1", "giou"])
+def test_exact_deltas_have_no_loss(kind: str) -> None:
+    targets = jnp.array([[1, 2, 9, 8], [0, 0, 20, 10], [4, 0, 11, 30]], jnp.float32)
+    loss = box_loss(LossConfig(box=kind))(encode(targets, ANCHORS), ANCHORS, targets)
+    np.testing.assert_allclose(loss, np.zeros(3), atol=1e-6)
+
+
+def test_coordinates_are_summed() -> None:
+    deltas = encode(ANCHORS, ANCHORS) + jnp.array([[1.0, 1.0, -1.0, 2.0]])
+    np.testing.assert_allclose(box_loss(LossConfig(box="l1"))(deltas, ANCHORS, ANCHORS), [5, 5, 5], rtol=1e-6)
+    smooth = box_loss(LossConfig(box="smooth_l1", beta=0.11))(deltas, ANCHORS, ANCHORS)
+    np.testing.assert_allclose(smooth, [5 - 4 * 0.055] * 3, rtol=1e-6)
+
+
+def test_giou_loss_is_one_minus_giou_of_the_decoded_box() -> None:
+    # Zero deltas decode to the anchors; the first target is half over its anchor, the second apart from it.
+    targets = jnp.array([[5, 0, 15, 10], [30, 0, 40, 10], [5, 5, 9, 25]], jnp.float32)
+    loss = box_loss(LossConfig(box="giou"))(jnp.zeros((3, 4)), ANCHORS, targets)
+    np.testing.assert_allclose(loss, [1 - 1 / 3, 1 + (400 - 300) / 400, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["smooth_l1", "l1", "giou"])
+def test_padded_targets_give_finite_values_and_gradients(kind: str) -> None:
+    loss = box_loss(LossConfig(box=kind))
+    deltas, targets = jnp.array([[0.0, 0, 0, 0], [9, 9, 100, 100], [0, 0, -100, -100]]), jnp.zeros((3, 4))
+    assert np.isfinite(loss(deltas, ANCHORS, targets)).all()
+    assert np.isfinite(jax.grad(lambda d: loss(d, ANCHORS, targets).sum())(deltas)).all()
+
+
+def test_bad_box_losses_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"loss\.box"):
+        box_loss(LossConfig(box="l2"))
+    with pytest.raises(ConfigError, match=r"loss\.beta"):
+        smooth_l1(jnp.zeros(1), beta=-0.1)

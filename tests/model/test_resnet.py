@@ -1,0 +1,134 @@
+"""Backbones: published sizes, shapes, strides, what is frozen."""
+
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from retina_jax.config import ConfigError, ModelConfig
+from retina_jax.model.initialisation import draw
+from retina_jax.model.resnet import ARCHITECTURES, ResNet, block_layers
+
+TINY = ModelConfig(base_width=8, stage_blocks=(1, 1, 1, 1))
+
+
+def shapes(config: ModelConfig, height: int = 64, width: int = 64) -> dict:
+    return jax.eval_shape(
+        ResNet(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    )
+
+
+def variables_of(config: ModelConfig) -> dict:
+    """Random variables of a backbone alone."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, a: draw("backbone/" + "/".join(key.key for key in path[1:]), a.shape, config, 0), shapes(config)
+    )
+
+
+PUBLISHED = {
+    # torchvision's counts less the last layer (fc)
+    "resnet18": 11_176_512,
+    "resnet34": 21_284_672,
+    "resnet50": 23_508_032,
+    "resnet101": 42_500_160,
+    "resnext101_32x8d": 86_742_336,
+}
+
+
+@pytest.mark.parametrize("backbone", PUBLISHED)
+def test_parameter_count_is_the_published_one(backbone: str) -> None:
+    leaves = flatten_dict(shapes(ModelConfig(backbone=backbone)), sep="/")
+    counted = {path: a for path, a in leaves.items() if path.split("/")[-1] not in ("mean", "var")}
+    assert sum(math.prod(a.shape) for a in counted.values()) == PUBLISHED[backbone]
+
+
+@pytest.mark.parametrize("backbone", ARCHITECTURES)
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (65, 31)])
+def test_sides_are_those_of_the_image_over_the_stride_rounded_up(backbone: str, height: int, width: int) -> None:
+    config = replace(TINY, backbone=backbone)
+    images = jax.ShapeDtypeStruct((2, height, width, 3), jnp.float32)
+    maps = jax.eval_shape(ResNet(config).apply, shapes(config), images)
+    expansion = 4 if ARCHITECTURES[backbone].bottleneck else 1
+    for i, c in enumerate(maps):
+        stride = 4 * 2**i
+        assert c.shape == (2, math.ceil(height / stride), math.ceil(width / stride), 8 * 2**i * expansion)
+
+
+def test_stride_position_moves_the_stride_and_not_the_shapes() -> None:
+    first, second, last = block_layers(replace(TINY, stride_position="1x1"), 8, 2)
+    assert (first.stride, second.stride, last.stride) == (2, 1, 1)
+    first, second, last = block_layers(replace(TINY, stride_position="3x3"), 8, 2)
+    assert (first.stride, second.stride, last.stride) == (1, 2, 1)
+    a, b = (replace(TINY, stride_position=position) for position in ("1x1", "3x3"))
+    assert jax.tree.map(jnp.shape, shapes(a)) == jax.tree.map(jnp.shape, shapes(b))
+    variables, images = (
+        variables_of(a),
+        jnp.asarray(np.random.default_rng(0).standard_normal((1, 64, 64, 3), np.float32)),
+    )
+    outputs = [jax.jit(ResNet(config).apply)(variables, images) for config in (a, b)]
+    assert [x.shape for x in outputs[0]] == [x.shape for x in outputs[1]]
+    np.testing.assert_array_equal(outputs[0][0], outputs[1][0])  # C2 has no stride
+    assert np.abs(outputs[0][1] - outputs[1][1]).max() > 0.1
+
+
+def test_resnext_has_32_groups_of_8_channels_and_fewer_when_narrow() -> None:
+    config = ModelConfig(backbone="resnext101_32x8d")
+    assert block_layers(config, 64, 1)[1] == (256, 3, 1, 32)
+    assert block_layers(config, 3, 1)[1] == (12, 3, 1, 12)
+
+
+@pytest.mark.parametrize("norm", ["frozen", "group", "batch"])
+@pytest.mark.parametrize("frozen_stages", range(6))
+def test_frozen_stages_have_no_trained_parameters(norm: str, frozen_stages: int) -> None:
+    parts = ["stem", "c2", "c3", "c4", "c5"]
+    variables = shapes(replace(TINY, norm=norm, frozen_stages=frozen_stages))
+    assert set(variables.get("params", {})) == set(parts[frozen_stages:])
+    assert set(parts[:frozen_stages]) <= set(variables.get("frozen", {}))
+    assert set(variables.get("stats", {})) == (set(parts[frozen_stages:]) if norm == "batch" else set())
+    names = {path.split("/")[-1] for path in flatten_dict(variables.get("params", {}), sep="/")}
+    assert names <= ({"kernel"} if norm == "frozen" else {"kernel", "scale", "bias"})
+
+
+def test_remat_changes_neither_tree_nor_values_nor_gradients() -> None:
+    config = replace(TINY, norm="batch", frozen_stages=1)
+    variables, images = variables_of(config), jnp.asarray(np.random.default_rng(0).random((2, 64, 64, 3), np.float32))
+
+    def value_and_gradient(config: ModelConfig) -> tuple:
+        def loss(params: dict) -> tuple:
+            maps, updates = ResNet(config).apply({**variables, "params": params}, images, train=True, mutable=["stats"])
+            return sum(jnp.square(x).mean() for x in maps), updates
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+
+    plain, remat = value_and_gradient(config), value_and_gradient(replace(config, remat=True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), plain, remat)
+
+
+def test_synchronised_batch_norm_under_pmap_is_jit_on_the_whole_batch() -> None:
+    devices = 8
+    config = replace(TINY, backbone="resnet18", norm="batch", frozen_stages=0)
+    variables = variables_of(config)
+    images = jnp.asarray(np.random.default_rng(0).random((devices, 64, 64, 3), np.float32))
+
+    def forward(model: ResNet, variables: dict, images: jax.Array) -> tuple:
+        maps, updates = model.apply(variables, images, train=True, mutable=["stats"])
+        return maps[-1], updates["stats"]
+
+    whole, stats = jax.jit(lambda v, x: forward(ResNet(config), v, x))(variables, images)
+    one_a_device = jax.pmap(lambda v, x: forward(ResNet(config, "data"), v, x), "data", in_axes=(None, 0))
+    split, split_stats = one_a_device(variables, images.reshape(devices, 1, 64, 64, 3))
+    np.testing.assert_allclose(split.reshape(whole.shape), whole, rtol=1e-3, atol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-4, atol=1e-5), split_stats, stats)
+    jax.tree.map(lambda a: np.testing.assert_array_equal(a[0], a[-1]), split_stats)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("stage_blocks", (1, 1, 1)), ("stage_blocks", (1, 0, 1, 1)), ("frozen_stages", 6)]
+)
+def test_impossible_backbone_is_refused_by_name(field: str, value: tuple | int) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.{field} is .*: give"):
+        shapes(replace(TINY, **{field: value}))

@@ -1,0 +1,189 @@
+"""Configs: files, overrides, JSON, checks, and the command line's one-line errors."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import tyro
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retina_jax.command_line import config_of, parse_command_line
+from retina_jax.config import Config, ConfigError
+from retina_jax.config_files import (
+    flatten,
+    from_dict,
+    load_config,
+    meaning_changes,
+    override,
+    to_dict,
+    validate,
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    workdir: Path
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+
+
+def parse(*argv: str) -> Config:
+    return parse_command_line(Arguments, Arguments(tyro.MISSING, Config()), ("--workdir", "x", *argv), "test").settings
+
+
+def test_defaults_are_the_papers() -> None:
+    c = Config()
+    assert (c.data.batch_size, c.data.short_side, c.data.long_side) == (16, 600, 1000)
+    assert (c.model.backbone, c.model.prior, c.model.head_convs, c.model.fpn_channels) == ("resnet50", 0.01, 4, 256)
+    assert (c.loss.alpha, c.loss.gamma) == (0.25, 2.0)
+    assert (c.optimizer.learning_rate, c.optimizer.momentum, c.optimizer.weight_decay) == (0.01, 0.9, 1e-4)
+    assert (c.optimizer.boundaries, c.training.steps) == ((60_000, 80_000), 90_000)
+    assert (c.detection.score_threshold, c.detection.top_k, c.detection.nms_iou) == (0.05, 1000, 0.5)
+    assert (c.matching.positive_iou, c.matching.negative_iou) == (0.5, 0.4)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_file_is_valid_and_documented(path: Path) -> None:
+    config = validate(load_config(path))
+    assert from_dict(to_dict(config)) == config
+    assert "python scripts/train.py" in path.read_text() or "make demo" in path.read_text()
+
+
+def test_every_field_is_documented_in_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse("--help")
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    for name in flatten(Config()):
+        option = f"--{name.replace('_', '-')}"
+        assert option in shown
+        after = shown[shown.index(option + ("," if f"{option}," in shown else " ")) :].splitlines()[1]
+        assert len(after.strip("│ ")) > 8, f"{option} has no help"
+
+
+def test_overrides_are_typed() -> None:
+    config = parse(
+        "--loss.gamma", "5", "--data.batch-size=32", "--data.jitter-short-sides", "640", "800", "--parallel", "pmap"
+    )
+    assert config.loss.gamma == 5.0 and isinstance(config.loss.gamma, float)
+    assert config.data.batch_size == 32
+    assert config.data.jitter_short_sides == (640, 800)
+    assert config.parallel == "pmap"
+    assert parse("--model.num_classes", "7").model.num_classes == 7
+
+
+@pytest.mark.parametrize("argv", [("--data.no-flip",), ("--data.flip", "False"), ("--data.flip=false",)])
+def test_booleans_both_ways(argv: tuple[str, ...]) -> None:
+    assert parse(*argv).data.flip is False
+    assert parse("--data.flip", "True").data.flip is True
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("--loss.gama", "3"), "did you mean loss.gamma"),
+        (("--loss.nonsense", "3"), "there are loss.kind, loss.alpha"),
+        (("--lozz.gamma", "3"), "loss.gamma"),
+        (("--loss.gamma", "abc"), "--loss.gamma"),
+        (("--loss.kind", "foo"), "cross_entropy"),
+        (("--data.batch-size", "1.5"), "--data.batch-size"),
+        (("stray",), "stray"),
+    ],
+)
+def test_a_wrong_override_is_one_line_that_says_what_exists(argv: tuple[str, ...], says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(*argv)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("data.batch_size", 0),
+        ("data.short_side", 2000),
+        ("data.pad_multiple", 48),
+        ("model.prior", 1.0),
+        ("model.stage_blocks", (1, 2)),
+        ("anchors.scales", ()),
+        ("matching.positive_iou", 0.3),
+        ("loss.gamma", -1.0),
+        ("loss.gamma", float("nan")),
+        ("optimizer.boundaries", (80, 60)),
+        ("optimizer.learning_rate", float("inf")),
+    ],
+)
+def test_a_value_that_cannot_be_names_its_field(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=name) as error:
+        validate(override(Config(), {name: value}))
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_override_in_code_says_what_exists() -> None:
+    with pytest.raises(ConfigError, match=r"loss\.gama: no such field; did you mean loss\.gamma"):
+        override(Config(), {"loss.gama": 1.0})
+
+
+@given(
+    gamma=st.floats(0, 100),
+    sides=st.lists(st.integers(1, 5000), max_size=4),
+    classes=st.none() | st.integers(1, 1000),
+)
+def test_json_round_trip(gamma: float, sides: list[int], classes: int | None) -> None:
+    changes = {"loss.gamma": gamma, "data.jitter_short_sides": tuple(sides), "model.num_classes": classes}
+    config = override(Config(), changes)
+    assert from_dict(to_dict(config)) == config
+
+
+def test_json_with_a_wrong_field_or_type_is_refused_by_name() -> None:
+    saved = to_dict(Config())
+    saved["loss"]["gama"] = 1
+    with pytest.raises(ConfigError, match=r"run.json: loss.gama"):
+        from_dict(saved, "run.json")
+    saved = to_dict(Config())
+    saved["loss"]["gamma"] = "two"
+    with pytest.raises(ConfigError, match=r"loss.gamma: 'two'"):
+        from_dict(saved)
+
+
+def test_only_what_computes_something_else_is_a_change() -> None:
+    old = Config()
+    assert meaning_changes(old, override(old, {"training.log_every": 7, "parallel": "pmap", "data.workers": 3})) == []
+    assert meaning_changes(old, override(old, {"loss.gamma": 5.0, "seed": 3})) == [
+        "loss.gamma: 2.0 -> 5.0",
+        "seed: 0 -> 3",
+    ]
+
+
+def test_config_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "absent.py")
+    (tmp_path / "broken.py").write_text("x = 1\ny = 1 / 0\n")
+    with pytest.raises(ConfigError, match=r"broken.py, line 2: ZeroDivisionError"):
+        load_config(tmp_path / "broken.py")
+    (tmp_path / "typo.py").write_text("def get_config(:\n")
+    with pytest.raises(ConfigError, match=r"typo.py.*SyntaxError"):
+        load_config(tmp_path / "typo.py")
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(ConfigError, match="get_config"):
+        load_config(tmp_path / "empty.py")
+    (tmp_path / "wrong.py").write_text("def get_config(): return {}\n")
+    with pytest.raises(ConfigError, match="dict"):
+        load_config(tmp_path / "wrong.py")
+
+
+def test_config_option_is_found_before_the_rest_is_parsed() -> None:
+    assert config_of(["--workdir", "x", "--config", str(ROOT / "configs/demo.py")], "absent.py").data.source == "scenes"
+    assert config_of([f"--config={ROOT / 'configs/demo.py'}"], "absent.py").data.source == "scenes"
+    with pytest.raises(ConfigError):
+        config_of([], "absent.py")
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 3

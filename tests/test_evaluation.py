@@ -1,0 +1,145 @@
+"""COCO scores: the published fixture, perfect and empty detections, mistakes named."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retina_jax.evaluation import SUMMARY, EvaluationError, coco_results, coco_table, evaluate_coco, quiet
+
+TRUTH = {
+    "images": [{"id": 1, "width": 100, "height": 100}, {"id": 5, "width": 100, "height": 100}],
+    "categories": [{"id": 3, "name": "cat"}, {"id": 9, "name": "dog"}, {"id": 4, "name": "eel"}],
+    "annotations": [
+        # id 0 on purpose: pycocotools takes it for "not matched" unless it is renumbered
+        {"id": 0, "image_id": 1, "category_id": 3, "bbox": [10, 10, 40, 40], "area": 1600, "iscrowd": 0},
+        {"id": 1, "image_id": 1, "category_id": 9, "bbox": [50, 50, 20, 20], "area": 400, "iscrowd": 0},
+        {"id": 2, "image_id": 5, "category_id": 3, "bbox": [0, 0, 90, 90], "area": 8100, "iscrowd": 1},
+    ],
+}
+
+
+def perfect(truth: dict) -> list[dict]:
+    return [
+        {key: a[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9}
+        for a in truth["annotations"]
+        if not a.get("iscrowd", 0)
+    ]
+
+
+@pytest.fixture
+def fixture(shared_data: Path) -> tuple[dict, list[dict], dict[str, float]]:
+    """100 images of COCO, 734 detections, and the twelve published scores of boxes."""
+    folder = shared_data / "coco_eval_fixture"
+    truth = json.loads((folder / "instances_val2014_100.json").read_text())
+    detections = json.loads((folder / "instances_val2014_fakebbox100_results.json").read_text())
+    text = (folder / "val2014_fake_eval_res.txt").read_text().split("type=bbox")[1].split("type=")[0]
+    values = [float(line.split("=")[-1]) for line in text.splitlines() if "Average" in line]
+    return truth, detections, dict(zip(SUMMARY, values, strict=True))
+
+
+def ids(truth: dict) -> list[int]:
+    return [image["id"] for image in truth["images"]]
+
+
+def test_published_scores_are_met(fixture: tuple) -> None:
+    truth, detections, published = fixture
+    before = copy.deepcopy((truth, detections))
+    scores = evaluate_coco(truth, detections, ids(truth), evaluated_ids=ids(truth))
+    assert published["AP"] == 0.505 and published["APl"] == 0.501
+    assert {key: round(value, 3) for key, value in scores.summary.items()} == published
+    assert (truth, detections) == before
+    defined = [value for value in scores.per_class.values() if value is not None]
+    assert len(scores.per_class) == 80 and np.mean(defined) == pytest.approx(scores.summary["AP"])
+    for line, value in zip(coco_table(scores).splitlines(), published.values(), strict=False):
+        assert line.endswith(f"= {value:.3f}")
+
+
+def test_truth_as_detections_scores_one(fixture: tuple) -> None:
+    truth, _, _ = fixture
+    scores = evaluate_coco(truth, perfect(truth), ids(truth))
+    for key in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"):
+        assert scores.summary[key] == pytest.approx(1)
+
+
+def test_scoring_some_images_leaves_the_rest_out(fixture: tuple) -> None:
+    truth, _, _ = fixture
+    some = set(ids(truth)[:20])
+    detections = [d for d in perfect(truth) if d["image_id"] in some]
+    assert evaluate_coco(truth, detections, sorted(some)).summary["AP"] == pytest.approx(1)
+    assert evaluate_coco(truth, detections, ids(truth)).summary["AP"] < 0.5
+
+
+def test_truth_scores_one_by_class_and_undefined_is_none() -> None:
+    scores = evaluate_coco(TRUTH, perfect(TRUTH), [1, 5])
+    assert scores.summary["AP"] == pytest.approx(1) and scores.summary["APm"] == pytest.approx(1)
+    assert scores.summary["APl"] is None  # the only large box is a crowd
+    assert scores.per_class == {"cat": pytest.approx(1), "eel": None, "dog": pytest.approx(1)}
+    assert "n/a" in coco_table(scores)
+    json.dumps(scores.summary)
+
+
+def test_no_detection_is_zero_with_truth_and_none_without() -> None:
+    assert evaluate_coco(TRUTH, [], [1, 5]).summary["AP"] == 0
+    empty = evaluate_coco(TRUTH | {"annotations": []}, [], [1, 5])
+    assert set(empty.summary.values()) == {None} and list(empty.summary) == list(SUMMARY)
+
+
+def test_classes_of_one_name_are_told_apart() -> None:
+    truth = TRUTH | {"categories": [{"id": i, "name": "cat"} for i in (3, 9)]}
+    assert list(evaluate_coco(truth, [], [1]).per_class) == ["cat (3)", "cat (9)"]
+
+
+def test_missing_area_and_crowd_flag_are_the_boxs_own_and_no() -> None:
+    bare = [{k: a[k] for k in ("id", "image_id", "category_id", "bbox")} for a in TRUTH["annotations"][:2]]
+    assert evaluate_coco(TRUTH | {"annotations": bare}, perfect(TRUTH), [1]).summary["APm"] == pytest.approx(1)
+
+
+DETECTION = {"image_id": 1, "category_id": 3, "bbox": [0.0, 0.0, 1.0, 1.0], "score": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_ids": []}, "image_ids is empty"),
+        ({"image_ids": [1, 5, 5]}, "image_ids holds an image twice.*: 5 "),
+        ({"image_ids": [1, 7]}, "image_ids holds images that the ground truth has not: 7 "),
+        ({"evaluated_ids": [1]}, "evaluated_ids misses images.*: 5 "),
+        ({"evaluated_ids": [1, 5, 1]}, "evaluated_ids holds an image twice.*: 1 "),
+        ({"image_ids": [5], "evaluated_ids": [1, 5]}, "evaluated_ids holds images that are not to be scored: 1 "),
+        ({"detections": [DETECTION | {"image_id": 8}]}, "detections are of images that are not in image_ids: 8 "),
+        ({"detections": [DETECTION | {"category_id": 1}]}, "category ids that the ground truth has not: 1 "),
+        ({"detections": [DETECTION | {"score": float("nan")}]}, r"detections\[0\] \(image 1\) .*nan"),
+        ({"detections": [DETECTION | {"bbox": [0.0, 0.0, float("inf"), 1.0]}]}, r"detections\[0\] .*inf"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(arguments: dict, message: str) -> None:
+    with pytest.raises(EvaluationError, match=message) as error:
+        evaluate_coco(**{"truth": TRUTH, "detections": [], "image_ids": [1, 5]} | arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_results_are_xywh_by_category_id_without_padding() -> None:
+    boxes = np.array([[1, 2, 4, 8], [0, 0, 0, 0], [5, 5, 6, 7]], np.float32)
+    results = coco_results(5, boxes, np.array([0.5, 0, 0.25], np.float32), np.array([1, -1, 0]), (3, 9))
+    assert results == [
+        {"image_id": 5, "category_id": 9, "bbox": [1.0, 2.0, 3.0, 6.0], "score": 0.5},
+        {"image_id": 5, "category_id": 3, "bbox": [5.0, 5.0, 1.0, 2.0], "score": 0.25},
+    ]
+    nothing = coco_results(5, boxes[:0], np.zeros(0, np.float32), np.zeros(0, np.int32), (3, 9))
+    assert nothing == []
+
+
+def test_evaluation_prints_nothing_and_mutes_only_its_thread(capsys: pytest.CaptureFixture) -> None:
+    import threading
+
+    evaluate_coco(TRUTH, perfect(TRUTH), [1, 5])
+    with quiet():
+        print("dropped")
+        other = threading.Thread(target=print, args=("kept",))
+        other.start()
+        other.join()
+    print("after")
+    assert capsys.readouterr().out == "kept\nafter\n"

@@ -1,0 +1,159 @@
+"""The step over devices: whatever the driver and the number of devices, the same training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import pytest
+
+from retina_jax.config import Config, ConfigError
+from retina_jax.config_files import override
+from retina_jax.training.parallel import Driver
+from retina_jax.training.state import parameters_sha256
+from retina_jax.training.step import Inputs
+
+Make = Callable[..., Inputs]
+
+
+def run(config: Config, batches: list[Inputs]) -> tuple[list[dict[str, float]], dict]:
+    """Metrics of each step, and the final variables on the host."""
+    driver = Driver(config, config.model.num_classes)
+    state, metrics = driver.first_state(), []
+    for inputs in batches:
+        state, measured = driver.step(state, driver.place(inputs))
+        metrics.append({k: float(v) for k, v in measured.items()})
+    return metrics, jax.device_get(state.variables)
+
+
+def with_drivers(config: Config, parallel: str, devices: int, **changes: object) -> Config:
+    named = {name.replace("__", "."): value for name, value in changes.items()}
+    return override(config, {"parallel": parallel, "devices": devices, **named})
+
+
+def test_drivers_and_device_counts_train_alike(tiny: Config, make_inputs: Make) -> None:
+    """Five steps under jit and pmap on 1 and 8 devices: equal losses and parameters within float32 rounding."""
+    batches = [make_inputs(seed) for seed in range(5)]
+    reference, parameters = run(with_drivers(tiny, "jit", 1), batches)
+    assert len({round(m["loss"], 4) for m in reference}) == 5  # something is learnt from different batches
+    for parallel, devices in (("jit", 8), ("pmap", 1), ("pmap", 8)):
+        metrics, got = run(with_drivers(tiny, parallel, devices), batches)
+        for step, (expected, measured) in enumerate(zip(reference, metrics, strict=True)):
+            for name, value in expected.items():
+                assert measured[name] == pytest.approx(value, rel=2e-4, abs=1e-5), (parallel, devices, step, name)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), parameters, got)
+
+
+@pytest.mark.parametrize("normaliser", ["per_image", "per_device", "ema"])
+def test_normalisers_agree_between_drivers(tiny: Config, make_inputs: Make, normaliser: str) -> None:
+    batches = [make_inputs(seed) for seed in range(3)]
+    under_jit, _ = run(with_drivers(tiny, "jit", 4, loss__normaliser=normaliser), batches)
+    under_pmap, _ = run(with_drivers(tiny, "pmap", 4, loss__normaliser=normaliser), batches)
+    for a, b in zip(under_jit, under_pmap, strict=True):
+        assert a == pytest.approx(b, rel=2e-4, abs=1e-5)
+
+
+def test_batch_norm_statistics_are_of_the_whole_batch(tiny: Config, make_inputs: Make) -> None:
+    batches = [make_inputs(seed) for seed in range(2)]
+    reference, expected = run(with_drivers(tiny, "jit", 1, model__norm="batch"), batches)
+    assert expected["stats"]
+    for parallel in ("jit", "pmap"):
+        metrics, got = run(with_drivers(tiny, parallel, 4, model__norm="batch"), batches)
+        for a, b in zip(reference, metrics, strict=True):
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), expected["stats"], got["stats"]
+        )
+
+
+def compiled_step(config: Config, inputs: Inputs) -> str:
+    driver = Driver(config, config.model.num_classes)
+    return driver.step.lower(driver.first_state(), driver.place(inputs)).compile().as_text()
+
+
+def test_the_jit_step_has_one_all_reduce_and_no_all_gather(tiny: Config, make_inputs: Make) -> None:
+    text = compiled_step(with_drivers(tiny, "jit", 8), make_inputs(0))
+    assert len(re.findall(r"= .*\ball-reduce(?:-start)?\(", text)) == 1
+    assert "all-gather" not in text and "all-to-all" not in text and "collective-permute" not in text
+
+
+def test_one_program_a_canvas_shape(tiny: Config, make_inputs: Make) -> None:
+    driver = Driver(with_drivers(tiny, "jit", 2), 3)
+    state = driver.first_state()
+    canvases = [(64, 64), (64, 96), (96, 64), (96, 96)]
+    for round_ in range(3):
+        for number, canvas in enumerate(canvases):
+            inputs = make_inputs(10 * round_ + number, canvas=canvas)
+            state, _ = driver.step(state, driver.place(inputs))
+    assert driver.step._cache_size() == len(canvases)
+
+
+def test_an_invalid_image_counts_for_nothing(tiny: Config, make_inputs: Make) -> None:
+    """Whatever stands in its row, the loss and the parameters after the step are the same."""
+    inputs = make_inputs(3)
+    valid = inputs.valid.copy()
+    valid[2] = False
+    other = inputs.images.copy()
+    other[2] = 255 - other[2]
+    boxes = inputs.boxes_xyxy.copy()
+    boxes[2] = 0
+    one, first = run(tiny_one(tiny), [inputs._replace(valid=valid)])
+    two, second = run(tiny_one(tiny), [inputs._replace(valid=valid, images=other, boxes_xyxy=boxes)])
+    assert one == two
+    assert parameters_sha256(first) == parameters_sha256(second)
+    whole, _ = run(tiny_one(tiny), [inputs])
+    assert whole[0]["positives_per_image"] > one[0]["positives_per_image"]
+
+
+def tiny_one(config: Config) -> Config:
+    return with_drivers(config, "jit", 1)
+
+
+def test_frozen_parameters_never_move(tiny: Config, make_inputs: Make) -> None:
+    config = with_drivers(tiny, "jit", 1, model__norm="frozen", model__frozen_stages=2)
+    driver = Driver(config, 3)
+    before = jax.device_get(driver.first_state().frozen)
+    _, after = run(config, [make_inputs(0), make_inputs(1)])
+    assert len(jax.tree.leaves(before)) > 10
+    jax.tree.map(np.testing.assert_array_equal, before, after["frozen"])
+
+
+def test_step_equals_one_written_out_plainly(tiny: Config, make_inputs: Make) -> None:
+    """Against jax.grad of the mean loss over the global positives, and SGD by hand."""
+    from retina_jax.anchors import anchor_grid
+    from retina_jax.losses.detection import image_losses
+
+    config = tiny_one(tiny)
+    driver, inputs = Driver(config, 3), make_inputs(7)
+    state = jax.device_get(driver.first_state())
+    images, sizes, boxes, labels = (jax.numpy.asarray(x) for x in inputs[:4])
+    anchors = anchor_grid((64, 64), config.anchors, config.model)
+
+    def loss(params: dict) -> jax.Array:
+        outputs = driver.model.apply({**state.variables, "params": params}, images, sizes)
+        parts = image_losses(
+            outputs.logits, outputs.deltas, anchors, boxes, labels,
+            matching=config.matching, loss=config.loss,
+        )  # fmt: skip
+        return (parts.classification + parts.box).sum() / parts.positives.sum()
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(state.params)
+    rate = 0.01 / 3  # step 0 of the warm-up
+
+    def moved(path: tuple, w: np.ndarray, g: np.ndarray) -> np.ndarray:
+        kernel = path[-1].key == "kernel"
+        return w - (rate * (g + 1e-4 * w) if kernel else 2 * rate * g)
+
+    expected = jax.tree_util.tree_map_with_path(moved, state.params, gradients)
+    metrics, got = run(config, [inputs])
+    assert metrics[0]["loss"] == pytest.approx(float(value), rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), expected, got["params"])
+
+
+def test_uneven_batches_and_absent_devices_are_named(tiny: Config) -> None:
+    with pytest.raises(ConfigError, match=r"data.batch_size: 6 images cannot be split evenly over 8 devices"):
+        Driver(with_drivers(tiny, "jit", 8), 3).check_batch_size(6, "data.batch_size")
+    with pytest.raises(ConfigError, match="devices: 99 asked for, 8 found"):
+        _ = Driver(with_drivers(tiny, "jit", 99), 3).mesh
