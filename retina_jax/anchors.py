@@ -60,7 +60,7 @@ def anchor_grid(canvas_hw: tuple[int, int], anchors: AnchorConfig, model: ModelC
     """
     if not anchors.scales or not anchors.ratios or min(*anchors.scales, *anchors.ratios, anchors.size_factor) <= 0:
         raise ConfigError(
-            "anchors.size_factor, anchors.scales and anchors.ratios must be positive, with at least one scale and ratio: "
+            "anchors.size_factor, anchors.scales, anchors.ratios must be positive, with one scale and ratio at least: "
             f"got {anchors.size_factor}, {anchors.scales}, {anchors.ratios}"
         )
     grids = []

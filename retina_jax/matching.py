@@ -67,7 +67,8 @@ def match(
         )
 
     size = anchors.shape[0]
-    start = (jnp.zeros(size, jnp.float32), jnp.zeros(size, jnp.int32), jnp.zeros(size, jnp.bool_))
+    # zeros_like, not zeros: inside a shard_map the state must vary over the devices as the labels do.
+    start = tuple(jnp.zeros_like(labels, shape=size, dtype=dtype) for dtype in (jnp.float32, jnp.int32, jnp.bool_))
     best, box_index, is_best = lax.fori_loop(0, boxes_xyxy.shape[0], look_at, start)
 
     background = best < config.negative_iou

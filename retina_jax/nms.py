@@ -40,7 +40,9 @@ def nms(
         remaining = jnp.where(dropped, -jnp.inf, remaining)
         return kept + 1, _first_largest(remaining), remaining, indices.at[kept].set(best)
 
-    start = (jnp.int32(0), _first_largest(scores), scores, jnp.zeros(max_detections, jnp.int32))
+    # zeros_like, not zeros: inside a shard_map the indices must vary over the devices as the labels do.
+    indices = jnp.zeros_like(labels, shape=max_detections, dtype=jnp.int32)
+    start = (jnp.int32(0), _first_largest(scores), scores, indices)
     kept, _, _, indices = lax.while_loop(some_remain, keep_best, start)
     return indices, lax.iota(jnp.int32, max_detections) < kept
 

@@ -91,14 +91,14 @@ def image_files(paths: tuple[Path, ...]) -> dict[Path, str]:
             files.append(path)
         else:
             raise ConfigError(f"{path}: no such file or folder")
-    named: dict[Path, str] = {}
-    for file in files:
+    named: dict[str, Path] = {}
+    for file in dict.fromkeys(files):
         name, number = f"{file.stem}.png", 1
-        while name in named.values():
+        while name in named:
             number += 1
             name = f"{file.stem}_{number}.png"
-        named[file] = name
-    return named
+        named[name] = file
+    return {file: name for name, file in named.items()}
 
 
 if __name__ == "__main__":

@@ -70,6 +70,11 @@ def train(config: Config, workdir: Path) -> None:
     run = open_run(workdir, config, source.class_names, source.category_ids)
     state = driver.first_state()
     print(parameter_table(state.variables))
+    if config.model.norm == "frozen" or config.model.frozen_stages:
+        print(
+            "warning: frozen parts start from random weights and stay so; without imported weights train with "
+            "--model.norm group --model.frozen-stages 0"
+        )
     with Checkpoints(workdir / "checkpoints", config.training.keep_checkpoints) as checkpoints:
         if checkpoints.steps():
             state = checkpoints.restore(state)

@@ -44,7 +44,7 @@ def brute_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 @settings(max_examples=20, deadline=None)
 @given(proper_boxes(), proper_boxes())
 def test_iou_matrix_is_brute_force(a: np.ndarray, b: np.ndarray) -> None:
-    np.testing.assert_allclose(iou_matrix(a, b[:7]), brute_iou(a, b[:7]), atol=2e-6)
+    np.testing.assert_allclose(jax.jit(iou_matrix)(a, b[:7]), brute_iou(a, b[:7]), atol=2e-6)
 
 
 def test_iou_of_hand_values() -> None:
@@ -65,7 +65,7 @@ def test_decode_inverts_encode(boxes: np.ndarray, anchors: np.ndarray) -> None:
     # An anchor more than 62.5 times smaller than its box is clipped by design: see the next test.
     grown = (boxes[:, 2:] - boxes[:, :2]) / (anchors[:, 2:] - anchors[:, :2])
     keep = grown.max(axis=1) < 62
-    recovered = np.asarray(decode(encode(boxes, anchors), anchors))
+    recovered = np.asarray(jax.jit(decode)(jax.jit(encode)(boxes, anchors), anchors))
     np.testing.assert_allclose(recovered[keep], boxes[keep], atol=2e-2)
 
 
@@ -74,7 +74,7 @@ def test_decode_inverts_encode(boxes: np.ndarray, anchors: np.ndarray) -> None:
 def test_encode_inverts_decode(anchors: np.ndarray, seed: int) -> None:
     deltas = np.random.default_rng(seed).uniform(-2, 2, anchors.shape).astype(np.float32)
     anchors = anchors - np.tile(anchors[:, :2], 2)  # at the origin, where float32 keeps the digits of small boxes
-    np.testing.assert_allclose(encode(decode(deltas, anchors), anchors), deltas, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(encode)(jax.jit(decode)(deltas, anchors), anchors), deltas, atol=1e-4)
 
 
 def test_encode_of_hand_values() -> None:
@@ -88,14 +88,14 @@ def test_decode_clips_growth_at_a_thousand_sixteenths() -> None:
     assert float(at[0, 2] - at[0, 0]) == pytest.approx(1000, rel=1e-5)
     assert float(above[0, 2] - above[0, 0]) == pytest.approx(1000, rel=1e-5)
     assert float(above[0, 3] - above[0, 1]) == pytest.approx(0, abs=1e-5)  # no bound below
-    gradient = jax.grad(lambda d: decode(d, anchors)[0, 2])(array([0, 0, 100.0, 0]))
+    gradient = jax.jit(jax.grad(lambda d: decode(d, anchors)[0, 2]))(array([0, 0, 100.0, 0]))
     np.testing.assert_array_equal(gradient, [[16, 0, 0, 0]])
 
 
 def test_encode_is_finite_on_padded_boxes() -> None:
     boxes, anchors = array(*DEGENERATE), array(*[[0, 0, 32, 32]] * 5)
-    assert np.isfinite(encode(boxes, anchors)).all()
-    gradients = jax.grad(lambda b, a: encode(b, a).sum(), (0, 1))(boxes, anchors)
+    value, gradients = jax.jit(jax.value_and_grad(lambda b, a: encode(b, a).sum(), (0, 1)))(boxes, anchors)
+    assert np.isfinite(value)
     assert all(np.isfinite(g).all() for g in gradients)
 
 
@@ -117,15 +117,15 @@ def test_giou_of_hand_values() -> None:
 def test_giou_is_finite_on_degenerate_boxes() -> None:
     pairs = [(p, q) for p in [*DEGENERATE, [0.0, 0.0, 8.0, 8.0]] for q in DEGENERATE]
     a, b = array(*(p for p, _ in pairs)), array(*(q for _, q in pairs))
-    value = giou(a, b)
+    value = np.asarray(jax.jit(giou)(a, b))
     assert np.isfinite(value).all()
     assert (np.abs(value) <= 1).all()
     assert float(value[0]) == 0  # two equal points
-    assert all(np.isfinite(g).all() for g in jax.grad(lambda a, b: giou(a, b).sum(), (0, 1))(a, b))
+    assert all(np.isfinite(g).all() for g in jax.jit(jax.grad(lambda a, b: giou(a, b).sum(), (0, 1)))(a, b))
 
 
 def test_giou_of_disjoint_boxes_pulls_them_together() -> None:
-    gradient = jax.grad(lambda a: giou(a, array([20, 0, 30, 10])).sum())(array([0, 0, 10, 10]))
+    gradient = jax.jit(jax.grad(lambda a: giou(a, array([20, 0, 30, 10])).sum()))(array([0, 0, 10, 10]))
     assert float(gradient[0, 2]) > 0  # x2 grows towards the other box, where plain IoU has no gradient
 
 

@@ -43,7 +43,7 @@ def strip(width: float, x: float = 0.0) -> list[float]:
 
 def labels_of(anchors: list, boxes: list, classes: list[int], mode: str = "none") -> list[int]:
     anchors, boxes = np.array(anchors, np.float32), jnp.array(boxes, jnp.float32)
-    return match(anchors, boxes, jnp.array(classes, jnp.int32), MatchingConfig(low_quality=mode)).labels.tolist()
+    return compiled(mode)(anchors, boxes, jnp.array(classes, jnp.int32)).labels.tolist()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -60,7 +60,7 @@ def test_match_is_brute_force(mode: str, seed: int, real: int, coarse: bool) -> 
     labels = np.full(G, -1, np.int32)
     labels[rng.permutation(G)[:real]] = rng.integers(0, 80, real)  # padding may stand anywhere
     matches = compiled(mode)(anchors, jnp.asarray(boxes), jnp.asarray(labels))
-    ious = np.asarray(iou_matrix(anchors, boxes))
+    ious = np.asarray(jax.jit(iou_matrix)(anchors, boxes))
     expected_labels, expected_index = brute_force(ious, labels, MatchingConfig(low_quality=mode))
     np.testing.assert_array_equal(matches.labels, expected_labels)
     np.testing.assert_array_equal(matches.box_index, expected_index)

@@ -21,7 +21,7 @@ def compiled(iou_threshold: float = 0.5, max_detections: int = D) -> jax.stages.
 
 
 def textbook(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, threshold: float, limit: int) -> list[int]:
-    ious = np.asarray(iou_matrix(boxes, boxes))
+    ious = np.asarray(jax.jit(iou_matrix)(boxes, boxes))
     kept: list[int] = []
     for i in np.argsort(-scores, kind="stable"):
         if np.isneginf(scores[i]) or len(kept) == limit:

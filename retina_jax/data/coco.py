@@ -11,9 +11,10 @@ import json
 import reprlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
+from jaxtyping import Float64
 
 from retina_jax.data.source import BadImage, DataError, Source, make_records
 
@@ -22,6 +23,17 @@ LARGEST = 1e9
 """No size, coordinate or area in pixels is larger."""
 LARGEST_ID = 2**53
 """Ids stay below, where every JSON writer keeps integers exact."""
+
+
+class Content(NamedTuple):
+    """What a COCO JSON says."""
+
+    categories: list[tuple[int, str]]
+    """Id and name, by ascending id: label k is the k-th."""
+    images: list[tuple[int, str, int, int]]
+    """Id, file name, width, height."""
+    boxes: Float64[np.ndarray, "M 7"]
+    """Row of the image, label, crowd, and x, y, width, height in pixels, as found."""
 
 
 def read_coco(
@@ -33,23 +45,13 @@ def read_coco(
     cannot be used, for no images at all, and with "drop" for no usable box at all. The images are not opened here.
     """
     path, folder = Path(annotations), Path(images)
-    document = load_json(path)
+    content = parse_coco(path)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; it must hold the images that {path} names")
-    if not isinstance(document, dict):
-        raise DataError(f"{path}: must be an object with images, annotations and categories, not {_short(document)}")
-    categories = sorted(_parse_all(path, document, "categories", _category_parser()))
-    parsed_images = _parse_all(path, document, "images", _image_parser())
-    if not categories or not parsed_images:
-        raise DataError(f"{path}: {'images' if categories else 'categories'} is empty; it must list at least one")
-    image_rows = {image[0]: i for i, image in enumerate(parsed_images)}
-    label_of = {category_id: label for label, (category_id, _) in enumerate(categories)}
-    boxes = _parse_all(path, document, "annotations", _annotation_parser(image_rows, label_of))
-
-    columns = np.array(boxes, np.float64).reshape(-1, 7)
+    columns = content.boxes
     boxes_xyxy = np.concatenate([columns[:, 3:5], columns[:, 3:5] + columns[:, 5:7]], axis=1)
     records, _, counts = make_records(
-        parsed_images,
+        content.images,
         columns[:, 0].astype(np.int64),
         boxes_xyxy,
         columns[:, 1].astype(np.int64),
@@ -71,8 +73,8 @@ def read_coco(
     return Source(
         name=str(path),
         records=records,
-        class_names=tuple(name for _, name in categories),
-        category_ids=tuple(category_id for category_id, _ in categories),
+        class_names=tuple(name for _, name in content.categories),
+        category_ids=tuple(category_id for category_id, _ in content.categories),
         counts=counts,
         read=read,
         where=where,
@@ -80,7 +82,22 @@ def read_coco(
     )
 
 
-def load_json(path: Path) -> Any:  # noqa: ANN401 (whatever the file holds)
+def parse_coco(path: Path) -> Content:
+    """The file's content, every entry of it checked; DataError as in `read_coco`."""
+    document = load_json(path)
+    if not isinstance(document, dict):
+        raise DataError(f"{path}: must be an object with images, annotations and categories, not {_short(document)}")
+    categories = sorted(_parse_all(path, document, "categories", _category_parser()))
+    images = _parse_all(path, document, "images", _image_parser())
+    if not categories or not images:
+        raise DataError(f"{path}: {'images' if categories else 'categories'} is empty; it must list at least one")
+    image_rows = {image[0]: i for i, image in enumerate(images)}
+    label_of = {category_id: label for label, (category_id, _) in enumerate(categories)}
+    boxes = _parse_all(path, document, "annotations", _annotation_parser(image_rows, label_of))
+    return Content(categories, images, np.array(boxes, np.float64).reshape(-1, 7))
+
+
+def load_json(path: Path) -> Any:
     """The file's content, or DataError with the line and column where it stops being JSON."""
     try:
         encoded = path.read_bytes()
@@ -192,10 +209,11 @@ def _annotation_parser(image_rows: dict[int, int], label_of: dict[int, int]) -> 
 
 def _integer(entry: dict, key: str) -> int:
     value = entry.get(key)
-    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    if not whole or isinstance(value, bool) or abs(value) >= LARGEST_ID:
+    if type(value) is float and value.is_integer():
+        value = int(value)
+    if type(value) is not int or abs(value) >= LARGEST_ID:  # `type`, because True is an instance of int.
         raise DataError(f"{key} must be an integer, {'not ' + _short(value) if key in entry else 'but is missing'}")
-    return int(value)
+    return value
 
 
 def _text(entry: dict, key: str) -> str:
@@ -207,7 +225,7 @@ def _text(entry: dict, key: str) -> str:
 
 def _is_number(value: object) -> bool:
     # A comparison with NaN is false, one with an infinity or an integer of a thousand digits is too, without overflow.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+    return type(value) in (int, float) and abs(value) <= LARGEST
 
 
 def _new(seen: set[int], identity: int) -> int:

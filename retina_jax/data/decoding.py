@@ -7,11 +7,11 @@ import struct
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageMode
+from PIL import Image, ImageMode, UnidentifiedImageError
 
 from retina_jax.data.source import BadImage
 
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "TIFF")
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
 """File formats read. PIL has more; some of those start other programs."""
 MAX_PIXELS = 178_956_970
 """Images of more pixels are refused before they are decoded: a file of kilobytes can ask for gigabytes. PIL's own limit."""
@@ -70,8 +70,9 @@ def open_image(encoded: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     except Image.DecompressionBombError:
         raise BadImage(f"has more than {MAX_PIXELS} pixels") from None
-    except Exception:
-        raise BadImage(f"is not an image in one of the formats {', '.join(FORMATS)}") from None
+    except Exception as error:
+        reason = "" if isinstance(error, UnidentifiedImageError) else f": {_one_line(error)}"
+        raise BadImage(f"is not an image in one of the formats {', '.join(FORMATS)}{reason}") from None
     if image.width * image.height > MAX_PIXELS:
         raise BadImage(f"has {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
     return image

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-
 import numpy as np
 import tensorflow as tf
 from jaxtyping import Float32
@@ -16,10 +15,10 @@ tf.config.set_visible_devices([], "GPU")
 
 
 def resized_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
-    """(height, width) of the resized image: its short side becomes `short_side`, unless its long side would pass `long_side`.
+    """(height, width) of the resized image: short side `short_side`, or long side `long_side` where that is the smaller one.
 
-    Sides are rounded to the nearest pixel, halves up, and are at least 1 (Section 4.1 gives the short side; the cap on the
-    long one is Detectron's: 1000 with 600, 1333 with 800).
+    Sides are rounded to the nearest pixel, halves up, and are at least 1. The paper (Section 4.1) gives the short side; the
+    bound of the long one is Detectron's: 1000 with 600, 1333 with 800.
     """
     scale = min(short_side / min(height, width), long_side / max(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
@@ -37,7 +36,7 @@ def buckets(data: DataConfig, short_sides: tuple[int, ...]) -> tuple[tuple[int, 
     photographs fit) and S by L; 2 buckets are S by L and L by S; 1 is L by L. Shapes that coincide are given once.
     """
 
-    def padded(side: float) -> int:
+    def padded(side: int | float) -> int:
         return math.ceil(side / data.pad_multiple) * data.pad_multiple
 
     long = padded(data.long_side)
@@ -56,7 +55,7 @@ def assign_bucket(size_hw: tuple[int, int], shapes: tuple[tuple[int, int], ...])
     return min(fitting, key=lambda i: shapes[i][0] * shapes[i][1])
 
 
-def resize(image: tf.Tensor, size_hw: tf.Tensor | tuple[int, int], kind: str) -> tf.Tensor:
+def resize(image: tf.Tensor | np.ndarray, size_hw: tf.Tensor | tuple[int, int], kind: str) -> tf.Tensor:
     """Resizes uint8 [h w 3] to uint8 [h' w' 3], half-pixel centres, rounded to the nearest, halves up.
 
     `kind` is "bilinear" (two by two neighbours: cv2, Detectron, torchvision) or "antialias" (the kernel widens with the
@@ -74,7 +73,7 @@ def resize(image: tf.Tensor, size_hw: tf.Tensor | tuple[int, int], kind: str) ->
     return tf.cast(resized, tf.uint8)
 
 
-def flip_boxes(boxes_xyxy: Float32[np.ndarray, "G 4"], width: float) -> Float32[np.ndarray, "G 4"]:
+def flip_boxes(boxes_xyxy: Float32[np.ndarray, "G 4"], width: int) -> Float32[np.ndarray, "G 4"]:
     """Boxes of the image mirrored left to right, `width` pixels wide: x becomes width - x."""
     x1, y1, x2, y2 = boxes_xyxy.T
     return np.stack([width - x2, y1, width - x1, y2], axis=1)

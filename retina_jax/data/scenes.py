@@ -96,9 +96,7 @@ def write_scenes(config: ScenesConfig) -> ScenePaths:
                     raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    return ScenePaths(
-        str(folder / "train.json"), str(folder / "train"), str(folder / "val.json"), str(folder / "val")
-    )
+    return ScenePaths(str(folder / "train.json"), str(folder / "train"), str(folder / "val.json"), str(folder / "val"))
 
 
 def draw_scene(config: ScenesConfig, stream: int, index: int) -> Scene:
@@ -108,7 +106,7 @@ def draw_scene(config: ScenesConfig, stream: int, index: int) -> Scene:
     objects = 0 if rng.random() < EMPTY_SHARE else int(rng.integers(1, config.max_objects, endpoint=True))
     wanted = [True] * objects + [False] * int(rng.integers(0, config.lookalikes, endpoint=True))
     owner = np.full(picture.shape[:2], -1)
-    labels, boxes, areas = [], [], []
+    labels, boxes, areas, visible = [], [], np.zeros(0, int), np.zeros(0, int)
     for is_object in rng.permutation(wanted):
         label = int(rng.integers(config.classes))
         shape, hue = _class_look(label) if is_object else _lookalike(rng, label)
@@ -118,20 +116,20 @@ def draw_scene(config: ScenesConfig, stream: int, index: int) -> Scene:
             (x, y), whole, inside = draw_shape(shape, box, rng.uniform(-0.25, 0.25), 0.5 + 0.02 * side)
             patch = np.s_[y : y + whole.shape[0], x : x + whole.shape[1]]
             solid = whole >= 0.5
-            hidden = np.bincount(owner[patch][solid] + 1, minlength=len(labels) + 1)[1:]
-            left = np.bincount(owner.ravel() + 1, minlength=len(labels) + 1)[1:] - hidden
-            if (left >= LEAST_VISIBLE * np.array(areas)).all():
-                picture[patch] = _painted(rng, picture[patch], whole, inside, hue)
-                owner[patch][solid] = len(labels) if is_object else -1
-                if is_object:
-                    labels.append(label)
-                    boxes.append(box)
-                    areas.append(int(solid.sum()))
-                break
-    picture += rng.normal(0, 0.012, picture.shape).astype(np.float32)
+            left = visible - np.bincount(owner[patch][solid] + 1, minlength=len(labels) + 1)[1:]
+            if (left < LEAST_VISIBLE * areas).any():
+                continue
+            picture[patch] = _painted(rng, picture[patch], whole, inside, hue)
+            owner[patch][solid] = len(labels) if is_object else -1
+            visible = left
+            if is_object:
+                labels.append(label)
+                boxes.append(box)
+                areas, visible = np.append(areas, solid.sum()), np.append(visible, solid.sum())
+            break
+    picture += 0.012 * rng.standard_normal(picture.shape, np.float32)
     image = (picture.clip(0, 1) * 255 + 0.5).astype(np.uint8)
-    seen = np.bincount(owner.ravel() + 1, minlength=len(labels) + 1)[1:]
-    return Scene(image, labels, boxes, [float(s / a) for s, a in zip(seen, areas, strict=True)])
+    return Scene(image, labels, boxes, (visible / areas).tolist())
 
 
 def draw_background(rng: np.random.Generator, size: int) -> Float32[np.ndarray, "size size 3"]:
@@ -140,15 +138,17 @@ def draw_background(rng: np.random.Generator, size: int) -> Float32[np.ndarray, 
     u, v = ramp[None, :, None], ramp[:, None, None]
     picture = np.zeros((size, size, 3), np.float32) + _colour(rng, (0.1, 0.5), (0.35, 0.7))
     for cells, strength in ((3, 0.35), (6, 0.25), (12, 0.18), (24, 0.14), (48, 0.1)):
-        coarse = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
-        noise = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255 - 0.5
-        grey = noise.mean(2, keepdims=True)
-        picture += strength * rng.uniform(0.3, 1.0) * (0.5 * noise + 0.9 * grey)
+        noise = rng.random((cells, cells, 3), np.float32)
+        noise = 0.35 * noise + 0.65 * noise.mean(2, keepdims=True)  # Less colour than light and dark.
+        coarse = Image.fromarray((noise * 255).astype(np.uint8))
+        fine = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), np.float32)
+        picture += (fine - 127.5) * (1.4 * strength * rng.uniform(0.3, 1.0) / 255)
     for _ in range(rng.integers(0, 7)):
         picture += (_colour(rng, (0.2, 0.8), (0.3, 1.0)) - picture) * 0.6 * _spot(rng, u, v, (0.02, 0.12))
     for _ in range(rng.integers(0, 4)):
         angle, waves = rng.uniform(0, np.pi), rng.uniform(6, 28)
-        phase = 2 * np.pi * (waves * (np.cos(angle) * u + np.sin(angle) * v) + rng.random())
+        across, down = (2 * np.pi * waves * np.array([np.cos(angle), np.sin(angle)])).tolist()
+        phase = across * u + down * v + rng.uniform(0, 2 * np.pi)
         picture += rng.uniform(0.05, 0.2) * np.sin(phase) * _spot(rng, u, v, (0.08, 0.3))
     drawn = Image.fromarray((picture.clip(0, 1) * 255).astype(np.uint8))
     pen = ImageDraw.Draw(drawn)
@@ -200,7 +200,7 @@ def _colour(
     saturation: tuple[float, float],
     value: tuple[float, float],
     hue: float | None = None,
-) -> Float32[np.ndarray, "3"]:
+) -> Float32[np.ndarray, " channels"]:
     """RGB in [0, 1]; `hue` in degrees, any where None."""
     turns = rng.random() if hue is None else hue % 360 / 360
     return np.array(colorsys.hsv_to_rgb(turns, rng.uniform(*saturation), rng.uniform(*value)), np.float32)
@@ -208,8 +208,8 @@ def _colour(
 
 def _spot(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, radius: tuple[float, float]) -> np.ndarray:
     """A soft ellipse somewhere, 1 at its centre."""
-    (cu, cv), (ru, rv) = rng.random(2), rng.uniform(*radius, 2)
-    return np.exp(-((u - cu) ** 2) / ru**2 - (v - cv) ** 2 / rv**2).astype(np.float32)
+    cu, cv, (ru, rv) = rng.random(), rng.random(), rng.uniform(*radius, 2).tolist()
+    return np.exp(-(((u - cu) / ru) ** 2)) * np.exp(-(((v - cv) / rv) ** 2))
 
 
 def _write_split(folder: Path, split: str, config: ScenesConfig, stream: int, count: int) -> None:

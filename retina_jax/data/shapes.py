@@ -36,7 +36,8 @@ SHAPES: dict[str, tuple[Float[np.ndarray, "n 2"], ...]] = {
     "square": (_around([1.0] * 4, 1 / 8),),
     "triangle": (_around([1.0] * 3),),
     "cross": (
-        np.array([[1, 0], [2, 0], [2, 1], [3, 1], [3, 2], [2, 2], [2, 3], [1, 3], [1, 2], [0, 2], [0, 1], [1, 1]]) - 1.5,
+        np.array([[1, 0], [2, 0], [2, 1], [3, 1], [3, 2], [2, 2], [2, 3], [1, 3], [1, 2], [0, 2], [0, 1], [1, 1]])
+        - 1.5,
     ),
     "ring": (_around([1.0] * 48), _around([0.52] * 48)),
     "star": (_around([1.0, 0.42] * 5),),
@@ -88,6 +89,4 @@ def _eroded(mask: np.ndarray, radius: int) -> np.ndarray:
 
 
 def _averaged(mask: np.ndarray) -> np.ndarray:
-    rows, columns = mask.shape[0] // SUPERSAMPLING, mask.shape[1] // SUPERSAMPLING
-    cells = mask.reshape(rows, SUPERSAMPLING, columns, SUPERSAMPLING)
-    return cells.mean((1, 3), dtype=np.float32) / np.float32(255)
+    return np.asarray(Image.fromarray(mask).reduce(SUPERSAMPLING), np.float32) / 255

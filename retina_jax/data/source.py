@@ -37,7 +37,7 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A data set. Label k is category `category_ids[k]`, called `class_names[k]`; ids ascend."""
+    """A data set. Label k is category `category_ids[k]`, called `class_names[k]`."""
 
     name: str
     """What messages call it: the path of its JSON, or the TFDS name and split."""

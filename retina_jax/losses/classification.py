@@ -89,11 +89,11 @@ def _modulated_jvp(
 def _sigmoids(x_t: Float32[Array, "*N"]) -> tuple[Array, Array, Array, Array]:
     """p_t, 1 - p_t, -log(p_t) and -log(1 - p_t), each to float32's relative accuracy, from one exponential.
 
-    The branches meet in value and in every derivative, so the derivative of a derivative is right at 0 too (abs, whose
-    derivative there is 0, would not be).
+    The branches meet in value and in every derivative, so the derivative of a derivative is right at 0 too: jnp.abs has
+    the slope of its x >= 0 branch there, as the selections below do (jnp.maximum(x, 0) would have half of it).
     """
     positive = x_t >= 0
-    shrunk = jnp.exp(jnp.where(positive, -x_t, x_t))  # exp(-|x_t|), at most 1: it cannot overflow
+    shrunk = jnp.exp(-jnp.abs(x_t))  # at most 1: it cannot overflow
     log_sum = jnp.log1p(shrunk)
     reciprocal = 1.0 / (1.0 + shrunk)
     larger, smaller = reciprocal, shrunk * reciprocal

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Container
 
 import numpy as np
 from PIL import Image
@@ -32,11 +34,17 @@ def assess(run: Run, detector: Detector, source: Source, step: int) -> Scores:
     started = time.monotonic()
     found: dict[int, ImageDetections] = dict(detector.detect_batches(batches, sizes))
     seconds = time.monotonic() - started
+    # A bad image that was skipped is one in which nothing was found: its objects count as missed.
+    unread = sorted(set(range(min(limit, len(source)))) - found.keys())
+    if unread and len(unread) == len(batches.skipped):
+        print(f"warning: {len(unread)} images could not be read and score as images without detections")
+        nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32)
+        found |= {index: ImageDetections(*nothing) for index in unread}
     results = []
     for index, detections in sorted(found.items()):
         image_id = source.records[index].image_id
         results += coco_results(
-            image_id, detections.boxes_xyxy, detections.scores, detections.labels, detector.category_ids
+            image_id, detections.boxes_xyxy, detections.scores, detections.labels, source.category_ids
         )
     image_ids = [record.image_id for record in source.records[:limit]]
     scores = evaluate_coco(source.truth, results, image_ids, [source.records[index].image_id for index in found])
@@ -45,15 +53,23 @@ def assess(run: Run, detector: Detector, source: Source, step: int) -> Scores:
         run.path("evaluation", step),
         {"step": step, "images": len(image_ids), **scores.summary, "per_class": scores.per_class},
     )
-    _write_pictures(run, detector, source, found, step)
+    _write_pictures(run, detector, source, found, batches.skipped, step)
     print(f"evaluated {len(image_ids)} images in {seconds:.1f} s ({len(image_ids) / max(seconds, 1e-9):.1f} img/s)")
     return scores
 
 
-def _write_pictures(run: Run, detector: Detector, source: Source, found: dict[int, ImageDetections], step: int) -> None:
+def _write_pictures(
+    run: Run,
+    detector: Detector,
+    source: Source,
+    found: dict[int, ImageDetections],
+    skipped: Container[str],
+    step: int,
+) -> None:
     """The first images with their detections and, thin, the truth; and all of them on one sheet."""
     drawn = []
-    for index in sorted(found)[: run.config.training.pictures]:
+    readable = (index for index in sorted(found) if source.where(index) not in skipped)
+    for index in itertools.islice(readable, run.config.training.pictures):
         record, detections = source.records[index], found[index]
         image = to_rgb(source.read(index), expected_size=(record.width, record.height))
         good = detections.scores >= max(0.3, run.config.detection.score_threshold)

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,7 +36,7 @@ class Metrics:
         self._window_start, self._waited, self._timed = time.monotonic(), 0.0, 0
         self._first, self._begun = start_step, time.monotonic()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Metrics:
         return self
 
     def __exit__(

@@ -9,16 +9,20 @@ import flax.struct
 import jax
 import numpy as np
 import optax
-from jaxtyping import Float, Int, PyTree
+from jaxtyping import PyTree
 
 from retina_jax.losses.detection import EMA_START
 
 
 @flax.struct.dataclass
 class TrainState:
-    """State of a run after `step` steps. The data order is a function of the step, so this is all there is to resume."""
+    """State of a run after `step` steps. The data order is a function of the step, so this is all there is to resume.
 
-    step: Int[Any, ""]
+    Leaves are arrays, or whatever libraries put in their place (shardings, abstract shapes), and not typed for that.
+    """
+
+    step: Any
+    """Steps taken, int32 []."""
     params: PyTree
     """Trained parameters, float32."""
     frozen: PyTree
@@ -26,8 +30,8 @@ class TrainState:
     stats: PyTree
     """Running statistics of model.norm "batch"; empty otherwise."""
     opt_state: optax.OptState
-    normaliser: Float[Any, ""]
-    """Running mean of positive anchors a device (loss.normaliser "ema")."""
+    normaliser: Any
+    """float32 []: running mean of positive anchors a device (loss.normaliser "ema")."""
 
     @property
     def variables(self) -> dict[str, PyTree]:

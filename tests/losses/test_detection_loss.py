@@ -1,13 +1,13 @@
 """The loss of an image against float64 numpy, and the four normalisers against their definitions."""
 
-import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from retina_jax.boxes import encode
 from retina_jax.config import ConfigError, LossConfig, MatchingConfig
 from retina_jax.losses.detection import EMA_START, ImageLosses, denominator, image_losses, image_weights
 from retina_jax.matching import BACKGROUND, IGNORED, match
@@ -34,73 +34,88 @@ def small_case() -> dict[str, jax.Array]:
     }
 
 
-def losses(case: dict[str, jax.Array], **loss: object) -> ImageLosses:
-    return image_losses(**case, matching=MatchingConfig(), loss=LossConfig(**loss))
+@functools.cache
+def compiled(box: str) -> jax.stages.Wrapped:
+    return jax.jit(
+        lambda case: image_losses(**case, matching=MatchingConfig(), loss=LossConfig(box=box)),
+    )
+
+
+@functools.cache
+def compiled_gradient(box: str) -> jax.stages.Wrapped:
+    """Gradients of the summed losses with respect to logits and deltas."""
+
+    def total(outputs: tuple[jax.Array, jax.Array], case: dict[str, jax.Array]) -> jax.Array:
+        sums = compiled(box)({**case, "logits": outputs[0], "deltas": outputs[1]})
+        return sums.classification.sum() + sums.box.sum()
+
+    return jax.jit(lambda case: jax.grad(total)((case["logits"], case["deltas"]), case))
+
+
+def losses(case: dict[str, jax.Array], box: str = "smooth_l1") -> ImageLosses:
+    return ImageLosses(*(np.asarray(sums) for sums in compiled(box)(case)))
 
 
 def test_image_losses_are_the_sums_of_the_definitions() -> None:
     case = small_case()
-    result = losses(case)
-    seen = set()
+    result, seen = losses(case), set()
+    find = jax.jit(jax.vmap(lambda boxes, labels: match(case["anchors"], boxes, labels, MatchingConfig())))
+    all_labels, all_indices = (np.asarray(x) for x in find(case["boxes_xyxy"], case["labels"]))
+    logits, deltas, anchors, boxes = (
+        np.asarray(case[name], np.float64) for name in ("logits", "deltas", "anchors", "boxes_xyxy")
+    )
     for i in range(B):
-        matches = match(case["anchors"], case["boxes_xyxy"][i], case["labels"][i], MatchingConfig())
-        labels, index = np.asarray(matches.labels), np.asarray(matches.box_index)
-        seen |= set(np.sign(labels) * (labels < 0) - (labels == IGNORED))
         classification = box = 0.0
-        for a in range(A):
-            if labels[a] == IGNORED:
+        for a, label in enumerate(all_labels[i]):
+            seen.add(min(label, 0))
+            if label == IGNORED:
                 continue
             for k in range(K):
-                x = float(case["logits"][i, a, k])
-                p = 1 / (1 + np.exp(-x))
-                p_t, alpha_t = (p, 0.25) if labels[a] == k else (1 - p, 0.75)
+                p = 1 / (1 + np.exp(-logits[i, a, k]))
+                p_t, alpha_t = (p, 0.25) if label == k else (1 - p, 0.75)
                 classification += -alpha_t * (1 - p_t) ** 2 * np.log(p_t)
-            if labels[a] >= 0:
-                target = encode(case["boxes_xyxy"][i, index[a]], case["anchors"][a])
-                error = np.abs(np.asarray(case["deltas"][i, a] - target, np.float64))
+            if label >= 0:
+                anchor, target = anchors[a], boxes[i, all_indices[i, a]]
+                side, target_side = anchor[2:] - anchor[:2], target[2:] - target[:2]
+                shift = (target[2:] + target[:2] - anchor[2:] - anchor[:2]) / (2 * side)
+                error = np.abs(deltas[i, a] - np.concatenate([shift, np.log(target_side / side)]))
                 box += np.where(error < 0.11, error**2 / 0.22, error - 0.055).sum()
         assert float(result.classification[i]) == pytest.approx(classification, rel=1e-5)
         assert float(result.box[i]) == pytest.approx(box, rel=1e-5)
-        assert float(result.positives[i]) == (labels >= 0).sum()
-    assert {int(s) for s in seen} == {0, -1, -2}  # the case has positive, background and ignored anchors
+        assert float(result.positives[i]) == (all_labels[i] >= 0).sum()
+    assert seen == {0, BACKGROUND, IGNORED}  # the case has all three
 
 
-def test_image_without_boxes_is_all_background_with_finite_gradients() -> None:
+@pytest.mark.parametrize("box", ["smooth_l1", "giou"])
+def test_image_without_boxes_is_all_background_with_finite_gradients(box: str) -> None:
     case = small_case()
     case["labels"] = jnp.full((B, G), -1, jnp.int32)
-    for box in ("smooth_l1", "giou"):
-        result = losses(case, box=box)
-        np.testing.assert_array_equal(result.box, np.zeros(B))
-        np.testing.assert_array_equal(result.positives, np.zeros(B))
-        assert (np.asarray(result.classification) > 0).all()
-
-        def total(logits: jax.Array, deltas: jax.Array, box: str = box) -> jax.Array:
-            sums = losses({**case, "logits": logits, "deltas": deltas}, box=box)
-            return sums.classification.sum() + sums.box.sum()
-
-        to_logits, to_deltas = jax.grad(total, (0, 1))(case["logits"], case["deltas"])
-        assert (np.asarray(to_logits) > 0).all()  # every class of every anchor is pushed down
-        np.testing.assert_array_equal(to_deltas, np.zeros((B, A, 4)))
+    result = losses(case, box)
+    np.testing.assert_array_equal(result.box, np.zeros(B))
+    np.testing.assert_array_equal(result.positives, np.zeros(B))
+    assert (result.classification > 0).all()
+    to_logits, to_deltas = compiled_gradient(box)(case)
+    assert (np.asarray(to_logits) > 0).all()  # every class of every anchor is pushed down
+    np.testing.assert_array_equal(to_deltas, np.zeros((B, A, 4)))
 
 
 @pytest.mark.parametrize("box", ["smooth_l1", "giou"])
 def test_gradient_is_the_numerical_gradient(box: str) -> None:
-    case = small_case()
-    rng = np.random.default_rng(3)
-
-    def total(logits: jax.Array, deltas: jax.Array) -> jax.Array:
-        sums = losses({**case, "logits": logits, "deltas": deltas}, box=box)
-        return sums.classification.sum() + sums.box.sum()
-
-    evaluate, gradient = jax.jit(total), jax.grad(total, (0, 1))(case["logits"], case["deltas"])
+    case, rng = small_case(), np.random.default_rng(3)
+    logits, deltas = np.asarray(case["logits"]), np.asarray(case["deltas"])
+    to_logits, to_deltas = (np.asarray(g) for g in compiled_gradient(box)(case))
     for _ in range(5):
-        direction = [jnp.asarray(rng.normal(size=g.shape), jnp.float32) for g in gradient]
-        forward, backward = (
-            evaluate(case["logits"] + step * direction[0], case["deltas"] + step * direction[1])
-            for step in (2e-3, -2e-3)
-        )
-        slope = sum(float((g * d).sum()) for g, d in zip(gradient, direction, strict=True))
-        assert float(forward - backward) / 4e-3 == pytest.approx(slope, rel=2e-2, abs=2e-2)
+        up, along = rng.normal(size=logits.shape), rng.normal(size=deltas.shape)
+        ends = []
+        for step in (2e-3, -2e-3):
+            moved = {
+                "logits": jnp.asarray(logits + step * up, jnp.float32),
+                "deltas": jnp.asarray(deltas + step * along, jnp.float32),
+            }
+            sums = losses({**case, **moved}, box)
+            ends.append(np.sum(sums.classification, dtype=np.float64) + np.sum(sums.box, dtype=np.float64))
+        slope = (to_logits * up).sum() + (to_deltas * along).sum()
+        assert (ends[0] - ends[1]) / 4e-3 == pytest.approx(slope, rel=1e-2, abs=1e-2)
 
 
 def test_bfloat16_outputs_are_summed_in_float32() -> None:
@@ -116,9 +131,11 @@ def test_images_do_not_see_each_other() -> None:
     case = small_case()
     together = losses(case)
     for i in range(B):
-        alone = losses({name: x if name == "anchors" else x[i : i + 1] for name, x in case.items()})
-        for all_images, one in zip(together, alone, strict=True):
-            np.testing.assert_allclose(all_images[i], one[0], rtol=1e-6)
+        # The others are overwritten with copies of the first image.
+        others = jnp.array([i if j == i else 0 for j in range(B)])
+        alone = losses({name: x if name == "anchors" else x[others] for name, x in case.items()})
+        for all_images, changed in zip(together, alone, strict=True):
+            assert all_images[i] == changed[i]
 
 
 N = np.array([3.0, 0.0, 5.0, 1.0, 0.0, 0.0, 2.0, 9.0])  # positive anchors of 8 images
@@ -182,7 +199,7 @@ def test_dividing_after_the_gradient_is_dividing_before_it(scope: str) -> None:
     case = small_case()
 
     def weighted(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        sums = losses({**case, "logits": logits})
+        sums = compiled("smooth_l1")({**case, "logits": logits})
         weights = image_weights(sums.positives, scope, batch_size=B, shards=1)
         return (weights * (sums.classification + sums.box)).sum(), sums.positives.sum()
 
@@ -190,9 +207,14 @@ def test_dividing_after_the_gradient_is_dividing_before_it(scope: str) -> None:
         value, positives = weighted(logits)
         return value / denominator(positives, scope, jnp.float32(EMA_START), shards=1)[0]
 
-    gradient, positives = jax.grad(weighted, has_aux=True)(case["logits"])
-    by, _ = denominator(positives, scope, jnp.float32(EMA_START), shards=1)
-    np.testing.assert_allclose(gradient / by, jax.grad(ratio)(case["logits"]), rtol=1e-5, atol=1e-9)
+    @jax.jit
+    def both(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        gradient, positives = jax.grad(weighted, has_aux=True)(logits)
+        by, _ = denominator(positives, scope, jnp.float32(EMA_START), shards=1)
+        return gradient / by, jax.grad(ratio)(logits)
+
+    after, before = both(case["logits"])
+    np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-9)
 
 
 def test_uneven_shards_and_unknown_scopes_are_refused_by_name() -> None:
@@ -215,6 +237,27 @@ def test_background_and_ignored_are_told_apart_in_the_sum() -> None:
         "boxes_xyxy": jnp.array([[[0.0, 0, 10, 1]]] * 2),
         "labels": jnp.array([[0], [BACKGROUND]], jnp.int32),
     }
-    result = image_losses(**case, matching=MatchingConfig(low_quality="none"), loss=dataclasses.replace(LossConfig()))
+    result = image_losses(**case, matching=MatchingConfig(low_quality="none"), loss=LossConfig())
     assert float(result.classification[0]) == 0
     assert float(result.classification[1]) > 1
+
+
+def test_images_on_a_device_mesh_need_no_collective() -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    case = small_case()
+    anchors = case.pop("anchors")
+    eight = {name: jnp.concatenate([x, x, x])[:8] for name, x in case.items()}
+
+    def of_images(case: dict[str, jax.Array]) -> ImageLosses:
+        return image_losses(**case, anchors=anchors, matching=MatchingConfig(), loss=LossConfig())
+
+    program = jax.jit(of_images, in_shardings=NamedSharding(mesh, PartitionSpec("data"))).lower(eight).compile()
+    for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
+        assert f"{collective}(" not in program.as_text()
+    by_device = jax.jit(
+        jax.shard_map(of_images, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))
+    )
+    on_one = losses(small_case())
+    for sums in (program(jax.device_put(eight, program.input_shardings[0][0])), by_device(eight)):
+        for got, expected in zip(sums, on_one, strict=True):
+            np.testing.assert_allclose(got, np.tile(expected, 3)[:8], rtol=1e-6)

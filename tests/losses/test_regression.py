@@ -55,13 +55,16 @@ def test_giou_loss_is_one_minus_giou_of_the_decoded_box() -> None:
 @pytest.mark.parametrize("kind", ["smooth_l1", "l1", "giou"])
 def test_padded_targets_give_finite_values_and_gradients(kind: str) -> None:
     loss = box_loss(LossConfig(box=kind))
-    deltas, targets = jnp.array([[0.0, 0, 0, 0], [9, 9, 100, 100], [0, 0, -100, -100]]), jnp.zeros((3, 4))
-    assert np.isfinite(loss(deltas, ANCHORS, targets)).all()
-    assert np.isfinite(jax.grad(lambda d: loss(d, ANCHORS, targets).sum())(deltas)).all()
+    deltas = jnp.array([[0.0, 0, 0, 0], [9, 9, 100, 100], [0, 0, -100, -100]])
+    value, gradient = jax.jit(jax.value_and_grad(lambda d: loss(d, ANCHORS, jnp.zeros((3, 4))).sum()))(deltas)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
 
 
 def test_bad_box_losses_are_refused_by_name() -> None:
+    config = LossConfig()
+    object.__setattr__(config, "box", "l2")  # past the type check of the tests' import hook
     with pytest.raises(ConfigError, match=r"loss\.box"):
-        box_loss(LossConfig(box="l2"))
+        box_loss(config)
     with pytest.raises(ConfigError, match=r"loss\.beta"):
         smooth_l1(jnp.zeros(1), beta=-0.1)

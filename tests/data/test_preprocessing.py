@@ -1,0 +1,133 @@
+"""Sizes, canvases, resizing, mirroring."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retina_jax.config import DataConfig
+from retina_jax.data.preprocessing import assign_bucket, buckets, flip_boxes, resize, resized_size, train_short_sides
+
+side = st.integers(1, 6000)
+
+
+@pytest.mark.parametrize(
+    ("size", "rule", "expected"),
+    [
+        ((480, 640), (600, 1000), (600, 800)),
+        ((640, 480), (800, 1333), (1067, 800)),
+        ((427, 640), (600, 1000), (600, 899)),
+        ((300, 640), (600, 1000), (469, 1000)),
+        ((1, 5000), (600, 1000), (1, 1000)),
+        ((128, 128), (128, 128), (128, 128)),
+        ((2, 3), (3, 100), (3, 5)),  # 4.5, a half, goes up
+        ((500, 500), (600, 400), (400, 400)),
+    ],
+)
+def test_resized_size(size: tuple[int, int], rule: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert resized_size(*size, *rule) == expected
+
+
+@settings(deadline=None, max_examples=200)
+@given(side, side, st.integers(1, 1200), st.integers(1, 1500))
+def test_resized_size_keeps_its_bounds(height: int, width: int, short_side: int, long_side: int) -> None:
+    resized = resized_size(height, width, short_side, long_side)
+    assert 1 <= min(resized) <= short_side and max(resized) <= long_side
+    assert min(resized) == short_side or max(resized) == long_side
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    side,
+    side,
+    st.lists(st.integers(1, 900), min_size=1, max_size=4),
+    st.integers(1, 1500),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([32, 64, 128]),
+)
+def test_every_image_fits_a_canvas(
+    height: int, width: int, short_sides: list[int], long_side: int, count: int, multiple: int
+) -> None:
+    data = DataConfig(long_side=long_side, buckets=count, pad_multiple=multiple)
+    shapes = buckets(data, tuple(short_sides))
+    assert len(set(shapes)) == len(shapes) <= count
+    assert all(s % multiple == 0 for shape in shapes for s in shape)
+    canvas = shapes[assign_bucket(resized_size(height, width, max(short_sides), long_side), shapes)]
+    for short_side in short_sides:
+        resized = resized_size(height, width, short_side, long_side)
+        assert resized[0] <= canvas[0] and resized[1] <= canvas[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ((608, 800), (800, 608), (608, 1024), (1024, 608))),
+        ({"short_side": 800, "long_side": 1333}, ((800, 1088), (1088, 800), (800, 1344), (1344, 800))),
+        ({"buckets": 2}, ((608, 1024), (1024, 608))),
+        ({"buckets": 1}, ((1024, 1024),)),
+        ({"pad_multiple": 128}, ((640, 896), (896, 640), (640, 1024), (1024, 640))),
+        ({"short_side": 128, "long_side": 128}, ((128, 128),)),
+        ({"short_side": 600, "long_side": 800}, ((608, 800), (800, 608))),
+        ({"jitter_short_sides": (400, 800), "long_side": 1333}, ((800, 1088), (1088, 800), (800, 1344), (1344, 800))),
+    ],
+)
+def test_canvas_shapes(changes: dict, expected: tuple) -> None:
+    data = DataConfig(**changes)
+    assert buckets(data, train_short_sides(data)) == expected
+
+
+def test_smallest_canvas_that_holds_the_image_is_taken() -> None:
+    shapes = buckets(DataConfig(), (600,))
+    assert [shapes[assign_bucket(size, shapes)] for size in ((600, 800), (600, 801), (899, 600), (600, 600))] == [
+        (608, 800),
+        (608, 1024),
+        (1024, 608),
+        (608, 800),
+    ]
+    with pytest.raises(ValueError, match="fits none of"):
+        assign_bucket((609, 900), shapes)
+
+
+def half_pixel_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Two by two neighbours of each output pixel's centre, edges repeated; in float64."""
+    for axis, n in enumerate(size):
+        centre = (np.arange(n) + 0.5) * image.shape[axis] / n - 0.5
+        low = np.floor(centre)
+        weight = (centre - low).reshape([-1 if a == axis else 1 for a in range(3)])
+        first, second = (np.clip(low + k, 0, image.shape[axis] - 1).astype(int) for k in (0, 1))
+        image = np.take(image, first, axis) * (1 - weight) + np.take(image, second, axis) * weight
+    return image
+
+
+@pytest.mark.parametrize("size", [(31, 47), (20, 33), (9, 5), (1, 1), (20, 47)])
+def test_bilinear_is_half_pixel_bilinear(size: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (20, 33, 3), np.uint8)
+    expected = half_pixel_bilinear(image.astype(np.float64), size)
+    found = resize(image, size, "bilinear").numpy()
+    assert found.dtype == np.uint8 and np.abs(found - expected).max() < 0.501
+    if size == (20, 33):
+        assert np.array_equal(found, image)
+    if min(size) >= 20:
+        assert np.array_equal(resize(image, size, "antialias").numpy(), found)
+
+
+def test_antialias_averages_where_it_reduces() -> None:
+    stripes = np.zeros((40, 40, 3), np.uint8)
+    stripes[:, ::2] = 255
+    small = resize(stripes, (10, 10), "antialias").numpy()[2:-2, 2:-2]
+    assert np.abs(small.astype(int) - 128).max() <= 2
+    assert np.abs(resize(stripes, (8, 8), "bilinear").numpy().astype(int) - 128).max() > 100
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(*[st.integers(0, 500)] * 4), max_size=5))
+def test_mirroring_twice_is_nothing(corners: list[tuple[int, int, int, int]]) -> None:
+    boxes = np.array(corners, np.float32).reshape(-1, 4)
+    mirrored = flip_boxes(boxes, 500)
+    assert np.array_equal(flip_boxes(mirrored, 500), boxes)
+    assert np.array_equal(mirrored[:, 2] - mirrored[:, 0], boxes[:, 2] - boxes[:, 0])
+    assert np.array_equal(mirrored[:, [1, 3]], boxes[:, [1, 3]])
+
+
+def test_mirrored_box_ends_where_it_began() -> None:
+    assert flip_boxes(np.array([[0, 1, 3, 4]], np.float32), 10).tolist() == [[7, 1, 10, 4]]

@@ -1,0 +1,255 @@
+"""A TFDS data set reads as the COCO files it was made from."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from small_sets import encode, rectangles, write_coco
+
+from retina_jax.config import DataConfig
+from retina_jax.data.coco import read_coco
+from retina_jax.data.coco_classes import COCO_CATEGORIES
+from retina_jax.data.pipeline import eval_batches
+from retina_jax.data.source import BadImage, DataError, Source
+from retina_jax.data.sources import open_source
+from retina_jax.data.tfds import read_tfds
+
+SIZES = [(96, 72), (72, 96), (61, 60), (60, 45)]
+
+
+def store(
+    folder: Path,
+    examples: list[dict[str, Any]],
+    *,
+    name: str = "tiny",
+    names: tuple[str, ...] = ("red", "green"),
+    extras: bool = True,
+    file_format: str = "array_record",
+) -> str:
+    """Writes a TFDS data set with COCO's features, or only the necessary ones; returns the folder it is prepared in."""
+    objects = {"bbox": tfds.features.BBoxFeature(), "label": tfds.features.ClassLabel(names=list(names))}
+    features = {"image": tfds.features.Image()}
+    if extras:
+        objects |= {"is_crowd": np.bool_, "area": np.int64, "id": np.int64}
+        features |= {"image/id": np.int64, "image/filename": tfds.features.Text()}
+    features["objects"] = tfds.features.Sequence(objects)
+    builder = tfds.dataset_builders.store_as_tfds_dataset(
+        name,
+        "1.2.3",
+        tfds.features.FeaturesDict(features),
+        {"train": list(enumerate(examples))},
+        data_dir=str(folder),
+        file_format=file_format,
+        disable_shuffling=True,
+    )
+    return str(builder.data_dir)
+
+
+def example(source: Source, index: int, *, extras: bool = True) -> dict[str, Any]:
+    """An image of a COCO source as a TFDS example, crowds and all."""
+    record = source.records[index]
+    path = Path(source.where(index))
+    mine = [a for a in source.truth["annotations"] if a["image_id"] == record.image_id]
+    objects = []
+    for a in mine:
+        x, y, w, h = a["bbox"]
+        x1, y1, x2, y2 = x / record.width, y / record.height, (x + w) / record.width, (y + h) / record.height
+        box = {"bbox": tfds.features.BBox(y1, x1, y2, x2), "label": source.category_ids.index(a["category_id"])}
+        more = {"is_crowd": bool(a["iscrowd"]), "area": int(a["area"]), "id": a["id"]}
+        objects.append(box | (more if extras else {}))
+    more = {"image/id": record.image_id, "image/filename": record.file_name}
+    return {"image": str(path), "objects": objects} | (more if extras else {})
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, str]:
+    """The same images as a COCO source and as a TFDS folder; one has a crowd besides its box, one has no box."""
+    folder = tmp_path_factory.mktemp("tfds")
+    source = rectangles(folder, SIZES)
+    document = source.truth
+    crowd = {"id": 9, "image_id": 11, "category_id": 2, "bbox": [0, 0, 30, 20], "area": 600, "iscrowd": 1}
+    document["annotations"] = [a for a in document["annotations"] if a["image_id"] != 12] + [crowd]
+    source = read_coco(*write_coco(folder, document))
+    return source, store(folder / "sets", [example(source, i) for i in range(4)])
+
+
+def test_tfds_reads_as_its_coco_files(pair: tuple[Source, str]) -> None:
+    coco, folder = pair
+    source = read_tfds(folder, "", "train")
+    assert source.class_names == coco.class_names == ("red", "green") and source.category_ids == (1, 2)
+    assert source.counts == coco.counts and source.counts["crowd"] == 1 and source.counts["images_without_boxes"] == 1
+    for index, (found, expected) in enumerate(zip(source.records, coco.records, strict=True)):
+        for field in ("image_id", "file_name", "width", "height"):
+            assert getattr(found, field) == getattr(expected, field)
+        assert np.array_equal(found.labels, expected.labels)
+        assert np.abs(found.boxes_xyxy - expected.boxes_xyxy).max(initial=0) < 1e-4
+        assert source.read(index) == coco.read(index)
+    truth = {a["image_id"]: a for a in source.truth["annotations"] if not a["iscrowd"]}
+    assert [a["area"] for a in source.truth["annotations"] if a["iscrowd"]] == [600]
+    for a in coco.truth["annotations"]:
+        if not a["iscrowd"]:
+            assert np.allclose(truth[a["image_id"]]["bbox"], a["bbox"], atol=1e-4)
+            assert truth[a["image_id"]]["category_id"] == a["category_id"]
+    assert len(read_tfds(folder, "", "train", images_without_boxes="drop")) == 3
+
+
+def test_tfds_gives_the_batches_of_its_coco_files(pair: tuple[Source, str]) -> None:
+    coco, folder = pair
+    data = DataConfig(batch_size=2, short_side=64, long_side=96, max_boxes=3)
+    for found, expected in zip(
+        *[list(eval_batches(s, data, batch_size=2)) for s in (read_tfds(folder, "", "train"), coco)], strict=True
+    ):
+        assert all(np.allclose(a, b, atol=1e-3) for a, b in zip(found, expected, strict=True))
+
+
+def test_truth_is_the_original_file_where_it_is_given(pair: tuple[Source, str]) -> None:
+    coco, folder = pair
+    source = read_tfds(folder, "", "train", truth_annotations=coco.name)
+    assert source.truth == coco.truth and source.category_ids == coco.category_ids
+    data = DataConfig(
+        source="tfds", tfds_name=folder, tfds_train_split="train", tfds_val_split="train", val_annotations=coco.name
+    )
+    assert open_source(data, "val").truth == coco.truth and len(open_source(data, "train")) == 3
+
+
+def test_truth_of_other_images_or_classes_is_refused(pair: tuple[Source, str], tmp_path: Path) -> None:
+    coco, folder = pair
+    fewer = {**coco.truth, "images": coco.truth["images"][:3]}
+    fewer["annotations"] = [a for a in fewer["annotations"] if a["image_id"] != 13]
+    path, _ = write_coco(tmp_path, fewer)
+    with pytest.raises(DataError, match=r"annotations.json: images lists neither id 13 nor 003.jpeg, example 3 of"):
+        read_tfds(folder, "", "train", truth_annotations=str(path))
+    path, _ = write_coco(tmp_path, {**coco.truth, "categories": [*coco.truth["categories"], {"id": 9, "name": "x"}]})
+    with pytest.raises(DataError, match=r"categories lists 3; it must list the 2 of"):
+        read_tfds(folder, "", "train", truth_annotations=str(path))
+
+
+def test_truth_categories_are_matched_by_name(pair: tuple[Source, str], tmp_path: Path) -> None:
+    coco, folder = pair
+    renamed = [{"id": 1, "name": "green"}, {"id": 2, "name": "red"}]
+    path, _ = write_coco(tmp_path, {**coco.truth, "categories": renamed})
+    source = read_tfds(folder, "", "train", truth_annotations=str(path))
+    assert (source.class_names, source.category_ids) == (("red", "green"), (2, 1))
+
+
+def test_index_is_made_once_and_made_again_where_it_is_broken(
+    pair: tuple[Source, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = pair
+    records = read_tfds(folder, "", "train").records
+    (index,) = Path(folder).glob("retina_jax_index_*.npz")
+    with monkeypatch.context() as patch:
+        patch.setattr("retina_jax.data.tfds._make_index", lambda *_: pytest.fail("made twice"))
+        again = read_tfds(folder, "", "train").records
+        with pytest.raises(pytest.fail.Exception, match="made twice"):  # Another split has an index of its own.
+            read_tfds(folder, "", "train[:2]")
+    assert [r.image_id for r in again] == [r.image_id for r in records]
+    index.write_bytes(index.read_bytes()[:100])
+    assert [r.width for r in read_tfds(folder, "", "train").records] == [size[0] for size in SIZES]
+    assert len(read_tfds(folder, "", "train[:2]")) == 2
+
+
+def test_index_goes_home_where_the_folder_cannot_be_written(
+    pair: tuple[Source, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = pair
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    before = sorted(Path(folder).iterdir())
+    assert len(read_tfds(folder, "", "train[1:3]")) == 2
+    assert len(list((tmp_path / ".cache" / "retina_jax").iterdir())) == 1 and sorted(Path(folder).iterdir()) == before
+
+
+def test_only_image_and_boxes_are_necessary(pair: tuple[Source, str], tmp_path: Path) -> None:
+    coco, _ = pair
+    folder = store(tmp_path, [example(coco, i, extras=False) for i in (0, 2)], extras=False)
+    source = read_tfds(folder, "", "train")
+    assert [record.image_id for record in source.records] == [0, 1] and source.counts["crowd"] == 0
+    (annotation,) = source.truth["annotations"]
+    assert np.isclose(annotation["area"], annotation["bbox"][2] * annotation["bbox"][3])
+    assert source.truth["images"][1]["width"] == 61
+
+
+def test_coco_has_its_own_names_and_ids(pair: tuple[Source, str], tmp_path: Path) -> None:
+    coco, _ = pair
+    store(tmp_path, [example(coco, 0)], name="coco", names=tuple(map(str, range(80))))
+    source = read_tfds(str(tmp_path / "coco" / "1.2.3"), "", "train")
+    assert tuple(zip(source.category_ids, source.class_names, strict=True)) == COCO_CATEGORIES
+    assert source.truth["annotations"][0]["category_id"] == COCO_CATEGORIES[source.records[0].labels[0]][0]
+
+
+def test_dataset_by_name_and_folder(pair: tuple[Source, str]) -> None:
+    _, folder = pair
+    assert len(read_tfds("tiny", str(Path(folder).parents[1]), "train")) == 4
+
+
+def test_bad_image_of_tfds_is_named_when_the_index_is_made(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(encode(np.zeros((8, 8, 3), np.uint8))[:6])
+    objects = [{"bbox": tfds.features.BBox(0.0, 0.0, 1.0, 1.0), "label": 0}]
+    folder = store(tmp_path / "sets", [{"image": str(broken), "objects": objects}], extras=False)
+    with pytest.raises(BadImage, match=r"tiny.*\[train\] example 0: is not an image"):
+        read_tfds(folder, "", "train")
+
+
+def test_mistakes_are_named(pair: tuple[Source, str], tmp_path: Path) -> None:
+    coco, folder = pair
+    with pytest.raises(DataError, match=r"no such split; there are train") as raised:
+        read_tfds(folder, "", "test")
+    assert "\n" not in str(raised.value)
+    with pytest.raises(DataError, match=r"data.tfds_name no_such_set: neither") as raised:
+        read_tfds("no_such_set", str(tmp_path), "train")
+    assert "\n" not in str(raised.value)
+    with pytest.raises(DataError, match="neither a TensorFlow data set nor a prepared folder"):
+        read_tfds(str(tmp_path), "", "train")
+    other = store(tmp_path, [example(coco, 0)], name="records", file_format="tfrecord")
+    with pytest.raises(DataError, match="is not stored as array_record; prepare it with") as raised:
+        read_tfds(other, "", "train")
+    assert "\n" not in str(raised.value)
+    builder = tfds.dataset_builders.store_as_tfds_dataset(
+        "boxless",
+        "1.0.0",
+        tfds.features.FeaturesDict({"image": tfds.features.Image()}),
+        {"train": [(0, {"image": np.zeros((4, 4, 3), np.uint8)})]},
+        data_dir=str(tmp_path),
+        file_format="array_record",
+    )
+    with pytest.raises(DataError, match="has no feature objects"):
+        read_tfds(str(builder.data_dir), "", "train")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"objects": [{"bbox": tfds.features.BBox(0.0, 0.0, 1.0, 1.0), "label": -1}]},
+            "objects/label is -1; it must be 0 to 1",
+        ),
+        ({"image/id": 10}, "image/id is used twice"),
+    ],
+)
+def test_examples_that_cannot_be_meant_are_named(
+    pair: tuple[Source, str], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    coco, _ = pair
+    extras = "image/id" in changes
+    folder = store(tmp_path, [example(coco, i, extras=extras) | (changes if i else {}) for i in (0, 3)], extras=extras)
+    with pytest.raises(DataError, match=message):
+        read_tfds(folder, "", "train")
+
+
+def test_training_on_no_box_is_refused(pair: tuple[Source, str], tmp_path: Path) -> None:
+    coco, _ = pair
+    folder = store(tmp_path, [example(coco, 2)])
+    with pytest.raises(DataError, match="has no usable box"):
+        read_tfds(folder, "", "train", images_without_boxes="drop")
+
+
+def test_unreadable_example_is_a_bad_image(pair: tuple[Source, str]) -> None:
+    coco, folder = pair
+    source = read_tfds(folder, "", "train")
+    assert source.where(1).startswith(f"{folder} [train] example 1 (001.jpeg)")
+    assert dataclasses.replace(source, name="x").read(1) == coco.read(1)

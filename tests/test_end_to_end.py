@@ -1,0 +1,307 @@
+"""Runs through the scripts, as a person starts them: trained, killed, resumed, scored, drawn, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+# A network of a few seconds' compilation, in a config file as a person would write one.
+TINY = """
+from retina_jax.config import *
+
+def get_config():
+    return Config(
+        data=DataConfig(source="scenes", batch_size=4, short_side=64, long_side=64, max_boxes=8,
+            scenes=ScenesConfig(folder={scenes!r}, train_images=40, val_images=10, size=64, classes=3, max_side=30.0)),
+        model=ModelConfig(backbone="resnet18", base_width=8, stage_blocks=(1, 1, 1, 1), norm="group", norm_groups=4,
+            frozen_stages=0, max_level=5, fpn_channels=16, head_channels=16, head_convs=1),
+        anchors=AnchorConfig(size_factor=2.0),
+        optimizer=OptimizerConfig(learning_rate=0.02, warmup_steps=4, boundaries=(9,), clip_norm=3.0),
+        training=TrainingConfig(steps=12, log_every=1, eval_every=6, checkpoint_every=2, pictures=2),
+        devices={devices},
+    )
+"""
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs")
+    (path / "tiny.py").write_text(TINY.format(scenes=str(path / "scenes"), devices=2))
+    return path
+
+
+def environment(devices: int = 2) -> dict[str, str]:
+    return {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def script(name: str, *arguments: object, ok: bool = True, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment(), cwd=ROOT, **kwargs)
+    if ok:
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def refused(name: str, *arguments: object, says: str) -> str:
+    """The one line with which the script refuses, which holds `says`."""
+    done = script(name, *arguments, ok=False)
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert done.returncode == 2, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert says in lines[0], lines[0]
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def run(folder: Path) -> Path:
+    """A finished run of 12 steps."""
+    done = script("train", "--config", folder / "tiny.py", "--workdir", folder / "run")
+    (folder / "run.log").write_text(done.stdout)
+    return folder / "run"
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def train_lines(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == "train"]
+
+
+def test_a_run_leaves_everything_it_should(run: Path) -> None:
+    summary = read(run / "summary.json")
+    assert summary["steps"] == 12 and summary["images"] == 48 and summary["seconds"] > 0
+    assert len(summary["parameters_sha256"]) == 64
+    scores = read(run / "evaluation" / "step_00000012.json")
+    assert summary["evaluation"] == scores
+    assert set(scores) == {
+        "step", "images", "per_class", "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
+    }  # fmt: skip
+    assert scores["images"] == 10 and len(scores["per_class"]) == 3
+    assert all(value is None or 0 <= value <= 1 for name, value in scores.items() if name.startswith("A"))
+    assert [line["step"] for line in train_lines(run)] == list(range(1, 13))
+    expected = {"loss", "classification_loss", "box_loss", "positives_per_image", "learning_rate", "gradient_norm",
+                "images_per_second", "data_wait_percent", "peak_memory_mib"}  # fmt: skip
+    assert expected <= set(train_lines(run)[0])
+    assert sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())[-1] == 12
+    assert len(list((run / "pictures").glob("step_00000012_*.png"))) == 2
+    assert (run / "pictures" / "step_00000012.png").exists()
+    log = (run.parent / "run.log").read_text()
+    for said in ("class head", "trained", "frozen", "ETA", "Average Precision", str(run)):
+        assert said in log, said
+
+
+def test_detections_are_coco_results_inside_their_images(run: Path, folder: Path) -> None:
+    results = read(run / "detections" / "step_00000012.json")
+    annotations = next((folder / "scenes").rglob("*val*.json"))
+    images = {image["id"] for image in read(annotations)["images"]}
+    categories = {category["id"] for category in read(annotations)["categories"]}
+    for result in results:
+        assert set(result) == {"image_id", "category_id", "bbox", "score"}
+        assert result["image_id"] in images and result["category_id"] in categories
+        x, y, w, h = result["bbox"]
+        assert 0 <= x <= x + w <= 64.001 and 0 <= y <= y + h <= 64.001
+
+
+def test_sigkill_and_the_same_command_end_in_the_same_parameters(run: Path, folder: Path) -> None:
+    """Killed twice with SIGKILL: the same parameters to the bit, and every step's metrics once."""
+    killed = folder / "killed"
+    command = [
+        sys.executable,
+        str(ROOT / "scripts/train.py"),
+        "--config",
+        str(folder / "tiny.py"),
+        "--workdir",
+        str(killed),
+    ]
+    for wanted in (3, 7):
+        process = subprocess.Popen(
+            command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        deadline = time.monotonic() + 300
+        while not (
+            (killed / "metrics.jsonl").exists() and f'"step": {wanted},' in (killed / "metrics.jsonl").read_text()
+        ):
+            assert process.poll() is None, process.stderr.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        process.stderr.close()
+    done = script("train", "--config", folder / "tiny.py", "--workdir", killed)
+    assert "resuming" in done.stdout
+    assert read(killed / "summary.json")["parameters_sha256"] == read(run / "summary.json")["parameters_sha256"]
+    one, two = train_lines(run), train_lines(killed)
+    assert [line["step"] for line in two] == list(range(1, 13))
+    assert [line["loss"] for line in one] == [line["loss"] for line in two]
+    assert read(killed / "evaluation/step_00000012.json") == read(run / "evaluation/step_00000012.json")
+
+
+def test_a_finished_run_started_again_changes_nothing(run: Path, folder: Path) -> None:
+    before = read(run / "summary.json")
+    script("train", "--config", folder / "tiny.py", "--workdir", run)
+    after = read(run / "summary.json")
+    assert {**before, "seconds": 0} == {**after, "seconds": 0}
+
+
+def test_pmap_trains_the_same_run(run: Path, folder: Path) -> None:
+    script("train", "--config", folder / "tiny.py", "--workdir", folder / "pmap", "--parallel", "pmap",
+           "--training.steps", 6, "--training.eval-every", 6)  # fmt: skip
+    for one, two in zip(train_lines(run)[:6], train_lines(folder / "pmap"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    ours, theirs = read(run / "evaluation/step_00000006.json"), read(folder / "pmap/evaluation/step_00000006.json")
+    assert theirs["AR100"] == pytest.approx(ours["AR100"], abs=0.02)
+
+
+def test_evaluate_repeats_the_runs_own_scores(run: Path, folder: Path) -> None:
+    expected = read(run / "evaluation/step_00000012.json")
+    copy = folder / "copy"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "evaluation")
+    done = script("evaluate", "--workdir", copy)
+    assert read(copy / "evaluation/step_00000012.json") == expected
+    assert "Average Precision" in done.stdout
+    script("evaluate", "--workdir", copy, "--devices", 1, "--training.eval-batch-size", 3)
+    again = read(copy / "evaluation/step_00000012.json")
+    assert {k: v for k, v in again.items() if k.startswith("A")} == pytest.approx(
+        {k: v for k, v in expected.items() if k.startswith("A")}, abs=1e-3, nan_ok=True
+    )
+    assert "holds" in refused("evaluate", "--workdir", copy, "--step", 3, says="--step 3")
+
+
+def test_predict_writes_boxes_in_original_pixels_and_pictures(run: Path, folder: Path) -> None:
+    images = folder / "photos"
+    (images / "deeper").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (90, 150, 3), np.uint8)).save(images / "a.jpg")
+    Image.fromarray(rng.integers(0, 256, (200, 40), np.uint8)).save(images / "a.png")
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    Image.fromarray(rng.integers(0, 256, (30, 70, 3), np.uint8)).save(images / "deeper" / "r.jpg", exif=rotated)
+    script("predict", images, images / "a.jpg", "--workdir", run, "--out", folder / "out", "--score", 0.01)
+    found = read(folder / "out" / "detections.json")["images"]
+    sizes = {(Path(entry["file"]).name): (entry["width"], entry["height"]) for entry in found}
+    assert sizes == {"a.jpg": (150, 90), "a.png": (40, 200), "r.jpg": (30, 70)}
+    for entry in found:
+        boxes = np.array(entry["boxes_xyxy"]).reshape(-1, 4)
+        assert (boxes >= 0).all() and (boxes[:, [0, 2]] <= entry["width"]).all()
+        assert (boxes[:, [1, 3]] <= entry["height"]).all()
+        assert entry["scores"] == sorted(entry["scores"], reverse=True)
+    assert len(list((folder / "out").glob("*.png"))) == 3
+    (images / "broken.jpg").write_bytes((images / "a.jpg").read_bytes()[:600])
+    refused("predict", images / "broken.jpg", "--workdir", run, "--out", folder / "out2", says="broken.jpg")
+    refused("predict", images / "absent.jpg", "--workdir", run, "--out", folder / "out2", says="absent.jpg")
+
+
+def test_a_loss_that_explodes_stops_and_keeps_the_last_good_checkpoint(folder: Path) -> None:
+    work = folder / "explodes"
+    line = refused("train", "--config", folder / "tiny.py", "--workdir", work, "--optimizer.learning-rate", 1e9,
+                   "--optimizer.clip-norm", 0, "--optimizer.warmup-steps", 0, "--training.eval-every", -1,
+                   "--training.checkpoint-every", 1, says="images")  # fmt: skip
+    assert "is nan" in line or "is inf" in line
+    step = int(line.split(" at step ")[1].split()[0])
+    saved = sorted(int(p.name) for p in (work / "checkpoints").iterdir() if p.name.isdigit())
+    assert saved and max(saved) == step - 1
+    assert not (work / "summary.json").exists()
+
+
+def test_a_resumed_run_keeps_its_config_and_classes(run: Path, folder: Path) -> None:
+    same = ("--config", folder / "tiny.py", "--workdir", run)
+    before = (run / "config.json").read_text()
+    refused("train", *same, "--loss.gamma", 5, says="loss.gamma: 2.0 -> 5.0")
+    refused("train", *same, "--data.scenes.classes", 4, says="3 classes")
+    refused("train", *same, "--model.num-classes", 7, says="model.num_classes: 7, but the data has 3")
+    assert (run / "config.json").read_text() == before
+
+
+def test_bad_input_is_one_line_that_names_it(folder: Path) -> None:
+    tiny = ("--config", folder / "tiny.py", "--workdir", folder / "bad")
+    refused("train", "--config", folder / "absent.py", "--workdir", folder / "bad", says="absent.py")
+    refused("train", *tiny, "--loss.gama", 2, says="did you mean loss.gamma")
+    refused(
+        "train", *tiny, "--data.batch-size", 3, says="data.batch_size: 3 images cannot be split evenly over 2 devices"
+    )
+    refused("train", *tiny, "--model.prior", 2, says="model.prior")
+    refused("train", *tiny, "--data.source", "coco", says="data.train_annotations")
+    refused("evaluate", "--workdir", folder / "nowhere", says="no run there")
+    (folder / "typed.py").write_text((folder / "tiny.py").read_text().replace("steps=12", "steps='12'"))
+    refused(
+        "train", "--config", folder / "typed.py", "--workdir", folder / "bad", says="training.steps: '12' is not int"
+    )
+    (folder / "is_a_file").write_text("")
+    refused("train", "--config", folder / "tiny.py", "--workdir", folder / "is_a_file", says="cannot be written")
+    assert not (folder / "bad" / "checkpoints").exists()
+
+
+def coco(folder: Path, **changes: object) -> tuple[Path, Path]:
+    """Four images with a box each, as a COCO JSON and a folder."""
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(1)
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(images / f"{i}.png")
+    document = {
+        "images": [{"id": i + 1, "file_name": f"{i}.png", "width": 64, "height": 64} for i in range(4)],
+        "annotations": [
+            {
+                "id": i + 1,
+                "image_id": i + 1,
+                "category_id": 1 + i % 3,
+                "bbox": [8, 8, 20, 24],
+                "area": 480,
+                "iscrowd": 0,
+            }
+            for i in range(4)
+        ],
+        "categories": [{"id": i, "name": f"thing {i}"} for i in (1, 2, 3)],
+        **changes,
+    }
+    (folder / "annotations.json").write_text(json.dumps(document))
+    return folder / "annotations.json", images
+
+
+def own_data(folder: Path, work: Path, annotations: Path, images: Path) -> tuple[object, ...]:
+    return (
+        "--config", folder / "tiny.py", "--workdir", work, "--data.source", "coco", "--training.steps", 2,
+        "--training.eval-every", 2, "--data.train-annotations", annotations, "--data.train-images", images,
+        "--data.val-annotations", annotations, "--data.val-images", images,
+    )  # fmt: skip
+
+
+def test_own_coco_data_trains_and_a_bad_image_is_named_or_skipped(folder: Path) -> None:
+    annotations, images = coco(folder / "own")
+    script("train", *own_data(folder, folder / "own_run", annotations, images))
+    assert read(folder / "own_run/summary.json")["evaluation"]["images"] == 4
+    (images / "2.png").write_bytes((images / "2.png").read_bytes()[:1000])
+    line = refused("train", *own_data(folder, folder / "own_bad", annotations, images), says="2.png")
+    assert str(images) in line
+    done = script("train", *own_data(folder, folder / "own_skip", annotations, images), "--data.bad-images", "skip")
+    assert "2.png" in done.stderr + done.stdout
+    assert read(folder / "own_skip/summary.json")["steps"] == 2
+
+
+def test_an_annotation_of_nothing_is_named(folder: Path) -> None:
+    box = {"id": 9, "image_id": 99, "category_id": 1, "bbox": [1, 1, 5, 5], "area": 25, "iscrowd": 0}
+    annotations, images = coco(folder / "unknown", annotations=[box])
+    refused("train", *own_data(folder, folder / "unknown_run", annotations, images), says="image_id")
+    annotations, images = coco(folder / "own")
+    refused("train", *own_data(folder, folder / "no_folder", annotations, folder / "nowhere"), says="nowhere")

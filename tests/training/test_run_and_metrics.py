@@ -1,0 +1,101 @@
+"""A run's folder and its metrics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from retina_jax.config import Config, ConfigError
+from retina_jax.config_files import override
+from retina_jax.training.metrics import Metrics, NonFiniteLoss
+from retina_jax.training.run import open_run, read_run
+
+NAMES, IDS = ("cat", "dog"), (3, 7)
+
+
+def test_config_json_holds_the_resolved_experiment(tmp_path: Path) -> None:
+    config = override(Config(), {"loss.gamma": 5.0})
+    open_run(tmp_path / "run", config, NAMES, IDS)
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["config"]["loss"]["gamma"] == 5.0
+    assert saved["class_names"] == ["cat", "dog"] and saved["category_ids"] == [3, 7]
+    assert {"jax", "flax", "optax", "orbax-checkpoint", "python"} <= set(saved["versions"])
+    assert saved["commit"] is None or len(saved["commit"].removesuffix("+changes")) == 40
+    again = read_run(tmp_path / "run")
+    assert (again.config, again.class_names, again.category_ids) == (config, NAMES, IDS)
+
+
+def test_another_experiment_in_the_same_folder_is_refused_by_field(tmp_path: Path) -> None:
+    open_run(tmp_path, Config(), NAMES, IDS)
+    open_run(tmp_path, override(Config(), {"training.steps": 100, "devices": 4}), NAMES, IDS)
+    with pytest.raises(ConfigError, match=r"loss.gamma: 2.0 -> 5.0"):
+        open_run(tmp_path, override(Config(), {"loss.gamma": 5.0}), NAMES, IDS)
+    with pytest.raises(ConfigError, match=r"2 classes \(cat, dog\), the data has 3"):
+        open_run(tmp_path, Config(), (*NAMES, "emu"), (3, 7, 8))
+    assert read_run(tmp_path).config.training.steps == 100
+
+
+def test_a_folder_that_cannot_be_written_or_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file.*cannot be written"):
+        open_run(tmp_path / "file", Config(), NAMES, IDS)
+    with pytest.raises(ConfigError, match="no run there"):
+        read_run(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config.json: cannot be read"):
+        read_run(tmp_path)
+
+
+def step_metrics(loss: float, gradient: float = 1.0) -> dict:
+    return {
+        "loss": jnp.float32(loss),
+        "classification_loss": jnp.float32(loss),
+        "box_loss": jnp.float32(0.5),
+        "positives_per_image": jnp.float32(3),
+        "learning_rate": jnp.float32(0.01),
+        "gradient_norm": jnp.float32(gradient),
+    }
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_line_is_the_mean_of_its_window(tmp_path: Path) -> None:
+    run = open_run(tmp_path, Config(), NAMES, IDS)
+    with Metrics(run, 0) as metrics:
+        for step, loss in enumerate((1.0, 2.0, 6.0), start=1):
+            metrics.add(step, step_metrics(loss), [step], 0.01)
+        metrics.flush()
+    (line,) = lines(tmp_path)
+    assert line["step"] == 3 and line["loss"] == pytest.approx(3.0) and line["event"] == "train"
+    assert line["images_per_second"] > 0 and line["data_wait_percent"] > 0 and line["peak_memory_mib"] > 0
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_resuming_drops_the_lines_that_will_be_written_again(tmp_path: Path) -> None:
+    run = open_run(tmp_path, Config(), NAMES, IDS)
+    with Metrics(run, 0) as metrics:
+        for step in range(1, 6):
+            metrics.write(step, {"event": "train", "loss": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # cut short by a kill
+    with Metrics(run, 3) as metrics:
+        metrics.write(4, {"event": "train", "loss": 40.0})
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+@pytest.mark.parametrize(("loss", "gradient"), [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan"))])
+def test_a_loss_that_is_no_number_names_step_window_and_images(tmp_path: Path, loss: float, gradient: float) -> None:
+    run = open_run(tmp_path, Config(), NAMES, IDS)
+    with Metrics(run, 10) as metrics:
+        metrics.add(11, step_metrics(1.0), [100, 101], 0.0)
+        metrics.add(12, step_metrics(loss, gradient), [102, 103], 0.0)
+        metrics.add(13, step_metrics(float("nan")), [104, 105], 0.0)
+        with pytest.raises(NonFiniteLoss, match=r"step 12 .*window 11 to 13.*images 102, 103;") as error:
+            metrics.flush()
+    assert "\n" not in str(error.value)
+    assert lines(tmp_path) == [] if (tmp_path / "metrics.jsonl").exists() else True
