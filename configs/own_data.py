@@ -4,14 +4,18 @@
         --data.train-annotations train.json --data.train-images images \
         --data.val-annotations val.json --data.val-images images
 
-Trains from random initialisation on one machine: ResNet-18 with GroupNorm, so that no pretrained weights and no large
-batches are needed. The classes are the categories of the JSON. Copy this file and change it, or override on the command
-line. What to look at first: `data.short_side` (objects should be 16 px or more after the resize), `training.steps` and
-the two `optimizer.boundaries` (at 2/3 and 8/9 of the steps), `data.batch_size` with `optimizer.learning_rate`.
+The classes are the categories of the JSON. It trains from random weights: ResNet-18 with GroupNorm and AdamW, which need
+no pretrained weights and no large batches. Copy this file and change it, or override on the command line. What to look at
+first:
+
+- `data.short_side`, `data.long_side`: objects should be 16 px or more after the resize; smaller ones want a smaller
+  `anchors.size_factor` (4 makes the smallest anchors 32 px, 2 makes them 16 px).
+- `training.steps` with `optimizer.boundaries` at about 2/3 and 8/9 of them.
+- `data.batch_size` with `optimizer.learning_rate`.
+- On a CPU: `model.base_width` 16 to 32, `model.fpn_channels` and `model.head_channels` 64, `model.head_convs` 2.
 """
 
 from retina_jax.config import (
-    AnchorConfig,
     Config,
     DataConfig,
     ModelConfig,
@@ -33,9 +37,14 @@ def get_config() -> Config:
             head_channels=128,
             input_normalisation="imagenet",
         ),
-        anchors=AnchorConfig(),
         optimizer=OptimizerConfig(
-            learning_rate=0.02, clip_norm=3.0, warmup_steps=200, warmup_factor=0.1, boundaries=(4000, 5300)
+            name="adamw",
+            learning_rate=0.001,
+            weight_decay=0.05,
+            bias_learning_rate_factor=1.0,
+            warmup_steps=200,
+            warmup_factor=0.1,
+            boundaries=(4000, 5300),
         ),
         training=TrainingConfig(steps=6000, eval_every=1000, checkpoint_every=500),
     )

@@ -94,7 +94,8 @@ def test_a_run_leaves_everything_it_should(run: Path) -> None:
     scores = read(run / "evaluation" / "step_00000012.json")
     assert summary["evaluation"] == scores
     assert set(scores) == {
-        "step", "images", "per_class", "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
+        "step", "images", "per_class",
+        "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
     }  # fmt: skip
     assert scores["images"] == 10 and len(scores["per_class"]) == 3
     assert all(value is None or 0 <= value <= 1 for name, value in scores.items() if name.startswith("A"))
@@ -305,3 +306,28 @@ def test_an_annotation_of_nothing_is_named(folder: Path) -> None:
     refused("train", *own_data(folder, folder / "unknown_run", annotations, images), says="image_id")
     annotations, images = coco(folder / "own")
     refused("train", *own_data(folder, folder / "no_folder", annotations, folder / "nowhere"), says="nowhere")
+
+
+def test_a_tensorflow_dataset_trains_as_its_coco_files_do(folder: Path) -> None:
+    """The same images through TFDS: the same losses, step by step, and the same truth."""
+    from tfds_sets import example, store
+
+    from retina_jax.data.coco import read_coco
+
+    annotations, images = coco(folder / "for_tfds")
+    source = read_coco(str(annotations), str(images))
+    prepared = store(
+        folder / "sets", [example(source, i) for i in range(4)], names=tuple(f"thing {i}" for i in (1, 2, 3))
+    )
+    one, two = folder / "from_coco", folder / "from_tfds"
+    script("train", *own_data(folder, one, annotations, images))
+    script(
+        "train", "--config", folder / "tiny.py", "--workdir", two, "--data.source", "tfds", "--data.tfds-name", prepared,
+        "--data.tfds-val-split", "train", "--training.steps", 2, "--training.eval-every", 2,
+    )  # fmt: skip
+    assert [line["loss"] for line in train_lines(one)] == [line["loss"] for line in train_lines(two)]
+    assert read(one / "summary.json")["parameters_sha256"] == read(two / "summary.json")["parameters_sha256"]
+    scores = [
+        {k: v for k, v in read(path / "summary.json")["evaluation"].items() if k.startswith("A")} for path in (one, two)
+    ]
+    assert scores[0] == scores[1]

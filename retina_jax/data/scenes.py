@@ -117,7 +117,7 @@ def draw_scene(config: ScenesConfig, stream: int, index: int) -> Scene:
             patch = np.s_[y : y + whole.shape[0], x : x + whole.shape[1]]
             solid = whole >= 0.5
             left = visible - np.bincount(owner[patch][solid] + 1, minlength=len(labels) + 1)[1:]
-            if (left < LEAST_VISIBLE * areas).any():
+            if not solid.any() or (left < LEAST_VISIBLE * areas).any():
                 continue
             picture[patch] = _painted(rng, picture[patch], whole, inside, hue)
             owner[patch][solid] = len(labels) if is_object else -1
