@@ -45,8 +45,9 @@ def get_config() -> Config:
         anchors=AnchorConfig(size_factor=1.5),
         optimizer=OptimizerConfig(
             name="adamw",
-            learning_rate=0.004,
+            learning_rate=0.002,
             weight_decay=0.05,
+            clip_norm=3.0,
             bias_learning_rate_factor=1.0,
             warmup_steps=150,
             warmup_factor=0.1,

@@ -41,6 +41,7 @@ def get_config() -> Config:
             name="adamw",
             learning_rate=0.001,
             weight_decay=0.05,
+            clip_norm=3.0,
             bias_learning_rate_factor=1.0,
             warmup_steps=200,
             warmup_factor=0.1,

@@ -156,6 +156,15 @@ def meaning_changes(old: Config, new: Config) -> list[str]:
     return [f"{k}: {before[k]} -> {after[k]}" for k in before if before[k] != after[k] and k not in FREE_TO_CHANGE]
 
 
+def with_classes(config: Config, train: Sequence[str], val: Sequence[str]) -> Config:
+    """`config` with the data's number of classes; ConfigError where a number given, or the evaluation data, differs."""
+    if tuple(train) != tuple(val):
+        raise ConfigError(f"data.val_annotations: its classes {tuple(val)} are not the training data's {tuple(train)}")
+    if config.model.num_classes not in (None, len(train)):
+        raise ConfigError(f"model.num_classes: {config.model.num_classes}, but the data has {len(train)} categories")
+    return override(config, {"model.num_classes": len(train)})
+
+
 def validate(config: Config) -> Config:
     """`config` itself, its values checked against each other; the first that cannot be meant raises ConfigError."""
     _check_types(config)

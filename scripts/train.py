@@ -5,7 +5,6 @@ Started again with the same command, a run resumes from its newest checkpoint.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -15,19 +14,18 @@ from typing import Annotated
 import tyro
 
 from retina_jax.command_line import config_of, one_line_errors, parse_command_line, set_up_jax
-from retina_jax.config import Config, ConfigError
-from retina_jax.config_files import override, validate
+from retina_jax.config import Config
+from retina_jax.config_files import validate, with_classes
 from retina_jax.data.pipeline import overflow, train_batches
-from retina_jax.data.source import Source
 from retina_jax.data.sources import open_source
 from retina_jax.detector import Detector
-from retina_jax.evaluation import SUMMARY, Scores, coco_table
+from retina_jax.evaluation import coco_table
 from retina_jax.model.table import parameter_table
 from retina_jax.training.assessment import assess
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.metrics import Metrics
 from retina_jax.training.parallel import Driver
-from retina_jax.training.run import Clock, Run, open_run, write_json
+from retina_jax.training.run import Clock, finish_run, open_run
 from retina_jax.training.state import parameters_sha256
 from retina_jax.training.step import Inputs
 
@@ -52,17 +50,16 @@ def main() -> None:
 
 
 def train(config: Config, workdir: Path) -> None:
-    """The loop. A step's number is the number of steps taken before it; files are named after steps finished."""
+    """The loop. `step` counts the steps taken, the running one included; files are named after it."""
     # Data: what is there, and what was left out of it.
     source, val_source = open_source(config.data, "train"), open_source(config.data, "val")
-    config = with_classes(config, source, val_source)
+    config = with_classes(config, source.class_names, val_source.class_names)
     for split, data in (("train", source), ("val", val_source)):
-        print(f"{split}: {len(data)} images, {len(data.class_names)} classes; {data.counts}")
+        found = ", ".join(f"{count} {what}" for what, count in data.counts.items() if count) or "nothing unusual"
+        print(f"{split}: {len(data)} images, {len(data.class_names)} classes; {found}")
     images, boxes = overflow(source, config.data)
     if images:
-        print(
-            f"warning: {images} images overflow data.max_boxes {config.data.max_boxes}: {boxes} boxes are not trained on"
-        )
+        print(f"warning: data.max_boxes {config.data.max_boxes} leaves out {boxes} boxes of {images} images")
 
     # Network and state, from the newest checkpoint if there is one.
     driver = Driver(config, config.model.num_classes)
@@ -105,43 +102,17 @@ def train(config: Config, workdir: Path) -> None:
                     checkpoints.save(step, state, ap=scores.summary["AP"] if evaluate else None)
                     clock.save()
                     metrics.restart_window()
-    finish(run, state.variables, int(state.step), clock)
+
+    # The end: a summary that two runs can be compared by.
+    evaluation = finish_run(run, int(state.step), clock.seconds(), parameters_sha256(state.variables))
+    if evaluation is not None:
+        print(coco_table(evaluation))
+    print(f"{int(state.step)} steps in {clock.seconds():.0f} s; everything is in {run.folder}")
 
 
 def is_due(step: int, every: int, last: bool) -> bool:
     """Whether something done every so many steps (0: only at the last, -1: never) is done after `step`."""
     return every >= 0 and (last or (every > 0 and step % every == 0))
-
-
-def with_classes(config: Config, source: Source, val_source: Source) -> Config:
-    """`config` with the dataset's number of classes; ConfigError where a number or names given differ from it."""
-    if source.class_names != val_source.class_names:
-        raise ConfigError(
-            f"data.val_annotations: its classes {val_source.class_names} are not the training data's {source.class_names}"
-        )
-    found = len(source.class_names)
-    if config.model.num_classes not in (None, found):
-        raise ConfigError(f"model.num_classes: {config.model.num_classes}, but the data has {found} categories")
-    return override(config, {"model.num_classes": found})
-
-
-def finish(run: Run, variables: dict, step: int, clock: Clock) -> None:
-    """Write summary.json, and print the last evaluation and where everything lies."""
-    evaluations = sorted((run.folder / "evaluation").glob("step_*.json"))
-    evaluation = json.loads(evaluations[-1].read_text()) if evaluations else None
-    write_json(
-        run.folder / "summary.json",
-        {
-            "steps": step,
-            "images": step * run.config.data.batch_size,
-            "seconds": round(clock.seconds(), 1),
-            "evaluation": evaluation,
-            "parameters_sha256": parameters_sha256(variables),
-        },
-    )
-    if evaluation is not None:
-        print(coco_table(Scores({name: evaluation[name] for name in SUMMARY}, evaluation["per_class"])))
-    print(f"{step} steps in {clock.seconds():.0f} s; everything is in {run.folder}")
 
 
 if __name__ == "__main__":

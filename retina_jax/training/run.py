@@ -23,6 +23,7 @@ import jax
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_files import from_dict, meaning_changes, to_dict
+from retina_jax.evaluation import SUMMARY, Scores
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "tensorflow", "tensorflow-datasets",
@@ -97,6 +98,23 @@ def read_run(folder: Path) -> Run:
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: cannot be read: {type(error).__name__}: {error}") from None
     return Run(folder, from_dict(saved.get("config"), str(path)), classes, ids)
+
+
+def finish_run(run: Run, step: int, seconds: float, parameters_sha256: str) -> Scores | None:
+    """Write RUN/summary.json; the last evaluation's scores, None where there was none."""
+    evaluations = sorted((run.folder / "evaluation").glob("step_*.json"))
+    evaluation = json.loads(evaluations[-1].read_text()) if evaluations else None
+    summary = {
+        "steps": step,
+        "images": step * run.config.data.batch_size,
+        "seconds": round(seconds, 1),
+        "evaluation": evaluation,
+        "parameters_sha256": parameters_sha256,
+    }
+    write_json(run.folder / "summary.json", summary)
+    if evaluation is None:
+        return None
+    return Scores({name: evaluation[name] for name in SUMMARY}, evaluation["per_class"])
 
 
 def write_json(path: Path, value: Any) -> None:
