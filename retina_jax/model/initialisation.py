@@ -16,6 +16,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from retina_jax.config import ConfigError, ModelConfig
+from retina_jax.model.inputs import STATISTICS
+from retina_jax.model.resnet import ARCHITECTURES
 from retina_jax.model.retinanet import RetinaNet
 
 COLLECTIONS = ("params", "frozen", "stats")
@@ -55,13 +57,38 @@ def he_normal(generator: np.random.Generator, shape: tuple[int, ...], config: Mo
     return generator.standard_normal(shape, np.float32) * np.float32(math.sqrt(2 / fan_out))
 
 
+def stem_variance(_: np.random.Generator, shape: tuple[int, ...], config: ModelConfig) -> np.ndarray:
+    """Variance that a frozen norm of the stem takes for granted: that of `he_normal` on photographs, so that it gives 1."""
+    if config.norm != "frozen":
+        return np.ones(shape, np.float32)
+    of_pixels = np.array(STATISTICS["imagenet"][2]) / np.array(STATISTICS[config.input_normalisation][2])
+    return np.full(shape, 2 * np.square(of_pixels).sum() / config.base_width, np.float32)
+
+
+def residual_scale(number: int) -> Rule:
+    """Scale of the `number`th norm of a residual block: where it is the last and frozen, one over the root of how many
+    blocks there are. A norm that is trained keeps the sum of the branches in bounds; a frozen one does not, and branches
+    as large as what they are added to would double the variance with every block."""
+
+    def rule(_: np.random.Generator, shape: tuple[int, ...], config: ModelConfig) -> np.ndarray:
+        architecture = ARCHITECTURES[config.backbone]
+        last = 3 if architecture.bottleneck else 2
+        blocks = sum(config.stage_blocks or architecture.blocks)
+        return np.full(shape, blocks**-0.5 if config.norm == "frozen" and number == last else 1.0, np.float32)
+
+    return rule
+
+
 RULES: tuple[tuple[str, Rule], ...] = (
     # The first pattern that is the whole path decides.
     (r"class_head/output/bias", prior),
     (r"(class|box)_head/.*/kernel", head_normal),
     (r"fpn/.*/kernel", xavier_uniform),
     (r"backbone/.*/kernel", he_normal),
-    # The last norm of a residual block starts at scale 1 as well, not at 0 as some trainings from scratch have it.
+    # The last norm of a residual block is trained from scale 1 as well, not from 0 as some trainings from scratch have it.
+    (r"backbone/stem/norm/var", stem_variance),
+    (r"backbone/c\d/block\d+/norm2/scale", residual_scale(2)),
+    (r"backbone/c\d/block\d+/norm3/scale", residual_scale(3)),
     (r".*/(scale|var)", ones),
     (r".*/(bias|mean)", zeros),
 )
@@ -73,8 +100,8 @@ def initialise(model: RetinaNet, seed: int) -> dict[str, Any]:
     Each array is drawn from a generator of its own, seeded by (seed, its path): the values of one part do not depend on
     which other parts there are, nor on whether it is trained or frozen.
 
-    A backbone of norm "frozen" is meant to receive imported weights: from this start it normalises nothing, and the
-    activations of a deep one grow with every block. Train from scratch with norm "group" or "batch" and frozen_stages 0.
+    A backbone of norm "frozen" is meant to receive imported weights. From this start its activations are of a sane size
+    and it trains, but poorly: train from scratch with norm "group" or "batch" and frozen_stages 0.
 
     Args:
       model: the network.

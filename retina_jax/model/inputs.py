@@ -4,7 +4,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Float32, Int, UInt8
 
 STATISTICS = {
     # name: (channel order of the RGB image, mean, standard deviation), in 0-255 and in that order
@@ -15,14 +15,14 @@ STATISTICS = {
 
 
 def normalise(
-    images: UInt8[Array, "B H W 3"],
+    images: UInt8[Array, "B H W 3"] | Float32[Array, "B H W 3"],
     image_sizes: Int[Array, "B 2"],
     kind: Literal["detectron", "detectron2", "imagenet"],
 ) -> Float[Array, "B H W 3"]:
     """RGB canvases to float32 network input: (x - mean) / std by channel, BGR where `kind` says so.
 
     Args:
-      images: RGB, 0 to 255; the image stands in the upper left corner of its canvas.
+      images: RGB, 0 to 255, whole or not (`data.pixels`); the image stands in the upper left corner of its canvas.
       image_sizes: (height, width) of the image inside the canvas, pixels.
       kind: the convention, as in `ModelConfig.input_normalisation`.
 

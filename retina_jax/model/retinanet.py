@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from retina_jax.config import ModelConfig
 from retina_jax.model.fpn import FPN
@@ -37,7 +37,12 @@ class RetinaNet(nn.Module):
     """The pmap axis over which norm "batch" takes its statistics; None under jit."""
 
     @nn.compact
-    def __call__(self, images: UInt8[Array, "B H W 3"], image_sizes: Int[Array, "B 2"], train: bool = False) -> Outputs:
+    def __call__(
+        self,
+        images: UInt8[Array, "B H W 3"] | Float32[Array, "B H W 3"],
+        image_sizes: Int[Array, "B 2"],
+        train: bool = False,
+    ) -> Outputs:
         """Logits and deltas of all anchors, float32 whatever the precision of the convolutions.
 
         Args:
