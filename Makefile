@@ -23,9 +23,10 @@ setup: .venv/.ready-$(ACCELERATOR)
 
 .venv/.ready-$(ACCELERATOR): requirements.txt $(REQUIREMENTS) pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11, 3.12 or 3.13 is needed; name it with make PYTHON=/path/to/python3" >&2; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@echo "setting up .venv with $(REQUIREMENTS): a few minutes, once"
+	@$(PYTHON) -m venv .venv
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@rm -f .venv/.ready-*
 	@touch $@
 

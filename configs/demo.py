@@ -3,8 +3,8 @@
     make demo
 
 Scenes of 128 x 128 with six classes (a shape in a hue), clutter, look-alikes, occlusion, objects from 8 px up. All parts
-are the paper's (FPN, shared heads, focal loss with its prior, matching, NMS); widths, anchors and schedule are smaller, and AdamW
-stands in for SGD, which needs more steps from random weights.
+are the paper's (FPN, shared heads, focal loss with its prior, matching, NMS); widths, anchors and schedule are smaller,
+and AdamW stands in for SGD, which needs more steps from random weights.
 """
 
 from retina_jax.config import (
