@@ -7,6 +7,7 @@ also `image/id`, `image/filename`, and of the objects `is_crowd` and `area`.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import uuid
@@ -222,7 +223,8 @@ def _load_index(builder: tfds.core.DatasetBuilder, split: str, images: tfds.core
     for path in (own / file_name, home / file_name):
         if path.is_file():
             try:
-                with np.load(path, allow_pickle=False) as columns:
+                # From memory: numpy leaves a file that it cannot make out open.
+                with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as columns:
                     return Index(**columns)
             except (ValueError, TypeError, OSError, KeyError, EOFError, zipfile.BadZipFile):
                 continue  # Broken by someone else: made again below.

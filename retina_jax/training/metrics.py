@@ -53,8 +53,10 @@ class Metrics:
         self._waited += waited
         self._timed += 1
 
-    def flush(self) -> dict[str, float] | None:
+    def flush(self, *, end_line: bool = False) -> dict[str, float] | None:
         """Fetch what is pending, check that it is finite, write and print its mean. Waits for the device.
+
+        On a terminal the progress line is written over and over; `end_line` leaves it standing.
 
         Raises NonFiniteLoss before anything is written for the window that holds the first such step.
         """
@@ -78,7 +80,7 @@ class Metrics:
         mean["data_wait_percent"] = 100 * self._waited / elapsed
         mean["peak_memory_mib"] = peak_memory_bytes() / 2**20
         self.write(steps[-1], {"event": "train", **mean})
-        self._progress(steps[-1], mean, now)
+        self._progress(steps[-1], mean, now, "\n" if end_line else "")
         self._pending.clear()
         self.restart_window()
         return mean
@@ -99,7 +101,7 @@ class Metrics:
                     self._board.add_scalar(f"{group}/{name}", value, step)
             self._board.flush()
 
-    def _progress(self, step: int, mean: dict[str, float], now: float) -> None:
+    def _progress(self, step: int, mean: dict[str, float], now: float, end: str) -> None:
         total = self._run.config.training.steps
         left = (now - self._begun) / max(step - self._first, 1) * max(total - step, 0)
         line = (
@@ -109,7 +111,7 @@ class Metrics:
             f"data wait {mean['data_wait_percent']:.0f}%  {mean['peak_memory_mib'] / 1024:.1f} GiB  ETA {_duration(left)}"
         )
         if sys.stdout.isatty():
-            print(f"\r\033[K{line}", end="", flush=True)
+            print(f"\r\033[K{line}", end=end, flush=True)
         else:
             print(line, flush=True)
 
