@@ -54,6 +54,7 @@ def anchor_grid(canvas_hw: tuple[int, int], anchors: AnchorConfig, model: ModelC
       width - 1, and adds 1 wherever it takes a width; here x2 = x1 + width, the same box in this package's half-open
       pixels: [-12, -12, 19, 19] there is [-12, -12, 20, 20] here. With it every formula of Detectron (IoU, encoding,
       decoding) becomes the one in `retina_jax.boxes`, so nothing else has to know.
+    - detectron2: the cell of the paper, centred on the cell's upper left corner, at (column, row) * 2^level.
     - torchvision: sides s * scale truncated to whole pixels (32, 40, 50), corners of each cell anchor rounded (half to
       even); for each ratio, for each scale; centred on the cell's upper left corner, and the step between cells is the
       canvas over the map, whole pixels only: at 800 px, 61 on P6 and 114 on P7.
@@ -69,6 +70,10 @@ def anchor_grid(canvas_hw: tuple[int, int], anchors: AnchorConfig, model: ModelC
         if anchors.style == "torchvision":
             cell, offset = _torchvision_cell(stride, anchors), 0.0
             step_y, step_x = canvas_hw[0] // rows, canvas_hw[1] // columns
+        elif anchors.style == "detectron2":
+            # In float32 before the sum, as detectron2 has it: the last bit depends on it.
+            cell, offset = _paper_cell(stride, anchors).astype(np.float32), 0.0
+            step_y, step_x = stride, stride
         else:
             cell = _paper_cell(stride, anchors) if anchors.style == "paper" else _detectron_cell(stride, anchors)
             offset, step_y, step_x = 0.5 * stride, stride, stride

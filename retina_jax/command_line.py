@@ -5,15 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
-
-# TensorFlow only reads images here: its start-up banner is no news.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import jax
 import tyro
@@ -30,10 +25,11 @@ def one_line_errors() -> Iterator[None]:
     from retina_jax.data.source import DataError
     from retina_jax.evaluation import EvaluationError
     from retina_jax.training.metrics import NonFiniteLoss
+    from retina_jax.weights.errors import WeightsError
 
     try:
         yield
-    except (ConfigError, DataError, EvaluationError, NonFiniteLoss) as error:
+    except (ConfigError, DataError, EvaluationError, NonFiniteLoss, WeightsError) as error:
         print(f"\nerror: {error}" if sys.stdout.isatty() else f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -59,7 +55,12 @@ def option_value(argv: Sequence[str], option: str) -> str | None:
 
 
 def config_of(argv: Sequence[str], default: str) -> Config:
-    """The Config of the file that `--config` names, before the overrides are known."""
+    """The Config that the overrides are laid over: of the file that `--config` names, else of the run in `--workdir`."""
+    from retina_jax.training.run import read_run
+
+    workdir = option_value(argv, "--workdir")
+    if option_value(argv, "--config") is None and workdir and (Path(workdir) / "config.json").is_file():
+        return read_run(Path(workdir)).config
     return load_config(option_value(argv, "--config") or default)
 
 

@@ -78,9 +78,18 @@ class DataConfig:
     """Flip half of the training images left to right. Paper: the only augmentation."""
     resize: Literal["bilinear", "antialias"] = "bilinear"
     """bilinear without antialiasing (cv2, Detectron, torchvision) or with it (PIL, detectron2)."""
-    buckets: Literal[1, 2, 4] = 4
+    size_rounding: Literal["nearest", "floor"] = "nearest"
+    """Sides of a resized image to whole pixels: nearest (Detectron, detectron2) or floor (torchvision)."""
+    pixels: Literal["uint8", "float32"] = "uint8"
+    """What a resize leaves: pixels rounded to uint8 (PIL, detectron2), or float32 ones, four times the bytes to the
+    device (Detectron, torchvision)."""
+    box_ends: Literal["half_open", "inclusive"] = "half_open"
+    """How the right and lower ends of boxes are resized: as edges, x2 s; or as the last pixels that Detectron takes them
+    for, (x2 - 1) s + 1."""
+    buckets: Literal[0, 1, 2, 4] = 4
     """Canvas shapes that images are padded to: 4 = 2 orientations x 2 long sides, 2 = orientations, 1 = one square.
-    As many programs are compiled."""
+    As many programs are compiled. 0: in detection and evaluation the smallest canvas that holds the images, as torchvision,
+    detectron2 and Detectron have it, and a program for each shape met; training then has 4."""
     pad_multiple: int = 32
     """Canvas sides are multiples of this, pixels; itself a multiple of 32."""
     max_boxes: int = 100
@@ -137,6 +146,9 @@ class ModelConfig:
     input_normalisation: Literal["detectron", "detectron2", "imagenet"] = "detectron"
     """detectron: BGR 0-255 minus (102.9801, 115.9465, 122.7717); detectron2: BGR minus (103.53, 116.28, 123.675);
     imagenet: RGB 0-1 minus mean over standard deviation (torchvision)."""
+    backbone_weights: str = ""
+    """Weights the backbone starts from: imagenet (fetched, those that fit the backbone and input_normalisation), a file of
+    torchvision, timm, detectron2 or Detectron, KIND:NAME, or empty: random. Read at step 0 alone. Paper: ImageNet."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the convolutions; parameters, losses and decoding are float32 always."""
     remat: bool = False
@@ -147,9 +159,10 @@ class ModelConfig:
 class AnchorConfig:
     """Anchor boxes (Section 4, Anchors)."""
 
-    style: Literal["paper", "detectron", "torchvision"] = "paper"
+    style: Literal["paper", "detectron", "detectron2", "torchvision"] = "paper"
     """paper: exact sizes, centred on the cell, scale-major; detectron: its rounded sizes, pixel convention and order;
-    torchvision: its truncated sizes and rounded cells, ratio-major, strides from the map sizes."""
+    detectron2: the paper's, centred on the cell's upper left corner; torchvision: its truncated sizes and rounded cells,
+    ratio-major, strides from the map sizes."""
     size_factor: float = 4.0
     """Side of a level's square base anchor over its stride: 32 px on P3 to 512 px on P7. Paper: 4."""
     scales: tuple[float, ...] = (1.0, 2.0 ** (1 / 3), 2.0 ** (2 / 3))
@@ -228,10 +241,15 @@ class DetectionConfig:
 
     score_threshold: float = 0.05
     """Scores at or below this are dropped. Paper: 0.05."""
+    threshold_coarsest: bool = True
+    """Drop them on the coarsest level too. Detectron keeps all scores above 0 there."""
     top_k: int = 1000
     """Best scores decoded a pyramid level. Paper: 1000."""
     nms_iou: float = 0.5
     """A box is suppressed by a better one of its class with an IoU above this. Paper: 0.5."""
+    clip: Literal["before_nms", "after_nms"] = "before_nms"
+    """When boxes are cut to the image: before the suppression (Detectron, torchvision), or after it and those left without
+    area are dropped (detectron2)."""
     max_detections: int = 100
     """Detections an image. COCO: 100."""
 

@@ -42,6 +42,9 @@ def detect(
     (`nms`). An anchor can give several classes. A score of exactly score_threshold is dropped. Boxes that clipping
     leaves without area are kept. All in float32.
 
+    Without config.threshold_coarsest the last level drops no score above 0. With config.clip "after_nms" whole boxes are
+    suppressed, those that remain are clipped, and the ones without area are dropped: D may then not be reached.
+
     level_counts are the anchors of each level, as `anchors.level_counts` gives them; image_sizes is (height, width) of
     the real image in the upper left corner of the canvas.
     """
@@ -51,22 +54,32 @@ def detect(
         )
     anchors = jnp.asarray(anchors)
     starts = [sum(level_counts[:level]) for level in range(len(level_counts))]
+    thresholds = [config.score_threshold] * len(level_counts)
+    if not config.threshold_coarsest:
+        thresholds[-1] = 0.0
 
     def of_image(logits: Float[Array, "A K"], deltas: Float[Array, "A 4"], size_hw: Int[Array, "2"]) -> tuple:
         found = []
-        for start, count in zip(starts, level_counts, strict=True):
+        for start, count, threshold in zip(starts, level_counts, thresholds, strict=True):
             values, anchor, label = best_logits(logits[start : start + count], config.top_k)
-            found.append((values, anchor + start, label))
-        best, anchor, label = (jnp.concatenate(parts) for parts in zip(*found, strict=True))
+            found.append((values, anchor + start, label, jnp.full(values.shape, threshold, jnp.float32)))
+        best, anchor, label, threshold = (jnp.concatenate(parts) for parts in zip(*found, strict=True))
         scores = jax.nn.sigmoid(best.astype(jnp.float32))
-        boxes_xyxy = clip(decode(deltas[anchor].astype(jnp.float32), anchors[anchor]), size_hw)
+        boxes_xyxy = decode(deltas[anchor].astype(jnp.float32), anchors[anchor])
+        if config.clip == "before_nms":
+            boxes_xyxy = clip(boxes_xyxy, size_hw)
         kept, valid = nms(
             boxes_xyxy,
-            jnp.where(scores > config.score_threshold, scores, -jnp.inf),
+            jnp.where(scores > threshold, scores, -jnp.inf),
             label,
             iou_threshold=config.nms_iou,
             max_detections=config.max_detections,
         )
+        if config.clip == "after_nms":
+            boxes_xyxy = clip(boxes_xyxy, size_hw)
+            valid = valid & (boxes_xyxy[kept, 2:] > boxes_xyxy[kept, :2]).all(axis=1)
+            in_front = jnp.argsort(~valid, stable=True)
+            kept, valid = kept[in_front], valid[in_front]
         return (
             jnp.where(valid[:, None], boxes_xyxy[kept], 0.0),
             jnp.where(valid, scores[kept], 0.0),

@@ -1,7 +1,8 @@
-"""A trained network, ready to be asked: `load_detector(RUN).detect(images)`."""
+"""A trained network, ready to be asked: `load_detector("torchvision:FILE").detect(images)`."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,14 @@ import numpy as np
 from jaxtyping import Float, Int, PyTree, UInt8
 
 from retina_jax.config import Config, ConfigError, DataConfig
+from retina_jax.config_files import override, validate
 from retina_jax.data.pipeline import Batch
-from retina_jax.data.preprocessing import assign_bucket, buckets, resize, resized_size
+from retina_jax.data.preprocessing import buckets, exact_canvas, resize, resized_size, to_original_pixels
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.parallel import Driver
 from retina_jax.training.run import read_run
 from retina_jax.training.step import Inputs
+from retina_jax.weights.importing import import_detector, kind_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class ImageDetections:
     scores: Float[np.ndarray, " N"]
     labels: Int[np.ndarray, " N"]
     """Indices into the detector's `class_names`."""
+    class_names: tuple[str, ...] = ()
+    """Name of the class of each."""
 
 
 @dataclass(frozen=True)
@@ -41,25 +46,30 @@ class Detector:
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
     """COCO category id of each class."""
+    step: int = 0
+    """Training steps its weights have seen here; 0 where they come from elsewhere."""
 
     @property
     def config(self) -> Config:
         """The config the network was built from."""
         return self.driver.config
 
-    def detect(self, images: Iterable[np.ndarray]) -> list[ImageDetections]:
-        """Detections of uint8 images [h w 3] (RGB) of any sizes, each in its own pixels."""
+    def detect(self, images: Iterable[np.ndarray], *, batch_size: int = 1) -> list[ImageDetections]:
+        """Detections of uint8 images [h w 3] (RGB) of any sizes, each in its own pixels.
+
+        Images of a batch share a canvas, the smallest that holds them all; what one of them is padded with can change its
+        detections a little, as it does in torchvision and detectron2. A batch of 1 leaves every image to itself.
+        """
         found = []
-        for number, image in enumerate(images):
-            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or min(image.shape) == 0:
-                raise ValueError(
-                    f"image {number}: {image.dtype} of shape {image.shape}; detect takes uint8 arrays [h, w, 3]"
-                )
-            batch = to_canvas(image, self.config.data)
-            # One image at a time: over several devices the other rows of the batch repeat it.
-            batch = jax.tree.map(lambda x: np.repeat(x, self.driver.shards, axis=0), batch)
-            _, detections = next(self._read(batch, self._run(batch), [image.shape[:2]]))
-            found.append(detections)
+        remaining = iter(images)
+        while group := list(itertools.islice(remaining, batch_size)):
+            for number, image in enumerate(group, start=len(found)):
+                if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or min(image.shape) == 0:
+                    raise ValueError(
+                        f"image {number}: {image.dtype} of shape {image.shape}; detect takes uint8 arrays [h, w, 3]"
+                    )
+            batch = to_canvas(group, self.config.data, -(-len(group) // self.driver.shards) * self.driver.shards)
+            found += [d for _, d in self._read(batch, self._run(batch), [image.shape[:2] for image in group])]
         return found
 
     def detect_batches(
@@ -91,39 +101,86 @@ class Detector:
                 continue
             kept = labels[row] >= 0
             height, width = sizes_hw[index]
-            original = boxes[row][kept] / np.tile(batch.scales[row], 2)[None]
+            original = to_original_pixels(boxes[row][kept], batch.scales[row], self.config.data.box_ends)
             original = np.clip(original, 0, np.array([width, height, width, height], np.float32)[None])
-            yield index, ImageDetections(original.astype(np.float32), scores[row][kept], labels[row][kept])
+            names = tuple(self.class_names[label] for label in labels[row][kept])
+            yield index, ImageDetections(original.astype(np.float32), scores[row][kept], labels[row][kept], names)
 
 
-def to_canvas(image: UInt8[np.ndarray, "h w 3"], data: DataConfig) -> Batch:
-    """A batch of this one image, resized and padded as evaluation does it."""
-    height, width = image.shape[:2]
-    size = resized_size(height, width, data.short_side, data.long_side)
-    shapes = buckets(data, (data.short_side,))
-    canvas = np.zeros((1, *shapes[assign_bucket(size, shapes)], 3), np.uint8)
-    canvas[0, : size[0], : size[1]] = np.asarray(resize(image, size, data.resize))
+def to_canvas(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], data: DataConfig, rows: int) -> Batch:
+    """A batch of these images, resized and padded as evaluation does it; the last one fills the `rows` that are left.
+
+    The canvas is the smallest of the configured ones that holds them all; where none does, or with `data.buckets` 0, it is
+    the smallest there is.
+    """
+    sizes = [resized_size(*image.shape[:2], data.short_side, data.long_side, data.size_rounding) for image in images]
+    largest = max(height for height, _ in sizes), max(width for _, width in sizes)
+    shapes = buckets(data, (data.short_side,)) if data.buckets else ()
+    fitting = [shape for shape in shapes if largest[0] <= shape[0] and largest[1] <= shape[1]]
+    canvas = min(fitting, key=lambda shape: shape[0] * shape[1], default=exact_canvas(largest, data))
+    pixels = np.zeros((rows, *canvas, 3), data.pixels)
+    for row, (image, size) in enumerate(zip(images, sizes, strict=True)):
+        pixels[row, : size[0], : size[1]] = np.asarray(resize(image, size, data.resize, data.pixels))
+    pixels[len(images) :] = pixels[len(images) - 1]
+    of_row = np.minimum(np.arange(rows), len(images) - 1)
+    scales = [(size[1] / image.shape[1], size[0] / image.shape[0]) for image, size in zip(images, sizes, strict=True)]
     return Batch(
-        images=canvas,
-        image_sizes=np.array([size], np.int32),
-        boxes_xyxy=np.zeros((1, data.max_boxes, 4), np.float32),
-        labels=np.full((1, data.max_boxes), -1, np.int32),
-        indices=np.zeros(1, np.int64),
-        valid=np.ones(1, bool),
-        scales=np.array([[size[1] / width, size[0] / height]], np.float32),
+        images=pixels,
+        image_sizes=np.array(sizes, np.int32)[of_row],
+        boxes_xyxy=np.zeros((rows, data.max_boxes, 4), np.float32),
+        labels=np.full((rows, data.max_boxes), -1, np.int32),
+        indices=of_row.astype(np.int64),
+        valid=np.arange(rows) < len(images),
+        scales=np.array(scales, np.float32)[of_row],
     )
 
 
-def load_detector(run: str | Path, step: int | None = None, config: Config | None = None) -> tuple[Detector, int]:
-    """The detector of a run's folder at a saved step (None: the newest), and that step.
+def load_detector(
+    source: str | Path,
+    *,
+    short_side: int | None = None,
+    long_side: int | None = None,
+    step: int | None = None,
+    config: Config | None = None,
+    class_names: Sequence[str] = (),
+    batchnorm_eps: float | None = None,
+) -> Detector:
+    """The detector of a run's folder, or of weights from elsewhere.
 
-    `config` replaces the run's own where only inference differs (thresholds, devices, image size).
+    Args:
+      source: a run's folder, KIND:FILE, or KIND:NAME (`retina_jax.weights.named`, fetched once); KIND is torchvision,
+        detectron2 or detectron.
+      short_side: length that the shorter image side is resized to, pixels; None: as in training.
+      long_side: most the longer side may be; None: as in training, and in proportion where only short_side is given.
+      step: saved step of a run; None: the newest.
+      config: replaces the detector's own where only inference differs (thresholds, devices, image size). None: its own on
+        one device.
+      class_names: of weights from elsewhere that are not COCO's.
+      batchnorm_eps: of torchvision's weights; see `weights.importing.convert`.
+
+    Raises:
+      ConfigError, WeightsError: one line that names the folder or file and what is wrong with it.
     """
-    folder = Path(run)
-    saved = read_run(folder)
-    if not (folder / "checkpoints").is_dir():
-        raise ConfigError(f"--workdir {folder}: its run has saved no checkpoint yet")
-    driver = Driver(config or saved.config, len(saved.class_names))
-    with Checkpoints(folder / "checkpoints", keep=None) as checkpoints:
+    if kind_of(str(source)) is not None:
+        imported = import_detector(str(source), class_names=class_names, batchnorm_eps=batchnorm_eps)
+        found, names, ids = imported.config, imported.class_names, imported.category_ids
+    elif class_names or batchnorm_eps is not None:
+        raise ConfigError(f"{source}: is a run's folder, whose class_names and batchnorm_eps are fixed")
+    else:
+        saved = read_run(Path(source))
+        found, names, ids = saved.config, saved.class_names, saved.category_ids
+    config = config or override(found, {"devices": 1})
+    if short_side is not None or long_side is not None:
+        short = short_side or config.data.short_side
+        long = long_side or round(config.data.long_side * short / config.data.short_side)
+        size = {"data.short_side": short, "data.long_side": long, "data.jitter_short_sides": ()}
+        config = validate(override(config, size))
+    driver = Driver(config, len(names))
+    if kind_of(str(source)) is not None:
+        return Detector(driver, driver.place_state(imported.variables), names, ids)
+    folder = Path(source) / "checkpoints"
+    if not folder.is_dir():
+        raise ConfigError(f"--workdir {source}: its run has saved no checkpoint yet")
+    with Checkpoints(folder, keep=None) as checkpoints:
         state = checkpoints.restore(driver.first_state(), step)
-    return Detector(driver, state.variables, saved.class_names, saved.category_ids), int(state.step)
+    return Detector(driver, state.variables, names, ids, int(state.step))

@@ -1,5 +1,6 @@
 """Score a run's checkpoint on its validation data: python scripts/evaluate.py --workdir RUN [--step N]
 
+With --weights KIND:FILE the detector comes from elsewhere, and --workdir only takes what is written.
 Any inference setting of the run can be overridden (--detection.nms-iou 0.6, --data.short-side 800, --data.val-annotations
 FILE, --training.eval-images 500); the network itself is the run's.
 """
@@ -20,12 +21,13 @@ from retina_jax.command_line import (
     set_up_jax,
 )
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_files import validate
+from retina_jax.config_files import override, validate
 from retina_jax.data.sources import open_source
 from retina_jax.detector import load_detector
 from retina_jax.evaluation import coco_table
 from retina_jax.training.assessment import assess
 from retina_jax.training.run import Run, read_run
+from retina_jax.weights.importing import convert
 
 
 @dataclass(frozen=True)
@@ -37,20 +39,34 @@ class Arguments:
     settings: Annotated[Config, tyro.conf.arg(name="")]
     step: int | None = None
     """Saved step to score; None: the newest."""
+    weights: str = ""
+    """KIND:FILE or KIND:NAME of a detector from elsewhere; KIND is torchvision, detectron2 or detectron."""
+    class_names: tuple[str, ...] = ()
+    """Names of its classes, where they are not COCO's."""
 
 
 def main() -> None:
     """Read the run, detect, score, write RUN/evaluation/step_N.json, print the COCO table."""
-    workdir = option_value(sys.argv[1:], "--workdir")
-    settings = read_run(Path(workdir)).config if workdir else Config()
+    workdir, weights = (option_value(sys.argv[1:], option) for option in ("--workdir", "--weights"))
+    if weights:
+        settings = override(Config(), convert(weights).changes)
+    else:
+        settings = read_run(Path(workdir)).config if workdir else Config()
     arguments = parse_command_line(Arguments, Arguments(tyro.MISSING, settings), sys.argv[1:], __doc__)
     set_up_jax()
     config = validate(arguments.settings)
-    detector, step = load_detector(arguments.workdir, arguments.step, config)
-    source = open_source(config.data, "val")
-    if source.class_names != detector.class_names:
+    detector = load_detector(
+        arguments.weights or arguments.workdir,
+        step=arguments.step,
+        config=config,
+        class_names=arguments.class_names,
+    )
+    source, step = open_source(config.data, "val"), detector.step
+    strangers = [name for name in source.class_names if name not in detector.class_names]
+    if strangers:
         raise ConfigError(
-            f"data.val_annotations: classes {source.class_names} are not the run's {detector.class_names}"
+            f"data.val_annotations: its classes {', '.join(strangers[:10])} are none of the detector's: "
+            f"{', '.join(detector.class_names[:10])}"
         )
     run = Run(arguments.workdir, config, detector.class_names, detector.category_ids)
     scores = assess(run, detector, source, step)

@@ -1,4 +1,4 @@
-"""Detect on images of your own: python scripts/predict.py --workdir RUN IMAGE_OR_FOLDER... --out DIR
+"""Detect on images of your own: scripts/predict.py (--workdir RUN | --weights KIND:FILE) IMAGE_OR_FOLDER... --out DIR
 
 Writes DIR/detections.json (per image: boxes in its own pixels, scores, class names) and a drawn picture per image.
 """
@@ -30,23 +30,31 @@ class Arguments:
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files, or folders of them."""
-    workdir: Path
-    """Folder of the run whose detector is asked."""
     out: Path
     """Folder to write to."""
+    workdir: Path | None = None
+    """Folder of the run whose detector is asked."""
+    weights: str = ""
+    """KIND:FILE or KIND:NAME of a detector from elsewhere; KIND is torchvision, detectron2 or detectron."""
     step: int | None = None
     """Saved step; None: the newest."""
     score: float = 0.3
     """Least score drawn; detections.json holds all that the run's config keeps."""
+    short_side: int | None = None
+    """Length the shorter image side is resized to, pixels; None: as in training."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes of --weights, where they are not COCO's."""
 
 
 def main() -> None:
     """Read, detect, write, draw."""
-    missing = tyro.MISSING
-    arguments = parse_command_line(Arguments, Arguments(missing, missing, missing), sys.argv[1:], __doc__)
+    arguments = parse_command_line(Arguments, Arguments(tyro.MISSING, tyro.MISSING), sys.argv[1:], __doc__)
+    if (arguments.workdir is None) == (not arguments.weights):
+        raise ConfigError("--workdir: give the folder of a run, or --weights KIND:FILE, and not both")
     set_up_jax()
     files = image_files(arguments.images)
-    detector, step = load_detector(arguments.workdir, arguments.step)
+    asked = {"step": arguments.step, "short_side": arguments.short_side, "class_names": arguments.class_names}
+    detector = load_detector(arguments.weights or arguments.workdir, **asked)
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -70,11 +78,14 @@ def main() -> None:
                 "height": image.shape[0],
                 "boxes_xyxy": found.boxes_xyxy.round(2).tolist(),
                 "scores": found.scores.round(5).tolist(),
-                "labels": [detector.class_names[label] for label in found.labels],
+                "labels": list(found.class_names),
             }
         )
         print(f"{file}: {int(good.sum())} detections at {arguments.score} or above -> {arguments.out / target}")
-    write_json(arguments.out / "detections.json", {"workdir": str(arguments.workdir), "step": step, "images": entries})
+    write_json(
+        arguments.out / "detections.json",
+        {"detector": arguments.weights or str(arguments.workdir), "step": detector.step, "images": entries},
+    )
     print(f"{len(files)} images; boxes in {arguments.out / 'detections.json'}")
 
 

@@ -26,8 +26,11 @@ from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.metrics import Metrics
 from retina_jax.training.parallel import Driver
 from retina_jax.training.run import Clock, finish_run, open_run
+from retina_jax.training.start import first_state
 from retina_jax.training.state import parameters_sha256
 from retina_jax.training.step import Inputs
+
+PAPER = Path(__file__).parents[1] / "configs" / "paper_r50_600.py"
 
 
 @dataclass(frozen=True)
@@ -37,19 +40,21 @@ class Arguments:
     workdir: Path
     """Folder of the run; made where it is missing, resumed where it holds a run."""
     settings: Annotated[Config, tyro.conf.arg(name="")]
-    config: Path = Path("configs/paper_r50_600.py")
-    """Config file whose fields the other options override."""
+    config: Path = PAPER
+    """Config file whose fields the other options override; not given, and with a run in the folder: that run's."""
+    allow_missing: tuple[str, ...] = ()
+    """Parts of the backbone (backbone/c5) that model.backbone_weights may lack; they start random."""
 
 
 def main() -> None:
     """Read the command line and train."""
-    defaults = Arguments(workdir=tyro.MISSING, settings=config_of(sys.argv[1:], "configs/paper_r50_600.py"))
+    defaults = Arguments(workdir=tyro.MISSING, settings=config_of(sys.argv[1:], str(PAPER)))
     arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__)
     set_up_jax()
-    train(validate(arguments.settings), arguments.workdir)
+    train(validate(arguments.settings), arguments.workdir, arguments.allow_missing)
 
 
-def train(config: Config, workdir: Path) -> None:
+def train(config: Config, workdir: Path, allow_missing: tuple[str, ...] = ()) -> None:
     """The loop. `step` counts the steps taken, the running one included; files are named after it."""
     # Data: what is there, and what was left out of it.
     source, val_source = open_source(config.data, "train"), open_source(config.data, "val")
@@ -61,21 +66,13 @@ def train(config: Config, workdir: Path) -> None:
     if images:
         print(f"warning: data.max_boxes {config.data.max_boxes} leaves out {boxes} boxes of {images} images")
 
-    # Network and state, from the newest checkpoint if there is one.
+    # Network and state: from the newest checkpoint, from imported weights, or random.
     driver = Driver(config, config.model.num_classes)
     driver.check_batch_size(config.data.batch_size, "data.batch_size")
     run = open_run(workdir, config, source.class_names, source.category_ids)
-    state = driver.first_state()
-    print(parameter_table(state.variables))
-    if config.model.norm == "frozen" or config.model.frozen_stages:
-        print(
-            "warning: frozen parts start from random weights and stay so; without imported weights train with "
-            "--model.norm group --model.frozen-stages 0"
-        )
     with Checkpoints(workdir / "checkpoints", config.training.keep_checkpoints) as checkpoints:
-        if checkpoints.steps():
-            state = checkpoints.restore(state)
-            print(f"resuming {workdir} at step {int(state.step)}")
+        state, told = first_state(driver, run, checkpoints, allow_missing)
+        print(f"{parameter_table(state.variables)}\n{told}")
         start = int(state.step)
         clock = Clock(workdir, resumed=start > 0)
         with Metrics(run, start) as metrics:
@@ -92,7 +89,7 @@ def train(config: Config, workdir: Path) -> None:
                 evaluate = is_due(step, config.training.eval_every, last)
                 save = evaluate or is_due(step, config.training.checkpoint_every, last)
                 if save or step % config.training.log_every == 0:
-                    metrics.flush()
+                    metrics.flush(end_line=evaluate)
                 if evaluate:
                     detector = Detector(driver, state.variables, run.class_names, run.category_ids)
                     scores = assess(run, detector, val_source, step)

@@ -1,5 +1,6 @@
 """Every test runs strict: shapes and types checked by machine, no silent promotion, 8 CPU devices, warnings are errors."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -20,6 +21,17 @@ install_import_hook("retina_jax", "beartype.beartype").__enter__()
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Parity tests need torch, which crashes where TensorFlow was loaded before it."""
+    chosen = config.option.markexpr
+    if "parity" in chosen and "not parity" not in chosen:
+        with contextlib.suppress(ImportError):
+            import torch
+            import torchvision  # noqa: F401
+
+            torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")

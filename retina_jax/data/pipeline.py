@@ -20,7 +20,16 @@ from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 from retina_jax.config import DataConfig
 from retina_jax.data.decoding import is_plain_jpeg, to_rgb
 from retina_jax.data.order import AUGMENTATION, TrainOrder, eval_order, host_rows, random_bits
-from retina_jax.data.preprocessing import assign_bucket, buckets, flip_boxes, resize, resized_size, train_short_sides
+from retina_jax.data.preprocessing import (
+    assign_bucket,
+    buckets,
+    exact_canvas,
+    flip_boxes,
+    resize,
+    resized_size,
+    to_canvas_pixels,
+    train_short_sides,
+)
 from retina_jax.data.source import BadImage, Source
 
 log = logging.getLogger(__name__)
@@ -29,7 +38,7 @@ log = logging.getLogger(__name__)
 class Batch(NamedTuple):
     """b images of one canvas shape H W: this host's rows of a global batch."""
 
-    images: UInt8[np.ndarray, "b H W 3"]
+    images: UInt8[np.ndarray, "b H W 3"] | Float32[np.ndarray, "b H W 3"]
     """RGB, at the canvas's upper left; the rest of the canvas is 0."""
     image_sizes: Int32[np.ndarray, "b 2"]
     """Height and width of the image on its canvas."""
@@ -89,9 +98,10 @@ def eval_batches(
 ) -> Batches:
     """Evaluation batches: every image once (of the first `limit`, if that is not 0), unflipped, at `data.short_side`.
 
-    All hosts get equally many batches of the same shapes; rows that only fill a batch are not `valid`.
+    All hosts get equally many batches of the same shapes; rows that only fill a batch are not `valid`. With `data.buckets`
+    0 the images of a batch all have the canvas of exactly their size.
     """
-    shapes = buckets(data, (data.short_side,))
+    shapes = exact_canvases(source, data) if data.buckets == 0 else buckets(data, (data.short_side,))
     batches = eval_order(_image_buckets(source, data, data.short_side, shapes)[: limit or None], batch_size)
     mine = host_rows(batch_size, host, hosts)
 
@@ -103,6 +113,13 @@ def eval_batches(
         return data.short_side, False
 
     return Batches(source, data, rows_at, augment, mine.stop - mine.start, 0, len(batches))
+
+
+def exact_canvases(source: Source, data: DataConfig) -> tuple[tuple[int, int], ...]:
+    """The canvases of exactly the sizes that the images of a source have at `data.short_side`, sorted."""
+    sizes = {(record.height, record.width) for record in source.records}
+    rule = data.short_side, data.long_side, data.size_rounding
+    return tuple(sorted({exact_canvas(resized_size(*size, *rule), data) for size in sizes}))
 
 
 def overflow(source: Source, data: DataConfig) -> tuple[int, int]:
@@ -187,7 +204,7 @@ class Batches(Iterator[Batch]):
             lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE"),
             lambda: decoded,
         )
-        image = resize(image, size, self._data.resize)
+        image = resize(image, size, self._data.resize, self._data.pixels)
         # Mirrored last, so that a mirrored image has exactly the pixels of the plain one.
         image = tf.cond(flip, lambda: tf.reverse(image, axis=[1]), lambda: image)
         image = tf.pad(image, [[0, canvas[0] - size[0]], [0, canvas[1] - size[1]], [0, 0]])
@@ -209,11 +226,11 @@ class Batches(Iterator[Batch]):
             size, scales, black = np.ones(2, np.int32), np.ones(2, np.float32), np.zeros((1, 1, 3), np.uint8)
             return b"", black, False, canvas, size, boxes, labels, np.int64(index), False, scales
         short_side, flip = self._augment(int(rows.positions[row]))
-        height, width = resized_size(record.height, record.width, short_side, data.long_side)
+        height, width = resized_size(record.height, record.width, short_side, data.long_side, data.size_rounding)
         scales = np.array([width / record.width, height / record.height])
         n = min(len(record.labels), data.max_boxes)
         # In float64, so that a box that ends at the image's edge still does on the canvas.
-        scaled = (record.boxes_xyxy[:n] * np.tile(scales, 2)).astype(np.float32)
+        scaled = to_canvas_pixels(record.boxes_xyxy[:n], scales, data.box_ends).astype(np.float32)
         boxes[:n] = flip_boxes(scaled, width) if flip else scaled
         labels[:n] = record.labels[:n]
         size, valid = np.array([height, width], np.int32), bool(rows.valid[row])
@@ -238,6 +255,6 @@ def _image_buckets(
 ) -> Int64[np.ndarray, " N"]:
     @functools.cache
     def bucket(height: int, width: int) -> int:
-        return assign_bucket(resized_size(height, width, short_side, data.long_side), shapes)
+        return assign_bucket(resized_size(height, width, short_side, data.long_side, data.size_rounding), shapes)
 
     return np.array([bucket(record.height, record.width) for record in source.records], np.int64)

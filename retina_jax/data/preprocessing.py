@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import tensorflow as tf
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 
 from retina_jax.config import DataConfig
 
@@ -14,14 +15,17 @@ from retina_jax.config import DataConfig
 tf.config.set_visible_devices([], "GPU")
 
 
-def resized_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
+def resized_size(
+    height: int, width: int, short_side: int, long_side: int, rounding: Literal["nearest", "floor"] = "nearest"
+) -> tuple[int, int]:
     """(height, width) of the resized image: short side `short_side`, or long side `long_side` where that is the smaller one.
 
-    Sides are rounded to the nearest pixel, halves up, and are at least 1. The paper (Section 4.1) gives the short side; the
-    bound of the long one is Detectron's: 1000 with 600, 1333 with 800.
+    Sides are rounded to the nearest pixel, halves up, or with "floor" down, and are at least 1. The paper (Section 4.1)
+    gives the short side; the bound of the long one is Detectron's: 1000 with 600, 1333 with 800.
     """
     scale = min(short_side / min(height, width), long_side / max(height, width))
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+    half = 0.5 if rounding == "nearest" else 0.0
+    return max(1, int(height * scale + half)), max(1, int(width * scale + half))
 
 
 def train_short_sides(data: DataConfig) -> tuple[int, ...]:
@@ -34,17 +38,23 @@ def buckets(data: DataConfig, short_sides: tuple[int, ...]) -> tuple[tuple[int, 
 
     With S the largest short side and L the long side: 4 buckets are landscape and portrait, S by 4/3 S (where most
     photographs fit) and S by L; 2 buckets are S by L and L by S; 1 is L by L. Shapes that coincide are given once.
+    0 buckets are those of 4: what only training uses.
     """
-
-    def padded(side: int | float) -> int:
-        return math.ceil(side / data.pad_multiple) * data.pad_multiple
-
-    long = padded(data.long_side)
-    short = min(padded(max(short_sides)), long)
+    long = _padded(data.long_side, data)
+    short = min(_padded(max(short_sides), data), long)
     if data.buckets == 1:
         return ((long, long),)
-    longs = [long] if data.buckets == 2 else [min(padded(4 / 3 * max(short_sides)), long), long]
+    longs = [long] if data.buckets == 2 else [min(_padded(4 / 3 * max(short_sides), data), long), long]
     return tuple(dict.fromkeys(shape for side in longs for shape in ((short, side), (side, short))))
+
+
+def exact_canvas(size_hw: tuple[int, int], data: DataConfig) -> tuple[int, int]:
+    """The smallest canvas that holds an image of this size, its sides multiples of `pad_multiple`."""
+    return _padded(size_hw[0], data), _padded(size_hw[1], data)
+
+
+def _padded(side: int | float, data: DataConfig) -> int:
+    return math.ceil(side / data.pad_multiple) * data.pad_multiple
 
 
 def assign_bucket(size_hw: tuple[int, int], shapes: tuple[tuple[int, int], ...]) -> int:
@@ -55,14 +65,18 @@ def assign_bucket(size_hw: tuple[int, int], shapes: tuple[tuple[int, int], ...])
     return min(fitting, key=lambda i: shapes[i][0] * shapes[i][1])
 
 
-def resize(image: tf.Tensor | np.ndarray, size_hw: tf.Tensor | tuple[int, int], kind: str) -> tf.Tensor:
-    """Resizes uint8 [h w 3] to uint8 [h' w' 3], half-pixel centres, rounded to the nearest, halves up.
+def resize(
+    image: tf.Tensor | np.ndarray, size_hw: tf.Tensor | tuple[int, int], kind: str, pixels: str = "uint8"
+) -> tf.Tensor:
+    """Resizes uint8 [h w 3] to [h' w' 3], half-pixel centres, `pixels` as in DataConfig.
+
+    "uint8" is rounded to the nearest, halves up; "float32" is not rounded at all.
 
     `kind` is "bilinear" (two by two neighbours: cv2, Detectron, torchvision) or "antialias" (the kernel widens with the
     reduction: PIL, detectron2). Enlarging, both are the same.
     """
     # The weights of a pixel sum to 1, so the half that makes truncation round is added where there are fewest pixels.
-    halves = tf.cast(image, tf.float32) + 0.5
+    halves = tf.cast(image, tf.float32) + (0.5 if pixels == "uint8" else 0.0)
     # Enlarging, the wider kernel is the plain one, at a third of the speed.
     widen = tf.reduce_any(tf.shape(image)[:2] > size_hw) if kind == "antialias" else tf.constant(False)
     resized = tf.cond(
@@ -70,7 +84,31 @@ def resize(image: tf.Tensor | np.ndarray, size_hw: tf.Tensor | tuple[int, int], 
         lambda: tf.image.resize(halves, size_hw, method="bilinear", antialias=True),
         lambda: tf.image.resize(halves, size_hw, method="bilinear"),
     )
-    return tf.cast(resized, tf.uint8)
+    return tf.cast(resized, tf.uint8 if pixels == "uint8" else tf.float32)
+
+
+def to_canvas_pixels(
+    boxes_xyxy: Float[np.ndarray, "G 4"], scale_xy: Float[np.ndarray, " 2"], ends: Literal["half_open", "inclusive"]
+) -> Float[np.ndarray, "G 4"]:
+    """Boxes of the original image on the canvas, whose pixels are `scale_xy` to an original one along x and y.
+
+    `ends` "half_open": all four sides times the scale. "inclusive" (Detectron): a box ends on its last pixel, and that
+    pixel's number is scaled, so the side x2 becomes (x2 - 1) s + 1; a resized box is s - 1 pixels smaller for it.
+    """
+    scale = np.tile(scale_xy, 2)[None]
+    return boxes_xyxy * scale + (_last_pixel(1 - scale) if ends == "inclusive" else 0)
+
+
+def to_original_pixels(
+    boxes_xyxy: Float[np.ndarray, "G 4"], scale_xy: Float[np.ndarray, " 2"], ends: Literal["half_open", "inclusive"]
+) -> Float[np.ndarray, "G 4"]:
+    """The inverse of `to_canvas_pixels`."""
+    scale = np.tile(scale_xy, 2)[None]
+    return (boxes_xyxy - (_last_pixel(1 - scale) if ends == "inclusive" else 0)) / scale
+
+
+def _last_pixel(shift: Float[np.ndarray, "1 4"]) -> Float[np.ndarray, "1 4"]:
+    return shift * np.array([[0, 0, 1, 1]], shift.dtype)
 
 
 def flip_boxes(boxes_xyxy: Float32[np.ndarray, "G 4"], width: int) -> Float32[np.ndarray, "G 4"]:

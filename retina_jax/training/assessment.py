@@ -21,6 +21,8 @@ from retina_jax.visualize import contact_sheet, draw
 def assess(run: Run, detector: Detector, source: Source, step: int) -> Scores:
     """Detect on `source`, score against its own ground truth by image id, write what was found, return the scores.
 
+    Classes meet by name; detections of a class that `source` does not have are left out.
+
     Writes RUN/evaluation/, RUN/detections/ (COCO results format) and RUN/pictures/ for `step`.
     """
     training = run.config.training
@@ -40,12 +42,14 @@ def assess(run: Run, detector: Detector, source: Source, step: int) -> Scores:
         print(f"warning: {len(unread)} images could not be read and score as images without detections")
         nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32)
         found |= {index: ImageDetections(*nothing) for index in unread}
+    by_name = dict(zip(source.class_names, source.category_ids, strict=True))
+    category_ids = [by_name.get(name, -1) for name in detector.class_names]
     results = []
     for index, detections in sorted(found.items()):
         image_id = source.records[index].image_id
-        results += coco_results(
-            image_id, detections.boxes_xyxy, detections.scores, detections.labels, source.category_ids
-        )
+        known = np.array([category_ids[label] >= 0 for label in detections.labels], bool)
+        boxes_xyxy, labels = detections.boxes_xyxy[known], detections.labels[known]
+        results += coco_results(image_id, boxes_xyxy, detections.scores[known], labels, category_ids)
     image_ids = [record.image_id for record in source.records[:limit]]
     scores = evaluate_coco(source.truth, results, image_ids, [source.records[index].image_id for index in found])
     write_json(run.path("detections", step), results)

@@ -63,7 +63,7 @@ def open_run(folder: Path, config: Config, class_names: Sequence[str], category_
         probe.unlink()
     except OSError as error:
         raise ConfigError(f"--workdir {folder}: cannot be written: {error.strerror}") from None
-    if not made_here and (folder / "config.json").exists():
+    if not made_here and (folder / "config.json").exists() and fresh_import(folder) is None:
         before = read_run(folder)
         if before.class_names != run.class_names:
             raise ConfigError(
@@ -87,9 +87,16 @@ def open_run(folder: Path, config: Config, class_names: Sequence[str], category_
     return run
 
 
-def read_run(folder: Path) -> Run:
+def fresh_import(folder: Path) -> Run | None:
+    """What `import_weights.py` put into `folder`, while no step trained on it has been saved: it may take other classes
+    and another config. None for every other run."""
+    steps = [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
+    return read_run(folder, "imported.json") if (folder / "imported.json").is_file() and not any(steps) else None
+
+
+def read_run(folder: Path, name: str = "config.json") -> Run:
     """The run in `folder`, from its config.json."""
-    path = folder / "config.json"
+    path = folder / name
     if not path.is_file():
         raise ConfigError(f"--workdir {folder}: no run there ({path} is missing)")
     try:

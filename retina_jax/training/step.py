@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int, PyTree, UInt8
 
 from retina_jax.anchors import anchor_grid
 from retina_jax.config import Config
@@ -19,7 +19,7 @@ from retina_jax.training.state import TrainState
 class Inputs(NamedTuple):
     """What travels to the devices. Boxes are in canvas pixels, padded rows have label -1."""
 
-    images: UInt8[Array, "B H W 3"]
+    images: UInt8[Array, "B H W 3"] | Float32[Array, "B H W 3"]
     image_sizes: Int[Array, "B 2"]
     boxes_xyxy: Float[Array, "B G 4"]
     labels: Int[Array, "B G"]

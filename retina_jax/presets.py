@@ -1,0 +1,103 @@
+"""Where public RetinaNets differ, as config: a preset is what to set, over any config, to do as one of them does.
+
+    config = override(config, PRESETS["detectron2"])
+
+Every preset names the same fields, so that one can be laid over another. They hold the conventions and the optimizer; data,
+backbone and number of classes stay as they are, and the schedule's length is in the recipes, `configs/*_r50_800.py`.
+Weights that come from one of these systems bring its preset along (`retina_jax.weights`).
+
+What each leaves different from its system:
+
+- detectron: its normaliser adds 1 an image and counts the weak anchors that become background; it suppresses in original
+  pixels and resizes by one factor for both axes, where here each axis has its own (at most half a pixel at the far edge).
+- detectron2: PIL resizes in two passes with integer weights (at most one grey level); each process has a running mean of
+  its own, where here there is their common one.
+- torchvision: boxes of different classes are kept apart by large offsets, which cost its NMS up to .002 pixels; v2 updates
+  the BatchNorm statistics of frozen stages too, and its decay spares norms alone, where here it spares biases with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from retina_jax.config import Config
+from retina_jax.config_files import flatten
+
+_DETECTRON = {
+    "data.short_side": 800,
+    "data.long_side": 1333,
+    "data.pad_multiple": 128,
+    "data.buckets": 0,
+    "data.pixels": "float32",
+    "data.box_ends": "inclusive",
+    "anchors.style": "detectron",
+    "loss.normaliser": "per_device",
+    "detection.threshold_coarsest": False,
+}
+
+_DETECTRON2 = {
+    "data.short_side": 800,
+    "data.long_side": 1333,
+    "data.jitter_short_sides": (640, 672, 704, 736, 768, 800),
+    "data.buckets": 0,
+    "data.resize": "antialias",
+    "model.input_normalisation": "detectron2",
+    "anchors.style": "detectron2",
+    "matching.low_quality": "all",
+    "loss.box": "l1",
+    "loss.normaliser": "ema",
+    "optimizer.bias_learning_rate_factor": 1.0,
+    "optimizer.decay_biases": True,
+    "optimizer.warmup_steps": 1000,
+    "optimizer.warmup_factor": 0.001,
+    "detection.clip": "after_nms",
+}
+
+_TORCHVISION_V1 = {
+    "data.short_side": 800,
+    "data.long_side": 1333,
+    "data.buckets": 0,
+    "data.size_rounding": "floor",
+    "data.pixels": "float32",
+    "model.stride_position": "3x3",
+    "model.p6_from": "p5",
+    "model.input_normalisation": "imagenet",
+    "anchors.style": "torchvision",
+    "matching.low_quality": "all",
+    "loss.box": "l1",
+    "loss.normaliser": "per_image",
+    "optimizer.bias_learning_rate_factor": 1.0,
+    "optimizer.decay_biases": True,
+    "optimizer.warmup_steps": 1000,
+    "optimizer.warmup_factor": 0.001,
+    "detection.max_detections": 300,
+}
+
+_TORCHVISION_V2 = _TORCHVISION_V1 | {
+    "data.jitter_short_sides": (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800),
+    "model.p6_from": "c5",
+    "model.norm": "batch",
+    "model.head_norm": "group",
+    "loss.box": "giou",
+    "optimizer.name": "adamw",
+    "optimizer.learning_rate": 1e-4,
+    "optimizer.weight_decay": 0.05,
+    "optimizer.decay_biases": False,
+}
+
+_DIFFERENT: Mapping[str, Mapping[str, Any]] = {
+    "paper": {},
+    "detectron": _DETECTRON,
+    "detectron2": _DETECTRON2,
+    "torchvision_v1": _TORCHVISION_V1,
+    "torchvision_v2": _TORCHVISION_V2,
+}
+
+FIELDS = tuple(name for name in flatten(Config()) if any(name in preset for preset in _DIFFERENT.values()))
+"""Dotted names of the fields in which any two presets differ."""
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    name: {field: (flatten(Config()) | dict(preset))[field] for field in FIELDS} for name, preset in _DIFFERENT.items()
+}
+"""Name of a preset to dotted config fields and their values; `paper` has the defaults of `Config`."""

@@ -1,0 +1,106 @@
+"""torchvision's RetinaNets (v1 and v2) and its ImageNet ResNets, whose names timm shares.
+
+Head channels stay in torchvision's order (for each ratio, for each size), which `anchors.style` "torchvision" lays its
+anchors in. The class head keeps all of its columns: a label is the column, as in torchvision. Its COCO weights have 91 of
+them, the raw category ids: 0 is the background, which no box ever is, and ten others are gaps of the table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from retina_jax.data.coco_classes import COCO_CATEGORIES
+from retina_jax.weights.converted import (
+    Converted,
+    Rule,
+    architecture,
+    class_count,
+    detector_changes,
+    is_detector,
+    renamed,
+    with_epsilon,
+)
+from retina_jax.weights.errors import WeightsError
+
+NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+CONV = {"weight": "kernel", "bias": "bias"}
+BACKGROUND = "__background__"
+COCO_OUTPUTS = 91
+
+BODY = r"(?:backbone\.body\.)?"
+FPN = r"backbone\.fpn\."
+HEAD = r"head\.(?P<head>classification|regression)_head\."
+STATISTIC = r"(?P<leaf>weight|bias|running_mean|running_var)"
+LEAF = r"(?P<leaf>weight|bias)"
+PLACE = r"layer(?P<stage>\d)\.(?P<block>\d+)\."
+HEADS = {"classification": "class_head", "regression": "box_head"}
+
+
+def _block(place: re.Match[str]) -> str:
+    return f"backbone/c{int(place['stage']) + 1}/block{int(place['block']) + 1}"
+
+
+RULES: tuple[Rule, ...] = (
+    (rf"{BODY}conv1\.weight", lambda m: "backbone/stem/conv/kernel"),
+    (rf"{BODY}bn1\.{STATISTIC}", lambda m: f"backbone/stem/norm/{NORM[m['leaf']]}"),
+    (rf"{BODY}{PLACE}conv(?P<n>\d)\.weight", lambda m: f"{_block(m)}/conv{m['n']}/kernel"),
+    (rf"{BODY}{PLACE}bn(?P<n>\d)\.{STATISTIC}", lambda m: f"{_block(m)}/norm{m['n']}/{NORM[m['leaf']]}"),
+    (rf"{BODY}{PLACE}downsample\.0\.weight", lambda m: f"{_block(m)}/shortcut/kernel"),
+    (rf"{BODY}{PLACE}downsample\.1\.{STATISTIC}", lambda m: f"{_block(m)}/shortcut_norm/{NORM[m['leaf']]}"),
+    # The pyramid starts at layer2, which is C3. Files before torchvision 0.13 lack the ".0".
+    (rf"{FPN}inner_blocks\.(?P<n>\d)(\.0)?\.{LEAF}", lambda m: f"fpn/lateral{int(m['n']) + 3}/{CONV[m['leaf']]}"),
+    (rf"{FPN}layer_blocks\.(?P<n>\d)(\.0)?\.{LEAF}", lambda m: f"fpn/output{int(m['n']) + 3}/{CONV[m['leaf']]}"),
+    (rf"{FPN}extra_blocks\.p(?P<n>\d)\.{LEAF}", lambda m: f"fpn/output{m['n']}/{CONV[m['leaf']]}"),
+    (rf"{HEAD}conv\.(?P<n>\d)\.0\.{LEAF}", lambda m: f"{HEADS[m['head']]}/conv{int(m['n']) + 1}/{CONV[m['leaf']]}"),
+    (rf"{HEAD}conv\.(?P<n>\d)\.1\.{LEAF}", lambda m: f"{HEADS[m['head']]}/norm{int(m['n']) + 1}/{NORM[m['leaf']]}"),
+    # Before 0.13 the ReLUs counted as layers too: 0, 2, 4, 6.
+    (rf"{HEAD}conv\.(?P<n>\d)\.{LEAF}", lambda m: f"{HEADS[m['head']]}/conv{int(m['n']) // 2 + 1}/{CONV[m['leaf']]}"),
+    (rf"{HEAD}(cls_logits|bbox_reg)\.{LEAF}", lambda m: f"{HEADS[m['head']]}/output/{CONV[m['leaf']]}"),
+    (r".*num_batches_tracked|fc\.(weight|bias)", None),
+)
+
+
+def convert_torchvision(
+    state_dict: Mapping[str, np.ndarray],
+    *,
+    source: str = "torchvision weights",
+    eps: float = 1e-5,
+    class_names: Sequence[str] = (),
+) -> Converted:
+    """A state dict of `retinanet_resnet50_fpn`, of its v2, or of an ImageNet ResNet or ResNeXt, in torchvision's naming.
+
+    Args:
+      state_dict: names to arrays.
+      source: what errors call it.
+      eps: what the source's BatchNorm adds to a variance. 1e-5, but 0 for the COCO weights of v1.
+      class_names: of each column, or of each column but the first, which then is the background. Empty: COCO's where
+        there are 91, else "class 0" and so on.
+    """
+    weights = with_epsilon(renamed(state_dict, RULES, source), eps)
+    changes = architecture(weights, source)
+    if not is_detector(weights):
+        kind = {"model.stride_position": "3x3", "model.input_normalisation": "imagenet", "model.norm": "frozen"}
+        return Converted(weights, changes | kind, (), ())
+    second = changes["model.head_norm"] == "group"
+    preset = "torchvision_v2" if second else "torchvision_v1"
+    names, ids = classes(class_count(weights, source), class_names, source)
+    return Converted(weights, detector_changes(preset, changes), names, ids)
+
+
+def classes(count: int, given: Sequence[str], source: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Name and category id of each of `count` columns."""
+    if given:
+        names = tuple(given) if len(given) == count else (BACKGROUND, *given)
+        if len(names) != count:
+            raise WeightsError(
+                f"{source}: has {count} class outputs; {len(given)} class names are neither that nor one less"
+            )
+    elif count == COCO_OUTPUTS:
+        coco = dict(COCO_CATEGORIES)
+        names = (BACKGROUND, *(coco.get(number, f"N/A {number}") for number in range(1, count)))
+    else:
+        names = tuple(f"class {k}" for k in range(count))
+    return names, tuple(range(count))

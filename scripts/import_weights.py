@@ -1,0 +1,58 @@
+"""Make a run of a detector from elsewhere: python scripts/import_weights.py --weights torchvision:FILE --workdir RUN
+
+The run holds the detector as step 0, with the config that its weights need. evaluate.py and predict.py take it as any other;
+train.py --workdir RUN --data.train-annotations ... goes on from it, with a new class head where the classes are others.
+KIND is torchvision, detectron2 or detectron; in place of FILE stands FILE's published name, which is fetched once.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from retina_jax.command_line import one_line_errors, parse_command_line, set_up_jax
+from retina_jax.model.table import parameter_table
+from retina_jax.training.start import make_run
+from retina_jax.weights.filling import report
+from retina_jax.weights.importing import import_detector
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options of this script."""
+
+    weights: str
+    """KIND:FILE or KIND:NAME."""
+    workdir: Path
+    """Folder of the run, in which there is none yet."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes, in the order of the head; empty: COCO's where the number fits, else "class 1" and so on."""
+    batchnorm_eps: float | None = None
+    """What torchvision's BatchNorms added to a variance; None: 0 for its published v1 file, else 1e-5."""
+    allow_missing: tuple[str, ...] = ()
+    """Parts of the network (fpn/output7) that the file may lack; they start random."""
+
+
+def main() -> None:
+    """Read, convert, fill, save, tell."""
+    arguments = parse_command_line(Arguments, Arguments(tyro.MISSING, tyro.MISSING), sys.argv[1:], __doc__)
+    set_up_jax()
+    imported = import_detector(
+        arguments.weights,
+        class_names=arguments.class_names,
+        batchnorm_eps=arguments.batchnorm_eps,
+        allow_missing=arguments.allow_missing,
+    )
+    run = make_run(imported, arguments.workdir)
+    print(parameter_table(imported.variables))
+    if imported.missing:
+        print("warning: " + report("missing and left random", imported.missing))
+    print(f"{len(imported.class_names)} classes; {arguments.weights} is step 0 of {run.folder}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

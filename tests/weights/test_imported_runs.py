@@ -1,0 +1,212 @@
+"""Imported detectors and backbones at work: run folders, scoring, prediction, going on with other classes."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from recipes import drawn, photographs, torchvision_shapes
+from weight_files import safetensors
+
+from retina_jax import load_detector
+from retina_jax.config import Config, ConfigError, ModelConfig
+from retina_jax.config_files import load_config, override, validate
+from retina_jax.model.initialisation import initialise
+from retina_jax.model.retinanet import RetinaNet
+from retina_jax.presets import FIELDS, PRESETS
+from retina_jax.training.parallel import Driver
+from retina_jax.training.run import Run
+from retina_jax.training.start import continued, flat
+from retina_jax.weights.errors import WeightsError
+from retina_jax.weights.importing import import_detector, with_backbone
+
+ROOT = Path(__file__).parents[2]
+CLASSES = ("square", "disc", "moon")
+
+
+def write(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+    path.write_bytes(safetensors({name: ("F32", a) for name, a in drawn(shapes, 3, spread=0.3).items()}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A torchvision detector of three classes and the background."""
+    return write(tmp_path_factory.mktemp("weights") / "detector.pth", torchvision_shapes(4))
+
+
+def script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
+
+
+def scenes(folder: Path) -> list[object]:
+    return [
+        "--data.source", "scenes", "--data.scenes.folder", folder / "scenes", "--data.scenes.train-images", 8,
+        "--data.scenes.val-images", 3, "--data.scenes.size", 64, "--data.scenes.classes", 2, "--data.scenes.max-side", 40.0,
+        "--data.short-side", 64, "--data.long-side", 64, "--data.batch-size", 2, "--devices", 1,
+    ]  # fmt: skip
+
+
+def test_a_detector_is_imported_scored_asked_and_trained_on_with_other_classes(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, data = tmp_path / "run", scenes(tmp_path)
+    source = f"torchvision:{weights}"
+    script(monkeypatch, "import_weights", "--weights", source, "--workdir", run, "--class-names", *CLASSES)
+    assert f"4 classes; {source} is step 0 of {run}" in capsys.readouterr().out
+    detector = load_detector(run, short_side=64, long_side=96)
+    assert detector.class_names == ("__background__", *CLASSES) and detector.step == 0
+    image = photographs([(70, 90)], 1)
+    (mine,), (direct,) = (each.detect(image) for each in (detector, load_detector(source, short_side=64, long_side=96)))
+    assert len(mine.labels) > 0
+    for key in ("boxes_xyxy", "scores", "labels"):
+        np.testing.assert_array_equal(getattr(mine, key), getattr(direct, key))
+
+    Image.fromarray(image[0]).save(tmp_path / "photo.png")
+    script(
+        monkeypatch,
+        "predict",
+        "--weights",
+        source,
+        "--short-side",
+        64,
+        tmp_path / "photo.png",
+        "--out",
+        tmp_path / "out",
+    )
+    entry = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert entry["detector"] == source and set(entry["images"][0]["labels"]) <= {f"class {k}" for k in range(4)}
+
+    # Other classes: a new class head, said so; and started again before a step is saved, the same.
+    with pytest.raises(SystemExit):
+        script(monkeypatch, "evaluate", "--workdir", run, *data)
+    assert "none of the detector's: __background__, square" in capsys.readouterr().err
+    for steps in (0, 2):
+        script(monkeypatch, "train", "--workdir", run, *data, "--training.steps", steps, "--training.pictures", 0,
+               "--optimizer.warmup-steps", 0, "--optimizer.learning-rate", 0.0)  # fmt: skip
+        assert "a new class head for 2 classes, each with the prior 0.01" in capsys.readouterr().out
+    trained = load_detector(run)
+    assert trained.step == 2 and len(trained.class_names) == 2
+    before, after = flat(detector.variables), flat(trained.variables)
+    same = [path for path in before if not path.startswith("class_head/output")]
+    assert all(np.array_equal(before[path], after[path]) for path in same)
+    np.testing.assert_allclose(after["class_head/output/bias"], -np.log(99), rtol=1e-6)
+
+    # Scored by the names of the classes, whatever their columns; what the data has no name for is left out.
+    first, second = trained.class_names
+    script(monkeypatch, "evaluate", "--weights", source, "--class-names", second, "thing", first, *data,
+           "--workdir", tmp_path / "theirs", "--training.pictures", 0)  # fmt: skip
+    results = json.loads((tmp_path / "theirs" / "detections" / "step_00000000.json").read_text())
+    assert {result["category_id"] for result in results} == set(trained.category_ids)
+    capsys.readouterr()
+    script(monkeypatch, "evaluate", "--workdir", run)
+    assert "Average Precision" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        script(monkeypatch, "import_weights", "--weights", source, "--workdir", run)
+    assert "holds a run already; import into another folder" in capsys.readouterr().err
+
+
+def test_known_classes_keep_their_columns(weights: Path) -> None:
+    imported = import_detector(f"torchvision:{weights}", class_names=CLASSES)
+    config = override(imported.config, {"devices": 1})
+    run = Run(Path("x"), config, ("moon", "square"), (1, 2))
+    before = flat(imported.variables)
+    made, told = continued(Driver(config, 2), run, before, imported.class_names)
+    assert told == "its class head kept, 2 of 4 classes"
+    bias = before["class_head/output/bias"].reshape(9, 4)
+    np.testing.assert_array_equal(flat(made)["class_head/output/bias"].reshape(9, 2), bias[:, [3, 1]])
+    kernel = before["class_head/output/kernel"].reshape(3, 3, -1, 9, 4)
+    np.testing.assert_array_equal(flat(made)["class_head/output/kernel"].reshape(3, 3, -1, 9, 2), kernel[..., [3, 1]])
+
+
+def backbone_config(path: Path, **changes: object) -> ModelConfig:
+    options = {"backbone": "resnet18", "base_width": 8, "stage_blocks": (1, 1, 1, 1), "fpn_channels": 8}
+    options |= {"input_normalisation": "imagenet", "backbone_weights": str(path)}
+    return ModelConfig(**{**options, **changes})
+
+
+def test_a_backbone_fills_the_backbone_alone_and_what_it_lacks_is_told(tmp_path: Path) -> None:
+    shapes = torchvision_shapes(0, detector=False) | {"fc.weight": (5, 64), "fc.bias": (5,)}
+    path = write(tmp_path / "whole", shapes)
+    config = backbone_config(path)
+    start = initialise(RetinaNet(config, 3, 9), 0)
+    made, told = with_backbone(start, config)
+    before, after = flat(start), flat(made)
+    assert told == f"backbone: {len(torchvision_shapes(0, detector=False))} arrays from {path}"
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {name for name in before if name.startswith("backbone/")}
+
+    # A detector's backbone will do as well.
+    again, _ = with_backbone(start, backbone_config(write(tmp_path / "detector", torchvision_shapes(4))))
+    assert flat(again).keys() == after.keys()
+
+    part = write(tmp_path / "part", {name: s for name, s in shapes.items() if not name.startswith("layer4")})
+    with pytest.raises(WeightsError, match=r"15 missing: backbone/c5/block1/conv1/kernel"):
+        with_backbone(start, backbone_config(part))
+    _, told = with_backbone(start, backbone_config(part), ["backbone/c5"])
+    assert "15 missing and left random: backbone/c5/block1/conv1/kernel" in told
+
+
+def test_weights_of_another_convention_are_refused_by_field(tmp_path: Path) -> None:
+    path = write(tmp_path / "w", torchvision_shapes(0, detector=False))
+    for field, value in (("input_normalisation", "detectron"), ("norm", "group")):
+        config = backbone_config(path, **{field: value})
+        with pytest.raises(ConfigError, match=rf"^model\.{field}: {value}, but the weights in .*w need "):
+            with_backbone(initialise(RetinaNet(config, 3, 9), 0), config)
+    with pytest.raises(ConfigError, match=r"no ImageNet weights of resnet18 are known; take imagenet"):
+        with_backbone({}, ModelConfig(backbone="resnet18", backbone_weights="imagenet"))
+    with pytest.raises(
+        WeightsError, match=r"holds a backbone and no heads; train a detector from it with --model\.backb"
+    ):
+        import_detector(f"torchvision:{path}")
+    with pytest.raises(WeightsError, match=r"^absent: no such file$"):
+        with_backbone({}, backbone_config(Path("absent")))
+
+
+def test_a_detector_says_how_its_images_may_be_sized(weights: Path) -> None:
+    detector = load_detector(f"torchvision:{weights}")
+    assert (detector.config.data.short_side, detector.config.data.long_side) == (800, 1333)
+    detector = load_detector(f"torchvision:{weights}", short_side=400)
+    assert (detector.config.data.short_side, detector.config.data.long_side) == (400, 666)
+    with pytest.raises(ConfigError, match=r"data\.short_side"):
+        load_detector(f"torchvision:{weights}", short_side=400, long_side=300)
+    with pytest.raises(ConfigError, match=r"no run there"):
+        load_detector("onnx:file")
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_every_preset_names_the_same_fields_and_can_be_meant(name: str) -> None:
+    assert tuple(PRESETS[name]) == FIELDS
+    config = validate(override(Config(), PRESETS[name]))
+    assert (config == Config()) == (name == "paper")
+    others = [override(override(Config(), PRESETS[other]), PRESETS[name]) for other in PRESETS]
+    assert all(other == config for other in others)
+
+
+@pytest.mark.parametrize("name", ["detectron", "detectron2", "torchvision_v1", "torchvision_v2"])
+def test_every_published_recipe_is_its_preset(name: str) -> None:
+    config = validate(load_config(ROOT / "configs" / f"{name}_r50_800.py"))
+    assert override(config, PRESETS[name]) == config
+    assert config.model.backbone_weights == "imagenet" and config.training.steps >= 90_000
+
+
+@pytest.mark.parametrize(("name", "numbers"), [("torchvision_v1", 34_014_999), ("torchvision_v2", 38_198_935)])
+def test_the_presets_of_torchvision_have_its_number_of_parameters(name: str, numbers: int) -> None:
+    """What torchvision publishes; means and variances are buffers there."""
+    config = override(Config(), PRESETS[name]).model
+    images, sizes = jax.ShapeDtypeStruct((1, 64, 64, 3), np.uint8), jax.ShapeDtypeStruct((1, 2), np.int32)
+    shapes = jax.eval_shape(RetinaNet(config, 91, 9).init, jax.random.key(0), images, sizes)
+    buffers = ("mean", "var", *(("scale", "bias") if config.norm == "frozen" else ()))
+    count = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        names = [key.key for key in path]
+        if not (names[-1] in buffers and "norm" in names[-2]):
+            count += int(np.prod(leaf.shape))
+    assert count == numbers

@@ -1,0 +1,153 @@
+"""Weights by name, fetched from a server on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retina_jax.weights import named
+from retina_jax.weights.errors import WeightsError
+from retina_jax.weights.named import IMAGENET, NAMED, Named, fetch, find_weights
+
+CONTENT = np.random.default_rng(0).bytes(300_000)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    """Serves CONTENT, with ranges; breaks a connection off after `breaks_after` bytes, once."""
+
+    breaks_after: int | None = None
+    ranges = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked: list[str | None] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/weights.pth"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        wanted = self.headers.get("Range")
+        self.server.asked.append(wanted)
+        if self.path != "/weights.pth":
+            self.send_error(404)
+            return
+        start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and self.server.ranges else 0
+        if start >= len(CONTENT):
+            self.send_error(416)
+            return
+        body = CONTENT[start:]
+        self.send_response(206 if wanted and self.server.ranges else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        stop, self.server.breaks_after = self.server.breaks_after, None
+        self.wfile.write(body[:stop])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as running:
+        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def test_a_file_is_fetched_once(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = Named(server.url, "w.pth", SHA256[:8])
+    path = fetch(weights, tmp_path / "cache")
+    assert path.read_bytes() == CONTENT and path == tmp_path / "cache" / "w.pth"
+    assert "w.pth: 0 MB downloaded" in capsys.readouterr().err
+    assert fetch(weights, tmp_path / "cache") == path
+    assert len(server.asked) == 1
+    assert [p.name for p in path.parent.iterdir()] == ["w.pth"]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_broken_download_is_taken_up(server: Server, tmp_path: Path, ranges: bool) -> None:
+    weights = Named(server.url, "w.pth", SHA256[:8])
+    server.breaks_after, server.ranges = 100_000, ranges
+    with pytest.raises(WeightsError, match=r"cannot be downloaded \(.*\); put the file at .*w\.pth, or try again"):
+        fetch(weights, tmp_path)
+    assert (tmp_path / "w.pth.part").stat().st_size == 100_000 and not (tmp_path / "w.pth").exists()
+    assert fetch(weights, tmp_path).read_bytes() == CONTENT
+    assert server.asked == ["bytes=0-", "bytes=100000-"]
+
+
+def test_a_download_that_only_lacks_its_name_is_kept(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "w.pth.part").write_bytes(CONTENT)
+    assert fetch(Named(server.url, "w.pth", SHA256), tmp_path).read_bytes() == CONTENT
+
+
+def test_a_wrong_hash_is_refused_by_name(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(WeightsError, match=r"weights\.pth: what came has not the hash 00000000"):
+        fetch(Named(server.url, "w.pth", "00000000"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    # A file in the cache, or one of the user's with a published name, is held to the hash as well.
+    (tmp_path / "w.pth").write_bytes(CONTENT[:-1])
+    with pytest.raises(WeightsError, match=rf"w\.pth: its SHA-256 is .*, {SHA256[:8]}\.\.\. is meant: .* delete it"):
+        fetch(Named(server.url, "w.pth", SHA256[:8]), tmp_path)
+    monkeypatch.setitem(NAMED, ("torchvision", "w"), Named(server.url, "w.pth", SHA256[:8]))
+    with pytest.raises(WeightsError, match=r"w\.pth: its SHA-256 is"):
+        find_weights("torchvision", str(tmp_path / "w.pth"))
+
+
+def test_without_network_one_line_says_which_file_to_put_where(tmp_path: Path) -> None:
+    with Server() as closed:
+        url = closed.url
+    with pytest.raises(WeightsError) as error:
+        fetch(Named(url, "w.pth"), tmp_path)
+    assert "\n" not in str(error.value)
+    assert url in str(error.value) and f"put the file at {tmp_path / 'w.pth'}" in str(error.value)
+    with pytest.raises(WeightsError, match="put the file at"):
+        fetch(Named("http://127.0.0.1:1/x", "w.pth"), tmp_path)
+
+
+def test_a_missing_page_is_told(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"absent: cannot be downloaded \(Not Found\)"):
+        fetch(Named(server.url.replace("weights.pth", "absent"), "w.pth"), tmp_path)
+
+
+def test_a_published_file_is_known_by_its_hash_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(NAMED, ("torchvision", "x"), Named("http://127.0.0.1:1/x", "x.pth", SHA256[:8], eps=0.0))
+    (tmp_path / "mine.pth").write_bytes(CONTENT)
+    (tmp_path / "other.pth").write_bytes(CONTENT[1:])
+    assert find_weights("torchvision", str(tmp_path / "mine.pth")) == (tmp_path / "mine.pth", 0.0)
+    assert find_weights("torchvision", str(tmp_path / "other.pth")) == (tmp_path / "other.pth", 1e-5)
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(
+        WeightsError, match=r"^resnet51: no such file, and no name; the names of torchvision are .*resnet50"
+    ):
+        find_weights("torchvision", "resnet51")
+
+
+def test_the_table_is_sound() -> None:
+    files = [weights.file for weights in NAMED.values()]
+    assert len(set(files)) == len(files)
+    for (kind, _), weights in NAMED.items():
+        assert weights.url.startswith("https://") and kind in ("torchvision", "detectron2", "detectron")
+        if kind == "torchvision":
+            assert re.fullmatch(r"[0-9a-f]{8}", weights.sha256) and weights.sha256 in weights.url
+        assert weights.eps == (0.0 if weights.file.startswith("retinanet_resnet50_fpn_coco") else 1e-5)
+    assert all(key in NAMED for key in IMAGENET.values())
+    assert Path.home() / ".cache" / "retina_jax" / "weights" == named.CACHE

@@ -1,0 +1,192 @@
+"""A pickle is read as data: nothing in it runs, is looked up, or takes memory or time that the file does not pay for."""
+
+import io
+import os
+import pickle
+import subprocess
+import time
+import tracemalloc
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from weight_files import literal, pickled, tensor, torch_legacy, torch_zip
+
+from retina_jax.weights.errors import WeightsError
+from retina_jax.weights.readers import read_weights
+from retina_jax.weights.unpickling import unpickle
+
+
+class Calls:
+    """Pickles as a call."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.call
+
+
+def attacks(marker: Path) -> dict[str, tuple[bytes, str]]:
+    """Pickles that make the file `marker` where `pickle.loads` reads them, and the name that each is refused by."""
+    shell, code = f"touch {marker}", f"open({str(marker)!r}, 'w').close()"
+    objects = np.empty(1, object)
+    objects[0] = Calls(os.system, shell)
+    run = literal(shell)
+    return {
+        "protocol 0": (b"cos\nsystem\n(S'" + shell.encode() + b"'\ntR.", "'os.system'"),
+        "protocol 2": (b"\x80\x02cos\nsystem\n(" + run + b"tR.", "'os.system'"),
+        "protocol 4": (pickle.dumps({"w": Calls(os.system, shell)}, 4), f"'{os.name}.system'"),
+        "dotted": (b"\x80\x04\x8c\x02os\x8c\x0epath.os.system\x93(" + run + b"tR.", "'os.path.os.system'"),
+        "INST": (b"(S'" + shell.encode() + b"'\nios\nsystem\n.", "'os system'"),
+        "OBJ": (b"(csubprocess\nPopen\n" + literal(shell.split()) + b"o.", "'subprocess.Popen'"),
+        "NEWOBJ": (b"\x80\x02csubprocess\nPopen\n(" + literal(shell.split()) + b"tR.", "'subprocess.Popen'"),
+        "eval": (pickle.dumps({"w": Calls(eval, code)}, 4), "'builtins.eval'"),
+        "eval of Python 2": (b"\x80\x02c__builtin__\neval\n(" + literal(code) + b"tR.", "'__builtin__.eval'"),
+        "in a list in a dict": (pickle.dumps({"model": [{"w": [Calls(exec, code)]}]}, 2), "'__builtin__.exec'"),
+        "partial": (pickle.dumps(Calls(partial(eval, code)), 2), "'functools.partial'"),
+        "behind what is admitted": (
+            b"\x80\x02ccollections\nOrderedDict\n)R}" + literal("__class__") + b"cos\nsystem\n(" + run + b"tRsb.",
+            "'os.system'",
+        ),
+        "numpy's runner": (
+            b"\x80\x02cnumpy.testing._private.utils\nrunstring\n(" + literal(code) + b"}tR.",
+            "'numpy.testing._private.utils.runstring'",
+        ),
+        "objects in a numpy array": (pickle.dumps({"w": objects}, 2), "dtype 'O8'"),
+    }
+
+
+ATTACKS = tuple(attacks(Path("marker")))
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_is_refused_by_name_and_does_not_run(tmp_path: Path, name: str) -> None:
+    marker, path = tmp_path / "marker", tmp_path / "weights.pkl"
+    program, refused = attacks(marker)[name]
+    body = program[2:-1] if program.startswith(b"\x80") else program[:-1]
+    inside = b"\x80\x04}" + literal("w") + body + b"s."
+    for data in (program, torch_zip(inside, {}), torch_legacy(inside, [], b"")):
+        path.write_bytes(data)
+        with pytest.raises(WeightsError) as caught:
+            read_weights(path)
+        assert str(caught.value).startswith(f"{path}: ") and refused in str(caught.value)
+    time.sleep(0.05)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_the_attack_would_have_run(tmp_path: Path, name: str) -> None:
+    marker = tmp_path / "marker"
+    program, _ = attacks(marker)[name]
+    try:
+        made = pickle.loads(program)
+    except TypeError:
+        made = None  # "behind what is admitted" runs, and what it makes is then no class
+    if isinstance(made, subprocess.Popen):
+        made.wait()
+    assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"\x80\x02}(" + literal("w") + b"ccollections\nOrderedDict\n" + b"u)R.",  # calls a dict
+        b"\x80\x02ctorch\nfloat32\n)R.",  # a name, but no function
+        b"\x80\x02ccollections\nOrderedDict\n}R.",  # no tuple of arguments
+        b"\x80\x02ccollections\nOrderedDict\n)\x81.",  # NEWOBJ
+        b"\x80\x02\x82\x01.",  # EXT1: the registry of extensions is not asked
+        b"\x80\x05\x97.",  # NEXT_BUFFER: there are none
+        b"\x80\x02" + literal("id") + b"Q.",  # a persistent id outside a torch file
+        b"\x80\x02c_codecs\nencode\n(" + literal("x") + literal("idna") + b"tR.",
+        b"\x80\x02cbuiltins\nbytes\n(" + literal(10**12) + b"tR.",  # bytes(10**12) is a terabyte
+        b"\x80\x02]" + literal({"append": 1}) + b"b.",  # a state for a list
+        b"\x80\x02" + literal(1) + literal(2) + b"a.",  # appends to a number
+        b"\x80\x02]" + literal("k") + literal("v") + b"s.",  # sets an item of a list
+        b"\x80\x02h\x05.",
+        b"\x80\x020.",
+        b"\x80\x02.",
+        b"\x80\x02NN.",
+        b"\x80\x02t.",
+        b"\x80\x02K\x01\x87.",
+    ],
+)
+def test_what_weights_do_not_need_is_refused(tmp_path: Path, program: bytes) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(program)
+    with pytest.raises(WeightsError, match="weights: "):
+        read_weights(path)
+    with pytest.raises(ValueError):
+        unpickle(io.BytesIO(program), {"torch.float32": None})
+
+
+def doubled(times: int) -> bytes:
+    """Instructions that push a tuple of 2^times leaves, by pairing each with itself."""
+    return b")" + b"q\x01h\x01\x86" * times
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"\x80\x02}r\xff\xff\xff\x7f.",  # pickle.loads reserves 64 GB for this memo index
+        b"\x80\x02}" + doubled(64) + b"K\x01s.",  # as a dict's key: its hash never ends
+        b"\x80\x02cnumpy\ndtype\n(" + doubled(64) + b"tR.",  # as what an error would print
+        b"\x80\x02c_codecs\nencode\n(" + literal("x") + doubled(64) + b"tR.",
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(" + doubled(64) + b"tR.",
+        b"\x80\x02}" + literal("w") + doubled(64) + b"s.",
+        pickled({"w": tensor()})[:-1] + b"0" + doubled(64) + b".",
+        b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x0f.",  # text of 2^60 characters
+        b"\x80\x05\x96\xff\xff\xff\xff\xff\x00\x00\x00.",  # a bytearray of 2^40
+        b"\x80\x02" + b"(" * 5_000 + b"t" * 5_000 + b".",  # tuples 5000 deep
+        b"\x80\x02}q\x00" + literal("model") + b"h\x00s.",  # a dict in itself
+    ],
+)
+def test_a_small_file_takes_little_time_and_memory(tmp_path: Path, program: bytes) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(program)
+    tracemalloc.start()
+    start = time.process_time()
+    with pytest.raises(WeightsError):
+        read_weights(path)
+    seconds, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert seconds < 20 and peak < 2**27
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text() | st.integers(), inner, max_size=4)
+        | st.dictionaries(st.text(), inner, max_size=4).map(OrderedDict)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(value=plain, protocol=st.integers(2, 5))
+def test_plain_values_come_back_as_pickle_gives_them(value: object, protocol: int) -> None:
+    program = pickle.dumps(value, protocol)
+    assert unpickle(io.BytesIO(program), {}) == pickle.loads(program)
+
+
+def test_values_that_occur_twice_are_one_object_and_cycles_close() -> None:
+    shared: list[Any] = [1]
+    value = {"a": shared, "b": shared, "self": []}
+    value["self"].append(value)
+    for protocol in (2, 4):
+        found = unpickle(io.BytesIO(pickle.dumps(value, protocol)), {})
+        assert found["a"] is found["b"] and found["self"][0] is found
+
+
+def test_reading_stops_behind_the_pickle() -> None:
+    file = io.BytesIO(pickle.dumps([1], 2) + pickle.dumps("next", 4) + b"rest")
+    assert unpickle(file, {}) == [1] and unpickle(file, {}) == "next" and file.read() == b"rest"
