@@ -1,7 +1,7 @@
 # make demo   sets up, trains on generated scenes, evaluates, draws
 # make test   sets up, lints, runs every test
 # ACCELERATOR=cuda or tpu installs that variant instead of the CPU's
-ACCELERATOR ?= cpu
+ACCELERATOR ?= $(or $(patsubst .venv/.ready-%,%,$(firstword $(wildcard .venv/.ready-*))),cpu)
 REQUIREMENTS := $(if $(filter cpu,$(ACCELERATOR)),requirements.txt,requirements-$(ACCELERATOR).txt)
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)

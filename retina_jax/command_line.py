@@ -32,8 +32,13 @@ def one_line_errors() -> Iterator[None]:
     except (ConfigError, DataError, EvaluationError, NonFiniteLoss, WeightsError) as error:
         print(f"\nerror: {error}" if sys.stdout.isatty() else f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted; what was saved before is whole", file=sys.stderr)
         sys.exit(130)
 
 
@@ -46,12 +51,13 @@ def set_up_jax() -> None:
 
 def option_value(argv: Sequence[str], option: str) -> str | None:
     """What `option` is given as, before the command line is parsed as a whole; None where it is absent."""
+    value = None  # the last one counts, as it does for tyro
     for place, word in enumerate(argv):
         if word == option:
-            return argv[place + 1] if place + 1 < len(argv) else None
+            value = argv[place + 1] if place + 1 < len(argv) else None
         if word.startswith(option + "="):
-            return word.partition("=")[2]
-    return None
+            value = word.partition("=")[2]
+    return value
 
 
 def config_of(argv: Sequence[str], default: str) -> Config:
@@ -113,8 +119,8 @@ def _booleans_as_flags(argv: Sequence[str], known: Mapping[str, Any]) -> list[st
             and known.get(_field_name(before)) in (True, False)
         ):
             group, dot, last = before.removeprefix("--").rpartition(".")
-            last = last.removeprefix("no-")
-            words[-1] = f"--{group}{dot}{'' if word.lower() == 'true' else 'no-'}{last}"
+            on = (word.lower() == "true") != last.startswith("no-")
+            words[-1] = f"--{group}{dot}{'' if on else 'no-'}{last.removeprefix('no-')}"
         else:
             words.append(word)
     return words

@@ -28,6 +28,12 @@ FREE_TO_CHANGE = (
     "training.pictures",
     "training.tensorboard",
     "data.workers",
+    # Where the training images lie, not which they are: `open_run` compares the data itself.
+    "data.train_annotations",
+    "data.train_images",
+    "data.tfds_folder",
+    "data.scenes.folder",
+    "data.bad_images",
     "data.prefetch",
     "data.val_annotations",
     "data.val_images",
@@ -48,23 +54,28 @@ def load_config(path: str | Path) -> Config:
     path = Path(path)
     if not path.is_file():
         beside = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise ConfigError(f"--config {path}: no such file" + (f"; there are {', '.join(beside)}" if beside else ""))
+        what = "is a folder" if path.is_dir() else "no such file"
+        few = ", ".join(beside[:6]) + (", ..." if len(beside) > 6 else "")
+        raise ConfigError(f"--config {path}: {what}" + (f"; there are {few}" if few else ""))
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        config = module.get_config() if callable(getattr(module, "get_config", None)) else None
     except ConfigError:
         raise
+    except SyntaxError as error:
+        raise ConfigError(f"{path}, line {error.lineno}: SyntaxError: {error.msg}") from error
     except Exception as error:  # whatever a person's own file raises is reported in one line, with its place
         line = error.__traceback__
         while line.tb_next is not None:
             line = line.tb_next
         raise ConfigError(f"{path}, line {line.tb_lineno}: {type(error).__name__}: {error}") from error
-    if not callable(getattr(module, "get_config", None)):
+    if config is None:
         raise ConfigError(f"{path}: a config file has a function get_config() that returns a Config")
-    config = module.get_config()
     if not isinstance(config, Config):
         raise ConfigError(f"{path}: get_config() returned a {type(config).__name__}, not a retina_jax.config.Config")
+    _check_types(config, str(path))
     return config
 
 
@@ -160,16 +171,23 @@ def meaning_changes(old: Config, new: Config) -> list[str]:
 
 def with_classes(config: Config, train: Sequence[str], val: Sequence[str]) -> Config:
     """`config` with the data's number of classes; ConfigError where a number given, or the evaluation data, differs."""
-    if tuple(train) != tuple(val):
-        raise ConfigError(f"data.val_annotations: its classes {tuple(val)} are not the training data's {tuple(train)}")
+    if set(train) != set(val):
+        raise ConfigError(
+            "data.val_annotations: its classes are not the training data's: "
+            f"{_some(set(train) - set(val))} only in training, {_some(set(val) - set(train))} only here"
+        )
     if config.model.num_classes not in (None, len(train)):
         raise ConfigError(f"model.num_classes: {config.model.num_classes}, but the data has {len(train)} categories")
     return override(config, {"model.num_classes": len(train)})
 
 
+def _some(names: set[str]) -> str:
+    return (", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")) or "none"
+
+
 def validate(config: Config) -> Config:
     """`config` itself, its values checked against each other; the first that cannot be meant raises ConfigError."""
-    _check_types(config)
+    _check_types(config, "config")
     d, m, a, o, t = config.data, config.model, config.anchors, config.optimizer, config.training
     checks: list[tuple[bool, str, str]] = [
         (d.batch_size >= 1, "data.batch_size", "at least 1"),
@@ -184,16 +202,12 @@ def validate(config: Config) -> Config:
         (d.workers >= 0, "data.workers", "at least 0"),
         (d.prefetch >= 1, "data.prefetch", "at least 1"),
         (2 <= d.scenes.classes <= 12, "data.scenes.classes", "from 2 to 12"),
-        (
-            d.scenes.train_images >= 1 and d.scenes.val_images >= 1,
-            "data.scenes.train_images",
-            "at least 1, val_images too",
-        ),
+        (d.scenes.train_images >= 1, "data.scenes.train_images", "at least 1"),
         (32 <= d.scenes.size <= 4096, "data.scenes.size", "from 32 to 4096"),
         (
-            4 <= d.scenes.min_side <= d.scenes.max_side <= d.scenes.size,
+            4 <= d.scenes.min_side <= d.scenes.max_side <= 0.75 * d.scenes.size,
             "data.scenes.min_side",
-            "4 <= min_side <= max_side <= size",
+            "4 <= min_side <= max_side <= .75 size",
         ),
         (m.base_width >= 1, "model.base_width", "at least 1"),
         (
@@ -206,7 +220,7 @@ def validate(config: Config) -> Config:
         (0 <= m.frozen_stages <= 5, "model.frozen_stages", "from 0 to 5"),
         (2 <= m.min_level <= 5, "model.min_level", "from 2 to 5"),
         (5 <= m.max_level <= 8, "model.max_level", "from 5 to 8"),
-        (m.fpn_channels >= 1 and m.head_channels >= 1, "model.fpn_channels", "at least 1, head_channels too"),
+        (m.fpn_channels >= 1, "model.fpn_channels", "at least 1"),
         (m.head_convs >= 0, "model.head_convs", "at least 0"),
         (m.head_std > 0, "model.head_std", "above 0"),
         (0 < m.prior < 1, "model.prior", "between 0 and 1"),
@@ -238,16 +252,19 @@ def validate(config: Config) -> Config:
         (0 <= config.detection.score_threshold < 1, "detection.score_threshold", "from 0 up to, not including, 1"),
         (0 < config.detection.nms_iou <= 1, "detection.nms_iou", "above 0, at most 1"),
         (config.devices >= 0, "devices", "at least 0"),
+        (0 <= config.seed < 2**63, "seed", "from 0 to 2^63 - 1"),
+        (o.decay_factor > 0, "optimizer.decay_factor", "above 0"),
+        (o.bias_learning_rate_factor >= 0, "optimizer.bias_learning_rate_factor", "at least 0"),
+        (m.head_channels >= 1, "model.head_channels", "at least 1"),
+        (d.scenes.val_images >= 1, "data.scenes.val_images", "at least 1"),
+        (t.eval_batch_size >= 0, "training.eval_batch_size", "at least 0"),
+        (t.pictures >= 0, "training.pictures", "at least 0"),
         (t.steps >= 0, "training.steps", "at least 0"),
         (t.log_every >= 1, "training.log_every", "at least 1"),
         (t.eval_every >= -1, "training.eval_every", "at least -1"),
         (t.checkpoint_every >= 1, "training.checkpoint_every", "at least 1"),
         (t.keep_checkpoints >= 1, "training.keep_checkpoints", "at least 1"),
-        (
-            min(t.eval_images, t.eval_batch_size, t.pictures) >= 0,
-            "training.eval_images",
-            "at least 0; eval_batch_size and pictures too",
-        ),
+        (t.eval_images >= 0, "training.eval_images", "at least 0"),
     ]
     for holds, name, right in checks:
         if not holds:
@@ -260,6 +277,6 @@ def validate(config: Config) -> Config:
     return config
 
 
-def _check_types(config: Config) -> None:
+def _check_types(config: Config, where: str) -> None:
     """A config file's values against the fields' types, which Python itself does not check."""
-    _build(Config, dataclasses.asdict(config), "config", "")
+    _build(Config, dataclasses.asdict(config), where, "")

@@ -181,6 +181,6 @@ def load_detector(
     folder = Path(source) / "checkpoints"
     if not folder.is_dir():
         raise ConfigError(f"--workdir {source}: its run has saved no checkpoint yet")
-    with Checkpoints(folder, keep=None) as checkpoints:
+    with Checkpoints(folder, keep=None, read_only=True) as checkpoints:
         state = checkpoints.restore(driver.first_state(), step)
     return Detector(driver, state.variables, names, ids, int(state.step))

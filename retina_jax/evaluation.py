@@ -201,16 +201,18 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def number(value: float | None) -> str:
+    """A score to three digits, n/a where it is undefined."""
+    return "n/a" if value is None else f"{value:.3f}"
+
+
 def coco_table(scores: Scores) -> str:
     """COCO's twelve lines and each class's AP; "n/a" where there is no ground truth. No trailing newline."""
 
-    def number(value: float | None) -> str:
-        return "  n/a" if value is None else f"{value:.3f}"
-
     lines = [
-        f" {kind:<17} {short} @[ IoU={iou:<9} | area={area:>6} | maxDets={count:>3} ] = {number(scores.summary[key])}"
+        f" {kind:<17} {short} @[ IoU={iou:<9} | area={area:>6} | maxDets={count:>3} ] = {number(scores.summary[key]):>5}"
         for key, (kind, short, iou, area, count) in SUMMARY.items()
     ]
     width = max((len(name) for name in scores.per_class), default=0)
-    lines += [f" AP of {name:<{width}}  {number(value)}" for name, value in scores.per_class.items()]
+    lines += [f" AP of {name:<{width}}  {number(value):>5}" for name, value in scores.per_class.items()]
     return "\n".join(lines)

@@ -7,6 +7,7 @@ FILE, --training.eval-images 500); the network itself is the run's.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +22,16 @@ from retina_jax.command_line import (
     set_up_jax,
 )
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_files import override, validate
+from retina_jax.config_files import meaning_changes, override, validate
 from retina_jax.data.sources import open_source
 from retina_jax.detector import load_detector
 from retina_jax.evaluation import coco_table
 from retina_jax.training.assessment import assess
 from retina_jax.training.run import Run, read_run
 from retina_jax.weights.importing import convert
+
+# What may be another than in training: what is evaluated on and how its boxes are read off.
+INFERENCE = ("data.", "training.", "detection.", "devices", "parallel")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,10 @@ def main() -> None:
     arguments = parse_command_line(Arguments, Arguments(tyro.MISSING, settings), sys.argv[1:], __doc__)
     set_up_jax()
     config = validate(arguments.settings)
+    own = settings == config
+    of_network = [change for change in meaning_changes(settings, config) if not change.startswith(INFERENCE)]
+    if of_network:
+        raise ConfigError(f"the network is the run's own and cannot be another here: {'; '.join(of_network)}")
     detector = load_detector(
         arguments.weights or arguments.workdir,
         step=arguments.step,
@@ -69,9 +77,11 @@ def main() -> None:
             f"{', '.join(detector.class_names[:10])}"
         )
     run = Run(arguments.workdir, config, detector.class_names, detector.category_ids)
-    scores = assess(run, detector, source, step)
+    # Scores of other settings stand beside the run's own, under a name of their own.
+    variant = "" if own or arguments.weights else f"_{hashlib.sha256(repr(config).encode()).hexdigest()[:8]}"
+    scores = assess(run, detector, source, step, variant)
     print(coco_table(scores))
-    print(f"step {step}; written to {run.path('evaluation', step)}")
+    print(f"step {step}; written to {run.path('evaluation', step, f'{variant}.json')}")
 
 
 if __name__ == "__main__":

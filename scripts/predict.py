@@ -16,12 +16,11 @@ from PIL import Image
 from retina_jax.command_line import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import ConfigError
 from retina_jax.data.decoding import to_rgb
+from retina_jax.data.image_files import image_files
 from retina_jax.data.source import BadImage
 from retina_jax.detector import load_detector
 from retina_jax.training.run import write_json
 from retina_jax.visualize import draw
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -51,20 +50,23 @@ def main() -> None:
     arguments = parse_command_line(Arguments, Arguments(tyro.MISSING, tyro.MISSING), sys.argv[1:], __doc__)
     if (arguments.workdir is None) == (not arguments.weights):
         raise ConfigError("--workdir: give the folder of a run, or --weights KIND:FILE, and not both")
+    if not 0 <= arguments.score <= 1:
+        raise ConfigError(f"--score: {arguments.score} cannot be; it must be from 0 to 1")
     set_up_jax()
-    files = image_files(arguments.images)
+    files = image_files(arguments.images, arguments.out)
     asked = {"step": arguments.step, "short_side": arguments.short_side, "class_names": arguments.class_names}
     detector = load_detector(arguments.weights or arguments.workdir, **asked)
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {arguments.out}: cannot be written: {error.strerror}") from None
-    entries = []
+    entries, bad = [], []
     for file, target in files.items():
         try:
             image = to_rgb(file.read_bytes(), expected_size=None)
         except (OSError, BadImage) as error:
-            raise BadImage(f"{file}: {error}") from None
+            bad.append(f"{file}: {error}")
+            continue
         (found,) = detector.detect([image])
         good = found.scores >= arguments.score
         picture = draw(
@@ -86,30 +88,9 @@ def main() -> None:
         arguments.out / "detections.json",
         {"detector": arguments.weights or str(arguments.workdir), "step": detector.step, "images": entries},
     )
-    print(f"{len(files)} images; boxes in {arguments.out / 'detections.json'}")
-
-
-def image_files(paths: tuple[Path, ...]) -> dict[Path, str]:
-    """Each image file with the name of its drawn picture; names that would meet get a number."""
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            if not inside:
-                raise ConfigError(f"{path}: no image in this folder ({', '.join(SUFFIXES)})")
-            files += inside
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise ConfigError(f"{path}: no such file or folder")
-    named: dict[str, Path] = {}
-    for file in dict.fromkeys(files):
-        name, number = f"{file.stem}.png", 1
-        while name in named:
-            number += 1
-            name = f"{file.stem}_{number}.png"
-        named[name] = file
-    return {file: name for name, file in named.items()}
+    print(f"{len(entries)} images; boxes in {arguments.out / 'detections.json'}")
+    if bad:
+        raise BadImage(f"{len(bad)} of {len(files)} images could not be read: {'; '.join(bad)}")
 
 
 if __name__ == "__main__":

@@ -19,13 +19,13 @@ from retina_jax.config_files import validate, with_classes
 from retina_jax.data.pipeline import overflow, train_batches
 from retina_jax.data.sources import open_source
 from retina_jax.detector import Detector
-from retina_jax.evaluation import coco_table
+from retina_jax.evaluation import coco_table, number
 from retina_jax.model.table import parameter_table
 from retina_jax.training.assessment import assess
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.metrics import Metrics
 from retina_jax.training.parallel import Driver
-from retina_jax.training.run import Clock, finish_run, open_run
+from retina_jax.training.run import Clock, alone_in, finish_run, is_due, open_run
 from retina_jax.training.start import first_state
 from retina_jax.training.state import parameters_sha256
 from retina_jax.training.step import Inputs
@@ -57,59 +57,63 @@ def main() -> None:
 def train(config: Config, workdir: Path, allow_missing: tuple[str, ...] = ()) -> None:
     """The loop. `step` counts the steps taken, the running one included; files are named after it."""
     # Data: what is there, and what was left out of it.
-    source, val_source = open_source(config.data, "train"), open_source(config.data, "val")
+    source = open_source(config.data, "train")
+    val_source = source if config.training.eval_every < 0 else open_source(config.data, "val")
     config = with_classes(config, source.class_names, val_source.class_names)
-    for split, data in (("train", source), ("val", val_source)):
-        found = ", ".join(f"{count} {what}" for what, count in data.counts.items() if count) or "nothing unusual"
-        print(f"{split}: {len(data)} images, {len(data.class_names)} classes; {found}")
-    images, boxes = overflow(source, config.data)
-    if images:
-        print(f"warning: data.max_boxes {config.data.max_boxes} leaves out {boxes} boxes of {images} images")
+    print(f"train: {source}\nval: {val_source}")
+    if (left_out := overflow(source, config.data))[1]:
+        print(f"warning: data.max_boxes leaves out boxes: of {left_out[0]} images, {left_out[1]} boxes")
 
     # Network and state: from the newest checkpoint, from imported weights, or random.
     driver = Driver(config, config.model.num_classes)
     driver.check_batch_size(config.data.batch_size, "data.batch_size")
-    run = open_run(workdir, config, source.class_names, source.category_ids)
-    with Checkpoints(workdir / "checkpoints", config.training.keep_checkpoints) as checkpoints:
+    run = open_run(workdir, config, source.class_names, source.category_ids, source.sha256)
+    with alone_in(workdir), Checkpoints(workdir / "checkpoints", config.training.keep_checkpoints) as checkpoints:
         state, told = first_state(driver, run, checkpoints, allow_missing)
         print(f"{parameter_table(state.variables)}\n{told}")
         start = int(state.step)
         clock = Clock(workdir, resumed=start > 0)
         with Metrics(run, start) as metrics:
+
+            def evaluate() -> float | None:
+                detector = Detector(driver, state.variables, run.class_names, run.category_ids)
+                with checkpoints.saved_if_it_fails(step, state):
+                    scores = assess(run, detector, val_source, step).summary
+                metrics.write(step, {"event": "evaluation", **scores})
+                print(f"step {step}: AP {number(scores['AP'])}, AP50 {number(scores['AP50'])}")
+                return scores["AP"]
+
+            step, last_step, every = start, config.training.steps, config.training.eval_every
+            if start and is_due(start, every, start >= last_step) and not run.has_evaluation(start):
+                evaluate()  # it failed, or was stopped, when it was due
             batches = train_batches(source, config.data, seed=config.seed, start_step=start)
-            for step in range(start + 1, config.training.steps + 1):
+            for step in range(start + 1, last_step + 1):
                 asked = time.monotonic()
-                batch = next(batches)
+                with checkpoints.saved_if_it_fails(step - 1, state, first=metrics.flush):
+                    batch = next(batches)
                 waited = time.monotonic() - asked
                 inputs = Inputs(batch.images, batch.image_sizes, batch.boxes_xyxy, batch.labels, batch.valid)
                 state, measured = driver.step(state, driver.place(inputs))
                 metrics.add(step, measured, [source.records[i].image_id for i in batch.indices], waited)
 
-                last = step == config.training.steps
-                evaluate = is_due(step, config.training.eval_every, last)
-                save = evaluate or is_due(step, config.training.checkpoint_every, last)
-                if save or step % config.training.log_every == 0:
-                    metrics.flush(end_line=evaluate)
-                if evaluate:
-                    detector = Detector(driver, state.variables, run.class_names, run.category_ids)
-                    scores = assess(run, detector, val_source, step)
-                    metrics.write(step, {"event": "evaluation", **scores.summary})
-                    print(f"step {step}: AP {scores.summary['AP']}, AP50 {scores.summary['AP50']}")
-                if save:
-                    checkpoints.save(step, state, ap=scores.summary["AP"] if evaluate else None)
+                last = step == last_step
+                evaluating = is_due(step, every, last)
+                saving = evaluating or is_due(step, config.training.checkpoint_every, last)
+                if saving or step % config.training.log_every == 0:
+                    metrics.flush(end_line=evaluating or last)
+                if saving:
+                    checkpoints.save(step, state, ap=evaluate() if evaluating else None)
                     clock.save()
                     metrics.restart_window()
 
     # The end: a summary that two runs can be compared by.
-    evaluation = finish_run(run, int(state.step), clock.seconds(), parameters_sha256(state.variables))
-    if evaluation is not None:
-        print(coco_table(evaluation))
+    if (scores := finish_run(run, int(state.step), clock.seconds(), parameters_sha256(state.variables))) is not None:
+        print(coco_table(scores))
+    if batches.skipped:
+        print(
+            f"warning: {len(batches.skipped)} images could not be read and were skipped: {', '.join(batches.skipped)}"
+        )
     print(f"{int(state.step)} steps in {clock.seconds():.0f} s; everything is in {run.folder}")
-
-
-def is_due(step: int, every: int, last: bool) -> bool:
-    """Whether something done every so many steps (0: only at the last, -1: never) is done after `step`."""
-    return every >= 0 and (last or (every > 0 and step % every == 0))
 
 
 if __name__ == "__main__":

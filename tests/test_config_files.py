@@ -82,6 +82,8 @@ def test_overrides_are_typed() -> None:
 def test_booleans_both_ways(argv: tuple[str, ...]) -> None:
     assert parse(*argv).data.flip is False
     assert parse("--data.flip", "True").data.flip is True
+    assert parse("--data.no-flip", "True").data.flip is False
+    assert parse("--data.no-flip", "false").data.flip is True
 
 
 @pytest.mark.parametrize(
@@ -167,11 +169,16 @@ def test_config_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"broken.py, line 2: ZeroDivisionError"):
         load_config(tmp_path / "broken.py")
     (tmp_path / "typo.py").write_text("def get_config(:\n")
-    with pytest.raises(ConfigError, match=r"typo.py.*SyntaxError"):
+    with pytest.raises(ConfigError, match=r"typo.py, line 1: SyntaxError"):
         load_config(tmp_path / "typo.py")
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(ConfigError, match="get_config"):
         load_config(tmp_path / "empty.py")
+    (tmp_path / "call.py").write_text("def get_config():\n    return 1 / 0\n")
+    with pytest.raises(ConfigError, match=r"call.py, line 2: ZeroDivisionError"):
+        load_config(tmp_path / "call.py")
+    with pytest.raises(ConfigError, match="is a folder"):
+        load_config(tmp_path)
     (tmp_path / "wrong.py").write_text("def get_config(): return {}\n")
     with pytest.raises(ConfigError, match="dict"):
         load_config(tmp_path / "wrong.py")

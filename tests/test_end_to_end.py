@@ -331,3 +331,52 @@ def test_a_tensorflow_dataset_trains_as_its_coco_files_do(folder: Path) -> None:
         {k: v for k, v in read(path / "summary.json")["evaluation"].items() if k.startswith("A")} for path in (one, two)
     ]
     assert scores[0] == scores[1]
+
+
+def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(folder: Path) -> None:
+    annotations, images = coco(folder / "late")
+    val_annotations, val_images = coco(folder / "late_val")
+    (val_images / "1.png").write_bytes((val_images / "1.png").read_bytes()[:900])
+    command = list(own_data(folder, folder / "late_run", annotations, images))
+    command[-3], command[-1] = val_annotations, val_images
+    command += ["--training.checkpoint-every", 100]
+    refused("train", *command, says="1.png")
+    assert (folder / "late_run/checkpoints/2").is_dir()
+    coco(folder / "late_val")
+    done = script("train", *command)
+    assert "resuming" in done.stdout
+    assert read(folder / "late_run/summary.json")["evaluation"]["images"] == 4
+
+
+def test_training_data_that_changed_under_a_run_is_refused(folder: Path) -> None:
+    annotations, images = coco(folder / "changing")
+    command = own_data(folder, folder / "changing_run", annotations, images)
+    script("train", *command)
+    document = read(annotations)
+    document["annotations"][0]["bbox"][2] = 30
+    annotations.write_text(json.dumps(document))
+    refused("train", *command, "--training.steps", 3, says="other images or boxes")
+    (folder / "changing_run" / "config.json").unlink()
+    refused("train", *command, says="no config.json")
+
+
+def test_evaluate_with_other_settings_leaves_the_runs_own_score(run: Path) -> None:
+    before = read(run / "evaluation/step_00000012.json")
+    script("evaluate", "--workdir", run, "--training.eval-images", 2)
+    assert read(run / "evaluation/step_00000012.json") == before
+    (other,) = (path for path in (run / "evaluation").glob("step_00000012_*.json"))
+    assert read(other)["images"] == 2
+    refused("evaluate", "--workdir", run, "--anchors.size-factor", 8, says="anchors.size_factor: 2.0 -> 8.0")
+
+
+def test_predict_never_writes_over_the_photographs(run: Path, folder: Path) -> None:
+    photos = folder / "precious"
+    photos.mkdir()
+    Image.fromarray(np.full((40, 50, 3), 120, np.uint8)).save(photos / "a.png")
+    before = (photos / "a.png").read_bytes()
+    refused("predict", photos, "--workdir", run, "--out", photos, says="written over")
+    assert (photos / "a.png").read_bytes() == before
+    (photos / "b.jpg").write_bytes(b"no image")
+    refused("predict", photos, "--workdir", run, "--out", photos / "out", says="b.jpg")
+    assert len(read(photos / "out" / "detections.json")["images"]) == 1
+    refused("predict", "--workdir", run, "--out", photos / "out", says="no image")

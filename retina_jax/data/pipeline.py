@@ -191,7 +191,9 @@ class Batches(Iterator[Batch]):
         options.threading.private_threadpool_size = workers
         options.threading.max_intra_op_parallelism = 1  # Whole images are what runs in parallel.
         stop = tf.int64.max if self._stop is None else self._stop * self._local
-        elements = tf.data.Dataset.range(self._step * self._local, stop).map(self._element, num_parallel_calls=workers)
+        elements = tf.data.Dataset.range(self._step * self._local, stop).map(
+            tf.autograph.experimental.do_not_convert(self._element), num_parallel_calls=workers
+        )
         return elements.batch(self._local, drop_remainder=True).prefetch(self._data.prefetch).with_options(options)
 
     def _element(self, i: tf.Tensor) -> tuple[tf.Tensor, ...]:

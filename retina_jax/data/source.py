@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,6 +66,20 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def __str__(self) -> str:
+        """Images, classes, and what cleaning found."""
+        found = ", ".join(f"{count} {what}" for what, count in self.counts.items() if count) or "nothing unusual"
+        return f"{len(self)} images, {len(self.class_names)} classes; {found}"
+
+    @cached_property
+    def sha256(self) -> str:
+        """Checksum of all that training takes from the records: their order, ids, sizes, boxes and labels."""
+        digest = hashlib.sha256(repr(self.class_names).encode())
+        for record in self.records:
+            digest.update(f"{record.image_id} {record.width} {record.height} {len(record.labels)}\n".encode())
+            digest.update(record.boxes_xyxy.tobytes() + record.labels.tobytes())
+        return digest.hexdigest()
 
 
 def clean_boxes(

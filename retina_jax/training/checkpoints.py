@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -18,13 +20,14 @@ T = TypeVar("T")
 class Checkpoints:
     """The folder RUN/checkpoints, one sub-folder a saved step. Leaving the `with` block waits for the last write."""
 
-    def __init__(self, folder: Path, keep: int | None = 2) -> None:
+    def __init__(self, folder: Path, keep: int | None = 2, *, read_only: bool = False) -> None:
+        """`read_only`: leave alone what a training run may be writing there."""
         policies = ocp.training.preservation_policies
         best = policies.BestN(get_metric_fn=lambda m: m["AP"], n=1, keep_checkpoints_without_metrics=False)
         self._checkpointer = ocp.training.Checkpointer(
             folder.resolve(),
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
         )
         self.folder = folder
 
@@ -40,6 +43,17 @@ class Checkpoints:
         """Start saving `state` as `step`; returns once the arrays may change. Saving a step that is there does nothing."""
         if step not in self.steps():
             self._checkpointer.save_async(step, state, force=True, metrics=None if ap is None else {"AP": ap})
+
+    @contextlib.contextmanager
+    def saved_if_it_fails(self, step: int, state: PyTree, first: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """Whatever ends what is done in between, the steps taken before it are kept, unless `first`, called first, fails."""
+        try:
+            yield
+        except BaseException:
+            first()
+            if step > 0:
+                self.save(step, state)
+            raise
 
     def wait(self) -> None:
         """Until the last save is whole on disk."""
@@ -62,4 +76,12 @@ class Checkpoints:
         if step is not None and step not in steps:
             raise ConfigError(f"--step {step}: {self.folder} holds {', '.join(map(str, steps))}")
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
-        return self._checkpointer.load(steps[-1] if step is None else step, abstract)
+        step = steps[-1] if step is None else step
+        try:
+            return self._checkpointer.load(step, abstract)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise ConfigError(
+                f"{self.folder / str(step)}: this checkpoint cannot be restored ({reason}); it is damaged or of another "
+                f"network; saved steps: {', '.join(map(str, steps))}"
+            ) from error

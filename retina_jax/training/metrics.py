@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,9 @@ from tensorboardX import SummaryWriter
 
 from retina_jax.training.parallel import peak_memory_bytes
 from retina_jax.training.run import Run
+
+# What must be numbers after a step: a gradient or parameters that are not poison every step after, at a finite loss too.
+FINITE = ("classification_loss", "box_loss", "gradient_norm", "parameter_norm")
 
 
 class NonFiniteLoss(RuntimeError):
@@ -65,12 +69,12 @@ class Metrics:
         steps = [step for step, _, _ in self._pending]
         fetched = jax.device_get([metrics for _, metrics, _ in self._pending])
         for (step, _, image_ids), values in zip(self._pending, fetched, strict=True):
-            bad = [n for n in ("classification_loss", "box_loss", "gradient_norm") if not np.isfinite(values[n])]
+            bad = [n for n in FINITE if not np.isfinite(values[n])]
             if bad:
                 raise NonFiniteLoss(
                     f"{bad[0]} is {float(values[bad[0]])} at step {step} (seen in the window {steps[0]} to {steps[-1]}), "
                     f"images {', '.join(map(str, image_ids))}; lower optimizer.learning_rate, set optimizer.clip_norm, or "
-                    f"look at these images; the last checkpoint in {self._run.folder / 'checkpoints'} is good"
+                    f"look at these images; {self._run.folder / 'checkpoints'} holds the state of before"
                 )
         now = time.monotonic()
         elapsed = max(now - self._window_start, 1e-9)
@@ -86,7 +90,7 @@ class Metrics:
         return mean
 
     def restart_window(self) -> None:
-        """Leave what happened since the last step (an evaluation, a compilation) out of the next window's speed."""
+        """Leave what happened since the last step (an evaluation, a save) out of the next window's speed."""
         self._window_start, self._waited, self._timed = time.monotonic(), 0.0, 0
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -111,7 +115,8 @@ class Metrics:
             f"data wait {mean['data_wait_percent']:.0f}%  {mean['peak_memory_mib'] / 1024:.1f} GiB  ETA {_duration(left)}"
         )
         if sys.stdout.isatty():
-            print(f"\r\033[K{line}", end=end, flush=True)
+            fitting = line[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be written over
+            print(f"\r\033[K{fitting}", end=end, flush=True)
         else:
             print(line, flush=True)
 

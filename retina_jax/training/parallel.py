@@ -7,6 +7,7 @@ images are split over the one axis `data`. Inference has no sums over images: ea
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -40,6 +41,8 @@ class Driver:
     @cached_property
     def mesh(self) -> Mesh:
         """One axis, `data`, over the devices used."""
+        if jax.process_count() > 1:
+            raise ConfigError("several processes: this version trains on the devices of one host")
         devices = jax.devices()
         if self.config.devices > len(devices):
             raise ConfigError(f"devices: {self.config.devices} asked for, {len(devices)} found ({devices[0].platform})")
@@ -151,4 +154,4 @@ def peak_memory_bytes() -> int:
         return max(s["peak_bytes_in_use"] for s in stats)
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -7,6 +7,8 @@ evaluation found; RUN/summary.json the end.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -14,7 +16,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,12 @@ class Run:
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
     """COCO category id of each class."""
+    data_sha256: str | None = None
+    """Checksum of the training data's sizes, boxes and labels."""
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the run was scored at `step`."""
+        return (self.folder / "evaluation" / f"step_{step:08d}.json").exists()
 
     def path(self, kind: str, step: int, suffix: str = ".json") -> Path:
         """RUN/KIND/step_00001000.json, its folder made."""
@@ -48,14 +56,31 @@ class Run:
         return path
 
 
-def open_run(folder: Path, config: Config, class_names: Sequence[str], category_ids: Sequence[int]) -> Run:
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """No second process trains in `folder` meanwhile; however this one ends, the lock ends with it."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"--workdir {folder}: another process is training there") from None
+        yield
+
+
+def open_run(
+    folder: Path,
+    config: Config,
+    class_names: Sequence[str],
+    category_ids: Sequence[int],
+    data_sha256: str | None = None,
+) -> Run:
     """Make RUN with its config.json, or check that a run already there is the same experiment.
 
     Raises ConfigError when the folder cannot be written, or when the run in it was started with other classes or with a
-    config that computes something else (`FREE_TO_CHANGE` in config_files.py lists what may change).
+    config that computes something else (`FREE_TO_CHANGE` in config_files.py lists what may change), or on other training
+    data: `data_sha256` is `Source.sha256` of it, None where there is none yet.
     """
-    run = Run(folder, config, tuple(class_names), tuple(category_ids))
-    made_here = not folder.exists()
+    run = Run(folder, config, tuple(class_names), tuple(category_ids), data_sha256)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write_test_{os.getpid()}"
@@ -63,7 +88,11 @@ def open_run(folder: Path, config: Config, class_names: Sequence[str], category_
         probe.unlink()
     except OSError as error:
         raise ConfigError(f"--workdir {folder}: cannot be written: {error.strerror}") from None
-    if not made_here and (folder / "config.json").exists() and fresh_import(folder) is None:
+    if not (folder / "config.json").exists() and any((folder / "checkpoints").glob("[0-9]*")):
+        raise ConfigError(
+            f"--workdir {folder}: holds checkpoints and no config.json that tells of what; take another folder"
+        )
+    if (folder / "config.json").exists() and fresh_import(folder) is None:
         before = read_run(folder)
         if before.class_names != run.class_names:
             raise ConfigError(
@@ -73,12 +102,18 @@ def open_run(folder: Path, config: Config, class_names: Sequence[str], category_
         changes = meaning_changes(before.config, config)
         if changes:
             raise ConfigError(f"--workdir {folder}: a resumed run keeps its config, but {'; '.join(changes)}")
+        if data_sha256 and before.data_sha256 not in (None, data_sha256):
+            raise ConfigError(
+                f"--workdir {folder}: its run was trained on other images or boxes than the training data now has; "
+                "restore them, or take another --workdir"
+            )
     write_json(
         folder / "config.json",
         {
             "config": to_dict(config),
             "class_names": list(class_names),
             "category_ids": list(category_ids),
+            "data_sha256": data_sha256,
             "command": sys.argv,
             "commit": _commit(),
             "versions": _versions(),
@@ -104,12 +139,12 @@ def read_run(folder: Path, name: str = "config.json") -> Run:
         classes, ids = tuple(saved["class_names"]), tuple(saved["category_ids"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: cannot be read: {type(error).__name__}: {error}") from None
-    return Run(folder, from_dict(saved.get("config"), str(path)), classes, ids)
+    return Run(folder, from_dict(saved.get("config"), str(path)), classes, ids, saved.get("data_sha256"))
 
 
 def finish_run(run: Run, step: int, seconds: float, parameters_sha256: str) -> Scores | None:
     """Write RUN/summary.json; the last evaluation's scores, None where there was none."""
-    evaluations = sorted((run.folder / "evaluation").glob("step_*.json"))
+    evaluations = sorted((run.folder / "evaluation").glob(f"step_{'[0-9]' * 8}.json"))
     evaluation = json.loads(evaluations[-1].read_text()) if evaluations else None
     summary = {
         "steps": step,
@@ -122,6 +157,11 @@ def finish_run(run: Run, step: int, seconds: float, parameters_sha256: str) -> S
     if evaluation is None:
         return None
     return Scores({name: evaluation[name] for name in SUMMARY}, evaluation["per_class"])
+
+
+def is_due(step: int, every: int, last: bool) -> bool:
+    """Whether something done every so many steps (0: only at the last, -1: never) is done after `step`."""
+    return every >= 0 and (last or (every > 0 and step % every == 0))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -166,7 +206,10 @@ class Clock:
 
     def __init__(self, folder: Path, resumed: bool) -> None:
         self._path = folder / "seconds.json"
-        before = json.loads(self._path.read_text()) if resumed and self._path.exists() else 0.0
+        try:
+            before = float(json.loads(self._path.read_text())) if resumed else 0.0
+        except (OSError, ValueError, TypeError):  # time alone is lost with this file
+            before = 0.0
         self._start = time.monotonic() - before
 
     def seconds(self) -> float:

@@ -24,7 +24,7 @@ class Inputs(NamedTuple):
     boxes_xyxy: Float[Array, "B G 4"]
     labels: Int[Array, "B G"]
     valid: Bool[Array, " B"]
-    """False for an image that could not be read and counts for nothing."""
+    """False for an image that could not be read: no loss comes of it (its black pixels do enter batch statistics)."""
 
 
 def train_step(
@@ -80,9 +80,10 @@ def train_step(
 
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes its int32 count with floats
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
     new_state = state.replace(
         step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
+        params=params,
         stats=stats,
         opt_state=opt_state,
         normaliser=normaliser,
@@ -95,5 +96,6 @@ def train_step(
         "positives_per_image": sums["positives"] / batch_size,
         "learning_rate": schedule(state.step),
         "gradient_norm": optax.tree.norm(gradients),
+        "parameter_norm": optax.tree.norm(params),
     }
     return new_state, metrics

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_files import override
 from retina_jax.training.metrics import Metrics, NonFiniteLoss
-from retina_jax.training.run import open_run, read_run
+from retina_jax.training.run import alone_in, open_run, read_run
 
 NAMES, IDS = ("cat", "dog"), (3, 7)
 
@@ -38,6 +39,13 @@ def test_another_experiment_in_the_same_folder_is_refused_by_field(tmp_path: Pat
     assert read_run(tmp_path).config.training.steps == 100
 
 
+def test_two_processes_never_train_in_one_folder(tmp_path: Path) -> None:
+    with alone_in(tmp_path), pytest.raises(ConfigError, match="another process"), alone_in(tmp_path):
+        pass
+    with alone_in(tmp_path):
+        pass
+
+
 def test_a_folder_that_cannot_be_written_or_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file.*cannot be written"):
@@ -49,7 +57,7 @@ def test_a_folder_that_cannot_be_written_or_read_is_named(tmp_path: Path) -> Non
         read_run(tmp_path)
 
 
-def step_metrics(loss: float, gradient: float = 1.0) -> dict:
+def step_metrics(loss: float, gradient: float = 1.0, parameters: float = 1.0) -> dict:
     return {
         "loss": jnp.float32(loss),
         "classification_loss": jnp.float32(loss),
@@ -57,6 +65,7 @@ def step_metrics(loss: float, gradient: float = 1.0) -> dict:
         "positives_per_image": jnp.float32(3),
         "learning_rate": jnp.float32(0.01),
         "gradient_norm": jnp.float32(gradient),
+        "parameter_norm": jnp.float32(parameters),
     }
 
 
@@ -88,12 +97,12 @@ def test_resuming_drops_the_lines_that_will_be_written_again(tmp_path: Path) -> 
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
 
 
-@pytest.mark.parametrize(("loss", "gradient"), [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan"))])
-def test_a_loss_that_is_no_number_names_step_window_and_images(tmp_path: Path, loss: float, gradient: float) -> None:
+@pytest.mark.parametrize("values", [(np.nan, 1.0), (np.inf, 1.0), (1.0, np.nan), (1.0, 1.0, np.inf)])
+def test_a_loss_that_is_no_number_names_step_window_and_images(tmp_path: Path, values: tuple) -> None:
     run = open_run(tmp_path, Config(), NAMES, IDS)
     with Metrics(run, 10) as metrics:
         metrics.add(11, step_metrics(1.0), [100, 101], 0.0)
-        metrics.add(12, step_metrics(loss, gradient), [102, 103], 0.0)
+        metrics.add(12, step_metrics(*values), [102, 103], 0.0)
         metrics.add(13, step_metrics(float("nan")), [104, 105], 0.0)
         with pytest.raises(NonFiniteLoss, match=r"step 12 .*window 11 to 13.*images 102, 103;") as error:
             metrics.flush()
