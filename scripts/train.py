@@ -95,7 +95,6 @@ def train(config: Config, workdir: Path, allow_missing: tuple[str, ...] = ()) ->
                 inputs = Inputs(batch.images, batch.image_sizes, batch.boxes_xyxy, batch.labels, batch.valid)
                 state, measured = driver.step(state, driver.place(inputs))
                 metrics.add(step, measured, [source.records[i].image_id for i in batch.indices], waited)
-
                 last = step == last_step
                 evaluating = is_due(step, every, last)
                 saving = evaluating or is_due(step, config.training.checkpoint_every, last)
@@ -110,9 +109,7 @@ def train(config: Config, workdir: Path, allow_missing: tuple[str, ...] = ()) ->
     if (scores := finish_run(run, int(state.step), clock.seconds(), parameters_sha256(state.variables))) is not None:
         print(coco_table(scores))
     if batches.skipped:
-        print(
-            f"warning: {len(batches.skipped)} images could not be read and were skipped: {', '.join(batches.skipped)}"
-        )
+        print(f"warning: {len(batches.skipped)} unreadable images were skipped: {', '.join(batches.skipped)}")
     print(f"{int(state.step)} steps in {clock.seconds():.0f} s; everything is in {run.folder}")
 
 
