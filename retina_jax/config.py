@@ -188,12 +188,23 @@ class MatchingConfig:
 class LossConfig:
     """Training loss (Sections 3 and 4.1)."""
 
-    kind: Literal["cross_entropy", "balanced_cross_entropy", "focal"] = "focal"
-    """Classification loss: equation 1, 3 or 5. Paper: focal."""
+    kind: Literal["cross_entropy", "balanced_cross_entropy", "focal", "focal_star", "hinge"] = "focal"
+    """Classification loss: equation 1, 3, 5 or 8, or the hinge on p_t of Section 5.1. Paper: focal."""
     alpha: float = 0.25
     """Weight of the foreground, 1 - alpha of the background (not used by cross_entropy). Paper: 0.25 with gamma 2."""
     gamma: float = 2.0
-    """Focusing parameter of the focal loss, >= 0; 0 is cross entropy. Paper: 2."""
+    """Focusing parameter of focal, >= 0 (0 is cross entropy); steepness of focal_star, > 0. Paper: 2."""
+    star_beta: float = 0.0
+    """Shift of focal_star, equation 7's beta. Paper: 1 with gamma 2, 0 with gamma 4."""
+    hinge_margin: float = 0.5
+    """p_t from which on the hinge loss is 0. The paper does not give its own."""
+    mining: Literal["none", "ohem", "ohem_1_3"] = "none"
+    """Anchors the classification loss is taken of: all; the hardest of an image after NMS (OHEM); or those with at most three
+    negatives a positive (Table 1d). Paper: none."""
+    mining_batch: int = 128
+    """Anchors mined an image. Paper: 128, 256, 512."""
+    mining_nms_iou: float = 0.5
+    """An anchor is not mined beside a harder one with an IoU above this. Paper: 0.5, 0.7."""
     box: Literal["smooth_l1", "l1", "giou"] = "smooth_l1"
     """Box regression loss. Paper: smooth_l1."""
     beta: float = 0.11
