@@ -199,7 +199,7 @@ class LossConfig:
     hinge_margin: float = 0.5
     """p_t from which on the hinge loss is 0. The paper does not give its own."""
     mining: Literal["none", "ohem", "ohem_1_3"] = "none"
-    """Anchors the classification loss is taken of: all; the hardest of an image after NMS (OHEM); or those with at most three
+    """Anchors the classification loss is taken of: all; the hardest of an image after NMS (OHEM); or these with at most 3
     negatives a positive (Table 1d). Paper: none."""
     mining_batch: int = 128
     """Anchors mined an image. Paper: 128, 256, 512."""
