@@ -159,6 +159,20 @@ def draw_background(rng: np.random.Generator, size: int) -> Float32[np.ndarray, 
     return np.asarray(drawn, np.float32) / 255
 
 
+def paint_shape(
+    rng: np.random.Generator,
+    picture: Float32[np.ndarray, "H W 3"],
+    shape: str,
+    hue: float,
+    box_xywh: tuple[float, float, float, float],
+) -> None:
+    """Paints a shape (of `SHAPES`) in a hue (degrees) into the picture, so that it fills the box, which lies inside."""
+    side = float(np.sqrt(box_xywh[2] * box_xywh[3]))
+    (x, y), whole, inside = draw_shape(shape, box_xywh, rng.uniform(-0.25, 0.25), 0.5 + 0.02 * side)
+    patch = np.s_[y : y + whole.shape[0], x : x + whole.shape[1]]
+    picture[patch] = _painted(rng, picture[patch], whole, inside, hue)
+
+
 def _class_look(label: int) -> tuple[str, float]:
     return list(SHAPES)[label], list(HUES.values())[label]
 

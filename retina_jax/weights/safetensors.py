@@ -3,6 +3,7 @@
 import json
 import math
 import reprlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -98,3 +99,18 @@ def parse_entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     if len(offsets) != 2:
         raise ValueError(f"has tensor {name!r} with {len(offsets)} data_offsets, where two are meant")
     return KINDS[entry["dtype"]], tuple(naturals("shape")), *offsets
+
+
+def write_safetensors(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> bytes:
+    """A file's content from float32 arrays by name, such as `read_safetensors` and the safetensors package read."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    blocks, end = [], 0
+    for name, array in arrays.items():
+        if array.dtype != np.float32:
+            raise ValueError(f"{name}: only float32 is written, not {array.dtype}")
+        blocks.append(np.ascontiguousarray(array).astype("<f4").tobytes())
+        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [end, end + len(blocks[-1])]}
+        end += len(blocks[-1])
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the standard's readers want the tensors aligned
+    return len(text).to_bytes(8, "little") + text + b"".join(blocks)

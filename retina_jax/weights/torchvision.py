@@ -90,6 +90,24 @@ def convert_torchvision(
     return Converted(weights, detector_changes(preset, changes), names, ids)
 
 
+def backbone_state_dict(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A backbone's weights by path ("backbone/stem/conv/kernel") under the names of torchvision's ResNets, kernels OIHW.
+
+    The way back from `convert_torchvision`; needs BatchNorms with their statistics.
+    """
+    leaves = {ours: theirs for theirs, ours in NORM.items()} | {"kernel": "weight"}
+    layers = (("shortcut_norm", "downsample.1"), ("shortcut", "downsample.0"), ("norm", "bn"), ("conv", "conv"))
+    named = {}
+    for path, array in weights.items():
+        _, part, *inner, layer, leaf = path.split("/")
+        ours, theirs = next((ours, theirs) for ours, theirs in layers if layer.startswith(ours))
+        place = f"layer{int(part[1]) - 1}.{int(inner[0].removeprefix('block')) - 1}." if inner else ""
+        number = layer.removeprefix(ours) or ("" if inner else "1")
+        name = f"{place}{theirs}{number}.{leaves[leaf]}"
+        named[name] = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
+    return named
+
+
 def classes(count: int, given: Sequence[str], source: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Name and category id of each of `count` columns."""
     if given:

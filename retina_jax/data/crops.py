@@ -1,0 +1,70 @@
+"""Crops for classification, the miniature's ImageNet: one shape in one hue a crop, all twelve by twelve combinations.
+
+A backbone that tells shapes and hues apart has learnt what generated scenes are made of, and nothing of boxes, of background
+or of any detection loss: it stands to the miniature of Table 1 as an ImageNet backbone stands to the paper's.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int32, UInt8
+
+from retina_jax.data.scenes import HUES, draw_background, paint_shape
+from retina_jax.data.shapes import SHAPES
+
+SIDE = 48
+"""Side of a crop, pixels."""
+ACROSS = 3
+"""Crops are cut, so many by so many, from backgrounds drawn at the scale of a scene."""
+STREAM = 3
+"""Stream of the seed; scenes use 1 and 2."""
+SIZES = (8.0, 40.0)
+"""Smallest and largest shape, square root of the box area, pixels."""
+
+
+class Crops(NamedTuple):
+    """N labelled crops."""
+
+    images: UInt8[np.ndarray, "N side side 3"]
+    shapes: Int32[np.ndarray, " N"]
+    """Index into `SHAPES`."""
+    hues: Int32[np.ndarray, " N"]
+    """Index into `HUES`."""
+
+
+def draw_crops(count: int, seed: int, start: int = 0) -> Crops:
+    """Crops `start` to `start + count` of a seed's endless sequence, a pure function of its arguments.
+
+    Args:
+      count: a multiple of ACROSS^2.
+      start: a multiple of ACROSS^2.
+    """
+    each = ACROSS**2
+    if count % each or start % each:
+        raise ValueError(f"count and start must be multiples of {each}, not {count} and {start}")
+    with ThreadPoolExecutor() as pool:
+        sheets = list(pool.map(lambda i: _draw_sheet(seed, i), range(start // each, (start + count) // each)))
+    return Crops(*(np.concatenate(column) for column in zip(*sheets, strict=True)))
+
+
+def _draw_sheet(seed: int, index: int) -> Crops:
+    rng = np.random.default_rng([seed % 2**64, STREAM, index])
+    picture = draw_background(rng, SIDE * ACROSS)
+    shapes = rng.integers(len(SHAPES), size=ACROSS**2)
+    hues = rng.integers(len(HUES), size=ACROSS**2)
+    for i, (shape, hue) in enumerate(zip(shapes, hues, strict=True)):
+        side = np.exp(rng.uniform(*np.log(SIZES)))
+        aspect = np.exp(rng.uniform(np.log(0.6), np.log(1.6)))
+        width, height = (min(s, SIDE - 1.0) for s in (side * aspect**0.5, side / aspect**0.5))
+        row, column = divmod(i, ACROSS)
+        # Near the middle, off it by up to a quarter of the room that is left.
+        x = column * SIDE + (SIDE - width) * rng.uniform(0.375, 0.625)
+        y = row * SIDE + (SIDE - height) * rng.uniform(0.375, 0.625)
+        paint_shape(rng, picture, list(SHAPES)[shape], list(HUES.values())[hue], (x, y, width, height))
+    picture += 0.012 * rng.standard_normal(picture.shape, np.float32)
+    whole = (picture.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    images = whole.reshape(ACROSS, SIDE, ACROSS, SIDE, 3).swapaxes(1, 2).reshape(-1, SIDE, SIDE, 3)
+    return Crops(images, shapes.astype(np.int32), hues.astype(np.int32))
