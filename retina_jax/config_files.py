@@ -236,7 +236,11 @@ def validate(config: Config) -> Config:
         (config.loss.gamma >= 0, "loss.gamma", "at least 0"),
         (config.loss.gamma > 0 or config.loss.kind != "focal_star", "loss.gamma", "above 0 with loss.kind focal_star"),
         (0 < config.loss.hinge_margin <= 1, "loss.hinge_margin", "above 0, at most 1"),
-        (config.loss.mining_batch >= 1, "loss.mining_batch", "at least 1"),
+        (
+            config.loss.mining_batch >= (4 if config.loss.mining == "ohem_1_3" else 1),
+            "loss.mining_batch",
+            "at least 1, and 4 with loss.mining ohem_1_3",
+        ),
         (0 < config.loss.mining_nms_iou <= 1, "loss.mining_nms_iou", "above 0, at most 1"),
         (config.loss.beta >= 0, "loss.beta", "at least 0"),
         (config.loss.box_weight >= 0, "loss.box_weight", "at least 0"),

@@ -1,17 +1,20 @@
-"""Classification losses on logits: cross entropy (equation 1), balanced (3) and focal (5), one sigmoid a class.
+"""Classification losses on logits, one sigmoid a class: cross entropy (equation 1), balanced (3), focal (5), FL* (8), and
+the hinge of Section 5.1.
 
 Each takes logits [... K] and labels [...] and gives the loss of every logit, float32 [... K], not yet summed:
 label k >= 0 makes target k 1 and the others 0, BACKGROUND (-1) makes all K targets 0, and IGNORED (-2) gives loss 0
 and gradient 0 on all K. The paper divides the sum over anchors and classes by the number of positive anchors; that is
 done in `retina_jax.losses.detection`.
 
-All three are one function of x_t = y x (equation 6, y = ±1), for p_t = sigmoid(x_t):
+Each is alpha_t times a function of x_t = y x (equation 6, y = ±1). For p_t = sigmoid(x_t):
 
-    FL = alpha_t (1 - p_t)^gamma * softplus(-x_t),       softplus(-x_t) = -log(p_t)
+    FL    = alpha_t (1 - p_t)^gamma * softplus(-x_t),       softplus(-x_t) = -log(p_t)
+    FL*   = alpha_t softplus(-(gamma x_t + beta)) / gamma
+    hinge = alpha_t max(0, margin - p_t)
 
 Powers of 1 - p_t are taken of sigmoid(-x_t), never of a difference from 1, so value and gradient are accurate and
 finite for every finite logit and every gamma >= 0, in particular the fractional ones of Table 1b, whose naive gradient
-is inf * 0 where the sigmoid saturates.
+is inf * 0 where the sigmoid saturates. (FL* wants gamma x_t + beta finite too.)
 """
 
 import functools
@@ -29,43 +32,88 @@ ClassificationLoss = Callable[[Float[Array, "*N K"], Int[Array, "*N"]], Float32[
 
 
 def classification_loss(config: LossConfig) -> ClassificationLoss:
-    """The loss that `loss.kind` names, with alpha and gamma filled in."""
+    """The loss that `loss.kind` names, with its parameters filled in."""
     if config.kind == "cross_entropy":
         return cross_entropy
     if config.kind == "balanced_cross_entropy":
         return functools.partial(balanced_cross_entropy, alpha=config.alpha)
     if config.kind == "focal":
         return functools.partial(focal, alpha=config.alpha, gamma=config.gamma)
-    raise ConfigError(f"loss.kind is {config.kind!r}: it must be cross_entropy, balanced_cross_entropy or focal")
+    if config.kind == "focal_star":
+        return functools.partial(focal_star, alpha=config.alpha, gamma=config.gamma, beta=config.star_beta)
+    if config.kind == "hinge":
+        return functools.partial(hinge, alpha=config.alpha, margin=config.hinge_margin)
+    raise ConfigError(
+        f"loss.kind is {config.kind!r}: it must be cross_entropy, balanced_cross_entropy, focal, focal_star or hinge"
+    )
 
 
 def cross_entropy(logits: Float[Array, "*N K"], labels: Int[Array, "*N"]) -> Float32[Array, "*N K"]:
     """-log(p_t) (equation 1)."""
-    return _weighted(logits, labels, foreground=1.0, background=1.0, gamma=0.0)
+    return _weighted(logits, labels, lambda x_t: _modulated(x_t, 0.0), foreground=1.0, background=1.0)
 
 
 def balanced_cross_entropy(
     logits: Float[Array, "*N K"], labels: Int[Array, "*N"], *, alpha: float
 ) -> Float32[Array, "*N K"]:
     """-alpha_t log(p_t) (equation 3): alpha weighs the one target that is 1, 1 - alpha those that are 0."""
-    return _weighted(logits, labels, foreground=alpha, background=1.0 - alpha, gamma=0.0)
+    return _weighted(logits, labels, lambda x_t: _modulated(x_t, 0.0), foreground=alpha, background=1.0 - alpha)
 
 
 def focal(
     logits: Float[Array, "*N K"], labels: Int[Array, "*N"], *, alpha: float, gamma: float
 ) -> Float32[Array, "*N K"]:
     """-alpha_t (1 - p_t)^gamma log(p_t) (equation 5). gamma = 0 is `balanced_cross_entropy`."""
-    return _weighted(logits, labels, foreground=alpha, background=1.0 - alpha, gamma=gamma)
+    return _weighted(logits, labels, lambda x_t: _modulated(x_t, gamma), foreground=alpha, background=1.0 - alpha)
+
+
+def focal_star(
+    logits: Float[Array, "*N K"], labels: Int[Array, "*N"], *, alpha: float, gamma: float, beta: float
+) -> Float32[Array, "*N K"]:
+    """-alpha_t log(p_t*) / gamma for p_t* = sigmoid(gamma x_t + beta) (equations 7 and 8, Appendix A), gamma > 0.
+
+    gamma = 1 with beta = 0 is `balanced_cross_entropy`. The derivative by x_t is alpha_t (p_t* - 1) (equation 11).
+    """
+    if gamma <= 0:
+        raise ConfigError(f"loss.gamma is {gamma}: it must be above 0 with loss.kind focal_star")
+
+    def of_x_t(x_t: Float32[Array, "*N"]) -> Float32[Array, "*N"]:
+        return _modulated(gamma * x_t + beta, 0.0) / gamma  # cross entropy's closed form, steeper and shifted
+
+    return _weighted(logits, labels, of_x_t, foreground=alpha, background=1.0 - alpha)
+
+
+def hinge(
+    logits: Float[Array, "*N K"], labels: Int[Array, "*N"], *, alpha: float, margin: float
+) -> Float32[Array, "*N K"]:
+    """alpha_t max(0, margin - p_t): linear in p_t, 0 where p_t >= margin. With p_t = margin the derivative is 0 too.
+
+    Section 5.1 says only that its hinge loss on p_t "sets loss to 0 above a certain value of p_t", and that it was
+    unstable; the slope of 1, the margin and the use of alpha are this project's. The derivative by x_t, -alpha_t p_t
+    (1 - p_t) below the margin, vanishes where an example is most wrong, so a foreground that starts at p_t = pi hardly
+    moves.
+    """
+
+    def of_x_t(x_t: Float32[Array, "*N"]) -> Float32[Array, "*N"]:
+        p_t, *_ = _sigmoids(x_t)
+        return jnp.where(p_t < margin, margin - p_t, 0.0)
+
+    return _weighted(logits, labels, of_x_t, foreground=alpha, background=1.0 - alpha)
 
 
 def _weighted(
-    logits: Float[Array, "*N K"], labels: Int[Array, "*N"], *, foreground: float, background: float, gamma: float
+    logits: Float[Array, "*N K"],
+    labels: Int[Array, "*N"],
+    of_x_t: Callable[[Float32[Array, "*N K"]], Float32[Array, "*N K"]],
+    *,
+    foreground: float,
+    background: float,
 ) -> Float32[Array, "*N K"]:
     logits = logits.astype(jnp.float32)
     # Compared with a counter inside the fused loop: the one-hot target [... K] is never in memory.
     is_target = lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1) == labels[..., None]
     weight = jnp.where(is_target, foreground, background) * (labels != IGNORED)[..., None].astype(jnp.float32)
-    return weight * _modulated(jnp.where(is_target, logits, -logits), gamma)
+    return weight * of_x_t(jnp.where(is_target, logits, -logits))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

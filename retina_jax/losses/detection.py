@@ -18,6 +18,10 @@ the positive anchors of image i, S shards and B images in the whole batch:
 Since D does not depend on any parameter, grad(loss) = grad(sum_i w_i loss_i) / D. A data-parallel step therefore takes
 gradients of the weighted sum first, adds gradients, sums and N up over the devices in ONE all-reduce, and divides
 afterwards. No mean of per-device ratios can creep in.
+
+Mining (`retina_jax.losses.mining`) changes nothing of this: the classification loss is then summed over fewer anchors,
+while N, the n_i and the box loss remain those of all anchors assigned to a box. The paper does not say what it divides by
+there; SSD, whose 1:3 it takes, divides by its matched boxes likewise.
 """
 
 from typing import NamedTuple
@@ -29,8 +33,9 @@ from jaxtyping import Array, Float, Float32, Int
 
 from retina_jax.config import ConfigError, LossConfig, MatchingConfig
 from retina_jax.losses.classification import classification_loss
+from retina_jax.losses.mining import mine
 from retina_jax.losses.regression import box_loss
-from retina_jax.matching import match
+from retina_jax.matching import IGNORED, match
 
 EMA_START = 100.0
 """Positive anchors a shard that the running mean of normaliser `ema` starts from (detectron2)."""
@@ -42,7 +47,7 @@ class ImageLosses(NamedTuple):
     """Sums over the anchors (and classes) of each image, before any division."""
 
     classification: Float32[Array, " B"]
-    """Classification loss over all anchors that are not ignored and all classes."""
+    """Classification loss over all classes and all anchors that are not ignored, or those of them that are mined."""
     box: Float32[Array, " B"]
     """Box loss over the positive anchors and 4 coordinates, not yet multiplied by box_weight."""
     positives: Float32[Array, " B"]
@@ -59,13 +64,26 @@ def image_losses(
     matching: MatchingConfig,
     loss: LossConfig,
 ) -> ImageLosses:
-    """Loss sums of each image: matching, classification loss of all anchors, box loss of the positive ones.
+    """Loss sums of each image: matching, classification loss of all anchors (with loss.mining those mined), box loss of the
+    positive ones.
 
     labels is -1 on padded boxes. Images are independent of each other. An image without boxes is all background: its
     box loss and positives are 0. Everything is float32 whatever the dtype of logits and deltas.
     """
     loss_of_logits, loss_of_deltas = classification_loss(loss), box_loss(loss)
     anchors = jnp.asarray(anchors)
+
+    def of_mined(of_anchors: Float[Array, " A"], labels: Int[Array, " A"]) -> Float[Array, " A"]:
+        mined = mine(
+            of_anchors,
+            labels >= 0,
+            labels != IGNORED,
+            anchors,
+            kind=loss.mining,
+            batch=loss.mining_batch,
+            iou_threshold=loss.mining_nms_iou,
+        )
+        return jnp.where(mined, of_anchors, 0.0)
 
     def of_image(
         logits: Float[Array, "A K"],
@@ -76,8 +94,11 @@ def image_losses(
         matches = match(anchors, boxes_xyxy, labels, matching)
         positive = matches.labels >= 0
         of_boxes = loss_of_deltas(deltas.astype(jnp.float32), anchors, boxes_xyxy[matches.box_index])
+        of_logits = loss_of_logits(logits, matches.labels)
+        if loss.mining != "none":
+            of_logits = of_mined(of_logits.sum(axis=-1), matches.labels)
         return ImageLosses(
-            classification=loss_of_logits(logits, matches.labels).sum(),
+            classification=of_logits.sum(),
             box=jnp.where(positive, of_boxes, 0.0).sum(),
             positives=positive.astype(jnp.float32).sum(),
         )

@@ -119,8 +119,16 @@ class Driver:
                 devices=list(self.mesh.devices.flat),
             )
         split = NamedSharding(self.mesh, P(AXIS))
+        images, everywhere = P(AXIS), P()
+        on_own_images = partial(
+            jax.shard_map,
+            mesh=self.mesh,
+            in_specs=(images, images, everywhere, images, images),  # the arguments of `image_losses`
+            out_specs=images,
+            check_vma=False,
+        )
         return jax.jit(
-            step,
+            partial(step, on_own_images=on_own_images),
             in_shardings=(self.replicated, split),
             out_shardings=(self.replicated, self.replicated),
             donate_argnums=0,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,8 @@ from retina_jax.config import Config
 from retina_jax.losses.detection import denominator, image_losses, image_weights
 from retina_jax.model.retinanet import RetinaNet
 from retina_jax.training.state import TrainState
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Inputs(NamedTuple):
@@ -37,12 +41,14 @@ def train_step(
     schedule: optax.Schedule,
     shards: int,
     axis: str | None = None,
+    on_own_images: Callable[[F], F] = lambda function: function,
 ) -> tuple[TrainState, dict[str, Array]]:
     """`state` after one step of synchronous SGD on a global batch, and the step's metrics.
 
     With `axis` None the view is global: `inputs` is the whole batch and whoever compiles the step splits it (jit). With
     an axis name the view is one device's: `inputs` is its share and sums cross the axis (pmap). `shards` is the number
-    of devices either way.
+    of devices either way. `on_own_images` makes a function of images one that every device runs on its own: the loops of
+    mining, whose length depends on the data, would otherwise wait for all devices at each turn.
 
     The normaliser of the loss is a sum over the whole batch, known only after the forward pass. Gradients are therefore
     taken of the weighted *sum* of the images' losses and divided afterwards, so that gradients, losses and counts meet in
@@ -58,9 +64,10 @@ def train_step(
         (logits, deltas), updated = model.apply(
             variables, inputs.images, inputs.image_sizes, train=True, mutable=["stats"]
         )
-        losses = image_losses(
-            logits, deltas, anchors, inputs.boxes_xyxy, inputs.labels, matching=config.matching, loss=config.loss
-        )
+        losses_of = partial(image_losses, matching=config.matching, loss=config.loss)
+        if config.loss.mining != "none":
+            losses_of = on_own_images(losses_of)
+        losses = losses_of(logits, deltas, anchors, inputs.boxes_xyxy, inputs.labels)
         positives = jnp.where(inputs.valid, losses.positives, 0.0)
         weights = image_weights(positives, config.loss.normaliser, batch_size=batch_size, shards=shards)
         weights = jnp.where(inputs.valid, weights, 0.0)

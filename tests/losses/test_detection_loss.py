@@ -1,5 +1,6 @@
 """The loss of an image against float64 numpy, and the four normalisers against their definitions."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from retina_jax.config import ConfigError, LossConfig, MatchingConfig
+from retina_jax.losses.classification import classification_loss
 from retina_jax.losses.detection import EMA_START, ImageLosses, denominator, image_losses, image_weights
+from retina_jax.losses.mining import mine
 from retina_jax.matching import BACKGROUND, IGNORED, match
 
 SCOPES = ("global", "per_image", "per_device", "ema")
@@ -261,3 +264,66 @@ def test_images_on_a_device_mesh_need_no_collective() -> None:
     for sums in (program(jax.device_put(eight, program.input_shardings[0][0])), by_device(eight)):
         for got, expected in zip(sums, on_one, strict=True):
             np.testing.assert_allclose(got, np.tile(expected, 3)[:8], rtol=1e-6)
+
+
+def mined_case() -> tuple[dict[str, jax.Array], LossConfig]:
+    """Anchors of `small_case`, of which 4 (1 positive, 3 negatives) are mined an image, and suppression that bites."""
+    return small_case(), LossConfig(mining="ohem_1_3", mining_batch=4, mining_nms_iou=0.1)
+
+
+def masks_of_mined(case: dict[str, jax.Array], config: LossConfig) -> np.ndarray:
+    """[B A], by `mine` called by hand on losses summed by hand."""
+
+    def of_image(logits: jax.Array, boxes: jax.Array, labels: jax.Array) -> jax.Array:
+        found = match(case["anchors"], boxes, labels, MatchingConfig()).labels
+        of_anchors = classification_loss(config)(logits, found).sum(axis=-1)
+        part = found != IGNORED
+        return mine(of_anchors, found >= 0, part, case["anchors"], kind="ohem_1_3", batch=4, iou_threshold=0.1)
+
+    return np.asarray(jax.jit(jax.vmap(of_image))(case["logits"], case["boxes_xyxy"], case["labels"]))
+
+
+def test_mined_loss_and_gradient_are_those_of_the_mined_anchors_alone() -> None:
+    case, config = mined_case()
+    mined = masks_of_mined(case, config)
+    assert (mined.sum(axis=1) >= 2).all() and not mined.all(axis=1).any()
+    sums = {}
+    for mining in ("none", "ohem_1_3"):
+        loss = dataclasses.replace(config, mining=mining)
+
+        def total(logits: jax.Array, deltas: jax.Array, loss: LossConfig = loss) -> tuple[jax.Array, ImageLosses]:
+            outputs = {**case, "logits": logits, "deltas": deltas}
+            result = image_losses(**outputs, matching=MatchingConfig(), loss=loss)
+            return (result.classification + result.box).sum(), result
+
+        sums[mining] = jax.jit(jax.grad(total, (0, 1), has_aux=True))(case["logits"], case["deltas"])
+    (to_logits, to_deltas), result = sums["ohem_1_3"]
+    (all_to_logits, all_to_deltas), everything = sums["none"]
+    np.testing.assert_array_equal(to_logits[~mined], np.zeros((int((~mined).sum()), K)))
+    np.testing.assert_allclose(to_logits[mined], all_to_logits[mined], rtol=1e-6)
+    assert np.asarray(to_logits)[mined].all()
+    np.testing.assert_array_equal(to_deltas, all_to_deltas)
+    # Neither the box loss nor what the sums are divided by knows of mining.
+    np.testing.assert_array_equal(result.box, everything.box)
+    np.testing.assert_array_equal(result.positives, everything.positives)
+    assert (result.classification < everything.classification).all()
+
+
+@pytest.mark.parametrize("mining", ["ohem", "ohem_1_3"])
+def test_a_nan_logit_shows_in_a_mined_loss(mining: str) -> None:
+    case, _ = mined_case()
+    case["logits"] = case["logits"].at[2, 3, 0].set(jnp.nan)  # an image without boxes: all background
+    config = LossConfig(mining=mining, mining_batch=4)
+    result = jax.jit(lambda case: image_losses(**case, matching=MatchingConfig(), loss=config))(case)
+    assert np.isnan(result.classification).tolist() == [False, False, True]
+
+
+def test_without_mining_its_other_fields_change_nothing_of_the_program() -> None:
+    case = small_case()
+
+    def program(loss: LossConfig) -> str:
+        return jax.jit(lambda case: image_losses(**case, matching=MatchingConfig(), loss=loss)).lower(case).as_text()
+
+    plain = program(LossConfig())
+    assert program(LossConfig(mining_batch=7, mining_nms_iou=0.9)) == plain
+    assert program(LossConfig(mining="ohem")) != plain

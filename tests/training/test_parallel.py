@@ -73,8 +73,9 @@ def compiled_step(config: Config, inputs: Inputs) -> str:
     return driver.step.lower(driver.first_state(), driver.place(inputs)).compile().as_text()
 
 
-def test_the_jit_step_has_one_all_reduce_and_no_all_gather(tiny: Config, make_inputs: Make) -> None:
-    text = compiled_step(with_drivers(tiny, "jit", 8), make_inputs(0))
+@pytest.mark.parametrize("mining", ["none", "ohem_1_3"])
+def test_the_jit_step_has_one_all_reduce_and_no_all_gather(tiny: Config, make_inputs: Make, mining: str) -> None:
+    text = compiled_step(with_drivers(tiny, "jit", 8, loss__mining=mining), make_inputs(0))
     assert len(re.findall(r"= .*\ball-reduce(?:-start)?\(", text)) == 1
     assert "all-gather" not in text and "all-to-all" not in text and "collective-permute" not in text
 

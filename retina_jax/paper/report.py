@@ -1,0 +1,238 @@
+"""Sweeps beside the paper's tables: row by row the paper's figure, ours, and the differences; what did not run says so.
+
+`build_report` makes tables of plain text, which `markdown.py` and `html.py` write down.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from retina_jax.paper.charts import Line, line_chart
+from retina_jax.paper.published import AP, TABLES, Row, Table
+from retina_jax.paper.results import Point, Sweep
+from retina_jax.paper.wording import (
+    PAPER_CONFIG,
+    base_of,
+    changes_of,
+    departures,
+    hardware_of,
+    seeds_of,
+    signed,
+    splits_of,
+    state_of,
+    status,
+)
+
+OWN_TITLES = {"fig7": "Figure 7: FL* over γ and β"}
+"""Sweeps of the paper for which it prints no numbers."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A field of a table."""
+
+    text: str
+    bold: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table of the report, with what belongs to it."""
+
+    name: str
+    title: str
+    notes: list[str]
+    header: list[str]
+    rows: list[list[Cell]]
+    """A row of one cell is a heading over those that follow."""
+    summary: str
+    """The section in a line."""
+    charts: dict[str, str] = field(default_factory=dict)
+    """SVG by what it shows: ap, loss."""
+    runs: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    """Title and facts of each run."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Of the finished seeds of a point, percent."""
+
+    value: float
+    deviation: float | None
+    """Sample standard deviation; None for a single seed."""
+
+    def __str__(self) -> str:
+        return f"{self.value:.1f}" + ("" if self.deviation is None else f" ± {self.deviation:.1f}")
+
+
+def build_report(sweeps: Sequence[Sweep]) -> list[Section]:
+    """A section a sweep: the paper's tables in its order, then a person's own sweeps."""
+    order = [*TABLES, *OWN_TITLES]
+    ranked = sorted(sweeps, key=lambda s: (order.index(s.name) if s.name in order else len(order), s.name))
+    return [_section(sweep) for sweep in ranked]
+
+
+def _section(sweep: Sweep) -> Section:
+    layout = _Layout(sweep)
+    paper = layout.paper
+    lines: list[list[Cell]] = []
+    group = ""
+    for row in layout.rows:
+        if row.group != group:
+            group = row.group
+            lines.append([Cell(group)])
+        lines.append(layout.line(row))
+    notes = [f"Sweep {sweep.file} over {base_of(sweep)}; scores in percent, best in bold."]
+    if layout.apart:
+        notes.append(
+            f"These runs are not of the paper's config (configs/{PAPER_CONFIG}): {'; '.join(layout.apart)}. Absolute values "
+            "are not comparable with the paper's; compare the differences between rows."
+        )
+    if paper and paper.split == "test-dev":
+        notes.append("The paper's figures are on test-dev, whose labels are not public; ours are on another split.")
+    return Section(
+        name=sweep.name,
+        title=paper.title if paper else OWN_TITLES.get(sweep.name, f"Sweep {sweep.name}"),
+        notes=notes,
+        header=layout.header(),
+        rows=lines,
+        summary=_summary(sweep, paper, layout.means),
+        charts=_charts(sweep),
+        runs=[_facts(point) for point in sweep.points],
+    )
+
+
+class _Layout:
+    """The columns of a sweep's table: settings, each score of both sides, times where the paper has them, seeds."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep, self.paper = sweep, TABLES.get(sweep.name)
+        self.rows = list(self.paper.rows) if self.paper else []
+        known = {row.name for row in self.rows}
+        for name in sweep.names:  # points that the paper does not have follow those it has
+            if name not in known:
+                blank = ("",) * (len(self.paper.columns) - 1) if self.paper else (changes_of(sweep.seeds(name)[0]),)
+                self.rows.append(Row(name, (name, *blank)))
+        self.metrics = self.paper.metrics if self.paper else AP
+        self.means = {
+            name: {m: mean for m in self.metrics if (mean := _mean(sweep.seeds(name), m))} for name in sweep.names
+        }
+        self.best_paper = {
+            m: max((r.scores[m] for r in self.rows if m in r.scores), default=None) for m in self.metrics
+        }
+        self.best_ours = {
+            m: max((round(of[m].value, 1) for of in self.means.values() if m in of), default=None) for m in self.metrics
+        }
+        self.apart = departures(sweep) if self.paper else []
+        self.timed = self.paper is not None and all(row.milliseconds for row in self.paper.rows)
+
+    def header(self) -> list[str]:
+        """A heading a column; those of scores name the split they are of."""
+        ours = f"ours ({splits_of(self.sweep)})"
+        names = list(self.paper.columns) if self.paper else ["point", "overrides"]
+        for m in self.metrics:
+            if self.paper:
+                names.append(f"{m}, paper ({self.paper.split})")
+            names.append(f"{m}, {ours}")
+            if m == "AP" and self.paper:
+                names.append("Δ AP, ours − paper")
+            if m == "AP" and self.apart:
+                names.append(f"Δ AP to {self.paper.reference_label}, paper / ours")
+        if self.timed:
+            names += ["ms an image, paper (M40)", f"ms an image, ours ({hardware_of(self.sweep)})"]
+        return [*names, "seeds"]
+
+    def line(self, row: Row) -> list[Cell]:
+        """A cell a column."""
+        points = self.sweep.seeds(row.name) if row.name else []
+        cells = [Cell(setting) for setting in row.settings]
+        for m in self.metrics:
+            mean, printed = self.means.get(row.name, {}).get(m), row.scores.get(m)
+            difference = mean.value - printed if mean and printed is not None else None
+            if self.paper:
+                cells.append(self._printed(row, m))
+            text = str(mean) if mean else (state_of(points) if m == "AP" and row.name else "")
+            if m != "AP" and difference is not None:
+                text += f" ({signed(difference)})"
+            cells.append(Cell(text, mean is not None and round(mean.value, 1) == self.best_ours[m]))
+            if m == "AP" and self.paper:
+                cells.append(Cell(signed(difference)))
+            if m == "AP" and self.apart:
+                cells.append(Cell(self._to_reference(row)))
+        if self.timed:
+            times = [p.result.latency["milliseconds"] for p in points if p.result.latency]
+            cells.append(Cell(f"{row.milliseconds:.0f}" if row.milliseconds else ""))
+            cells.append(Cell(f"{statistics.fmean(times):.1f}" if times else ""))
+        return [*cells, Cell(seeds_of(points))]
+
+    def _printed(self, row: Row, metric: str) -> Cell:
+        """The paper's figure, in the column of AP with what it says of the row."""
+        note = row.note if metric == "AP" else ""
+        if metric not in row.scores:
+            return Cell(note)
+        value = row.scores[metric]
+        return Cell(f"{value:.1f}" + (f" ({note})" if note else ""), value == self.best_paper[metric])
+
+    def _to_reference(self, row: Row) -> str:
+        reference = next(r for r in self.paper.rows if r.name == self.paper.reference)
+        ours, ours_there = (self.means.get(name, {}).get("AP") for name in (row.name, reference.name))
+        of_paper = signed(row.scores["AP"] - reference.scores["AP"]) if "AP" in row.scores else "–"
+        return f"{of_paper} / {signed(ours.value - ours_there.value) if ours and ours_there else '–'}"
+
+
+def _mean(points: Sequence[Point], metric: str) -> Mean | None:
+    values = [p.result.scores[metric] for p in points if metric in p.result.scores]
+    if not values:
+        return None
+    return Mean(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+def _charts(sweep: Sweep) -> dict[str, str]:
+    """AP of the runs that were evaluated more than once, and the smoothed classification loss of all."""
+    runs = {(p.name, p.result.folder): p.result for p in sweep.points}
+    ap = [Line(name, run.ap) for (name, _), run in runs.items() if len(run.ap) > 1]
+    loss = [Line(name, smoothed(run.loss)) for (name, _), run in runs.items() if len(run.loss) > 1]
+    charts = {}
+    if ap:
+        charts["ap"] = line_chart(ap, "step", f"AP, {splits_of(sweep)}")
+    if any(y > 0 for line in loss for _, y in line.points):
+        charts["loss"] = line_chart(loss, "step", "classification loss, smoothed", log_y=True)
+    return charts
+
+
+def smoothed(points: Sequence[tuple[float, float]], share: float = 0.05, most: int = 200) -> list[tuple[float, float]]:
+    """Mean of each window of `share` of the points around a point, cut at both ends alike; at most `most` points."""
+    half = int(len(points) * share / 2)
+    values = [y for _, y in points]
+    means = []
+    for i, (x, _) in enumerate(points):
+        reach = min(half, i, len(points) - 1 - i)  # even to both sides, so that the ends are not pulled inwards
+        means.append((x, statistics.fmean(values[i - reach : i + reach + 1])))
+    every = math.ceil(len(means) / most)
+    return means[::-every][::-1]  # the last point always stays
+
+
+def _facts(point: Point) -> tuple[str, dict[str, str]]:
+    result = point.result
+    facts = {"folder": str(result.folder), "overrides": changes_of(point), **result.details}
+    if result.message:
+        facts["message"] = result.message
+    return f"{point.name}, seed {point.seed}: {status(result)}", facts
+
+
+def _summary(sweep: Sweep, paper: Table | None, means: dict[str, dict[str, Mean]]) -> str:
+    scored = {name: values["AP"] for name, values in means.items() if "AP" in values}
+    wanted = [row.name for row in paper.rows if row.name] if paper else []
+    rows = list(dict.fromkeys([*wanted, *sweep.names]))
+    text = f"{sweep.name}: {len(scored)} of {len(rows)} rows have an AP"
+    if scored:
+        name = max(scored, key=lambda n: scored[n].value)
+        text += f"; best {name} {scored[name]}"
+    if paper:
+        row = max((r for r in paper.rows if r.name), key=lambda r: r.scores.get("AP", -1.0))
+        text += f" (paper: {row.name} {row.scores['AP']:.1f} on {paper.split})"
+    diverged = sum(p.result.status == "diverged" for p in sweep.points)
+    return text + (f"; {diverged} diverged" if diverged else "")

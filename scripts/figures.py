@@ -1,0 +1,82 @@
+"""A figure of the paper: python scripts/figures.py --figure 1|2|4|5|6|7 --out FILE.png|.svg|.pdf [--workdir DIR]
+
+1, 5, 6: the losses. 2: speed against accuracy, with --workdir the sweep table1e there beside the paper's. 7: FL* by AP, of
+the sweep fig7 in --workdir. 4: where the loss of the run in --workdir lies on its evaluation images.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from retina_jax.command_line import one_line_errors, parse_command_line, set_up_jax
+from retina_jax.config import ConfigError
+from retina_jax.paper import figures
+from retina_jax.paper.loss_distribution import NEGATIVES, POSITIVES, shares_table
+from retina_jax.paper.measured import effective_ap, speeds, star_runs, val_windows
+from retina_jax.paper.results import read_sweeps
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options of this script."""
+
+    figure: Literal[1, 2, 4, 5, 6, 7]
+    """Number of the figure in the paper; 3 is no plot."""
+    out: Path
+    """File to write: .png, .svg or .pdf."""
+    workdir: Path | None = None
+    """Figures 2 and 7: folder of sweeps; figure 4: folder of a run."""
+    images: int = 0
+    """Figure 4: evaluation images taken, the first ones; 0: all."""
+    positives: int = POSITIVES
+    """Figure 4: most positive windows sampled."""
+    negatives: int = NEGATIVES
+    """Figure 4: most negative windows sampled."""
+    threshold: float | None = None
+    """Figure 7: AP in percent above which a setting is effective; None: the paper's 33.5 for runs of its config, else .5
+    below the focal loss or, where that was not run, below the best setting."""
+
+
+def main() -> None:
+    """Draw, write, say where."""
+    arguments = parse_command_line(Arguments, Arguments(tyro.MISSING, tyro.MISSING), sys.argv[1:], __doc__)
+    for name in ("images", "positives", "negatives"):
+        if getattr(arguments, name) < (name != "images"):
+            raise ConfigError(f"--{name}: {getattr(arguments, name)} cannot be; it must be a positive number")
+    if arguments.out.suffix.lower() not in figures.SUFFIXES:
+        raise ConfigError(f"--out {arguments.out}: its suffix must be one of {', '.join(figures.SUFFIXES)}")
+    set_up_jax()
+    figures.save(draw(arguments), arguments.out)
+    print(f"figure {arguments.figure} is in {arguments.out}")
+
+
+def draw(arguments: Arguments) -> figures.Figure:
+    """The figure asked for."""
+    plain = {1: figures.figure1, 5: figures.figure5, 6: figures.figure6}
+    if arguments.figure in plain:
+        return plain[arguments.figure]()
+    if arguments.workdir is None:
+        if arguments.figure == 2:
+            return figures.figure2()
+        kind = "a run" if arguments.figure == 4 else "sweeps"
+        raise ConfigError(f"--workdir: figure {arguments.figure} is drawn from results; give the folder of {kind}")
+    if arguments.figure == 4:
+        samples = val_windows(arguments.workdir, arguments.images, arguments.positives, arguments.negatives)
+        print(shares_table(samples))
+        return figures.figure4(samples)
+    sweeps = read_sweeps(arguments.workdir)
+    if arguments.figure == 2:
+        return figures.figure2(*speeds(sweeps))
+    runs, left_out = star_runs(sweeps)
+    threshold = effective_ap(sweeps) if arguments.threshold is None else arguments.threshold
+    return figures.figure7(runs, threshold, left_out)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

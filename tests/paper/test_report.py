@@ -1,0 +1,426 @@
+"""A report of sweeps that the tests write themselves: finished, diverged, running, absent, of several seeds, damaged."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retina_jax.config import Config, ConfigError, DataConfig, ModelConfig, TrainingConfig
+from retina_jax.config_files import to_dict
+from retina_jax.evaluation import SUMMARY
+from retina_jax.paper.charts import Line, line_chart, log_ticks, ticks
+from retina_jax.paper.html import to_html
+from retina_jax.paper.markdown import plain, to_markdown
+from retina_jax.paper.published import TABLE_1B, TABLE_1E
+from retina_jax.paper.report import Section, build_report, smoothed
+from retina_jax.paper.results import read_sweeps
+from retina_jax.paper.wording import signed
+
+ROOT = Path(__file__).parents[2]
+SCENES = Config(data=DataConfig(source="scenes"), model=ModelConfig(num_classes=6), training=TrainingConfig(steps=100))
+COCO = Config(  # the paper's own
+    data=DataConfig(val_annotations="data/coco/annotations/instances_val2017.json"), model=ModelConfig(num_classes=80)
+)
+HOSTILE = '<script>alert("x")</script>|`*&'
+
+
+def write_run(
+    folder: Path, ap: float | None = None, *, steps: int = 100, config: Config = SCENES, command: str = "train.py"
+) -> None:
+    """A run's folder; finished where `ap` (percent) is given."""
+    folder.mkdir(parents=True)
+    saved = {"config": to_dict(config), "command": [command], "commit": "abc123", "versions": {"devices": "1 x cpu"}}
+    (folder / "config.json").write_text(json.dumps(saved))
+    lines = [
+        {"step": s, "event": "train", "classification_loss": 2.0 / s}
+        for s in range(10, steps + 1, max(10, steps // 100))
+    ]
+    lines += [{"step": s, "event": "evaluation", "AP": s / 1000} for s in (steps // 2, steps)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if ap is not None:
+        evaluation = dict.fromkeys(SUMMARY, ap / 100) | {"step": steps, "images": 5, "per_class": {}}
+        summary = {
+            "steps": steps,
+            "images": 8,
+            "seconds": 12.3,
+            "evaluation": evaluation,
+            "parameters_sha256": "f" * 64,
+        }
+        (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def write_manifest(folder: Path, name: str, points: list[tuple], base: str = "configs/mini.py") -> None:
+    """`points` are (name, seed, run's folder[, overrides])."""
+    keys = ("name", "seed", "folder", "overrides")
+    listed = [dict(zip(keys, (*point, {})[:4], strict=True)) for point in points]
+    (folder / "sweeps").mkdir(parents=True, exist_ok=True)
+    manifest = {"sweep": name, "file": f"configs/sweeps/{name}.py", "base": base, "points": listed}
+    (folder / "sweeps" / f"{name}.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture
+def sweeps(tmp_path: Path) -> Path:
+    """Table 1b with every fate a run can have, Table 3 sharing two of its runs, and a sweep of a person's own."""
+    for seed, ap in enumerate((30.0, 31.0, 32.0)):
+        write_run(tmp_path / f"fl{seed}", ap)
+    write_run(tmp_path / "ce", 28.0)
+    write_run(tmp_path / "bad")
+    (tmp_path / "bad" / "diverged.json").write_text('{"step": 40, "message": "loss is nan"}')
+    write_run(tmp_path / "going", steps=30)
+    write_manifest(
+        tmp_path,
+        "table1b",
+        [
+            ("gamma_0.0", 0, "ce"),
+            ("gamma_1.0", 0, "bad"),
+            ("gamma_5.0", 0, "going"),
+            ("gamma_0.5", 0, "never"),
+            *[("gamma_2.0", seed, f"fl{seed}") for seed in range(3)],
+            ("gamma_0.2", 0, "fl0"),
+            ("gamma_0.2", 1, "bad"),
+            ("gamma_9.0", 0, "ce"),
+        ],
+    )
+    write_manifest(tmp_path, "table3", [("cross_entropy", 0, "ce"), ("focal", 0, "fl0")])
+    write_manifest(tmp_path, "mine", [(HOSTILE, 0, "fl1", {"loss.kind": HOSTILE}), ("other", 0, "ce")])
+    return tmp_path
+
+
+def by_name(folder: Path) -> dict[str, Section]:
+    return {section.name: section for section in build_report(read_sweeps(folder))}
+
+
+def table(section: Section) -> dict[str, dict[str, str]]:
+    """First cell -> heading -> text."""
+    return {row[0].text: dict(zip(section.header, (c.text for c in row), strict=False)) for row in section.rows}
+
+
+def test_every_paper_row_is_there_in_its_order_with_its_figure(sweeps: Path) -> None:
+    section = by_name(sweeps)["table1b"]
+    printed = [[cell.text for cell in row] for row in section.rows]
+    assert [tuple(row[:2]) for row in printed[:7]] == [row.settings for row in TABLE_1B.rows]
+    assert [row[2] for row in printed[:7]] == [f"{row.scores['AP']:.1f}" for row in TABLE_1B.rows]
+    assert printed[7][0] == "gamma_9.0" and printed[7][2] == "", "a point that the paper does not have comes last"
+
+
+def test_the_split_of_each_side_stands_in_its_heading(sweeps: Path) -> None:
+    header = by_name(sweeps)["table1b"].header
+    for metric in ("AP", "AP50", "AP75"):
+        assert f"{metric}, paper (minival)" in header and f"{metric}, ours (val of scenes)" in header
+
+
+def test_seeds_are_one_row_with_mean_sample_deviation_and_number(sweeps: Path) -> None:
+    row = table(by_name(sweeps)["table1b"])["2.0"]
+    assert row["AP, ours (val of scenes)"] == "31.0 ± 1.0"
+    assert row["seeds"] == "3"
+    assert row["Δ AP, ours − paper"] == "−3.0"
+    assert row["AP50, ours (val of scenes)"] == "31.0 ± 1.0 (−21.5)"
+
+
+def test_runs_without_a_result_say_what_became_of_them(sweeps: Path) -> None:
+    rows = table(by_name(sweeps)["table1b"])
+    ours = "AP, ours (val of scenes)"
+    assert rows["1.0"][ours] == "diverged at step 40"
+    assert rows["5.0"][ours] == "running or stopped at step 30 of 100"
+    assert rows["0.5"][ours] == "not run", "its folder is absent"
+    assert rows["0.1"][ours] == "not run", "the sweep has no such point"
+    assert rows["0.2"][ours] == "30.0" and rows["0.2"]["seeds"] == "1 of 2: seed 1 diverged at step 40"
+
+
+def test_differences_to_the_focal_loss_stand_beside_where_values_are_not_comparable(sweeps: Path) -> None:
+    section = by_name(sweeps)["table1b"]
+    heading = "Δ AP to FL (γ = 2), paper / ours"
+    assert table(section)["0"][heading] == "−2.9 / −3.0"
+    assert table(section)["2.0"][heading] == "0.0 / 0.0"
+    assert table(section)["1.0"][heading] == "−0.3 / –"
+    assert sum("not comparable" in note for note in section.notes) == 1
+
+
+def test_runs_of_the_papers_config_are_comparable(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 34.2, steps=90_000, config=COCO)
+    write_manifest(tmp_path, "table1b", [("gamma_2.0", 0, "run")], base="configs/paper_r50_600.py")
+    section = by_name(tmp_path)["table1b"]
+    assert not any("not comparable" in note for note in section.notes)
+    assert "Δ AP, ours − paper" in section.header and not any("to FL" in name for name in section.header)
+    assert table(section)["2.0"]["AP, ours (instances_val2017)"] == "34.2"
+
+
+def test_a_shorter_run_of_the_papers_config_is_not_comparable(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 20.0)
+    write_manifest(tmp_path, "table1b", [("gamma_2.0", 0, "run")], base="configs/paper_r50_600.py")
+    (note,) = [note for note in by_name(tmp_path)["table1b"].notes if "not comparable" in note]
+    assert "100 steps" in note and "6 classes" in note and "scenes" in note
+
+
+def test_overrides_of_the_base_are_told_and_make_it_another(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 34.2, steps=90_000, config=COCO)
+    write_manifest(tmp_path, "table1b", [("gamma_2.0", 0, "run")], base="configs/paper_r50_600.py")
+    file = tmp_path / "sweeps" / "table1b.json"
+    manifest = json.loads(file.read_text())
+    for overrides, comparable in (({"data.val_images": "x"}, True), ({"optimizer.learning_rate": 0.1}, False)):
+        file.write_text(json.dumps({**manifest, "overrides": overrides}))
+        notes = by_name(tmp_path)["table1b"].notes
+        ((name, value),) = overrides.items()
+        assert f"paper_r50_600.py with {name} {value}" in notes[0]
+        assert any("not comparable" in note for note in notes) != comparable
+
+
+def test_a_run_resumed_for_more_steps_is_not_finished(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 30.0, steps=50)
+    write_manifest(tmp_path, "table3", [("focal", 0, "run")])
+    assert (
+        table(by_name(tmp_path)["table3"])["FL"]["AP, ours (val of scenes)"] == "running or stopped at step 50 of 100"
+    )
+
+
+def test_the_best_of_each_side_is_bold(sweeps: Path) -> None:
+    section = by_name(sweeps)["table1b"]
+    bold = {(row[0].text, section.header[i]) for row in section.rows for i, cell in enumerate(row) if cell.bold}
+    assert {name for name, heading in bold if heading.startswith("AP, ")} == {"2.0"}
+    assert len(bold) == 6
+
+
+def test_of_equals_all_are_bold(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 30.0)
+    write_manifest(tmp_path, "table1c", [("scales_1_ratios_1", 0, "run"), ("scales_2_ratios_1", 0, "run")])
+    section = by_name(tmp_path)["table1c"]
+    best_ap75 = [row for row in section.rows if row[section.header.index("AP75, paper (minival)")].bold]
+    assert len(best_ap75) == 2, "36.5 twice, as in the paper"
+    assert sum(row[section.header.index("AP, ours (val of scenes)")].bold for row in section.rows) == 2
+
+
+def test_table_1e_has_sizes_times_and_a_warning_of_its_split(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 30.0)
+    (tmp_path / "run" / "latency.json").write_text('{"milliseconds": 12.34, "hardware": "H200", "step": 100}')
+    write_manifest(tmp_path, "table1e", [("depth_50_scale_600", 0, "run")])
+    section = by_name(tmp_path)["table1e"]
+    assert {"APs, paper (test-dev)", "APl, ours (val of scenes)", "ms an image, ours (H200)"} <= set(section.header)
+    assert any("test-dev" in note for note in section.notes)
+    row = dict(zip(section.header, (cell.text for cell in section.rows[2]), strict=True))
+    assert row["ms an image, paper (M40)"] == "98" and row["ms an image, ours (H200)"] == "12.3"
+    assert len(section.rows) == len(TABLE_1E.rows)
+
+
+def test_table_2_has_the_systems_of_others_under_their_headings(tmp_path: Path) -> None:
+    write_manifest(tmp_path, "table2", [("resnet101", 0, "absent")])
+    section = by_name(tmp_path)["table2"]
+    assert [row[0].text for row in section.rows if len(row) == 1] == ["Two-stage methods", "One-stage methods"]
+    rows = table(section)
+    assert rows["YOLOv2"]["AP, paper (test-dev)"] == "21.6" and rows["YOLOv2"]["AP, ours (val)"] == ""
+    ours = section.header.index("AP, ours (val)")
+    assert [row[ours].text for row in section.rows[-2:]] == ["not run", "not run"]
+
+
+def test_a_sweep_of_ones_own_has_no_column_of_the_paper(sweeps: Path) -> None:
+    section = by_name(sweeps)["mine"]
+    assert not any("paper" in name for name in section.header)
+    assert table(section)["other"]["AP, ours (val of scenes)"] == "28.0"
+    assert by_name(sweeps).keys() == {"table1b", "table3", "mine"}
+    assert list(by_name(sweeps)) == ["table1b", "table3", "mine"], "the paper's first, in its order"
+
+
+def test_a_run_that_two_sweeps_share_is_one_result(sweeps: Path) -> None:
+    found = {sweep.name: sweep for sweep in read_sweeps(sweeps)}
+    assert found["table1b"].seeds("gamma_0.0")[0].result is found["table3"].seeds("cross_entropy")[0].result
+    assert table(by_name(sweeps)["table3"])["CE"]["AP, ours (val of scenes)"] == "28.0"
+
+
+def test_scores_that_are_undefined_or_were_not_taken_say_so(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 30.0)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    summary["evaluation"]["AP"] = None
+    (tmp_path / "run/summary.json").write_text(json.dumps(summary))
+    write_run(tmp_path / "blind", 30.0)
+    (tmp_path / "blind/summary.json").write_text(json.dumps({**summary, "evaluation": None}))
+    write_manifest(tmp_path, "table3", [("focal", 0, "run"), ("cross_entropy", 0, "blind")])
+    rows = table(by_name(tmp_path)["table3"])
+    assert rows["FL"]["AP, ours (val of scenes)"] == "AP undefined"
+    assert rows["CE"]["AP, ours (val of scenes)"] == "not evaluated"
+
+
+class Tags(HTMLParser):
+    """All tags and texts of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes another tag"
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_is_whole_and_takes_no_text_for_markup(sweeps: Path) -> None:
+    page = to_html(list(by_name(sweeps).values()), f"of {HOSTILE}")
+    tags = Tags(page)
+    assert tags.open == [], "every tag is closed"
+    assert "script" not in {tag for tag, _ in tags.tags}
+    assert tags.text.count(HOSTILE) >= 5, "title, heading, point, overrides, legend"
+    names = {attribute for _, attributes in tags.tags for attribute in attributes}
+    assert not names & {"src", "onclick", "onload"} and "http://" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert '<meta name="viewport"' in page and "prefers-color-scheme: dark" in page
+
+
+def test_markdown_rows_have_as_many_fields_as_their_heading(sweeps: Path) -> None:
+    sections = list(by_name(sweeps).values())
+    charts = {(s.name, kind): "x.svg" for s in sections for kind in s.charts}
+    lines = to_markdown(sections, "Title", charts).splitlines()
+    for section in sections:
+        start = next(i for i, line in enumerate(lines) if line.startswith("| " + plain(section.header[0]) + " | "))
+        rows = lines[start : start + 2 + len(section.rows)]
+        assert {row.replace("\\|", "").count("|") for row in rows} == {len(section.header) + 1}
+    assert "<script>" not in "\n".join(lines)
+
+
+def test_charts_are_xml_with_a_line_a_run_and_a_legend_a_point(sweeps: Path) -> None:
+    charts = by_name(sweeps)["table1b"].charts
+    assert set(charts) == {"ap", "loss"}
+    root = ElementTree.fromstring(charts["ap"])
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts.count("gamma_2.0") == 1, "three seeds, one name"
+    lines = list(root.iter("{http://www.w3.org/2000/svg}polyline"))
+    # gamma_2.0 three times, gamma_0.0, gamma_1.0, gamma_5.0, gamma_0.2 twice, gamma_9.0
+    assert len(lines) == 9
+    box = [float(n) for n in root.attrib["viewBox"].split()]
+    for line in lines:
+        for point in line.attrib["points"].split():
+            x, y = map(float, point.split(","))
+            assert 0 <= x <= box[2] and 0 <= y <= box[3]
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
+@settings(deadline=None, max_examples=100)
+def test_ticks_are_a_few_numbers_inside_their_range(low: float, length: float) -> None:
+    found = ticks(low, low + length)
+    assert 2 <= len(found) <= 7
+    assert all(low - 1e-6 * length <= tick <= low + length * (1 + 1e-6) for tick in found)
+
+
+def test_log_ticks_are_round_numbers() -> None:
+    assert log_ticks(-1.0, 1.0) == pytest.approx([0.1, 0.2, 0.5, 1, 2, 5, 10])
+    assert log_ticks(-3.0, 1.0) == pytest.approx([0.001, 0.01, 0.1, 1, 10])
+    assert log_ticks(-0.5, 0.1) == pytest.approx([0.4, 0.6, 0.8, 1.0, 1.2]), (
+        "a short range has round numbers all the same"
+    )
+
+
+def test_a_chart_of_nothing_is_refused_and_one_of_a_constant_is_drawn() -> None:
+    with pytest.raises(ValueError, match="no point"):
+        line_chart([Line("a", [(0.0, 0.0)])], "x", "y", log_y=True)
+    ElementTree.fromstring(line_chart([Line("a", [(5.0, 0.0), (5.0, 0.0)])], "x", "y"))
+
+
+@given(st.lists(st.floats(-10, 10), min_size=2, max_size=900))
+@settings(deadline=None, max_examples=30)
+def test_smoothing_stays_in_range_and_keeps_the_last_step(values: list[float]) -> None:
+    points = smoothed([(float(i), value) for i, value in enumerate(values)])
+    assert len(points) <= 201 and points[-1] == (len(values) - 1, values[-1])
+    assert all(min(values) - 1e-9 <= y <= max(values) + 1e-9 for _, y in points)
+
+
+def test_smoothing_leaves_a_straight_line_alone() -> None:
+    line = [(float(i), 2.0 * i + 1) for i in range(100)]
+    np.testing.assert_allclose(smoothed(line), line, rtol=1e-12)
+
+
+def test_differences_are_signed_and_zero_has_no_sign() -> None:
+    assert [signed(d) for d in (1.26, -0.31, 0.04, -0.04, None)] == ["+1.3", "−0.3", "0.0", "0.0", ""]
+
+
+def broken(folder: Path, file: str, text: str) -> str:
+    (folder / file).write_text(text)
+    with pytest.raises(ConfigError) as error:
+        build_report(read_sweeps(folder))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "says"),
+    [
+        ("sweeps/table1b.json", "{", "is no JSON"),
+        ("sweeps/table1b.json", "[]", "must hold an object"),
+        ("sweeps/table1b.json", '{"sweep": "table1b", "file": "x", "base": "y"}', "points is missing"),
+        ("sweeps/table1b.json", '{"sweep": "other", "file": "x", "base": "y", "points": []}', "must be the file's own"),
+        ("ce/summary.json", '{"seconds": "long"}', "seconds"),
+        (
+            "ce/summary.json",
+            '{"steps": 100, "seconds": 1, "parameters_sha256": "", "evaluation": {"AP": "high"}}',
+            "evaluation.AP",
+        ),
+        ("ce/config.json", '{"config": {"loss": {"gama": 1}}}', "gama"),
+        ("ce/metrics.jsonl", "{\n{}\n", "line 1"),
+        ("bad/diverged.json", '{"step": "ten"}', "step 'ten'"),
+        ("ce/latency.json", '{"milliseconds": 1.0}', "hardware is missing"),
+    ],
+)
+def test_a_damaged_file_ends_in_one_line_that_names_it(sweeps: Path, file: str, text: str, says: str) -> None:
+    message = broken(sweeps, file, text)
+    assert file in message and says in message
+
+
+@pytest.mark.parametrize("folder", ["../elsewhere", "/etc", "", ".."])
+def test_a_manifest_cannot_name_a_folder_elsewhere(tmp_path: Path, folder: str) -> None:
+    write_manifest(tmp_path, "table3", [("focal", 0, folder)])
+    with pytest.raises(ConfigError, match=r"points\[0\].folder"):
+        read_sweeps(tmp_path)
+
+
+def test_a_last_line_that_is_being_written_is_no_error(sweeps: Path) -> None:
+    with (sweeps / "going/metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "eve')
+    assert table(by_name(sweeps)["table1b"])["5.0"]["AP, ours (val of scenes)"].startswith(
+        "running or stopped at step 30"
+    )
+
+
+def test_a_single_run_or_an_empty_folder_is_refused_in_one_line(sweeps: Path) -> None:
+    with pytest.raises(ConfigError, match="folder of a single run; give the folder of a sweep"):
+        read_sweeps(sweeps / "ce")
+    with pytest.raises(ConfigError, match="no sweep there"):
+        read_sweeps(sweeps / "sweeps")
+
+
+def script(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "report.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+
+
+def test_the_script_writes_both_files_and_says_where(sweeps: Path) -> None:
+    done = script("--workdir", sweeps)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "table1b: 4 of 8 rows have an AP; best gamma_2.0 31.0 ± 1.0 (paper: gamma_2.0 34.0 on minival)" in done.stdout
+    )
+    assert f"{sweeps / 'report'}.md" in done.stdout
+    markdown, page = (sweeps / "report.md").read_text(), (sweeps / "report.html").read_text()
+    assert "Table 1b" in markdown and "Table 1b" in page
+    assert "](report_table1b_ap.svg)" in markdown and (sweeps / "report_table1b_ap.svg").is_file()
+
+
+def test_the_script_ends_in_one_line_where_there_is_nothing_to_report(tmp_path: Path) -> None:
+    done = script("--workdir", tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no sweep there" in done.stderr
