@@ -21,7 +21,7 @@ def get_config() -> Config:
     return Config(
         data=DataConfig(
             source="scenes",
-            scenes=ScenesConfig(train_images=3000, val_images=400, classes=12, lookalikes=8),
+            scenes=ScenesConfig(classes=8, min_side=12.0, max_side=64.0, lookalikes=8),
             batch_size=8,
             short_side=128,
             long_side=128,
@@ -39,10 +39,18 @@ def get_config() -> Config:
             head_std=0.03,
             input_normalisation="imagenet",
         ),
-        anchors=AnchorConfig(size_factor=1.5),
-        optimizer=OptimizerConfig(learning_rate=0.02, warmup_steps=150, boundaries=(800, 1067)),
+        anchors=AnchorConfig(size_factor=2.0),
+        optimizer=OptimizerConfig(
+            name="adamw",
+            learning_rate=0.002,
+            weight_decay=0.05,
+            clip_norm=3.0,
+            bias_learning_rate_factor=1.0,
+            warmup_steps=150,
+            boundaries=(800, 1067),
+        ),
         training=TrainingConfig(
-            steps=1200, log_every=50, eval_every=0, checkpoint_every=600, tensorboard=False, pictures=4
+            steps=1200, log_every=50, eval_every=0, checkpoint_every=400, tensorboard=False, pictures=4
         ),
         devices=1,
     )

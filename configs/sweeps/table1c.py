@@ -1,0 +1,25 @@
+"""Table 1c: anchors of a cell, scales by ratios, 7 runs.
+
+    python scripts/sweep.py --sweep configs/sweeps/table1c.py --workdir DIR
+
+Paper (minival): 30.3, 31.9, 31.8, 32.4, 34.2, 34.0 and 33.8 AP, in the order of the points. S scales are 2^(k/S) for k < S
+("4 sub-octave scales 2^(k/4)", Section 5.2); one ratio is the square, three are 1:2, 1:1, 2:1. 3 by 3 is the default.
+"""
+
+from typing import Any
+
+from retina_jax.config import Config
+
+SCALES_BY_RATIOS = ((1, 1), (2, 1), (3, 1), (1, 3), (2, 3), (3, 3), (4, 3))
+RATIOS = {1: (1.0,), 3: (0.5, 1.0, 2.0)}
+
+
+def get_sweep(base: Config) -> dict[str, dict[str, Any]]:
+    """One run a grid of anchors."""
+    return {
+        f"scales_{scales}_ratios_{ratios}": {
+            "anchors.scales": tuple(2.0 ** (k / scales) for k in range(scales)),
+            "anchors.ratios": RATIOS[ratios],
+        }
+        for scales, ratios in SCALES_BY_RATIOS
+    }

@@ -1,0 +1,180 @@
+"""What a sweep consists of: named overrides of a base config, and the folder each of them is trained in.
+
+A sweep file is a Python file with a function `get_sweep(base: Config) -> dict[str, dict[str, Any]]`: names of points to
+dotted overrides of `base`. A constant BASE in it names the config file it is meant for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from retina_jax.config import Config, ConfigError
+from retina_jax.config_files import flatten, override, validate
+
+ROOT = Path(__file__).parents[2]
+
+# Fields that change how a run is carried out and watched, and nothing of what it ends in.
+NO_OUTCOME = frozenset(
+    {
+        "data.train_images",
+        "data.val_images",
+        "data.tfds_folder",
+        "data.scenes.folder",
+        "data.workers",
+        "data.prefetch",
+        "training.log_every",
+        "training.eval_every",
+        "training.eval_batch_size",
+        "training.checkpoint_every",
+        "training.keep_checkpoints",
+        "training.pictures",
+        "training.tensorboard",
+        "parallel",
+        "devices",
+    }
+)
+FILES = frozenset({"data.train_annotations", "data.val_annotations"})
+"""Of these the file's name counts, not where it lies."""
+SLUG_LENGTH = 96
+"""Most characters of a folder's name before its hash."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep."""
+
+    name: str
+    overrides: dict[str, Any]
+    """Dotted fields of the base config and their values; the seed is not among them."""
+    seed: int
+    folder: str
+    """Name of the run's folder; points that end in the same have the same."""
+    config: Config
+
+
+def load_sweep(path: Path) -> ModuleType:
+    """The sweep file as a module; ConfigError where it cannot be read or has no get_sweep."""
+    if not path.is_file():
+        there = ", ".join(str(p) for p in sorted(path.parent.glob("*.py"))[:6]) if path.parent.is_dir() else ""
+        raise ConfigError(f"--sweep {path}: no such file" + (f"; there are {there}" if there else ""))
+    spec = importlib.util.spec_from_file_location(f"sweep_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ConfigError(f"{path}, line {error.lineno}: SyntaxError: {error.msg}") from error
+    except Exception as error:  # whatever a person's own file raises is reported in one line
+        raise ConfigError(f"{path}, line {_line(error)}: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, "get_sweep", None)):
+        raise ConfigError(f"{path}: a sweep file has a function get_sweep(base) that returns names and overrides")
+    return module
+
+
+def base_file(modules: Mapping[Path, ModuleType], default: Path) -> Path:
+    """The config file that the sweeps override where the command line names none: their BASE, else `default`.
+
+    BASE is looked for from the current folder, then from this repository.
+    """
+    named = {path: str(module.BASE) for path, module in modules.items() if hasattr(module, "BASE")}
+    if len(set(named.values())) > 1:
+        raise ConfigError(f"--base: must be given, {' and '.join(f'{p} is of {b}' for p, b in named.items())}")
+    base = Path(next(iter(named.values()), default))
+    return base if base.is_file() or not (ROOT / base).is_file() else ROOT / base
+
+
+def expand(path: Path, module: ModuleType, base: Config, seeds: Sequence[int]) -> list[Point]:
+    """The points of a sweep over `base`: all of them with the first seed, then all with the next.
+
+    Raises ConfigError naming the file, the point and the field where one is not what it should be.
+    """
+    try:
+        named = module.get_sweep(base)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"{path}, line {_line(error)}: {type(error).__name__}: {error}") from error
+    if not isinstance(named, Mapping) or not named:
+        raise ConfigError(
+            f"{path}: get_sweep(base) must return a dict of at least one name to overrides, not {named!r}"
+        )
+    points = []
+    for seed in seeds:
+        for name, overrides in named.items():
+            where = f"{path}, point {name!r}"
+            if not isinstance(name, str) or not name.strip() or not name.isprintable():
+                raise ConfigError(f"{where}: a point's name is a line of text")
+            if not isinstance(overrides, Mapping):
+                raise ConfigError(f"{where}: must be a dict of dotted fields to values, not {overrides!r}")
+            if "seed" in overrides:
+                raise ConfigError(f"{where}: seed: seeds are given on the command line, --seeds 0 1 2")
+            changes = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
+            try:
+                config = validate(override(base, {**changes, "seed": seed}))
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {str(error).removeprefix('config: ')}") from error
+            points.append(Point(name, changes, seed, folder_name(config, base), config))
+    return points
+
+
+def outcome(config: Config) -> dict[str, Any]:
+    """The fields that decide what a run ends in: 2 for a float is 2.0, and a file is its name, wherever it lies."""
+    defaults = flatten(Config())
+    values = {name: _typed(value, defaults[name]) for name, value in flatten(config).items() if name not in NO_OUTCOME}
+    return {name: Path(value).name if name in FILES else value for name, value in values.items()}
+
+
+def digest(config: Config) -> str:
+    """Eight hex digits of the outcome: equal ones are the same run.
+
+    Only what differs from the defaults of `Config` is in it. A field added to the vocabulary later, with a default that
+    changes nothing, so changes no folder's name.
+    """
+    defaults = outcome(Config())
+    telling = {name: value for name, value in outcome(config).items() if value != defaults[name]}
+    return hashlib.sha256(json.dumps(telling, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def folder_name(config: Config, base: Config) -> str:
+    """A run's folder: what it changes of `base`, short and readable, and its digest.
+
+    "alpha_0.75-kind_balanced_cross_entropy-1a2b3c4d"; "base-..." where it changes nothing.
+    """
+    old = outcome(base)
+    changes = {name: value for name, value in outcome(config).items() if value != old[name] and name != "seed"}
+    if "model.backbone" in changes:
+        changes.pop("model.backbone_weights", None)  # they go with it
+    words = [f"{leaf}_{_short(value)}" for leaf, value in sorted((n.rpartition(".")[2], v) for n, v in changes.items())]
+    seed = f"-seed{config.seed}" if config.seed != base.seed else ""
+    slug = re.sub(r"[^A-Za-z0-9._+-]+", "_", "-".join(words) or "base")
+    return f"{slug[: SLUG_LENGTH - len(seed)].rstrip('-._')}{seed}-{digest(config)}"
+
+
+def _typed(value: Any, default: Any) -> Any:
+    """2 and 2.0 are the same value of a field that is a float."""
+    if isinstance(value, tuple):
+        floats = any(isinstance(d, float) for d in default)
+        return tuple(float(v) if floats else v for v in value)
+    return float(value) if isinstance(default, float) else value
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "_".join(map(_short, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return Path(value).stem if isinstance(value, str) else str(value)
+
+
+def _line(error: Exception) -> int:
+    place = error.__traceback__
+    while place.tb_next is not None:
+        place = place.tb_next
+    return place.tb_lineno

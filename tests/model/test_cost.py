@@ -1,0 +1,69 @@
+"""Operations counted in a program against counts by hand and XLA's own."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from retina_jax.anchors import anchors_per_cell
+from retina_jax.config import AnchorConfig, Config, ModelConfig
+from retina_jax.model.cost import forward_flops, jaxpr_flops
+from retina_jax.model.retinanet import RetinaNet
+
+SMALL = ModelConfig(backbone="resnet18", base_width=16, fpn_channels=32, head_channels=32)
+
+
+def convolve(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), "VALID", dimension_numbers=layout, feature_group_count=groups
+    )
+
+
+@pytest.mark.parametrize(("stride", "groups", "side"), [(1, 1, 18), (2, 1, 9), (1, 4, 18), (2, 8, 9)])
+def test_a_convolution_counts_two_operations_a_tap(stride: int, groups: int, side: int) -> None:
+    x, kernel = jnp.zeros((2, 20, 20, 16)), jnp.zeros((3, 3, 16 // groups, 24))
+    counted = jaxpr_flops(jax.make_jaxpr(lambda x, k: convolve(x, k, stride, groups))(x, kernel).jaxpr)
+    assert counted == 2 * (2 * side * side * 24) * (3 * 3 * 16 // groups)
+    xla = jax.jit(lambda x, k: convolve(x, k, stride, groups)).lower(x, kernel).cost_analysis()
+    assert counted == xla["flops"]
+
+
+def test_a_matrix_product_counts_two_operations_a_multiplication() -> None:
+    a, b = jnp.zeros((2, 5, 7, 3)), jnp.zeros((3, 11))
+    counted = jaxpr_flops(jax.make_jaxpr(lambda a, b: lax.dot_general(a, b, (((3,), (0,)), ((), ()))))(a, b).jaxpr)
+    assert counted == 2 * (2 * 5 * 7) * 3 * 11
+
+
+def test_parts_of_a_program_are_counted() -> None:
+    a = jnp.zeros((4, 4))
+    product = jax.checkpoint(jax.jit(lambda a: a @ a))
+    assert jaxpr_flops(jax.make_jaxpr(lambda a: product(a) + a @ a)(a).jaxpr) == 2 * 2 * 4**3
+    both = jaxpr_flops(jax.make_jaxpr(lambda a: lax.cond(True, lambda a: a @ a, lambda a: a, a))(a).jaxpr)
+    assert both == 2 * 4**3
+
+
+def test_a_network_counts_what_xla_counts() -> None:
+    """XLA leaves out the taps on padding, and counts norms and sums."""
+    config = Config(model=SMALL)
+    model = RetinaNet(SMALL, 6, anchors_per_cell(config.anchors))
+    images, sizes = jax.ShapeDtypeStruct((1, 256, 320, 3), jnp.uint8), jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images, sizes)
+    xla = jax.jit(model.apply).lower(variables, images, sizes).cost_analysis()
+    assert forward_flops(config, 6, (256, 320)) == pytest.approx(xla["flops"], rel=0.05)
+
+
+def test_the_last_convolutions_cost_by_anchors_and_classes() -> None:
+    """One more class costs one more output of the class head for each anchor of each cell."""
+    config = Config(model=SMALL, anchors=AnchorConfig(ratios=(1.0,), scales=(1.0, 1.5)))
+    cells = sum((256 >> level) ** 2 for level in range(3, 8))
+    more = forward_flops(config, 7, (256, 256)) - forward_flops(config, 6, (256, 256))
+    assert more == 2 * cells * 2 * 9 * 32
+
+
+def test_recomputing_does_not_change_the_forward_pass() -> None:
+    plain = forward_flops(Config(model=SMALL), 3, (64, 64))
+    again = forward_flops(Config(model=ModelConfig(**{**vars(SMALL), "remat": True})), 3, (64, 64))
+    assert plain == again

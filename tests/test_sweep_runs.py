@@ -1,0 +1,270 @@
+"""Sweeps through the script: real processes, killed, restarted, at once; first with training stood in for, then for real."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from retina_jax.command_line import one_line_errors
+from retina_jax.sweeps.manifest import read_manifest
+
+ROOT = Path(__file__).parents[1]
+TINY = """
+from retina_jax.config import *
+
+def get_config():
+    return Config(
+        data=DataConfig(source="scenes", batch_size=2, short_side=64, long_side=64, max_boxes=8,
+            scenes=ScenesConfig(folder={scenes!r}, train_images=20, val_images=4, size=64, classes=3, max_side=30.0)),
+        model=ModelConfig(backbone="resnet18", base_width=4, stage_blocks=(1, 1, 1, 1), norm="group", norm_groups=4,
+            frozen_stages=0, max_level=5, fpn_channels=8, head_channels=8, head_convs=1),
+        anchors=AnchorConfig(size_factor=2.0),
+        optimizer=OptimizerConfig(learning_rate=0.02, warmup_steps=4, boundaries=(9,), clip_norm=3.0),
+        training=TrainingConfig(steps=3, log_every=1, eval_every=0, checkpoint_every=1, pictures=0, tensorboard=False),
+        devices=1,
+    )
+"""
+# Stands in for scripts/train.py: takes a moment, writes what a run leaves, and notes each time it is called.
+STAND_IN = """
+import os, time
+from pathlib import Path
+from retina_jax.config import ConfigError
+from retina_jax.training.metrics import NonFiniteLoss
+from retina_jax.training.run import write_json
+
+def train(config, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", {})
+    with (folder.parent / "calls.txt").open("a") as calls:
+        calls.write(folder.name + "\\n")
+    if config.loss.gamma == 0.5 and not (folder.parent / "mended").exists():
+        raise ConfigError("this one always fails")
+    if config.loss.gamma == 9.0:
+        raise NonFiniteLoss("box_loss is inf at step 2 (seen in the window 1 to 4), images 5")
+    until = time.monotonic() + float(os.environ.get("SECONDS_A_POINT", 0.2))
+    while time.monotonic() < until or (folder.parent / "hold").exists():
+        time.sleep(0.02)
+    summary = {"steps": config.training.steps, "seconds": 1.0, "evaluation": {"AP": 0.5}, "images": 0}
+    write_json(folder / "summary.json", {**summary, "parameters_sha256": ""})
+"""
+OWN = """
+def get_sweep(base):
+    return {f"gamma_{gamma}": {"loss.gamma": gamma} for gamma in (1.0, 2.0, 0.5, 9.0)}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of scripts/sweep.py beside a stand-in for train.py, a tiny base and a sweep."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "sweep.py", tmp_path / "scripts")
+    (tmp_path / "scripts" / "train.py").write_text(STAND_IN)
+    # The real one imports torch where that is installed: seconds for each process.
+    (tmp_path / "scripts" / "tensorboardX.py").write_text("SummaryWriter = None\n")
+    (tmp_path / "tiny.py").write_text(TINY.format(scenes=str(tmp_path / "scenes")))
+    (tmp_path / "own.py").write_text(OWN)
+    return tmp_path
+
+
+def words(folder: Path, arguments: Sequence[object], files: Sequence[Path]) -> list[str]:
+    given = ["--sweep", *(files or [folder / "own.py"]), "--base", folder / "tiny.py", "--workdir", folder / "runs"]
+    return list(map(str, [*given, *arguments]))
+
+
+def start(folder: Path, *arguments: object, seconds: float = 0.2, scripts: Path | None = None) -> subprocess.Popen[str]:
+    """The script in a process (and session) of its own."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+        "SECONDS_A_POINT": str(seconds),
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+    command = [sys.executable, str((scripts or folder / "scripts") / "sweep.py"), *words(folder, arguments, ())]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True, **pipes)
+
+
+Sweep = Callable[..., str]
+
+
+@pytest.fixture
+def sweep(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Sweep:
+    """The script in this process, which saves the seconds of its imports; what it launches are processes all the same."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
+
+    def run(*arguments: object, code: int = 0, files: Sequence[Path] = (), scripts: Path | None = None) -> str:
+        place = scripts or folder / "scripts"
+        for name in ("sweep", "train"):
+            spec = importlib.util.spec_from_file_location(name, place / f"{name}.py")
+            monkeypatch.setitem(sys.modules, name, importlib.util.module_from_spec(spec))
+            if name == "sweep" or place != ROOT / "scripts":
+                spec.loader.exec_module(sys.modules[name])
+        monkeypatch.setattr(sys, "argv", [str(place / "sweep.py"), *words(folder, arguments, files)])
+        capsys.readouterr()
+        try:
+            with one_line_errors():
+                found = sys.modules["sweep"].main()
+        except SystemExit as end:
+            found = end.code
+        out, error = capsys.readouterr()
+        assert found == code, f"exit {found}\n{out}\n{error}"
+        return error if code == 2 else out
+
+    return run
+
+
+def until(holds: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def calls(folder: Path) -> list[str]:
+    """Folders that were trained in, in order; with a repetition for each time."""
+    path = folder / "runs" / "calls.txt"
+    return path.read_text().split() if path.exists() else []
+
+
+def folders(folder: Path) -> dict[str, str]:
+    points = read_manifest(folder / "runs" / "sweeps" / "own.json")["points"]
+    return {point["name"]: point["folder"] for point in points}
+
+
+def test_the_local_launcher_goes_on_after_a_failure_and_runs_only_what_is_missing(folder: Path, sweep: Sweep) -> None:
+    said = sweep("--jobs", 2, code=1)
+    named = folders(folder)
+    assert sorted(calls(folder)) == sorted(named.values())
+    assert "gamma_1.0  seed 0: done, AP 50.0" in said
+    assert "gamma_9.0  seed 0: diverged at step 2" in said
+    assert "failed" in said and "(exit 1): error: this one always fails" in said
+    assert "error: this one always fails" in (folder / "runs" / "logs" / f"{named['gamma_0.5']}.txt").read_text()
+    diverged = json.loads((folder / "runs" / named["gamma_9.0"] / "diverged.json").read_text())
+    assert diverged["step"] == 2 and diverged["message"].startswith("box_loss is inf")
+
+    (folder / "runs" / "mended").touch()
+    said = sweep()
+    assert "gamma_0.5  seed 0: resumes" in said and "gamma_9.0  seed 0: already diverged" in said
+    assert calls(folder).count(named["gamma_0.5"]) == 2 and len(calls(folder)) == 5
+
+
+def test_an_index_is_one_point_and_its_exit_status_tells(folder: Path, sweep: Sweep) -> None:
+    assert "index 0, gamma_1.0: done, AP 50.0" in sweep("--index", 0)
+    assert "index 0, gamma_1.0: done, AP 50.0" in sweep("--index", 0)
+    assert "index 3, gamma_9.0: diverged at step 2" in sweep("--index", 3)
+    sweep("--index", 2, code=1)
+    assert len(calls(folder)) == 3
+    assert sweep("--index", 4, code=2) == "error: --index 4: there are the points 0 to 3\n"
+
+
+def test_two_processes_at_one_point_train_it_once(folder: Path) -> None:
+    (folder / "runs").mkdir()
+    (folder / "runs" / "hold").touch()
+    both = [start(folder, "--index", 1) for _ in range(2)]
+    try:
+        deadline = time.monotonic() + 120
+        while all(process.poll() is None for process in both):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        (folder / "runs" / "hold").unlink()
+    said = sorted(process.communicate(timeout=60)[0] for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    assert "done, AP 50.0" in said[0] and "run elsewhere, left alone" in said[1]
+    assert len(calls(folder)) == 1
+
+
+def test_two_launchers_over_one_folder_train_each_point_once(folder: Path) -> None:
+    both = [start(folder, "--only", "gamma_1.0", "--seeds", *seeds, seconds=1.0) for seeds in ((0, 1), (1, 0))]
+    said = [process.communicate(timeout=200)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert len(calls(folder)) == len(set(calls(folder))) == 2
+
+
+def test_ended_by_sigterm_the_launcher_ends_its_points(folder: Path, sweep: Sweep) -> None:
+    process = start(folder, "--jobs", 2, seconds=100)
+    until(lambda: len(calls(folder)) == 2, process)
+    begun = time.monotonic()
+    process.terminate()
+    assert "interrupted" in process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and time.monotonic() - begun < 30
+    assert "gamma_1.0: done" in sweep("--index", 0)  # nothing holds it any more
+
+
+def test_shared_runs_of_two_sweeps_are_trained_once(folder: Path, sweep: Sweep) -> None:
+    own = folder / "own.py"
+    own.write_text(OWN.replace("0.5, 9.0", "5.0"))
+    other = folder / "other.py"
+    other.write_text(OWN.replace("0.5, 9.0", "3.0").replace("gamma_{gamma}", "again_{gamma}"))
+    for index in range(4):
+        sweep("--index", index, files=(own, other))
+    listed = sweep("--list", files=(own, other))
+    assert "own/gamma_1.0 = other/again_1.0" in listed and "4 distinct runs: 4 done" in listed
+    assert len(calls(folder)) == len(set(calls(folder))) == 4
+
+
+def test_what_cannot_be_meant_is_one_line(folder: Path, sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")  # on a machine with SLURM too
+    for arguments, says in (
+        (["--loss.gama", 5], "did you mean loss.gamma"),
+        (["--only", "gamma_7"], "--only gamma_7: no such point"),
+        (["--launcher", "slurm"], "there is no sbatch on this machine"),
+        (["--launcher", "slurm", "--slurm", "cluster=local", "nonsense=1"], "--slurm: "),
+        (["--jobs", 0], "--jobs: 0 cannot be"),
+        (["--sweep", folder / "own.py"], "give all files after one --sweep"),
+    ):
+        error = sweep(*arguments, code=2)
+        assert error.startswith("error: ") and error.count("\n") == 1 and says in error, error
+
+
+def test_a_sweep_killed_in_the_middle_ends_as_if_it_had_not_been(folder: Path, sweep: Sweep) -> None:
+    """With real training: done, diverged and broken points after SIGKILL; then only what is missing, by submitit."""
+    (folder / "own.py").write_text(
+        """
+def get_sweep(base):
+    return {
+        "boom": {"optimizer.learning_rate": 1e9, "optimizer.clip_norm": 0.0, "optimizer.warmup_steps": 0},
+        "flipped": {},
+        "unflipped": {"data.flip": False},
+    }
+"""
+    )
+    runs, scripts = folder / "runs", ROOT / "scripts"
+    process = start(folder, scripts=scripts)
+    until((runs / "sweeps" / "own.json").exists, process)
+    named = folders(folder)
+    until(lambda: bool(list((runs / named["flipped"] / "checkpoints").glob("[1-2]"))), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close(), process.stderr.close()
+    message = json.loads((runs / named["boom"] / "diverged.json").read_text())["message"]
+    assert "nan" in message or "inf" in message
+    assert not (runs / named["boom"] / "summary.json").exists()
+    before = (runs / named["boom"] / "config.json").stat().st_mtime_ns
+    assert "3 distinct runs: 1 diverged, 1 broken, 1 waiting" in sweep("--list", scripts=scripts)
+
+    said = sweep("--launcher", "slurm", "--slurm", "cluster=local", "timeout_min=5", scripts=scripts)
+    assert "boom  seed 0: already diverged" in said
+    for name in ("flipped", "unflipped"):
+        run = runs / named[name]
+        assert json.loads((run / "summary.json").read_text())["steps"] == 3
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if line["event"] == "train"] == [1, 2, 3]
+    logs = "".join(path.read_text() for path in (runs / "slurm").glob("*_log.out"))
+    assert f"resuming {runs / named['flipped']}" in logs
+    assert (runs / named["boom"] / "config.json").stat().st_mtime_ns == before
+    assert "1 diverged, 2 done" in sweep("--list", scripts=scripts)
