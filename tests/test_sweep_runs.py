@@ -223,7 +223,7 @@ def test_what_cannot_be_meant_is_one_line(folder: Path, sweep: Sweep, monkeypatc
         (["--loss.gama", 5], "did you mean loss.gamma"),
         (["--only", "gamma_7"], "--only gamma_7: no such point"),
         (["--launcher", "slurm"], "there is no sbatch on this machine"),
-        (["--launcher", "slurm", "--slurm", "cluster=local", "nonsense=1"], "--slurm: "),
+        (["--launcher", "slurm", "--slurm", "cluster=here"], "--slurm cluster=here: give slurm or local"),
         (["--jobs", 0], "--jobs: 0 cannot be"),
         (["--sweep", folder / "own.py"], "give all files after one --sweep"),
     ):
@@ -257,7 +257,19 @@ def get_sweep(base):
     before = (runs / named["boom"] / "config.json").stat().st_mtime_ns
     assert "3 distinct runs: 1 diverged, 1 broken, 1 waiting" in sweep("--list", scripts=scripts)
 
-    said = sweep("--launcher", "slurm", "--slurm", "cluster=local", "timeout_min=5", scripts=scripts)
+    # In processes of their own: submitit sets up logging anew, which under pytest closes the standard error TensorFlow has.
+    slurm = ("--launcher", "slurm", "--slurm", "cluster=local")
+    refused = start(folder, *slurm, "nonsense=1", scripts=scripts)
+    _, error = refused.communicate(timeout=60)
+    assert (
+        refused.returncode == 2
+        and error.startswith("error: --slurm: ")
+        and "nonsense" in error
+        and error.count("\n") == 1
+    )
+    process = start(folder, *slurm, "timeout_min=5", scripts=scripts)
+    said, error = process.communicate(timeout=300)
+    assert process.returncode == 0, said + error
     assert "boom  seed 0: already diverged" in said
     for name in ("flipped", "unflipped"):
         run = runs / named[name]

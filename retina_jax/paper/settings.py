@@ -72,7 +72,7 @@ def jitter(base: Config) -> Overrides:
     return {"data.jitter_short_sides": tuple(_scaled(base.data.short_side, side) for side in JITTER)}
 
 
-def longer(base: Config, factor: float) -> Overrides:
+def longer(base: Config, factor: float | int) -> Overrides:
     """`factor` times the steps, with the schedule's boundaries; the warm-up stays as long as it is."""
     return {
         "training.steps": round(base.training.steps * factor),

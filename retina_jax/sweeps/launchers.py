@@ -183,8 +183,6 @@ def launch_slurm(rows: Sequence[Row], command: Sequence[str], workdir: Path, opt
         slurm_partition=gpu slurm_array_parallelism=8). cluster=local runs them here, by submitit's local executor, and
         waits for them; otherwise nothing is waited for and 0 returned.
     """
-    import submitit
-
     settings = _settings(options)
     cluster = settings.pop("cluster", "slurm")
     if cluster not in ("slurm", "local"):
@@ -200,6 +198,8 @@ def launch_slurm(rows: Sequence[Row], command: Sequence[str], workdir: Path, opt
             waiting.append(row)
     if not waiting:
         return 0
+    import submitit
+
     executor = submitit.AutoExecutor(folder=workdir / "slurm", cluster=cluster)
     try:
         executor.update_parameters(**{"name": f"sweep-{workdir.name}", **settings})

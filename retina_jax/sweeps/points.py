@@ -21,7 +21,8 @@ from retina_jax.config_files import flatten, override, validate
 
 ROOT = Path(__file__).parents[2]
 
-# Fields that change how a run is carried out and watched, and nothing of what it ends in.
+# Fields that change how a run is carried out and watched, and nothing of what it ends in. The number of devices is one of
+# them although the normalisers per_device and ema divide by what each device holds: 0 stands for all there are anyway.
 NO_OUTCOME = frozenset(
     {
         "data.train_images",
