@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
 import json
 import math
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from retina_jax.config import Config, ConfigError
@@ -52,31 +54,50 @@ FREE_TO_CHANGE = (
 def load_config(path: str | Path) -> Config:
     """The `get_config()` of the Python file at `path`."""
     path = Path(path)
-    if not path.is_file():
-        beside = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        what = "is a folder" if path.is_dir() else "no such file"
-        few = ", ".join(beside[:6]) + (", ..." if len(beside) > 6 else "")
-        raise ConfigError(f"--config {path}: {what}" + (f"; there are {few}" if few else ""))
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config() if callable(getattr(module, "get_config", None)) else None
-    except ConfigError:
-        raise
-    except SyntaxError as error:
-        raise ConfigError(f"{path}, line {error.lineno}: SyntaxError: {error.msg}") from error
-    except Exception as error:  # whatever a person's own file raises is reported in one line, with its place
-        line = error.__traceback__
-        while line.tb_next is not None:
-            line = line.tb_next
-        raise ConfigError(f"{path}, line {line.tb_lineno}: {type(error).__name__}: {error}") from error
-    if config is None:
-        raise ConfigError(f"{path}: a config file has a function get_config() that returns a Config")
+    module = load_module(path, "--config", "get_config", "get_config() that returns a Config")
+    with named_errors(path):
+        config = module.get_config()
     if not isinstance(config, Config):
         raise ConfigError(f"{path}: get_config() returned a {type(config).__name__}, not a retina_jax.config.Config")
     _check_types(config, str(path))
     return config
+
+
+def load_module(path: Path, option: str, function: str, described: str) -> ModuleType:
+    """The Python file at `path`, which has a function called `function`; ConfigError in one line where it is not one.
+
+    Args:
+      option: the command-line option that named the file.
+      described: the function as the error describes it.
+    """
+    if not path.is_file():
+        beside = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        what = "is a folder" if path.is_dir() else "no such file"
+        few = ", ".join(beside[:6]) + (", ..." if len(beside) > 6 else "")
+        raise ConfigError(f"{option} {path}: {what}" + (f"; there are {few}" if few else ""))
+    spec = importlib.util.spec_from_file_location(f"{option.strip('-')}_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    with named_errors(path):
+        spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ConfigError(f"{path}: there is no function {described}")
+    return module
+
+
+@contextlib.contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Whatever a person's own file raises, in one line with its place."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+    except SyntaxError as error:
+        raise ConfigError(f"{path}, line {error.lineno}: SyntaxError: {error.msg}") from error
+    except Exception as error:
+        line = error.__traceback__
+        while line.tb_next is not None:
+            line = line.tb_next
+        raise ConfigError(f"{path}, line {line.tb_lineno}: {type(error).__name__}: {error}") from error
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -150,7 +150,7 @@ def test_a_long_name_is_cut_and_keeps_its_seed() -> None:
     ("text", "says"),
     [
         ("def get_sweep(base:\n", "line 1: SyntaxError"),
-        ("x = 1\n", "a sweep file has a function get_sweep"),
+        ("x = 1\n", "there is no function get_sweep"),
         ("import nothing_of_that_name\ndef get_sweep(base): return {}", "line 1: ModuleNotFoundError"),
         ("def get_sweep(base):\n    return {'a': {'loss.gamma': 1 / 0}}", "line 2: ZeroDivisionError"),
         ("def get_sweep(base): return {}", "at least one name"),

@@ -7,7 +7,6 @@ dotted overrides of `base`. A constant BASE in it names the config file it is me
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_files import flatten, override, validate
+from retina_jax.config_files import flatten, load_module, named_errors, override, validate
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,20 +62,7 @@ class Point:
 
 def load_sweep(path: Path) -> ModuleType:
     """The sweep file as a module; ConfigError where it cannot be read or has no get_sweep."""
-    if not path.is_file():
-        there = ", ".join(str(p) for p in sorted(path.parent.glob("*.py"))[:6]) if path.parent.is_dir() else ""
-        raise ConfigError(f"--sweep {path}: no such file" + (f"; there are {there}" if there else ""))
-    spec = importlib.util.spec_from_file_location(f"sweep_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise ConfigError(f"{path}, line {error.lineno}: SyntaxError: {error.msg}") from error
-    except Exception as error:  # whatever a person's own file raises is reported in one line
-        raise ConfigError(f"{path}, line {_line(error)}: {type(error).__name__}: {error}") from error
-    if not callable(getattr(module, "get_sweep", None)):
-        raise ConfigError(f"{path}: a sweep file has a function get_sweep(base) that returns names and overrides")
-    return module
+    return load_module(path, "--sweep", "get_sweep", "get_sweep(base) that returns names and overrides")
 
 
 def base_file(modules: Mapping[Path, ModuleType], default: Path) -> Path:
@@ -96,12 +82,8 @@ def expand(path: Path, module: ModuleType, base: Config, seeds: Sequence[int]) -
 
     Raises ConfigError naming the file, the point and the field where one is not what it should be.
     """
-    try:
+    with named_errors(path):
         named = module.get_sweep(base)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    except Exception as error:
-        raise ConfigError(f"{path}, line {_line(error)}: {type(error).__name__}: {error}") from error
     if not isinstance(named, Mapping) or not named:
         raise ConfigError(
             f"{path}: get_sweep(base) must return a dict of at least one name to overrides, not {named!r}"
@@ -172,10 +154,3 @@ def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return Path(value).stem if isinstance(value, str) else str(value)
-
-
-def _line(error: Exception) -> int:
-    place = error.__traceback__
-    while place.tb_next is not None:
-        place = place.tb_next
-    return place.tb_lineno

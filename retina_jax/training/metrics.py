@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Array
-from tensorboardX import SummaryWriter
 
 from retina_jax.training.parallel import peak_memory_bytes
 from retina_jax.training.run import Run
@@ -35,6 +34,8 @@ class Metrics:
         _drop_after(self._file, start_step)
         self._board = None
         if run.config.training.tensorboard:
+            from tensorboardX import SummaryWriter  # imports torch where it is installed: seconds
+
             self._board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=start_step + 1)
         self._pending: list[tuple[int, dict[str, Array], list[int]]] = []
         self._window_start, self._waited, self._timed = time.monotonic(), 0.0, 0
