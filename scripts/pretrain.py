@@ -49,6 +49,11 @@ def main() -> None:
     path = Path(config.model.backbone_weights)
     if path.suffix != ".safetensors":
         raise ConfigError(f"model.backbone_weights: {path}; give the .safetensors file to write")
+    if config.model.backbone not in path.name:
+        raise ConfigError(f"model.backbone_weights: {path} has not {config.model.backbone} in its name; name it so")
+    for field, least in (("steps", 1), ("batch", 2), ("crops", arguments.batch)):
+        if getattr(arguments, field) < least:
+            raise ConfigError(f"--{field}: {getattr(arguments, field)}; it must be at least {least}")
     if config.model.input_normalisation != "imagenet":
         raise ConfigError("model.input_normalisation: backbones in torchvision's naming need imagenet")
     if path.exists():

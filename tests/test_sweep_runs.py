@@ -183,7 +183,7 @@ def test_two_processes_at_one_point_train_it_once(folder: Path) -> None:
     finally:
         (folder / "runs" / "hold").unlink()
     said = sorted(process.communicate(timeout=60)[0] for process in both)
-    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(process.returncode for process in both) == [0, 75]
     assert "done, AP 50.0" in said[0] and "run elsewhere, left alone" in said[1]
     assert len(calls(folder)) == 1
 

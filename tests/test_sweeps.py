@@ -23,7 +23,7 @@ from retina_jax.config import (
 from retina_jax.config_files import flatten, load_config, override
 from retina_jax.sweeps.launchers import _core_slots, _settings
 from retina_jax.sweeps.listing import listing, mean_canvas, seconds_per_pflop, training_pflop
-from retina_jax.sweeps.manifest import Row, Sweep, chosen, distinct, read_manifest, rows, write_manifest
+from retina_jax.sweeps.manifest import Row, Sweep, chosen, distinct, plan, read_manifest, rows, write_manifest
 from retina_jax.sweeps.points import (
     FILES,
     NO_OUTCOME,
@@ -40,7 +40,7 @@ from retina_jax.sweeps.words import without, words_of
 from retina_jax.training.metrics import NonFiniteLoss
 
 ROOT = Path(__file__).parents[1]
-PAPER = ROOT / "configs" / "paper_r50_600.py"
+PAPER = ROOT / "configs" / "paper_ablations.py"
 OWN = '''
 """Ten lines of one's own: two learning rates by two batch sizes."""
 
@@ -203,7 +203,7 @@ def test_a_manifest_tells_the_whole_sweep(own: Path) -> None:
     manifest = read_manifest(own.parent / "runs" / "sweeps" / "mine.json")
     assert list(manifest) == ["sweep", "file", "base", "overrides", "points"]
     assert manifest["sweep"] == "mine" and manifest["file"] == str(own)
-    assert manifest["base"] == "configs/paper_r50_600.py" and manifest["overrides"] == {"training.steps": 12}
+    assert manifest["base"] == "configs/paper_ablations.py" and manifest["overrides"] == {"training.steps": 12}
     names = ["rate_0.001_batch_8", "rate_0.001_batch_16", "rate_0.01_batch_8", "rate_0.01_batch_16"]
     assert [(p["name"], p["seed"]) for p in manifest["points"]] == [(n, seed) for seed in (0, 3) for n in names]
     assert manifest["points"][0]["overrides"] == {"optimizer.learning_rate": 0.001, "data.batch_size": 8}
@@ -225,6 +225,17 @@ def test_later_seeds_are_added_and_indices_stay(own: Path) -> None:
     second = rows([write(own, (5, 0))])
     assert second[:4] == first and [row.point.seed for row in second] == [0] * 4 + [5] * 4
     assert [row.index for row in rows([write(own, (7,))])] == list(range(12))
+
+
+def test_a_plan_is_what_would_be_written_and_writes_nothing(own: Path) -> None:
+    def planned(workdir: Path | None, seeds: tuple[int, ...] | None = None, base_path: Path = PAPER) -> Sweep:
+        return plan(workdir, own, load_sweep(own), base_path, load_config(base_path), seeds)
+
+    runs = own.parent / "runs"
+    assert planned(None) == planned(runs) and not runs.exists()
+    assert write(own, (0, 1)) == planned(runs) == planned(None, (0, 1))
+    with pytest.raises(ConfigError, match="differs, base"):
+        planned(runs, base_path=ROOT / "configs" / "demo.py")
 
 
 def test_two_writers_at_once_lose_nothing(own: Path) -> None:
@@ -257,7 +268,7 @@ def test_a_sweep_that_changed_is_refused_by_what_changed(own: Path, old: str, ne
 
 def test_another_base_is_refused_by_name(own: Path) -> None:
     write(own)
-    with pytest.raises(ConfigError, match=r"differs, base: configs/paper_r50_600\.py -> configs/demo\.py"):
+    with pytest.raises(ConfigError, match=r"differs, base: configs/paper_ablations\.py -> configs/demo\.py"):
         write(own, base_path=ROOT / "configs" / "demo.py")
     with pytest.raises(ConfigError, match=r"differs, training\.steps: as the base -> 12; take another --workdir"):
         write(own, base=override(load_config(PAPER), {"training.steps": 12}))
@@ -305,6 +316,12 @@ def test_several_sweeps_are_indexed_by_their_distinct_runs() -> None:
     assert more[:3] == found and [row.point.folder for row in more[3:]] == ["x1", "y1", "z1"]
 
 
+def test_a_higher_seed_of_one_sweep_moves_no_index_of_another() -> None:
+    found = rows([sweep_of("t", (0,), a="x"), sweep_of("u", (0, 1), c="y", d="z")])
+    more = rows([sweep_of("t", (0, 2), a="x"), sweep_of("u", (0, 1), c="y", d="z")])
+    assert more[: len(found)] == found and more[-1].point.folder == "x2"
+
+
 def test_points_are_chosen_by_name_and_seed() -> None:
     found = rows([sweep_of("t", (0, 1), a="x", b="y"), sweep_of("u", (0, 1), a="y", d="z")])
 
@@ -344,7 +361,25 @@ def test_the_states_of_a_point(tmp_path: Path) -> None:
     assert state_of(tmp_path, POINT) == State("done", ap=0.25, seconds=9.0)
     assert str(state_of(tmp_path, POINT)) == "done, AP 25.0"
     put(tmp_path, "summary.json", {**SUMMARY, "evaluation": None})
-    assert str(state_of(tmp_path, POINT)) == "done"
+    unscored = dataclasses.replace(POINT, config=override(POINT.config, {"training.eval_every": -1}))
+    assert str(state_of(tmp_path, unscored)) == "done"
+    (tmp_path / "p-1" / "diverged.json").unlink()
+    assert state_of(tmp_path, POINT) == State("broken")  # it resumes, and is scored
+
+
+def test_those_who_look_never_find_each_other(tmp_path: Path) -> None:
+    with claim(tmp_path, "p-1"):
+        pass
+    states: list[str] = []
+    looking = [
+        threading.Thread(target=lambda: states.extend(state_of(tmp_path, POINT).kind for _ in range(300)))
+        for _ in range(3)
+    ]
+    for thread in looking:
+        thread.start()
+    for thread in looking:
+        thread.join()
+    assert states == ["waiting"] * 900
 
 
 @pytest.mark.parametrize(("name", "text"), [("summary.json", "{"), ("summary.json", "[]"), ("diverged.json", "{}")])

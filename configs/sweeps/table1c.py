@@ -9,6 +9,7 @@ Paper (minival): 30.3, 31.9, 31.8, 32.4, 34.2, 34.0 and 33.8 AP, in the order of
 from typing import Any
 
 from retina_jax.config import Config
+from retina_jax.paper.settings import focal
 
 SCALES_BY_RATIOS = ((1, 1), (2, 1), (3, 1), (1, 3), (2, 3), (3, 3), (4, 3))
 RATIOS = {1: (1.0,), 3: (0.5, 1.0, 2.0)}
@@ -20,6 +21,7 @@ def get_sweep(base: Config) -> dict[str, dict[str, Any]]:
         f"scales_{scales}_ratios_{ratios}": {
             "anchors.scales": tuple(2.0 ** (k / scales) for k in range(scales)),
             "anchors.ratios": RATIOS[ratios],
+            **focal(2.0, 0.25),
         }
         for scales, ratios in SCALES_BY_RATIOS
     }

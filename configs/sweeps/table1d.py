@@ -9,14 +9,14 @@ in the order of the points. The mined anchors are trained with cross entropy. Th
 from typing import Any
 
 from retina_jax.config import Config
-from retina_jax.paper.settings import deeper
+from retina_jax.paper.settings import deeper, focal
 
 ROWS = (("ohem", 0.7), ("ohem", 0.5), ("ohem_1_3", 0.5))
 BATCHES = (128, 256, 512)
 
 
 def get_sweep(base: Config) -> dict[str, dict[str, Any]]:
-    """One run a kind of mining, NMS threshold and batch size; then the focal loss as the base has it."""
+    """One run a kind of mining, NMS threshold and batch size; then the focal loss."""
     points = {
         f"{mining}_{batch}_nms_{iou}": {
             **deeper(base),
@@ -28,4 +28,4 @@ def get_sweep(base: Config) -> dict[str, dict[str, Any]]:
         for mining, iou in ROWS
         for batch in BATCHES
     }
-    return {**points, "focal": deeper(base)}
+    return {**points, "focal": {**deeper(base), **focal(2.0, 0.25)}}

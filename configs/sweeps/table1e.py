@@ -10,7 +10,7 @@ whose short side stands for 600.
 from typing import Any
 
 from retina_jax.config import Config
-from retina_jax.paper.settings import at_scale, deeper
+from retina_jax.paper.settings import at_scale, deeper, focal
 
 SCALES = (400, 500, 600, 700, 800)
 
@@ -19,7 +19,7 @@ def get_sweep(base: Config) -> dict[str, dict[str, Any]]:
     """One run a depth and scale; 50 is the base's own backbone."""
     depths = {50: {}, 101: deeper(base)}
     return {
-        f"depth_{depth}_scale_{scale}": {**changes, **at_scale(base, scale)}
+        f"depth_{depth}_scale_{scale}": {**changes, **at_scale(base, scale), **focal(2.0, 0.25)}
         for depth, changes in depths.items()
         for scale in SCALES
     }

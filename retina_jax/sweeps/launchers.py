@@ -20,6 +20,10 @@ from retina_jax.sweeps.state import state_of
 
 ACCELERATORS = ("nvidia[0-9]*", "accel[0-9]*", "kfd")
 """Devices under /dev of a machine that has more than its CPU: NVIDIA, TPU, AMD."""
+HELD = 75
+"""Exit status of a point that another worker holds (EX_TEMPFAIL): not done yet, and not to be done twice."""
+MOST_TIMEOUTS = 100
+"""Times that a SLURM job may be queued again, by default."""
 GRACE = 10.0
 """Seconds that a child has to end in before it is killed."""
 
@@ -79,7 +83,7 @@ def _report(child: _Child, workdir: Path) -> bool:
     """Say how a child ended; whether it did not fail."""
     took = f"after {(time.monotonic() - child.begun) / 60:.1f} min"
     code = child.process.returncode
-    if code != 0:
+    if code not in (0, HELD):
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
         _tell(child.row, f"failed {took} ({how}): {_last_line(child.log)}; {child.log}")
         return False
@@ -158,8 +162,10 @@ class SlurmPoint:
 
     def __call__(self, index: int) -> str:
         """Run the point; raises CalledProcessError where it fails, with which the job fails."""
-        subprocess.run([*self.command, "--index", str(index)], check=True, preexec_fn=_leave_signals_to_submitit)
-        return f"index {index} ended"
+        done = subprocess.run([*self.command, "--index", str(index)], preexec_fn=_leave_signals_to_submitit)
+        if done.returncode != HELD:
+            done.check_returncode()
+        return f"index {index} {'is held by another worker' if done.returncode == HELD else 'ended'}"
 
     def checkpoint(self, index: int) -> Any:
         """Called by submitit before the job ends early: what to queue in its place."""
@@ -200,7 +206,8 @@ def launch_slurm(rows: Sequence[Row], command: Sequence[str], workdir: Path, opt
         return 0
     import submitit
 
-    executor = submitit.AutoExecutor(folder=workdir / "slurm", cluster=cluster)
+    most = settings.pop("max_num_timeout", MOST_TIMEOUTS)
+    executor = submitit.AutoExecutor(folder=workdir / "slurm", cluster=cluster, slurm_max_num_timeout=most)
     try:
         executor.update_parameters(**{"name": f"sweep-{workdir.name}", **settings})
     except (NameError, TypeError, AssertionError, ValueError) as error:

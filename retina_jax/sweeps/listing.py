@@ -41,12 +41,12 @@ def seconds_per_pflop(states: Sequence[State], costs: Sequence[float]) -> float 
     return sum(seconds for seconds, _ in done) / sum(cost for _, cost in done) if done else None
 
 
-def listing(workdir: Path, rows: Sequence[Row]) -> str:
+def listing(workdir: Path | None, rows: Sequence[Row]) -> str:
     """One line a point and one for their sum.
 
-    Hours are what a done point took, and what the others are expected to take at the rate of the done ones.
+    `workdir` None: none is begun. Hours are what a done point took, and what the others are expected to take at its rate.
     """
-    states = {row.point.folder: state_of(workdir, row.point) for row in rows}
+    states = {row.point.folder: state_of(workdir, row.point) if workdir else State("waiting") for row in rows}
     costs = {row.point.folder: training_pflop(row.point.config) for row in rows}
     rate = seconds_per_pflop(list(states.values()), list(costs.values()))
 

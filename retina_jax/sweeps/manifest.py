@@ -37,6 +37,18 @@ class Sweep:
     points: tuple[Point, ...]
 
 
+def plan(
+    workdir: Path | None, path: Path, module: ModuleType, base_path: Path, base: Config, seeds: Sequence[int] | None
+) -> Sweep:
+    """The sweep as `write_manifest` would have it, and nothing written; `workdir` None: as in an empty folder."""
+    file = _manifest_file(workdir, path) if workdir else None
+    before = read_manifest(file) if file and file.exists() else None
+    points, manifest = _planned(path, module, base_path, base, seeds, before)
+    if before is not None:
+        _check_same(file, before, manifest)
+    return Sweep(path.stem, tuple(points))
+
+
 def write_manifest(
     workdir: Path, path: Path, module: ModuleType, base_path: Path, base: Config, seeds: Sequence[int] | None
 ) -> Sweep:
@@ -46,12 +58,12 @@ def write_manifest(
 
     Args:
       base_path: the config file that `base` comes from; `base` may have further fields overridden.
-      seeds: None: those that are there already, else the base's own.
+      seeds: None: the base's own.
 
     Raises:
       ConfigError: the manifest has other points than the sweep would have now; the line names what differs.
     """
-    file = workdir / "sweeps" / f"{path.stem}.json"
+    file = _manifest_file(workdir, path)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = (file.parent / ".lock").open("w")
@@ -60,21 +72,37 @@ def write_manifest(
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         before = read_manifest(file) if file.exists() else None
-        there = [point["seed"] for point in before["points"]] if before else []
-        wanted = tuple(dict.fromkeys([*there, *(seeds if seeds is not None else () if there else (base.seed,))]))
-        points = expand(path, module, base, wanted)
-        manifest = {
-            "sweep": path.stem,
-            "file": _from_root(path),
-            "base": _from_root(base_path),
-            "overrides": _changes(base_path, base),
-            "points": [{k: getattr(p, k) for k in ("name", "overrides", "seed", "folder")} for p in points],
-        }
-        manifest = json.loads(json.dumps(manifest))
+        points, manifest = _planned(path, module, base_path, base, seeds, before)
         _check_same(file, before, manifest)
         if before is None or len(before["points"]) < len(points):
             write_json(file, manifest)
     return Sweep(path.stem, tuple(points))
+
+
+def _manifest_file(workdir: Path, path: Path) -> Path:
+    return workdir / "sweeps" / f"{path.stem}.json"
+
+
+def _planned(
+    path: Path,
+    module: ModuleType,
+    base_path: Path,
+    base: Config,
+    seeds: Sequence[int] | None,
+    before: Mapping[str, Any] | None,
+) -> tuple[list[Point], dict[str, Any]]:
+    """The points, those of the seeds that are there `before` first, and the manifest that says so."""
+    there = [point["seed"] for point in before["points"]] if before else []
+    wanted = tuple(dict.fromkeys([*there, *(seeds if seeds is not None else (base.seed,))]))
+    points = expand(path, module, base, wanted)
+    manifest = {
+        "sweep": path.stem,
+        "file": _from_root(path),
+        "base": _from_root(base_path),
+        "overrides": _changes(base_path, base),
+        "points": [{k: getattr(p, k) for k in ("name", "overrides", "seed", "folder")} for p in points],
+    }
+    return points, json.loads(json.dumps(manifest))
 
 
 def read_manifest(file: Path) -> dict[str, Any]:
@@ -95,13 +123,14 @@ def read_manifest(file: Path) -> dict[str, Any]:
 def rows(sweeps: Sequence[Sweep]) -> list[Row]:
     """The runs that an index counts: of one sweep its points; of several their distinct runs, in order of first appearance.
 
-    Of several sweeps all runs of the first seed come before those of the next, so that a seed added later moves no index.
+    Of several sweeps all runs of the lowest seed come before those of the next, so that a higher seed added to them moves no
+    index.
     """
     if len(sweeps) == 1:
         return [Row(i, point, (point.name,)) for i, point in enumerate(sweeps[0].points)]
     points: dict[str, Point] = {}
     labels: dict[str, list[str]] = {}
-    for seed in dict.fromkeys(point.seed for sweep in sweeps for point in sweep.points):
+    for seed in sorted({point.seed for sweep in sweeps for point in sweep.points}):
         for sweep in sweeps:
             for point in (p for p in sweep.points if p.seed == seed):
                 points.setdefault(point.folder, point)

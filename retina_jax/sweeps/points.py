@@ -65,6 +65,14 @@ def load_sweep(path: Path) -> ModuleType:
     return load_module(path, "--sweep", "get_sweep", "get_sweep(base) that returns names and overrides")
 
 
+def load_sweeps(files: Sequence[str]) -> dict[Path, ModuleType]:
+    """The sweep files as modules, in their order."""
+    modules = {Path(file): load_sweep(Path(file)) for file in files}
+    if len({path.stem for path in modules}) < len(modules):
+        raise ConfigError("--sweep: two files have the same name, by which their points are kept apart")
+    return modules
+
+
 def base_file(modules: Mapping[Path, ModuleType], default: Path) -> Path:
     """The config file that the sweeps override where the command line names none: their BASE, else `default`.
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.sweeps.points import Point
@@ -29,8 +29,8 @@ class State:
     """How far a point has come."""
 
     kind: Kind
-    """done: trained to its last step; diverged: its loss stopped being a number; running: a worker holds it; broken: begun
-    and left, it will resume; waiting: not begun."""
+    """done: trained to its last step and, where its config evaluates, scored; diverged: its loss stopped being a number;
+    running: a worker holds it; broken: begun and left, it will resume; waiting: not begun."""
     ap: float | None = None
     """Of a done point that was evaluated, in [0, 1]."""
     step: int | None = None
@@ -47,21 +47,38 @@ class State:
 @contextlib.contextmanager
 def claim(workdir: Path, folder: str, patience: float = 0.0) -> Iterator[bool]:
     """Whether the point's lock could be had within `patience` seconds; it is held until the end of the `with` block."""
+    until = time.monotonic() + patience
+    with _lock_file(workdir, folder).open("w") as lock:
+        while not (ours := _locked(lock, fcntl.LOCK_EX)) and time.monotonic() < until:
+            time.sleep(0.05)
+        yield ours
+
+
+def _held(workdir: Path, folder: str) -> bool:
+    """Whether a worker holds the point's lock. Those who only look share it, and never find each other."""
+    path = _lock_file(workdir, folder)
+    if not path.exists():
+        return False
+    with path.open("r") as lock:
+        return not _locked(lock, fcntl.LOCK_SH)
+
+
+def _lock_file(workdir: Path, folder: str) -> Path:
     path = workdir / ".claims" / f"{folder}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    until = time.monotonic() + patience
-    with path.open("w") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= until:
-                    yield False
-                    return
-                time.sleep(0.05)
-            else:
-                break
-        yield True
+    return path
+
+
+def _locked(lock: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise ConfigError(
+            f"{lock.name}: cannot be locked: {error.strerror}; take a --workdir on another disk"
+        ) from None
+    return True
 
 
 def state_of(workdir: Path, point: Point) -> State:
@@ -69,10 +86,8 @@ def state_of(workdir: Path, point: Point) -> State:
     ended = _ended(workdir / point.folder, point.config)
     if ended is not None:
         return ended
-    if (workdir / ".claims" / f"{point.folder}.lock").exists():
-        with claim(workdir, point.folder) as free:
-            if not free:
-                return State("running")
+    if _held(workdir, point.folder):
+        return State("running")
     begun = any((workdir / point.folder / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoints"))
     return State("broken" if begun else "waiting")
 
@@ -115,7 +130,8 @@ def _ended(folder: Path, config: Config) -> State | None:
             found = json.loads(path.read_text())
             if name == "diverged.json":
                 return State("diverged", step=found["step"])
-            if found["steps"] == config.training.steps:
+            scored = found["evaluation"] is not None or config.training.eval_every < 0
+            if found["steps"] == config.training.steps and scored:
                 ap = (found["evaluation"] or {}).get("AP")
                 return State("done", ap=ap, seconds=found["seconds"])
         except FileNotFoundError:

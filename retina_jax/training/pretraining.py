@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -122,7 +123,7 @@ def _start(path: str, shape: tuple[int, ...], config: ModelConfig, seed: int) ->
     """The detector's own random start for the backbone; small random weights for the two linear layers."""
     if path.startswith("backbone/"):
         return draw(path, shape, config, seed)
-    generator = np.random.default_rng((seed, len(path)))
+    generator = np.random.default_rng((seed, zlib.crc32(path.encode())))
     return np.float32(0.01) * generator.standard_normal(shape, np.float32) * (len(shape) > 1)
 
 

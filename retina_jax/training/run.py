@@ -110,6 +110,7 @@ def open_run(
     write_json(
         folder / "config.json",
         {
+            **_facts(folder),
             "config": to_dict(config),
             "class_names": list(class_names),
             "category_ids": list(category_ids),
@@ -120,6 +121,19 @@ def open_run(
         },
     )
     return run
+
+
+def note_fact(run: Run, name: str, value: str) -> None:
+    """Add a fact about how the run started to its config.json, where it stays when the run is resumed."""
+    path = run.folder / "config.json"
+    saved = json.loads(path.read_text())
+    write_json(path, {**saved, "facts": {**saved.get("facts", {}), name: value}})
+
+
+def _facts(folder: Path) -> dict[str, dict[str, str]]:
+    path = folder / "config.json"
+    saved = json.loads(path.read_text()) if path.exists() and fresh_import(folder) is None else {}
+    return {"facts": saved["facts"]} if "facts" in saved else {}
 
 
 def fresh_import(folder: Path) -> Run | None:

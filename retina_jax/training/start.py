@@ -16,8 +16,8 @@ from retina_jax.config import ConfigError
 from retina_jax.model.initialisation import initialise
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.parallel import Driver
-from retina_jax.training.run import Run, fresh_import, open_run, write_json
-from retina_jax.training.state import TrainState, new_state
+from retina_jax.training.run import Run, fresh_import, note_fact, open_run, write_json
+from retina_jax.training.state import TrainState, new_state, parameters_sha256
 from retina_jax.weights.filling import fill, is_within
 from retina_jax.weights.importing import Imported, with_backbone
 
@@ -49,6 +49,8 @@ def first_state(
     elif driver.config.model.backbone_weights:
         template = initialise(driver.model, driver.config.seed)
         variables, told = with_backbone(template, driver.config.model, allow_missing)
+        backbone = {kind: tree["backbone"] for kind, tree in variables.items() if "backbone" in tree}
+        note_fact(run, "backbone_sha256", parameters_sha256(backbone))
     else:
         return driver.first_state(), RANDOM_FROZEN if driver.config.model.frozen_stages or norm_frozen else RANDOM
     return driver.place_state(new_state(variables, driver.optimizer)), told

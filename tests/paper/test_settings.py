@@ -104,8 +104,9 @@ def test_table_1c_is_scales_by_ratios() -> None:
         "scales_1_ratios_1", "scales_2_ratios_1", "scales_3_ratios_1", "scales_1_ratios_3", "scales_2_ratios_3",
         "scales_3_ratios_3", "scales_4_ratios_3",
     ]  # fmt: skip
-    assert made["scales_1_ratios_1"] == {"anchors.scales": (1.0,), "anchors.ratios": (1.0,)}
-    assert made["scales_2_ratios_3"] == {"anchors.scales": (1.0, 2**0.5), "anchors.ratios": (0.5, 1.0, 2.0)}
+    one, six = made["scales_1_ratios_1"], made["scales_2_ratios_3"]
+    assert (one["anchors.scales"], one["anchors.ratios"]) == ((1.0,), (1.0,))
+    assert (six["anchors.scales"], six["anchors.ratios"]) == ((1.0, 2**0.5), (0.5, 1.0, 2.0))
     assert made["scales_4_ratios_3"]["anchors.scales"] == pytest.approx((1, 2**0.25, 2**0.5, 2**0.75))
     for name, row in made.items():
         assert f"scales_{len(row['anchors.scales'])}_ratios_{len(row['anchors.ratios'])}" == name
@@ -124,7 +125,7 @@ def test_table_1d_mines_with_cross_entropy_on_resnet_101() -> None:
         loss = point.config.loss
         found = (loss.kind, loss.mining, loss.mining_batch, loss.mining_nms_iou)
         assert found == ("cross_entropy", mining, batch, iou)
-    assert made["focal"].overrides == {"model.backbone": "resnet101"}
+    assert made["focal"].config == override(PAPER, {"model.backbone": "resnet101"})
 
 
 def test_table_1e_is_depth_by_scale() -> None:

@@ -12,7 +12,7 @@ import pytest
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_files import override
 from retina_jax.training.metrics import Metrics, NonFiniteLoss
-from retina_jax.training.run import alone_in, open_run, read_run
+from retina_jax.training.run import alone_in, note_fact, open_run, read_run
 
 NAMES, IDS = ("cat", "dog"), (3, 7)
 
@@ -37,6 +37,14 @@ def test_another_experiment_in_the_same_folder_is_refused_by_field(tmp_path: Pat
     with pytest.raises(ConfigError, match=r"2 classes \(cat, dog\), the data has 3"):
         open_run(tmp_path, Config(), (*NAMES, "emu"), (3, 7, 8))
     assert read_run(tmp_path).config.training.steps == 100
+
+
+def test_a_fact_of_the_start_stays_when_the_run_is_opened_again(tmp_path: Path) -> None:
+    note_fact(open_run(tmp_path, Config(), NAMES, IDS), "backbone_sha256", "abc")
+    run = open_run(tmp_path, override(Config(), {"training.steps": 100}), NAMES, IDS)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["facts"] == {"backbone_sha256": "abc"} and saved["config"]["training"]["steps"] == 100
+    assert read_run(tmp_path).config == run.config
 
 
 def test_two_processes_never_train_in_one_folder(tmp_path: Path) -> None:
