@@ -1,7 +1,7 @@
 """A figure of the paper: python scripts/figures.py --figure 1|2|4|5|6|7 --out FILE.png|.svg|.pdf [--workdir DIR]
 
 1, 5, 6: the losses. 2: speed against accuracy, with --workdir the sweep table1e there beside the paper's. 7: FL* by AP, of
-the sweep fig7 in --workdir. 4: where the loss of the run in --workdir lies on its evaluation images.
+the sweep fig7 in --workdir. 4: where the loss of the finished run in --workdir lies on its evaluation images.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from retina_jax.command_line import one_line_errors, parse_command_line, set_up_
 from retina_jax.config import ConfigError
 from retina_jax.paper import figures
 from retina_jax.paper.loss_distribution import NEGATIVES, POSITIVES, shares_table
-from retina_jax.paper.measured import effective_ap, speeds, star_runs, val_windows
+from retina_jax.paper.measured import effective_ap, finished_run, speeds, star_runs, val_windows
 from retina_jax.paper.results import read_sweeps
 
 
@@ -30,7 +30,7 @@ class Arguments:
     out: Path
     """File to write: .png, .svg or .pdf."""
     workdir: Path | None = None
-    """Figures 2 and 7: folder of sweeps; figure 4: folder of a run."""
+    """Figures 2 and 7: folder of sweeps; figure 4: folder of a finished run."""
     images: int = 0
     """Figure 4: evaluation images taken, the first ones; 0: all."""
     positives: int = POSITIVES
@@ -66,9 +66,10 @@ def draw(arguments: Arguments) -> figures.Figure:
         kind = "a run" if arguments.figure == 4 else "sweeps"
         raise ConfigError(f"--workdir: figure {arguments.figure} is drawn from results; give the folder of {kind}")
     if arguments.figure == 4:
+        run = finished_run(arguments.workdir)
         samples = val_windows(arguments.workdir, arguments.images, arguments.positives, arguments.negatives)
-        print(shares_table(samples))
-        return figures.figure4(samples)
+        print(f"{run}\n{shares_table(samples)}")
+        return figures.figure4(samples, run)
     sweeps = read_sweeps(arguments.workdir)
     if arguments.figure == 2:
         return figures.figure2(*speeds(sweeps))

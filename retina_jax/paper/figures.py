@@ -60,7 +60,7 @@ class StarRun:
     gamma: float
     beta: float
     ap: float | None
-    """Percent; None: it diverged."""
+    """Percent; None: it, or one of its seeds, diverged."""
 
 
 def figure1() -> Figure:
@@ -106,7 +106,7 @@ def _selected(
 
 def figure7(runs: Sequence[StarRun], threshold: float, not_run: int = 0) -> Figure:
     """FL* of each run over x_t: blue where its AP is above `threshold` (percent); orange where it is not, exactly at it
-    included, or where the run diverged.
+    included, or where a seed diverged.
 
     Raises:
       ValueError: there is no run.
@@ -169,14 +169,19 @@ def _speed(axes: Axes, points: Sequence[Timed], hardware: str, split: str) -> No
                 color=colour,
                 path_effects=halo,
             )
-    hardware, split = (text.replace("$", r"\$") for text in (hardware, split))  # no formulas
+    hardware, split = map(_no_formula, (hardware, split))
     axes.set(xlabel=f"milliseconds an image ({hardware})", ylabel=f"AP ({split})")
     axes.margins(0.12)
     axes.legend(loc="best")
 
 
-def figure4(samples: Mapping[str, Float32[np.ndarray, " N"]]) -> Figure:
-    """Cumulative loss of each kind of sample (positives, negatives, as x_t), a curve a gamma."""
+def _no_formula(text: str) -> str:
+    """`text` so that matplotlib shows it as it is."""
+    return text.replace("$", r"\$")
+
+
+def figure4(samples: Mapping[str, Float32[np.ndarray, " N"]], run: str) -> Figure:
+    """Cumulative loss of each kind of sample (positives, negatives, as x_t), a curve a gamma; `run` says of what run."""
     with mpl.rc_context(LOOK):
         figure, all_axes = _figure(len(samples), width=4.2, height=3.8)
         # Finer towards the hardest, where the curves of a large gamma rise all at once.
@@ -189,6 +194,7 @@ def figure4(samples: Mapping[str, Float32[np.ndarray, " N"]]) -> Figure:
             axes.set(xlabel=f"fraction of {kind}", ylabel="cumulative normalised loss", xlim=(0, 1), ylim=(0, 1))
             axes.set_title(f"{len(x_t):,} {kind}", fontsize=10)
             axes.legend(loc="upper left")
+        figure.suptitle(_no_formula(run), fontsize=10)
     return figure
 
 

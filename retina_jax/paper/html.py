@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from retina_jax.paper.report import Cell, Section
+from retina_jax.paper.wording import HOW_TO_READ
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --ground: #fff; --faint: #f3f4f6; --rule: #d4d7dc; --grey: #5f6670 }
@@ -37,7 +38,7 @@ def to_html(sections: Sequence[Section], title: str) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
-        f"<style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1><nav>{links}</nav>\n"
+        f"<style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1>{_paragraphs(HOW_TO_READ)}<nav>{links}</nav>\n"
         + "".join(map(_section, sections))
         + "</body></html>\n"
     )
@@ -46,7 +47,6 @@ def to_html(sections: Sequence[Section], title: str) -> str:
 def _section(section: Section) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in section.header)
     body = "\n".join(_row(row, len(section.header)) for row in section.rows)
-    notes = "".join(f"<p>{escape(note)}</p>" for note in section.notes)
     charts = "".join(section.charts.values())  # made by `line_chart`, which escapes
     runs = "".join(
         f"<details><summary>{escape(name)}</summary><dl>"
@@ -55,11 +55,15 @@ def _section(section: Section) -> str:
         for name, facts in section.runs
     )
     return (
-        f'<section id="{escape(section.name)}"><h2>{escape(section.title)}</h2>{notes}\n'
+        f'<section id="{escape(section.name)}"><h2>{escape(section.title)}</h2>{_paragraphs(section.notes)}\n'
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>\n'
-        f'<div class="charts">{charts}</div>\n'
+        f'{_paragraphs(section.footnotes)}<div class="charts">{charts}</div>\n'
         f"<details><summary>runs: {len(section.runs)}</summary>{runs}</details></section>\n"
     )
+
+
+def _paragraphs(texts: Sequence[str]) -> str:
+    return "".join(f"<p>{escape(text)}</p>" for text in texts)
 
 
 def _row(row: list[Cell], width: int) -> str:

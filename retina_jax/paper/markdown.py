@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from urllib.parse import quote
 
 from retina_jax.paper.report import Cell, Section
+from retina_jax.paper.wording import HOW_TO_READ
 
 
 def to_markdown(sections: Sequence[Section], title: str, charts: dict[tuple[str, str], str]) -> str:
     """The report; `charts` names the file of each chart by (section, kind)."""
-    parts = [f"# {plain(title)}"]
+    parts = [f"# {plain(title)}", *map(plain, HOW_TO_READ)]
     for section in sections:
         parts.append(f"## {plain(section.title)}")
         parts += [plain(note) for note in section.notes]
@@ -21,6 +22,7 @@ def to_markdown(sections: Sequence[Section], title: str, charts: dict[tuple[str,
         lines = [[plain(name) for name in section.header], ["---"] * width]
         lines += [[f"**{plain(cell.text)}**" if cell.bold else plain(cell.text) for cell in row] for row in rows]
         parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+        parts += [plain(note) for note in section.footnotes]
         parts += [f"![{kind} by step]({quote(charts[section.name, kind])})" for kind in section.charts]
         runs = [f"<details><summary>runs: {len(section.runs)}</summary>", ""]
         for name, facts in section.runs:

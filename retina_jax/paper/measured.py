@@ -20,8 +20,8 @@ from retina_jax.paper.figures import StarRun, Timed
 from retina_jax.paper.latency import hardware, latency
 from retina_jax.paper.loss_distribution import sample_windows
 from retina_jax.paper.published import EFFECTIVE_AP
-from retina_jax.paper.results import Point, Sweep, read_json
-from retina_jax.paper.wording import departures, split_of
+from retina_jax.paper.results import Point, Sweep, read_json, read_result
+from retina_jax.paper.wording import departures, divergence, split_of, status
 from retina_jax.training.run import read_run, write_json
 
 TIMED_IMAGES = 5
@@ -31,19 +31,26 @@ TIMED_IMAGES = 5
 def star_runs(sweeps: Sequence[Sweep]) -> tuple[list[StarRun], int]:
     """The settings of the sweep fig7 that finished (mean AP over seeds) or diverged, and how many did neither.
 
-    Raises ConfigError where there is no such sweep, or none of its runs has come to an end.
+    A setting of which a seed diverged counts as diverged. Raises ConfigError where there is no such sweep, or no setting
+    has finished.
     """
     sweep = _sweep(sweeps, "fig7")
     runs = []
     for name in sweep.names:
         points = sweep.seeds(name)
-        scores = [p.result.scores["AP"] for p in points if "AP" in p.result.scores]
-        if scores or any(p.result.status == "diverged" for p in points):
+        scores, diverged = _aps(points), bool(divergence(points))
+        if scores or diverged:
             gamma, beta = (_setting(points[0], field) for field in ("gamma", "star_beta"))
-            runs.append(StarRun(gamma, beta, statistics.fmean(scores) if scores else None))
+            runs.append(StarRun(gamma, beta, None if diverged else statistics.fmean(scores)))
     if not any(run.ap is not None for run in runs):
-        raise ConfigError("--workdir: no run of its sweep fig7 is finished; run scripts/sweep.py first")
+        raise ConfigError(
+            "--workdir: no setting of its sweep fig7 has finished, or each has a seed that diverged; run scripts/sweep.py"
+        )
     return runs, len(sweep.names) - len(runs)
+
+
+def _aps(points: Sequence[Point]) -> list[float]:
+    return [p.result.scores["AP"] for p in points if "AP" in p.result.scores]
 
 
 def _setting(point: Point, field: str) -> float:
@@ -64,11 +71,10 @@ def effective_ap(sweeps: Sequence[Sweep]) -> float:
     if not departures(sweep):
         return EFFECTIVE_AP
     for name, point in (("table3", "focal"), ("table1b", "gamma_2.0")):
-        points = [p for s in sweeps if s.name == name for p in s.seeds(point)]
-        scores = [p.result.scores["AP"] for p in points if "AP" in p.result.scores]
+        scores = _aps([p for s in sweeps if s.name == name for p in s.seeds(point)])
         if scores:
             return statistics.fmean(scores) - 0.5
-    return max(p.result.scores["AP"] for p in sweep.points if "AP" in p.result.scores) - 0.5
+    return max(run.ap for run in star_runs(sweeps)[0] if run.ap is not None) - 0.5
 
 
 def speeds(sweeps: Sequence[Sweep]) -> tuple[list[Timed], str, str]:
@@ -98,8 +104,7 @@ def run_latency(folder: Path) -> float:
     What was measured on other hardware, or of another checkpoint, is measured again and replaced.
     """
     file = folder / "latency.json"
-    steps = [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
-    here = {"hardware": hardware(), "step": max(steps, default=None)}
+    here = {"hardware": hardware(), "step": _newest(folder)}
     if file.is_file():
         kept = read_json(file)
         if {key: kept.get(key) for key in here} == here and isinstance(kept.get("milliseconds"), (int, float)):
@@ -111,9 +116,25 @@ def run_latency(folder: Path) -> float:
     return measured
 
 
+def _newest(folder: Path) -> int | None:
+    """Step of the checkpoint that `load_detector` takes."""
+    return max((int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()), default=None)
+
+
 def _images(source: Source, count: int) -> list[UInt8[np.ndarray, "_ _ 3"]]:
     sizes = [(record.width, record.height) for record in itertools.islice(source.records, count)]
     return [to_rgb(source.read(index), expected_size=size) for index, size in enumerate(sizes)]
+
+
+def finished_run(folder: Path) -> str:
+    """The run's folder, step and AP, for the title of Figure 4; ConfigError where it is not finished."""
+    config = read_run(folder).config
+    result = read_result(folder)
+    if result.status != "finished":
+        raise ConfigError(f"--workdir {folder}: its run is {status(result)}; give one that is finished")
+    ap = f"AP {result.scores['AP']:.1f} on {split_of(config)}" if "AP" in result.scores else status(result)
+    whole = folder.resolve()
+    return f"{whole.parent.name}/{whole.name}, step {_newest(folder)}, {ap}"
 
 
 def val_windows(folder: Path, images: int, positives: int, negatives: int) -> dict[str, Float32[np.ndarray, " N"]]:

@@ -11,14 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from retina_jax.paper.charts import Line, line_chart
-from retina_jax.paper.published import AP, TABLES, Row, Table
+from retina_jax.paper.published import AP, TABLES, Row
 from retina_jax.paper.results import Point, Sweep
 from retina_jax.paper.wording import (
     PAPER_CONFIG,
     base_of,
     changes_of,
     departures,
+    divergence,
     hardware_of,
+    origins,
     seeds_of,
     signed,
     splits_of,
@@ -52,6 +54,8 @@ class Section:
     """The section in a line."""
     charts: dict[str, str] = field(default_factory=dict)
     """SVG by what it shows: ap, loss."""
+    footnotes: list[str] = field(default_factory=list)
+    """What stands under the table."""
     runs: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     """Title and facts of each run."""
 
@@ -85,7 +89,7 @@ def _section(sweep: Sweep) -> Section:
             group = row.group
             lines.append([Cell(group)])
         lines.append(layout.line(row))
-    notes = [f"Sweep {sweep.file} over {base_of(sweep)}; scores in percent, best in bold."]
+    notes = [f"Sweep {sweep.file} over {base_of(sweep)}; scores in percent."]
     if layout.apart:
         notes.append(
             f"These runs are not of the paper's config (configs/{PAPER_CONFIG}): {'; '.join(layout.apart)}. Absolute values "
@@ -99,8 +103,9 @@ def _section(sweep: Sweep) -> Section:
         notes=notes,
         header=layout.header(),
         rows=lines,
-        summary=_summary(sweep, paper, layout.means),
+        summary=_summary(layout),
         charts=_charts(sweep),
+        footnotes=[*([paper.note] if paper and paper.note else []), *origins(sweep)],
         runs=[_facts(point) for point in sweep.points],
     )
 
@@ -120,14 +125,20 @@ class _Layout:
         self.means = {
             name: {m: mean for m in self.metrics if (mean := _mean(sweep.seeds(name), m))} for name in sweep.names
         }
-        self.best_paper = {
-            m: max((r.scores[m] for r in self.rows if m in r.scores), default=None) for m in self.metrics
-        }
+        self.stable = [name for name in sweep.names if not divergence(sweep.seeds(name))]
+        """Points that can be the best."""
+        self.best_paper = {m: self._best_printed(m) for m in self.metrics}
         self.best_ours = {
-            m: max((round(of[m].value, 1) for of in self.means.values() if m in of), default=None) for m in self.metrics
+            m: max((round(self.means[n][m].value, 1) for n in self.stable if m in self.means[n]), default=None)
+            for m in self.metrics
         }
         self.apart = departures(sweep) if self.paper else []
         self.timed = self.paper is not None and all(row.milliseconds for row in self.paper.rows)
+
+    def _best_printed(self, metric: str) -> float | None:
+        """None too where only a score that the paper does not print is better."""
+        row = max((r for r in self.rows if metric in r.scores), key=lambda r: r.scores[metric], default=None)
+        return None if row is None or row.derived else row.scores[metric]
 
     def header(self) -> list[str]:
         """A heading a column; those of scores name the split they are of."""
@@ -147,7 +158,7 @@ class _Layout:
 
     def line(self, row: Row) -> list[Cell]:
         """A cell a column."""
-        points = self.sweep.seeds(row.name) if row.name else []
+        points = self._points(row)
         cells = [Cell(setting) for setting in row.settings]
         for m in self.metrics:
             mean, printed = self.means.get(row.name, {}).get(m), row.scores.get(m)
@@ -155,9 +166,12 @@ class _Layout:
             if self.paper:
                 cells.append(self._printed(row, m))
             text = str(mean) if mean else (state_of(points) if m == "AP" and row.name else "")
-            if m != "AP" and difference is not None:
+            if m == "AP" and mean and divergence(points):
+                text += f"; {divergence(points)}"
+            if m != "AP" and difference is not None and not self.apart:
                 text += f" ({signed(difference)})"
-            cells.append(Cell(text, mean is not None and round(mean.value, 1) == self.best_ours[m]))
+            best = mean is not None and row.name in self.stable and round(mean.value, 1) == self.best_ours[m]
+            cells.append(Cell(text, best))
             if m == "AP" and self.paper:
                 cells.append(Cell(signed(difference)))
             if m == "AP" and self.apart:
@@ -174,13 +188,27 @@ class _Layout:
         if metric not in row.scores:
             return Cell(note)
         value = row.scores[metric]
-        return Cell(f"{value:.1f}" + (f" ({note})" if note else ""), value == self.best_paper[metric])
+        text = f"{'≈ ' if row.derived else ''}{value:.1f}" + (f" ({note})" if note else "")
+        return Cell(text, value == self.best_paper[metric])
 
     def _to_reference(self, row: Row) -> str:
         reference = next(r for r in self.paper.rows if r.name == self.paper.reference)
-        ours, ours_there = (self.means.get(name, {}).get("AP") for name in (row.name, reference.name))
         of_paper = signed(row.scores["AP"] - reference.scores["AP"]) if "AP" in row.scores else "–"
-        return f"{of_paper} / {signed(ours.value - ours_there.value) if ours and ours_there else '–'}"
+        return f"{of_paper} / {self._paired(row, reference)}"
+
+    def _paired(self, row: Row, other: Row) -> str:
+        """Mean difference in AP of two rows over the seeds that both have; that of their means would mix seeds in."""
+        a, b = (
+            {p.seed: p.result.scores["AP"] for p in self._points(r) if "AP" in p.result.scores} for r in (row, other)
+        )
+        both = sorted(a.keys() & b.keys())
+        if not both:
+            return "–"
+        fewer = f" ({len(both)} {'seed' if len(both) == 1 else 'seeds'})" if len(both) < max(len(a), len(b)) else ""
+        return signed(statistics.fmean(a[seed] - b[seed] for seed in both)) + fewer
+
+    def _points(self, row: Row) -> list[Point]:
+        return self.sweep.seeds(row.name) if row.name else []
 
 
 def _mean(points: Sequence[Point], metric: str) -> Mean | None:
@@ -223,15 +251,17 @@ def _facts(point: Point) -> tuple[str, dict[str, str]]:
     return f"{point.name}, seed {point.seed}: {status(result)}", facts
 
 
-def _summary(sweep: Sweep, paper: Table | None, means: dict[str, dict[str, Mean]]) -> str:
-    scored = {name: values["AP"] for name, values in means.items() if "AP" in values}
+def _summary(layout: _Layout) -> str:
+    sweep, paper = layout.sweep, layout.paper
+    scored = {name: values["AP"] for name, values in layout.means.items() if "AP" in values}
     wanted = [row.name for row in paper.rows if row.name] if paper else []
     rows = list(dict.fromkeys([*wanted, *sweep.names]))
     text = f"{sweep.name}: {len(scored)} of {len(rows)} rows have an AP"
-    if scored:
-        name = max(scored, key=lambda n: scored[n].value)
+    stable = [name for name in layout.stable if name in scored]
+    if stable:
+        name = max(stable, key=lambda n: scored[n].value)
         text += f"; best {name} {scored[name]}"
-    if paper:
+    if paper and layout.best_paper["AP"] is not None:
         row = max((r for r in paper.rows if r.name), key=lambda r: r.scores.get("AP", -1.0))
         text += f" (paper: {row.name} {row.scores['AP']:.1f} on {paper.split})"
     diverged = sum(p.result.status == "diverged" for p in sweep.points)

@@ -1,16 +1,20 @@
-"""What became of a sweep: the manifests in DIR/sweeps/ and the folders of the runs they name, read and nothing more."""
+"""What became of a sweep: the manifests in DIR/sweeps/ and the folders of the runs they name, read and nothing more.
+
+Nothing more: no lock is touched, so that whether a run that has begun is still running is not known here.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_files import from_dict
 from retina_jax.evaluation import SUMMARY
+from retina_jax.sweeps.manifest import read_manifest
 
 Status = Literal["finished", "diverged", "unfinished", "not run"]
 
@@ -30,7 +34,7 @@ class Result:
     config: Config | None = None
     """None: there is no config.json yet."""
     details: dict[str, str] = field(default_factory=dict)
-    """Command, commit, devices, seconds, parameters_sha256, as far as they are there."""
+    """Command, commit, devices, facts of the start, seconds, parameters_sha256, as far as they are there."""
     ap: list[tuple[float, float]] = field(default_factory=list)
     """AP in percent at each evaluation, by step."""
     loss: list[tuple[float, float]] = field(default_factory=list)
@@ -58,12 +62,13 @@ class Sweep:
     base: str
     """Config file that all points override."""
     points: tuple[Point, ...]
+    """The manifest's, then those with seeds that other sweeps have run."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Of the base itself, given on the sweep's command line."""
 
     def seeds(self, name: str) -> list[Point]:
-        """The runs of the point called `name`: one a seed."""
-        return [point for point in self.points if point.name == name]
+        """The runs of the point called `name`: one a seed, by rising seed."""
+        return sorted((point for point in self.points if point.name == name), key=lambda point: point.seed)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -73,6 +78,8 @@ class Sweep:
 
 def read_sweeps(workdir: Path) -> list[Sweep]:
     """All sweeps of `workdir`, by name; a run that several of them name is read once.
+
+    Points of several sweeps that share a run are one point: each sweep has the seeds of all of them.
 
     Raises ConfigError, one line that names the file, where there is no sweep or a file cannot be what it should.
     """
@@ -84,16 +91,38 @@ def read_sweeps(workdir: Path) -> list[Sweep]:
             f"--workdir {workdir}: no sweep there ({workdir / 'sweeps'}/*.json); run scripts/sweep.py first"
         )
     known: dict[str, Result] = {}
-    return [_read_sweep(file, workdir, known) for file in files]
+    return _pooled([_read_sweep(file, workdir, known) for file in files])
+
+
+def _pooled(sweeps: Sequence[Sweep]) -> list[Sweep]:
+    """The sweeps, each point with those seeds that only other sweeps have run it with.
+
+    A folder is named by all that decides the outcome, its seed included: points with one folder in common have the same
+    settings, hence all their folders are seeds of one experiment.
+    """
+    runs = {point.result.folder: point for sweep in sweeps for point in sweep.points}
+    equal: dict[Path, set[Path]] = {}
+    for sweep in sweeps:
+        for name in sweep.names:
+            folders = {point.result.folder for point in sweep.seeds(name)}
+            together = folders.union(*(equal.get(folder, set()) for folder in folders))
+            equal.update(dict.fromkeys(together, together))
+    pooled = []
+    for sweep in sweeps:
+        points = list(sweep.points)
+        for name in sweep.names:
+            own = sweep.seeds(name)
+            by_seed = {runs[folder].seed: runs[folder] for folder in sorted(equal[own[0].result.folder])}
+            for seed in sorted(by_seed.keys() - {point.seed for point in own}):
+                points.append(replace(by_seed[seed], name=name, overrides=own[0].overrides))
+        pooled.append(replace(sweep, points=tuple(points)))
+    return pooled
 
 
 def _read_sweep(file: Path, workdir: Path, known: dict[str, Result]) -> Sweep:
-    manifest = read_json(file)
+    manifest = read_manifest(file)
     points = []
-    listed = _field(manifest, "points", list, file)
-    for place, point in enumerate(listed):
-        if not isinstance(point, dict):
-            raise ConfigError(f"{file}: points[{place}] must be an object with name, overrides, seed, folder")
+    for place, point in enumerate(manifest["points"]):
         name, folder = (_field(point, key, str, file, f"points[{place}].") for key in ("name", "folder"))
         if folder in ("", "..") or folder != Path(folder).name:
             raise ConfigError(f"{file}: points[{place}].folder {folder!r} must be the name of a folder in {workdir}")
@@ -104,8 +133,7 @@ def _read_sweep(file: Path, workdir: Path, known: dict[str, Result]) -> Sweep:
     name, source, base = (_field(manifest, key, str, file) for key in ("sweep", "file", "base"))
     if name != file.stem:
         raise ConfigError(f"{file}: sweep is {name!r}; it must be the file's own name, {file.stem!r}")
-    of_base = _field(manifest, "overrides", dict, file) if "overrides" in manifest else {}
-    return Sweep(name, source, base, tuple(points), of_base)
+    return Sweep(name, source, base, tuple(points), _field(manifest, "overrides", dict, file))
 
 
 def read_result(folder: Path) -> Result:
@@ -127,12 +155,18 @@ def read_result(folder: Path) -> Result:
         summary = read_json(summary_file)
         details["seconds"] = f"{_field(summary, 'seconds', float, summary_file):.0f}"
         details["parameters_sha256"] = _field(summary, "parameters_sha256", str, summary_file)
-        if config is not None and _field(summary, "steps", int, summary_file) < config.training.steps:
-            return Result(status="unfinished", step=last_step, **common)  # resumed, for more steps than it had
-        return Result(status="finished", scores=_scores(summary, summary_file), step=last_step, **common)
+        scores = _scores(summary, summary_file)
+        if config is None or _is_end(summary, config, summary_file):
+            return Result(status="finished", scores=scores, step=last_step, **common)
     if (folder / "diverged.json").is_file():
         return Result(status="diverged", **_divergence(folder), **common)
     return Result(status="unfinished", step=last_step, **common)
+
+
+def _is_end(summary: dict[str, Any], config: Config, file: Path) -> bool:
+    """As `sweeps.state` has it: not where the run is resumed for other steps, or its evaluation is still to come."""
+    scored = summary.get("evaluation") is not None or config.training.eval_every < 0
+    return scored and _field(summary, "steps", int, file) == config.training.steps
 
 
 def _divergence(folder: Path) -> dict[str, Any]:
@@ -162,11 +196,12 @@ def _read_config(file: Path) -> tuple[Config | None, dict[str, str]]:
     if not file.is_file():
         return None, {}
     saved = read_json(file)
-    command, versions = saved.get("command"), saved.get("versions")
+    command, versions, facts = saved.get("command"), saved.get("versions"), saved.get("facts")
     details = {
         "command": " ".join(map(str, command)) if isinstance(command, list) else None,
         "commit": saved.get("commit"),
         "devices": versions.get("devices") if isinstance(versions, dict) else None,
+        **(facts if isinstance(facts, dict) else {}),
     }
     return from_dict(saved.get("config"), str(file)), {key: str(value) for key, value in details.items() if value}
 

@@ -1,7 +1,7 @@
 """The settings of the paper's tables as overrides of any base config: `configs/sweeps/*.py` are written in these words.
 
 What the paper states of RetinaNet-50-600 is taken relative to the base, so that the same sweep runs at full size on
-`configs/paper_r50_600.py` and as a miniature on a base of small images: 400 pixels are 400/600 of the base's short side,
+`configs/paper_ablations.py` and as a miniature on a base of small images: 400 pixels are 400/600 of the base's short side,
 ResNet-101 is the deeper one of the base's backbone.
 """
 

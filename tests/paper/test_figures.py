@@ -48,7 +48,7 @@ from retina_jax.paper.loss_distribution import (
     shares_table,
     window_x_t,
 )
-from retina_jax.paper.measured import effective_ap, run_latency, speeds, star_runs
+from retina_jax.paper.measured import effective_ap, finished_run, run_latency, speeds, star_runs
 from retina_jax.paper.results import Point, Result, Sweep, read_sweeps
 from retina_jax.training.parallel import Driver
 
@@ -130,14 +130,18 @@ def test_figures_5_and_6_draw_four_losses_over_x_t_from_minus_5_to_5() -> None:
 # Figure 7.
 
 
-def star_sweep(aps: dict[tuple[float, float], float | str | None], name: str = "fig7", base: str = "mini.py") -> Sweep:
-    """AP in percent by (gamma, beta); "diverged", or None: not run."""
+Fate = float | str | None
+
+
+def star_sweep(aps: dict[tuple[float, float], Fate | list[Fate]], name: str = "fig7", base: str = "mini.py") -> Sweep:
+    """AP in percent by (gamma, beta); "diverged", or None: not run. A list: of the seeds."""
     points = []
-    for (gamma, beta), ap in aps.items():
-        result = Result(Path("run"), "finished", scores={"AP": ap}) if isinstance(ap, float) else None
-        result = result or Result(Path("run"), "diverged" if ap else "not run")
-        overrides = {"loss.gamma": gamma, "loss.star_beta": beta}
-        points.append(Point(f"gamma_{gamma}_beta_{beta}", overrides, 0, result))
+    for (gamma, beta), fates in aps.items():
+        for seed, ap in enumerate(fates if isinstance(fates, list) else [fates]):
+            result = Result(Path("run"), "finished", scores={"AP": ap}) if isinstance(ap, float) else None
+            result = result or Result(Path("run"), "diverged" if ap else "not run")
+            overrides = {"loss.gamma": gamma, "loss.star_beta": beta}
+            points.append(Point(f"gamma_{gamma}_beta_{beta}", overrides, seed, result))
     return Sweep(name, "x.py", base, tuple(points))
 
 
@@ -155,16 +159,23 @@ def test_settings_that_did_not_run_are_counted_and_diverged_ones_drawn() -> None
     assert star_runs([sweep]) == ([StarRun(2.0, 1.0, 34.0), StarRun(4.0, 0.0, None)], 1)
 
 
+def test_a_setting_of_which_a_seed_diverged_is_not_effective() -> None:
+    runs, left_out = star_runs([star_sweep({(2.0, 1.0): [34.0, 35.0, None], (4.0, 0.0): [36.0, "diverged", 36.0]})])
+    assert runs == [StarRun(2.0, 1.0, 34.5), StarRun(4.0, 0.0, None)] and left_out == 0
+    assert effective_ap([star_sweep({(2.0, 1.0): [30.0, 31.0], (4.0, 0.0): [36.0, "diverged"]})]) == 30.0
+
+
 def test_a_sweep_without_a_finished_run_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no run of its sweep fig7 is finished"):
-        star_runs([star_sweep({(2.0, 1.0): None, (4.0, 0.0): "diverged"})])
+    for fate in (None, "diverged", [30.0, "diverged"]):
+        with pytest.raises(ConfigError, match="no setting of its sweep fig7 has finished"):
+            star_runs([star_sweep({(2.0, 1.0): fate, (4.0, 0.0): "diverged"})])
     with pytest.raises(ConfigError, match="no sweep fig7"):
         star_runs([star_sweep({(2.0, 1.0): 30.0}, name="mine")])
 
 
 def test_effective_is_the_papers_threshold_for_its_config_else_half_a_point_below_the_focal_loss_or_the_best() -> None:
     runs = {(2.0, 1.0): 20.0, (4.0, 0.0): 22.0}
-    assert effective_ap([star_sweep(runs, base="configs/paper_r50_600.py")]) == 33.5
+    assert effective_ap([star_sweep(runs, base="configs/paper_ablations.py")]) == 33.5
     mini = star_sweep(runs)
     assert effective_ap([mini]) == 21.5
     focal = Point("focal", {}, 0, Result(Path("run"), "finished", scores={"AP": 21.0}))
@@ -276,7 +287,8 @@ def test_figure_4_has_a_curve_a_gamma_that_ends_at_1() -> None:
         "positives": np.linspace(-3, 3, 50, dtype=np.float32),
         "negatives": np.linspace(0, 9, 99, dtype=np.float32),
     }
-    figure = figure4(samples)
+    figure = figure4(samples, "mini/base, step 1200, AP 42.2 on val of $cenes$")
+    assert figure.get_suptitle() == r"mini/base, step 1200, AP 42.2 on val of \$cenes\$"
     for panel in (0, 1):
         drawn = lines(figure, panel)
         assert len(drawn) == 4 and all(y[0] == 0 and y[-1] == 1 and (np.diff(y) >= 0).all() for _, y in drawn)
@@ -328,6 +340,19 @@ def test_latency_refuses_a_detector_on_several_devices(detector: Detector) -> No
     several = dataclasses.replace(detector, driver=Driver(dataclasses.replace(detector.config, devices=2), 6))
     with pytest.raises(ValueError, match="stands on 2 devices"):
         latency(several)
+
+
+def test_figure_4_names_its_run_and_refuses_one_that_is_not_finished(script: Any, tmp_path: Path) -> None:
+    report = load(Path(__file__).with_name("test_report.py"))
+    for name, ap in (("done", 42.25), ("going", None), ("bad", None)):
+        report.write_run(tmp_path / name, ap, steps=100 if ap else 30, class_names=["x"], category_ids=[1])
+        for step in (50, 100):
+            (tmp_path / name / "checkpoints" / str(step)).mkdir(parents=True)
+    (tmp_path / "bad" / "diverged.json").write_text('{"step": 7, "message": "nan"}')
+    assert finished_run(tmp_path / "done") == f"{tmp_path.name}/done, step 100, AP 42.2 on val of scenes"
+    for name, says in (("going", "running or stopped at step 30 of 100"), ("bad", "diverged at step 7")):
+        with pytest.raises(ConfigError, match=f"{name}: its run is {says}; give one that is finished"):
+            script(4, workdir=tmp_path / name)
 
 
 def test_a_latency_is_kept_with_its_hardware_and_measured_anew_on_another(

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retina_jax.config import Config, ConfigError, DataConfig, ModelConfig, TrainingConfig
-from retina_jax.config_files import to_dict
+from retina_jax.config_files import load_config, override, to_dict
 from retina_jax.evaluation import SUMMARY
 from retina_jax.paper.charts import Line, line_chart, log_ticks, ticks
 from retina_jax.paper.html import to_html
@@ -28,18 +28,18 @@ from retina_jax.paper.wording import signed
 
 ROOT = Path(__file__).parents[2]
 SCENES = Config(data=DataConfig(source="scenes"), model=ModelConfig(num_classes=6), training=TrainingConfig(steps=100))
-COCO = Config(  # the paper's own
-    data=DataConfig(val_annotations="data/coco/annotations/instances_val2017.json"), model=ModelConfig(num_classes=80)
-)
+PAPER = "configs/paper_ablations.py"
+COCO = load_config(ROOT / PAPER)
 HOSTILE = '<script>alert("x")</script>|`*&'
 
 
 def write_run(
-    folder: Path, ap: float | None = None, *, steps: int = 100, config: Config = SCENES, command: str = "train.py"
+    folder: Path, ap: float | None = None, *, steps: int = 100, config: Config = SCENES, **further: Any
 ) -> None:
-    """A run's folder; finished where `ap` (percent) is given."""
+    """A run's folder; finished where `ap` (percent) is given. `further` goes into config.json."""
     folder.mkdir(parents=True)
-    saved = {"config": to_dict(config), "command": [command], "commit": "abc123", "versions": {"devices": "1 x cpu"}}
+    saved = {"config": to_dict(config), "command": ["x.py"], "commit": "abc123", "versions": {"devices": "1 x cpu"}}
+    saved |= further
     (folder / "config.json").write_text(json.dumps(saved))
     lines = [
         {"step": s, "event": "train", "classification_loss": 2.0 / s}
@@ -59,12 +59,18 @@ def write_run(
         (folder / "summary.json").write_text(json.dumps(summary))
 
 
+def write_diverged(folder: Path, step: int = 40) -> None:
+    """A run whose loss stopped being a number."""
+    write_run(folder)
+    (folder / "diverged.json").write_text(json.dumps({"step": step, "message": "loss is nan"}))
+
+
 def write_manifest(folder: Path, name: str, points: list[tuple], base: str = "configs/mini.py") -> None:
     """`points` are (name, seed, run's folder[, overrides])."""
     keys = ("name", "seed", "folder", "overrides")
     listed = [dict(zip(keys, (*point, {})[:4], strict=True)) for point in points]
     (folder / "sweeps").mkdir(parents=True, exist_ok=True)
-    manifest = {"sweep": name, "file": f"configs/sweeps/{name}.py", "base": base, "points": listed}
+    manifest = {"sweep": name, "file": f"configs/sweeps/{name}.py", "base": base, "overrides": {}, "points": listed}
     (folder / "sweeps" / f"{name}.json").write_text(json.dumps(manifest))
 
 
@@ -74,9 +80,11 @@ def sweeps(tmp_path: Path) -> Path:
     for seed, ap in enumerate((30.0, 31.0, 32.0)):
         write_run(tmp_path / f"fl{seed}", ap)
     write_run(tmp_path / "ce", 28.0)
-    write_run(tmp_path / "bad")
-    (tmp_path / "bad" / "diverged.json").write_text('{"step": 40, "message": "loss is nan"}')
+    write_run(tmp_path / "half0", 32.5)
+    write_diverged(tmp_path / "half1")
+    write_diverged(tmp_path / "bad")
     write_run(tmp_path / "going", steps=30)
+    write_run(tmp_path / "own", 31.0)
     write_manifest(
         tmp_path,
         "table1b",
@@ -86,13 +94,14 @@ def sweeps(tmp_path: Path) -> Path:
             ("gamma_5.0", 0, "going"),
             ("gamma_0.5", 0, "never"),
             *[("gamma_2.0", seed, f"fl{seed}") for seed in range(3)],
-            ("gamma_0.2", 0, "fl0"),
-            ("gamma_0.2", 1, "bad"),
+            ("gamma_0.2", 0, "half0"),
+            ("gamma_0.2", 1, "half1"),
+            ("gamma_0.2", 2, "half2"),
             ("gamma_9.0", 0, "ce"),
         ],
     )
     write_manifest(tmp_path, "table3", [("cross_entropy", 0, "ce"), ("focal", 0, "fl0")])
-    write_manifest(tmp_path, "mine", [(HOSTILE, 0, "fl1", {"loss.kind": HOSTILE}), ("other", 0, "ce")])
+    write_manifest(tmp_path, "mine", [(HOSTILE, 0, "own", {"loss.kind": HOSTILE}), ("other", 0, "ce")])
     return tmp_path
 
 
@@ -124,7 +133,7 @@ def test_seeds_are_one_row_with_mean_sample_deviation_and_number(sweeps: Path) -
     assert row["AP, ours (val of scenes)"] == "31.0 ± 1.0"
     assert row["seeds"] == "3"
     assert row["Δ AP, ours − paper"] == "−3.0"
-    assert row["AP50, ours (val of scenes)"] == "31.0 ± 1.0 (−21.5)"
+    assert row["AP50, ours (val of scenes)"] == "31.0 ± 1.0", "no difference in brackets where runs do not compare"
 
 
 def test_runs_without_a_result_say_what_became_of_them(sweeps: Path) -> None:
@@ -134,45 +143,229 @@ def test_runs_without_a_result_say_what_became_of_them(sweeps: Path) -> None:
     assert rows["5.0"][ours] == "running or stopped at step 30 of 100"
     assert rows["0.5"][ours] == "not run", "its folder is absent"
     assert rows["0.1"][ours] == "not run", "the sweep has no such point"
-    assert rows["0.2"][ours] == "30.0" and rows["0.2"]["seeds"] == "1 of 2: seed 1 diverged at step 40"
+    assert rows["5.0"]["seeds"] == rows["1.0"]["seeds"] == "0 of 1" and rows["0.5"]["seeds"] == ""
+
+
+def test_a_row_with_a_diverged_seed_says_so_and_is_not_the_best(sweeps: Path) -> None:
+    section = by_name(sweeps)["table1b"]
+    row = table(section)["0.2"]
+    assert row["AP, ours (val of scenes)"] == "32.5; 1 of 2 seeds diverged", "above all others"
+    assert row["seeds"] == "1 of 2: seed 1 diverged at step 40", "seed 2, which did not run, is not mentioned"
+    (cells,) = [cells for cells in section.rows if cells[0].text == "0.2"]
+    assert not any(cell.bold for cell in cells)
+    assert "best gamma_2.0 31.0 ± 1.0" in section.summary and "2 diverged" in section.summary
+
+
+def test_seeds_that_all_diverged_are_counted_and_running_ones_named(tmp_path: Path) -> None:
+    for seed in range(3):
+        write_diverged(tmp_path / f"bad{seed}", 10 * seed + 10)
+    write_run(tmp_path / "done", 30.0)
+    write_run(tmp_path / "going", steps=30)
+    write_manifest(
+        tmp_path,
+        "table3",
+        [
+            *[("focal", seed, f"bad{seed}") for seed in range(3)],
+            *[("cross_entropy", seed, run) for seed, run in enumerate(("done", "going", "absent"))],
+        ],
+    )
+    rows = table(by_name(tmp_path)["table3"])
+    ours = "AP, ours (val of scenes)"
+    assert rows["FL"][ours] == "3 of 3 seeds diverged" and rows["FL"]["seeds"].startswith("0 of 3: seed 0 diverged at")
+    assert rows["CE"][ours] == "30.0"
+    assert rows["CE"]["seeds"] == "1 of 2: seed 1 running or stopped at step 30 of 100"
+
+
+def test_a_difference_between_rows_is_over_the_seeds_that_both_have(tmp_path: Path) -> None:
+    for seed, (ce, fl) in enumerate(((20.0, 25.0), (30.0, 32.0), (None, 45.0))):
+        write_run(tmp_path / f"ce{seed}", ce)
+        write_run(tmp_path / f"fl{seed}", fl)
+    write_run(tmp_path / "star3", 50.0)
+    write_manifest(
+        tmp_path,
+        "table3",
+        [(name, seed, f"{run}{seed}") for name, run in (("cross_entropy", "ce"), ("focal", "fl")) for seed in range(3)]
+        + [("focal_star_2.0_1.0", 3, "star3")],
+    )
+    section = by_name(tmp_path)["table3"]
+    rows = [dict(zip(section.header, (cell.text for cell in row), strict=True)) for row in section.rows]
+    delta, ours = "Δ AP to FL (γ = 2), paper / ours", "AP, ours (val of scenes)"
+    assert [row[delta] for row in rows[:3]] == ["−2.9 / −3.5 (2 seeds)", "0.0 / 0.0", "−0.2 / –"]
+    assert rows[0][ours] == "25.0 ± 7.1" and rows[1][ours] == "34.0 ± 10.1", "means are over all seeds"
+
+
+def test_tables_that_share_a_run_share_its_seeds(tmp_path: Path) -> None:
+    for seed, ap in enumerate((28.0, 29.0, 33.0)):
+        write_run(tmp_path / f"ce{seed}", ap)
+    write_manifest(tmp_path, "table1a", [("alpha_0.75", 0, "ce0"), ("alpha_0.10", 1, "other")])
+    write_manifest(tmp_path, "table1b", [("gamma_0.0", 1, "ce1"), ("gamma_0.0", 0, "ce0")])
+    write_manifest(tmp_path, "table3", [("cross_entropy", 1, "ce1"), ("cross_entropy", 2, "ce2", {"loss.alpha": 0.75})])
+    found = by_name(tmp_path)
+    for name, first in (("table1a", ".75"), ("table1b", "0"), ("table3", "CE")):
+        row = table(found[name])[first]
+        assert row["AP, ours (val of scenes)"] == "30.0 ± 2.6" and row["seeds"] == "3", name
+    points = {sweep.name: sweep for sweep in read_sweeps(tmp_path)}["table1a"].points
+    assert [(p.name, p.seed, p.overrides) for p in points if p.name == "alpha_0.75"] == [
+        ("alpha_0.75", seed, {}) for seed in range(3)
+    ], "by its own name and words"
+    assert len(points) == 4, "the other point gains nothing"
+
+
+def test_a_seed_counts_once_where_two_sweeps_trained_it_in_two_folders(tmp_path: Path) -> None:
+    for name, ap in (("shared", 30.0), ("one", 32.0), ("two", 40.0)):
+        write_run(tmp_path / name, ap)
+    write_manifest(tmp_path, "table1b", [("gamma_2.0", 0, "shared"), ("gamma_2.0", 1, "one")])
+    write_manifest(tmp_path, "table3", [("focal", 0, "shared"), ("focal", 1, "two")])
+    row = table(by_name(tmp_path)["table1b"])["2.0"]
+    assert row["AP, ours (val of scenes)"] == "31.0 ± 1.4" and row["seeds"] == "2"
 
 
 def test_differences_to_the_focal_loss_stand_beside_where_values_are_not_comparable(sweeps: Path) -> None:
     section = by_name(sweeps)["table1b"]
     heading = "Δ AP to FL (γ = 2), paper / ours"
-    assert table(section)["0"][heading] == "−2.9 / −3.0"
+    assert table(section)["0"][heading] == "−2.9 / −2.0 (1 seed)", "the first seed has 28.0 and 30.0"
     assert table(section)["2.0"][heading] == "0.0 / 0.0"
     assert table(section)["1.0"][heading] == "−0.3 / –"
     assert sum("not comparable" in note for note in section.notes) == 1
 
 
+def focal_run(folder: Path, changes: dict[str, Any]) -> str:
+    """What the report says of a run of Table 1b's gamma 2 with `changes` of the paper's config; empty: comparable."""
+    config = override(COCO, changes)
+    write_run(folder / "run", 34.2, steps=config.training.steps, config=config)
+    write_manifest(folder, "table1b", [("gamma_2.0", 0, "run")], base=PAPER)
+    return "".join(note for note in by_name(folder)["table1b"].notes if "not comparable" in note)
+
+
 def test_runs_of_the_papers_config_are_comparable(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", 34.2, steps=90_000, config=COCO)
-    write_manifest(tmp_path, "table1b", [("gamma_2.0", 0, "run")], base="configs/paper_r50_600.py")
+    assert focal_run(tmp_path, {}) == ""
     section = by_name(tmp_path)["table1b"]
-    assert not any("not comparable" in note for note in section.notes)
     assert "Δ AP, ours − paper" in section.header and not any("to FL" in name for name in section.header)
-    assert table(section)["2.0"]["AP, ours (instances_val2017)"] == "34.2"
+    row = table(section)["2.0"]
+    assert row["AP, ours (instances_val2017)"] == "34.2" and row["Δ AP, ours − paper"] == "+0.2"
+    assert row["AP50, ours (instances_val2017)"] == "34.2 (−18.3)"
 
 
-def test_a_shorter_run_of_the_papers_config_is_not_comparable(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", 20.0)
-    write_manifest(tmp_path, "table1b", [("gamma_2.0", 0, "run")], base="configs/paper_r50_600.py")
-    (note,) = [note for note in by_name(tmp_path)["table1b"].notes if "not comparable" in note]
-    assert "100 steps" in note and "6 classes" in note and "scenes" in note
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 3},
+        {"model.num_classes": None},
+        {"data.val_annotations": "/elsewhere/instances_val2017.json", "data.val_images": "/elsewhere"},
+        {"training.eval_every": 7, "data.workers": 3, "devices": 4},
+    ],
+)
+def test_what_changes_no_outcome_compares(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert focal_run(tmp_path, changes) == ""
 
 
-def test_overrides_of_the_base_are_told_and_make_it_another(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", 34.2, steps=90_000, config=COCO)
-    write_manifest(tmp_path, "table1b", [("gamma_2.0", 0, "run")], base="configs/paper_r50_600.py")
-    file = tmp_path / "sweeps" / "table1b.json"
-    manifest = json.loads(file.read_text())
-    for overrides, comparable in (({"data.val_images": "x"}, True), ({"optimizer.learning_rate": 0.1}, False)):
-        file.write_text(json.dumps({**manifest, "overrides": overrides}))
-        notes = by_name(tmp_path)["table1b"].notes
-        ((name, value),) = overrides.items()
-        assert f"paper_r50_600.py with {name} {value}" in notes[0]
-        assert any("not comparable" in note for note in notes) != comparable
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"training.steps": 60_000}, "60000 steps"),
+        ({"training.steps": 180_000}, "180000 steps"),
+        ({"model.num_classes": 20}, "20 classes"),
+        ({"model.backbone_weights": ""}, "backbone from random weights"),
+        ({"model.backbone_weights": "data/r50.safetensors"}, "backbone from data/r50.safetensors"),
+        ({"data.source": "scenes", "data.train_annotations": ""}, "ablations.py): the data are generated scenes. Abs"),
+        ({"data.val_annotations": "minival2014.json"}, "data.val_annotations minival2014.json"),
+        ({"detection.nms_iou": 0.6}, "detection.nms_iou 0.6"),
+        ({"optimizer.learning_rate": 0.02, "data.batch_size": 32}, "data.batch_size 32; optimizer.learning_rate 0.02"),
+        ({"loss.gamma": 1.0}, "loss.gamma 1"),
+        (
+            dict.fromkeys(("model.head_convs", "model.fpn_channels", "data.max_boxes", "data.buckets", "seed"), 2),
+            "buckets",
+        ),
+        (
+            dict.fromkeys(("model.head_convs", "model.fpn_channels", "model.head_channels", "data.buckets"), 2)
+            | {"data.flip": False, "training.steps": 9},
+            "9 steps; 5 other fields",
+        ),
+    ],
+)
+def test_what_changes_the_outcome_does_not_compare(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    assert says in focal_run(tmp_path, changes)
+
+
+def test_what_a_row_is_about_is_no_departure_and_another_rows_setting_is(tmp_path: Path) -> None:
+    write_run(
+        tmp_path / "a", 31.0, steps=90_000, config=override(COCO, {"data.short_side": 800, "data.long_side": 1333})
+    )
+    write_manifest(tmp_path, "table1e", [("depth_50_scale_800", 0, "a")], base=PAPER)
+    assert not any("not comparable" in note for note in by_name(tmp_path)["table1e"].notes)
+    write_manifest(tmp_path, "table1e", [("depth_50_scale_700", 0, "a")], base=PAPER)
+    (note,) = [note for note in by_name(tmp_path)["table1e"].notes if "not comparable" in note]
+    assert "data.short_side 800" in note
+
+
+def test_before_a_run_has_begun_the_base_tells_what_will_not_compare(tmp_path: Path) -> None:
+    def notes(base: str, overrides: dict[str, Any]) -> list[str]:
+        write_manifest(tmp_path, "table1b", [("gamma_2.0", 0, "absent")], base=base)
+        file = tmp_path / "sweeps" / "table1b.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "overrides": overrides}))
+        return by_name(tmp_path)["table1b"].notes
+
+    assert len(notes(PAPER, {"data.val_images": "x"})) == 1
+    first, second = notes(PAPER, {"optimizer.boundaries": [10, 20], "optimizer.learning_rate": 0.1})
+    assert "paper_ablations.py with optimizer.boundaries (10, 20), optimizer.learning_rate 0.1" in first
+    assert "optimizer.learning_rate 0.1" in second
+    assert "the base is configs/mini.py" in notes("configs/mini.py", {})[1]
+    with pytest.raises(ConfigError, match=r"sweep table1b: loss\.gama"):
+        notes(PAPER, {"loss.gama": 1})
+
+
+def test_runs_of_other_commits_or_other_pretrained_weights_are_told_under_the_table(tmp_path: Path) -> None:
+    def footnotes(*saved: dict[str, Any]) -> list[str]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        for place, further in enumerate(saved):
+            write_run(folder / f"run{place}", 30.0, **further)
+        write_diverged(folder / "bad")
+        write_manifest(
+            folder,
+            "table1c",
+            [(f"scales_{i + 1}_ratios_3", 0, f"run{i}") for i in range(len(saved))] + [("x", 0, "bad")],
+        )
+        return by_name(folder)["table1c"].footnotes
+
+    one, other = {"commit": "a" * 40}, {"commit": "b" * 40}
+    assert footnotes(one, one) == [], "the diverged run, of another commit, has no figure in the table"
+    assert footnotes(one, one, other) == ["Commits of the finished runs: aaaaaaa (2 runs), bbbbbbb (1 run)."]
+    (note,) = footnotes({"commit": "a" * 40 + "+changes"})
+    assert "aaaaaaa+changes (1 run); +changes is code" in note
+    old, new = (one | {"facts": {"backbone_sha256": digit * 64}} for digit in "12")
+    assert footnotes(old, old, one) == [], "an older run does not tell"
+    (note,) = footnotes(old, new)
+    assert "different weights of resnet50" in note and "111111111111 (1 run), 222222222222 (1 run)" in note
+
+
+def test_half_of_plain_cross_entropy_is_told_apart_from_it_once(tmp_path: Path) -> None:
+    write_manifest(tmp_path, "table1a", [("alpha_0.50", 0, "absent")])
+    section = by_name(tmp_path)["table1a"]
+    (note,) = section.footnotes
+    assert "half of plain CE" in note and "prior_0.01" in note
+    assert note in to_markdown([section], "x", {}) and note in Tags(to_html([section], "x")).text
+
+
+def test_a_figure_that_the_paper_does_not_print_is_marked_and_none_is_its_best(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 30.0)
+    write_manifest(tmp_path, "section5_1", [("prior_0.01", 0, "run")])
+    section = by_name(tmp_path)["section5_1"]
+    paper = section.header.index("AP, paper (minival)")
+    assert section.rows[2][paper].text.startswith("≈ 33.6 (") and "34.0" in section.rows[2][paper].text
+    assert not any(row[paper].bold for row in section.rows) and "paper" not in section.summary
+
+
+def test_the_report_explains_itself_once(sweeps: Path) -> None:
+    sections = list(by_name(sweeps).values())
+    charts = {(s.name, kind): "x.svg" for s in sections for kind in s.charts}
+    for text in (to_markdown(sections, "x", charts), Tags(to_html(sections, "x")).text):
+        for words in (
+            "standard deviation",
+            "heights do not compare",
+            "seeds that both rows have",
+            "“Δ AP, ours − paper”",
+        ):
+            assert text.count(words) == 1
 
 
 def test_a_run_resumed_for_more_steps_is_not_finished(tmp_path: Path) -> None:
@@ -186,7 +379,7 @@ def test_a_run_resumed_for_more_steps_is_not_finished(tmp_path: Path) -> None:
 def test_the_best_of_each_side_is_bold(sweeps: Path) -> None:
     section = by_name(sweeps)["table1b"]
     bold = {(row[0].text, section.header[i]) for row in section.rows for i, cell in enumerate(row) if cell.bold}
-    assert {name for name, heading in bold if heading.startswith("AP, ")} == {"2.0"}
+    assert {name for name, heading in bold if heading.startswith("AP, ")} == {"2.0"}, "32.5 has a diverged seed"
     assert len(bold) == 6
 
 
@@ -238,14 +431,21 @@ def test_a_run_that_two_sweeps_share_is_one_result(sweeps: Path) -> None:
 def test_scores_that_are_undefined_or_were_not_taken_say_so(tmp_path: Path) -> None:
     write_run(tmp_path / "run", 30.0)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
+    whole = json.dumps({**summary, "evaluation": None})
     summary["evaluation"]["AP"] = None
     (tmp_path / "run/summary.json").write_text(json.dumps(summary))
-    write_run(tmp_path / "blind", 30.0)
-    (tmp_path / "blind/summary.json").write_text(json.dumps({**summary, "evaluation": None}))
-    write_manifest(tmp_path, "table3", [("focal", 0, "run"), ("cross_entropy", 0, "blind")])
+    write_run(tmp_path / "blind", 30.0, config=override(SCENES, {"training.eval_every": -1}))
+    write_run(tmp_path / "killed", 30.0)
+    for name in ("blind", "killed"):
+        (tmp_path / name / "summary.json").write_text(whole)
+    write_manifest(
+        tmp_path, "table3", [("focal", 0, "run"), ("cross_entropy", 0, "blind"), ("focal_star_2.0_1.0", 0, "killed")]
+    )
     rows = table(by_name(tmp_path)["table3"])
     assert rows["FL"]["AP, ours (val of scenes)"] == "AP undefined"
-    assert rows["CE"]["AP, ours (val of scenes)"] == "not evaluated"
+    assert rows["CE"]["AP, ours (val of scenes)"] == "not evaluated", "as its config wants it"
+    cells = by_name(tmp_path)["table3"].rows[2]
+    assert "running or stopped at step 100 of 100" in [cell.text for cell in cells], "its evaluation is still to come"
 
 
 class Tags(HTMLParser):
@@ -302,7 +502,7 @@ def test_charts_are_xml_with_a_line_a_run_and_a_legend_a_point(sweeps: Path) -> 
     texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert texts.count("gamma_2.0") == 1, "three seeds, one name"
     lines = list(root.iter("{http://www.w3.org/2000/svg}polyline"))
-    # gamma_2.0 three times, gamma_0.0, gamma_1.0, gamma_5.0, gamma_0.2 twice, gamma_9.0
+    # gamma_2.0 three times, gamma_0.0, gamma_1.0, gamma_5.0, gamma_0.2 twice (one seed did not run), gamma_9.0
     assert len(lines) == 9
     box = [float(n) for n in root.attrib["viewBox"].split()]
     for line in lines:
@@ -361,10 +561,21 @@ def broken(folder: Path, file: str, text: str) -> str:
 @pytest.mark.parametrize(
     ("file", "text", "says"),
     [
-        ("sweeps/table1b.json", "{", "is no JSON"),
-        ("sweeps/table1b.json", "[]", "must hold an object"),
-        ("sweeps/table1b.json", '{"sweep": "table1b", "file": "x", "base": "y"}', "points is missing"),
-        ("sweeps/table1b.json", '{"sweep": "other", "file": "x", "base": "y", "points": []}', "must be the file's own"),
+        ("sweeps/table1b.json", "{", "cannot be read"),
+        ("sweeps/table1b.json", "[]", "not a sweep's manifest"),
+        ("sweeps/table1b.json", '{"sweep": "table1b", "file": "x", "base": "y", "overrides": {}}', "not a sweep's"),
+        (
+            "sweeps/table1b.json",
+            '{"sweep": "other", "file": "x", "base": "y", "overrides": {}, "points": []}',
+            "must be the file's own",
+        ),
+        (
+            "sweeps/table1b.json",
+            '{"sweep": "table1b", "file": "x", "base": "y", "overrides": {}, '
+            '"points": [{"name": 5, "overrides": {}, "seed": 0, "folder": "ce"}]}',
+            "points[0].name: 5",
+        ),
+        ("ce/metrics.jsonl", "[]\n{}\n", "line 1"),
         ("ce/summary.json", '{"seconds": "long"}', "seconds"),
         (
             "ce/summary.json",
