@@ -48,7 +48,9 @@ class State:
 def claim(workdir: Path, folder: str, patience: float = 0.0) -> Iterator[bool]:
     """Whether the point's lock could be had within `patience` seconds; it is held until the end of the `with` block."""
     until = time.monotonic() + patience
-    with _lock_file(workdir, folder).open("w") as lock:
+    path = _lock_file(workdir, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
         while not (ours := _locked(lock, fcntl.LOCK_EX)) and time.monotonic() < until:
             time.sleep(0.05)
         yield ours
@@ -64,9 +66,7 @@ def _held(workdir: Path, folder: str) -> bool:
 
 
 def _lock_file(workdir: Path, folder: str) -> Path:
-    path = workdir / ".claims" / f"{folder}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    return workdir / ".claims" / f"{folder}.lock"
 
 
 def _locked(lock: IO[str], kind: int) -> bool:
