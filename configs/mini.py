@@ -1,4 +1,4 @@
-"""Table 1 in miniature: every experiment of the paper at a size that two CPU cores train in about a minute.
+"""Table 1 in miniature: every experiment of the paper at a size that a CPU core trains in minutes.
 
     make mini
 
