@@ -11,6 +11,8 @@ enforce a 1:3 ratio between positives and negatives". The rest the paper leaves 
   regression, are to OHEM's), blind to classes, foreground and background alike. An IoU of exactly the threshold stays.
 - A minibatch is an image's. ohem: its `batch` hardest survivors. ohem_1_3: of the survivors, the batch // 4 hardest
   positives, and the hardest negatives, 3 for every positive taken, or 3 in an image where none is.
+  Where NMS leaves an image fewer positives than that, the batch size makes no difference. The paper's rows of 1:3 differ
+  by batch size, so what it did must have been something else; it does not say more.
 - The loss is the sum over the minibatch, and what it is divided by stays what it is without mining: the anchors assigned
   to a box, mined or not (`retina_jax.losses.detection`). So the rows of Table 1d differ in the choice of examples alone.
 - A loss that is infinite or NaN is kept out of all this and always in the sum: a diverged network must show.
