@@ -25,13 +25,13 @@ SWEEP := $(PY) scripts/sweep.py --base configs/mini.py --workdir runs/mini --job
 SWEEPS := configs/sweeps
 TABLES := $(addprefix $(SWEEPS)/,table1a.py table1b.py table1c.py table1d.py table1e.py table3.py)
 CONTROLS := $(addprefix $(SWEEPS)/,section5_1.py rates.py balance.py long.py)
-SEVERAL_SEEDS := gamma_0.0 gamma_0.5 gamma_2.0 gamma_5.0 focal_star_2.0_1.0
+SEVERAL_SEEDS := gamma_0.0 gamma_1.0 gamma_2.0 focal_star_2.0_1.0 cross_entropy_box_x5 focal_box_x5
 
 mini: setup
 	$(PY) scripts/pretrain.py
 	$(PY) scripts/pretrain.py --model.backbone resnet34 --model.backbone-weights data/mini/resnet34.safetensors --steps 2500
 	$(SWEEP) --sweep $(TABLES) $(CONTROLS)
-	$(SWEEP) --sweep $(SWEEPS)/table1b.py $(SWEEPS)/table3.py --seeds 1 2 --only $(SEVERAL_SEEDS)
+	$(SWEEP) --sweep $(addprefix $(SWEEPS)/,table1b.py table3.py balance.py) --seeds 0 1 2 --only $(SEVERAL_SEEDS)
 	$(PY) scripts/report.py --workdir runs/mini
 
 setup: .venv/.ready-$(ACCELERATOR)

@@ -99,8 +99,8 @@ class _Examples(NamedTuple):
 
 
 def _hardest_survivors(examples: _Examples, batch: int) -> Bool[Array, " N"]:
-    """The first `batch` of the walk. It takes `batch` steps, those after the last survivor idle: a number of steps that
-    depended on the data would, in a program over a device mesh, cost a collective in each of them."""
+    """The first `batch` of the walk. It takes `batch` steps, those after the last survivor idle: with a number of steps that
+    does not depend on the data no image waits for another's, under vmap or over a mesh."""
 
     def take(_: Int[Array, ""], state: tuple[Array, Array]) -> tuple[Array, Array]:
         remaining, mined = state

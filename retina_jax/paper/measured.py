@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from retina_jax.config import ConfigError
+from retina_jax.config_files import override
 from retina_jax.data.decoding import to_rgb
 from retina_jax.data.pipeline import eval_batches
 from retina_jax.data.source import Source
@@ -109,7 +110,8 @@ def run_latency(folder: Path) -> float:
         kept = read_json(file)
         if {key: kept.get(key) for key in here} == here and isinstance(kept.get("milliseconds"), (int, float)):
             return float(kept["milliseconds"])
-    detector = load_detector(folder)
+    # On one device, however many the run was trained on: they cannot share an image.
+    detector = load_detector(folder, config=override(read_run(folder).config, {"devices": 1}))
     images = _images(open_source(detector.config.data, "val"), TIMED_IMAGES)
     measured = round(latency(detector, images), 3)
     write_json(file, {"milliseconds": measured, **here, "images": len(images)})

@@ -30,7 +30,7 @@ from retina_jax.config import (
     ScenesConfig,
     TrainingConfig,
 )
-from retina_jax.config_files import to_dict
+from retina_jax.config_files import override, to_dict
 from retina_jax.data.pipeline import eval_batches
 from retina_jax.data.sources import open_source
 from retina_jax.detector import Detector
@@ -358,9 +358,16 @@ def test_figure_4_names_its_run_and_refuses_one_that_is_not_finished(script: Any
 def test_a_latency_is_kept_with_its_hardware_and_measured_anew_on_another(
     detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"config": to_dict(detector.config)}))
+    trained_on_eight = override(detector.config, {"devices": 8})
+    saved = {"config": to_dict(trained_on_eight), "class_names": [], "category_ids": []}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
     measured = []
-    monkeypatch.setattr("retina_jax.paper.measured.load_detector", lambda folder: detector)
+
+    def loaded(folder: Path, config: Config) -> Detector:
+        assert config == override(trained_on_eight, {"devices": 1})
+        return detector
+
+    monkeypatch.setattr("retina_jax.paper.measured.load_detector", loaded)
     monkeypatch.setattr("retina_jax.paper.measured.latency", lambda *_: measured.append(1) or 1.5 * len(measured))
     assert run_latency(tmp_path) == run_latency(tmp_path) == 1.5
     kept = json.loads((tmp_path / "latency.json").read_text())
