@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,34 +13,47 @@ from typing import Any, TypeVar
 
 import jax
 import tyro
+from jax.errors import JaxRuntimeError
 
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_files import flatten, load_config, unknown_name
+from retina_jax.config_files import flatten, load_config, one_line, unknown_name
+from retina_jax.errors import PlainError
+from retina_jax.hosts import Hosts
+from retina_jax.interruption import Stopped
+from retina_jax.training.compilation import out_of_memory
 
 T = TypeVar("T")
+
+
+def ending(error: BaseException) -> tuple[str | None, int]:
+    """What a script that ends by `error` says last, and its exit status; None where the traceback should speak."""
+    if isinstance(error, PlainError):
+        return f"error: {error}", 2
+    if isinstance(error, Stopped):
+        return str(error), 130 if error.number == signal.SIGINT else 0
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"error: {error.filename}: {error.strerror}", 2
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; what was saved before is whole", 130
+    if isinstance(error, JaxRuntimeError) and (line := out_of_memory(error)) is not None:
+        return f"error: {line}", 2
+    if isinstance(error, SystemExit):
+        return None, error.code if isinstance(error.code, int) else int(error.code is not None)
+    return None, 1
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Errors that a person can mend end the script with one line and exit status 2; others keep their traceback."""
-    from retina_jax.data.source import DataError
-    from retina_jax.evaluation import EvaluationError
-    from retina_jax.training.metrics import NonFiniteLoss
-    from retina_jax.weights.errors import WeightsError
-
     try:
         yield
-    except (ConfigError, DataError, EvaluationError, NonFiniteLoss, WeightsError) as error:
-        print(f"\nerror: {error}" if sys.stdout.isatty() else f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.filename is None:
+    except BaseException as error:
+        line, status = ending(error)
+        if line is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; what was saved before is whole", file=sys.stderr)
-        sys.exit(130)
+        where = sys.stdout if isinstance(error, Stopped) else sys.stderr
+        print(f"\n{line}" if sys.stdout.isatty() else line, file=where, flush=True)
+        sys.exit(status)
 
 
 def set_up_jax() -> None:
@@ -80,7 +94,7 @@ def parse_command_line(arguments: type[T], defaults: T, argv: Sequence[str], des
     for word in words:
         name = word.split("=")[0]
         if name.startswith("--") and name != "--help" and _field_name(name) not in known:
-            raise ConfigError(f"{name}: {unknown_name(_field_name(name), known)}")
+            raise ConfigError(f"{one_line(name)}: {unknown_name(_field_name(name), known)}")
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -88,14 +102,14 @@ def parse_command_line(arguments: type[T], defaults: T, argv: Sequence[str], des
     except SystemExit as end:
         if end.code in (0, None):
             raise
-        raise ConfigError(_first_message(printed.getvalue())) from None
+        raise ConfigError(one_line(_first_message(printed.getvalue()))) from None
 
 
 def _options(defaults: Any) -> Iterator[tuple[str, Any]]:
-    """The options tyro makes of the arguments: a Config among them stands without a prefix."""
+    """The options tyro makes of the arguments: a Config and Hosts among them stand without a prefix."""
     for field in dataclasses.fields(defaults):
         value = getattr(defaults, field.name)
-        if isinstance(value, Config):
+        if isinstance(value, Config | Hosts):
             yield from flatten(value).items()
         else:
             yield field.name, value

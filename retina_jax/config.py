@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from retina_jax.errors import PlainError
 
-class ConfigError(ValueError):
+
+class ConfigError(PlainError, ValueError):
     """A config that cannot be meant; the message is one line that names the field and what would be right."""
 
 
@@ -287,6 +289,14 @@ class TrainingConfig:
     """Evaluation images drawn with their detections at each evaluation."""
     tensorboard: bool = True
     """Write TensorBoard files beside metrics.jsonl."""
+    accumulate: int = 1
+    """Parts in which a device takes its images of a step, one after the other: as much less memory, the same step. To
+    normalisers per_device and ema and to norm batch each part is a device of its own."""
+    skip_non_finite: int = 0
+    """Steps in all that may come out with a loss, gradient or parameters that are not finite, and are left out; one more
+    stops the run. 0: the first one does."""
+    profile_steps: str = ""
+    """FIRST:LAST, steps to record with the profiler, both included, into RUN/profile; empty: none."""
 
 
 @dataclass(frozen=True)
@@ -312,6 +322,6 @@ class Config:
     parallel: Literal["jit", "pmap"] = "jit"
     """Driver of the step over the devices: jit over a data mesh, or pmap."""
     devices: int = 0
-    """Devices used; 0: all there are. data.batch_size is a multiple of it."""
+    """Devices used, over all hosts; 0: all there are. data.batch_size is a multiple of it."""
     seed: int = 0
     """Seed of the initial weights, the data order and the augmentation."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import importlib.util
 import json
 import math
+import re
+import reprlib
+import traceback
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,8 @@ from typing import Any, TypeVar
 from retina_jax.config import Config, ConfigError
 
 T = TypeVar("T")
+INVALID = object()
+"""What `_typed` makes of a value that a field cannot have."""
 
 # A run that is resumed may change these: none of them changes what a step computes.
 FREE_TO_CHANGE = (
@@ -29,6 +33,9 @@ FREE_TO_CHANGE = (
     "training.keep_checkpoints",
     "training.pictures",
     "training.tensorboard",
+    "training.accumulate",
+    "training.profile_steps",
+    "training.skip_non_finite",
     "data.workers",
     # Where the training images lie, not which they are: `open_run` compares the data itself.
     "data.train_annotations",
@@ -52,15 +59,17 @@ FREE_TO_CHANGE = (
 
 
 def load_config(path: str | Path) -> Config:
-    """The `get_config()` of the Python file at `path`."""
+    """The `get_config()` of the Python file at `path`, its values of exactly their fields' types.
+
+    Raises ConfigError, one line that names the file and the line or field, whatever the file is, does or returns.
+    """
     path = Path(path)
     module = load_module(path, "--config", "get_config", "get_config() that returns a Config")
     with named_errors(path):
         config = module.get_config()
     if not isinstance(config, Config):
         raise ConfigError(f"{path}: get_config() returned a {type(config).__name__}, not a retina_jax.config.Config")
-    _check_types(config, str(path))
-    return config
+    return _typed_config(config, str(path))
 
 
 def load_module(path: Path, option: str, function: str, described: str) -> ModuleType:
@@ -70,15 +79,21 @@ def load_module(path: Path, option: str, function: str, described: str) -> Modul
       option: the command-line option that named the file.
       described: the function as the error describes it.
     """
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+        source = path.read_bytes() if is_file else b""
+    except OSError as error:
+        raise ConfigError(f"{option} {one_line(path)}: cannot be read: {error.strerror}") from None
+    if not is_file:
         beside = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         what = "is a folder" if path.is_dir() else "no such file"
         few = ", ".join(beside[:6]) + (", ..." if len(beside) > 6 else "")
-        raise ConfigError(f"{option} {path}: {what}" + (f"; there are {few}" if few else ""))
-    spec = importlib.util.spec_from_file_location(f"{option.strip('-')}_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
+        raise ConfigError(f"{option} {one_line(path)}: {what}" + (f"; there are {few}" if few else ""))
+    module = ModuleType(f"{option.strip('-')}_{path.stem}")
+    module.__file__ = str(path)
     with named_errors(path):
-        spec.loader.exec_module(module)
+        # Not through importlib: its cache takes a file that was rewritten within a second, at equal length, for the old one.
+        exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
     if not callable(getattr(module, function, None)):
         raise ConfigError(f"{path}: there is no function {described}")
     return module
@@ -90,14 +105,24 @@ def named_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+        raise ConfigError(f"{path}: {one_line(error).removeprefix(f'{path}: ')}") from error
     except SyntaxError as error:
-        raise ConfigError(f"{path}, line {error.lineno}: SyntaxError: {error.msg}") from error
-    except Exception as error:
-        line = error.__traceback__
-        while line.tb_next is not None:
-            line = line.tb_next
-        raise ConfigError(f"{path}, line {line.tb_lineno}: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{path}, line {error.lineno}: SyntaxError: {one_line(error.msg)}") from error
+    except (Exception, SystemExit) as error:
+        # The last line of the file itself: what it calls may fail somewhere in a library.
+        own = [line for trace, line in traceback.walk_tb(error.__traceback__) if trace.f_code.co_filename == str(path)]
+        where = f"{path}, line {own[-1]}" if own else str(path)
+        raise ConfigError(f"{where}: {type(error).__name__}: {one_line(error)}") from error
+
+
+def one_line(message: object) -> str:
+    """A message on one line of at most 1000 characters, all of which a terminal can show."""
+    try:
+        text = " ".join(str(message).split())
+    except Exception:
+        return "an error that cannot be shown"
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return shown if len(shown) <= 1000 else f"{shown[:997]}..."
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -142,52 +167,66 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_dict(values: Mapping[str, Any], where: str = "config") -> Config:
-    """The Config that `to_dict` gave; unknown fields and wrong types raise ConfigError naming `where` and the field."""
+def from_dict(values: Any, where: str = "config") -> Config:
+    """The Config that `to_dict` gave, its values of exactly their fields' types.
+
+    A whole number serves for a float and a list for a tuple, nothing else for anything else; integers lie within
+    -2^63 and 2^63. Unknown fields and wrong types raise ConfigError, one line that names `where` and the field.
+    """
     return _build(Config, values, where, "")
 
 
 def _build(kind: type, values: Any, where: str, prefix: str) -> Any:
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the config'} must be an object, not {values!r}")
+        raise ConfigError(
+            f"{where}: {prefix.rstrip('.') or 'the config'} must be an object, not {reprlib.repr(values)}"
+        )
     hints = typing.get_type_hints(kind)
-    unknown = sorted(set(values) - set(hints))
+    unknown = sorted(str(name) for name in values if name not in hints)
     if unknown:
-        raise ConfigError(f"{where}: {prefix}{unknown[0]}: {unknown_name(unknown[0], hints)}")
+        raise ConfigError(f"{where}: {prefix}{one_line(unknown[0])}: {unknown_name(unknown[0], hints)}")
     made = {}
     for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]):
-            made[name] = _build(hints[name], value, where, f"{prefix}{name}.")
-        else:
-            made[name] = tuple(value) if isinstance(value, list) else value
-            if not _is_a(made[name], hints[name]):
-                raise ConfigError(f"{where}: {prefix}{name}: {value!r} is not {_describe(hints[name])}")
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            made[name] = _build(hint, value, where, f"{prefix}{name}.")
+            continue
+        made[name] = _typed(value, hint)
+        if made[name] is INVALID:
+            raise ConfigError(f"{where}: {prefix}{name}: {reprlib.repr(value)} is not {_describe(hint)}")
     return kind(**made)
 
 
-def _is_a(value: Any, hint: Any) -> bool:
+def _typed(value: Any, hint: Any) -> Any:
+    """`value` as exactly the type of `hint`, or INVALID."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
-        return value in arguments and type(value) in {type(a) for a in arguments}
+        return next((a for a in arguments if type(a) is type(value) and a == value), INVALID)
     if origin is tuple:
-        return isinstance(value, tuple) and all(_is_a(v, arguments[0]) for v in value)
+        parts = [_typed(v, arguments[0]) for v in value] if isinstance(value, (list, tuple)) else [INVALID]
+        return INVALID if any(part is INVALID for part in parts) else tuple(parts)
     if arguments:  # int | None
-        return any(_is_a(value, a) for a in arguments)
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
+        return next((made for a in arguments if (made := _typed(value, a)) is not INVALID), INVALID)
+    if hint in (int, float) and isinstance(value, (int, hint)) and not isinstance(value, bool):
+        # Of integers none that would later be too long for an array; of NumPy's floats the plain ones.
+        return INVALID if isinstance(value, int) and abs(value) >= 2**63 else hint(value)
+    return value if type(value) is hint else INVALID
 
 
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if hint is int:
+        return "int below 2^63"
     return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
 
 
 def meaning_changes(old: Config, new: Config) -> list[str]:
     """One "field: old -> new" for each difference that would change what a resumed run computes."""
     before, after = flatten(old), flatten(new)
-    return [f"{k}: {before[k]} -> {after[k]}" for k in before if before[k] != after[k] and k not in FREE_TO_CHANGE]
+    # BatchNorm takes its statistics of each part of a batch.
+    free = set(FREE_TO_CHANGE) - ({"training.accumulate"} if new.model.norm == "batch" else set())
+    return [f"{k}: {before[k]} -> {after[k]}" for k in before if before[k] != after[k] and k not in free]
 
 
 def with_classes(config: Config, train: Sequence[str], val: Sequence[str]) -> Config:
@@ -207,8 +246,11 @@ def _some(names: set[str]) -> str:
 
 
 def validate(config: Config) -> Config:
-    """`config` itself, its values checked against each other; the first that cannot be meant raises ConfigError."""
-    _check_types(config, "config")
+    """`config`, its values of exactly their fields' types and checked against each other.
+
+    The first that cannot be meant raises ConfigError.
+    """
+    config = _typed_config(config, "config")
     d, m, a, o, t = config.data, config.model, config.anchors, config.optimizer, config.training
     checks: list[tuple[bool, str, str]] = [
         (d.batch_size >= 1, "data.batch_size", "at least 1"),
@@ -294,10 +336,13 @@ def validate(config: Config) -> Config:
         (t.checkpoint_every >= 1, "training.checkpoint_every", "at least 1"),
         (t.keep_checkpoints >= 1, "training.keep_checkpoints", "at least 1"),
         (t.eval_images >= 0, "training.eval_images", "at least 0"),
+        (t.accumulate >= 1, "training.accumulate", "at least 1"),
+        (t.skip_non_finite >= 0, "training.skip_non_finite", "at least 0"),
     ]
     for holds, name, right in checks:
         if not holds:
             raise ConfigError(f"{name}: {flatten(config)[name]} cannot be; it must be {right}")
+    parse_window(t.profile_steps)
     for name, value in flatten(config).items():
         if any(
             isinstance(v, float) and not math.isfinite(v) for v in (value if isinstance(value, tuple) else (value,))
@@ -306,6 +351,29 @@ def validate(config: Config) -> Config:
     return config
 
 
-def _check_types(config: Config, where: str) -> None:
-    """A config file's values against the fields' types, which Python itself does not check."""
-    _build(Config, dataclasses.asdict(config), where, "")
+def _typed_config(config: Config, where: str) -> Config:
+    """`config` from Python code, which does not check its fields' types itself, as `from_dict` would make it."""
+
+    def fields(value: Any) -> Any:
+        if not dataclasses.is_dataclass(value) or isinstance(value, type):
+            return value
+        return {field.name: fields(getattr(value, field.name)) for field in dataclasses.fields(value)}
+
+    return _build(Config, fields(config), where, "")
+
+
+def parse_window(text: str) -> tuple[int, int] | None:
+    """`training.profile_steps` as its first and its last step, both included and counted from 1; None where it is empty.
+
+    "10:10" is the one step 10. Raises ConfigError for anything but FIRST:LAST with 1 <= FIRST <= LAST.
+    """
+    if not text:
+        return None
+    match = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", text)
+    first, last = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise ConfigError(
+            f"training.profile_steps: {text!r} cannot be; it must be FIRST:LAST, both steps included, "
+            "1 <= FIRST <= LAST, as in 10:15"
+        )
+    return first, last

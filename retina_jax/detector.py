@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int, PyTree, UInt8
 
@@ -17,7 +16,7 @@ from retina_jax.config_files import override, validate
 from retina_jax.data.pipeline import Batch
 from retina_jax.data.preprocessing import buckets, exact_canvas, resize, resized_size, to_original_pixels
 from retina_jax.training.checkpoints import Checkpoints
-from retina_jax.training.parallel import Driver
+from retina_jax.training.parallel import Driver, own_rows
 from retina_jax.training.run import read_run
 from retina_jax.training.step import Inputs
 from retina_jax.weights.importing import import_detector, kind_of
@@ -77,7 +76,7 @@ class Detector:
     ) -> Iterator[tuple[int, ImageDetections]]:
         """(index, detections) of every valid row; `sizes_hw` are the original sizes by index.
 
-        The device works on a batch while the one before is read back.
+        On several hosts each gives those of its own rows. The device works on a batch while the one before is read back.
         """
         before: tuple[Batch, Any] | None = None
         for batch in batches:
@@ -89,13 +88,12 @@ class Detector:
             yield from self._read(*before, sizes_hw)
 
     def _run(self, batch: Batch) -> Any:
-        inputs = Inputs(batch.images, batch.image_sizes, batch.boxes_xyxy, batch.labels, batch.valid)
-        return self.driver.detect(self.variables, self.driver.place(inputs))
+        return self.driver.detect(self.variables, self.driver.place(Inputs.of(batch)))
 
     def _read(
         self, batch: Batch, detections: Any, sizes_hw: Sequence[tuple[int, int]]
     ) -> Iterator[tuple[int, ImageDetections]]:
-        boxes, scores, labels = jax.device_get((detections.boxes_xyxy, detections.scores, detections.labels))
+        boxes, scores, labels = own_rows((detections.boxes_xyxy, detections.scores, detections.labels))
         for row, index in enumerate(batch.indices.tolist()):
             if not batch.valid[row]:
                 continue

@@ -14,6 +14,8 @@ from jaxtyping import Float, Int
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from retina_jax.errors import PlainError
+
 SUMMARY = {
     # score: (kind, IoU, area, detections an image), in pycocotools' order
     "AP": ("Average Precision", "(AP)", "0.50:0.95", "all", 100),
@@ -31,7 +33,7 @@ SUMMARY = {
 }
 
 
-class EvaluationError(ValueError):
+class EvaluationError(PlainError, ValueError):
     """Detections that do not fit the ground truth they are scored against; one line that names the ids."""
 
 

@@ -7,25 +7,32 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from retina_jax import hosts
 from retina_jax.command_line import config_of, one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config
-from retina_jax.config_files import validate, with_classes
-from retina_jax.data.pipeline import overflow, train_batches
-from retina_jax.data.sources import open_source
+from retina_jax.config_files import parse_window, validate
+from retina_jax.data.pipeline import train_batches
+from retina_jax.data.sources import open_sources
 from retina_jax.detector import Detector
-from retina_jax.evaluation import coco_table, number
+from retina_jax.evaluation import number
+from retina_jax.interruption import Interruption
 from retina_jax.model.table import parameter_table
 from retina_jax.training.assessment import assess
 from retina_jax.training.checkpoints import Checkpoints
+from retina_jax.training.compilation import CompiledStep
 from retina_jax.training.metrics import Metrics
+from retina_jax.training.opening import open_run
 from retina_jax.training.parallel import Driver
-from retina_jax.training.run import Clock, alone_in, finish_run, is_due, open_run
+from retina_jax.training.profiling import Profiler
+from retina_jax.training.run import Clock, alone_in, finish_run, is_due
 from retina_jax.training.start import first_state
 from retina_jax.training.state import parameters_sha256
 from retina_jax.training.step import Inputs
@@ -44,6 +51,10 @@ class Arguments:
     """Config file whose fields the other options override; not given, and with a run in the folder: that run's."""
     allow_missing: tuple[str, ...] = ()
     """Parts of the backbone (backbone/c5) that model.backbone_weights may lack; they start random."""
+    allow_changes: tuple[str, ...] = ()
+    """Fields (loss.gamma) that a resumed run may have other than it was started with; noted in its config.json."""
+    together: Annotated[hosts.Hosts, tyro.conf.arg(name="")] = hosts.ALONE
+    """Several hosts."""
 
 
 def main() -> None:
@@ -51,66 +62,57 @@ def main() -> None:
     defaults = Arguments(workdir=tyro.MISSING, settings=config_of(sys.argv[1:], str(PAPER)))
     arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__)
     set_up_jax()
-    train(validate(arguments.settings), arguments.workdir, arguments.allow_missing)
+    with hosts.joined(arguments.together):
+        train(validate(arguments.settings), arguments.workdir, arguments.allow_missing, arguments.allow_changes)
 
 
-def train(config: Config, workdir: Path, allow_missing: tuple[str, ...] = ()) -> None:
+def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: Sequence[str] = ()) -> None:
     """The loop. `step` counts the steps taken, the running one included; files are named after it."""
-    # Data: what is there, and what was left out of it.
-    source = open_source(config.data, "train")
-    val_source = source if config.training.eval_every < 0 else open_source(config.data, "val")
-    config = with_classes(config, source.class_names, val_source.class_names)
-    print(f"train: {source}\nval: {val_source}")
-    if (left_out := overflow(source, config.data))[1]:
-        print(f"warning: data.max_boxes leaves out boxes: of {left_out[0]} images, {left_out[1]} boxes")
-
-    # Network and state: from the newest checkpoint, from imported weights, or random.
+    source, val_source, config = open_sources(config)
     driver = Driver(config, config.model.num_classes)
-    driver.check_batch_size(config.data.batch_size, "data.batch_size")
-    run = open_run(workdir, config, source.class_names, source.category_ids, source.sha256)
-    with alone_in(workdir), Checkpoints(workdir / "checkpoints", config.training.keep_checkpoints) as checkpoints:
-        state, told = first_state(driver, run, checkpoints, allow_missing)
+    driver.check_batch_size()
+    run = open_run(workdir, config, source.class_names, source.category_ids, source.sha256, driver.parts, changes)
+    training, keep = config.training, config.training.keep_checkpoints
+    with alone_in(workdir), Interruption() as interruption, Checkpoints(workdir / "checkpoints", keep) as checkpoints:
+        # The state: from the newest checkpoint, from imported weights, or random.
+        state, told = first_state(driver, run, checkpoints, missing)
         print(f"{parameter_table(state.variables)}\n{told}")
-        start = int(state.step)
+        step = start = int(state.step)
         clock = Clock(workdir, resumed=start > 0)
-        with Metrics(run, start) as metrics:
+        batches = train_batches(source, config.data, seed=config.seed, start_step=start, **hosts.share())
+        take_step = CompiledStep(driver.step, canvases=config.data.buckets or 4)
+        with Metrics(run, start) as metrics, Profiler(workdir, parse_window(training.profile_steps)) as profiler:
 
             def evaluate() -> float | None:
                 detector = Detector(driver, state.variables, run.class_names, run.category_ids)
                 with checkpoints.saved_if_it_fails(step, state):
-                    scores = assess(run, detector, val_source, step).summary
+                    scores = assess(run, detector, val_source, step, check=partial(interruption.checked, step)).summary
                 metrics.write(step, {"event": "evaluation", **scores})
                 print(f"step {step}: AP {number(scores['AP'])}, AP50 {number(scores['AP50'])}")
                 return scores["AP"]
 
-            step, last_step, every = start, config.training.steps, config.training.eval_every
-            if start and is_due(start, every, start >= last_step) and not run.has_evaluation(start):
+            if metrics.evaluation_is_missing():
                 evaluate()  # it failed, or was stopped, when it was due
-            batches = train_batches(source, config.data, seed=config.seed, start_step=start)
-            for step in range(start + 1, last_step + 1):
+            for step in range(start + 1, training.steps + 1):
                 asked = time.monotonic()
+                profiler.begin(step)
                 with checkpoints.saved_if_it_fails(step - 1, state, first=metrics.flush):
+                    interruption.check(step - 1)
                     batch = next(batches)
                 waited = time.monotonic() - asked
-                inputs = Inputs(batch.images, batch.image_sizes, batch.boxes_xyxy, batch.labels, batch.valid)
-                state, measured = driver.step(state, driver.place(inputs))
+                state, measured = take_step(state, driver.place(Inputs.of(batch)))
+                profiler.end(step, measured)
                 metrics.add(step, measured, [source.records[i].image_id for i in batch.indices], waited)
-                last = step == last_step
-                evaluating = is_due(step, every, last)
-                saving = evaluating or is_due(step, config.training.checkpoint_every, last)
-                if saving or step % config.training.log_every == 0:
+                last = step == training.steps
+                evaluating = is_due(step, training.eval_every, last)
+                saving = evaluating or is_due(step, training.checkpoint_every, last)
+                if saving or step % training.log_every == 0:
                     metrics.flush(end_line=evaluating or last)
                 if saving:
                     checkpoints.save(step, state, ap=evaluate() if evaluating else None)
                     clock.save()
                     metrics.restart_window()
-
-    # The end: a summary that two runs can be compared by.
-    if (scores := finish_run(run, int(state.step), clock.seconds(), parameters_sha256(state.variables))) is not None:
-        print(coco_table(scores))
-    if batches.skipped:
-        print(f"warning: {len(batches.skipped)} unreadable images were skipped: {', '.join(batches.skipped)}")
-    print(f"{int(state.step)} steps in {clock.seconds():.0f} s; everything is in {run.folder}")
+    finish_run(run, int(state.step), clock, parameters_sha256(state.variables), batches.skipped)
 
 
 if __name__ == "__main__":

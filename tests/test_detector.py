@@ -14,8 +14,8 @@ from retina_jax.config_files import override
 from retina_jax.data.source import Source
 from retina_jax.detector import Detector
 from retina_jax.training.assessment import assess
+from retina_jax.training.opening import open_run
 from retina_jax.training.parallel import Driver
-from retina_jax.training.run import open_run
 
 CONFIG = override(
     Config(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import reprlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -16,6 +17,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import Float64
 
+from retina_jax.data.decoding import largest_file
+from retina_jax.data.reading import read_file, reason
 from retina_jax.data.source import BadImage, DataError, Source, make_records
 
 T = TypeVar("T")
@@ -23,6 +26,12 @@ LARGEST = 1e9
 """No size, coordinate or area in pixels is larger."""
 LARGEST_ID = 2**53
 """Ids stay below, where every JSON writer keeps integers exact."""
+LARGEST_JSON = 2**33
+"""Bytes of an annotation file; the largest of COCO has half a gigabyte."""
+LONGEST = 4096
+"""No file name has more characters."""
+UNSHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Control characters, line ends and halves of characters: they break file names, log lines and terminals."""
 
 
 class Content(NamedTuple):
@@ -43,6 +52,10 @@ def read_coco(
 
     Raises DataError, one line that names the file, the entry and what would be right, for anything in the file that
     cannot be used, for no images at all, and with "drop" for no usable box at all. The images are not opened here.
+
+    A `file_name` is a path inside `images`: one that is absolute or climbs out with .. is refused here, and a folder, pipe
+    or device where the image should be is a BadImage when it is read. Symbolic links are followed wherever they lead,
+    because data sets are often made of them: who may write into the folder is trusted, who wrote the JSON is not.
     """
     path, folder = Path(annotations), Path(images)
     content = parse_coco(path)
@@ -65,10 +78,11 @@ def read_coco(
         return str(folder / records[index].file_name)
 
     def read(index: int) -> bytes:
+        record = records[index]
         try:
-            return Path(where(index)).read_bytes()
+            return read_file(Path(where(index)), largest_file(record.width * record.height))
         except OSError as error:
-            raise BadImage(f"{where(index)}: cannot be read: {error.strerror}") from None
+            raise BadImage(f"{where(index)}: cannot be read: {reason(error)}") from None
 
     return Source(
         name=str(path),
@@ -100,9 +114,9 @@ def parse_coco(path: Path) -> Content:
 def load_json(path: Path) -> Any:
     """The file's content, or DataError with the line and column where it stops being JSON."""
     try:
-        encoded = path.read_bytes()
+        encoded = read_file(path, LARGEST_JSON)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; it must be a COCO JSON") from None
+        raise DataError(f"{path}: cannot be read: {reason(error)}; it must be a COCO JSON") from None
     # train2017 makes tens of millions of objects, none of them garbage: the collector would walk them again and again.
     collecting = gc.isenabled()
     gc.disable()
@@ -120,9 +134,17 @@ def load_json(path: Path) -> Any:
 def read_truth(path: Path) -> dict[str, Any]:
     """Ground truth for pycocotools from a file that `read_coco` has accepted: see `Source.truth`.
 
-    It is read again when evaluation asks for it, so that training does not carry 860 thousand dicts around.
+    It is read again when evaluation asks for it, so that training does not carry 860 thousand dicts around. DataError
+    where the file has meanwhile become another, unusable one.
     """
     document = load_json(path)
+    try:
+        return _truth(document)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise DataError(f"{path}: has changed since it was opened; it must stay as it is while a run uses it") from None
+
+
+def _truth(document: Any) -> dict[str, Any]:
     found = document["annotations"]
     ids = [annotation.get("id", 0) for annotation in found]
     renumber = len(set(ids)) < len(ids) or any(annotation_id < 1 for annotation_id in ids)
@@ -172,7 +194,7 @@ def _image_parser() -> Callable[[dict], tuple[int, str, int, int]]:
                 raise DataError(f"{key} must be a positive number of pixels, not {side}")
         name = _text(entry, "file_name")
         rooted = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor
-        if rooted or ".." in PureWindowsPath(name).parts or "\0" in name:
+        if rooted or ".." in PureWindowsPath(name).parts:
             raise DataError(f"file_name must be a path inside the image folder, not {_short(name)}")
         return _new(seen, _integer(entry, "id")), name, width, height
 
@@ -220,6 +242,9 @@ def _text(entry: dict, key: str) -> str:
     value = entry.get(key)
     if not isinstance(value, str) or not value:
         raise DataError(f"{key} must be text, {'not ' + _short(value) if key in entry else 'but is missing'}")
+    if UNSHOWN.search(value) or len(value) > LONGEST:
+        wanted = f"text on one line of at most {LONGEST} characters, none of them a control character"
+        raise DataError(f"{key} must be {wanted}, not {_short(value)}")
     return value
 
 

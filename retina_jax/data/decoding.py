@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import io
-import struct
+import warnings
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageMode, UnidentifiedImageError
 
+from retina_jax.data.budget import Budget
 from retina_jax.data.source import BadImage
+
+# PIL warns of images it reads all the same (broken EXIF, many pixels). What matters is said here, by exceptions.
+# `catch_warnings` would not do: it is not safe where several threads decode.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
 """File formats read. PIL has more; some of those start other programs."""
 MAX_PIXELS = 178_956_970
 """Images of more pixels are refused before they are decoded: a file of kilobytes can ask for gigabytes. PIL's own limit."""
+DECODING = Budget(MAX_PIXELS)
+"""Pixels that threads decode and resize at once. Each takes 14 bytes, with transparency 16: 3 GB in all."""
 ORIENTATION_TAG = 0x0112
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -53,6 +60,11 @@ def to_rgb(encoded: bytes, *, expected_size: tuple[int, int] | None = None) -> U
         raise BadImage(f"cannot be decoded: {_one_line(error)}") from None
 
 
+def largest_file(pixels: int) -> int:
+    """Bytes that a file of so many pixels may have: 64 MiB for other frames, previews and EXIF, and 16 bits of RGBA each."""
+    return 2**26 + 8 * min(pixels, MAX_PIXELS)
+
+
 def is_plain_jpeg(encoded: bytes, *, expected_size: tuple[int, int] | None = None) -> bool:
     """Whether any JPEG decoder gives what `to_rgb` does: grey or three components, whole, upright as stored.
 
@@ -82,7 +94,7 @@ def upright(image: Image.Image, expected_size: tuple[int, int] | None) -> Image.
     """How to turn the image, None for not at all; the rule is in `to_rgb`."""
     try:
         orientation = image.getexif().get(ORIENTATION_TAG, 1)
-    except (ValueError, SyntaxError, KeyError, IndexError, TypeError, OSError, struct.error):
+    except Exception:
         orientation = 1  # EXIF that cannot be parsed says nothing about the pixels.
     turn = TURNS.get(orientation) if isinstance(orientation, int) else None
     width, height = image.size

@@ -6,6 +6,7 @@ function of (seed, step, row). To resume is to start at another step; a batch th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -18,7 +19,7 @@ import tensorflow as tf
 from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 
 from retina_jax.config import DataConfig
-from retina_jax.data.decoding import is_plain_jpeg, to_rgb
+from retina_jax.data.decoding import DECODING, is_plain_jpeg, to_rgb
 from retina_jax.data.order import AUGMENTATION, TrainOrder, eval_order, host_rows, random_bits
 from retina_jax.data.preprocessing import (
     assign_bucket,
@@ -26,13 +27,20 @@ from retina_jax.data.preprocessing import (
     exact_canvas,
     flip_boxes,
     resize,
+    resize_large,
     resized_size,
     to_canvas_pixels,
     train_short_sides,
 )
+from retina_jax.data.reading import reason
 from retina_jax.data.source import BadImage, Source
+from retina_jax.data.waiting import Reads
 
 log = logging.getLogger(__name__)
+LARGE = 2**22
+"""Images of more pixels are decoded and resized within the budget `DECODING`, so that memory is bounded by it and by
+`workers` images of this size, whatever the data set holds."""
+NOTHING = np.zeros((0, 0, 3), np.uint8)
 
 
 class Batch(NamedTuple):
@@ -132,7 +140,8 @@ class Batches(Iterator[Batch]):
     """Iterator over the batches of steps `start` to `stop` (None: without end), `local` images each.
 
     A bad image raises BadImage at its own step; or, with `data.bad_images` skip, its row is not valid, it is logged once
-    and counted in `skipped` each time a batch with it is handed out.
+    and counted in `skipped` each time a batch with it is handed out. A file that is slow to come is waited for, without
+    end: after `waiting.PATIENCE` seconds one line names it.
     """
 
     def __init__(
@@ -152,6 +161,7 @@ class Batches(Iterator[Batch]):
         self._local, self._step, self._stop = local, start, stop
         self._bad: dict[int, BadImage] = {}
         self._doubted: set[int] = set()
+        self._reads = Reads(source.where)
         self._iterator: Iterator[tuple] | None = None
 
     def __next__(self) -> Batch:
@@ -159,10 +169,11 @@ class Batches(Iterator[Batch]):
             if self._iterator is None:
                 self._iterator = self._dataset().as_numpy_iterator()
             try:
-                batch = Batch(*next(self._iterator))
+                with self._reads.waiting(self._step):
+                    batch = Batch(*next(self._iterator))
                 break
             except tf.errors.OpError:
-                # TensorFlow does not say which image it could not decode. Make the batch again with PIL, which will.
+                # TensorFlow does not say which image it could not decode. Make the batch again, image by image.
                 suspects = set(self._rows_at(self._step).indices.tolist())
                 if suspects <= self._doubted:
                     raise
@@ -198,15 +209,21 @@ class Batches(Iterator[Batch]):
 
     def _element(self, i: tf.Tensor) -> tuple[tf.Tensor, ...]:
         """Row of a Batch: Python says what to make, TensorFlow makes the pixels without holding Python up."""
-        types = tf.string, tf.uint8, tf.bool, tf.int32, tf.int32, tf.float32, tf.int32, tf.int64, tf.bool, tf.float32
-        encoded, decoded, flip, canvas, size, *others = tf.numpy_function(self._load, [i], types)
+        columns = tf.bool, tf.int32, tf.int32, tf.float32, tf.int32, tf.int64, tf.bool, tf.float32
+        pictures = tf.string, tf.uint8, tf.as_dtype(self._data.pixels)
+        encoded, decoded, resized, flip, canvas, size, *others = tf.numpy_function(self._load, [i], pictures + columns)
         decoded.set_shape((None, None, 3))
+        resized.set_shape((None, None, 3))
         image = tf.cond(
-            tf.strings.length(encoded) > 0,
-            lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE"),
-            lambda: decoded,
+            tf.size(resized) > 0,
+            lambda: resized,
+            lambda: resize(
+                tf.cond(tf.strings.length(encoded) > 0, lambda: decode_jpeg(encoded), lambda: decoded),
+                size,
+                self._data.resize,
+                self._data.pixels,
+            ),
         )
-        image = resize(image, size, self._data.resize, self._data.pixels)
         # Mirrored last, so that a mirrored image has exactly the pixels of the plain one.
         image = tf.cond(flip, lambda: tf.reverse(image, axis=[1]), lambda: image)
         image = tf.pad(image, [[0, canvas[0] - size[0]], [0, canvas[1] - size[1]], [0, 0]])
@@ -220,15 +237,15 @@ class Batches(Iterator[Batch]):
         record = self._source.records[index]
         canvas = np.array(rows.canvas, np.int32)
         boxes, labels = np.zeros((data.max_boxes, 4), np.float32), np.full(data.max_boxes, -1, np.int32)
+        short_side, flip = self._augment(int(rows.positions[row]))
+        height, width = resized_size(record.height, record.width, short_side, data.long_side, data.size_rounding)
         try:
-            encoded, decoded = self._read(index)
+            pictures = self._read(index, (height, width))
         except BadImage as error:
             # Raised where the batch is handed out, if at all: through TensorFlow it would come out as another error.
             self._bad[index] = error
-            size, scales, black = np.ones(2, np.int32), np.ones(2, np.float32), np.zeros((1, 1, 3), np.uint8)
-            return b"", black, False, canvas, size, boxes, labels, np.int64(index), False, scales
-        short_side, flip = self._augment(int(rows.positions[row]))
-        height, width = resized_size(record.height, record.width, short_side, data.long_side, data.size_rounding)
+            size, scales, black = np.ones(2, np.int32), np.ones(2, np.float32), np.zeros((1, 1, 3), data.pixels)
+            return b"", NOTHING, black, False, canvas, size, boxes, labels, np.int64(index), False, scales
         scales = np.array([width / record.width, height / record.height])
         n = min(len(record.labels), data.max_boxes)
         # In float64, so that a box that ends at the image's edge still does on the canvas.
@@ -236,20 +253,40 @@ class Batches(Iterator[Batch]):
         boxes[:n] = flip_boxes(scaled, width) if flip else scaled
         labels[:n] = record.labels[:n]
         size, valid = np.array([height, width], np.int32), bool(rows.valid[row])
-        return encoded, decoded, flip, canvas, size, boxes, labels, np.int64(index), valid, scales.astype(np.float32)
+        return *pictures, flip, canvas, size, boxes, labels, np.int64(index), valid, scales.astype(np.float32)
 
-    def _read(self, index: int) -> tuple[bytes, np.ndarray]:
-        """A plain JPEG still encoded, any other image decoded; the other of the two is empty."""
+    def _read(self, index: int, size_hw: tuple[int, int]) -> tuple[bytes, np.ndarray, np.ndarray]:
+        """A plain JPEG still encoded, any other image decoded, a large one resized; the other two of the three are empty."""
         if index in self._bad:
             raise self._bad[index]
-        record = self._source.records[index]
-        encoded = self._source.read(index)
+        record, data = self._source.records[index], self._data
+        unresized = NOTHING.astype(data.pixels)
         try:
-            if index not in self._doubted and is_plain_jpeg(encoded, expected_size=(record.width, record.height)):
-                return encoded, np.zeros((0, 0, 3), np.uint8)
-            return b"", to_rgb(encoded, expected_size=(record.width, record.height))
+            with self._reads.reading(index):
+                encoded = self._source.read(index)
+        except OSError as error:
+            raise BadImage(f"{self._source.where(index)}: cannot be read: {reason(error)}") from None
+        expected_size, pixels = (record.width, record.height), record.width * record.height
+        try:
+            if pixels > LARGE:
+                with DECODING.share(pixels):
+                    image = to_rgb(encoded, expected_size=expected_size)
+                    return b"", NOTHING, resize_large(image, size_hw, data.resize, data.pixels)
+            if is_plain_jpeg(encoded, expected_size=expected_size):
+                if index not in self._doubted:
+                    return encoded, NOTHING, unresized
+                # Its batch failed, perhaps not because of it: TensorFlow decodes what it can, so that pixels never depend
+                # on their company.
+                with contextlib.suppress(tf.errors.OpError):
+                    return b"", decode_jpeg(encoded).numpy(), unresized
+            return b"", to_rgb(encoded, expected_size=expected_size), unresized
         except BadImage as error:
             raise BadImage(f"{self._source.where(index)}: {error}") from None
+
+
+def decode_jpeg(encoded: tf.Tensor | bytes) -> tf.Tensor:
+    """RGB of a JPEG, exactly what PIL gives."""
+    return tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
 
 
 def _image_buckets(

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 import tensorflow as tf
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, UInt8
 
 from retina_jax.config import DataConfig
 
@@ -85,6 +85,20 @@ def resize(
         lambda: tf.image.resize(halves, size_hw, method="bilinear"),
     )
     return tf.cast(resized, tf.uint8 if pixels == "uint8" else tf.float32)
+
+
+def resize_large(
+    image: UInt8[np.ndarray, "h w 3"], size_hw: tuple[int, int], kind: str, pixels: str = "uint8"
+) -> UInt8[np.ndarray, "h2 w2 3"] | Float32[np.ndarray, "h2 w2 3"]:
+    """As `resize`, without a copy of the whole image in float32: an image of 179 million pixels would need 4 GB for it.
+
+    The half that rounds is added after the weights, so where 32 bits round, a pixel can be one grey level off `resize`.
+    """
+    widen = kind == "antialias" and (image.shape[0] > size_hw[0] or image.shape[1] > size_hw[1])
+    resized = tf.image.resize(image, size_hw, method="bilinear", antialias=widen)
+    if pixels == "float32":
+        return tf.cast(resized, tf.float32).numpy()
+    return tf.cast(tf.cast(resized, tf.float32) + 0.5, tf.uint8).numpy()
 
 
 def to_canvas_pixels(

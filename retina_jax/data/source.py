@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
+from retina_jax.errors import PlainError
 
-class DataError(ValueError):
+
+class DataError(PlainError, ValueError):
     """Annotations that cannot be meant; the message is one line that names the file, the field and what would be right."""
 
 

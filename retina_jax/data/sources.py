@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from retina_jax.config import ConfigError, DataConfig
+from retina_jax.config import Config, ConfigError, DataConfig
+from retina_jax.config_files import with_classes
 from retina_jax.data.coco import read_coco
+from retina_jax.data.pipeline import overflow
 from retina_jax.data.scenes import write_scenes
 from retina_jax.data.source import DataError, Source
 
@@ -39,3 +41,17 @@ def open_source(data: DataConfig, split: Literal["train", "val"]) -> Source:
     if split == "train" and not any(len(record.labels) for record in source.records):
         raise DataError(f"{source.name}: has no usable box ({source.counts}); training needs at least one")
     return source
+
+
+def open_sources(config: Config) -> tuple[Source, Source, Config]:
+    """What a run trains on, what it is evaluated on (the same where it never is), and its config with their classes.
+
+    Says what is there and what was left out of it. Raises as `open_source` and `with_classes` do.
+    """
+    train = open_source(config.data, "train")
+    val = train if config.training.eval_every < 0 else open_source(config.data, "val")
+    config = with_classes(config, train.class_names, val.class_names)
+    print(f"train: {train}\nval: {val}")
+    if (left_out := overflow(train, config.data))[1]:
+        print(f"warning: data.max_boxes leaves out boxes: of {left_out[0]} images, {left_out[1]} boxes")
+    return train, val, config

@@ -105,7 +105,7 @@ def read_tfds(
         try:
             return bytes(images[rows[i]]["image"])
         except (OSError, ValueError, IndexError, RuntimeError) as error:
-            raise BadImage(f"{where(i)}: cannot be read: {str(error).splitlines()[0]}") from None
+            raise BadImage(f"{where(i)}: cannot be read: {_first_line(error)}") from None
 
     def make_truth() -> dict[str, Any]:
         return read_truth(Path(truth_annotations)) if truth_annotations else _truth(index, parsed, categories)
@@ -237,17 +237,26 @@ def _load_index(builder: tfds.core.DatasetBuilder, split: str, images: tfds.core
     return index
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def _make_index(images: tfds.core.DataSource, called: str) -> Index:
     image_ids, file_names, sizes, owners, boxes, labels, crowd, areas = [], [], [], [], [], [], [], []
     for row in range(len(images)):
-        example = images[row]
+        try:
+            example = images[row]
+        except (OSError, ValueError, IndexError, RuntimeError) as error:
+            raise DataError(f"{called} example {row}: cannot be read: {_first_line(error)}") from None
         try:
             sizes.append(open_image(bytes(example["image"])).size)
         except BadImage as error:
             raise BadImage(f"{called} example {row}: {error}") from None
         image_ids.append(int(example.get("image/id", row)))
         file_name = example.get("image/filename", b"")
-        file_names.append(file_name.decode() if isinstance(file_name, bytes) else str(file_name))
+        file_names.append(
+            file_name.decode(errors="backslashreplace") if isinstance(file_name, bytes) else str(file_name)
+        )
         objects = example["objects"]
         n = len(objects["label"])
         owners.extend([row] * n)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Container
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from PIL import Image
 
+from retina_jax import hosts
 from retina_jax.data.decoding import to_rgb
-from retina_jax.data.pipeline import eval_batches
+from retina_jax.data.pipeline import Batch, eval_batches
 from retina_jax.data.source import Source
 from retina_jax.detector import Detector, ImageDetections
 from retina_jax.evaluation import Scores, coco_results, evaluate_coco
@@ -18,33 +19,41 @@ from retina_jax.training.run import Run, write_json
 from retina_jax.visualize import contact_sheet, draw
 
 
-def assess(run: Run, detector: Detector, source: Source, step: int, variant: str = "") -> Scores:
+def assess(
+    run: Run,
+    detector: Detector,
+    source: Source,
+    step: int,
+    variant: str = "",
+    check: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
+) -> Scores:
     """Detect on `source`, score against its own ground truth by image id, write what was found, return the scores.
 
-    Classes meet by name; detections of a class that `source` does not have are left out.
+    Classes meet by name; detections of a class that `source` does not have are left out. Several hosts share the images,
+    each has all detections and scores afterwards, and host 0 writes.
 
     Writes RUN/evaluation/, RUN/detections/ (COCO results format) and RUN/pictures/ for `step`;
-    `variant` is appended to the names, for scores that are not of the run's own setting.
+    `variant` is appended to the names, for scores that are not of the run's own setting. `check` passes batches on, and
+    may end it all.
     """
     training = run.config.training
-    limit = training.eval_images or len(source)
+    limit = min(training.eval_images or len(source), len(source))
     shards = detector.driver.shards
     wanted = training.eval_batch_size or run.config.data.batch_size
     batch_size = -(-wanted // shards) * shards
-    batches = eval_batches(source, run.config.data, batch_size=batch_size, limit=limit)
+    batches = eval_batches(source, run.config.data, batch_size=batch_size, limit=limit, **hosts.share())
     sizes = [(record.height, record.width) for record in source.records]
 
     started = time.monotonic()
-    pairs = list(detector.detect_batches(batches, sizes))
-    found: dict[int, ImageDetections] = dict(pairs)
+    of_host = dict(detector.detect_batches(check(batches), sizes))
+    found = _of_all_hosts(of_host, run.config.detection.max_detections)
     seconds = time.monotonic() - started
     # A bad image that was skipped is one in which nothing was found: its objects count as missed.
-    unread = [i for i in range(min(limit, len(source))) if i not in found and source.where(i) in batches.skipped]
+    unread = set(range(limit)) - set(found)
     if unread:
         print(f"warning: {len(unread)} images could not be read and score as images without detections")
         nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32)
-        pairs += [(index, ImageDetections(*nothing)) for index in unread]
-        found = dict(pairs)
+        found |= {index: ImageDetections(*nothing) for index in unread}
     by_name = dict(zip(source.class_names, source.category_ids, strict=True))
     category_ids = [by_name.get(name, -1) for name in detector.class_names]
     results = []
@@ -54,15 +63,36 @@ def assess(run: Run, detector: Detector, source: Source, step: int, variant: str
         boxes_xyxy, labels = detections.boxes_xyxy[known], detections.labels[known]
         results += coco_results(image_id, boxes_xyxy, detections.scores[known], labels, category_ids)
     image_ids = [record.image_id for record in source.records[:limit]]
-    scores = evaluate_coco(source.truth, results, image_ids, [source.records[index].image_id for index, _ in pairs])
-    write_json(run.path("detections", step, f"{variant}.json"), results)
-    write_json(
-        run.path("evaluation", step, f"{variant}.json"),
-        {"step": step, "images": len(image_ids), **scores.summary, "per_class": scores.per_class},
-    )
-    _write_pictures(run, detector, source, found, batches.skipped, step, variant)
+    scores = evaluate_coco(source.truth, results, image_ids, [source.records[index].image_id for index in found])
+    if hosts.first():
+        write_json(run.path("detections", step, f"{variant}.json"), results)
+        write_json(
+            run.path("evaluation", step, f"{variant}.json"),
+            {"step": step, "images": len(image_ids), **scores.summary, "per_class": scores.per_class},
+        )
+        _write_pictures(run, detector, source, found, unread, step, variant)
     print(f"evaluated {len(image_ids)} images in {seconds:.1f} s ({len(image_ids) / max(seconds, 1e-9):.1f} img/s)")
     return scores
+
+
+def _of_all_hosts(own: dict[int, ImageDetections], most: int) -> dict[int, ImageDetections]:
+    """The detections of all hosts, given this one's, by index; `most` is how many an image can have."""
+    if not hosts.several():
+        return own
+    rows = int(hosts.gather(np.array([len(own)], np.int32)).max())
+    indices, counts = np.full(rows, -1, np.int32), np.zeros(rows, np.int32)
+    boxes, scores = np.zeros((rows, most, 4), np.float32), np.zeros((rows, most), np.float32)
+    labels = np.zeros((rows, most), np.int32)
+    for row, (index, detections) in enumerate(own.items()):
+        indices[row], counts[row] = index, (n := len(detections.scores))
+        boxes[row, :n], scores[row, :n] = detections.boxes_xyxy, detections.scores
+        labels[row, :n] = detections.labels
+    gathered = hosts.gather((indices, counts, boxes, scores, labels))
+    return {
+        int(index): ImageDetections(boxes[:n], scores[:n], labels[:n])
+        for index, n, boxes, scores, labels in zip(*gathered, strict=True)
+        if index >= 0
+    }
 
 
 def _write_pictures(
@@ -70,13 +100,13 @@ def _write_pictures(
     detector: Detector,
     source: Source,
     found: dict[int, ImageDetections],
-    skipped: Container[str],
+    unread: set[int],
     step: int,
     variant: str,
 ) -> None:
     """The first images with their detections and, thin, the truth; and all of them on one sheet."""
     drawn = []
-    readable = (index for index in sorted(found) if source.where(index) not in skipped)
+    readable = (index for index in sorted(found) if index not in unread)
     for index in itertools.islice(readable, run.config.training.pictures):
         record, detections = source.records[index], found[index]
         image = to_rgb(source.read(index), expected_size=(record.width, record.height))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
+import socket
 import sys
 import time
 from pathlib import Path
@@ -15,14 +17,18 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from retina_jax import hosts
+from retina_jax.errors import PlainError
+from retina_jax.training.disks import DiskError, reason, tell, warn
 from retina_jax.training.parallel import peak_memory_bytes
-from retina_jax.training.run import Run
+from retina_jax.training.run import Run, is_due
+from retina_jax.training.step import FINITE
 
-# What must be numbers after a step: a gradient or parameters that are not poison every step after, at a finite loss too.
-FINITE = ("classification_loss", "box_loss", "gradient_norm", "parameter_norm")
+AHEAD_ON_CPU = 16
+"""Steps that may be under way at once on CPU devices: with some hundreds they wait for each other until XLA gives up."""
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(PlainError, RuntimeError):
     """The loss or the gradient stopped being a number; the message is one line with the step and its images."""
 
 
@@ -31,12 +37,12 @@ class Metrics:
 
     def __init__(self, run: Run, start_step: int) -> None:
         self._run, self._file = run, run.folder / "metrics.jsonl"
-        _drop_after(self._file, start_step)
-        self._board = None
-        if run.config.training.tensorboard:
-            from tensorboardX import SummaryWriter  # imports torch where it is installed: seconds
-
-            self._board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=start_step + 1)
+        self._speaks = hosts.first()
+        evaluated = _drop_after(self._file, start_step) if self._speaks else []
+        self._evaluated = json.loads(hosts.exchange(json.dumps(evaluated))[0])
+        self._board: _Board | None = None
+        if self._speaks and run.config.training.tensorboard:
+            self._board = _Board(run.folder / "tensorboard", start_step)
         self._pending: list[tuple[int, dict[str, Array], list[int]]] = []
         self._window_start, self._waited, self._timed = time.monotonic(), 0.0, 0
         self._first, self._begun = start_step, time.monotonic()
@@ -47,64 +53,93 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if sys.stdout.isatty():
-            print()
+        if sys.stdout.isatty() and self._speaks:
+            tell("")
         if self._board is not None:
             self._board.close()
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether metrics.jsonl held an evaluation at `step` when it was opened; the same on all hosts."""
+        return step in self._evaluated
+
+    def evaluation_is_missing(self) -> bool:
+        """Whether the run goes on from a step at which it should have been evaluated, and was not."""
+        training = self._run.config.training
+        due = is_due(self._first, training.eval_every, self._first >= training.steps)
+        return self._first > 0 and due and not self.has_evaluation(self._first)
 
     def add(self, step: int, metrics: dict[str, Array], image_ids: list[int], waited: float) -> None:
         """One finished step: its metrics still on the device, its images, the seconds waited for data."""
         self._pending.append((step, metrics, image_ids))
         self._waited += waited
         self._timed += 1
+        if len(self._pending) % AHEAD_ON_CPU == 0 and jax.default_backend() == "cpu":
+            jax.block_until_ready(metrics)
 
-    def flush(self, *, end_line: bool = False) -> dict[str, float] | None:
+    def flush(self, *, end_line: bool = False) -> None:
         """Fetch what is pending, check that it is finite, write and print its mean. Waits for the device.
 
         On a terminal the progress line is written over and over; `end_line` leaves it standing.
 
-        Raises NonFiniteLoss before anything is written for the window that holds the first such step.
+        Steps that were left out for not being finite are told of and enter no mean. Raises NonFiniteLoss, before a mean is
+        written for the window, at the first one more than `training.skip_non_finite`.
         """
         if not self._pending:
-            return None
+            return
         steps = [step for step, _, _ in self._pending]
         fetched = jax.device_get([metrics for _, metrics, _ in self._pending])
+        finite = []
         for (step, _, image_ids), values in zip(self._pending, fetched, strict=True):
             bad = [n for n in FINITE if not np.isfinite(values[n])]
-            if bad:
+            if not bad:
+                finite.append(values)
+                continue
+            found = f"{bad[0]} is {float(values[bad[0]])} at step {step}"
+            images, so_far = ", ".join(map(str, image_ids)), int(values["skipped"])
+            allowed = self._run.config.training.skip_non_finite
+            if not 0 < so_far <= allowed:
+                beyond = f", after {allowed} such steps were left out (training.skip_non_finite)" if allowed else ""
                 raise NonFiniteLoss(
-                    f"{bad[0]} is {float(values[bad[0]])} at step {step} (seen in the window {steps[0]} to {steps[-1]}), "
-                    f"images {', '.join(map(str, image_ids))}; lower optimizer.learning_rate, set optimizer.clip_norm, or "
-                    f"look at these images; {self._run.folder / 'checkpoints'} holds the state of before"
+                    f"{found} (seen in the window {steps[0]} to {steps[-1]}), images {images}{beyond}; lower "
+                    "optimizer.learning_rate, set optimizer.clip_norm, or look at these images; "
+                    f"{self._run.folder / 'checkpoints'} holds the state of before"
                 )
+            self.write(step, {"event": "left_out", "reason": found, "images": image_ids, "skipped": so_far})
+            warn(f"{found}, images {images}: left out ({so_far} of {allowed} that may be)")
         now = time.monotonic()
-        elapsed = max(now - self._window_start, 1e-9)
-        mean = {name: math.fsum(float(v[name]) for v in fetched) / len(fetched) for name in fetched[0]}
+        if finite:
+            self._write_mean(steps[-1], finite, now - self._window_start, now, "\n" if end_line else "")
+        self._pending.clear()
+        self.restart_window()
+
+    def _write_mean(
+        self, step: int, fetched: list[dict[str, np.ndarray]], elapsed: float, now: float, end: str
+    ) -> None:
+        elapsed = max(elapsed, 1e-9)
+        mean: dict[str, Any] = {name: math.fsum(float(v[name]) for v in fetched) / len(fetched) for name in fetched[0]}
+        mean["skipped"] = int(fetched[-1]["skipped"])
         mean["learning_rate"] = float(fetched[-1]["learning_rate"])
         mean["images_per_second"] = self._timed * self._run.config.data.batch_size / elapsed
         mean["data_wait_percent"] = 100 * self._waited / elapsed
         mean["peak_memory_mib"] = peak_memory_bytes() / 2**20
-        self.write(steps[-1], {"event": "train", **mean})
-        self._progress(steps[-1], mean, now, "\n" if end_line else "")
-        self._pending.clear()
-        self.restart_window()
-        return mean
+        self.write(step, {"event": "train", **mean})
+        self._progress(step, mean, now, end)
 
     def restart_window(self) -> None:
         """Leave what happened since the last step (an evaluation, a save) out of the next window's speed."""
         self._window_start, self._waited, self._timed = time.monotonic(), 0.0, 0
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and its numbers to TensorBoard."""
+        """One line of metrics.jsonl, and its numbers to TensorBoard; by host 0, the others write nothing.
+
+        Raises DiskError where the line cannot be written, and leaves the file as it was.
+        """
+        if not self._speaks:
+            return
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
-        with self._file.open("a") as file:
-            file.write(json.dumps({"step": step, **rounded}) + "\n")
+        _append(self._file, json.dumps({"step": step, **rounded}) + "\n")
         if self._board is not None:
-            group = values.get("event", "train")
-            for name, value in values.items():
-                if isinstance(value, float):
-                    self._board.add_scalar(f"{group}/{name}", value, step)
-            self._board.flush()
+            self._board.add(step, values)
 
     def _progress(self, step: int, mean: dict[str, float], now: float, end: str) -> None:
         total = self._run.config.training.steps
@@ -115,11 +150,70 @@ class Metrics:
             f"positives {mean['positives_per_image']:.1f}  {mean['images_per_second']:.1f} img/s  "
             f"data wait {mean['data_wait_percent']:.0f}%  {mean['peak_memory_mib'] / 1024:.1f} GiB  ETA {_duration(left)}"
         )
+        if not self._speaks:
+            return
         if sys.stdout.isatty():
             fitting = line[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be written over
-            print(f"\r\033[K{fitting}", end=end, flush=True)
+            tell(f"\r\033[K{fitting}", end)
         else:
-            print(line, flush=True)
+            tell(line)
+
+
+class _Board:
+    """TensorBoard's view of the metrics. It is written in the open, not by a thread that a full disk would silence and
+    leave the run waiting for; where it cannot be written, it ends with a warning and the run goes on."""
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # imports torch where it is installed: seconds
+        from tensorboardX.record_writer import RecordWriter
+
+        self._folder = folder
+        self._writer: RecordWriter | None = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._writer = RecordWriter(str(folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"))
+        except OSError as error:
+            self._give_up(error)
+        # What an earlier start wrote of the steps from here on is to be forgotten.
+        forget = Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._write([Event(file_version="brain.Event:2"), forget])
+
+    def evaluation_is_missing(self) -> bool:
+        """Whether the run goes on from a step at which it should have been evaluated, and was not."""
+        training = self._run.config.training
+        due = is_due(self._first, training.eval_every, self._first >= training.steps)
+        return self._first > 0 and due and not self.has_evaluation(self._first)
+
+    def add(self, step: int, values: dict[str, Any]) -> None:
+        """The numbers among `values`, under the name of their event."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        group = values.get("event", "train")
+        scalars = [scalar(f"{group}/{name}", value) for name, value in values.items() if isinstance(value, float)]
+        self._write([Event(step=step, summary=summary) for summary in scalars])
+
+    def close(self) -> None:
+        """Nothing is written any more."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with contextlib.suppress(OSError):  # it was flushed after every line, or was warned of
+                writer.close()
+
+    def _write(self, events: list[Any]) -> None:
+        if self._writer is None:
+            return
+        try:
+            for event in events:
+                event.wall_time = time.time()
+                self._writer.write(event.SerializeToString())
+            self._writer.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        warn(f"{self._folder}: cannot be written ({reason(error)}), and is left; metrics.jsonl holds all of it")
+        self.close()
 
 
 def _duration(seconds: float) -> str:
@@ -128,17 +222,45 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Forget the lines of steps that a resumed run will take again, and a last line cut short by a kill."""
+def _append(path: Path, line: str) -> None:
+    """Write `line` whole or not at all. What is written survives a kill of the process, in the system's memory."""
+    try:
+        with path.open("ab", buffering=0) as file:
+            size, data = file.tell(), line.encode()
+            try:
+                while data:  # a disk about to be full takes the first part
+                    data = data[file.write(data) :]
+            except OSError:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be written: {reason(error)}") from error
+
+
+def _drop_after(path: Path, step: int) -> list[int]:
+    """Forget the lines of steps that a resumed run will take again, and what a kill or a bad disk left that is no line.
+
+    Returns the steps that hold an evaluation.
+    """
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
+        return []
+    before, kept, evaluated = path.read_bytes(), [], []
+    for line in before.split(b"\n"):
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
-            break
-    beside = path.with_name(".metrics.jsonl")
-    beside.write_text("".join(kept))
-    beside.replace(path)
+            entry = json.loads(line)
+            taken = int(entry["step"])
+        except (ValueError, TypeError, LookupError):
+            continue
+        if taken <= step:
+            kept.append(line + b"\n")
+            if entry.get("event") == "evaluation":
+                evaluated.append(taken)
+    if (after := b"".join(kept)) != before:
+        beside = path.with_name(".metrics.jsonl")
+        try:
+            beside.write_bytes(after)
+            beside.replace(path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise DiskError(f"{path}: cannot be written: {reason(error)}") from error
+    return evaluated

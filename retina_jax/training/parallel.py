@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,23 +41,43 @@ class Driver:
 
     @cached_property
     def mesh(self) -> Mesh:
-        """One axis, `data`, over the devices used."""
-        if jax.process_count() > 1:
-            raise ConfigError("several processes: this version trains on the devices of one host")
-        devices = jax.devices()
-        if self.config.devices > len(devices):
-            raise ConfigError(f"devices: {self.config.devices} asked for, {len(devices)} found ({devices[0].platform})")
-        return Mesh(np.array(devices[: self.config.devices or None]), (AXIS,))
+        """One axis, `data`, over the devices used, host after host, equally many of each."""
+        devices, hosts = jax.devices(), jax.process_count()
+        wanted = self.config.devices or len(devices)
+        if wanted > len(devices):
+            raise ConfigError(f"devices: {wanted} asked for, {len(devices)} found ({devices[0].platform})")
+        if wanted % hosts:
+            raise ConfigError(
+                f"devices: {wanted} cannot be split evenly over {hosts} hosts; take a multiple of {hosts}"
+            )
+        of_host = [[d for d in devices if d.process_index == host][: wanted // hosts] for host in range(hosts)]
+        if {len(own) for own in of_host} != {wanted // hosts}:
+            raise ConfigError(
+                f"devices: the hosts have {', '.join(str(len(own)) for own in of_host)} devices; they must have equally "
+                f"many, or --devices be a multiple of {hosts} that all of them can serve"
+            )
+        return Mesh(np.array(of_host).reshape(-1), (AXIS,))
 
     @property
     def shards(self) -> int:
         """Number of devices used, over all hosts."""
         return self.mesh.size
 
+    @property
+    def parts(self) -> int:
+        """Parts a batch is taken in: by so many devices, so many times."""
+        return self.shards * self.config.training.accumulate
+
+    @property
+    def by_name(self) -> bool:
+        """Whether a step is written for one device's share: under pmap, and where the share is taken in parts, so that
+        the parts are added up on the device and cross between devices once."""
+        return self.config.parallel == "pmap" or self.config.training.accumulate > 1
+
     @cached_property
     def model(self) -> RetinaNet:
         """The network; it knows the axis only where statistics must cross it by name."""
-        axis = AXIS if self.config.parallel == "pmap" else None
+        axis = AXIS if self.by_name else None
         return RetinaNet(self.config.model, self.num_classes, anchors_per_cell(self.config.anchors), axis_name=axis)
 
     @cached_property
@@ -74,17 +95,25 @@ class Driver:
         """Sharding of everything that is the same on all devices."""
         return NamedSharding(self.mesh, P())
 
-    def check_batch_size(self, batch_size: int, field: str) -> None:
-        """A batch must split evenly over the devices."""
-        if batch_size % self.shards:
+    def check_batch_size(self) -> None:
+        """The batch must split evenly over the devices, and on each into its parts."""
+        if (batch_size := self.config.data.batch_size) % self.parts:
+            times = self.config.training.accumulate
+            in_parts = f" in {times} parts each (training.accumulate)" if times > 1 else ""
             raise ConfigError(
-                f"{field}: {batch_size} images cannot be split evenly over {self.shards} devices; "
-                f"take a multiple of {self.shards}, or fewer devices with --devices"
+                f"data.batch_size: {batch_size} images cannot be split evenly over {self.shards} devices{in_parts}; "
+                f"take a multiple of {self.parts}, or fewer devices with --devices"
             )
 
     def place_state(self, state: PyTree) -> PyTree:
-        """`state` on every device."""
-        return jax.device_put(state, self.replicated)
+        """`state`, the same on every host, on every device."""
+        return jax.tree.map(self._everywhere, state)
+
+    def _everywhere(self, array: Any) -> Array:
+        if jax.process_count() == 1:
+            return jax.device_put(array, self.replicated)
+        own = np.asarray(array)  # not device_put, which would compare the hosts' arrays one by one over the network
+        return jax.make_array_from_callback(own.shape, self.replicated, lambda index: own[index])
 
     def first_state(self) -> TrainState:
         """The state before the first step, by config.seed, on the devices."""
@@ -108,35 +137,37 @@ class Driver:
             optimizer=self.optimizer,
             schedule=self.schedule,
             shards=self.shards,
+            accumulate=self.config.training.accumulate,
+            keep_finite=self.config.training.skip_non_finite > 0,
+            axis=AXIS if self.by_name else None,
         )
         if self.config.parallel == "pmap":
             # pmap cannot donate a replicated argument on its second call.
             return jax.pmap(
-                partial(step, axis=AXIS),
-                axis_name=AXIS,
-                in_axes=(None, 0),
-                out_axes=(None, None),
-                devices=list(self.mesh.devices.flat),
+                step, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), devices=list(self.mesh.devices.flat)
             )
-        split = NamedSharding(self.mesh, P(AXIS))
         images, everywhere = P(AXIS), P()
-        on_own_images = partial(
-            jax.shard_map,
-            mesh=self.mesh,
-            in_specs=(images, images, everywhere, images, images),  # the arguments of `image_losses`
-            out_specs=images,
-            check_vma=False,
-        )
+        on_every_device = partial(jax.shard_map, mesh=self.mesh, check_vma=False)
+        if self.by_name:
+            step = on_every_device(step, in_specs=(everywhere, images), out_specs=(everywhere, everywhere))
+        else:
+            own_images = partial(
+                on_every_device,
+                in_specs=(images, images, everywhere, images, images),  # the arguments of `image_losses`
+                out_specs=images,
+            )
+            step = partial(step, on_own_images=own_images)
         return jax.jit(
-            partial(step, on_own_images=on_own_images),
-            in_shardings=(self.replicated, split),
+            step,
+            in_shardings=(self.replicated, NamedSharding(self.mesh, images)),
             out_shardings=(self.replicated, self.replicated),
             donate_argnums=0,
         )
 
     @cached_property
     def detect(self) -> Callable[[dict[str, PyTree], Inputs], Detections]:
-        """The compiled inference step: variables and a placed batch to Detections in canvas pixels, [B, D, ...]."""
+        """The compiled inference step: variables and a placed batch to Detections in canvas pixels, [B, D, ...], of which
+        each host holds its own rows."""
 
         def one_device(variables: dict[str, PyTree], inputs: Inputs) -> Detections:
             canvas = inputs.images.shape[1:3]
@@ -153,6 +184,18 @@ class Driver:
         return jax.jit(
             jax.shard_map(one_device, mesh=self.mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS), check_vma=False)
         )
+
+
+def own_rows(batch: PyTree) -> PyTree:
+    """This host's rows of arrays that are split over the devices of all hosts, as numpy arrays."""
+
+    def own(array: Array) -> np.ndarray:
+        if array.is_fully_addressable:
+            return np.asarray(jax.device_get(array))
+        shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+        return np.concatenate([np.asarray(shard.data) for shard in shards])
+
+    return jax.tree.map(own, batch)
 
 
 def peak_memory_bytes() -> int:

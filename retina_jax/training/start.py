@@ -15,8 +15,9 @@ from retina_jax.anchors import anchors_per_cell
 from retina_jax.config import ConfigError
 from retina_jax.model.initialisation import initialise
 from retina_jax.training.checkpoints import Checkpoints
+from retina_jax.training.opening import open_run
 from retina_jax.training.parallel import Driver
-from retina_jax.training.run import Run, fresh_import, note_fact, open_run, write_json
+from retina_jax.training.run import Run, fresh_import, note_fact, write_json
 from retina_jax.training.state import TrainState, new_state, parameters_sha256
 from retina_jax.weights.filling import fill, is_within
 from retina_jax.weights.importing import Imported, with_backbone

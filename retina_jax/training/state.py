@@ -32,6 +32,8 @@ class TrainState:
     opt_state: optax.OptState
     normaliser: Any
     """float32 []: running mean of positive anchors a device (loss.normaliser "ema")."""
+    skipped: Any
+    """int32 []: steps so far that changed nothing, because they were not finite (training.skip_non_finite)."""
 
     @property
     def variables(self) -> dict[str, PyTree]:
@@ -49,6 +51,7 @@ def new_state(variables: dict[str, PyTree], optimizer: optax.GradientTransformat
         stats=variables.get("stats", {}),
         opt_state=jax.tree.map(np.asarray, optimizer.init(params)),
         normaliser=np.asarray(EMA_START, np.float32),
+        skipped=np.zeros((), np.int32),
     )
 
 

@@ -17,6 +17,10 @@ from retina_jax.losses.detection import denominator, image_losses, image_weights
 from retina_jax.model.retinanet import RetinaNet
 from retina_jax.training.state import TrainState
 
+# What must be numbers after a step: a gradient or parameters that are not poison every step after, at a finite loss too.
+FINITE = ("classification_loss", "box_loss", "gradient_norm", "parameter_norm")
+SUMS = ("classification", "box", "positives")
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -30,6 +34,11 @@ class Inputs(NamedTuple):
     valid: Bool[Array, " B"]
     """False for an image that could not be read: no loss comes of it (its black pixels do enter batch statistics)."""
 
+    @classmethod
+    def of(cls, batch: Any) -> Inputs:
+        """Those fields of a `data.pipeline.Batch` that travel."""
+        return cls(*(getattr(batch, name) for name in cls._fields))
+
 
 def train_step(
     state: TrainState,
@@ -40,6 +49,8 @@ def train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     shards: int,
+    accumulate: int = 1,
+    keep_finite: bool = False,
     axis: str | None = None,
     on_own_images: Callable[[F], F] = lambda function: function,
 ) -> tuple[TrainState, dict[str, Array]]:
@@ -52,15 +63,19 @@ def train_step(
 
     The normaliser of the loss is a sum over the whole batch, known only after the forward pass. Gradients are therefore
     taken of the weighted *sum* of the images' losses and divided afterwards, so that gradients, losses and counts meet in
-    one all-reduce.
+    one all-reduce. For the same reason a device can take its images in `accumulate` parts, one after the other, and add
+    up: each part then stands for a device of its own, to normalisers `per_device` and `ema` and to BatchNorm.
+
+    `keep_finite`: a step whose loss, gradient or new parameters are not finite leaves everything as it was but its
+    number and `state.skipped`.
     """
     height, width = inputs.images.shape[1:3]
     anchors = jnp.asarray(anchor_grid((height, width), config.anchors, config.model))
-    local_batch = inputs.images.shape[0]
-    batch_size = local_batch * (shards if axis else 1)
+    batch_size = inputs.images.shape[0] * (shards if axis else 1)
+    parts = shards * accumulate
 
-    def summed_loss(params: PyTree) -> tuple[Array, tuple[dict[str, Array], PyTree]]:
-        variables = {"params": params, "frozen": state.frozen, "stats": state.stats}
+    def summed_loss(params: PyTree, stats: PyTree, inputs: Inputs) -> tuple[Array, tuple[dict[str, Array], PyTree]]:
+        variables = {"params": params, "frozen": state.frozen, "stats": stats}
         (logits, deltas), updated = model.apply(
             variables, inputs.images, inputs.image_sizes, train=True, mutable=["stats"]
         )
@@ -69,7 +84,7 @@ def train_step(
             losses_of = on_own_images(losses_of)
         losses = losses_of(logits, deltas, anchors, inputs.boxes_xyxy, inputs.labels)
         positives = jnp.where(inputs.valid, losses.positives, 0.0)
-        weights = image_weights(positives, config.loss.normaliser, batch_size=batch_size, shards=shards)
+        weights = image_weights(positives, config.loss.normaliser, batch_size=batch_size, shards=parts)
         weights = jnp.where(inputs.valid, weights, 0.0)
         sums = {
             "classification": jnp.sum(weights * losses.classification),
@@ -79,15 +94,28 @@ def train_step(
         total = sums["classification"] + config.loss.box_weight * sums["box"]
         return total, (sums, updated.get("stats", {}))
 
-    gradients, (sums, stats) = jax.grad(summed_loss, has_aux=True)(state.params)
+    gradient_of = jax.grad(summed_loss, has_aux=True)
+    if accumulate == 1:
+        gradients, (sums, stats) = gradient_of(state.params, state.stats, inputs)
+    else:
+
+        def add_part(carry: PyTree, part: Inputs) -> tuple[PyTree, None]:
+            *so_far, stats = carry
+            gradients, (sums, stats) = gradient_of(state.params, stats, part)
+            return (*jax.tree.map(jnp.add, tuple(so_far), (gradients, sums)), stats), None
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params), dict.fromkeys(SUMS, jnp.zeros((), jnp.float32))
+        of_parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), inputs)
+        (gradients, sums, stats), _ = jax.lax.scan(add_part, (*zeros, state.stats), of_parts)
     if axis is not None:
         gradients, sums = jax.lax.psum((gradients, sums), axis)
-    divisor, normaliser = denominator(sums["positives"], config.loss.normaliser, state.normaliser, shards=shards)
+    divisor, normaliser = denominator(sums["positives"], config.loss.normaliser, state.normaliser, shards=parts)
     gradients = jax.tree.map(lambda g: g / divisor, gradients)
 
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes its int32 count with floats
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    classification, box = sums["classification"] / divisor, sums["box"] / divisor
     new_state = state.replace(
         step=state.step + 1,
         params=params,
@@ -95,7 +123,6 @@ def train_step(
         opt_state=opt_state,
         normaliser=normaliser,
     )
-    classification, box = sums["classification"] / divisor, sums["box"] / divisor
     metrics = {
         "loss": classification + config.loss.box_weight * box,
         "classification_loss": classification,
@@ -105,4 +132,8 @@ def train_step(
         "gradient_norm": optax.tree.norm(gradients),
         "parameter_norm": optax.tree.norm(params),
     }
-    return new_state, metrics
+    if keep_finite:
+        finite = jnp.all(jnp.isfinite(jnp.stack([metrics[name] for name in FINITE])))
+        unchanged = state.replace(step=new_state.step, skipped=state.skipped + 1)
+        new_state = jax.tree.map(partial(jnp.where, finite), new_state, unchanged)
+    return new_state, {**metrics, "skipped": new_state.skipped}

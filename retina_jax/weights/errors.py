@@ -1,5 +1,8 @@
 """What every reader and converter of weights ends in when it cannot go on."""
 
 
-class WeightsError(ValueError):
+from retina_jax.errors import PlainError
+
+
+class WeightsError(PlainError, ValueError):
     """Weights that cannot be used; the message is one line that names the file, what is wrong and what would be right."""

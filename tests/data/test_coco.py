@@ -113,7 +113,10 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "file name absolute": (edited(images__0__file_name="/etc/passwd"), r"file_name must be a path inside the image"),
     "file name climbs": (edited(images__0__file_name="a/../../b.jpg"), r"file_name must be a path inside the image"),
     "file name of Windows": (edited(images__0__file_name="C:\\b.jpg"), r"file_name must be a path inside the image"),
-    "file name with NUL": (edited(images__0__file_name="a\0b.jpg"), r"file_name must be a path inside the image"),
+    "file name with NUL": (
+        edited(images__0__file_name="a\0b.jpg"),
+        r"file_name must be text on one line.*'a\\x00b.jpg'",
+    ),
     "category name null": (edited(categories__0__name=None), r"categories\[0\] \(id 7\): name must be text, not null"),
     "unknown image": (edited(annotations__0__image_id=9), r"annotations\[0\] \(id 1\): image_id must be .*, not 9"),
     "unknown category": (

@@ -55,6 +55,49 @@ def test_normalisers_agree_between_drivers(tiny: Config, make_inputs: Make, norm
         assert a == pytest.approx(b, rel=2e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("parallel", "normaliser"), [("jit", "global"), ("jit", "per_device"), ("pmap", "per_image"), ("pmap", "ema")]
+)
+def test_accumulated_parts_are_the_whole_batch(tiny: Config, make_inputs: Make, parallel: str, normaliser: str) -> None:
+    """4 parts of 4 images on one device = 16 images at once; to per_device and ema = 4 images on each of 4 devices."""
+    batches = [make_inputs(seed, batch_size=16) for seed in range(3)]
+    own = {"data__batch_size": 16, "loss__normaliser": normaliser}
+    devices = 1 if normaliser in ("global", "per_image") else 4
+    expected, parameters = run(with_drivers(tiny, "jit", devices, **own), batches)
+    accumulated, got = run(with_drivers(tiny, parallel, 1, **own, training__accumulate=4), batches)
+    for whole, parts in zip(expected, accumulated, strict=True):
+        assert parts == pytest.approx(whole, rel=1e-5, abs=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), parameters, got)
+
+
+def test_accumulated_parts_cross_between_devices_once(tiny: Config, make_inputs: Make) -> None:
+    text = compiled_step(with_drivers(tiny, "jit", 4, training__accumulate=2), make_inputs(0))
+    assert len(re.findall(r"= .*\ball-reduce(?:-start)?\(", text)) == 1
+    assert "all-gather" not in text and "all-to-all" not in text and "collective-permute" not in text
+
+
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_a_step_that_is_not_finite_is_left_out(tiny: Config, make_inputs: Make, parallel: str) -> None:
+    """Its number counts, everything else is as before it; without the option the parameters are lost."""
+    config = with_drivers(tiny, parallel, 2, training__skip_non_finite=2)
+    batches = [make_inputs(seed) for seed in range(3)]
+    batches = [inputs._replace(images=inputs.images.astype(np.float32)) for inputs in batches]
+    poisoned = batches[1]._replace(images=batches[1].images * np.float32(np.nan))
+    driver = Driver(config, 3)
+    state, _ = driver.step(driver.first_state(), driver.place(batches[0]))
+    before = jax.device_get(state)
+    state, measured = driver.step(state, driver.place(poisoned))
+    after = jax.device_get(state)
+    assert not np.isfinite(measured["loss"]) and measured["skipped"] == 1
+    assert after.step == 2 and after.skipped == 1
+    jax.tree.map(np.testing.assert_array_equal, after, before.replace(step=after.step, skipped=after.skipped))
+    state, measured = driver.step(state, driver.place(batches[2]))
+    assert np.isfinite(measured["loss"]) and measured["skipped"] == 1 and int(state.step) == 3
+    assert parameters_sha256(jax.device_get(state.variables)) != parameters_sha256(after.variables)
+    _, lost = run(override(config, {"training.skip_non_finite": 0}), [batches[0], poisoned])
+    assert not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(lost["params"]))
+
+
 def test_batch_norm_statistics_are_of_the_whole_batch(tiny: Config, make_inputs: Make) -> None:
     batches = [make_inputs(seed) for seed in range(2)]
     reference, expected = run(with_drivers(tiny, "jit", 1, model__norm="batch"), batches)
@@ -155,6 +198,8 @@ def test_step_equals_one_written_out_plainly(tiny: Config, make_inputs: Make) ->
 
 def test_uneven_batches_and_absent_devices_are_named(tiny: Config) -> None:
     with pytest.raises(ConfigError, match=r"data.batch_size: 6 images cannot be split evenly over 8 devices"):
-        Driver(with_drivers(tiny, "jit", 8), 3).check_batch_size(6, "data.batch_size")
+        Driver(with_drivers(tiny, "jit", 8, data__batch_size=6), 3).check_batch_size()
+    with pytest.raises(ConfigError, match=r"16 images .* over 8 devices in 4 parts each .* take a multiple of 32"):
+        Driver(with_drivers(tiny, "jit", 8, data__batch_size=16, training__accumulate=4), 3).check_batch_size()
     with pytest.raises(ConfigError, match="devices: 99 asked for, 8 found"):
         _ = Driver(with_drivers(tiny, "jit", 99), 3).mesh

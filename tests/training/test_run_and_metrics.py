@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_files import override
 from retina_jax.training.metrics import Metrics, NonFiniteLoss
-from retina_jax.training.run import alone_in, note_fact, open_run, read_run
+from retina_jax.training.opening import open_run
+from retina_jax.training.run import alone_in, note_fact, read_run
 
 NAMES, IDS = ("cat", "dog"), (3, 7)
 
@@ -65,7 +67,40 @@ def test_a_folder_that_cannot_be_written_or_read_is_named(tmp_path: Path) -> Non
         read_run(tmp_path)
 
 
-def step_metrics(loss: float, gradient: float = 1.0, parameters: float = 1.0) -> dict:
+def test_a_change_that_is_asked_for_is_taken_and_noted(tmp_path: Path) -> None:
+    open_run(tmp_path, Config(), NAMES, IDS)
+    first = json.loads((tmp_path / "config.json").read_text())
+    changed = override(Config(), {"loss.gamma": 5.0, "data.flip": False})
+    with pytest.raises(ConfigError, match=r"loss.gamma: 2.0 -> 5.0 \(if it is meant: --allow-changes loss.gamma\)"):
+        open_run(tmp_path, changed, NAMES, IDS, allow_changes=["data.flip"])
+    with pytest.raises(ConfigError, match=r"--allow-changes loss.gama: no such field; did you mean loss.gamma"):
+        open_run(tmp_path, changed, NAMES, IDS, allow_changes=["loss.gama"])
+    open_run(tmp_path, changed, NAMES, IDS, allow_changes=["loss.gamma", "data.flip"])
+    open_run(tmp_path, changed, NAMES, IDS)  # it is the run's own now
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert [change["field"] for change in saved["changes"]] == ["data.flip: True -> False", "loss.gamma: 2.0 -> 5.0"]
+    assert saved["first_start"] == {name: first[name] for name in ("command", "commit", "versions")}
+
+
+@pytest.mark.parametrize(("normaliser", "refused"), [("global", False), ("per_device", True), ("ema", True)])
+def test_the_parts_of_a_batch_may_change_where_the_loss_does_not_know_them(
+    tmp_path: Path, normaliser: str, refused: bool
+) -> None:
+    config = override(Config(), {"loss.normaliser": normaliser})
+    open_run(tmp_path, config, NAMES, IDS, parts=8)
+    open_run(tmp_path, override(config, {"training.accumulate": 4, "devices": 2}), NAMES, IDS, parts=8)
+    with pytest.raises(ConfigError, match=r"in 8 parts .* this one would in 4") if refused else contextlib.nullcontext():
+        open_run(tmp_path, config, NAMES, IDS, parts=4)
+
+
+def test_accumulation_changes_what_batch_norm_sees(tmp_path: Path) -> None:
+    config = override(Config(), {"model.norm": "batch"})
+    open_run(tmp_path, config, NAMES, IDS)
+    with pytest.raises(ConfigError, match=r"training.accumulate: 1 -> 2"):
+        open_run(tmp_path, override(config, {"training.accumulate": 2}), NAMES, IDS)
+
+
+def step_metrics(loss: float, gradient: float = 1.0, parameters: float = 1.0, skipped: int = 0) -> dict:
     return {
         "loss": jnp.float32(loss),
         "classification_loss": jnp.float32(loss),
@@ -74,6 +109,7 @@ def step_metrics(loss: float, gradient: float = 1.0, parameters: float = 1.0) ->
         "learning_rate": jnp.float32(0.01),
         "gradient_norm": jnp.float32(gradient),
         "parameter_norm": jnp.float32(parameters),
+        "skipped": jnp.int32(skipped),
     }
 
 
@@ -91,6 +127,25 @@ def test_a_line_is_the_mean_of_its_window(tmp_path: Path) -> None:
     assert line["step"] == 3 and line["loss"] == pytest.approx(3.0) and line["event"] == "train"
     assert line["images_per_second"] > 0 and line["data_wait_percent"] > 0 and line["peak_memory_mib"] > 0
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_steps_left_out_are_told_of_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two may be left out: they enter no mean; the third ends the run, whatever stood in the window before it."""
+    run = open_run(tmp_path, override(Config(), {"training.skip_non_finite": 2}), NAMES, IDS)
+    with Metrics(run, 0) as metrics:
+        metrics.add(1, step_metrics(2.0), [1], 0.0)
+        metrics.add(2, step_metrics(np.nan, skipped=1), [7, 8], 0.0)
+        metrics.add(3, step_metrics(4.0, skipped=1), [3], 0.0)
+        metrics.flush()
+        metrics.add(4, step_metrics(1.0, np.inf, skipped=2), [9], 0.0)
+        metrics.flush()
+        assert "gradient_norm is inf at step 4, images 9: left out (2 of 2 that may be)" in capsys.readouterr().out
+        metrics.add(5, step_metrics(np.nan, skipped=3), [10], 0.0)
+        with pytest.raises(NonFiniteLoss, match=r"step 5 .*images 10, after 2 such steps were left out"):
+            metrics.flush()
+    told = [(line["step"], line["event"], line["skipped"]) for line in lines(tmp_path)]
+    assert told == [(2, "left_out", 1), (3, "train", 1), (4, "left_out", 2)]
+    assert lines(tmp_path)[0]["images"] == [7, 8] and lines(tmp_path)[1]["loss"] == pytest.approx(3.0)
 
 
 def test_resuming_drops_the_lines_that_will_be_written_again(tmp_path: Path) -> None:

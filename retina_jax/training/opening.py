@@ -1,0 +1,182 @@
+"""Opening a run's folder: what it is started with is written down, and a run that is there must be the same experiment."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from retina_jax import hosts
+from retina_jax.config import Config, ConfigError
+from retina_jax.config_files import flatten, meaning_changes, to_dict, unknown_name
+from retina_jax.training.run import Run, fresh_import, read_run, write_json
+
+PACKAGES = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "tensorflow", "tensorflow-datasets",
+    "pycocotools", "numpy", "Pillow",
+)  # fmt: skip
+
+# Where a host keeps its own data may differ from host to host.
+OF_A_HOST = ("data.train_annotations", "data.train_images", "data.val_annotations", "data.val_images", "data.tfds_folder",
+             "data.scenes.folder", "data.workers", "model.backbone_weights")  # fmt: skip
+
+OF_PARTS = ("per_device", "ema")
+"""Normalisers to which each part of a batch counts on its own."""
+
+
+def open_run(
+    folder: Path,
+    config: Config,
+    class_names: Sequence[str],
+    category_ids: Sequence[int],
+    data_sha256: str | None = None,
+    parts: int | None = None,
+    allow_changes: Sequence[str] = (),
+) -> Run:
+    """Make RUN with its config.json, or check that a run already there is the same experiment. Called by all hosts.
+
+    Raises ConfigError when the folder cannot be written, when the hosts do not share it, or when the run in it was started
+    with other classes or with a config that computes something else, but for the fields in `allow_changes`
+    (`FREE_TO_CHANGE` in config_files.py lists what may always change), or on other training data: `data_sha256` is
+    `Source.sha256` of it, None where there is none yet. `parts` must stay where the loss depends on it.
+    """
+    run = Run(folder, config, tuple(class_names), tuple(category_ids), data_sha256, parts)
+    if unknown := sorted(set(allow_changes) - set(flatten(config))):
+        raise ConfigError(f"--allow-changes {unknown[0]}: {unknown_name(unknown[0], flatten(config))}")
+    facts = {"class_names": list(class_names), "data": data_sha256, **flatten(config)}
+    hosts.check_same(f"--workdir {folder}", {name: v for name, v in facts.items() if name not in OF_A_HOST})
+    if hosts.first():
+        _make_writable(folder)
+        changed = _changes(run, allow_changes)
+        write_json(
+            folder / "config.json",
+            {
+                **_kept(folder, changed),
+                "config": to_dict(config),
+                "class_names": list(class_names),
+                "category_ids": list(category_ids),
+                "data_sha256": data_sha256,
+                "parts": parts,
+                "command": sys.argv,
+                "commit": _commit(),
+                "versions": _versions(),
+                "started": secrets.token_hex(8),
+            },
+        )
+    if hosts.several():
+        _check_shared(folder)
+    return run
+
+
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write_test_{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"--workdir {folder}: cannot be written: {error.strerror}") from None
+
+
+def _check_shared(folder: Path) -> None:
+    """All hosts must see what host 0 has just written."""
+    own = json.loads((folder / "config.json").read_text())["started"] if hosts.first() else ""
+    told = hosts.exchange(own)[0]
+    try:
+        seen = json.loads((folder / "config.json").read_text())["started"]
+    except (OSError, ValueError, LookupError):
+        seen = None
+    strangers = [str(host) for host, same in enumerate(hosts.exchange("" if seen == told else "other")) if same]
+    if strangers:
+        raise ConfigError(
+            f"--workdir {folder}: host {', '.join(strangers)} sees another folder there than host 0; it must be on a disk "
+            "that all hosts share"
+        )
+
+
+def _changes(run: Run, allowed: Sequence[str]) -> list[str]:
+    """What differs from the run that is in the folder already, all of it allowed; ConfigError where some is not."""
+    folder = run.folder
+    if not (folder / "config.json").exists() and any((folder / "checkpoints").glob("[0-9]*")):
+        raise ConfigError(
+            f"--workdir {folder}: holds checkpoints and no config.json that tells of what; take another folder"
+        )
+    if not (folder / "config.json").exists() or fresh_import(folder) is not None:
+        return []
+    before = read_run(folder)
+    if before.class_names != run.class_names:
+        raise ConfigError(
+            f"--workdir {folder}: its run has {len(before.class_names)} classes ({_few(before.class_names)}), the "
+            f"data has {len(run.class_names)} ({_few(run.class_names)}); take the same data or another --workdir"
+        )
+    changes = meaning_changes(before.config, run.config)
+    refused = [change for change in changes if change.partition(":")[0] not in allowed]
+    if refused:
+        raise ConfigError(
+            f"--workdir {folder}: a resumed run keeps its config, but {'; '.join(refused)} (if it is meant: "
+            f"--allow-changes {' '.join(change.partition(':')[0] for change in refused)})"
+        )
+    if run.data_sha256 and before.data_sha256 not in (None, run.data_sha256):
+        raise ConfigError(
+            f"--workdir {folder}: its run was trained on other images or boxes than the training data now has; "
+            "restore them, or take another --workdir"
+        )
+    if before.parts != run.parts and None not in (before.parts, run.parts) and run.config.loss.normaliser in OF_PARTS:
+        raise ConfigError(
+            f"--workdir {folder}: its run took each batch in {before.parts} parts (devices x training.accumulate), this "
+            f"one would in {run.parts}, and loss.normaliser {run.config.loss.normaliser} depends on it; set --devices and "
+            f"--training.accumulate to make {before.parts}"
+        )
+    return changes
+
+
+def _kept(folder: Path, changed: Sequence[str]) -> dict[str, Any]:
+    """What config.json keeps when a run is resumed: facts, the first start, and each change that was allowed."""
+    path = folder / "config.json"
+    if not path.exists() or fresh_import(folder) is not None:
+        return {}
+    saved = json.loads(path.read_text())
+    first = {name: saved.get(name) for name in ("command", "commit", "versions")}
+    kept = {"facts": saved.get("facts", {}), "first_start": saved.get("first_start", first)}
+    steps = [int(p.name) for p in (folder / "checkpoints").glob("*") if p.name.isdigit()]
+    now = [{"after_step": max(steps, default=0), "field": change} for change in changed]
+    return {**kept, "changes": [*saved.get("changes", []), *now]}
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def _commit() -> str | None:
+    """Git commit of this code, with "+changes" where the tree differs from it; None outside a checkout."""
+    where = Path(__file__).resolve().parents[2]
+    git = ["git", "-C", str(where)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    devices = jax.devices()
+    versions["devices"] = f"{len(devices)} x {devices[0].device_kind}"
+    return versions

@@ -1,0 +1,28 @@
+#!/bin/bash
+# Trains on all hosts of a Cloud TPU slice, and starts again until the run is complete. From a machine that stays up:
+#
+#     scripts/cluster/tpu_pod.sh TPU ZONE RUN --config configs/paper_r50_600.py [--loss.gamma 5 ...]
+#
+# On every host ~/retina_jax is the checkout, set up by `make setup ACCELERATOR=tpu`, and RUN is in a folder that all of
+# them mount (Filestore, say: a Cloud Storage bucket has neither locks nor renames).
+set -uo pipefail
+[ $# -ge 3 ] || { echo "usage: $0 TPU ZONE RUN [options of scripts/train.py]" >&2; exit 2; }
+tpu=$1 zone=$2 run=$3
+shift 3
+
+on() { # on WORKER COMMAND
+    gcloud compute tpus tpu-vm ssh "$tpu" --zone="$zone" --worker="$1" --command="cd retina_jax && $2"
+}
+printf -v train '%q ' .venv/bin/python scripts/train.py --workdir "$run" --distributed "$@"
+printf -v complete 'test -f %q' "$run/summary.json"
+
+for _ in $(seq 20); do
+    on 0 "$complete" && exit 0
+    began=$SECONDS
+    if ! on all "$train" && [ $((SECONDS - began)) -lt "${AT_ONCE:-300}" ]; then
+        on 0 "$complete" && exit 0
+        echo "error: $run ended within minutes of its start; so it would again" >&2
+        exit 1
+    fi
+done
+on 0 "$complete"

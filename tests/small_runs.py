@@ -1,0 +1,121 @@
+"""Real training processes of a few seconds: a config that learns something, started alone or as several hosts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LEARNS = """
+from retina_jax.config import *
+
+def get_config():
+    scenes = ScenesConfig(folder={scenes!r}, train_images=64, val_images=11, size=64, classes=2, max_objects=2,
+        min_side=24.0, max_side=40.0, lookalikes=0)
+    return Config(
+        data=DataConfig(source="scenes", batch_size=8, short_side=64, long_side=64, max_boxes=8, scenes=scenes),
+        model=ModelConfig(backbone="resnet18", base_width=8, stage_blocks=(1, 1, 1, 1), norm="group", norm_groups=4,
+            frozen_stages=0, max_level=5, fpn_channels=16, head_channels=16, head_convs=1),
+        anchors=AnchorConfig(size_factor=4.0),
+        optimizer=OptimizerConfig(name="adamw", learning_rate=0.005, warmup_steps=10, boundaries=(100,), clip_norm=1.0),
+        training=TrainingConfig(steps=100, log_every=1, eval_every=0, checkpoint_every=10, pictures=2, tensorboard=False),
+    )
+"""
+
+
+def write_config(folder: Path) -> Path:
+    """A config that reaches AP .3 in 100 steps of 8 images, some ten seconds."""
+    path = folder / "learns.py"
+    path.write_text(LEARNS.format(scenes=str(folder / "scenes")))
+    return path
+
+
+def start(config: Path, workdir: Path, *options: object, devices: int, log: Path | None = None) -> subprocess.Popen[bytes]:
+    """scripts/train.py on so many CPU devices; what it says goes to `log`, by default WORKDIR.log."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "PYTHONUNBUFFERED": "1",
+    }
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", str(config), "--workdir", str(workdir)]
+    with (log or workdir.with_suffix(".log")).open("ab") as file:
+        return subprocess.Popen(
+            [*command, *map(str, options)], env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
+        )
+
+
+class Pair:
+    """Two hosts of two devices each, as processes of this machine. Leaving the `with` block kills what is left."""
+
+    def __init__(self, config: Path, workdir: Path, *options: object, own: Sequence[Sequence[object]] = ((), ())) -> None:
+        """`own`: options of each host."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.logs = [workdir.with_name(f"{workdir.name}_host{host}_{time.monotonic_ns()}.log") for host in (0, 1)]
+        together = ("--coordinator", f"127.0.0.1:{port}", "--hosts", 2)
+        self.hosts = [
+            start(config, workdir, *together, "--host", host, *options, *own[host], devices=2, log=self.logs[host])
+            for host in (0, 1)
+        ]
+
+    def __enter__(self) -> Pair:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self.hosts:
+            process.kill()
+            process.wait()
+
+    def ended(self, within: float = 240) -> list[int]:
+        """Exit statuses of both."""
+        until = time.monotonic() + within
+        return [process.wait(max(0.1, until - time.monotonic())) for process in self.hosts]
+
+    def said(self) -> str:
+        """What both have said, host 0 first."""
+        return "\n".join(log.read_text(errors="replace") for log in self.logs)
+
+
+def wait_for_step(workdir: Path, step: int, *processes: subprocess.Popen[bytes], within: float = 240) -> None:
+    """Until the run's metrics hold `step`; fails where a process ends before."""
+    until = time.monotonic() + within
+    while not any(line["step"] >= step for line in metrics(workdir)):
+        assert all(process.poll() is None for process in processes), f"ended before step {step}"
+        assert time.monotonic() < until, f"no step {step} within {within} s"
+        time.sleep(0.02)
+
+
+def metrics(workdir: Path) -> list[dict]:
+    """Whole lines of metrics.jsonl."""
+    path = workdir / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    """Loss by step; each step once, none left out."""
+    lines = [line for line in metrics(workdir) if line["event"] == "train"]
+    steps = [line["step"] for line in lines]
+    assert steps == list(range(1, len(steps) + 1)), f"gaps or duplicates: {steps}"
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def summary(workdir: Path) -> dict:
+    """RUN/summary.json."""
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL."""
+    process.send_signal(signal.SIGKILL)
+    process.wait()

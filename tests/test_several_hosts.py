@@ -1,0 +1,97 @@
+"""Two real processes of two devices each are one run: shared, stopped, killed, resumed, and the same as one process."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from small_runs import Pair, kill, losses, metrics, start, summary, wait_for_step, write_config
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("hosts"))
+
+
+@pytest.fixture(scope="module")
+def begun(config: Path) -> Path:
+    """A run of one process on four devices, 100 steps. What follows starts from it: Adam's first steps, divided by their
+    own size, make rounding as large as gradients, and no two numbers of devices would agree."""
+    workdir = config.parent / "begun"
+    process = start(config, workdir, devices=4)
+    assert process.wait(300) == 0, workdir.with_suffix(".log").read_text()
+    return workdir
+
+
+MORE = ("--training.steps", 160)
+
+
+@pytest.fixture(scope="module")
+def alone(config: Path, begun: Path) -> Path:
+    """The same, 60 steps further."""
+    workdir = shutil.copytree(begun, config.parent / "alone")
+    process = start(config, workdir, *MORE, devices=4)
+    assert process.wait(300) == 0, workdir.with_suffix(".log").read_text()
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def shared(config: Path, begun: Path) -> tuple[Path, Path]:
+    """The same by two hosts: SIGTERM to one, resumed, SIGKILL of host 1, resumed to its end; and a copy of it at SIGTERM."""
+    workdir = shutil.copytree(begun, config.parent / "shared")
+    (workdir / "summary.json").unlink()
+    with Pair(config, workdir, *MORE) as pair:
+        wait_for_step(workdir, 105, *pair.hosts)
+        pair.hosts[1].send_signal(signal.SIGTERM)
+        assert pair.ended() == [0, 0], pair.said()
+        assert "stopped by SIGTERM after step" in pair.said() and "Traceback" not in pair.said()
+    saved = max(line["step"] for line in metrics(workdir))
+    assert (workdir / "checkpoints" / str(saved)).is_dir() and not (workdir / "summary.json").exists()
+    stopped = shutil.copytree(workdir, config.parent / "stopped")
+    with Pair(config, workdir, *MORE) as pair:
+        wait_for_step(workdir, saved + 5, *pair.hosts)
+        assert f"resuming {workdir} at step {saved}" in pair.said()
+        kill(pair.hosts[1])
+        killed = time.monotonic()
+        assert pair.hosts[0].wait(60) == 75, pair.said()
+        assert time.monotonic() - killed < 60
+        assert "host 1 of 2 is gone" in pair.said() and "start all hosts again" in pair.said()
+    with Pair(config, workdir, *MORE) as pair:
+        assert pair.ended() == [0, 0], pair.said()
+        assert "Traceback" not in pair.said()
+    return workdir, stopped
+
+
+def test_two_hosts_are_one_process_with_as_many_devices(alone: Path, shared: tuple[Path, Path]) -> None:
+    """The same losses, step by step, and the same AP, whatever happened to the hosts on the way."""
+    expected, got = losses(alone), losses(shared[0])
+    assert got.keys() == expected.keys() and len(got) == 160
+    assert list(got.values()) == pytest.approx(list(expected.values()), rel=1e-3)
+    first, second = summary(alone)["evaluation"], summary(shared[0])["evaluation"]
+    assert first["AP"] > 0.1 and first["images"] == second["images"] == 11
+    for name in ("AP", "AP50", "AR100"):
+        assert second[name] == pytest.approx(first[name], abs=0.01), name
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_run_of_two_hosts_goes_on_alone(config: Path, alone: Path, shared: tuple[Path, Path], devices: int) -> None:
+    """Saved on 2 x 2 devices, resumed on 1 x 1 and on 1 x 8."""
+    workdir = shutil.copytree(shared[1], config.parent / f"on_{devices}")
+    before = len(losses(workdir))
+    process = start(config, workdir, "--training.steps", before + 20, devices=devices)
+    assert process.wait(300) == 0, workdir.with_suffix(".log").read_text()
+    assert f"resuming {workdir} at step {before}" in workdir.with_suffix(".log").read_text()
+    got = losses(workdir)
+    assert len(got) == before + 20
+    assert list(got.values()) == pytest.approx(list(losses(alone).values())[: len(got)], rel=1e-3)
+
+
+def test_hosts_of_other_configs_refuse_each_other(config: Path) -> None:
+    workdir = config.parent / "differing"
+    with Pair(config, workdir, own=((), ("--loss.gamma", 3.0))) as pair:
+        assert all(status in (2, 75) for status in pair.ended())
+        assert "loss.gamma is 2.0 on host 0 and 3.0 on host 1" in pair.said()
+        assert "Traceback" not in pair.said() and not (workdir / "config.json").exists()

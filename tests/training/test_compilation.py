@@ -1,0 +1,324 @@
+"""What is said of compiling: one line a program, a warning for one too many, a line when memory ends."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.errors import JaxRuntimeError
+
+from retina_jax.config import Config
+from retina_jax.config_files import override
+from retina_jax.training import compilation
+from retina_jax.training.compilation import CompiledStep, Memory, OutOfMemory, memory_of, out_of_memory
+from retina_jax.training.parallel import Driver
+from retina_jax.training.step import Inputs
+
+GIB = 2**30
+
+
+class Pixels(NamedTuple):
+    images: jax.Array | np.ndarray
+    sizes: jax.Array | np.ndarray
+
+
+@flax.struct.dataclass
+class State:
+    step: jax.Array
+    weights: dict[str, jax.Array]
+
+
+def fresh(**options: object) -> Callable[[State, Pixels], tuple[State, dict[str, jax.Array]]]:
+    """A jitted step that no test before has compiled."""
+
+    def function(state: State, inputs: Pixels) -> tuple[State, dict[str, jax.Array]]:
+        scale = inputs.images.astype(jnp.float32).mean() + inputs.sizes.sum().astype(jnp.float32)
+        weights = {"w": state.weights["w"] + scale * state.weights["w"].sum()}
+        return State(state.step + 1, weights), {"loss": scale}
+
+    return jax.jit(function, **options)
+
+
+def pixels(batch: int = 2, canvas: tuple[int, int] = (32, 48), dtype: type = np.int32) -> Pixels:
+    return Pixels(np.ones((batch, *canvas, 3), np.uint8), np.ones((batch, 2), dtype))
+
+
+def new_state() -> State:
+    return State(jnp.zeros((), jnp.int32), {"w": jnp.ones((4,), jnp.float32)})
+
+
+@pytest.fixture
+def uncached() -> Iterator[None]:
+    """Without the tests' compilation cache on disk, in which the second run of a test finds its programs."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax._src.compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+    jax._src.compilation_cache.reset_cache()
+
+
+def take(step: CompiledStep, state: State, *batches: Pixels) -> State:
+    for inputs in batches:
+        state, _ = step(state, inputs)
+    return state
+
+
+def test_two_hundred_batches_of_four_shapes_are_four_programs_and_four_lines(uncached: None) -> None:
+    jitted, said = fresh(donate_argnums=0), []
+    step = CompiledStep(jitted, canvases=4, announce=said.append)
+    rng = np.random.default_rng(0)
+    canvases = [(32, 48), (48, 32), (32, 64), (64, 32)]
+    batches = [pixels(canvas=canvases[i]) for i in [0, 1, 2, 3, *rng.integers(4, size=196)]]
+    state = take(step, new_state(), *batches)
+    assert int(state.step) == 200 and jitted._cache_size() == 4
+    assert [line.split(" compiled in ")[0] for line in said] == [f"step for {h}x{w}" for h, w in canvases]
+    assert re.fullmatch(
+        r"step for 32x48 compiled in \d+\.\d s: \d+\.\d\d MiB on each device "
+        r"\(arguments \d+\.\d\d, results \d+\.\d\d, temporaries \d+\.\d\d, code \d+\.\d\d\)",
+        said[0],
+    )
+
+
+def test_the_program_announced_is_the_one_that_runs(uncached: None) -> None:
+    """Compiled once, ahead of the call: the call itself compiles nothing."""
+    heard: list[str] = []
+
+    def hear(event: str, seconds: float, **_: str | int) -> None:
+        if event == compilation.COMPILED:
+            heard.append(event)
+
+    step, state, inputs = CompiledStep(fresh(), 1, lambda line: None), new_state(), pixels()
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    try:
+        take(step, state, inputs, inputs)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(hear)
+    assert len(heard) == 1
+
+
+def test_results_and_donation_are_those_of_the_step_itself() -> None:
+    state, inputs = new_state(), pixels()
+    expected, measured = fresh()(state, inputs)
+    step = CompiledStep(fresh(donate_argnums=0), 1, lambda line: None)
+    got, metrics = step(state, inputs)
+    np.testing.assert_array_equal(got.weights["w"], expected.weights["w"])
+    np.testing.assert_array_equal(metrics["loss"], measured["loss"])
+    assert state.weights["w"].is_deleted()
+
+
+@pytest.mark.parametrize(
+    ("other", "differing"),
+    [
+        (lambda state: (state, pixels(dtype=np.int16)), "inputs.sizes int32 -> int16"),
+        (
+            lambda state: (state, pixels(batch=3)),
+            "inputs.images (2, 3) -> (3, 3), inputs.sizes (2, 2) -> (3, 2)",
+        ),
+        (
+            lambda state: (State(state.step, {"w": jax.lax.full((4,), 1.0)}), pixels()),
+            "state.weights.w weak type False -> True",
+        ),
+        (
+            lambda state: (jax.device_put(state, jax.devices()[1]), pixels()),
+            r"state.step sharding .* -> .*, state.weights.w sharding .* -> .*",
+        ),
+        (
+            lambda state: (State(state.step, {**state.weights, "v": jnp.ones(())}), pixels()),
+            "state.weights.v is new",
+        ),
+    ],
+    ids=["dtype", "batch size", "weak type", "sharding", "structure"],
+)
+def test_a_recompilation_is_named_by_what_differs(
+    uncached: None, other: Callable[[State], tuple[State, Pixels]], differing: str
+) -> None:
+    said: list[str] = []
+    step = CompiledStep(fresh(), canvases=1, announce=said.append)
+    state = take(step, new_state(), *[pixels()] * 6)
+    assert len(said) == 1
+    step(*other(state))
+    assert said[1].startswith("step for 32x48 compiled in ")
+    pattern = differing if ".*" in differing else re.escape(differing)
+    assert re.fullmatch(f"warning: step 7 recompiled: {pattern}", said[2])
+    take(step, state, pixels())  # back to the first program, which is still there
+    assert len(said) == 3
+
+
+def test_a_difference_that_comes_with_a_new_canvas_is_named_too(uncached: None) -> None:
+    said: list[str] = []
+    step = CompiledStep(fresh(), canvases=2, announce=said.append)
+    take(step, new_state(), pixels(), pixels(canvas=(48, 32), dtype=np.int16))
+    assert said[2] == "warning: step 2 recompiled: inputs.sizes int32 -> int16"
+
+
+def test_one_canvas_more_than_expected_is_a_warning(uncached: None) -> None:
+    said: list[str] = []
+    step = CompiledStep(fresh(), canvases=2, announce=said.append)
+    take(step, new_state(), pixels(), pixels(canvas=(48, 32)), pixels(), pixels(canvas=(64, 64)))
+    assert len(said) == 4
+    assert said[3] == "warning: step 4 has canvas shape 3, 64x64, of 2 expected: so far 32x48, 48x32"
+
+
+def test_a_program_out_of_the_cache_is_said_to_be(tmp_path: object) -> None:
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        jax._src.compilation_cache.reset_cache()
+        said: list[str] = []
+        for _ in range(2):
+            jax.clear_caches()
+            take(CompiledStep(fresh(), 1, said.append), new_state(), pixels())
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        jax._src.compilation_cache.reset_cache()
+    assert "step for 32x48 compiled in" in said[0]
+    assert "step for 32x48 found in the compilation cache in" in said[1]
+
+
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_a_driver_compiles_each_canvas_once(tiny: Config, make_inputs: Callable[..., Inputs], parallel: str) -> None:
+    """Also at the second step, whose state comes out of the first one: nothing else is said."""
+    driver = Driver(override(tiny, {"parallel": parallel, "devices": 2}), 3)
+    said: list[str] = []
+    step, state = CompiledStep(driver.step, canvases=2, announce=said.append), driver.first_state()
+    for number, canvas in enumerate([(64, 64), (64, 64), (64, 96), (64, 64), (64, 96)]):
+        state, measured = step(state, driver.place(make_inputs(number, canvas=canvas)))
+        jax.block_until_ready(measured)
+    assert [line[:15] for line in said] == ["step for 64x64 ", "step for 64x96 "]
+    assert all(" MiB on each device (arguments " in line for line in said)
+    assert int(state.step) == 5
+
+
+def test_memory_is_counted_per_device_and_not_twice_where_donated() -> None:
+    x = jnp.ones((256, 256), jnp.float32)
+    mib = x.nbytes
+    plain = memory_of(jax.jit(lambda x: x + 1).lower(x).compile())
+    donated = memory_of(jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile())
+    assert plain is not None and donated is not None
+    assert (plain.arguments, plain.results) == (mib, mib)
+    assert (donated.arguments, donated.results) == (mib, 0)
+    assert plain.total == 2 * mib + plain.temporaries + plain.code
+    over = jax.NamedSharding(jax.make_mesh((8,), ("data",)), jax.P("data"))
+    split = memory_of(jax.jit(lambda x: x + 1).lower(jax.device_put(x, over)).compile())
+    assert split is not None and split.arguments == mib // 8
+
+
+def test_a_share_of_the_device_is_told_where_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "device_memory", lambda: 80 * GIB)
+    assert compilation._share(Memory(10 * GIB, 0, 10 * GIB, 0)) == ", 25% of its 80.0 GiB"
+    monkeypatch.setattr(compilation, "device_memory", lambda: None)
+    assert compilation._share(Memory(10 * GIB, 0, 10 * GIB, 0)) == ""
+
+
+# As XLA words it: GPU at run time, of old and of late; with its list of buffers; one allocation; TPU compiling, loading a
+# program, allocating; CPU.
+MESSAGES = {
+    "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4770354232 bytes.\nBufferAssignment OOM Debugging.\n"
+    "BufferAssignment stats:\n   parameter allocation:  372.76MiB": "Out of memory while trying to allocate 4.4 GiB",
+    "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 60.91GiB": "Out of memory while trying to allocate 60.91GiB",
+    "RESOURCE_EXHAUSTED: Failed to allocate request for 2.99GiB (3206250496B) on device ordinal 0": (
+        "Failed to allocate request for 2.99GiB (3206250496B) on device ordinal 0"
+    ),
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 21.95G of 15.48G hbm. "
+    "Exceeded hbm capacity by 6.47G.\n\nTotal hbm usage >= 22.47G:\n    reserved        530.00M": (
+        "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 21.95G of 15.48G hbm. "
+        "Exceeded hbm capacity by 6.47G"
+    ),
+    "RESOURCE_EXHAUSTED: Error loading program 'jit_train_step': Attempting to reserve 9.62G at the bottom of memory. That "
+    "was not possible. There are 7.14G free, 0B reserved, and 7.14G reservable.": (
+        "Error loading program 'jit_train_step': Attempting to reserve 9.62G at the bottom of memory. "
+        "That was not possible. There are 7.14G free, 0B reserved, and 7.14G reservable"
+    ),
+    "RESOURCE_EXHAUSTED: Error allocating device buffer: Attempting to allocate 50.00M. That was not possible. There are "
+    "27.86M free.; (0x0x0_HBM0)": (
+        "Error allocating device buffer: Attempting to allocate 50.00M. That was not possible. There are 27.86M free.; "
+        "(0x0x0_HBM0)"
+    ),
+    "RESOURCE_EXHAUSTED: Out of memory allocating 70368744177664 bytes.": "Out of memory allocating 65536.0 GiB",
+    "INTERNAL: Failed to launch CUDA kernel: CUDA_ERROR_OUT_OF_MEMORY: out of memory": (
+        "INTERNAL: Failed to launch CUDA kernel: CUDA_ERROR_OUT_OF_MEMORY: out of memory"
+    ),
+}
+
+
+@pytest.mark.parametrize(("message", "kept"), MESSAGES.items(), ids=range(len(MESSAGES)))
+def test_out_of_memory_is_one_line_with_what_would_help(
+    message: str, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compilation, "device_memory", lambda: 16 * GIB)
+    line = out_of_memory(JaxRuntimeError(message), Memory(GIB, 0, 20 * GIB, 0), (640, 1024))
+    assert line == (
+        "out of memory: the step for 640x1024 needs 21.00 GiB on each device (arguments 1.00, results 0.00, temporaries "
+        f"20.00, code 0.00) of a device's 16.0 GiB ({kept}); take a smaller data.batch_size, or keep it with "
+        "training.accumulate, model.remat True, model.dtype bfloat16"
+    )
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "INTERNAL: cuDNN launch failure",
+        "RESOURCE_EXHAUSTED: Received message larger than max (5242880 vs. 4194304)",
+        "DEADLINE_EXCEEDED: Barrier timed out",
+    ],
+)
+def test_other_errors_of_the_runtime_are_left_alone(message: str) -> None:
+    def fail(state: State, inputs: Pixels) -> None:
+        raise JaxRuntimeError(message)
+
+    assert out_of_memory(JaxRuntimeError(message)) is None
+    with pytest.raises(JaxRuntimeError, match=re.escape(message)):
+        step_that_calls(fail)(new_state(), pixels())
+
+
+def step_that_calls(call: Callable[..., object]) -> CompiledStep:
+    """A step that compiles as `fresh` does and, called, does something else."""
+
+    class Step:
+        lower = staticmethod(fresh().lower)
+        __call__ = staticmethod(call)
+
+    return CompiledStep(Step(), 1, lambda line: None)
+
+
+def test_memory_that_really_ends_names_what_the_step_needed() -> None:
+    """64 TiB asked of this machine: XLA's own error."""
+
+    def huge(state: State, inputs: Pixels) -> jax.Array:
+        return jnp.ones((2**44,), jnp.float32)
+
+    with pytest.raises(OutOfMemory) as caught:
+        step_that_calls(huge)(new_state(), pixels())
+    assert isinstance(caught.value.__cause__, JaxRuntimeError)
+    assert re.fullmatch(
+        r"out of memory: the step for 32x48 needs .* MiB on each device \(.*\) \(Out of memory allocating 65536.0 GiB\); "
+        r"take a smaller data.batch_size, or keep it with training.accumulate, .*",
+        str(caught.value),
+    )
+
+
+def test_memory_that_ends_while_compiling_is_named() -> None:
+    def fail(*_: object) -> None:
+        raise JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.95G of 15.48G hbm.")
+
+    step = partial(fresh())
+    step.lower = fail
+    with pytest.raises(
+        OutOfMemory, match=r"a program needs more than there is \(Ran out of memory in memory space hbm"
+    ):
+        CompiledStep(step, 1)(new_state(), pixels())

@@ -1,0 +1,273 @@
+"""Disks that fill up, turn read-only or give back other bytes: found, told in one line, and survived."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from retina_jax.config import Config
+from retina_jax.config_files import override
+from retina_jax.training.checkpoints import Checkpoints
+from retina_jax.training.disks import CHECKSUMS, DiskError, check_room, damage, reason, write_checksums
+from retina_jax.training.metrics import Metrics
+from retina_jax.training.run import Run
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint as it is written, not to be changed for good."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    import jax
+
+    state = jax.device_put({"weights": np.arange(5000, dtype=np.float32), "step": np.asarray(3, np.int32)})
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(3, state, 0.25)
+    return folder / "3"
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_found(checkpoint: Path) -> None:
+    assert damage(checkpoint) == "" and len(files_of(checkpoint)) > 8
+    for file in files_of(checkpoint):
+        whole = file.read_bytes()
+        for offset in {0, len(whole) // 3, len(whole) // 2, len(whole) - 1}:
+            for bit in (0x01, 0x20, 0x80):
+                flipped = bytearray(whole)
+                flipped[offset] ^= bit
+                file.write_bytes(flipped)
+                # The blank space of the list of checksums itself may change and mean the same.
+                assert damage(checkpoint) or (file.name == CHECKSUMS and json.loads(flipped) == json.loads(whole))
+        file.write_bytes(whole)
+    assert damage(checkpoint) == ""
+
+
+def test_a_file_cut_short_missing_or_unreadable_is_named(checkpoint: Path) -> None:
+    for file in files_of(checkpoint):
+        whole, name = file.read_bytes(), file.relative_to(checkpoint).as_posix()
+        for part in (b"", whole[:-1]):
+            file.write_bytes(part)
+            told = f"{name} holds {len(part)} of {len(whole)} bytes"
+            if file.name == CHECKSUMS:
+                told = "" if part and part.endswith(b"}") else "checksums.json cannot be read"
+            assert damage(checkpoint) == told
+        file.unlink()
+        assert damage(checkpoint) == ("" if file.name == CHECKSUMS else f"{name} is missing")
+        file.mkdir()
+        assert damage(checkpoint)
+        file.rmdir()
+        file.write_bytes(whole)
+    assert damage(checkpoint) == "" and damage(checkpoint / "nowhere") == "it is gone"
+
+
+def test_files_added_later_do_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("1")
+    write_checksums(tmp_path)
+    (tmp_path / ".nfs0001").write_text("left by a file system")
+    assert damage(tmp_path) == ""
+
+
+def test_the_reason_is_one_short_line_also_of_errors_that_say_it_at_length() -> None:
+    assert reason(OSError(28, "No space left on device", "file")) == "No space left on device"
+    buried = ValueError(
+        "RESOURCE_EXHAUSTED: Error writing x:\n" + "y" * 900 + ": No space left on device [OS error 28]"
+    )
+    assert reason(buried) == "No space left on device"
+    assert reason(ValueError("one\ntwo")) == "one" and reason(KeyError()) == "KeyError"
+    assert len(reason(ValueError("x" * 999))) == 200
+
+
+def test_room_is_found_where_it_is_and_leaves_nothing(tmp_path: Path) -> None:
+    check_room(tmp_path, 10_000)
+    check_room(tmp_path, 0)
+    with pytest.raises(OSError, match=r"space|large"):
+        check_room(tmp_path, 2**55)
+    assert list(tmp_path.iterdir()) == []
+
+
+QUIET = override(Config(), {"training.tensorboard": False})
+
+
+def run_in(folder: Path) -> Run:
+    return Run(folder, QUIET, ("cat",), (1,))
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    steps=st.lists(st.integers(1, 20), max_size=12).map(sorted),
+    cut=st.integers(0, 400),
+    rubbish=st.binary(max_size=30).filter(lambda b: b"\n" not in b),
+    where=st.integers(0, 12),
+    resumed=st.integers(0, 20),
+)
+def test_a_resumed_run_keeps_every_whole_line_up_to_its_step(
+    tmp_path: Path, steps: list[int], cut: int, rubbish: bytes, where: int, resumed: int
+) -> None:
+    lines = [json.dumps({"step": s, "event": "train", "loss": 0.5}).encode() for s in steps]
+    lines.insert(where, b"\xff\xfe\x00{" + rubbish)
+    text = b"".join(line + b"\n" for line in lines)
+    text = text[: max(len(text) - cut, 0)]
+    (tmp_path / "metrics.jsonl").write_bytes(text)
+    with Metrics(run_in(tmp_path), resumed) as metrics:
+        metrics.write(resumed + 1, {"event": "train", "loss": 1.0})
+    whole = [line for line in text.split(b"\n") if line.startswith(b'{"step"') and line.endswith(b"}")]
+    kept = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_bytes().splitlines()]
+    assert kept == [s for s in (json.loads(line)["step"] for line in whole) if s <= resumed] + [resumed + 1]
+
+
+def test_metrics_tell_which_evaluations_they_hold(tmp_path: Path) -> None:
+    with Metrics(run_in(tmp_path), 0) as metrics:
+        for step in (2, 4):
+            metrics.write(step, {"event": "train", "loss": 1.0})
+            metrics.write(step, {"event": "evaluation", "AP": 0.5})
+    with Metrics(run_in(tmp_path), 3) as metrics:
+        assert metrics.has_evaluation(2) and not metrics.has_evaluation(3) and not metrics.has_evaluation(4)
+
+
+def test_metrics_that_cannot_be_written_are_one_line_that_names_the_file(tmp_path: Path) -> None:
+    with Metrics(run_in(tmp_path), 0) as metrics:
+        (tmp_path / "metrics.jsonl").mkdir()
+        with pytest.raises(DiskError, match=r"metrics.jsonl: cannot be written: Is a directory"):
+            metrics.write(1, {"event": "train", "loss": 1.0})
+
+
+# What follows runs in a mount namespace of its own, with a file system of a few MB on argv[1].
+START = """
+import contextlib, io, json, os, subprocess, sys, warnings
+from pathlib import Path
+warnings.simplefilter("error")
+import jax, numpy as np
+from retina_jax.config import Config
+from retina_jax.config_files import override
+from retina_jax.training import checkpoints as module
+from retina_jax.training.checkpoints import Checkpoints
+from retina_jax.training.disks import DiskError
+from retina_jax.training.metrics import Metrics
+from retina_jax.training.run import Run
+disk = Path(sys.argv[1])
+folder = disk / "checkpoints"
+noise = np.random.default_rng(0).normal(size=(8, 64, 1024)).astype(np.float32)
+
+def state(step):
+    return jax.device_put({**{f"a{k}": noise[k] + step for k in range(8)}, "step": np.asarray(step, np.int32)})
+
+def fill(left):
+    stat = os.statvfs(disk)
+    (disk / "ballast").write_bytes(bytes(stat.f_bavail * stat.f_frsize - left))
+
+def remount(how):
+    subprocess.run(["mount", "-o", f"remount,{how}", disk], check=True)
+
+def fails(checkpoints, step, why):
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        checkpoints.save(step, state(step))
+        try:
+            checkpoints.wait()
+        except DiskError as error:
+            assert f"step {step} could not be saved: {why}; the newest whole checkpoint is step" in str(error), error
+        else:
+            raise SystemExit(f"step {step} was saved")
+    assert told.getvalue().count("\\n") == 1 and why in told.getvalue(), told.getvalue()
+
+def whole(step):
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        assert int(checkpoints.restore(state(0))["step"]) == step == checkpoints.steps()[-1]
+"""
+FULL = """
+with Checkpoints(folder, keep=1) as checkpoints:
+    checkpoints.save(1, state(1))
+    checkpoints.wait()
+    fill(700_000)
+    fails(checkpoints, 2, "No space left on device")
+    whole(1)
+    assert [path.name for path in folder.iterdir()] == ["1"]
+    (disk / "ballast").unlink()
+    checkpoints.save(3, state(3))
+    checkpoints.wait()
+    whole(3)
+    save = module.save_arrays  # this time the room goes while it is written
+
+    def filled_meanwhile(*arguments):
+        fill(700_000)
+        save(*arguments)
+
+    module.save_arrays = filled_meanwhile
+    sys.unraisablehook = lambda unraisable: None  # tensorstore's, of writes that nobody waits for any more
+    fails(checkpoints, 4, "No space left on device")
+    module.save_arrays = save
+    whole(3)
+    assert [path.name for path in folder.iterdir() if path.name.isdecimal()] == ["3"]
+    (disk / "ballast").unlink()
+    checkpoints.save(5, state(5))
+whole(5)
+assert [path.name for path in folder.iterdir()] == ["5"]
+"""
+READ_ONLY = """
+with Checkpoints(folder) as checkpoints:
+    checkpoints.save(1, state(1))
+    checkpoints.wait()
+    remount("ro")
+    fails(checkpoints, 2, "Read-only file system")
+    whole(1)
+    remount("rw")
+    checkpoints.save(3, state(3))
+    checkpoints.wait()
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "3"]
+"""
+METRICS = """
+run = Run(disk, override(Config(), {"training.tensorboard": True}), ("cat",), (1,))
+told = io.StringIO()
+with Metrics(run, 0) as metrics:
+    metrics.write(1, {"event": "train", "loss": 1.0, "note": "x" * 5000})
+    fill(0)
+    before = (disk / "metrics.jsonl").read_bytes()
+    for _ in range(3):
+        try:
+            metrics.write(2, {"event": "train", "loss": 2.0, "note": "x" * 5000})
+        except DiskError as error:
+            assert str(error) == f"{disk / 'metrics.jsonl'}: cannot be written: No space left on device"
+        else:
+            raise SystemExit("written to a full disk")
+        assert (disk / "metrics.jsonl").read_bytes() == before
+    with contextlib.redirect_stdout(told):  # its last block has room for short lines, TensorBoard's file has not
+        for step in range(2, 300):
+            metrics._board.add(step, {"loss": 2.0})
+    assert told.getvalue().count("warning: ") == 1 and "tensorboard: cannot be written" in told.getvalue()
+with Metrics(run, 1) as metrics:  # nothing to mend: a full disk does not stop a resumed run from looking
+    (disk / "ballast").unlink()
+    metrics.write(2, {"event": "train", "loss": 2.0})
+assert [json.loads(line)["step"] for line in (disk / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+"""
+
+
+@pytest.fixture(scope="module")
+def namespace() -> list[str]:
+    """A command that runs another with rights to mount, invisibly to the rest of the machine."""
+    if shutil.which("unshare"):
+        for command in (["unshare", "-rm"], ["unshare", "-m"]):
+            mount = [*command, "sh", "-c", "mount -t tmpfs -o size=1m tmpfs /mnt"]
+            if subprocess.run(mount, capture_output=True).returncode == 0:
+                return command
+    pytest.skip("no mount namespace to be had here (unshare -rm), so no small file system either")
+
+
+@pytest.mark.parametrize("script", [FULL, READ_ONLY, METRICS], ids=["full", "read_only", "metrics"])
+def test_a_run_survives_its_disk(namespace: list[str], tmp_path: Path, script: str) -> None:
+    mounted = f'mount -t tmpfs -o size=6m tmpfs {tmp_path} && exec {sys.executable} -c "$0" {tmp_path}'
+    done = subprocess.run(
+        [*namespace, "sh", "-c", mounted, START + script], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr[-3000:] + done.stdout

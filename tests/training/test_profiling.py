@@ -1,0 +1,162 @@
+"""The profiler's window: these steps, whole, and no others, however the run ends."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from retina_jax.config import ConfigError
+from retina_jax.config_files import parse_window
+from retina_jax.training.profiling import Profiler
+
+
+@jax.jit
+def small_step(x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ x)
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    yield []
+    with pytest.raises(RuntimeError, match="No profile started"):  # every test leaves the profiler at rest
+        jax.profiler.stop_trace()
+
+
+def run_steps(profiler: Profiler, first: int, last: int, fail_at: int | None = None) -> None:
+    x = small_step(jnp.eye(64))
+    with profiler:
+        for step in range(first, last + 1):
+            profiler.begin(step)
+            if step == fail_at:
+                raise ZeroDivisionError("a bad image")
+            x = small_step(x)
+            profiler.end(step, {"x": x})
+
+
+def events(folder: Path, name: str = "perfetto_trace.json.gz") -> list[dict]:
+    (trace,) = folder.glob(f"plugins/profile/*/{name}")
+    with gzip.open(trace) as file:
+        return json.load(file)["traceEvents"]
+
+
+def traced_steps(folder: Path) -> list[int]:
+    return [int(event["args"]["step_num"]) for event in events(folder) if event.get("name") == "train"]
+
+
+@pytest.mark.parametrize(
+    ("text", "window"), [("", None), ("10:15", (10, 15)), ("10:10", (10, 10)), ("1:1", (1, 1)), ("010:15", (10, 15))]
+)
+def test_a_window_is_its_first_and_last_step(text: str, window: tuple[int, int] | None) -> None:
+    assert parse_window(text) == window
+
+
+@pytest.mark.parametrize(
+    "text", ["15:10", "0:3", "-1:3", "10", "10:", ":15", "10:15:20", "a:b", "10-15", " 10:15", "1.5:2"]
+)
+def test_what_is_no_window_is_named(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_window(text)
+    assert str(caught.value).startswith(f"training.profile_steps: {text!r} cannot be; it must be FIRST:LAST")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_trace_holds_the_windows_steps_and_no_others(tmp_path: Path, said: list[str]) -> None:
+    run_steps(Profiler(tmp_path, (10, 15), said.append), 1, 20)
+    folder = tmp_path / "profile"
+    assert traced_steps(folder) == [10, 11, 12, 13, 14, 15]
+    calls = [event for event in events(folder) if event.get("name") == "PjitFunction(small_step)"]
+    assert len({event["ts"] for event in calls if event.get("dur", 0) > 0}) >= 6
+    (line,) = said
+    assert line.startswith(f"profile of steps 10 to 15: {folder}/plugins/profile/") and "ui.perfetto.dev" in line
+    assert Path(line.split(": ", 1)[1].split(" for ")[0]).is_file()
+    assert f"tensorboard --logdir {folder}" in line
+
+
+def test_the_work_of_the_last_step_is_whole(tmp_path: Path, said: list[str]) -> None:
+    """The device's own events are there for every step of the window: it was waited for."""
+    run_steps(Profiler(tmp_path, (3, 4), said.append), 1, 6)
+    (file,) = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")
+    names = [
+        event.name
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes
+        for line in plane.lines
+        for event in line.events
+    ]
+    begun = [name for name in names if name.endswith("ExecuteHelperOnSingleDevice")]
+    assert names.count("train") == 2 and len(begun) == 2
+
+
+def test_one_step_is_a_window(tmp_path: Path, said: list[str]) -> None:
+    run_steps(Profiler(tmp_path, (1, 1), said.append), 1, 3)
+    assert traced_steps(tmp_path / "profile") == [1]
+    assert said[0].startswith("profile of step 1: ")
+
+
+def test_no_window_writes_and_says_nothing(tmp_path: Path, said: list[str]) -> None:
+    run_steps(Profiler(tmp_path, None, said.append), 1, 3)
+    assert said == [] and list(tmp_path.iterdir()) == []
+
+
+def test_a_run_resumed_inside_the_window_traces_the_rest(tmp_path: Path, said: list[str]) -> None:
+    run_steps(Profiler(tmp_path, (10, 15), said.append), 13, 20)
+    assert traced_steps(tmp_path / "profile") == [13, 14, 15]
+    assert said[0].startswith("profile of steps 13 to 15: ")
+
+
+def test_a_run_resumed_after_the_window_says_so_once(tmp_path: Path, said: list[str]) -> None:
+    run_steps(Profiler(tmp_path, (10, 15), said.append), 16, 20)
+    assert said == ["warning: training.profile_steps 10:15: the run is at step 16 already"]
+    assert not (tmp_path / "profile").exists()
+
+
+def test_a_run_that_ends_before_the_window_says_so(tmp_path: Path, said: list[str]) -> None:
+    run_steps(Profiler(tmp_path, (10, 15), said.append), 1, 9)
+    assert said == ["warning: training.profile_steps 10:15: the run ended and took none of these steps"]
+
+
+def test_a_run_that_ends_inside_the_window_keeps_its_steps(tmp_path: Path, said: list[str]) -> None:
+    run_steps(Profiler(tmp_path, (10, 15), said.append), 8, 12)
+    assert traced_steps(tmp_path / "profile") == [10, 11, 12]
+    assert said[0].startswith("profile of steps 10 to 12, where the run ended: ")
+
+
+def test_an_exception_inside_the_window_closes_the_trace(tmp_path: Path, said: list[str]) -> None:
+    with pytest.raises(ZeroDivisionError, match="a bad image"):
+        run_steps(Profiler(tmp_path, (2, 9), said.append), 1, 20, fail_at=4)
+    assert traced_steps(tmp_path / "profile") == [2, 3, 4]
+    assert len(said) == 1
+
+
+def test_a_folder_that_cannot_be_made_costs_a_line_and_not_the_run(tmp_path: Path, said: list[str]) -> None:
+    (tmp_path / "profile").write_text("in the way")
+    run_steps(Profiler(tmp_path, (2, 3), said.append), 1, 5)
+    (line,) = said
+    assert line.startswith(f"warning: {tmp_path / 'profile'}: the profile cannot be written: ") and "\n" not in line
+
+
+def test_a_trace_that_cannot_be_written_costs_a_line_and_not_the_run(tmp_path: Path, said: list[str]) -> None:
+    profiler = Profiler(tmp_path, (1, 1), said.append)
+    profiler.begin(1)
+    (tmp_path / "profile").rmdir()
+    (tmp_path / "profile").write_text("in the way")  # as good as a full disk
+    try:
+        run_steps(profiler, 1, 3)
+        (line,) = said
+        assert line.startswith(f"warning: {tmp_path / 'profile'}: the profile cannot be written: ") and "\n" not in line
+    finally:
+        jax._src.profiler._profile_state.reset()  # JAX holds on to a trace that it failed to write
+
+
+def test_hosts_write_into_folders_of_their_own(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(jax, "process_index", lambda: 2)
+    run_steps(Profiler(tmp_path, (1, 2), said.append), 1, 3)
+    assert traced_steps(tmp_path / "profile" / "host_2") == [1, 2]
