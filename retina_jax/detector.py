@@ -13,8 +13,8 @@ from jaxtyping import Float, Int, PyTree, UInt8
 
 from retina_jax.config import Config, ConfigError, DataConfig
 from retina_jax.config_files import override, validate
-from retina_jax.data.pipeline import Batch
-from retina_jax.data.preprocessing import buckets, exact_canvas, resize, resized_size, to_original_pixels
+from retina_jax.data.pipeline import LARGE, Batch
+from retina_jax.data.preprocessing import buckets, exact_canvas, resize, resize_large, resized_size, to_original_pixels
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.parallel import Driver, own_rows
 from retina_jax.training.run import read_run
@@ -118,7 +118,8 @@ def to_canvas(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], data: DataConfig, ro
     canvas = min(fitting, key=lambda shape: shape[0] * shape[1], default=exact_canvas(largest, data))
     pixels = np.zeros((rows, *canvas, 3), data.pixels)
     for row, (image, size) in enumerate(zip(images, sizes, strict=True)):
-        pixels[row, : size[0], : size[1]] = np.asarray(resize(image, size, data.resize, data.pixels))
+        smaller = resize_large if image.shape[0] * image.shape[1] > LARGE else resize
+        pixels[row, : size[0], : size[1]] = np.asarray(smaller(image, size, data.resize, data.pixels))
     pixels[len(images) :] = pixels[len(images) - 1]
     of_row = np.minimum(np.arange(rows), len(images) - 1)
     scales = [(size[1] / image.shape[1], size[0] / image.shape[0]) for image, size in zip(images, sizes, strict=True)]

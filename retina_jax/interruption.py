@@ -37,7 +37,8 @@ class Interruption:
         if threading.current_thread() is threading.main_thread():  # only there may Python take signals
             # On several hosts SIGTERM belongs to JAX, which tells the others and agrees with them on where to stop.
             for number in (signal.SIGINT,) if hosts.several() else (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+                if signal.getsignal(number) != signal.SIG_IGN:  # else whoever started this process wants it to go on
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(

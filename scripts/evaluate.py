@@ -15,12 +15,8 @@ from typing import Annotated
 
 import tyro
 
-from retina_jax.command_line import (
-    one_line_errors,
-    option_value,
-    parse_command_line,
-    set_up_jax,
-)
+from retina_jax import hosts
+from retina_jax.command_line import one_line_errors, option_value, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_files import meaning_changes, override, validate
 from retina_jax.data.sources import open_source
@@ -47,6 +43,8 @@ class Arguments:
     """KIND:FILE or KIND:NAME of a detector from elsewhere; KIND is torchvision, detectron2 or detectron."""
     class_names: tuple[str, ...] = ()
     """Names of its classes, where they are not COCO's."""
+    together: Annotated[hosts.Hosts, tyro.conf.arg(name="")] = hosts.ALONE
+    """Several hosts, which share the images."""
 
 
 def main() -> None:
@@ -58,6 +56,12 @@ def main() -> None:
         settings = read_run(Path(workdir)).config if workdir else Config()
     arguments = parse_command_line(Arguments, Arguments(tyro.MISSING, settings), sys.argv[1:], __doc__)
     set_up_jax()
+    with hosts.joined(arguments.together):
+        evaluate(arguments, settings)
+
+
+def evaluate(arguments: Arguments, settings: Config) -> None:
+    """Score the detector with `arguments.settings`; `settings` are its own."""
     config = validate(arguments.settings)
     own = settings == config
     of_network = [change for change in meaning_changes(settings, config) if not change.startswith(INFERENCE)]

@@ -15,8 +15,9 @@ from PIL import Image
 
 from retina_jax.command_line import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import ConfigError
-from retina_jax.data.decoding import to_rgb
+from retina_jax.data.decoding import MAX_PIXELS, largest_file, to_rgb
 from retina_jax.data.image_files import image_files
+from retina_jax.data.reading import read_file, reason
 from retina_jax.data.source import BadImage
 from retina_jax.detector import load_detector
 from retina_jax.training.run import write_json
@@ -63,9 +64,9 @@ def main() -> None:
     entries, bad = [], []
     for file, target in files.items():
         try:
-            image = to_rgb(file.read_bytes(), expected_size=None)
+            image = to_rgb(read_file(file, largest_file(MAX_PIXELS)), expected_size=None)
         except (OSError, BadImage) as error:
-            bad.append(f"{file}: {error}")
+            bad.append(f"{file}: {reason(error) if isinstance(error, OSError) else error}")
             continue
         (found,) = detector.detect([image])
         good = found.scores >= arguments.score

@@ -96,7 +96,7 @@ def main() -> int:
 
 
 def run_index(every_row: Sequence[Row], index: int, workdir: Path) -> int:
-    """Train one point here; 1 where that fails for another reason than a loss that diverges, 75 where it is held."""
+    """Train one point here; 1 where that fails for another reason than a loss that diverges, 75 where it goes on later."""
     from train import train
 
     from retina_jax.sweeps.launchers import HELD
@@ -109,8 +109,8 @@ def run_index(every_row: Sequence[Row], index: int, workdir: Path) -> int:
     try:
         with one_line_errors():
             state = run_point(workdir, point, train)
-    except SystemExit as end:
-        return 1 if end.code == 2 else int(end.code or 0)
+    except SystemExit as end:  # asked to stop, a run ends with 0, but the point is not done
+        return {0: HELD, 2: 1}.get(end.code, end.code)
     print(f"index {index}, {point.name}: {'run elsewhere, left alone' if state.kind == 'running' else state}")
     return HELD if state.kind == "running" else 0
 

@@ -37,7 +37,9 @@ def write_config(folder: Path) -> Path:
     return path
 
 
-def start(config: Path, workdir: Path, *options: object, devices: int, log: Path | None = None) -> subprocess.Popen[bytes]:
+def start(
+    config: Path, workdir: Path, *options: object, devices: int, log: Path | None = None
+) -> subprocess.Popen[bytes]:
     """scripts/train.py on so many CPU devices; what it says goes to `log`, by default WORKDIR.log."""
     environment = {
         **os.environ,
@@ -57,7 +59,9 @@ def start(config: Path, workdir: Path, *options: object, devices: int, log: Path
 class Pair:
     """Two hosts of two devices each, as processes of this machine. Leaving the `with` block kills what is left."""
 
-    def __init__(self, config: Path, workdir: Path, *options: object, own: Sequence[Sequence[object]] = ((), ())) -> None:
+    def __init__(
+        self, config: Path, workdir: Path, *options: object, own: Sequence[Sequence[object]] = ((), ())
+    ) -> None:
         """`own`: options of each host."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]

@@ -95,3 +95,40 @@ def test_hosts_of_other_configs_refuse_each_other(config: Path) -> None:
         assert all(status in (2, 75) for status in pair.ended())
         assert "loss.gamma is 2.0 on host 0 and 3.0 on host 1" in pair.said()
         assert "Traceback" not in pair.said() and not (workdir / "config.json").exists()
+
+
+def broken(config: Path, begun: Path) -> tuple[object, ...]:
+    """Options for the same images as a COCO folder, the last of them cut short. `begun` has made them."""
+    folder = config.parent / "broken"
+    if not folder.exists():
+        annotations = next(path for path in (config.parent / "scenes").rglob("*train*.json"))
+        shutil.copytree(annotations.parent, folder)
+        picture = sorted(
+            path for path in folder.rglob("*") if path.suffix in (".png", ".jpg") and "train" in str(path)
+        )[-1]
+        picture.write_bytes(picture.read_bytes()[:300])
+    train, val = (next(folder.rglob(f"*{split}*.json")) for split in ("train", "val"))
+    images = {split: next(p for p in folder.iterdir() if p.is_dir() and split in p.name) for split in ("train", "val")}
+    return (
+        "--data.source", "coco", "--data.train-annotations", train, "--data.train-images", images["train"],
+        "--data.val-annotations", val, "--data.val-images", images["val"], "--training.steps", 20,
+    )  # fmt: skip
+
+
+def test_an_image_that_cannot_be_read_ends_all_hosts_by_name(config: Path, begun: Path) -> None:
+    """On the host that meets it with its own line; the other is told, and does not wait for ever."""
+    with Pair(config, config.parent / "stops", *broken(config, begun)) as pair:
+        assert sorted(pair.ended()) == [2, 75], pair.said()
+        lines = [line for line in pair.said().splitlines() if line.startswith("error: ")]
+        assert len(lines) == 2 and "Traceback" not in pair.said()
+        told = next(line for line in lines if " of 2 ended: error: " in line)
+        own = next(line for line in lines if line != told)
+        assert own.removeprefix("error: ") in told and "broken" in own
+
+
+def test_an_image_that_is_skipped_on_one_host_is_skipped_by_all(config: Path, begun: Path) -> None:
+    workdir = config.parent / "skips"
+    with Pair(config, workdir, *broken(config, begun), "--data.bad-images", "skip") as pair:
+        assert pair.ended() == [0, 0], pair.said()
+        assert "warning: 1 unreadable images were skipped" in pair.said()
+    assert len(losses(workdir)) == 20

@@ -21,7 +21,7 @@ from retina_jax.sweeps.state import state_of
 ACCELERATORS = ("nvidia[0-9]*", "accel[0-9]*", "kfd")
 """Devices under /dev of a machine that has more than its CPU: NVIDIA, TPU, AMD."""
 HELD = 75
-"""Exit status of a point that another worker holds (EX_TEMPFAIL): not done yet, and not to be done twice."""
+"""Exit status of a point that another worker holds, or that was asked to stop and will resume (EX_TEMPFAIL)."""
 MOST_TIMEOUTS = 100
 """Times that a SLURM job may be queued again, by default."""
 GRACE = 10.0
@@ -165,7 +165,7 @@ class SlurmPoint:
         done = subprocess.run([*self.command, "--index", str(index)], preexec_fn=_leave_signals_to_submitit)
         if done.returncode != HELD:
             done.check_returncode()
-        return f"index {index} {'is held by another worker' if done.returncode == HELD else 'ended'}"
+        return f"index {index} {'is held by another worker, or was stopped' if done.returncode == HELD else 'ended'}"
 
     def checkpoint(self, index: int) -> Any:
         """Called by submitit before the job ends early: what to queue in its place."""

@@ -178,12 +178,6 @@ class _Board:
         forget = Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
         self._write([Event(file_version="brain.Event:2"), forget])
 
-    def evaluation_is_missing(self) -> bool:
-        """Whether the run goes on from a step at which it should have been evaluated, and was not."""
-        training = self._run.config.training
-        due = is_due(self._first, training.eval_every, self._first >= training.steps)
-        return self._first > 0 and due and not self.has_evaluation(self._first)
-
     def add(self, step: int, values: dict[str, Any]) -> None:
         """The numbers among `values`, under the name of their event."""
         from tensorboardX.proto.event_pb2 import Event

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,11 @@ from retina_jax.config import Config, ConfigError
 from retina_jax.config_files import from_dict
 from retina_jax.evaluation import SUMMARY, Scores, coco_table
 from retina_jax.training.disks import DiskError, reason
+
+LEFTOVER = re.compile(r"\.(.+\.json\.[0-9]+|write_test_[0-9]+|metrics\.jsonl)")
+"""Names of files on their way to another name, which a kill leaves as they are."""
+SECONDS_TO_WRITE = 5
+"""A file of such a name and younger than this may be of a process that lives, such as evaluate.py."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ class Run:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """No second process trains in `folder` meanwhile; however this one ends, the lock ends with it. Host 0 holds it."""
+    """No second process trains in `folder` meanwhile; however this one ends, the lock ends with it. Host 0 holds it, and
+    clears away what a killed one left half written."""
     if not hosts.first():
         yield
         return
@@ -56,6 +63,10 @@ def alone_in(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"--workdir {folder}: another process is training there") from None
+        for path in [path for kind in ("", "evaluation", "detections") for path in (folder / kind).glob(".*")]:
+            with contextlib.suppress(OSError):  # of no use, and no harm
+                if LEFTOVER.fullmatch(path.name) and time.time() - path.stat().st_mtime > SECONDS_TO_WRITE:
+                    path.unlink()
         yield
 
 
@@ -83,7 +94,7 @@ def read_run(folder: Path, name: str = "config.json") -> Run:
     try:
         saved = json.loads(path.read_text())
         classes, ids = tuple(saved["class_names"]), tuple(saved["category_ids"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: cannot be read: {type(error).__name__}: {error}") from None
     return Run(
         folder, from_dict(saved.get("config"), str(path)), classes, ids, saved.get("data_sha256"), saved.get("parts")
@@ -110,7 +121,7 @@ def finish_run(
     write_json(run.folder / "summary.json", summary)
     if evaluation is not None:
         print(coco_table(Scores({name: evaluation[name] for name in SUMMARY}, evaluation["per_class"])))
-    of_hosts = [name for text in hosts.exchange(json.dumps(sorted(skipped))) for name in json.loads(text)]
+    of_hosts = sorted({name for text in hosts.exchange(json.dumps(sorted(skipped))) for name in json.loads(text)})
     if of_hosts:
         print(f"warning: {len(of_hosts)} unreadable images were skipped: {', '.join(of_hosts)}")
     print(f"{step} steps in {seconds:.0f} s; everything is in {run.folder}")

@@ -1,6 +1,5 @@
 """What every reader and converter of weights ends in when it cannot go on."""
 
-
 from retina_jax.errors import PlainError
 
 

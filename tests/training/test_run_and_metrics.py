@@ -89,7 +89,9 @@ def test_the_parts_of_a_batch_may_change_where_the_loss_does_not_know_them(
     config = override(Config(), {"loss.normaliser": normaliser})
     open_run(tmp_path, config, NAMES, IDS, parts=8)
     open_run(tmp_path, override(config, {"training.accumulate": 4, "devices": 2}), NAMES, IDS, parts=8)
-    with pytest.raises(ConfigError, match=r"in 8 parts .* this one would in 4") if refused else contextlib.nullcontext():
+    with (
+        pytest.raises(ConfigError, match=r"in 8 parts .* this one would in 4") if refused else contextlib.nullcontext()
+    ):
         open_run(tmp_path, config, NAMES, IDS, parts=4)
 
 
