@@ -9,10 +9,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+OF_THE_MOMENT = ("images_per_second", "data_wait_percent", "peak_memory_mib")
+"""What metrics hold that depends on the machine and its mood."""
 LEARNS = """
 from retina_jax.config import *
 
@@ -99,11 +101,31 @@ def wait_for_step(workdir: Path, step: int, *processes: subprocess.Popen[bytes],
         time.sleep(0.02)
 
 
+def stop_when(process: subprocess.Popen[bytes], what: Callable[[], bool], within: float = 240) -> None:
+    """SIGSTOP to the process at a moment at which `what` holds, and looked at again, still does."""
+    until = time.monotonic() + within
+    while True:
+        assert process.poll() is None, "it ended before"
+        assert time.monotonic() < until, f"not within {within} s"
+        if what():
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(0.01)
+            if what():
+                return
+            process.send_signal(signal.SIGCONT)
+        time.sleep(0.002)
+
+
 def metrics(workdir: Path) -> list[dict]:
     """Whole lines of metrics.jsonl."""
     path = workdir / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def measured(workdir: Path) -> list[dict]:
+    """Every line of metrics.jsonl, without what depends on the machine's mood."""
+    return [{name: value for name, value in line.items() if name not in OF_THE_MOMENT} for line in metrics(workdir)]
 
 
 def losses(workdir: Path) -> dict[int, float]:

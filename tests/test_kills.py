@@ -11,11 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from small_runs import kill, metrics, start, summary, write_config
-
-OF_THE_MOMENT = ("images_per_second", "data_wait_percent", "peak_memory_mib")
-"""What metrics hold that depends on the machine and its mood."""
-
+from small_runs import kill, measured, metrics, start, stop_when, summary, wait_for_step, write_config
 
 @dataclass(frozen=True)
 class Setting:
@@ -42,11 +38,6 @@ class Setting:
         return "evaluating" if last["event"] == "train" and last["step"] % self.eval_every == 0 else "training"
 
 
-def measured(workdir: Path) -> list[dict]:
-    """Every line of metrics.jsonl, without what depends on the machine's mood."""
-    return [{name: value for name, value in line.items() if name not in OF_THE_MOMENT} for line in metrics(workdir)]
-
-
 def check_same_run(workdir: Path, unbroken: Path, setting: Setting) -> None:
     """The same parameters to the bit, metrics, scores, detections and files, and nothing left of a start before the last."""
     assert summary(workdir)["parameters_sha256"] == summary(unbroken)["parameters_sha256"]
@@ -65,6 +56,59 @@ def files(workdir: Path) -> set[str]:
     """All that is in a run's folder, hidden files too; of a checkpoint its name, as orbax numbers its files anew."""
     found = {path.relative_to(workdir) for path in workdir.rglob("*")}
     return {str(path) for path in found if path.parts[0] != "checkpoints" or len(path.parts) < 3}
+
+
+@dataclass(frozen=True)
+class Life:
+    """One start of the run, to its end."""
+
+    status: int
+    said: str
+    seconds: float
+    """From the last signal to the end."""
+    metrics: list[dict]
+    """As it left them."""
+    checkpoints: set[str]
+
+
+@pytest.fixture(scope="module")
+def unbroken_and_lives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, Life]]:
+    """The folders of a run that nothing happened to and of one that all of this happened to, one start after the other."""
+    folder = tmp_path_factory.mktemp("kills")
+    setting = Setting(write_config(folder), steps=40, checkpoint_every=5, eval_every=10)
+    unbroken, workdir = folder / "unbroken", folder / "often_stopped"
+    beside = setting.start(unbroken)
+    wait_for_step(unbroken, 1, beside)  # it writes the scenes for both
+    lives: dict[str, Life] = {}
+
+    def live(name: str, when: Callable[[Path], bool], *signals: signal.Signals) -> None:
+        log = folder / f"{name}.log"
+        process = setting.start(workdir, log)
+        if signals:
+            stop_when(process, lambda: when(log))
+        began = time.monotonic()
+        for number in signals:
+            process.send_signal(number)
+            process.send_signal(signal.SIGCONT)
+            time.sleep(0.05)
+        status = process.wait(240)
+        seconds, said = time.monotonic() - began, log.read_text(errors="replace")
+        saved = {path.name for path in (workdir / "checkpoints").iterdir()}
+        lives[name] = Life(status, said, seconds, metrics(workdir), saved)
+
+    def in_phase(phase: str) -> Callable[[Path], bool]:
+        return lambda log: setting.phase(workdir, log) == phase
+
+    live("SIGTERM before a step", lambda log: "starting from random" in log.read_text(), signal.SIGTERM)
+    for phase in ("training", "saving", "evaluating"):
+        live(f"SIGKILL in {phase}", in_phase(phase), signal.SIGKILL)
+    live("SIGTERM in training", in_phase("training"), signal.SIGTERM)
+    live("SIGTERM in evaluating", in_phase("evaluating"), signal.SIGTERM)
+    live("SIGINT", in_phase("training"), signal.SIGINT)
+    live("SIGINT twice", in_phase("training"), signal.SIGINT, signal.SIGINT)
+    live("to its end", in_phase("training"))
+    assert beside.wait(240) == 0, unbroken.with_suffix(".log").read_text()
+    return unbroken, workdir, lives
 
 
 @pytest.mark.slow

@@ -33,8 +33,10 @@ MORE = ("--training.steps", 160)
 def alone(config: Path, begun: Path) -> Path:
     """The same, 60 steps further."""
     workdir = shutil.copytree(begun, config.parent / "alone")
-    process = start(config, workdir, *MORE, devices=4)
+    process = start(config, workdir, *MORE, "--training.profile-steps", "110:112", devices=4)
     assert process.wait(300) == 0, workdir.with_suffix(".log").read_text()
+    assert "profile of steps 110 to 112: " in workdir.with_suffix(".log").read_text()
+    assert list((workdir / "profile").rglob("perfetto_trace.json.gz"))
     return workdir
 
 

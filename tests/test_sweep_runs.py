@@ -126,10 +126,10 @@ def sweep(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return run
 
 
-def until(holds: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200) -> None:
+def until(holds: Callable[[], bool], process: subprocess.Popen[str] | None = None, seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
-        assert process.poll() is None, process.communicate()
+        assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -255,6 +255,7 @@ def get_sweep(base):
     assert "nan" in message or "inf" in message
     assert not (runs / named["boom"] / "summary.json").exists()
     before = (runs / named["boom"] / "config.json").stat().st_mtime_ns
+    until(lambda: " running " not in sweep("--list", scripts=scripts))  # its child, too, takes a moment to die
     assert "3 distinct runs: 1 diverged, 1 broken, 1 waiting" in sweep("--list", scripts=scripts)
 
     # In processes of their own: submitit sets up logging anew, which under pytest closes the standard error TensorFlow has.

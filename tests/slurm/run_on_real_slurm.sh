@@ -1,11 +1,12 @@
 #!/bin/bash
-# A two-point sweep through a real SLURM of one node, this machine; Debian, as root:
+# A two-point sweep, and a run of two hosts, through a real SLURM of one node, this machine; Debian, as root:
 #
 #     tests/slurm/run_on_real_slurm.sh
 #
 # Installs slurm-wlm and munge, starts munged, slurmctld and slurmd with a configuration of their own under a temporary
 # folder, queues the sweep, asks for one of the jobs to be given up in the middle (as a pre-emption would) so that it is
-# queued again and resumes, waits, checks that both points are done, and stops the daemons.
+# queued again and resumes, waits, checks that both points are done; then scripts/cluster/slurm.sh with two tasks, one of
+# which is told to stop in the middle: both save the same step, the job is queued again, resumes and completes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
@@ -100,4 +101,17 @@ for _ in $(seq 900); do [ -z "$(squeue -h)" ] && break; sleep 1; done
 "${sweep[@]}" --list | tee "$work/list.txt"
 grep -q "2 distinct runs: 2 done" "$work/list.txt"
 grep -h "resuming" "$work"/runs/slurm/*_log.out
+
+# Two hosts of two CPU devices each, found by JAX through SLURM.
+run="$work/hosts"
+sed -i -e 's/batch_size=2/batch_size=8/' -e 's/steps=60/steps=400/' -e 's/checkpoint_every=1,/checkpoint_every=20,/' \
+    -e '/devices=1/d' "$work/base.py"
+export PYTHON="$python" JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=2
+job=$(sbatch --parsable --nodes=1 --ntasks-per-node=2 --gpus-per-node=0 --cpus-per-task=1 --time=30 --partition=test \
+    --output="$work/hosts.log" scripts/cluster/slurm.sh "$run" --config "$work/base.py")
+for _ in $(seq 600); do [ -d "$run/checkpoints/40" ] && break; sleep 0.2; done
+scancel --signal=TERM "$job.0"
+for _ in $(seq 900); do [ -z "$(squeue -h)" ] && break; sleep 1; done
+grep -E "stopped by SIGTERM|resuming|everything is in" "$work/hosts.log"
+grep -q "resuming $run at step" "$work/hosts.log" && test -f "$run/summary.json"
 echo "passed on $(sinfo --version), submitit $("$python" -c 'import submitit; print(submitit.__version__)'), $(. /etc/os-release; echo "$PRETTY_NAME")"
