@@ -52,7 +52,8 @@ def one_line_errors() -> Iterator[None]:
         if line is None:
             raise
         where = sys.stdout if isinstance(error, Stopped) else sys.stderr
-        print(f"\n{line}" if sys.stdout.isatty() else line, file=where, flush=True)
+        with contextlib.suppress(OSError):  # a log on a disk that is full
+            print(f"\n{line}" if sys.stdout.isatty() else line, file=where, flush=True)
         sys.exit(status)
 
 

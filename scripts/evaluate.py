@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
 
 from retina_jax import hosts
@@ -56,6 +57,7 @@ def main() -> None:
         settings = read_run(Path(workdir)).config if workdir else Config()
     arguments = parse_command_line(Arguments, Arguments(tyro.MISSING, settings), sys.argv[1:], __doc__)
     set_up_jax()
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM ends this at once: there is nothing to save
     with hosts.joined(arguments.together):
         evaluate(arguments, settings)
 

@@ -19,6 +19,7 @@ from retina_jax import hosts
 from retina_jax.command_line import config_of, one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config
 from retina_jax.config_files import parse_window, validate
+from retina_jax.console import tell
 from retina_jax.data.pipeline import train_batches
 from retina_jax.data.sources import open_sources
 from retina_jax.detector import Detector
@@ -73,22 +74,21 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
     driver.check_batch_size()
     run = open_run(workdir, config, source.class_names, source.category_ids, source.sha256, driver.parts, changes)
     training, keep = config.training, config.training.keep_checkpoints
-    with alone_in(workdir), Interruption() as interruption, Checkpoints(workdir / "checkpoints", keep) as checkpoints:
-        # The state: from the newest checkpoint, from imported weights, or random.
+    with Interruption() as interruption, alone_in(workdir), Checkpoints(workdir / "checkpoints", keep) as checkpoints:
         state, told = first_state(driver, run, checkpoints, missing)
-        print(f"{parameter_table(state.variables)}\n{told}")
+        tell(f"{parameter_table(state.variables)}\n{told}")
         step = start = int(state.step)
         clock = Clock(workdir, resumed=start > 0)
         batches = train_batches(source, config.data, seed=config.seed, start_step=start, **hosts.share())
-        take_step = CompiledStep(driver.step, canvases=config.data.buckets or 4)
-        with Metrics(run, start) as metrics, Profiler(workdir, parse_window(training.profile_steps)) as profiler:
+        take_step = CompiledStep(driver.step, config.data.buckets or 4, tell)
+        with Metrics(run, start) as metrics, Profiler(workdir, parse_window(training.profile_steps), tell) as profiler:
 
             def evaluate() -> float | None:
                 detector = Detector(driver, state.variables, run.class_names, run.category_ids)
                 with checkpoints.saved_if_it_fails(step, state):
                     scores = assess(run, detector, val_source, step, check=partial(interruption.checked, step)).summary
                 metrics.write(step, {"event": "evaluation", **scores})
-                print(f"step {step}: AP {number(scores['AP'])}, AP50 {number(scores['AP50'])}")
+                tell(f"step {step}: AP {number(scores['AP'])}, AP50 {number(scores['AP50'])}")
                 return scores["AP"]
 
             if metrics.evaluation_is_missing():

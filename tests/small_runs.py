@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -40,9 +41,15 @@ def write_config(folder: Path) -> Path:
 
 
 def start(
-    config: Path, workdir: Path, *options: object, devices: int, log: Path | None = None
+    config: Path,
+    workdir: Path,
+    *options: object,
+    devices: int,
+    log: Path | None = None,
+    inside: Sequence[str] = (),
 ) -> subprocess.Popen[bytes]:
-    """scripts/train.py on so many CPU devices; what it says goes to `log`, by default WORKDIR.log."""
+    """scripts/train.py on so many CPU devices; what it says goes to `log`, by default WORKDIR.log. `inside` is a command
+    that runs another in a mount namespace."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -51,7 +58,8 @@ def start(
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         "PYTHONUNBUFFERED": "1",
     }
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", str(config), "--workdir", str(workdir)]
+    script = [sys.executable, str(ROOT / "scripts" / "train.py")]
+    command = [*inside, *script, "--config", str(config), "--workdir", str(workdir)]
     with (log or workdir.with_suffix(".log")).open("ab") as file:
         return subprocess.Popen(
             [*command, *map(str, options)], env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
@@ -101,19 +109,26 @@ def wait_for_step(workdir: Path, step: int, *processes: subprocess.Popen[bytes],
         time.sleep(0.02)
 
 
-def stop_when(process: subprocess.Popen[bytes], what: Callable[[], bool], within: float = 240) -> None:
-    """SIGSTOP to the process at a moment at which `what` holds, and looked at again, still does."""
+@contextlib.contextmanager
+def stopped_when(process: subprocess.Popen[bytes], what: Callable[[], bool], within: float = 240) -> Iterator[None]:
+    """The process stands still (SIGSTOP) in the block, at a moment at which `what` holds."""
     until = time.monotonic() + within
     while True:
         assert process.poll() is None, "it ended before"
-        assert time.monotonic() < until, f"not within {within} s"
         if what():
             process.send_signal(signal.SIGSTOP)
             time.sleep(0.01)
-            if what():
-                return
+            if what():  # what was seen a moment ago may be over
+                break
             process.send_signal(signal.SIGCONT)
+        if time.monotonic() > until:
+            kill(process)
+            raise AssertionError(f"not within {within} s")
         time.sleep(0.002)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
 
 
 def metrics(workdir: Path) -> list[dict]:

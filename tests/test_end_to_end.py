@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -121,40 +119,6 @@ def test_detections_are_coco_results_inside_their_images(run: Path, folder: Path
         assert result["image_id"] in images and result["category_id"] in categories
         x, y, w, h = result["bbox"]
         assert 0 <= x <= x + w <= 64.001 and 0 <= y <= y + h <= 64.001
-
-
-def test_sigkill_and_the_same_command_end_in_the_same_parameters(run: Path, folder: Path) -> None:
-    """Killed twice with SIGKILL: the same parameters to the bit, and every step's metrics once."""
-    killed = folder / "killed"
-    command = [
-        sys.executable,
-        str(ROOT / "scripts/train.py"),
-        "--config",
-        str(folder / "tiny.py"),
-        "--workdir",
-        str(killed),
-    ]
-    for wanted in (3, 7):
-        process = subprocess.Popen(
-            command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
-        deadline = time.monotonic() + 300
-        while not (
-            (killed / "metrics.jsonl").exists() and f'"step": {wanted},' in (killed / "metrics.jsonl").read_text()
-        ):
-            assert process.poll() is None, process.stderr.read().decode()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        process.stderr.close()
-    done = script("train", "--config", folder / "tiny.py", "--workdir", killed)
-    assert "resuming" in done.stdout
-    assert read(killed / "summary.json")["parameters_sha256"] == read(run / "summary.json")["parameters_sha256"]
-    one, two = train_lines(run), train_lines(killed)
-    assert [line["step"] for line in two] == list(range(1, 13))
-    assert [line["loss"] for line in one] == [line["loss"] for line in two]
-    assert read(killed / "evaluation/step_00000012.json") == read(run / "evaluation/step_00000012.json")
 
 
 def test_a_finished_run_started_again_changes_nothing(run: Path, folder: Path) -> None:

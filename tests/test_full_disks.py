@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
-from small_runs import measured, metrics, start, stop_when, summary, wait_for_step, write_config
+from small_runs import measured, metrics, start, stopped_when, summary, wait_for_step, write_config
 
-OPTIONS = ("--training.steps", 60, "--training.eval-every", 0, "--training.checkpoint-every", 10, "--training.pictures", 0)
+from retina_jax.training.assessment import write_picture
+from retina_jax.training.disks import DiskError
+
+OPTIONS = ("--training.steps", 50, "--training.pictures", 0)
 
 
 class SmallDisk:
     """A file system of a few MB in a mount namespace of its own, seen from outside it under /proc."""
 
     def __init__(self, folder: Path, size: str) -> None:
-        """`folder` is where it is mounted. Raises OSError where this machine lets nobody mount."""
-        self._mounted = folder
+        """`folder` is where it is mounted, for commands run `inside`. Raises OSError where nobody may mount."""
+        self.mounted = folder
         for unshare in (["unshare", "-rm"], ["unshare", "-m"]):
             mount = f"mount -t tmpfs -o size={size} tmpfs {folder} && echo mounted && exec cat"
             # It lasts as long as this process, which ends when its input does, with the tests at the latest.
@@ -34,7 +37,7 @@ class SmallDisk:
         else:
             raise OSError("unshare -rm, unshare -m: no mount namespace is to be had here")
         user = ["-U", "--preserve-credentials"] if "-rm" in unshare else []
-        self._inside = ["nsenter", "-t", str(self._holder.pid), "-m", *user]
+        self.inside = ["nsenter", "-t", str(self._holder.pid), "-m", *user]
         self.folder = Path(f"/proc/{self._holder.pid}/root{folder}")
 
     def close(self) -> None:
@@ -54,19 +57,19 @@ class SmallDisk:
 
     def resize(self, size: str) -> None:
         """Make it larger, with what is on it."""
-        self._run("mount", "-o", f"remount,size={size}", self._mounted)
+        self._run("mount", "-o", f"remount,size={size}", self.mounted)
 
     def turn_read_only(self) -> None:
         """Also under a process that has a file open for writing there, as a disk with errors turns."""
-        self._run("mount", "--bind", self._mounted, self._mounted)
-        self._run("mount", "-o", "remount,bind,ro", self._mounted)
+        self._run("mount", "--bind", self.mounted, self.mounted)
+        self._run("mount", "-o", "remount,bind,ro", self.mounted)
 
     def turn_writable(self) -> None:
         """Undo it."""
-        self._run("umount", self._mounted)
+        self._run("umount", self.mounted)
 
     def _run(self, *command: object) -> None:
-        subprocess.run([*self._inside, *map(str, command)], check=True)
+        subprocess.run([*self.inside, *map(str, command)], check=True)
 
 
 @dataclass(frozen=True)
@@ -76,22 +79,25 @@ class Life:
     status: int
     lines: list[str]
     """What it said, without the lines of the steps."""
-    newest: int
+    step: int
+    """Newest step in the metrics that it left."""
+    saved: int
     """Newest checkpoint that it left."""
 
-    def warned(self) -> list[str]:
-        """Its warnings."""
-        return [line for line in self.lines if line.startswith("warning: ")]
+
+def mounted(folder: Path) -> SmallDisk:
+    """One of 6 MB; the test is skipped where there can be none."""
+    if not shutil.which("unshare") or not shutil.which("nsenter"):
+        pytest.skip("no unshare or no nsenter here")
+    try:
+        return SmallDisk(folder, "6m")
+    except OSError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallDisk]:
-    if not shutil.which("unshare") or not shutil.which("nsenter"):
-        pytest.skip("no unshare or no nsenter here")
-    try:
-        small = SmallDisk(tmp_path_factory.mktemp("disk"), "6m")
-    except OSError as error:
-        pytest.skip(str(error))
+    small = mounted(tmp_path_factory.mktemp("disk"))
     yield small
     small.close()
 
@@ -101,32 +107,31 @@ def unbroken_and_lives(tmp_path_factory: pytest.TempPathFactory, disk: SmallDisk
     """A run on a good disk; the same run on one that all of this happened to; what each of its starts came to."""
     folder = tmp_path_factory.mktemp("runs")
     config, unbroken, workdir = write_config(folder), folder / "unbroken", disk.folder / "run"
-    beside = start(config, unbroken, *OPTIONS, devices=2)
-    wait_for_step(unbroken, 1, beside)  # it writes the scenes for both
     lives: dict[str, Life] = {}
 
     def live(name: str, when: Callable[[], bool] | None = None, then: Callable[[], None] = disk.fill) -> None:
         log = folder / f"{name}.log"
-        process = start(config, workdir, *OPTIONS, devices=2, log=log)
-        if when is not None:
-            stop_when(process, when)
-            then()
-            process.send_signal(signal.SIGCONT)
-        status = process.wait(240)
-        said = [line for line in log.read_text().splitlines() if not line.startswith("step ")]
-        lives[name] = Life(status, said, max(saved(workdir)))
+        with start(config, disk.mounted / "run", *OPTIONS, devices=2, log=log, inside=disk.inside) as process:
+            if when is not None:
+                with stopped_when(process, when):
+                    then()
+            status = process.wait(240)
+        lines = [line for line in log.read_text().splitlines() if not line.startswith("step ")]
+        lives[name] = Life(status, lines, newest(workdir), max(saved(workdir)))
 
-    live("full in a save", lambda: any(workdir.glob("checkpoints/saving/20")), lambda: disk.fill(150_000))
-    disk.empty()
-    live("full", lambda: 30 in saved(workdir) and newest(workdir) >= 32)
-    disk.resize("10m")
-    live("read-only", lambda: 40 in saved(workdir) and newest(workdir) >= 42, disk.turn_read_only)
-    live("read-only from the start")
-    disk.turn_writable()
-    damaged = workdir / "checkpoints" / str(lives["read-only"].newest)
-    flip(max(damaged.rglob("*"), key=lambda path: path.stat().st_size * path.is_file()))
-    live("damaged")
-    assert beside.wait(240) == 0, unbroken.with_suffix(".log").read_text()
+    with start(config, unbroken, *OPTIONS, devices=2) as beside:
+        wait_for_step(unbroken, 1, beside)  # it writes the scenes for both
+        live("full in a save", lambda: any(workdir.glob("checkpoints/saving/20*")), lambda: disk.fill(150_000))
+        disk.empty()
+        live("full", lambda: 30 in saved(workdir) and newest(workdir) >= 32)
+        disk.resize("10m")
+        live("read-only", lambda: 40 in saved(workdir) and newest(workdir) >= 42, disk.turn_read_only)
+        live("read-only from the start")
+        disk.turn_writable()
+        damaged = workdir / "checkpoints" / str(lives["read-only"].saved)
+        flip(max((path for path in damaged.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
+        live("damaged")
+        assert beside.wait(240) == 0, unbroken.with_suffix(".log").read_text()
     return unbroken, workdir, lives
 
 
@@ -148,11 +153,75 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-def test_show(unbroken_and_lives):
+def test_a_disk_that_fills_in_a_save_costs_checkpoints_and_not_the_run(
+    unbroken_and_lives: tuple[Path, Path, dict[str, Life]], disk: SmallDisk
+) -> None:
+    life = unbroken_and_lives[2]["full in a save"]
+    assert life.status == 2 and life.step == 50
+    told = [
+        f"{disk.mounted}/run/checkpoints: step {step} could not be saved: No space left on device; "
+        f"the newest whole checkpoint is step {life.saved}"
+        for step in range(life.saved + 10, 51, 10)
+    ]
+    assert life.saved in (10, 20)  # 20 where it was whole before the disk was full
+    assert [line for line in life.lines if line.startswith("warning: ")] == [f"warning: {line}" for line in told]
+    assert life.lines[-1] == f"error: {told[-1]}"
+
+
+def test_a_full_disk_stops_the_run_in_one_line(
+    unbroken_and_lives: tuple[Path, Path, dict[str, Life]], disk: SmallDisk
+) -> None:
+    _, _, lives = unbroken_and_lives
+    life = lives["full"]
+    assert f"resuming {disk.mounted}/run at step {lives['full in a save'].saved}" in life.lines
+    assert life.status == 2 and life.saved >= 30
+    assert life.lines[-1] == f"error: {disk.mounted}/run/metrics.jsonl: cannot be written: No space left on device"
+
+
+def test_a_disk_that_turns_read_only_stops_the_run_in_one_line(
+    unbroken_and_lives: tuple[Path, Path, dict[str, Life]], disk: SmallDisk
+) -> None:
+    _, _, lives = unbroken_and_lives
+    life = lives["read-only"]
+    assert f"resuming {disk.mounted}/run at step {lives['full'].saved}" in life.lines
+    assert life.status == 2 and life.saved >= 40
+    assert life.lines[-1] == f"error: {disk.mounted}/run/metrics.jsonl: cannot be written: Read-only file system"
+
+
+def test_a_read_only_folder_is_refused_in_one_line(
+    unbroken_and_lives: tuple[Path, Path, dict[str, Life]], disk: SmallDisk
+) -> None:
+    life = unbroken_and_lives[2]["read-only from the start"]
+    assert life.status == 2 and not any("resuming" in line for line in life.lines)
+    assert life.lines[-1] == f"error: --workdir {disk.mounted}/run: cannot be written: Read-only file system"
+
+
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_taken(
+    unbroken_and_lives: tuple[Path, Path, dict[str, Life]], disk: SmallDisk
+) -> None:
+    _, workdir, lives = unbroken_and_lives
+    bad = lives["read-only"].saved
+    (line,) = (line for line in lives["damaged"].lines if line.startswith("warning: "))
+    assert line.startswith(f"warning: {disk.mounted}/run/checkpoints/{bad}: is damaged (")
+    assert line.endswith(f"holds other bytes), step {bad - 10} is taken instead; it is moved to damaged-{bad}")
+    assert f"resuming {disk.mounted}/run at step {bad - 10}" in lives["damaged"].lines
+    assert (workdir / "checkpoints" / f"damaged-{bad}").is_dir()
+
+
+def test_after_all_of_it_the_run_is_the_unbroken_one(unbroken_and_lives: tuple[Path, Path, dict[str, Life]]) -> None:
     unbroken, workdir, lives = unbroken_and_lives
-    for n, l in lives.items():
-        print("=====", n, l.status, l.newest)
-        print("\n".join(x[:250] for x in l.lines)[-1500:])
+    assert lives["damaged"].status == 0
     assert measured(workdir) == measured(unbroken)
     assert summary(workdir)["parameters_sha256"] == summary(unbroken)["parameters_sha256"]
-    print([str(p) for p in workdir.rglob("*") if len(p.relative_to(workdir).parts)<3])
+    for name, life in lives.items():
+        assert "Traceback" not in "\n".join(life.lines), name
+
+
+def test_a_picture_that_finds_no_room_is_one_line_that_names_it(tmp_path: Path) -> None:
+    small = mounted(tmp_path)
+    try:
+        small.fill()
+        with pytest.raises(DiskError, match=r"a.png: cannot be written: No space left on device"):
+            write_picture(small.folder / "a.png", np.zeros((64, 64, 3), np.uint8))
+    finally:
+        small.close()

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import random
+import re
 import signal
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from small_runs import kill, measured, metrics, start, stop_when, summary, wait_for_step, write_config
+from small_runs import kill, measured, metrics, start, stopped_when, summary, wait_for_step, write_config
+
+from retina_jax.training.run import alone_in
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -30,12 +37,19 @@ class Setting:
 
     def phase(self, workdir: Path, log: Path) -> str:
         """What the process that said `log` was doing when it was stopped or killed."""
-        if not any(line.startswith("step ") for line in log.read_text(errors="replace").splitlines()):
+        if not re.search(r"^step \d+/", log.read_text(errors="replace"), re.MULTILINE):
             return "starting"
         if (workdir / "checkpoints" / "saving").exists():
             return "saving"
+        return "evaluating" if self.awaits_evaluation(workdir) else "training"
+
+    def awaits_evaluation(self, workdir: Path) -> bool:
+        """Whether the newest step is to be evaluated, and is not yet."""
         last = metrics(workdir)[-1]
-        return "evaluating" if last["event"] == "train" and last["step"] % self.eval_every == 0 else "training"
+        return last["event"] == "train" and last["step"] % self.eval_every == 0
+
+
+SHORT = Setting(Path(), steps=30, checkpoint_every=5, eval_every=10)
 
 
 def check_same_run(workdir: Path, unbroken: Path, setting: Setting) -> None:
@@ -58,6 +72,10 @@ def files(workdir: Path) -> set[str]:
     return {str(path) for path in found if path.parts[0] != "checkpoints" or len(path.parts) < 3}
 
 
+When = Callable[[subprocess.Popen[bytes], Path], bool]
+"""Whether a start, given with its log, is where a signal is to meet it."""
+
+
 @dataclass(frozen=True)
 class Life:
     """One start of the run, to its end."""
@@ -75,40 +93,122 @@ class Life:
 def unbroken_and_lives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, Life]]:
     """The folders of a run that nothing happened to and of one that all of this happened to, one start after the other."""
     folder = tmp_path_factory.mktemp("kills")
-    setting = Setting(write_config(folder), steps=40, checkpoint_every=5, eval_every=10)
+    setting = dataclasses.replace(SHORT, config=write_config(folder))
     unbroken, workdir = folder / "unbroken", folder / "often_stopped"
-    beside = setting.start(unbroken)
-    wait_for_step(unbroken, 1, beside)  # it writes the scenes for both
     lives: dict[str, Life] = {}
 
-    def live(name: str, when: Callable[[Path], bool], *signals: signal.Signals) -> None:
+    def live(name: str, when: When, *signals: signal.Signals) -> None:
         log = folder / f"{name}.log"
-        process = setting.start(workdir, log)
-        if signals:
-            stop_when(process, lambda: when(log))
-        began = time.monotonic()
-        for number in signals:
-            process.send_signal(number)
-            process.send_signal(signal.SIGCONT)
-            time.sleep(0.05)
-        status = process.wait(240)
+        with setting.start(workdir, log) as process:
+            for number in signals[:1]:
+                with stopped_when(process, lambda: when(process, log)):
+                    process.send_signal(number)
+            began = time.monotonic()
+            for number in signals[1:]:
+                time.sleep(0.05)
+                process.send_signal(number)
+            status = process.wait(240)
         seconds, said = time.monotonic() - began, log.read_text(errors="replace")
-        saved = {path.name for path in (workdir / "checkpoints").iterdir()}
-        lives[name] = Life(status, said, seconds, metrics(workdir), saved)
+        saved = {path.name for path in workdir.glob("checkpoints/*")}
+        lives[name] = Life(status, said, seconds, measured(workdir), saved)
 
-    def in_phase(phase: str) -> Callable[[Path], bool]:
-        return lambda log: setting.phase(workdir, log) == phase
+    def in_phase(phase: str) -> When:
+        return lambda _, log: setting.phase(workdir, log) == phase
 
-    live("SIGTERM before a step", lambda log: "starting from random" in log.read_text(), signal.SIGTERM)
-    for phase in ("training", "saving", "evaluating"):
-        live(f"SIGKILL in {phase}", in_phase(phase), signal.SIGKILL)
-    live("SIGTERM in training", in_phase("training"), signal.SIGTERM)
-    live("SIGTERM in evaluating", in_phase("evaluating"), signal.SIGTERM)
-    live("SIGINT", in_phase("training"), signal.SIGINT)
-    live("SIGINT twice", in_phase("training"), signal.SIGINT, signal.SIGINT)
-    live("to its end", in_phase("training"))
-    assert beside.wait(240) == 0, unbroken.with_suffix(".log").read_text()
+    def early_in_evaluating(process: subprocess.Popen[bytes], log: Path) -> bool:
+        """Also where the save of the step before goes on beside it."""
+        return setting.phase(workdir, log) != "starting" and setting.awaits_evaluation(workdir)
+
+    with setting.start(unbroken) as beside:
+        wait_for_step(unbroken, 1, beside)  # it writes the scenes for both
+        live("SIGTERM before a step", lambda process, _: catches(process, signal.SIGTERM), signal.SIGTERM)
+        for phase in ("training", "saving", "evaluating"):
+            live(f"SIGKILL in {phase}", in_phase(phase), signal.SIGKILL)
+        live("SIGTERM in training", in_phase("training"), signal.SIGTERM)
+        live("SIGTERM in evaluating", early_in_evaluating, signal.SIGTERM)
+        live("SIGINT", in_phase("training"), signal.SIGINT)
+        live("SIGINT twice", in_phase("training"), signal.SIGINT, signal.SIGINT)
+        live("to its end", in_phase("training"))
+        assert beside.wait(240) == 0, unbroken.with_suffix(".log").read_text()
     return unbroken, workdir, lives
+
+
+def catches(process: subprocess.Popen[bytes], number: signal.Signals) -> bool:
+    """Whether the process has said what is to be done at that signal."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return bool(int(status.split("SigCgt:")[1].split()[0], 16) >> (number - 1) & 1)
+
+
+def told(life: Life) -> int:
+    """The step after which it says it stopped; everything else that it should leave then is there too."""
+    line = life.said.splitlines()[-1]
+    found = re.fullmatch(
+        r"stopped by SIG(TERM|INT) after step (\d+), which is saved; the same command goes on from there", line
+    )
+    assert found, line
+    step = int(found[2])
+    assert str(step) in life.checkpoints and life.metrics[-1]["step"] == step
+    return step
+
+
+def test_kills_and_signals_end_in_the_unbroken_run(unbroken_and_lives: tuple[Path, Path, dict[str, Life]]) -> None:
+    """The same parameters to the bit, and nothing in the folder that the unbroken run has not."""
+    unbroken, workdir, lives = unbroken_and_lives
+    for phase in ("training", "saving", "evaluating"):
+        assert lives[f"SIGKILL in {phase}"].status == -signal.SIGKILL
+    assert "saving" in lives["SIGKILL in saving"].checkpoints
+    assert lives["SIGKILL in evaluating"].metrics[-1]["event"] == "train"
+    assert lives["to its end"].status == 0
+    for name, life in lives.items():
+        assert "Traceback" not in life.said, f"{name}: {life.said}"
+    check_same_run(workdir, unbroken, SHORT)
+
+
+def test_sigterm_saves_the_step_it_comes_at_and_exits_0(
+    unbroken_and_lives: tuple[Path, Path, dict[str, Life]],
+) -> None:
+    _, workdir, lives = unbroken_and_lives
+    first = lives["SIGTERM before a step"]
+    assert first.status == 0 and not first.metrics and not first.checkpoints
+    assert "stopped by SIGTERM before the first step; the same command goes on from there" in first.said
+    assert lives["SIGTERM in training"].status == 0
+    step = told(lives["SIGTERM in training"])
+    assert f"resuming {workdir} at step {step}\n" in lives["SIGTERM in evaluating"].said
+
+
+def test_sigterm_in_an_evaluation_gives_it_up_until_the_next_start(
+    unbroken_and_lives: tuple[Path, Path, dict[str, Life]],
+) -> None:
+    _, workdir, lives = unbroken_and_lives
+    life, after = lives["SIGTERM in evaluating"], lives["SIGINT"]
+    assert life.status == 0 and life.seconds < 30
+    step = told(life)
+    assert step % SHORT.eval_every == 0 and life.metrics[-1]["event"] == "train"
+    assert f"resuming {workdir} at step {step}\n" in after.said
+    assert [line["event"] for line in after.metrics if line["step"] == step] == ["train", "evaluation"]
+
+
+def test_ctrl_c_saves_and_exits_130_and_twice_ends_at_once(
+    unbroken_and_lives: tuple[Path, Path, dict[str, Life]],
+) -> None:
+    _, workdir, lives = unbroken_and_lives
+    once, twice = lives["SIGINT"], lives["SIGINT twice"]
+    assert once.status == 130 and twice.status == 130
+    assert f"resuming {workdir} at step {told(once)}\n" in twice.said
+    assert twice.said.splitlines()[-1] == "interrupted; what was saved before is whole"
+    assert twice.seconds < 30
+
+
+def test_what_a_kill_left_half_written_is_cleared_away_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+    (tmp_path / "evaluation").mkdir()
+    left = [".config.json.123", ".write_test_123", ".metrics.jsonl", "evaluation/.step_00000010.json.7"]
+    others = ["config.json", ".config.json", ".nfs0001", ".seconds.json.456"]
+    for name in (*left, *others):
+        (tmp_path / name).write_text("{}")
+    for name in (*left, *others[:-1]):
+        os.utime(tmp_path / name, (0, 0))
+    with alone_in(tmp_path):
+        assert files(tmp_path) == {*others, "evaluation", ".lock"}
 
 
 @pytest.mark.slow

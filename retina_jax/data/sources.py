@@ -6,6 +6,7 @@ from typing import Literal
 
 from retina_jax.config import Config, ConfigError, DataConfig
 from retina_jax.config_files import with_classes
+from retina_jax.console import tell, warn
 from retina_jax.data.coco import read_coco
 from retina_jax.data.pipeline import overflow
 from retina_jax.data.scenes import write_scenes
@@ -51,7 +52,7 @@ def open_sources(config: Config) -> tuple[Source, Source, Config]:
     train = open_source(config.data, "train")
     val = train if config.training.eval_every < 0 else open_source(config.data, "val")
     config = with_classes(config, train.class_names, val.class_names)
-    print(f"train: {train}\nval: {val}")
+    tell(f"train: {train}\nval: {val}")
     if (left_out := overflow(train, config.data))[1]:
-        print(f"warning: data.max_boxes leaves out boxes: of {left_out[0]} images, {left_out[1]} boxes")
+        warn(f"data.max_boxes leaves out boxes: of {left_out[0]} images, {left_out[1]} boxes")
     return train, val, config

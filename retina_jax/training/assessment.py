@@ -5,16 +5,20 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from retina_jax import hosts
+from retina_jax.console import tell, warn
 from retina_jax.data.decoding import to_rgb
 from retina_jax.data.pipeline import Batch, eval_batches
 from retina_jax.data.source import Source
 from retina_jax.detector import Detector, ImageDetections
 from retina_jax.evaluation import Scores, coco_results, evaluate_coco
+from retina_jax.training.disks import DiskError, reason
 from retina_jax.training.run import Run, write_json
 from retina_jax.visualize import contact_sheet, draw
 
@@ -51,7 +55,7 @@ def assess(
     # A bad image that was skipped is one in which nothing was found: its objects count as missed.
     unread = set(range(limit)) - set(found)
     if unread:
-        print(f"warning: {len(unread)} images could not be read and score as images without detections")
+        warn(f"{len(unread)} images could not be read and score as images without detections")
         nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32)
         found |= {index: ImageDetections(*nothing) for index in unread}
     by_name = dict(zip(source.class_names, source.category_ids, strict=True))
@@ -71,7 +75,7 @@ def assess(
             {"step": step, "images": len(image_ids), **scores.summary, "per_class": scores.per_class},
         )
         _write_pictures(run, detector, source, found, unread, step, variant)
-    print(f"evaluated {len(image_ids)} images in {seconds:.1f} s ({len(image_ids) / max(seconds, 1e-9):.1f} img/s)")
+    tell(f"evaluated {len(image_ids)} images in {seconds:.1f} s ({len(image_ids) / max(seconds, 1e-9):.1f} img/s)")
     return scores
 
 
@@ -119,7 +123,15 @@ def _write_pictures(
             class_names=detector.class_names,
             truth_boxes_xyxy=record.boxes_xyxy,
         )
-        Image.fromarray(picture).save(run.path("pictures", step, f"{variant}_{record.image_id}.png"))
+        write_picture(run.path("pictures", step, f"{variant}_{record.image_id}.png"), picture)
         drawn.append(np.asarray(picture))
     if drawn:
-        Image.fromarray(contact_sheet(drawn)).save(run.path("pictures", step, f"{variant}.png"))
+        write_picture(run.path("pictures", step, f"{variant}.png"), contact_sheet(drawn))
+
+
+def write_picture(path: Path, picture: UInt8[np.ndarray, "H W 3"]) -> None:
+    """Raises DiskError where it cannot be written."""
+    try:
+        Image.fromarray(picture).save(path)
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be written: {reason(error)}") from error

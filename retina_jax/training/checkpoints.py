@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,8 +17,9 @@ from jaxtyping import PyTree
 
 from retina_jax import hosts
 from retina_jax.config import ConfigError
+from retina_jax.console import warn
 from retina_jax.interruption import Stopped
-from retina_jax.training.disks import CHECKSUMS, DiskError, check_room, damage, reason, warn, write_checksums
+from retina_jax.training.disks import CHECKSUMS, DiskError, check_room, damage, reason, write_checksums
 from retina_jax.training.orbax_files import load_arrays, save_arrays
 
 T = TypeVar("T")
@@ -178,10 +178,6 @@ class Checkpoints:
                 write_checksums(scratch)
                 scratch.rename(self.folder / str(step))
         except Exception as error:  # libraries tell of a full disk in various ways; whatever it is, training goes on
-            if not isinstance(error, OSError):
-                time.sleep(
-                    1
-                )  # orbax returns at the first array that fails, and the others would make their folders anew
             self._clear()
             newest = f"the newest whole checkpoint is step {saved[-1]}" if saved else "there is no whole checkpoint yet"
             self._failure = f"{self.folder}: step {step} could not be saved: {reason(error)}; {newest}"

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
 
 from retina_jax.errors import PlainError
@@ -27,19 +26,6 @@ def reason(error: BaseException) -> str:
         if name in said:
             return name
     return said.splitlines()[0][:200]
-
-
-def tell(line: str, end: str = "\n") -> None:
-    """Print `line` at once. A log that cannot be written (a full disk takes those too) ends nothing."""
-    try:
-        print(line, end=end, flush=True)
-    except OSError:
-        return
-
-
-def warn(line: str) -> None:
-    """Tell of something that a person should know, on a line of its own, from whatever thread."""
-    tell(("\n" if sys.stdout is not None and sys.stdout.isatty() else "") + f"warning: {line}")
 
 
 def check_room(folder: Path, size: int) -> None:

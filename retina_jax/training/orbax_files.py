@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,8 +19,9 @@ from retina_jax.training.disks import reason
 
 T = TypeVar("T")
 
-# What orbax's threads log at length of a save that fails is an exception as well.
-logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.getMessage())
+# Of a save that fails orbax's threads log at length what is an exception as well, and asyncio every array after the first.
+for _logger, _said in (("absl", "_SignalingThread"), ("asyncio", ".orbax-checkpoint-tmp")):
+    logging.getLogger(_logger).addFilter(lambda record, said=_said: said not in record.getMessage())
 
 
 def save_arrays(folder: Path, arrays: PyTree) -> None:
@@ -24,11 +29,28 @@ def save_arrays(folder: Path, arrays: PyTree) -> None:
 
     Not by orbax's `training.Checkpointer` or `ocp.save`: on several hosts the one asks JAX whether to stop, in the middle
     of the run's own asking (`interruption.py`), and the other compares folders with hosts that are elsewhere.
+
+    Raises whatever the libraries make of a disk that fails, and nothing is being written any more then.
     """
     alone = orbax.options.MultiprocessingOptions(primary_host=0, active_processes={0})
     items = orbax.CompositeCheckpointHandler(composite_options=orbax.CompositeOptions(multiprocessing_options=alone))
-    with orbax.Checkpointer(items, multiprocessing_options=alone) as checkpointer:
+    with _others_ended(), orbax.Checkpointer(items, multiprocessing_options=alone) as checkpointer:
         checkpointer.save(folder.resolve(), orbax.args.Composite(state=orbax.args.PyTreeSave(arrays)))
+
+
+@contextlib.contextmanager
+def _others_ended() -> Iterator[None]:
+    """Orbax raises at the first array that cannot be written. The others would make their folders anew and, as nobody
+    listens any more, leave a traceback each: they are given a second, in silence."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda told: None if str(told.exc_value) == "Event loop is closed" else hook(told)
+    try:
+        yield
+    except Exception:
+        time.sleep(1)
+        raise
+    finally:
+        sys.unraisablehook = hook
 
 
 def load_arrays(folder: Path, like: T) -> T:

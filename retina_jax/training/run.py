@@ -21,6 +21,7 @@ from typing import Any
 from retina_jax import hosts
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_files import from_dict
+from retina_jax.console import tell, warn
 from retina_jax.evaluation import SUMMARY, Scores, coco_table
 from retina_jax.training.disks import DiskError, reason
 
@@ -120,11 +121,11 @@ def finish_run(
     }
     write_json(run.folder / "summary.json", summary)
     if evaluation is not None:
-        print(coco_table(Scores({name: evaluation[name] for name in SUMMARY}, evaluation["per_class"])))
+        tell(coco_table(Scores({name: evaluation[name] for name in SUMMARY}, evaluation["per_class"])))
     of_hosts = sorted({name for text in hosts.exchange(json.dumps(sorted(skipped))) for name in json.loads(text)})
     if of_hosts:
-        print(f"warning: {len(of_hosts)} unreadable images were skipped: {', '.join(of_hosts)}")
-    print(f"{step} steps in {seconds:.0f} s; everything is in {run.folder}")
+        warn(f"{len(of_hosts)} unreadable images were skipped: {', '.join(of_hosts)}")
+    tell(f"{step} steps in {seconds:.0f} s; everything is in {run.folder}")
     return summary
 
 

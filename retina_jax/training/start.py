@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from retina_jax import hosts
 from retina_jax.anchors import anchors_per_cell
 from retina_jax.config import ConfigError
 from retina_jax.model.initialisation import initialise
@@ -35,8 +36,19 @@ def first_state(
 ) -> tuple[TrainState, str]:
     """The state a run goes on from, on the devices, and one line that says where it comes from.
 
-    `allow_missing` are parts of the backbone that `model.backbone_weights` may lack.
+    `allow_missing` are parts of the backbone that `model.backbone_weights` may lack. Every host makes its own; ConfigError
+    where they came out different.
     """
+    state, told = _first_state(driver, run, checkpoints, allow_missing)
+    if hosts.several():
+        facts = {"step": int(state.step), "sha256": parameters_sha256(state.variables)}
+        hosts.check_same("the parameters that training starts from", facts)
+    return state, told
+
+
+def _first_state(
+    driver: Driver, run: Run, checkpoints: Checkpoints, allow_missing: Sequence[str]
+) -> tuple[TrainState, str]:
     imported = fresh_import(run.folder)
     norm_frozen = driver.config.model.norm == "frozen"
     if checkpoints.steps() and imported is None:
