@@ -17,9 +17,8 @@ from jax.errors import JaxRuntimeError
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_files import flatten, load_config, one_line, unknown_name
-from retina_jax.errors import PlainError
+from retina_jax.errors import PlainError, Stopped
 from retina_jax.hosts import Hosts
-from retina_jax.interruption import Stopped
 from retina_jax.training.compilation import out_of_memory
 
 T = TypeVar("T")

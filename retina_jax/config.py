@@ -291,7 +291,7 @@ class TrainingConfig:
     """Write TensorBoard files beside metrics.jsonl."""
     accumulate: int = 1
     """Parts in which a device takes its images of a step, one after the other: as much less memory, the same step. To
-    normalisers per_device and ema and to norm batch each part is a device of its own."""
+    normalisers per_device and ema each part is a device of its own; norm batch takes statistics of a part at a time."""
     skip_non_finite: int = 0
     """Steps in all that may come out with a loss, gradient or parameters that are not finite, and are left out; one more
     stops the run. 0: the first one does."""

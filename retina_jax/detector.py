@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Float, Int, PyTree, UInt8
 
 from retina_jax.config import Config, ConfigError, DataConfig
-from retina_jax.config_files import override, validate
+from retina_jax.config_checks import validate
+from retina_jax.config_files import override
 from retina_jax.data.pipeline import LARGE, Batch
 from retina_jax.data.preprocessing import buckets, exact_canvas, resize, resize_large, resized_size, to_original_pixels
 from retina_jax.training.checkpoints import Checkpoints

@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from retina_jax.config import ConfigError
+from retina_jax.errors import Stopped
 
 HEARTBEAT_SECONDS = 30
 """JAX's runtime ends all hosts where one has not been heard of for so long: a machine without power, a cut cable."""
@@ -71,6 +72,8 @@ def joined(options: Hosts) -> Iterator[None]:
     if options == ALONE:
         yield
         return
+    from retina_jax.command_line import ending  # which needs this module
+
     _connect(options)
     if not several():
         yield
@@ -80,19 +83,17 @@ def joined(options: Hosts) -> Iterator[None]:
     lifeline = _Lifeline()
     try:
         yield
-    except BaseException as error:
-        from retina_jax.command_line import ending
-
-        line, status = ending(error)
-        if status != 0:
-            if line is None:
-                traceback.print_exc()
-            else:
-                print(line, file=sys.stderr, flush=True)
-            lifeline.tell(line or f"{type(error).__name__}: {error}")
-            _exit(status)
+    except Stopped:  # by all hosts at the same step
         _leave(lifeline)
         raise
+    except BaseException as error:
+        line, status = ending(error)
+        if line is None:
+            traceback.print_exc()
+        else:
+            print(line, file=sys.stderr, flush=True)
+        lifeline.tell(line or f"{type(error).__name__}: {error}")
+        _exit(status)
     _leave(lifeline)
 
 
@@ -149,6 +150,8 @@ def _connect(options: Hosts) -> None:
             raise ConfigError(f"--host {options.host}: it must be the number of this host, 0 to {options.hosts - 1}")
     # Detection is kept away from hosts that were given: under SLURM it would leave each process one GPU.
     coordinator, number, own = (None, None, None) if options.distributed else explicit
+    if number and own == 0:
+        print(f"host 0: waiting for {number - 1} more at {coordinator}", flush=True)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -180,7 +183,9 @@ def _exit(status: int) -> NoReturn:
 class _Lifeline:
     """A TCP connection from every host to host 0. The kernel closes it however a process ends, and the others know.
 
-    Host 0 passes on what it hears. Each line is the number of a host, a tab, and why it ended.
+    Host 0 passes on what it hears. Each line is the number of a host, a tab, and why it ended. JAX's runtime lives in host
+    0: where that is killed while another holds Python's lock, JAX aborts the other before it can speak (SIGABRT, "another
+    task died"); the same, after HEARTBEAT_SECONDS, where a host stands still without its connections being closed.
     """
 
     def __init__(self) -> None:
@@ -193,7 +198,15 @@ class _Lifeline:
         meeting = json.loads(exchange(json.dumps(meeting))[0])
         if listener is not None:
             self._start(self._accept, listener, meeting["token"])
-            return
+        else:
+            self._call(meeting)
+        # From here on all can be told. A host that could not connect has said so.
+        connected = sum(text == "connected" for text in exchange("connected" if self._peers and not first() else ""))
+        deadline = time.monotonic() + 30
+        while first() and len(self._peers) < connected and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def _call(self, meeting: dict[str, Any]) -> None:
         address = _state().coordinator_address.rpartition(":")[0].strip("[]")
         try:
             peer = socket.create_connection((address, meeting["port"]), timeout=30)
@@ -247,7 +260,8 @@ class _Lifeline:
 
     def _start(self, *target: object) -> None:
         thread = threading.Thread(target=target[0], args=target[1:], daemon=True)
-        self._readers.append(thread) if target[0] == self._listen else None
+        if target[0] == self._listen:
+            self._readers.append(thread)
         thread.start()
 
     def _listen(self, host: int, peer: socket.socket) -> None:

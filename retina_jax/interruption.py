@@ -12,17 +12,9 @@ from typing import TypeVar
 from jax.experimental import multihost_utils
 
 from retina_jax import hosts
+from retina_jax.errors import Stopped
 
 T = TypeVar("T")
-
-
-class Stopped(Exception):
-    """The run was asked to stop, by the signal `number`, after `step`, which is saved."""
-
-    def __init__(self, number: int, step: int) -> None:
-        after = f"after step {step}, which is saved" if step else "before the first step"
-        super().__init__(f"stopped by {signal.Signals(number).name} {after}; the same command goes on from there")
-        self.number = number
 
 
 class Interruption:

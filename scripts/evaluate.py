@@ -19,7 +19,8 @@ import tyro
 from retina_jax import hosts
 from retina_jax.command_line import one_line_errors, option_value, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_files import meaning_changes, override, validate
+from retina_jax.config_checks import validate
+from retina_jax.config_files import meaning_changes, override
 from retina_jax.data.sources import open_source
 from retina_jax.detector import load_detector
 from retina_jax.evaluation import coco_table
@@ -76,6 +77,7 @@ def evaluate(arguments: Arguments, settings: Config) -> None:
         class_names=arguments.class_names,
     )
     source, step = open_source(config.data, "val"), detector.step
+    hosts.check_same("--workdir", {"step": step, "config": repr(config), "evaluation data": source.sha256})
     strangers = [name for name in source.class_names if name not in detector.class_names]
     if strangers:
         raise ConfigError(

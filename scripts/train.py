@@ -18,7 +18,7 @@ import tyro
 from retina_jax import hosts
 from retina_jax.command_line import config_of, one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config
-from retina_jax.config_files import parse_window, validate
+from retina_jax.config_checks import parse_window, validate
 from retina_jax.console import tell
 from retina_jax.data.pipeline import train_batches
 from retina_jax.data.sources import open_sources
@@ -72,16 +72,16 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
     source, val_source, config = open_sources(config)
     driver = Driver(config, config.model.num_classes)
     driver.check_batch_size()
-    run = open_run(workdir, config, source.class_names, source.category_ids, source.sha256, driver.parts, changes)
     training, keep = config.training, config.training.keep_checkpoints
     with Interruption() as interruption, alone_in(workdir), Checkpoints(workdir / "checkpoints", keep) as checkpoints:
+        run = open_run(workdir, config, source.class_names, source.category_ids, source.sha256, driver.parts, changes)
         state, told = first_state(driver, run, checkpoints, missing)
         tell(f"{parameter_table(state.variables)}\n{told}")
         step = start = int(state.step)
         clock = Clock(workdir, resumed=start > 0)
         batches = train_batches(source, config.data, seed=config.seed, start_step=start, **hosts.share())
-        take_step = CompiledStep(driver.step, config.data.buckets or 4, tell)
-        with Metrics(run, start) as metrics, Profiler(workdir, parse_window(training.profile_steps), tell) as profiler:
+        take_step = CompiledStep(driver.step, config.data.buckets or 4)
+        with clock, Metrics(run, start) as metrics, Profiler(workdir, parse_window(training.profile_steps)) as profiler:
 
             def evaluate() -> float | None:
                 detector = Detector(driver, state.variables, run.class_names, run.category_ids)
@@ -92,7 +92,7 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
                 return scores["AP"]
 
             if metrics.evaluation_is_missing():
-                evaluate()  # it failed, or was stopped, when it was due
+                checkpoints.score(start, evaluate())  # it failed, or was stopped, when it was due
             for step in range(start + 1, training.steps + 1):
                 asked = time.monotonic()
                 profiler.begin(step)

@@ -169,7 +169,11 @@ def test_kubernetes_counts_neither_a_stop_nor_a_lost_host_as_failure() -> None:
     assert spec["template"]["spec"]["restartPolicy"] == "Never"  # podFailurePolicy is refused otherwise
     by_status, by_condition = spec["podFailurePolicy"]["rules"]
     assert by_status["action"] == by_condition["action"] == "Ignore"
-    assert by_status["onExitCodes"] == {"containerName": container()["name"], "operator": "In", "values": [LOST]}
+    assert by_status["onExitCodes"] == {
+        "containerName": container()["name"],
+        "operator": "In",
+        "values": [LOST, 128 + signal.SIGABRT],
+    }
     assert by_condition["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from retina_jax.training.run import alone_in
+
 ROOT = Path(__file__).parents[1]
 
 # A network of a few seconds' compilation, in a config file as a person would write one.
@@ -107,6 +109,17 @@ def test_a_run_leaves_everything_it_should(run: Path) -> None:
     log = (run.parent / "run.log").read_text()
     for said in ("class head", "trained", "frozen", "ETA", "Average Precision", str(run)):
         assert said in log, said
+
+
+def test_a_run_that_another_process_trains_is_left_as_it_is(run: Path, folder: Path) -> None:
+    """Also by a command that is allowed to change it."""
+    before = (run / "config.json").read_bytes()
+    with alone_in(run):
+        change = ("--loss.gamma", 5, "--allow-changes", "loss.gamma", "--training.steps", 20)
+        refused(
+            "train", "--config", folder / "tiny.py", "--workdir", run, *change, says="another process is training there"
+        )
+    assert (run / "config.json").read_bytes() == before and (run / "summary.json").exists()
 
 
 def test_detections_are_coco_results_inside_their_images(run: Path, folder: Path) -> None:

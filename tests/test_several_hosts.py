@@ -26,7 +26,7 @@ def begun(config: Path) -> Path:
     return workdir
 
 
-MORE = ("--training.steps", 160)
+MORE, LONG = ("--training.steps", 160), ("--training.steps", 10**6)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,7 @@ def alone(config: Path, begun: Path) -> Path:
 def shared(config: Path, begun: Path) -> tuple[Path, Path]:
     """The same by two hosts: SIGTERM to one, resumed, SIGKILL of host 1, resumed to its end; and a copy of it at SIGTERM."""
     workdir = shutil.copytree(begun, config.parent / "shared")
-    (workdir / "summary.json").unlink()
-    with Pair(config, workdir, *MORE) as pair:
+    with Pair(config, workdir, *LONG) as pair:
         wait_for_step(workdir, 105, *pair.hosts)
         pair.hosts[1].send_signal(signal.SIGTERM)
         assert pair.ended() == [0, 0], pair.said()
@@ -53,7 +52,7 @@ def shared(config: Path, begun: Path) -> tuple[Path, Path]:
     saved = max(line["step"] for line in metrics(workdir))
     assert (workdir / "checkpoints" / str(saved)).is_dir() and not (workdir / "summary.json").exists()
     stopped = shutil.copytree(workdir, config.parent / "stopped")
-    with Pair(config, workdir, *MORE) as pair:
+    with Pair(config, workdir, *LONG) as pair:
         wait_for_step(workdir, saved + 5, *pair.hosts)
         assert f"resuming {workdir} at step {saved}" in pair.said()
         kill(pair.hosts[1])

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from retina_jax.data.decoding import largest_file
-from retina_jax.data.reading import read_file, reason
+from retina_jax.data.reading import read_again, read_file, reason
 from retina_jax.data.source import BadImage, DataError, Source, make_records
 
 T = TypeVar("T")
@@ -78,9 +78,9 @@ def read_coco(
         return str(folder / records[index].file_name)
 
     def read(index: int) -> bytes:
-        record = records[index]
+        path, largest = Path(where(index)), largest_file(records[index].width * records[index].height)
         try:
-            return read_file(Path(where(index)), largest_file(record.width * record.height))
+            return read_again(lambda: read_file(path, largest), str(path))
         except OSError as error:
             raise BadImage(f"{where(index)}: cannot be read: {reason(error)}") from None
 

@@ -32,7 +32,7 @@ from retina_jax.data.preprocessing import (
     to_canvas_pixels,
     train_short_sides,
 )
-from retina_jax.data.reading import reason
+from retina_jax.data.reading import read_again, reason
 from retina_jax.data.source import BadImage, Source
 from retina_jax.data.waiting import Reads
 
@@ -263,7 +263,7 @@ class Batches(Iterator[Batch]):
         unresized = NOTHING.astype(data.pixels)
         try:
             with self._reads.reading(index):
-                encoded = self._source.read(index)
+                encoded = read_again(lambda: self._source.read(index), self._source.where(index))
         except OSError as error:
             raise BadImage(f"{self._source.where(index)}: cannot be read: {reason(error)}") from None
         expected_size, pixels = (record.width, record.height), record.width * record.height

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+log = logging.getLogger(__name__)
 NEVER_WAITS = getattr(os, "O_NONBLOCK", 0)
 """Opening a pipe that nobody writes to returns at once; reading a regular file is as without it."""
+PAUSES = (0.5, 2.0, 8.0)
+"""Seconds before a read is tried again, and again."""
+_PASSING = "EIO ESTALE ETIMEDOUT EAGAIN EINTR EBUSY ECONNRESET EREMOTEIO"
+PASSING = frozenset(getattr(errno, name) for name in _PASSING.split() if hasattr(errno, name))
+"""Errors of a network file system that may be gone the next time; some systems lack some of the names."""
 
 
 def read_file(path: Path, largest: int) -> bytes:
@@ -27,6 +36,22 @@ def read_file(path: Path, largest: int) -> bytes:
             return file.read(status.st_size)  # No more, should it be growing.
     except ValueError:  # A NUL, or what the file system's encoding lacks.
         raise OSError(errno.EINVAL, "no file can have this name", repr(path)) from None
+
+
+def read_again(read: Callable[[], bytes], name: str) -> bytes:
+    """What `read` gives, called again after each of PAUSES while it fails with an error that may pass; a line each time.
+
+    Any other OSError is raised at once, and the last of them when the pauses are over.
+    """
+    for pause in PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in PASSING and not isinstance(error, TimeoutError):
+                raise
+            log.warning("%s: cannot be read: %s; tried again in %g s", name, reason(error), pause)
+        time.sleep(pause)
+    return read()
 
 
 def reason(error: OSError) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from retina_jax import hosts
 from retina_jax.config import Config, ConfigError, DataConfig
 from retina_jax.config_files import with_classes
 from retina_jax.console import tell, warn
@@ -47,11 +48,14 @@ def open_source(data: DataConfig, split: Literal["train", "val"]) -> Source:
 def open_sources(config: Config) -> tuple[Source, Source, Config]:
     """What a run trains on, what it is evaluated on (the same where it never is), and its config with their classes.
 
-    Says what is there and what was left out of it. Raises as `open_source` and `with_classes` do.
+    Says what is there and what was left out of it. Raises as `open_source` and `with_classes` do, and ConfigError
+    where several hosts have different data.
     """
     train = open_source(config.data, "train")
     val = train if config.training.eval_every < 0 else open_source(config.data, "val")
     config = with_classes(config, train.class_names, val.class_names)
+    facts = {"training": train.sha256, "evaluation": val.sha256, "images": [len(train), len(val)]}
+    hosts.check_same("data", {**facts, "classes": list(train.class_names), "ids": list(val.category_ids)})
     tell(f"train: {train}\nval: {val}")
     if (left_out := overflow(train, config.data))[1]:
         warn(f"data.max_boxes leaves out boxes: of {left_out[0]} images, {left_out[1]} boxes")

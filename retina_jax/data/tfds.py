@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float64, Int64, Shaped
 from retina_jax.data.coco import parse_coco, read_truth
 from retina_jax.data.coco_classes import COCO_CATEGORIES
 from retina_jax.data.decoding import open_image
+from retina_jax.data.reading import read_again
 from retina_jax.data.source import BadImage, DataError, Source, make_records
 
 FORMAT = 1
@@ -103,7 +104,7 @@ def read_tfds(
 
     def read(i: int) -> bytes:
         try:
-            return bytes(images[rows[i]]["image"])
+            return read_again(lambda: bytes(images[rows[i]]["image"]), where(i))
         except (OSError, ValueError, IndexError, RuntimeError) as error:
             raise BadImage(f"{where(i)}: cannot be read: {_first_line(error)}") from None
 

@@ -24,8 +24,8 @@ HELD = 75
 """Exit status of a point that another worker holds, or that was asked to stop and will resume (EX_TEMPFAIL)."""
 MOST_TIMEOUTS = 100
 """Times that a SLURM job may be queued again, by default."""
-GRACE = 10.0
-"""Seconds that a child has to end in before it is killed."""
+GRACE = 300.0
+"""Seconds that a child has to save in before it is killed; a second Ctrl-C cuts them short."""
 
 
 @dataclass
@@ -105,11 +105,14 @@ def _end(children: Sequence[_Child]) -> None:
     for child in children:
         child.process.terminate()
     until = time.monotonic() + GRACE
-    for child in children:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.process.wait(max(until - time.monotonic(), 0))
-        child.process.kill()
-        child.process.wait()
+    try:
+        for child in children:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.process.wait(max(until - time.monotonic(), 0))
+    finally:
+        for child in children:
+            child.process.kill()
+            child.process.wait()
 
 
 @contextlib.contextmanager

@@ -16,7 +16,8 @@ from types import ModuleType
 from typing import Any
 
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_files import flatten, load_module, named_errors, override, validate
+from retina_jax.config_checks import validate
+from retina_jax.config_files import flatten, load_module, named_errors, override
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,8 +18,8 @@ from jaxtyping import PyTree
 from retina_jax import hosts
 from retina_jax.config import ConfigError
 from retina_jax.console import warn
-from retina_jax.interruption import Stopped
-from retina_jax.training.disks import CHECKSUMS, DiskError, check_room, damage, reason, write_checksums
+from retina_jax.errors import Stopped
+from retina_jax.training.disks import CHECKSUMS, DiskError, check_room, damage, put_on_disk, reason, write_checksums
 from retina_jax.training.orbax_files import load_arrays, save_arrays
 
 T = TypeVar("T")
@@ -29,11 +29,13 @@ LEFTOVERS = ("saving", "deleting-*", "*.orbax-checkpoint-tmp*")
 
 
 class Checkpoints:
-    """The folder RUN/checkpoints, one sub-folder a saved step. Leaving the `with` block waits for the last write.
+    """The folder RUN/checkpoints, one sub-folder a saved step. Leaving the `with` block waits for the last write;
+    by KeyboardInterrupt it does not, and a write that the end of the process meets half-way is given up.
 
     The state is the same on every device, so host 0 alone writes, and no save waits for another host or is half one host's.
     A step is written under RUN/checkpoints/saving with the checksums of its files, and gets its name, the number, by a
-    rename: a kill at any moment leaves it whole or absent. Data lost by a power cut is found by the checksums.
+    rename, once the disk has it: a kill or a power cut at any moment leaves it whole or absent. A disk that only said so is
+    found out by the checksums.
     """
 
     def __init__(self, folder: Path, keep: int | None = 2, *, read_only: bool = False) -> None:
@@ -52,6 +54,9 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self._writer.shutdown(wait=False, cancel_futures=True)
+            return
         self._writer.shutdown()  # waits; nothing is said to other hosts that may not have come here
         if error is None or isinstance(error, Stopped):
             self.wait()
@@ -66,19 +71,49 @@ class Checkpoints:
             return
         self._join()
         own = jax.device_get(jax.tree.map(lambda array: array.addressable_data(0), state))
-        self._pending = self._writer.submit(self._write, step, jax.tree.map(np.array, own), ap)
+        if jax.default_backend() == "cpu":  # these are views of the device's memory, all others are copies already
+            own = jax.tree.map(np.array, own)
+        self._pending = self._writer.submit(self._write, step, own, ap)
+
+    def score(self, step: int, ap: float | None) -> None:
+        """Note the AP of a saved `step` that was evaluated only later, as after a resume; then delete as a save does.
+
+        None, a step that is not there and one that has its score already change nothing. A disk that fails is warned of.
+        Waits for the save before, not for other hosts: all but the first do nothing.
+        """
+        if ap is None or not hosts.first():
+            return
+        self._join()
+        if step not in self._saved() or self._ap(step) is not None:
+            return
+        scratch, place = self.folder / "saving" / "metrics", self.folder / str(step) / "metrics"
+        try:
+            scratch.parent.mkdir(exist_ok=True)
+            scratch.write_text(json.dumps({"AP": ap}))
+            put_on_disk(scratch)
+            place.mkdir(exist_ok=True)
+            scratch.replace(place / "metrics")
+        except OSError as error:
+            self._clear()
+            warn(f"{self.folder}: the AP of step {step} could not be saved: {reason(error)}")
+        else:
+            self._delete_old()
 
     @contextlib.contextmanager
     def saved_if_it_fails(self, step: int, state: PyTree, first: Callable[[], object] = lambda: None) -> Iterator[None]:
-        """Whatever ends what is done in between, the steps taken before it are kept, unless `first`, called first, fails."""
+        """Whatever ends what is done in between, the steps taken before it are kept, unless `first`, called first, fails.
+
+        Only KeyboardInterrupt, by which somebody wants the end at once, calls and saves nothing.
+        """
         try:
             yield
+        except KeyboardInterrupt:
+            raise
         except BaseException:
             with self._told_of(step, DiskError):
                 first()
-                with self._told_of(
-                    step, Exception
-                ):  # such as of a device that is gone: the first error is the one to tell
+                # Any error, such as of a device that is gone: the one that led here is the one to tell.
+                with self._told_of(step, Exception):
                     if step > 0:
                         self.save(step, state)
             raise
@@ -177,6 +212,7 @@ class Checkpoints:
                     (scratch / "metrics" / "metrics").write_text(json.dumps({"AP": ap}))
                 write_checksums(scratch)
                 scratch.rename(self.folder / str(step))
+                put_on_disk(self.folder)  # before older steps are deleted
         except Exception as error:  # libraries tell of a full disk in various ways; whatever it is, training goes on
             self._clear()
             newest = f"the newest whole checkpoint is step {saved[-1]}" if saved else "there is no whole checkpoint yet"

@@ -13,6 +13,7 @@ import jax
 from jax.errors import JaxRuntimeError
 from jaxtyping import PyTree
 
+from retina_jax.console import tell
 from retina_jax.errors import PlainError
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -59,7 +60,7 @@ class CompiledStep:
     waits for the results: `out_of_memory` is for those.
     """
 
-    def __init__(self, step: Any, canvases: int, announce: Callable[[str], None] = print) -> None:
+    def __init__(self, step: Any, canvases: int, announce: Callable[[str], None] = tell) -> None:
         """`step` is of jax.jit or jax.pmap, (state, inputs) to (state, metrics); `canvases` how many shapes are expected."""
         self._step, self._expected, self._announce = step, canvases, announce
         self._signatures: dict[tuple[int, int], list[Any]] = {}

@@ -43,10 +43,29 @@ def check_room(folder: Path, size: int) -> None:
 
 
 def write_checksums(folder: Path) -> None:
-    """Note the size and SHA-256 of every file in `folder`, in FOLDER/checksums.json, as the disk now gives them back."""
+    """Note the size and SHA-256 of every file in `folder`, in FOLDER/checksums.json, and have all of it put on the disk.
+
+    The sums are of what was just written, which the system still holds in memory: what the disk made of it, `damage` finds
+    when it is read again. Raises OSError where the disk could not take it.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sums = {path.relative_to(folder).as_posix(): _size_and_sum(path) for path in files}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
+    folders = sorted(path for path in folder.rglob("*") if path.is_dir())
+    for path in [*files, folder / CHECKSUMS, *reversed(folders), folder]:
+        put_on_disk(path)
+
+
+def put_on_disk(path: Path) -> None:
+    """Until the disk has what the file holds, or the names that the folder holds; nothing where it cannot be asked for."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_TELL:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def damage(folder: Path) -> str:

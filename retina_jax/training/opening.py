@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
-import os
 import platform
 import secrets
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import jax
 from retina_jax import hosts
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_files import flatten, meaning_changes, to_dict, unknown_name
-from retina_jax.training.run import Run, fresh_import, read_run, write_json
+from retina_jax.training.run import Run, fresh_import, make_writable, read_run, write_json
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "tensorflow", "tensorflow-datasets",
@@ -29,6 +30,7 @@ PACKAGES = (
 OF_A_HOST = ("data.train_annotations", "data.train_images", "data.val_annotations", "data.val_images", "data.tfds_folder",
              "data.scenes.folder", "data.workers", "model.backbone_weights")  # fmt: skip
 
+SECONDS_TO_SHOW = 30
 OF_PARTS = ("per_device", "ema")
 """Normalisers to which each part of a batch counts on its own."""
 
@@ -55,8 +57,9 @@ def open_run(
     facts = {"class_names": list(class_names), "data": data_sha256, **flatten(config)}
     hosts.check_same(f"--workdir {folder}", {name: v for name, v in facts.items() if name not in OF_A_HOST})
     if hosts.first():
-        _make_writable(folder)
+        make_writable(folder)
         changed = _changes(run, allow_changes)
+        _reopen(run)
         write_json(
             folder / "config.json",
             {
@@ -77,24 +80,26 @@ def open_run(
     return run
 
 
-def _make_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write_test_{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"--workdir {folder}: cannot be written: {error.strerror}") from None
+def _reopen(run: Run) -> None:
+    """A run that is to be trained further is not complete any more."""
+    summary = run.folder / "summary.json"
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        if json.loads(summary.read_text())["steps"] < run.config.training.steps:
+            summary.unlink()
 
 
 def _check_shared(folder: Path) -> None:
-    """All hosts must see what host 0 has just written."""
+    """All hosts must see what host 0 has just written, though a network file system may take a while to show it."""
     own = json.loads((folder / "config.json").read_text())["started"] if hosts.first() else ""
     told = hosts.exchange(own)[0]
-    try:
-        seen = json.loads((folder / "config.json").read_text())["started"]
-    except (OSError, ValueError, LookupError):
-        seen = None
+    seen, until = None, time.monotonic() + SECONDS_TO_SHOW
+    while seen != told and (seen is None or time.monotonic() < until):
+        try:
+            seen = json.loads((folder / "config.json").read_text())["started"]
+        except (OSError, ValueError, LookupError):
+            seen = ""
+        if seen != told:
+            time.sleep(0.5)
     strangers = [str(host) for host, same in enumerate(hosts.exchange("" if seen == told else "other")) if same]
     if strangers:
         raise ConfigError(
@@ -130,11 +135,14 @@ def _changes(run: Run, allowed: Sequence[str]) -> list[str]:
             f"--workdir {folder}: its run was trained on other images or boxes than the training data now has; "
             "restore them, or take another --workdir"
         )
-    if before.parts != run.parts and None not in (before.parts, run.parts) and run.config.loss.normaliser in OF_PARTS:
+    parts, config = {before.parts, run.parts} - {None}, run.config
+    by_norm = config.model.norm == "batch" and config.training.accumulate > 1
+    if len(parts) > 1 and (by_norm or config.loss.normaliser in OF_PARTS):
+        why = "model.norm batch" if by_norm else f"loss.normaliser {config.loss.normaliser}"
         raise ConfigError(
             f"--workdir {folder}: its run took each batch in {before.parts} parts (devices x training.accumulate), this "
-            f"one would in {run.parts}, and loss.normaliser {run.config.loss.normaliser} depends on it; set --devices and "
-            f"--training.accumulate to make {before.parts}"
+            f"one would in {run.parts}, and {why} depends on it; set --devices and --training.accumulate to make "
+            f"{before.parts}"
         )
     return changes
 

@@ -13,6 +13,8 @@ from types import TracebackType
 import jax
 from jaxtyping import PyTree
 
+from retina_jax.console import tell
+
 
 class Profiler:
     """Traces the steps of one window; all other steps cost nothing. The loop calls `begin` and `end` around each step.
@@ -25,7 +27,7 @@ class Profiler:
     """
 
     def __init__(
-        self, run_folder: Path, window: tuple[int, int] | None, announce: Callable[[str], None] = print
+        self, run_folder: Path, window: tuple[int, int] | None, announce: Callable[[str], None] = tell
     ) -> None:
         """`window` as `parse_window` gives it. Several hosts each write a folder of their own, profile/host_I."""
         hosts = jax.process_count()

@@ -52,6 +52,17 @@ class Run:
         return path
 
 
+def make_writable(folder: Path) -> None:
+    """Make the folder; ConfigError where nothing can be written in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write_test_{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"--workdir {folder}: cannot be written: {error.strerror}") from None
+
+
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """No second process trains in `folder` meanwhile; however this one ends, the lock ends with it. Host 0 holds it, and
@@ -59,11 +70,16 @@ def alone_in(folder: Path) -> Iterator[None]:
     if not hosts.first():
         yield
         return
+    make_writable(folder)
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"--workdir {folder}: another process is training there") from None
+        except OSError as error:
+            raise ConfigError(
+                f"--workdir {folder}: cannot be locked ({error.strerror}); take one on a file system with locks"
+            ) from None
         for path in [path for kind in ("", "evaluation", "detections") for path in (folder / kind).glob(".*")]:
             with contextlib.suppress(OSError):  # of no use, and no harm
                 if LEFTOVER.fullmatch(path.name) and time.time() - path.stat().st_mtime > SECONDS_TO_WRITE:
@@ -150,7 +166,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class Clock:
-    """Wall time a run has spent, over all its starts."""
+    """Wall time a run has spent, over all its starts; kept when the `with` block ends, however it does."""
 
     def __init__(self, folder: Path, resumed: bool) -> None:
         self._path = folder / "seconds.json"
@@ -159,6 +175,12 @@ class Clock:
         except (OSError, ValueError, TypeError):  # time alone is lost with this file
             before = 0.0
         self._start = time.monotonic() - before
+
+    def __enter__(self) -> Clock:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.save()
 
     def seconds(self) -> float:
         """Seconds so far."""

@@ -64,10 +64,11 @@ def train_step(
     The normaliser of the loss is a sum over the whole batch, known only after the forward pass. Gradients are therefore
     taken of the weighted *sum* of the images' losses and divided afterwards, so that gradients, losses and counts meet in
     one all-reduce. For the same reason a device can take its images in `accumulate` parts, one after the other, and add
-    up: each part then stands for a device of its own, to normalisers `per_device` and `ema` and to BatchNorm.
+    up: to normalisers `per_device` and `ema` each part then stands for a device of its own, and BatchNorm takes its
+    statistics of one part of every device.
 
     `keep_finite`: a step whose loss, gradient or new parameters are not finite leaves everything as it was but its
-    number and `state.skipped`.
+    number, for the schedule too, and `state.skipped`.
     """
     height, width = inputs.images.shape[1:3]
     anchors = jnp.asarray(anchor_grid((height, width), config.anchors, config.model))
@@ -134,6 +135,8 @@ def train_step(
     }
     if keep_finite:
         finite = jnp.all(jnp.isfinite(jnp.stack([metrics[name] for name in FINITE])))
-        unchanged = state.replace(step=new_state.step, skipped=state.skipped + 1)
+        # The optimizer's last part counts the steps of the schedule, whose boundaries are steps of the run.
+        kept = (*state.opt_state[:-1], opt_state[-1])
+        unchanged = state.replace(step=new_state.step, skipped=state.skipped + 1, opt_state=kept)
         new_state = jax.tree.map(partial(jnp.where, finite), new_state, unchanged)
     return new_state, {**metrics, "skipped": new_state.skipped}

@@ -5,13 +5,20 @@ They are fetched once, to ~/.cache/retina_jax/weights, by plain HTTP(S); no othe
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import http.client
+import os
 import sys
 import urllib.error
 import urllib.request
+import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from retina_jax.weights.errors import WeightsError
 
@@ -118,29 +125,74 @@ def find_weights(kind: str, name_or_file: str, folder: Path | None = None) -> tu
 def fetch(named: Named, folder: Path | None = None) -> Path:
     """The file in the cache `folder` (CACHE), downloaded where it is not there whole yet.
 
-    A download that breaks off leaves FILE.part, which the next one takes up. The hash is checked each time.
+    Processes that want the same file take turns: one downloads, the others wait and find it whole. A download that breaks
+    off leaves FILE.part, which the next one takes up. The hash is checked each time.
 
     Raises:
       WeightsError: no network, a broken download, or another hash; one line that says which file to put where.
     """
-    folder = folder or CACHE
-    path, part = folder / named.file, folder / f"{named.file}.part"
+    path = (folder or CACHE) / named.file
     if not path.is_file():
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            download(named.url, part)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _turn(path, named.url) as part:
+                if not path.is_file():  # whoever was first has not left it
+                    download(named.url, part)
+                    _keep(part, path, named)
+        except WeightsError:
+            raise
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", None) or error
             raise WeightsError(
                 f"{named.url}: cannot be downloaded ({' '.join(str(reason).split()) or type(error).__name__}); "
                 f"put the file at {path}, or try again to go on from where it broke off"
             ) from error
-        if named.sha256 and not sha256_of(part).startswith(named.sha256):
-            part.unlink()
-            raise WeightsError(f"{named.url}: what came has not the hash {named.sha256}...; it was deleted, try again")
-        part.replace(path)
     check_hash(path, named, sha256_of(path) if named.sha256 else "")
     return path
+
+
+@contextlib.contextmanager
+def _turn(path: Path, url: str) -> Iterator[Path]:
+    """The file to download `path` to, which is this process's alone meanwhile.
+
+    FILE.part, under the kernel's lock on FILE.lock, which ends with its process and stays as an empty file: were it
+    deleted, two could hold two locks of one name. Where the file system has no locks, a file that no other process has,
+    and that none takes up.
+    """
+    with path.with_name(f"{path.name}.lock").open("ab") as lock:
+        if _locked(lock, url):
+            yield path.with_name(f"{path.name}.part")
+            return
+    part = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")  # other hosts have the same pids
+    try:
+        yield part
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _locked(lock: BinaryIO, url: str) -> bool:
+    """Whether the lock is held now, waited for with a line on standard error; False: there are none here."""
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            print(f"waiting for another process that fetches {url}", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+        return False
+    return True
+
+
+def _keep(part: Path, path: Path, named: Named) -> None:
+    """The download becomes `path` where it has its hash."""
+    if named.sha256 and not sha256_of(part).startswith(named.sha256):
+        part.unlink()
+        raise WeightsError(f"{named.url}: what came has not the hash {named.sha256}...; it was deleted, try again")
+    part.replace(path)
 
 
 def check_hash(path: Path, named: Named, digest: str) -> None:
@@ -153,15 +205,21 @@ def check_hash(path: Path, named: Named, digest: str) -> None:
 
 
 def download(url: str, part: Path) -> None:
-    """`url` to the file `part`, from its end on where some of it is there; progress goes to standard error."""
+    """`url` to the file `part`, from its end on where some of it is there; progress goes to standard error.
+
+    OSError where the file then has not as many bytes as the server says; too long a one is deleted.
+    """
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"User-Agent": "retina_jax", "Range": f"bytes={have}-"})
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # nothing is left after what is there
+        if error.code != 416 or not have:
+            raise
+        if error.headers.get("Content-Range") == f"bytes */{have}":  # all of it is there
             return
-        raise
+        part.unlink()  # too long, or nobody says how long it must be
+        return download(url, part)
     with response:
         resumes = response.status == 206
         have = have if resumes else 0
@@ -172,8 +230,14 @@ def download(url: str, part: Path) -> None:
                 file.write(chunk)
                 have += len(chunk)
                 _show(part.name.removesuffix(".part"), have, total)
-    if total is not None and have < total:
-        raise OSError(f"broke off after {have} of {total} bytes")
+    if total is None:
+        return
+    size = part.stat().st_size
+    if size > total:
+        part.unlink()
+        raise OSError(f"{part.name} had {size} bytes where the server announced {total}, and was deleted")
+    if size < total:
+        raise OSError(f"broke off after {size} of {total} bytes")
 
 
 def sha256_of(path: Path) -> str:

@@ -27,8 +27,8 @@ srun --wait=300 "${PYTHON:-.venv/bin/python}" scripts/train.py --workdir "$run" 
 status=$?
 [ -f "$run/summary.json" ] && exit 0
 
-# 0: told to stop, and saved. 75: another host was lost. 137, 143: killed. Anything else a person has to look at.
-case $status in 0 | 75 | 137 | 143) ;; *) exit "$status" ;; esac
+# 0: told to stop, and saved. 75, 134: another host was lost. 137, 143: killed. Anything else a person has to look at.
+case $status in 0 | 75 | 134 | 137 | 143) ;; *) exit "$status" ;; esac
 if [ "${SLURM_RESTART_COUNT:-0}" -ge 20 ]; then
     echo "error: $run is not complete after 20 restarts; its log says why" >&2
     exit 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import itertools
 import json
@@ -373,7 +374,7 @@ from retina_jax.data.budget import Budget
 from retina_jax.data.coco import read_coco
 def slowly(*arguments, **options):
     image = to_rgb(*arguments, **options)
-    time.sleep(0.2)  # So that threads that may decode at once do, however few cores there are.
+    time.sleep(0.8)  # So that threads that may decode at once do, however few cores there are.
     return image
 pipeline.to_rgb = slowly
 start = peak()
@@ -453,7 +454,8 @@ def fail(error: Exception) -> Callable[[], object]:
 @pytest.mark.parametrize(
     "error", [OSError(116, "Stale file handle"), OSError("lost\nthe server"), TimeoutError(), PermissionError(13, "no")]
 )
-def test_any_failing_read_is_a_bad_image(tmp_path: Path, error: OSError) -> None:
+def test_any_failing_read_is_a_bad_image(tmp_path: Path, error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retina_jax.data.reading.PAUSES", (0.01, 0.01))
     plain = rectangles(tmp_path, [(80, 60)] * 8)
     source = reading(plain, 5, fail(error))
     with pytest.raises(BadImage) as raised:
@@ -462,6 +464,82 @@ def test_any_failing_read_is_a_bad_image(tmp_path: Path, error: OSError) -> None
     skipping = train_batches(source, dataclasses.replace(DATA, bad_images="skip"), seed=0)
     indices = np.concatenate([batch.indices[batch.valid] for batch in itertools.islice(skipping, 2)])
     assert sorted(indices.tolist()) == [0, 1, 2, 3, 4, 6, 7] and skipping.skipped == {plain.where(5): 1}
+
+
+def failing(folder: Path, times: int, error: Exception) -> tuple[Callable[[Path, int], bytes], list[float]]:
+    """`read_file`, but the first `times` reads in the folder raise; when there were any.
+
+    Other folders are read as ever: batches of earlier tests may still be fetching theirs.
+    """
+    calls: list[float] = []
+
+    def call(path: Path, largest: int) -> bytes:
+        if folder in path.parents:
+            calls.append(time.monotonic())
+            if len(calls) <= times:
+                raise error
+        return read_file(path, largest)
+
+    return call, calls
+
+
+PASSING = ["EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EINTR", "EBUSY", "ECONNRESET", "EREMOTEIO"]
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_a_read_that_fails_in_passing_is_tried_again(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("retina_jax.data.reading.PAUSES", (0.01, 0.02, 0.08))
+    source = named(tmp_path, "one.jpg")
+    (tmp_path / "images" / "one.jpg").write_bytes(b"content")
+    number = getattr(errno, name)
+    read, calls = failing(tmp_path, 3, OSError(number, os.strerror(number)))
+    monkeypatch.setattr("retina_jax.data.coco.read_file", read)
+    assert source.read(0) == b"content" and len(calls) == 4
+    assert np.all(np.diff(calls) >= [0.01, 0.02, 0.08])
+    lines = [record.getMessage() for record in caplog.records if str(tmp_path) in record.getMessage()]
+    assert lines == [
+        f"{source.where(0)}: cannot be read: {os.strerror(number)}; tried again in {pause} s"
+        for pause in (0.01, 0.02, 0.08)
+    ]
+    # A fourth failure is the image's.
+    read, calls = failing(tmp_path, 4, OSError(number, os.strerror(number)))
+    monkeypatch.setattr("retina_jax.data.coco.read_file", read)
+    with pytest.raises(BadImage) as raised:
+        source.read(0)
+    assert_named(raised.value, f"{source.where(0)}: cannot be read: {os.strerror(number)}")
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("name", ["ENOENT", "EACCES", "EISDIR", "EINVAL", "EFBIG", "ELOOP", "ENAMETOOLONG", "ENXIO"])
+def test_a_read_that_will_not_mend_is_not_tried_again(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = named(tmp_path, "one.jpg")
+    number = getattr(errno, name)
+    read, calls = failing(tmp_path, 1, OSError(number, os.strerror(number)))
+    monkeypatch.setattr("retina_jax.data.coco.read_file", read)
+    with pytest.raises(BadImage):
+        source.read(0)
+    assert len(calls) == 1 and not any("again" in record.getMessage() for record in caplog.records)
+
+
+def test_an_image_that_comes_at_the_second_try_is_as_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retina_jax.data.reading.PAUSES", (0.01,))
+    plain = rectangles(tmp_path, [(80, 60)] * 8)
+    calls: list[int] = []
+
+    def fail_once() -> None:
+        calls.append(5)
+        if len(calls) == 1:
+            raise OSError(errno.ESTALE, "stale")
+
+    found = list(itertools.islice(train_batches(reading(plain, 5, fail_once), DATA, seed=0), 2))
+    expected = list(itertools.islice(train_batches(plain, DATA, seed=0), 2))
+    for one, two in zip(found, expected, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+    assert len(calls) >= 2
 
 
 @pytest.mark.timeout(60)
@@ -501,6 +579,39 @@ def test_batches_that_come_in_time_are_not_spoken_of(
     batches: Batches = train_batches(rectangles(tmp_path, [(80, 60)] * 8), DATA, seed=0)
     assert len(list(itertools.islice(batches, 20))) == 20 and not caplog.records
     assert threading.active_count() <= before + 1
+
+
+def test_one_thread_watches_many_batches_and_ends_after_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(waiting, "PATIENCE", 0.2)
+    before = set(threading.enumerate())
+    reads = waiting.Reads(str)
+    for step in range(100):
+        with reads.waiting(step):
+            watchers = set(threading.enumerate()) - before
+            assert len(watchers) == 1
+    (thread,) = watchers
+    thread.join(5)
+    assert thread.daemon and not thread.is_alive() and not caplog.records
+    for step in (100, 101):  # Another thread now; each batch is spoken of once.
+        with reads.reading(7), reads.waiting(step):
+            time.sleep(0.7)
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.partition(":")[0] for line in lines] == ["batch 100", "batch 101"]
+    assert all("being read: 7 (" in line for line in lines)
+
+
+def test_batches_that_nobody_asks_for_are_not_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "LOOKS", 0.1)
+    before = set(threading.enumerate())
+    batches = train_batches(rectangles(tmp_path, [(80, 60)] * 8), DATA, seed=0)
+    next(batches)
+    for thread in set(threading.enumerate()) - before:
+        if thread.name == "slow files":
+            thread.join(5)
+            assert not thread.is_alive()
+    assert next(batches).indices.shape == (4,)
 
 
 def test_the_sizes_lie_on_both_sides_of_large() -> None:

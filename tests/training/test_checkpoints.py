@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -18,10 +19,10 @@ from orbax.checkpoint import v1 as ocp
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_files import override
-from retina_jax.interruption import Stopped
+from retina_jax.errors import Stopped
 from retina_jax.training import checkpoints as module
 from retina_jax.training.checkpoints import Checkpoints
-from retina_jax.training.disks import DiskError
+from retina_jax.training.disks import DiskError, damage
 from retina_jax.training.parallel import Driver
 from retina_jax.training.state import TrainState, parameters_sha256
 
@@ -97,6 +98,57 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
         assert checkpoints.steps() == [2, 6, 7] and checkpoints.best() == 2
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "6", "7"}
+
+
+def test_a_step_whose_evaluation_was_stopped_is_the_best_once_it_is_scored(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    with Checkpoints(folder, keep=1) as checkpoints:
+        checkpoints.save(1, small(1), 0.5)
+        with pytest.raises(Stopped), checkpoints.saved_if_it_fails(2, small(2)):
+            raise Stopped(15, 2)
+    with Checkpoints(folder, keep=1) as checkpoints:
+        assert checkpoints.steps() == [1, 2] and checkpoints.best() == 1
+        checkpoints.score(2, None)
+        checkpoints.score(7, 0.9)
+        assert checkpoints.steps() == [1, 2] and checkpoints.best() == 1
+        checkpoints.score(2, 0.8)
+        assert checkpoints.steps() == [2] and checkpoints.best() == 2
+        for step, ap in ((3, 0.7), (4, 0.6)):
+            checkpoints.save(step, small(step), ap)
+        assert checkpoints.steps() == [2, 4] and checkpoints.best() == 2
+        assert damage(folder / "2") == ""
+        assert_same(checkpoints.restore(small(9), 2), small(2))
+    assert {path.name for path in folder.iterdir()} == {"2", "4"}
+
+
+def test_a_score_waits_for_its_save_and_never_changes_one_that_is_there(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, small(1))
+        checkpoints.score(1, 0.5)
+        checkpoints.save(2, small(2), 0.4)
+        checkpoints.score(2, 0.9)
+        assert checkpoints.best() == 1 and damage(tmp_path / "checkpoints" / "2") == ""
+
+
+def test_a_score_that_cannot_be_written_is_one_warning(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (saved / "2" / "metrics").write_text("no folder")
+    with Checkpoints(saved, keep=1) as checkpoints:
+        checkpoints.score(2, 0.5)
+        checkpoints.wait()
+        told = capsys.readouterr().out
+        assert told == f"warning: {saved}: the AP of step 2 could not be saved: File exists\n"
+    assert sorted(path.name for path in saved.iterdir()) == ["1", "2", "3"]
+
+
+def test_arrays_are_copied_once_on_their_way_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, written = small(1), []
+    monkeypatch.setattr(module, "save_arrays", lambda folder, arrays: (folder.mkdir(), written.append(arrays)))
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        for step, backend in enumerate(("cpu", "gpu")):
+            monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+            checkpoints.save(step, state)
+    device = np.asarray(state["weights"].addressable_data(0))
+    assert [np.shares_memory(arrays["weights"], device) for arrays in written] == [False, True]
 
 
 def test_saving_the_same_step_again_changes_nothing(tmp_path: Path) -> None:
@@ -257,6 +309,19 @@ def test_a_failing_save_never_hides_the_error_that_it_follows(
                 raise raised
             assert capsys.readouterr().out.count("step 1 could not be saved") == 1
     assert not (tmp_path / "other").exists()
+
+
+def test_a_second_ctrl_c_saves_nothing_and_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called, disk, save = [], threading.Event(), module.save_arrays
+    monkeypatch.setattr(module, "save_arrays", lambda *arguments: disk.wait(10) and save(*arguments))
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(KeyboardInterrupt), Checkpoints(folder) as checkpoints:
+        checkpoints.save(1, small(1))
+        with checkpoints.saved_if_it_fails(2, small(2), first=lambda: called.append("flush")):
+            raise KeyboardInterrupt
+    assert called == [] and checkpoints._saved() == []  # it came here while the disk was at work
+    disk.set()
+    assert checkpoints.steps() == [1]
 
 
 def test_what_a_kill_leaves_behind_is_no_checkpoint_and_goes(saved: Path) -> None:

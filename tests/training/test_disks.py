@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -27,8 +30,6 @@ ROOT = Path(__file__).parents[2]
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint as it is written, not to be changed for good."""
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
-    import jax
-
     state = jax.device_put({"weights": np.arange(5000, dtype=np.float32), "step": np.asarray(3, np.int32)})
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(3, state, 0.25)
@@ -77,6 +78,38 @@ def test_files_added_later_do_no_harm(tmp_path: Path) -> None:
     write_checksums(tmp_path)
     (tmp_path / ".nfs0001").write_text("left by a file system")
     assert damage(tmp_path) == ""
+
+
+def test_the_disk_has_every_file_before_its_folder_and_all_before_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, folder = [], tmp_path / "checkpoints"
+    monkeypatch.setattr(os, "fsync", lambda descriptor: put.append(Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(3, {"weights": jax.device_put(np.ones(3, np.float32))}, 0.25)
+    own = [path for path in put if path.is_relative_to(folder)]
+    scratch = folder / "saving" / "3"
+    names = [path.relative_to(scratch) for path in own[:-1]]
+    assert own[-1] == folder and names[-1] == Path()
+    assert set(names) == {path.relative_to(folder / "3") for path in [folder / "3", *(folder / "3").rglob("*")]}
+    assert all(names.index(name) < names.index(name.parent) for name in names[:-1])
+
+
+def test_a_disk_that_cannot_be_asked_passes_and_one_that_fails_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(number: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "a").write_text("1")
+    for number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        monkeypatch.setattr(os, "fsync", lambda _, number=number: fail(number))
+        write_checksums(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda _: fail(errno.EIO))
+    failed = pytest.raises(DiskError, match="step 3 could not be saved: Input/output error")
+    with failed, Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(3, {"weights": jax.device_put(np.ones(3, np.float32))})
+    assert list((tmp_path / "checkpoints").iterdir()) == [] and "Input/output error" in capsys.readouterr().out
 
 
 def test_the_reason_is_one_short_line_also_of_errors_that_say_it_at_length() -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from retina_jax.config import ConfigError
-from retina_jax.config_files import parse_window
+from retina_jax.config_checks import parse_window
 from retina_jax.training.profiling import Profiler
 
 

@@ -14,7 +14,7 @@ from retina_jax.config import Config, ConfigError
 from retina_jax.config_files import override
 from retina_jax.training.metrics import Metrics, NonFiniteLoss
 from retina_jax.training.opening import open_run
-from retina_jax.training.run import alone_in, note_fact, read_run
+from retina_jax.training.run import Clock, alone_in, finish_run, note_fact, read_run
 
 NAMES, IDS = ("cat", "dog"), (3, 7)
 
@@ -100,6 +100,24 @@ def test_accumulation_changes_what_batch_norm_sees(tmp_path: Path) -> None:
     open_run(tmp_path, config, NAMES, IDS)
     with pytest.raises(ConfigError, match=r"training.accumulate: 1 -> 2"):
         open_run(tmp_path, override(config, {"training.accumulate": 2}), NAMES, IDS)
+
+
+def test_batch_norm_of_parts_keeps_its_devices(tmp_path: Path) -> None:
+    """Which images share statistics: one part of every device."""
+    config = override(Config(), {"model.norm": "batch", "training.accumulate": 2})
+    open_run(tmp_path, config, NAMES, IDS, parts=8)
+    with pytest.raises(ConfigError, match=r"in 8 parts .* this one would in 4, and model.norm batch depends on it"):
+        open_run(tmp_path, config, NAMES, IDS, parts=4)
+
+
+def test_a_run_that_is_trained_further_is_not_complete(tmp_path: Path) -> None:
+    run = open_run(tmp_path, Config(), NAMES, IDS)
+    with Clock(tmp_path, resumed=False) as clock:
+        finish_run(run, 90_000, clock, "sum")
+    open_run(tmp_path, Config(), NAMES, IDS)
+    assert (tmp_path / "summary.json").exists() and (tmp_path / "seconds.json").exists()
+    open_run(tmp_path, override(Config(), {"training.steps": 100_000}), NAMES, IDS)
+    assert not (tmp_path / "summary.json").exists()
 
 
 def step_metrics(loss: float, gradient: float = 1.0, parameters: float = 1.0, skipped: int = 0) -> dict:

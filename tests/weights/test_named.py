@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
+import os
 import re
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -21,10 +28,11 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server(ThreadingHTTPServer):
-    """Serves CONTENT, with ranges; breaks a connection off after `breaks_after` bytes, once."""
+    """Serves CONTENT, with ranges; breaks a connection off after `breaks_after` bytes, once; half-way calls `pause`."""
 
     breaks_after: int | None = None
     ranges = True
+    pause: Callable[[], object] | None = None
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -46,17 +54,28 @@ class Handler(BaseHTTPRequestHandler):
             return
         start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and self.server.ranges else 0
         if start >= len(CONTENT):
-            self.send_error(416)
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(CONTENT)}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
         body = CONTENT[start:]
         self.send_response(206 if wanted and self.server.ranges else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         stop, self.server.breaks_after = self.server.breaks_after, None
-        self.wfile.write(body[:stop])
+        half = len(body) // 2 if self.server.pause else 0
+        self.wfile.write(body[:half])
+        if self.server.pause:
+            self.server.pause()
+        self.wfile.write(body[half:stop])
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.fixture
@@ -76,7 +95,7 @@ def test_a_file_is_fetched_once(server: Server, tmp_path: Path, capsys: pytest.C
     assert "w.pth: 0 MB downloaded" in capsys.readouterr().err
     assert fetch(weights, tmp_path / "cache") == path
     assert len(server.asked) == 1
-    assert [p.name for p in path.parent.iterdir()] == ["w.pth"]
+    assert names(path.parent) == ["w.pth", "w.pth.lock"]
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -93,12 +112,82 @@ def test_a_broken_download_is_taken_up(server: Server, tmp_path: Path, ranges: b
 def test_a_download_that_only_lacks_its_name_is_kept(server: Server, tmp_path: Path) -> None:
     (tmp_path / "w.pth.part").write_bytes(CONTENT)
     assert fetch(Named(server.url, "w.pth", SHA256), tmp_path).read_bytes() == CONTENT
+    assert server.asked == ["bytes=300000-"]
+
+
+def test_a_part_that_is_too_long_is_not_taken_up(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "w.pth.part").write_bytes(CONTENT + CONTENT)
+    assert fetch(Named(server.url, "w.pth"), tmp_path).read_bytes() == CONTENT
+    assert server.asked == ["bytes=600000-", "bytes=0-"]
+
+
+def test_a_file_of_another_size_than_announced_is_refused(server: Server, tmp_path: Path) -> None:
+    def write_too() -> None:
+        with (tmp_path / "w.pth.part").open("ab") as file:
+            file.write(b"strange")
+
+    server.pause = write_too
+    with pytest.raises(WeightsError, match=r"w\.pth\.part had 300007 bytes where the server announced 300000") as error:
+        fetch(Named(server.url, "w.pth"), tmp_path)
+    assert "\n" not in str(error.value) and names(tmp_path) == ["w.pth.lock"]
+
+
+FETCH = """
+import sys
+from pathlib import Path
+from retina_jax.weights.named import Named, fetch
+fetch(Named(sys.argv[1], "w.pth"), Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.timeout(120)
+def test_of_two_processes_one_fetches_and_the_other_waits(server: Server, tmp_path: Path) -> None:
+    goes_on, cache = threading.Event(), tmp_path / "cache"
+    server.pause = lambda: goes_on.wait(60)
+    logs = [tmp_path / "0.log", tmp_path / "1.log"]
+    command = [sys.executable, "-c", FETCH, server.url, str(cache)]
+    with logs[0].open("wb") as one, logs[1].open("wb") as two:
+        processes = [subprocess.Popen(command, stderr=stream) for stream in (one, two)]
+    deadline = time.monotonic() + 60
+    while not any("waiting" in log.read_text() for log in logs) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    found = names(cache)
+    goes_on.set()
+    assert [process.wait(30) for process in processes] == [0, 0]
+    assert found == ["w.pth.lock", "w.pth.part"]
+    assert (cache / "w.pth").read_bytes() == CONTENT and names(cache) == ["w.pth", "w.pth.lock"]
+    assert server.asked == ["bytes=0-"]
+    assert sorted(log.read_text() for log in logs) == [
+        "w.pth: 0 MB downloaded\n",
+        f"waiting for another process that fetches {server.url}\n",
+    ]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+@pytest.mark.timeout(60)
+def test_without_locks_each_fetches_a_file_of_its_own(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    server.pause = threading.Barrier(2, timeout=30).wait
+    with ThreadPoolExecutor(2) as pool:
+        paths = list(pool.map(lambda _: fetch(Named(server.url, "w.pth"), tmp_path), range(2)))
+    assert paths == [tmp_path / "w.pth"] * 2 and paths[0].read_bytes() == CONTENT
+    assert server.asked == ["bytes=0-"] * 2 and names(tmp_path) == ["w.pth", "w.pth.lock"]
+    paths[0].unlink()
+    server.pause, server.breaks_after = None, 100
+    with pytest.raises(WeightsError, match="broke off after 100 of 300000 bytes"):
+        fetch(Named(server.url, "w.pth"), tmp_path)
+    assert names(tmp_path) == ["w.pth.lock"]
 
 
 def test_a_wrong_hash_is_refused_by_name(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(WeightsError, match=r"weights\.pth: what came has not the hash 00000000"):
         fetch(Named(server.url, "w.pth", "00000000"), tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert names(tmp_path) == ["w.pth.lock"]
     # A file in the cache, or one of the user's with a published name, is held to the hash as well.
     (tmp_path / "w.pth").write_bytes(CONTENT[:-1])
     with pytest.raises(WeightsError, match=rf"w\.pth: its SHA-256 is .*, {SHA256[:8]}\.\.\. is meant: .* delete it"):
