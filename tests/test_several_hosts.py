@@ -127,6 +127,7 @@ def test_an_image_that_cannot_be_read_ends_all_hosts_by_name(config: Path, begun
         assert own.removeprefix("error: ") in told and "broken" in own
 
 
+@pytest.mark.slow
 def test_an_image_that_is_skipped_on_one_host_is_skipped_by_all(config: Path, begun: Path) -> None:
     workdir = config.parent / "skips"
     with Pair(config, workdir, *broken(config, begun), "--data.bad-images", "skip") as pair:
