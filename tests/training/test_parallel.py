@@ -71,6 +71,17 @@ def test_accumulated_parts_are_the_whole_batch(tiny: Config, make_inputs: Make, 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), parameters, got)
 
 
+def test_accumulation_mines_each_image_and_leaves_out_invalid_ones(tiny: Config, make_inputs: Make) -> None:
+    """2 parts on each of 2 devices = the whole batch on one."""
+    batches = [make_inputs(seed) for seed in range(2)]
+    batches = [inputs._replace(valid=np.arange(8) != 5) for inputs in batches]
+    whole, parameters = run(with_drivers(tiny, "jit", 1, loss__mining="ohem_1_3"), batches)
+    parts, got = run(with_drivers(tiny, "jit", 2, loss__mining="ohem_1_3", training__accumulate=2), batches)
+    for expected, measured in zip(whole, parts, strict=True):
+        assert measured == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), parameters, got)
+
+
 def test_accumulated_parts_cross_between_devices_once(tiny: Config, make_inputs: Make) -> None:
     text = compiled_step(with_drivers(tiny, "jit", 4, training__accumulate=2), make_inputs(0))
     assert len(re.findall(r"= .*\ball-reduce(?:-start)?\(", text)) == 1
