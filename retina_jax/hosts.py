@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -32,6 +33,8 @@ HEARTBEAT_SECONDS = 30
 LOST = 75
 """Exit status where another host is gone: the same command, given to all hosts, goes on (EX_TEMPFAIL of sysexits.h)."""
 FAREWELL = "bye"
+WITNESS = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
+"""A program that speaks where its standard input ends without a word."""
 
 
 @dataclass(frozen=True)
@@ -185,10 +188,23 @@ class _Lifeline:
 
     Host 0 passes on what it hears. Each line is the number of a host, a tab, and why it ended. JAX's runtime lives in host
     0: where that is killed while another holds Python's lock, JAX aborts the other before it can speak (SIGABRT, "another
-    task died"); the same, after HEARTBEAT_SECONDS, where a host stands still without its connections being closed.
+    task died"); the same, after HEARTBEAT_SECONDS, where a host stands still without its connections being closed; and gloo,
+    which adds up over CPUs, may abort at half a message. A witness, a process of its own, then says the line.
     """
 
     def __init__(self) -> None:
+        # Where JAX or the network library below it aborts this process, there is no time for a word of its own.
+        line = (
+            f"error: host {jax.process_index()} of {jax.process_count()} ended without a word: it was killed, or aborted "
+            "since another is gone; start all hosts again with the same command, and the run resumes from its newest "
+            "checkpoint"
+        )
+        self._witness = subprocess.Popen(
+            [sys.executable, "-S", "-E", "-c", WITNESS, line],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         self._peers: dict[int, socket.socket] = {}
         self._readers: list[threading.Thread] = []
         self._ending = False
@@ -224,6 +240,7 @@ class _Lifeline:
     def tell(self, why: str) -> None:
         """Say that this host ends, and why; on host 0, wait a moment until all have heard it."""
         self._ending = True
+        self._speak_for_itself()
         self._send(f"{jax.process_index()}\t{' '.join(why.split())}")
         if first():  # JAX's runtime lives in this process: the others would die of its end before they can speak
             deadline = time.monotonic() + 5
@@ -233,6 +250,7 @@ class _Lifeline:
     def end(self) -> None:
         """An orderly end, on all hosts."""
         self._ending = True
+        self._speak_for_itself()
         self._send(FAREWELL)
 
     def _accept(self, listener: socket.socket, token: str) -> None:
@@ -281,7 +299,12 @@ class _Lifeline:
                 file=sys.stderr,
                 flush=True,
             )
+            self._speak_for_itself()
             _exit(LOST)
+
+    def _speak_for_itself(self) -> None:
+        with contextlib.suppress(OSError):  # a witness that was killed
+            self._witness.communicate(b"said")
 
     def _send(self, line: str) -> None:
         for peer in list(self._peers.values()):

@@ -57,9 +57,12 @@ def shared(config: Path, begun: Path) -> tuple[Path, Path]:
         assert f"resuming {workdir} at step {saved}" in pair.said()
         kill(pair.hosts[1])
         killed = time.monotonic()
-        assert pair.hosts[0].wait(60) == 75, pair.said()
+        status = pair.hosts[0].wait(60)
         assert time.monotonic() - killed < 60
-        assert "host 1 of 2 is gone" in pair.said() and "start all hosts again" in pair.said()
+        time.sleep(1)  # the witness of a process that was aborted
+        told = "host 1 of 2 is gone" if status == 75 else "host 0 of 2 ended without a word"
+        assert status in (75, -signal.SIGABRT), pair.said()  # gloo aborts where the message it was reading breaks off
+        assert told in pair.said() and "start all hosts again" in pair.said()
     with Pair(config, workdir, *MORE) as pair:
         assert pair.ended() == [0, 0], pair.said()
         assert "Traceback" not in pair.said()
