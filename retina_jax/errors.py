@@ -1,8 +1,13 @@
-"""What ends a run in one line: the errors that a person can mend, and being asked to stop."""
+"""What ends a run in one line: the errors that a person can mend, and being asked to stop; and any error in one line."""
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
+"""What libraries bury in a page of their own."""
 
 
 class PlainError(Exception):
@@ -16,3 +21,12 @@ class Stopped(Exception):
         after = f"after step {step}, which is saved" if step else "before the first step"
         super().__init__(f"stopped by {signal.Signals(number).name} {after}; the same command goes on from there")
         self.number = number
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in at most 200 characters on one line."""
+    said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    for name in map(os.strerror, DISK_ERRORS):
+        if name in said:
+            return name
+    return said.splitlines()[0][:200]

@@ -213,7 +213,7 @@ class _Lifeline:
         meeting = {"port": listener.getsockname()[1], "token": secrets.token_hex(16)} if listener else {}
         meeting = json.loads(exchange(json.dumps(meeting))[0])
         if listener is not None:
-            self._start(self._accept, listener, meeting["token"])
+            threading.Thread(target=self._accept, args=(listener, meeting["token"]), daemon=True).start()
         else:
             self._call(meeting)
         # From here on all can be told. A host that could not connect has said so.
@@ -274,13 +274,8 @@ class _Lifeline:
                 level = socket.SOL_SOCKET if option.startswith("SO_") else socket.IPPROTO_TCP
                 peer.setsockopt(level, getattr(socket, option), value)
         self._peers[host] = peer
-        self._start(self._listen, host, peer)
-
-    def _start(self, *target: object) -> None:
-        thread = threading.Thread(target=target[0], args=target[1:], daemon=True)
-        if target[0] == self._listen:
-            self._readers.append(thread)
-        thread.start()
+        self._readers.append(threading.Thread(target=self._listen, args=(host, peer), daemon=True))
+        self._readers[-1].start()
 
     def _listen(self, host: int, peer: socket.socket) -> None:
         said = ""
@@ -303,7 +298,7 @@ class _Lifeline:
             _exit(LOST)
 
     def _speak_for_itself(self) -> None:
-        with contextlib.suppress(OSError):  # a witness that was killed
+        with contextlib.suppress(OSError, ValueError):  # a witness that was killed, or told already by another thread
             self._witness.communicate(b"said")
 
     def _send(self, line: str) -> None:

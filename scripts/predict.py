@@ -17,9 +17,10 @@ from retina_jax.command_line import one_line_errors, parse_command_line, set_up_
 from retina_jax.config import ConfigError
 from retina_jax.data.decoding import MAX_PIXELS, largest_file, to_rgb
 from retina_jax.data.image_files import image_files
-from retina_jax.data.reading import read_file, reason
+from retina_jax.data.reading import read_file
 from retina_jax.data.source import BadImage
 from retina_jax.detector import load_detector
+from retina_jax.errors import reason
 from retina_jax.training.run import write_json
 from retina_jax.visualize import draw
 

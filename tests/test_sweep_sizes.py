@@ -22,13 +22,13 @@ ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 STEP = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 import jax, numpy as np
 from retina_jax.config_files import load_config, override
 from retina_jax.data.preprocessing import buckets
 from retina_jax.sweeps.points import expand, load_sweep
-from retina_jax.training.parallel import Driver
+from retina_jax.training.parallel import Driver, peak_memory_bytes
 from retina_jax.training.step import Inputs
 
 sweep, name = Path(sys.argv[1]), sys.argv[2]
@@ -51,7 +51,7 @@ state, metrics = driver.step(state, driver.place(inputs))
 found = {key: float(value) for key, value in jax.device_get(metrics).items()}
 print(json.dumps({
     **found, "canvas": [height, width], "step": int(state.step), "seconds": time.monotonic() - begun,
-    "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    "mib": peak_memory_bytes() / 2**20,
 }))
 """
 

@@ -18,8 +18,9 @@ import numpy as np
 from jaxtyping import Float64
 
 from retina_jax.data.decoding import largest_file
-from retina_jax.data.reading import read_again, read_file, reason
+from retina_jax.data.reading import read_again, read_file
 from retina_jax.data.source import BadImage, DataError, Source, make_records
+from retina_jax.errors import reason
 
 T = TypeVar("T")
 LARGEST = 1e9

@@ -32,9 +32,10 @@ from retina_jax.data.preprocessing import (
     to_canvas_pixels,
     train_short_sides,
 )
-from retina_jax.data.reading import read_again, reason
+from retina_jax.data.reading import read_again
 from retina_jax.data.source import BadImage, Source
 from retina_jax.data.waiting import Reads
+from retina_jax.errors import reason
 
 log = logging.getLogger(__name__)
 LARGE = 2**22

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from retina_jax.errors import reason
+
 log = logging.getLogger(__name__)
 NEVER_WAITS = getattr(os, "O_NONBLOCK", 0)
 """Opening a pipe that nobody writes to returns at once; reading a regular file is as without it."""
@@ -52,8 +54,3 @@ def read_again(read: Callable[[], bytes], name: str) -> bytes:
             log.warning("%s: cannot be read: %s; tried again in %g s", name, reason(error), pause)
         time.sleep(pause)
     return read()
-
-
-def reason(error: OSError) -> str:
-    """Why, on one line; also of an error that was raised with a sentence instead of a number."""
-    return error.strerror or (str(error) or type(error).__name__).splitlines()[0]

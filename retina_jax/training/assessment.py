@@ -17,8 +17,9 @@ from retina_jax.data.decoding import to_rgb
 from retina_jax.data.pipeline import Batch, eval_batches
 from retina_jax.data.source import Source
 from retina_jax.detector import Detector, ImageDetections
+from retina_jax.errors import reason
 from retina_jax.evaluation import Scores, coco_results, evaluate_coco
-from retina_jax.training.disks import DiskError, reason
+from retina_jax.training.disks import DiskError
 from retina_jax.training.run import Run, write_json
 from retina_jax.visualize import contact_sheet, draw
 

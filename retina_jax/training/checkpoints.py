@@ -18,8 +18,8 @@ from jaxtyping import PyTree
 from retina_jax import hosts
 from retina_jax.config import ConfigError
 from retina_jax.console import warn
-from retina_jax.errors import Stopped
-from retina_jax.training.disks import CHECKSUMS, DiskError, check_room, damage, put_on_disk, reason, write_checksums
+from retina_jax.errors import Stopped, reason
+from retina_jax.training.disks import CHECKSUMS, DiskError, check_room, damage, put_on_disk, write_checksums
 from retina_jax.training.orbax_files import load_arrays, save_arrays
 
 T = TypeVar("T")

@@ -8,24 +8,14 @@ import json
 import os
 from pathlib import Path
 
-from retina_jax.errors import PlainError
+from retina_jax.errors import PlainError, reason
 
 CHECKSUMS = "checksums.json"
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
 CANNOT_TELL = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class DiskError(PlainError, RuntimeError):
     """Something could not be written; the message is one line with the file or folder and the reason."""
-
-
-def reason(error: BaseException) -> str:
-    """What an error says, in at most 200 characters on one line."""
-    said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    for name in map(os.strerror, DISK_ERRORS):  # libraries bury it in a page of their own
-        if name in said:
-            return name
-    return said.splitlines()[0][:200]
 
 
 def check_room(folder: Path, size: int) -> None:

@@ -19,8 +19,8 @@ from jaxtyping import Array
 
 from retina_jax import hosts
 from retina_jax.console import tell, warn
-from retina_jax.errors import PlainError
-from retina_jax.training.disks import DiskError, reason
+from retina_jax.errors import PlainError, reason
+from retina_jax.training.disks import DiskError
 from retina_jax.training.parallel import peak_memory_bytes
 from retina_jax.training.run import Run, is_due
 from retina_jax.training.step import FINITE

@@ -15,7 +15,7 @@ import orbax.checkpoint as orbax
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
-from retina_jax.training.disks import reason
+from retina_jax.errors import reason
 
 T = TypeVar("T")
 

@@ -22,8 +22,9 @@ from retina_jax import hosts
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_files import from_dict
 from retina_jax.console import tell, warn
+from retina_jax.errors import reason
 from retina_jax.evaluation import SUMMARY, Scores, coco_table
-from retina_jax.training.disks import DiskError, reason
+from retina_jax.training.disks import DiskError
 
 LEFTOVER = re.compile(r"\.(.+\.json\.[0-9]+|write_test_[0-9]+|metrics\.jsonl)")
 """Names of files on their way to another name, which a kill leaves as they are."""

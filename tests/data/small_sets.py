@@ -61,3 +61,10 @@ def rectangles(folder: Path, sizes_wh: list[tuple[int, int]], *, seed: int = 0, 
     for name, content in encoded.items():
         (image_folder / name).write_bytes(content)
     return read_coco(path, image_folder)
+
+
+def named(folder: Path, file_name: str) -> Source:
+    """The data set of `document`, its first image called so."""
+    content = document()
+    content["images"][0]["file_name"] = file_name
+    return read_coco(*write_coco(folder, content))

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from retina_jax.config import Config
 from retina_jax.config_files import override
+from retina_jax.errors import reason
 from retina_jax.training.checkpoints import Checkpoints
-from retina_jax.training.disks import CHECKSUMS, DiskError, check_room, damage, reason, write_checksums
+from retina_jax.training.disks import CHECKSUMS, DiskError, check_room, damage, write_checksums
 from retina_jax.training.metrics import Metrics
 from retina_jax.training.run import Run
 
