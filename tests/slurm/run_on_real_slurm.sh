@@ -8,6 +8,7 @@
 # queued again and resumes, waits, checks that both points are done; then scripts/cluster/slurm.sh with two tasks, one of
 # which is told to stop in the middle: both save the same step, the job is queued again, resumes and completes.
 set -euo pipefail
+export PATH=$PATH:/usr/sbin
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 work=$(mktemp -d /tmp/retina_slurm.XXXXXX)
