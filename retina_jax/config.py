@@ -281,6 +281,8 @@ class TrainingConfig:
     """Images evaluated, the first ones of the split; 0: all."""
     eval_batch_size: int = 0
     """Images an evaluation step; 0: data.batch_size."""
+    evaluator: Literal["arrays", "pycocotools"] = "arrays"
+    """Who counts the COCO scores: arrays (retina_jax/coco_scores.py) or pycocotools. Both give the same numbers."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2

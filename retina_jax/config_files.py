@@ -27,6 +27,7 @@ FREE_TO_CHANGE = (
     "training.eval_every",
     "training.eval_images",
     "training.eval_batch_size",
+    "training.evaluator",
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.pictures",

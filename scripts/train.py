@@ -80,7 +80,7 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
         step = start = int(state.step)
         clock = Clock(workdir, resumed=start > 0)
         batches = train_batches(source, config.data, seed=config.seed, start_step=start, **hosts.share())
-        take_step = CompiledStep(driver.step, config.data.buckets or 4)
+        take_step = CompiledStep(driver.step, config.data.buckets or 4, ahead=batches.canvases(training.steps - start))
         with clock, Metrics(run, start) as metrics, Profiler(workdir, parse_window(training.profile_steps)) as profiler:
 
             def evaluate() -> float | None:

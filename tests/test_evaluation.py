@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retina_jax.evaluation import SUMMARY, EvaluationError, coco_results, coco_table, evaluate_coco, quiet
+from retina_jax.evaluation import EVALUATORS, SUMMARY, EvaluationError, coco_results, coco_table, evaluate_coco, quiet
 
 TRUTH = {
     "images": [{"id": 1, "width": 100, "height": 100}, {"id": 5, "width": 100, "height": 100}],
@@ -19,6 +19,8 @@ TRUTH = {
         {"id": 2, "image_id": 5, "category_id": 3, "bbox": [0, 0, 90, 90], "area": 8100, "iscrowd": 1},
     ],
 }
+
+BOTH = pytest.mark.parametrize("evaluator", EVALUATORS)
 
 
 def perfect(truth: dict) -> list[dict]:
@@ -44,10 +46,11 @@ def ids(truth: dict) -> list[int]:
     return [image["id"] for image in truth["images"]]
 
 
-def test_published_scores_are_met(fixture: tuple) -> None:
+@BOTH
+def test_published_scores_are_met(fixture: tuple, evaluator: str) -> None:
     truth, detections, published = fixture
     before = copy.deepcopy((truth, detections))
-    scores = evaluate_coco(truth, detections, ids(truth), evaluated_ids=ids(truth))
+    scores = evaluate_coco(truth, detections, ids(truth), evaluated_ids=ids(truth), evaluator=evaluator)
     assert published["AP"] == 0.505 and published["APl"] == 0.501
     assert {key: round(value, 3) for key, value in scores.summary.items()} == published
     assert (truth, detections) == before
@@ -72,8 +75,9 @@ def test_scoring_some_images_leaves_the_rest_out(fixture: tuple) -> None:
     assert evaluate_coco(truth, detections, ids(truth)).summary["AP"] < 0.5
 
 
-def test_truth_scores_one_by_class_and_undefined_is_none() -> None:
-    scores = evaluate_coco(TRUTH, perfect(TRUTH), [1, 5])
+@BOTH
+def test_truth_scores_one_by_class_and_undefined_is_none(evaluator: str) -> None:
+    scores = evaluate_coco(TRUTH, perfect(TRUTH), [1, 5], evaluator=evaluator)
     assert scores.summary["AP"] == pytest.approx(1) and scores.summary["APm"] == pytest.approx(1)
     assert scores.summary["APl"] is None  # the only large box is a crowd
     assert scores.per_class == {"cat": pytest.approx(1), "eel": None, "dog": pytest.approx(1)}
@@ -81,20 +85,33 @@ def test_truth_scores_one_by_class_and_undefined_is_none() -> None:
     json.dumps(scores.summary)
 
 
-def test_no_detection_is_zero_with_truth_and_none_without() -> None:
-    assert evaluate_coco(TRUTH, [], [1, 5]).summary["AP"] == 0
-    empty = evaluate_coco(TRUTH | {"annotations": []}, [], [1, 5])
+@BOTH
+def test_no_detection_is_zero_with_truth_and_none_without(evaluator: str) -> None:
+    assert evaluate_coco(TRUTH, [], [1, 5], evaluator=evaluator).summary["AP"] == 0
+    empty = evaluate_coco(TRUTH | {"annotations": []}, [], [1, 5], evaluator=evaluator)
     assert set(empty.summary.values()) == {None} and list(empty.summary) == list(SUMMARY)
 
 
-def test_classes_of_one_name_are_told_apart() -> None:
+@BOTH
+def test_classes_of_one_name_are_told_apart(evaluator: str) -> None:
     truth = TRUTH | {"categories": [{"id": i, "name": "cat"} for i in (3, 9)]}
-    assert list(evaluate_coco(truth, [], [1]).per_class) == ["cat (3)", "cat (9)"]
+    assert list(evaluate_coco(truth, [], [1], evaluator=evaluator).per_class) == ["cat (3)", "cat (9)"]
 
 
-def test_missing_area_and_crowd_flag_are_the_boxs_own_and_no() -> None:
+@BOTH
+def test_missing_area_and_crowd_flag_are_the_boxs_own_and_no(evaluator: str) -> None:
     bare = [{k: a[k] for k in ("id", "image_id", "category_id", "bbox")} for a in TRUTH["annotations"][:2]]
-    assert evaluate_coco(TRUTH | {"annotations": bare}, perfect(TRUTH), [1]).summary["APm"] == pytest.approx(1)
+    scores = evaluate_coco(TRUTH | {"annotations": bare}, perfect(TRUTH), [1], evaluator=evaluator)
+    assert scores.summary["APm"] == pytest.approx(1) and scores.summary["APl"] is None
+
+
+def test_truth_of_other_images_and_categories_plays_no_part() -> None:
+    strange = [TRUTH["annotations"][0] | {"id": 7, "category_id": 77}]
+    truth = TRUTH | {"annotations": TRUTH["annotations"] + strange}
+    for image_ids in ([1, 5], [5, 1], [1]):
+        found = [d for d in perfect(TRUTH) if d["image_id"] in image_ids]
+        scores = [evaluate_coco(truth, found, image_ids, evaluator=evaluator) for evaluator in EVALUATORS]
+        assert scores[0] == scores[1] and scores[0].summary["AP"] == pytest.approx(1)
 
 
 DETECTION = {"image_id": 1, "category_id": 3, "bbox": [0.0, 0.0, 1.0, 1.0], "score": 0.5}
@@ -113,12 +130,22 @@ DETECTION = {"image_id": 1, "category_id": 3, "bbox": [0.0, 0.0, 1.0, 1.0], "sco
         ({"detections": [DETECTION | {"category_id": 1}]}, "category ids that the ground truth has not: 1 "),
         ({"detections": [DETECTION | {"score": float("nan")}]}, r"detections\[0\] \(image 1\) .*nan"),
         ({"detections": [DETECTION | {"bbox": [0.0, 0.0, float("inf"), 1.0]}]}, r"detections\[0\] .*inf"),
+        (
+            {"truth": TRUTH | {"annotations": [TRUTH["annotations"][0] | {"bbox": [0, 0, float("nan"), 1]}]}},
+            r"annotations\[0\] \(image 1\) .*nan.*: give finite numbers",
+        ),
     ],
 )
 def test_mistakes_are_named_in_one_line(arguments: dict, message: str) -> None:
     with pytest.raises(EvaluationError, match=message) as error:
         evaluate_coco(**{"truth": TRUTH, "detections": [], "image_ids": [1, 5]} | arguments)
     assert "\n" not in str(error.value)
+
+
+def test_evaluator_of_another_name_is_refused() -> None:
+    # The type is wrong too, which the checks of types in tests would say first.
+    with pytest.raises(EvaluationError, match="evaluator must be one of arrays, pycocotools, not fast"):
+        evaluate_coco.__wrapped__(TRUTH, [], [1], evaluator="fast")
 
 
 def test_results_are_xywh_by_category_id_without_padding() -> None:

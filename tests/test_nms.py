@@ -109,3 +109,52 @@ def test_nms_under_vmap_is_nms_of_each_image() -> None:
         one = compiled()(boxes[i], scores[i], labels[i])
         np.testing.assert_array_equal(indices[i], one[0])
         np.testing.assert_array_equal(valid[i], one[1])
+
+
+@functools.cache
+def many(number: int, limit: int) -> jax.stages.Wrapped:
+    return jax.jit(functools.partial(nms, iou_threshold=0.5, max_detections=limit))
+
+
+@pytest.mark.parametrize(
+    ("number", "limit", "classes", "spread"),
+    [
+        (63, 100, 1, 200),
+        (64, 64, 2, 300),
+        (65, 3, 80, 400),
+        (1024, 100, 1, 100),
+        (1500, 2000, 3, 900),
+        (3000, 300, 80, 300),
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_many_boxes_over_several_blocks_and_chunks(
+    number: int, limit: int, classes: int, spread: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    corner = rng.uniform(0, spread, (number, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(10, 80, (number, 2))], axis=1).astype(np.float32)
+    scores = np.round(rng.random(number), 2).astype(np.float32)  # many equals, across the bounds of chunks too
+    scores[rng.random(number) < 0.1] = -np.inf
+    labels = rng.integers(0, classes, number).astype(np.int32)
+    indices, valid = many(number, limit)(jnp.asarray(boxes), jnp.asarray(scores), jnp.asarray(labels))
+    assert np.asarray(indices)[np.asarray(valid)].tolist() == textbook(boxes, scores, labels, 0.5, limit)
+
+
+def test_a_long_chain_of_suppression_within_a_block() -> None:
+    # Each overlaps only its neighbours: the first drops the second, which spares the third, and so on to the end.
+    boxes = [[4 * i, 0, 4 * i + 10, 10] for i in range(60)]
+    overlaps = np.asarray(iou_matrix(np.array(boxes, np.float32), np.array(boxes, np.float32)))
+    assert (overlaps[np.arange(59), np.arange(1, 60)] > 0.4).all() and (
+        overlaps[np.arange(58), np.arange(2, 60)] < 0.4
+    ).all()
+    scores = [1 - i / 100 for i in range(60)]
+    assert kept_by(boxes, scores, [0] * 60, iou_threshold=0.4, max_detections=60) == list(range(0, 60, 2))
+
+
+def test_no_boxes_and_no_room() -> None:
+    nothing = jnp.zeros((0, 4)), jnp.zeros(0), jnp.zeros(0, jnp.int32)
+    indices, valid = nms(*nothing, iou_threshold=0.5, max_detections=3)
+    assert indices.tolist() == [0, 0, 0] and not valid.any()
+    one = jnp.array([[0.0, 0, 4, 4]]), jnp.ones(1), jnp.zeros(1, jnp.int32)
+    assert nms(*one, iou_threshold=0.5, max_detections=0)[0].shape == (0,)

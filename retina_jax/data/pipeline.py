@@ -26,6 +26,7 @@ from retina_jax.data.preprocessing import (
     buckets,
     exact_canvas,
     flip_boxes,
+    pad,
     resize,
     resize_large,
     resized_size,
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 LARGE = 2**22
 """Images of more pixels are decoded and resized within the budget `DECODING`, so that memory is bounded by it and by
 `workers` images of this size, whatever the data set holds."""
+LOOK_AHEAD = 1000
+"""Batches that `Batches.canvases` looks at."""
 NOTHING = np.zeros((0, 0, 3), np.uint8)
 
 
@@ -165,6 +168,10 @@ class Batches(Iterator[Batch]):
         self._reads = Reads(source.where)
         self._iterator: Iterator[tuple] | None = None
 
+    def canvases(self, steps: int) -> list[tuple[int, int]]:
+        """Canvas shapes of the next `steps` batches (at most LOOK_AHEAD), each once, in the order that they come up."""
+        return list(dict.fromkeys(self._rows_at(self._step + i).canvas for i in range(min(steps, LOOK_AHEAD))))
+
     def __next__(self) -> Batch:
         while True:
             if self._iterator is None:
@@ -196,7 +203,7 @@ class Batches(Iterator[Batch]):
 
     def _dataset(self) -> tf.data.Dataset:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = self._data.workers or 2 * cores
+        workers = self._data.workers or cores
         options = tf.data.Options()
         options.deterministic = True
         options.autotune.enabled = False
@@ -227,8 +234,7 @@ class Batches(Iterator[Batch]):
         )
         # Mirrored last, so that a mirrored image has exactly the pixels of the plain one.
         image = tf.cond(flip, lambda: tf.reverse(image, axis=[1]), lambda: image)
-        image = tf.pad(image, [[0, canvas[0] - size[0]], [0, canvas[1] - size[1]], [0, 0]])
-        return image, size, *others
+        return pad(image, canvas), size, *others
 
     def _load(self, i: np.int64) -> tuple:
         """Everything of element i but pixel work: the image as `_read` gives it, flip, canvas, then Batch's own fields."""

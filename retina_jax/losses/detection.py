@@ -24,18 +24,21 @@ while N, the n_i and the box loss remain those of all anchors assigned to a box.
 there; SSD, whose 1:3 it takes, divides by its matched boxes likewise.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
 from retina_jax.config import ConfigError, LossConfig, MatchingConfig
 from retina_jax.losses.classification import classification_loss
 from retina_jax.losses.mining import mine
 from retina_jax.losses.regression import box_loss
-from retina_jax.matching import IGNORED, match
+from retina_jax.losses.summed import summed
+from retina_jax.matching import IGNORED, Matches, match
 
 EMA_START = 100.0
 """Positive anchors a shard that the running mean of normaliser `ema` starts from (detectron2)."""
@@ -73,9 +76,10 @@ def image_losses(
     loss_of_logits, loss_of_deltas = classification_loss(loss), box_loss(loss)
     anchors = jnp.asarray(anchors)
 
-    def of_mined(of_anchors: Float[Array, " A"], labels: Int[Array, " A"]) -> Float[Array, " A"]:
-        mined = mine(
-            of_anchors,
+    def mined(logits: Float[Array, "A K"], labels: Int[Array, " A"]) -> Int[Array, " A"]:
+        """The labels with IGNORED for the anchors that are not mined."""
+        kept = mine(
+            loss_of_logits(logits, labels).sum(axis=-1),
             labels >= 0,
             labels != IGNORED,
             anchors,
@@ -83,27 +87,20 @@ def image_losses(
             batch=loss.mining_batch,
             iou_threshold=loss.mining_nms_iou,
         )
-        return jnp.where(mined, of_anchors, 0.0)
+        return jnp.where(kept, labels, IGNORED)
 
-    def of_image(
-        logits: Float[Array, "A K"],
-        deltas: Float[Array, "A 4"],
-        boxes_xyxy: Float[Array, "G 4"],
-        labels: Int[Array, " G"],
-    ) -> ImageLosses:
-        matches = match(anchors, boxes_xyxy, labels, matching)
-        positive = matches.labels >= 0
-        of_boxes = loss_of_deltas(deltas.astype(jnp.float32), anchors, boxes_xyxy[matches.box_index])
-        of_logits = loss_of_logits(logits, matches.labels)
-        if loss.mining != "none":
-            of_logits = of_mined(of_logits.sum(axis=-1), matches.labels)
-        return ImageLosses(
-            classification=of_logits.sum(),
-            box=jnp.where(positive, of_boxes, 0.0).sum(),
-            positives=positive.astype(jnp.float32).sum(),
-        )
+    def of_boxes(deltas: Float[Array, "A 4"], boxes_xyxy: Float[Array, "G 4"], matches: Matches) -> Float32[Array, ""]:
+        losses = loss_of_deltas(deltas.astype(jnp.float32), anchors, boxes_xyxy[matches.box_index])
+        return jnp.where(matches.labels >= 0, losses, 0.0).sum()
 
-    return jax.vmap(of_image)(logits, deltas, boxes_xyxy.astype(jnp.float32), labels)
+    boxes_xyxy = boxes_xyxy.astype(jnp.float32)
+    matches = jax.vmap(partial(match, config=matching), in_axes=(None, 0, 0))(anchors, boxes_xyxy, labels)
+    of_classes = matches.labels if loss.mining == "none" else jax.vmap(mined)(lax.stop_gradient(logits), matches.labels)
+    return ImageLosses(
+        classification=summed(loss_of_logits)(logits, of_classes),
+        box=jax.vmap(of_boxes)(deltas, boxes_xyxy, matches),
+        positives=(matches.labels >= 0).sum(axis=1).astype(jnp.float32),
+    )
 
 
 def image_weights(positives: Float32[Array, " B"], scope: str, *, batch_size: int, shards: int) -> Float32[Array, " B"]:

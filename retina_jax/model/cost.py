@@ -37,7 +37,7 @@ def _network_flops(config: ModelConfig, num_classes: int, cell: int, canvas: tup
 def jaxpr_flops(jaxpr: core.Jaxpr) -> int:
     """Operations of the convolutions and matrix products in a program, those in its parts included.
 
-    A part is counted once: a loop's body does not tell how often it runs.
+    A part is counted once: a loop's body does not tell how often it runs. Of alternatives the most expensive counts.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -45,11 +45,14 @@ def jaxpr_flops(jaxpr: core.Jaxpr) -> int:
         if equation.primitive.name == "conv_general_dilated":
             kernel = equation.invars[1].aval.shape
             outputs = equation.params["dimension_numbers"].rhs_spec[0]
-            total += 2 * out * math.prod(kernel) // kernel[outputs]  # its input channels are those of one group
+            # Its input channels are those of one group. In a gradient zeros stand between the pixels of a strided map.
+            zeros = math.prod(equation.params["lhs_dilation"])
+            total += 2 * out * math.prod(kernel) // (kernel[outputs] * zeros)
         elif equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             total += 2 * out * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-        total += sum(jaxpr_flops(part) for value in equation.params.values() for part in _parts(value))
+        parts = {key: [jaxpr_flops(part) for part in _parts(value)] for key, value in equation.params.items()}
+        total += sum(max(of, default=0) if key == "branches" else sum(of) for key, of in parts.items())
     return total
 
 

@@ -43,7 +43,7 @@ class RetinaNet(nn.Module):
         image_sizes: Int[Array, "B 2"],
         train: bool = False,
     ) -> Outputs:
-        """Logits and deltas of all anchors, float32 whatever the precision of the convolutions.
+        """Logits and deltas of all anchors, in the precision of the convolutions; losses and decoding widen them.
 
         Args:
           images: RGB canvases, 0 to 255. Any sides will do: level l has ceil(H / 2^l) x ceil(W / 2^l) cells.
@@ -55,7 +55,7 @@ class RetinaNet(nn.Module):
         levels = FPN(config, name="fpn")(ResNet(config, self.axis_name, name="backbone")(x, train))
         class_head = Head(config, self.anchors_per_cell, self.num_classes, name="class_head")
         box_head = Head(config, self.anchors_per_cell, 4, name="box_head")
-        logits = jnp.concatenate([class_head(level) for level in levels], axis=1)
-        deltas = jnp.concatenate([box_head(level) for level in levels], axis=1)
-        # Cast last: XLA then reads the narrow array and widens it inside the loss, without writing a float32 copy.
-        return Outputs(logits.astype(jnp.float32), deltas.astype(jnp.float32))
+        return Outputs(
+            logits=jnp.concatenate([class_head(level) for level in levels], axis=1),
+            deltas=jnp.concatenate([box_head(level) for level in levels], axis=1),
+        )

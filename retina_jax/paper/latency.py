@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -44,21 +41,3 @@ def latency(detector: Detector, images: Sequence[UInt8[np.ndarray, "_ _ 3"]] = (
             if turn >= 2:
                 times.append(1000 * (time.perf_counter() - started))
     return statistics.median(times)
-
-
-def hardware() -> str:
-    """The device that `latency` measures on: the accelerator's name, or the processor's with the cores at hand."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return device.device_kind
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_processor()}, {cores} cores"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -90,7 +90,7 @@ def sample_windows(
         labels = jax.vmap(lambda boxes, labels: match(anchors, boxes, labels, driver.config.matching).labels)(
             inputs.boxes_xyxy, inputs.labels
         )
-        return window_x_t(logits, labels, inputs.valid)
+        return window_x_t(logits.astype(jnp.float32), labels, inputs.valid)
 
     kept, left = Sample(positives, seed), Sample(negatives, seed + 1)
     for batch in batches:

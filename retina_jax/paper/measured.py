@@ -17,8 +17,9 @@ from retina_jax.data.pipeline import eval_batches
 from retina_jax.data.source import Source
 from retina_jax.data.sources import open_source
 from retina_jax.detector import load_detector
+from retina_jax.hardware import hardware
 from retina_jax.paper.figures import StarRun, Timed
-from retina_jax.paper.latency import hardware, latency
+from retina_jax.paper.latency import latency
 from retina_jax.paper.loss_distribution import sample_windows
 from retina_jax.paper.published import EFFECTIVE_AP
 from retina_jax.paper.results import Point, Sweep, read_json, read_result

@@ -68,7 +68,8 @@ def assess(
         boxes_xyxy, labels = detections.boxes_xyxy[known], detections.labels[known]
         results += coco_results(image_id, boxes_xyxy, detections.scores[known], labels, category_ids)
     image_ids = [record.image_id for record in source.records[:limit]]
-    scores = evaluate_coco(source.truth, results, image_ids, [source.records[index].image_id for index in found])
+    evaluated_ids, evaluator = [source.records[index].image_id for index in found], run.config.training.evaluator
+    scores = evaluate_coco(source.truth, results, image_ids, evaluated_ids, evaluator)
     if hosts.first():
         write_json(run.path("detections", step, f"{variant}.json"), results)
         write_json(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -52,6 +52,9 @@ class Memory(NamedTuple):
 class CompiledStep:
     """The step of a driver, called as it is; what it compiles is announced, one line a program.
 
+    Canvas shapes given as `ahead` are compiled with the first one, so that a shape seldom met does not hold up a run that is
+    under way; not beside its steps, which would disturb the measurements by which XLA chooses programs on GPUs.
+
     A program a canvas shape is what there should be. A warning follows the line of one that was compiled for another reason
     (a data type, a batch size, a sharding: it names what differs) or beyond the number of canvas shapes expected. Another
     description of the same arrays, for which nothing is compiled, is not worth a line.
@@ -60,9 +63,16 @@ class CompiledStep:
     waits for the results: `out_of_memory` is for those.
     """
 
-    def __init__(self, step: Any, canvases: int, announce: Callable[[str], None] = tell) -> None:
+    def __init__(
+        self,
+        step: Any,
+        canvases: int,
+        announce: Callable[[str], None] = tell,
+        ahead: Sequence[tuple[int, int]] = (),
+    ) -> None:
         """`step` is of jax.jit or jax.pmap, (state, inputs) to (state, metrics); `canvases` how many shapes are expected."""
         self._step, self._expected, self._announce = step, canvases, announce
+        self._ahead = ahead
         self._signatures: dict[tuple[int, int], list[Any]] = {}
         """Latest of each canvas shape."""
         self._memory: dict[tuple[int, int], Memory | None] = {}
@@ -78,6 +88,7 @@ class CompiledStep:
             if self._signatures.get(canvas) != signature:
                 self._compile(canvas, state, inputs)
                 self._signatures[canvas] = signature
+                self._compile_ahead(state, inputs, signature)
             return self._step(state, inputs)
         except JaxRuntimeError as error:
             line = out_of_memory(error, self._memory.get(canvas), canvas)
@@ -85,22 +96,26 @@ class CompiledStep:
                 raise
             raise OutOfMemory(line) from error
 
+    def _compile_ahead(self, state: PyTree, inputs: PyTree, signature: list[Any]) -> None:
+        """The programs of the other canvas shapes, for which the same arrays do but for the images' sides."""
+        images = next(i for i, leaf in enumerate(jax.tree.leaves((state, inputs))) if leaf is inputs.images)
+        aval, sharding = signature[images]
+        described = jax.tree.map(_description, inputs)
+        for canvas in self._ahead:
+            if canvas not in self._signatures:
+                shape = (*aval.shape[:-3], *canvas, aval.shape[-1])
+                changed = jax.ShapeDtypeStruct(shape, aval.dtype, sharding=sharding)
+                self._make(canvas, state, described._replace(images=changed))
+                own = (aval.update(shape=shape), sharding)
+                self._signatures[canvas] = [*signature[:images], own, *signature[images + 1 :]]
+        self._ahead = ()
+
     def _compile(self, canvas: tuple[int, int], state: PyTree, inputs: PyTree) -> None:
-        """Compile ahead of the call, which then finds the program made: it is made once, and not slower to call."""
-        started = time.monotonic()
-        lowered = self._step.lower(state, inputs)
-        with _events() as events:
-            program = lowered.compile()
-        seconds = time.monotonic() - started
+        """Compile for the call, and warn where that should not have been needed."""
         before, self._named = self._named, _named_kinds(state, inputs)
-        self._memory[canvas] = memory = memory_of(program)
-        if not events[COMPILED]:
+        if not self._make(canvas, state, inputs):
             return
         shape = f"{canvas[0]}x{canvas[1]}"
-        done = "found in the compilation cache" if events[CACHE_HIT] else "compiled"
-        self._announce(
-            f"step for {shape} {done} in {seconds:.1f} s" + (f": {memory}{_share(memory)}" if memory else "")
-        )
         if before and (differing := _differences(before, self._named)):
             self._announce(f"warning: step {int(state.step) + 1} recompiled: {differing}")
         if canvas not in self._signatures and (number := len(self._signatures) + 1) > self._expected:
@@ -108,6 +123,23 @@ class CompiledStep:
                 f"warning: step {int(state.step) + 1} has canvas shape {number}, {shape}, of {self._expected} expected: "
                 f"so far {', '.join(f'{height}x{width}' for height, width in self._signatures)}"
             )
+
+    def _make(self, canvas: tuple[int, int], state: PyTree, inputs: PyTree) -> bool:
+        """Make the program that a call will find: it is made once, and not slower to call. False where there was one."""
+        started = time.monotonic()
+        lowered = self._step.lower(state, inputs)
+        with compile_events() as events:
+            program = lowered.compile()
+        seconds = time.monotonic() - started
+        self._memory[canvas] = memory = memory_of(program)
+        if not events[COMPILED]:
+            return False
+        done = "found in the compilation cache" if events[CACHE_HIT] else "compiled"
+        self._announce(
+            f"step for {canvas[0]}x{canvas[1]} {done} in {seconds:.1f} s"
+            + (f": {memory}{_share(memory)}" if memory else "")
+        )
+        return True
 
 
 def memory_of(program: jax.stages.Compiled) -> Memory | None:
@@ -170,7 +202,7 @@ def _size(size: int) -> str:
 
 
 @contextmanager
-def _events() -> Iterator[Counter[str]]:
+def compile_events() -> Iterator[Counter[str]]:
     """Counts what JAX reports of compilations meanwhile."""
     events: Counter[str] = Counter()
 
@@ -189,6 +221,12 @@ def _events() -> Iterator[Counter[str]]:
 def _kind(leaf: Any) -> tuple[Any, Any]:
     """What the choice of a program can depend on: shape, data type and weak type; sharding."""
     return getattr(leaf, "aval", None) or jax.typeof(leaf), getattr(leaf, "sharding", None)
+
+
+def _description(leaf: Any) -> jax.ShapeDtypeStruct:
+    """What a program can be made for in the place of an array."""
+    weak = getattr(leaf, "weak_type", False)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None), weak_type=weak)
 
 
 def _named_kinds(state: PyTree, inputs: PyTree) -> dict[str, tuple[Any, Any]]:

@@ -59,7 +59,7 @@ def train_step(
     With `axis` None the view is global: `inputs` is the whole batch and whoever compiles the step splits it (jit). With
     an axis name the view is one device's: `inputs` is its share and sums cross the axis (pmap). `shards` is the number
     of devices either way. `on_own_images` makes a function of images one that every device runs on its own: the loops of
-    mining, whose length depends on the data, would otherwise wait for all devices at each turn.
+    the losses would otherwise wait for all devices at each turn.
 
     The normaliser of the loss is a sum over the whole batch, known only after the forward pass. Gradients are therefore
     taken of the weighted *sum* of the images' losses and divided afterwards, so that gradients, losses and counts meet in
@@ -80,9 +80,7 @@ def train_step(
         (logits, deltas), updated = model.apply(
             variables, inputs.images, inputs.image_sizes, train=True, mutable=["stats"]
         )
-        losses_of = partial(image_losses, matching=config.matching, loss=config.loss)
-        if config.loss.mining != "none":
-            losses_of = on_own_images(losses_of)
+        losses_of = on_own_images(partial(image_losses, matching=config.matching, loss=config.loss))
         losses = losses_of(logits, deltas, anchors, inputs.boxes_xyxy, inputs.labels)
         positives = jnp.where(inputs.valid, losses.positives, 0.0)
         weights = image_weights(positives, config.loss.normaliser, batch_size=batch_size, shards=parts)

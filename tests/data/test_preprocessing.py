@@ -2,11 +2,21 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retina_jax.config import DataConfig
-from retina_jax.data.preprocessing import assign_bucket, buckets, flip_boxes, resize, resized_size, train_short_sides
+from retina_jax.data.preprocessing import (
+    assign_bucket,
+    buckets,
+    flip_boxes,
+    pad,
+    plus_half,
+    resize,
+    resized_size,
+    train_short_sides,
+)
 
 side = st.integers(1, 6000)
 
@@ -109,6 +119,31 @@ def test_bilinear_is_half_pixel_bilinear(size: tuple[int, int]) -> None:
         assert np.array_equal(found, image)
     if min(size) >= 20:
         assert np.array_equal(resize(image, size, "antialias").numpy(), found)
+
+
+def test_plus_half_is_a_cast_and_a_sum() -> None:
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    assert np.array_equal(plus_half(levels), levels.astype(np.float32) + 0.5)
+
+
+@settings(deadline=None, max_examples=50)
+@given(*[st.integers(1, 60)] * 4, st.integers(0, 9))
+def test_rounded_pixels_are_those_of_halves_added_and_cut(h: int, w: int, height: int, width: int, seed: int) -> None:
+    image = np.random.default_rng(seed).integers(0, 256, (h, w, 3), np.uint8)
+    halves = tf.constant(image.astype(np.float32) + 0.5)
+    for kind in ("bilinear", "antialias"):
+        resized = tf.image.resize(halves, (height, width), method="bilinear", antialias=kind == "antialias")
+        plain = tf.image.resize(halves, (height, width), method="bilinear")
+        expected = resized if (h > height or w > width) else plain
+        assert np.array_equal(resize(image, (height, width), kind), tf.cast(expected, tf.uint8))
+
+
+@settings(deadline=None, max_examples=50)
+@given(*[st.integers(1, 40)] * 2, *[st.integers(0, 40)] * 2, st.sampled_from([np.uint8, np.float32]))
+def test_padding_is_below_and_right(h: int, w: int, below: int, right: int, kind: type) -> None:
+    image = np.random.default_rng(0).integers(1, 256, (h, w, 3)).astype(kind)
+    padded = pad(tf.constant(image), (h + below, w + right))
+    assert np.array_equal(padded, np.pad(image, [(0, below), (0, right), (0, 0)])) and padded.dtype == kind
 
 
 def test_antialias_averages_where_it_reduces() -> None:

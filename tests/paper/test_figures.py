@@ -34,10 +34,11 @@ from retina_jax.config_files import override, to_dict
 from retina_jax.data.pipeline import eval_batches
 from retina_jax.data.sources import open_source
 from retina_jax.detector import Detector
+from retina_jax.hardware import hardware
 from retina_jax.losses.classification import classification_loss
 from retina_jax.matching import BACKGROUND, IGNORED
 from retina_jax.paper.figures import StarRun, Timed, figure1, figure2, figure4, figure5, figure6, figure7, save
-from retina_jax.paper.latency import hardware, latency
+from retina_jax.paper.latency import latency
 from retina_jax.paper.loss_curves import SELECTED, fl, loss_slopes, loss_values, x_of_p
 from retina_jax.paper.loss_distribution import (
     GAMMAS,

@@ -204,6 +204,24 @@ def test_a_driver_compiles_each_canvas_once(tiny: Config, make_inputs: Callable[
     assert int(state.step) == 5
 
 
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_canvases_ahead_are_compiled_with_the_first_one(
+    tiny: Config, make_inputs: Callable[..., Inputs], parallel: str, uncached: None
+) -> None:
+    driver = Driver(override(tiny, {"parallel": parallel, "devices": 2}), 3)
+    said: list[str] = []
+    canvases = [(64, 64), (64, 96), (96, 64)]
+    step, state = CompiledStep(driver.step, 3, said.append, ahead=canvases), driver.first_state()
+    state, _ = step(state, driver.place(make_inputs(0, canvas=(64, 96))))
+    assert [line.split()[2] for line in said] == ["64x96", "64x64", "96x64"]
+    with compilation.compile_events() as events:
+        for number, canvas in enumerate(canvases, start=1):
+            state, measured = step(state, driver.place(make_inputs(number, canvas=canvas)))
+            jax.block_until_ready(measured)
+    assert events[compilation.COMPILED] == 0 and len(said) == 3
+    assert int(state.step) == 4
+
+
 def test_memory_is_counted_per_device_and_not_twice_where_donated() -> None:
     x = jnp.ones((256, 256), jnp.float32)
     mib = x.nbytes

@@ -1,0 +1,109 @@
+"""Variants measured in turn: one repetition of each, again and again, so that whatever else the machine does meets all."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from retina_jax.benchmarks.work import BenchmarkError, Task
+
+
+def measure(
+    task: Task, variants: dict[str, str], repetitions: int, python: str = sys.executable
+) -> list[dict[str, Any]]:
+    """A row of figures for each variant.
+
+    Args:
+      task: the work.
+      variants: the module that does it (`make(task) -> Work`), by name of the variant; the first is this project.
+      repetitions: of each, after the warm-up.
+      python: the interpreter that the variants other than the first run in.
+
+    Returns:
+      Rows in the order of `variants`: cpu_ms and wall_ms, medians of a repetition; peak_mib; ratio and wall_ratio, the
+      row's time over that of the first; images_per_second; tflops, of the wall time.
+
+    Raises:
+      BenchmarkError: a variant cannot be made, or dies; the line names it.
+    """
+    with ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(_worker(name, module, task, python if number else sys.executable))
+            for number, (name, module) in enumerate(variants.items())
+        }
+        made = {name: _answer(name, worker) for name, worker in workers.items()}
+        figures: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
+        for _ in range(repetitions):
+            for name, worker in workers.items():
+                figures[name].append(_ask(name, worker))
+    rows = [_row(task, name, made[name], figures[name]) for name in workers]
+    for row in rows:
+        row["ratio"] = row["cpu_ms"] / rows[0]["cpu_ms"]
+        row["wall_ratio"] = row["wall_ms"] / rows[0]["wall_ms"]
+    return rows
+
+
+@contextmanager
+def _worker(name: str, module: str, task: Task, python: str) -> Iterator[subprocess.Popen[str]]:
+    command = [python, "-m", "retina_jax.benchmarks.worker", module, json.dumps(asdict(task))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.stdin.close()
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _ask(name: str, worker: subprocess.Popen[str]) -> dict[str, Any]:
+    try:
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    except BrokenPipeError:
+        raise BenchmarkError(f"{name}: its process ended; what it printed is above") from None
+    return _answer(name, worker)
+
+
+def _answer(name: str, worker: subprocess.Popen[str]) -> dict[str, Any]:
+    line = worker.stdout.readline()
+    if not line:
+        raise BenchmarkError(f"{name}: its process ended with status {worker.wait()}; what it printed is above")
+    answer = json.loads(line)
+    if "error" in answer:
+        raise BenchmarkError(f"{name}: {answer['error']}")
+    return answer
+
+
+def _row(task: Task, name: str, made: dict[str, Any], figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    cpu, wall = (statistics.median(figure[key] for figure in figures) for key in ("cpu_ms", "wall_ms"))
+    peaks = [figure["peak_mib"] for figure in figures if figure["peak_mib"] is not None]
+    row = {
+        "name": task.name,
+        "variant": name,
+        "size": task.size,
+        "batch": task.batch,
+        "backbone": task.backbone,
+        "dtype": task.dtype,
+        "cores": task.cores,
+        "device": task.device,
+        "repetitions": len(figures),
+        "cpu_ms": cpu,
+        "wall_ms": wall,
+        "peak_mib": max(peaks, default=None),
+    }
+    if made["images"]:
+        row["images_per_second"] = 1000 * made["images"] / wall
+    if made["flops"]:
+        row["tflops"] = made["flops"] / wall / 1e9
+    row |= made["facts"]
+    if "tflops" in row and "matmul_tflops" in row:
+        row["share_of_matmul"] = row["tflops"] / row["matmul_tflops"]
+    return row

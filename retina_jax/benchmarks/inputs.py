@@ -1,0 +1,76 @@
+"""What the benchmarks work on: images with truth, logits, candidate boxes. NumPy alone, so that every variant has it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int32, UInt8
+
+COCO_BOXES = 7
+"""Ground-truth boxes an image of COCO has on average."""
+
+
+class Scene(NamedTuple):
+    """Images and what is on them."""
+
+    images: UInt8[np.ndarray, "B H W 3"]
+    boxes_xyxy: Float32[np.ndarray, "B G 4"]
+    """Pixels."""
+    labels: Int32[np.ndarray, "B G"]
+
+
+class Candidates(NamedTuple):
+    """Boxes before suppression."""
+
+    boxes_xyxy: Float32[np.ndarray, "N 4"]
+    scores: Float32[np.ndarray, " N"]
+    labels: Int32[np.ndarray, " N"]
+
+
+def scene(batch: int, canvas: tuple[int, int], boxes: int, classes: int, seed: int) -> Scene:
+    """Images of smooth noise, with boxes whose sides are log-uniform from 1/32 of the canvas to all of it, as COCO's are
+    roughly."""
+    rng = np.random.default_rng(seed)
+    height, width = canvas
+    coarse = rng.integers(0, 256, (batch, -(-height // 8), -(-width // 8), 3), np.uint8)
+    images = coarse.repeat(8, axis=1).repeat(8, axis=2)[:, :height, :width]
+    return Scene(
+        np.ascontiguousarray(images), boxes_in(rng, (batch, boxes), canvas), _labels(rng, (batch, boxes), classes)
+    )
+
+
+def boxes_in(rng: np.random.Generator, shape: tuple[int, ...], canvas: tuple[int, int]) -> Float32[np.ndarray, "... 4"]:
+    """Boxes inside the canvas, sides log-uniform."""
+    sides_hw = np.exp(rng.uniform(np.log(1 / 32), 0, (*shape, 2))) * np.array(canvas)
+    corners = rng.uniform(0, 1, (*shape, 2)) * (np.array(canvas) - sides_hw)
+    return np.concatenate([corners[..., ::-1], (corners + sides_hw)[..., ::-1]], axis=-1).astype(np.float32)
+
+
+def _labels(rng: np.random.Generator, shape: tuple[int, ...], classes: int) -> Int32[np.ndarray, ...]:
+    return rng.integers(0, classes, shape).astype(np.int32)
+
+
+def class_outputs(
+    rows: int, classes: int, seed: int
+) -> tuple[Float32[np.ndarray, "rows classes"], Int32[np.ndarray, " rows"]]:
+    """Logits around the prior of .01, and labels: one row in 200 positive, one in 100 ignored (-2), background (-1) else."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(-4.6, 1.5, (rows, classes)).astype(np.float32)
+    draw = rng.uniform(size=rows)
+    labels = np.where(draw < 0.005, rng.integers(0, classes, rows), np.where(draw < 0.015, -2, -1))
+    return logits, labels.astype(np.int32)
+
+
+def candidates(number: int, classes: int, seed: int) -> Candidates:
+    """Clusters as a detector makes them: per object some ten boxes near it, most of its class, the nearer the surer."""
+    rng = np.random.default_rng(seed)
+    objects = max(1, number // 10)
+    boxes, labels = boxes_in(rng, (objects,), (800, 1333)), _labels(rng, (objects,), classes)
+    of = rng.integers(0, objects, number)
+    size = np.tile(boxes[of, 2:] - boxes[of, :2], 2)
+    shift = rng.normal(0, 0.15, (number, 4))
+    distance = np.abs(shift).mean(axis=1)
+    labels = np.where(rng.uniform(size=number) < 0.8, labels[of], rng.integers(0, classes, number))
+    scores = rng.uniform(0.05, 1, objects)[of] * np.exp(-4 * distance) * rng.uniform(0.9, 1, number)
+    return Candidates((boxes[of] + shift * size).astype(np.float32), scores.astype(np.float32), labels.astype(np.int32))

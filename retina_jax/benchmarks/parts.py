@@ -1,0 +1,49 @@
+"""The benchmarks of single parts: loss, match and nms, by the functions that training and inference call."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retina_jax.benchmarks.inputs import boxes_in, candidates, class_outputs
+from retina_jax.benchmarks.work import Task, Work
+from retina_jax.config import LossConfig, MatchingConfig
+from retina_jax.losses.classification import classification_loss
+from retina_jax.losses.summed import summed
+from retina_jax.matching import match
+from retina_jax.nms import nms
+
+
+def make(task: Task) -> Work:
+    """The work of `task`."""
+    return {"loss": loss, "match": matching, "nms": suppression}[task.name](task)
+
+
+def loss(task: Task) -> Work:
+    """Focal loss, summed, and its gradient."""
+    logits, labels = class_outputs(task.rows, task.classes, task.seed)
+    of_image = summed(classification_loss(LossConfig()))
+    of_logits = jax.jit(jax.value_and_grad(lambda logits, labels: of_image(logits, labels).sum()))
+    arguments = jnp.asarray(logits, task.dtype)[None], jnp.asarray(labels)[None]
+    return Work(lambda: jax.block_until_ready(of_logits(*arguments)))
+
+
+def matching(task: Task) -> Work:
+    """Anchors of random places and sizes to random boxes."""
+    rng = np.random.default_rng(task.seed)
+    anchors = jnp.asarray(boxes_in(rng, (task.rows,), (800, 1333)))
+    boxes = jnp.asarray(boxes_in(rng, (task.boxes,), (800, 1333)))
+    labels = jnp.zeros(task.boxes, jnp.int32)
+    program = jax.jit(partial(match, config=MatchingConfig()))
+    return Work(lambda: jax.block_until_ready(program(anchors, boxes, labels)))
+
+
+def suppression(task: Task) -> Work:
+    """Candidates in clusters."""
+    made = [jnp.asarray(part) for part in candidates(task.rows, task.classes, task.seed)]
+    program = jax.jit(partial(nms, iou_threshold=0.5, max_detections=task.kept))
+    kept = int(program(*made)[1].sum())
+    return Work(lambda: jax.block_until_ready(program(*made)), facts={"kept": kept})

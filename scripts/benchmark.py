@@ -1,0 +1,102 @@
+"""Time this project, and peers beside it: python scripts/benchmark.py step --peer torchvision [--size 512 --batch 4 --json]
+
+Each variant runs in a process of its own on the same cores, one repetition of each in turn. Figures are medians; `ratio` is
+a variant's CPU time over this project's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from retina_jax.benchmarks.alternation import measure
+from retina_jax.benchmarks.inputs import COCO_BOXES
+from retina_jax.benchmarks.table import table
+from retina_jax.benchmarks.variants import HERE, OURS, PEERS
+from retina_jax.benchmarks.work import Task
+from retina_jax.command_line import one_line_errors, parse_command_line
+from retina_jax.config import ConfigError
+from retina_jax.hardware import processor
+
+ROWS = {"loss": 100_000, "match": 120_000, "nms": 5000}
+BOXES = {"match": 50}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options; those that a benchmark has no use for are not looked at."""
+
+    name: Annotated[
+        Literal["step", "forward", "detect", "loss", "match", "nms", "input", "evaluate", "compile"],
+        tyro.conf.Positional,
+    ]
+    """What to time."""
+    peer: tuple[Literal["torchvision", "kerashub", "optax", "pycocotools", "tf.data", "pil"], ...] = ()
+    """Beside it: torchvision, kerashub, optax (loss), pycocotools (evaluate), tf.data and pil (input)."""
+    size: str = "256"
+    """Canvas, pixels: 512, or 800x1344 (height x width)."""
+    batch: int = 1
+    """Images a repetition."""
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d"] = "resnet50"
+    """Backbone."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of convolutions and logits."""
+    rows: int = 0
+    """Anchors of loss and match, candidates of nms; 0: 100000, 120000, 5000."""
+    classes: int = 80
+    """Classes."""
+    boxes: int = 0
+    """Ground-truth boxes an image; 0: 7, as COCO has, and 50 for match."""
+    kept: int = 300
+    """Boxes that nms keeps at most."""
+    images: Path = Path("data/coco/val2017")
+    """Folder of the JPEG files of input."""
+    annotations: Path = Path("data/coco/annotations/instances_val2017.json")
+    """COCO JSON of input and evaluate; evaluate takes text too, lines of FOLDER/000000000139.jpg x1,y1,x2,y2,class ..."""
+    detections: int = 180_000
+    """Detections that evaluate makes from the annotations."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """Where to compute."""
+    cores: int = 1
+    """Processor cores each variant is pinned to; 0: not pinned."""
+    repetitions: int = 7
+    """Of each variant, after two to warm up."""
+    peer_python: str = sys.executable
+    """Interpreter of the peers, where they are installed in another environment."""
+    seed: int = 0
+    """Of everything random."""
+    json: bool = False
+    """One JSON object a line instead of a table."""
+
+
+def main() -> None:
+    """Measure and print."""
+    arguments = parse_command_line(Arguments, Arguments(name=tyro.MISSING), sys.argv[1:], __doc__)
+    variants = {HERE: OURS[arguments.name]} | {peer: PEERS[peer] for peer in arguments.peer}
+    rows = measure(task_of(arguments), variants, arguments.repetitions, arguments.peer_python)
+    rows = [row | {"hardware": processor()} for row in rows]
+    print("\n".join(map(json.dumps, rows)) if arguments.json else table(rows))
+
+
+def task_of(arguments: Arguments) -> Task:
+    """The work of one repetition."""
+    if not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*)?", arguments.size):
+        raise ConfigError(f"--size {arguments.size}: give pixels, 512 or 800x1344 (height x width)")
+    for option in ("batch", "classes", "repetitions"):
+        if getattr(arguments, option) < 1:
+            raise ConfigError(f"--{option} {getattr(arguments, option)}: give a number from 1")
+    given = {f.name: getattr(arguments, f.name) for f in fields(Task)}
+    given["rows"] = arguments.rows or ROWS.get(arguments.name, 0)
+    given["boxes"] = arguments.boxes or BOXES.get(arguments.name, COCO_BOXES)
+    return Task(**given | {name: str(given[name]) for name in ("images", "annotations")})
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,124 @@
+"""The loss and gradient made tile by tile, and at once, against plain summing."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retina_jax.config import LossConfig
+from retina_jax.losses import summed as module
+from retina_jax.losses.classification import classification_loss
+from retina_jax.losses.summed import _at_once, _in_tiles, summed
+from retina_jax.matching import BACKGROUND, IGNORED
+
+KINDS = {
+    "cross_entropy": LossConfig(kind="cross_entropy"),
+    "balanced": LossConfig(kind="balanced_cross_entropy", alpha=0.75),
+    "focal": LossConfig(),
+    "focal .5": LossConfig(gamma=0.5),
+    "star": LossConfig(kind="focal_star", gamma=2.0, star_beta=1.0),
+    "hinge": LossConfig(kind="hinge"),
+}
+
+
+def case(images: int, anchors: int, classes: int, seed: int = 0, dtype: str = "float32") -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(seed)
+    logits = jnp.asarray(rng.normal(-1, 4, (images, anchors, classes)), dtype)
+    labels = rng.choice([BACKGROUND, IGNORED, *range(classes)], (images, anchors))
+    return logits, jnp.asarray(labels, jnp.int32)
+
+
+def plainly(loss: LossConfig, logits: jax.Array, labels: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def total(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        sums = classification_loss(loss)(logits, labels).sum(axis=(1, 2))
+        return (weights * sums).sum(), sums
+
+    (_, sums), gradient = jax.value_and_grad(total, has_aux=True)(logits)
+    return sums, gradient
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [*((kind, (3, 100, 4)) for kind in KINDS), *(("focal", shape) for shape in [(1, 7, 5), (2, 33, 1), (40, 3, 2)])],
+)
+def test_tiles_and_one_pass_give_the_plain_sum_and_gradient(
+    kind: str, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TILE", 64)  # tiles of a few anchors, the last one seldom whole
+    logits, labels = case(*shape)
+    sums, gradient = plainly(KINDS[kind], logits, labels, jnp.ones(shape[0]))
+    for way in (_in_tiles, _at_once):
+        found = jax.jit(functools.partial(way, classification_loss(KINDS[kind])))(logits, labels)
+        np.testing.assert_allclose(found[0], sums, rtol=1e-5)
+        np.testing.assert_allclose(found[1], gradient, rtol=1e-6, atol=1e-9)
+
+
+@settings(max_examples=5, deadline=None)
+@given(
+    images=st.integers(1, 3),
+    anchors=st.integers(1, 50),
+    classes=st.integers(1, 9),
+    tile=st.integers(1, 300),
+    seed=st.integers(0, 2**31),
+)
+def test_every_anchor_counts_once_whatever_the_tile(
+    images: int, anchors: int, classes: int, tile: int, seed: int
+) -> None:
+    logits, labels = case(images, anchors, classes, seed)
+    weights = jnp.arange(1.0, images + 1)
+    sums, gradient = plainly(LossConfig(), logits, labels, weights)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "TILE", tile)
+        of_images = summed(classification_loss(LossConfig()))
+        value, pull_back = jax.vjp(lambda logits: of_images(logits, labels), logits)
+    np.testing.assert_allclose(value, sums, rtol=1e-5)
+    np.testing.assert_allclose(pull_back(weights)[0], gradient, rtol=1e-5, atol=1e-9)
+
+
+def test_without_a_gradient_the_sum_is_the_same() -> None:
+    logits, labels = case(2, 1000, 80)
+    of_images = summed(classification_loss(LossConfig()))
+    with_gradient, _ = jax.vjp(lambda logits: of_images(logits, labels), logits)
+    np.testing.assert_allclose(of_images(logits, labels), with_gradient, rtol=1e-5)
+
+
+def test_the_gradient_keeps_the_logits_precision_and_sums_are_float32() -> None:
+    logits, labels = case(2, 500, 80, dtype="bfloat16")
+    of_images = summed(classification_loss(LossConfig()))
+    sums, pull_back = jax.vjp(lambda logits: of_images(logits, labels), logits)
+    (gradient,) = pull_back(jnp.full(2, 1 / 3))
+    exact_sums, exact = plainly(LossConfig(), logits.astype(jnp.float32), labels, jnp.full(2, 1 / 3))
+    assert sums.dtype == jnp.float32 and gradient.dtype == jnp.bfloat16
+    np.testing.assert_allclose(sums, exact_sums, rtol=1e-5)
+    np.testing.assert_allclose(gradient.astype(jnp.float32), exact, rtol=2**-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_extreme_logits_have_finite_gradients(kind: str) -> None:
+    logits = jnp.array([[[-1e4, -90, -20, 0.0, 20, 90, 1e4]]] * 2)
+    labels = jnp.array([[BACKGROUND], [3]], jnp.int32)
+    of_images = summed(classification_loss(KINDS[kind]))
+    sums, pull_back = jax.vjp(lambda logits: of_images(logits, labels), logits)
+    assert np.isfinite(sums).all() and np.isfinite(pull_back(jnp.ones(2))[0]).all()
+
+
+def test_a_logit_that_is_no_number_makes_its_image_none_alone() -> None:
+    logits, labels = case(3, 200, 7)
+    sums = summed(classification_loss(LossConfig()))(logits.at[1, 0, 0].set(jnp.nan), labels.at[1, 0].set(BACKGROUND))
+    assert np.isnan(sums).tolist() == [False, True, False]
+
+
+def test_under_vmap_and_with_no_anchors() -> None:
+    logits, labels = case(4, 30, 5)
+    of_images = summed(classification_loss(LossConfig()))
+    gradient = jax.grad(lambda logits: of_images(logits, labels).sum())(logits)
+    one = jax.vmap(jax.grad(lambda logits, labels: of_images(logits[None], labels[None])[0]))(logits, labels)
+    np.testing.assert_allclose(one, gradient, rtol=1e-6, atol=1e-9)
+    none = jax.value_and_grad(lambda logits: of_images(logits, labels[:, :0]).sum())(logits[:, :0])
+    assert none[0] == 0 and none[1].shape == (4, 0, 5)
