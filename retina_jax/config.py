@@ -101,7 +101,7 @@ class DataConfig:
     bad_images: Literal["stop", "skip"] = "stop"
     """An image that is missing, broken or of another size than the JSON says: stop naming it, or skip (named, counted)."""
     workers: int = 0
-    """Images decoded at once on a host; 0: twice the number of cores."""
+    """Images decoded at once on a host; 0: as many as there are cores. More where files are slow to come."""
     prefetch: int = 2
     """Batches made ready ahead of the device."""
 

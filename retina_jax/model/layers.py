@@ -10,6 +10,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from retina_jax.model.convolution import convolution
+
 FLOAT32 = np.dtype("float32")
 EPSILON = 1e-5
 """Added to every variance, as by the systems whose weights are imported."""
@@ -37,11 +39,7 @@ def weight(
 
 
 class Conv(nn.Module):
-    """A k x k convolution, NHWC by HWIO, padded by k // 2 on all four sides.
-
-    The padding is that of Caffe2 and PyTorch. XLA's "SAME" differs from it wherever the stride is 2: it pads an even side by
-    (0, 1) and so shifts the map by a pixel against imported weights. The output is ceil(n / stride) long for odd k.
-    """
+    """`convolution` by a kernel of its own, [k, k, C / groups, features], and a bias where asked."""
 
     features: int
     kernel_size: int
@@ -53,18 +51,9 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        k, s = self.kernel_size, self.stride
-        shape = (k, k, x.shape[-1] // self.groups, self.features)
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
         kernel = weight(self, "kernel", shape, jnp.zeros, self.frozen).astype(self.dtype)
-        x = x.astype(self.dtype)
-        if k == 1 and self.groups == 1:  # a matrix product: the R50 gradient costs 12 % less so on the CPU
-            y = lax.dot_general(x[:, ::s, ::s], kernel[0, 0], (((3,), (0,)), ((), ())))
-        else:
-            pads = [(k // 2, k // 2)] * 2
-            layout = ("NHWC", "HWIO", "NHWC")
-            y = lax.conv_general_dilated(
-                x, kernel, (s, s), pads, dimension_numbers=layout, feature_group_count=self.groups
-            )
+        y = convolution(x.astype(self.dtype), kernel, self.stride, self.groups)
         if self.bias:
             bias = weight(self, "bias", (self.features,), jnp.zeros, self.frozen)
             y = y + bias.astype(self.dtype)[None, None, None]

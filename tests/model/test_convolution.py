@@ -1,0 +1,190 @@
+"""Every form of a convolution is the plain one. Inputs are small integers, whose sums are exact in float32 in any order."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import export
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from retina_jax.model.convolution import by_columns, convolution, kernel_gradient, map_gradient, plain_convolution
+
+Form = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Case(NamedTuple):
+    """A shape, chosen so that together all ways through the module are taken."""
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    features: int
+    k: int
+    stride: int
+    groups: int
+
+
+CASES = [
+    Case(1, 2, 2, 16, 4, 3, 1, 1),  # columns all the way
+    Case(1, 1, 1, 4, 3, 3, 1, 1),  # one pixel
+    Case(1, 1, 1, 8, 2, 3, 2, 1),
+    Case(1, 4, 4, 32, 8, 3, 2, 1),
+    Case(2, 3, 4, 24, 5, 3, 1, 1),  # columns in the kernel's gradient alone
+    Case(2, 8, 7, 3, 32, 3, 1, 1),  # taps, columns in the map's gradient
+    Case(1, 9, 8, 4, 2, 3, 1, 1),  # taps, the plain gradient by the map
+    Case(2, 9, 8, 4, 6, 3, 2, 1),  # taps of the map
+    Case(1, 10, 11, 3, 4, 7, 2, 1),  # the stem
+    Case(1, 6, 5, 2, 3, 5, 1, 1),
+    Case(2, 5, 5, 4, 6, 1, 1, 1),
+    Case(2, 5, 6, 4, 6, 1, 2, 1),
+    Case(2, 6, 6, 8, 12, 3, 1, 4),
+    Case(2, 7, 6, 8, 8, 3, 2, 4),
+    Case(1, 1, 1, 32, 32, 3, 1, 8),
+    Case(1, 5, 4, 6, 6, 1, 2, 3),
+    Case(1, 4, 6, 6, 6, 3, 1, 6),  # as many groups as channels
+    Case(1, 7, 7, 8, 4, 5, 2, 2),
+]
+
+
+def integers(case: Case, seed: int = 0, dtype: str = "float32") -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A map, a kernel and a gradient of the output."""
+    rng = np.random.default_rng(seed)
+    h, w = -(-case.height // case.stride), -(-case.width // case.stride)
+    shapes = [
+        (case.batch, case.height, case.width, case.channels),
+        (case.k, case.k, case.channels // case.groups, case.features),
+        (case.batch, h, w, case.features),
+    ]
+    return tuple(jnp.asarray(rng.integers(-4, 5, shape).astype(np.float32), dtype) for shape in shapes)
+
+
+def value_and_gradients(form: Form, x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, ...]:
+    y, pullback = jax.vjp(form, x, kernel)
+    return y, *pullback(dy)
+
+
+def both(case: Case) -> tuple[Callable[..., tuple[jax.Array, ...]], ...]:
+    """Value and gradients by `convolution` and by the plain one: functions of (x, kernel, dy)."""
+    forms = [
+        lambda x, kernel, form=form: form(x, kernel, case.stride, case.groups)
+        for form in (convolution, plain_convolution)
+    ]
+    return tuple(jax.jit(partial(value_and_gradients, form)) for form in forms)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_convolution_and_its_gradients_are_the_plain_ones(case: Case) -> None:
+    ours, plain = both(case)
+    arrays = integers(case)
+    for a, b in zip(ours(*arrays), plain(*arrays), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_form_serves_every_shape(case: Case) -> None:
+    """Which form is taken decides about speed alone."""
+    x, kernel, dy = integers(case, seed=1)
+    y, dx, dkernel = both(case)[1](x, kernel, dy)
+    k, stride, groups = case[5:]
+    if groups == 1:
+        np.testing.assert_array_equal(jax.jit(by_columns, static_argnums=2)(x, kernel, stride), y)
+    ours = jax.jit(lambda x, kernel, dy: map_gradient(dy, kernel, stride, groups, x.shape[1:3]))(x, kernel, dy)
+    np.testing.assert_array_equal(ours, dx)
+    ours = jax.jit(lambda x, kernel, dy: kernel_gradient(x, dy, k, stride, groups))(x, kernel, dy)
+    np.testing.assert_array_equal(ours, dkernel)
+
+
+RANDOM = [CASES[0], CASES[4], CASES[5], CASES[7], CASES[12], CASES[13]]
+PAIRS = {case: both(case) for case in RANDOM}
+
+
+@given(case=st.sampled_from(RANDOM), seed=st.integers(0, 2**32 - 1), poison=st.sampled_from([0.0, np.nan, np.inf]))
+@settings(max_examples=40, deadline=None)
+def test_whatever_the_numbers(case: Case, seed: int, poison: float) -> None:
+    """What is not finite stays so; it may only miss those taps that saw nothing but padding where it came in."""
+    x, kernel, dy = integers(case, seed)
+    dy = dy.at[0, 0, 0, 0].add(poison)
+    ours, plain = PAIRS[case]
+    for name, a, b in zip(["y", "dx", "dkernel"], ours(x, kernel, dy), plain(x, kernel, dy), strict=True):
+        finite = np.isfinite(b)
+        np.testing.assert_array_equal(np.where(finite, a, 0), np.where(finite, b, 0))
+        assert np.isfinite(a).all() == (name == "y" or np.isfinite(poison))
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[12], CASES[13]], ids=str)
+def test_bfloat16_is_summed_in_float32(case: Case) -> None:
+    """Each gradient is the exact one, rounded once."""
+    ours, plain = both(case)
+    narrow = ours(*integers(case, dtype="bfloat16"))
+    exact = plain(*integers(case))
+    for a, b in zip(narrow[1:], exact[1:], strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(a, b.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[13]], ids=str)
+def test_under_vmap_and_remat(case: Case) -> None:
+    ours, plain = both(case)
+    x, kernel, dy = (jnp.stack(pair) for pair in zip(integers(case, 2), integers(case, 3), strict=True))
+    expected = [plain(*(a[i] for a in (x, kernel, dy))) for i in range(2)]
+    mapped = jax.jit(jax.vmap(ours))(x, kernel, dy)
+    form = jax.checkpoint(lambda x, kernel: convolution(x, kernel, case.stride, case.groups))
+    for i in range(2):
+        again = jax.jit(partial(value_and_gradients, form))(x[i], kernel[i], dy[i])
+        for all_of, remat, exact in zip(mapped, again, expected[i], strict=True):
+            np.testing.assert_array_equal(all_of[i], exact)
+            np.testing.assert_array_equal(remat, exact)
+
+
+@pytest.mark.parametrize("case", [CASES[4], CASES[5], CASES[12], CASES[13]], ids=str)
+def test_on_several_devices_by_jit_shard_map_and_pmap(case: Case) -> None:
+    case = case._replace(batch=4)
+    ours, plain = both(case)
+    x, kernel, dy = integers(case)
+    exact = plain(x, kernel, dy)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    split = NamedSharding(mesh, P("data"))
+    by_jit = ours(jax.device_put(x, split), jax.device_put(kernel, NamedSharding(mesh, P())), jax.device_put(dy, split))
+
+    def own(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, ...]:
+        y, dx, dkernel = ours(x, kernel, dy)
+        return y, dx, jax.lax.psum(dkernel, "data")
+
+    images, everywhere = P("data"), P()
+    specs = {"in_specs": (images, everywhere, images), "out_specs": (images, images, everywhere)}
+    by_map = jax.jit(jax.shard_map(own, mesh=mesh, check_vma=False, **specs))(x, kernel, dy)
+    by_pmap = jax.pmap(own, "data", in_axes=(0, None, 0), out_axes=(0, 0, None), devices=jax.devices()[:4])(
+        x[:, None], kernel, dy[:, None]
+    )
+    by_pmap = by_pmap[0][:, 0], by_pmap[1][:, 0], by_pmap[2]
+    for found in (by_jit, by_map, by_pmap):
+        for a, b in zip(found, exact, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_gradient_of_groups_is_matrix_products_on_the_cpu_alone() -> None:
+    case = Case(1, 4, 4, 8, 8, 3, 1, 4)
+    on_cpu, on_gpu = (
+        export.export(both(case)[0], platforms=(platform,))(*integers(case)).mlir_module()
+        for platform in ("cpu", "cuda")
+    )
+    assert on_cpu.count("stablehlo.convolution") == 1 and "stablehlo.dot_general" in on_cpu
+    assert on_gpu.count("stablehlo.convolution") == 3 and "stablehlo.dot_general" not in on_gpu
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[13]], ids=str)
+def test_one_exported_program_serves_all_devices(case: Case) -> None:
+    ours, plain = both(case)
+    arrays = integers(case)
+    exported = export.export(ours, platforms=("cpu", "cuda", "tpu"))(*arrays)
+    for a, b in zip(exported.call(*arrays), plain(*arrays), strict=True):
+        np.testing.assert_array_equal(a, b)
