@@ -27,7 +27,7 @@ def convolution(
     """
     if len(kernel) == groups == 1:  # a matrix product as it stands, on every device
         return by_columns(x, kernel, stride)
-    if groups == 1 and 4 * _places(x, stride) <= x.shape[-1]:
+    if groups == 1 and _wide(kernel) and 4 * _places(x, stride) <= x.shape[-1]:
         forms = partial(by_columns, stride=stride), partial(plain_convolution, stride=stride, groups=1)
         return lax.platform_dependent(x, kernel, cpu=forms[0], default=forms[1])
     return plain_convolution(x, kernel, stride, groups)
@@ -127,12 +127,18 @@ def _places(x: Array, stride: int = 1) -> int:
     return batch * -(-height // stride) * -(-width // stride)
 
 
+def _wide(kernel: Array) -> bool:
+    """Whether a tap fills a matrix product; that of an image's three channels does not."""
+    return min(kernel.shape[2:]) >= 32
+
+
 def _forward(x: Array, kernel: Array, stride: int, groups: int) -> tuple[Array, tuple[Array, Array]]:
     return convolution(x, kernel, stride, groups), (x, kernel)
 
 
 def _backward(stride: int, groups: int, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    k, features = len(saved[1]), dy.shape[-1]
+    x, kernel = saved
+    k, features = len(kernel), dy.shape[-1]
 
     def plain(x: Array, kernel: Array) -> Array:
         return by_columns(x, kernel, stride) if k == groups == 1 else plain_convolution(x, kernel, stride, groups)
@@ -149,10 +155,13 @@ def _backward(stride: int, groups: int, saved: tuple[Array, Array], dy: Array) -
     def fast_kernel_gradient(x: Array, kernel: Array, dy: Array) -> Array:
         return kernel_gradient(x, dy, k, stride, groups).astype(dy.dtype)
 
-    large = k > 1 and stride == groups == 1 and _places(dy) > 4 * features
-    on_cpu = plain_map_gradient if large else fast_map_gradient
-    dx = lax.platform_dependent(*saved, dy, cpu=on_cpu, default=plain_map_gradient)
-    dkernel = lax.platform_dependent(*saved, dy, cpu=fast_kernel_gradient, default=plain_kernel_gradient)
+    fast_dx = fast_dkernel = groups > 1 or _wide(kernel)
+    if k > 1 and stride == groups == 1 and _places(dy) > 4 * features:  # the map outweighs the kernel
+        fast_dx = False
+    on_cpu = fast_map_gradient if fast_dx else plain_map_gradient
+    dx = lax.platform_dependent(x, kernel, dy, cpu=on_cpu, default=plain_map_gradient)
+    on_cpu = fast_kernel_gradient if fast_dkernel else plain_kernel_gradient
+    dkernel = lax.platform_dependent(x, kernel, dy, cpu=on_cpu, default=plain_kernel_gradient)
     return dx, dkernel
 
 

@@ -26,6 +26,7 @@ from retina_jax.anchors import anchor_grid, anchors_per_cell, level_counts
 from retina_jax.config import Config, ConfigError
 from retina_jax.detection import Detections, detect
 from retina_jax.model.initialisation import initialise
+from retina_jax.model.resnet import ARCHITECTURES
 from retina_jax.model.retinanet import RetinaNet
 from retina_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from retina_jax.training.state import TrainState, new_state
@@ -72,9 +73,11 @@ class Driver:
 
     @property
     def by_name(self) -> bool:
-        """Whether a step is written for one device's share: under pmap, and where the share is taken in parts, so that
-        the parts are added up on the device and cross between devices once."""
-        return self.config.parallel == "pmap" or self.config.training.accumulate > 1
+        """Whether a step is written for one device's share: under pmap; where the share is taken in parts, so that the
+        parts are added up on the device and cross between devices once; and with grouped convolutions, for each of which
+        the compiler would gather the whole batch on every device."""
+        grouped = ARCHITECTURES[self.config.model.backbone].groups > 1
+        return self.config.parallel == "pmap" or self.config.training.accumulate > 1 or grouped
 
     @cached_property
     def model(self) -> RetinaNet:

@@ -138,6 +138,16 @@ def test_the_jit_step_has_one_all_reduce_and_no_all_gather(tiny: Config, make_in
     assert "all-gather" not in text and "all-to-all" not in text and "collective-permute" not in text
 
 
+def test_grouped_convolutions_gather_no_batch(tiny: Config, make_inputs: Make) -> None:
+    """The compiler would gather it for each of them, were the step written for the whole batch."""
+    resnext = override(tiny, {"model.backbone": "resnext101_32x8d"})
+    text = compiled_step(with_drivers(resnext, "jit", 4), make_inputs(0))
+    assert len(re.findall(r"= .*\ball-reduce(?:-start)?\(", text)) == 1 and "all-gather" not in text
+    (one,), _ = run(with_drivers(resnext, "jit", 1), [make_inputs(0)])
+    (four,), _ = run(with_drivers(resnext, "jit", 4), [make_inputs(0)])
+    assert four == pytest.approx(one, rel=1e-5, abs=1e-7)
+
+
 def test_one_program_a_canvas_shape(tiny: Config, make_inputs: Make) -> None:
     driver = Driver(with_drivers(tiny, "jit", 2), 3)
     state = driver.first_state()
