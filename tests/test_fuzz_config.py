@@ -34,7 +34,8 @@ PYTHON = [
 ]  # fmt: skip
 """What a config file can put into a field and JSON cannot."""
 HOSTILE = st.sampled_from(SCALARS) | st.integers() | st.floats() | st.text(max_size=5)
-NAMES = sorted(flatten(Config()))
+DEFAULTS = flatten(Config())
+NAMES = sorted(DEFAULTS)
 TOKENS = [
     "(", ")", "[", "]", ",", "=", ":", "\n", "    ", "'", '"', "\\", "\0", "#", "1", "0", "-", ".", "e9", "_", "None",
     "True", "lambda", "return", "raise", "def", "class", "Config", "config", "replace", "import", "sys", "exit", "assert",
@@ -191,12 +192,12 @@ def test_any_file_is_taken_or_refused_by_name(tmp_path: Path, share: int) -> Non
 
 @st.composite
 def command_lines(draw: st.DrawFn) -> list[str]:
-    """Options with values of every kind, in every spelling, some of them misspelt."""
+    """Options with values of every kind, every second one the option's own, in every spelling, some of them misspelt."""
     words = []
     for _ in range(draw(st.integers(1, 4))):
         name = draw(st.sampled_from(NAMES))
-        value = draw(HOSTILE)
-        texts = [str(v) for v in value] if isinstance(value, list) else [text_of(value)]
+        value = draw(HOSTILE) if draw(st.booleans()) else DEFAULTS[name]
+        texts = [str(v) for v in value] if isinstance(value, list | tuple) else [text_of(value)]
         change = draw(st.sampled_from(["none"] * 6 + ["upper", "cut", "no-", "junk"]))
         if change == "upper":
             name = name.upper()

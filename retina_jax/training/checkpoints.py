@@ -45,6 +45,7 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(1, "checkpoints")
         self._pending: Future[None] | None = None
         self._failure = ""
+        self._given_up = False
 
     def __enter__(self) -> Checkpoints:
         if not self._read_only and hosts.first():
@@ -54,10 +55,12 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, KeyboardInterrupt):
-            self._writer.shutdown(wait=False, cancel_futures=True)
-            return
-        self._writer.shutdown()  # waits; nothing is said to other hosts that may not have come here
+        self._given_up = isinstance(error, KeyboardInterrupt)
+        try:  # waits; nothing is said to other hosts that may not have come here
+            self._writer.shutdown(wait=not self._given_up, cancel_futures=self._given_up)
+        except KeyboardInterrupt:
+            self._given_up = True
+            raise
         if error is None or isinstance(error, Stopped):
             self.wait()
 
@@ -217,7 +220,8 @@ class Checkpoints:
             self._clear()
             newest = f"the newest whole checkpoint is step {saved[-1]}" if saved else "there is no whole checkpoint yet"
             self._failure = f"{self.folder}: step {step} could not be saved: {reason(error)}; {newest}"
-            warn(self._failure)
+            if not self._given_up:  # else the process ends under it, as somebody wanted
+                warn(self._failure)
         else:
             self._failure = ""
             self._delete_old()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -322,6 +323,34 @@ def test_a_second_ctrl_c_saves_nothing_and_waits_for_nothing(tmp_path: Path, mon
     assert called == [] and checkpoints._saved() == []  # it came here while the disk was at work
     disk.set()
     assert checkpoints.steps() == [1]
+
+
+@pytest.mark.parametrize("while_waiting", [False, True])
+def test_what_a_second_ctrl_c_takes_from_a_save_half_way_is_no_failure_to_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], while_waiting: bool
+) -> None:
+    """The interpreter ends under the writer's feet, and its threads can do no more."""
+    disk = threading.Event()
+
+    def refused(*_: object) -> None:
+        disk.wait(10)
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    monkeypatch.setattr(module, "save_arrays", refused)
+    with pytest.raises(KeyboardInterrupt), Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, small(1))
+        if while_waiting:
+            shutdown = checkpoints._writer.shutdown
+            monkeypatch.setattr(
+                checkpoints._writer,
+                "shutdown",
+                lambda **_: (shutdown(wait=False), signal.raise_signal(signal.SIGINT)),
+            )
+        else:
+            raise KeyboardInterrupt
+    disk.set()
+    assert checkpoints.steps() == []
+    assert capsys.readouterr() == ("", "")
 
 
 def test_what_a_kill_leaves_behind_is_no_checkpoint_and_goes(saved: Path) -> None:
