@@ -28,9 +28,11 @@ from jaxtyping import Array, Float, Float32, Int
 from retina_jax.config import ConfigError, LossConfig
 from retina_jax.matching import IGNORED
 
-ATANH_SERIES = tuple(1 / (2 * k + 1) for k in range(8))
-"""atanh(s) = s + s^3 / 3 + s^5 / 5 + ..."""
+LOG1P_OVER_E = (0.9999999810, 0.8671934953, 0.1237643049), (1.0, 1.3671915485, 0.4740588776, 0.0310945460)
+"""Numerator and denominator, constant terms first, of a quotient that is within 2e-8 of log(1 + e) / e for e from 0 to 1
+(least squares with weights raised where the error is largest)."""
 
+Example = Float32[Array, "*N"]
 ClassificationLoss = Callable[[Float[Array, "*N K"], Int[Array, "*N"]], Float32[Array, "*N K"]]
 
 
@@ -53,21 +55,23 @@ def classification_loss(config: LossConfig) -> ClassificationLoss:
 
 def cross_entropy(logits: Float[Array, "*N K"], labels: Int[Array, "*N"]) -> Float32[Array, "*N K"]:
     """-log(p_t) (equation 1)."""
-    return _weighted(logits, labels, lambda x_t: _modulated(x_t, 0.0), foreground=1.0, background=1.0)
+    return _weighted(logits, labels, functools.partial(_modulated, gamma=0.0), foreground=1.0, background=1.0)
 
 
 def balanced_cross_entropy(
     logits: Float[Array, "*N K"], labels: Int[Array, "*N"], *, alpha: float
 ) -> Float32[Array, "*N K"]:
     """-alpha_t log(p_t) (equation 3): alpha weighs the one target that is 1, 1 - alpha those that are 0."""
-    return _weighted(logits, labels, lambda x_t: _modulated(x_t, 0.0), foreground=alpha, background=1.0 - alpha)
+    return _weighted(logits, labels, functools.partial(_modulated, gamma=0.0), foreground=alpha, background=1.0 - alpha)
 
 
 def focal(
     logits: Float[Array, "*N K"], labels: Int[Array, "*N"], *, alpha: float, gamma: float
 ) -> Float32[Array, "*N K"]:
     """-alpha_t (1 - p_t)^gamma log(p_t) (equation 5). gamma = 0 is `balanced_cross_entropy`."""
-    return _weighted(logits, labels, lambda x_t: _modulated(x_t, gamma), foreground=alpha, background=1.0 - alpha)
+    return _weighted(
+        logits, labels, functools.partial(_modulated, gamma=gamma), foreground=alpha, background=1.0 - alpha
+    )
 
 
 def focal_star(
@@ -80,8 +84,9 @@ def focal_star(
     if gamma <= 0:
         raise ConfigError(f"loss.gamma is {gamma}: it must be above 0 with loss.kind focal_star")
 
-    def of_x_t(x_t: Float32[Array, "*N"]) -> Float32[Array, "*N"]:
-        return _modulated(gamma * x_t + beta, 0.0) / gamma  # cross entropy's closed form, steeper and shifted
+    def of_x_t(x_t: Example, _: Example, weight: Example) -> Example:
+        shifted = gamma * x_t + beta  # cross entropy's form, steeper and shifted
+        return _modulated(shifted, _magnitude(shifted, shifted), weight / gamma, 0.0)
 
     return _weighted(logits, labels, of_x_t, foreground=alpha, background=1.0 - alpha)
 
@@ -97,9 +102,9 @@ def hinge(
     moves.
     """
 
-    def of_x_t(x_t: Float32[Array, "*N"]) -> Float32[Array, "*N"]:
-        p_t, *_ = _sigmoids(x_t)
-        return jnp.where(p_t < margin, margin - p_t, 0.0)
+    def of_x_t(x_t: Example, magnitude: Example, weight: Example) -> Example:
+        p_t, *_ = _sigmoids(x_t, magnitude)
+        return weight * jnp.where(p_t < margin, margin - p_t, 0.0)
 
     return _weighted(logits, labels, of_x_t, foreground=alpha, background=1.0 - alpha)
 
@@ -107,68 +112,74 @@ def hinge(
 def _weighted(
     logits: Float[Array, "*N K"],
     labels: Int[Array, "*N"],
-    of_x_t: Callable[[Float32[Array, "*N K"]], Float32[Array, "*N K"]],
+    of_x_t: Callable[[Example, Example, Example], Example],
     *,
     foreground: float,
     background: float,
 ) -> Float32[Array, "*N K"]:
+    """`of_x_t` of x_t, |x_t| and alpha_t (0 where the label is IGNORED)."""
     logits = logits.astype(jnp.float32)
     # Compared with a counter inside the fused loop: the one-hot target [... K] is never in memory.
     is_target = lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1) == labels[..., None]
-    weight = jnp.where(is_target, foreground, background) * (labels != IGNORED)[..., None].astype(jnp.float32)
-    return weight * of_x_t(jnp.where(is_target, logits, -logits))
+    weight = jnp.where(is_target, foreground, jnp.where(labels == IGNORED, 0.0, background)[..., None])
+    x_t = jnp.where(is_target, 1.0, -1.0) * logits
+    return of_x_t(x_t, _magnitude(x_t, logits), weight)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _modulated(x_t: Float32[Array, "*N"], gamma: float) -> Float32[Array, "*N"]:
-    """(1 - p_t)^gamma * -log(p_t)."""
-    _, q_t, minus_log_p_t, minus_log_q_t = _sigmoids(x_t)
-    return _power(q_t, minus_log_q_t, gamma) * minus_log_p_t
+@jax.custom_jvp
+def _magnitude(x_t: Example, plus_or_minus_x_t: Example) -> Example:
+    """|x_t|, by a number of the same size that is known without the labels: the exponential needs nothing else then."""
+    return jnp.abs(plus_or_minus_x_t)
+
+
+@_magnitude.defjvp
+def _magnitude_jvp(primals: tuple[Example, Example], tangents: tuple[Example, Example]) -> tuple[Example, Example]:
+    """At 0 the slope of the x_t >= 0 branch, which the selections in `_sigmoids` have too."""
+    return _magnitude(*primals), jnp.where(primals[0] >= 0, tangents[0], -tangents[0])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _modulated(x_t: Example, magnitude: Example, weight: Example, gamma: float) -> Example:
+    """weight (1 - p_t)^gamma * -log(p_t), where `magnitude` is |x_t|; `weight` is taken for constant."""
+    _, q_t, minus_log_p_t, minus_log_q_t = _sigmoids(x_t, magnitude)
+    return weight * _power(q_t, minus_log_q_t, gamma) * minus_log_p_t
 
 
 @_modulated.defjvp
 def _modulated_jvp(
-    gamma: float, primals: tuple[Float32[Array, "*N"]], tangents: tuple[Float32[Array, "*N"]]
-) -> tuple[Float32[Array, "*N"], Float32[Array, "*N"]]:
-    """Equation 10: dFL/dx_t = (1 - p_t)^gamma (gamma p_t log(p_t) + p_t - 1), sharing the value's exponentials."""
-    (x_t,), (tangent,) = primals, tangents
-    p_t, q_t, minus_log_p_t, minus_log_q_t = _sigmoids(x_t)
-    slope = -_power(q_t, minus_log_q_t, gamma) * (gamma * p_t * minus_log_p_t + q_t)
-    return _modulated(x_t, gamma), tangent * slope
+    gamma: float, primals: tuple[Example, Example, Example], tangents: tuple[Example, Example, Example]
+) -> tuple[Example, Example]:
+    """Equation 10: dFL/dx_t = (1 - p_t)^gamma (gamma p_t log(p_t) + p_t - 1), of which the value is a part."""
+    x_t, magnitude, weight = primals
+    value = _modulated(x_t, magnitude, weight, gamma)
+    _, q_t, _, minus_log_q_t = _sigmoids(x_t, magnitude)
+    # 1 - q_t is inaccurate for a p_t near 0 only, where the last term outweighs it; p_t itself would be one more division.
+    slope = -(gamma * (1.0 - q_t) * value + weight * _power(q_t, minus_log_q_t, gamma) * q_t)
+    return value, tangents[0] * slope
 
 
-def _sigmoids(x_t: Float32[Array, "*N"]) -> tuple[Array, Array, Array, Array]:
+def _sigmoids(x_t: Example, magnitude: Example) -> tuple[Example, Example, Example, Example]:
     """p_t, 1 - p_t, -log(p_t) and -log(1 - p_t), each to float32's relative accuracy, from one exponential.
 
-    The branches meet in value and in every derivative, so the derivative of a derivative is right at 0 too: jnp.abs has
-    the slope of its x >= 0 branch there, as the selections below do (jnp.maximum(x, 0) would have half of it).
+    The branches meet in value and in every derivative, so the derivative of a derivative is right at 0 too (jnp.maximum
+    would have half the slope there). All that is long ends in an exponential or a division: what comes after the last of
+    those XLA's CPU backend makes again for each that wants it.
     """
     positive = x_t >= 0
-    shrunk = jnp.exp(-jnp.abs(x_t))  # at most 1: it cannot overflow
-    one, two = 1.0 + shrunk, 2.0 + shrunk
-    over_both = 1.0 / (one * two)  # a single division for two quotients
-    reciprocal = two * over_both
-    log_sum = _log1p_of_quotient(shrunk * one * over_both)
-    larger, smaller = reciprocal, shrunk * reciprocal
+    shrunk = jnp.exp(-magnitude)  # at most 1: it cannot overflow
+    log_sum = _log1p(shrunk)
     return (
-        jnp.where(positive, larger, smaller),
-        jnp.where(positive, smaller, larger),
+        jnp.where(positive, 1.0, shrunk) / (1.0 + shrunk),
+        jnp.where(positive, shrunk, 1.0) / (1.0 + shrunk),
         jnp.where(positive, 0.0, -x_t) + log_sum,
         jnp.where(positive, x_t, 0.0) + log_sum,
     )
 
 
-def _log1p_of_quotient(quotient: Float32[Array, "*N"]) -> Float32[Array, "*N"]:
-    """log(1 + e) of e / (2 + e), for e from 0 to 1: twice the area hyperbolic tangent, by its series.
-
-    The quotient is at most 1/3, where the first term left out is 2e-9 of the sum. XLA's log1p takes three times as long on
-    the CPU, since it must do for all e.
-    """
-    square = quotient * quotient
-    series = jnp.full_like(quotient, ATANH_SERIES[-1])
-    for coefficient in ATANH_SERIES[-2::-1]:
-        series = series * square + coefficient
-    return 2.0 * quotient * series
+def _log1p(e: Example) -> Example:
+    """log(1 + e) for e from 0 to 1. XLA's log1p, which must do for all e, takes three times as long on the CPU."""
+    numerator, denominator = (functools.reduce(lambda sum, c: sum * e + c, reversed(part)) for part in LOG1P_OVER_E)
+    return e * numerator / denominator
 
 
 def _power(q_t: Float32[Array, "*N"], minus_log_q_t: Float32[Array, "*N"], gamma: float) -> Float32[Array, "*N"]:

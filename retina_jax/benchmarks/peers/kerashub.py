@@ -57,7 +57,7 @@ def network(task: Task) -> keras_hub.models.RetinaNetObjectDetector:
 
 def step(task: Task, model: keras_hub.models.RetinaNetObjectDetector, images: np.ndarray, truth: dict) -> Work:
     """A training step, as `fit` makes it."""
-    return Work(lambda: float(keras.Model.train_on_batch(model, images, truth)), task.batch)
+    return Work(lambda: np.asarray(keras.Model.train_on_batch(model, images, truth)), task.batch)
 
 
 def forward(task: Task, model: keras_hub.models.RetinaNetObjectDetector, images: np.ndarray, truth: dict) -> Work:
