@@ -18,7 +18,7 @@ from retina_jax.benchmarks.work import Task, Work
 from retina_jax.config import Config
 from retina_jax.config_files import override
 from retina_jax.model.cost import forward_flops, jaxpr_flops
-from retina_jax.training.compilation import compile_events, memory_of
+from retina_jax.training.compilation import CompiledStep, compile_events, memory_of
 from retina_jax.training.parallel import Driver
 from retina_jax.training.step import Inputs
 
@@ -65,10 +65,11 @@ def inputs_of(task: Task) -> Inputs:
 def step(task: Task, driver: Driver, inputs: Inputs) -> Work:
     """A training step, its state given away as training does it."""
     state = driver.first_state()
+    compiled = CompiledStep(driver.step, canvases=1, announce=lambda line: None)
 
     def run() -> None:
         nonlocal state
-        state, metrics = driver.step(state, inputs)
+        state, metrics = compiled(state, inputs)
         jax.block_until_ready((state, metrics))
 
     flops = jaxpr_flops(jax.make_jaxpr(driver.step)(state, inputs).jaxpr)
@@ -145,6 +146,7 @@ def _timed(function: Callable[[], Any]) -> tuple[float, float]:
 def peak_of(task: Task) -> dict[str, Any]:
     """What a product of two large matrices reaches on this device in this precision: the share of it is how good a program
     is. The best of several."""
+    jax.block_until_ready(jax.live_arrays())  # nothing else is under way
     side = 8192 if task.device == "gpu" else 1536
     matrix = jnp.full((side, side), 1.0, task.dtype)
     product = jax.jit(jnp.matmul)

@@ -2,9 +2,10 @@
 
 A convolution sums k * k products of a shifted map with a part of the kernel, a tap. It can be taken a tap at a time, or as
 one product, the shifted maps side by side in columns. For its gradients XLA on the CPU first turns kernels and maps around,
-number by number, and walks through the kernel's gradient of groups in the same way: the sums themselves take less. All
-forms are equal up to rounding. Which one is taken depends on shapes alone, and is settled where the program is lowered, so
-that one traced program serves all devices. docs/results/performance.md has what each one gave.
+number by number, and walks through the kernel's gradient of groups in the same way: the sums themselves take less. 3x3
+kernels on large maps go by Winograd's method, which takes fewer products. All forms are equal up to rounding. Which one is
+taken depends on shapes alone, and is settled where the program is lowered, so that one traced program serves all devices.
+docs/results/performance.md has what each one gave.
 """
 
 from functools import partial
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
+
+from retina_jax.model import winograd
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -27,10 +30,12 @@ def convolution(
     """
     if len(kernel) == groups == 1:  # a matrix product as it stands, on every device
         return by_columns(x, kernel, stride)
+    plain = partial(plain_convolution, stride=stride, groups=groups)
+    if _for_winograd(x, kernel, stride, groups):
+        return lax.platform_dependent(x, kernel, cpu=winograd.convolution, default=plain)
     if groups == 1 and _wide(kernel) and 4 * _places(x, stride) <= x.shape[-1]:
-        forms = partial(by_columns, stride=stride), partial(plain_convolution, stride=stride, groups=1)
-        return lax.platform_dependent(x, kernel, cpu=forms[0], default=forms[1])
-    return plain_convolution(x, kernel, stride, groups)
+        return lax.platform_dependent(x, kernel, cpu=partial(by_columns, stride=stride), default=plain)
+    return plain(x, kernel)
 
 
 def plain_convolution(
@@ -132,6 +137,13 @@ def _wide(kernel: Array) -> bool:
     return min(kernel.shape[2:]) >= 32
 
 
+def _for_winograd(x: Array, kernel: Array, stride: int, groups: int) -> bool:
+    """Whether fewer products outweigh what the transformations cost, of the kernel above all. Told from an image alone, so
+    that a batch spread over devices is computed as on one."""
+    fits = len(kernel) == 3 and stride == groups == 1 and x.dtype == jnp.float32
+    return fits and _wide(kernel) and x.shape[1] * x.shape[2] >= 1024
+
+
 def _forward(x: Array, kernel: Array, stride: int, groups: int) -> tuple[Array, tuple[Array, Array]]:
     return convolution(x, kernel, stride, groups), (x, kernel)
 
@@ -149,14 +161,22 @@ def _backward(stride: int, groups: int, saved: tuple[Array, Array], dy: Array) -
     def plain_kernel_gradient(x: Array, kernel: Array, dy: Array) -> Array:
         return jax.linear_transpose(lambda kernel: plain(x, kernel), kernel)(dy)[0]
 
+    by_winograd = _for_winograd(x, kernel, stride, groups)
+
     def fast_map_gradient(x: Array, kernel: Array, dy: Array) -> Array:
+        if by_winograd:
+            return winograd.map_gradient(dy, kernel)
         return map_gradient(dy, kernel, stride, groups, x.shape[1:3]).astype(dy.dtype)
 
     def fast_kernel_gradient(x: Array, kernel: Array, dy: Array) -> Array:
+        if by_winograd:
+            return winograd.kernel_gradient(x, dy)
         return kernel_gradient(x, dy, k, stride, groups).astype(dy.dtype)
 
     fast_dx = fast_dkernel = groups > 1 or _wide(kernel)
-    if k > 1 and stride == groups == 1 and _places(dy) > 4 * features:  # the map outweighs the kernel
+    if (
+        k > 1 and stride == groups == 1 and _places(dy) > 4 * features and not by_winograd
+    ):  # the map outweighs the kernel
         fast_dx = False
     on_cpu = fast_map_gradient if fast_dx else plain_map_gradient
     dx = lax.platform_dependent(x, kernel, dy, cpu=on_cpu, default=plain_map_gradient)

@@ -41,7 +41,8 @@ def jaxpr_flops(jaxpr: core.Jaxpr) -> int:
     """
     total = 0
     for equation in jaxpr.eqns:
-        out = math.prod(equation.outvars[0].aval.shape)
+        # Something of which no output is wanted any more has none.
+        out = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
         if equation.primitive.name == "conv_general_dilated":
             kernel = equation.invars[1].aval.shape
             outputs = equation.params["dimension_numbers"].rhs_spec[0]

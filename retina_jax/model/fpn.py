@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from retina_jax.config import ConfigError, ModelConfig
-from retina_jax.model.layers import Conv
+from retina_jax.model.layers import Conv, relu
 
 
 def upsample(x: Float[Array, "B h w C"], size_hw: tuple[int, int]) -> Float[Array, "B H W C"]:
@@ -50,6 +50,6 @@ class FPN(nn.Module):
             above = merged
         top = maps[-1] if self.config.p6_from == "c5" else levels[5]
         for level in range(6, high + 1):
-            top = conv(3, 2, f"output{level}")(top if level == 6 else nn.relu(top))
+            top = conv(3, 2, f"output{level}")(top if level == 6 else relu(top))
             levels[level] = top
         return tuple(levels[level] for level in range(low, high + 1))

@@ -5,7 +5,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from retina_jax.config import ModelConfig
-from retina_jax.model.layers import Conv, Norm
+from retina_jax.model.layers import Conv, Norm, relu
 
 
 class Head(nn.Module):
@@ -31,6 +31,6 @@ class Head(nn.Module):
             x = Conv(config.head_channels, 3, bias=plain, dtype=dtype, name=f"conv{i}")(x)
             if not plain:
                 x = Norm("group", config.norm_groups, dtype=dtype, name=f"norm{i}")(x)
-            x = nn.relu(x)
+            x = relu(x)
         x = Conv(self.anchors_per_cell * self.outputs, 3, bias=True, dtype=dtype, name="output")(x)
         return x.reshape(len(x), -1, self.outputs)

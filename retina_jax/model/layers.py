@@ -38,6 +38,19 @@ def weight(
     return jnp.asarray(value)  # outside jit it may still be numpy's
 
 
+@jax.custom_vjp
+def relu(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
+    """max(x, 0), whose gradient needs the result alone, which the next layer keeps anyway: x need not be kept."""
+    return jnp.maximum(x, 0)
+
+
+def _relu_backward(y: Float[Array, "*N"], dy: Float[Array, "*N"]) -> tuple[Float[Array, "*N"]]:
+    return (jnp.where(y > 0, dy, 0),)
+
+
+relu.defvjp(lambda x: (relu(x),) * 2, _relu_backward)
+
+
 class Conv(nn.Module):
     """`convolution` by a kernel of its own, [k, k, C / groups, features], and a bias where asked."""
 

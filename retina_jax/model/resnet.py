@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from retina_jax.config import ConfigError, ModelConfig
-from retina_jax.model.layers import Conv, Norm, largest_divisor
+from retina_jax.model.layers import Conv, Norm, largest_divisor, relu
 
 
 class Architecture(NamedTuple):
@@ -75,11 +75,11 @@ class Block(nn.Module):
         for i, layer in enumerate(self.layers, start=1):
             y = self.norm(name=f"norm{i}")(self.conv(*layer, name=f"conv{i}")(y), train)
             if i < len(self.layers):
-                y = nn.relu(y)
+                y = relu(y)
         if x.shape != y.shape:
             stride = int(np.prod([layer.stride for layer in self.layers]))
             x = self.norm(name="shortcut_norm")(self.conv(y.shape[-1], 1, stride, name="shortcut")(x), train)
-        return nn.relu(x + y)
+        return relu(x + y)
 
 
 class Stem(nn.Module):
@@ -91,7 +91,7 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W 3"], train: bool) -> Float[Array, "B h w C"]:
-        x = nn.relu(self.norm(name="norm")(self.conv(self.features, 7, 2, name="conv")(x), train))
+        x = relu(self.norm(name="norm")(self.conv(self.features, 7, 2, name="conv")(x), train))
         return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pads with -inf
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -131,6 +133,7 @@ class CompiledStep:
         with compile_events() as events:
             program = lowered.compile()
         seconds = time.monotonic() - started
+        give_back_freed_memory()
         self._memory[canvas] = memory = memory_of(program)
         if not events[COMPILED]:
             return False
@@ -199,6 +202,13 @@ def _unit(size: int) -> tuple[int, str]:
 def _size(size: int) -> str:
     unit, name = _unit(size)
     return f"{size / unit:.1f} {name}"
+
+
+def give_back_freed_memory() -> None:
+    """To the operating system: glibc would keep what compiling took, about a gigabyte for a ResNet-50's step."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)
 
 
 @contextmanager

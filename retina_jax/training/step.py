@@ -110,6 +110,10 @@ def train_step(
         gradients, sums = jax.lax.psum((gradients, sums), axis)
     divisor, normaliser = denominator(sums["positives"], config.loss.normaliser, state.normaliser, shards=parts)
     gradients = jax.tree.map(lambda g: g / divisor, gradients)
+    gradient_norm = optax.tree.norm(gradients)
+    # So that no update comes before the last gradient: else XLA on the CPU, for which a layer's kernel may still be read
+    # by then, copies all parameters before each step. A gradient that is not finite in one place is of no use in any.
+    gradients = jax.tree.map(lambda g: jnp.where(jnp.isfinite(gradient_norm), g, jnp.nan), gradients)
 
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes its int32 count with floats
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -128,7 +132,7 @@ def train_step(
         "box_loss": box,
         "positives_per_image": sums["positives"] / batch_size,
         "learning_rate": schedule(state.step),
-        "gradient_norm": optax.tree.norm(gradients),
+        "gradient_norm": gradient_norm,
         "parameter_norm": optax.tree.norm(params),
     }
     if keep_finite:

@@ -14,6 +14,7 @@ from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from retina_jax.model import winograd
 from retina_jax.model.convolution import by_columns, convolution, kernel_gradient, map_gradient, plain_convolution
 
 Form = Callable[[jax.Array, jax.Array], jax.Array]
@@ -53,8 +54,10 @@ CASES = [
     Case(1, 5, 4, 6, 6, 1, 2, 3),
     Case(1, 4, 6, 6, 6, 3, 1, 6),  # as many groups as channels
     Case(1, 7, 7, 8, 4, 5, 2, 2),
+    Case(2, 32, 34, 32, 34, 3, 1, 1),  # Winograd
+    Case(1, 35, 33, 33, 32, 3, 1, 1),  # and odd sides
 ]
-COLUMNS, FEW, TAPS, STRIDED, GROUPS, STRIDED_GROUPS = (CASES[i] for i in (0, 4, 5, 7, 14, 15))
+COLUMNS, FEW, TAPS, STRIDED, GROUPS, STRIDED_GROUPS, WINOGRAD = (CASES[i] for i in (0, 4, 5, 7, 14, 15, 20))
 
 
 def integers(case: Case, seed: int = 0, dtype: str = "float32") -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -104,9 +107,39 @@ def test_every_form_serves_every_shape(case: Case) -> None:
     np.testing.assert_array_equal(ours, dx)
     ours = jax.jit(lambda x, kernel, dy: kernel_gradient(x, dy, k, stride, groups))(x, kernel, dy)
     np.testing.assert_array_equal(ours, dkernel)
+    if (k, stride, groups) == (3, 1, 1):
+        np.testing.assert_array_equal(jax.jit(winograd.convolution)(x, kernel), y)
+        np.testing.assert_array_equal(jax.jit(winograd.map_gradient)(dy, kernel), dx)
+        np.testing.assert_array_equal(jax.jit(winograd.kernel_gradient)(x, dy), dkernel)
 
 
-RANDOM = [COLUMNS, FEW, TAPS, STRIDED, GROUPS, STRIDED_GROUPS]
+def test_winograd_rounds_about_as_the_plain_sum_does() -> None:
+    """Against sums in float64, on numbers that have all their digits."""
+    rng = np.random.default_rng(0)
+    shapes = (1, 40, 40, 64), (3, 3, 64, 64), (1, 40, 40, 64)
+    wide = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+    with jax.enable_x64(True):
+        exact = [np.asarray(a) for a in both(WINOGRAD)[1](*(np.asarray(a, np.float64) for a in wide))]
+    ours, plain = both(WINOGRAD)
+    for a, b, c in zip(ours(*wide), plain(*wide), exact, strict=True):
+        error, of_plain = (np.abs(np.asarray(found, np.float64) - np.asarray(c)).max() / np.std(c) for found in (a, b))
+        assert 0 < error < 5e-6 and error < 10 * of_plain
+
+
+def test_winograd_is_taken_where_it_is_faster_and_no_further() -> None:
+    def products(platform: str, dtype: str = "float32", **change: int) -> int:
+        case = WINOGRAD._replace(**change)
+        exported = export.export(both(case)[0], platforms=(platform,))(*integers(case, dtype=dtype))
+        return exported.mlir_module().count("stablehlo.dot_general")
+
+    assert products("cpu") == 3 * 16
+    assert products("cuda") == products("tpu") == 0
+    for change in ({"stride": 2}, {"k": 5}, {"groups": 2}, {"features": 24}, {"height": 20}):
+        assert products("cpu", **change) < 3 * 16, change
+    assert products("cpu", "bfloat16") < 3 * 16
+
+
+RANDOM = [COLUMNS, FEW, TAPS, STRIDED, GROUPS, STRIDED_GROUPS, WINOGRAD]
 PAIRS = {case: both(case) for case in RANDOM}
 
 
@@ -119,6 +152,8 @@ def test_whatever_the_numbers(case: Case, seed: int, poison: float) -> None:
     ours, plain = PAIRS[case]
     for name, a, b in zip(["y", "dx", "dkernel"], ours(x, kernel, dy), plain(x, kernel, dy), strict=True):
         finite = np.isfinite(b)
+        if case == WINOGRAD and not np.isfinite(poison):  # which spoils the whole block, and the image's gradient
+            finite = np.isfinite(a)
         np.testing.assert_array_equal(np.where(finite, a, 0), np.where(finite, b, 0))
         assert np.isfinite(a).all() == (name == "y" or np.isfinite(poison))
 
@@ -134,7 +169,7 @@ def test_bfloat16_is_summed_in_float32(case: Case) -> None:
         np.testing.assert_array_equal(a, b.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("case", [COLUMNS, TAPS, STRIDED_GROUPS], ids=str)
+@pytest.mark.parametrize("case", [COLUMNS, TAPS, STRIDED_GROUPS, WINOGRAD], ids=str)
 def test_under_vmap_and_remat(case: Case) -> None:
     ours, plain = both(case)
     x, kernel, dy = (jnp.stack(pair) for pair in zip(integers(case, 2), integers(case, 3), strict=True))
@@ -148,7 +183,7 @@ def test_under_vmap_and_remat(case: Case) -> None:
             np.testing.assert_array_equal(remat, exact)
 
 
-@pytest.mark.parametrize("case", [FEW, TAPS, GROUPS, STRIDED_GROUPS], ids=str)
+@pytest.mark.parametrize("case", [FEW, TAPS, GROUPS, STRIDED_GROUPS, WINOGRAD], ids=str)
 def test_on_several_devices_by_jit_shard_map_and_pmap(case: Case) -> None:
     case = case._replace(batch=4)
     ours, plain = both(case)
@@ -184,7 +219,7 @@ def test_gradient_of_groups_is_matrix_products_on_the_cpu_alone() -> None:
     assert on_gpu.count("stablehlo.convolution") == 3 and "stablehlo.dot_general" not in on_gpu
 
 
-@pytest.mark.parametrize("case", [COLUMNS, TAPS, STRIDED_GROUPS], ids=str)
+@pytest.mark.parametrize("case", [COLUMNS, TAPS, STRIDED_GROUPS, WINOGRAD], ids=str)
 def test_one_exported_program_serves_all_devices(case: Case) -> None:
     ours, plain = both(case)
     arrays = integers(case)
