@@ -18,7 +18,6 @@ from retina_jax.benchmarks.inputs import candidates, class_outputs, scene
 from retina_jax.benchmarks.table import table
 from retina_jax.benchmarks.variants import OURS, PEERS
 from retina_jax.benchmarks.work import BENCHMARKS, BenchmarkError, Task
-from retina_jax.config_files import override
 
 ROOT = Path(__file__).parents[1]
 TASK = Task(
@@ -147,7 +146,7 @@ def test_a_table_has_a_line_a_variant_and_no_empty_columns() -> None:
 def test_the_training_steps_work_is_counted_as_by_hand() -> None:
     """43.4 GMAC for R50 at 256 x 256, of which 15.3 forward: the table of what the network costs, stem and C2 frozen."""
     task = replace(TASK, name="step", size="256", backbone="resnet50", classes=80)
-    driver = network.Driver(override(network.config_of(task), {"model.stride_position": "3x3"}), 80)
+    driver = network.Driver(network.config_of(task), 80)
     step = network.jaxpr_flops(jax.make_jaxpr(driver.step)(driver.first_state(), network.inputs_of(task)).jaxpr)
     assert step / 2e9 == pytest.approx(43.4, rel=0.01)
     assert network.forward_flops(driver.config, 80, (256, 256)) / 2e9 == pytest.approx(15.3, rel=0.01)

