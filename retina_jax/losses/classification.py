@@ -29,8 +29,8 @@ from retina_jax.config import ConfigError, LossConfig
 from retina_jax.matching import IGNORED
 
 LOG1P_OVER_E = (0.9999999810, 0.8671934953, 0.1237643049), (1.0, 1.3671915485, 0.4740588776, 0.0310945460)
-"""Numerator and denominator, constant terms first, of a quotient that is, unrounded, within 2e-8 of log(1 + e) / e for e from 0
-to 1 (least squares with weights raised where the error is largest)."""
+"""Numerator and denominator, constant terms first, of a quotient that is, unrounded, within 2e-8 of log(1 + e) / e for e
+from 0 to 1 (least squares with weights raised where the error is largest)."""
 
 Example = Float32[Array, "*N"]
 ClassificationLoss = Callable[[Float[Array, "*N K"], Int[Array, "*N"]], Float32[Array, "*N K"]]
