@@ -40,6 +40,11 @@ def write_config(folder: Path) -> Path:
     return path
 
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # These tests run in a shell's background: a run started so would, rightly, not hear Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def start(
     config: Path,
     workdir: Path,

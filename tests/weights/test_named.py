@@ -149,7 +149,9 @@ def test_of_two_processes_one_fetches_and_the_other_waits(server: Server, tmp_pa
     with logs[0].open("wb") as one, logs[1].open("wb") as two:
         processes = [subprocess.Popen(command, stderr=stream) for stream in (one, two)]
     deadline = time.monotonic() + 60
-    while not any("waiting" in log.read_text() for log in logs) and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        if (cache / "w.pth.part").exists() and any("waiting" in log.read_text() for log in logs):
+            break
         time.sleep(0.05)
     found = names(cache)
     goes_on.set()
