@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from retina_jax.config import ConfigError
-from retina_jax.paper.charts import COLOURS
+from retina_jax.pages.charts import COLOURS
 from retina_jax.paper.loss_curves import SELECTED, fl, fl_star, loss_slopes, loss_values, x_of_p
 from retina_jax.paper.loss_distribution import GAMMAS, cumulative_loss
 from retina_jax.paper.published import FASTER_RCNN_FPN, TABLE_1E

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from retina_jax.paper.charts import Line, line_chart
+from retina_jax.pages.charts import Line, line_chart
 from retina_jax.paper.published import AP, TABLES, Row
 from retina_jax.paper.results import Point, Sweep
 from retina_jax.paper.wording import (

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from retina_jax.config import Config, ConfigError, DataConfig, ModelConfig, TrainingConfig
 from retina_jax.config_files import load_config, override, to_dict
 from retina_jax.evaluation import SUMMARY
-from retina_jax.paper.charts import Line, line_chart, log_ticks, ticks
+from retina_jax.pages.charts import Line, line_chart, log_ticks, ticks
 from retina_jax.paper.html import to_html
 from retina_jax.paper.markdown import plain, to_markdown
 from retina_jax.paper.published import TABLE_1B, TABLE_1E
