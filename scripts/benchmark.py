@@ -66,7 +66,7 @@ class Arguments:
     cores: int = 1
     """Processor cores each variant is pinned to; 0: not pinned."""
     repetitions: int = 7
-    """Of each variant, after two to warm up."""
+    """Of each variant, after three to warm up."""
     peer_python: str = sys.executable
     """Interpreter of the peers, where they are installed in another environment."""
     seed: int = 0

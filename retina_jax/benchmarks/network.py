@@ -68,6 +68,8 @@ def inputs_of(task: Task) -> Inputs:
 def step(task: Task, driver: Driver, inputs: Inputs) -> Work:
     """A training step, its state given away as training does it."""
     state = driver.first_state()
+    flops = jaxpr_flops(jax.make_jaxpr(driver.step)(state, inputs).jaxpr)
+    jax.clear_caches()  # of what training does not trace
     compiled = CompiledStep(driver.step, canvases=1, announce=lambda line: None)
 
     def run() -> None:
@@ -75,7 +77,6 @@ def step(task: Task, driver: Driver, inputs: Inputs) -> Work:
         state, metrics = compiled(state, inputs)
         jax.block_until_ready((state, metrics))
 
-    flops = jaxpr_flops(jax.make_jaxpr(driver.step)(state, inputs).jaxpr)
     return Work(run, task.batch, flops, peak_of(task))
 
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-WARM_UP = 2
+WARM_UP = 3
 
 
 def main(module: str, task: str) -> None:

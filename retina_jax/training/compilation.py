@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import re
 import sys
 import time
@@ -20,6 +21,10 @@ from retina_jax.errors import PlainError
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 CACHE_HIT = "/jax/compilation_cache/cache_hits"
+
+SETTLED_AFTER = 3
+"""Calls after which the arrays that the first state came in, from numpy or a checkpoint, are gone: the first step gives them
+back, the second one gives back what optax's start was made of."""
 
 # The code RESOURCE_EXHAUSTED alone will not do: a message too long for the network has it too.
 OUT_OF_MEMORY = re.compile(
@@ -80,6 +85,8 @@ class CompiledStep:
         self._memory: dict[tuple[int, int], Memory | None] = {}
         self._named: dict[str, tuple[Any, Any]] = {}
         """The latest signature of all, by the arrays' names."""
+        self._settles_in = 0
+        """Calls until the memory that the first steps freed is given back."""
 
     def __call__(self, state: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
         """One step; `state` has the field `step`, the number of steps taken, and `inputs` has `images`, [..., H, W, 3]."""
@@ -91,6 +98,11 @@ class CompiledStep:
                 self._compile(canvas, state, inputs)
                 self._signatures[canvas] = signature
                 self._compile_ahead(state, inputs, signature)
+                self._settles_in = SETTLED_AFTER
+            if self._settles_in:
+                self._settles_in -= 1
+                if not self._settles_in:
+                    give_back_freed_memory()
             return self._step(state, inputs)
         except JaxRuntimeError as error:
             line = out_of_memory(error, self._memory.get(canvas), canvas)
@@ -205,7 +217,9 @@ def _size(size: int) -> str:
 
 
 def give_back_freed_memory() -> None:
-    """To the operating system: glibc would keep what compiling took, about a gigabyte for a ResNet-50's step."""
+    """To the operating system: glibc would keep what compiling took, about a gigabyte for a ResNet-50's step, and what
+    the first state was made of."""
+    gc.collect()  # arrays among what refers to itself
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library, or a Python without one of its own
             ctypes.CDLL(None).malloc_trim(0)

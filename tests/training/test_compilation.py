@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import flax.struct
@@ -340,3 +342,30 @@ def test_memory_that_ends_while_compiling_is_named() -> None:
         OutOfMemory, match=r"a program needs more than there is \(Ran out of memory in memory space hbm"
     ):
         CompiledStep(step, 1)(new_state(), pixels())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what glibc keeps is read off /proc")
+def test_freed_memory_under_memory_in_use_is_given_back() -> None:
+    blocks = [bytearray(100_000) for _ in range(2000)]  # 200 MB, each too small for a mapping of its own
+    last = blocks.pop()
+    blocks.clear()
+    kept = resident_mib()
+    compilation.give_back_freed_memory()
+    assert len(last) == 100_000
+    assert kept - resident_mib() > 100
+
+
+def test_memory_is_given_back_after_compiling_and_once_the_first_state_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given_back = []
+    monkeypatch.setattr(compilation, "give_back_freed_memory", lambda: given_back.append(steps))
+    step, state, steps = CompiledStep(fresh(), canvases=1, announce=lambda line: None), new_state(), 0
+    for steps in range(6):  # noqa: B007  what the list above gets
+        state, _ = step(state, pixels())
+    assert given_back == [0, compilation.SETTLED_AFTER - 1]
+
+
+def resident_mib() -> float:
+    """What this process occupies."""
+    return int(re.search(r"VmRSS:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
