@@ -2,7 +2,8 @@
 
 The loss of every logit is never in memory, nor is anything else of the logits' size but their gradient, which keeps their
 precision; sums are float32. On the CPU the pass goes tile by tile, each small enough for the second-level cache: XLA makes
-several loops of it, which would else read and write main memory each.
+several loops of it, which would else read and write main memory each. There the gradient takes the logits' place, a tile
+at a time, so that a training step has no memory for it beside them.
 """
 
 from __future__ import annotations
@@ -52,19 +53,24 @@ def _in_tiles(
     loss: ClassificationLoss, logits: Float[Array, "B A K"], labels: Int[Array, "B A"]
 ) -> tuple[Float32[Array, " B"], Float[Array, "B A K"]]:
     images, anchors, classes = logits.shape
-    logits, labels = logits.reshape(images * anchors, classes), labels.reshape(-1)
-    rows = min(len(labels), max(1, TILE // max(1, classes)))
+    rows = max(1, TILE // max(1, classes))
+    whole, rest = divmod(anchors, rows)
 
-    def make_tile(tile: Int[Array, ""], made: tuple[Array, Array]) -> tuple[Array, Array]:
-        # The last tile ends where the anchors end, so it begins within the one before it and makes some anchors again.
-        start = jnp.minimum(tile * rows, len(labels) - rows)
-        own_logits, own_labels = (lax.dynamic_slice_in_dim(whole, start, rows) for whole in (logits, labels))
+    def make_tile(image: Int[Array, ""], start: int | Int[Array, ""], rows: int, made: tuple[Array, Array]) -> tuple:
+        totals, logits = made
+        own_logits = lax.dynamic_slice(logits, (image, start, 0), (1, rows, classes))
+        own_labels = lax.dynamic_slice(labels, (image, start), (1, rows))
         values, pull_back = jax.vjp(lambda logits: loss(logits, own_labels), own_logits)
         (gradient,) = pull_back(jnp.ones_like(values))
-        of_tile = values.sum(axis=1), gradient
-        return tuple(lax.dynamic_update_slice_in_dim(*pair, start, axis=0) for pair in zip(made, of_tile, strict=True))
+        return totals.at[image].add(values.sum()), lax.dynamic_update_slice(logits, gradient, (image, start, 0))
+
+    def make_image(image: Int[Array, ""], made: tuple[Array, Array]) -> tuple[Array, Array]:
+        if rest:  # first: after the loop XLA would copy what the loop has made
+            made = make_tile(image, whole * rows, rest, made)
+        if not whole:
+            return made
+        return lax.fori_loop(0, whole, lambda tile, made: make_tile(image, tile * rows, rows, made), made)
 
     # zeros_like, not zeros: inside a shard_map what is made must vary over the devices as the logits do.
-    start = jnp.zeros_like(logits, jnp.float32, shape=len(labels)), jnp.zeros_like(logits)
-    of_anchors, gradient = lax.fori_loop(0, -(-len(labels) // rows) if rows else 0, make_tile, start)
-    return of_anchors.reshape(images, anchors).sum(axis=1), gradient.reshape(images, anchors, classes)
+    start = jnp.zeros_like(logits, jnp.float32, shape=images), logits
+    return lax.fori_loop(0, images, make_image, start)
