@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -27,7 +27,7 @@ def measure(
 
     Returns:
       Rows in the order of `variants`: cpu_ms and wall_ms, medians of a repetition; peak_mib; ratio and wall_ratio, the
-      row's time over that of the first; images_per_second; tflops, of the wall time.
+      row's time over that of the first (ratio: CPU time, on a GPU wall time); images_per_second; tflops, of the wall time.
 
     Raises:
       BenchmarkError: a variant cannot be made, or dies; the line names it.
@@ -44,8 +44,8 @@ def measure(
                 figures[name].append(_ask(name, worker))
     rows = [_row(task, name, made[name], figures[name]) for name in workers]
     for row in rows:
-        row["ratio"] = row["cpu_ms"] / rows[0]["cpu_ms"]
         row["wall_ratio"] = row["wall_ms"] / rows[0]["wall_ms"]
+        row["ratio"] = row["wall_ratio"] if task.device == "gpu" else row["cpu_ms"] / rows[0]["cpu_ms"]
     return rows
 
 
@@ -56,7 +56,8 @@ def _worker(name: str, module: str, task: Task, python: str) -> Iterator[subproc
         try:
             yield process
         finally:
-            process.stdin.close()
+            with suppress(BrokenPipeError):  # it died with a line unread; what it died of is told elsewhere
+                process.stdin.close()
             try:
                 process.wait(timeout=30)
             except subprocess.TimeoutExpired:

@@ -42,7 +42,7 @@ def main(module: str, task: str) -> None:
         return
     for _ in range(WARM_UP):
         work.run()
-    answer(images=work.images, flops=work.flops, facts=work.facts)
+    answer(images=work.images, flops=work.flops, facts={"hardware": hardware(wanted["device"])} | work.facts)
     reset_peak()
     for _ in sys.stdin:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -61,11 +61,22 @@ def reset_peak() -> None:
         clear.write_text("5")
 
 
+def hardware(device: str) -> str:
+    """The device's name."""
+    if device == "gpu":
+        torch = sys.modules.get("torch")
+        return torch.cuda.get_device_name() if torch else sys.modules["jax"].devices()[0].device_kind
+    from retina_jax.hardware import processor
+
+    return processor()
+
+
 def peak_mib(device: str) -> float | None:
-    """Peak memory of this process since `reset_peak`, or of the accelerator; None where neither can be told."""
+    """Peak memory of this process since `reset_peak`, or of the accelerator, what arrays occupied there; None where
+    neither can be told."""
     if device == "gpu":
         if "torch" in sys.modules:
-            return sys.modules["torch"].cuda.max_memory_reserved() / 2**20
+            return sys.modules["torch"].cuda.max_memory_allocated() / 2**20
         stats = sys.modules["jax"].devices()[0].memory_stats()
         return stats["peak_bytes_in_use"] / 2**20 if stats else None
     status = Path("/proc/self/status")

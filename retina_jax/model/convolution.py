@@ -57,7 +57,7 @@ def by_columns(x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"], stri
     """`convolution` of one group as one matrix product."""
     columns = _columns(x, len(kernel), stride)
     y = _flat(columns) @ kernel.reshape(-1, kernel.shape[-1])
-    return y.reshape(*columns.shape[:3], -1)
+    return y.reshape(*columns.shape[:3], kernel.shape[-1])
 
 
 def map_gradient(
@@ -72,7 +72,7 @@ def map_gradient(
     else:
         columns = product("nd,cd->nc", _flat(dy), kernel.reshape(k * k * c, features))
     x = jax.ShapeDtypeStruct((batch, *size_hw, groups * c), columns.dtype)
-    (dx,) = jax.linear_transpose(lambda x: _columns(x, k, stride), x)(columns.reshape(batch, h, w, -1))
+    (dx,) = jax.linear_transpose(lambda x: _columns(x, k, stride), x)(columns.reshape(batch, h, w, k * k * groups * c))
     return dx
 
 

@@ -19,6 +19,7 @@ from retina_jax.data.source import Source
 from retina_jax.detector import Detector, ImageDetections
 from retina_jax.errors import reason
 from retina_jax.evaluation import Scores, coco_results, evaluate_coco
+from retina_jax.training.compilation import COMPILED, compile_events, seconds
 from retina_jax.training.disks import DiskError
 from retina_jax.training.run import Run, write_json
 from retina_jax.visualize import contact_sheet, draw
@@ -50,9 +51,10 @@ def assess(
     sizes = [(record.height, record.width) for record in source.records]
 
     started = time.monotonic()
-    of_host = dict(detector.detect_batches(check(batches), sizes))
+    with compile_events() as events:
+        of_host = dict(detector.detect_batches(check(batches), sizes))
     found = _of_all_hosts(of_host, run.config.detection.max_detections)
-    seconds = time.monotonic() - started
+    elapsed = time.monotonic() - started
     # A bad image that was skipped is one in which nothing was found: its objects count as missed.
     unread = set(range(limit)) - set(found)
     if unread:
@@ -77,7 +79,9 @@ def assess(
             {"step": step, "images": len(image_ids), **scores.summary, "per_class": scores.per_class},
         )
         _write_pictures(run, detector, source, found, unread, step, variant)
-    tell(f"evaluated {len(image_ids)} images in {seconds:.1f} s ({len(image_ids) / max(seconds, 1e-9):.1f} img/s)")
+    compiled = f", {events[seconds(COMPILED)]:.1f} of them to compile detection" if events[COMPILED] else ""
+    speed = f"{len(image_ids) / max(elapsed, 1e-9):.1f} img/s"
+    tell(f"evaluated {len(image_ids)} images in {elapsed:.1f} s ({speed}{compiled})")
     return scores
 
 

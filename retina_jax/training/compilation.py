@@ -93,22 +93,17 @@ class CompiledStep:
         canvas = inputs.images.shape[-3], inputs.images.shape[-2]
         # 0.15 ms for the 500 arrays of a ResNet-50, spent while the device is at the step before.
         signature = [_kind(leaf) for leaf in jax.tree.leaves((state, inputs))]
-        try:
-            if self._signatures.get(canvas) != signature:
-                self._compile(canvas, state, inputs)
-                self._signatures[canvas] = signature
-                self._compile_ahead(state, inputs, signature)
-                self._settles_in = SETTLED_AFTER
-            if self._settles_in:
-                self._settles_in -= 1
-                if not self._settles_in:
-                    give_back_freed_memory()
+        if self._signatures.get(canvas) != signature:
+            self._compile(canvas, state, inputs)
+            self._signatures[canvas] = signature
+            self._compile_ahead(state, inputs, signature)
+            self._settles_in = SETTLED_AFTER
+        if self._settles_in:
+            self._settles_in -= 1
+            if not self._settles_in:
+                give_back_freed_memory()
+        with _told(canvas, self._memory.get(canvas)):
             return self._step(state, inputs)
-        except JaxRuntimeError as error:
-            line = out_of_memory(error, self._memory.get(canvas), canvas)
-            if line is None:
-                raise
-            raise OutOfMemory(line) from error
 
     def _compile_ahead(self, state: PyTree, inputs: PyTree, signature: list[Any]) -> None:
         """The programs of the other canvas shapes, for which the same arrays do but for the images' sides."""
@@ -141,20 +136,33 @@ class CompiledStep:
     def _make(self, canvas: tuple[int, int], state: PyTree, inputs: PyTree) -> bool:
         """Make the program that a call will find: it is made once, and not slower to call. False where there was one."""
         started = time.monotonic()
-        lowered = self._step.lower(state, inputs)
-        with compile_events() as events:
-            program = lowered.compile()
-        seconds = time.monotonic() - started
+        with _told(canvas):
+            lowered = self._step.lower(state, inputs)
+            with compile_events() as events:
+                program = lowered.compile()
+        elapsed = time.monotonic() - started
         give_back_freed_memory()
         self._memory[canvas] = memory = memory_of(program)
         if not events[COMPILED]:
             return False
         done = "found in the compilation cache" if events[CACHE_HIT] else "compiled"
         self._announce(
-            f"step for {canvas[0]}x{canvas[1]} {done} in {seconds:.1f} s"
+            f"step for {canvas[0]}x{canvas[1]} {done} in {elapsed:.1f} s"
             + (f": {memory}{_share(memory)}" if memory else "")
         )
         return True
+
+
+@contextmanager
+def _told(canvas: tuple[int, int], memory: Memory | None = None) -> Iterator[None]:
+    """OutOfMemory with the canvas that the memory was for."""
+    try:
+        yield
+    except JaxRuntimeError as error:
+        line = out_of_memory(error, memory, canvas)
+        if line is None:
+            raise
+        raise OutOfMemory(line) from error
 
 
 def memory_of(program: jax.stages.Compiled) -> Memory | None:
@@ -189,8 +197,8 @@ def out_of_memory(
     if not OUT_OF_MEMORY.search(str(error)):
         return None
     limit = device_memory()
-    what = f"the step for {canvas[0]}x{canvas[1]}" if canvas else "the program"
-    needs = f"{what} needs {memory}" if memory else "a program needs more than there is"
+    what = f"the step for {canvas[0]}x{canvas[1]}" if canvas else "a program"
+    needs = f"{what} needs {memory or 'more than there is'}"
     has = f" of a device's {_size(limit)}" if limit else ""
     said = re.sub(r"^.*?RESOURCE_EXHAUSTED: ", "", str(error).strip().splitlines()[0])
     said = re.sub(r"\b([0-9]{7,}) bytes", lambda match: _size(int(match[1])), said).rstrip(".: ")
@@ -225,13 +233,19 @@ def give_back_freed_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+def seconds(event: str) -> str:
+    """Name of the time that `event` took, all of it together."""
+    return f"{event} seconds"
+
+
 @contextmanager
 def compile_events() -> Iterator[Counter[str]]:
-    """Counts what JAX reports of compilations meanwhile."""
+    """Counts what JAX reports of compilations meanwhile, and under `seconds(event)` how long it took."""
     events: Counter[str] = Counter()
 
-    def hear(event: str, *args: float, **kwargs: str | int) -> None:
+    def hear(event: str, *duration: float, **kwargs: str | int) -> None:
         events[event] += 1
+        events[seconds(event)] += sum(duration)
 
     jax.monitoring.register_event_listener(hear)
     jax.monitoring.register_event_duration_secs_listener(hear)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from retina_jax import hosts
 from retina_jax.config import Config, ConfigError
@@ -28,6 +28,8 @@ from retina_jax.training.disks import DiskError
 
 LEFTOVER = re.compile(r"\.(.+\.json\.[0-9]+|write_test_[0-9]+|metrics\.jsonl)")
 """Names of files on their way to another name, which a kill leaves as they are."""
+_HELD: list[TextIO] = []
+"""Locks that only the end of the process opens."""
 SECONDS_TO_WRITE = 5
 """A file of such a name and younger than this may be of a process that lives, such as evaluate.py."""
 
@@ -67,12 +69,14 @@ def make_writable(folder: Path) -> None:
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """No second process trains in `folder` meanwhile; however this one ends, the lock ends with it. Host 0 holds it, and
-    clears away what a killed one left half written."""
+    clears away what a killed one left half written. After a KeyboardInterrupt, which gives up a save that a thread may
+    still be writing, the lock is held until the process has ended."""
     if not hosts.first():
         yield
         return
     make_writable(folder)
-    with (folder / ".lock").open("w") as lock:
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context((folder / ".lock").open("w"))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -85,7 +89,12 @@ def alone_in(folder: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):  # of no use, and no harm
                 if LEFTOVER.fullmatch(path.name) and time.time() - path.stat().st_mtime > SECONDS_TO_WRITE:
                     path.unlink()
-        yield
+        try:
+            yield
+        except KeyboardInterrupt:
+            _HELD.append(lock)
+            stack.pop_all()
+            raise
 
 
 def note_fact(run: Run, name: str, value: str) -> None:

@@ -339,9 +339,25 @@ def test_memory_that_ends_while_compiling_is_named() -> None:
     step = partial(fresh())
     step.lower = fail
     with pytest.raises(
-        OutOfMemory, match=r"a program needs more than there is \(Ran out of memory in memory space hbm"
+        OutOfMemory, match=r"the step for 32x48 needs more than there is \(Ran out of memory in memory space hbm"
     ):
         CompiledStep(step, 1)(new_state(), pixels())
+
+
+def test_memory_that_ends_while_compiling_ahead_names_the_canvas_that_it_was_for(uncached: None) -> None:
+    whole = fresh()
+
+    def lower(state: State, inputs: Pixels) -> jax.stages.Lowered:
+        if inputs.images.shape[1:3] == (64, 32):
+            raise JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.95G of 15.48G hbm."
+            )
+        return whole.lower(state, inputs)
+
+    step = partial(whole)
+    step.lower = lower
+    with pytest.raises(OutOfMemory, match="the step for 64x32 needs more than there is"):
+        CompiledStep(step, 2, announce=lambda line: None, ahead=((64, 32),))(new_state(), pixels())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what glibc keeps is read off /proc")

@@ -11,6 +11,7 @@ import pytest
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_files import override
+from retina_jax.model import winograd
 from retina_jax.training.parallel import Driver
 from retina_jax.training.state import parameters_sha256
 from retina_jax.training.step import Inputs
@@ -136,6 +137,34 @@ def test_the_jit_step_has_one_all_reduce_and_no_all_gather(tiny: Config, make_in
     text = compiled_step(with_drivers(tiny, "jit", 8, loss__mining=mining), make_inputs(0))
     assert len(re.findall(r"= .*\ball-reduce(?:-start)?\(", text)) == 1
     assert "all-gather" not in text and "all-to-all" not in text and "collective-permute" not in text
+
+
+def test_winograds_convolutions_gather_no_batch(
+    tiny: Config, make_inputs: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P2 of 128 x 128 pixels has the 1024 places from which on they are taken. XLA puts at most 256 arrays into an
+    all-reduce, and each such kernel is 16 of them: two for them all."""
+    taken = []
+    whole = winograd.convolution
+    monkeypatch.setattr(winograd, "convolution", lambda x, kernel: taken.append(x.shape) or whole(x, kernel))
+    large = override(tiny, {"model.min_level": 2, "model.fpn_channels": 32, "model.head_channels": 32})
+    inputs = make_inputs(0, batch_size=8, canvas=(128, 128))
+    text = compiled_step(with_drivers(large, "jit", 4), inputs)
+    assert taken and {shape[1:3] for shape in taken} == {(32, 32)}
+    assert len(re.findall(r"= .*\ball-reduce(?:-start)?\(", text)) == 2
+    assert "all-gather" not in text and "all-to-all" not in text and "collective-permute" not in text
+    (one,), _ = run(with_drivers(large, "jit", 1), [inputs])
+    (four,), _ = run(with_drivers(large, "jit", 4), [inputs])
+    assert four == pytest.approx(one, rel=1e-5, abs=1e-7)
+
+
+def test_a_step_copies_no_kernel(tiny: Config, make_inputs: Make) -> None:
+    """Each is updated where it is: none is copied in the program's order of business, as XLA did where an update could
+    come before a gradient that still reads the kernel."""
+    text = compiled_step(with_drivers(tiny, "jit", 1), make_inputs(0))
+    entry = text[text.index("\nENTRY ") :]
+    assert "fusion(" in entry  # it is the whole program
+    assert re.findall(r"= f32\[\d+,\d+,\d+,\d+\]\S* copy\(%state", entry) == []
 
 
 def test_grouped_convolutions_gather_no_batch(tiny: Config, make_inputs: Make) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -52,6 +54,22 @@ def test_a_fact_of_the_start_stays_when_the_run_is_opened_again(tmp_path: Path) 
 def test_two_processes_never_train_in_one_folder(tmp_path: Path) -> None:
     with alone_in(tmp_path), pytest.raises(ConfigError, match="another process"), alone_in(tmp_path):
         pass
+    with alone_in(tmp_path):
+        pass
+
+
+def test_a_run_that_is_broken_off_keeps_its_folder_until_the_process_ends(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib, contextlib\nfrom retina_jax.training.run import alone_in\n"
+        "with contextlib.suppress(KeyboardInterrupt), alone_in(pathlib.Path(sys.argv[1])): raise KeyboardInterrupt\n"
+        "print('left', flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "left\n"
+        with pytest.raises(ConfigError, match="another process"), alone_in(tmp_path):
+            pass
+        process.communicate("\n")
     with alone_in(tmp_path):
         pass
 

@@ -11,7 +11,7 @@ import PIL
 from jaxtyping import UInt8
 from PIL import Image
 
-from retina_jax.benchmarks.photographs import Photograph, batches_a_repetition, in_batches, photographs
+from retina_jax.benchmarks.photographs import Photograph, batches_a_repetition, in_batches, photographs, rest
 from retina_jax.benchmarks.work import BenchmarkError, Task, Work
 
 
@@ -26,6 +26,7 @@ def make(task: Task) -> Work:
     def run() -> None:
         for _ in range(count):
             batch_of(list(itertools.islice(stream, task.batch)), coin)
+        rest()
 
     return Work(run, images=count * task.batch, facts={"version": f"Pillow {PIL.__version__}"})
 
