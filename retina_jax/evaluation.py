@@ -124,6 +124,17 @@ def by_arrays(
     truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], image_ids: Sequence[int]
 ) -> tuple[Float[np.ndarray, " 12"], Float[np.ndarray, "10 101 K 4 3"]]:
     """The twelve numbers and the precisions of `coco_scores`; `image_ids` ascend."""
+    curves = coco_curves(*in_arrays(truth, detections, image_ids))
+    return coco_stats(curves), curves.precision
+
+
+def in_arrays(
+    truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], image_ids: Sequence[int]
+) -> tuple[Truth, Found, int]:
+    """What `coco_curves` takes: images by their place in `image_ids`, categories by ascending id, and how many there are.
+
+    Truth of other images is left out; `check` says what the detections must be.
+    """
     images = {image_id: i for i, image_id in enumerate(image_ids)}
     categories = {k: i for i, k in enumerate(sorted({category["id"] for category in truth["categories"]}))}
     boxes = [a for a in truth["annotations"] if a["image_id"] in images and a["category_id"] in categories]
@@ -137,12 +148,11 @@ def by_arrays(
     areas = [a["area"] if "area" in a else a["bbox"][2] * a["bbox"][3] for a in boxes]
     crowds = [bool(a.get("iscrowd", 0)) for a in boxes]
     scores = [d["score"] for d in detections]
-    curves = coco_curves(
+    return (
         Truth(*places(boxes), np.array(areas, np.float64), np.array(crowds, bool)),
         Found(*places(detections), np.array(scores, np.float64)),
         len(categories),
     )
-    return coco_stats(curves), curves.precision
 
 
 def by_pycocotools(

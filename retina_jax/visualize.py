@@ -27,6 +27,7 @@ def draw(
     *,
     class_names: Sequence[str],
     truth_boxes_xyxy: Float[np.ndarray, "G 4"] | None = None,
+    notes: Sequence[str] = (),
 ) -> UInt8[np.ndarray, "H W 3"]:
     """The image with its boxes, a colour a class, and a tag "name .87" at each.
 
@@ -37,6 +38,7 @@ def draw(
       scores: where given, boxes are drawn from the lowest score to the highest, so that the best lie on top.
       class_names: name of class k; a class beyond them is tagged by its number.
       truth_boxes_xyxy: ground truth, drawn as dashed white lines under the detections.
+      notes: where given, what stands at the end of each box's tag.
 
     Returns:
       RGB picture, `image` enlarged by a whole factor: 1 from a longer side of 2/3 * READABLE_SIDE on.
@@ -65,6 +67,8 @@ def draw(
         label = int(labels[i])
         name = class_names[label] if label < len(class_names) else f"class {label}"
         text = name if scores is None else f"{name} {format_score(float(scores[i]))}"
+        if notes and notes[i]:
+            text += f" {notes[i]}"
         tag(canvas, place(boxes_xyxy[i])[:2], text, class_colour(label), font, picture.size)
     return np.asarray(picture)
 

@@ -12,7 +12,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 DASHES = ("", "7 3", "2 3")
 """Lines beyond the colours begin again dashed, then dotted."""
 WIDTH, HEIGHT = 520, 260
-LEFT, RIGHT, TOP, BOTTOM = 52, 22, 12, 44
+LEFT, RIGHT, TOP, BOTTOM = 64, 22, 12, 44
 
 
 @dataclass(frozen=True)

@@ -36,12 +36,17 @@ dt { color: var(--grey) } dd { margin: 0; overflow-wrap: anywhere }
 """
 
 
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+"""What the browser lets the page do: nothing but what stands in it."""
+
+
 def page(title: str, body: str, sections: Sequence[str] = (), *, style: str = "") -> str:
     """The whole page around `body`, which is HTML; links to the ids named in `sections` stand under the title, and `style`
     is CSS beside the page's own."""
     links = "".join(f'<a href="#{escape(name)}">{escape(name)}</a>' for name in sections)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
         f"<style>{STYLE}{style}</style></head>\n<body><h1>{escape(title)}</h1><nav>{links}</nav>\n{body}</body></html>\n"
     )

@@ -19,6 +19,7 @@ import jax
 from retina_jax import hosts
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_files import flatten, meaning_changes, to_dict, unknown_name
+from retina_jax.hardware import processor
 from retina_jax.training.run import Run, fresh_import, make_writable, read_run, write_json
 
 PACKAGES = (
@@ -186,5 +187,6 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     devices = jax.devices()
-    versions["devices"] = f"{len(devices)} x {devices[0].device_kind}"
+    kind = f"cpu ({processor()})" if devices[0].platform == "cpu" else devices[0].device_kind
+    versions["devices"] = f"{len(devices)} x {kind}"
     return versions

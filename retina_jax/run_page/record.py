@@ -1,0 +1,88 @@
+"""A run's folder read back: its config, what it measured, and its evaluations; finished or not."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retina_jax.config import Config, ConfigError
+from retina_jax.evaluation import SUMMARY
+from retina_jax.paper.results import read_json
+from retina_jax.training.run import read_run
+
+STEP = re.compile(r"step_([0-9]{8})\.json")
+"""Names of the run's own evaluations; those of other settings (`evaluate.py`) carry a mark after the step."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run as far as it came."""
+
+    folder: Path
+    config: Config
+    class_names: tuple[str, ...]
+    saved: dict[str, Any]
+    """The whole of config.json: command, commit, versions, facts, changes."""
+    windows: list[dict[str, Any]]
+    """metrics.jsonl's lines of training, by rising step."""
+    evaluations: dict[int, dict[str, Any]]
+    """What RUN/evaluation/ holds, by rising step."""
+    summary: dict[str, Any] | None
+    """summary.json; None: the run has not ended."""
+
+    @property
+    def step(self) -> int:
+        """The last step that anything is known of."""
+        ended = [int(self.summary["steps"])] if self.summary else []
+        return max([*ended, *(int(window["step"]) for window in self.windows[-1:]), *self.evaluations, 0])
+
+
+def read_record(folder: Path) -> Record:
+    """The run in `folder`. Raises ConfigError, one line that names the file, where one cannot be what it should."""
+    run = read_run(folder)
+    evaluations = {}
+    for path in sorted((folder / "evaluation").glob("*.json")):
+        if match := STEP.fullmatch(path.name):
+            evaluations[int(match[1])] = _evaluation(path)
+    summary = read_json(folder / "summary.json") if (folder / "summary.json").is_file() else None
+    if summary is not None and not isinstance(summary.get("steps"), int):
+        raise ConfigError(f"{folder / 'summary.json'}: steps must be a whole number, not {summary.get('steps')!r}")
+    saved, windows = read_json(folder / "config.json"), _windows(folder / "metrics.jsonl")
+    return Record(folder, run.config, run.class_names, saved, windows, evaluations, summary)
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    scores = read_json(path)
+    per_class = scores.get("per_class")
+    wrong = [name for name in SUMMARY if name not in scores or not _is_score(scores[name])]
+    if not isinstance(per_class, dict) or not all(map(_is_score, per_class.values())):
+        wrong.append("per_class")
+    if not isinstance(scores.get("images"), int):
+        wrong.append("images")
+    if wrong:
+        raise ConfigError(f"{path}: {wrong[0]} is not what an evaluation has there; score the run again (evaluate.py)")
+    return scores
+
+
+def _is_score(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and 0 <= value <= 1)
+
+
+def _windows(path: Path) -> list[dict[str, Any]]:
+    """The lines of the training; the last of a file that is being written may be half a line, and is left out."""
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    windows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = json.loads(line)
+            values["step"] = int(values["step"])
+        except (ValueError, LookupError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise ConfigError(f"{path}, line {number}: cannot be read: {type(error).__name__}: {error}") from None
+        if values.get("event") == "train":
+            windows.append(values)
+    return windows
