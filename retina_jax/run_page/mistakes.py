@@ -46,18 +46,12 @@ def error_breakdown(findings: Findings, score: float) -> str:
     gains = {kind: mean_ap(mended_ap(*arrays, (k,))) - base for k, kind in enumerate(KINDS)}
     widest = max(1e-9, *gains.values())
     shown = found.scores >= score
-    head = ("kind", "gain of AP50", "detections", f"from score {score:.2f} on", "objects")
+    head = ("kind", "gain of AP50", "detections", f"of score {score:.2f} or more", "objects")
     rows = []
     for k, kind in enumerate(KINDS):
-        cells = [
-            f"{gains[kind]:+.3f}",
-            *(
-                ["", ""]
-                if k == MISSED
-                else [str((errors.of_found == k).sum()), str((shown & (errors.of_found == k)).sum())]
-            ),
-            str((errors.of_truth == k).sum()) if (errors.of_truth == k).any() or k == MISSED else "",
-        ]
+        of_found, objects = errors.of_found == k, int((errors.of_truth == k).sum())
+        detections = ["", ""] if k == MISSED else [str(of_found.sum()), str((shown & of_found).sum())]
+        cells = [*detections, str(objects) if objects or k == MISSED else ""]
         bar = f'<span class="bar" style="width:{max(0.0, 5 * gains[kind] / widest):.2f}rem"></span>'
         name = f"<td>{kind}<small>{escape(MEANS[kind])}</small></td>"
         rows.append(f"<tr>{name}<td>{gains[kind]:+.3f}<br>{bar}</td>{_cells(cells)}</tr>")

@@ -72,8 +72,8 @@ def best_and_worst(counts: Counts, most: int) -> tuple[list[int], list[int]]:
     """
     f1, errors = counts.f1, counts.wrong + counts.unfound
     order = np.lexsort((-errors, counts.right, f1))
-    order = [int(i) for i in order if not np.isnan(f1[i])]
-    half = min(most, (len(order) + 1) // 2)
-    worst = [i for i in order[:half] if f1[i] < 1]
-    best = [i for i in order[::-1][: min(most, len(order) - len(worst))] if f1[i] > 0]
-    return best, worst
+    order = order[~np.isnan(f1[order])]
+    # In the middle, but an image of F1 0 is never among the best, nor one of F1 1 among the worst.
+    middle = np.clip((len(order) + 1) // 2, (f1 == 0).sum(), len(order) - (f1 == 1).sum())
+    worst, best = order[:middle], order[middle:][::-1]
+    return best[:most].tolist(), worst[:most].tolist()

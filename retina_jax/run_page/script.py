@@ -13,7 +13,7 @@ summary { cursor: pointer } details.pictures > summary { font-size: 1rem; margin
 .pair figure.zoomed img { width: auto; max-width: none; min-width: 100%; cursor: zoom-out }
 .kinds small { display: block; color: var(--grey) } .kinds td:first-child { min-width: 8rem }
 .kinds td { vertical-align: top } .kinds td:nth-child(2) { text-align: left; min-width: 6.2rem }
-.kinds th:nth-child(2) { text-align: left }
+.kinds th:nth-child(2) { text-align: left } .kinds th { max-width: 7rem }
 .settings { columns: 22rem; padding: 0; list-style: none; font-size: .85rem; overflow-wrap: anywhere }
 .settings li { break-inside: avoid; margin-bottom: .25rem } .settings small { color: var(--grey) }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)) }
@@ -24,7 +24,8 @@ th button { all: unset; cursor: pointer; font: inherit }
 th button:focus-visible { outline: 2px solid #0072b2 }
 th[aria-sort=ascending] button::after { content: " \\25B2" } th[aria-sort=descending] button::after { content: " \\25BC" }
 @media (max-width: 44rem) {
-  .kinds td:first-child { position: static; min-width: 7rem; max-width: 8rem }
+  th { min-width: 0 } th, td { padding: .3rem .35rem }
+  .kinds td:first-child { position: static; min-width: 6.5rem; max-width: 8rem }
   .pair { grid-template-columns: 1fr } dl { grid-template-columns: 1fr } dd { margin-bottom: .5rem }
 }
 """
@@ -38,14 +39,14 @@ for (const table of document.querySelectorAll(".sortable table")) {
     button.title = "sort";
     head.replaceChildren(button);
     button.addEventListener("click", () => {
-      const down = head.getAttribute("aria-sort") !== "descending";
+      const before = head.getAttribute("aria-sort");
+      const up = (before || (column ? "ascending" : "descending")) === "descending";
       for (const other of heads) other.removeAttribute("aria-sort");
-      head.setAttribute("aria-sort", down ? "descending" : "ascending");
+      head.setAttribute("aria-sort", up ? "ascending" : "descending");
       const text = row => row.cells[column].textContent;
-      const value = row => Number.isNaN(Number(text(row))) ? -Infinity : Number(text(row));
-      const order = column ? (a, b) => value(a) - value(b) : (a, b) => text(b).localeCompare(text(a));
-      const sorted = [...rows.rows].sort(order);
-      rows.replaceChildren(...(down ? sorted.reverse() : sorted));
+      const number = row => Number.isNaN(Number(text(row))) ? -Infinity : Number(text(row));
+      const compare = column ? (a, b) => number(a) - number(b) : (a, b) => text(a).localeCompare(text(b));
+      rows.replaceChildren(...[...rows.rows].sort((a, b) => up ? compare(a, b) : compare(b, a)));
     });
   });
 }

@@ -1,0 +1,69 @@
+"""A real Chromium without a window, in which tests open pages: what they ask for and complain of is seen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+)  # fmt: skip
+DESKTOP, PHONE = (1280, 900), (390, 844)
+
+
+class Browser:
+    """Debian's chromium, driven by its chromedriver; a new profile each. Leaving the `with` block ends it."""
+
+    def __init__(self) -> None:
+        """Skips the test where there is no Chromium."""
+        chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+        if chromium is None or driver is None:
+            pytest.skip("no chromium or no chromedriver here (apt-get install chromium chromium-driver)")
+        from selenium.webdriver import Chrome, ChromeOptions
+        from selenium.webdriver.chrome.service import Service
+
+        options = ChromeOptions()
+        options.binary_location = chromium
+        for flag in FLAGS:
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        self.driver = Chrome(options=options, service=Service(driver))
+
+    def __enter__(self) -> Browser:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.driver.quit()
+
+    def open(self, page: Path, size: tuple[int, int]) -> None:
+        """The page in a window of (width, height); narrow ones are phones."""
+        metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size[0] < 600}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self.driver.get(page.resolve().as_uri())
+
+    def all(self, selector: str) -> list:
+        """The elements of a CSS selector."""
+        return self.driver.find_elements("css selector", selector)
+
+    def value(self, script: str, *arguments: object) -> object:
+        """What JavaScript gives."""
+        return self.driver.execute_script(f"return {script}", *arguments)
+
+    def overflow(self) -> int:
+        """Pixels by which the page is wider than the window."""
+        return self.value("document.documentElement.scrollWidth - window.innerWidth")
+
+    def complaints(self) -> list[str]:
+        """What the console has said since it was last asked."""
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+    def requests(self) -> list[str]:
+        """Every address asked for since this was last called; pictures within the page are none."""
+        told = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        urls = [event["params"]["request"]["url"] for event in told if event["method"] == "Network.requestWillBeSent"]
+        return [url for url in urls if not url.startswith("data:")]

@@ -1,0 +1,154 @@
+"""A run's page: what it holds, and that whatever is gone is said and the rest is there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retina_jax.config import ConfigError
+from retina_jax.evaluation import SUMMARY
+from retina_jax.run_page.build import run_page
+from retina_jax.run_page.curves import MOST_POINTS, points
+from retina_jax.run_page.record import read_record
+
+ROOT = Path(__file__).parents[2]
+
+
+def text(page: str) -> str:
+    """What a reader sees of it, on one line."""
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", re.sub(r"<(style|script)>.*?</\1>", "", page, flags=re.S)))
+
+
+def edit(path: Path, change: object) -> None:
+    """Rewrite a JSON file."""
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def test_the_page_holds_what_the_runs_files_do(tiny_run: Path) -> None:
+    page, said = run_page(tiny_run)
+    shown = text(page)
+    scores = json.loads((tiny_run / "evaluation/step_00000040.json").read_text())
+    assert said.startswith("Finished after 40 steps in ") and said in shown
+    assert (
+        f"AP {scores['AP']:.3f}, AP50 {scores['AP50']:.3f}, AP75 {scores['AP75']:.3f} on 8 images at step 40." in said
+    )
+    for step in (20, 40):
+        evaluation = json.loads((tiny_run / f"evaluation/step_{step:08d}.json").read_text())
+        row = " ".join(f"{evaluation[n]:.3f}" if evaluation[n] is not None else "n/a" for n in SUMMARY)
+        assert f"{step} 8 {row}" in re.sub(" +", " ", shown)
+    for name, value in scores["per_class"].items():
+        assert re.search(rf" {name} +\d+ +\d+ +{value:.3f} ", shown), name
+    assert "training.steps 40 paper: 90000" in shown and "data.source scenes paper: coco" in shown
+    assert "loss.gamma 2 paper" not in shown, "what is the paper's is no difference"
+    saved = json.loads((tiny_run / "config.json").read_text())
+    assert saved["commit"] is None or saved["commit"] in shown
+    assert saved["versions"]["jax"] in shown and saved["versions"]["devices"] in shown
+    for label in ("loss", "learning rate", "gradient norm", "positives an image", "precision at IoU .50"):
+        assert f'aria-label="{label} by ' in page
+    assert f"AP50 is {scores['AP50']:.3f}." in shown
+    assert page.count("data:image/jpeg;base64,") % 2 == 0 and page.count('class="pair"') >= 2
+    assert not re.search(r'(src|href)="(?!data:|#)', page), "nothing that would be fetched"
+
+
+def test_kinds_on_the_page_sum_up(tiny_run: Path) -> None:
+    page = run_page(tiny_run)[0]
+    rows = re.findall(r"<tr[^>]*><td>(\w[\w ]*).*?</tr>", page.split('<table class="kinds">')[1].split("</table>")[0])
+    body = page.split('<table class="kinds">')[1].split("<tbody>")[1].split("</tbody>")[0]
+    cells = [[c or "0" for c in re.findall(r"<td>(\d*)</td>", row)][-3:] for row in body.split("</tr>")[:-1]]
+    numbers = np.array(cells, int)
+    assert rows[-1] == "all" and (numbers[:-1].sum(axis=0) == numbers[-1]).all()
+    found = json.loads((tiny_run / "detections/step_00000040.json").read_text())
+    assert numbers[-1, 0] == len(found) and (numbers[:, 1] <= numbers[:, 0]).all()
+
+
+def test_names_from_the_data_are_escaped(tiny_run: Path) -> None:
+    nasty = "<script>alert('x')</script>"
+    annotations = next((tiny_run.parent / "scenes").rglob("val.json"))
+    edit(annotations, lambda d: {**d, "categories": [{**c, "name": f"{c['id']}{nasty}"} for c in d["categories"]]})
+    page = run_page(tiny_run)[0]
+    assert nasty not in page and escape(f"1{nasty}") in page
+
+
+def test_images_that_are_gone_are_said_and_the_rest_is_there(tiny_run: Path) -> None:
+    for image in (tiny_run.parent / "scenes").rglob("*.jpg"):
+        image.unlink()
+    page = run_page(tiny_run)[0]
+    assert "images could not be read, so they are not drawn. The first: " in page and "data:image" not in page
+    assert "not found. It cannot be read, and is not drawn." in page
+    assert 'class="kinds"' in page and "precision at IoU .75" in page
+
+
+def test_a_folder_of_images_that_is_gone_leaves_the_truth(tiny_run: Path) -> None:
+    """The same scenes as COCO files, whose image folder is then taken away."""
+    annotations = next((tiny_run.parent / "scenes").rglob("val.json"))
+
+    def to_coco(saved: dict) -> dict:
+        paths = {"val_annotations": str(annotations), "val_images": str(annotations.parent / "gone")}
+        data = {**saved["config"]["data"], "source": "coco", **paths}
+        return {**saved, "config": {**saved["config"], "data": data}}
+
+    edit(tiny_run / "config.json", to_coco)
+    page = run_page(tiny_run)[0]
+    assert 'class="kinds"' in page and "images could not be read" in page
+    annotations.unlink()
+    page = run_page(tiny_run)[0]
+    assert "need the detections and their truth: " in page and 'class="kinds"' not in page
+    assert "n/a" in page or "0." in page, "AP of the classes is known from the evaluation"
+
+
+def test_data_that_has_changed_is_noted(tiny_run: Path) -> None:
+    annotations = next((tiny_run.parent / "scenes").rglob("val.json"))
+    edit(annotations, lambda d: {**d, "annotations": d["annotations"][::2]})
+    assert "the data has changed since" in run_page(tiny_run)[0]
+
+
+def test_a_run_that_has_only_begun_has_a_page(tiny_run: Path) -> None:
+    for what in ("evaluation", "detections"):
+        shutil.rmtree(tiny_run / what)
+    (tiny_run / "summary.json").unlink()
+    (tiny_run / "metrics.jsonl").write_text((tiny_run / "metrics.jsonl").read_text()[:700])  # in the middle of a line
+    page, said = run_page(tiny_run)
+    assert said == "Not finished: step 10 of 40."
+    assert "The run has not been evaluated yet." in page and "<svg" in page
+    (tiny_run / "metrics.jsonl").unlink()
+    page, said = run_page(tiny_run)
+    assert said == "Not finished: step 0 of 40." and "no curve to draw" in page
+
+
+def test_broken_files_end_in_one_line_that_names_them(tiny_run: Path) -> None:
+    metrics = (tiny_run / "metrics.jsonl").read_text()
+    (tiny_run / "metrics.jsonl").write_text("{\n" + metrics)
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 1: cannot be read"):
+        read_record(tiny_run)
+    (tiny_run / "metrics.jsonl").write_text(metrics)
+    edit(tiny_run / "evaluation/step_00000020.json", lambda scores: {**scores, "AP75": 75})
+    with pytest.raises(ConfigError, match=r"step_00000020\.json: AP75 is not what an evaluation has there"):
+        read_record(tiny_run)
+
+
+def test_scores_of_other_settings_are_not_the_runs_own(tiny_run: Path) -> None:
+    shutil.copy(tiny_run / "evaluation/step_00000040.json", tiny_run / "evaluation/step_00000040_1a2b3c4d.json")
+    assert list(read_record(tiny_run).evaluations) == [20, 40]
+
+
+def test_long_curves_are_means_of_neighbours() -> None:
+    windows = [{"step": step, "loss": float(step % 2)} for step in range(1, 2 * MOST_POINTS + 1)]
+    drawn = points(windows, "loss")
+    assert drawn == [(2 * n + 1.5, 0.5) for n in range(MOST_POINTS)]
+    assert points(windows[:3], "loss") == [(1.0, 1.0), (2.0, 0.0), (3.0, 1.0)] and points([], "loss") == []
+
+
+def test_the_script_writes_the_page_of_a_run(tiny_run: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts/report.py"), "--workdir", str(tiny_run)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "Finished after 40 steps" in done.stdout and f"written: {tiny_run / 'report.html'}" in done.stdout
+    assert (tiny_run / "report.html").read_text() == run_page(tiny_run)[0]

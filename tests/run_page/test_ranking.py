@@ -1,0 +1,76 @@
+"""Which images are best and worst, and from which score on: counted by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from retina_jax.coco_scores import Found, Truth
+from retina_jax.run_page.error_breakdown import Errors, sort_errors
+from retina_jax.run_page.ranking import Counts, best_and_worst, count_by_image, operating_point
+
+
+def images_of(rows: list[tuple[int, list[float], list[float]]]) -> tuple[Truth, Found, Errors]:
+    """Images of so many truths, with detections of these scores that are right and wrong."""
+    truth, found = [], []
+    for image, (truths, right, wrong) in enumerate(rows):
+        truth += [(image, 20 * n) for n in range(truths)]
+        found += [(image, 20 * n, score) for n, score in enumerate(right)]
+        found += [(image, 1000 + 20 * n, score) for n, score in enumerate(wrong)]
+
+    def boxes(left: list[int]) -> np.ndarray:
+        return np.array([[x, 0, 10, 10] for x in left], float).reshape(-1, 4)
+
+    g, d = len(truth), len(found)
+    truths = Truth(
+        np.array([i for i, _ in truth], int), np.zeros(g, int), boxes([x for _, x in truth]), np.full(g, 100.0),
+        np.zeros(g, bool),
+    )  # fmt: skip
+    detections = Found(
+        np.array([i for i, _, _ in found], int), np.zeros(d, int), boxes([x for _, x, _ in found]),
+        np.array([score for _, _, score in found], float),
+    )  # fmt: skip
+    return truths, detections, sort_errors(truths, detections)
+
+
+def test_the_operating_point_is_where_f1_is_highest() -> None:
+    """By hand: of 3 truths, from .6 on two are right and one is wrong, F1 = 4 / (3 + 3); from .9 on 2 / (1 + 3)."""
+    _, found, errors = images_of([(2, [0.9, 0.6], [0.7]), (1, [], [0.5, 0.4])])
+    point = operating_point(found, errors)
+    assert point == pytest.approx((0.6, 2 / 3, 2 / 3, 2 / 3))
+
+
+def test_detections_of_one_score_stand_or_fall_together() -> None:
+    _, found, errors = images_of([(1, [0.5], [0.5, 0.5])])
+    assert operating_point(found, errors) == pytest.approx((0.5, 1 / 3, 1.0, 0.5))
+
+
+def test_there_is_no_operating_point_where_nothing_is_right() -> None:
+    _, found, errors = images_of([(1, [], [0.5])])
+    assert operating_point(found, errors) is None
+
+
+def test_images_are_counted_from_the_score_on_itself_included() -> None:
+    truth, found, errors = images_of([(2, [0.9, 0.3], [0.5, 0.2]), (0, [], []), (1, [], [])])
+    counts = count_by_image(truth, found, errors, 3, 0.5)
+    assert [c.tolist() for c in counts] == [[1, 0, 0], [1, 0, 0], [1, 0, 1]]
+    assert counts.f1.tolist() == pytest.approx([0.5, np.nan, 0.0], nan_ok=True)
+
+
+def test_best_and_worst_are_by_f1_then_by_how_much_there_is() -> None:
+    """Images: perfect of 5, perfect of 1, half, nothing found of 3, nothing found of 1, empty."""
+    counts = Counts(np.array([5, 1, 1, 0, 0, 0]), np.array([0, 0, 1, 0, 0, 0]), np.array([0, 0, 1, 3, 1, 0]))
+    assert best_and_worst(counts, 2) == ([0, 1], [3, 4])
+    best, worst = best_and_worst(counts, 9)
+    assert best == [0, 1] and worst == [3, 4, 2], "no image is in both, and a perfect one is never among the worst"
+
+
+def test_all_perfect_has_no_worst_and_all_lost_no_best() -> None:
+    one, none = np.ones(4, int), np.zeros(4, int)
+    assert best_and_worst(Counts(one, none, none), 6)[1] == []
+    assert best_and_worst(Counts(none, one, one), 6) == ([], [0, 1, 2, 3])
+
+
+def test_images_in_between_are_shared_out() -> None:
+    """F1 2/3, 4/5, 6/7."""
+    assert best_and_worst(Counts(np.array([1, 2, 3]), np.ones(3, int), np.zeros(3, int)), 6) == ([2], [0, 1])
