@@ -290,7 +290,9 @@ class TrainingConfig:
     pictures: int = 8
     """Evaluation images drawn with their detections at each evaluation."""
     tensorboard: bool = True
-    """Write TensorBoard files beside metrics.jsonl."""
+    """Write TensorBoard files beside metrics.jsonl, with the pictures of each evaluation."""
+    wandb: str = ""
+    """Weights & Biases project that metrics and pictures go to as well (pip install wandb); empty: none."""
     accumulate: int = 1
     """Parts in which a device takes its images of a step, one after the other: as much less memory, the same step. To
     normalisers per_device and ema each part is a device of its own; norm batch takes statistics of a part at a time."""

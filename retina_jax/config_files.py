@@ -32,6 +32,7 @@ FREE_TO_CHANGE = (
     "training.keep_checkpoints",
     "training.pictures",
     "training.tensorboard",
+    "training.wandb",
     "training.accumulate",
     "training.profile_steps",
     "training.skip_non_finite",

@@ -87,7 +87,7 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
                 detector = Detector(driver, state.variables, run.class_names, run.category_ids)
                 with checkpoints.saved_if_it_fails(step, state):
                     scores = assess(run, detector, val_source, step, check=partial(interruption.checked, step)).summary
-                metrics.write(step, {"event": "evaluation", **scores})
+                metrics.evaluated(step, scores)
                 tell(f"step {step}: AP {number(scores['AP'])}, AP50 {number(scores['AP50'])}")
                 return scores["AP"]
 

@@ -38,6 +38,7 @@ NO_OUTCOME = frozenset(
         "training.keep_checkpoints",
         "training.pictures",
         "training.tensorboard",
+        "training.wandb",
         "parallel",
         "devices",
     }

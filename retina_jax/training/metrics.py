@@ -1,14 +1,12 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard, the progress line, and the stop at a loss that is no number."""
+"""What a run says of itself: metrics.jsonl, what else shows the same, and the stop at a loss that is no number."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import shutil
-import socket
-import sys
+import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,12 +16,15 @@ import numpy as np
 from jaxtyping import Array
 
 from retina_jax import hosts
-from retina_jax.console import tell, warn
-from retina_jax.errors import PlainError, reason
+from retina_jax.console import warn
+from retina_jax.errors import PlainError, Stopped, reason
 from retina_jax.training.disks import DiskError
 from retina_jax.training.parallel import peak_memory_bytes
+from retina_jax.training.progress import Progress
 from retina_jax.training.run import Run, is_due
 from retina_jax.training.step import FINITE
+from retina_jax.training.tensorboard import Board
+from retina_jax.training.weights_and_biases import WeightsAndBiases
 
 AHEAD_ON_CPU = 16
 """Steps that may be under way at once on CPU devices: with some hundreds they wait for each other until XLA gives up."""
@@ -41,12 +42,13 @@ class Metrics:
         self._speaks = hosts.first()
         evaluated = _drop_after(self._file, start_step) if self._speaks else []
         self._evaluated = json.loads(hosts.exchange(json.dumps(evaluated))[0])
-        self._board: _Board | None = None
-        if self._speaks and run.config.training.tensorboard:
-            self._board = _Board(run.folder / "tensorboard", start_step)
+        training = run.config.training
+        self._progress = Progress(start_step, training.steps)
+        self._wandb = WeightsAndBiases(run) if self._speaks and training.wandb else None
+        self._board = Board(run.folder / "tensorboard", start_step) if self._speaks and training.tensorboard else None
         self._pending: list[tuple[int, dict[str, Array], list[int]]] = []
         self._window_start, self._waited, self._timed = time.monotonic(), 0.0, 0
-        self._first, self._begun = start_step, time.monotonic()
+        self._first = start_step
 
     def __enter__(self) -> Metrics:
         return self
@@ -54,10 +56,12 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if sys.stdout.isatty() and self._speaks:
-            tell("")
+        if self._speaks:
+            self._progress.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.close(failed=not isinstance(error, Stopped | None))
 
     def has_evaluation(self, step: int) -> bool:
         """Whether metrics.jsonl held an evaluation at `step` when it was opened; the same on all hosts."""
@@ -109,13 +113,11 @@ class Metrics:
             warn(f"{found}, images {images}: left out ({so_far} of {allowed} that may be)")
         now = time.monotonic()
         if finite:
-            self._write_mean(steps[-1], finite, now - self._window_start, now, "\n" if end_line else "")
+            self._write_mean(steps[-1], finite, now - self._window_start, end_line)
         self._pending.clear()
         self.restart_window()
 
-    def _write_mean(
-        self, step: int, fetched: list[dict[str, np.ndarray]], elapsed: float, now: float, end: str
-    ) -> None:
+    def _write_mean(self, step: int, fetched: list[dict[str, np.ndarray]], elapsed: float, end_line: bool) -> None:
         elapsed = max(elapsed, 1e-9)
         mean: dict[str, Any] = {name: math.fsum(float(v[name]) for v in fetched) / len(fetched) for name in fetched[0]}
         mean["skipped"] = int(fetched[-1]["skipped"])
@@ -124,14 +126,15 @@ class Metrics:
         mean["data_wait_percent"] = 100 * self._waited / elapsed
         mean["peak_memory_mib"] = peak_memory_bytes() / 2**20
         self.write(step, {"event": "train", **mean})
-        self._progress(step, mean, now, end)
+        if self._speaks:
+            self._progress.show(step, mean, end_line=end_line)
 
     def restart_window(self) -> None:
         """Leave what happened since the last step (an evaluation, a save) out of the next window's speed."""
         self._window_start, self._waited, self._timed = time.monotonic(), 0.0, 0
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and its numbers to TensorBoard; by host 0, the others write nothing.
+        """One line of metrics.jsonl, and its numbers to TensorBoard and the like; by host 0, the others write nothing.
 
         Raises DiskError where the line cannot be written, and leaves the file as it was.
         """
@@ -139,82 +142,19 @@ class Metrics:
             return
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
         _append(self._file, json.dumps({"step": step, **rounded}) + "\n")
-        if self._board is not None:
-            self._board.add(step, values)
+        for view in (self._board, self._wandb):
+            if view is not None:
+                view.add(step, values)
 
-    def _progress(self, step: int, mean: dict[str, float], now: float, end: str) -> None:
-        total = self._run.config.training.steps
-        left = (now - self._begun) / max(step - self._first, 1) * max(total - step, 0)
-        line = (
-            f"step {step}/{total}  loss {mean['loss']:.4f} (class {mean['classification_loss']:.4f} "
-            f"box {mean['box_loss']:.4f})  rate {mean['learning_rate']:.2g}  gradient {mean['gradient_norm']:.2f}  "
-            f"positives {mean['positives_per_image']:.1f}  {mean['images_per_second']:.1f} img/s  "
-            f"data wait {mean['data_wait_percent']:.0f}%  {mean['peak_memory_mib'] / 1024:.1f} GiB  ETA {_duration(left)}"
-        )
-        if not self._speaks:
-            return
-        if sys.stdout.isatty():
-            fitting = line[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be written over
-            tell(f"\r\033[K{fitting}", end)
-        else:
-            tell(line)
-
-
-class _Board:
-    """TensorBoard's view of the metrics. It is written in the open, not by a thread that a full disk would silence and
-    leave the run waiting for; where it cannot be written, it ends with a warning and the run goes on."""
-
-    def __init__(self, folder: Path, start_step: int) -> None:
-        from tensorboardX.proto.event_pb2 import Event, SessionLog  # imports torch where it is installed: seconds
-        from tensorboardX.record_writer import RecordWriter
-
-        self._folder = folder
-        self._writer: RecordWriter | None = None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._writer = RecordWriter(str(folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"))
-        except OSError as error:
-            self._give_up(error)
-        # What an earlier start wrote of the steps from here on is to be forgotten.
-        forget = Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
-        self._write([Event(file_version="brain.Event:2"), forget])
-
-    def add(self, step: int, values: dict[str, Any]) -> None:
-        """The numbers among `values`, under the name of their event."""
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import scalar
-
-        group = values.get("event", "train")
-        scalars = [scalar(f"{group}/{name}", value) for name, value in values.items() if isinstance(value, float)]
-        self._write([Event(step=step, summary=summary) for summary in scalars])
-
-    def close(self) -> None:
-        """Nothing is written any more."""
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            with contextlib.suppress(OSError):  # it was flushed after every line, or was warned of
-                writer.close()
-
-    def _write(self, events: list[Any]) -> None:
-        if self._writer is None:
-            return
-        try:
-            for event in events:
-                event.wall_time = time.time()
-                self._writer.write(event.SerializeToString())
-            self._writer.flush()
-        except OSError as error:
-            self._give_up(error)
-
-    def _give_up(self, error: OSError) -> None:
-        warn(f"{self._folder}: cannot be written ({reason(error)}), and is left; metrics.jsonl holds all of it")
-        self.close()
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
+    def evaluated(self, step: int, scores: Mapping[str, float | None]) -> None:
+        """The scores of an evaluation, and the pictures that it has drawn in RUN/pictures, to wherever they can be seen."""
+        self.write(step, {"event": "evaluation", **scores})
+        drawn = re.compile(rf"step_{step:08d}_(-?[0-9]+)\.png")
+        found = {path: drawn.fullmatch(path.name) for path in sorted((self._run.folder / "pictures").glob("*.png"))}
+        pictures = {match[1]: path for path, match in found.items() if match}
+        for view in (self._board, self._wandb):
+            if view is not None:
+                view.add_pictures(step, pictures)
 
 
 def _append(path: Path, line: str) -> None:

@@ -1,0 +1,125 @@
+"""Weights & Biases, by a stand-in for its package: what it is told, and that its absence or failure is one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from retina_jax.config import Config, ConfigError
+from retina_jax.config_files import override
+from retina_jax.training.metrics import Metrics
+from retina_jax.training.opening import open_run
+from retina_jax.training.run import Run
+
+
+class StandIn(ModuleType):
+    """What of the package is used, with the names and arguments of wandb 0.31, under which the same was run offline."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self, fails: str = "") -> None:
+        super().__init__("wandb")
+        self.begun: list[dict] = []
+        self.logged: list[tuple[int, dict]] = []
+        self.ended: list[int] = []
+        self.fails = fails
+
+    def Settings(self, *, console: str, silent: bool) -> tuple[str, bool]:
+        return console, silent
+
+    def Image(self, path: str, *, caption: str) -> tuple[str, str]:
+        return Path(path).name, caption
+
+    def init(self, **given: Any) -> SimpleNamespace:
+        self._fail("init")
+        self.begun.append(given)
+        return SimpleNamespace(log=self._log, finish=self._finish)
+
+    def _log(self, values: dict, *, step: int) -> None:
+        self._fail("log")
+        self.logged.append((step, values))
+
+    def _finish(self, *, exit_code: int) -> None:
+        self.ended.append(exit_code)
+
+    def _fail(self, where: str) -> None:
+        if where == self.fails:
+            raise self.Error(f"{where}: api_key not configured\n(no-tty)")
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    stand_in = StandIn()
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    return stand_in
+
+
+def opened(folder: Path, project: str = "cells") -> Run:
+    config = override(Config(), {"training.wandb": project, "training.tensorboard": False})
+    return open_run(folder, config, ("cat",), (1,))
+
+
+def test_curves_pictures_and_config_go_there(tmp_path: Path, wandb: StandIn) -> None:
+    run = opened(tmp_path)
+    run.path("pictures", 20, "_7.png").write_bytes(b"")
+    with Metrics(run, 0) as metrics:
+        metrics.write(20, {"event": "train", "loss": 0.5, "skipped": 0, "note": "x"})
+        metrics.evaluated(20, {"AP": 0.25, "APs": None})
+    (begun,) = wandb.begun
+    assert begun["project"] == "cells" and begun["name"] == tmp_path.name and begun["dir"] == str(tmp_path)
+    assert begun["config"]["loss"]["gamma"] == 2.0 and begun["settings"] == ("off", True)
+    assert wandb.logged == [
+        (20, {"train/loss": 0.5, "train/skipped": 0}),
+        (20, {"evaluation/AP": 0.25}),
+        (20, {"predictions": [("step_00000020_7.png", "7")]}),
+    ]
+    assert wandb.ended == [0]
+
+
+def test_a_resumed_run_goes_on_in_the_same_curves(tmp_path: Path, wandb: StandIn) -> None:
+    for _ in range(2):
+        with Metrics(opened(tmp_path), 0):
+            pass
+    first, second = wandb.begun
+    assert first["id"] == second["id"] and first["resume"] == "allow"
+    assert json.loads((tmp_path / "config.json").read_text())["facts"]["wandb_id"] == first["id"]
+
+
+def test_a_run_that_fails_is_marked_so(tmp_path: Path, wandb: StandIn) -> None:
+    with pytest.raises(ZeroDivisionError), Metrics(opened(tmp_path), 0):
+        _ = 1 / 0
+    assert wandb.ended == [1]
+
+
+def test_without_a_project_nothing_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import would fail
+    with Metrics(opened(tmp_path, project=""), 0) as metrics:
+        metrics.write(1, {"event": "train", "loss": 0.5})
+
+
+def test_a_missing_package_or_a_refusal_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"^training\.wandb: the package is missing; pip install wandb, or leave"):
+        Metrics(opened(tmp_path), 0)
+    monkeypatch.setitem(sys.modules, "wandb", StandIn(fails="init"))
+    with pytest.raises(
+        ConfigError, match=r"^training\.wandb: wandb cannot begin: init: api_key not configured \(no-tty\)"
+    ):
+        Metrics(opened(tmp_path), 0)
+
+
+def test_a_failure_on_the_way_is_warned_of_once_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", StandIn(fails="log"))
+    with Metrics(opened(tmp_path), 0) as metrics:
+        for step in (1, 2, 3):
+            metrics.write(step, {"event": "train", "loss": 0.5})
+    assert capsys.readouterr().out.count("warning: training.wandb: log: api_key not configured") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
