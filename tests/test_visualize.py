@@ -85,3 +85,15 @@ def test_contact_sheet_holds_every_picture_unchanged() -> None:
     assert contact_sheet(pictures, columns=1).shape[0] > contact_sheet(pictures, columns=5).shape[0]
     with pytest.raises(ValueError, match="images is empty"):
         contact_sheet([])
+
+
+def test_a_note_lengthens_the_tag_of_its_box_alone() -> None:
+    image = np.zeros((480, 480, 3), np.uint8)
+    boxes, labels = np.array([[50, 100, 60, 110], [50, 300, 60, 310]], np.float32), np.array([0, 1])
+    without = draw(image, boxes, labels, class_names=NAMES)
+    noted = draw(image, boxes, labels, class_names=NAMES, notes=["", "duplicate"])
+
+    def width(picture: np.ndarray, label: int) -> int:
+        return int(np.ptp(np.nonzero(near(picture, class_colour(label)))[1]))
+
+    assert width(noted, 0) == width(without, 0) and width(noted, 1) > width(without, 1) + 30

@@ -8,7 +8,7 @@ Matching is pycocotools' at IoU .5, so that with nothing mended the AP is its AP
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -111,7 +111,9 @@ def mended_ap(
     return _class_aps(truth, found, errors, right, kept, counted, categories)
 
 
-def ap_without(wrong: str, truth: Truth, found: Found, errors: Errors, categories: int) -> Float[np.ndarray, " K"]:
+def ap_without(
+    wrong: Literal["found", "missed"], truth: Truth, found: Found, errors: Errors, categories: int
+) -> Float[np.ndarray, " K"]:
     """AP50 of each category without any false positive ("found": all wrong detections gone), or without any false negative
     ("missed": truths that were not found do not count)."""
     right = errors.of_found == RIGHT

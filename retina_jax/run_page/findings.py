@@ -18,6 +18,9 @@ from retina_jax.evaluation import EvaluationError, check, in_arrays
 from retina_jax.run_page.error_breakdown import Errors, sort_errors
 from retina_jax.run_page.record import Record
 
+RESULT = {"image_id", "category_id", "bbox", "score"}
+"""What a detection has in COCO's results format."""
+
 
 @dataclass(frozen=True, eq=False)
 class Findings:
@@ -50,6 +53,8 @@ def find(record: Record) -> Findings:
         detections = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise EvaluationError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(detections, list) or not all(isinstance(d, dict) and d.keys() >= RESULT for d in detections):
+        raise EvaluationError(f"{path}: must be a list of COCO results ({', '.join(sorted(RESULT))})")
     source = _open(record.config)
     # As `assess` has it: the first images of the split.
     rows = {source.records[row].image_id: row for row in range(min(scores["images"], len(source)))}

@@ -23,6 +23,7 @@ summary { cursor: pointer } details.pictures > summary { font-size: 1rem; margin
 th button { all: unset; cursor: pointer; font: inherit }
 th button:focus-visible { outline: 2px solid #0072b2 }
 th[aria-sort=ascending] button::after { content: " \\25B2" } th[aria-sort=descending] button::after { content: " \\25BC" }
+details .charts { grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)) }
 @media (max-width: 44rem) {
   th { min-width: 0 } th, td { padding: .3rem .35rem }
   .kinds td:first-child { position: static; min-width: 6.5rem; max-width: 8rem }

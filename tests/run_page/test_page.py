@@ -104,6 +104,15 @@ def test_a_folder_of_images_that_is_gone_leaves_the_truth(tiny_run: Path) -> Non
     assert "n/a" in page or "0." in page, "AP of the classes is known from the evaluation"
 
 
+@pytest.mark.parametrize(
+    "content", ["{", "{}", '[{"image_id": 1}]', '[{"image_id": 1, "category_id": 99, "bbox": [], "score": 1}]']
+)
+def test_detections_that_cannot_be_used_are_named(tiny_run: Path, content: str) -> None:
+    (tiny_run / "detections/step_00000040.json").write_text(content)
+    page = run_page(tiny_run)[0]
+    assert "need the detections and their truth: " in page and 'class="kinds"' not in page
+
+
 def test_data_that_has_changed_is_noted(tiny_run: Path) -> None:
     annotations = next((tiny_run.parent / "scenes").rglob("val.json"))
     edit(annotations, lambda d: {**d, "annotations": d["annotations"][::2]})
