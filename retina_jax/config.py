@@ -246,6 +246,9 @@ class OptimizerConfig:
     """What each boundary multiplies the learning rate by. Paper: 0.1."""
     clip_norm: float = 0.0
     """Largest global norm of the gradient; 0: no clipping. Paper: none."""
+    ema_decay: float = 0.0
+    """Keep running means of the parameters (and statistics of model.norm batch), which evaluation and detection then take:
+    each step mean = d mean + (1 - d) new, d = min(ema_decay, (1 + t) / (10 + t)) after t steps. 0: none. Paper: none."""
 
 
 @dataclass(frozen=True)
@@ -265,6 +268,14 @@ class DetectionConfig:
     area are dropped (detectron2)."""
     max_detections: int = 100
     """Detections an image. COCO: 100."""
+    parameters: Literal["ema", "raw"] = "ema"
+    """What detects: the running means of the parameters, where the run keeps some (optimizer.ema_decay), or the parameters
+    themselves."""
+    tta_flip: bool = False
+    """Test-time augmentation: ask the mirrored image as well. Answers are merged by nms_iou, class by class, as detectron2
+    merges them, and cut to max_detections. Paper: none."""
+    tta_short_sides: tuple[int, ...] = ()
+    """Test-time augmentation: short sides asked beside data.short_side, pixels; data.long_side grows in proportion."""
 
 
 @dataclass(frozen=True)

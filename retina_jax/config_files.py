@@ -53,6 +53,9 @@ FREE_TO_CHANGE = (
     "detection.nms_iou",
     "detection.clip",
     "detection.max_detections",
+    "detection.parameters",
+    "detection.tta_flip",
+    "detection.tta_short_sides",
     "parallel",
     "devices",
 )

@@ -19,6 +19,7 @@ from retina_jax.data.preprocessing import buckets, exact_canvas, resize, resize_
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.parallel import Driver, own_rows
 from retina_jax.training.run import read_run
+from retina_jax.training.state import TrainState
 from retina_jax.training.step import Inputs
 from retina_jax.weights.importing import import_detector, kind_of
 
@@ -48,6 +49,14 @@ class Detector:
     """COCO category id of each class."""
     step: int = 0
     """Training steps its weights have seen here; 0 where they come from elsewhere."""
+
+    @classmethod
+    def of(
+        cls, driver: Driver, state: TrainState, class_names: tuple[str, ...], category_ids: tuple[int, ...]
+    ) -> Detector:
+        """The detector that a run has come to: its running means where it keeps some, as detection.parameters says."""
+        variables = state.detector(driver.config.detection.parameters)
+        return cls(driver, variables, class_names, category_ids, int(state.step))
 
     @property
     def config(self) -> Config:
@@ -183,4 +192,4 @@ def load_detector(
         raise ConfigError(f"--workdir {source}: its run has saved no checkpoint yet")
     with Checkpoints(folder, keep=None, read_only=True) as checkpoints:
         state = checkpoints.restore(driver.first_state(), step)
-    return Detector(driver, state.variables, names, ids, int(state.step))
+    return Detector.of(driver, state, names, ids)

@@ -84,7 +84,7 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
         with clock, Metrics(run, start) as metrics, Profiler(workdir, parse_window(training.profile_steps)) as profiler:
 
             def evaluate() -> float | None:
-                detector = Detector(driver, state.variables, run.class_names, run.category_ids)
+                detector = Detector.of(driver, state, run.class_names, run.category_ids)
                 with checkpoints.saved_if_it_fails(step, state):
                     scores = assess(run, detector, val_source, step, check=partial(interruption.checked, step)).summary
                 metrics.evaluated(step, scores)
@@ -112,7 +112,7 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
                     checkpoints.save(step, state, ap=evaluate() if evaluating else None)
                     clock.save()
                     metrics.restart_window()
-    finish_run(run, int(state.step), clock, parameters_sha256(state.variables), batches.skipped)
+    finish_run(run, int(state.step), clock, parameters_sha256(state.everything), batches.skipped)
 
 
 if __name__ == "__main__":

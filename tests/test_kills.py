@@ -33,6 +33,7 @@ class Setting:
         """The one command that starts the run and starts it again."""
         options = {"steps": self.steps, "checkpoint-every": self.checkpoint_every, "eval-every": self.eval_every}
         words = [word for name, value in options.items() for word in (f"--training.{name}", value)]
+        words += ["--optimizer.ema-decay", 0.9]  # the running means are to come back to the bit as well
         return start(self.config, workdir, *words, devices=2, log=log)
 
     def phase(self, workdir: Path, log: Path) -> str:

@@ -122,7 +122,12 @@ class Driver:
 
     def first_state(self) -> TrainState:
         """The state before the first step, by config.seed, on the devices."""
-        return self.place_state(new_state(initialise(self.model, self.config.seed), self.optimizer))
+        return self.state_of(initialise(self.model, self.config.seed))
+
+    def state_of(self, variables: dict[str, PyTree]) -> TrainState:
+        """The state before the first step from these variables, on the devices."""
+        averaged = self.config.optimizer.ema_decay > 0
+        return self.place_state(new_state(variables, self.optimizer, averaged=averaged))
 
     def place(self, inputs: Inputs) -> Inputs:
         """This host's rows of a global batch, split over its devices; pmap takes them as [devices, rows, ...]."""

@@ -19,7 +19,7 @@ from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.opening import open_run
 from retina_jax.training.parallel import Driver
 from retina_jax.training.run import Run, fresh_import, note_fact, write_json
-from retina_jax.training.state import TrainState, new_state, parameters_sha256
+from retina_jax.training.state import TrainState, parameters_sha256
 from retina_jax.weights.filling import fill, is_within
 from retina_jax.weights.importing import Imported, with_backbone
 
@@ -41,7 +41,7 @@ def first_state(
     """
     state, told = _first_state(driver, run, checkpoints, allow_missing)
     if hosts.several():
-        facts = {"step": int(state.step), "sha256": parameters_sha256(state.variables)}
+        facts = {"step": int(state.step), "sha256": parameters_sha256(state.everything)}
         hosts.check_same("the parameters that training starts from", facts)
     return state, told
 
@@ -66,7 +66,7 @@ def _first_state(
         note_fact(run, "backbone_sha256", parameters_sha256(backbone))
     else:
         return driver.first_state(), RANDOM_FROZEN if driver.config.model.frozen_stages or norm_frozen else RANDOM
-    return driver.place_state(new_state(variables, driver.optimizer)), told
+    return driver.state_of(variables), told
 
 
 def continued(
@@ -101,7 +101,7 @@ def make_run(imported: Imported, folder: Path) -> Run:
     run = open_run(folder, imported.config, imported.class_names, imported.category_ids)
     driver = Driver(imported.config, len(imported.class_names))
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        checkpoints.save(0, driver.place_state(new_state(imported.variables, driver.optimizer)))
+        checkpoints.save(0, driver.state_of(imported.variables))
     saved = json.loads((folder / "config.json").read_text())
     write_json(folder / "imported.json", {**saved, "source": imported.source, "missing": list(imported.missing)})
     return run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -37,22 +37,56 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, PyTree]:
-        """The collections `RetinaNet.apply` takes."""
+        """The collections `RetinaNet.apply` takes, as training has them."""
         return {"params": self.params, "frozen": self.frozen, "stats": self.stats}
 
+    @property
+    def everything(self) -> dict[str, PyTree]:
+        """All that the run has learnt: what its checksum is taken of."""
+        return self.variables
 
-def new_state(variables: dict[str, PyTree], optimizer: optax.GradientTransformation) -> TrainState:
-    """State before the first step; `variables` as `initialise` gives them."""
-    params = variables["params"]
-    return TrainState(
+    def detector(self, parameters: Literal["ema", "raw"] = "ema") -> dict[str, PyTree]:
+        """The collections that detection takes: with "ema" the running means, where they are kept."""
+        return self.variables
+
+
+@flax.struct.dataclass
+class AveragedState(TrainState):
+    """A state that keeps running means as well (optimizer.ema_decay). Others have no such field, so that their checkpoints
+    are what they were before there was one."""
+
+    ema: PyTree
+    """Running means of `params` and `stats`, by these names."""
+
+    @property
+    def everything(self) -> dict[str, PyTree]:
+        """The running means included."""
+        return {**self.variables, "ema": self.ema}
+
+    def detector(self, parameters: Literal["ema", "raw"] = "ema") -> dict[str, PyTree]:
+        """The collections that detection takes."""
+        return self.variables if parameters == "raw" else {**self.variables, **self.ema}
+
+
+def new_state(
+    variables: dict[str, PyTree], optimizer: optax.GradientTransformation, *, averaged: bool = False
+) -> TrainState:
+    """State before the first step; `variables` as `initialise` gives them. `averaged`: running means are kept, and start
+    there."""
+    params, stats = variables["params"], variables.get("stats", {})
+    state = TrainState(
         step=np.zeros((), np.int32),
         params=params,
         frozen=variables.get("frozen", {}),
-        stats=variables.get("stats", {}),
+        stats=stats,
         opt_state=jax.tree.map(np.asarray, optimizer.init(params)),
         normaliser=np.asarray(EMA_START, np.float32),
         skipped=np.zeros((), np.int32),
     )
+    if not averaged:
+        return state
+    # Copies: a step takes the memory of all that it is given, of each array once.
+    return AveragedState(**vars(state), ema=jax.tree.map(np.array, {"params": params, "stats": stats}))
 
 
 def parameters_sha256(variables: dict[str, PyTree]) -> str:

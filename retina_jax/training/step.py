@@ -15,7 +15,8 @@ from retina_jax.anchors import anchor_grid
 from retina_jax.config import Config
 from retina_jax.losses.detection import denominator, image_losses, image_weights
 from retina_jax.model.retinanet import RetinaNet
-from retina_jax.training.state import TrainState
+from retina_jax.training.averaging import average
+from retina_jax.training.state import AveragedState, TrainState
 
 # What must be numbers after a step: a gradient or parameters that are not poison every step after, at a finite loss too.
 FINITE = ("classification_loss", "box_loss", "gradient_norm", "parameter_norm")
@@ -126,6 +127,10 @@ def train_step(
         opt_state=opt_state,
         normaliser=normaliser,
     )
+    if isinstance(state, AveragedState):
+        learnt = {"params": params, "stats": stats}
+        updates_before = state.step - state.skipped
+        new_state = new_state.replace(ema=average(state.ema, learnt, updates_before, config.optimizer.ema_decay))
     metrics = {
         "loss": classification + config.loss.box_weight * box,
         "classification_loss": classification,

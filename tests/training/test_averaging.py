@@ -1,0 +1,145 @@
+"""Running means of the parameters: the plain recurrence under every driver, exact through checkpoints, absent where off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retina_jax.config import Config, ConfigError
+from retina_jax.config_files import override
+from retina_jax.training.averaging import averaging_decay
+from retina_jax.training.checkpoints import Checkpoints
+from retina_jax.training.parallel import Driver
+from retina_jax.training.state import TrainState, parameters_sha256
+from retina_jax.training.step import Inputs
+
+Make = Callable[..., Inputs]
+DECAY = 0.2  # above the warm-up's .1 and .18, below its .25: both sides of the minimum are met
+
+
+def averaged(config: Config, **changes: Any) -> Config:
+    named = {name.replace("__", "."): value for name, value in changes.items()}
+    return override(config, {"optimizer.ema_decay": DECAY, "devices": 2, **named})
+
+
+def learnt(state: TrainState) -> dict[str, Any]:
+    return jax.device_get({"params": state.params, "stats": state.stats})
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(other))
+
+
+@settings(max_examples=50, deadline=None)
+@given(updates=st.integers(0, 10**6), decay=st.floats(0.001, 0.99999))
+def test_the_decay_warms_up(updates: int, decay: float) -> None:
+    got = float(averaging_decay(jnp.int32(updates), decay))
+    assert got == pytest.approx(min(decay, (1 + updates) / (10 + updates)), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "norm", "accumulate"), [("jit", "group", 1), ("jit", "batch", 2), ("pmap", "batch", 1)]
+)
+def test_the_mean_is_the_plain_recurrence(
+    tiny: Config, make_inputs: Make, parallel: str, norm: str, accumulate: int
+) -> None:
+    """Over the parameters and BatchNorm statistics after each step, in float64."""
+    own = {"parallel": parallel, "model__norm": norm, "training__accumulate": accumulate}
+    driver = Driver(averaged(tiny, **own), 3)
+    state = driver.first_state()
+    mean = jax.tree.map(np.float64, learnt(state))
+    assert_equal(state.ema, learnt(state))
+    for step in range(4):
+        state, _ = driver.step(state, driver.place(make_inputs(step)))
+        d = min(DECAY, (1 + step) / (10 + step))
+        mean = jax.tree.map(lambda m, x, d=d: d * m + (1 - d) * np.float64(x), mean, learnt(state))
+    jax.tree.map(lambda m, x: np.testing.assert_allclose(x, m, rtol=1e-5, atol=1e-7), mean, jax.device_get(state.ema))
+    assert bool(state.stats) == (norm == "batch")
+    assert_equal(state.detector(), {**state.ema, "frozen": state.frozen})
+    assert_equal(state.detector("raw"), state.variables)
+    assert parameters_sha256(state.detector()) != parameters_sha256(state.detector("raw"))
+
+
+def test_training_itself_is_the_same_with_and_without_means(tiny: Config, make_inputs: Make) -> None:
+    sums = []
+    for decay in (0.0, 0.9):
+        driver = Driver(averaged(tiny, optimizer__ema_decay=decay), 3)
+        state = driver.first_state()
+        for step in range(2):
+            state, _ = driver.step(state, driver.place(make_inputs(step)))
+        sums.append([parameters_sha256(jax.device_get(tree)) for tree in (state.variables, state.everything)])
+        if not decay:
+            assert type(state) is TrainState
+            assert_equal(state.detector(), state.variables)
+    (raw, whole), (raw_beside_means, whole_with_means) = sums
+    assert raw == whole == raw_beside_means != whole_with_means
+
+
+def test_a_step_that_is_left_out_leaves_the_mean_and_its_warm_up(tiny: Config, make_inputs: Make) -> None:
+    batches = [make_inputs(seed) for seed in range(2)]
+    batches = [inputs._replace(images=inputs.images.astype(np.float32)) for inputs in batches]
+    poisoned = batches[0]._replace(images=batches[0].images * np.float32(np.nan))
+    driver = Driver(averaged(tiny, training__skip_non_finite=1, optimizer__learning_rate=0.001), 3)
+    state, _ = driver.step(driver.first_state(), driver.place(batches[0]))
+    before = jax.device_get(state.ema)
+    state, _ = driver.step(state, driver.place(poisoned))
+    assert int(state.skipped) == 1
+    assert_equal(state.ema, before)
+    state, _ = driver.step(state, driver.place(batches[1]))
+    second = 2 / 11  # the second update, of three steps
+    expected = jax.tree.map(lambda m, x: second * m + (1 - second) * x, before, learnt(state))
+    jax.tree.map(
+        lambda m, x: np.testing.assert_allclose(x, m, rtol=1e-5, atol=1e-7), expected, jax.device_get(state.ema)
+    )
+
+
+def test_a_resumed_mean_is_the_unbroken_one_to_the_bit(tiny: Config, make_inputs: Make, tmp_path: Path) -> None:
+    driver = Driver(averaged(tiny, model__norm="batch"), 3)
+
+    def go_on(state: TrainState, steps: range) -> TrainState:
+        for step in steps:
+            state, _ = driver.step(state, driver.place(make_inputs(step)))
+        return state
+
+    unbroken = jax.device_get(go_on(driver.first_state(), range(4)))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, go_on(driver.first_state(), range(2)))
+        resumed = go_on(checkpoints.restore(driver.first_state()), range(2, 4))
+    assert_equal(resumed, unbroken)
+    assert parameters_sha256(resumed.everything) == parameters_sha256(unbroken.everything)
+
+
+@flax.struct.dataclass
+class StateBefore:
+    """The state as it was saved before there were running means."""
+
+    step: Any
+    params: Any
+    frozen: Any
+    stats: Any
+    opt_state: Any
+    normaliser: Any
+    skipped: Any
+
+
+@pytest.mark.parametrize("norm", ["group", "frozen"])
+def test_runs_without_means_and_checkpoints_from_before_them_are_one(tiny: Config, tmp_path: Path, norm: str) -> None:
+    driver = Driver(override(tiny, {"devices": 1, "model.norm": norm}), 3)
+    state = driver.first_state()
+    before = StateBefore(**{name: getattr(state, name) for name in StateBefore.__dataclass_fields__})
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, before)
+        assert_equal(checkpoints.restore(driver.first_state()), state)
+        checkpoints.save(2, state)
+        assert_equal(checkpoints.restore(before, 2), before)
+        with pytest.raises(ConfigError, match=r"ema/params/.* is missing there"):
+            checkpoints.restore(Driver(averaged(tiny, model__norm=norm), 3).first_state(), 1)
