@@ -16,7 +16,7 @@ import tyro
 from jax.errors import JaxRuntimeError
 
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_files import flatten, load_config, one_line, unknown_name
+from retina_jax.config_files import flatten, load_config, one_line, override, unknown_name
 from retina_jax.errors import PlainError, Stopped
 from retina_jax.hosts import Hosts
 from retina_jax.training.compilation import out_of_memory
@@ -84,6 +84,17 @@ def config_of(argv: Sequence[str], default: str) -> Config:
     return load_config(option_value(argv, "--config") or default)
 
 
+def settings_of(argv: Sequence[str]) -> Config:
+    """The detector's own Config, which the overrides are laid over: that of `--weights` or of the run in `--workdir`."""
+    from retina_jax.training.run import read_run
+    from retina_jax.weights.importing import convert
+
+    workdir, weights = option_value(argv, "--workdir"), option_value(argv, "--weights")
+    if weights:
+        return override(Config(), convert(weights).changes)
+    return read_run(Path(workdir)).config if workdir else Config()
+
+
 def parse_command_line(arguments: type[T], defaults: T, argv: Sequence[str], description: str) -> T:
     """`argv` parsed into the dataclass `arguments` by tyro, every failure as a one-line ConfigError.
 
@@ -106,11 +117,13 @@ def parse_command_line(arguments: type[T], defaults: T, argv: Sequence[str], des
 
 
 def _options(defaults: Any) -> Iterator[tuple[str, Any]]:
-    """The options tyro makes of the arguments: a Config and Hosts among them stand without a prefix."""
+    """The options tyro makes of the arguments: a Config and Hosts among them stand without a prefix, groups with theirs."""
     for field in dataclasses.fields(defaults):
         value = getattr(defaults, field.name)
         if isinstance(value, Config | Hosts):
             yield from flatten(value).items()
+        elif dataclasses.is_dataclass(value):
+            yield from flatten(value, f"{field.name}.").items()
         else:
             yield field.name, value
 

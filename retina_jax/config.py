@@ -75,7 +75,9 @@ class DataConfig:
     long_side: int = 1000
     """Most the longer side may be after the resize, pixels. Paper: 1000 with 600, 1333 with 800."""
     jitter_short_sides: tuple[int, ...] = ()
-    """Short sides drawn from at random in training (scale jitter, Table 2); empty: short_side alone."""
+    """Short sides of multi-scale training (scale jitter, Table 2), drawn anew for each image and visit, all equally often;
+    empty: short_side alone. Canvases are those of the largest, which the smaller images do not fill: as many programs, and a
+    step costs what the largest does. Evaluation stays at short_side."""
     flip: bool = True
     """Flip half of the training images left to right. Paper: the only augmentation."""
     resize: Literal["bilinear", "antialias"] = "bilinear"

@@ -11,12 +11,21 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, PyTree, UInt8
 
+from retina_jax import tta
 from retina_jax.config import Config, ConfigError, DataConfig
 from retina_jax.config_checks import validate
 from retina_jax.config_files import override
 from retina_jax.data.pipeline import LARGE, Batch
-from retina_jax.data.preprocessing import buckets, exact_canvas, resize, resize_large, resized_size, to_original_pixels
-from retina_jax.training.checkpoints import Checkpoints
+from retina_jax.data.preprocessing import (
+    buckets,
+    exact_canvas,
+    flip_boxes,
+    resize,
+    resize_large,
+    resized_size,
+    to_original_pixels,
+)
+from retina_jax.training.checkpoints import Checkpoints, Step
 from retina_jax.training.parallel import Driver, own_rows
 from retina_jax.training.run import read_run
 from retina_jax.training.state import TrainState
@@ -67,9 +76,10 @@ class Detector:
         """Detections of uint8 images [h w 3] (RGB) of any sizes, each in its own pixels.
 
         Images of a batch share a canvas, the smallest that holds them all; what one of them is padded with can change its
-        detections a little, as it does in torchvision and detectron2. A batch of 1 leaves every image to itself.
+        detections a little, as it does in torchvision and detectron2. A batch of 1 leaves every image to itself. With
+        test-time augmentation (`retina_jax.tta`) all versions of an image are asked and merged.
         """
-        found = []
+        found: list[ImageDetections] = []
         remaining = iter(images)
         while group := list(itertools.islice(remaining, batch_size)):
             for number, image in enumerate(group, start=len(found)):
@@ -77,31 +87,56 @@ class Detector:
                     raise ValueError(
                         f"image {number}: {image.dtype} of shape {image.shape}; detect takes uint8 arrays [h, w, 3]"
                     )
-            batch = to_canvas(group, self.config.data, -(-len(group) // self.driver.shards) * self.driver.shards)
-            found += [d for _, d in self._read(batch, self._run(batch), [image.shape[:2] for image in group])]
+            rows = -(-len(group) // self.driver.shards) * self.driver.shards
+            batches = (to_canvas(group, data, rows) for data in tta.sizes(self.config))
+            merged = self.merged(self.detect_batches(batches, [image.shape[:2] for image in group]))
+            found += [merged[row] for row in range(len(group))]
         return found
 
     def detect_batches(
         self, batches: Iterable[Batch], sizes_hw: Sequence[tuple[int, int]]
     ) -> Iterator[tuple[int, ImageDetections]]:
-        """(index, detections) of every valid row; `sizes_hw` are the original sizes by index.
+        """(index, detections) of every valid row, with detection.tta_flip a second time as the mirrored image has them;
+        `sizes_hw` are the original sizes by index.
 
         On several hosts each gives those of its own rows. The device works on a batch while the one before is read back.
         """
-        before: tuple[Batch, Any] | None = None
-        for batch in batches:
-            running = (batch, self._run(batch))
-            if before is not None:
-                yield from self._read(*before, sizes_hw)
-            before = running
+        before: tuple[Batch, Any, bool] | None = None
+        for plain in batches:
+            for flipped in (False, True)[: 1 + self.config.detection.tta_flip]:
+                batch = tta.mirrored(plain) if flipped else plain
+                running = (batch, self._run(batch), flipped)
+                if before is not None:
+                    yield from self._read(*before, sizes_hw)
+                before = running
         if before is not None:
             yield from self._read(*before, sizes_hw)
+
+    def merged(self, found: Iterable[tuple[int, ImageDetections]]) -> dict[int, ImageDetections]:
+        """By index, what was `found` in all versions of an image as one; without augmentation, what was found."""
+        of_image: dict[int, list[ImageDetections]] = {}
+        for index, detections in found:
+            of_image.setdefault(index, []).append(detections)
+        if (versions := tta.versions(self.config)) == 1:
+            return {index: detections for index, (detections,) in of_image.items()}
+        return {index: self._merged(parts, versions) for index, parts in of_image.items()}
+
+    def _merged(self, parts: Sequence[ImageDetections], versions: int) -> ImageDetections:
+        boxes, scores, labels = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("boxes_xyxy", "scores", "labels")
+        )
+        detection = self.config.detection
+        kept = tta.merge(boxes, scores, labels, detection, versions * detection.max_detections)
+        return ImageDetections(boxes[kept], scores[kept], labels[kept], self._names(labels[kept]))
+
+    def _names(self, labels: Int[np.ndarray, " N"]) -> tuple[str, ...]:
+        return tuple(self.class_names[label] for label in labels)
 
     def _run(self, batch: Batch) -> Any:
         return self.driver.detect(self.variables, self.driver.place(Inputs.of(batch)))
 
     def _read(
-        self, batch: Batch, detections: Any, sizes_hw: Sequence[tuple[int, int]]
+        self, batch: Batch, detections: Any, flipped: bool, sizes_hw: Sequence[tuple[int, int]]
     ) -> Iterator[tuple[int, ImageDetections]]:
         boxes, scores, labels = own_rows((detections.boxes_xyxy, detections.scores, detections.labels))
         for row, index in enumerate(batch.indices.tolist()):
@@ -109,10 +144,13 @@ class Detector:
                 continue
             kept = labels[row] >= 0
             height, width = sizes_hw[index]
-            original = to_original_pixels(boxes[row][kept], batch.scales[row], self.config.data.box_ends)
+            on_canvas = boxes[row][kept]
+            if flipped:
+                on_canvas = flip_boxes(on_canvas, int(batch.image_sizes[row, 1]))
+            original = to_original_pixels(on_canvas, batch.scales[row], self.config.data.box_ends)
             original = np.clip(original, 0, np.array([width, height, width, height], np.float32)[None])
-            names = tuple(self.class_names[label] for label in labels[row][kept])
-            yield index, ImageDetections(original.astype(np.float32), scores[row][kept], labels[row][kept], names)
+            found = original.astype(np.float32), scores[row][kept], labels[row][kept]
+            yield index, ImageDetections(*found, self._names(labels[row][kept]))
 
 
 def to_canvas(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], data: DataConfig, rows: int) -> Batch:
@@ -149,7 +187,7 @@ def load_detector(
     *,
     short_side: int | None = None,
     long_side: int | None = None,
-    step: int | None = None,
+    step: Step = None,
     config: Config | None = None,
     class_names: Sequence[str] = (),
     batchnorm_eps: float | None = None,
@@ -161,7 +199,7 @@ def load_detector(
         detectron2 or detectron.
       short_side: length that the shorter image side is resized to, pixels; None: as in training.
       long_side: most the longer side may be; None: as in training, and in proportion where only short_side is given.
-      step: saved step of a run; None: the newest.
+      step: saved step of a run, or "best", that with the highest AP; None: the newest.
       config: replaces the detector's own where only inference differs (thresholds, devices, image size). None: its own on
         one device.
       class_names: of weights from elsewhere that are not COCO's.

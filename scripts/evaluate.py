@@ -2,7 +2,9 @@
 
 With --weights KIND:FILE the detector comes from elsewhere, and --workdir only takes what is written.
 Any inference setting of the run can be overridden (--detection.nms-iou 0.6, --data.short-side 800, --data.val-annotations
-FILE, --training.eval-images 500); the network itself is the run's.
+FILE, --training.eval-images 500); the network itself is the run's. Test-time augmentation: --detection.tta-flip,
+--detection.tta-short-sides 500 700. A run with running means of its parameters is scored by them, or with
+--detection.parameters raw by the parameters themselves.
 """
 
 from __future__ import annotations
@@ -17,16 +19,16 @@ import jax
 import tyro
 
 from retina_jax import hosts
-from retina_jax.command_line import one_line_errors, option_value, parse_command_line, set_up_jax
+from retina_jax.command_line import one_line_errors, parse_command_line, set_up_jax, settings_of
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_checks import validate
-from retina_jax.config_files import meaning_changes, override
+from retina_jax.config_files import meaning_changes
 from retina_jax.data.sources import open_source
 from retina_jax.detector import load_detector
 from retina_jax.evaluation import coco_table
 from retina_jax.training.assessment import assess
-from retina_jax.training.run import Run, read_run
-from retina_jax.weights.importing import convert
+from retina_jax.training.checkpoints import Step
+from retina_jax.training.run import Run
 
 # What may be another than in training: what is evaluated on and how its boxes are read off.
 INFERENCE = ("data.", "training.", "detection.", "devices", "parallel")
@@ -39,8 +41,8 @@ class Arguments:
     workdir: Path
     """Folder of the run."""
     settings: Annotated[Config, tyro.conf.arg(name="")]
-    step: int | None = None
-    """Saved step to score; None: the newest."""
+    step: Step = None
+    """Saved step to score, or best: the one with the highest AP; None: the newest."""
     weights: str = ""
     """KIND:FILE or KIND:NAME of a detector from elsewhere; KIND is torchvision, detectron2 or detectron."""
     class_names: tuple[str, ...] = ()
@@ -51,11 +53,7 @@ class Arguments:
 
 def main() -> None:
     """Read the run, detect, score, write RUN/evaluation/step_N.json, print the COCO table."""
-    workdir, weights = (option_value(sys.argv[1:], option) for option in ("--workdir", "--weights"))
-    if weights:
-        settings = override(Config(), convert(weights).changes)
-    else:
-        settings = read_run(Path(workdir)).config if workdir else Config()
+    settings = settings_of(sys.argv[1:])
     arguments = parse_command_line(Arguments, Arguments(tyro.MISSING, settings), sys.argv[1:], __doc__)
     set_up_jax()
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM ends this at once: there is nothing to save

@@ -1,26 +1,30 @@
 """Detect on images of your own: scripts/predict.py (--workdir RUN | --weights KIND:FILE) IMAGE_OR_FOLDER... --out DIR
 
 Writes DIR/detections.json (per image: boxes in its own pixels, scores, class names) and a drawn picture per image.
+Inference can be set (--detection.nms-iou 0.6), test-time augmentation with it (--detection.tta-flip,
+--detection.tta-short-sides 500 700).
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from PIL import Image
 
-from retina_jax.command_line import one_line_errors, parse_command_line, set_up_jax
-from retina_jax.config import ConfigError
+from retina_jax.command_line import one_line_errors, parse_command_line, set_up_jax, settings_of
+from retina_jax.config import ConfigError, DetectionConfig
+from retina_jax.config_checks import validate
 from retina_jax.data.decoding import MAX_PIXELS, largest_file, to_rgb
 from retina_jax.data.image_files import image_files
 from retina_jax.data.reading import read_file
 from retina_jax.data.source import BadImage
 from retina_jax.detector import load_detector
 from retina_jax.errors import reason
+from retina_jax.training.checkpoints import Step
 from retina_jax.training.run import write_json
 from retina_jax.visualize import draw
 
@@ -37,27 +41,36 @@ class Arguments:
     """Folder of the run whose detector is asked."""
     weights: str = ""
     """KIND:FILE or KIND:NAME of a detector from elsewhere; KIND is torchvision, detectron2 or detectron."""
-    step: int | None = None
-    """Saved step; None: the newest."""
+    step: Step = None
+    """Saved step, or best: the one with the highest AP; None: the newest."""
     score: float = 0.3
     """Least score drawn; detections.json holds all that the run's config keeps."""
     short_side: int | None = None
     """Length the shorter image side is resized to, pixels; None: as in training."""
     class_names: tuple[str, ...] = ()
     """Names of the classes of --weights, where they are not COCO's."""
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
+    """Inference; what is not given is the detector's own."""
 
 
 def main() -> None:
     """Read, detect, write, draw."""
-    arguments = parse_command_line(Arguments, Arguments(tyro.MISSING, tyro.MISSING), sys.argv[1:], __doc__)
+    settings = settings_of(sys.argv[1:])
+    defaults = Arguments(tyro.MISSING, tyro.MISSING, detection=settings.detection)
+    arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__)
     if (arguments.workdir is None) == (not arguments.weights):
         raise ConfigError("--workdir: give the folder of a run, or --weights KIND:FILE, and not both")
     if not 0 <= arguments.score <= 1:
         raise ConfigError(f"--score: {arguments.score} cannot be; it must be from 0 to 1")
     set_up_jax()
     files = image_files(arguments.images, arguments.out)
-    asked = {"step": arguments.step, "short_side": arguments.short_side, "class_names": arguments.class_names}
-    detector = load_detector(arguments.weights or arguments.workdir, **asked)
+    detector = load_detector(
+        arguments.weights or arguments.workdir,
+        short_side=arguments.short_side,
+        step=arguments.step,
+        config=validate(replace(settings, detection=arguments.detection, devices=1)),
+        class_names=arguments.class_names,
+    )
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -112,6 +112,8 @@ def test_a_wrong_override_is_one_line_that_says_what_exists(argv: tuple[str, ...
         ("loss.gamma", float("nan")),
         ("optimizer.boundaries", (80, 60)),
         ("optimizer.learning_rate", float("inf")),
+        ("optimizer.ema_decay", 1.0),
+        ("detection.tta_short_sides", (600, 0)),
     ],
 )
 def test_a_value_that_cannot_be_names_its_field(name: str, value: object) -> None:

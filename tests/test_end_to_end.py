@@ -175,8 +175,12 @@ def test_predict_writes_boxes_in_original_pixels_and_pictures(run: Path, folder:
     rotated = Image.Exif()
     rotated[0x0112] = 6
     Image.fromarray(rng.integers(0, 256, (30, 70, 3), np.uint8)).save(images / "deeper" / "r.jpg", exif=rotated)
-    script("predict", images, images / "a.jpg", "--workdir", run, "--out", folder / "out", "--score", 0.01)
-    found = read(folder / "out" / "detections.json")["images"]
+    versions = ("--step", "best", "--detection.tta-flip", "--detection.tta-short-sides", 48, 96)
+    script("predict", images, images / "a.jpg", "--workdir", run, "--out", folder / "out", "--score", 0.01, *versions)
+    written = read(folder / "out" / "detections.json")
+    found = written["images"]
+    scored = [read(run / f"evaluation/step_{step:08d}.json") for step in (6, 12)]
+    assert written["step"] == max((scores["AP"], scores["step"]) for scores in scored)[1]
     sizes = {(Path(entry["file"]).name): (entry["width"], entry["height"]) for entry in found}
     assert sizes == {"a.jpg": (150, 90), "a.png": (40, 200), "r.jpg": (30, 70)}
     for entry in found:

@@ -26,7 +26,10 @@ def begun(config: Path) -> Path:
     return workdir
 
 
-MORE, LONG = ("--training.steps", 160), ("--training.steps", 10**6)
+MORE, LONG = (
+    ("--training.steps", 160, "--detection.tta-flip", "--detection.tta-short-sides", 48),
+    ("--training.steps", 10**6),
+)
 
 
 @pytest.fixture(scope="module")

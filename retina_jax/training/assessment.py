@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from retina_jax import hosts
+from retina_jax import hosts, tta
 from retina_jax.console import tell, warn
 from retina_jax.data.decoding import to_rgb
 from retina_jax.data.pipeline import Batch, eval_batches
@@ -23,6 +23,9 @@ from retina_jax.training.compilation import COMPILED, compile_events, seconds
 from retina_jax.training.disks import DiskError
 from retina_jax.training.run import Run, write_json
 from retina_jax.visualize import contact_sheet, draw
+
+Pairs = list[tuple[int, ImageDetections]]
+"""Index of an image and what was found in it, once for each version asked (`retina_jax.tta`)."""
 
 
 def assess(
@@ -47,13 +50,16 @@ def assess(
     shards = detector.driver.shards
     wanted = training.eval_batch_size or run.config.data.batch_size
     batch_size = -(-wanted // shards) * shards
-    batches = eval_batches(source, run.config.data, batch_size=batch_size, limit=limit, **hosts.share())
     sizes = [(record.height, record.width) for record in source.records]
 
     started = time.monotonic()
+    versions: Pairs = []
     with compile_events() as events:
-        of_host = dict(detector.detect_batches(check(batches), sizes))
-    found = _of_all_hosts(of_host, run.config.detection.max_detections)
+        for data in tta.sizes(detector.config):
+            batches = eval_batches(source, data, batch_size=batch_size, limit=limit, **hosts.share())
+            of_host = list(detector.detect_batches(check(batches), sizes))
+            versions += _of_all_hosts(of_host, detector.config.detection.max_detections)
+    found = detector.merged(versions)
     elapsed = time.monotonic() - started
     # A bad image that was skipped is one in which nothing was found: its objects count as missed.
     unread = set(range(limit)) - set(found)
@@ -85,24 +91,24 @@ def assess(
     return scores
 
 
-def _of_all_hosts(own: dict[int, ImageDetections], most: int) -> dict[int, ImageDetections]:
-    """The detections of all hosts, given this one's, by index; `most` is how many an image can have."""
+def _of_all_hosts(own: Pairs, most: int) -> Pairs:
+    """The detections of all hosts, given this one's; `most` is how many one of them can have."""
     if not hosts.several():
         return own
     rows = int(hosts.gather(np.array([len(own)], np.int32)).max())
     indices, counts = np.full(rows, -1, np.int32), np.zeros(rows, np.int32)
     boxes, scores = np.zeros((rows, most, 4), np.float32), np.zeros((rows, most), np.float32)
     labels = np.zeros((rows, most), np.int32)
-    for row, (index, detections) in enumerate(own.items()):
+    for row, (index, detections) in enumerate(own):
         indices[row], counts[row] = index, (n := len(detections.scores))
         boxes[row, :n], scores[row, :n] = detections.boxes_xyxy, detections.scores
         labels[row, :n] = detections.labels
     gathered = hosts.gather((indices, counts, boxes, scores, labels))
-    return {
-        int(index): ImageDetections(boxes[:n], scores[:n], labels[:n])
+    return [
+        (int(index), ImageDetections(boxes[:n], scores[:n], labels[:n]))
         for index, n, boxes, scores, labels in zip(*gathered, strict=True)
         if index >= 0
-    }
+    ]
 
 
 def _write_pictures(

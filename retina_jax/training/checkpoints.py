@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import jax
 import numpy as np
@@ -23,6 +23,8 @@ from retina_jax.training.disks import CHECKSUMS, DiskError, check_room, damage, 
 from retina_jax.training.orbax_files import load_arrays, save_arrays
 
 T = TypeVar("T")
+Step = int | Literal["best"] | None
+"""A saved step as it is asked for: its number, the best by AP, or None, the newest."""
 
 LEFTOVERS = ("saving", "deleting-*", "*.orbax-checkpoint-tmp*")
 """What a kill may leave behind: none of it has a number for a name, so none of it is taken for a checkpoint."""
@@ -146,15 +148,19 @@ class Checkpoints:
         scored = [(ap, step) for step in self._saved() if (ap := self._ap(step)) is not None]
         return max(scored)[1] if scored else None
 
-    def restore(self, like: T, step: int | None = None) -> T:
+    def restore(self, like: T, step: Step = None) -> T:
         """The state saved at `step`, in the types and shardings of `like` (arrays on devices). Called by all hosts together.
 
         `step` None: the newest that is whole. Damaged ones before it are warned of and, unless read_only, moved to
-        `damaged-STEP`, out of the way of later saves.
+        `damaged-STEP`, out of the way of later saves. "best": the kept one with the highest AP, as host 0 sees it.
 
         Raises ConfigError where there is no such step, where none can be restored, and where one is whole but of another
         network.
         """
+        if step == "best":
+            step = json.loads(hosts.exchange(json.dumps(self.best()))[0])
+            if step is None:
+                raise ConfigError(f"--step best: no step in {self.folder} was scored; saved steps: {self.steps()}")
         passed: dict[int, str] = {}
         while left := [s for s in self.steps() if s not in passed and step in (None, s)]:
             state, passed[left[-1]] = self._read(left[-1], like)

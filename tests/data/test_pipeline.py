@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -90,10 +91,29 @@ def test_resumed_batches_are_those_of_one_run(tmp_path: Path, start: int) -> Non
     assert not same(take(train_batches(source, data, seed=2), 10), whole)
 
 
+def test_short_sides_are_drawn_equally_often_mirrored_or_not(tmp_path: Path) -> None:
+    """Also of images whose long side then is the limit, which keep their shape."""
+    source = rectangles(tmp_path, [(40, 40), (80, 40)] * 4)
+    data = dataclasses.replace(DATA, short_side=32, long_side=64, jitter_short_sides=(16, 32, 48), batch_size=8)
+    counts: Counter[tuple[int, bool]] = Counter()
+    for batch in take(train_batches(source, data, seed=5), 90):
+        assert batch.images.shape[1:3] == (64, 64)
+        for row, index in enumerate(batch.indices.tolist()):
+            height, width = batch.image_sizes[row]
+            record = source.records[index]
+            plain = np.allclose(batch.boxes_xyxy[row, 0, 0], record.boxes_xyxy[0, 0] * batch.scales[row, 0], atol=1e-3)
+            if record.width == 40:
+                counts[int(height), plain] += 1
+            else:
+                assert (height, width) in ((16, 32), (32, 64))
+    expected = 90 * 8 / 2 / 6
+    assert len(counts) == 6 and all(abs(n - expected) < 4 * expected**0.5 for n in counts.values()), counts
+
+
 def test_hosts_read_together_what_one_host_reads(tmp_path: Path) -> None:
-    source = rectangles(tmp_path, SIZES)
-    one = take(train_batches(source, DATA, seed=1), 6)
-    halves = [take(train_batches(source, DATA, seed=1, host=host, hosts=2), 6) for host in range(2)]
+    source, data = rectangles(tmp_path, SIZES), dataclasses.replace(DATA, jitter_short_sides=(60, 100))
+    one = take(train_batches(source, data, seed=1), 6)
+    halves = [take(train_batches(source, data, seed=1, host=host, hosts=2), 6) for host in range(2)]
     assert same([Batch(*map(np.concatenate, zip(*pair, strict=True))) for pair in zip(*halves, strict=True)], one)
     evaluated = [list(eval_batches(source, DATA, batch_size=4, host=host, hosts=2)) for host in range(2)]
     joined = [Batch(*map(np.concatenate, zip(*pair, strict=True))) for pair in zip(*evaluated, strict=True)]

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_files import override
+from retina_jax.detector import load_detector
 from retina_jax.training.averaging import averaging_decay
 from retina_jax.training.checkpoints import Checkpoints
+from retina_jax.training.opening import open_run
 from retina_jax.training.parallel import Driver
 from retina_jax.training.state import TrainState, parameters_sha256
 from retina_jax.training.step import Inputs
@@ -116,6 +118,18 @@ def test_a_resumed_mean_is_the_unbroken_one_to_the_bit(tiny: Config, make_inputs
         resumed = go_on(checkpoints.restore(driver.first_state()), range(2, 4))
     assert_equal(resumed, unbroken)
     assert parameters_sha256(resumed.everything) == parameters_sha256(unbroken.everything)
+
+
+def test_a_loaded_detector_takes_the_means_unless_asked_for_the_raw(tiny: Config, tmp_path: Path) -> None:
+    config = averaged(tiny, devices=1)
+    state = Driver(config, 3).first_state()
+    state = state.replace(ema=jax.tree.map(lambda leaf: leaf + 1, state.ema))
+    open_run(tmp_path, config, ("a", "b", "c"), (1, 2, 3))
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(0, state)
+    assert_equal(load_detector(tmp_path).variables, {**state.ema, "frozen": state.frozen})
+    raw = override(config, {"detection.parameters": "raw"})
+    assert_equal(load_detector(tmp_path, config=raw).variables, state.variables)
 
 
 @flax.struct.dataclass

@@ -167,6 +167,17 @@ def test_a_missing_step_says_which_there_are(tmp_path: Path) -> None:
             checkpoints.restore(small(1), 4)
 
 
+def test_the_best_is_restored_by_name(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(1, small(1))
+        with pytest.raises(ConfigError, match=r"--step best: no step in .* was scored; saved steps: \[1\]"):
+            checkpoints.restore(small(9), "best")
+        for step, ap in ((2, 0.5), (3, 0.3), (4, None)):
+            checkpoints.save(step, small(step), ap)
+        assert_same(checkpoints.restore(small(9), "best"), small(2))
+        assert_same(checkpoints.restore(small(9)), small(4))
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flip(largest(saved / "3"), 700)
     with Checkpoints(saved, keep=2) as checkpoints:

@@ -1,0 +1,173 @@
+"""Test-time augmentation against plain loops: separate detectors, boxes mapped back by hand, a naive suppression."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_sets import rectangles
+from test_detector import CONFIG
+
+from retina_jax import tta
+from retina_jax.config import Config, DetectionConfig
+from retina_jax.config_files import override
+from retina_jax.data.decoding import to_rgb
+from retina_jax.data.preprocessing import buckets
+from retina_jax.data.source import Source
+from retina_jax.detector import Detector, ImageDetections, to_canvas
+from retina_jax.training.assessment import assess
+from retina_jax.training.opening import open_run
+from retina_jax.training.parallel import Driver
+
+SIDES = (32, 16)
+"""Beside 64, for images with a short side of 32: resized by 2, 1 and 1/2, in which float32 rounds nothing, so that a
+mirrored image resized is a resized image mirrored, to the bit."""
+
+
+def detector(**changes: object) -> Detector:
+    """The untrained network of test_detector.py with arbitrary answers, the same for the same image."""
+    named = {name.replace("__", "."): value for name, value in changes.items()}
+    driver = Driver(override(CONFIG, {"devices": 1, **named}), 2)
+    return Detector(driver, driver.first_state().variables, ("red", "green"), (1, 2))
+
+
+def pictures(*sizes_hw: tuple[int, int]) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (*size, 3)).astype(np.uint8) for size in sizes_hw]
+
+
+def naive_merge(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, config: DetectionConfig) -> list[int]:
+    """Greedy suppression class by class, one box after the other."""
+    kept: list[int] = []
+    for i in sorted(range(len(scores)), key=lambda i: (-scores[i], i)):
+        x1, y1, x2, y2 = boxes[i].astype(np.float64)
+        for j in kept:
+            u1, v1, u2, v2 = boxes[j].astype(np.float64)
+            common = max(0, min(x2, u2) - max(x1, u1)) * max(0, min(y2, v2) - max(y1, v1))
+            whole = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - common
+            if labels[j] == labels[i] and whole > 0 and common / whole > config.nms_iou:
+                break
+        else:
+            kept.append(i)
+    return kept[: config.max_detections]
+
+
+def assert_same(got: ImageDetections, expected: ImageDetections) -> None:
+    assert len(expected.scores) > 5 and set(expected.labels) == {0, 1}
+    np.testing.assert_allclose(got.scores, expected.scores, atol=1e-6)
+    np.testing.assert_array_equal(got.labels, expected.labels)
+    np.testing.assert_allclose(got.boxes_xyxy, expected.boxes_xyxy, atol=1e-3)
+    assert got.class_names == expected.class_names
+
+
+def flipped_back(found: ImageDetections, width: int) -> ImageDetections:
+    x1, y1, x2, y2 = found.boxes_xyxy.T
+    return dataclasses.replace(found, boxes_xyxy=np.stack([width - x2, y1, width - x1, y2], axis=1))
+
+
+def test_all_versions_are_asked_and_merged_as_by_a_plain_loop() -> None:
+    images = pictures((32, 44), (48, 32))
+    found = detector(detection__tta_flip=True, detection__tta_short_sides=SIDES).detect(images, batch_size=2)
+    single = {side: detector(data__short_side=side, data__long_side=side * 3 // 2) for side in (64, *SIDES)}
+    for row, image in enumerate(images):
+        parts = []
+        for one in single.values():
+            # The mate shares the canvas: what is padded is then the same as in the batch.
+            plain = one.detect(images, batch_size=2)[row]
+            mirror = one.detect([other[:, ::-1] for other in images], batch_size=2)[row]
+            parts += [plain, flipped_back(mirror, image.shape[1])]
+        boxes, scores, labels = (
+            np.concatenate([getattr(p, name) for p in parts]) for name in ("boxes_xyxy", "scores", "labels")
+        )
+        kept = naive_merge(boxes, scores, labels, CONFIG.detection)
+        names = tuple(("red", "green")[label] for label in labels[kept])
+        assert_same(found[row], ImageDetections(boxes[kept], scores[kept], labels[kept], names))
+        assert len({index // 20 for index in kept}) > 3, "the answer is of several versions"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1), count=st.integers(0, 30), most=st.integers(1, 8), iou=st.sampled_from([0.3, 0.5])
+)
+def test_merging_is_the_naive_suppression(seed: int, count: int, most: int, iou: float) -> None:
+    """Also of equal scores, of which the first goes first, and of boxes without area."""
+    rng = np.random.default_rng(seed)
+    corner, size = rng.integers(0, 12, (count, 2)), rng.integers(0, 9, (count, 2))
+    boxes = np.concatenate([corner, corner + size], axis=1).astype(np.float32)
+    scores, labels = rng.integers(1, 6, count).astype(np.float32) / 8, rng.integers(0, 2, count)
+    config = DetectionConfig(max_detections=most)
+    assert tta.merge(boxes, scores, labels, config, 30).tolist() == naive_merge(boxes, scores, labels, config)
+
+
+def test_the_answer_for_a_mirrored_image_is_the_mirrored_answer() -> None:
+    (image,) = pictures((64, 90))
+    plain, augmented = detector(), detector(detection__tta_flip=True, detection__tta_short_sides=(32,))
+    for asked, equal in ((augmented, True), (plain, False)):
+        one, other = asked.detect([image]), asked.detect([image[:, ::-1]])
+        back = flipped_back(other[0], 90)
+        assert np.allclose(np.sort(back.scores), np.sort(one[0].scores), atol=1e-6) == equal
+        if equal:
+            assert_same(back, one[0])
+
+
+def test_where_only_the_image_itself_is_asked_nothing_is_merged() -> None:
+    images = pictures((40, 60))
+    (plain,), (same,) = detector().detect(images), detector(detection__tta_short_sides=(64, 64)).detect(images)
+    for name in ("boxes_xyxy", "scores", "labels"):
+        np.testing.assert_array_equal(getattr(same, name), getattr(plain, name))
+
+
+def test_sizes_are_asked_once_each_and_grow_in_proportion() -> None:
+    config = override(Config(), {"detection.tta_short_sides": (800, 600, 400, 800), "data.jitter_short_sides": (500,)})
+    found = tta.sizes(config)
+    assert [(data.short_side, data.long_side) for data in found] == [(600, 1000), (800, 1333), (400, 667)]
+    assert found[0] == config.data and found[1].jitter_short_sides == ()
+    assert tta.versions(config) == 3 and tta.versions(override(config, {"detection.tta_flip": True})) == 6
+    assert tta.versions(Config()) == 1
+
+
+def test_an_image_is_mirrored_in_its_place_on_the_canvas() -> None:
+    images = pictures((30, 41), (17, 20))
+    batch = to_canvas(images, dataclasses.replace(CONFIG.data, short_side=32, long_side=48), 3)
+    mirrored = tta.mirrored(batch)
+    for before, after, (height, width) in zip(batch.images, mirrored.images, batch.image_sizes, strict=True):
+        np.testing.assert_array_equal(after[:height, :width], before[:height, :width][:, ::-1])
+        assert after[:height, :width].any() and not after[height:].any() and not after[:, width:].any()
+    np.testing.assert_array_equal(tta.mirrored(mirrored).images, batch.images)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """Wide, tall and square images: several canvases at each size."""
+    sizes = [(48, 32), (32, 48), (32, 32), (56, 32)]
+    return rectangles(tmp_path_factory.mktemp("several"), [sizes[i % 4] for i in range(9)])
+
+
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_evaluation_over_devices_gives_what_detect_gives_and_compiles_a_program_a_canvas(
+    source: Source, tmp_path: Path, parallel: str
+) -> None:
+    changes = {"detection.tta_flip": True, "detection.tta_short_sides": (32,), "parallel": parallel, "devices": 4}
+    config = override(CONFIG, changes)
+    driver = Driver(config, 2)
+    asked = Detector(driver, driver.first_state().variables, source.class_names, source.category_ids)
+    run = open_run(tmp_path / "run", config, source.class_names, source.category_ids)
+    programs = tta._nms._cache_size()
+    assert assess(run, asked, source, 0).summary["AR100"] > 0
+    assert tta._nms._cache_size() <= programs + 1
+    if parallel == "jit":
+        canvases = {shape for data in tta.sizes(config) for shape in buckets(data, (data.short_side,))}
+        assert driver.detect._cache_size() <= len(canvases) <= 8
+    results = json.loads((run.folder / "detections/step_00000000.json").read_text())
+    alone = detector(detection__tta_flip=True, detection__tta_short_sides=(32,))
+    for index in (0, 1, 8):
+        mine = [r for r in results if r["image_id"] == source.records[index].image_id]
+        (found,) = alone.detect([to_rgb(source.read(index))])
+        np.testing.assert_allclose([r["score"] for r in mine], found.scores, atol=1e-6)
+        assert [r["category_id"] - 1 for r in mine] == found.labels.tolist()
+        np.testing.assert_allclose([r["bbox"][:2] for r in mine], found.boxes_xyxy[:, :2], atol=1e-3)
