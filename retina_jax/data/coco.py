@@ -35,6 +35,23 @@ UNSHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """Control characters, line ends and halves of characters: they break file names, log lines and terminals."""
 
 
+class Mistake(NamedTuple):
+    """An entry of the file that cannot be used."""
+
+    key: str
+    """List that it stands in: categories, images or annotations."""
+    index: int
+    entry: Any
+    text: str
+    """What is wrong and what would be right, one line."""
+
+    @property
+    def place(self) -> str:
+        """Where it stands, and its id where it has one."""
+        named = f" (id {_short(self.entry['id'])})" if isinstance(self.entry, dict) and "id" in self.entry else ""
+        return f"{self.key}[{self.index}]{named}"
+
+
 class Content(NamedTuple):
     """What a COCO JSON says."""
 
@@ -79,9 +96,8 @@ def read_coco(
         return str(folder / records[index].file_name)
 
     def read(index: int) -> bytes:
-        path, largest = Path(where(index)), largest_file(records[index].width * records[index].height)
         try:
-            return read_again(lambda: read_file(path, largest), str(path))
+            return read_image(Path(where(index)), records[index].width, records[index].height)
         except OSError as error:
             raise BadImage(f"{where(index)}: cannot be read: {reason(error)}") from None
 
@@ -97,18 +113,29 @@ def read_coco(
     )
 
 
+def read_image(path: Path, width: int, height: int) -> bytes:
+    """The file of an image that its annotations say is of this size; OSError where it cannot be read."""
+    largest = largest_file(width * height)
+    return read_again(lambda: read_file(path, largest), str(path))
+
+
 def parse_coco(path: Path) -> Content:
     """The file's content, every entry of it checked; DataError as in `read_coco`."""
-    document = load_json(path)
+    return parse_document(path, load_json(path))
+
+
+def parse_document(path: Path, document: Any, mistakes: list[Mistake] | None = None) -> Content:
+    """The content of what `load_json` gave. With a list of `mistakes`, entries that cannot be used are added to it and left
+    out, and only a file without the three lists raises DataError; without one, the first such entry raises it."""
     if not isinstance(document, dict):
         raise DataError(f"{path}: must be an object with images, annotations and categories, not {_short(document)}")
-    categories = sorted(_parse_all(path, document, "categories", _category_parser()))
-    images = _parse_all(path, document, "images", _image_parser())
-    if not categories or not images:
+    categories = sorted(_parse_all(path, document, "categories", _category_parser(), mistakes))
+    images = _parse_all(path, document, "images", _image_parser(), mistakes)
+    if not mistakes and not (categories and images):
         raise DataError(f"{path}: {'images' if categories else 'categories'} is empty; it must list at least one")
     image_rows = {image[0]: i for i, image in enumerate(images)}
     label_of = {category_id: label for label, (category_id, _) in enumerate(categories)}
-    boxes = _parse_all(path, document, "annotations", _annotation_parser(image_rows, label_of))
+    boxes = _parse_all(path, document, "annotations", _annotation_parser(image_rows, label_of), mistakes)
     return Content(categories, images, np.array(boxes, np.float64).reshape(-1, 7))
 
 
@@ -158,8 +185,11 @@ def _truth(document: Any) -> dict[str, Any]:
     return {"info": {}, "images": document["images"], "annotations": truth, "categories": document["categories"]}
 
 
-def _parse_all(path: Path, document: dict, key: str, parse: Callable[[dict], T]) -> list[T]:
-    """`parse` of every entry of a list in the file; its DataErrors get the file, the entry's position and id."""
+def _parse_all(
+    path: Path, document: dict, key: str, parse: Callable[[dict], T], mistakes: list[Mistake] | None
+) -> list[T]:
+    """`parse` of every entry of a list in the file; its DataErrors get the file, the entry's position and id, or become
+    `mistakes`."""
     entries = document.get(key)
     if not isinstance(entries, list):
         found = _short(entries) if key in document else "missing"
@@ -171,8 +201,10 @@ def _parse_all(path: Path, document: dict, key: str, parse: Callable[[dict], T])
                 raise DataError(f"must be an object, not {_short(entry)}")
             parsed.append(parse(entry))
         except DataError as error:
-            named = f" (id {_short(entry['id'])})" if isinstance(entry, dict) and "id" in entry else ""
-            raise DataError(f"{path}: {key}[{i}]{named}: {error}") from None
+            mistake = Mistake(key, i, entry, str(error))
+            if mistakes is None:
+                raise DataError(f"{path}: {mistake.place}: {mistake.text}") from None
+            mistakes.append(mistake)
     return parsed
 
 

@@ -84,14 +84,15 @@ class Source:
         return digest.hexdigest()
 
 
-def clean_boxes(
+def sort_boxes(
     boxes_xyxy: Float64[np.ndarray, "M 4"], crowd: Bool[np.ndarray, " M"], sizes_wh: Int64[np.ndarray, "M 2"]
-) -> tuple[Float32[np.ndarray, "M 4"], Bool[np.ndarray, " M"], dict[str, int]]:
-    """Boxes cut to their images, which of them can be trained on, and how many fell to which rule.
+) -> tuple[Float32[np.ndarray, "M 4"], dict[str, Bool[np.ndarray, " M"]]]:
+    """Boxes cut to their images, and which of them fall to which rule.
 
-    A box is counted once, under the first rule that drops it: crowd, zero_size (a side of 0 or less), outside (touches
-    its image's edge from outside at most), or zero_size again where nothing is left of it in float32. `clipped` counts
-    kept boxes that stuck out by more than 0.01 pixel; what is less is the rounding of two-decimal annotations.
+    A box is dropped by one rule at most, the first of: crowd, zero_size (a side of 0 or less), outside (touches
+    its image's edge from outside at most), or zero_size again where nothing is left of it in float32. The others are
+    `usable`. `clipped` are usable boxes that stuck out by more than 0.01 pixel; what is less is the rounding of two-decimal
+    annotations.
     """
     limits = np.concatenate([sizes_wh, sizes_wh], axis=1)
     clipped = np.clip(boxes_xyxy, 0, limits).astype(np.float32)
@@ -103,13 +104,22 @@ def clean_boxes(
     solid = has_area(boxes_xyxy)
     usable = ~crowd & solid & inside & has_area(clipped)
     sticks_out = np.abs(clipped - boxes_xyxy).max(1, initial=0) > 0.01
-    counts = {
-        "crowd": crowd.sum(),
-        "zero_size": (~crowd & (~solid | (inside & ~has_area(clipped)))).sum(),
-        "outside": (~crowd & solid & ~inside).sum(),
-        "clipped": (usable & sticks_out).sum(),
+    return clipped, {
+        "crowd": crowd,
+        "zero_size": ~crowd & (~solid | (inside & ~has_area(clipped))),
+        "outside": ~crowd & solid & ~inside,
+        "clipped": usable & sticks_out,
+        "usable": usable,
     }
-    return clipped, usable, {kind: int(count) for kind, count in counts.items()}
+
+
+def clean_boxes(
+    boxes_xyxy: Float64[np.ndarray, "M 4"], crowd: Bool[np.ndarray, " M"], sizes_wh: Int64[np.ndarray, "M 2"]
+) -> tuple[Float32[np.ndarray, "M 4"], Bool[np.ndarray, " M"], dict[str, int]]:
+    """Boxes cut to their images, which of them can be trained on, and how many fell to which rule of `sort_boxes`."""
+    clipped, kinds = sort_boxes(boxes_xyxy, crowd, sizes_wh)
+    usable = kinds.pop("usable")
+    return clipped, usable, {kind: int(boxes.sum()) for kind, boxes in kinds.items()}
 
 
 def make_records(

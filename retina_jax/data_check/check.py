@@ -1,0 +1,123 @@
+"""The whole check: what is found in the splits of a data set, and what the anchors are to its boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from retina_jax.config import Config, ConfigError
+from retina_jax.config_files import with_classes
+from retina_jax.console import tell
+from retina_jax.data_check.boxes import box_findings
+from retina_jax.data_check.coverage import Coverage, cover
+from retina_jax.data_check.findings import Finding, Group, grouped
+from retina_jax.data_check.images import check_images, leaks, twice
+from retina_jax.data_check.shares import Shares, count_shares, coverage_findings
+from retina_jax.data_check.split import Split, read_split, refusals, repeated
+from retina_jax.data_check.suggestion import Suggestion, suggest
+from retina_jax.data_check.views import Views, view_boxes
+
+BAD_IMAGES = ("missing", "unreadable", "wrong_size")
+"""Kinds that data.bad_images skip tolerates."""
+
+
+class ClassCount(NamedTuple):
+    """A class of a split."""
+
+    name: str
+    boxes: int
+    """Boxes that can be trained on."""
+    images: int
+    """Images with one of them."""
+    dropped: int
+    """Crowds, and boxes without area or outside their image."""
+
+
+@dataclass(frozen=True, eq=False)
+class Check:
+    """All that was found."""
+
+    config: Config
+    splits: list[Split]
+    """train, and where it was given val."""
+    counts: dict[str, list[ClassCount]]
+    """Of each split, by label."""
+    groups: list[Group]
+    """Findings by kind, errors first."""
+    views: Views
+    """Boxes of the training split on their canvases."""
+    coverage: Coverage
+    shares: Shares
+    suggestion: Suggestion | None
+
+    @property
+    def makes_sense(self) -> bool:
+        """Whether training would start, and could learn something: no error was found."""
+        return all(group.severity != "error" for group in self.groups)
+
+
+def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
+    """Checks the splits `train` and, where given, `val`: each a COCO JSON and a folder of images.
+
+    DataError as in `read_split`.
+    """
+    keep = {"train": config.data.images_without_boxes}
+    splits = [read_split(name, *pair, keep.get(name, "keep")) for name, pair in pairs.items()]
+    found: list[Finding] = []
+    digests = []
+    for split in splits:
+        tell(f"{split.name}: {len(split.images)} images, {len(split.labels)} boxes, {len(split.class_names)} classes")
+        bad_images, of_images = check_images(split, config.data.workers)
+        digests.append(of_images)
+        found += [*refusals(split), *repeated(split), *bad_images, *twice(split, of_images)]
+        found += box_findings(split, config.data.max_boxes)
+    found += leaks(*digests) if len(splits) == 2 else []
+    train = splits[0]
+    counts = {split.name: count_classes(split) for split in splits}
+    found += [Finding("empty_class", name, c.name) for name, rows in counts.items() for c in rows if not c.boxes]
+    found += _refused_config(config, splits)
+    views = view_boxes(train.records, config.data)
+    coverage = cover(views, config)
+    shares = count_shares(views, coverage, train.class_names)
+    if len(views.labels):
+        found += coverage_findings(shares) + _outbid(train, views, coverage)
+    else:
+        found.append(Finding("nothing_to_learn", "train", str(train.annotations)))
+    tolerated = BAD_IMAGES if config.data.bad_images == "skip" else ()
+    suggestion = suggest(train.records, config, train.class_names, shares)
+    return Check(config, splits, counts, grouped(found, tolerated), views, coverage, shares, suggestion)
+
+
+def count_classes(split: Split) -> list[ClassCount]:
+    """Boxes and images of every class."""
+    classes = len(split.class_names)
+    usable = split.rules["usable"]
+    boxes = np.bincount(split.labels[usable], minlength=classes)
+    dropped = np.bincount(split.labels[~usable], minlength=classes)
+    pairs = np.unique(np.stack([split.owners[usable], split.labels[usable]]), axis=1)
+    images = np.bincount(pairs[1], minlength=classes)
+    return [
+        ClassCount(*row) for row in zip(split.class_names, *(n.tolist() for n in (boxes, images, dropped)), strict=True)
+    ]
+
+
+def _refused_config(config: Config, splits: Sequence[Split]) -> list[Finding]:
+    try:
+        with_classes(config, splits[0].class_names, splits[-1].class_names)
+    except ConfigError as error:
+        field, _, text = str(error).partition(": ")
+        return [Finding("refused_config", splits[-1].name, field, text)]
+    return []
+
+
+def _outbid(split: Split, views: Views, coverage: Coverage) -> list[Finding]:
+    """Boxes that are outbid at one of the sizes that they are trained at."""
+    trained = split.trained_boxes()
+    places = np.unique(views.boxes[coverage.outbid]).tolist()
+    return [
+        Finding("outbid", split.name, split.box_name(int(trained[p])), split.file_of(int(trained[p]))) for p in places
+    ]

@@ -1,0 +1,101 @@
+"""Every image read and decoded once, as training would, by several threads; and images that are there twice."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import tensorflow as tf
+
+from retina_jax.data.coco import read_image
+from retina_jax.data.decoding import DECODING, is_plain_jpeg, open_image, to_rgb, upright
+from retina_jax.data.pipeline import decode_jpeg
+from retina_jax.data.source import BadImage
+from retina_jax.data_check.findings import Finding
+from retina_jax.data_check.progress import Progress
+from retina_jax.data_check.split import Split
+from retina_jax.errors import reason
+
+Digests = dict[str, str]
+"""File name to the SHA-256 of the file's bytes, of every file that could be read."""
+
+
+def check_images(split: Split, workers: int) -> tuple[list[Finding], Digests]:
+    """Images that are missing, cannot be read, or have another size than their annotations say, in the order of the file.
+
+    `workers`: threads; 0: as many as there are cores.
+    """
+
+    def look(image: tuple[int, str, int, int]) -> tuple[Finding | None, str | None]:
+        _, file_name, width, height = image
+        try:
+            encoded = read_image(split.folder / file_name, width, height)
+        except (FileNotFoundError, NotADirectoryError):
+            return Finding("missing", split.name, file_name), None
+        except OSError as error:
+            return Finding("unreadable", split.name, file_name, f"cannot be read: {reason(error)}"), None
+        digest = hashlib.sha256(encoded).hexdigest()
+        fault = fault_of(encoded, (width, height))
+        return (Finding(fault[0], split.name, file_name, fault[1]) if fault else None), digest
+
+    found, digests = [], {}
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        looks = Progress(f"{split.name}: images", pool.map(look, split.images), len(split.images))
+        for (_, file_name, _, _), (finding, digest) in zip(split.images, looks, strict=True):
+            if finding is not None:
+                found.append(finding)
+            if digest is not None:
+                digests[file_name] = digest
+    return found, digests
+
+
+def fault_of(encoded: bytes, expected_size: tuple[int, int]) -> tuple[str, str] | None:
+    """The kind of finding that an image file is, and what is wrong; None where training takes it.
+
+    `expected_size` is the width and height that its annotations say.
+    """
+    try:
+        image = open_image(encoded)
+    except BadImage as error:
+        return "unreadable", str(error)
+    try:
+        upright(image, expected_size)
+    except BadImage as error:
+        return "wrong_size", str(error)
+    try:
+        with DECODING.share(expected_size[0] * expected_size[1]):
+            to_rgb(encoded, expected_size=expected_size)
+    except BadImage as error:
+        # Training decodes plain JPEGs by TensorFlow, which takes some that PIL does not.
+        if is_plain_jpeg(encoded, expected_size=expected_size):
+            try:
+                decode_jpeg(encoded)
+            except tf.errors.OpError:
+                return "unreadable", str(error)
+            return None
+        return "unreadable", str(error)
+    return None
+
+
+def twice(split: Split, digests: Digests) -> list[Finding]:
+    """Images of a split with the bytes, or the very file, of one before them."""
+    first: dict[str, str] = {}
+    found = []
+    for _, file_name, _, _ in split.images:
+        digest = digests.get(file_name)
+        if digest in first:
+            found.append(Finding("same_image", split.name, file_name, f"as {first[digest]}"))
+        elif digest is not None:
+            first[digest] = file_name
+    return found
+
+
+def leaks(train: Digests, val: Digests) -> list[Finding]:
+    """Images of the evaluation that are also trained on."""
+    trained = {digest: name for name, digest in reversed(train.items())}
+    return [
+        Finding("leakage", "val", name, f"the same bytes as {trained[digest]} in train")
+        for name, digest in val.items()
+        if digest in trained
+    ]

@@ -1,0 +1,141 @@
+"""A split of a COCO data set, read by training's own reader, but to the end: every mistake is collected, none stops it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float32, Float64, Int64
+
+from retina_jax.data.coco import Mistake, load_json, parse_document
+from retina_jax.data.source import DataError, Record, make_records, sort_boxes
+from retina_jax.data_check.findings import Finding
+
+REFUSED = {"categories": "refused_categories", "images": "refused_images", "annotations": "refused_boxes"}
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The entries of a split that can be used; m counts its boxes in the order of the file."""
+
+    name: str
+    """train or val."""
+    annotations: Path
+    folder: Path
+    class_names: tuple[str, ...]
+    """Name of label k, by ascending category id."""
+    category_ids: tuple[int, ...]
+    images: list[tuple[int, str, int, int]]
+    """Id, file name, width, height."""
+    box_ids: list[Any]
+    """Id of each annotation as found; None where it has none."""
+    box_rows: list[int]
+    """Its place in the file's list of annotations."""
+    owners: Int64[np.ndarray, " M"]
+    """Row in `images`."""
+    labels: Int64[np.ndarray, " M"]
+    boxes_xyxy: Float64[np.ndarray, "M 4"]
+    """As found, pixels."""
+    clipped_xyxy: Float32[np.ndarray, "M 4"]
+    """Cut to the image."""
+    rules: dict[str, Bool[np.ndarray, " M"]]
+    """Which boxes fall to which rule of `sort_boxes`."""
+    records: list[Record]
+    """What training (evaluation for val) would take."""
+    record_images: list[int]
+    """Row in `images` of each record."""
+    mistakes: list[Mistake]
+
+    def box_name(self, m: int) -> str:
+        """What a person finds box m by."""
+        return f"annotations[{self.box_rows[m]}]" if self.box_ids[m] is None else f"annotation {self.box_ids[m]}"
+
+    def file_of(self, m: int) -> str:
+        """File name of the image that box m lies in."""
+        return self.images[self.owners[m]][1]
+
+    def trained_boxes(self) -> Int64[np.ndarray, " N"]:
+        """The boxes m of all records, one record after the other, each in the order of its `boxes_xyxy`."""
+        rows = np.flatnonzero(self.rules["usable"])
+        return rows[np.argsort(self.owners[rows], kind="stable")]
+
+
+def read_split(name: str, annotations: Path, folder: Path, images_without_boxes: Literal["keep", "drop"]) -> Split:
+    """Reads a COCO JSON; the images are not opened here.
+
+    Raises DataError, one line, only where there is nothing to check: a file that is no JSON or lacks one of its three
+    lists, or no folder.
+    """
+    document = load_json(annotations)
+    mistakes: list[Mistake] = []
+    content = parse_document(annotations, document, mistakes)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; it must hold the images that {annotations} names")
+    refused = {mistake.index for mistake in mistakes if mistake.key == "annotations"}
+    rows = [i for i in range(len(document["annotations"])) if i not in refused]
+    columns = content.boxes
+    owners, labels = columns[:, 0].astype(np.int64), columns[:, 1].astype(np.int64)
+    boxes_xyxy = np.concatenate([columns[:, 3:5], columns[:, 3:5] + columns[:, 5:7]], axis=1)
+    crowd = columns[:, 2] > 0
+    sizes_wh = np.array([image[2:] for image in content.images], np.int64).reshape(-1, 2)
+    clipped, rules = sort_boxes(boxes_xyxy, crowd, sizes_wh[owners])
+    records, record_images, _ = make_records(content.images, owners, boxes_xyxy, labels, crowd, images_without_boxes)
+    return Split(
+        name=name,
+        annotations=annotations,
+        folder=folder,
+        class_names=tuple(name for _, name in content.categories),
+        category_ids=tuple(category_id for category_id, _ in content.categories),
+        images=content.images,
+        box_ids=[document["annotations"][i].get("id") for i in rows],
+        box_rows=rows,
+        owners=owners,
+        labels=labels,
+        boxes_xyxy=boxes_xyxy,
+        clipped_xyxy=clipped,
+        rules=rules,
+        records=records,
+        record_images=record_images,
+        mistakes=mistakes,
+    )
+
+
+def refusals(split: Split) -> list[Finding]:
+    """The entries that training would refuse. An annotation whose image or category is one of them is `orphaned`: a mistake
+    is told once, not once for every box that hangs on it."""
+    known = {"images": {image[0] for image in split.images}, "categories": set(split.category_ids)}
+    gone = {
+        key: {_id(mistake.entry) for mistake in split.mistakes if mistake.key == key} - known[key] - {None}
+        for key in known
+    }
+    found = []
+    for mistake in split.mistakes:
+        entry = mistake.entry if isinstance(mistake.entry, dict) else {}
+        orphaned = mistake.key == "annotations" and (
+            _hashed(entry.get("image_id")) in gone["images"] or _hashed(entry.get("category_id")) in gone["categories"]
+        )
+        kind = "orphaned" if orphaned else REFUSED[mistake.key]
+        found.append(Finding(kind, split.name, mistake.place, mistake.text))
+    return found
+
+
+def repeated(split: Split) -> list[Finding]:
+    """Annotation ids and category names that are there several times."""
+    ids = Counter(_hashed(box_id) for box_id in split.box_ids if box_id is not None)
+    names = Counter(split.class_names)
+    return [
+        *(Finding("same_id", split.name, f"annotation {i}", f"{n} annotations") for i, n in ids.items() if n > 1),
+        *(Finding("same_name", split.name, name, f"{n} categories") for name, n in names.items() if n > 1),
+    ]
+
+
+def _id(entry: Any) -> Any:
+    return _hashed(entry.get("id")) if isinstance(entry, dict) else None
+
+
+def _hashed(value: Any) -> Any:
+    """The value where it can be an id, else None."""
+    return value if isinstance(value, int | float) else None

@@ -1,0 +1,161 @@
+"""Anchors and a size of images that fit the boxes better: searched on some of the boxes, proved on all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32
+
+from retina_jax.anchors import anchors_per_cell
+from retina_jax.config import Config
+from retina_jax.config_files import flatten, override
+from retina_jax.data.source import Record
+from retina_jax.data_check.coverage import cover
+from retina_jax.data_check.nearest import best_iou
+from retina_jax.data_check.shares import Share, Shares, count_shares
+from retina_jax.data_check.views import Views, view_boxes
+
+GOOD = 0.98
+"""Share of the boxes, and mean share of the classes, with an anchor of sufficient IoU at which nothing needs mending."""
+CLOSE = 0.01
+"""Where none is GOOD, the cheapest that is this close to the best; what gains less than this is not worth a change."""
+SEARCHED = 4000
+"""Boxes looked at in the search, about."""
+ENLARGED = (1.0, 1.25, 1.5, 2.0)
+"""Short sides tried, over that of the config."""
+FACTORS = (1.0, 0.25, 0.375, 0.5, 0.625, 0.75, 1.5, 2.0)
+"""Values of anchors.size_factor tried, over that of the config."""
+OCTAVE = (1.0, 1.1892, 1.4142, 1.6818)
+"""Four scales an octave, tried beside the config's."""
+QUANTILES = ((0.1, 0.5, 0.9), (0.03, 0.25, 0.5, 0.75, 0.97))
+"""Ratios tried beside the config's are these quantiles of the boxes' own aspects."""
+
+
+class Suggestion(NamedTuple):
+    """Another setting, and what it is worth."""
+
+    changes: dict[str, Any]
+    """Fields of the config by dotted name."""
+    options: str
+    """The same for a command line."""
+    before: Shares
+    after: Shares
+    """Coverage of all boxes, counted by training's own matching."""
+    pixels: float
+    """Pixels of an image over those of before."""
+    anchors: tuple[int, int]
+    """Anchors at each place of a map, before and after."""
+
+    def pairs(self) -> list[tuple[Share, Share]]:
+        """Before and after, of all boxes and of each class that has some."""
+        classes = zip(self.before.classes, self.after.classes, strict=True)
+        return [(self.before.total, self.after.total), *(pair for pair in classes if pair[0].boxes)]
+
+    def line(self) -> str:
+        """What to type and what it gains: of all boxes, and of the class that was worst."""
+        everything, *classes = self.pairs()
+        worst = min(classes, key=lambda pair: pair[0].part("by_iou"))
+        gains = (f"{a.name} {a.part('by_iou'):.1%} -> {b.part('by_iou'):.1%}" for a, b in (everything, worst))
+        return f"suggestion: {self.options} (boxes by IoU: {', '.join(gains)})"
+
+
+def suggest(records: Sequence[Record], config: Config, class_names: Sequence[str], before: Shares) -> Suggestion | None:
+    """The cheapest of some hundred settings that is GOOD, or where none is, CLOSE to the best; None where `config` is good
+    enough or nothing tried gains more than CLOSE."""
+    some = _some(records)
+    boxes = view_boxes(some, config.data)
+    now = _score(best_iou(boxes, config), boxes, config)
+    if not len(boxes.labels) or now >= GOOD:
+        return None
+    tried = []
+    for data in _sizes(some, config):
+        sized = override(config, data)
+        views = view_boxes(some, sized.data)
+        for anchors in _anchors(boxes, config):
+            changes = _differences(config, override(sized, anchors))
+            other = override(config, changes)
+            tried.append((_cost(changes, config), _score(best_iou(views, other), views, other), changes))
+    best = max(score for _, score, _ in tried)
+    enough = [entry for entry in tried if entry[1] >= min(GOOD, best - CLOSE)]
+    _, score, changes = min(enough, key=lambda entry: (entry[0], -entry[1]))
+    if score < now + CLOSE:
+        return None
+    other = override(config, changes)
+    views = view_boxes(list(records), other.data)
+    after = count_shares(views, cover(views, other, "suggestion"), class_names)
+    if after.total.by_iou <= before.total.by_iou:
+        return None
+    each = anchors_per_cell(config.anchors), anchors_per_cell(other.anchors)
+    return Suggestion(changes, as_options(changes), before, after, _enlarged(changes, config) ** 2, each)
+
+
+def as_options(changes: dict[str, Any]) -> str:
+    """Dotted fields as they are typed: --anchors.size-factor 2 --anchors.ratios 0.5 1 2."""
+
+    def words(value: tuple | float) -> str:
+        if isinstance(value, tuple):
+            return " ".join(map(words, value))
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+
+    return " ".join(f"--{name.replace('_', '-')} {words(value)}" for name, value in changes.items())
+
+
+def _some(records: Sequence[Record]) -> list[Record]:
+    """Records with about SEARCHED boxes among them, evenly from all that have boxes."""
+    filled = [record for record in records if len(record.labels)]
+    total = sum(len(record.labels) for record in filled)
+    return filled[:: max(1, total // SEARCHED)]
+
+
+def _sizes(records: Sequence[Record], config: Config) -> Iterator[dict[str, Any]]:
+    """Short sides, with a long side that lets them be reached and is not longer than that."""
+    data = config.data
+    longest = max(max(r.width, r.height) / min(r.width, r.height) for r in records)
+    for factor in ENLARGED:
+        short = round(data.short_side * factor)
+        jitter = tuple(round(side * factor) for side in data.jitter_short_sides)
+        needed = int(np.ceil(longest * max(short, *jitter, 0)))
+        long = max(data.long_side, min(round(data.long_side * factor), needed))
+        yield {"data.short_side": short, "data.long_side": long, "data.jitter_short_sides": jitter}
+
+
+def _anchors(views: Views, config: Config) -> Iterator[dict[str, Any]]:
+    width, height = (views.boxes_xyxy[:, 2:] - views.boxes_xyxy[:, :2]).astype(np.float64).T
+    ratios = [config.anchors.ratios]
+    for quantiles in QUANTILES:
+        of_boxes = tuple(dict.fromkeys(float(f"{r:.2g}") for r in np.quantile(height / width, quantiles)))
+        ratios.append(of_boxes)
+    for factor in FACTORS:
+        for ratio in ratios:
+            for scales in (config.anchors.scales, OCTAVE):
+                size_factor = float(f"{config.anchors.size_factor * factor:.4g}")
+                yield {"anchors.size_factor": size_factor, "anchors.ratios": ratio, "anchors.scales": scales}
+
+
+def _score(iou: Float32[np.ndarray, " N"], views: Views, config: Config) -> float:
+    """The share of boxes with an anchor of sufficient IoU, or the mean of the classes' shares where that is smaller: so that
+    rare classes count."""
+    good = (iou >= config.matching.positive_iou).astype(np.float64)
+    counts = np.bincount(views.labels)
+    of_classes = np.bincount(views.labels, weights=good)[counts > 0] / counts[counts > 0]
+    return float(min(good.mean(), of_classes.mean())) if len(good) else 1.0
+
+
+def _cost(changes: dict[str, Any], config: Config) -> float:
+    """A rule of thumb: time goes with the pixels; an anchor more costs channels of the last convolution and rows of the
+    losses alone; and of two settings as costly the one with fewer changes is better."""
+    anchors = override(config, changes).anchors
+    more = anchors_per_cell(anchors) / anchors_per_cell(config.anchors) - 1
+    return _enlarged(changes, config) ** 2 + 0.1 * max(0.0, more) + 0.001 * len(changes)
+
+
+def _enlarged(changes: dict[str, Any], config: Config) -> float:
+    return changes.get("data.short_side", config.data.short_side) / config.data.short_side
+
+
+def _differences(config: Config, other: Config) -> dict[str, Any]:
+    before, after = flatten(config), flatten(other)
+    return {name: after[name] for name in before if before[name] != after[name]}

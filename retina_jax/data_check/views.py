@@ -1,0 +1,85 @@
+"""The boxes as the network will see them: each image resized to each short side of the training, laid on its canvas."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Float32, Int64
+
+from retina_jax.config import DataConfig
+from retina_jax.data.preprocessing import (
+    assign_bucket,
+    buckets,
+    resized_size,
+    to_canvas_pixels,
+    train_short_sides,
+)
+from retina_jax.data.source import Record
+
+SIDES = np.array([0.0, *(2.0 ** (np.arange(4, 21) / 2)), np.inf])
+"""Ends of the bins of box sizes, the square root of the area in pixels: half octaves from 4 to 1024."""
+ASPECTS = np.array([0.0, *(2.0 ** (np.arange(-6, 7) / 2)), np.inf])
+"""Ends of the bins of aspects, height over width: half octaves from 1:8 to 8:1."""
+
+
+class Views(NamedTuple):
+    """V images at one of their sizes each, with N boxes in all. Where the short side is drawn at random in training, every
+    image is there once for each of them. Nothing is mirrored."""
+
+    canvases: list[tuple[int, int]]
+    """Canvas shape (height, width) of each view."""
+    sizes_hw: list[tuple[int, int]]
+    """Size of each image on its canvas."""
+    records: Int64[np.ndarray, " V"]
+    """Record of each view."""
+    ends: Int64[np.ndarray, " V+1"]
+    """View v has the boxes ends[v] to ends[v + 1]."""
+    boxes_xyxy: Float32[np.ndarray, "N 4"]
+    """Canvas pixels, exactly what training matches with the anchors."""
+    labels: Int64[np.ndarray, " N"]
+    boxes: Int64[np.ndarray, " N"]
+    """Place of each box among those of all records, one record after the other."""
+
+    def bin_of_size(self) -> Int64[np.ndarray, " N"]:
+        """Bin of SIDES that each box falls in; a size that two bins share falls in the upper."""
+        width, height = self._sides()
+        return np.searchsorted(SIDES, np.sqrt(width * height), side="right") - 1
+
+    def bin_of_aspect(self) -> Int64[np.ndarray, " N"]:
+        """Bin of ASPECTS that each box falls in; an aspect that two bins share falls in the upper."""
+        width, height = self._sides()
+        return np.searchsorted(ASPECTS, height / width, side="right") - 1
+
+    def _sides(self) -> Float[np.ndarray, "2 N"]:
+        return (self.boxes_xyxy[:, 2:] - self.boxes_xyxy[:, :2]).astype(np.float64).T
+
+
+def view_boxes(records: list[Record], data: DataConfig) -> Views:
+    """Lays the boxes of all records on the canvases that training would; of each image the first `data.max_boxes`."""
+    short_sides = train_short_sides(data)
+    shapes = buckets(data, short_sides)
+    starts = np.cumsum([0, *(len(record.labels) for record in records)])
+    canvases, sizes, rows, boxes, labels, places = [], [], [], [], [], []
+    for row, record in enumerate(records):
+        n = min(len(record.labels), data.max_boxes)
+        rule = data.long_side, data.size_rounding
+        canvas = shapes[assign_bucket(resized_size(record.height, record.width, max(short_sides), *rule), shapes)]
+        for short_side in short_sides:
+            height, width = resized_size(record.height, record.width, short_side, *rule)
+            scale_xy = np.array([width / record.width, height / record.height])
+            canvases.append(canvas)
+            sizes.append((height, width))
+            rows.append(row)
+            boxes.append(to_canvas_pixels(record.boxes_xyxy[:n], scale_xy, data.box_ends).astype(np.float32))
+            labels.append(record.labels[:n])
+            places.append(np.arange(starts[row], starts[row] + n))
+    return Views(
+        canvases=canvases,
+        sizes_hw=sizes,
+        records=np.array(rows, np.int64),
+        ends=np.cumsum([0, *map(len, boxes)]),
+        boxes_xyxy=np.concatenate([np.zeros((0, 4), np.float32), *boxes]),
+        labels=np.concatenate([np.zeros(0, np.int64), *labels]).astype(np.int64),
+        boxes=np.concatenate([np.zeros(0, np.int64), *places]),
+    )

@@ -1,0 +1,102 @@
+"""Look at a data set before a day of training is spent on it.
+
+python scripts/check_data.py --annotations FILE --images DIR --out DIR [--config FILE --data.short-side 300 ...]
+    [--val-annotations FILE --val-images DIR]
+
+Reads it as training with this config would, but to the end: every mistake is told, not the first. Writes
+DIR/data_check.html, one file that needs no other, and DIR/data_check.json with the same facts and all names.
+
+Exit status: 0, training makes sense, whatever is warned of; 3, it does not: training would refuse the data, or the anchors
+miss most of the boxes; 2, there is nothing to check: an option, a file that is no COCO JSON, a folder that is absent.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from retina_jax.command_line import config_of, one_line_errors, parse_command_line, set_up_jax
+from retina_jax.config import Config, ConfigError
+from retina_jax.config_checks import validate
+from retina_jax.console import tell
+from retina_jax.data_check.check import Check, check_data
+from retina_jax.data_check.facts import facts_of
+from retina_jax.data_check.html import to_html, verdict
+from retina_jax.data_check.pictures import worst_pictures
+from retina_jax.training.run import write_json
+
+OWN_DATA = Path(__file__).parents[1] / "configs" / "own_data.py"
+SENSELESS = 3
+"""Exit status where training makes no sense."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options of this script; all others are fields of the config."""
+
+    annotations: Path
+    """COCO JSON of the training images."""
+    images: Path
+    """Folder of the training images."""
+    out: Path
+    """Folder that the page and the JSON are written to; made where it is missing."""
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+    config: Path = OWN_DATA
+    """Config file whose fields the other options override; the one that is to be trained with."""
+    val_annotations: Path | None = None
+    """COCO JSON of the evaluation images; None: the training images alone are checked."""
+    val_images: Path | None = None
+    """Folder of the evaluation images; None: the folder of the training images."""
+    pictures: int = 8
+    """Most pictures on the page."""
+
+
+def main() -> None:
+    """Check, write, say it in short."""
+    defaults = Arguments(*[tyro.MISSING] * 3, settings=config_of(sys.argv[1:], str(OWN_DATA)))
+    arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__)
+    config = validate(arguments.settings)
+    pairs = {"train": (arguments.annotations, arguments.images)}
+    if arguments.val_annotations is not None:
+        pairs["val"] = arguments.val_annotations, arguments.val_images or arguments.images
+    elif arguments.val_images is not None:
+        raise ConfigError("--val-images: there is no --val-annotations, which it belongs to")
+    set_up_jax()
+    check = check_data(config, pairs)
+    pictures = worst_pictures(check.splits[0], config.data, check.views, check.coverage, arguments.pictures)
+    html, facts = arguments.out / "data_check.html", arguments.out / "data_check.json"
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        html.write_text(
+            to_html(check, pictures, f"Data check: {arguments.annotations.name}"),
+            encoding="utf-8",
+            errors="backslashreplace",
+        )
+        write_json(facts, facts_of(check))
+    except OSError as error:
+        raise ConfigError(f"--out {arguments.out}: cannot be written: {error.strerror}") from None
+    say(check)
+    tell(f"page: {html}\nfacts: {facts}\n{verdict(check)}")
+    sys.exit(0 if check.makes_sense else SENSELESS)
+
+
+def say(check: Check) -> None:
+    """One line a kind of finding, and the anchors."""
+    for group in check.groups:
+        tell(group.line())
+    shares, total = check.shares, check.shares.total
+    tell(
+        f"anchors: {total.part('by_iou'):.1%} of {total.boxes} boxes by IoU, {total.part('by_low_quality'):.1%} by the "
+        f"low-quality rule only, {total.part('uncovered'):.1%} none; {shares.positives_per_image:.1f} positives an image"
+    )
+    if check.suggestion is not None:
+        tell(check.suggestion.line())
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
