@@ -84,7 +84,7 @@ def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
     coverage = cover(views, config)
     shares = count_shares(views, coverage, train.class_names)
     if len(views.labels):
-        found += coverage_findings(shares) + _outbid(train, views, coverage)
+        found += coverage_findings(shares) + _outbid(train, views, coverage, found)
     else:
         found.append(Finding("nothing_to_learn", "train", str(train.annotations)))
     tolerated = BAD_IMAGES if config.data.bad_images == "skip" else ()
@@ -114,10 +114,9 @@ def _refused_config(config: Config, splits: Sequence[Split]) -> list[Finding]:
     return []
 
 
-def _outbid(split: Split, views: Views, coverage: Coverage) -> list[Finding]:
-    """Boxes that are outbid at one of the sizes that they are trained at."""
-    trained = split.trained_boxes()
-    places = np.unique(views.boxes[coverage.outbid]).tolist()
-    return [
-        Finding("outbid", split.name, split.box_name(int(trained[p])), split.file_of(int(trained[p]))) for p in places
-    ]
+def _outbid(split: Split, views: Views, coverage: Coverage, found: Sequence[Finding]) -> list[Finding]:
+    """Boxes that are outbid at one of the sizes that they are trained at; not those whose twin does it, which is told already."""
+    twins = {finding.name for finding in found if finding.kind in ("same_box", "other_class")}
+    boxes = split.trained_boxes()[np.unique(views.boxes[coverage.outbid])]
+    named = {split.box_name(m): split.file_of(m) for m in boxes.tolist()}
+    return [Finding("outbid", split.name, name, file) for name, file in named.items() if name not in twins]
