@@ -115,7 +115,7 @@ def _refused_config(config: Config, splits: Sequence[Split]) -> list[Finding]:
 
 
 def _outbid(split: Split, views: Views, coverage: Coverage, found: Sequence[Finding]) -> list[Finding]:
-    """Boxes that are outbid at one of the sizes that they are trained at; not those whose twin does it, which is told already."""
+    """Boxes that are outbid at one of the sizes that they are trained at, by others than their twins, told already."""
     twins = {finding.name for finding in found if finding.kind in ("same_box", "other_class")}
     boxes = split.trained_boxes()[np.unique(views.boxes[coverage.outbid])]
     named = {split.box_name(m): split.file_of(m) for m in boxes.tolist()}

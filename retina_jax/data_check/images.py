@@ -6,11 +6,8 @@ import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-import tensorflow as tf
-
 from retina_jax.data.coco import read_image
-from retina_jax.data.decoding import DECODING, is_plain_jpeg, open_image, to_rgb, upright
-from retina_jax.data.pipeline import decode_jpeg
+from retina_jax.data.decoding import DECODING, open_image, to_rgb, upright
 from retina_jax.data.source import BadImage
 from retina_jax.data_check.findings import Finding
 from retina_jax.data_check.progress import Progress
@@ -53,7 +50,8 @@ def check_images(split: Split, workers: int) -> tuple[list[Finding], Digests]:
 def fault_of(encoded: bytes, expected_size: tuple[int, int]) -> tuple[str, str] | None:
     """The kind of finding that an image file is, and what is wrong; None where training takes it.
 
-    `expected_size` is the width and height that its annotations say.
+    `expected_size` is the width and height that its annotations say. Training decodes plain JPEGs by TensorFlow and asks
+    `to_rgb` where that fails, so what `to_rgb` takes is taken.
     """
     try:
         image = open_image(encoded)
@@ -67,13 +65,6 @@ def fault_of(encoded: bytes, expected_size: tuple[int, int]) -> tuple[str, str] 
         with DECODING.share(expected_size[0] * expected_size[1]):
             to_rgb(encoded, expected_size=expected_size)
     except BadImage as error:
-        # Training decodes plain JPEGs by TensorFlow, which takes some that PIL does not.
-        if is_plain_jpeg(encoded, expected_size=expected_size):
-            try:
-                decode_jpeg(encoded)
-            except tf.errors.OpError:
-                return "unreadable", str(error)
-            return None
         return "unreadable", str(error)
     return None
 

@@ -77,7 +77,14 @@ def draw_coverage(
     for n in worst_last:
         if colours[n] != COVERED:
             text = f"{class_names[views.labels[n]]} {coverage.best_iou[n]:.2f}"
-            tag(canvas, (views.boxes_xyxy[n] * zoom).tolist()[:2], text, IN_PICTURES[colours[n]], font, picture.size)
+            tag(
+                canvas,
+                tuple((views.boxes_xyxy[n, :2] * zoom).tolist()),
+                text,
+                IN_PICTURES[colours[n]],
+                font,
+                picture.size,
+            )
     return np.asarray(picture)
 
 

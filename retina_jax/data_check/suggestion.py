@@ -63,7 +63,7 @@ class Suggestion(NamedTuple):
 
 def suggest(records: Sequence[Record], config: Config, class_names: Sequence[str], before: Shares) -> Suggestion | None:
     """The cheapest of some hundred settings that is GOOD, or where none is, CLOSE to the best; None where `config` is good
-    enough or nothing tried gains more than CLOSE."""
+    enough or nothing tried gains more than CLOSE. Larger images are tried only while no anchors do at a smaller size."""
     some = _some(records)
     boxes = view_boxes(some, config.data)
     now = _score(best_iou(boxes, config), boxes, config)
@@ -77,6 +77,8 @@ def suggest(records: Sequence[Record], config: Config, class_names: Sequence[str
             changes = _differences(config, override(sized, anchors))
             other = override(config, changes)
             tried.append((_cost(changes, config), _score(best_iou(views, other), views, other), changes))
+        if max(score for _, score, _ in tried) >= GOOD:
+            break
     best = max(score for _, score, _ in tried)
     enough = [entry for entry in tried if entry[1] >= min(GOOD, best - CLOSE)]
     _, score, changes = min(enough, key=lambda entry: (entry[0], -entry[1]))
@@ -94,11 +96,11 @@ def suggest(records: Sequence[Record], config: Config, class_names: Sequence[str
 def as_options(changes: dict[str, Any]) -> str:
     """Dotted fields as they are typed: --anchors.size-factor 2 --anchors.ratios 0.5 1 2."""
 
-    def words(value: tuple | float) -> str:
+    def words(value: tuple | int | float) -> str:
         if isinstance(value, tuple):
             return " ".join(map(words, value))
         short = f"{value:g}"
-        return short if float(short) == value else repr(value)
+        return short if isinstance(value, float) and float(short) == value else repr(value)
 
     return " ".join(f"--{name.replace('_', '-')} {words(value)}" for name, value in changes.items())
 

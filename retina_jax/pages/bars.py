@@ -35,7 +35,7 @@ def bar_chart(ends: Sequence[str], stacks: Sequence[Stack], x_label: str, y_labe
     bins = len(ends) - 1
     if bins < 1 or any(len(stack.counts) != bins for stack in stacks):
         raise ValueError(f"{len(ends)} ends need {bins} counts in each stack, and one at least")
-    highest = max(sum(counts) for counts in zip(*(stack.counts for stack in stacks), strict=True)) or 1.0
+    highest = float(max(map(sum, zip(*(stack.counts for stack in stacks), strict=True)))) or 1.0
     step, floor = (WIDTH - LEFT - RIGHT) / bins, HEIGHT - BOTTOM
     a_unit = (floor - TOP) / highest
     parts = [

@@ -65,7 +65,9 @@ def clean() -> Splits:
             entries.append({"id": 10 + i, "file_name": f"{i:03d}.jpg", "width": WIDTH, "height": HEIGHT})
             for k in (0, 1):
                 box = [4 + 64 * k + i, 20 + 2 * i, 48, 48]
-                boxes.append({"id": 100 + 2 * i + k, "image_id": 10 + i, "category_id": 1 + k, "bbox": box, "iscrowd": 0})
+                boxes.append(
+                    {"id": 100 + 2 * i + k, "image_id": 10 + i, "category_id": 1 + k, "bbox": box, "iscrowd": 0}
+                )
         splits.documents[split] = {
             "images": entries,
             "annotations": boxes,

@@ -16,7 +16,15 @@ from retina_jax.data_check.check import Check, check_data
 from retina_jax.data_check.findings import KINDS, SHOWN, Finding, grouped
 from retina_jax.data_check.split import read_split
 
-ERRORS = {"refused_categories", "refused_images", "refused_boxes", "refused_config", "missing", "unreadable", "wrong_size"}
+ERRORS = {
+    "refused_categories",
+    "refused_images",
+    "refused_boxes",
+    "refused_config",
+    "missing",
+    "unreadable",
+    "wrong_size",
+}
 
 
 def found(check: Check) -> set[tuple[str, str, str]]:

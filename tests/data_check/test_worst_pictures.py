@@ -1,0 +1,57 @@
+"""The worst pictures: which they are, and in which colours their boxes are drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from planted import CONFIG, clean
+
+from retina_jax.data_check.coverage import Coverage
+from retina_jax.data_check.pictures import IN_PICTURES, RESCUED, UNCOVERED, draw_coverage, worst_pictures
+from retina_jax.data_check.split import Split, read_split
+from retina_jax.data_check.views import Views, view_boxes
+
+
+def coverage_of(views: Views, states: dict[int, str]) -> Coverage:
+    """All boxes covered but those named: "low" by the low-quality rule, "none" not at all, "outbid"."""
+    of = [states.get(n, "iou") for n in range(len(views.labels))]
+    iou = np.array([{"iou": 0.8, "outbid": 0.6}.get(state, 0.4) for state in of], np.float32)
+    return Coverage(iou, np.array([0 if state in ("none", "outbid") else 3 for state in of], np.int64), 0.5)
+
+
+def clean_split(folder: Path) -> tuple[Split, Views]:
+    split = read_split("train", *clean().write(folder)["train"], "keep")
+    return split, view_boxes(split.records, CONFIG.data)
+
+
+def test_images_with_most_boxes_without_anchors_come_first(tmp_path: Path) -> None:
+    split, views = clean_split(tmp_path)
+    # Two boxes an image: image 1 lacks two, image 4 one by being outbid, image 3 has two rescued, image 0 one.
+    states = {2: "none", 3: "none", 8: "outbid", 6: "low", 7: "low", 0: "low"}
+    coverage = coverage_of(views, states)
+    captions = [worst.caption for worst in worst_pictures(split, CONFIG.data, views, coverage, 8)]
+    assert [caption.split(",")[0] for caption in captions] == ["001.jpg", "004.jpg", "003.jpg", "000.jpg"]
+    assert captions[0] == "001.jpg, at 128 x 96: 2 boxes, 2 without an anchor, 0 by the rule only"
+    assert len(worst_pictures(split, CONFIG.data, views, coverage, 2)) == 2
+    (split.folder / "001.jpg").unlink()
+    assert worst_pictures(split, CONFIG.data, views, coverage, 1)[0].caption.startswith("004.jpg")
+
+
+def test_where_all_boxes_are_covered_there_is_no_worst_picture(tmp_path: Path) -> None:
+    split, views = clean_split(tmp_path)
+    assert worst_pictures(split, CONFIG.data, views, coverage_of(views, {}), 8) == []
+
+
+def test_boxes_are_green_yellow_and_red(tmp_path: Path) -> None:
+    split, views = clean_split(tmp_path)
+    grey = np.full((96, 128, 3), 128, np.uint8)
+    drawn = draw_coverage(grey, split.class_names, views, coverage_of(views, {1: "low"}), 0)
+    zoom = drawn.shape[0] // 96
+    assert drawn.shape == (96 * zoom, 128 * zoom, 3)
+    for n, colour in ((0, (0, 255, 0)), (1, IN_PICTURES[RESCUED])):
+        x1, _, _, y2 = (views.boxes_xyxy[n] * zoom).astype(int).tolist()
+        assert tuple(drawn[y2 - 20, x1]) == colour  # the left side, below the tag
+    red = draw_coverage(grey, split.class_names, views, coverage_of(views, {0: "outbid"}), 0)
+    x1, _, _, y2 = (views.boxes_xyxy[0] * zoom).astype(int).tolist()
+    assert tuple(red[y2 - 20, x1]) == IN_PICTURES[UNCOVERED] and tuple(red[y2 - 20, x1 + 60]) == (128, 128, 128)
