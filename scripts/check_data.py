@@ -65,22 +65,19 @@ def main() -> None:
         pairs["val"] = arguments.val_annotations, arguments.val_images or arguments.images
     elif arguments.val_images is not None:
         raise ConfigError("--val-images: there is no --val-annotations, which it belongs to")
+    page, facts = arguments.out / "data_check.html", arguments.out / "data_check.json"
+    arguments.out.mkdir(parents=True, exist_ok=True)
     set_up_jax()
     check = check_data(config, pairs)
     pictures = worst_pictures(check.splits[0], config.data, check.views, check.coverage, arguments.pictures)
-    html, facts = arguments.out / "data_check.html", arguments.out / "data_check.json"
+    html = to_html(check, pictures, f"Data check: {arguments.annotations.name}")
     try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        html.write_text(
-            to_html(check, pictures, f"Data check: {arguments.annotations.name}"),
-            encoding="utf-8",
-            errors="backslashreplace",
-        )
-        write_json(facts, facts_of(check))
+        page.write_text(html, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise ConfigError(f"--out {arguments.out}: cannot be written: {error.strerror}") from None
+        raise ConfigError(f"{page}: cannot be written: {error.strerror}") from None
+    write_json(facts, facts_of(check))
     say(check)
-    tell(f"page: {html}\nfacts: {facts}\n{verdict(check)}")
+    tell(f"page: {page}\nfacts: {facts}\n{verdict(check)}")
     sys.exit(0 if check.makes_sense else SENSELESS)
 
 

@@ -21,12 +21,12 @@ ROWS = 20
 """Rows of a table that are seen from the start."""
 STYLE = f"""
 .error b {{ color: {UNCOVERED} }} .warning b {{ color: {RESCUED} }} summary {{ cursor: pointer; font-size: 1rem }}
-details p {{ margin: .3rem 0 .6rem }} pre {{ background: var(--faint); padding: .8rem; overflow-x: auto }}
+details p {{ margin: .3rem 0 .6rem }} pre {{ background: var(--faint); padding: .8rem; white-space: pre-wrap }}
 td {{ white-space: nowrap }} h3 {{ font-size: 1rem }}
 .wide {{ display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)) }}
 .list table {{ width: 100% }} .list th, .list td {{ text-align: left; white-space: normal; overflow-wrap: anywhere }}
 .list td:first-child {{ min-width: 7.5rem }} .list td:nth-child(2) {{ white-space: nowrap }}
-.list td:last-child {{ width: 75% }} .list th {{ min-width: 3.2rem }}
+.list td:last-child {{ width: 75% }} .list th {{ min-width: 3.2rem; white-space: nowrap }}
 """
 
 
@@ -174,6 +174,7 @@ def _suggestion(check: Check) -> str:
         return title + paragraphs(
             ["None: the coverage is good, or no other anchors and sizes that were tried mend it."]
         )
+    everything, *classes = suggestion.pairs()
     rows = [
         [
             before.name,
@@ -182,7 +183,7 @@ def _suggestion(check: Check) -> str:
             f"{after.part('by_iou'):.1%}",
             f"{after.part('uncovered'):.1%}",
         ]
-        for before, after in suggestion.pairs()
+        for before, after in (everything, *sorted(classes, key=lambda pair: pair[0].part("by_iou")))
     ]
     before, after = suggestion.anchors
     said = [

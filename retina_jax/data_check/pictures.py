@@ -23,6 +23,9 @@ COVERED, RESCUED, UNCOVERED = "#009E73", "#E69F00", "#D55E00"
 IN_PICTURES = {COVERED: (0, 255, 0), RESCUED: (255, 190, 0), UNCOVERED: (255, 0, 0)}
 """The same in colours that are seen on a photograph."""
 
+TAGGED = 12
+"""Boxes of a picture that are tagged; of more, the tags would hide it."""
+
 
 class Worst(NamedTuple):
     """A picture, and what is to be said of it."""
@@ -62,7 +65,8 @@ def draw_coverage(
     image: UInt8[np.ndarray, "h w 3"], class_names: tuple[str, ...], views: Views, coverage: Coverage, v: int
 ) -> UInt8[np.ndarray, "H W 3"]:
     """The image of view `v`, enlarged by a whole factor where it is small. Boxes with anchors are green, those by the
-    low-quality rule only yellow, those without red; the latter two carry their class and their best IoU."""
+    low-quality rule only yellow, those without red; the latter two carry their class and their best IoU, where there are at
+    most TAGGED."""
     zoom = max(1, round(READABLE_SIDE * 1.5 / max(image.shape[:2])))
     picture = Image.fromarray(image).resize((image.shape[1] * zoom, image.shape[0] * zoom), Image.Resampling.BICUBIC)
     canvas = ImageDraw.Draw(picture)
@@ -74,17 +78,11 @@ def draw_coverage(
     for n in worst_last:
         place = np.clip(views.boxes_xyxy[n] * zoom, 0, [picture.width - 1, picture.height - 1] * 2).tolist()
         canvas.rectangle(place, outline=IN_PICTURES[colours[n]], width=line)
-    for n in worst_last:
-        if colours[n] != COVERED:
-            text = f"{class_names[views.labels[n]]} {coverage.best_iou[n]:.2f}"
-            tag(
-                canvas,
-                tuple((views.boxes_xyxy[n, :2] * zoom).tolist()),
-                text,
-                IN_PICTURES[colours[n]],
-                font,
-                picture.size,
-            )
+    tagged = [n for n in worst_last if colours[n] != COVERED]
+    for n in tagged if len(tagged) <= TAGGED else ():
+        text = f"{class_names[views.labels[n]]} {coverage.best_iou[n]:.2f}"
+        corner = tuple((views.boxes_xyxy[n, :2] * zoom).tolist())
+        tag(canvas, corner, text, IN_PICTURES[colours[n]], font, picture.size)
     return np.asarray(picture)
 
 

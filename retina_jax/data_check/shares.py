@@ -76,16 +76,16 @@ def count_shares(views: Views, coverage: Coverage, class_names: Sequence[str]) -
 def bin_names(ends: Float[np.ndarray, " n"]) -> list[str]:
     """What the bins between `ends` are called; the last has none."""
     pairs = pairwise(ends.tolist())
-    return [f"{low:.3g} to {high:.3g}" if np.isfinite(high) else f"{low:.4g} or more" for low, high in pairs]
+    return [f"{low:.4g} to {high:.4g}" if np.isfinite(high) else f"{low:.4g} or more" for low, high in pairs]
 
 
 def coverage_findings(shares: Shares) -> list[Finding]:
-    """Classes with poor coverage, and what is hopeless."""
+    """What is hopeless, and the classes with poor coverage, the worst first."""
     found = []
-    for share in (shares.total, *shares.classes):
+    for share in (shares.total, *sorted(shares.classes, key=lambda share: share.part("by_iou"))):
         text = (
-            f"of {share.boxes} boxes {share.part('by_iou'):.1%} have an anchor of sufficient IoU, "
-            f"{share.part('by_low_quality'):.1%} one by the low-quality rule only, {share.part('uncovered'):.1%} none"
+            f"{share.part('by_iou'):.1%} by IoU, {share.part('by_low_quality'):.1%} by the low-quality rule only, "
+            f"{share.part('uncovered'):.1%} none, of {share.boxes} boxes"
         )
         name = "all boxes" if share is shares.total else share.name
         least = HOPELESS if share is shares.total else CLASS_HOPELESS if share.boxes >= MANY else 0.0

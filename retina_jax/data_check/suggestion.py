@@ -86,7 +86,7 @@ def suggest(records: Sequence[Record], config: Config, class_names: Sequence[str
         return None
     other = override(config, changes)
     views = view_boxes(list(records), other.data)
-    after = count_shares(views, cover(views, other, "suggestion"), class_names)
+    after = count_shares(views, cover(views, other, "suggested anchors"), class_names)
     if after.total.by_iou <= before.total.by_iou:
         return None
     each = anchors_per_cell(config.anchors), anchors_per_cell(other.anchors)
