@@ -6,15 +6,20 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from planted import CONFIG, MISTAKES, Splits, clean
 from pycocotools.coco import COCO
+from small_sets import write_coco
+from test_coco import PLACES, anything, edited
 
 from retina_jax.config_files import override
 from retina_jax.data.coco import parse_coco, read_coco
 from retina_jax.data.source import DataError
+from retina_jax.data_check.boxes import box_findings
 from retina_jax.data_check.check import Check, check_data
 from retina_jax.data_check.findings import KINDS, SHOWN, Finding, grouped
-from retina_jax.data_check.split import read_split
+from retina_jax.data_check.split import REFUSED, read_split, refusals, repeated
 
 ERRORS = {
     "refused_categories",
@@ -100,6 +105,30 @@ def test_the_lenient_reader_takes_what_the_strict_one_takes(tmp_path: Path) -> N
             assert split.clipped_xyxy[trained[at]].tolist() == box
             at += 1
     assert at == len(trained)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.sampled_from(PLACES), anything)
+def test_any_value_anywhere_is_told_where_training_refuses_it(
+    tmp_path_factory: pytest.TempPathFactory, place: str, value: object
+) -> None:
+    """The strict reader raises exactly where the lenient one has something to tell, and its first word is among it."""
+    folder = tmp_path_factory.mktemp("any")
+    path, images = write_coco(folder, json.dumps(edited(**{place: value})))
+    try:
+        read_coco(path, images)
+        refused = None
+    except DataError as error:
+        refused = str(error)
+    try:
+        split = read_split("train", path, images, "keep")
+    except DataError as error:
+        assert refused == str(error)
+        return
+    found = [*refusals(split), *repeated(split), *box_findings(split, 4)]
+    lines = [f"{path}: {f.name}: {f.text}" for f in found if f.kind in ("orphaned", *REFUSED.values())]
+    assert refused in lines if refused else not lines
+    assert all(finding.name.isprintable() and finding.text.isprintable() for finding in found)
 
 
 def test_bad_images_that_are_skipped_are_no_errors(tmp_path: Path) -> None:
