@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,18 @@ def test_a_logit_that_is_no_number_makes_its_image_none_alone() -> None:
     logits, labels = case(3, 200, 7)
     sums = summed(classification_loss(LossConfig()))(logits.at[1, 0, 0].set(jnp.nan), labels.at[1, 0].set(BACKGROUND))
     assert np.isnan(sums).tolist() == [False, True, False]
+
+
+def test_on_the_cpu_the_gradient_takes_the_place_of_logits_that_are_given_away() -> None:
+    """No copy of them, and no second array of their size; here the last tile of an image is a short one."""
+    logits, labels = case(2, 1000, 80)
+    of_images = summed(classification_loss(LossConfig()))
+    program = jax.jit(jax.value_and_grad(lambda x, y: of_images(x, y).sum()), donate_argnums=0)
+    compiled = program.lower(logits, labels).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < logits.nbytes
+    assert not re.findall(r"= f32\[(?:2,1000|2000),80\]\S* (?:copy|broadcast)\(", compiled.as_text())
+    expected = jax.grad(lambda x: of_images(x, labels).sum())(logits)
+    np.testing.assert_array_equal(compiled(logits, labels)[1], expected)
 
 
 def test_under_vmap_and_with_no_anchors() -> None:
