@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from retina_jax.benchmarks.work import BenchmarkError, Task
+from retina_jax.hardware import processor
 
 
 def measure(
@@ -33,11 +34,10 @@ def measure(
       BenchmarkError: a variant cannot be made, or dies; the line names it.
     """
     with ExitStack() as stack:
-        workers = {
-            name: stack.enter_context(_worker(name, module, task, python if number else sys.executable))
-            for number, (name, module) in enumerate(variants.items())
-        }
-        made = {name: _answer(name, worker) for name, worker in workers.items()}
+        workers, made = {}, {}
+        for name, module in variants.items():  # made one after the other: what a matrix product reaches is timed there
+            workers[name] = stack.enter_context(_worker(name, module, task, python if workers else sys.executable))
+            made[name] = _answer(name, workers[name])
         figures: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
         for _ in range(repetitions):
             for name, worker in workers.items():
@@ -104,7 +104,7 @@ def _row(task: Task, name: str, made: dict[str, Any], figures: Sequence[dict[str
         row["images_per_second"] = 1000 * made["images"] / wall
     if made["flops"]:
         row["tflops"] = made["flops"] / wall / 1e9
-    row |= made["facts"]
+    row |= {"hardware": processor()} | made["facts"]
     if "tflops" in row and "matmul_tflops" in row:
         row["share_of_matmul"] = row["tflops"] / row["matmul_tflops"]
     return row

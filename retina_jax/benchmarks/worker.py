@@ -42,7 +42,8 @@ def main(module: str, task: str) -> None:
         return
     for _ in range(WARM_UP):
         work.run()
-    answer(images=work.images, flops=work.flops, facts={"hardware": hardware(wanted["device"])} | work.facts)
+    facts = {"hardware": accelerator()} | work.facts if wanted["device"] == "gpu" else work.facts
+    answer(images=work.images, flops=work.flops, facts=facts)
     reset_peak()
     for _ in sys.stdin:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -61,14 +62,10 @@ def reset_peak() -> None:
         clear.write_text("5")
 
 
-def hardware(device: str) -> str:
-    """The device's name."""
-    if device == "gpu":
-        torch = sys.modules.get("torch")
-        return torch.cuda.get_device_name() if torch else sys.modules["jax"].devices()[0].device_kind
-    from retina_jax.hardware import processor
-
-    return processor()
+def accelerator() -> str:
+    """The accelerator's name."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.get_device_name() if torch else sys.modules["jax"].devices()[0].device_kind
 
 
 def peak_mib(device: str) -> float | None:
