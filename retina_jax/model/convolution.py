@@ -13,6 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float, Float32
 
 from retina_jax.model import winograd
@@ -128,7 +129,9 @@ def _grouped(x: Array, groups: int) -> Array:
 
 
 def _places(x: Array, stride: int = 1) -> int:
+    """Places of the kernel; a batch whose size is left open (`jax.export`) counts as one image."""
     batch, height, width, _ = x.shape
+    batch = 1 if is_symbolic_dim(batch) else batch
     return batch * -(-height // stride) * -(-width // stride)
 
 

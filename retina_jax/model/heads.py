@@ -33,4 +33,4 @@ class Head(nn.Module):
                 x = Norm("group", config.norm_groups, dtype=dtype, name=f"norm{i}")(x)
             x = relu(x)
         x = Conv(self.anchors_per_cell * self.outputs, 3, bias=True, dtype=dtype, name="output")(x)
-        return x.reshape(len(x), -1, self.outputs)
+        return x.reshape(x.shape[0], -1, self.outputs)

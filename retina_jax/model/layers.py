@@ -123,7 +123,7 @@ def group_moments(x: Float[Array, "B H W C"], groups: int) -> tuple[Float[Array,
     """Mean and variance of each image and group of neighbouring channels, repeated over the group's channels."""
     size = x.shape[-1] // groups
     sums = jnp.stack([x.mean((1, 2)), jnp.square(x).mean((1, 2))])
-    mean, square = jnp.repeat(sums.reshape(2, len(x), groups, size).mean(-1), size, axis=-1)[:, :, None, None]
+    mean, square = jnp.repeat(sums.reshape(2, x.shape[0], groups, size).mean(-1), size, axis=-1)[:, :, None, None]
     return mean, jnp.maximum(square - jnp.square(mean), 0)
 
 

@@ -71,8 +71,8 @@ def open_run(
                 "data_sha256": data_sha256,
                 "parts": parts,
                 "command": sys.argv,
-                "commit": _commit(),
-                "versions": _versions(),
+                "commit": code_commit(),
+                "versions": package_versions(),
                 "started": secrets.token_hex(8),
             },
         )
@@ -165,7 +165,7 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
-def _commit() -> str | None:
+def code_commit() -> str | None:
     """Git commit of this code, with "+changes" where the tree differs from it; None outside a checkout."""
     where = Path(__file__).resolve().parents[2]
     git = ["git", "-C", str(where)]
@@ -179,7 +179,8 @@ def _commit() -> str | None:
     return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Of Python and the packages that decide what a program computes, and the devices."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,0 +1,48 @@
+"""The images that a shipped detector is tried on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from retina_jax.config import ConfigError, ScenesConfig
+from retina_jax.data.decoding import MAX_PIXELS, largest_file, to_rgb
+from retina_jax.data.image_files import image_files
+from retina_jax.data.reading import read_file
+from retina_jax.data.scenes import VAL, draw_scene
+from retina_jax.data.source import BadImage, DataError
+from retina_jax.data.sources import open_source
+from retina_jax.detector import Detector
+from retina_jax.errors import reason
+
+Images = list[UInt8[np.ndarray, "_ _ 3"]]
+
+
+def images_for(detector: Detector, files: Path | None, count: int) -> tuple[Images, str]:
+    """The first `count` images of a folder, else of the detector's validation data, else generated scenes; and what they are.
+
+    Raises ConfigError or BadImage where `files` are named and cannot be read. Validation images that are not there are no
+    error: a detector from elsewhere has none, and a run may have moved to another machine.
+    """
+    if files is not None:
+        found = list(image_files([files], out=Path(os.devnull)))[:count]  # nothing is drawn
+        return [_read(file) for file in found], f"{len(found)} images of {files}"
+    try:
+        source = open_source(detector.config.data, "val")
+        images = [to_rgb(source.read(index)) for index in range(min(count, len(source)))]
+    except (ConfigError, DataError, OSError) as error:
+        scenes = ScenesConfig(size=max(64, detector.config.data.short_side))
+        return [draw_scene(scenes, VAL, i).image for i in range(count)], f"{count} generated scenes ({reason(error)})"
+    return images, f"the first {len(images)} images of {source.name}"
+
+
+def _read(file: Path) -> UInt8[np.ndarray, "_ _ 3"]:
+    try:
+        return to_rgb(read_file(file, largest_file(MAX_PIXELS)))
+    except OSError as error:
+        raise BadImage(f"{file}: {reason(error)}") from None
+    except BadImage as error:
+        raise BadImage(f"{file}: {error}") from None

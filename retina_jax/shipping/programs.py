@@ -1,0 +1,102 @@
+"""What travels: for each canvas a program that brings an image onto it, and one that finds the objects on a batch of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+from jaxtyping import Array, Float, Float32, Int, UInt8
+
+from retina_jax.anchors import anchor_grid, level_counts
+from retina_jax.config import DataConfig
+from retina_jax.data.preprocessing import buckets, exact_canvas
+from retina_jax.detection import detect
+from retina_jax.detector import Detector
+from retina_jax.shipping.resizing import resize_to_canvas
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+"""What every program is lowered for, whatever device is at hand."""
+
+
+def canvases(data: DataConfig) -> tuple[tuple[int, int], ...]:
+    """Every (height, width) that `detector.to_canvas` can choose for a single image, the order of `buckets` kept.
+
+    With `data.buckets` 0 these are all that the resize rule leads to: 86 where the short side is 800 and the long one 1333.
+    """
+    if data.buckets:
+        return buckets(data, (data.short_side,))
+    short, long = min(data.short_side, data.long_side), data.long_side
+    sizes = [(short, side) for side in range(short, long + 1)] + [(side, long) for side in range(1, short + 1)]
+    exact = [exact_canvas(size, data) for height, width in sizes for size in ((height, width), (width, height))]
+    return tuple(dict.fromkeys(exact))
+
+
+def programs(detector: Detector) -> Iterator[tuple[str, bytes]]:
+    """(name, serialised program) of every canvas, as retina_jax/shipping/loader.py calls them.
+
+    prepare_HxW: image uint8 [h, w, 3], its size int32 [2] (what lies beyond is not looked at), its size after the resize
+    int32 [2] -> canvas [H, W, 3]. The sides h and w are left open.
+    detect_HxW: the parameters in the order of `jax.tree.leaves`, canvases [b, H, W, 3], sizes int32 [b, 2] after and before
+    the resize -> boxes_xyxy float32 [b, D, 4] in pixels of the images, scores float32 [b, D], labels int32 [b, D], -1 where
+    there is none. The batch b is left open.
+    """
+    h, w, b = export.symbolic_shape("h, w, b")
+    pixels, size = detector.config.data.pixels, jax.ShapeDtypeStruct((2,), np.int32)
+    sizes = jax.ShapeDtypeStruct((b, 2), np.int32)
+    parameters = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(detector.variables)]
+    for canvas in canvases(detector.config.data):
+        batch = jax.ShapeDtypeStruct((b, *canvas, 3), pixels)
+        prepare, find = _prepare(detector, canvas), _detect(detector, canvas)
+        name = f"{canvas[0]}x{canvas[1]}"
+        yield f"prepare_{name}", _exported(prepare, jax.ShapeDtypeStruct((h, w, 3), np.uint8), size, size)
+        yield f"detect_{name}", _exported(find, parameters, batch, sizes, sizes)
+
+
+def _exported(program: Any, *arguments: Any) -> bytes:
+    return bytes(export.export(jax.jit(program), platforms=PLATFORMS)(*arguments).serialize())
+
+
+def _prepare(detector: Detector, canvas: tuple[int, int]) -> Any:
+    data = detector.config.data
+
+    def prepare(
+        image: UInt8[Array, "h w 3"], size_hw: Int[Array, "2"], resized_hw: Int[Array, "2"]
+    ) -> UInt8[Array, "H W 3"] | Float32[Array, "H W 3"]:
+        return resize_to_canvas(image, size_hw, resized_hw, canvas, data.resize, data.pixels)
+
+    return prepare
+
+
+def _detect(detector: Detector, canvas: tuple[int, int]) -> Any:
+    config, model = detector.config, detector.driver.model
+    structure = jax.tree.structure(detector.variables)
+    anchors = anchor_grid(canvas, config.anchors, config.model)
+    counts = level_counts(canvas, config.anchors, config.model)
+
+    def find(
+        parameters: list[Float[Array, "..."]],
+        images: UInt8[Array, "b H W 3"] | Float32[Array, "b H W 3"],
+        resized_hw: Int[Array, "b 2"],
+        size_hw: Int[Array, "b 2"],
+    ) -> tuple[Float32[Array, "b D 4"], Float32[Array, "b D"], Int[Array, "b D"]]:
+        logits, deltas = model.apply(jax.tree.unflatten(structure, parameters), images, resized_hw, train=False)
+        found = detect(logits, deltas, jnp.asarray(anchors), counts, resized_hw, config.detection)
+        boxes_xyxy = _to_original_pixels(found.boxes_xyxy, resized_hw, size_hw, config.data)
+        return jnp.where(found.labels[..., None] >= 0, boxes_xyxy, 0.0), found.scores, found.labels
+
+    return find
+
+
+def _to_original_pixels(
+    boxes_xyxy: Float32[Array, "b D 4"], resized_hw: Int[Array, "b 2"], size_hw: Int[Array, "b 2"], data: DataConfig
+) -> Float32[Array, "b D 4"]:
+    """As `preprocessing.to_original_pixels`, cut to the images."""
+    before, after = (jnp.tile(size[:, ::-1], 2)[:, None].astype(jnp.float32) for size in (size_hw, resized_hw))
+    scale = after / before
+    if data.box_ends == "inclusive":
+        boxes_xyxy = boxes_xyxy - (1 - scale) * np.array([[[0, 0, 1, 1]]], np.float32)
+    return jnp.clip(boxes_xyxy / scale, 0.0, before)

@@ -1,0 +1,74 @@
+"""Ship a detector in one file: scripts/export.py (--workdir RUN | --weights KIND:FILE) --out FILE [--format savedmodel]
+
+stablehlo: programs of jax.export for CPU, CUDA and TPU, from uint8 pixels to boxes, with the parameters beside them;
+retina_jax/shipping/loader.py reads it with jax and numpy alone. docs/export.md shows how.
+
+Before FILE is there, it is loaded again and asked about real images beside the live detector. Where the answers differ by
+more than a rounding, no file is left, and the exit status is 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from retina_jax.command_line import one_line_errors, parse_command_line, set_up_jax
+from retina_jax.config import ConfigError
+from retina_jax.detector import load_detector
+from retina_jax.shipping.check import check
+from retina_jax.shipping.images import images_for
+from retina_jax.shipping.loader import load
+from retina_jax.shipping.writing import kept_if_no_error, write_file
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options of this script."""
+
+    out: Path
+    """File to write."""
+    workdir: Path | None = None
+    """Folder of the run whose detector is shipped."""
+    weights: str = ""
+    """KIND:FILE or KIND:NAME of a detector from elsewhere; KIND is torchvision, detectron2 or detectron."""
+    format: Literal["stablehlo"] = "stablehlo"
+    """What is written."""
+    step: int | None = None
+    """Saved step; None: the newest."""
+    short_side: int | None = None
+    """Length the shorter image side is resized to, pixels; None: as in training."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes of --weights, where they are not COCO's."""
+    images: Path | None = None
+    """Image file, or folder of them, to compare on; None: the run's validation images, where there are none generated
+    scenes."""
+    count: int = 16
+    """Images to compare on, the first ones."""
+
+
+def main() -> None:
+    """Load, write, load again, compare, tell."""
+    arguments = parse_command_line(Arguments, Arguments(tyro.MISSING), sys.argv[1:], __doc__)
+    if (arguments.workdir is None) == (not arguments.weights):
+        raise ConfigError("--workdir: give the folder of a run, or --weights KIND:FILE, and not both")
+    if arguments.count < 1:
+        raise ConfigError(f"--count: {arguments.count} cannot be; compare on 1 image at least")
+    set_up_jax()
+    asked = {"step": arguments.step, "short_side": arguments.short_side, "class_names": arguments.class_names}
+    source = arguments.weights or str(arguments.workdir)
+    detector = load_detector(source, **asked)
+    images, what = images_for(detector, arguments.images, arguments.count)
+    with kept_if_no_error(arguments.out) as beside:
+        write_file(beside, detector, source)
+        print(f"compared on {what}")
+        print(check(detector, load(str(beside)), images))
+    print(f"{arguments.out}: {arguments.out.stat().st_size / 2**20:.1f} MiB, step {detector.step}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
