@@ -1,4 +1,4 @@
-"""Ship a detector in one file: scripts/export.py (--workdir RUN | --weights KIND:FILE) --out FILE [--format savedmodel]
+"""Ship a detector in one file: scripts/export.py (--workdir RUN | --weights KIND:FILE) --out FILE
 
 stablehlo: programs of jax.export for CPU, CUDA and TPU, from uint8 pixels to boxes, with the parameters beside them;
 retina_jax/shipping/loader.py reads it with jax and numpy alone. docs/export.md shows how.
@@ -19,10 +19,13 @@ import tyro
 from retina_jax.command_line import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import ConfigError
 from retina_jax.detector import load_detector
-from retina_jax.shipping.check import check
 from retina_jax.shipping.images import images_for
-from retina_jax.shipping.loader import load
-from retina_jax.shipping.writing import kept_if_no_error, write_file
+from retina_jax.shipping.writing import ship
+
+REFUSED = {
+    "savedmodel": "TensorFlow 2.21, the newest release, cannot read what jax 0.10.2 writes",
+    "onnx": "PLACEHOLDER",
+}
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Arguments:
     """Folder of the run whose detector is shipped."""
     weights: str = ""
     """KIND:FILE or KIND:NAME of a detector from elsewhere; KIND is torchvision, detectron2 or detectron."""
-    format: Literal["stablehlo"] = "stablehlo"
-    """What is written."""
+    format: Literal["stablehlo", "savedmodel", "onnx"] = "stablehlo"
+    """What is written; the last two are refused while no converter holds (docs/export.md)."""
     step: int | None = None
     """Saved step; None: the newest."""
     short_side: int | None = None
@@ -55,6 +58,10 @@ def main() -> None:
     arguments = parse_command_line(Arguments, Arguments(tyro.MISSING), sys.argv[1:], __doc__)
     if (arguments.workdir is None) == (not arguments.weights):
         raise ConfigError("--workdir: give the folder of a run, or --weights KIND:FILE, and not both")
+    if arguments.format in REFUSED:
+        raise ConfigError(
+            f"--format {arguments.format}: {REFUSED[arguments.format]}; docs/export.md has what was tried"
+        )
     if arguments.count < 1:
         raise ConfigError(f"--count: {arguments.count} cannot be; compare on 1 image at least")
     set_up_jax()
@@ -62,10 +69,8 @@ def main() -> None:
     source = arguments.weights or str(arguments.workdir)
     detector = load_detector(source, **asked)
     images, what = images_for(detector, arguments.images, arguments.count)
-    with kept_if_no_error(arguments.out) as beside:
-        write_file(beside, detector, source)
-        print(f"compared on {what}")
-        print(check(detector, load(str(beside)), images))
+    print(f"compared on {what}")
+    print(ship(detector, arguments.out, source, images))
     print(f"{arguments.out}: {arguments.out.stat().st_size / 2**20:.1f} MiB, step {detector.step}")
 
 

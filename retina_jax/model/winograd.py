@@ -29,7 +29,7 @@ TURNED = (3, 1, 2, 0)
 def convolution(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
     """The sum of products of each 3x3 patch of `x` with `kernel`."""
     products = [patch @ tap for patch, tap in zip(_of_patches(x), _of_kernel(kernel), strict=True)]
-    return _outputs(products, x.shape[:3])
+    return _outputs(products, x)
 
 
 def map_gradient(dy: Float[Array, "B H W D"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W C"]:
@@ -37,7 +37,7 @@ def map_gradient(dy: Float[Array, "B H W D"], kernel: Float[Array, "3 3 C D"]) -
     taps = _of_kernel(kernel)
     turned = [taps[4 * u + v] for u in TURNED for v in TURNED]
     products = [jnp.einsum("nd,cd->nc", patch, tap) for patch, tap in zip(_of_patches(dy), turned, strict=True)]
-    return _outputs(products, dy.shape[:3])
+    return _outputs(products, dy)
 
 
 def kernel_gradient(x: Float[Array, "B H W C"], dy: Float[Array, "B H W D"]) -> Float[Array, "3 3 C D"]:
@@ -61,9 +61,9 @@ def _of_kernel(kernel: Float[Array, "3 3 C D"]) -> list[Float[Array, "C D"]]:
     return _twice(OF_KERNEL, [kernel[i, j] for i in range(3) for j in range(3)])
 
 
-def _outputs(products: list[Float[Array, "N D"]], shape: tuple[int, int, int]) -> Float[Array, "B H W D"]:
-    """The blocks of 2x2, put side by side."""
-    batch, height, width = shape
+def _outputs(products: list[Float[Array, "N D"]], like: Float[Array, "B H W _"]) -> Float[Array, "B H W D"]:
+    """The blocks of 2x2, put side by side to a map as large as `like`."""
+    batch, height, width, _ = like.shape
     rows, columns, features = -(-height // 2), -(-width // 2), products[0].shape[-1]
     blocks = [block.reshape(batch, rows, columns, features) for block in _twice(TO_OUTPUT, products)]
     upper, lower = (jnp.stack(blocks[i : i + 2], axis=3) for i in (0, 2))

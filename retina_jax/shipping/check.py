@@ -69,10 +69,14 @@ def check(live: Detector, shipped: Shipped, images: Sequence[UInt8[np.ndarray, "
     if not compared.agrees:
         raise ExportError(f"the shipped detector answers otherwise than the live one and is not kept: {compared}")
     if compared.detections == 0:
-        raise ExportError(f"nothing was found on {len(images)} images, so nothing could be compared; name others: --images")
+        raise ExportError(
+            f"nothing was found on {len(images)} images, so nothing could be compared; name others: --images"
+        )
     own, its = seconds_of_each((live, shipped), images)
     device = jax.devices()[0].device_kind
-    return f"{compared}\none image takes {1e3 * own:.1f} ms live and {1e3 * its:.1f} ms shipped, in the median ({device})"
+    return (
+        f"{compared}\none image takes {1e3 * own:.1f} ms live and {1e3 * its:.1f} ms shipped, in the median ({device})"
+    )
 
 
 def compare(

@@ -22,7 +22,7 @@ Images = list[UInt8[np.ndarray, "_ _ 3"]]
 
 
 def images_for(detector: Detector, files: Path | None, count: int) -> tuple[Images, str]:
-    """The first `count` images of a folder, else of the detector's validation data, else generated scenes; and what they are.
+    """The first `count` images of `files`, else of the validation data, else generated scenes; and what they are, in words.
 
     Raises ConfigError or BadImage where `files` are named and cannot be read. Validation images that are not there are no
     error: a detector from elsewhere has none, and a run may have moved to another machine.

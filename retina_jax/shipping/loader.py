@@ -47,9 +47,9 @@ def load(path: str) -> Detector:
     try:
         with zipfile.ZipFile(path) as file:
             files = {name: file.read(name) for name in file.namelist()}
-        about = json.loads(files["about.json"])
+        about = json.loads(files.pop("about.json"))
         version = about["format"]
-        with np.load(io.BytesIO(files["parameters.npz"]), allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(files.pop("parameters.npz")), allow_pickle=False) as arrays:
             parameters = [arrays[name] for name in arrays.files]
     except (zipfile.BadZipFile, zlib.error, EOFError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise LoadError(f"{path}: is no whole file of scripts/export.py ({error}); copy or export it anew") from None
@@ -82,13 +82,16 @@ class Detector:
         if batch_size < 1:
             raise LoadError(f"batch_size: {batch_size}; give 1 or more")
         sizes = [self.resized_size(*image.shape[:2]) for image in images]
-        canvases = [self.canvas(size) for size in sizes]
+        on_canvas: dict[tuple[int, int], list[int]] = {}
+        for number, size in enumerate(sizes):
+            on_canvas.setdefault(self.canvas(size), []).append(number)
         found: dict[int, Found] = {}
-        for canvas in dict.fromkeys(canvases):
-            alike = [number for number, other in enumerate(canvases) if other == canvas]
-            for start in range(0, len(alike), batch_size):
-                group = alike[start : start + batch_size]
-                found.update(zip(group, self._batch(canvas, group, images, sizes, batch_size), strict=True))
+        for canvas, numbers in on_canvas.items():
+            for start in range(0, len(numbers), batch_size):
+                group = numbers[start : start + batch_size]
+                rows = [*group, *group[-1:] * (batch_size - len(group))]  # the last one fills what is left
+                answers = self._batch(canvas, [images[i] for i in rows], [sizes[i] for i in rows])
+                found.update(zip(group, answers, strict=False))
         return [found[number] for number in range(len(images))]
 
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
@@ -103,19 +106,14 @@ class Detector:
         return min(fitting, key=lambda canvas: canvas[0] * canvas[1])
 
     def _batch(
-        self,
-        canvas: tuple[int, int],
-        group: Sequence[int],
-        images: Sequence[np.ndarray],
-        sizes: Sequence[tuple[int, int]],
-        batch_size: int,
+        self, canvas: tuple[int, int], images: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]
     ) -> list[Found]:
-        rows = [*group, *group[-1:] * (batch_size - len(group))]  # the last one fills what is left
-        resized, original = (np.array(s, np.int32) for s in ([sizes[i] for i in rows], [images[i].shape[:2] for i in rows]))
-        pixels = [self._program("prepare", canvas)(_stored(images[i]), original[n], resized[n]) for n, i in enumerate(group)]
-        batch = jax.numpy.stack([*pixels, *pixels[-1:] * (batch_size - len(group))])
-        answers = jax.device_get(self._program("detect", canvas)(self._parameters, batch, resized, original))
-        return [Found(*(part[row][answers[2][row] >= 0] for part in answers)) for row in range(len(group))]
+        original, resized = (np.array(s, np.int32) for s in ([image.shape[:2] for image in images], sizes))
+        prepare, find = self._program("prepare", canvas), self._program("detect", canvas)
+        pixels = [prepare(_stored(image), *both) for image, *both in zip(images, original, resized, strict=True)]
+        boxes_xyxy, scores, labels = jax.device_get(find(self._parameters, jax.numpy.stack(pixels), resized, original))
+        real = labels >= 0
+        return [Found(boxes_xyxy[i][kept], scores[i][kept], labels[i][kept]) for i, kept in enumerate(real)]
 
     def _program(self, kind: str, canvas: tuple[int, int]) -> Any:
         name = f"programs/{kind}_{canvas[0]}x{canvas[1]}"
@@ -126,7 +124,7 @@ class Detector:
 
 def _stored(image: np.ndarray) -> np.ndarray:
     """The image in the upper left of an array whose sides are one of eight an octave: a program serves many sizes."""
-    steps = [1 << max(4, side.bit_length() - 3) for side in image.shape[:2]]
+    steps = [1 << max(4, side.bit_length() - 4) for side in image.shape[:2]]
     below, right = (-side % step for side, step in zip(image.shape[:2], steps, strict=True))
     return np.pad(image, ((0, below), (0, right), (0, 0)))
 

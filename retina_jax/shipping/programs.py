@@ -1,4 +1,4 @@
-"""What travels: for each canvas a program that brings an image onto it, and one that finds the objects on a batch of them."""
+"""What travels: for each canvas a program that brings an image onto it, and one that finds the objects on a batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
-from jaxtyping import Array, Float, Float32, Int, UInt8
+from jaxtyping import Array, Float32, Int, UInt8
 
 from retina_jax.anchors import anchor_grid, level_counts
 from retina_jax.config import DataConfig
@@ -64,7 +64,7 @@ def _prepare(detector: Detector, canvas: tuple[int, int]) -> Any:
     data = detector.config.data
 
     def prepare(
-        image: UInt8[Array, "h w 3"], size_hw: Int[Array, "2"], resized_hw: Int[Array, "2"]
+        image: UInt8[Array, "h w 3"], size_hw: Int[Array, " 2"], resized_hw: Int[Array, " 2"]
     ) -> UInt8[Array, "H W 3"] | Float32[Array, "H W 3"]:
         return resize_to_canvas(image, size_hw, resized_hw, canvas, data.resize, data.pixels)
 
@@ -78,7 +78,7 @@ def _detect(detector: Detector, canvas: tuple[int, int]) -> Any:
     counts = level_counts(canvas, config.anchors, config.model)
 
     def find(
-        parameters: list[Float[Array, "..."]],
+        parameters: list[Array],
         images: UInt8[Array, "b H W 3"] | Float32[Array, "b H W 3"],
         resized_hw: Int[Array, "b 2"],
         size_hw: Int[Array, "b 2"],

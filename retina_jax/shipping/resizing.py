@@ -4,8 +4,8 @@ That one is TensorFlow's and does not travel with a program. Here sizes are valu
 image that fits its storage. On the CPU all pixels are equal (tested); where a device rounds otherwise, a pixel can be one
 grey level off.
 
-XLA fuses a product and a sum where it can, which rounds once where TensorFlow rounds twice. A bound that no product can
-reach, taken in between (`_rounded`), keeps the two apart.
+XLA fuses a product and a sum where it can, and two divisions, which rounds once where TensorFlow rounds twice. A bound that
+no number reaches, taken in between (`_rounded`), keeps the two apart.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
+from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from retina_jax.data.pipeline import LARGE
 
 
 def resize_to_canvas(
     image: UInt8[Array, "h w 3"],
-    size_hw: Int[Array, "2"],
-    resized_hw: Int[Array, "2"],
+    size_hw: Int[Array, " 2"],
+    resized_hw: Int[Array, " 2"],
     canvas: tuple[int, int],
     kind: Literal["bilinear", "antialias"],
     pixels: Literal["uint8", "float32"],
@@ -55,8 +55,8 @@ def resize_to_canvas(
 def _bilinear(
     image: UInt8[Array, "h w 3"],
     before: Float[Array, ""],
-    size_hw: Int[Array, "2"],
-    resized_hw: Int[Array, "2"],
+    size_hw: Int[Array, " 2"],
+    resized_hw: Int[Array, " 2"],
     canvas: tuple[int, int],
 ) -> Float32[Array, "H W 3"]:
     """TensorFlow's ResizeBilinear with half-pixel centres: along x, then along y."""
@@ -89,8 +89,8 @@ def _between(a: Float[Array, "H W 3"], b: Float[Array, "H W 3"], share: Float[Ar
 def _antialias(
     image: UInt8[Array, "h w 3"],
     before: Float[Array, ""],
-    size_hw: Int[Array, "2"],
-    resized_hw: Int[Array, "2"],
+    size_hw: Int[Array, " 2"],
+    resized_hw: Int[Array, " 2"],
     canvas: tuple[int, int],
 ) -> Float32[Array, "H W 3"]:
     """TensorFlow's ScaleAndTranslate with the triangle kernel: along y, then along x."""
@@ -111,7 +111,7 @@ class _Spans(NamedTuple):
 
 
 def _spans(count: int, size: Int[Array, ""], resized: Int[Array, ""]) -> _Spans:
-    old = 1 / (resized.astype(jnp.float32) / size.astype(jnp.float32))
+    old = 1 / _rounded(resized.astype(jnp.float32) / size.astype(jnp.float32), 0.0)
     reach = jnp.maximum(old, 1.0)
     centre = _rounded((jnp.arange(count, dtype=jnp.float32) + 0.5) * old, 0.0)
     ends = jnp.ceil(centre - reach - 0.5), jnp.floor(centre + reach - 0.5)
@@ -139,6 +139,6 @@ def _weighted_sum(
     return lax.fori_loop(0, most, add, nothing)
 
 
-def _rounded(product: Float[Array, "*n"], bound: float) -> Float[Array, "*n"]:
-    """`product`, none of which is below `bound`, rounded to float32 before anything is added to it."""
-    return jnp.maximum(product, bound)
+def _rounded(numbers: Float[Array, "*n"], bound: float) -> Float[Array, "*n"]:
+    """`numbers`, none of which is below `bound`, rounded to float32 before anything else is done with them."""
+    return jnp.maximum(numbers, bound)

@@ -7,18 +7,29 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
+from jaxtyping import UInt8
 
 from retina_jax.detector import Detector
 from retina_jax.errors import reason
-from retina_jax.shipping.check import ExportError
-from retina_jax.shipping.loader import FORMAT
+from retina_jax.shipping.check import ExportError, check
+from retina_jax.shipping.loader import FORMAT, load
 from retina_jax.shipping.programs import PLATFORMS, canvases, programs
 from retina_jax.training.opening import code_commit, package_versions
+
+
+def ship(detector: Detector, path: Path, source: str, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> str:
+    """Write the file, load it, and keep it where it answers about `images` as `detector` does; what `check` tells.
+
+    Raises ExportError where it does not, or cannot be written: then what stood at `path` before still does.
+    """
+    with kept_if_no_error(path) as beside:
+        write_file(beside, detector, source)
+        return check(detector, load(str(beside)), images)
 
 
 def write_file(path: Path, detector: Detector, source: str) -> None:
@@ -57,7 +68,7 @@ def write_file(path: Path, detector: Detector, source: str) -> None:
 
 @contextlib.contextmanager
 def kept_if_no_error(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its place when the block ends, and is gone when it ends by an error."""
+    """A path beside `path` to write to, which takes its place when the block ends, and is gone where that is by an error."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

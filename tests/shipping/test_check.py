@@ -1,0 +1,70 @@
+"""When two detectors say the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from retina_jax.detector import ImageDetections
+from retina_jax.shipping.check import Comparison, compare
+from retina_jax.shipping.loader import Found
+
+IMAGE = np.zeros((50, 100, 3), np.uint8)
+"""A hundredth of a pixel is the tolerance here."""
+BOXES = [[10, 10, 20, 20], [30, 10, 40, 20], [50, 10, 60, 20]]
+
+
+def compared(
+    boxes: list[list[float]], scores: list[float], labels: list[int], most: int = 100, threshold: float = 0.05
+) -> Comparison:
+    """With BOXES of scores .9, .5, .0505, label 0, at a threshold of .05."""
+    live = ImageDetections(np.array(BOXES, np.float32), np.array([0.9, 0.5, 0.0505], np.float32), np.zeros(3, np.int32))
+    shipped = Found(
+        np.array(boxes, np.float32).reshape(-1, 4), np.array(scores, np.float32), np.array(labels, np.int32)
+    )
+    return compare([live], [shipped], [IMAGE], threshold, most)
+
+
+def test_equal_answers_agree() -> None:
+    found = compared(BOXES, [0.9, 0.5, 0.0505], [0, 0, 0])
+    assert found.agrees and found == Comparison(1, 3, 0, 0.0, 0.0)
+
+
+def test_the_largest_differences_are_told() -> None:
+    moved = [[10, 10, 20, 20.005], *BOXES[1:]]
+    found = compared(moved, [0.9, 0.5006, 0.0505], [0, 0, 0])
+    assert found.agrees and found.box_difference == pytest.approx(0.005, abs=1e-5)
+    assert found.score_difference == pytest.approx(0.0006, abs=1e-6)
+
+
+def test_order_does_not_matter() -> None:
+    assert compared(BOXES[::-1], [0.0505, 0.5, 0.9], [0, 0, 0]).agrees
+
+
+@pytest.mark.parametrize(
+    ("boxes", "scores", "labels", "strangers"),
+    [
+        ([[10, 10, 20, 20.02], *BOXES[1:]], [0.9, 0.5, 0.0505], [0, 0, 0], 2),  # a side too far
+        (BOXES, [0.9, 0.502, 0.0505], [0, 0, 0], 2),  # a score too far
+        (BOXES, [0.9, 0.5, 0.0505], [0, 1, 0], 2),  # another label
+        ([BOXES[0], BOXES[2]], [0.9, 0.0505], [0, 0], 1),  # one is missing
+        ([*BOXES, BOXES[1]], [0.9, 0.5, 0.0505, 0.5], [0] * 4, 1),  # one is twice
+        ([], [], [], 2),  # all are missing; the last is at the threshold
+        (BOXES, [float("nan")] * 3, [0, 0, 0], 2),
+    ],
+)
+def test_what_differs_is_counted(boxes: list, scores: list[float], labels: list[int], strangers: int) -> None:
+    found = compared(boxes, scores, labels)
+    assert not found.agrees and found.strangers == strangers and str(strangers) in str(found)
+
+
+def test_a_score_at_the_threshold_may_be_there_or_not() -> None:
+    assert compared(BOXES[:2], [0.9, 0.5], [0, 0]).agrees
+    assert not compared(BOXES[:2], [0.9, 0.5], [0, 0], threshold=0.01).agrees
+
+
+def test_the_last_place_of_a_full_list_may_be_taken_by_an_equal_one() -> None:
+    others = [*BOXES[:2], [70, 10, 80, 20]]
+    assert compared(others, [0.9, 0.5, 0.0508], [0, 0, 0], most=3, threshold=0.0).agrees
+    assert not compared(others, [0.9, 0.5, 0.0508], [0, 0, 0], most=4, threshold=0.0).agrees
+    assert not compared(others, [0.9, 0.5, 0.0525], [0, 0, 0], most=3, threshold=0.0).agrees

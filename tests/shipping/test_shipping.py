@@ -1,0 +1,379 @@
+"""A detector in one file answers as the live one, wherever it is loaded; what would not, is not kept."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retina_jax.config import Config, ConfigError, DataConfig
+from retina_jax.config_files import override
+from retina_jax.data.preprocessing import resized_size
+from retina_jax.detector import Detector, to_canvas
+from retina_jax.model.convolution import convolution
+from retina_jax.shipping import check, writing
+from retina_jax.shipping.check import ExportError
+from retina_jax.shipping.images import images_for
+from retina_jax.shipping.programs import PLATFORMS, canvases
+from retina_jax.training.parallel import Driver
+
+ROOT = Path(__file__).parents[2]
+
+
+def imported(path: Path, name: str) -> ModuleType:
+    """A file as a module of that name, which no package's import hook sees."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+loader = imported(ROOT / "retina_jax" / "shipping" / "loader.py", "loader")
+LoadError, load = loader.LoadError, loader.load
+GROUP = override(
+    Config(),
+    {
+        "data.short_side": 64, "data.long_side": 96, "model.backbone": "resnet18", "model.base_width": 4,
+        "model.stage_blocks": (1, 1, 1, 1), "model.norm": "group", "model.norm_groups": 2, "model.frozen_stages": 0,
+        "model.max_level": 5, "model.fpn_channels": 8, "model.head_channels": 8, "model.head_convs": 1,
+        "model.num_classes": 2, "model.head_std": 0.2, "anchors.size_factor": 2.0, "detection.score_threshold": 0.001,
+        "detection.max_detections": 20, "devices": 1,
+    },
+)  # fmt: skip
+FROZEN = override(
+    GROUP,
+    {
+        "model.norm": "frozen", "model.head_norm": "group", "model.input_normalisation": "imagenet",
+        "data.resize": "antialias", "data.pixels": "float32", "data.box_ends": "inclusive", "data.buckets": 1,
+        "data.size_rounding": "floor", "anchors.style": "torchvision", "detection.clip": "after_nms",
+        "detection.threshold_coarsest": False,
+    },
+)  # fmt: skip
+SIZES = [(48, 32), (32, 48), (150, 210), (40, 30), (64, 96), (10, 300), (1, 1)]
+CONVOLUTIONS = {
+    "winograd": ((32, 32, 32), (3, 3, 32, 40), 1),
+    "columns": ((2, 3, 64), (3, 3, 64, 32), 2),
+    "product": ((5, 4, 8), (1, 1, 8, 3), 2),
+    "plain": ((9, 7, 3), (7, 7, 3, 4), 2),
+}
+
+
+def photographs() -> list[np.ndarray]:
+    """Noise of several sizes in both orientations."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (*size, 3), np.uint8) for size in SIZES]
+
+
+def detector_of(config: Config) -> Detector:
+    driver = Driver(config, 2)
+    return Detector(driver, driver.first_state().variables, ("cat", "dog"), (1, 17), step=3)
+
+
+@pytest.fixture(scope="module")
+def live() -> Detector:
+    return detector_of(GROUP)
+
+
+@pytest.fixture(scope="module")
+def file(live: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shipped") / "detector.zip"
+    told = writing.ship(live, path, "a test", photographs()[:3])
+    assert told.startswith("3 images, 60 detections: all found by both") and "ms live and" in told
+    assert list(path.parent.iterdir()) == [path]
+    return path
+
+
+@pytest.fixture(scope="module")
+def shipped(file: Path) -> loader.Detector:
+    return load(str(file))
+
+
+def assert_same(found: loader.Found, expected: object, atol: float = 1e-3) -> None:
+    """Boxes, scores and labels in the same order."""
+    assert np.array_equal(found.labels, expected.labels) and len(found.labels) > 0
+    np.testing.assert_allclose(found.boxes_xyxy, expected.boxes_xyxy, rtol=0, atol=atol)
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=0, atol=1e-6)
+
+
+def test_answers_are_those_of_the_live_detector(live: Detector, shipped: loader.Detector) -> None:
+    for image in photographs():
+        (found,), (expected,) = shipped.detect([image]), live.detect([image])
+        assert_same(found, expected)
+        assert tuple(shipped.class_names[label] for label in found.labels) == expected.class_names
+        assert (
+            found.boxes_xyxy[:, [0, 2]].max() <= image.shape[1] and found.boxes_xyxy[:, [1, 3]].max() <= image.shape[0]
+        )
+
+
+def test_the_other_conventions_travel_too(tmp_path: Path) -> None:
+    """Frozen norm, antialias, float pixels, inclusive ends, one square canvas, floor, clipping after the suppression."""
+    live = detector_of(FROZEN)
+    writing.ship(live, tmp_path / "detector.zip", "a test", photographs()[:1])
+    shipped = load(str(tmp_path / "detector.zip"))
+    assert [tuple(canvas) for canvas in shipped.about["canvases"]] == [(96, 96)]
+    for image in photographs()[:3]:
+        assert_same(shipped.detect([image])[0], live.detect([image])[0])
+
+
+def test_a_batch_gives_what_single_images_give(shipped: loader.Detector) -> None:
+    """In the order they came in, each image on its own canvas, the last batch filled up."""
+    images = photographs()
+    alone = [shipped.detect([image])[0] for image in images]
+    for found, expected in zip(shipped.detect(images), alone, strict=True):
+        assert_same(found, expected)
+    wide = [i for i, (h, w) in enumerate(SIZES) if h <= w]
+    assert len(wide) == 5
+    for i, found in zip(wide, shipped.detect([images[i] for i in wide], batch_size=3), strict=True):
+        assert_same(found, alone[i], atol=0.01)  # sums of another batch are added in another order
+    assert shipped.detect([], batch_size=3) == []
+
+
+def test_the_file_says_what_is_in_it(shipped: loader.Detector, file: Path) -> None:
+    about = shipped.about
+    assert (shipped.class_names, shipped.category_ids) == (["cat", "dog"], [1, 17])
+    assert about["step"] == 3 and about["source"] == "a test" and about["versions"]["jax"] == jax.__version__
+    with zipfile.ZipFile(file) as inside:
+        for name in (n for n in inside.namelist() if n.startswith("programs/")):
+            assert jax.export.deserialize(bytearray(inside.read(name))).platforms == PLATFORMS
+
+
+ELSEWHERE = """
+import sys
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
+
+THERE = {"jax", "jaxlib", "numpy", "ml_dtypes", "opt_einsum", "scipy", "loader", *sys.stdlib_module_names}
+
+class Only:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in THERE or name.startswith("_sysconfigdata"):
+            return PathFinder.find_spec(name, path, target)
+
+sys.meta_path[:] = [BuiltinImporter, FrozenImporter, Only()]
+sys.path.insert(0, ".")
+from loader import load
+import numpy as np
+
+detector = load("detector.zip")
+with np.load("images.npz") as images:
+    found = detector.detect([images[name] for name in images.files])
+np.savez("found.npz", **{f"{i}_{name}": value for i, f in enumerate(found) for name, value in f._asdict().items()})
+for absent in ("flatbuffers", "flax", "tensorflow", "retina_jax"):
+    assert absent not in sys.modules
+"""
+
+
+def test_jax_and_numpy_are_enough(live: Detector, file: Path, tmp_path: Path) -> None:
+    """The loader, copied beside the file, in a process that can import nothing else; what jax itself depends on is there."""
+    images = photographs()[:2]
+    shutil.copy(loader.__file__, tmp_path / "loader.py")
+    shutil.copy(file, tmp_path)
+    np.savez(tmp_path / "images.npz", *images)
+    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    command = [sys.executable, "-I", "-c", ELSEWHERE]
+    ended = subprocess.run(command, cwd=tmp_path, env={**os.environ, **cache}, stderr=subprocess.PIPE, timeout=300)
+    assert ended.returncode == 0, ended.stderr.decode()
+    found = np.load(tmp_path / "found.npz")
+    for i, expected in enumerate(live.detect(images)):
+        assert_same(loader.Found(*(found[f"{i}_{name}"] for name in loader.Found._fields)), expected)
+
+
+@pytest.mark.parametrize("form", CONVOLUTIONS)
+def test_every_form_of_a_convolution_travels(form: str) -> None:
+    """Exported for all platforms, the batch left open: on this one it gives what the live one gives."""
+    shape, kernel_shape, stride = CONVOLUTIONS[form]
+    (b,) = jax.export.symbolic_shape("b")
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=kernel_shape).astype(np.float32)
+    call = jax.jit(lambda x, kernel: convolution(x, kernel, stride))
+    travelling = jax.export.export(call, platforms=PLATFORMS)(jax.ShapeDtypeStruct((b, *shape), np.float32), kernel)
+    text = travelling.mlir_module()
+    forms = tuple(
+        re.search(rf"stablehlo\.({op})\b", text) is not None for op in ("dot_general", "convolution|dynamic_conv")
+    )
+    assert forms == {"product": (True, False), "plain": (False, True)}.get(form, (True, True))
+    x = rng.normal(size=(3, *shape)).astype(np.float32)
+    found = jax.export.deserialize(travelling.serialize()).call(x, kernel)
+    np.testing.assert_allclose(found, call(x, kernel), rtol=1e-5, atol=1e-4)
+
+
+sides = st.integers(1, 400)
+
+
+@settings(deadline=None, max_examples=100)
+@given(sides, sides, st.integers(1, 300), st.integers(1, 400), st.sampled_from([0, 1, 2, 4]), st.booleans())
+def test_sizes_and_canvases_are_those_of_evaluation(
+    h: int, w: int, short: int, long: int, count: int, down: bool
+) -> None:
+    rounding = "floor" if down else "nearest"
+    data = DataConfig(short_side=short, long_side=long, buckets=count, size_rounding=rounding, max_boxes=1)
+    about = {"class_names": [], "category_ids": [], "short_side": short, "long_side": long, "size_rounding": rounding}
+    shipped = loader.Detector({**about, "canvases": canvases(data)}, [], {})
+    size = shipped.resized_size(h, w)
+    assert size == resized_size(h, w, short, long, rounding)
+    image = np.broadcast_to(np.zeros(3, np.uint8), (h, w, 3))
+    assert shipped.canvas(size) == to_canvas([image], data, 1).images.shape[1:3]
+
+
+def tampered(path: Path, into: Path) -> None:
+    """The file with another number in the bias of the classes, which all scores depend on."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(into, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name == "parameters.npz":
+                arrays = dict(np.load(io.BytesIO(content)))
+                changed = next(key for key, array in arrays.items() if np.allclose(array, -np.log(99)))
+                arrays[changed] = arrays[changed] + np.float32(0.5)
+                buffer = io.BytesIO()
+                np.savez(buffer, **arrays)
+                content = buffer.getvalue()
+            new.writestr(name, content)
+
+
+def test_a_file_that_answers_otherwise_is_not_kept(
+    live: Detector, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what stood in its place before still does."""
+    monkeypatch.setattr(writing, "write_file", lambda path, *_: tampered(file, path))
+    out = tmp_path / "detector.zip"
+    out.write_bytes(b"older")
+    with pytest.raises(
+        ExportError, match=r"answers otherwise than the live one and is not kept: 1 images, 20 detections"
+    ):
+        writing.ship(live, out, "a test", photographs()[:1])
+    assert out.read_bytes() == b"older" and list(tmp_path.iterdir()) == [out]
+
+
+def test_a_comparison_of_nothing_is_none(
+    live: Detector, shipped: loader.Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing is found on the images, nothing has been compared."""
+    monkeypatch.setattr(check, "compare", lambda *_: check.Comparison(1, 0, 0, 0.0, 0.0))
+    with pytest.raises(ExportError, match=r"nothing was found on 1 images.*--images"):
+        check.check(live, shipped, photographs()[:1])
+
+
+def test_a_place_that_cannot_be_written_is_named(live: Detector, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ExportError, match=r"--out .*detector\.zip: cannot be written: "):
+        writing.ship(live, tmp_path / "file" / "detector.zip", "a test", [])
+
+
+def test_the_loader_refuses_what_is_no_image(shipped: loader.Detector) -> None:
+    good = photographs()[0]
+    for bad in (
+        good.astype(np.float32),
+        good[..., 0],
+        good[None],
+        good[:0],
+        np.zeros((4, 4, 4), np.uint8),
+        [[1, 2]],
+        None,
+    ):
+        with pytest.raises(LoadError, match=r"^image 1: .* give uint8 arrays \[h, w, 3\]$"):
+            shipped.detect([good, bad])
+    with pytest.raises(LoadError, match=r"^batch_size: 0; give 1 or more$"):
+        shipped.detect([good], batch_size=0)
+
+
+def repacked(file: Path, path: Path, **files: bytes | None) -> Path:
+    """The file with some of its parts replaced, or left out; `about` and `parameters` stand for theirs."""
+    names = {"about.json": "about", "parameters.npz": "parameters"}
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            content = files.get(names.get(name, ""), old.read(name))
+            if content is not None:
+                new.writestr(name, content)
+    return path
+
+
+def pickled() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, np.array([{"any": "object"}], dtype=object))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file, path: path.write_bytes(b""),
+        lambda file, path: path.write_bytes(b"no archive at all"),
+        lambda file, path: path.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+        lambda file, path: path.write_bytes(file.read_bytes()[:-1]),
+        lambda file, path: path.write_bytes(file.read_bytes().replace(b"NUMPY", b"NUMPI")),
+        lambda file, path: repacked(file, path, about=None),
+        lambda file, path: repacked(file, path, about=b"{"),
+        lambda file, path: repacked(file, path, about=b"[]"),
+        lambda file, path: repacked(file, path, parameters=None),
+        lambda file, path: repacked(file, path, parameters=b"no arrays"),
+        lambda file, path: repacked(file, path, parameters=pickled()),
+        lambda file, path: repacked(file, path, about=json.dumps({"format": "retina_jax detector 2"}).encode()),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_refused_in_one_line(
+    file: Path, tmp_path: Path, damage: Callable[[Path, Path], object]
+) -> None:
+    path = tmp_path / "damaged.zip"
+    damage(file, path)
+    with pytest.raises(LoadError) as caught:
+        load(str(path))
+    assert str(caught.value).startswith(f"{path}: is ") and "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return imported(ROOT / "scripts" / "export.py", "export_script")
+
+
+def test_the_script_writes_tells_and_refuses(
+    script: ModuleType, live: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(photographs()[:2]):
+        Image.fromarray(image).save(tmp_path / "images" / f"{i}.png")
+    monkeypatch.setattr(script, "load_detector", lambda source, **asked: live)
+    out, images = tmp_path / "new" / "detector.zip", tmp_path / "images"
+
+    def run(*options: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["export.py", "--out", str(out), *map(str, options)])
+        script.main()
+        return capsys.readouterr().out
+
+    said = run("--workdir", "RUN", "--images", images)
+    assert f"compared on 2 images of {images}" in said and "40 detections: all found by both" in said
+    assert "step 3" in said.splitlines()[-1] and len(load(str(out)).detect(photographs()[:1])) == 1
+    for options, complaint in [
+        ((), "--workdir: give"),
+        (("--workdir", "RUN", "--weights", "torchvision:FILE"), "--workdir: give"),
+        (("--workdir", "RUN", "--format", "savedmodel"), "--format savedmodel: .*docs/export.md"),
+        (("--workdir", "RUN", "--format", "onnx"), "--format onnx: .*docs/export.md"),
+        (("--workdir", "RUN", "--format", "other"), "other"),
+        (("--workdir", "RUN", "--count", "0"), "--count: 0"),
+        (("--workdir", "RUN", "--images", tmp_path / "none"), "none: no such file"),
+    ]:
+        with pytest.raises(ConfigError, match=complaint) as caught:
+            run(*options)
+        assert "\n" not in str(caught.value)
+
+
+def test_without_validation_images_scenes_are_drawn(live: Detector) -> None:
+    images, what = images_for(live, None, 3)
+    assert [image.shape for image in images] == [(64, 64, 3)] * 3 and what.startswith(
+        "3 generated scenes (data.val_ann"
+    )
