@@ -22,6 +22,9 @@ BOX_TOLERANCE = 1e-4
 SCORE_TOLERANCE = 1e-3
 """Most that a score may differ."""
 
+MOST_CANVASES = 4
+"""Canvases up to which every one is tried."""
+
 
 class ExportError(PlainError, RuntimeError):
     """A detector that is not shipped; one line that says why."""
@@ -62,21 +65,40 @@ def check(live: Detector, shipped: Shipped, images: Sequence[UInt8[np.ndarray, "
 
     Raises ExportError where the answers differ, or where there is none: then nothing was compared.
     """
+    made = for_other_canvases(shipped, images)
+    asked = [*images, *made]
     rule = live.config.detection
     threshold = rule.score_threshold if rule.threshold_coarsest else 0.0
-    answers = [[detector.detect([image])[0] for image in images] for detector in (live, shipped)]
-    compared = compare(*answers, images, threshold, rule.max_detections)
+    answers = [[detector.detect([image])[0] for image in asked] for detector in (live, shipped)]
+    compared = compare(*answers, asked, threshold, rule.max_detections)
     if not compared.agrees:
         raise ExportError(f"the shipped detector answers otherwise than the live one and is not kept: {compared}")
     if compared.detections == 0:
         raise ExportError(
-            f"nothing was found on {len(images)} images, so nothing could be compared; name others: --images"
+            f"nothing was found on {len(asked)} images, so nothing could be compared; name others: --images"
         )
     own, its = seconds_of_each((live, shipped), images)
+    told = f"{compared}" + (f"; {len(made)} of them made of the first, for canvases that none had" if made else "")
     device = jax.devices()[0].device_kind
-    return (
-        f"{compared}\none image takes {1e3 * own:.1f} ms live and {1e3 * its:.1f} ms shipped, in the median ({device})"
-    )
+    return f"{told}\none image takes {1e3 * own:.1f} ms live and {1e3 * its:.1f} ms shipped, in the median ({device})"
+
+
+def for_other_canvases(
+    shipped: Shipped, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]
+) -> list[UInt8[np.ndarray, "_ _ 3"]]:
+    """An image for each canvas that none of `images` is put on: the first of them, repeated and cut to the canvas's sides.
+
+    None where there are more canvases than `data.buckets` can make: each takes its time to compile.
+    """
+    canvases = [(height, width) for height, width in shipped.about["canvases"]]
+    met = {shipped.canvas(shipped.resized_size(*image.shape[:2])) for image in images}
+    if not images or len(canvases) > MOST_CANVASES:
+        return []
+    height, width, _ = images[0].shape
+    wrapped = {
+        (h, w): [(0, max(0, h - height)), (0, max(0, w - width)), (0, 0)] for h, w in canvases if (h, w) not in met
+    }
+    return [np.pad(images[0], edges, "wrap")[:h, :w] for (h, w), edges in wrapped.items()]
 
 
 def compare(

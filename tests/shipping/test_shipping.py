@@ -252,19 +252,29 @@ def test_a_file_that_answers_otherwise_is_not_kept(
     out = tmp_path / "detector.zip"
     out.write_bytes(b"older")
     with pytest.raises(
-        ExportError, match=r"answers otherwise than the live one and is not kept: 1 images, 20 detections"
+        ExportError, match=r"answers otherwise than the live one and is not kept: 2 images, 40 detections"
     ):
         writing.ship(live, out, "a test", photographs()[:1])
     assert out.read_bytes() == b"older" and list(tmp_path.iterdir()) == [out]
 
 
-def test_a_comparison_of_nothing_is_none(
-    live: Detector, shipped: loader.Detector, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_canvas_is_tried(file: Path) -> None:
+    """Where no image is put on a canvas, one that is so is made."""
+    shipped = writing.load(str(file))
+    sizes = {(48, 32): [(64, 96)], (32, 48): [(96, 64)]}
+    for size, others in sizes.items():
+        image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+        (made,) = check.for_other_canvases(shipped, [image])
+        assert [shipped.canvas(shipped.resized_size(*made.shape[:2]))] == others
+        assert np.array_equal(made[: size[0], : size[1]], image[: made.shape[0], : made.shape[1]])
+    assert check.for_other_canvases(shipped, [made, image]) == []
+
+
+def test_a_comparison_of_nothing_is_none(live: Detector, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing is found on the images, nothing has been compared."""
     monkeypatch.setattr(check, "compare", lambda *_: check.Comparison(1, 0, 0, 0.0, 0.0))
-    with pytest.raises(ExportError, match=r"nothing was found on 1 images.*--images"):
-        check.check(live, shipped, photographs()[:1])
+    with pytest.raises(ExportError, match=r"nothing was found on 2 images.*--images"):
+        check.check(live, writing.load(str(file)), photographs()[:1])
 
 
 def test_a_place_that_cannot_be_written_is_named(live: Detector, tmp_path: Path) -> None:
