@@ -25,7 +25,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def canvases(data: DataConfig) -> tuple[tuple[int, int], ...]:
     """Every (height, width) that `detector.to_canvas` can choose for a single image, the order of `buckets` kept.
 
-    With `data.buckets` 0 these are all that the resize rule leads to: 86 where the short side is 800 and the long one 1333.
+    With `data.buckets` 0 these are all that the resize rule leads to: 83 where the short side is 800 and the long one 1333.
     """
     if data.buckets:
         return buckets(data, (data.short_side,))
