@@ -10,17 +10,19 @@ more than a rounding, no file is left, and the exit status is 2.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from retina_jax.command_line import one_line_errors, parse_command_line, set_up_jax
-from retina_jax.config import ConfigError
+from retina_jax.command_line import one_line_errors, parse_command_line, set_up_jax, settings_of
+from retina_jax.config import ConfigError, DetectionConfig
+from retina_jax.config_checks import validate
 from retina_jax.detector import load_detector
 from retina_jax.shipping.images import images_for
 from retina_jax.shipping.writing import ship
+from retina_jax.training.checkpoints import Step
 
 REFUSED = {
     "savedmodel": "TensorFlow 2.21, the newest release, cannot read what jax 0.10.2 writes",
@@ -40,8 +42,8 @@ class Arguments:
     """KIND:FILE or KIND:NAME of a detector from elsewhere; KIND is torchvision, detectron2 or detectron."""
     format: Literal["stablehlo", "savedmodel", "onnx"] = "stablehlo"
     """What is written; the last two are refused while no converter holds (docs/export.md)."""
-    step: int | None = None
-    """Saved step; None: the newest."""
+    step: Step = None
+    """Saved step, or best: the one with the highest AP; None: the newest."""
     short_side: int | None = None
     """Length the shorter image side is resized to, pixels; None: as in training."""
     class_names: tuple[str, ...] = ()
@@ -51,11 +53,15 @@ class Arguments:
     scenes."""
     count: int = 16
     """Images to compare on, the first ones."""
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
+    """Inference; what is not given is the detector's own. Test-time augmentation is not shipped."""
 
 
 def main() -> None:
     """Load, write, load again, compare, tell."""
-    arguments = parse_command_line(Arguments, Arguments(tyro.MISSING), sys.argv[1:], __doc__)
+    settings = settings_of(sys.argv[1:])
+    defaults = Arguments(tyro.MISSING, detection=settings.detection)
+    arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__)
     if (arguments.workdir is None) == (not arguments.weights):
         raise ConfigError("--workdir: give the folder of a run, or --weights KIND:FILE, and not both")
     if arguments.format in REFUSED:
@@ -65,9 +71,14 @@ def main() -> None:
     if arguments.count < 1:
         raise ConfigError(f"--count: {arguments.count} cannot be; compare on 1 image at least")
     set_up_jax()
-    asked = {"step": arguments.step, "short_side": arguments.short_side, "class_names": arguments.class_names}
     source = arguments.weights or str(arguments.workdir)
-    detector = load_detector(source, **asked)
+    detector = load_detector(
+        source,
+        short_side=arguments.short_side,
+        step=arguments.step,
+        config=validate(replace(settings, detection=arguments.detection, devices=1)),
+        class_names=arguments.class_names,
+    )
     images, what = images_for(detector, arguments.images, arguments.count)
     print(f"compared on {what}")
     print(ship(detector, arguments.out, source, images))

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
+from retina_jax import tta
 from retina_jax.detector import Detector
 from retina_jax.errors import reason
 from retina_jax.shipping.check import ExportError, check
@@ -25,8 +26,14 @@ from retina_jax.training.opening import code_commit, package_versions
 def ship(detector: Detector, path: Path, source: str, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> str:
     """Write the file, load it, and keep it where it answers about `images` as `detector` does; what `check` tells.
 
-    Raises ExportError where it does not, or cannot be written: then what stood at `path` before still does.
+    Raises ExportError where it does not, or cannot be written: then what stood at `path` before still does. So does a
+    detector with test-time augmentation, of which a file has none.
     """
+    if tta.versions(detector.config) > 1:
+        raise ExportError(
+            "detection.tta_flip, detection.tta_short_sides: test-time augmentation is not shipped; "
+            "add --detection.no-tta-flip --detection.tta-short-sides"
+        )
     with kept_if_no_error(path) as beside:
         write_file(beside, detector, source)
         return check(detector, load(str(beside)), images)

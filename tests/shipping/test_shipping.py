@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
@@ -20,6 +22,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from retina_jax.config import Config, ConfigError, DataConfig
 from retina_jax.config_files import override
@@ -89,11 +92,28 @@ def live() -> Detector:
     return detector_of(GROUP)
 
 
+def export(live: Detector, *options: object) -> str:
+    """What scripts/export.py says, in this process, of a run that has come to `live`."""
+    script = imported(ROOT / "scripts" / "export.py", "export_script")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.setattr(script, "settings_of", lambda argv: live.config)
+        patch.setattr(script, "load_detector", lambda source, **asked: live)
+        patch.setattr(sys, "argv", ["export.py", *map(str, options)])
+        script.main()
+    return said.getvalue()
+
+
 @pytest.fixture(scope="module")
 def file(live: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("shipped") / "detector.zip"
-    told = writing.ship(live, path, "a test", photographs()[:3])
-    assert told.startswith("3 images, 60 detections: all found by both") and "ms live and" in told
+    """Written by the script, after a comparison on two images of a folder, one of each orientation."""
+    folder = tmp_path_factory.mktemp("images")
+    for i, image in enumerate(photographs()[:2]):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    path = tmp_path_factory.mktemp("shipped") / "new" / "detector.zip"
+    lines = export(live, "--workdir", "RUN", "--out", path, "--images", folder).splitlines()
+    assert lines[0] == f"compared on 2 images of {folder}"
+    assert lines[1].startswith("2 images, 40 detections: all found by both, boxes at most ")
+    assert "ms live and" in lines[2] and lines[3].startswith(f"{path}: 0.") and lines[3].endswith("MiB, step 3")
     assert list(path.parent.iterdir()) == [path]
     return path
 
@@ -146,7 +166,7 @@ def test_a_batch_gives_what_single_images_give(shipped: loader.Detector) -> None
 def test_the_file_says_what_is_in_it(shipped: loader.Detector, file: Path) -> None:
     about = shipped.about
     assert (shipped.class_names, shipped.category_ids) == (["cat", "dog"], [1, 17])
-    assert about["step"] == 3 and about["source"] == "a test" and about["versions"]["jax"] == jax.__version__
+    assert about["step"] == 3 and about["source"] == "RUN" and about["versions"]["jax"] == jax.__version__
     with zipfile.ZipFile(file) as inside:
         for name in (n for n in inside.namelist() if n.startswith("programs/")):
             assert jax.export.deserialize(bytearray(inside.read(name))).platforms == PLATFORMS
@@ -344,42 +364,32 @@ def test_a_damaged_file_is_refused_in_one_line(
     assert str(caught.value).startswith(f"{path}: is ") and "\n" not in str(caught.value)
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return imported(ROOT / "scripts" / "export.py", "export_script")
-
-
-def test_the_script_writes_tells_and_refuses(
-    script: ModuleType, live: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    from PIL import Image
-
-    (tmp_path / "images").mkdir()
-    for i, image in enumerate(photographs()[:2]):
-        Image.fromarray(image).save(tmp_path / "images" / f"{i}.png")
-    monkeypatch.setattr(script, "load_detector", lambda source, **asked: live)
-    out, images = tmp_path / "new" / "detector.zip", tmp_path / "images"
-
-    def run(*options: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["export.py", "--out", str(out), *map(str, options)])
-        script.main()
-        return capsys.readouterr().out
-
-    said = run("--workdir", "RUN", "--images", images)
-    assert f"compared on 2 images of {images}" in said and "40 detections: all found by both" in said
-    assert "step 3" in said.splitlines()[-1] and len(load(str(out)).detect(photographs()[:1])) == 1
-    for options, complaint in [
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
         ((), "--workdir: give"),
         (("--workdir", "RUN", "--weights", "torchvision:FILE"), "--workdir: give"),
-        (("--workdir", "RUN", "--format", "savedmodel"), "--format savedmodel: .*docs/export.md"),
-        (("--workdir", "RUN", "--format", "onnx"), "--format onnx: .*docs/export.md"),
+        (("--workdir", "RUN", "--format", "savedmodel"), r"--format savedmodel: .*docs/export\.md"),
+        (("--workdir", "RUN", "--format", "onnx"), r"--format onnx: .*docs/export\.md"),
         (("--workdir", "RUN", "--format", "other"), "other"),
         (("--workdir", "RUN", "--count", "0"), "--count: 0"),
-        (("--workdir", "RUN", "--images", tmp_path / "none"), "none: no such file"),
-    ]:
-        with pytest.raises(ConfigError, match=complaint) as caught:
-            run(*options)
-        assert "\n" not in str(caught.value)
+        (("--workdir", "RUN", "--images", "/no/folder"), "/no/folder: no such file"),
+    ],
+)
+def test_the_script_refuses_in_one_line(
+    live: Detector, tmp_path: Path, options: tuple[str, ...], complaint: str
+) -> None:
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        export(live, "--out", tmp_path / "detector.zip", *options)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_augmentation_is_not_shipped(live: Detector, tmp_path: Path) -> None:
+    """A file without it would answer otherwise; the line says what to add."""
+    augmented = dataclasses.replace(live, driver=Driver(override(GROUP, {"detection.tta_flip": True}), 2))
+    with pytest.raises(ExportError, match=r"is not shipped; add --detection\.no-tta-flip"):
+        writing.ship(augmented, tmp_path / "detector.zip", "a test", photographs()[:1])
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_validation_images_scenes_are_drawn(live: Detector) -> None:
