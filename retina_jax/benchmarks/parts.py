@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from retina_jax.benchmarks.inputs import boxes_in, candidates, class_outputs
 from retina_jax.benchmarks.work import Task, Work
@@ -23,12 +26,21 @@ def make(task: Task) -> Work:
 
 
 def loss(task: Task) -> Work:
-    """Focal loss, summed, and its gradient."""
+    """Focal loss, summed, and its gradient. The logits are given away, as in a training step, where nothing else needs
+    them; they are made anew before each repetition."""
     logits, labels = class_outputs(task.rows, task.classes, task.seed)
     of_image = summed(classification_loss(LossConfig()))
-    of_logits = jax.jit(jax.value_and_grad(lambda logits, labels: of_image(logits, labels).sum()))
-    arguments = jnp.asarray(logits, task.dtype)[None], jnp.asarray(labels)[None]
-    return Work(lambda: jax.block_until_ready(of_logits(*arguments)))
+    program = jax.jit(jax.value_and_grad(lambda logits, labels: of_image(logits, labels).sum()), donate_argnums=0)
+    return given_away(program, jnp.asarray(logits, task.dtype)[None], jnp.asarray(labels)[None])
+
+
+def given_away(program: Callable[[Array, Array], Any], logits: Array, targets: Array) -> Work:
+    """`program`, which consumes its first argument, on a new copy of `logits` each time."""
+    copies: list[Array] = []
+    return Work(
+        run=lambda: jax.block_until_ready(program(copies.pop(), targets)),
+        before=lambda: copies.append(jax.block_until_ready(jnp.copy(logits))),
+    )
 
 
 def matching(task: Task) -> Work:

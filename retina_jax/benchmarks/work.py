@@ -73,3 +73,5 @@ class Work(NamedTuple):
     """Operations of the convolutions and matrix products of a repetition, where they are what it is about."""
     facts: dict[str, Any] = {}  # noqa: RUF012  never changed
     """What else is worth reporting."""
+    before: Callable[[], Any] = lambda: None
+    """What makes a repetition's arguments anew, where it uses them up; not timed."""

@@ -41,11 +41,13 @@ def main(module: str, task: str) -> None:
         answer(error=str(error).splitlines()[0])
         return
     for _ in range(WARM_UP):
+        work.before()
         work.run()
     facts = {"hardware": accelerator()} | work.facts if wanted["device"] == "gpu" else work.facts
     answer(images=work.images, flops=work.flops, facts=facts)
     reset_peak()
     for _ in sys.stdin:
+        work.before()
         wall, cpu = time.perf_counter(), time.process_time()
         work.run()
         answer(
