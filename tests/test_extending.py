@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,11 +18,11 @@ ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "extending.md").read_text()
 DIFFS = re.findall(r"^```diff\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
 SWEEP = re.search(r"^```python\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)[1]
-TINY = """
+TINY = shlex.split("""
 --data.scenes.train-images 8 --data.scenes.val-images 4 --data.batch-size 4 --data.short-side 64 --data.long-side 64
 --data.scenes.size 64 --data.scenes.min-side 16 --data.scenes.max-side 40 --model.base-width 8 --training.steps 2
 --model.stage-blocks 1 1 1 1 --training.log-every 1 --training.eval-every -1 --training.no-tensorboard
-""".split()
+""")
 LOGITS = np.array([-20.0, -3.0, -0.5, 0.0, 0.5, 3.0, 20.0])
 PROBE = """
 import json, sys

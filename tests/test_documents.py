@@ -1,0 +1,315 @@
+"""README and docs: every command is one that its script takes, Python runs, every link and picture leads somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+
+from retina_jax import command_line
+from retina_jax.config import Config
+from retina_jax.config_checks import validate
+from retina_jax.config_files import flatten
+from retina_jax.errors import PlainError
+from retina_jax.hosts import Hosts
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "scripts").rglob("*.md"))]
+PYTHON = ".venv/bin/python"
+CHECKED_ELSEWHERE = {
+    ("README.md", "runs/mine/config.json"): "the listing of a run's folder, which is no command",
+    ("docs/extending.md", "--- a/retina_jax/config.py"): "diffs: tests/test_extending.py applies them",
+    ("docs/extending.md", '"""poly.py: is Poly-1'): "a sweep: tests/test_extending.py lists and trains it",
+    ("docs/results/check_data.md", "train: 205 images"): "what the command before it printed",
+    ("docs/results/check_data.md", "warning: classes"): "what the command before it printed",
+}
+"""(document, how the block begins): why the block is not taken for commands or Python here. None may be left over."""
+STAND_INS = {"CONFIG": "configs/paper_r50_600.py", "poly.py": "configs/sweeps/table1b.py"}
+"""Files that a reader has and this checkout has not."""
+
+
+class Block(NamedTuple):
+    """A fenced block of a document."""
+
+    document: str
+    language: str
+    text: str
+
+    @property
+    def named(self) -> str:
+        return f"{self.document}: {self.text.splitlines()[0][:60]}"
+
+    def listed(self) -> tuple[str, str] | None:
+        """Its entry of CHECKED_ELSEWHERE."""
+        entries = (e for e in CHECKED_ELSEWHERE if e[0] == self.document and self.text.startswith(e[1]))
+        return next(entries, None)
+
+
+def blocks() -> Iterator[Block]:
+    for path in DOCUMENTS:
+        for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL):
+            yield Block(str(path.relative_to(ROOT)), language, text)
+
+
+BLOCKS = list(blocks())
+OTHERS = [block for block in BLOCKS if block.listed() is None]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every command, lines that end in a backslash joined and comments left out."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+class Parsed(Exception):
+    """Thrown where a script has read its command line, before it does anything."""
+
+
+@cache
+def script(path: Path) -> ModuleType:
+    """A script as a module, which ends by `Parsed` once it has read its command line."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def parse_only(*arguments: object) -> None:
+        made = command_line.parse_command_line(*arguments)
+        if isinstance(settings := getattr(made, "settings", None), Config):
+            validate(settings)
+        raise Parsed
+
+    module.parse_command_line = parse_only
+    module.settings_of = lambda argv: Config()  # of a run, which is not here
+    return module
+
+
+def check(words: list[str]) -> None:
+    """Raises AssertionError or PlainError where a command is not one that can be given."""
+    program, *arguments = words
+    if program == "make":
+        names = re.findall(r"^(\w+)\b(?=:| \?=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert {word.partition("=")[0] for word in arguments} <= {*names, "PYTHON"}, words
+    elif program == "pip" or (program == PYTHON and arguments[:2] == ["-m", "pip"]):
+        assert "install" in arguments
+    elif program == ".venv/bin/pytest" or (program == PYTHON and arguments[:2] == ["-m", "pytest"]):
+        check_pytest(arguments[2 * (program == PYTHON) :])
+    elif program == PYTHON:
+        check_script(arguments)
+    else:
+        path = ROOT / program
+        assert path.suffix == ".sh" and os.access(path, os.X_OK), f"{program}: no program of this checkout"
+
+
+def check_script(arguments: list[str]) -> None:
+    path = ROOT / arguments[0]
+    assert path.is_file(), f"{path} is no file"
+    given = [STAND_INS.get(word, word) for word in arguments[1:]]
+    argv, where = sys.argv, Path.cwd()
+    sys.argv = [str(path), *given]
+    os.chdir(ROOT)
+    try:
+        script(path).main()
+    except Parsed:
+        return
+    finally:
+        os.chdir(where)
+        sys.argv = argv
+    raise AssertionError(f"{path} does not read its command line by parse_command_line")
+
+
+def check_pytest(arguments: list[str]) -> None:
+    marks = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
+    words = iter(arguments)
+    files, wanted = [], []
+    for word in words:
+        if word == "-m":
+            mark = next(words)
+            assert any(line.startswith(f"{mark}:") for line in marks), mark
+        elif word == "-k":
+            wanted.append(next(words))
+        elif word != "-s":
+            files.append(ROOT / word)
+    for name in wanted:
+        assert any(name in file.read_text() for file in files), f"no test {name}"
+    assert all(file.is_file() for file in files), files
+
+
+def test_the_list_of_blocks_that_are_checked_elsewhere_is_tight() -> None:
+    assert {block.listed() for block in BLOCKS} - {None} == set(CHECKED_ELSEWHERE)
+    for block in BLOCKS:
+        if block.listed() is not None and not block.language:
+            with pytest.raises((AssertionError, PlainError)):
+                check(commands(block.text)[0])
+
+
+@pytest.mark.parametrize("block", [b for b in OTHERS if not b.language], ids=lambda block: block.named)
+def test_commands_can_be_given(block: Block) -> None:
+    for words in commands(block.text):
+        check(words)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("make everything", "everything"),
+        (".venv/bin/python scripts/trian.py --workdir runs/a", "trian.py is no file"),
+        (".venv/bin/python scripts/train.py --workdir runs/a --loss.gama 2", "loss.gama: no such field"),
+        (".venv/bin/python scripts/train.py --workdir runs/a --loss.gamma two", "two"),
+        (".venv/bin/python scripts/train.py --workdir runs/a --loss.gamma -2", "loss.gamma"),
+        (".venv/bin/python scripts/train.py --workdir runs/a --config configs/paper.py", "no such file"),
+        (".venv/bin/python scripts/predict.py --workdir runs/a PHOTOS", "out"),
+        (".venv/bin/python scripts/sweep.py --sweep configs/sweeps/table1z.py --list", "no such file"),
+        (".venv/bin/pytest -m slower", "slower"),
+        ("tests/slurm/run.sh", "no program"),
+    ],
+)
+def test_commands_that_cannot_be_given_are_told(line: str, complaint: str) -> None:
+    with pytest.raises((AssertionError, PlainError), match=re.escape(complaint)):
+        check(commands(line)[0])
+
+
+def known_options() -> set[str]:
+    """Of all scripts, by their fields."""
+    names = set(flatten(Config())) | set(flatten(Hosts())) | {"help"}
+    for path in (ROOT / "scripts").glob("*.py"):
+        names |= set(script(path).Arguments.__dataclass_fields__)
+    return names
+
+
+OF_OTHERS = {"gpus_per_node", "nodes", "signal", "zone", "worker", "command"}
+"""Options of sbatch and gcloud."""
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_options_named_in_the_text_exist(path: Path) -> None:
+    prose = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    spans = re.findall(r"`([^`]+)`", prose)
+    named = {name for span in spans for name in re.findall(r"(?<![\w-])--([a-z][\w.-]*)", span)}
+    fields = {command_line._field_name(f"--{name}") for name in named}
+    assert fields <= known_options() | OF_OTHERS
+
+
+def anchors(path: Path) -> set[str]:
+    """The names that GitHub gives to a document's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_pictures_lead_somewhere(path: Path) -> None:
+    prose = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"https?:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.exists(), f"{path.name}: {link}"
+        if anchor:
+            assert anchor in anchors(target), f"{path.name}: {link}"
+
+
+@pytest.mark.parametrize("block", [b for b in OTHERS if b.language == "json"], ids=lambda block: block.named)
+def test_json_can_be_read(block: Block) -> None:
+    json.loads(block.text)
+
+
+def test_there_is_no_block_of_a_language_that_nothing_checks() -> None:
+    assert {block.language for block in OTHERS} <= {"", "python", "json"}
+
+
+GUIDE = (ROOT / "docs" / "own_data.md").read_text()
+SMALL = {
+    "train.py": """
+        --data.short-side 64 --data.long-side 64 --data.batch-size 2 --model.base-width 8 --model.stage-blocks 1 1 1 1
+        --model.fpn-channels 16 --model.head-channels 16 --model.head-convs 1 --training.steps 2 --optimizer.boundaries 1
+        --training.pictures 1 --training.no-tensorboard
+    """,
+    "check_data.py": "--data.short-side 64 --data.long-side 64",
+    "export.py": "--count 2",
+}
+RUN = """
+import importlib.util, json, sys
+from pathlib import Path
+
+scripts = Path(sys.argv[1])
+sys.path.insert(0, str(scripts))
+for name, words in json.loads(sys.argv[2]):
+    spec = importlib.util.spec_from_file_location(name, scripts / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.argv = [name, *words]
+    try:
+        module.main()
+    except SystemExit as end:
+        assert not end.code, (name, end.code)
+"""
+
+
+def python(folder: Path, code: str, *arguments: str) -> str:
+    """What the code prints, run in `folder` in a process of its own."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "retina_jax" / "shipping")]),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "xla"),
+    }
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a COCO JSON and images of one's own, in which all commands of docs/own_data.md were given."""
+    from retina_jax.config import ScenesConfig
+    from retina_jax.data.scenes import write_scenes
+
+    folder = tmp_path_factory.mktemp("own_data")
+    scenes = write_scenes(
+        ScenesConfig(folder=str(folder / "scenes"), train_images=6, val_images=3, size=64, min_side=24.0, max_side=40.0)
+    )
+    shutil.copytree(scenes.train_images, folder / "images")
+    shutil.copy(scenes.train_annotations, folder / "train.json")
+    truth = json.loads(Path(scenes.val_annotations).read_text())
+    for entry in truth["images"]:  # both splits in one folder, as in the guide
+        own = f"val_{entry['file_name']}"
+        shutil.copy(Path(scenes.val_images) / entry["file_name"], folder / "images" / own)
+        entry["file_name"] = own
+    (folder / "val.json").write_text(json.dumps(truth))
+    (folder / "PHOTOS").symlink_to(scenes.val_images)
+    (folder / "configs").symlink_to(ROOT / "configs")
+    given = []
+    for block in BLOCKS:
+        if block.document == "docs/own_data.md" and not block.language:
+            for program, path, *words in (words for words in commands(block.text) if words[0] == PYTHON):
+                assert program == PYTHON
+                name = Path(path).name
+                given.append([name, [*words, *shlex.split(SMALL.get(name, ""))]])
+    python(folder, RUN, str(ROOT / "scripts"), json.dumps(given))
+    return folder
+
+
+def test_the_commands_of_the_guide_to_own_data_leave_what_it_names(own_data: Path) -> None:
+    written = set(re.findall(r"`((?:runs|checks|found)/[\w./]+)`", GUIDE))
+    assert len(written) >= 4
+    for name in written:
+        assert (own_data / name).exists(), name
+
+
+@pytest.mark.parametrize("block", [b for b in OTHERS if b.language == "python"], ids=lambda block: block.named)
+def test_python_runs_where_the_guide_to_own_data_was_followed(own_data: Path, block: Block) -> None:
+    image = "import numpy as np\nimage = np.zeros((48, 64, 3), np.uint8)\n"
+    python(own_data, image + block.text)

@@ -1,0 +1,79 @@
+"""Tables in docs/: conventions.md against the presets, reproducing.md against the sweeps and its own formula."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from retina_jax.config_files import load_config
+from retina_jax.presets import FIELDS, PRESETS
+from retina_jax.sweeps.listing import training_pflop
+from retina_jax.sweeps.points import expand, load_sweep
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+BASE = load_config(ROOT / "configs" / "paper_ablations.py")
+
+
+def table(path: Path, heading: str) -> Iterator[list[str]]:
+    """The cells of each row of the first table under a heading."""
+    text = path.read_text().partition(f"\n## {heading}\n")[2]
+    rows = re.search(r"^\|.*?\n(?!\|)", text, re.MULTILINE | re.DOTALL)[0].splitlines()
+    return ([cell.strip() for cell in row.strip("|").split("|")] for row in [rows[0], *rows[2:]])
+
+
+def shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"{value[0]} … {value[-1]} by {value[1] - value[0]}" if value else "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def test_the_table_of_conventions_is_what_the_presets_set() -> None:
+    (_, *names), *rows = table(DOCS / "conventions.md", "Field by field")
+    assert names == list(PRESETS)
+    assert [row[0] for row in rows] == [f"`{field}`" for field in FIELDS]
+    for field, (_, *cells) in zip(FIELDS, rows, strict=True):
+        assert cells == [shown(PRESETS[name][field]) for name in names], field
+
+
+def costs() -> dict[str, list[float]]:
+    """Table, as its row begins, to runs, PFLOP and the three columns of hours."""
+    _, *rows = table(DOCS / "reproducing.md", "What it costs")
+    return {row[0].partition(",")[0]: [float(cell) for cell in row[1:]] for row in rows}
+
+
+def test_hours_follow_from_operations() -> None:
+    rates = dict(
+        re.findall(r"^\| (8 V100|one A100|this CPU) \| ([\d.]+ · 10\S+)", (DOCS / "reproducing.md").read_text(), re.M)
+    )
+    assert rates == {"8 V100": "10.6 · 10¹²", "one A100": "104 · 10¹²", "this CPU": "104 · 10⁹"}
+    for _, pflop, v100, a100, years in costs().values():
+        hours = pflop * 1e15 / 3600
+        assert v100 == pytest.approx(hours / (8 * 10.6e12), abs=0.51)
+        assert a100 == pytest.approx(hours / 104e12, abs=0.51)
+        assert years == pytest.approx(hours / 104e9 / 8760, abs=0.051)
+
+
+@pytest.mark.parametrize("name", ["1a", "1b", "3", "Figure 7"])
+def test_operations_are_those_that_list_tells(name: str) -> None:
+    file = {"Figure 7": "fig7", "5.1": "section5_1"}.get(name, f"table{name}")
+    _compare(name, file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["1c", "1d", "1e", "2", "5.1"])
+def test_operations_of_other_networks_are_those_that_list_tells(name: str) -> None:
+    _compare(name, f"table{name}")
+
+
+def _compare(name: str, file: str) -> None:
+    path = ROOT / "configs" / "sweeps" / f"{file}.py"
+    points = expand(path, load_sweep(path), BASE, (0,))
+    runs, pflop, *_ = costs()[name]
+    assert runs == len(points)
+    assert pflop == pytest.approx(sum(training_pflop(point.config) for point in points), abs=0.51)

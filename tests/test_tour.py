@@ -1,0 +1,43 @@
+"""docs/tour.ipynb: its cells run from top to bottom in a process of their own, and say and draw what they should."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CELLS = json.loads((ROOT / "docs" / "tour.ipynb").read_text())["cells"]
+
+
+def test_the_tour_is_stored_without_outputs() -> None:
+    code = [cell for cell in CELLS if cell["cell_type"] == "code"]
+    assert len(code) == 7
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+
+
+def test_the_tour_runs_from_top_to_bottom(tmp_path: Path) -> None:
+    code = "\n".join("".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code")
+    drawn = 'print("figures drawn:", len(plt.get_fignums()))'
+    environment = os.environ | {
+        "TOUR_STEPS": "20",
+        "TMPDIR": str(tmp_path),
+        "MPLBACKEND": "Agg",
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "xla"),
+    }
+    # In docs/, where Jupyter starts it; plt.show() of a backend without a screen warns, and leaves the figures open.
+    command = [sys.executable, "-W", "ignore:FigureCanvasAgg", "-c", f"{code}\n{drawn}"]
+    done = subprocess.run(command, cwd=ROOT / "docs", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "figures drawn: 5" in done.stdout
+    total, *parts = map(int, re.search(r"(\d+) anchors: (\d+) pos\w+, (\d+) ign\w+, (\d+) back", done.stdout).groups())
+    assert total == sum(parts) and parts[0] > 0
+    losses = [float(value) for value in re.findall(r"classification_loss ([\d.]+)", done.stdout)]
+    assert len(losses) == 10 and losses[-1] < losses[0]
+    assert "Average Precision" in done.stdout and "AP of red disc" in done.stdout
+    assert list(tmp_path.iterdir()) == [tmp_path / "retina_jax_tour"]
