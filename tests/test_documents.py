@@ -282,6 +282,7 @@ def python(folder: Path, code: str, *arguments: str) -> str:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "retina_jax" / "shipping")]),
         "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the time here
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "xla"),
     }
     command = [sys.executable, "-c", code, *arguments]

@@ -23,11 +23,12 @@ def test_the_tour_runs_from_top_to_bottom(tmp_path: Path) -> None:
     code = "\n".join("".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code")
     drawn = 'print("figures drawn:", len(plt.get_fignums()))'
     environment = os.environ | {
-        "TOUR_STEPS": "20",
+        "TOUR_STEPS": "8",
         "TMPDIR": str(tmp_path),
         "MPLBACKEND": "Agg",
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the time here
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "xla"),
     }
     # In docs/, where Jupyter starts it; plt.show() of a backend without a screen warns, and leaves the figures open.
@@ -38,6 +39,6 @@ def test_the_tour_runs_from_top_to_bottom(tmp_path: Path) -> None:
     total, *parts = map(int, re.search(r"(\d+) anchors: (\d+) pos\w+, (\d+) ign\w+, (\d+) back", done.stdout).groups())
     assert total == sum(parts) and parts[0] > 0
     losses = [float(value) for value in re.findall(r"classification_loss ([\d.]+)", done.stdout)]
-    assert len(losses) == 10 and losses[-1] < losses[0]
+    assert len(losses) == 8 and losses[-1] < losses[0]
     assert "Average Precision" in done.stdout and "AP of red disc" in done.stdout
     assert list(tmp_path.iterdir()) == [tmp_path / "retina_jax_tour"]
