@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from retina_jax.config_files import load_config
+from retina_jax.model.cost import forward_flops
 from retina_jax.presets import FIELDS, PRESETS
 from retina_jax.sweeps.listing import training_pflop
 from retina_jax.sweeps.points import expand, load_sweep
@@ -47,16 +48,31 @@ def costs() -> dict[str, list[float]]:
     return {row[0].partition(",")[0]: [float(cell) for cell in row[1:]] for row in rows}
 
 
-def test_hours_follow_from_operations() -> None:
-    rates = dict(
-        re.findall(r"^\| (8 V100|one A100|this CPU) \| ([\d.]+ · 10\S+)", (DOCS / "reproducing.md").read_text(), re.M)
-    )
-    assert rates == {"8 V100": "10.6 · 10¹²", "one A100": "104 · 10¹²", "this CPU": "104 · 10⁹"}
+def test_hours_follow_from_operations_and_the_rates_that_are_named() -> None:
+    rates = {}
+    for column, number, exponent in re.findall(
+        r"^\| ([\w ]+) \| ([\d.]+) · 10([⁰¹²³⁴-⁹]+)", (DOCS / "reproducing.md").read_text(), re.MULTILINE
+    ):
+        rates[column] = float(number) * 10 ** int(exponent.translate(str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")))
+    assert set(rates) == {"8 V100", "one A100", "this CPU"}
     for _, pflop, v100, a100, years in costs().values():
         hours = pflop * 1e15 / 3600
-        assert v100 == pytest.approx(hours / (8 * 10.6e12), abs=0.51)
-        assert a100 == pytest.approx(hours / 104e12, abs=0.51)
-        assert years == pytest.approx(hours / 104e9 / 8760, abs=0.051)
+        assert v100 == pytest.approx(hours / (8 * rates["8 V100"]), abs=0.51)
+        assert a100 == pytest.approx(hours / rates["one A100"], abs=0.51)
+        assert years == pytest.approx(hours / rates["this CPU"] / 8760, abs=0.051)
+
+
+def test_the_rate_of_the_cpu_is_that_of_the_measured_step() -> None:
+    """The step of one image at 256 x 256 in docs/results/performance.md, three forward passes of 29.9 GFLOP each."""
+    measured = re.search(
+        r"^\| training step, 256² \| (\d+) ms", (DOCS / "results/performance.md").read_text(), re.MULTILINE
+    )
+    named = re.search(
+        r"(\.\d+) s for a step of one image at 256 × 256.*is (\.\d+) TFLOP", (DOCS / "reproducing.md").read_text()
+    )
+    assert float(named[1]) == pytest.approx(int(measured[1]) / 1000, abs=5e-4)
+    assert float(named[2]) == pytest.approx(3 * forward_flops(BASE, 80, (256, 256)) / 1e12, abs=5e-5)
+    assert f"| {float(named[2]) / float(named[1]) * 1000:.0f} · 10⁹ a core |" in (DOCS / "reproducing.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["1a", "1b", "3", "Figure 7"])
