@@ -60,6 +60,8 @@ def main() -> None:
     defaults = Arguments(*[tyro.MISSING] * 3, settings=config_of(sys.argv[1:], str(OWN_DATA)))
     arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__)
     config = validate(arguments.settings)
+    if arguments.pictures < 0:
+        raise ConfigError(f"--pictures: {arguments.pictures} cannot be; 0 is none")
     pairs = {"train": (arguments.annotations, arguments.images)}
     if arguments.val_annotations is not None:
         pairs["val"] = arguments.val_annotations, arguments.val_images or arguments.images
@@ -86,6 +88,8 @@ def say(check: Check) -> None:
     for group in check.groups:
         tell(group.line())
     shares, total = check.shares, check.shares.total
+    if not total.boxes:
+        return
     tell(
         f"anchors: {total.part('by_iou'):.1%} of {total.boxes} boxes by IoU, {total.part('by_low_quality'):.1%} by the "
         f"low-quality rule only, {total.part('uncovered'):.1%} none; {shares.positives_per_image:.1f} positives an image"

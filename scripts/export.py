@@ -70,6 +70,8 @@ def main() -> None:
         )
     if arguments.count < 1:
         raise ConfigError(f"--count: {arguments.count} cannot be; compare on 1 image at least")
+    if arguments.out.is_dir():
+        raise ConfigError(f"--out {arguments.out}: is a folder; name a file")
     set_up_jax()
     source = arguments.weights or str(arguments.workdir)
     detector = load_detector(

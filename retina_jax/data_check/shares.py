@@ -42,10 +42,11 @@ class Share(NamedTuple):
         """The share of one of the counts in all boxes; 1 of no boxes."""
         return getattr(self, kind) / self.boxes if self.boxes else 1.0
 
-    def as_dict(self) -> dict[str, str | int | float]:
-        """Counts and shares, for JSON."""
+    def as_dict(self) -> dict[str, str | int | float | None]:
+        """Counts and shares, for JSON; shares of no boxes are null."""
         kinds = ("by_iou", "by_low_quality", "uncovered")
-        return {**self._asdict(), **{f"{kind}_share": round(self.part(kind), 6) for kind in kinds}}
+        parts = {f"{kind}_share": round(self.part(kind), 6) if self.boxes else None for kind in kinds}
+        return {**self._asdict(), **parts}
 
 
 class Shares(NamedTuple):

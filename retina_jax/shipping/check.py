@@ -79,8 +79,15 @@ def check(live: Detector, shipped: Shipped, images: Sequence[UInt8[np.ndarray, "
         )
     own, its = seconds_of_each((live, shipped), images)
     told = f"{compared}" + (f"; {len(made)} of them made of the first, for canvases that none had" if made else "")
+    if untried := len(shipped.about["canvases"]) - len(canvases_met(shipped, asked)):
+        told += f"; {untried} of {len(shipped.about['canvases'])} canvases were tried by none"
     device = jax.devices()[0].device_kind
     return f"{told}\none image takes {1e3 * own:.1f} ms live and {1e3 * its:.1f} ms shipped, in the median ({device})"
+
+
+def canvases_met(shipped: Shipped, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> set[tuple[int, int]]:
+    """The (height, width) that the images are put on."""
+    return {shipped.canvas(shipped.resized_size(*image.shape[:2])) for image in images}
 
 
 def for_other_canvases(
@@ -91,7 +98,7 @@ def for_other_canvases(
     None where there are more canvases than `data.buckets` can make: each takes its time to compile.
     """
     canvases = [(height, width) for height, width in shipped.about["canvases"]]
-    met = {shipped.canvas(shipped.resized_size(*image.shape[:2])) for image in images}
+    met = canvases_met(shipped, images)
     if not images or len(canvases) > MOST_CANVASES:
         return []
     height, width, _ = images[0].shape

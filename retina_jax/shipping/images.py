@@ -25,18 +25,31 @@ def images_for(detector: Detector, files: Path | None, count: int) -> tuple[Imag
     """The first `count` images of `files`, else of the validation data, else generated scenes; and what they are, in words.
 
     Raises ConfigError or BadImage where `files` are named and cannot be read. Validation images that are not there are no
-    error: a detector from elsewhere has none, and a run may have moved to another machine.
+    error: a detector from elsewhere has none, and a run may have moved to another machine. Broken ones are left out and told.
     """
     if files is not None:
         found = list(image_files([files], out=Path(os.devnull)))[:count]  # nothing is drawn
         return [_read(file) for file in found], f"{len(found)} images of {files}"
     try:
         source = open_source(detector.config.data, "val")
-        images = [to_rgb(source.read(index)) for index in range(min(count, len(source)))]
     except (ConfigError, DataError, OSError) as error:
-        scenes = ScenesConfig(size=max(64, detector.config.data.short_side))
-        return [draw_scene(scenes, VAL, i).image for i in range(count)], f"{count} generated scenes ({reason(error)})"
-    return images, f"the first {len(images)} images of {source.name}"
+        return _scenes(detector, count), f"{count} generated scenes ({reason(error)})"
+    images, why = [], ""
+    broken = 0
+    for index in range(min(count, len(source))):
+        try:
+            images.append(to_rgb(source.read(index)))
+        except (DataError, OSError) as error:
+            broken, why = broken + 1, reason(error)
+    left_out = f"{broken} that cannot be read left out, the last one: {why}" if broken else ""
+    if not images:
+        return _scenes(detector, count), f"{count} generated scenes (of {source.name}, {left_out or 'which has none'})"
+    return images, f"the first {len(images)} images of {source.name}" + (f" ({left_out})" if left_out else "")
+
+
+def _scenes(detector: Detector, count: int) -> Images:
+    scenes = ScenesConfig(size=max(64, detector.config.data.short_side))
+    return [draw_scene(scenes, VAL, i).image for i in range(count)]
 
 
 def _read(file: Path) -> UInt8[np.ndarray, "_ _ 3"]:

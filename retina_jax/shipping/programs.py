@@ -30,7 +30,10 @@ def canvases(data: DataConfig) -> tuple[tuple[int, int], ...]:
     if data.buckets:
         return buckets(data, (data.short_side,))
     short, long = min(data.short_side, data.long_side), data.long_side
-    sizes = [(short, side) for side in range(short, long + 1)] + [(side, long) for side in range(1, short + 1)]
+    # Rounded down, a side that was to be `short` or `long` may come out one short of it: 163 * (801 / 163) < 801.
+    lost = (0, 1) if data.size_rounding == "floor" else (0,)
+    sizes = [(max(1, short - n), side) for n in lost for side in range(max(1, short - n), long + 1)]
+    sizes += [(side, max(1, long - n)) for n in lost for side in range(1, short + 1)]
     exact = [exact_canvas(size, data) for height, width in sizes for size in ((height, width), (width, height))]
     return tuple(dict.fromkeys(exact))
 

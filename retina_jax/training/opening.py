@@ -125,6 +125,12 @@ def _changes(run: Run, allowed: Sequence[str]) -> list[str]:
             f"data has {len(run.class_names)} ({_few(run.class_names)}); take the same data or another --workdir"
         )
     changes = meaning_changes(before.config, run.config)
+    means = [bool(config.optimizer.ema_decay) for config in (before.config, run.config)]
+    if means[0] != means[1]:
+        raise ConfigError(
+            f"--workdir {folder}: its run keeps {'' if means[0] else 'no '}running means of the parameters, which cannot be "
+            f"changed: optimizer.ema_decay is {before.config.optimizer.ema_decay:g} there; take that, or another --workdir"
+        )
     refused = [change for change in changes if change.partition(":")[0] not in allowed]
     if refused:
         raise ConfigError(

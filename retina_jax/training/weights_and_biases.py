@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,25 +52,28 @@ class WeightsAndBiases:
         """The numbers among `values`, under the name of their event. Steps that it has already, of before a resume, are
         passed over there: they are the same."""
         group = values.get("event", "train")
-        self._log(step, {f"{group}/{name}": v for name, v in values.items() if isinstance(v, int | float)})
+        self._log(step, lambda: {f"{group}/{name}": v for name, v in values.items() if isinstance(v, int | float)})
 
     def add_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
         """Image files by name, as `predictions`."""
         if pictures and self._run is not None:
-            images = [self._wandb.Image(str(path), caption=name) for name, path in pictures.items()]
-            self._log(step, {"predictions": images})
+            make = self._wandb.Image
+            self._log(step, lambda: {"predictions": [make(str(path), caption=n) for n, path in pictures.items()]})
 
     def close(self, failed: bool = False) -> None:
         """Waits until all of it is sent; `failed` marks the run so."""
         run, self._run = self._run, None
         if run is not None:
-            run.finish(exit_code=int(failed))
+            self._try(lambda: run.finish(exit_code=int(failed)))
 
-    def _log(self, step: int, values: dict[str, Any]) -> None:
-        if self._run is None:
-            return
+    def _log(self, step: int, values: Callable[[], dict[str, Any]]) -> None:
+        run = self._run
+        if run is not None:
+            self._try(lambda: run.log(values(), step=step))
+
+    def _try(self, action: Callable[[], object]) -> None:
         try:
-            self._run.log(values, step=step)
+            action()
         except (self._wandb.Error, OSError) as error:
             warn(f"training.wandb: {one_line(error)}; it is left, metrics.jsonl holds all of it")
             self._run = None

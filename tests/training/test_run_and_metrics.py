@@ -43,6 +43,17 @@ def test_another_experiment_in_the_same_folder_is_refused_by_field(tmp_path: Pat
     assert read_run(tmp_path).config.training.steps == 100
 
 
+def test_running_means_are_neither_begun_nor_left_by_a_resumed_run(tmp_path: Path) -> None:
+    means = override(Config(), {"optimizer.ema_decay": 0.9})
+    for number, (before, after) in enumerate([(Config(), means), (means, Config())]):
+        folder = tmp_path / str(number)
+        open_run(folder, before, NAMES, IDS)
+        saved = (folder / "config.json").read_text()
+        with pytest.raises(ConfigError, match="running means of the parameters, which cannot be changed"):
+            open_run(folder, after, NAMES, IDS, allow_changes=["optimizer.ema_decay"])
+        assert (folder / "config.json").read_text() == saved
+
+
 def test_a_fact_of_the_start_stays_when_the_run_is_opened_again(tmp_path: Path) -> None:
     note_fact(open_run(tmp_path, Config(), NAMES, IDS), "backbone_sha256", "abc")
     run = open_run(tmp_path, override(Config(), {"training.steps": 100}), NAMES, IDS)

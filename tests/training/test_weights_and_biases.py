@@ -34,6 +34,7 @@ class StandIn(ModuleType):
         return console, silent
 
     def Image(self, path: str, *, caption: str) -> tuple[str, str]:
+        self._fail("image")
         return Path(path).name, caption
 
     def init(self, **given: Any) -> SimpleNamespace:
@@ -46,6 +47,7 @@ class StandIn(ModuleType):
         self.logged.append((step, values))
 
     def _finish(self, *, exit_code: int) -> None:
+        self._fail("finish")
         self.ended.append(exit_code)
 
     def _fail(self, where: str) -> None:
@@ -114,12 +116,16 @@ def test_a_missing_package_or_a_refusal_ends_in_one_line(tmp_path: Path, monkeyp
         Metrics(opened(tmp_path), 0)
 
 
+@pytest.mark.parametrize("fails", ["log", "image", "finish"])
 def test_a_failure_on_the_way_is_warned_of_once_and_the_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fails: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", StandIn(fails="log"))
-    with Metrics(opened(tmp_path), 0) as metrics:
+    monkeypatch.setitem(sys.modules, "wandb", StandIn(fails))
+    run = opened(tmp_path)
+    run.path("pictures", 3, "_7.png").write_bytes(b"")
+    with Metrics(run, 0) as metrics:
         for step in (1, 2, 3):
             metrics.write(step, {"event": "train", "loss": 0.5})
-    assert capsys.readouterr().out.count("warning: training.wandb: log: api_key not configured") == 1
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+        metrics.evaluated(3, {"AP": 0.25})
+    assert capsys.readouterr().out.count(f"warning: training.wandb: {fails}: api_key not configured") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
