@@ -30,6 +30,7 @@ def test_the_tour_runs_from_top_to_bottom(tmp_path: Path) -> None:
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the time here
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
     # In docs/, where Jupyter starts it; plt.show() of a backend without a screen warns, and leaves the figures open.
     command = [sys.executable, "-W", "ignore:FigureCanvasAgg", "-c", f"{code}\n{drawn}"]
