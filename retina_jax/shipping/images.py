@@ -25,7 +25,7 @@ def images_for(detector: Detector, files: Path | None, count: int) -> tuple[Imag
     """The first `count` images of `files`, else of the validation data, else generated scenes; and what they are, in words.
 
     Raises ConfigError or BadImage where `files` are named and cannot be read. Validation images that are not there are no
-    error: a detector from elsewhere has none, and a run may have moved to another machine. Broken ones are left out and told.
+    error: a detector from elsewhere has none, and a run may have moved to another machine. Broken ones are left out.
     """
     if files is not None:
         found = list(image_files([files], out=Path(os.devnull)))[:count]  # nothing is drawn
