@@ -58,7 +58,8 @@ def test_253_images_score_on_8_devices_as_on_one(source: Source, tmp_path: Path)
                 assert others[name] == pytest.approx(value, abs=1e-6), name
         assert [(r["image_id"], r["category_id"]) for r in more] == [(r["image_id"], r["category_id"]) for r in results]
         np.testing.assert_allclose([r["bbox"] for r in more], [r["bbox"] for r in results], atol=1e-3)
-        np.testing.assert_allclose([r["score"] for r in more], [r["score"] for r in results], atol=1e-6)
+        # Smaller shares of a batch are summed in another order: 1.2e-6 on one processor, below 1e-6 on another.
+        np.testing.assert_allclose([r["score"] for r in more], [r["score"] for r in results], atol=5e-6)
 
 
 def test_detect_gives_what_evaluation_gives(source: Source, tmp_path: Path) -> None:
