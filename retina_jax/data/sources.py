@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 from retina_jax import hosts
@@ -48,11 +49,14 @@ def open_source(data: DataConfig, split: Literal["train", "val"]) -> Source:
 def open_sources(config: Config) -> tuple[Source, Source, Config]:
     """What a run trains on, what it is evaluated on (the same where it never is), and its config with their classes.
 
-    Says what is there and what was left out of it. Raises as `open_source` and `with_classes` do, and ConfigError
-    where several hosts have different data.
+    Says what is there and what was left out of it. Raises as `open_source` and `with_classes` do, ConfigError where
+    several hosts have different data, and DataError where an image file is missing and data.bad_images would stop at it.
     """
     train = open_source(config.data, "train")
     val = train if config.training.eval_every < 0 else open_source(config.data, "val")
+    if config.data.source == "coco" and config.data.bad_images == "stop":
+        check_images_are_there(train, len(train))
+        check_images_are_there(val, config.training.eval_images or len(val))
     config = with_classes(config, train.class_names, val.class_names)
     facts = {"training": train.sha256, "evaluation": val.sha256, "images": [len(train), len(val)]}
     hosts.check_same("data", {**facts, "classes": list(train.class_names), "ids": list(val.category_ids)})
@@ -60,3 +64,22 @@ def open_sources(config: Config) -> tuple[Source, Source, Config]:
     if (left_out := overflow(train, config.data))[1]:
         warn(f"data.max_boxes leaves out boxes: of {left_out[0]} images, {left_out[1]} boxes")
     return train, val, config
+
+
+def check_images_are_there(source: Source, number: int) -> None:
+    """DataError where one of the first `number` image files is missing, before anything is trained. Each folder is listed
+    once (118,000 files: .2 s on a local disk); what is in the files is seen when they are read."""
+    listed: dict[str, set[str]] = {}
+    missing = []
+    for index, record in enumerate(source.records[:number]):
+        folder, name = os.path.split(source.where(index))
+        if folder not in listed:
+            listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if name not in listed[folder] and not os.path.exists(source.where(index)):  # some systems ignore case
+            missing.append(f"file_name {record.file_name!r} of image id {record.image_id}")
+    if missing:
+        folder = source.where(0).removesuffix(source.records[0].file_name)
+        raise DataError(
+            f"{source.name}: {len(missing)} of {min(number, len(source))} images are not in {folder}: {missing[0]}"
+            f"{', ...' if len(missing) > 1 else ''}; put them there, or leave them out with data.bad_images skip"
+        )

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
-from small_sets import document, write_coco
+from small_sets import document, rectangles, write_coco
 
-from retina_jax.config import ConfigError, DataConfig
+from retina_jax.config import Config, ConfigError, DataConfig
+from retina_jax.config_files import override
 from retina_jax.data.source import DataError
-from retina_jax.data.sources import open_source
+from retina_jax.data.sources import open_source, open_sources
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -37,3 +38,24 @@ def test_training_without_any_box_is_refused(tmp_path: Path, kept: str) -> None:
     with pytest.raises(DataError, match=r"has no usable box"):
         open_source(data, "train")
     assert len(open_source(data, "val")) == 2
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_missing_image_is_named_before_training(tmp_path: Path, split: str) -> None:
+    folders = {name: tmp_path / name for name in ("train", "val")}
+    fields = {"model.num_classes": 2}
+    for name, folder in folders.items():
+        folder.mkdir()
+        source = rectangles(folder, [(40, 30), (30, 40), (20, 20)])
+        fields |= {f"data.{name}_annotations": source.name, f"data.{name}_images": str(folder / "images")}
+    config = override(Config(), fields)
+    open_sources(config)
+    (folders[split] / "images" / "001.jpeg").unlink()
+    line = (
+        rf"{split}/annotations.json: 1 of 3 images are not in .*/{split}/images/: file_name '001.jpeg' of image id 11; "
+    )
+    with pytest.raises(DataError, match=line):
+        open_sources(config)
+    open_sources(override(config, {"data.bad_images": "skip"}))
+    if split == "val":
+        open_sources(override(config, {"training.eval_images": 1}))
