@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_sets import rectangles
@@ -18,7 +18,6 @@ from retina_jax.config import Config, DetectionConfig
 from retina_jax.config_files import override
 from retina_jax.data.decoding import to_rgb
 from retina_jax.data.preprocessing import buckets
-from retina_jax.data.source import Source
 from retina_jax.detector import Detector, ImageDetections, to_canvas
 from retina_jax.training.assessment import assess
 from retina_jax.training.opening import open_run
@@ -29,6 +28,10 @@ SIDES = (32, 16)
 mirrored image resized is a resized image mirrored, to the bit."""
 
 
+FLIPPED_AND_SMALLER = {"detection__tta_flip": True, "detection__tta_short_sides": (32,)}
+
+
+@functools.cache
 def detector(**changes: object) -> Detector:
     """The untrained network of test_detector.py with arbitrary answers, the same for the same image."""
     named = {name.replace("__", "."): value for name, value in changes.items()}
@@ -107,7 +110,7 @@ def test_merging_is_the_naive_suppression(seed: int, count: int, most: int, iou:
 
 def test_the_answer_for_a_mirrored_image_is_the_mirrored_answer() -> None:
     (image,) = pictures((64, 90))
-    plain, augmented = detector(), detector(detection__tta_flip=True, detection__tta_short_sides=(32,))
+    plain, augmented = detector(), detector(**FLIPPED_AND_SMALLER)
     for asked, equal in ((augmented, True), (plain, False)):
         one, other = asked.detect([image]), asked.detect([image[:, ::-1]])
         back = flipped_back(other[0], 90)
@@ -142,33 +145,21 @@ def test_an_image_is_mirrored_in_its_place_on_the_canvas() -> None:
     np.testing.assert_array_equal(tta.mirrored(mirrored).images, batch.images)
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """Wide, tall and square images: several canvases at each size."""
-    sizes = [(48, 32), (32, 48), (32, 32), (56, 32)]
-    return rectangles(tmp_path_factory.mktemp("several"), [sizes[i % 4] for i in range(9)])
-
-
-@pytest.mark.parametrize("parallel", ["jit", "pmap"])
-def test_evaluation_over_devices_gives_what_detect_gives_and_compiles_a_program_a_canvas(
-    source: Source, tmp_path: Path, parallel: str
-) -> None:
-    changes = {"detection.tta_flip": True, "detection.tta_short_sides": (32,), "parallel": parallel, "devices": 4}
-    config = override(CONFIG, changes)
+def test_evaluation_over_devices_gives_what_detect_gives_and_compiles_a_program_a_canvas(tmp_path: Path) -> None:
+    source = rectangles(tmp_path, [(48, 32), (40, 32), (44, 32), (48, 32), (40, 32)])
+    config = override(detector(**FLIPPED_AND_SMALLER).config, {"devices": 2})
     driver = Driver(config, 2)
     asked = Detector(driver, driver.first_state().variables, source.class_names, source.category_ids)
     run = open_run(tmp_path / "run", config, source.class_names, source.category_ids)
     programs = tta._nms._cache_size()
-    assert assess(run, asked, source, 0).summary["AR100"] > 0
-    assert tta._nms._cache_size() <= programs + 1
-    if parallel == "jit":
-        canvases = {shape for data in tta.sizes(config) for shape in buckets(data, (data.short_side,))}
-        assert driver.detect._cache_size() <= len(canvases) <= 8
+    assess(run, asked, source, 0)
+    wide = {shape for data in tta.sizes(config) for shape in buckets(data, (data.short_side,)) if shape[1] > shape[0]}
+    assert driver.detect._cache_size() == len(wide) == 2 and tta._nms._cache_size() <= programs + 1
     results = json.loads((run.folder / "detections/step_00000000.json").read_text())
-    alone = detector(detection__tta_flip=True, detection__tta_short_sides=(32,))
-    for index in (0, 1, 8):
+    for index in (0, 4):
         mine = [r for r in results if r["image_id"] == source.records[index].image_id]
-        (found,) = alone.detect([to_rgb(source.read(index))])
-        np.testing.assert_allclose([r["score"] for r in mine], found.scores, atol=1e-6)
+        (found,) = detector(**FLIPPED_AND_SMALLER).detect([to_rgb(source.read(index))])
+        assert len(mine) > 5
+        np.testing.assert_allclose([r["score"] for r in mine], found.scores, atol=5e-6)
         assert [r["category_id"] - 1 for r in mine] == found.labels.tolist()
         np.testing.assert_allclose([r["bbox"][:2] for r in mine], found.boxes_xyxy[:, :2], atol=1e-3)

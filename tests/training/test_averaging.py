@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,23 @@ def averaged(config: Config, **changes: Any) -> Config:
     return override(config, {"optimizer.ema_decay": DECAY, "devices": 2, **named})
 
 
+@functools.cache
+def driver_of(config: Config) -> Driver:
+    return Driver(config, 3)
+
+
 def learnt(state: TrainState) -> dict[str, Any]:
     return jax.device_get({"params": state.params, "stats": state.stats})
 
 
 def assert_equal(one: Any, other: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(other))
+
+
+def assert_near(one: Any, other: Any) -> None:
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), jax.device_get(one), jax.device_get(other)
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -48,68 +60,58 @@ def test_the_decay_warms_up(updates: int, decay: float) -> None:
     assert got == pytest.approx(min(decay, (1 + updates) / (10 + updates)), rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("parallel", "norm", "accumulate"), [("jit", "group", 1), ("jit", "batch", 2), ("pmap", "batch", 1)]
-)
-def test_the_mean_is_the_plain_recurrence(
-    tiny: Config, make_inputs: Make, parallel: str, norm: str, accumulate: int
-) -> None:
+WITH_STATISTICS = {"model__norm": "batch"}
+IN_PARTS = {"parallel": "pmap", "training__accumulate": 2, "training__skip_non_finite": 1}
+
+
+@pytest.fixture
+def make_floats(make_inputs: Make) -> Make:
+    """Images that can be poisoned."""
+
+    def make(seed: int) -> Inputs:
+        inputs = make_inputs(seed)
+        return inputs._replace(images=inputs.images.astype(np.float32))
+
+    return make
+
+
+@pytest.mark.parametrize("own", [WITH_STATISTICS, IN_PARTS], ids=["jit", "pmap"])
+def test_the_mean_is_the_plain_recurrence(tiny: Config, make_floats: Make, own: dict[str, Any]) -> None:
     """Over the parameters and BatchNorm statistics after each step, in float64."""
-    own = {"parallel": parallel, "model__norm": norm, "training__accumulate": accumulate}
-    driver = Driver(averaged(tiny, **own), 3)
+    driver = driver_of(averaged(tiny, **own))
     state = driver.first_state()
     mean = jax.tree.map(np.float64, learnt(state))
     assert_equal(state.ema, learnt(state))
     for step in range(4):
-        state, _ = driver.step(state, driver.place(make_inputs(step)))
+        state, _ = driver.step(state, driver.place(make_floats(step)))
         d = min(DECAY, (1 + step) / (10 + step))
         mean = jax.tree.map(lambda m, x, d=d: d * m + (1 - d) * np.float64(x), mean, learnt(state))
-    jax.tree.map(lambda m, x: np.testing.assert_allclose(x, m, rtol=1e-5, atol=1e-7), mean, jax.device_get(state.ema))
-    assert bool(state.stats) == (norm == "batch")
+    assert_near(state.ema, mean)
+    assert bool(state.stats) == (own is WITH_STATISTICS)
     assert_equal(state.detector(), {**state.ema, "frozen": state.frozen})
     assert_equal(state.detector("raw"), state.variables)
     assert parameters_sha256(state.detector()) != parameters_sha256(state.detector("raw"))
 
 
-def test_training_itself_is_the_same_with_and_without_means(tiny: Config, make_inputs: Make) -> None:
-    sums = []
-    for decay in (0.0, 0.9):
-        driver = Driver(averaged(tiny, optimizer__ema_decay=decay), 3)
-        state = driver.first_state()
-        for step in range(2):
-            state, _ = driver.step(state, driver.place(make_inputs(step)))
-        sums.append([parameters_sha256(jax.device_get(tree)) for tree in (state.variables, state.everything)])
-        if not decay:
-            assert type(state) is TrainState
-            assert_equal(state.detector(), state.variables)
-    (raw, whole), (raw_beside_means, whole_with_means) = sums
-    assert raw == whole == raw_beside_means != whole_with_means
-
-
-def test_a_step_that_is_left_out_leaves_the_mean_and_its_warm_up(tiny: Config, make_inputs: Make) -> None:
-    batches = [make_inputs(seed) for seed in range(2)]
-    batches = [inputs._replace(images=inputs.images.astype(np.float32)) for inputs in batches]
-    poisoned = batches[0]._replace(images=batches[0].images * np.float32(np.nan))
-    driver = Driver(averaged(tiny, training__skip_non_finite=1, optimizer__learning_rate=0.001), 3)
-    state, _ = driver.step(driver.first_state(), driver.place(batches[0]))
+def test_a_step_that_is_left_out_leaves_the_mean_and_its_warm_up(tiny: Config, make_floats: Make) -> None:
+    driver = driver_of(averaged(tiny, **IN_PARTS))
+    poisoned = make_floats(0)._replace(images=make_floats(0).images * np.float32(np.nan))
+    state, _ = driver.step(driver.first_state(), driver.place(make_floats(0)))
     before = jax.device_get(state.ema)
     state, _ = driver.step(state, driver.place(poisoned))
     assert int(state.skipped) == 1
     assert_equal(state.ema, before)
-    state, _ = driver.step(state, driver.place(batches[1]))
+    state, _ = driver.step(state, driver.place(make_floats(1)))
     second = 2 / 11  # the second update, of three steps
-    expected = jax.tree.map(lambda m, x: second * m + (1 - second) * x, before, learnt(state))
-    jax.tree.map(
-        lambda m, x: np.testing.assert_allclose(x, m, rtol=1e-5, atol=1e-7), expected, jax.device_get(state.ema)
-    )
+    assert_near(state.ema, jax.tree.map(lambda m, x: second * m + (1 - second) * x, before, learnt(state)))
 
 
-def test_a_resumed_mean_is_the_unbroken_one_to_the_bit(tiny: Config, make_inputs: Make, tmp_path: Path) -> None:
-    driver = Driver(averaged(tiny, model__norm="batch"), 3)
+def test_a_resumed_mean_is_the_unbroken_one_to_the_bit(tiny: Config, make_floats: Make, tmp_path: Path) -> None:
+    driver = driver_of(averaged(tiny, **WITH_STATISTICS))
 
     def go_on(state: TrainState, steps: range) -> TrainState:
         for step in steps:
-            state, _ = driver.step(state, driver.place(make_inputs(step)))
+            state, _ = driver.step(state, driver.place(make_floats(step)))
         return state
 
     unbroken = jax.device_get(go_on(driver.first_state(), range(4)))
@@ -149,6 +151,7 @@ class StateBefore:
 def test_runs_without_means_and_checkpoints_from_before_them_are_one(tiny: Config, tmp_path: Path, norm: str) -> None:
     driver = Driver(override(tiny, {"devices": 1, "model.norm": norm}), 3)
     state = driver.first_state()
+    assert type(state) is TrainState and state.everything == state.detector() == state.variables
     before = StateBefore(**{name: getattr(state, name) for name in StateBefore.__dataclass_fields__})
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, before)

@@ -40,8 +40,9 @@ def test_the_strong_recipe_is_torchvisions_but_for_conventions() -> None:
 def test_the_strong_recipe_takes_two_finite_steps(make_inputs: Callable[..., Inputs]) -> None:
     """Its network made narrow and shallow, on two devices."""
     small = {
-        "model.base_width": 4, "model.stage_blocks": (1, 1, 1, 1), "model.fpn_channels": 8, "model.head_channels": 8,
-        "model.head_convs": 1, "model.num_classes": 3, "data.batch_size": 4, "data.max_boxes": 4, "devices": 2,
+        "model.backbone": "resnet18", "model.base_width": 4, "model.stage_blocks": (1, 1, 1, 1), "model.fpn_channels": 8,
+        "model.head_channels": 8, "model.head_convs": 1, "model.num_classes": 3, "data.batch_size": 4, "data.max_boxes": 4,
+        "devices": 2,
     }  # fmt: skip
     driver = Driver(validate(override(load_config(CONFIG), small)), 3)
     state = driver.first_state()
