@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_sets import rectangles
@@ -23,11 +24,7 @@ from retina_jax.training.assessment import assess
 from retina_jax.training.opening import open_run
 from retina_jax.training.parallel import Driver
 
-SIDES = (32, 16)
-"""Beside 64, for images with a short side of 32: resized by 2, 1 and 1/2, in which float32 rounds nothing, so that a
-mirrored image resized is a resized image mirrored, to the bit."""
-
-
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 FLIPPED_AND_SMALLER = {"detection__tta_flip": True, "detection__tta_short_sides": (32,)}
 
 
@@ -74,24 +71,23 @@ def flipped_back(found: ImageDetections, width: int) -> ImageDetections:
 
 
 def test_all_versions_are_asked_and_merged_as_by_a_plain_loop() -> None:
-    images, most = pictures((32, 44), (48, 32)), {"detection__max_detections": 60}
-    found = detector(detection__tta_flip=True, detection__tta_short_sides=SIDES, **most).detect(images, batch_size=2)
-    single = [detector(data__short_side=side, data__long_side=side * 3 // 2, **most) for side in (64, *SIDES)]
-    for row, image in enumerate(images):
+    """Images of a short side of 32 are enlarged by 2 or not at all, in which float32 rounds nothing: an image mirrored and
+    resized is to the bit the one resized and mirrored."""
+    single = [detector(), detector(data__short_side=32, data__long_side=48)]
+    for image in pictures((32, 44), (32, 48)):
         parts = []
         for one in single:
-            # With its mate, so that both share the canvas as they do above.
-            plain = one.detect(images, batch_size=2)[row]
-            mirror = one.detect([other[:, ::-1] for other in images], batch_size=2)[row]
+            (plain,), (mirror,) = one.detect([image]), one.detect([image[:, ::-1]])
             parts += [plain, flipped_back(mirror, image.shape[1])]
         boxes, scores, labels = (
             np.concatenate([getattr(p, name) for p in parts]) for name in ("boxes_xyxy", "scores", "labels")
         )
-        kept = naive_merge(boxes, scores, labels, single[0].config.detection)
+        kept = naive_merge(boxes, scores, labels, CONFIG.detection)
         names = tuple(("red", "green")[label] for label in labels[kept])
-        assert_same(found[row], ImageDetections(boxes[kept], scores[kept], labels[kept], names))
-        of_version = np.repeat(np.arange(6), [len(part.scores) for part in parts])
-        assert len(set(of_version[kept])) > 3, "the answer is of several versions"
+        (found,) = detector(**FLIPPED_AND_SMALLER).detect([image])
+        assert_same(found, ImageDetections(boxes[kept], scores[kept], labels[kept], names))
+        of_version = np.repeat(np.arange(4), [len(part.scores) for part in parts])
+        assert set(of_version[kept]) >= {0, 1}, "the answer is of several versions"
 
 
 @settings(max_examples=40, deadline=None)
