@@ -25,11 +25,17 @@ class Progress:
     """Progress from `start_step` to `steps`."""
 
     def __init__(self, start_step: int, steps: int) -> None:
-        self._first, self._steps, self._begun = start_step, steps, time.monotonic()
+        self._steps = steps
+        self._since = start_step, time.monotonic()
+        self._shown = False
 
     def show(self, step: int, mean: Mapping[str, float], *, end_line: bool = False) -> None:
         """The line of a window that ended with `step`; `end_line` leaves it standing on a terminal."""
-        left = (time.monotonic() - self._begun) / max(step - self._first, 1) * max(self._steps - step, 0)
+        first, begun = self._since
+        now = time.monotonic()
+        left = (now - begun) / max(step - first, 1) * max(self._steps - step, 0)
+        if not self._shown:  # what is left is told by the steps after this window, in which the step was compiled
+            self._shown, self._since = True, (step, now)
         said = (
             f"loss {mean['loss']:.4f} (class {mean['classification_loss']:.4f} box {mean['box_loss']:.4f})  "
             f"rate {mean['learning_rate']:.2g}  gradient {mean['gradient_norm']:.2f}  "

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+import time
 
 import pytest
 
@@ -107,3 +108,13 @@ def test_a_terminal_without_utf8_gets_what_it_can_show(monkeypatch: pytest.Monke
 )
 def test_durations_carry(seconds: float, said: str) -> None:
     assert duration(seconds) == said
+
+
+def test_the_time_left_leaves_out_the_first_window_which_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    log, clock = io.StringIO(), iter([0.0, 100.0, 110.0, 130.0])
+    monkeypatch.setattr(sys, "stdout", log)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    progress = Progress(0, 50)
+    for step in (10, 20, 30):
+        progress.show(step, MEAN)
+    assert re.findall(r"ETA (\S+)", log.getvalue()) == ["0:06:40", "0:00:30", "0:00:30"]
