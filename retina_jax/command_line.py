@@ -18,7 +18,7 @@ from jax.errors import JaxRuntimeError
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_files import flatten, load_config, one_line, override, unknown_name
 from retina_jax.errors import PlainError, Stopped
-from retina_jax.hosts import Hosts
+from retina_jax.hosts import Hosts, end_at_once
 from retina_jax.training.compilation import out_of_memory
 
 T = TypeVar("T")
@@ -53,6 +53,10 @@ def one_line_errors() -> Iterator[None]:
         where = sys.stdout if isinstance(error, Stopped) else sys.stderr
         with contextlib.suppress(OSError):  # a log on a disk that is full
             print(f"\n{line}" if sys.stdout.isatty() else line, file=where, flush=True)
+        if isinstance(error, KeyboardInterrupt):
+            # A thread may be in the middle of a save. In an orderly exit its libraries meet an interpreter that is half
+            # gone; once that hung for good.
+            end_at_once(status)
         sys.exit(status)
 
 

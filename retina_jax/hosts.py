@@ -96,7 +96,7 @@ def joined(options: Hosts) -> Iterator[None]:
         else:
             print(line, file=sys.stderr, flush=True)
         lifeline.tell(line or f"{type(error).__name__}: {error}")
-        _exit(status)
+        end_at_once(status)
     _leave(lifeline)
 
 
@@ -166,7 +166,9 @@ def _connect(options: Hosts) -> None:
     except (ValueError, RuntimeError) as error:
         how = "--distributed" if options.distributed else f"--coordinator {options.coordinator}"
         print(f"error: {how}: the hosts did not find each other: {str(error).splitlines()[0]}", file=sys.stderr)
-        _exit(LOST)  # they may the next time; and JAX's runtime, half begun, would only complain at an orderly exit
+        end_at_once(
+            LOST
+        )  # they may the next time; and JAX's runtime, half begun, would only complain at an orderly exit
 
 
 def _leave(lifeline: _Lifeline) -> None:
@@ -175,8 +177,8 @@ def _leave(lifeline: _Lifeline) -> None:
     jax.distributed.shutdown()
 
 
-def _exit(status: int) -> NoReturn:
-    """At once: an orderly exit would wait for hosts that wait themselves."""
+def end_at_once(status: int) -> NoReturn:
+    """End the process: an orderly exit would wait for hosts that wait themselves, or for threads in the middle of things."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -295,7 +297,7 @@ class _Lifeline:
                 flush=True,
             )
             self._speak_for_itself()
-            _exit(LOST)
+            end_at_once(LOST)
 
     def _speak_for_itself(self) -> None:
         with contextlib.suppress(OSError, ValueError):  # a witness that was killed, or told already by another thread
