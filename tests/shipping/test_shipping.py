@@ -23,6 +23,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from small_sets import rectangles
 
 from retina_jax.config import Config, ConfigError, DataConfig
 from retina_jax.config_files import override
@@ -399,3 +400,17 @@ def test_without_validation_images_scenes_are_drawn(live: Detector) -> None:
     assert [image.shape for image in images] == [(64, 64, 3)] * 3 and what.startswith(
         "3 generated scenes (data.val_ann"
     )
+
+
+def test_broken_validation_images_are_left_out_and_told(live: Detector, tmp_path: Path) -> None:
+    source = rectangles(tmp_path, [(40, 30), (30, 40), (20, 20)])
+    fields = {"data.source": "coco", "data.val_annotations": source.name, "data.val_images": str(tmp_path / "images")}
+    there = dataclasses.replace(live, driver=Driver(override(live.config, fields), 2))
+    (tmp_path / "images" / "001.jpeg").write_bytes(b"no image")
+    images, what = images_for(there, None, 3)
+    assert [image.shape for image in images] == [(30, 40, 3), (20, 20, 3)]
+    assert what.startswith(f"the first 2 images of {source.name} (1 that cannot be read left out, the last one: ")
+    for name in ("000.jpeg", "002.jpeg"):
+        (tmp_path / "images" / name).unlink()
+    images, what = images_for(there, None, 2)
+    assert len(images) == 2 and what.startswith(f"2 generated scenes (of {source.name}, 2 that cannot be read")
