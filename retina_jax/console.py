@@ -16,3 +16,10 @@ def tell(line: str, end: str = "\n") -> None:
 def warn(line: str) -> None:
     """Tell of something that a person should know, on a line of its own, from whatever thread."""
     tell(("\n" if sys.stdout is not None and sys.stdout.isatty() else "") + f"warning: {line}")
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, 0:00:07."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

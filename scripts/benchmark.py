@@ -55,6 +55,8 @@ class Arguments:
     """Ground-truth boxes an image; 0: 7, as COCO has, and 50 for match."""
     kept: int = 300
     """Boxes that nms keeps at most."""
+    keep_logits: bool = False
+    """loss: keep the logits; without, they are given away, as in a training step (optax's too)."""
     images: Path = Path("data/coco/val2017")
     """Folder of the JPEG files of input."""
     annotations: Path = Path("data/coco/annotations/instances_val2017.json")

@@ -22,7 +22,7 @@ from retina_jax import hosts
 from retina_jax.command_line import one_line_errors, parse_command_line, set_up_jax, settings_of
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_checks import validate
-from retina_jax.config_files import meaning_changes
+from retina_jax.config_files import flatten, meaning_changes
 from retina_jax.data.sources import open_source
 from retina_jax.detector import load_detector
 from retina_jax.evaluation import coco_table
@@ -64,7 +64,7 @@ def main() -> None:
 def evaluate(arguments: Arguments, settings: Config) -> None:
     """Score the detector with `arguments.settings`; `settings` are its own."""
     config = validate(arguments.settings)
-    own = settings == config
+    others = {name: value for name, value in flatten(config).items() if value != flatten(settings)[name]}
     of_network = [change for change in meaning_changes(settings, config) if not change.startswith(INFERENCE)]
     if of_network:
         raise ConfigError(f"the network is the run's own and cannot be another here: {'; '.join(of_network)}")
@@ -84,8 +84,8 @@ def evaluate(arguments: Arguments, settings: Config) -> None:
         )
     run = Run(arguments.workdir, config, detector.class_names, detector.category_ids)
     # Scores of other settings stand beside the run's own, under a name of their own.
-    variant = "" if own or arguments.weights else f"_{hashlib.sha256(repr(config).encode()).hexdigest()[:8]}"
-    scores = assess(run, detector, source, step, variant)
+    variant = "" if not others or arguments.weights else f"_{hashlib.sha256(repr(config).encode()).hexdigest()[:8]}"
+    scores = assess(run, detector, source, step, variant, others)
     print(coco_table(scores))
     print(f"step {step}; written to {run.path('evaluation', step, f'{variant}.json')}")
 

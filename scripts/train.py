@@ -19,7 +19,7 @@ from retina_jax import hosts
 from retina_jax.command_line import config_of, one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config
 from retina_jax.config_checks import parse_window, validate
-from retina_jax.console import tell
+from retina_jax.console import tell, warn
 from retina_jax.data.pipeline import train_batches
 from retina_jax.data.sources import open_sources
 from retina_jax.detector import Detector
@@ -31,6 +31,7 @@ from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.compilation import CompiledStep
 from retina_jax.training.metrics import Metrics
 from retina_jax.training.opening import open_run
+from retina_jax.training.optimizer import unreached
 from retina_jax.training.parallel import Driver
 from retina_jax.training.profiling import Profiler
 from retina_jax.training.run import Clock, alone_in, finish_run, is_due
@@ -77,6 +78,8 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
         run = open_run(workdir, config, source.class_names, source.category_ids, source.sha256, driver.parts, changes)
         state, told = first_state(driver, run, checkpoints, missing)
         tell(f"{parameter_table(state.variables)}\n{told}")
+        if short := unreached(config):
+            warn(short)
         step = start = int(state.step)
         clock = Clock(workdir, resumed=start > 0)
         batches = train_batches(source, config.data, seed=config.seed, start_step=start, **hosts.share())

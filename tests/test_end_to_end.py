@@ -159,7 +159,9 @@ def test_evaluate_repeats_the_runs_own_scores(run: Path, folder: Path) -> None:
     assert read(copy / "evaluation/step_00000012.json") == expected
     assert "Average Precision" in done.stdout
     script("evaluate", "--workdir", copy, "--devices", 1, "--training.eval-batch-size", 3)
-    again = read(copy / "evaluation/step_00000012.json")
+    (other,) = (copy / "evaluation").glob("step_00000012_*.json")
+    again = read(other)
+    assert again["settings"] == {"devices": 1, "training.eval_batch_size": 3} and "settings" not in expected
     assert {k: v for k, v in again.items() if k.startswith("A")} == pytest.approx(
         {k: v for k, v in expected.items() if k.startswith("A")}, abs=1e-3, nan_ok=True
     )
@@ -346,7 +348,7 @@ def test_evaluate_with_other_settings_leaves_the_runs_own_score(run: Path) -> No
     script("evaluate", "--workdir", run, "--training.eval-images", 2)
     assert read(run / "evaluation/step_00000012.json") == before
     (other,) = (path for path in (run / "evaluation").glob("step_00000012_*.json"))
-    assert read(other)["images"] == 2
+    assert read(other)["images"] == 2 and read(other)["settings"] == {"training.eval_images": 2}
     refused("evaluate", "--workdir", run, "--anchors.size-factor", 8, says="anchors.size_factor: 2.0 -> 8.0")
 
 

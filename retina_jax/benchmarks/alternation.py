@@ -6,6 +6,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
@@ -13,6 +14,9 @@ from typing import Any
 
 from retina_jax.benchmarks.work import BenchmarkError, Task
 from retina_jax.hardware import processor
+
+REST = 0.1
+"""Seconds between two repetitions: threads of the one before may still be giving memory back, on the same core."""
 
 
 def measure(
@@ -41,6 +45,7 @@ def measure(
         figures: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
         for _ in range(repetitions):
             for name, worker in workers.items():
+                time.sleep(REST)
                 figures[name].append(_ask(name, worker))
     rows = [_row(task, name, made[name], figures[name]) for name in workers]
     for row in rows:

@@ -26,19 +26,23 @@ def make(task: Task) -> Work:
 
 
 def loss(task: Task) -> Work:
-    """Focal loss, summed, and its gradient. The logits are given away, as in a training step, where nothing else needs
-    them; they are made anew before each repetition."""
+    """Focal loss, summed, and its gradient."""
     logits, labels = class_outputs(task.rows, task.classes, task.seed)
     of_image = summed(classification_loss(LossConfig()))
-    program = jax.jit(jax.value_and_grad(lambda logits, labels: of_image(logits, labels).sum()), donate_argnums=0)
-    return given_away(program, jnp.asarray(logits, task.dtype)[None], jnp.asarray(labels)[None])
+    function = jax.value_and_grad(lambda logits, labels: of_image(logits, labels).sum())
+    return on_logits(function, jnp.asarray(logits, task.dtype)[None], jnp.asarray(labels)[None], task.keep_logits)
 
 
-def given_away(program: Callable[[Array, Array], Any], logits: Array, targets: Array) -> Work:
-    """`program`, which consumes its first argument, on a new copy of `logits` each time."""
+def on_logits(function: Callable[[Array, Array], Any], logits: Array, targets: Array, keep: bool) -> Work:
+    """`function`, jitted. It is given the logits, as in a training step, where nothing else needs them, and they are made
+    anew before each repetition; or `keep` them, so that their memory is not there to be taken."""
+    if keep:
+        program = jax.jit(function)
+        return Work(run=lambda: jax.block_until_ready(program(logits, targets)))
+    consuming = jax.jit(function, donate_argnums=0)
     copies: list[Array] = []
     return Work(
-        run=lambda: jax.block_until_ready(program(copies.pop(), targets)),
+        run=lambda: jax.block_until_ready(consuming(copies.pop(), targets)),
         before=lambda: copies.append(jax.block_until_ready(jnp.copy(logits))),
     )
 

@@ -54,6 +54,8 @@ class Task:
     cores: int
     """Processor cores that a variant may use; 0: all."""
     seed: int = 0
+    keep_logits: bool = False
+    """`loss`: its logits are needed afterwards, so that their memory cannot be taken."""
 
     @property
     def canvas(self) -> tuple[int, int]:

@@ -13,6 +13,9 @@ DASHES = ("", "7 3", "2 3")
 """Lines beyond the colours begin again dashed, then dotted."""
 WIDTH, HEIGHT = 520, 260
 LEFT, RIGHT, TOP, BOTTOM = 64, 22, 12, 44
+"""Margins; the left one grows with the labels of its ticks."""
+DIGIT, Y_LABEL = 7, 26
+"""Widths of a character of a tick's label, and of the axis's own label with what keeps it apart."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,13 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str, *, log_y: bool
     x_low, x_high = _widened(min(0.0, *xs), max(xs))
     y_low, y_high = _widened(min(ys) if log_y else min(0.0, *ys), max(ys))
 
+    y_ticks = log_ticks(y_low, y_high) if log_y else ticks(y_low, y_high)
+    left = max(LEFT, Y_LABEL + DIGIT * max(len(f"{tick:g}") for tick in y_ticks))
+
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_low) / (x_high - x_low)
         up = ((math.log10(y) if log_y else y) - y_low) / (y_high - y_low)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+        return left + across * (WIDTH - left - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
     labels = list(dict.fromkeys(line.label for line in kept))
     columns = 2 if max(len(label) for label in labels) <= 34 else 1
@@ -57,13 +63,13 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str, *, log_y: bool
     for tick in ticks(x_low, x_high):
         x, _ = place(tick, 10**y_low if log_y else y_low)
         parts.append(f'<text class="ink" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{tick:g}</text>')
-    for tick in log_ticks(y_low, y_high) if log_y else ticks(y_low, y_high):
+    for tick in y_ticks:
         _, y = place(x_low, tick)
-        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="ink" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+        parts.append(f'<line class="rule" x1="{left}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="ink" x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
     middle = (TOP + HEIGHT - BOTTOM) / 2
     parts.append(
-        f'<text class="ink" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 10}" text-anchor="middle">{html.escape(x_label)}'
+        f'<text class="ink" x="{(left + WIDTH - RIGHT) / 2}" y="{HEIGHT - 10}" text-anchor="middle">{html.escape(x_label)}'
         f'</text><text class="ink" transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">'
         f"{html.escape(y_label)}</text>"
     )
@@ -72,7 +78,7 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str, *, log_y: bool
             drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*p) for p in line.points))
             parts.append(f'<polyline class="line" {_look(labels.index(line.label))} points="{drawn}"/>')
     for i, label in enumerate(labels):
-        x = LEFT + (i % columns) * (WIDTH - LEFT - RIGHT) / columns
+        x = left + (i % columns) * (WIDTH - left - RIGHT) / columns
         y = HEIGHT + 10 + 17 * (i // columns)
         parts.append(
             f'<line class="line" {_look(i)} x1="{x:.0f}" x2="{x + 22:.0f}" y1="{y - 4}" y2="{y - 4}"/>'

@@ -9,6 +9,7 @@ from typing import Any
 from retina_jax.evaluation import SUMMARY, number
 from retina_jax.pages.charts import Line, line_chart
 from retina_jax.pages.page import paragraphs, table
+from retina_jax.run_page.facts import show
 from retina_jax.run_page.record import Record
 
 MOST_POINTS = 400
@@ -44,9 +45,9 @@ def points(windows: Sequence[dict[str, Any]], metric: str) -> list[tuple[float, 
 
 
 def evaluations(record: Record) -> str:
-    """The 12 figures of every evaluation, and from two on a chart of AP."""
+    """The 12 figures of every evaluation, from two on a chart of AP, and those of evaluations with other settings."""
     if not record.evaluations:
-        return paragraphs(["The run has not been evaluated yet."])
+        return paragraphs(["The run has not been evaluated yet."]) + _variants(record)
     rows = [
         [str(step), str(scores["images"]), *(number(scores[name]) for name in SUMMARY)]
         for step, scores in record.evaluations.items()
@@ -61,6 +62,7 @@ def evaluations(record: Record) -> str:
         drawn += f'<div class="charts">{line_chart(lines, "step", "AP")}</div>'
     return (
         drawn
+        + _variants(record)
         + '<details><summary>what the figures are</summary><dl class="facts">'
         + "".join(
             f"<dt>{name}</dt><dd>{escape(kind)}, IoU {iou}, boxes: {area}, at most {most} detections an image and class</dd>"
@@ -68,3 +70,16 @@ def evaluations(record: Record) -> str:
         )
         + "</dl></details>"
     )
+
+
+def _variants(record: Record) -> str:
+    """The 12 figures of each evaluation with settings that are not the run's, which stand in its first column."""
+    if not record.variants:
+        return ""
+    rows = []
+    for step, scores in record.variants:
+        settings = ", ".join(f"{name} {show(value)}" for name, value in scores.get("settings", {}).items())
+        rows.append(
+            [settings or "not told", str(step), str(scores["images"]), *(number(scores[name]) for name in SUMMARY)]
+        )
+    return "<h3>With other settings</h3>" + table(["settings", "step", "images", *SUMMARY], rows)

@@ -10,6 +10,7 @@ from typing import Any
 
 from retina_jax.config import Config
 from retina_jax.config_files import flatten
+from retina_jax.console import duration
 from retina_jax.evaluation import number
 from retina_jax.pages.page import paragraphs
 from retina_jax.run_page.record import Record
@@ -21,7 +22,7 @@ def headline(record: Record) -> str:
     if record.summary is not None:
         state = f"Finished after {last} steps"
         seconds = record.summary.get("seconds")
-        state += f" in {_duration(seconds)}" if isinstance(seconds, int | float) else ""
+        state += f" in {duration(seconds)}" if isinstance(seconds, int | float) else ""
     else:
         state = f"Not finished: step {last} of {steps}"
     if record.evaluations:
@@ -34,9 +35,11 @@ def headline(record: Record) -> str:
 def what_was_run(record: Record) -> str:
     """Lists of the facts and of the settings."""
     own, paper = flatten(record.config), flatten(Config())
-    rows = [(name, show(value), show(paper[name])) for name, value in own.items() if value != paper[name]]
-    changed = record.saved.get("changes") or []
-    changes = [f"After step {c.get('after_step')}: {c.get('field')}." for c in changed if isinstance(c, dict)]
+    # None is no value of the paper's: such a setting is the data's or this run's alone.
+    changed = [(name, value) for name, value in own.items() if value != paper[name] and paper[name] is not None]
+    rows = [(name, show(value), show(paper[name])) for name, value in changed]
+    resumed = record.saved.get("changes") or []
+    changes = [f"After step {c.get('after_step')}: {c.get('field')}." for c in resumed if isinstance(c, dict)]
     every = definitions([(name, show(value)) for name, value in own.items()])
     return (
         definitions(facts(record))
@@ -83,7 +86,7 @@ def _differences(rows: Sequence[tuple[str, str, str]]) -> str:
 
 def show(value: Any) -> str:
     """A setting as it is typed on a command line; floats to six digits."""
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return " ".join(map(show, value)) or "none"
     return f"{value:.6g}" if isinstance(value, float) else str(value) if value != "" else "none"
 
@@ -108,9 +111,3 @@ def _speed(windows: Sequence[dict[str, Any]]) -> str | None:
 
 def _classes(names: Sequence[str]) -> str:
     return f"{len(names)}: " + ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -13,8 +13,8 @@ from retina_jax.evaluation import SUMMARY
 from retina_jax.paper.results import read_json
 from retina_jax.training.run import read_run
 
-STEP = re.compile(r"step_([0-9]{8})\.json")
-"""Names of the run's own evaluations; those of other settings (`evaluate.py`) carry a mark after the step."""
+EVALUATION = re.compile(r"step_([0-9]{8})(_[0-9a-f]{8})?\.json")
+"""Names of a run's evaluations; those with other settings than the run's (`evaluate.py`) carry a mark after the step."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,9 @@ class Record:
     windows: list[dict[str, Any]]
     """metrics.jsonl's lines of training, by rising step."""
     evaluations: dict[int, dict[str, Any]]
-    """What RUN/evaluation/ holds, by rising step."""
+    """What RUN/evaluation/ holds of the run's own settings, by rising step."""
+    variants: list[tuple[int, dict[str, Any]]]
+    """(step, scores) of evaluations with other settings, by rising step; `settings` of the scores are those that differ."""
     summary: dict[str, Any] | None
     """summary.json; None: the run has not ended."""
 
@@ -43,15 +45,19 @@ class Record:
 def read_record(folder: Path) -> Record:
     """The run in `folder`. Raises ConfigError, one line that names the file, where one cannot be what it should."""
     run = read_run(folder)
-    evaluations = {}
+    evaluations, variants = {}, []
     for path in sorted((folder / "evaluation").glob("*.json")):
-        if match := STEP.fullmatch(path.name):
-            evaluations[int(match[1])] = _evaluation(path)
+        if match := EVALUATION.fullmatch(path.name):
+            step, scores = int(match[1]), _evaluation(path)
+            if match[2]:
+                variants.append((step, scores))
+            else:
+                evaluations[step] = scores
     summary = read_json(folder / "summary.json") if (folder / "summary.json").is_file() else None
     if summary is not None and not isinstance(summary.get("steps"), int):
         raise ConfigError(f"{folder / 'summary.json'}: steps must be a whole number, not {summary.get('steps')!r}")
     saved, windows = read_json(folder / "config.json"), _windows(folder / "metrics.jsonl")
-    return Record(folder, run.config, run.class_names, saved, windows, evaluations, summary)
+    return Record(folder, run.config, run.class_names, saved, windows, evaluations, variants, summary)
 
 
 def _evaluation(path: Path) -> dict[str, Any]:
@@ -62,6 +68,8 @@ def _evaluation(path: Path) -> dict[str, Any]:
         wrong.append("per_class")
     if not isinstance(scores.get("images"), int):
         wrong.append("images")
+    if not isinstance(scores.get("settings", {}), dict):
+        wrong.append("settings")
     if wrong:
         raise ConfigError(f"{path}: {wrong[0]} is not what an evaluation has there; score the run again (evaluate.py)")
     return scores

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -34,6 +35,7 @@ def assess(
     source: Source,
     step: int,
     variant: str = "",
+    settings: Mapping[str, Any] | None = None,
     check: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
 ) -> Scores:
     """Detect on `source`, score against its own ground truth by image id, write what was found, return the scores.
@@ -42,8 +44,8 @@ def assess(
     each has all detections and scores afterwards, and host 0 writes.
 
     Writes RUN/evaluation/, RUN/detections/ (COCO results format) and RUN/pictures/ for `step`;
-    `variant` is appended to the names, for scores that are not of the run's own setting. `check` passes batches on, and
-    may end it all.
+    `variant` is appended to the names, for scores that are not of the run's own setting; `settings` are those that differ,
+    by their dotted names, and stand with the scores. `check` passes batches on, and may end it all.
     """
     training = run.config.training
     limit = min(training.eval_images or len(source), len(source))
@@ -82,7 +84,8 @@ def assess(
         write_json(run.path("detections", step, f"{variant}.json"), results)
         write_json(
             run.path("evaluation", step, f"{variant}.json"),
-            {"step": step, "images": len(image_ids), **scores.summary, "per_class": scores.per_class},
+            {"step": step, "images": len(image_ids), **scores.summary, "per_class": scores.per_class}
+            | ({"settings": dict(settings)} if settings else {}),
         )
         _write_pictures(run, detector, source, found, unread, step, variant)
     compiled = f", {events[seconds(COMPILED)]:.1f} of them to compile detection" if events[COMPILED] else ""

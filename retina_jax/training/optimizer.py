@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from retina_jax.config import OptimizerConfig
+from retina_jax.config import Config, OptimizerConfig
 
 PAPER_BATCH_SIZE = 16
 
@@ -33,6 +33,14 @@ def learning_rate_schedule(config: OptimizerConfig, batch_size: int) -> optax.Sc
         return jnp.asarray(pieces(exact) * warmup(exact), jnp.float32)
 
     return schedule
+
+
+def unreached(config: Config) -> str | None:
+    """One line that names the drops of the rate, and the end of the warm-up, that a run is too short for; None: all come."""
+    steps, optimizer = config.training.steps, config.optimizer
+    late = [f"boundary {boundary}" for boundary in optimizer.boundaries if boundary >= steps]
+    late += [f"warmup_steps {optimizer.warmup_steps}"] if optimizer.warmup_steps >= steps else []
+    return f"optimizer: {', '.join(late)}: not reached in training.steps {steps}" if late else None
 
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

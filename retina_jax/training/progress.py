@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.text import Text
 
-from retina_jax.console import tell
+from retina_jax.console import duration, tell
 
 BAR = 20
 """Columns of the bar."""
@@ -64,10 +64,3 @@ class Progress:
         with console.capture() as captured:
             console.print(line, end="", soft_wrap=True)
         return captured.get()
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, 0:00:07."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -48,6 +48,7 @@ def test_the_page_holds_what_the_runs_files_do(tiny_run: Path) -> None:
         assert re.search(rf" {name} +\d+ +\d+ +{value:.3f} ", shown), name
     assert "training.steps 40 paper: 90000" in shown and "data.source scenes paper: coco" in shown
     assert "loss.gamma 2 paper" not in shown, "what is the paper's is no difference"
+    assert "paper: None" not in shown, "the paper says nothing of it"
     saved = json.loads((tiny_run / "config.json").read_text())
     assert saved["commit"] is None or saved["commit"] in shown
     assert saved["versions"]["jax"] in shown and saved["versions"]["devices"] in shown
@@ -56,6 +57,16 @@ def test_the_page_holds_what_the_runs_files_do(tiny_run: Path) -> None:
     assert f"AP50 is {scores['AP50']:.3f}." in shown
     assert page.count("data:image/jpeg;base64,") % 2 == 0 and page.count('class="pair"') >= 2
     assert not re.search(r'(src|href)="(?!data:|#)', page), "nothing that would be fetched"
+
+
+def test_evaluations_with_other_settings_stand_apart_and_tell_them(tiny_run: Path) -> None:
+    own = json.loads((tiny_run / "evaluation/step_00000040.json").read_text())
+    other = {**own, "AP": 0.123, "settings": {"detection.tta_flip": True, "detection.tta_short_sides": [64, 96]}}
+    (tiny_run / "evaluation/step_00000040_0123abcd.json").write_text(json.dumps(other))
+    assert read_record(tiny_run).evaluations[40] == own
+    page, said = run_page(tiny_run)
+    assert "detection.tta_flip True, detection.tta_short_sides 64 96 40 8 0.123 " in re.sub(" +", " ", text(page))
+    assert "0.123" not in said
 
 
 def test_kinds_on_the_page_sum_up(tiny_run: Path) -> None:

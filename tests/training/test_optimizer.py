@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from retina_jax.config import OptimizerConfig
-from retina_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from retina_jax.config import Config, OptimizerConfig
+from retina_jax.training.optimizer import learning_rate_schedule, make_optimizer, unreached
 
 PAPER = OptimizerConfig()
 
@@ -43,6 +43,27 @@ def test_learning_rate_scales_with_the_batch_only_when_asked() -> None:
 
 def test_no_warmup_starts_at_the_peak() -> None:
     assert float(learning_rate_schedule(dataclasses.replace(PAPER, warmup_steps=0), 16)(0)) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("steps", "boundaries", "warmup", "named"),
+    [
+        (90_000, (60_000, 80_000), 500, None),
+        (80_001, (60_000, 80_000), 500, None),
+        (80_000, (60_000, 80_000), 500, "boundary 80000"),
+        (300, (60_000, 80_000), 299, "boundary 60000, boundary 80000"),
+        (300, (), 300, "warmup_steps 300"),
+        (300, (), 0, None),
+    ],
+)
+def test_what_a_run_is_too_short_for_is_named(
+    steps: int, boundaries: tuple[int, ...], warmup: int, named: str | None
+) -> None:
+    """Each number is the first step, counted from 0, that has the new rate; the last step is steps - 1."""
+    config = Config(optimizer=dataclasses.replace(PAPER, boundaries=boundaries, warmup_steps=warmup))
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=steps))
+    said = f"optimizer: {named}: not reached in training.steps {steps}"
+    assert unreached(config) == (None if named is None else said)
 
 
 def follow(config: OptimizerConfig, gradients: list[dict], params: dict) -> dict:

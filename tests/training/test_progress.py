@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from retina_jax.console import warn
-from retina_jax.training.progress import BAR, Progress, duration
+from retina_jax.console import duration, warn
+from retina_jax.training.progress import BAR, Progress
 
 MEAN = {
     "loss": 1.5, "classification_loss": 1.0, "box_loss": 0.5, "learning_rate": 0.01, "gradient_norm": 2.0,
