@@ -177,11 +177,14 @@ def test_kubernetes_counts_neither_a_stop_nor_a_lost_host_as_failure() -> None:
     assert by_condition["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
 
 
-def start_container(tmp_path: Path, train: str) -> subprocess.Popen[bytes]:
+def start_container(tmp_path: Path, train: str, late: str = "") -> subprocess.Popen[bytes]:
+    """The container with `train` as its python; `late` is what its shell does before it waits."""
     program(tmp_path / ".venv" / "bin", "python", train)
     (tmp_path / "run").mkdir(exist_ok=True)
     environment = {**os.environ, "RUN": "run", "CONFIG": "c.py", "HOSTS": "2", "JOB_COMPLETION_INDEX": "1"}
-    return subprocess.Popen([*container()["command"], *container()["args"]], cwd=tmp_path, env=environment)
+    (shell,) = container()["args"]
+    shell = shell.replace("child=$!", f"child=$!\n{late}")
+    return subprocess.Popen([*container()["command"], shell], cwd=tmp_path, env=environment)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +199,10 @@ def test_kubernetes_container_ends_with(tmp_path: Path, train: str, status: int)
         "scripts/train.py", "--config", "c.py", "--workdir", "run",
         "--coordinator", "retina-0.retina:8476", "--hosts", "2", "--host", "1",
     ]  # fmt: skip
+
+
+def test_kubernetes_container_ends_as_a_process_did_that_ended_before_it_was_waited_for(tmp_path: Path) -> None:
+    assert start_container(tmp_path, "exit 2", late="sleep 0.3").wait(20) == 2
 
 
 def test_kubernetes_container_passes_sigterm_on_and_waits_for_the_save(tmp_path: Path) -> None:
