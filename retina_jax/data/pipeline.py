@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow as tf
 from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 
 from retina_jax.config import DataConfig
@@ -35,6 +34,7 @@ from retina_jax.data.preprocessing import (
 )
 from retina_jax.data.reading import read_again
 from retina_jax.data.source import BadImage, Source
+from retina_jax.data.tensorflow import tf
 from retina_jax.data.waiting import Reads
 from retina_jax.errors import reason
 

@@ -6,13 +6,10 @@ import math
 from typing import Literal
 
 import numpy as np
-import tensorflow as tf
 from jaxtyping import Float, Float32, UInt8
 
 from retina_jax.config import DataConfig
-
-# TensorFlow reads images and nothing else: the accelerators are JAX's.
-tf.config.set_visible_devices([], "GPU")
+from retina_jax.data.tensorflow import tf
 
 
 def resized_size(
