@@ -35,9 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
             torch.set_num_threads(2)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def quick_compilation() -> Iterator[None]:
-    """Programs of a module are compiled for speed of compiling, where that is most of its time."""
+    """A test's programs are compiled for speed of compiling, where that is most of its time."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -16,7 +16,7 @@ from small_runs import measured, metrics, start, stopped_when, summary, wait_for
 from retina_jax.training.assessment import write_picture
 from retina_jax.training.disks import DiskError
 
-OPTIONS = ("--training.steps", 50, "--training.pictures", 0)
+OPTIONS = ("--training.steps", 50, "--training.pictures", 0, "--optimizer.boundaries", 40)
 
 
 class SmallDisk:

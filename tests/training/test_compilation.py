@@ -192,6 +192,7 @@ def test_a_program_out_of_the_cache_is_said_to_be(tmp_path: object) -> None:
     assert "step for 32x48 found in the compilation cache in" in said[1]
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
 def test_a_driver_compiles_each_canvas_once(tiny: Config, make_inputs: Callable[..., Inputs], parallel: str) -> None:
     """Also at the second step, whose state comes out of the first one: nothing else is said."""
@@ -206,6 +207,7 @@ def test_a_driver_compiles_each_canvas_once(tiny: Config, make_inputs: Callable[
     assert int(state.step) == 5
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
 def test_canvases_ahead_are_compiled_with_the_first_one(
     tiny: Config, make_inputs: Callable[..., Inputs], parallel: str, uncached: None

@@ -48,6 +48,7 @@ def test_drivers_and_device_counts_train_alike(tiny: Config, make_inputs: Make) 
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), parameters, got)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("normaliser", ["per_image", "per_device", "ema"])
 def test_normalisers_agree_between_drivers(tiny: Config, make_inputs: Make, normaliser: str) -> None:
     batches = [make_inputs(seed) for seed in range(3)]
@@ -57,6 +58,7 @@ def test_normalisers_agree_between_drivers(tiny: Config, make_inputs: Make, norm
         assert a == pytest.approx(b, rel=2e-4, abs=1e-5)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("parallel", "normaliser"), [("jit", "global"), ("jit", "per_device"), ("pmap", "per_image"), ("pmap", "ema")]
 )
@@ -72,6 +74,7 @@ def test_accumulated_parts_are_the_whole_batch(tiny: Config, make_inputs: Make, 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), parameters, got)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_accumulation_mines_each_image_and_leaves_out_invalid_ones(tiny: Config, make_inputs: Make) -> None:
     """2 parts on each of 2 devices = the whole batch on one."""
     batches = [make_inputs(seed) for seed in range(2)]
@@ -89,6 +92,7 @@ def test_accumulated_parts_cross_between_devices_once(tiny: Config, make_inputs:
     assert "all-gather" not in text and "all-to-all" not in text and "collective-permute" not in text
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
 def test_a_step_that_is_not_finite_is_left_out(tiny: Config, make_inputs: Make, parallel: str) -> None:
     """Its number counts, everything else is as before it; without the option the parameters are lost."""
@@ -114,6 +118,7 @@ def test_a_step_that_is_not_finite_is_left_out(tiny: Config, make_inputs: Make, 
     assert not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(lost["params"]))
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_batch_norm_statistics_are_of_the_whole_batch(tiny: Config, make_inputs: Make) -> None:
     batches = [make_inputs(seed) for seed in range(2)]
     reference, expected = run(with_drivers(tiny, "jit", 1, model__norm="batch"), batches)
@@ -177,6 +182,7 @@ def test_grouped_convolutions_gather_no_batch(tiny: Config, make_inputs: Make) -
     assert four == pytest.approx(one, rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_one_program_a_canvas_shape(tiny: Config, make_inputs: Make) -> None:
     driver = Driver(with_drivers(tiny, "jit", 2), 3)
     state = driver.first_state()
@@ -188,6 +194,7 @@ def test_one_program_a_canvas_shape(tiny: Config, make_inputs: Make) -> None:
     assert driver.step._cache_size() == len(canvases)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_an_invalid_image_counts_for_nothing(tiny: Config, make_inputs: Make) -> None:
     """Whatever stands in its row, the loss and the parameters after the step are the same."""
     inputs = make_inputs(3)
@@ -209,6 +216,7 @@ def tiny_one(config: Config) -> Config:
     return with_drivers(config, "jit", 1)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_frozen_parameters_never_move(tiny: Config, make_inputs: Make) -> None:
     config = with_drivers(tiny, "jit", 1, model__norm="frozen", model__frozen_stages=2)
     driver = Driver(config, 3)

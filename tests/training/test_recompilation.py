@@ -40,6 +40,7 @@ def of_random_sizes(count: int) -> Source:
     return Source("random sizes", records, ("a", "b", "c"), (1, 2, 3), {}, read, str, dict)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_as_many_programs_as_buckets_whatever_the_sizes(tiny: Config, number: int) -> None:
     config = override(

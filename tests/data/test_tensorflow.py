@@ -1,0 +1,51 @@
+"""TensorFlow is there when it is used, sees no GPU, and costs nothing before."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(code: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
+def test_a_script_answers_without_it(script: str) -> None:
+    """What --help imports is what every mistake in the options waits for."""
+    code = f"""
+import runpy, sys
+try:
+    runpy.run_path("scripts/{script}.py", run_name="__main__")
+except SystemExit as ended:
+    assert not ended.code, ended.code
+print(sorted({{"tensorflow", "torch"}} & set(sys.modules)))
+"""
+    assert run(code, "--help").splitlines()[-1] == "[]"
+
+
+def test_the_first_use_imports_it_once_and_hides_the_accelerators() -> None:
+    code = """
+import sys
+from retina_jax.data.tensorflow import tf
+from retina_jax.data import pipeline
+assert "tensorflow" not in sys.modules and pipeline.tf is tf
+seven = tf.constant(7)
+import tensorflow
+assert tf.Tensor is tensorflow.Tensor and isinstance(seven, tf.Tensor)
+assert tensorflow.config.get_visible_devices("GPU") == []
+try:
+    tf.no_such_name
+except AttributeError as error:
+    print(error)
+"""
+    assert "no_such_name" in run(code)
