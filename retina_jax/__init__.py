@@ -11,7 +11,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_detector":  # imported on demand: it brings TensorFlow along, which takes seconds
+    if name == "load_detector":  # imported on demand: it brings JAX and Flax along, which takes a second
         from retina_jax.detector import load_detector
 
         return load_detector

@@ -1,4 +1,4 @@
-"""What every script shares: the command line read by tyro, one line for every error, JAX and TensorFlow set up quietly."""
+"""What every script shares: the command line read by tyro, one line for every error, JAX set up quietly."""
 
 from __future__ import annotations
 

@@ -64,7 +64,8 @@ def main() -> None:
 def evaluate(arguments: Arguments, settings: Config) -> None:
     """Score the detector with `arguments.settings`; `settings` are its own."""
     config = validate(arguments.settings)
-    others = {name: value for name, value in flatten(config).items() if value != flatten(settings)[name]}
+    usual = flatten(settings)
+    others = {name: value for name, value in flatten(config).items() if value != usual[name]}
     of_network = [change for change in meaning_changes(settings, config) if not change.startswith(INFERENCE)]
     if of_network:
         raise ConfigError(f"the network is the run's own and cannot be another here: {'; '.join(of_network)}")

@@ -183,6 +183,7 @@ def start_container(tmp_path: Path, train: str, late: str = "") -> subprocess.Po
     (tmp_path / "run").mkdir(exist_ok=True)
     environment = {**os.environ, "RUN": "run", "CONFIG": "c.py", "HOSTS": "2", "JOB_COMPLETION_INDEX": "1"}
     (shell,) = container()["args"]
+    assert "child=$!" in shell
     shell = shell.replace("child=$!", f"child=$!\n{late}")
     return subprocess.Popen([*container()["command"], shell], cwd=tmp_path, env=environment)
 

@@ -35,15 +35,17 @@ def loss(task: Task) -> Work:
 
 def on_logits(function: Callable[[Array, Array], Any], logits: Array, targets: Array, keep: bool) -> Work:
     """`function`, jitted. It is given the logits, as in a training step, where nothing else needs them, and they are made
-    anew before each repetition; or `keep` them, so that their memory is not there to be taken."""
+    anew before each repetition. With `keep` they stay, so that their memory cannot be taken."""
+    facts = {"keep_logits": keep}
     if keep:
         program = jax.jit(function)
-        return Work(run=lambda: jax.block_until_ready(program(logits, targets)))
+        return Work(run=lambda: jax.block_until_ready(program(logits, targets)), facts=facts)
     consuming = jax.jit(function, donate_argnums=0)
     copies: list[Array] = []
     return Work(
         run=lambda: jax.block_until_ready(consuming(copies.pop(), targets)),
         before=lambda: copies.append(jax.block_until_ready(jnp.copy(logits))),
+        facts=facts,
     )
 
 

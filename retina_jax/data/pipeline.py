@@ -34,7 +34,7 @@ from retina_jax.data.preprocessing import (
 )
 from retina_jax.data.reading import read_again
 from retina_jax.data.source import BadImage, Source
-from retina_jax.data.tensorflow import tf
+from retina_jax.data.tensorflow import load, tf
 from retina_jax.data.waiting import Reads
 from retina_jax.errors import reason
 
@@ -158,6 +158,7 @@ class Batches(Iterator[Batch]):
         start: int,
         stop: int | None,
     ) -> None:
+        load()
         self.skipped = SkippedImages()
         self._source, self._data = source, data
         self._rows_at = functools.lru_cache(maxsize=64)(rows_at)

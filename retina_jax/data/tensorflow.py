@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 from types import ModuleType
@@ -13,17 +14,20 @@ else:
 
     class _TensorFlow(ModuleType):
         def __getattr__(self, name: str) -> Any:
-            return getattr(_tensorflow(), name)
+            if name.startswith("__"):  # a debugger's question, or inspect's
+                raise AttributeError(name)
+            return getattr(load(), name)
 
     tf = _TensorFlow("tf")
 
 
 @functools.cache
-def _tensorflow() -> ModuleType:
+def load() -> ModuleType:
+    """Import it now, where the wait would else fall into something timed."""
     import tensorflow
 
     # It reads images and nothing else: the accelerators are JAX's.
     tensorflow.config.set_visible_devices([], "GPU")
-    # Its 400,000 objects stay; looking through them for garbage, at exit above all, takes a second.
-    gc.freeze()
+    # At exit Python would look through its 400,000 objects for garbage: a second.
+    atexit.register(gc.freeze)
     return tensorflow

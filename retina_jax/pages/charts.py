@@ -13,7 +13,7 @@ DASHES = ("", "7 3", "2 3")
 """Lines beyond the colours begin again dashed, then dotted."""
 WIDTH, HEIGHT = 520, 260
 LEFT, RIGHT, TOP, BOTTOM = 64, 22, 12, 44
-"""Margins; the left one grows with the labels of its ticks."""
+"""Margins; in `line_chart` the left one grows with the labels of its ticks."""
 DIGIT, Y_LABEL = 7, 26
 """Widths of a character of a tick's label, and of the axis's own label with what keeps it apart."""
 

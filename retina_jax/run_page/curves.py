@@ -73,13 +73,12 @@ def evaluations(record: Record) -> str:
 
 
 def _variants(record: Record) -> str:
-    """The 12 figures of each evaluation with settings that are not the run's, which stand in its first column."""
+    """The 12 figures of each evaluation with settings that are not the run's, which stand in its last column."""
     if not record.variants:
         return ""
     rows = []
     for step, scores in record.variants:
         settings = ", ".join(f"{name} {show(value)}" for name, value in scores.get("settings", {}).items())
-        rows.append(
-            [settings or "not told", str(step), str(scores["images"]), *(number(scores[name]) for name in SUMMARY)]
-        )
-    return "<h3>With other settings</h3>" + table(["settings", "step", "images", *SUMMARY], rows)
+        figures = [number(scores[name]) for name in SUMMARY]
+        rows.append([str(step), str(scores["images"]), *figures, settings or "not told"])
+    return "<h3>With other settings</h3>" + table(["step", "images", *SUMMARY, "settings"], rows)

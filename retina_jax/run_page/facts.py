@@ -35,7 +35,7 @@ def headline(record: Record) -> str:
 def what_was_run(record: Record) -> str:
     """Lists of the facts and of the settings."""
     own, paper = flatten(record.config), flatten(Config())
-    # None is no value of the paper's: such a setting is the data's or this run's alone.
+    # None is taken from the data.
     changed = [(name, value) for name, value in own.items() if value != paper[name] and paper[name] is not None]
     rows = [(name, show(value), show(paper[name])) for name, value in changed]
     resumed = record.saved.get("changes") or []

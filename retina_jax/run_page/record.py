@@ -49,7 +49,7 @@ def read_record(folder: Path) -> Record:
     for path in sorted((folder / "evaluation").glob("*.json")):
         if match := EVALUATION.fullmatch(path.name):
             step, scores = int(match[1]), _evaluation(path)
-            if match[2]:
+            if match[2] or scores.get("settings"):
                 variants.append((step, scores))
             else:
                 evaluations[step] = scores

@@ -54,11 +54,14 @@ def assess(
     batch_size = -(-wanted // shards) * shards
     sizes = [(record.height, record.width) for record in source.records]
 
+    of_sizes = [
+        eval_batches(source, data, batch_size=batch_size, limit=limit, **hosts.share())
+        for data in tta.sizes(detector.config)
+    ]
     started = time.monotonic()
     versions: Pairs = []
     with compile_events() as events:
-        for data in tta.sizes(detector.config):
-            batches = eval_batches(source, data, batch_size=batch_size, limit=limit, **hosts.share())
+        for batches in of_sizes:
             of_host = list(detector.detect_batches(check(batches), sizes))
             versions += _of_all_hosts(of_host, detector.config.detection.max_detections)
     found = detector.merged(versions)

@@ -38,9 +38,12 @@ def learning_rate_schedule(config: OptimizerConfig, batch_size: int) -> optax.Sc
 def unreached(config: Config) -> str | None:
     """One line that names the drops of the rate, and the end of the warm-up, that a run is too short for; None: all come."""
     steps, optimizer = config.training.steps, config.optimizer
-    late = [f"boundary {boundary}" for boundary in optimizer.boundaries if boundary >= steps]
-    late += [f"warmup_steps {optimizer.warmup_steps}"] if optimizer.warmup_steps >= steps else []
-    return f"optimizer: {', '.join(late)}: not reached in training.steps {steps}" if late else None
+    late = [boundary for boundary in optimizer.boundaries if boundary >= steps]
+    named = [f"optimizer.boundaries {' '.join(map(str, late))}"] if late else []
+    if optimizer.warmup_steps and optimizer.warmup_steps >= steps:
+        named.append(f"optimizer.warmup_steps {optimizer.warmup_steps}")
+    advice = f"; drops are usual at about {steps * 2 // 3} and {steps * 8 // 9}" if late else ""
+    return f"{' and '.join(named)}: not reached in training.steps {steps}{advice}" if named else None
 
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

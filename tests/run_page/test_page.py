@@ -48,7 +48,7 @@ def test_the_page_holds_what_the_runs_files_do(tiny_run: Path) -> None:
         assert re.search(rf" {name} +\d+ +\d+ +{value:.3f} ", shown), name
     assert "training.steps 40 paper: 90000" in shown and "data.source scenes paper: coco" in shown
     assert "loss.gamma 2 paper" not in shown, "what is the paper's is no difference"
-    assert "paper: None" not in shown, "the paper says nothing of it"
+    assert "paper: None" not in shown, "None is no value of the paper's"
     saved = json.loads((tiny_run / "config.json").read_text())
     assert saved["commit"] is None or saved["commit"] in shown
     assert saved["versions"]["jax"] in shown and saved["versions"]["devices"] in shown
@@ -65,8 +65,21 @@ def test_evaluations_with_other_settings_stand_apart_and_tell_them(tiny_run: Pat
     (tiny_run / "evaluation/step_00000040_0123abcd.json").write_text(json.dumps(other))
     assert read_record(tiny_run).evaluations[40] == own
     page, said = run_page(tiny_run)
-    assert "detection.tta_flip True, detection.tta_short_sides 64 96 40 8 0.123 " in re.sub(" +", " ", text(page))
+    shown = text(page).split("With other settings")[1]
+    assert re.search(r"40 +8 +0\.123 .* detection\.tta_flip True, detection\.tta_short_sides 64 96 ", shown)
     assert "0.123" not in said
+
+    untold = {name: value for name, value in other.items() if name != "settings"}
+    (tiny_run / "evaluation/step_00000040_0123abcd.json").write_text(json.dumps(untold))
+    (tiny_run / "evaluation/step_00000020.json").write_text(json.dumps({**own, "settings": {"devices": 4}}))
+    (tiny_run / "evaluation/step_00000040.json").unlink()
+    assert not read_record(tiny_run).evaluations
+    shown = text(run_page(tiny_run)[0])
+    assert "has not been evaluated yet" in shown and "not told" in shown and "devices 4" in shown
+
+    (tiny_run / "evaluation/step_00000040_0123abcd.json").write_text(json.dumps({**other, "settings": ["x"]}))
+    with pytest.raises(ConfigError, match=r"step_00000040_0123abcd\.json: settings"):
+        read_record(tiny_run)
 
 
 def test_kinds_on_the_page_sum_up(tiny_run: Path) -> None:

@@ -92,7 +92,6 @@ def test_accumulated_parts_cross_between_devices_once(tiny: Config, make_inputs:
     assert "all-gather" not in text and "all-to-all" not in text and "collective-permute" not in text
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
 def test_a_step_that_is_not_finite_is_left_out(tiny: Config, make_inputs: Make, parallel: str) -> None:
     """Its number counts, everything else is as before it; without the option the parameters are lost."""
@@ -194,7 +193,6 @@ def test_one_program_a_canvas_shape(tiny: Config, make_inputs: Make) -> None:
     assert driver.step._cache_size() == len(canvases)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_an_invalid_image_counts_for_nothing(tiny: Config, make_inputs: Make) -> None:
     """Whatever stands in its row, the loss and the parameters after the step are the same."""
     inputs = make_inputs(3)

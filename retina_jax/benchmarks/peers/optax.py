@@ -21,4 +21,4 @@ def make(task: Task) -> Work:
     targets = jax.nn.one_hot(jnp.asarray(labels[taking_part]), task.classes, dtype=logits.dtype)
     loss = jax.value_and_grad(lambda x, y: optax.sigmoid_focal_loss(x, y, alpha=0.25, gamma=2.0).sum())
     work = on_logits(loss, logits, targets, task.keep_logits)
-    return work._replace(facts={"version": f"optax {optax.__version__}, jax {jax.__version__}"})
+    return work._replace(facts=work.facts | {"version": f"optax {optax.__version__}, jax {jax.__version__}"})
