@@ -37,7 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def quick_compilation() -> Iterator[None]:
-    """A test's programs are compiled for speed of compiling, where that is most of its time."""
+    """A test's programs are compiled for speed of compiling, where that is most of its time: LLVM's passes are left out,
+    XLA's own (fusion, partitioning, copies) are as ever."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

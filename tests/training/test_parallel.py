@@ -86,6 +86,7 @@ def test_accumulation_mines_each_image_and_leaves_out_invalid_ones(tiny: Config,
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), parameters, got)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_accumulated_parts_cross_between_devices_once(tiny: Config, make_inputs: Make) -> None:
     text = compiled_step(with_drivers(tiny, "jit", 4, training__accumulate=2), make_inputs(0))
     assert len(re.findall(r"= .*\ball-reduce(?:-start)?\(", text)) == 1
@@ -136,6 +137,7 @@ def compiled_step(config: Config, inputs: Inputs) -> str:
     return driver.step.lower(driver.first_state(), driver.place(inputs)).compile().as_text()
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("mining", ["none", "ohem_1_3"])
 def test_the_jit_step_has_one_all_reduce_and_no_all_gather(tiny: Config, make_inputs: Make, mining: str) -> None:
     text = compiled_step(with_drivers(tiny, "jit", 8, loss__mining=mining), make_inputs(0))
@@ -143,6 +145,7 @@ def test_the_jit_step_has_one_all_reduce_and_no_all_gather(tiny: Config, make_in
     assert "all-gather" not in text and "all-to-all" not in text and "collective-permute" not in text
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_winograds_convolutions_gather_no_batch(
     tiny: Config, make_inputs: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +165,7 @@ def test_winograds_convolutions_gather_no_batch(
     assert four == pytest.approx(one, rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_step_copies_no_kernel(tiny: Config, make_inputs: Make) -> None:
     """Each is updated where it is: none is copied in the program's order of business, as XLA did where an update could
     come before a gradient that still reads the kernel."""
@@ -171,6 +175,7 @@ def test_a_step_copies_no_kernel(tiny: Config, make_inputs: Make) -> None:
     assert re.findall(r"= f32\[\d+,\d+,\d+,\d+\]\S* copy\(%state", entry) == []
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_grouped_convolutions_gather_no_batch(tiny: Config, make_inputs: Make) -> None:
     """The compiler would gather it for each of them, were the step written for the whole batch."""
     resnext = override(tiny, {"model.backbone": "resnext101_32x8d"})
