@@ -253,6 +253,7 @@ class _Lifeline:
         """An orderly end, on all hosts."""
         self._ending = True
         self._speak_for_itself()
+        self._witness.wait()
         self._send(FAREWELL)
 
     def _accept(self, listener: socket.socket, token: str) -> None:
@@ -300,8 +301,10 @@ class _Lifeline:
             end_at_once(LOST)
 
     def _speak_for_itself(self) -> None:
+        """The witness stays silent. It is not waited for: this process may be aborted any moment."""
         with contextlib.suppress(OSError, ValueError):  # a witness that was killed, or told already by another thread
-            self._witness.communicate(b"said")
+            self._witness.stdin.write(b"said")
+            self._witness.stdin.close()
 
     def _send(self, line: str) -> None:
         for peer in list(self._peers.values()):

@@ -101,9 +101,9 @@ def test_an_error_on_one_host_ends_the_other(failing: int, what: str, own: str, 
     assert "Traceback" not in said[1 - failing]
     if pair[failing].returncode == 9:  # killed, and its witness says so
         assert f"host {failing} of 2 ended without a word" in said[failing]
-    # JAX's runtime lives in host 0. Where that is killed, it may end the others before they speak.
+    # JAX's runtime lives in host 0. Where that is killed, it may end the others before they speak, or as they have spoken.
     if failing == 0 and not own and pair[1].returncode == -signal.SIGABRT:
-        assert "host 1 of 2 ended without a word" in said[1], said
+        assert "host 1 of 2 ended without a word" in said[1] or heard in said[1], said
     else:
         assert pair[1 - failing].returncode == hosts.LOST and heard in said[1 - failing], said
         assert "without a word" not in said[1 - failing]
