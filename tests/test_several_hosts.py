@@ -65,7 +65,7 @@ def shared(config: Path, begun: Path) -> tuple[Path, Path]:
         assert time.monotonic() - killed < 60
         assert status in (75, -signal.SIGABRT), pair.said()  # gloo aborts where the message it was reading breaks off
         told = r"host 1 of 2 is gone|host 0 of 2 ended without a word" if status < 0 else "host 1 of 2 is gone"
-        while not re.search(f"error: ({told}).*; start all hosts again", pair.said()):  # the witness of what was aborted
+        while not re.search(f"error: ({told}).*; start all hosts again", pair.said()):  # a witness takes a moment
             assert time.monotonic() - killed < 60, pair.said()
             time.sleep(0.1)
     with Pair(config, workdir, *MORE) as pair:
