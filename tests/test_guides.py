@@ -77,17 +77,17 @@ def test_the_rate_of_the_cpu_is_that_of_the_measured_step() -> None:
 
 @pytest.mark.parametrize("name", ["1a", "1b", "3", "Figure 7"])
 def test_operations_are_those_that_list_tells(name: str) -> None:
-    file = {"Figure 7": "fig7", "5.1": "section5_1"}.get(name, f"table{name}")
-    _compare(name, file)
+    _compare(name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["1c", "1d", "1e", "2", "5.1"])
 def test_operations_of_other_networks_are_those_that_list_tells(name: str) -> None:
-    _compare(name, f"table{name}")
+    _compare(name)
 
 
-def _compare(name: str, file: str) -> None:
+def _compare(name: str) -> None:
+    file = {"Figure 7": "fig7", "5.1": "section5_1"}.get(name, f"table{name}")
     path = ROOT / "configs" / "sweeps" / f"{file}.py"
     points = expand(path, load_sweep(path), BASE, (0,))
     runs, pflop, *_ = costs()[name]
