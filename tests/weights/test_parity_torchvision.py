@@ -129,7 +129,7 @@ def test_the_published_v1_weights_add_no_epsilon_to_a_variance(tmp_path: Path) -
     assert not np.allclose(off.scores[:10], theirs[0]["scores"][:10], atol=1e-3)
 
 
-@pytest.mark.parametrize(("version", "rate"), [("v1", 1e-6), ("v2", 1e-3)])
+@pytest.mark.parametrize(("version", "rate"), [("v1", 1e-5), ("v2", 1e-3)])
 def test_loss_gradients_and_five_steps_of_sgd_are_torchvisions(version: str, rate: float, tmp_path: Path) -> None:
     model, images = small_model(version, 5, 7, **SIDES), photographs(SIZES, 7)
     boxes = [
