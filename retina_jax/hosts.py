@@ -301,7 +301,7 @@ class _Lifeline:
             end_at_once(LOST)
 
     def _speak_for_itself(self) -> None:
-        """The witness stays silent. It is not waited for: this process may be aborted any moment."""
+        """The witness stays silent. It is not waited for: this process may be aborted at any moment."""
         with contextlib.suppress(OSError, ValueError):  # a witness that was killed, or told already by another thread
             self._witness.stdin.write(b"said")
             self._witness.stdin.close()
