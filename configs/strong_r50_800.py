@@ -4,8 +4,8 @@
 
 Expected, not measured: AP about 41.5 on val2017, what torchvision publishes for `retinanet_resnet50_fpn_v2` (26 epochs of 16
 images on 8 GPUs). It differs from that recipe, `configs/torchvision_v2_r50_800.py`, by the paper's anchors in the place of
-torchvision's rounded ones, by one normaliser for the whole batch, and by running means of the parameters, whose gain after
-the rate has dropped twice may be nil (docs/results/ema_tta.md). Expected cost: 4146 PFLOP, 3.8 times the paper's
+torchvision's rounded ones, and by averaging the parameters (EMA), whose gain after the rate has dropped twice may be nil
+(docs/results/ema_tta.md). Expected cost: 4146 PFLOP, 3.8 times the paper's
 ResNet-50-600; 11 hours on 8 V100 at the .205 s a step that detectron2 publishes for the same images without trained norms.
 
 Its parts: AdamW with decay .05 on kernels alone; GIoU; GroupNorm in the heads; BatchNorm over the batch of all devices in

@@ -202,22 +202,27 @@ class LossConfig:
     """Shift of focal_star, equation 7's beta. Paper: 1 with gamma 2, 0 with gamma 4."""
     hinge_margin: float = 0.5
     """p_t from which on the hinge loss is 0. The paper does not give its own."""
-    mining: Literal["none", "ohem", "ohem_1_3"] = "none"
-    """Anchors the classification loss is taken of: all; the hardest of an image after NMS (OHEM); or these with at most 3
-    negatives a positive (Table 1d). Paper: none."""
+    mining: Literal["none", "ohem", "ohem_1_3", "ohem_1_3_strict"] = "none"
+    """Anchors whose classification loss is summed (Table 1d): none takes all; ohem the hardest mining_batch of an image
+    after NMS; ohem_1_3 the hardest positives, at most a quarter of mining_batch, and fills it with the hardest negatives;
+    ohem_1_3_strict takes 3 negatives per positive taken, however few those are. Paper: none."""
     mining_batch: int = 128
-    """Anchors mined an image. Paper: 128, 256, 512."""
+    """Anchors mined per image (the minibatch). Paper: 128, 256, 512."""
     mining_nms_iou: float = 0.5
-    """An anchor is not mined beside a harder one with an IoU above this. Paper: 0.5, 0.7."""
+    """An anchor is not mined next to a harder one with an IoU above this. Paper: 0.5, 0.7."""
+    mining_normaliser: Literal["minibatch", "assigned"] = "minibatch"
+    """Count that divides the mined classification loss: anchors in the minibatch (Shrivastava et al., 2016, whose OHEM
+    averages over it), or anchors assigned to a box, as without mining. Paper: not given."""
     box: Literal["smooth_l1", "l1", "giou"] = "smooth_l1"
     """Box regression loss. Paper: smooth_l1."""
     beta: float = 0.11
     """Smooth L1 is quadratic below this, in units of the box deltas. Detectron: 0.11."""
     box_weight: float = 1.0
     """Weight of the box loss in the sum. Paper: 1."""
-    normaliser: Literal["global", "per_image", "per_device", "ema"] = "global"
-    """Positive anchors the loss is divided by: of the whole batch; of each image, then the mean; of each device, then the
-    mean; or a running mean of the devices' counts (detectron2: momentum 0.9 from 100)."""
+    normaliser: Literal["per_image", "per_device", "global", "ema"] = "per_image"
+    """Number of positive anchors that divides the loss, at least 1: per_image that of each image, then the mean over images;
+    per_device that of each device, then the mean (Detectron); global that of the batch; ema a running mean of the devices'
+    counts (detectron2: momentum 0.9 from 100). Paper: per_image."""
 
 
 @dataclass(frozen=True)

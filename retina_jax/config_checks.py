@@ -64,9 +64,16 @@ def validate(config: Config) -> Config:
         (config.loss.gamma > 0 or config.loss.kind != "focal_star", "loss.gamma", "above 0 with loss.kind focal_star"),
         (0 < config.loss.hinge_margin <= 1, "loss.hinge_margin", "above 0, at most 1"),
         (
-            config.loss.mining_batch >= (4 if config.loss.mining == "ohem_1_3" else 1),
+            config.loss.mining_batch >= (4 if config.loss.mining.startswith("ohem_1_3") else 1),
             "loss.mining_batch",
             "at least 1, and 4 with loss.mining ohem_1_3",
+        ),
+        (
+            config.loss.mining == "none"
+            or config.loss.mining_normaliser == "assigned"
+            or config.loss.normaliser in ("per_image", "per_device"),
+            "loss.mining_normaliser",
+            f"assigned with loss.normaliser {config.loss.normaliser}, or loss.normaliser per_image or per_device",
         ),
         (0 < config.loss.mining_nms_iou <= 1, "loss.mining_nms_iou", "above 0, at most 1"),
         (config.loss.beta >= 0, "loss.beta", "at least 0"),

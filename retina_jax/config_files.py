@@ -176,7 +176,17 @@ def from_dict(values: Any, where: str = "config") -> Config:
     A whole number serves for a float and a list for a tuple, nothing else for anything else; integers lie within
     -2^63 and 2^63. Unknown fields and wrong types raise ConfigError, one line that names `where` and the field.
     """
-    return _build(Config, values, where, "")
+    return _build(Config, _with_old_meanings(values), where, "")
+
+
+def _with_old_meanings(values: Any) -> Any:
+    """The values of a config written before `loss.mining_normaliser` existed, in today's names: its ohem_1_3 was the strict
+    one, and mined losses were divided by the assigned anchors."""
+    loss = values.get("loss") if isinstance(values, Mapping) else None
+    if not isinstance(loss, Mapping) or loss.get("mining", "none") == "none" or "mining_normaliser" in loss:
+        return values
+    mining = "ohem_1_3_strict" if loss["mining"] == "ohem_1_3" else loss["mining"]
+    return {**values, "loss": {**loss, "mining": mining, "mining_normaliser": "assigned"}}
 
 
 def _build(kind: type, values: Any, where: str, prefix: str) -> Any:

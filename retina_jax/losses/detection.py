@@ -1,7 +1,8 @@
 """The training loss of a detector (Section 4.1): sums over an image's anchors, and what the sums are divided by.
 
-The paper divides by "the number of anchors assigned to a ground-truth box" and leaves open over what that number is
-counted. Every answer in use has the form
+The paper's "total focal loss of an image" is a sum over its anchors, "normalized by the number of anchors assigned to a
+ground-truth box": normaliser `per_image`, the default. Detectron counts per GPU (`per_device`), detectron2 keeps a running
+mean (`ema`), others count over the batch (`global`). All have the form
 
     loss = sum_i w_i * (classification_i + box_weight * box_i) / D
 
@@ -19,9 +20,10 @@ Since D does not depend on any parameter, grad(loss) = grad(sum_i w_i loss_i) / 
 gradients of the weighted sum first, adds gradients, sums and N up over the devices in ONE all-reduce, and divides
 afterwards. No mean of per-device ratios can creep in.
 
-Mining (`retina_jax.losses.mining`) changes nothing of this: the classification loss is then summed over fewer anchors,
-while N, the n_i and the box loss remain those of all anchors assigned to a box. The paper does not say what it divides by
-there; SSD, whose 1:3 it takes, divides by its matched boxes likewise.
+With mining (`retina_jax.losses.mining`) the classification loss is summed over the minibatch alone. The paper does not
+give its normaliser. OHEM averages the loss over the minibatch, so by default (`loss.mining_normaliser minibatch`) the n_i of
+the classification loss are the sizes of the minibatches; `assigned` keeps the positive anchors, as SSD does. N, and the
+box loss with its n_i, remain those of all anchors assigned to a box. global and ema have a single D, and so no `minibatch`.
 """
 
 from functools import partial
@@ -55,6 +57,8 @@ class ImageLosses(NamedTuple):
     """Box loss over the positive anchors and 4 coordinates, not yet multiplied by box_weight."""
     positives: Float32[Array, " B"]
     """Positive anchors, a whole number."""
+    averaged_over: Float32[Array, " B"]
+    """n_i of the classification loss, a whole number: positive anchors or, with mining, anchors in the minibatch."""
 
 
 def image_losses(
@@ -74,6 +78,7 @@ def image_losses(
     box loss and positives are 0. Everything is float32 whatever the dtype of logits and deltas.
     """
     loss_of_logits, loss_of_deltas = classification_loss(loss), box_loss(loss)
+    mining = loss.mining != "none"
     anchors = jnp.asarray(anchors)
 
     def mined(logits: Float[Array, "A K"], labels: Int[Array, " A"]) -> Int[Array, " A"]:
@@ -95,34 +100,37 @@ def image_losses(
 
     boxes_xyxy = boxes_xyxy.astype(jnp.float32)
     matches = jax.vmap(partial(match, config=matching), in_axes=(None, 0, 0))(anchors, boxes_xyxy, labels)
-    of_classes = matches.labels if loss.mining == "none" else jax.vmap(mined)(lax.stop_gradient(logits), matches.labels)
+    of_classes = jax.vmap(mined)(lax.stop_gradient(logits), matches.labels) if mining else matches.labels
+    positives = (matches.labels >= 0).sum(axis=1).astype(jnp.float32)
+    by_minibatch = mining and loss.mining_normaliser == "minibatch"
     return ImageLosses(
         classification=summed(loss_of_logits)(logits, of_classes),
         box=jax.vmap(of_boxes)(deltas, boxes_xyxy, matches),
-        positives=(matches.labels >= 0).sum(axis=1).astype(jnp.float32),
+        positives=positives,
+        averaged_over=(of_classes != IGNORED).sum(axis=1).astype(jnp.float32) if by_minibatch else positives,
     )
 
 
-def image_weights(positives: Float32[Array, " B"], scope: str, *, batch_size: int, shards: int) -> Float32[Array, " B"]:
-    """w_i of the images at hand, for normaliser `scope`.
+def image_weights(counts: Float32[Array, " B"], scope: str, *, batch_size: int, shards: int) -> Float32[Array, " B"]:
+    """w_i of the given images, for normaliser `scope`, from the `counts` n_i of their anchors.
 
-    positives are those of the whole batch (a global view, B = batch_size) or of one or more whole shards of it (a
-    per-device view, B = batch_size / shards); images of a shard follow each other. batch_size and shards are always
-    the global ones. A shard or image without a positive anchor counts as having one.
+    The images are the complete batch (a global view, B = batch_size) or one or more complete shards of it (a per-device
+    view, B = batch_size / shards); images of a shard follow each other. batch_size and shards are always the global ones.
+    A shard or image whose count is 0 counts as having one anchor.
     """
-    images = positives.shape[0]
+    images = counts.shape[0]
     if batch_size % shards or images % (batch_size // shards):
         raise ConfigError(
             f"data.batch_size {batch_size} on {shards} devices with {images} images at hand: the batch must split into "
             "equal whole shards"
         )
     if scope in ("global", "ema"):
-        return jnp.ones_like(positives)
+        return jnp.ones_like(counts)
     if scope == "per_image":
-        return 1.0 / (jnp.maximum(positives, 1.0) * batch_size)
+        return 1.0 / (jnp.maximum(counts, 1.0) * batch_size)
     if scope == "per_device":
         per_shard = batch_size // shards
-        of_shard = positives.reshape(-1, per_shard).sum(axis=1)
+        of_shard = counts.reshape(-1, per_shard).sum(axis=1)
         return jnp.repeat(1.0 / (jnp.maximum(of_shard, 1.0) * shards), per_shard)
     raise ConfigError(f"loss.normaliser is {scope!r}: it must be global, per_image, per_device or ema")
 

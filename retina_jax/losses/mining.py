@@ -9,19 +9,19 @@ enforce a 1:3 ratio between positives and negatives". The rest the paper leaves 
 - Its score is its classification loss summed over the classes; the lowest index comes first among equals.
 - The suppression is greedy, between the anchors themselves (to a one-stage detector they are what the proposals, before
   regression, are to OHEM's), blind to classes, foreground and background alike. An IoU of exactly the threshold stays.
-- A minibatch is an image's. ohem: its `batch` hardest survivors. ohem_1_3: of the survivors, the batch // 4 hardest
-  positives, and the hardest negatives, 3 for every positive taken, or 3 in an image where none is.
-  Where NMS leaves an image fewer positives than that, the batch size makes no difference. The paper's rows of 1:3 differ
-  by batch size, so what it did must have been something else; it does not say more.
-- The loss is the sum over the minibatch, and what it is divided by stays what it is without mining: the anchors assigned
-  to a box, mined or not (`retina_jax.losses.detection`). So the rows of Table 1d differ in the choice of examples alone.
+- A minibatch belongs to an image. ohem: its `batch` hardest survivors. ohem_1_3: of the survivors, the batch // 4 hardest
+  positives, or all where there are fewer, and the hardest negatives that fill the minibatch. ohem_1_3_strict: the same
+  positives, and 3 of the hardest negatives per positive taken, or 3 in an image where none is.
+  An image rarely has batch // 4 positives left after NMS. Then the strict ratio alone sets the number of negatives, and the
+  batch size changes nothing, while the paper's rows of 1:3 fall with it (31.1, 28.3, 24.0).
+- The loss is the sum over the minibatch, by default divided by its size (`retina_jax.losses.detection`).
 - A loss that is infinite or NaN is kept out of all this and always in the sum: a diverged network must show.
 
 The result is exactly that of suppressing among all 100k anchors and then choosing. But the whole suppression has
 thousands of survivors, of which few are wanted:
 
 - ohem walks in the order of the loss and stops when `batch` have survived.
-- ohem_1_3 wants positives that may stand at the very end of that walk. But an anchor that is harder than every remaining
+- ohem_1_3 needs positives that may be at the very end of that walk. But an anchor that is harder than every remaining
   one it overlaps survives, whatever happens elsewhere. So each positive, hardest first, is decided by climbing: from it
   to the hardest remaining anchor it overlaps, and on from there, until none is harder. That one survives, what it
   overlaps is gone, and the next positive is looked at. The negatives are then found by the walk.
@@ -42,7 +42,7 @@ from retina_jax.boxes import iou_matrix
 from retina_jax.config import ConfigError
 
 NEGATIVES = 3
-"""Negatives for each positive in ohem_1_3 (SSD)."""
+"""Negatives for each positive in ohem_1_3 and ohem_1_3_strict (SSD)."""
 ROW = 512
 """Anchors are padded to a multiple of this; the largest of them is looked for in rows (`_hardest`)."""
 
@@ -53,19 +53,19 @@ def mine(
     taking_part: Bool[Array, " A"],
     anchors: Float[Array | np.ndarray, "A 4"],
     *,
-    kind: Literal["ohem", "ohem_1_3"],
+    kind: Literal["ohem", "ohem_1_3", "ohem_1_3_strict"],
     batch: int,
     iou_threshold: float,
 ) -> Bool[Array, " A"]:
     """The mined anchors of one image: at most `batch`, fewer where fewer survive, beside those without a finite loss.
 
     loss is each anchor's over all classes, at least 0; no gradient passes through the choice. positive says which anchors
-    are assigned to a box, taking_part which are not ignored. Raises ConfigError where batch is below 1, or for ohem_1_3
+    are assigned to a box, taking_part which are not ignored. Raises ConfigError where batch is below 1, or for the 1:3 kinds
     below 4, which cannot hold a positive and its negatives.
     """
-    least = {"ohem": 1, "ohem_1_3": 1 + NEGATIVES}
+    least = {"ohem": 1, "ohem_1_3": 1 + NEGATIVES, "ohem_1_3_strict": 1 + NEGATIVES}
     if kind not in least:
-        raise ConfigError(f"loss.mining is {kind!r}: it must be none, ohem or ohem_1_3")
+        raise ConfigError(f"loss.mining is {kind!r}: it must be none, {', '.join(least)}")
     if batch < least[kind]:
         raise ConfigError(f"loss.mining_batch is {batch}: it must be at least {least[kind]} with loss.mining {kind}")
 
@@ -80,7 +80,10 @@ def mine(
         boxes_xyxy=jnp.pad(jnp.asarray(anchors), ((0, padding), (0, 0))),
         iou_threshold=iou_threshold,
     )
-    mined = _hardest_survivors(examples, batch) if kind == "ohem" else _one_to_three(examples, batch)
+    if kind == "ohem":
+        mined = _hardest_survivors(examples, batch)
+    else:
+        mined = _one_to_three(examples, batch, filled=kind == "ohem_1_3")
     return mined[: loss.shape[0]] | (taking_part & ~finite)
 
 
@@ -122,7 +125,7 @@ class _Walk(NamedTuple):
     """Anchors mined by this walk."""
 
 
-def _one_to_three(examples: _Examples, batch: int) -> Bool[Array, " N"]:
+def _one_to_three(examples: _Examples, batch: int, *, filled: bool) -> Bool[Array, " N"]:
     positive = examples.positive
     index = _index(positive)
 
@@ -158,7 +161,7 @@ def _one_to_three(examples: _Examples, batch: int) -> Bool[Array, " N"]:
     # zeros_like, not zeros: inside a shard_map the state must vary over the devices as the examples do.
     start = go(examples.hardness, positive, jnp.zeros_like(positive), jnp.zeros_like(positive, jnp.int32, ()))
     positives = lax.while_loop(lambda walk: walk.found & (walk.taken < batch // (1 + NEGATIVES)), climb, start)
-    wanted = NEGATIVES * jnp.maximum(positives.taken, 1)
+    wanted = batch - positives.taken if filled else NEGATIVES * jnp.maximum(positives.taken, 1)
     start = go(positives.remaining, True, positives.mined, jnp.zeros_like(positives.taken))
     return lax.while_loop(lambda walk: walk.found & (walk.taken < wanted), step, start).mined
 

@@ -45,6 +45,9 @@ NO_OUTCOME = frozenset(
 )
 FILES = frozenset({"data.train_annotations", "data.val_annotations"})
 """Of these the file's name counts, not where it lies."""
+FIRST_DEFAULTS = {"loss.normaliser": "global", "loss.mining_normaliser": "assigned"}
+"""Defaults that have changed since folders were first named: a folder's digest is relative to the first ones, so that no
+run of an earlier version passes for one of today's."""
 SLUG_LENGTH = 96
 """Most characters of a folder's name before its hash."""
 
@@ -127,10 +130,10 @@ def outcome(config: Config) -> dict[str, Any]:
 def digest(config: Config) -> str:
     """Eight hex digits of the outcome: equal ones are the same run.
 
-    Only what differs from the defaults of `Config` is in it. A field added to the vocabulary later, with a default that
-    changes nothing, so changes no folder's name.
+    Only what differs from the first defaults of `Config` is in it. A field added later, with a default that changes
+    nothing, so changes no folder's name.
     """
-    defaults = outcome(Config())
+    defaults = outcome(Config()) | FIRST_DEFAULTS
     telling = {name: value for name, value in outcome(config).items() if value != defaults[name]}
     return hashlib.sha256(json.dumps(telling, sort_keys=True).encode()).hexdigest()[:8]
 

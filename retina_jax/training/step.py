@@ -84,11 +84,14 @@ def train_step(
         losses_of = on_own_images(partial(image_losses, matching=config.matching, loss=config.loss))
         losses = losses_of(logits, deltas, anchors, inputs.boxes_xyxy, inputs.labels)
         positives = jnp.where(inputs.valid, losses.positives, 0.0)
-        weights = image_weights(positives, config.loss.normaliser, batch_size=batch_size, shards=parts)
-        weights = jnp.where(inputs.valid, weights, 0.0)
+
+        def weighted(losses: Array, counts: Array) -> Array:
+            weights = image_weights(counts, config.loss.normaliser, batch_size=batch_size, shards=parts)
+            return jnp.sum(jnp.where(inputs.valid, weights, 0.0) * losses)
+
         sums = {
-            "classification": jnp.sum(weights * losses.classification),
-            "box": jnp.sum(weights * losses.box),
+            "classification": weighted(losses.classification, jnp.where(inputs.valid, losses.averaged_over, 0.0)),
+            "box": weighted(losses.box, positives),
             "positives": jnp.sum(positives),
         }
         total = sums["classification"] + config.loss.box_weight * sums["box"]

@@ -267,7 +267,7 @@ def test_images_on_a_device_mesh_need_no_collective() -> None:
 
 
 def mined_case() -> tuple[dict[str, jax.Array], LossConfig]:
-    """Anchors of `small_case`, of which 4 (1 positive, 3 negatives) are mined an image, and suppression that bites."""
+    """Anchors of `small_case`, of which 4 (at most 1 positive) are mined per image, and suppression that matters."""
     return small_case(), LossConfig(mining="ohem_1_3", mining_batch=4, mining_nms_iou=0.1)
 
 
@@ -303,10 +303,19 @@ def test_mined_loss_and_gradient_are_those_of_the_mined_anchors_alone() -> None:
     np.testing.assert_allclose(to_logits[mined], all_to_logits[mined], rtol=1e-6)
     assert np.asarray(to_logits)[mined].all()
     np.testing.assert_array_equal(to_deltas, all_to_deltas)
-    # Neither the box loss nor what the sums are divided by knows of mining.
+    # Mining changes neither the box loss nor its count; the classification loss is averaged over the minibatch.
     np.testing.assert_array_equal(result.box, everything.box)
     np.testing.assert_array_equal(result.positives, everything.positives)
+    np.testing.assert_array_equal(result.averaged_over, mined.sum(axis=1))
+    np.testing.assert_array_equal(everything.averaged_over, everything.positives)
     assert (result.classification < everything.classification).all()
+
+
+def test_a_mined_loss_can_be_divided_by_the_assigned_anchors() -> None:
+    case, config = mined_case()
+    config = dataclasses.replace(config, mining_normaliser="assigned")
+    result = jax.jit(lambda case: image_losses(**case, matching=MatchingConfig(), loss=config))(case)
+    np.testing.assert_array_equal(result.averaged_over, result.positives)
 
 
 @pytest.mark.parametrize("mining", ["ohem", "ohem_1_3"])

@@ -19,7 +19,7 @@ from retina_jax.losses.mining import mine
 from retina_jax.training.parallel import Driver
 from retina_jax.training.step import Inputs
 
-KINDS = ("ohem", "ohem_1_3")
+KINDS = ("ohem", "ohem_1_3", "ohem_1_3_strict")
 GRID = anchor_grid((64, 96), AnchorConfig(size_factor=2.0), ModelConfig(max_level=5))
 
 
@@ -61,8 +61,9 @@ def chosen_by_the_whole_suppression(
     if kind == "ohem":
         return sorted(survivors[:batch])
     positives = [a for a in survivors if positive[a]][: batch // 4]
-    negatives = [a for a in survivors if not positive[a]][: 3 * max(len(positives), 1)]
-    return sorted(positives + negatives)
+    wanted = batch - len(positives) if kind == "ohem_1_3" else 3 * max(len(positives), 1)
+    negatives = [a for a in survivors if not positive[a]]
+    return sorted(positives + negatives[:wanted])
 
 
 def random_boxes(rng: np.random.Generator, count: int, span: int) -> np.ndarray:
@@ -127,11 +128,22 @@ def test_ohem_takes_the_hardest_whatever_they_are() -> None:
     assert mined_by(loss, positive, ALL, SIX, kind="ohem", batch=3, iou_threshold=0.5) == [1, 3, 5]
 
 
-def test_ohem_1_3_takes_three_negatives_a_positive_however_easy_it_is() -> None:
+def test_strict_1_3_takes_three_negatives_per_positive_however_easy_it_is() -> None:
     loss, positive = np.array([1, 6, 2, 5, 3, 4.0]), np.arange(6) == 0
-    assert mined_by(loss, positive, ALL, SIX, kind="ohem_1_3", batch=8, iou_threshold=0.5) == [0, 1, 3, 5]
-    assert mined_by(loss, ~ALL, ALL, SIX, kind="ohem_1_3", batch=8, iou_threshold=0.5) == [1, 3, 5]
-    assert mined_by(loss, ALL, ALL, SIX, kind="ohem_1_3", batch=8, iou_threshold=0.5) == [1, 3]
+    strict = {"kind": "ohem_1_3_strict", "batch": 8, "iou_threshold": 0.5}
+    assert mined_by(loss, positive, ALL, SIX, **strict) == [0, 1, 3, 5]
+    assert mined_by(loss, ~ALL, ALL, SIX, **strict) == [1, 3, 5]
+    assert mined_by(loss, ALL, ALL, SIX, **strict) == [1, 3]
+
+
+def test_ohem_1_3_fills_its_minibatch_with_negatives() -> None:
+    apart = np.array([[20 * i, 0, 20 * i + 10, 10] for i in range(40)], np.float32)
+    loss, part = np.arange(40, 0, -1.0), np.ones(40, bool)
+    for batch in (8, 16, 32):  # 2, 4 and then all 5 of the positives, which are the easiest
+        mined = mined_by(loss, np.arange(40) >= 35, part, apart, kind="ohem_1_3", batch=batch, iou_threshold=0.5)
+        positives = [35, 36, 37, 38, 39][: batch // 4]
+        assert mined == [*range(batch - len(positives)), *positives]
+    assert mined_by(loss, ~part, part, apart, kind="ohem_1_3", batch=8, iou_threshold=0.5) == list(range(8))
 
 
 def test_an_anchor_is_mined_beside_one_of_exactly_the_threshold_and_not_above() -> None:

@@ -24,7 +24,6 @@ OWN = (
     "data.pixels",
     "data.size_rounding",
     "detection.max_detections",
-    "loss.normaliser",
 )
 """Conventions of torchvision that it leaves for the project's."""
 
