@@ -11,6 +11,7 @@ from retina_jax.config import (
     AnchorConfig,
     Config,
     DataConfig,
+    LossConfig,
     ModelConfig,
     OptimizerConfig,
     ScenesConfig,
@@ -43,6 +44,8 @@ def get_config() -> Config:
             input_normalisation="imagenet",
         ),
         anchors=AnchorConfig(size_factor=1.5),
+        # Images without boxes are kept: divided by their own count, at least 1, each would outweigh one with many boxes.
+        loss=LossConfig(normaliser="global"),
         optimizer=OptimizerConfig(
             name="adamw",
             learning_rate=0.002,

@@ -18,6 +18,7 @@ first:
 from retina_jax.config import (
     Config,
     DataConfig,
+    LossConfig,
     ModelConfig,
     OptimizerConfig,
     TrainingConfig,
@@ -37,6 +38,8 @@ def get_config() -> Config:
             head_channels=128,
             input_normalisation="imagenet",
         ),
+        # Images without boxes are kept: divided by their own count, at least 1, each would outweigh one with many boxes.
+        loss=LossConfig(normaliser="global"),
         optimizer=OptimizerConfig(
             name="adamw",
             learning_rate=0.001,

@@ -138,6 +138,15 @@ def test_json_round_trip(gamma: float, sides: list[int], classes: int | None) ->
     assert from_dict(to_dict(config)) == config
 
 
+@pytest.mark.parametrize(("mining", "read"), [("none", "none"), ("ohem", "ohem"), ("ohem_1_3", "ohem_1_3_strict")])
+def test_mining_of_earlier_versions_keeps_its_meaning(mining: str, read: str) -> None:
+    saved = to_dict(override(Config(), {"loss.mining": mining}))
+    del saved["loss"]["mining_normaliser"]
+    loss = from_dict(saved).loss
+    assert loss.mining == read
+    assert mining == "none" or loss.mining_normaliser == "assigned"
+
+
 def test_json_with_a_wrong_field_or_type_is_refused_by_name() -> None:
     saved = to_dict(Config())
     saved["loss"]["gama"] = 1

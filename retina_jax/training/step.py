@@ -62,7 +62,7 @@ def train_step(
     of devices either way. `on_own_images` makes a function of images one that every device runs on its own: the loops of
     the losses would otherwise wait for all devices at each turn.
 
-    The normaliser of the loss is a sum over the whole batch, known only after the forward pass. Gradients are therefore
+    Normalisers global and ema are sums over the global batch, known only after the forward pass. Gradients are therefore
     taken of the weighted *sum* of the images' losses and divided afterwards, so that gradients, losses and counts meet in
     one all-reduce. For the same reason a device can take its images in `accumulate` parts, one after the other, and add
     up: to normalisers `per_device` and `ema` each part then stands for a device of its own, and BatchNorm takes its
