@@ -54,8 +54,8 @@ class DataConfig:
     train_images: str = ""
     """Folder of the training images (source coco)."""
     val_annotations: str = ""
-    """COCO JSON of the evaluation images. Paper: minival, which is instances_val2017.json. With source tfds it may be empty:
-    the truth is then taken from the dataset's own features (areas rounded to integers)."""
+    """COCO JSON of the evaluation images. Paper: minival, which is instances_val2017.json. With source tfds it may be empty
+    or missing: the ground truth is then taken from the dataset's own features (areas truncated to integers)."""
     val_images: str = ""
     """Folder of the evaluation images (source coco)."""
     tfds_name: str = "coco/2017"

@@ -29,6 +29,12 @@ def open_source(data: DataConfig, split: Literal["train", "val"], *, unlabelled:
 
         name = data.tfds_train_split if split == "train" else data.tfds_val_split
         truth = "" if split == "train" else data.val_annotations
+        if truth and not os.path.exists(truth):
+            warn(
+                f"data.val_annotations: {truth} does not exist; evaluating against the features of {data.tfds_name}, in "
+                "which areas are truncated to integers"
+            )
+            truth = ""
         source = read_tfds(
             data.tfds_name, data.tfds_folder, name, images_without_boxes=without_boxes, truth_annotations=truth
         )
