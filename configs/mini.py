@@ -8,7 +8,7 @@ or, of one table, `python scripts/pretrain.py` once and
 
 Generated scenes of 128 x 128, eight classes, objects from 12 px up, up to eight look-alikes an image: 3024 anchors and some
 14 positive ones. The backbone is pretrained by classification (`scripts/pretrain.py`), its norms, stem and C2 are frozen, as
-the paper's are. AdamW with clipping stands in for SGD: it takes steps of the same size whatever the size of the loss, which
+Detectron's are. AdamW with clipping stands in for SGD: it takes steps of the same size whatever the size of the loss, which
 SGD does not (configs/mini_sgd.py), so that losses are compared by their shape. docs/results/mini.md has what came of it.
 """
 

@@ -5,7 +5,7 @@
 
 Paper: AP 34.0, AP50 52.5, AP75 36.5 on minival, 90k steps of 16 images on 8 GPUs. COCO 2017 is expected under data/coco
 (annotations/, train2017/, val2017/); train2017 is the paper's trainval35k, val2017 its minival. Without
---model.backbone-weights the backbone is random, and frozen where the paper freezes it: good for trying, not for AP.
+--model.backbone-weights the backbone is random, and frozen where Detectron freezes it: good for trying, not for AP.
 """
 
 from retina_jax.config import Config, DataConfig, ModelConfig

@@ -58,6 +58,7 @@ def get_config() -> Config:
             learning_rate=1e-4,
             weight_decay=0.05,
             bias_learning_rate_factor=1.0,
+            decay_biases=True,
             warmup_steps=1000,
             warmup_factor=0.001,
             boundaries=(16 * EPOCH, 22 * EPOCH),

@@ -54,8 +54,8 @@ class DataConfig:
     train_images: str = ""
     """Folder of the training images (source coco)."""
     val_annotations: str = ""
-    """COCO JSON of the evaluation images. Paper: minival, which is instances_val2017.json. With source tfds it may be empty:
-    the truth is then taken from the dataset's own features (areas rounded to integers)."""
+    """COCO JSON of the evaluation images. Paper: minival, which is instances_val2017.json. With source tfds it may be empty
+    or missing: the ground truth is then taken from the dataset's own features (areas truncated to integers)."""
     val_images: str = ""
     """Folder of the evaluation images (source coco)."""
     tfds_name: str = "coco/2017"
@@ -73,7 +73,8 @@ class DataConfig:
     short_side: int = 600
     """Length the shorter image side is resized to, pixels. Paper: 600 for the ablations, 400 to 800 in Table 1e."""
     long_side: int = 1000
-    """Most the longer side may be after the resize, pixels. Paper: 1000 with 600, 1333 with 800."""
+    """Most the longer side may be after the resize, pixels. Detectron: 1000 with 600, 1333 with 800; the paper gives the
+    short side alone."""
     jitter_short_sides: tuple[int, ...] = ()
     """Short sides of multi-scale training (scale jitter, Table 2), drawn anew for each image and visit, all equally often;
     empty: short_side alone. Canvases are those of the largest, which the smaller images do not fill: as many programs, and a
@@ -113,18 +114,19 @@ class ModelConfig:
     """The network (Section 4, Figure 3)."""
 
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d"] = "resnet50"
-    """Backbone. Paper: resnet50 for the ablations, resnet101 in Tables 1d and 2, resnext101_32x8d in Table 2."""
+    """Backbone. Paper: resnet50 for the ablations, resnet101 in Tables 1d, 1e and 2, resnext101_32x8d in Table 2."""
     base_width: int = 64
-    """Channels of the backbone's stem; all stages scale with it. Paper: 64."""
+    """Channels of the backbone's stem; all stages scale with it. ResNet's own: 64."""
     stage_blocks: tuple[int, ...] = ()
     """Blocks of the four stages C2 to C5; empty: the backbone's own (resnet50: 3 4 6 3)."""
     num_classes: int | None = None
-    """Object classes K; None: as many as the dataset has categories. Paper: 80."""
+    """Object classes K; None: as many as the dataset has categories. COCO: 80."""
     stride_position: Literal["1x1", "3x3"] = "1x1"
-    """Convolution that carries a bottleneck's stride. Paper: 1x1 (MSRA weights); torchvision: 3x3."""
+    """Convolution that carries a bottleneck's stride. 1x1: the MSRA weights that the paper starts from, Detectron; 3x3:
+    torchvision."""
     norm: Literal["frozen", "group", "batch"] = "frozen"
     """Backbone normalisation: frozen BatchNorm (an affine that is never trained), GroupNorm, or BatchNorm with statistics
-    over the whole batch of all devices. Paper: frozen."""
+    over the whole batch of all devices. Detectron: frozen; the paper does not mention BatchNorm."""
     norm_groups: int = 32
     """Groups of GroupNorm; lowered to a divisor of the channels where they are fewer."""
     frozen_stages: int = 2
@@ -184,8 +186,9 @@ class MatchingConfig:
     negative_iou: float = 0.4
     """IoU below which an anchor is background; between the two it is ignored. Paper: 0.4."""
     low_quality: Literal["none", "band", "all"] = "band"
-    """A box's best anchor below positive_iou: none leaves it (the paper's text); band takes it where its IoU is at least
-    negative_iou (Detectron); all takes it always (detectron2, torchvision)."""
+    """A box's best anchor below positive_iou: none leaves it (Section 4's thresholds alone); band takes it where its IoU is
+    at least negative_iou (Detectron); all takes it always (RPN's rule, which the paper adopts with other thresholds;
+    detectron2, torchvision)."""
 
 
 @dataclass(frozen=True)
@@ -210,9 +213,9 @@ class LossConfig:
     """Anchors mined per image (the minibatch). Paper: 128, 256, 512."""
     mining_nms_iou: float = 0.5
     """An anchor is not mined next to a harder one with an IoU above this. Paper: 0.5, 0.7."""
-    mining_normaliser: Literal["minibatch", "assigned"] = "minibatch"
-    """Count that divides the mined classification loss: anchors in the minibatch (Shrivastava et al., 2016, whose OHEM
-    averages over it), or anchors assigned to a box, as without mining. Paper: not given."""
+    mining_normaliser: Literal["assigned", "minibatch"] = "assigned"
+    """Count that divides the mined classification loss: anchors assigned to a box, as without mining, or anchors in the
+    minibatch (Shrivastava et al., 2016, whose OHEM averages over it). Paper: none but the first."""
     box: Literal["smooth_l1", "l1", "giou"] = "smooth_l1"
     """Box regression loss. Paper: smooth_l1."""
     beta: float = 0.11
@@ -242,7 +245,8 @@ class OptimizerConfig:
     bias_learning_rate_factor: float = 2.0
     """Learning rate of biases over that of weights. Detectron: 2; detectron2 and torchvision: 1."""
     decay_biases: bool = False
-    """Weight decay on biases and normalisation parameters too. Detectron: no; detectron2 and torchvision: yes."""
+    """Weight decay on the biases of convolutions too; normalisation parameters never decay. Detectron: no; detectron2 and
+    torchvision: yes."""
     warmup_steps: int = 500
     """Steps of linear warm-up; it replaces the start of the schedule and does not shift it. Detectron: 500."""
     warmup_factor: float = 1 / 3

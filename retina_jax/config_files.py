@@ -180,13 +180,11 @@ def from_dict(values: Any, where: str = "config") -> Config:
 
 
 def _with_old_meanings(values: Any) -> Any:
-    """The values of a config written before `loss.mining_normaliser` existed, in today's names: its ohem_1_3 was the strict
-    one, and mined losses were divided by the assigned anchors."""
+    """`values` in today's names: the ohem_1_3 of a config written before `loss.mining_normaliser` existed is the strict one."""
     loss = values.get("loss") if isinstance(values, Mapping) else None
-    if not isinstance(loss, Mapping) or loss.get("mining", "none") == "none" or "mining_normaliser" in loss:
+    if not isinstance(loss, Mapping) or loss.get("mining") != "ohem_1_3" or "mining_normaliser" in loss:
         return values
-    mining = "ohem_1_3_strict" if loss["mining"] == "ohem_1_3" else loss["mining"]
-    return {**values, "loss": {**loss, "mining": mining, "mining_normaliser": "assigned"}}
+    return {**values, "loss": {**loss, "mining": "ohem_1_3_strict"}}
 
 
 def _build(kind: type, values: Any, where: str, prefix: str) -> Any:

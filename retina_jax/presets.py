@@ -13,7 +13,7 @@ What each leaves different from its system:
 - detectron2: PIL resizes in two passes with integer weights (at most one grey level); each process has a running mean of
   its own, where here there is their common one.
 - torchvision: boxes of different classes are kept apart by large offsets, which cost its NMS up to .002 pixels; v2 updates
-  the BatchNorm statistics of frozen stages too, and its decay spares norms alone, where here it spares biases with them.
+  the BatchNorm statistics of frozen stages too. v1 would decay normalisation parameters if it trained any.
 """
 
 from __future__ import annotations
@@ -83,7 +83,6 @@ _TORCHVISION_V2 = _TORCHVISION_V1 | {
     "optimizer.name": "adamw",
     "optimizer.learning_rate": 1e-4,
     "optimizer.weight_decay": 0.05,
-    "optimizer.decay_biases": False,
 }
 
 _DIFFERENT: Mapping[str, Mapping[str, Any]] = {

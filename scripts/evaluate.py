@@ -2,9 +2,10 @@
 
 With --weights KIND:FILE the detector comes from elsewhere, and --workdir only takes what is written.
 Any inference setting of the run can be overridden (--detection.nms-iou 0.6, --data.short-side 800, --data.val-annotations
-FILE, --training.eval-images 500); the network itself is the run's. Test-time augmentation: --detection.tta-flip,
---detection.tta-short-sides 500 700. A run with running means of its parameters is scored by them, or with
---detection.parameters raw by the parameters themselves.
+FILE, --training.eval-images 500); the network itself is the run's. Images without annotations are not scored:
+--data.val-annotations image_info_test-dev2017.json writes a submission for COCO's server into RUN/detections. Test-time
+augmentation: --detection.tta-flip, --detection.tta-short-sides 500 700. A run with running means of its parameters is scored
+by them, or with --detection.parameters raw by the parameters themselves.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from retina_jax.evaluation import coco_table
 from retina_jax.training.assessment import assess
 from retina_jax.training.checkpoints import Step
 from retina_jax.training.run import Run
+from retina_jax.training.submission import write_submission
 
 # What may be another than in training: what is evaluated on and how its boxes are read off.
 INFERENCE = ("data.", "training.", "detection.", "devices", "parallel")
@@ -75,7 +77,7 @@ def evaluate(arguments: Arguments, settings: Config) -> None:
         config=config,
         class_names=arguments.class_names,
     )
-    source, step = open_source(config.data, "val"), detector.step
+    source, step = open_source(config.data, "val", unlabelled=True), detector.step
     hosts.check_same("--workdir", {"step": step, "config": repr(config), "evaluation data": source.sha256})
     strangers = [name for name in source.class_names if name not in detector.class_names]
     if strangers:
@@ -87,6 +89,13 @@ def evaluate(arguments: Arguments, settings: Config) -> None:
     # Scores of other settings stand beside the run's own, under a name of their own.
     variant = "" if not others or arguments.weights else f"_{hashlib.sha256(repr(config).encode()).hexdigest()[:8]}"
     scores = assess(run, detector, source, step, variant, others)
+    if not source.labelled:
+        submission = write_submission(run, step, variant, config.data.val_annotations)
+        print(
+            f"nothing to score: {source.name} has no annotations\n"
+            f"step {step}; written to {submission}: zip it and upload it to COCO's evaluation server"
+        )
+        return
     print(coco_table(scores))
     print(f"step {step}; written to {run.path('evaluation', step, f'{variant}.json')}")
 

@@ -32,7 +32,9 @@ class Arguments:
     workdir: Path | None = None
     """Figures 2 and 7: folder of sweeps; figure 4: folder of a finished run."""
     images: int = 0
-    """Figure 4: evaluation images taken, the first ones; 0: all."""
+    """Figure 4: evaluation images, drawn at random; 0: all."""
+    seed: int = 0
+    """Figure 4: seed of the images and windows drawn."""
     positives: int = POSITIVES
     """Figure 4: most positive windows sampled."""
     negatives: int = NEGATIVES
@@ -45,9 +47,9 @@ class Arguments:
 def main() -> None:
     """Draw, write, say where."""
     arguments = parse_command_line(Arguments, Arguments(tyro.MISSING, tyro.MISSING), sys.argv[1:], __doc__)
-    for name in ("images", "positives", "negatives"):
-        if getattr(arguments, name) < (name != "images"):
-            raise ConfigError(f"--{name}: {getattr(arguments, name)} cannot be; it must be a positive number")
+    for name, least in (("images", 0), ("seed", 0), ("positives", 1), ("negatives", 1)):
+        if getattr(arguments, name) < least:
+            raise ConfigError(f"--{name}: invalid value {getattr(arguments, name)}; must be at least {least}")
     if arguments.out.suffix.lower() not in figures.SUFFIXES:
         raise ConfigError(f"--out {arguments.out}: its suffix must be one of {', '.join(figures.SUFFIXES)}")
     set_up_jax()
@@ -67,7 +69,9 @@ def draw(arguments: Arguments) -> figures.Figure:
         raise ConfigError(f"--workdir: figure {arguments.figure} is drawn from results; give the folder of {kind}")
     if arguments.figure == 4:
         run = finished_run(arguments.workdir)
-        samples = val_windows(arguments.workdir, arguments.images, arguments.positives, arguments.negatives)
+        samples = val_windows(
+            arguments.workdir, arguments.images, arguments.positives, arguments.negatives, arguments.seed
+        )
         print(f"{run}\n{shares_table(samples)}")
         return figures.figure4(samples, run)
     sweeps = read_sweeps(arguments.workdir)

@@ -352,6 +352,29 @@ def test_evaluate_with_other_settings_leaves_the_runs_own_score(run: Path) -> No
     refused("evaluate", "--workdir", run, "--anchors.size-factor", 8, says="anchors.size_factor: 2.0 -> 8.0")
 
 
+def test_images_without_annotations_become_a_submission_and_are_refused_in_training(run: Path, folder: Path) -> None:
+    """COCO's test images: image_info_test-dev2017.json has images and categories, and no annotations."""
+    annotations = next((folder / "scenes").rglob("*val*.json"))
+    document = {key: value for key, value in read(annotations).items() if key != "annotations"}
+    test_dev = annotations.with_name("image_info_test-dev2017.json")
+    test_dev.write_text(json.dumps(document))
+    run = shutil.copytree(run, folder / "mine")
+    images = annotations.with_name("val")
+    done = script("evaluate", "--workdir", run, "--data.source", "coco", "--data.val-annotations", test_dev,
+                  "--data.val-images", images)  # fmt: skip
+    submission = run / "detections" / "detections_test-dev2017_mine_results.json"
+    assert "nothing to score" in done.stdout and str(submission) in done.stdout and "AP of" not in done.stdout
+    (found,) = (p for p in (run / "detections").glob("step_00000012_*.json"))
+    for one, other in zip(read(submission), read(found), strict=True):
+        assert set(one) == {"image_id", "category_id", "bbox", "score"} and one["image_id"] == other["image_id"]
+        assert one["bbox"] == pytest.approx(other["bbox"], abs=0.0051)
+        assert one["score"] == pytest.approx(other["score"], abs=1e-6)
+    assert not list((run / "evaluation").glob(found.name)), "no scores"
+    command = list(own_data(folder, folder / "unlabelled", *coco(folder / "labelled")))
+    command[-3], command[-1] = test_dev, images
+    refused("train", *command, says=f"{test_dev}: annotations must be a list")
+
+
 def test_predict_never_writes_over_the_photographs(run: Path, folder: Path) -> None:
     photos = folder / "precious"
     photos.mkdir()

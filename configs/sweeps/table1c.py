@@ -3,7 +3,8 @@
     python scripts/sweep.py --sweep configs/sweeps/table1c.py --workdir DIR
 
 Paper (minival): 30.3, 31.9, 31.8, 32.4, 34.2, 34.0 and 33.8 AP, in the order of the points. S scales are 2^(k/S) for k < S
-("4 sub-octave scales 2^(k/4)", Section 5.2); one ratio is the square, three are 1:2, 1:1, 2:1. 3 by 3 is the default.
+("4 sub-octave scales 2^(k/4)", Section 5.2; those of 2 are inferred); one ratio is the square, three are 1:2, 1:1, 2:1. 3 by
+3 is the default.
 """
 
 from typing import Any

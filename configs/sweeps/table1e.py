@@ -3,8 +3,8 @@
     python scripts/sweep.py --sweep configs/sweeps/table1e.py --workdir DIR
 
 Paper (test-dev): ResNet-50 30.5, 32.5, 34.3, 35.1, 35.7; ResNet-101 31.9, 34.4, 36.0, 37.1, 37.8 AP; 64 to 198 ms an image
-on an M40. The longer side is at most 5/3 of the shorter (1000 with 600, 1333 with 800). Scales are relative to the base,
-whose short side stands for 600.
+on an M40. The longer side is at most 5/3 of the shorter (Detectron: 1000 with 600, 1333 with 800). Scales are relative to
+the base, whose short side stands for 600.
 """
 
 from typing import Any

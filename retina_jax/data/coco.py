@@ -61,22 +61,29 @@ class Content(NamedTuple):
     """Id, file name, width, height."""
     boxes: Float64[np.ndarray, "M 7"]
     """Row of the image, label, crowd, and x, y, width, height in pixels, as found."""
+    labelled: bool = True
+    """False: the file has no `annotations`, as COCO's of test images."""
 
 
 def read_coco(
-    annotations: str | Path, images: str | Path, *, images_without_boxes: Literal["keep", "drop"] = "keep"
+    annotations: str | Path,
+    images: str | Path,
+    *,
+    images_without_boxes: Literal["keep", "drop"] = "keep",
+    unlabelled: bool = False,
 ) -> Source:
     """The data set of a COCO JSON. "drop" (for training) leaves out images that have no usable box; evaluation keeps all.
 
     Raises DataError, one line that names the file, the entry and what would be right, for anything in the file that
-    cannot be used, for no images at all, and with "drop" for no usable box at all. The images are not opened here.
+    cannot be used, for no images at all, and with "drop" for no usable box at all. The images are not opened here. With
+    `unlabelled` a file without the key `annotations` is accepted.
 
     A `file_name` is a path inside `images`: one that is absolute or climbs out with .. is refused here, and a folder, pipe
     or device where the image should be is a BadImage when it is read. Symbolic links are followed wherever they lead,
     because data sets are often made of them: who may write into the folder is trusted, who wrote the JSON is not.
     """
     path, folder = Path(annotations), Path(images)
-    content = parse_coco(path)
+    content = parse_coco(path, unlabelled)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; it must hold the images that {path} names")
     columns = content.boxes
@@ -109,7 +116,8 @@ def read_coco(
         counts=counts,
         read=read,
         where=where,
-        make_truth=lambda: read_truth(path),
+        make_truth=lambda: read_truth(path, content.labelled),
+        labelled=content.labelled,
     )
 
 
@@ -119,12 +127,14 @@ def read_image(path: Path, width: int, height: int) -> bytes:
     return read_again(lambda: read_file(path, largest), str(path))
 
 
-def parse_coco(path: Path) -> Content:
+def parse_coco(path: Path, unlabelled: bool = False) -> Content:
     """The file's content, every entry of it checked; DataError as in `read_coco`."""
-    return parse_document(path, load_json(path))
+    return parse_document(path, load_json(path), unlabelled=unlabelled)
 
 
-def parse_document(path: Path, document: Any, mistakes: list[Mistake] | None = None) -> Content:
+def parse_document(
+    path: Path, document: Any, mistakes: list[Mistake] | None = None, unlabelled: bool = False
+) -> Content:
     """The content of what `load_json` gave. With a list of `mistakes`, entries that cannot be used are added to it and left
     out, and only a file without the three lists raises DataError; without one, the first such entry raises it."""
     if not isinstance(document, dict):
@@ -135,6 +145,8 @@ def parse_document(path: Path, document: Any, mistakes: list[Mistake] | None = N
         raise DataError(f"{path}: {'images' if categories else 'categories'} is empty; it must list at least one")
     image_rows = {image[0]: i for i, image in enumerate(images)}
     label_of = {category_id: label for label, (category_id, _) in enumerate(categories)}
+    if unlabelled and "annotations" not in document:
+        return Content(categories, images, np.zeros((0, 7)), labelled=False)
     boxes = _parse_all(path, document, "annotations", _annotation_parser(image_rows, label_of), mistakes)
     return Content(categories, images, np.array(boxes, np.float64).reshape(-1, 7))
 
@@ -159,7 +171,7 @@ def load_json(path: Path) -> Any:
             gc.enable()
 
 
-def read_truth(path: Path) -> dict[str, Any]:
+def read_truth(path: Path, labelled: bool = True) -> dict[str, Any]:
     """Ground truth for pycocotools from a file that `read_coco` has accepted: see `Source.truth`.
 
     It is read again when evaluation asks for it, so that training does not carry 860 thousand dicts around. DataError
@@ -167,7 +179,7 @@ def read_truth(path: Path) -> dict[str, Any]:
     """
     document = load_json(path)
     try:
-        return _truth(document)
+        return _truth(document if labelled else {**document, "annotations": []})
     except (AttributeError, KeyError, TypeError, ValueError):
         raise DataError(f"{path}: has changed since it was opened; it must stay as it is while a run uses it") from None
 

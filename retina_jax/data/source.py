@@ -56,6 +56,8 @@ class Source:
     """What messages call the image of a record."""
     make_truth: Callable[[], dict[str, Any]]
     """Makes `truth`."""
+    labelled: bool = True
+    """False: images without annotations (COCO's test images), in which there is nothing to score."""
 
     @cached_property
     def truth(self) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from retina_jax.data.scenes import write_scenes
 from retina_jax.data.source import DataError, Source
 
 
-def open_source(data: DataConfig, split: Literal["train", "val"]) -> Source:
-    """Opens the training or the evaluation images; evaluation always keeps images without boxes.
+def open_source(data: DataConfig, split: Literal["train", "val"], *, unlabelled: bool = False) -> Source:
+    """Opens the training or the evaluation images; evaluation always keeps images without boxes. With `unlabelled` a COCO
+    file without `annotations` is accepted (`Source.labelled`).
 
     Raises ConfigError for a field that is missing, DataError for annotations that cannot be used (and, in training, for
     annotations without any usable box).
@@ -28,6 +29,12 @@ def open_source(data: DataConfig, split: Literal["train", "val"]) -> Source:
 
         name = data.tfds_train_split if split == "train" else data.tfds_val_split
         truth = "" if split == "train" else data.val_annotations
+        if truth and not os.path.exists(truth):
+            warn(
+                f"data.val_annotations: {truth} does not exist; evaluating against the features of {data.tfds_name}, in "
+                "which areas are truncated to integers"
+            )
+            truth = ""
         source = read_tfds(
             data.tfds_name, data.tfds_folder, name, images_without_boxes=without_boxes, truth_annotations=truth
         )
@@ -40,7 +47,7 @@ def open_source(data: DataConfig, split: Literal["train", "val"]) -> Source:
             for field, value in ((f"{split}_annotations", annotations), (f"{split}_images", images)):
                 if not value:
                     raise ConfigError(f"data.{field} is empty; with data.source coco it must be a path")
-        source = read_coco(annotations, images, images_without_boxes=without_boxes)
+        source = read_coco(annotations, images, images_without_boxes=without_boxes, unlabelled=unlabelled)
     if split == "train" and not any(len(record.labels) for record in source.records):
         raise DataError(f"{source.name}: has no usable box ({source.counts}); training needs at least one")
     return source

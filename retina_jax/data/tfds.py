@@ -24,6 +24,7 @@ from retina_jax.data.coco_classes import COCO_CATEGORIES
 from retina_jax.data.decoding import open_image
 from retina_jax.data.reading import read_again
 from retina_jax.data.source import BadImage, DataError, Source, make_records
+from retina_jax.data.tfrecords import Examples, TFRecordExamples
 
 FORMAT = 1
 """Of the index file; raised when its columns change."""
@@ -58,20 +59,20 @@ def read_tfds(
     Its first opening reads every image's header and keeps the index in the data set's folder, or in ~/.cache/retina_jax
     where that cannot be written. `truth_annotations` is the original COCO JSON to evaluate against: images are found in it
     by id (by file name where the data set has no ids), and its categories, which must be as many, give names and ids.
-    Without it the truth is made from the features, where areas may be rounded.
+    Without it the ground truth is made from the features, whose areas are truncated to integers in COCO's.
 
-    Raises DataError: the data set is unknown, not prepared, not stored as ArrayRecord, has no such split, lacks a feature,
-    has labels outside its classes, or its images are not those of `truth_annotations`.
+    Raises DataError: the data set is unknown, not prepared, stored without random access, has no such split, lacks a
+    feature, has labels outside its classes, or its images are not those of `truth_annotations`.
     """
     called = f"{name} [{split}]"
     builder = _open_builder(name, folder)
     label = _check_features(builder, called)
     try:
-        images = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        images = _open_examples(builder, split)
     except NotImplementedError:
         raise DataError(
-            f"{called}: {builder.data_dir} is not stored as array_record; prepare it with `tfds build --file_format="
-            "array_record` or convert it with `tfds convert_format --out_file_format=array_record`"
+            f"{called}: {builder.data_dir} is stored as {builder.info.file_format.value}, which has no random access; "
+            "prepare it as tfrecord or array_record"
         ) from None
     except ValueError as error:
         known = ", ".join(sorted(builder.info.splits))
@@ -123,6 +124,14 @@ def read_tfds(
     )
 
 
+def _open_examples(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
+    """Examples by index, their images encoded. NotImplementedError for a format without random access, ValueError if there
+    is no such split."""
+    if builder.info.file_format == tfds.core.FileFormat.TFRECORD:
+        return TFRecordExamples(builder.info, split)
+    return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+
+
 def _open_builder(name: str, folder: str) -> tfds.core.DatasetBuilder:
     try:
         if (Path(name) / "dataset_info.json").is_file():
@@ -135,8 +144,8 @@ def _open_builder(name: str, folder: str) -> tfds.core.DatasetBuilder:
         ) from None
     if not builder.info.splits:
         raise DataError(
-            f"data.tfds_name {name}: not prepared under {builder.data_dir}; run `tfds build {name} "
-            f"--file_format=array_record --data_dir={folder or 'DIR'}` first"
+            f'data.tfds_name {name}: not prepared under {builder.data_dir}; prepare it with `python -c "import '
+            f'tensorflow_datasets as tfds; tfds.builder({name!r}, data_dir={folder or "DIR"!r}).download_and_prepare()"`'
         )
     return builder
 
@@ -215,7 +224,7 @@ def _truth(index: Index, images: list[tuple[int, str, int, int]], categories: li
     }
 
 
-def _load_index(builder: tfds.core.DatasetBuilder, split: str, images: tfds.core.DataSource, called: str) -> Index:
+def _load_index(builder: tfds.core.DatasetBuilder, split: str, images: Examples, called: str) -> Index:
     """The index from its file; made and written first where there is none."""
     stored = [(name, info.num_bytes, info.shard_lengths) for name, info in sorted(builder.info.splits.items())]
     key = json.dumps([FORMAT, builder.info.full_name, split, len(images), stored])
@@ -242,7 +251,7 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _make_index(images: tfds.core.DataSource, called: str) -> Index:
+def _make_index(images: Examples, called: str) -> Index:
     image_ids, file_names, sizes, owners, boxes, labels, crowd, areas = [], [], [], [], [], [], [], []
     for row in range(len(images)):
         try:

@@ -14,7 +14,8 @@ enforce a 1:3 ratio between positives and negatives". The rest the paper leaves 
   positives, and 3 of the hardest negatives per positive taken, or 3 in an image where none is.
   An image rarely has batch // 4 positives left after NMS. Then the strict ratio alone sets the number of negatives, and the
   batch size changes nothing, while the paper's rows of 1:3 fall with it (31.1, 28.3, 24.0).
-- The loss is the sum over the minibatch, by default divided by its size (`retina_jax.losses.detection`).
+- The loss is the sum over the minibatch, by default divided by the anchors assigned to a box, mined or not
+  (`retina_jax.losses.detection`).
 - A loss that is infinite or NaN is kept out of all this and always in the sum: a diverged network must show.
 
 The result is exactly that of suppressing among all 100k anchors and then choosing. But the whole suppression has

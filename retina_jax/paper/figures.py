@@ -17,11 +17,12 @@ from retina_jax.config import ConfigError
 from retina_jax.pages.charts import COLOURS
 from retina_jax.paper.loss_curves import SELECTED, fl, fl_star, loss_slopes, loss_values, x_of_p
 from retina_jax.paper.loss_distribution import GAMMAS, cumulative_loss
-from retina_jax.paper.published import FASTER_RCNN_FPN, TABLE_1E
+from retina_jax.paper.published import OTHER_SYSTEMS, TABLE_1E
 
 SUFFIXES = (".png", ".svg", ".pdf")
 """Of the files that can be written."""
 BLUE, ORANGE = COLOURS[:2]
+GREY = "#555555"
 LOOK = {
     "font.size": 10,
     "axes.grid": True,
@@ -138,7 +139,10 @@ def figure2(ours: Sequence[Timed] = (), hardware: str = "", split: str = "val") 
             Timed(row.settings[0], f"RetinaNet-{row.settings[0]}", row.settings[1], row.milliseconds, row.scores["AP"])
             for row in TABLE_1E.rows
         ]
-        axes[0].plot(*FASTER_RCNN_FPN, "s", color="#555555", label="Faster R-CNN, FPN")
+        axes[0].plot(*zip(*OTHER_SYSTEMS.values(), strict=True), "s", color=GREY, markersize=5, label="other systems")
+        for name, place in OTHER_SYSTEMS.items():
+            text = name + (" (time extrapolated)" if name == "R-FCN" else "")
+            axes[0].annotate(text, place, (6, -3), textcoords="offset points", fontsize=7.5, color=GREY)
         _speed(axes[0], paper, "Nvidia M40", "COCO test-dev")
         axes[0].set_title("the paper", fontsize=10)
         if ours:
@@ -156,7 +160,7 @@ def _speed(axes: Axes, points: Sequence[Timed], hardware: str, split: str) -> No
         xs, ys = [p.milliseconds for p in line], [p.ap for p in line]
         axes.plot(xs, ys, marker=marker, color=colour, label=line[0].network)
         # Where the two curves cross, labels under the one and over the other keep apart; the first has room below.
-        under, over = ((4, -10), "left"), ((-4, 4), "right")
+        under, over = ((3, -12), "center"), ((-4, 4), "right")
         for place, point in enumerate(line):
             offset, side = ((0, -12), "center") if place == 0 else (over if depth == "101" else under)
             axes.annotate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -140,8 +141,21 @@ def finished_run(folder: Path) -> str:
     return f"{whole.parent.name}/{whole.name}, step {_newest(folder)}, {ap}"
 
 
-def val_windows(folder: Path, images: int, positives: int, negatives: int) -> dict[str, Float32[np.ndarray, " N"]]:
-    """x_t of the windows of a run's evaluation images (the first `images`; 0: all), by kind: positives, negatives.
+def random_images(source: Source, count: int, seed: int) -> Source:
+    """`count` different images of `source` (all of them if there are no more), chosen uniformly; equal for equal seeds."""
+    chosen = np.random.default_rng(seed).permutation(len(source))[:count].tolist()
+    return replace(
+        source,
+        records=[source.records[index] for index in chosen],
+        read=lambda place: source.read(chosen[place]),
+        where=lambda place: source.where(chosen[place]),
+    )
+
+
+def val_windows(
+    folder: Path, images: int, positives: int, negatives: int, seed: int = 0
+) -> dict[str, Float32[np.ndarray, " N"]]:
+    """x_t of windows of a run's evaluation images (`images` of them drawn at random; 0: all), by kind: positives, negatives.
 
     Raises ConfigError where its data has other classes, or there is no window of a kind.
     """
@@ -151,8 +165,8 @@ def val_windows(folder: Path, images: int, positives: int, negatives: int) -> di
     if source.class_names != detector.class_names:
         raise ConfigError(f"--workdir {folder}: its evaluation data no longer has the classes it was trained with")
     batch_size = min(run.config.training.eval_batch_size or run.config.data.batch_size, 8)
-    batches = eval_batches(source, run.config.data, batch_size=batch_size, limit=images)
-    samples = sample_windows(detector, batches, positives=positives, negatives=negatives)
+    batches = eval_batches(random_images(source, images or len(source), seed), run.config.data, batch_size=batch_size)
+    samples = sample_windows(detector, batches, positives=positives, negatives=negatives, seed=seed)
     kinds = dict(zip(("positives", "negatives"), (sample.values() for sample in samples), strict=True))
     for kind, x_t in kinds.items():
         if not len(x_t):

@@ -4,6 +4,7 @@ Scores are in percent, as printed. Tables 1a to 1d and 3 are on minival (val2017
 labels are not public.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 AP = ("AP", "AP50", "AP75")
@@ -22,6 +23,8 @@ class Row:
     """As printed, one for each of the table's `columns`."""
     scores: dict[str, float] = field(default_factory=dict)
     """Percent, by the table's `metrics`; what the paper does not give is absent."""
+    minival: dict[str, float] = field(default_factory=dict)
+    """Scores of the same model on minival, of a table on test-dev; empty: the paper gives none."""
     milliseconds: float | None = None
     """Time an image on an Nvidia M40 (Table 1e)."""
     group: str = ""
@@ -53,15 +56,17 @@ class Table:
     """What a reader has to know of its rows."""
 
 
-def _rows(text: str, metrics: tuple[str, ...], settings: int) -> tuple[Row, ...]:
+def _rows(
+    text: str, metrics: tuple[str, ...], settings: int, minival: Mapping[str, dict[str, float]] | None = None
+) -> tuple[Row, ...]:
     """Lines of "point | setting | ... | scores [milliseconds]"."""
-    rows = []
+    rows, minival = [], minival or {}
     for line in text.strip().splitlines():
         name, *others = (part.strip() for part in line.split("|"))
         numbers = [float(n) for n in others[settings].split()]
         scores = dict(zip(metrics, numbers, strict=False))
         time = numbers[len(metrics)] if len(numbers) > len(metrics) else None
-        rows.append(Row(name, tuple(others[:settings]), scores, time))
+        rows.append(Row(name, tuple(others[:settings]), scores, minival.get(name, {}), time))
     return tuple(rows)
 
 
@@ -87,8 +92,8 @@ TABLE_1A = Table(
     reference="alpha_0.50",
     reference_label="α = .50",
     note=(
-        "The row α = .50 is half of plain CE: positives and negatives both weigh .5. The paper gives 30.2 for it and for "
-        "plain CE with the prior (Section 5.1); here plain CE is a run of its own, prior_0.01 of the sweep section5_1."
+        "The row α = .50 is the cross entropy of Section 5.1, 30.2 AP there too: positives and negatives weigh the same. "
+        "It is one run with prior_0.01 of the sweep section5_1."
     ),
 )
 
@@ -164,6 +169,12 @@ TABLE_1D = Table(
     reference_label="FL",
 )
 
+_ON_MINIVAL = {
+    "depth_50_scale_600": TABLE_1B.rows[5].scores,
+    "depth_101_scale_600": TABLE_1D.rows[-1].scores,
+}
+"""The models of Table 1e that the ablations give on minival: the default of Table 1b, and the focal loss of Table 1d."""
+
 TABLE_1E = Table(
     name="table1e",
     title="Table 1e: accuracy and speed by depth and image scale",
@@ -185,6 +196,7 @@ TABLE_1E = Table(
         """,
         AP_AND_SIZES,
         2,
+        minival=_ON_MINIVAL,
     ),
     reference="depth_50_scale_600",
     reference_label="FL (ResNet-50, 600 px)",
@@ -206,11 +218,11 @@ TABLE_2 = Table(
     metrics=AP_AND_SIZES,
     rows=(
         Row(None, ("Faster R-CNN+++", "ResNet-101-C4"), _scores("34.9 55.7 37.4 15.6 38.7 50.9"), group=_TWO),
-        Row(None, ("Faster R-CNN w FPN", "ResNet-101-FPN"), _scores("36.2 59.1 39.0 18.2 39.0 48.2"), 172.0, _TWO),
+        Row(None, ("Faster R-CNN w FPN", "ResNet-101-FPN"), _scores("36.2 59.1 39.0 18.2 39.0 48.2"), group=_TWO),
         Row(
-            None, ("Faster R-CNN by G-RMI", "Inception-ResNet-v2"), _scores("34.7 55.5 36.7 13.5 38.1 52.0"), None, _TWO
+            None, ("Faster R-CNN by G-RMI", "Inception-ResNet-v2"), _scores("34.7 55.5 36.7 13.5 38.1 52.0"), group=_TWO
         ),
-        Row(None, ("Faster R-CNN w TDM", _TDM), _scores("36.8 57.7 39.2 16.2 39.8 52.1"), None, _TWO),
+        Row(None, ("Faster R-CNN w TDM", _TDM), _scores("36.8 57.7 39.2 16.2 39.8 52.1"), group=_TWO),
         Row(None, ("YOLOv2", "DarkNet-19"), _scores("21.6 44.0 19.2 5.0 22.4 35.5"), group=_ONE),
         Row(None, ("SSD513", "ResNet-101-SSD"), _scores("31.2 50.4 33.3 10.2 34.5 49.8"), group=_ONE),
         Row(None, ("DSSD513", "ResNet-101-DSSD"), _scores("33.2 53.3 35.2 13.0 35.4 51.1"), group=_ONE),
@@ -248,8 +260,8 @@ SECTION_5_1 = Table(
     split="minival",
     metrics=("AP",),
     rows=(
-        Row("no_prior", ("CE", "no prior"), note="diverges"),
-        Row("prior_0.01", ("CE", "π = .01"), {"AP": 30.2}),
+        Row("no_prior", ("CE, α = .5", "no prior"), note="diverges"),
+        Row("prior_0.01", ("CE, α = .5", "π = .01"), {"AP": 30.2}),
         Row(
             "focal_alpha_0.50",
             ("FL, γ = 2, α = .5", "π = .01"),
@@ -271,6 +283,14 @@ TABLES = {
 EFFECTIVE_AP = 33.5
 """AP in percent over which Figure 7 calls a setting of FL* effective; it must have converged too."""
 
-FASTER_RCNN_FPN = (172.0, 36.2)
-"""Milliseconds on an M40 (Section 5.2) and AP on test-dev (Table 2) of Faster R-CNN with ResNet-101-FPN: the one system
-of others in Figure 2 whose time the text gives."""
+OTHER_SYSTEMS = {
+    "YOLOv2": (25.0, 21.6),
+    "SSD321": (61.0, 28.0),
+    "DSSD321": (85.0, 28.0),
+    "R-FCN": (85.0, 29.9),
+    "SSD513": (125.0, 31.2),
+    "DSSD513": (156.0, 33.2),
+    "FPN FRCN": (172.0, 36.2),
+}
+"""Figure 2's other systems: milliseconds per image and AP on test-dev. The paper extrapolated R-FCN's time; FPN FRCN is
+Faster R-CNN with ResNet-101-FPN, measured on an M40 (Section 5.2)."""

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from retina_jax.pages.charts import Line, line_chart
 from retina_jax.paper.published import AP, TABLES, Row
 from retina_jax.paper.results import Point, Sweep
+from retina_jax.paper.sides import Mean, Side, sides_of, stable_points
+from retina_jax.paper.test_dev import FILE
 from retina_jax.paper.wording import (
     PAPER_CONFIG,
     base_of,
@@ -28,6 +30,12 @@ from retina_jax.paper.wording import (
     status,
 )
 
+TEST_DEV = (
+    "The paper's figures are on test-dev, whose labels are not public; our runs were evaluated on {ours}. Figures on "
+    "different splits are not subtracted. On minival the paper has RetinaNet-50-600 (Table 1b) and RetinaNet-101-600 (Table "
+    "1d). RUN/{file}, with the scores that COCO's server returned for a run, adds our figures on test-dev."
+)
+"""Note on a table that the paper has on test-dev."""
 OWN_TITLES = {"fig7": "Figure 7: FL* over γ and β"}
 """Sweeps of the paper for which it prints no numbers."""
 
@@ -60,18 +68,6 @@ class Section:
     """Title and facts of each run."""
 
 
-@dataclass(frozen=True)
-class Mean:
-    """Of the finished seeds of a point, percent."""
-
-    value: float
-    deviation: float | None
-    """Sample standard deviation; None for a single seed."""
-
-    def __str__(self) -> str:
-        return f"{self.value:.1f}" + ("" if self.deviation is None else f" ± {self.deviation:.1f}")
-
-
 def build_report(sweeps: Sequence[Sweep]) -> list[Section]:
     """A section a sweep: the paper's tables in its order, then a person's own sweeps."""
     order = [*TABLES, *OWN_TITLES]
@@ -96,7 +92,7 @@ def _section(sweep: Sweep) -> Section:
             "are not comparable with the paper's; compare the differences between rows."
         )
     if paper and paper.split == "test-dev":
-        notes.append("The paper's figures are on test-dev, whose labels are not public; ours are on another split.")
+        notes.append(TEST_DEV.format(ours=splits_of(sweep), file=FILE))
     return Section(
         name=sweep.name,
         title=paper.title if paper else OWN_TITLES.get(sweep.name, f"Sweep {sweep.name}"),
@@ -122,58 +118,39 @@ class _Layout:
                 blank = ("",) * (len(self.paper.columns) - 1) if self.paper else (changes_of(sweep.seeds(name)[0]),)
                 self.rows.append(Row(name, (name, *blank)))
         self.metrics = self.paper.metrics if self.paper else AP
-        self.means = {
-            name: {m: mean for m in self.metrics if (mean := _mean(sweep.seeds(name), m))} for name in sweep.names
-        }
-        self.stable = [name for name in sweep.names if not divergence(sweep.seeds(name))]
-        """Points that can be the best."""
-        self.best_paper = {m: self._best_printed(m) for m in self.metrics}
-        self.best_ours = {
-            m: max((round(self.means[n][m].value, 1) for n in self.stable if m in self.means[n]), default=None)
-            for m in self.metrics
-        }
+        self.sides = sides_of(sweep, self.paper, self.metrics)
+        self.stable = stable_points(sweep)
         self.apart = departures(sweep) if self.paper else []
         self.timed = self.paper is not None and all(row.milliseconds for row in self.paper.rows)
 
-    def _best_printed(self, metric: str) -> float | None:
-        """None too where only a score that the paper does not print is better."""
-        row = max((r for r in self.rows if metric in r.scores), key=lambda r: r.scores[metric], default=None)
-        return None if row is None or row.derived else row.scores[metric]
+    @property
+    def means(self) -> Mapping[str, Mapping[str, Mean]]:
+        """The runs' own evaluations, by point and score."""
+        return self.sides[-1].means
 
     def header(self) -> list[str]:
-        """A heading a column; those of scores name the split they are of."""
-        ours = f"ours ({splits_of(self.sweep)})"
+        """One heading per column; those of scores name their split."""
         names = list(self.paper.columns) if self.paper else ["point", "overrides"]
         for m in self.metrics:
-            if self.paper:
-                names.append(f"{m}, paper ({self.paper.split})")
-            names.append(f"{m}, {ours}")
-            if m == "AP" and self.paper:
-                names.append("Δ AP, ours − paper")
+            for side in self.sides:
+                names += [f"{m}, paper ({side.split})"] * side.is_printed(m)
+                names += [f"{m}, ours ({side.ours})"] * side.has_ours()
+                if m == "AP" and side.compares(m):
+                    names.append("Δ AP, ours − paper" + ("" if side.of_run else f" ({side.split})"))
             if m == "AP" and self.apart:
-                names.append(f"Δ AP to {self.paper.reference_label}, paper / ours")
+                on = "" if self.paper.split == "minival" else f" ({self.paper.split})"
+                names.append(f"Δ AP to {self.paper.reference_label}, paper{on} / ours")
         if self.timed:
             names += ["ms an image, paper (M40)", f"ms an image, ours ({hardware_of(self.sweep)})"]
         return [*names, "seeds"]
 
     def line(self, row: Row) -> list[Cell]:
-        """A cell a column."""
+        """One cell per column."""
         points = self._points(row)
         cells = [Cell(setting) for setting in row.settings]
         for m in self.metrics:
-            mean, printed = self.means.get(row.name, {}).get(m), row.scores.get(m)
-            difference = mean.value - printed if mean and printed is not None else None
-            if self.paper:
-                cells.append(self._printed(row, m))
-            text = str(mean) if mean else (state_of(points) if m == "AP" and row.name else "")
-            if m == "AP" and mean and divergence(points):
-                text += f"; {divergence(points)}"
-            if m != "AP" and difference is not None and not self.apart:
-                text += f" ({signed(difference)})"
-            best = mean is not None and row.name in self.stable and round(mean.value, 1) == self.best_ours[m]
-            cells.append(Cell(text, best))
-            if m == "AP" and self.paper:
-                cells.append(Cell(signed(difference)))
+            for side in self.sides:
+                cells += self._scores(row, m, side)
             if m == "AP" and self.apart:
                 cells.append(Cell(self._to_reference(row)))
         if self.timed:
@@ -182,14 +159,30 @@ class _Layout:
             cells.append(Cell(f"{statistics.fmean(times):.1f}" if times else ""))
         return [*cells, Cell(seeds_of(points))]
 
-    def _printed(self, row: Row, metric: str) -> Cell:
-        """The paper's figure, in the column of AP with what it says of the row."""
-        note = row.note if metric == "AP" else ""
-        if metric not in row.scores:
+    def _scores(self, row: Row, metric: str, side: Side) -> list[Cell]:
+        """The cells of a score on one split: the paper's, ours, their difference (in brackets unless it is AP)."""
+        points, mean, printed = self._points(row), side.of_ours(row, metric), side.of_paper(row, metric)
+        difference = signed(mean.value - printed) if mean and printed is not None else ""
+        cells = [self._printed(row, metric, side)] if side.is_printed(metric) else []
+        if not side.has_ours():
+            return cells
+        text = str(mean) if mean else ""
+        if metric == "AP" and side.of_run and row.name:
+            text = "; ".join(filter(None, [text, divergence(points)])) if mean else state_of(points)
+        if metric != "AP" and difference and not self.apart:
+            text += f" ({difference})"
+        best = mean and row.name in self.stable and round(mean.value, 1) == side.best_of_ours(self.stable, metric)
+        cells.append(Cell(text, bool(best)))
+        return [*cells, Cell(difference)] if metric == "AP" and side.compares(metric) else cells
+
+    def _printed(self, row: Row, metric: str, side: Side) -> Cell:
+        """The paper's figure, in its first column of AP with what it says of the row."""
+        note = row.note if metric == "AP" and side is self.sides[0] else ""
+        value = side.of_paper(row, metric)
+        if value is None:
             return Cell(note)
-        value = row.scores[metric]
         text = f"{'≈ ' if row.derived else ''}{value:.1f}" + (f" ({note})" if note else "")
-        return Cell(text, value == self.best_paper[metric])
+        return Cell(text, value == side.best_of_paper(self.rows, metric))
 
     def _to_reference(self, row: Row) -> str:
         reference = next(r for r in self.paper.rows if r.name == self.paper.reference)
@@ -209,13 +202,6 @@ class _Layout:
 
     def _points(self, row: Row) -> list[Point]:
         return self.sweep.seeds(row.name) if row.name else []
-
-
-def _mean(points: Sequence[Point], metric: str) -> Mean | None:
-    values = [p.result.scores[metric] for p in points if metric in p.result.scores]
-    if not values:
-        return None
-    return Mean(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def _charts(sweep: Sweep) -> dict[str, str]:
@@ -261,7 +247,7 @@ def _summary(layout: _Layout) -> str:
     if stable:
         name = max(stable, key=lambda n: scored[n].value)
         text += f"; best {name} {scored[name]}"
-    if paper and layout.best_paper["AP"] is not None:
+    if paper and layout.sides[0].best_of_paper(layout.rows, "AP") is not None:
         row = max((r for r in paper.rows if r.name), key=lambda r: r.scores.get("AP", -1.0))
         text += f" (paper: {row.name} {row.scores['AP']:.1f} on {paper.split})"
     diverged = sum(p.result.status == "diverged" for p in sweep.points)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_files import from_dict
 from retina_jax.evaluation import SUMMARY
+from retina_jax.paper.test_dev import read_test_dev
 from retina_jax.sweeps.manifest import read_manifest
 
 Status = Literal["finished", "diverged", "unfinished", "not run"]
@@ -39,6 +40,8 @@ class Result:
     """AP in percent at each evaluation, by step."""
     loss: list[tuple[float, float]] = field(default_factory=list)
     """Classification loss of each window of metrics, by step."""
+    test_dev: dict[str, float] = field(default_factory=dict)
+    """Percent, as COCO's server scored the run on test-dev (`retina_jax.paper.test_dev`); empty: not given."""
     latency: dict[str, Any] | None = None
     """What `figures.py --figure 2` measured: milliseconds, hardware."""
 
@@ -145,6 +148,7 @@ def read_result(folder: Path) -> Result:
     config, details = _read_config(folder / "config.json")
     ap, loss, last_step = _read_metrics(folder / "metrics.jsonl")
     common = {"folder": folder, "config": config, "details": details, "ap": ap, "loss": loss}
+    common["test_dev"] = read_test_dev(folder)
     if (folder / "latency.json").is_file():
         latency = read_json(folder / "latency.json")
         for key, kind in (("milliseconds", float), ("hardware", str)):

@@ -20,9 +20,10 @@ HOW_TO_READ = (
     "Our figure of a row is the mean over its finished seeds, whose number is in the last column; ± is the sample standard "
     "deviation over them. A run that several tables need counts in each, with all its seeds. The best of a column is bold; "
     "a row with a diverged seed cannot be. ≈ marks what follows from the paper's text and is not printed there.",
-    "“Δ AP, ours − paper” is a row's own difference to the paper; runs of the paper's config have it for the other scores "
-    "too, in brackets. “Δ AP to a row, paper / ours” is how far a row lies from that one: in the paper's figures, then in "
-    "ours, there the mean over the seeds that both rows have (their number is given where a row has more).",
+    "“Δ AP, ours − paper” is a row's own difference to the paper on the same split (minival is val2017); runs of the "
+    "paper's config have it for the other scores too, in brackets. “Δ AP to a row, paper / ours” is how far a row lies from "
+    "that one: in the paper's figures, then in ours, "
+    "there the mean over the seeds that both rows have (their number is given where a row has more).",
     "Loss curves show how a run trains. Their heights do not compare: with another α, γ or kind of loss the same mistakes "
     "weigh another amount.",
 )

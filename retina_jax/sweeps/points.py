@@ -45,7 +45,7 @@ NO_OUTCOME = frozenset(
 )
 FILES = frozenset({"data.train_annotations", "data.val_annotations"})
 """Of these the file's name counts, not where it lies."""
-FIRST_DEFAULTS = {"loss.normaliser": "global", "loss.mining_normaliser": "assigned"}
+FIRST_DEFAULTS = {"loss.normaliser": "global"}
 """Defaults that have changed since folders were first named: a folder's digest is relative to the first ones, so that no
 run of an earlier version passes for one of today's."""
 SLUG_LENGTH = 96

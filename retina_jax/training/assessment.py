@@ -43,7 +43,8 @@ def assess(
     Classes meet by name; detections of a class that `source` does not have are left out. Several hosts share the images,
     each has all detections and scores afterwards, and host 0 writes.
 
-    Writes RUN/evaluation/, RUN/detections/ (COCO results format) and RUN/pictures/ for `step`;
+    Writes RUN/evaluation/ (not if `source` is unlabelled: all scores are None), RUN/detections/ (COCO results format) and
+    RUN/pictures/ for `step`;
     `variant` is appended to the names, for scores that are not of the run's own setting; `settings` are those that differ,
     by their dotted names, and stand with the scores. `check` passes batches on, and may end it all.
     """
@@ -85,11 +86,12 @@ def assess(
     scores = evaluate_coco(source.truth, results, image_ids, evaluated_ids, evaluator)
     if hosts.first():
         write_json(run.path("detections", step, f"{variant}.json"), results)
-        write_json(
-            run.path("evaluation", step, f"{variant}.json"),
-            {"step": step, "images": len(image_ids), **scores.summary, "per_class": scores.per_class}
-            | ({"settings": dict(settings)} if settings else {}),
-        )
+        if source.labelled:
+            write_json(
+                run.path("evaluation", step, f"{variant}.json"),
+                {"step": step, "images": len(image_ids), **scores.summary, "per_class": scores.per_class}
+                | ({"settings": dict(settings)} if settings else {}),
+            )
         _write_pictures(run, detector, source, found, unread, step, variant)
     compiled = f", {events[seconds(COMPILED)]:.1f} of them to compile detection" if events[COMPILED] else ""
     speed = f"{len(image_ids) / max(elapsed, 1e-9):.1f} img/s"

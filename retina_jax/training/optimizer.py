@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -52,9 +53,10 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
     sgd: g <- clip(g) + decay * w;  v <- momentum * v + g;  w <- w - rate * v. The decay enters the gradient before the
     momentum (L2 regularisation, not decoupled), and the rate multiplies the velocity afterwards, so that a drop of the
     rate takes effect at once. Biases and normalisation parameters (every leaf not named `kernel`) take
-    `bias_learning_rate_factor` times the rate and, unless `decay_biases`, no decay.
+    `bias_learning_rate_factor` times the rate. Normalisation parameters do not decay; biases of convolutions do with
+    `decay_biases`.
     """
-    decay = optax.add_decayed_weights(config.weight_decay, None if config.decay_biases else _named(_is_kernel))
+    decay = optax.add_decayed_weights(config.weight_decay, partial(_decayed, biases=config.decay_biases))
     if config.name == "sgd":
         parts = [decay, optax.trace(decay=config.momentum)]
     else:
@@ -69,6 +71,17 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
 
 def _is_kernel(name: str) -> bool:
     return name == "kernel"
+
+
+def _decayed(tree: PyTree, *, biases: bool) -> PyTree[bool]:
+    """Mask of the kernels, and with `biases` of the biases whose module has no `scale`: those of convolutions."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    norms = {path[:-1] for path, _ in leaves if path[-1].key == "scale"}
+
+    def decays(path: tuple[Any, ...], leaf: object) -> bool:
+        return _is_kernel(path[-1].key) or (biases and path[:-1] not in norms)
+
+    return jax.tree_util.tree_map_with_path(decays, tree)
 
 
 def _named(wanted: Callable[[str], bool]) -> Callable[[PyTree], PyTree[bool]]:

@@ -160,14 +160,14 @@ def is_due(step: int, every: int, last: bool) -> bool:
     return every >= 0 and (last or (every > 0 and step % every == 0))
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     """Write whole or not at all: to a file beside it, then renamed. Of several hosts the first alone writes. Raises
     DiskError where it cannot be written."""
     if not hosts.first():
         return
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+        beside.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n")
         beside.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -40,6 +40,22 @@ def test_labels_follow_ascending_category_ids(tmp_path: Path) -> None:
     assert source.records[1].boxes_xyxy.tolist() == [[1.5, 2, 4.5, 6.25]]
 
 
+def test_images_without_annotations_are_accepted_only_on_request(tmp_path: Path) -> None:
+    """COCO's image_info_test-dev2017.json has no such key; an invalid value of it is never accepted."""
+    path, images = write_coco(tmp_path, edited(annotations=...))
+    with pytest.raises(DataError, match="annotations must be a list of objects, but is missing"):
+        read_coco(path, images)
+    source = read_coco(path, images, unlabelled=True)
+    assert not source.labelled and [record.image_id for record in source.records] == [1, 2]
+    assert source.truth["annotations"] == [] and len(source.truth["images"]) == len(source.truth["categories"]) == 2
+    path, images = write_coco(tmp_path, edited(annotations=None))
+    with pytest.raises(DataError, match="annotations must be a list of objects, but is null"):
+        read_coco(path, images, unlabelled=True)
+    path, images = write_coco(tmp_path, document())
+    labelled = read_coco(path, images, unlabelled=True)
+    assert labelled.labelled and labelled.truth == read_coco(path, images).truth
+
+
 def test_cleaning_counts_each_box_once(tmp_path: Path) -> None:
     boxes = {
         "crowd": ([0, 0, 9, 9], 1),

@@ -1,6 +1,8 @@
 """A TFDS data set reads as the COCO files it was made from."""
 
 import dataclasses
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,14 @@ from small_sets import encode, rectangles, write_coco
 from tfds_sets import example, store
 
 from retina_jax.config import DataConfig
+from retina_jax.config_files import load_config, override
 from retina_jax.data.coco import read_coco
 from retina_jax.data.coco_classes import COCO_CATEGORIES
 from retina_jax.data.pipeline import eval_batches
 from retina_jax.data.source import BadImage, DataError, Source
-from retina_jax.data.sources import open_source
+from retina_jax.data.sources import open_source, open_sources
 from retina_jax.data.tfds import read_tfds
+from retina_jax.data.tfrecords import TFRecordExamples
 
 SIZES = [(96, 72), (72, 96), (61, 60), (60, 45)]
 
@@ -138,6 +142,66 @@ def test_coco_has_its_own_names_and_ids(pair: tuple[Source, str], tmp_path: Path
     assert source.truth["annotations"][0]["category_id"] == COCO_CATEGORIES[source.records[0].labels[0]][0]
 
 
+@pytest.fixture(scope="module")
+def tfrecord(pair: tuple[Source, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same data set in TFDS's default format."""
+    coco, _ = pair
+    folder = tmp_path_factory.mktemp("tfrecord")
+    return store(folder, [example(coco, i) for i in range(4)], name="records", file_format="tfrecord")
+
+
+def test_tfrecord_reads_as_array_record(pair: tuple[Source, str], tfrecord: str) -> None:
+    source, expected = (read_tfds(folder, "", "train") for folder in (tfrecord, pair[1]))
+    assert source.sha256 == expected.sha256 and len(source) == 4
+    assert [source.read(i) for i in range(4)] == [expected.read(i) for i in range(4)]
+    assert source.truth == expected.truth
+
+
+def test_tfrecord_finds_an_example_in_any_part_of_its_files(tfrecord: str) -> None:
+    info = tfds.builder_from_directory(tfrecord).info
+    everything = [example["image/id"] for example in TFRecordExamples(info, "train")]
+    examples = TFRecordExamples(info, "train[2:]+train[:3]+train[1:2]")
+    assert [examples[row]["image/id"] for row in range(6)] == [everything[i] for i in (2, 3, 0, 1, 2, 1)]
+    assert len(examples) == 6
+    for row in (6, -1):
+        with pytest.raises(IndexError):
+            examples[row]
+
+
+DAMAGED: dict[str, Callable[[bytes], bytes]] = {
+    "cut off": lambda content: content[:-5],
+    "longer": lambda content: content + b"x",
+    "empty": lambda content: b"",
+    "overwritten": lambda content: content[:12] + b"\xff" * 40 + content[52:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_tfrecord_file_is_named(tfrecord: str, tmp_path: Path, damage: str) -> None:
+    folder = Path(shutil.copytree(tfrecord, tmp_path / "records" / "1.2.3", ignore=shutil.ignore_patterns("*.npz")))
+    (file,) = folder.glob("*.tfrecord*")
+    file.write_bytes(DAMAGED[damage](file.read_bytes()))
+    with pytest.raises(DataError, match=file.name) as raised:
+        read_tfds(str(folder), "", "train")
+    assert "\n" not in str(raised.value)
+
+
+def test_the_papers_config_trains_on_tfds_alone(
+    pair: tuple[Source, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The README's command: a user without COCO's files, whose paths the config names all the same."""
+    monkeypatch.chdir(tmp_path)
+    store(tmp_path, [example(pair[0], i) for i in range(4)], name="coco", names=tuple(map(str, range(80))),
+          file_format="tfrecord")  # fmt: skip
+    config = load_config(Path(__file__).parents[2] / "configs" / "paper_r50_600.py")
+    tfds_alone = {"data.source": "tfds", "data.tfds_name": "coco/1.2.3", "data.tfds_val_split": "train"}
+    train, val, resolved = open_sources(override(config, tfds_alone))
+    assert (len(train), len(val), resolved.model.num_classes) == (3, 4, 80)
+    assert [c["name"] for c in val.truth["categories"]] == [name for _, name in COCO_CATEGORIES]
+    said = capsys.readouterr()
+    assert "data.val_annotations: data/coco/annotations/instances_val2017.json does not exist" in said.out + said.err
+
+
 def test_dataset_by_name_and_folder(pair: tuple[Source, str]) -> None:
     _, folder = pair
     assert len(read_tfds("tiny", str(Path(folder).parents[1]), "train")) == 4
@@ -153,7 +217,7 @@ def test_bad_image_of_tfds_is_named_when_the_index_is_made(tmp_path: Path) -> No
 
 
 def test_mistakes_are_named(pair: tuple[Source, str], tmp_path: Path) -> None:
-    coco, folder = pair
+    _, folder = pair
     with pytest.raises(DataError, match=r"no such split; there are train") as raised:
         read_tfds(folder, "", "test")
     assert "\n" not in str(raised.value)
@@ -162,10 +226,6 @@ def test_mistakes_are_named(pair: tuple[Source, str], tmp_path: Path) -> None:
     assert "\n" not in str(raised.value)
     with pytest.raises(DataError, match="neither a TensorFlow data set nor a prepared folder"):
         read_tfds(str(tmp_path), "", "train")
-    other = store(tmp_path, [example(coco, 0)], name="records", file_format="tfrecord")
-    with pytest.raises(DataError, match="is not stored as array_record; prepare it with") as raised:
-        read_tfds(other, "", "train")
-    assert "\n" not in str(raised.value)
     builder = tfds.dataset_builders.store_as_tfds_dataset(
         "boxless",
         "1.0.0",

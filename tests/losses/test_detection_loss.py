@@ -303,19 +303,19 @@ def test_mined_loss_and_gradient_are_those_of_the_mined_anchors_alone() -> None:
     np.testing.assert_allclose(to_logits[mined], all_to_logits[mined], rtol=1e-6)
     assert np.asarray(to_logits)[mined].all()
     np.testing.assert_array_equal(to_deltas, all_to_deltas)
-    # Mining changes neither the box loss nor its count; the classification loss is averaged over the minibatch.
+    # Mining changes neither the box loss nor what the sums are divided by.
     np.testing.assert_array_equal(result.box, everything.box)
     np.testing.assert_array_equal(result.positives, everything.positives)
-    np.testing.assert_array_equal(result.averaged_over, mined.sum(axis=1))
-    np.testing.assert_array_equal(everything.averaged_over, everything.positives)
+    np.testing.assert_array_equal(result.averaged_over, result.positives)
     assert (result.classification < everything.classification).all()
 
 
-def test_a_mined_loss_can_be_divided_by_the_assigned_anchors() -> None:
+def test_a_mined_loss_can_be_averaged_over_the_minibatch() -> None:
     case, config = mined_case()
-    config = dataclasses.replace(config, mining_normaliser="assigned")
+    config = dataclasses.replace(config, mining_normaliser="minibatch")
     result = jax.jit(lambda case: image_losses(**case, matching=MatchingConfig(), loss=config))(case)
-    np.testing.assert_array_equal(result.averaged_over, result.positives)
+    np.testing.assert_array_equal(result.averaged_over, masks_of_mined(case, config).sum(axis=1))
+    assert (result.averaged_over != result.positives).all()
 
 
 @pytest.mark.parametrize("mining", ["ohem", "ohem_1_3"])

@@ -338,11 +338,11 @@ def test_runs_of_other_commits_or_other_pretrained_weights_are_told_under_the_ta
     assert "different weights of resnet50" in note and "111111111111 (1 run), 222222222222 (1 run)" in note
 
 
-def test_half_of_plain_cross_entropy_is_told_apart_from_it_once(tmp_path: Path) -> None:
+def test_the_cross_entropy_of_section_5_1_is_named_once(tmp_path: Path) -> None:
     write_manifest(tmp_path, "table1a", [("alpha_0.50", 0, "absent")])
     section = by_name(tmp_path)["table1a"]
     (note,) = section.footnotes
-    assert "half of plain CE" in note and "prior_0.01" in note
+    assert "prior_0.01" in note
     assert note in to_markdown([section], "x", {}) and note in Tags(to_html([section], "x")).text
 
 
@@ -402,6 +402,76 @@ def test_table_1e_has_sizes_times_and_a_warning_of_its_split(tmp_path: Path) -> 
     row = dict(zip(section.header, (cell.text for cell in section.rows[2]), strict=True))
     assert row["ms an image, paper (M40)"] == "98" and row["ms an image, ours (H200)"] == "12.3"
     assert len(section.rows) == len(TABLE_1E.rows)
+
+
+def test_only_figures_of_one_split_are_subtracted(tmp_path: Path) -> None:
+    for name in ("400", "600", "101", "best"):
+        write_run(tmp_path / name, 30.0)
+    points = [("depth_50_scale_400", "400"), ("depth_50_scale_600", "600"), ("depth_101_scale_600", "101")]
+    write_manifest(tmp_path, "table1e", [(name, 0, folder) for name, folder in points])
+    write_manifest(tmp_path, "table2", [("resnet101", 0, "best")])
+    sections = by_name(tmp_path)
+    header = sections["table1e"].header
+    rows = {row[0].text + " " + row[1].text: [c.text for c in row] for row in sections["table1e"].rows}
+    row_of = {name: dict(zip(header, row, strict=True)) for name, row in rows.items()}
+    assert not any("ours (test-dev)" in name or name == "Δ AP, ours − paper (test-dev)" for name in header)
+    delta = "Δ AP, ours − paper"
+    assert {name: row[delta] for name, row in row_of.items() if row[delta]} == {"50 600": "−4.0", "101 600": "−6.0"}
+    assert row_of["50 600"]["AP, paper (test-dev)"] == "34.3" and row_of["50 600"]["AP, paper (minival)"] == "34.0"
+    assert row_of["50 400"]["AP, paper (test-dev)"] == "30.5" and row_of["50 400"]["AP, paper (minival)"] == ""
+    assert delta not in sections["table2"].header
+
+
+def test_runs_of_the_papers_config_have_no_difference_across_splits_in_brackets_either(tmp_path: Path) -> None:
+    for folder, scale in (("a", (800, 1333)), ("b", (600, 1000))):
+        config = override(COCO, {"data.short_side": scale[0], "data.long_side": scale[1]})
+        write_run(tmp_path / folder, 35.0, steps=config.training.steps, config=config)
+    points = [("depth_50_scale_800", 0, "a"), ("depth_50_scale_600", 0, "b")]
+    write_manifest(tmp_path, "table1e", points, base=PAPER)
+    section = by_name(tmp_path)["table1e"]
+    ours = [section.header.index(f"{m}, ours (instances_val2017)") for m in ("AP50", "APs")]
+    texts = {row[1].text: [row[i].text for i in ours] for row in section.rows if row[0].text == "50"}
+    assert texts["800"] == ["35.0", "35.0"]
+    assert texts["600"] == ["35.0 (−17.5)", "35.0"], "52.5 is Table 1b's on minival; sizes are on test-dev alone"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [{"AP": 0.352, "AP_50": 0.55, "AP_small": 0.2, "AR_max_1": 0.3}, {"AP": 0.352, "AP50": 0.55, "APs": 0.2}],
+)
+def test_the_servers_scores_are_compared_on_test_dev(tmp_path: Path, answer: dict[str, float]) -> None:
+    write_run(tmp_path / "run", 30.0)
+    write_run(tmp_path / "other", 29.0)
+    (tmp_path / "run" / "evaluation").mkdir()
+    (tmp_path / "run" / "evaluation" / "test_dev.json").write_text(json.dumps(answer))
+    write_manifest(tmp_path, "table1e", [("depth_50_scale_800", 0, "run"), ("depth_50_scale_700", 0, "other")])
+    section = by_name(tmp_path)["table1e"]
+    rows = {row[1].text: dict(zip(section.header, row, strict=True)) for row in section.rows if row[0].text == "50"}
+    row = {name: cell.text for name, cell in rows["800"].items()}
+    assert row["AP, ours (test-dev)"] == "35.2" and row["Δ AP, ours − paper (test-dev)"] == "−0.5"
+    assert row["AP50, ours (test-dev)"] == "55.0" and row["APs, ours (test-dev)"] == "20.0"
+    assert row["AP75, ours (test-dev)"] == "" and row["AP, ours (val of scenes)"] == "30.0"
+    assert rows["700"]["AP, ours (test-dev)"].text == "" and rows["800"]["AP, ours (test-dev)"].bold
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[", "not valid JSON"),
+        ("[0.3]", "must hold an object"),
+        ('{"AP_50": 0.5}', "AP is missing"),
+        ('{"AP": 35.2}', "AP: invalid value 35.2; must be a fraction from 0 to 1"),
+        ('{"AP": 0.3, "AP_small": true}', "AP_small: invalid value True"),
+    ],
+)
+def test_a_server_file_that_is_malformed_is_named_in_one_line(tmp_path: Path, text: str, says: str) -> None:
+    write_run(tmp_path / "run", 30.0)
+    (tmp_path / "run" / "evaluation").mkdir()
+    (tmp_path / "run" / "evaluation" / "test_dev.json").write_text(text)
+    write_manifest(tmp_path, "table2", [("resnet101", 0, "run")])
+    with pytest.raises(ConfigError, match=says) as raised:
+        read_sweeps(tmp_path)
+    assert "test_dev.json" in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_table_2_has_the_systems_of_others_under_their_headings(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def test_the_runs_that_tables_share(base: str) -> None:
         return {table[sweep][name].folder for sweep, name in (row.split() for row in rows)}
 
     assert len(folders("table1a alpha_0.75", "table1b gamma_0.0", "table3 cross_entropy")) == 1
+    assert len(folders("table1a alpha_0.50", "section5_1 prior_0.01")) == 1
     assert len(folders("table1d focal", "table1e depth_101_scale_600")) == 1
     default = ("table1b gamma_2.0", "table1c scales_3_ratios_3", "table1e depth_50_scale_600", "table3 focal")
     assert len(folders(*default)) == 1

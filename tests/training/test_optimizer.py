@@ -101,6 +101,21 @@ def test_sgd_is_decay_then_momentum_then_rate(decay_biases: bool) -> None:
         np.testing.assert_allclose(got[name], expected[name], rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("decay_biases", [False, True])
+def test_normalisation_parameters_never_decay(decay_biases: bool) -> None:
+    """As detectron2's WEIGHT_DECAY_NORM and torchvision v2's --norm-weight-decay, both 0: the bias of a norm is no other."""
+    config = dataclasses.replace(PAPER, weight_decay=0.5, warmup_steps=0, decay_biases=decay_biases)
+    two = jnp.array([2.0])
+    params = {"conv": {"kernel": two, "bias": two}, "plain": {"kernel": two}, "norm": {"scale": two, "bias": two}}
+    moved = follow(config, [jax.tree.map(jnp.zeros_like, params)], params)
+    decayed = jax.tree.map(lambda before, after: bool((before != after).all()), params, moved)
+    assert decayed == {
+        "conv": {"kernel": True, "bias": decay_biases},
+        "plain": {"kernel": True},
+        "norm": {"scale": False, "bias": False},
+    }
+
+
 def test_clipping_bounds_the_gradient_before_decay() -> None:
     config = dataclasses.replace(
         PAPER, clip_norm=1.0, weight_decay=0.5, warmup_steps=0, momentum=0.0, bias_learning_rate_factor=1.0
