@@ -180,7 +180,7 @@ def from_dict(values: Any, where: str = "config") -> Config:
 
 
 def _with_old_meanings(values: Any) -> Any:
-    """`values` in today's names: the ohem_1_3 of a config written before `loss.mining_normaliser` existed is the strict one."""
+    """`values` in today's names: ohem_1_3 was the strict form before `loss.mining_normaliser` existed."""
     loss = values.get("loss") if isinstance(values, Mapping) else None
     if not isinstance(loss, Mapping) or loss.get("mining") != "ohem_1_3" or "mining_normaliser" in loss:
         return values

@@ -20,10 +20,10 @@ Since D does not depend on any parameter, grad(loss) = grad(sum_i w_i loss_i) / 
 gradients of the weighted sum first, adds gradients, sums and N up over the devices in ONE all-reduce, and divides
 afterwards. No mean of per-device ratios can creep in.
 
-With mining (`retina_jax.losses.mining`) the classification loss is summed over the minibatch alone, while N, the n_i and the
-box loss remain those of all anchors assigned to a box: the paper names no other divisor, and SSD, whose 1:3 it takes, divides
-so. OHEM averages over the minibatch: with `loss.mining_normaliser minibatch` the n_i of the classification loss are the sizes
-of the minibatches. global and ema have a single D, and so no `minibatch`.
+With mining (`retina_jax.losses.mining`) the classification loss is summed over the minibatch alone, while N, the n_i and
+the box loss remain those of all anchors assigned to a box: the paper names no other divisor, and SSD, whose 1:3 it takes,
+divides so. OHEM averages over the minibatch: with `loss.mining_normaliser minibatch` the n_i of the classification loss are
+the sizes of the minibatches. global and ema have a single D, and so no `minibatch`.
 """
 
 from functools import partial
