@@ -8,6 +8,8 @@ Weights that come from one of these systems bring its preset along (`retina_jax.
 
 What each leaves different from its system:
 
+- detectron, detectron2, torchvision: they pad a training batch to its largest image, where here it gets one of four shapes;
+  `data.buckets` 0 pads as they do in detection and evaluation only.
 - detectron: its normaliser adds 1 an image and counts the weak anchors that become background; it suppresses in original
   pixels and resizes by one factor for both axes, where here each axis has its own (at most half a pixel at the far edge).
 - detectron2: each process has a running mean of its own, where here there is their common one; its NMS is torchvision's.
