@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
+from retina_jax.rounding import rounded
+
 MAX_LOG_SCALE = math.log(1000 / 16)
 """Most that `decode` lets a side grow, as a logarithm: 62.5 times the anchor's. Detectron's BBOX_XFORM_CLIP."""
 
@@ -21,13 +23,15 @@ def iou_matrix(
     """Intersection over union of every a with every b, in [0, 1].
 
     Boxes that only touch have IoU 0. Where the union is 0 (two boxes without area) the IoU is 0, not NaN.
-    A box whose x2 < x1 or y2 < y1 has no area.
+    A box whose x2 < x1 or y2 < y1 has no area. Every operation is rounded to the dtype, as in numpy and detectron2, in
+    every program alike: which anchors tie for the largest IoU depends on the last bit.
     """
     ax1, ay1, ax2, ay2 = (side[:, None] for side in jnp.asarray(a_xyxy).T)
     bx1, by1, bx2, by2 = (side[None, :] for side in jnp.asarray(b_xyxy).T)
     intersection = _area(jnp.maximum(ax1, bx1), jnp.maximum(ay1, by1), jnp.minimum(ax2, bx2), jnp.minimum(ay2, by2))
-    union = _area(ax1, ay1, ax2, ay2) + _area(bx1, by1, bx2, by2) - intersection
-    return _ratio(intersection, union)
+    areas = intersection, _area(ax1, ay1, ax2, ay2), _area(bx1, by1, bx2, by2)
+    intersection, area_a, area_b = map(rounded, areas)
+    return _ratio(intersection, area_a + area_b - intersection)
 
 
 def giou(a_xyxy: Float[Array | np.ndarray, "*N 4"], b_xyxy: Float[Array | np.ndarray, "*N 4"]) -> Float[Array, "*N"]:

@@ -81,8 +81,9 @@ class DataConfig:
     step costs what the largest does. Evaluation stays at short_side."""
     flip: bool = True
     """Flip half of the training images left to right. Paper: the only augmentation."""
-    resize: Literal["bilinear", "antialias"] = "bilinear"
-    """bilinear without antialiasing (cv2, Detectron, torchvision) or with it (PIL, detectron2)."""
+    resize: Literal["bilinear", "antialias", "pillow"] = "bilinear"
+    """bilinear: without antialiasing (cv2, Detectron, torchvision); antialias: with it; pillow: with it, equal to the last
+    bit to Pillow's, which has integer weights and rounds twice (detectron2). pillow needs data.pixels uint8."""
     size_rounding: Literal["nearest", "floor"] = "nearest"
     """Sides of a resized image to whole pixels: nearest (Detectron, detectron2) or floor (torchvision)."""
     pixels: Literal["uint8", "float32"] = "uint8"

@@ -25,6 +25,7 @@ def validate(config: Config) -> Config:
             "from 1 to data.long_side",
         ),
         (d.pad_multiple > 0 and d.pad_multiple % 32 == 0, "data.pad_multiple", "a positive multiple of 32"),
+        (d.resize != "pillow" or d.pixels == "uint8", "data.pixels", "uint8 with data.resize pillow"),
         (d.max_boxes >= 1, "data.max_boxes", "at least 1"),
         (d.workers >= 0, "data.workers", "at least 0"),
         (d.prefetch >= 1, "data.prefetch", "at least 1"),

@@ -54,8 +54,7 @@ def match(
     def look_at(g: Int[Array, ""], state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         best, box_index, is_best = state
         iou = jnp.where(labels[g] >= 0, iou_matrix(anchors, boxes_xyxy[g][None])[:, 0], -1.0)
-        # The largest IoU is compared for equality below: the barrier keeps the compiler from computing iou twice,
-        # in two fusions that may round differently.
+        # The barrier keeps the compiler from computing iou twice, for its maximum and for the comparisons with it.
         iou = lax.optimization_barrier(iou)
         largest = iou.max()
         better = iou > best

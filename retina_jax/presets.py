@@ -8,12 +8,14 @@ Weights that come from one of these systems bring its preset along (`retina_jax.
 
 What each leaves different from its system:
 
+- detectron, detectron2, torchvision: they pad a training batch to its largest image, where here it gets one of four shapes;
+  `data.buckets` 0 pads as they do in detection and evaluation only.
 - detectron: its normaliser adds 1 an image and counts the weak anchors that become background; it suppresses in original
   pixels and resizes by one factor for both axes, where here each axis has its own (at most half a pixel at the far edge).
-- detectron2: PIL resizes in two passes with integer weights (at most one grey level); each process has a running mean of
-  its own, where here there is their common one.
-- torchvision: boxes of different classes are kept apart by large offsets, which cost its NMS up to .002 pixels; v2 updates
-  the BatchNorm statistics of frozen stages too. v1 would decay normalisation parameters if it trained any.
+- detectron2: each process has a running mean of its own, where here there is their common one; its NMS is torchvision's.
+- torchvision: its NMS separates classes by large offsets, which round the boxes of the last classes to 1/128 pixel; on the
+  CPU, with more than 1000 candidates, it handles the classes one by one. v2 updates the BatchNorm statistics of frozen
+  stages too. v1 would decay normalisation parameters if it trained any.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ _DETECTRON2 = {
     "data.long_side": 1333,
     "data.jitter_short_sides": (640, 672, 704, 736, 768, 800),
     "data.buckets": 0,
-    "data.resize": "antialias",
+    "data.resize": "pillow",
     "model.input_normalisation": "detectron2",
     "anchors.style": "detectron2",
     "matching.low_quality": "all",

@@ -6,7 +6,8 @@ import math
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Int, UInt8
+from PIL import Image
 
 from retina_jax.config import DataConfig
 from retina_jax.data.tensorflow import tf
@@ -69,9 +70,13 @@ def resize(
 
     "uint8" is rounded to the nearest, halves up; "float32" is not rounded at all.
 
-    `kind` is "bilinear" (two by two neighbours: cv2, Detectron, torchvision) or "antialias" (the kernel widens with the
-    reduction: PIL, detectron2). Enlarging, both are the same.
+    `kind` is "bilinear" (two by two neighbours: cv2, Detectron, torchvision), "antialias" (the kernel widens with the
+    reduction; enlarging, both are the same) or "pillow" (`resize_by_pillow`, always uint8: detectron2).
     """
+    if kind == "pillow":
+        resized = tf.numpy_function(resize_by_pillow, [image, size_hw], tf.uint8)
+        resized.set_shape((None, None, 3))
+        return resized
     # The weights of a pixel sum to 1, so the half that makes truncation round is added where there are fewest pixels.
     halves = plus_half(image) if pixels == "uint8" else tf.cast(image, tf.float32)
     # Enlarging, the wider kernel is the plain one, at a third of the speed.
@@ -82,6 +87,14 @@ def resize(
         lambda: tf.image.resize(halves, size_hw, method="bilinear"),
     )
     return tf.cast(resized, tf.uint8 if pixels == "uint8" else tf.float32)
+
+
+def resize_by_pillow(
+    image: UInt8[np.ndarray, "h w 3"], size_hw: tuple[int, int] | Int[np.ndarray, " 2"]
+) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """Pillow's antialiased bilinear resize: along x, then along y, with integer weights, rounded to uint8 after each."""
+    height, width = map(int, size_hw)
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def plus_half(image: tf.Tensor | np.ndarray) -> tf.Tensor:
@@ -95,8 +108,11 @@ def resize_large(
 ) -> UInt8[np.ndarray, "h2 w2 3"] | Float32[np.ndarray, "h2 w2 3"]:
     """As `resize`, without a copy of the whole image in float32: an image of 179 million pixels would need 4 GB for it.
 
-    The half that rounds is added after the weights, so where 32 bits round, a pixel can be one grey level off `resize`.
+    The half that rounds is added after the weights, so where 32 bits round, a pixel can be one grey level off `resize`;
+    with `kind` "pillow" none is.
     """
+    if kind == "pillow":
+        return resize_by_pillow(image, size_hw)
     widen = kind == "antialias" and (image.shape[0] > size_hw[0] or image.shape[1] > size_hw[1])
     resized = tf.image.resize(image, size_hw, method="bilinear", antialias=widen)
     if pixels == "float32":

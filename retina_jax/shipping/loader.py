@@ -1,4 +1,5 @@
-"""Opens a detector that scripts/export.py wrote. This file needs jax and numpy alone: copy it where it is wanted.
+"""Opens a detector that scripts/export.py wrote. This file needs jax and numpy alone, and Pillow for a detector whose
+`data.resize` is pillow: copy it where it is wanted.
 
     from loader import load
 
@@ -12,6 +13,7 @@ programs of the file, which jax compiles for the device at hand: two for each ca
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import sys
@@ -25,6 +27,8 @@ import jax
 import numpy as np
 
 FORMAT = "retina_jax detector 1"
+PILLOW_FORMAT = "retina_jax detector 2"
+"""Without programs that resize: Pillow does it."""
 
 
 class LoadError(ValueError):
@@ -53,8 +57,10 @@ def load(path: str) -> Detector:
             parameters = [arrays[name] for name in arrays.files]
     except (zipfile.BadZipFile, zlib.error, EOFError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise LoadError(f"{path}: is no whole file of scripts/export.py ({error}); copy or export it anew") from None
-    if version != FORMAT:
+    if version not in (FORMAT, PILLOW_FORMAT):
         raise LoadError(f"{path}: is {version}, where this loader reads {FORMAT}; take the loader of its release")
+    if version == PILLOW_FORMAT and importlib.util.find_spec("PIL") is None:
+        raise LoadError(f"{path}: its images are resized by Pillow, which is not installed; pip install pillow")
     return Detector(about, parameters, files)
 
 
@@ -109,8 +115,12 @@ class Detector:
         self, canvas: tuple[int, int], images: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]
     ) -> list[Found]:
         original, resized = (np.array(s, np.int32) for s in ([image.shape[:2] for image in images], sizes))
-        prepare, find = self._program("prepare", canvas), self._program("detect", canvas)
-        pixels = [prepare(_stored(image), *both) for image, *both in zip(images, original, resized, strict=True)]
+        find = self._program("detect", canvas)
+        if self.about["format"] == PILLOW_FORMAT:
+            pixels = [_by_pillow(image, size, canvas) for image, size in zip(images, sizes, strict=True)]
+        else:
+            prepare = self._program("prepare", canvas)
+            pixels = [prepare(_stored(image), *both) for image, *both in zip(images, original, resized, strict=True)]
         boxes_xyxy, scores, labels = jax.device_get(find(self._parameters, jax.numpy.stack(pixels), resized, original))
         real = labels >= 0
         return [Found(boxes_xyxy[i][kept], scores[i][kept], labels[i][kept]) for i, kept in enumerate(real)]
@@ -127,6 +137,16 @@ def _stored(image: np.ndarray) -> np.ndarray:
     steps = [1 << max(4, side.bit_length() - 4) for side in image.shape[:2]]
     below, right = (-side % step for side, step in zip(image.shape[:2], steps, strict=True))
     return np.pad(image, ((0, below), (0, right), (0, 0)))
+
+
+def _by_pillow(image: np.ndarray, size: tuple[int, int], canvas: tuple[int, int]) -> np.ndarray:
+    """The image, resized to `size`, in the upper left of a padded image of zeros."""
+    from PIL import Image
+
+    height, width = size
+    pixels = np.zeros((*canvas, 3), np.uint8)
+    pixels[:height, :width] = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    return pixels
 
 
 def _deserialize(program: bytes) -> jax.export.Exported:

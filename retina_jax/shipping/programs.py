@@ -42,7 +42,8 @@ def programs(detector: Detector) -> Iterator[tuple[str, bytes]]:
     """(name, serialised program) of every canvas, as retina_jax/shipping/loader.py calls them.
 
     prepare_HxW: image uint8 [h, w, 3], its size int32 [2] (what lies beyond is not looked at), its size after the resize
-    int32 [2] -> canvas [H, W, 3]. The sides h and w are left open.
+    int32 [2] -> canvas [H, W, 3]. The sides h and w are left open. With `data.resize` "pillow" there is none: the loader
+    calls Pillow.
     detect_HxW: the parameters in the order of `jax.tree.leaves`, canvases [b, H, W, 3], sizes int32 [b, 2] after and before
     the resize -> boxes_xyxy float32 [b, D, 4] in pixels of the images, scores float32 [b, D], labels int32 [b, D], -1 where
     there is none. The batch b is left open.
@@ -55,7 +56,8 @@ def programs(detector: Detector) -> Iterator[tuple[str, bytes]]:
         batch = jax.ShapeDtypeStruct((b, *canvas, 3), pixels)
         prepare, find = _prepare(detector, canvas), _detect(detector, canvas)
         name = f"{canvas[0]}x{canvas[1]}"
-        yield f"prepare_{name}", _exported(prepare, jax.ShapeDtypeStruct((h, w, 3), np.uint8), size, size)
+        if detector.config.data.resize != "pillow":
+            yield f"prepare_{name}", _exported(prepare, jax.ShapeDtypeStruct((h, w, 3), np.uint8), size, size)
         yield f"detect_{name}", _exported(find, parameters, batch, sizes, sizes)
 
 

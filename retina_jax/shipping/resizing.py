@@ -4,8 +4,8 @@ That one is TensorFlow's and does not travel with a program. Here sizes are valu
 image that fits its storage. On the CPU all pixels are equal (tested); where a device rounds otherwise, a pixel can be one
 grey level off.
 
-XLA fuses a product and a sum where it can, and two divisions, which rounds once where TensorFlow rounds twice. A bound that
-no number reaches, taken in between (`_rounded`), keeps the two apart.
+XLA fuses a product and a sum where it can, and two divisions, which rounds once where TensorFlow rounds twice: `rounded`
+separates them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from retina_jax.data.pipeline import LARGE
+from retina_jax.rounding import rounded
 
 
 def resize_to_canvas(
@@ -75,15 +76,14 @@ def _neighbours(
 ) -> tuple[Int[Array, " n"], Int[Array, " n"], Float[Array, " n"]]:
     """For each of `count` new pixels the two old ones around its centre, and how far it lies from the first."""
     scale = size.astype(jnp.float32) / resized.astype(jnp.float32)
-    # No centre is negative before the half is taken off.
-    place = _rounded((jnp.arange(count, dtype=jnp.float32) + 0.5) * scale, 0.0) - 0.5
+    place = rounded((jnp.arange(count, dtype=jnp.float32) + 0.5) * scale) - 0.5
     low = jnp.floor(place)
     first, second = (jnp.clip(p.astype(jnp.int32), 0, size - 1) for p in (low, jnp.ceil(place)))
     return first, second, place - low
 
 
 def _between(a: Float[Array, "H W 3"], b: Float[Array, "H W 3"], share: Float[Array, "_ _ 1"]) -> Float[Array, "H W 3"]:
-    return a + _rounded((b - a) * share, -256.0)
+    return a + rounded((b - a) * share)
 
 
 def _antialias(
@@ -111,9 +111,9 @@ class _Spans(NamedTuple):
 
 
 def _spans(count: int, size: Int[Array, ""], resized: Int[Array, ""]) -> _Spans:
-    old = 1 / _rounded(resized.astype(jnp.float32) / size.astype(jnp.float32), 0.0)
+    old = 1 / rounded(resized.astype(jnp.float32) / size.astype(jnp.float32))
     reach = jnp.maximum(old, 1.0)
-    centre = _rounded((jnp.arange(count, dtype=jnp.float32) + 0.5) * old, 0.0)
+    centre = rounded((jnp.arange(count, dtype=jnp.float32) + 0.5) * old)
     ends = jnp.ceil(centre - reach - 0.5), jnp.floor(centre + reach - 0.5)
     return _Spans(*(jnp.clip(end.astype(jnp.int32), 0, size - 1) for end in ends), centre, reach)
 
@@ -131,14 +131,9 @@ def _weighted_sum(
 
     def add(k: Int[Array, ""], total: Float32[Array, "n m 3"]) -> Float32[Array, "n m 3"]:
         pixels = read(jnp.minimum(spans.first + k, size - 1))
-        return total + _rounded((weight(k) * share)[:, None, None] * pixels, 0.0)
+        return total + rounded((weight(k) * share)[:, None, None] * pixels)
 
     zeros = jnp.zeros_like(spans.centre)
     share = 1 / lax.fori_loop(0, most, lambda k, total: total + weight(k), zeros)
     nothing = jnp.zeros_like(jax.eval_shape(read, spans.first))
     return lax.fori_loop(0, most, add, nothing)
-
-
-def _rounded(numbers: Float[Array, "*n"], bound: float) -> Float[Array, "*n"]:
-    """`numbers`, none of which is below `bound`, rounded to float32 before anything else is done with them."""
-    return jnp.maximum(numbers, bound)

@@ -18,7 +18,7 @@ from retina_jax import tta
 from retina_jax.detector import Detector
 from retina_jax.errors import reason
 from retina_jax.shipping.check import ExportError, check
-from retina_jax.shipping.loader import FORMAT, load
+from retina_jax.shipping.loader import FORMAT, PILLOW_FORMAT, load
 from retina_jax.shipping.programs import PLATFORMS, canvases, programs
 from retina_jax.training.opening import code_commit, package_versions
 
@@ -43,7 +43,7 @@ def write_file(path: Path, detector: Detector, source: str) -> None:
     """Write `detector`, which came from `source`, as loader.py reads it. Raises ExportError where it cannot be written."""
     data = detector.config.data
     about = {
-        "format": FORMAT,
+        "format": PILLOW_FORMAT if data.resize == "pillow" else FORMAT,
         "source": source,
         "step": detector.step,
         "class_names": list(detector.class_names),

@@ -139,7 +139,7 @@ class Driver:
 
     @cached_property
     def step(self) -> Callable[[TrainState, Inputs], tuple[TrainState, dict[str, Array]]]:
-        """The compiled training step; one program a canvas shape. Under jit the state given is consumed (donated)."""
+        """The compiled training step; one program per shape of a batch. The state given is consumed (donated)."""
         step = partial(
             train_step,
             model=self.model,
@@ -152,9 +152,13 @@ class Driver:
             axis=AXIS if self.by_name else None,
         )
         if self.config.parallel == "pmap":
-            # pmap cannot donate a replicated argument on its second call.
             return jax.pmap(
-                step, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), devices=list(self.mesh.devices.flat)
+                step,
+                axis_name=AXIS,
+                in_axes=(None, 0),
+                out_axes=(None, None),
+                devices=list(self.mesh.devices.flat),
+                donate_argnums=0,
             )
         images, everywhere = P(AXIS), P()
         on_every_device = partial(jax.shard_map, mesh=self.mesh, check_vma=False)

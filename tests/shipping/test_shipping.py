@@ -151,6 +151,32 @@ def test_the_other_conventions_travel_too(tmp_path: Path) -> None:
         assert_same(shipped.detect([image])[0], live.detect([image])[0])
 
 
+def test_pillows_pixels_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `data.resize pillow` the network of the file is given exactly the pixels of evaluation, without a program that
+    resizes; an environment without Pillow is named."""
+    live = detector_of(override(GROUP, {"data.resize": "pillow", "data.buckets": 1}))
+    path = tmp_path / "detector.zip"
+    writing.write_file(path, live, "a test")
+    with zipfile.ZipFile(path) as archive:
+        assert [name for name in archive.namelist() if "programs" in name] == ["programs/detect_96x96"]
+    shipped = load(str(path))
+    rng = np.random.default_rng(1)
+    images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in rng.integers(1, 200, (50, 2))]
+    given: list[np.ndarray] = []
+
+    def nothing_found(_: object, pixels: jax.Array, *sizes: np.ndarray) -> tuple[np.ndarray, ...]:
+        given.append(np.asarray(pixels))
+        return np.zeros((1, 1, 4)), np.zeros((1, 1)), np.full((1, 1), -1)
+
+    monkeypatch.setattr(shipped, "_program", lambda kind, canvas: nothing_found)
+    shipped.detect(images)
+    for pixels, image in zip(given, images, strict=True):
+        np.testing.assert_array_equal(pixels, to_canvas([image], live.config.data, 1).images)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LoadError, match="pip install pillow"):
+        load(str(path))
+
+
 def test_a_batch_gives_what_single_images_give(shipped: loader.Detector) -> None:
     """In the order they came in, each image on its own canvas, the last batch filled up."""
     images = photographs()
@@ -354,7 +380,7 @@ def pickled() -> bytes:
         lambda file, path: repacked(file, path, parameters=None),
         lambda file, path: repacked(file, path, parameters=b"no arrays"),
         lambda file, path: repacked(file, path, parameters=pickled()),
-        lambda file, path: repacked(file, path, about=json.dumps({"format": "retina_jax detector 2"}).encode()),
+        lambda file, path: repacked(file, path, about=json.dumps({"format": "retina_jax detector 3"}).encode()),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_refused_in_one_line(

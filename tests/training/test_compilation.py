@@ -200,8 +200,10 @@ def test_a_driver_compiles_each_canvas_once(tiny: Config, make_inputs: Callable[
     said: list[str] = []
     step, state = CompiledStep(driver.step, canvases=2, announce=said.append), driver.first_state()
     for number, canvas in enumerate([(64, 64), (64, 64), (64, 96), (64, 64), (64, 96)]):
+        before = state
         state, measured = step(state, driver.place(make_inputs(number, canvas=canvas)))
         jax.block_until_ready(measured)
+        assert all(array.is_deleted() for array in jax.tree.leaves(before)), "its memory is the new state's"
     assert [line[:15] for line in said] == ["step for 64x64 ", "step for 64x96 "]
     assert all(" MiB on each device (arguments " in line for line in said)
     assert int(state.step) == 5

@@ -130,7 +130,7 @@ def test_detectron2s_state_dict_is_the_whole_network(backbone: str) -> None:
     converted = convert_detectron2(detectron2_state(backbone))
     config = override(Config(), converted.changes)
     assert (config.model.backbone, config.model.stride_position, config.model.p6_from) == (backbone, "1x1", "c5")
-    assert (config.anchors.style, config.data.resize, config.detection.clip) == ("detectron2", "antialias", "after_nms")
+    assert (config.anchors.style, config.data.resize, config.detection.clip) == ("detectron2", "pillow", "after_nms")
     assert {path: array.shape for path, array in converted.weights.items()} == shapes_of(converted)
     assert converted.category_ids[11:13] == (13, 14)
 
