@@ -56,6 +56,8 @@ class Source:
     """What messages call the image of a record."""
     make_truth: Callable[[], dict[str, Any]]
     """Makes `truth`."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of how the data set was read, one line each; `open_source` prints them as warnings."""
 
     @cached_property
     def truth(self) -> dict[str, Any]:

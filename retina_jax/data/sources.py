@@ -19,7 +19,7 @@ def open_source(data: DataConfig, split: Literal["train", "val"]) -> Source:
     """Opens the training or the evaluation images; evaluation always keeps images without boxes.
 
     Raises ConfigError for a field that is missing, DataError for annotations that cannot be used (and, in training, for
-    annotations without any usable box).
+    annotations without any usable box). Prints the source's notes as warnings.
     """
     without_boxes = data.images_without_boxes if split == "train" else "keep"
     if data.source == "tfds":
@@ -43,6 +43,8 @@ def open_source(data: DataConfig, split: Literal["train", "val"]) -> Source:
         source = read_coco(annotations, images, images_without_boxes=without_boxes)
     if split == "train" and not any(len(record.labels) for record in source.records):
         raise DataError(f"{source.name}: has no usable box ({source.counts}); training needs at least one")
+    for note in source.notes:
+        warn(f"{source.name}: {note}")
     return source
 
 
