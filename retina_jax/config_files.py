@@ -40,6 +40,8 @@ FREE_TO_CHANGE = (
     # Where the training images lie, not which they are: `open_run` compares the data itself.
     "data.train_annotations",
     "data.train_images",
+    "data.box_format",
+    "data.crowds",
     "data.tfds_folder",
     "data.scenes.folder",
     "data.bad_images",
