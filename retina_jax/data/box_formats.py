@@ -65,7 +65,9 @@ def guess_format(
     if by_area == 1 and "xyxy" in formats:
         return Guess(("xyxy",), True, "the boxes look like x1, y1, x2, y2: their areas are (x2 - x1) (y2 - y1)")
     sure = far >= MANY and far * len(numbers) >= SEVERAL
-    if not formats or far < SOME or (by_area == -1 and not sure):
+    if by_area == -1 and not sure:
+        formats = tuple(name for name in formats if name != "xyxy")
+    if not formats or far < SOME:
         return None
     looks = {"xyxy": "x1, y1, x2, y2", "cxcywh": "centre x, centre y, width, height"}
     kinds = " or ".join(looks[layout] for layout in formats)

@@ -18,6 +18,8 @@ from retina_jax.data.coco_entries import escapes, short
 
 MOST = 2_000_000
 """Files below a folder that are looked through."""
+NAMED = 20
+"""Missing files that are looked for elsewhere to name the places."""
 SIBLINGS = 100
 """Folders next to the folder in which a missing file is looked for."""
 PREFIX = re.compile(r"[0-9a-f]{8}-(?=.)")
@@ -30,7 +32,8 @@ class Places(NamedTuple):
     paths: list[str]
     """Of each name: its file, or where it should be."""
     missing: dict[int, str]
-    """Rows of the names without a file, with where files of that base name are; empty text where there are none."""
+    """Rows of the names without a file, with where files of that base name are; empty text where there are none, and after
+    the first NAMED."""
     moved: list[int]
     """Rows of the names whose files are elsewhere than the names say."""
 
@@ -69,7 +72,8 @@ def find_images(folder: Path, names: Sequence[str]) -> Places:
     found = {row: path for row, path in found.items() if len(users[path]) == 1}
     for row, path in found.items():
         paths[row] = path
-    missing = {row: _elsewhere(root, inside[row], below) for row in sorted((lost | moved) - set(found))}
+    absent = sorted((lost | moved) - set(found))
+    missing = {row: _elsewhere(root, inside[row], below) for row in absent[:NAMED]} | dict.fromkeys(absent[NAMED:], "")
     return Places(paths, missing, sorted(found))
 
 

@@ -28,6 +28,8 @@ from retina_jax.training.weights_and_biases import WeightsAndBiases
 
 AHEAD_ON_CPU = 16
 """Steps that may be under way at once on CPU devices: with some hundreds they wait for each other until XLA gives up."""
+FIRST_STEPS = 50
+"""Steps without a single positive anchor after which a run is warned of."""
 
 
 class NonFiniteLoss(PlainError, RuntimeError):
@@ -49,6 +51,7 @@ class Metrics:
         self._pending: list[tuple[int, dict[str, Array], list[int]]] = []
         self._window_start, self._waited, self._timed = time.monotonic(), 0.0, 0
         self._first = start_step
+        self._seeks_positives = True
 
     def __enter__(self) -> Metrics:
         return self
@@ -111,11 +114,23 @@ class Metrics:
                 )
             self.write(step, {"event": "left_out", "reason": found, "images": image_ids, "skipped": so_far})
             warn(f"{found}, images {images}: left out ({so_far} of {allowed} that may be)")
+        self._seek_positives(steps[-1], any(values["positives_per_image"] > 0 for values in fetched))
         now = time.monotonic()
         if finite:
             self._write_mean(steps[-1], finite, now - self._window_start, end_line)
         self._pending.clear()
         self.restart_window()
+
+    def _seek_positives(self, step: int, found: bool) -> None:
+        """Warns once where the steps since the start, FIRST_STEPS or all of the run, had no positive anchor."""
+        over = step - self._first >= FIRST_STEPS or (self._first == 0 and step == self._run.config.training.steps)
+        if self._seeks_positives and self._speaks and over and not found:
+            warn(
+                f"no anchor was positive in the {step - self._first} steps since step {self._first}: nothing but background is "
+                "learnt; scripts/check_data.py shows what boxes and anchors are wrong (boxes in another unit, or far smaller "
+                "or larger than the anchors)"
+            )
+        self._seeks_positives &= not (found or over)
 
     def _write_mean(self, step: int, fetched: list[dict[str, np.ndarray]], elapsed: float, end_line: bool) -> None:
         elapsed = max(elapsed, 1e-9)
