@@ -86,7 +86,7 @@ def image_parser(texts: Counter[str], *, rooted: bool) -> Callable[[dict], Image
     seen: set[int] = set()
 
     def parse(entry: dict) -> Image:
-        width, height = (integer(entry, key, texts) if entry.get(key) else 0 for key in ("width", "height"))
+        width, height = (0 if entry.get(key) is None else integer(entry, key, texts) for key in ("width", "height"))
         for key, side in (("width", width), ("height", height)):
             if not 0 <= side <= LARGEST:
                 raise DataError(f"{key} must be a positive number of pixels, not {side}")

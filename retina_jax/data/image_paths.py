@@ -50,15 +50,15 @@ def find_images(folder: Path, names: Sequence[str]) -> Places:
     there, root = Listing(), str(folder)
     inside = [relative(name) for name in names]
     paths = [os.path.join(root, part if escapes(name) else name) for name, part in zip(names, inside, strict=True)]
-    lost = {row for row, path in enumerate(paths) if not there(path)}
-    moved = {row for row in lost if there(os.path.join(root, inside[row]))}
+    lost = {row for row, path in enumerate(paths) if not (inside[row] and there(path))}
+    moved = {row for row in lost if inside[row] and there(os.path.join(root, inside[row]))}
     lost -= moved
     below = files_below(root) if lost else {}
     filled = {os.path.dirname(inside[row]) for row in range(len(names)) if row not in lost} if lost else set()
     found: dict[int, str] = {}
     for row in lost:
         parent = os.path.dirname(inside[row])
-        if parent in filled or (parent and os.path.isdir(os.path.join(root, parent))):
+        if not inside[row] or parent in filled or (parent and os.path.isdir(os.path.join(root, parent))):
             continue  # the folder that it names is there: the file is missing, not elsewhere
         above = os.path.join(os.path.dirname(os.path.abspath(root)), inside[row])
         if not escapes(names[row]) and there(above):

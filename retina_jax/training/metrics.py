@@ -114,21 +114,25 @@ class Metrics:
                 )
             self.write(step, {"event": "left_out", "reason": found, "images": image_ids, "skipped": so_far})
             warn(f"{found}, images {images}: left out ({so_far} of {allowed} that may be)")
-        self._seek_positives(steps[-1], any(values["positives_per_image"] > 0 for values in fetched))
+        self._seek_positives(
+            dict(zip(steps, (float(values["positives_per_image"]) for values in fetched), strict=True))
+        )
         now = time.monotonic()
         if finite:
             self._write_mean(steps[-1], finite, now - self._window_start, end_line)
         self._pending.clear()
         self.restart_window()
 
-    def _seek_positives(self, step: int, found: bool) -> None:
-        """Warns once where the steps since the start, FIRST_STEPS or all of the run, had no positive anchor."""
-        over = step - self._first >= FIRST_STEPS or (self._first == 0 and step == self._run.config.training.steps)
+    def _seek_positives(self, positives: dict[int, float]) -> None:
+        """Warns once where the FIRST_STEPS steps since the start, or all of a shorter run, had no positive anchor."""
+        end, last = self._first + FIRST_STEPS, max(positives)
+        found = any(count > 0 for step, count in positives.items() if step <= end)
+        over = last >= end or (self._first == 0 and last == self._run.config.training.steps)
         if self._seeks_positives and self._speaks and over and not found:
+            steps = min(last, end) - self._first
             warn(
-                f"no anchor was positive in the {step - self._first} steps since step {self._first}: nothing but background is "
-                "learnt; scripts/check_data.py shows what boxes and anchors are wrong (boxes in another unit, or far smaller "
-                "or larger than the anchors)"
+                f"no anchor was positive in the first {steps} steps: nothing but background is learnt; "
+                "scripts/check_data.py shows why (boxes in another unit, or far smaller or larger than the anchors)"
             )
         self._seeks_positives &= not (found or over)
 

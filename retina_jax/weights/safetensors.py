@@ -53,9 +53,8 @@ def read_safetensors(data: bytes) -> dict[str, np.ndarray]:
                     f"is truncated or damaged: tensor {quoted(name)} is at bytes {begin} to {end} of {len(buffer)}"
                 )
             if end - begin != math.prod(shape) * SIZES[kind]:
-                raise ValueError(
-                    f"has tensor {quoted(name)} of shape {shape} and dtype {shortened(entry['dtype'])} in {end - begin} bytes"
-                )
+                shaped = f"shape {shape} and dtype {shortened(entry['dtype'])}"
+                raise ValueError(f"has tensor {quoted(name)} of {shaped} in {end - begin} bytes")
             arrays[name] = decode(buffer[begin:end], kind).reshape(shape)
             spans.append((begin, end, name))
     reached = 0
