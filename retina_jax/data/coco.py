@@ -65,12 +65,14 @@ def read_coco(
             f"{path}: annotations has no usable box in any image ({counts}); training needs at least one{option}"
         )
     paths = [content.paths[row] for row in rows]
+    missing = {index: content.missing[row] for index, row in enumerate(rows) if row in content.missing}
 
     def read(index: int) -> bytes:
         try:
             return read_image(Path(paths[index]), records[index].width, records[index].height)
         except OSError as error:
-            raise BadImage(f"{paths[index]}: cannot be read: {reason(error)}") from None
+            place = f"; {missing[index]}" if missing.get(index) else ""
+            raise BadImage(f"{paths[index]}: cannot be read: {reason(error)}{place}") from None
 
     return Source(
         name=str(path),
@@ -82,7 +84,7 @@ def read_coco(
         where=paths.__getitem__,
         make_truth=lambda: make_truth(content),
         notes=tuple(note.text for note in content.notes),
-        missing={index: content.missing[row] for index, row in enumerate(rows) if row in content.missing},
+        missing=missing,
     )
 
 
@@ -130,14 +132,15 @@ def read_truth(path: Path) -> dict[str, Any]:
 
 def make_truth(content: Content) -> dict[str, Any]:
     """Ground truth for pycocotools: see `Source.truth`."""
-    renumber = len(set(content.ids)) < len(content.ids) or any(identity < 1 for identity in content.ids)
+    ids = content.ids.tolist()
+    renumber = len(set(ids)) < len(ids) or any(identity < 1 for identity in ids)
     keys = ("id", "file_name", "width", "height")
     return {
         "info": {},
         "images": [dict(zip(keys, image, strict=True)) for image in content.images],
         "annotations": [
             {
-                "id": m + 1 if renumber else content.ids[m],
+                "id": m + 1 if renumber else ids[m],
                 "image_id": content.images[int(image)][0],
                 "category_id": content.categories[int(label)][0],
                 "bbox": box,

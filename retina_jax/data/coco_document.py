@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 
 from retina_jax.data.box_formats import BoxFormat, guess_format, to_xywh
 from retina_jax.data.coco_entries import (
@@ -53,9 +53,9 @@ class Content(NamedTuple):
     """Row of the image, label, crowd, and x, y, width, height in pixels."""
     areas: Float64[np.ndarray, " M"]
     """Square pixels; width times height where the file has none."""
-    ids: list[int]
+    ids: Int64[np.ndarray, " M"]
     """Of the annotations; 0 where missing."""
-    rows: list[int]
+    rows: Int64[np.ndarray, " M"]
     """Place of each box in the file's list of annotations."""
     without_box: list[int]
     """Places of the annotations that have no box: points and keypoints."""
@@ -111,8 +111,8 @@ def parse_document(
         images=[tuple(image) for image in images],
         boxes=columns,
         areas=areas,
-        ids=[box.id for _, box in boxes],
-        rows=[row for row, _ in boxes],
+        ids=np.array([box.id for _, box in boxes], np.int64),
+        rows=np.array([row for row, _ in boxes], np.int64),
         without_box=[row for row, box in found if box is WITHOUT_BOX],
         paths=paths,
         missing=missing,
@@ -158,7 +158,7 @@ def _located(
         size = sizes.get(row)
         wrong = None
         if row in places.missing and escapes(image.file_name):
-            wrong = outside(image.file_name)
+            wrong = outside(image.file_name) + (f"; {places.missing[row]}" if places.missing[row] else "")
         elif isinstance(size, str):
             wrong = f"width and height are missing, and {places.paths[row]} cannot be read: {size}"
         if wrong is not None:

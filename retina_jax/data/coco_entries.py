@@ -6,7 +6,6 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable
-from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 from retina_jax.data.segmentations import box_of
@@ -101,8 +100,9 @@ def image_parser(texts: Counter[str], *, rooted: bool) -> Callable[[dict], Image
 
 def escapes(name: str) -> bool:
     """Whether a file name leads out of the folder that it is in: it is absolute, has a drive, or climbs out with .. ."""
-    rooted = PurePosixPath(name).is_absolute() or bool(PureWindowsPath(name).anchor)
-    return rooted or ".." in PureWindowsPath(name).parts
+    if name.startswith(("/", "\\")) or name[1:2] == ":":
+        return True
+    return ".." in name and ".." in name.replace("\\", "/").split("/")
 
 
 def outside(name: str) -> str:
@@ -144,7 +144,10 @@ def annotation_parser(
 
 def integer(entry: dict, key: str, texts: Counter[str]) -> int:
     """The integer under `key`, which may be a float without a fraction, or text of digits, which is counted in `texts`."""
-    value = as_integer(entry.get(key))
+    value = entry.get(key)
+    if type(value) is int and -LARGEST_ID < value < LARGEST_ID:
+        return value  # as nearly all are
+    value = as_integer(value)
     if value is None:
         raise DataError(f"{key} must be an integer, {'not ' + short(entry[key]) if key in entry else 'but is missing'}")
     if isinstance(entry[key], str):

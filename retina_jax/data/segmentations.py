@@ -41,7 +41,7 @@ def _box_of_polygons(polygons: Any) -> tuple[float, float, float, float]:
     if not points or not numbers or not even:
         raise DataError(wrong)
     x, y = points[::2], points[1::2]
-    return min(x), min(y), max(x) - min(x), max(y) - min(y)
+    return float(min(x)), float(min(y)), float(max(x) - min(x)), float(max(y) - min(y))
 
 
 def _box_of_runs(mask: dict[str, Any]) -> tuple[float, float, float, float] | None:
@@ -64,11 +64,11 @@ def _box_of_runs(mask: dict[str, Any]) -> tuple[float, float, float, float] | No
         return None
     height = size[0]
     columns = starts // height, last // height
-    across = columns[0] != columns[1]  # runs that reach the foot of one column and go on at the head of the next
-    top = 0 if across.any() else int((starts % height).min())
-    bottom = height if across.any() else int((last % height).max()) + 1
-    left, right = int(columns[0].min()), int(columns[1].max()) + 1
-    return left, top, right - left, bottom - top
+    across = (columns[0] != columns[1]).any()  # a run from the foot of a column to the head of the next
+    top = 0 if across else (starts % height).min()
+    bottom = height if across else (last % height).max() + 1
+    left, right = columns[0].min(), columns[1].max() + 1
+    return float(left), float(top), float(right - left), float(bottom - top)
 
 
 def _decompressed(text: str) -> list[int] | None:

@@ -110,7 +110,7 @@ def read_split(
         paths=content.paths,
         missing=content.missing,
         box_ids=[entries[i].get("id") for i in content.rows],
-        box_rows=content.rows,
+        box_rows=content.rows.tolist(),
         owners=owners,
         labels=labels,
         boxes_xyxy=boxes_xyxy,
