@@ -17,7 +17,7 @@ def tell(line: str, end: str = "\n") -> None:
 
 def warn(line: str) -> None:
     """Print a warning on a line of its own, from whatever thread, as `one_line` gives it."""
-    tell(("\n" if sys.stdout is not None and sys.stdout.isatty() else "") + f"warning: {one_line(line)}")
+    tell(("\n" if sys.stdout is not None and sys.stdout.isatty() else "") + one_line(f"warning: {line}"))
 
 
 def duration(seconds: float) -> str:

@@ -22,8 +22,9 @@ LITERALS = (
 """Instructions that push their argument. Python 2's byte strings come as latin-1 text, every byte a character."""
 KEYS = (str, bytes, int, float, bool, type(None))
 """What a dict's key may be: whatever has a hash that takes no time."""
-LARGEST_KEY = 2**128
+LARGEST_KEY = 2**256
 """Integers that are keys are smaller: a longer one is hashed anew each time."""
+SIZED = (list, tuple, dict, str, bytes, bytearray)
 PAID_PER_BYTE, FREE = 4, 1000
 """Items and bytes that calls and states may take, for each byte of the pickle and besides: weights take 2 for each."""
 
@@ -228,20 +229,22 @@ class Machine:
         self.pay(arguments)
         return stand_in(*arguments)
 
-    def pay(self, taken: Any, depth: int = 2) -> None:
-        """Takes what a call copies off the budget: the items, and those `depth` deep inside. ValueError where it is spent.
+    def pay(self, taken: Any) -> None:
+        """Takes off the budget what a call may copy: the items of its arguments, and theirs. ValueError where it is spent.
 
         All other instructions make a few bytes each. These may take the same large object, by a memo of two bytes, again
         and again.
         """
-        if not isinstance(taken, list | tuple | dict | str | bytes | bytearray):
-            return
-        self.budget -= len(taken)
-        if self.budget < 0:
-            raise ValueError("makes far more objects than its size accounts for, by copying some of them many times")
-        if depth and isinstance(taken, list | tuple):
-            for item in taken:
-                self.pay(item, depth - 1)
+        parts = [taken] if isinstance(taken, SIZED) else []
+        for _ in range(3):
+            self.budget -= sum(map(len, parts))
+            if self.budget < 0:
+                raise ValueError(
+                    "makes far more objects than its size accounts for, by copying some of them many times"
+                )
+            parts = [
+                item for part in parts if isinstance(part, list | tuple) for item in part if isinstance(item, SIZED)
+            ]
 
 
 def make_dict(parts: Any) -> dict[Any, Any]:
@@ -254,7 +257,7 @@ def make_dict(parts: Any) -> dict[Any, Any]:
         if not isinstance(key, KEYS):
             raise ValueError(f"has a dict with a key of type {type(key).__name__}, where text or a number is expected")
         if isinstance(key, int) and abs(key) >= LARGEST_KEY:
-            raise ValueError("has a dict with an integer of more than 128 bits as a key")
+            raise ValueError("has a dict with an integer of more than 256 bits as a key")
     return dict(zip(keys, parts[1::2], strict=True))
 
 
