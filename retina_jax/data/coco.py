@@ -58,7 +58,8 @@ def read_coco(
         columns[:, 2] > 0,
         images_without_boxes,
     )
-    counts["without_box"] = len(content.without_box)
+    if content.without_box:
+        counts["without_box"] = len(content.without_box)
     if not records:
         option = "; data.crowds objects takes crowds as objects" if counts["crowd"] else ""
         raise DataError(

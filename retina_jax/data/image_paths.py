@@ -50,7 +50,7 @@ def find_images(folder: Path, names: Sequence[str]) -> Places:
     there, root = Listing(), str(folder)
     inside = [relative(name) for name in names]
     paths = [os.path.join(root, part if escapes(name) else name) for name, part in zip(names, inside, strict=True)]
-    lost = {row for row, path in enumerate(paths) if not (inside[row] and there(path))}
+    lost = {row for row, path in enumerate(paths) if escapes(names[row]) or not (inside[row] and there(path))}
     moved = {row for row in lost if inside[row] and there(os.path.join(root, inside[row]))}
     lost -= moved
     below = files_below(root) if lost else {}

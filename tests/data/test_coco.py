@@ -59,14 +59,7 @@ def test_cleaning_counts_each_box_once(tmp_path: Path) -> None:
         ]
     )
     source = read_coco(*write_coco(tmp_path, content))
-    assert source.counts == {
-        "crowd": 1,
-        "zero_size": 3,
-        "outside": 2,
-        "clipped": 1,
-        "images_without_boxes": 1,
-        "without_box": 0,
-    }
+    assert source.counts == {"crowd": 1, "zero_size": 3, "outside": 2, "clipped": 1, "images_without_boxes": 1}
     kept = [[0, 40, 6, 48], [54, 5, 64, 14], [0, 0, 64, 48]]
     assert source.records[0].boxes_xyxy.tolist() == kept
     assert len(source) == 2 and len(read_coco(*write_coco(tmp_path, content), images_without_boxes="drop")) == 1

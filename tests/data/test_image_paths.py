@@ -31,6 +31,7 @@ CASES = {
     "a folder too few": (["d/1.png", "d/2.png"], ["1.png", "2.png"], ["d/1.png", "d/2.png"], 2),
     "spread over folders": (["a/1.png", "b/2.png"], ["1.png", "2.png"], ["a/1.png", "b/2.png"], 2),
     "another root": (["b/1.png"], ["/home/me/a/b/1.png"], ["b/1.png"], 1),
+    "its root is the folder": (["a/1.png"], ["/a/1.png"], ["a/1.png"], 1),
     "a drive": (["1.png"], ["C:\\data\\1.png"], ["1.png"], 1),
     "climbing out": (["up/1.png"], ["..\\..\\media\\up\\1.png"], ["up/1.png"], 1),
     "two of a name, told apart by their folder": (["a/x/1.png", "b/x/1.png"], ["c/a/x/1.png"], ["a/x/1.png"], 1),
