@@ -18,7 +18,7 @@ SEVERAL = 3
 SOME = 0.05
 """Share at which they are warned of."""
 LEAST_SIDE = 8
-"""Pixels of an image's sides below which a box says nothing about fractions."""
+"""Pixels of an image's sides below which a box is no evidence of fractions."""
 
 
 class Guess(NamedTuple):

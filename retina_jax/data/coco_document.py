@@ -43,7 +43,7 @@ class Note(NamedTuple):
 
 
 class Content(NamedTuple):
-    """What a COCO JSON says."""
+    """What a COCO JSON holds."""
 
     categories: list[tuple[int, str]]
     """Id and name, by ascending id: label k is the k-th."""
@@ -155,12 +155,12 @@ def _located(
         )
     kept, missing = [], {}
     for row, (index, image) in enumerate(entries):
-        size = sizes.get(row)
-        wrong = None
+        size, wrong = sizes.get(row), None
+        place = f"; {places.missing[row]}" if places.missing.get(row) else ""
         if row in places.missing and escapes(image.file_name):
-            wrong = outside(image.file_name) + (f"; {places.missing[row]}" if places.missing[row] else "")
+            wrong = outside(image.file_name) + place
         elif isinstance(size, str):
-            wrong = f"width and height are missing, and {places.paths[row]} cannot be read: {size}"
+            wrong = f"width and height are missing, and {places.paths[row]} cannot be read: {size}{place}"
         if wrong is not None:
             _mistaken(path, Mistake("images", index, document["images"][index], wrong), mistakes)
             continue

@@ -60,7 +60,7 @@ def test_a_few_bad_boxes_hide_no_format(name: str) -> None:
     assert guess is not None and guess.sure and name in guess.formats
 
 
-def test_boxes_in_the_upper_left_are_told_apart_by_their_areas_alone() -> None:
+def test_boxes_in_the_upper_left_are_recognised_by_their_areas_alone() -> None:
     sizes_wh = np.full((10, 2), 1000)
     corners = np.array([[10.0 + i, 20, 60 + 2 * i, 50] for i in range(10)])
     areas = (corners[:, 2:] - corners[:, :2]).prod(1)

@@ -34,7 +34,7 @@ CASES = {
     "its root is the folder": (["a/1.png"], ["/a/1.png"], ["a/1.png"], 1),
     "a drive": (["1.png"], ["C:\\data\\1.png"], ["1.png"], 1),
     "climbing out": (["up/1.png"], ["..\\..\\media\\up\\1.png"], ["up/1.png"], 1),
-    "two of a name, told apart by their folder": (["a/x/1.png", "b/x/1.png"], ["c/a/x/1.png"], ["a/x/1.png"], 1),
+    "two of a name in different folders": (["a/x/1.png", "b/x/1.png"], ["c/a/x/1.png"], ["a/x/1.png"], 1),
     "two of a name": (["a/1.png", "b/1.png"], ["1.png"], [None], 0),
     "two names for a file": (["1.png"], ["a/1.png", "b/1.png"], [None, None], 0),
     "one of many is missing": (["1.png", "thumbs/2.png"], ["1.png", "2.png"], ["1.png", None], 0),
@@ -66,7 +66,7 @@ def test_names_never_lead_out_of_the_folder(tmp_path: Path) -> None:
         assert found(folder, find_images(folder, [name])) == [None]
 
 
-def test_where_missing_files_are_is_said(tmp_path: Path) -> None:
+def test_places_of_missing_files_are_named(tmp_path: Path) -> None:
     tree(tmp_path, "images/a/1.png", "images/b/1.png", "images/2.png", "others/3.png")
     folder = tmp_path / "images"
     names = ["1.png", "0123abcd-2.png", "c/3.png", "4.png"]
