@@ -16,8 +16,8 @@ import tyro
 from jax.errors import JaxRuntimeError
 
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_files import flatten, load_config, one_line, override, unknown_name
-from retina_jax.errors import PlainError, Stopped
+from retina_jax.config_files import flatten, load_config, override, unknown_name
+from retina_jax.errors import PlainError, Stopped, one_line
 from retina_jax.hosts import Hosts, end_at_once
 from retina_jax.training.compilation import out_of_memory
 
@@ -25,17 +25,17 @@ T = TypeVar("T")
 
 
 def ending(error: BaseException) -> tuple[str | None, int]:
-    """What a script that ends by `error` says last, and its exit status; None where the traceback should speak."""
+    """The last line of a script that ends by `error`, as `one_line` gives it, and its exit status; None: the traceback."""
     if isinstance(error, PlainError):
-        return f"error: {error}", 2
+        return one_line(f"error: {error}"), 2
     if isinstance(error, Stopped):
         return str(error), 130 if error.number == signal.SIGINT else 0
     if isinstance(error, OSError) and error.filename is not None:
-        return f"error: {error.filename}: {error.strerror}", 2
+        return one_line(f"error: {error.filename}: {error.strerror}"), 2
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; what was saved before is whole", 130
     if isinstance(error, JaxRuntimeError) and (line := out_of_memory(error)) is not None:
-        return f"error: {line}", 2
+        return one_line(f"error: {line}"), 2
     if isinstance(error, SystemExit):
         return None, error.code if isinstance(error.code, int) else int(error.code is not None)
     return None, 1

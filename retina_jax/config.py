@@ -98,6 +98,14 @@ class DataConfig:
     detectron2 and Detectron have it, and a program for each shape met; training then has 4."""
     pad_multiple: int = 32
     """Canvas sides are multiples of this, pixels; itself a multiple of 32."""
+    box_format: Literal["auto", "xywh", "xyxy", "cxcywh", "xywh_fractions", "xyxy_fractions", "cxcywh_fractions"] = (
+        "auto"
+    )
+    """Numbers of a bbox (source coco): xywh, COCO's corner and size in pixels; xyxy, two corners; cxcywh, centre and size;
+    or the same as fractions of the image's sides. auto: xywh, refused where they look like another format."""
+    crowds: Literal["ignore", "objects"] = "ignore"
+    """Annotations with iscrowd 1 (source coco): ignore, as COCO does (not trained on; detections on them count neither way),
+    or take them as objects, for tools that mark every mask as a crowd."""
     max_boxes: int = 100
     """Ground-truth boxes an image can hold; what overflows is counted and logged. COCO's fullest image has 93."""
     images_without_boxes: Literal["drop", "keep"] = "drop"

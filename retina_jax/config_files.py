@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from retina_jax.config import Config, ConfigError
+from retina_jax.errors import one_line
 
 T = TypeVar("T")
 INVALID = object()
@@ -40,6 +41,8 @@ FREE_TO_CHANGE = (
     # Where the training images lie, not which they are: `open_run` compares the data itself.
     "data.train_annotations",
     "data.train_images",
+    "data.box_format",
+    "data.crowds",
     "data.tfds_folder",
     "data.scenes.folder",
     "data.bad_images",
@@ -116,16 +119,6 @@ def named_errors(path: Path) -> Iterator[None]:
         own = [line for trace, line in traceback.walk_tb(error.__traceback__) if trace.f_code.co_filename == str(path)]
         where = f"{path}, line {own[-1]}" if own else str(path)
         raise ConfigError(f"{where}: {type(error).__name__}: {one_line(error)}") from error
-
-
-def one_line(message: object) -> str:
-    """A message on one line of at most 1000 characters, all of which a terminal can show."""
-    try:
-        text = " ".join(str(message).split())
-    except Exception:
-        return "an error that cannot be shown"
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return shown if len(shown) <= 1000 else f"{shown[:997]}..."
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from retina_jax.errors import one_line
+
 
 def tell(line: str, end: str = "\n") -> None:
     """Print `line` at once. A log that cannot be written (a full disk takes those too) ends nothing."""
@@ -14,8 +16,8 @@ def tell(line: str, end: str = "\n") -> None:
 
 
 def warn(line: str) -> None:
-    """Tell of something that a person should know, on a line of its own, from whatever thread."""
-    tell(("\n" if sys.stdout is not None and sys.stdout.isatty() else "") + f"warning: {line}")
+    """Print a warning on a line of its own, from whatever thread, as `one_line` gives it."""
+    tell(("\n" if sys.stdout is not None and sys.stdout.isatty() else "") + one_line(f"warning: {line}"))
 
 
 def duration(seconds: float) -> str:

@@ -10,6 +10,10 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO,
 """What libraries bury in a page of their own."""
 
 
+LONGEST_LINE = 1000
+"""Characters of a line for a person."""
+
+
 class PlainError(Exception):
     """Ends a script with its message, one line that names what is wrong and what would be right, and no traceback."""
 
@@ -30,3 +34,24 @@ def reason(error: BaseException) -> str:
         if name in said:
             return name
     return said.splitlines()[0][:200]
+
+
+def one_line(message: object) -> str:
+    """A message on one line of at most LONGEST_LINE characters, all of which a terminal can show: others are escaped.
+
+    A longer one loses its middle: it begins with where the error is, and ends with what to do.
+    """
+    try:
+        text = " ".join(str(message).split())
+    except Exception:
+        return "an error that cannot be shown"
+    shown = printable(text)
+    if len(shown) <= LONGEST_LINE:
+        return shown
+    end = LONGEST_LINE * 3 // 10
+    return f"{shown[: LONGEST_LINE - end - 5]} ... {shown[-end:]}"
+
+
+def printable(text: str) -> str:
+    """The text with control characters, which a terminal would obey, as escapes."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -49,7 +49,7 @@ class Source:
     category_ids: tuple[int, ...]
     counts: dict[str, int]
     """What cleaning found, by kind of box (`crowd`, `zero_size`, `outside`: dropped; `clipped`: cut to the image), and
-    `images_without_boxes`, dropped or kept as asked."""
+    `images_without_boxes`, dropped or kept as asked; of a COCO JSON also `without_box`, points and the like, dropped."""
     read: Callable[[int], bytes]
     """Encoded image of a record; BadImage where it cannot be read. Called from many threads at once."""
     where: Callable[[int], str]
@@ -58,13 +58,17 @@ class Source:
     """Makes `truth`."""
     labelled: bool = True
     """False: images without annotations (COCO's test images), in which there is nothing to score."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of how the data set was read, one line each; `open_source` prints them as warnings."""
+    missing: Mapping[int, str] = field(default_factory=dict)
+    """Records whose image file is missing, as far as that is known, with where files of that name are, if anywhere."""
 
     @cached_property
     def truth(self) -> dict[str, Any]:
-        """Ground truth in COCO's format for pycocotools: every annotation as it was found, crowds included.
+        """Ground truth in COCO's format for pycocotools: every box as it was read, uncut, crowds included.
 
-        Only what comparing boxes needs is added or left out: `iscrowd` and `area` where missing, ids from 1 where ids
-        are missing, repeated or below 1 (pycocotools takes id 0 for "unmatched"), and no `segmentation`.
+        It holds what comparing boxes needs: `iscrowd` and `area` also where the file has none, ids from 1 where ids are
+        missing, repeated or below 1 (pycocotools takes id 0 for "unmatched"), and no `segmentation`.
         """
         return self.make_truth()
 

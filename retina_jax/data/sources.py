@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Literal
 
 from retina_jax import hosts
@@ -20,7 +19,7 @@ def open_source(data: DataConfig, split: Literal["train", "val"], *, unlabelled:
     file without `annotations` is accepted (`Source.labelled`).
 
     Raises ConfigError for a field that is missing, DataError for annotations that cannot be used (and, in training, for
-    annotations without any usable box).
+    annotations without any usable box). Prints the source's notes as warnings.
     """
     without_boxes = data.images_without_boxes if split == "train" else "keep"
     if data.source == "tfds":
@@ -47,9 +46,18 @@ def open_source(data: DataConfig, split: Literal["train", "val"], *, unlabelled:
             for field, value in ((f"{split}_annotations", annotations), (f"{split}_images", images)):
                 if not value:
                     raise ConfigError(f"data.{field} is empty; with data.source coco it must be a path")
-        source = read_coco(annotations, images, images_without_boxes=without_boxes, unlabelled=unlabelled)
+        source = read_coco(
+            annotations,
+            images,
+            images_without_boxes=without_boxes,
+            box_format=data.box_format if data.source == "coco" else "xywh",
+            crowds=data.crowds,
+            unlabelled=unlabelled,
+        )
     if split == "train" and not any(len(record.labels) for record in source.records):
         raise DataError(f"{source.name}: has no usable box ({source.counts}); training needs at least one")
+    for note in source.notes:
+        warn(f"{source.name}: {note}")
     return source
 
 
@@ -74,19 +82,15 @@ def open_sources(config: Config) -> tuple[Source, Source, Config]:
 
 
 def check_images_are_there(source: Source, number: int) -> None:
-    """DataError where one of the first `number` image files is missing, before anything is trained. Each folder is listed
-    once (118,000 files: .2 s on a local disk); what is in the files is seen when they are read."""
-    listed: dict[str, set[str]] = {}
-    missing = []
-    for index, record in enumerate(source.records[:number]):
-        folder, name = os.path.split(source.where(index))
-        if folder not in listed:
-            listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if name not in listed[folder] and not os.path.exists(source.where(index)):  # some systems ignore case
-            missing.append(f"file_name {record.file_name!r} of image id {record.image_id}")
+    """DataError where one of the first `number` image files is missing, before anything is trained; what is in the files is
+    seen when they are read."""
+    missing = [index for index in source.missing if index < number]
     if missing:
-        folder = source.where(0).removesuffix(source.records[0].file_name)
+        first = missing[0]
+        known = next((f"; {place}" for index in missing if (place := source.missing[index])), "")
         raise DataError(
-            f"{source.name}: {len(missing)} of {min(number, len(source))} images are not in {folder}: {missing[0]}"
-            f"{', ...' if len(missing) > 1 else ''}; put them there, or leave them out with data.bad_images skip"
+            f"{source.name}: {len(missing)} of {min(number, len(source))} images are missing: file_name "
+            f"{source.records[first].file_name!r} of image id {source.records[first].image_id} is not "
+            f"{source.where(first)}{known}; put the files there, name the folder that file_name is relative to, or leave "
+            "these images out with data.bad_images skip"
         )

@@ -17,7 +17,7 @@ from retina_jax.data_check.coverage import Coverage, cover
 from retina_jax.data_check.findings import Finding, Group, grouped
 from retina_jax.data_check.images import check_images, leaks, twice
 from retina_jax.data_check.shares import Shares, count_shares, coverage_findings
-from retina_jax.data_check.split import Split, read_split, refusals, repeated
+from retina_jax.data_check.split import Split, noted, read_split, refusals, repeated
 from retina_jax.data_check.suggestion import Suggestion, suggest
 from retina_jax.data_check.views import Views, view_boxes
 
@@ -66,14 +66,14 @@ def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
     DataError as in `read_split`.
     """
     keep = {"train": config.data.images_without_boxes}
-    splits = [read_split(name, *pair, keep.get(name, "keep")) for name, pair in pairs.items()]
+    splits = [read_split(name, *pair, keep.get(name, "keep"), config.data) for name, pair in pairs.items()]
     found: list[Finding] = []
     digests = []
     for split in splits:
         tell(f"{split.name}: {len(split.images)} images, {len(split.labels)} boxes, {len(split.class_names)} classes")
         bad_images, of_images = check_images(split, config.data.workers)
         digests.append(of_images)
-        found += [*refusals(split), *repeated(split), *bad_images, *twice(split, of_images)]
+        found += [*refusals(split), *noted(split), *repeated(split), *bad_images, *twice(split, of_images)]
         found += box_findings(split, config.data.max_boxes)
     found += leaks(*digests) if len(splits) == 2 else []
     train = splits[0]

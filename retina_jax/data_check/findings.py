@@ -35,6 +35,7 @@ KINDS: dict[str, Kind] = {
         "images of another size than their annotations say",
         f"The boxes would lie in the wrong places. {SKIPPED}",
     ),
+    "box_format": Kind("error", "splits whose boxes look like another format", "Training stops. Set data.box_format."),
     "nothing_to_learn": Kind("error", "splits without any usable box", "There is nothing to train on."),
     "hopeless": Kind(
         "error",
@@ -46,6 +47,24 @@ KINDS: dict[str, Kind] = {
         "classes with poor anchor coverage",
         "Boxes whose best anchor is below the IoU of a positive are learnt badly or not at all. See the suggestion.",
     ),
+    "likely_format": Kind(
+        "warning",
+        "splits whose boxes may be in another format",
+        "They are read as x, y, width, height in pixels: look at the pictures.",
+    ),
+    "all_crowds": Kind(
+        "warning",
+        "splits with classes that have crowds alone",
+        "These classes are not learnt. Set data.crowds objects.",
+    ),
+    "moved": Kind(
+        "warning", "splits with images elsewhere than their names say", "Check that they are the right ones."
+    ),
+    "turned_sizes": Kind(
+        "warning", "splits with turned images without a size", "Their boxes are taken to lie on the turned image."
+    ),
+    "text_numbers": Kind("warning", "splits with numbers written as text", "They are read as numbers."),
+    "without_box": Kind("warning", "annotations without a box", "Points, keypoints, or nothing. They are dropped."),
     "leakage": Kind(
         "warning", "images in both splits", "The same bytes in training and evaluation: the scores would be too good."
     ),

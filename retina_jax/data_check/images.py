@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from retina_jax.data.coco import read_image
 from retina_jax.data.decoding import DECODING, open_image, to_rgb, upright
@@ -24,12 +25,12 @@ def check_images(split: Split, workers: int) -> tuple[list[Finding], Digests]:
     `workers`: threads; 0: as many as there are cores.
     """
 
-    def look(image: tuple[int, str, int, int]) -> tuple[Finding | None, str | None]:
-        _, file_name, width, height = image
+    def look(row: int) -> tuple[Finding | None, str | None]:
+        _, file_name, width, height = split.images[row]
         try:
-            encoded = read_image(split.folder / file_name, width, height)
+            encoded = read_image(Path(split.paths[row]), width, height)
         except (FileNotFoundError, NotADirectoryError):
-            return Finding("missing", split.name, file_name), None
+            return Finding("missing", split.name, file_name, split.missing.get(row, "")), None
         except OSError as error:
             return Finding("unreadable", split.name, file_name, f"cannot be read: {reason(error)}"), None
         digest = hashlib.sha256(encoded).hexdigest()
@@ -38,7 +39,7 @@ def check_images(split: Split, workers: int) -> tuple[list[Finding], Digests]:
 
     found, digests = [], {}
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        looks = Progress(f"{split.name}: images", pool.map(look, split.images), len(split.images))
+        looks = Progress(f"{split.name}: images", pool.map(look, range(len(split.images))), len(split.images))
         for (_, file_name, _, _), (finding, digest) in zip(split.images, looks, strict=True):
             if finding is not None:
                 found.append(finding)

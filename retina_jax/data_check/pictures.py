@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -45,9 +46,10 @@ def worst_pictures(split: Split, data: DataConfig, views: Views, coverage: Cover
             break
         if (record := int(views.records[v])) in pictures:
             continue
-        row = split.images[split.record_images[record]]
+        image_row = split.record_images[record]
+        row = split.images[image_row]
         try:
-            encoded = read_image(split.folder / row[1], *row[2:])
+            encoded = read_image(Path(split.paths[image_row]), *row[2:])
             with DECODING.share(row[2] * row[3]):
                 image = resize_large(to_rgb(encoded, expected_size=row[2:]), views.sizes_hw[v], data.resize)
         except (OSError, BadImage):

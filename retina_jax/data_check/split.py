@@ -10,10 +10,14 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 
-from retina_jax.data.coco import Mistake, load_json, parse_document
-from retina_jax.data.source import DataError, Record, make_records, sort_boxes
+from retina_jax.config import DataConfig
+from retina_jax.data.coco import check_folder, load_json
+from retina_jax.data.coco_document import Note, parse_document
+from retina_jax.data.coco_entries import Mistake, as_integer
+from retina_jax.data.source import Record, make_records, sort_boxes
 from retina_jax.data_check.findings import Finding
 
+READ_AS_COCO = DataConfig()
 REFUSED = {"categories": "refused_categories", "images": "refused_images", "annotations": "refused_boxes"}
 
 
@@ -30,6 +34,10 @@ class Split:
     category_ids: tuple[int, ...]
     images: list[tuple[int, str, int, int]]
     """Id, file name, width, height."""
+    paths: list[str]
+    """File of each image, or where it should be."""
+    missing: dict[int, str]
+    """Rows of the images without a file; where files of that base name are, if anywhere."""
     box_ids: list[Any]
     """Id of each annotation as found; None where it has none."""
     box_rows: list[int]
@@ -48,10 +56,14 @@ class Split:
     record_images: list[int]
     """Row in `images` of each record."""
     mistakes: list[Mistake]
+    notes: list[Note]
+    """How the file was read; some of them are refused by training."""
+    without_box: list[str]
+    """What a person finds the annotations without a box by."""
 
     def box_name(self, m: int) -> str:
         """What a person finds box m by."""
-        return f"annotations[{self.box_rows[m]}]" if self.box_ids[m] is None else f"annotation {self.box_ids[m]}"
+        return _annotation_name(self.box_rows[m], self.box_ids[m])
 
     def file_of(self, m: int) -> str:
         """File name of the image that box m lies in."""
@@ -63,19 +75,24 @@ class Split:
         return rows[np.argsort(self.owners[rows], kind="stable")]
 
 
-def read_split(name: str, annotations: Path, folder: Path, images_without_boxes: Literal["keep", "drop"]) -> Split:
-    """Reads a COCO JSON; the images are not opened here.
+def read_split(
+    name: str,
+    annotations: Path,
+    folder: Path,
+    images_without_boxes: Literal["keep", "drop"],
+    data: DataConfig = READ_AS_COCO,
+) -> Split:
+    """Reads a COCO JSON as training with `data` does.
 
     Raises DataError, one line, only where there is nothing to check: a file that is no JSON or lacks one of its three
     lists, or no folder.
     """
     document = load_json(annotations)
+    check_folder(annotations, folder)
     mistakes: list[Mistake] = []
-    content = parse_document(annotations, document, mistakes)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; it must hold the images that {annotations} names")
-    refused = {mistake.index for mistake in mistakes if mistake.key == "annotations"}
-    rows = [i for i in range(len(document["annotations"])) if i not in refused]
+    reading = {"folder": folder, "box_format": data.box_format, "crowds": data.crowds}
+    content = parse_document(annotations, document, mistakes, **reading)
+    entries = document["annotations"]
     columns = content.boxes
     owners, labels = columns[:, 0].astype(np.int64), columns[:, 1].astype(np.int64)
     boxes_xyxy = np.concatenate([columns[:, 3:5], columns[:, 3:5] + columns[:, 5:7]], axis=1)
@@ -90,8 +107,10 @@ def read_split(name: str, annotations: Path, folder: Path, images_without_boxes:
         class_names=tuple(name for _, name in content.categories),
         category_ids=tuple(category_id for category_id, _ in content.categories),
         images=content.images,
-        box_ids=[document["annotations"][i].get("id") for i in rows],
-        box_rows=rows,
+        paths=content.paths,
+        missing=content.missing,
+        box_ids=[entries[i].get("id") for i in content.rows],
+        box_rows=content.rows.tolist(),
         owners=owners,
         labels=labels,
         boxes_xyxy=boxes_xyxy,
@@ -100,6 +119,8 @@ def read_split(name: str, annotations: Path, folder: Path, images_without_boxes:
         records=records,
         record_images=record_images,
         mistakes=mistakes,
+        notes=content.notes,
+        without_box=[_annotation_name(i, entries[i].get("id")) for i in content.without_box],
     )
 
 
@@ -122,6 +143,14 @@ def refusals(split: Split) -> list[Finding]:
     return found
 
 
+def noted(split: Split) -> list[Finding]:
+    """How the split was read, and the annotations without a box."""
+    return [
+        *(Finding(note.kind, split.name, split.annotations.name, note.text) for note in split.notes),
+        *(Finding("without_box", split.name, name) for name in split.without_box),
+    ]
+
+
 def repeated(split: Split) -> list[Finding]:
     """Annotation ids and category names that are there several times."""
     ids = Counter(_hashed(box_id) for box_id in split.box_ids if box_id is not None)
@@ -137,5 +166,9 @@ def _id(entry: Any) -> Any:
 
 
 def _hashed(value: Any) -> Any:
-    """The value where it can be an id, else None."""
-    return value if isinstance(value, int | float) else None
+    """The value where it can be an id, text as a number, else None."""
+    return as_integer(value) if isinstance(value, str) else value if isinstance(value, int | float) else None
+
+
+def _annotation_name(row: int, annotation_id: Any) -> str:
+    return f"annotations[{row}]" if annotation_id is None else f"annotation {annotation_id}"

@@ -28,6 +28,8 @@ from retina_jax.training.weights_and_biases import WeightsAndBiases
 
 AHEAD_ON_CPU = 16
 """Steps that may be under way at once on CPU devices: with some hundreds they wait for each other until XLA gives up."""
+FIRST_STEPS = 50
+"""Steps without a single positive anchor after which a run is warned of."""
 
 
 class NonFiniteLoss(PlainError, RuntimeError):
@@ -49,6 +51,7 @@ class Metrics:
         self._pending: list[tuple[int, dict[str, Array], list[int]]] = []
         self._window_start, self._waited, self._timed = time.monotonic(), 0.0, 0
         self._first = start_step
+        self._seeks_positives = True
 
     def __enter__(self) -> Metrics:
         return self
@@ -111,11 +114,27 @@ class Metrics:
                 )
             self.write(step, {"event": "left_out", "reason": found, "images": image_ids, "skipped": so_far})
             warn(f"{found}, images {images}: left out ({so_far} of {allowed} that may be)")
+        self._seek_positives(
+            dict(zip(steps, (float(values["positives_per_image"]) for values in fetched), strict=True))
+        )
         now = time.monotonic()
         if finite:
             self._write_mean(steps[-1], finite, now - self._window_start, end_line)
         self._pending.clear()
         self.restart_window()
+
+    def _seek_positives(self, positives: dict[int, float]) -> None:
+        """Warns once where the FIRST_STEPS steps since the start, or all of a shorter run, had no positive anchor."""
+        end, last = self._first + FIRST_STEPS, max(positives)
+        found = any(count > 0 for step, count in positives.items() if step <= end)
+        over = last >= end or (self._first == 0 and last == self._run.config.training.steps)
+        if self._seeks_positives and self._speaks and over and not found:
+            steps = min(last, end) - self._first
+            warn(
+                f"no anchor was positive in the first {steps} steps: nothing but background is learnt; "
+                "scripts/check_data.py shows why (boxes in another unit, or far smaller or larger than the anchors)"
+            )
+        self._seeks_positives &= not (found or over)
 
     def _write_mean(self, step: int, fetched: list[dict[str, np.ndarray]], elapsed: float, end_line: bool) -> None:
         elapsed = max(elapsed, 1e-9)

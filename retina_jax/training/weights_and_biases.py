@@ -14,8 +14,9 @@ from types import ModuleType
 from typing import Any
 
 from retina_jax.config import ConfigError
-from retina_jax.config_files import one_line, to_dict
+from retina_jax.config_files import to_dict
 from retina_jax.console import warn
+from retina_jax.errors import one_line
 from retina_jax.training.run import Run, note_fact
 
 FACT = "wandb_id"

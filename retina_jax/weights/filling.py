@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from retina_jax.weights.errors import WeightsError
+from retina_jax.weights.errors import WeightsError, shortened
 
 NAMED = 10
 """Most names that an error gives of each kind; the rest are counted."""
@@ -86,4 +86,4 @@ def shown(shape: Iterable[int]) -> str:
 def report(kind: str, names: Sequence[str]) -> str:
     """ "2 missing: a, b", with at most NAMED names."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{len(names)} {kind}: {', '.join(names[:NAMED])}{more}"
+    return f"{len(names)} {kind}: {', '.join(map(shortened, names[:NAMED]))}{more}"

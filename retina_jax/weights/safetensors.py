@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from retina_jax.weights.buffers import SIZES, are_sizes, decode
+from retina_jax.weights.errors import quoted, shortened
 
 KINDS = {
     "BOOL": "b1",
@@ -49,18 +50,19 @@ def read_safetensors(data: bytes) -> dict[str, np.ndarray]:
             kind, shape, begin, end = parse_entry(name, entry)
             if not 0 <= begin <= end <= len(buffer):
                 raise ValueError(
-                    f"is truncated or damaged: tensor {name!r} is at bytes {begin} to {end} of {len(buffer)}"
+                    f"is truncated or damaged: tensor {quoted(name)} is at bytes {begin} to {end} of {len(buffer)}"
                 )
             if end - begin != math.prod(shape) * SIZES[kind]:
-                raise ValueError(
-                    f"has tensor {name!r} of shape {shape} and dtype {entry['dtype']} in {end - begin} bytes"
-                )
+                shaped = f"shape {shape} and dtype {shortened(entry['dtype'])}"
+                raise ValueError(f"has tensor {quoted(name)} of {shaped} in {end - begin} bytes")
             arrays[name] = decode(buffer[begin:end], kind).reshape(shape)
             spans.append((begin, end, name))
     reached = 0
     for begin, end, name in [*sorted(spans), (len(buffer), len(buffer), "the end")]:
         if begin != reached:
-            raise ValueError(f"is damaged: {name!r} starts at byte {begin}, what comes before it ends at {reached}")
+            raise ValueError(
+                f"is damaged: {quoted(name)} starts at byte {begin}, what comes before it ends at {reached}"
+            )
         reached = end
     return arrays
 
@@ -88,16 +90,20 @@ def parse_entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     def naturals(key: str) -> list[int]:
         numbers = entry.get(key)
         if not are_sizes(numbers):
-            raise ValueError(f"has tensor {name!r} with {key} {reprlib.repr(numbers)}, where numbers >= 0 are meant")
+            raise ValueError(
+                f"has tensor {quoted(name)} with {key} {reprlib.repr(numbers)}, where numbers >= 0 are meant"
+            )
         return numbers
 
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
-        raise ValueError(f"has a header entry {name!r} that describes no tensor")
+        raise ValueError(f"has a header entry {quoted(name)} that describes no tensor")
     if entry["dtype"] not in KINDS:
-        raise ValueError(f"has tensor {name!r} of dtype {entry['dtype']}, which is none of {', '.join(KINDS)}")
+        raise ValueError(
+            f"has tensor {quoted(name)} of dtype {shortened(entry['dtype'])}, which is none of {', '.join(KINDS)}"
+        )
     offsets = naturals("data_offsets")
     if len(offsets) != 2:
-        raise ValueError(f"has tensor {name!r} with {len(offsets)} data_offsets, where two are meant")
+        raise ValueError(f"has tensor {quoted(name)} with {len(offsets)} data_offsets, where two are meant")
     return KINDS[entry["dtype"]], tuple(naturals("shape")), *offsets
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from retina_jax.weights.buffers import SIZES, are_sizes, decode
+from retina_jax.weights.errors import quoted
 from retina_jax.weights.numpy_pickles import NUMPY
 from retina_jax.weights.unpickling import Admitted, Global, StandIn, unpickle
 
@@ -158,7 +159,7 @@ class Storages:
         made = Storage(STORAGES[kind.name], count, self.order, lambda: self.read(key))
         storage = self.by_key.setdefault(key, made)
         if (storage.kind, storage.count) != (made.kind, made.count):
-            raise ValueError(f"describes storage {key!r} in two ways")
+            raise ValueError(f"describes storage {quoted(key)} in two ways")
         return storage
 
 
@@ -190,7 +191,7 @@ def read_zip(data: bytes) -> Any:
         try:
             return archive.read(name)
         except ZIP_ERRORS as error:
-            raise ValueError(f"is a damaged zip archive: {name!r}: {error}") from error
+            raise ValueError(f"is a damaged zip archive: {quoted(name)}: {error}") from error
 
     pickles = [member.filename for member in members if member.filename.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -222,9 +223,11 @@ def read_legacy(data: bytes) -> Any:
         storage = storages.by_key[key]
         start, end = position + 8, position + 8 + storage.count * SIZES[storage.kind]
         if end > len(data):
-            raise ValueError(f"is truncated: storage {key!r} ends at byte {end}, the file at {len(data)}")
+            raise ValueError(f"is truncated: storage {quoted(key)} ends at byte {end}, the file at {len(data)}")
         if int.from_bytes(data[position:start], "little") != storage.count:
-            raise ValueError(f"is damaged: storage {key!r} at byte {position} has not the size that its tensors need")
+            raise ValueError(
+                f"is damaged: storage {quoted(key)} at byte {position} has not the size that its tensors need"
+            )
         records[key] = memoryview(data)[start:end]
         position = end
     return root

@@ -22,6 +22,11 @@ LITERALS = (
 """Instructions that push their argument. Python 2's byte strings come as latin-1 text, every byte a character."""
 KEYS = (str, bytes, int, float, bool, type(None))
 """What a dict's key may be: whatever has a hash that takes no time."""
+LARGEST_KEY = 2**256
+"""Integers that are keys are smaller: a longer one is hashed anew each time."""
+SIZED = (list, tuple, dict, str, bytes, bytearray)
+PAID_PER_BYTE, FREE = 4, 1000
+"""Items and bytes that calls and states may take, for each byte of the pickle and besides: weights take 2 for each."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,8 @@ def unpickle(file: io.BytesIO, admitted: Admitted, persistent: Callable[[Any], A
     Raises ValueError with the reason: the first name that is not admitted, an instruction that weights do not need, or what
     is malformed. Attributes that a pickle sets on an OrderedDict (torch's `_metadata`) are passed over.
     """
-    machine = Machine(CONTAINERS | dict(admitted), persistent)
+    size = len(file.getbuffer()) - file.tell()
+    machine = Machine(CONTAINERS | dict(admitted), persistent, PAID_PER_BYTE * size + FREE)
     try:
         with warnings.catch_warnings(action="ignore"):  # pickletools warns of a backslash in a damaged name
             for instruction, argument in instructions(file):
@@ -102,8 +108,9 @@ def instructions(file: io.BytesIO) -> Iterator[tuple[str, Any]]:
 class Machine:
     """The stack, its marks and the memo, and what each instruction does to them."""
 
-    def __init__(self, admitted: Admitted, persistent: Callable[[Any], Any] | None) -> None:
+    def __init__(self, admitted: Admitted, persistent: Callable[[Any], Any] | None, budget: int) -> None:
         self.admitted = admitted
+        self.budget = budget
         self.persistent = persistent
         self.stack: list[Any] = []
         self.marks: list[int] = []
@@ -188,12 +195,15 @@ class Machine:
                 push(self.call(function, arguments))
             case "BUILD":
                 (state,) = self.pop(1)
+                self.pay(state)
                 if isinstance(self.stack[-1], StandIn):
                     self.stack[-1].set_state(state)
                 elif not isinstance(self.stack[-1], dict):
                     raise TypeError(f"a {type(self.stack[-1]).__name__} takes no state")
             case "BINPERSID" if self.persistent is not None:
-                push(self.persistent(*self.pop(1)))
+                (identity,) = self.pop(1)
+                self.pay(identity)
+                push(self.persistent(identity))
             case _:
                 shown = instruction if argument is None else f"{instruction} {reprlib.repr(argument)}"
                 raise ValueError(f"has the pickle instruction {shown}, which no weights need")
@@ -216,7 +226,25 @@ class Machine:
         if stand_in is None or not isinstance(arguments, tuple):
             what = function.name if isinstance(function, Global) else type(function).__name__
             raise ValueError(f"calls {what}, which is not called in any weights")
+        self.pay(arguments)
         return stand_in(*arguments)
+
+    def pay(self, taken: Any) -> None:
+        """Takes off the budget what a call may copy: the items of its arguments, and theirs. ValueError where it is spent.
+
+        All other instructions make a few bytes each. These may take the same large object, by a memo of two bytes, again
+        and again.
+        """
+        parts = [taken] if isinstance(taken, SIZED) else []
+        for _ in range(3):
+            self.budget -= sum(map(len, parts))
+            if self.budget < 0:
+                raise ValueError(
+                    "makes far more objects than its size accounts for, by copying some of them many times"
+                )
+            parts = [
+                item for part in parts if isinstance(part, list | tuple) for item in part if isinstance(item, SIZED)
+            ]
 
 
 def make_dict(parts: Any) -> dict[Any, Any]:
@@ -227,7 +255,9 @@ def make_dict(parts: Any) -> dict[Any, Any]:
     keys = parts[::2]
     for key in keys:
         if not isinstance(key, KEYS):
-            raise ValueError(f"has a dict with a key of type {type(key).__name__}, where text or a number is meant")
+            raise ValueError(f"has a dict with a key of type {type(key).__name__}, where text or a number is expected")
+        if isinstance(key, int) and abs(key) >= LARGEST_KEY:
+            raise ValueError("has a dict with an integer of more than 256 bits as a key")
     return dict(zip(keys, parts[1::2], strict=True))
 
 

@@ -52,7 +52,7 @@ def test_a_missing_image_is_named_before_training(tmp_path: Path, split: str) ->
     open_sources(config)
     (folders[split] / "images" / "001.jpeg").unlink()
     line = (
-        rf"{split}/annotations.json: 1 of 3 images are not in .*/{split}/images/: file_name '001.jpeg' of image id 11; "
+        rf"{split}/annotations.json: 1 of 3 images are missing: file_name '001.jpeg' of image id 11 is not .*/{split}/"
     )
     with pytest.raises(DataError, match=line):
         open_sources(config)

@@ -156,7 +156,7 @@ def test_a_split_without_a_box_leaves_nothing_to_learn(tmp_path: Path) -> None:
 def test_a_file_of_nothing_but_mistakes_is_told_to_the_end(tmp_path: Path) -> None:
     splits = clean()
     for entry in splits.documents["train"]["images"]:
-        entry["width"] = 0
+        entry["width"] = -1
     check = check_of(splits, tmp_path)
     counts = {group.kind: len(group.findings) for group in check.groups}
     assert counts["refused_images"] == 6 and counts["orphaned"] == 12

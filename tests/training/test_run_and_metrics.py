@@ -149,12 +149,14 @@ def test_a_run_that_is_trained_further_is_not_complete(tmp_path: Path) -> None:
     assert not (tmp_path / "summary.json").exists()
 
 
-def step_metrics(loss: float, gradient: float = 1.0, parameters: float = 1.0, skipped: int = 0) -> dict:
+def step_metrics(
+    loss: float, gradient: float = 1.0, parameters: float = 1.0, skipped: int = 0, positives: float = 3.0
+) -> dict:
     return {
         "loss": jnp.float32(loss),
         "classification_loss": jnp.float32(loss),
         "box_loss": jnp.float32(0.5),
-        "positives_per_image": jnp.float32(3),
+        "positives_per_image": jnp.float32(positives),
         "learning_rate": jnp.float32(0.01),
         "gradient_norm": jnp.float32(gradient),
         "parameter_norm": jnp.float32(parameters),
@@ -195,6 +197,29 @@ def test_steps_left_out_are_told_of_and_counted(tmp_path: Path, capsys: pytest.C
     told = [(line["step"], line["event"], line["skipped"]) for line in lines(tmp_path)]
     assert told == [(2, "left_out", 1), (3, "train", 1), (4, "left_out", 2)]
     assert lines(tmp_path)[0]["images"] == [7, 8] and lines(tmp_path)[1]["loss"] == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    ("start", "steps", "positive", "warned"),
+    [
+        (0, 200, None, 1),  # none at all: one warning, after step 50
+        (0, 200, 51, 1),  # too late, though in the same window
+        (0, 200, 50, 0),
+        (30, 200, None, 1),  # a resumed run counts anew
+        (0, 20, None, 1),  # a run that is shorter
+        (190, 200, None, 0),  # the rest of a longer one
+    ],
+)
+def test_a_run_without_a_positive_anchor_in_its_first_steps_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], start: int, steps: int, positive: int | None, warned: int
+) -> None:
+    run = open_run(tmp_path, override(Config(), {"training.steps": steps}), NAMES, IDS)
+    with Metrics(run, start) as metrics:
+        for step in range(start + 1, steps + 1):
+            metrics.add(step, step_metrics(1.0, positives=float(step == positive)), [step], 0.0)
+            if step % 20 == 0:
+                metrics.flush()
+    assert capsys.readouterr().out.count("no anchor was positive") == warned
 
 
 def test_resuming_drops_the_lines_that_will_be_written_again(tmp_path: Path) -> None:

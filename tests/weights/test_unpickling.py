@@ -20,6 +20,7 @@ from weight_files import literal, pickled, tensor, torch_legacy, torch_zip
 
 from retina_jax.weights.errors import WeightsError
 from retina_jax.weights.readers import read_weights
+from retina_jax.weights.torch_files import TORCH
 from retina_jax.weights.unpickling import unpickle
 
 
@@ -157,6 +158,50 @@ def test_a_small_file_takes_little_time_and_memory(tmp_path: Path, program: byte
     seconds, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert seconds < 20 and peak < 2**27
+
+
+def repeated(call: bytes, times: int, head: bytes) -> bytes:
+    """A list of what `call` makes, `times` times, after instructions that only fill the memo."""
+    return b"\x80\x02" + head + b"0](" + call * times + b"e."
+
+
+SWOLLEN = {
+    "copies of a list": repeated(
+        b"ccollections\nOrderedDict\nh\x09\x85R", 2_000, literal([("a", 1)] * 2_000) + b"q\x09"
+    ),
+    "a list of the same list": repeated(
+        b"ccollections\nOrderedDict\n](" + b"h\x09" * 2_000 + b"e\x85R", 1, literal(["a", 1] * 1_000) + b"q\x09"
+    ),
+    "the same arguments": repeated(b"ctorch\ndevice\nh\x08R", 2_000, b"(" + literal("a") * 2_000 + b"tq\x08"),
+    "copies of a tuple": repeated(b"ctorch\nSize\nh\x09\x85R", 2_000, literal([1] * 2_000) + b"q\x09"),
+    "copies of a text": repeated(
+        b"c_codecs\nencode\nh\x09" + literal("latin1") + b"\x86R", 2_000, literal("x" * 16_000) + b"q\x09"
+    ),
+    "arrays of the same bytes": repeated(
+        b"cnumpy.core.numeric\n_frombuffer\n(h\x09h\x08M\xd0\x07\x85" + literal("C") + b"tR",
+        2_000,
+        b"cnumpy\ndtype\n" + literal("f8") + b"\x85Rq\x08" + literal("x" * 16_000) + b"q\x09",
+    ),
+    "states of the same bytes": repeated(
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\ntRh\x08b",
+        2_000,
+        b"(K\x01M\x80\x3e\x85cnumpy\ndtype\n" + literal("b1") + b"\x85R\x89" + literal("x" * 16_000) + b"tq\x08",
+    ),
+    "keys that are hashed anew": repeated(b"}h\x09K\x01s", 2_000, literal(1 << 8_000_000) + b"q\x09"),
+}
+"""Pickles that take the same large object again and again, by a memo of two bytes."""
+
+
+@pytest.mark.parametrize("name", SWOLLEN)
+def test_what_a_pickle_makes_is_bounded_by_its_size(name: str) -> None:
+    program = SWOLLEN[name]
+    tracemalloc.start()
+    start = time.process_time()
+    with pytest.raises(ValueError, match=r"copying some of them many times|of more than 256 bits"):
+        unpickle(io.BytesIO(program), TORCH)
+    seconds, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert seconds < 10 and peak < 150 * len(program)
 
 
 plain = st.recursive(

@@ -1,0 +1,240 @@
+"""A COCO JSON in memory to columns: every entry checked, sizes and files of its images found, its boxes in pixels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from retina_jax.data.box_formats import BoxFormat, guess_format, to_xywh
+from retina_jax.data.coco_entries import (
+    WITHOUT_BOX,
+    Box,
+    Image,
+    Mistake,
+    annotation_parser,
+    category_parser,
+    escapes,
+    image_parser,
+    outside,
+    short,
+)
+from retina_jax.data.image_paths import find_images
+from retina_jax.data.image_sizes import Size, read_sizes
+from retina_jax.data.source import DataError
+
+T = TypeVar("T")
+Crowds = Literal["ignore", "objects"]
+
+
+class Note(NamedTuple):
+    """What a person should know of how a file was read."""
+
+    kind: str
+    """One of the kinds of `data_check.findings`."""
+    text: str
+    """One line."""
+    refused: bool = False
+    """Whether the data set cannot be used so."""
+
+
+class Content(NamedTuple):
+    """What a COCO JSON holds."""
+
+    categories: list[tuple[int, str]]
+    """Id and name, by ascending id: label k is the k-th."""
+    images: list[tuple[int, str, int, int]]
+    """Id, file name, width, height."""
+    boxes: Float64[np.ndarray, "M 7"]
+    """Row of the image, label, crowd, and x, y, width, height in pixels."""
+    areas: Float64[np.ndarray, " M"]
+    """Square pixels; width times height where the file has none."""
+    ids: Int64[np.ndarray, " M"]
+    """Of the annotations; 0 where missing."""
+    rows: Int64[np.ndarray, " M"]
+    """Place of each box in the file's list of annotations."""
+    without_box: list[int]
+    """Places of the annotations that have no box: points and keypoints."""
+    paths: list[str]
+    """File of each image, or where it should be; empty where the folder was not given."""
+    missing: dict[int, str]
+    """Rows of the images without a file; where files of that base name are, if anywhere."""
+    notes: list[Note]
+
+
+def parse_document(
+    path: Path,
+    document: Any,
+    mistakes: list[Mistake] | None = None,
+    *,
+    folder: Path | None = None,
+    box_format: BoxFormat = "auto",
+    crowds: Crowds = "ignore",
+) -> Content:
+    """The content of what `coco.load_json` gave.
+
+    With a list of `mistakes`, entries that cannot be used are added to it and left out, refused notes are kept, and only a
+    file without the three lists raises DataError; without one, the first of them raises it. Without a `folder`, images are
+    not looked for, and sizes that are missing stay 0.
+    """
+    if not isinstance(document, dict):
+        raise DataError(f"{path}: must be an object with images, annotations and categories, not {short(document)}")
+    texts: Counter[str] = Counter()
+    notes: list[Note] = []
+    categories = sorted(
+        category for _, category in _parse_all(path, document, "categories", category_parser(texts), mistakes)
+    )
+    images = _parse_all(path, document, "images", image_parser(texts, rooted=folder is not None), mistakes)
+    if not mistakes and not (categories and images):
+        raise DataError(f"{path}: {'images' if categories else 'categories'} is empty; it must list at least one")
+    images, paths, missing = _located(path, document, images, folder, notes, mistakes)
+    image_rows = {image.id: i for i, image in enumerate(images)}
+    label_of = {category_id: label for label, (category_id, _) in enumerate(categories)}
+    parser = annotation_parser(image_rows, label_of, texts)
+    found = _parse_all(path, document, "annotations", parser, mistakes)
+    boxes = [(row, box) for row, box in found if box is not WITHOUT_BOX]
+    if texts:
+        counted = ", ".join(f"{count} {key}" for key, count in texts.items())
+        notes.append(Note("text_numbers", f"numbers are written as text ({counted}); they are read as numbers"))
+    sizes_wh = np.array([image[2:] for image in images], np.int64).reshape(-1, 2)
+    columns, areas = _columns([box for _, box in boxes], sizes_wh, box_format, crowds, notes)
+    _note_crowds(columns, [name for _, name in categories], notes)
+    for note in notes:
+        if note.refused and mistakes is None:
+            raise DataError(f"{path}: {note.text}")
+    return Content(
+        categories=categories,
+        images=[tuple(image) for image in images],
+        boxes=columns,
+        areas=areas,
+        ids=np.array([box.id for _, box in boxes], np.int64),
+        rows=np.array([row for row, _ in boxes], np.int64),
+        without_box=[row for row, box in found if box is WITHOUT_BOX],
+        paths=paths,
+        missing=missing,
+        notes=notes,
+    )
+
+
+def _located(
+    path: Path,
+    document: dict,
+    entries: list[tuple[int, Image]],
+    folder: Path | None,
+    notes: list[Note],
+    mistakes: list[Mistake] | None,
+) -> tuple[list[Image], list[str], dict[int, str]]:
+    """The images with their files, the rows of those that have none, and sizes from the files where the entries have none.
+    Images whose names lead out of the folder and those without a size become `mistakes`."""
+    if folder is None:
+        return [image for _, image in entries], [], {}
+    names = [image.file_name for _, image in entries]
+    places = find_images(folder, names)
+    if places.moved:
+        first = places.moved[0]
+        notes.append(
+            Note(
+                "moved",
+                f"{len(places.moved)} of {len(names)} images are not where their file_name says: {short(names[first])} "
+                f"is read from {places.paths[first]}",
+            )
+        )
+    unknown = [row for row, (_, image) in enumerate(entries) if not image.width]
+    sizes = dict(zip(unknown, read_sizes(path, [places.paths[row] for row in unknown]), strict=True)) if unknown else {}
+    if turned := [names[row] for row, size in sizes.items() if isinstance(size, Size) and size.turned]:
+        notes.append(
+            Note(
+                "turned_sizes",
+                f"{len(turned)} of the {len(unknown)} images without width and height are turned by their EXIF orientation "
+                f"({short(turned[0])}, ...): boxes are taken to lie on the turned image",
+            )
+        )
+    kept, missing = [], {}
+    for row, (index, image) in enumerate(entries):
+        size, wrong = sizes.get(row), None
+        place = f"; {places.missing[row]}" if places.missing.get(row) else ""
+        if row in places.missing and escapes(image.file_name):
+            wrong = outside(image.file_name) + place
+        elif isinstance(size, str):
+            wrong = f"width and height are missing, and {places.paths[row]} cannot be read: {size}{place}"
+        if wrong is not None:
+            _mistaken(path, Mistake("images", index, document["images"][index], wrong), mistakes)
+            continue
+        if row in places.missing:
+            missing[len(kept)] = places.missing[row]
+        kept.append((row, image._replace(width=size.width, height=size.height) if isinstance(size, Size) else image))
+    return [image for _, image in kept], [places.paths[row] for row, _ in kept], missing
+
+
+def _columns(
+    boxes: list[Box],
+    sizes_wh: np.ndarray,
+    box_format: BoxFormat,
+    crowds: Crowds,
+    notes: list[Note],
+) -> tuple[Float64[np.ndarray, "M 7"], Float64[np.ndarray, " M"]]:
+    """`Content.boxes` and `Content.areas`; notes what the boxes look like."""
+    owners = np.array([box.image for box in boxes], np.int64)
+    sizes = sizes_wh[owners] if len(boxes) else np.zeros((0, 2), np.int64)
+    numbers = np.array([box.numbers for box in boxes], np.float64).reshape(-1, 4)
+    areas = np.array([box.area for box in boxes], np.float64)
+    given = np.array([box.given for box in boxes], bool)
+    if box_format == "auto" and (guess := guess_format(numbers, areas, sizes)) is not None:
+        options = " or ".join(f"data.box_format {name}" for name in guess.formats)
+        kind = "box_format" if guess.sure else "likely_format"
+        notes.append(Note(kind, f"{guess.why}; set {options} (xywh if they are right as they are)", guess.sure))
+    of_polygons = "xywh_fractions" if box_format.endswith("_fractions") else "xywh"  # a polygon has no layout
+    xywh = np.where(given[:, None], to_xywh(numbers, box_format, sizes), to_xywh(numbers, of_polygons, sizes))
+    products = xywh[:, 2:].prod(1)
+    # The area of a box in another format is its own, or that of a smaller mask in pixels.
+    converted = (box_format not in ("auto", "xywh")) & (box_format.endswith("_fractions") | (areas > products))
+    areas = np.where(np.isnan(areas) | converted, products, areas)
+    crowd = np.array([box.crowd and crowds == "ignore" for box in boxes], np.float64)
+    labels = np.array([box.label for box in boxes], np.float64)
+    return np.column_stack([owners, labels, crowd, xywh]).astype(np.float64).reshape(-1, 7), areas
+
+
+def _note_crowds(boxes: Float64[np.ndarray, "M 7"], names: list[str], notes: list[Note]) -> None:
+    """Notes the classes that have crowds and nothing else."""
+    labels, crowd = boxes[:, 1].astype(np.int64), boxes[:, 2] > 0
+    total = np.bincount(labels, minlength=len(names))
+    alone = np.flatnonzero((total > 0) & (np.bincount(labels[crowd], minlength=len(names)) == total)).tolist()
+    if alone:
+        shown = ", ".join(short(names[k]) for k in alone[:5]) + (", ..." if len(alone) > 5 else "")
+        notes.append(
+            Note(
+                "all_crowds",
+                f"every annotation of {shown} ({total[alone].sum()} in all) has iscrowd 1, as CVAT and Datumaro write "
+                "masks: none is trained on; data.crowds objects takes them as objects",
+            )
+        )
+
+
+def _parse_all(
+    path: Path, document: dict, key: str, parse: Callable[[dict], T], mistakes: list[Mistake] | None
+) -> list[tuple[int, T]]:
+    """`parse` of every entry of a list in the file, with its place; its DataErrors become `mistakes` or are raised."""
+    entries = document.get(key)
+    if not isinstance(entries, list):
+        found = short(entries) if key in document else "missing"
+        raise DataError(f"{path}: {key} must be a list of objects, but is {found}")
+    parsed = []
+    for i, entry in enumerate(entries):
+        try:
+            if not isinstance(entry, dict):
+                raise DataError(f"must be an object, not {short(entry)}")
+            parsed.append((i, parse(entry)))
+        except DataError as error:
+            _mistaken(path, Mistake(key, i, entry, str(error)), mistakes)
+    return parsed
+
+
+def _mistaken(path: Path, mistake: Mistake, mistakes: list[Mistake] | None) -> None:
+    """Adds to `mistakes`, or raises a DataError with the file, the entry's position and id."""
+    if mistakes is None:
+        raise DataError(f"{path}: {mistake.place}: {mistake.text}")
+    mistakes.append(mistake)

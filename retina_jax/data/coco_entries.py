@@ -1,0 +1,193 @@
+"""Entries of a COCO JSON, each checked on its own: what they hold, or one line that says what is wrong with them."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from retina_jax.data.segmentations import box_of
+from retina_jax.data.source import DataError
+
+LARGEST = 1e9
+"""No size, coordinate or area in pixels is larger."""
+LARGEST_ID = 2**53
+"""Ids stay below, where every JSON writer keeps integers exact."""
+LONGEST = 4096
+"""No file name has more characters."""
+UNSHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Control characters, line ends and halves of characters: they break file names, log lines and terminals."""
+DIGITS = re.compile(r"[+-]?[0-9]{1,16}", re.ASCII)
+"""Text that is read as an integer."""
+WITHOUT_BOX = None
+"""What an annotation without a box is parsed to, such as a point or keypoints."""
+
+
+class Mistake(NamedTuple):
+    """An entry of the file that cannot be used."""
+
+    key: str
+    """List that it stands in: categories, images or annotations."""
+    index: int
+    entry: Any
+    text: str
+    """What is wrong and what would be right, one line."""
+
+    @property
+    def place(self) -> str:
+        """Where it stands, and its id where it has one."""
+        named = f" (id {short(self.entry['id'])})" if isinstance(self.entry, dict) and "id" in self.entry else ""
+        return f"{self.key}[{self.index}]{named}"
+
+
+class Image(NamedTuple):
+    """An entry of `images`."""
+
+    id: int
+    file_name: str
+    width: int
+    """Pixels; 0 where the entry has no size."""
+    height: int
+
+
+class Box(NamedTuple):
+    """An entry of `annotations`."""
+
+    image: int
+    """Row of its image."""
+    label: int
+    crowd: int
+    numbers: tuple[float, float, float, float]
+    """`bbox` as found; x, y, width, height of the segmentation where there is none."""
+    given: bool
+    """Whether `numbers` are those of `bbox`."""
+    area: float
+    """NaN where missing."""
+    id: int
+    """0 where missing."""
+
+
+def category_parser(texts: Counter[str]) -> Callable[[dict], tuple[int, str]]:
+    """Parses a category to its id and name; counts in `texts` the numbers that are text, by key."""
+    seen: set[int] = set()
+
+    def parse(entry: dict) -> tuple[int, str]:
+        return new(seen, integer(entry, "id", texts)), text(entry, "name")
+
+    return parse
+
+
+def image_parser(texts: Counter[str], *, rooted: bool) -> Callable[[dict], Image]:
+    """Parses an image. With `rooted`, a file name may be absolute or climb out of the folder: whoever opens files must not
+    follow it there."""
+    seen: set[int] = set()
+
+    def parse(entry: dict) -> Image:
+        width, height = (0 if entry.get(key) is None else integer(entry, key, texts) for key in ("width", "height"))
+        for key, side in (("width", width), ("height", height)):
+            if not 0 <= side <= LARGEST:
+                raise DataError(f"{key} must be a positive number of pixels, not {side}")
+        name = text(entry, "file_name")
+        if not rooted and escapes(name):
+            raise DataError(outside(name))
+        known = width and height
+        return Image(new(seen, integer(entry, "id", texts)), name, width if known else 0, height if known else 0)
+
+    return parse
+
+
+def escapes(name: str) -> bool:
+    """Whether a file name leads out of the folder that it is in: it is absolute, has a drive, or climbs out with .. ."""
+    if name.startswith(("/", "\\")) or name[1:2] == ":":
+        return True
+    return ".." in name and ".." in name.replace("\\", "/").split("/")
+
+
+def outside(name: str) -> str:
+    """Why a file name that `escapes` is refused."""
+    return f"file_name must be a path inside the image folder, not {short(name)}"
+
+
+def annotation_parser(
+    image_rows: dict[int, int], label_of: dict[int, int], texts: Counter[str]
+) -> Callable[[dict], Box | None]:
+    """Parses an annotation to a Box, or to WITHOUT_BOX where it has neither a bbox nor a segmentation."""
+
+    def parse(entry: dict) -> Box | None:
+        image = image_rows.get(integer(entry, "image_id", texts))
+        if image is None:
+            raise DataError(f"image_id must be the id of one of the images, not {entry['image_id']}")
+        label = label_of.get(integer(entry, "category_id", texts))
+        if label is None:
+            raise DataError(f"category_id must be one of {short(sorted(label_of))}, not {entry['category_id']}")
+        crowd = entry.get("iscrowd", 0)
+        if crowd not in (0, 1):
+            raise DataError(f"iscrowd must be 0 or 1, not {short(crowd)}")
+        identity = integer(entry, "id", texts) if "id" in entry else 0
+        area = entry.get("area", float("nan"))
+        if "area" in entry and not is_number(area):
+            raise DataError(f"area must be a number of pixels, not {short(area)}")
+        box = entry.get("bbox")
+        if given := box is not None and box != []:
+            if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+                raise DataError(f"bbox must be four finite numbers, [x, y, width, height] in pixels, not {short(box)}")
+        else:
+            box = box_of(entry.get("segmentation"))
+            if box is None:
+                return WITHOUT_BOX
+        return Box(image, label, int(crowd), tuple(box), given, area, identity)
+
+    return parse
+
+
+def integer(entry: dict, key: str, texts: Counter[str]) -> int:
+    """The integer under `key`, which may be a float without a fraction, or text of digits, which is counted in `texts`."""
+    value = entry.get(key)
+    if type(value) is int and -LARGEST_ID < value < LARGEST_ID:
+        return value  # as nearly all are
+    value = as_integer(value)
+    if value is None:
+        raise DataError(f"{key} must be an integer, {'not ' + short(entry[key]) if key in entry else 'but is missing'}")
+    if isinstance(entry[key], str):
+        texts[key] += 1
+    return value
+
+
+def as_integer(value: object) -> int | None:
+    """The integer that a JSON value is, 3, 3.0 or "3"; None where it is none."""
+    if (isinstance(value, str) and DIGITS.fullmatch(value)) or (type(value) is float and value.is_integer()):
+        value = int(value)
+    # `type`, because True is an instance of int.
+    return value if type(value) is int and abs(value) < LARGEST_ID else None
+
+
+def text(entry: dict, key: str) -> str:
+    """The text under `key`, which a terminal can show."""
+    value = entry.get(key)
+    if not isinstance(value, str) or not value:
+        raise DataError(f"{key} must be text, {'not ' + short(value) if key in entry else 'but is missing'}")
+    if UNSHOWN.search(value) or len(value) > LONGEST:
+        wanted = f"text on one line of at most {LONGEST} characters, none of them a control character"
+        raise DataError(f"{key} must be {wanted}, not {short(value)}")
+    return value
+
+
+def is_number(value: object) -> bool:
+    """Whether a JSON value is a number of at most LARGEST."""
+    # A comparison with NaN is false, one with an infinity or an integer of a thousand digits is too, without overflow.
+    return type(value) in (int, float) and abs(value) <= LARGEST
+
+
+def new(seen: set[int], identity: int) -> int:
+    """`identity`, which is added to `seen`; DataError where it is there already."""
+    if identity in seen:
+        raise DataError("id is used twice; every entry must have its own")
+    seen.add(identity)
+    return identity
+
+
+def short(value: object) -> str:
+    """The value on one line, however long or deep it is."""
+    return "null" if value is None else reprlib.repr(value)

@@ -1,0 +1,97 @@
+"""Boxes in another format than COCO's: converted exactly, and recognised where they are read as COCO's."""
+
+from __future__ import annotations
+
+import typing
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retina_jax.config import DataConfig
+from retina_jax.data.box_formats import BoxFormat, guess_format, to_xywh
+
+FORMATS = [name for name in typing.get_args(BoxFormat) if name != "auto"]
+
+
+def boxes_in_images(rng: np.random.Generator, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (x, y, width, height) of all sizes anywhere in images of several sizes, and these."""
+    sizes_wh = rng.choice([[640, 480], [480, 640], [97, 400], [1920, 1080]], number)
+    ends = np.sort(rng.uniform(0, 1, (number, 2, 2)), axis=1) * sizes_wh[:, None]
+    ends[:, 1] = np.maximum(ends[:, 1], ends[:, 0] + 0.5)
+    return np.concatenate([ends[:, 0], ends[:, 1] - ends[:, 0]], axis=1), sizes_wh
+
+
+def encoded(boxes_xywh: np.ndarray, sizes_wh: np.ndarray, name: str) -> np.ndarray:
+    """The boxes as `name` writes them."""
+    first, sides = boxes_xywh[:, :2], boxes_xywh[:, 2:]
+    layout, _, fractions = name.partition("_")
+    pairs = {"xywh": (first, sides), "xyxy": (first, first + sides), "cxcywh": (first + sides / 2, sides)}[layout]
+    numbers = np.concatenate(pairs, axis=1)
+    return numbers / np.tile(sizes_wh, 2) if fractions else numbers
+
+
+def test_the_config_names_every_format() -> None:
+    assert typing.get_args(typing.get_type_hints(DataConfig)["box_format"]) == typing.get_args(BoxFormat)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32), st.integers(20, 60), st.booleans(), st.sampled_from(FORMATS))
+def test_a_format_is_converted_and_recognised(seed: int, number: int, with_areas: bool, name: str) -> None:
+    """Of centres and sizes in pixels, which look much like COCO's, a warning does."""
+    rng = np.random.default_rng(seed)
+    boxes, sizes_wh = boxes_in_images(rng, number)
+    numbers = encoded(boxes, sizes_wh, name)
+    assert np.allclose(to_xywh(numbers, name, sizes_wh), boxes)
+    guess = guess_format(numbers, boxes[:, 2:].prod(1) if with_areas else np.full(number, np.nan), sizes_wh)
+    if name == "xywh":
+        assert guess is None
+    else:
+        assert guess is not None and name in guess.formats and (guess.sure or name == "cxcywh")
+
+
+@pytest.mark.parametrize("name", ["xyxy", "xyxy_fractions", "xywh_fractions"])
+def test_a_few_bad_boxes_hide_no_format(name: str) -> None:
+    boxes, sizes_wh = boxes_in_images(np.random.default_rng(3), 100)
+    numbers = encoded(boxes, sizes_wh, name)
+    numbers[:3] = [[-50, 4, 9, 5], [5000, 5000, 1, 1], [7, 7, 0, -3]]
+    guess = guess_format(numbers, np.full(100, np.nan), sizes_wh)
+    assert guess is not None and guess.sure and name in guess.formats
+
+
+def test_boxes_in_the_upper_left_are_recognised_by_their_areas_alone() -> None:
+    sizes_wh = np.full((10, 2), 1000)
+    corners = np.array([[10.0 + i, 20, 60 + 2 * i, 50] for i in range(10)])
+    areas = (corners[:, 2:] - corners[:, :2]).prod(1)
+    guess = guess_format(corners, areas, sizes_wh)
+    assert guess is not None and guess.sure and guess.formats == ("xyxy",)
+    assert guess_format(corners, corners[:, 2:].prod(1), sizes_wh) is None
+    assert guess_format(corners, np.full(10, np.nan), sizes_wh) is None
+    assert guess_format(corners, 0.6 * areas, sizes_wh) is None  # areas of masks, which are those of neither
+
+
+def test_too_few_boxes_are_warned_of_and_not_refused() -> None:
+    guess = guess_format(np.array([[40.0, 30, 63, 47]]), np.array([np.nan]), np.array([[64, 48]]))
+    assert guess is not None and not guess.sure
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [[0, 0, 1, 1]] * 5 + [[40, 30, 1, 1]] * 5,  # one pixel each
+        [[0, 0, 64, 48]] * 10,  # the complete image
+        [[-4, 40, 80, 20]] * 10,  # beyond both sides
+        [[60, 40, 30, 20]] * 10,  # beyond the corner, and no corners themselves
+        [[0, 0, 0, 0]] * 10,
+        [],
+    ],
+)
+def test_unusual_boxes_of_coco_are_left_alone(numbers: list) -> None:
+    columns = np.array(numbers, np.float64).reshape(-1, 4)
+    assert guess_format(columns, np.full(len(columns), np.nan), np.full((len(columns), 2), (64, 48))) is None
+
+
+def test_images_of_a_few_pixels_say_nothing_about_fractions() -> None:
+    numbers, sizes_wh = np.array([[0.0, 0, 1, 1]] * 5), np.full((5, 2), 2)
+    assert guess_format(numbers, np.full(5, np.nan), sizes_wh) is None

@@ -1,0 +1,83 @@
+"""Where images are found whose names were written on another machine, and what is never taken for them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from retina_jax.data.image_paths import Places, find_images
+
+
+def tree(root: Path, *files: str) -> Path:
+    """A folder of empty files."""
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).touch()
+    return root
+
+
+def found(folder: Path, places: Places) -> list[str | None]:
+    """Path of each name's file relative to the folder; None where it is missing."""
+    return [None if i in places.missing else os.path.relpath(p, folder) for i, p in enumerate(places.paths)]
+
+
+CASES = {
+    "as it says": (["1.png", "a/2.png"], ["1.png", "a/2.png"], ["1.png", "a/2.png"], 0),
+    "a backslash between folders": (["a/1.png"], ["a\\1.png"], ["a/1.png"], 1),
+    "a backslash that is part of the name": (["a\\1.png", "a/1.png"], ["a\\1.png"], ["a\\1.png"], 0),
+    "a folder too many": (["1.png", "2.png"], ["images\\1.png", "images/2.png"], ["1.png", "2.png"], 2),
+    "a folder too few": (["d/1.png", "d/2.png"], ["1.png", "2.png"], ["d/1.png", "d/2.png"], 2),
+    "spread over folders": (["a/1.png", "b/2.png"], ["1.png", "2.png"], ["a/1.png", "b/2.png"], 2),
+    "another root": (["b/1.png"], ["/home/me/a/b/1.png"], ["b/1.png"], 1),
+    "its root is the folder": (["a/1.png"], ["/a/1.png"], ["a/1.png"], 1),
+    "a drive": (["1.png"], ["C:\\data\\1.png"], ["1.png"], 1),
+    "climbing out": (["up/1.png"], ["..\\..\\media\\up\\1.png"], ["up/1.png"], 1),
+    "two of a name in different folders": (["a/x/1.png", "b/x/1.png"], ["c/a/x/1.png"], ["a/x/1.png"], 1),
+    "two of a name": (["a/1.png", "b/1.png"], ["1.png"], [None], 0),
+    "two names for a file": (["1.png"], ["a/1.png", "b/1.png"], [None, None], 0),
+    "one of many is missing": (["1.png", "thumbs/2.png"], ["1.png", "2.png"], ["1.png", None], 0),
+    "its folder is there": (["train/2.png", "val/1.png"], ["train/1.png"], [None], 0),
+    "a prefix of Label Studio": (["1.png"], ["a1b2c3d4-1.png"], [None], 0),
+    "no file": ([], ["1.png", "..", "/", "\\", "C:", "a/.."], [None] * 6, 0),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_file_is_found_where_it_is_beyond_doubt(tmp_path: Path, case: str) -> None:
+    files, names, expected, moved = CASES[case]
+    folder = tree(tmp_path / "images", *files)
+    folder.mkdir(exist_ok=True)
+    places = find_images(folder, names)
+    assert found(folder, places) == expected and len(places.moved) == moved
+
+
+def test_a_folder_too_deep_is_seen(tmp_path: Path) -> None:
+    folder = tree(tmp_path, "1.png", "other/2.png", "deep/x.txt") / "deep"
+    assert found(folder, find_images(folder, ["1.png", "other/2.png"])) == ["../1.png", "../other/2.png"]
+
+
+def test_names_never_lead_out_of_the_folder(tmp_path: Path) -> None:
+    """Not by their own path, and not through the folder above."""
+    tree(tmp_path, "secret.png", "images/1.png", "images/deep/2.png")
+    folder = tmp_path / "images"
+    for name in (str(tmp_path / "secret.png"), "../secret.png", "deep/../../secret.png", "\\secret.png"):
+        assert found(folder, find_images(folder, [name])) == [None]
+
+
+def test_places_of_missing_files_are_named(tmp_path: Path) -> None:
+    tree(tmp_path, "images/a/1.png", "images/b/1.png", "images/2.png", "others/3.png")
+    folder = tmp_path / "images"
+    names = ["1.png", "0123abcd-2.png", "c/3.png", "4.png"]
+    said = find_images(folder, names).missing
+    assert "a/1.png" in said[0] and "b/1.png" in said[0]
+    assert str(folder / "2.png") in said[1] and "0123abcd-" in said[1]
+    assert str(tmp_path / "others/3.png") in said[2] and said[3] == ""
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    tree(tmp_path, "store/1.png", "images/x.txt")
+    (tmp_path / "images/linked").symlink_to(tmp_path / "store")
+    (tmp_path / "store/loop").symlink_to(tmp_path / "images")
+    assert found(tmp_path / "images", find_images(tmp_path / "images", ["1.png"])) == ["linked/1.png"]
