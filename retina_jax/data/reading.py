@@ -9,9 +9,11 @@ import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 from retina_jax.errors import reason
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 NEVER_WAITS = getattr(os, "O_NONBLOCK", 0)
 """Opening a pipe that nobody writes to returns at once; reading a regular file is as without it."""
@@ -28,19 +30,26 @@ def read_file(path: Path, largest: int) -> bytes:
     Raises OSError, its strerror one line: for a file that cannot be read, for one of more bytes (exactly `largest` are
     read), for a folder, a pipe, a socket or a device, none of which is waited for, and for a name that no file can have.
     """
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > largest:
+            raise OSError(errno.EFBIG, f"it has {size} bytes; at most {largest} are read", str(path))
+        return file.read(size)  # No more, should it be growing.
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A regular file, opened for reading; OSError for anything else, as `read_file` says."""
     try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | NEVER_WAITS)) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.EINVAL, "it must be a regular file", str(path))
-            if status.st_size > largest:
-                raise OSError(errno.EFBIG, f"it has {status.st_size} bytes; at most {largest} are read", str(path))
-            return file.read(status.st_size)  # No more, should it be growing.
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | NEVER_WAITS))  # noqa: SIM115
     except ValueError:  # A NUL, or what the file system's encoding lacks.
         raise OSError(errno.EINVAL, "no file can have this name", repr(path)) from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it must be a regular file", str(path))
+    return file
 
 
-def read_again(read: Callable[[], bytes], name: str) -> bytes:
+def read_again(read: Callable[[], T], name: str) -> T:
     """What `read` gives, called again after each of PAUSES while it fails with an error that may pass; a line each time.
 
     Any other OSError is raised at once, and the last of them when the pauses are over.

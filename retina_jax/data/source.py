@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
+from retina_jax.data.conventions import AS_VIEWERS, Decoding
 from retina_jax.errors import PlainError
 
 
@@ -56,6 +57,8 @@ class Source:
     """What messages call the image of a record."""
     make_truth: Callable[[], dict[str, Any]]
     """Makes `truth`."""
+    decoding: Decoding = AS_VIEWERS
+    """How its image files are decoded; `survey.with_decoding` finds it."""
 
     @cached_property
     def truth(self) -> dict[str, Any]:

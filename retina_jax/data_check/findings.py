@@ -46,6 +46,21 @@ KINDS: dict[str, Kind] = {
         "classes with poor anchor coverage",
         "Boxes whose best anchor is below the IoU of a positive are learnt badly or not at all. See the suggestion.",
     ),
+    "pixels": Kind(
+        "warning",
+        "doubts about how image files are decoded",
+        "Boxes may lie on pixels that are turned otherwise, or 16-bit images be too dark or cut off. Look at the pictures.",
+    ),
+    "incomplete": Kind(
+        "warning",
+        "JPEGs with missing data",
+        "Part of the image is grey or displaced. Training takes it as it is.",
+    ),
+    "one_colour": Kind(
+        "warning",
+        "images of one colour",
+        "At most 0.1 % of the pixels differ by more than 2 of 255 from the median. Their boxes cannot be learnt.",
+    ),
     "leakage": Kind(
         "warning", "images in both splits", "The same bytes in training and evaluation: the scores would be too good."
     ),
@@ -80,6 +95,7 @@ KINDS: dict[str, Kind] = {
     "no_boxes": Kind(
         "note", "images without usable boxes", "data.images_without_boxes says whether training drops or keeps them."
     ),
+    "decoding": Kind("note", "conventions of the image files", "Found on the files, or set by an option."),
     "crowd": Kind("note", "crowd boxes", "Never trained on; evaluation ignores detections on them."),
     "outbid": Kind(
         "note",
