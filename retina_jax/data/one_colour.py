@@ -1,4 +1,4 @@
-"""Images that decode to one colour, wholly or nearly: too short a range, a damaged file, a covered lens."""
+"""Images that decode to one colour, wholly or nearly: too long a range, a damaged file, a covered lens."""
 
 from __future__ import annotations
 

@@ -109,7 +109,8 @@ def decide_decoding(split: Split, config: Config) -> tuple[Decoding, Config, lis
     decoding, lines = survey_files(names, paths, sizes).decide(config.data)
     if decoding.bits:
         config = override(config, {"data.bits": decoding.bits})
-    found = [Finding("pixels" if in_doubt else "decoding", split.name, line) for line, in_doubt in lines]
+    name = split.annotations.name
+    found = [Finding("pixels" if in_doubt else "decoding", split.name, name, line) for line, in_doubt in lines]
     return decoding, config, found
 
 
