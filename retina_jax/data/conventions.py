@@ -34,7 +34,7 @@ class Decoding:
 
 
 class Header(NamedTuple):
-    """What an image file says before its pixels are decoded."""
+    """What an image file shows before its pixels are decoded."""
 
     size: tuple[int, int]
     """Width and height as stored."""

@@ -153,7 +153,7 @@ def open_image(encoded: bytes) -> Image.Image:
 
 
 def read_header(image: Image.Image) -> Header:
-    """What an open image says before it is loaded. Of a PNG only the chunks are walked through."""
+    """The header of an open image that is not loaded. The pixels of a PNG are skipped, not decoded."""
     if image.format == "TIFF":  # Of a TIFF that is to be turned, PIL names the size after it.
         width, height = image.tag_v2[256], image.tag_v2[257]
     else:
@@ -165,7 +165,7 @@ def read_header(image: Image.Image) -> Header:
         exif = Image.Image.getexif(image) if loads else image.getexif()
         orientation = exif.get(ORIENTATION_TAG, 1)
     except Exception:
-        orientation = 1  # EXIF that cannot be parsed says nothing about the pixels.
+        orientation = 1  # EXIF that cannot be parsed shows nothing about the pixels.
     known = isinstance(orientation, int) and orientation in TURNS
     return Header((width, height), orientation if known else 1, deep)
 

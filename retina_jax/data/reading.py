@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -24,29 +25,33 @@ PASSING = frozenset(getattr(errno, name) for name in _PASSING.split() if hasattr
 """Errors of a network file system that may be gone the next time; some systems lack some of the names."""
 
 
-def read_file(path: Path, largest: int) -> bytes:
-    """The content of a regular file of at most `largest` bytes, a symbolic link followed wherever it leads.
+@contextlib.contextmanager
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, open for reading, a symbolic link followed wherever it leads.
 
-    Raises OSError, its strerror one line: for a file that cannot be read, for one of more bytes (exactly `largest` are
-    read), for a folder, a pipe, a socket or a device, none of which is waited for, and for a name that no file can have.
+    Raises OSError, its strerror one line: for a file that cannot be read, for a folder, a pipe, a socket or a device, none
+    of which is waited for, and for a name that no file can have.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | NEVER_WAITS | getattr(os, "O_BINARY", 0))
+    except ValueError:  # A NUL, or what the file system's encoding lacks.
+        raise OSError(errno.EINVAL, "no file can have this name", repr(path)) from None
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it must be a regular file", str(path))
+        yield file
+
+
+def read_file(path: Path, largest: int) -> bytes:
+    """The content of a regular file of at most `largest` bytes.
+
+    Raises OSError as `open_file` does, and for one of more bytes; exactly `largest` are read.
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > largest:
             raise OSError(errno.EFBIG, f"it has {size} bytes; at most {largest} are read", str(path))
         return file.read(size)  # No more, should it be growing.
-
-
-def open_file(path: Path) -> BinaryIO:
-    """A regular file, opened for reading; OSError for anything else, as `read_file` says."""
-    try:
-        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | NEVER_WAITS))  # noqa: SIM115
-    except ValueError:  # A NUL, or what the file system's encoding lacks.
-        raise OSError(errno.EINVAL, "no file can have this name", repr(path)) from None
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "it must be a regular file", str(path))
-    return file
 
 
 def read_again(read: Callable[[], T], name: str) -> T:

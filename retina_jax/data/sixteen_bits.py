@@ -28,8 +28,8 @@ def samples(image: Image.Image, reopen: Callable[[], Image.Image]) -> UInt16[np.
     """All 16 bits of an image that `is_deep` and is not loaded, oriented as PIL loads it; c: 1 grey, 2 grey and alpha,
     3 RGB, 4 RGB and alpha. Values below 0 become 0.
 
-    `reopen` opens the file once more: PIL reads the upper bytes of colours, and the lower ones when it is made to take the
-    bytes for swapped. Raises BadImage for values above 65535, and whatever PIL raises.
+    `reopen` opens the file once more: PIL reads the upper bytes of colours, and the lower ones if the file's byte order is
+    given the other way round. Raises BadImage for values above 65535, and whatever PIL raises.
     """
     raw = _raw_mode(image)
     if image.mode.startswith("I"):
@@ -71,7 +71,7 @@ def from_bytes(encoded: bytes, open_image: Callable[[bytes], Image.Image]) -> UI
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How the bytes of the pixels are laid out, in PIL's words; empty where PIL says nothing."""
+    """How the bytes of the pixels are laid out, as PIL names it; empty if it does not."""
     tiles = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles else ""
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments

@@ -1,6 +1,7 @@
-"""The headers of all image files of a data set, read once when it is opened, and what they decide (`conventions`).
+"""The headers of all image files of a data set, read when it is opened, and what they decide (`conventions`).
 
-All headers and not a sample: one image decides, and it may be any. 0.04 ms per file of COCO from the page cache.
+All headers and not a sample: a single image can decide, and it may be any. With 16 threads COCO's files take 0.06 to 0.1 ms
+each from a local disk, so 118,000 take about ten seconds.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ READERS = 16
 
 @dataclass(frozen=True)
 class Survey:
-    """What the image files of a data set say."""
+    """What the headers of a data set's image files show."""
 
     votes: Votes
     range: Range | None
@@ -78,7 +79,7 @@ def range_of(reads: Iterable[Callable[[], bytes]]) -> Range | None:
 
     def values() -> Iterator[np.ndarray]:
         for read in reads:
-            # Whoever decodes the image reports what is wrong with it.
+            # Decoding the image for training reports what is wrong with it.
             with contextlib.suppress(Exception):
                 found = from_bytes(read(), open_image)
                 if found is not None:
@@ -135,5 +136,5 @@ def _header_of_file(path: Path) -> Header | None:
 
     try:
         return read_again(read, str(path))
-    except Exception:  # Whoever decodes the image reports what is wrong with it.
+    except Exception:  # Decoding the image for training reports what is wrong with it.
         return None

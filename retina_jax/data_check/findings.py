@@ -49,7 +49,8 @@ KINDS: dict[str, Kind] = {
     "pixels": Kind(
         "warning",
         "doubts about how image files are decoded",
-        "Boxes may lie on pixels that are turned otherwise, or 16-bit images be too dark or cut off. Look at the pictures.",
+        "Boxes may lie on pixels that are turned otherwise, or 16-bit images may be too dark or cut off. Check the boxes "
+        "and set data.orientation or data.bits.",
     ),
     "incomplete": Kind(
         "warning",
@@ -58,8 +59,8 @@ KINDS: dict[str, Kind] = {
     ),
     "one_colour": Kind(
         "warning",
-        "images of one colour",
-        "At most 0.1 % of the pixels differ by more than 2 of 255 from the median. Their boxes cannot be learnt.",
+        "images of one colour, wholly or nearly",
+        "At most 0.1 % of the pixels differ from the median by more than 2 of 255. Nothing can be learnt from them.",
     ),
     "leakage": Kind(
         "warning", "images in both splits", "The same bytes in training and evaluation: the scores would be too good."
