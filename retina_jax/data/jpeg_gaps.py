@@ -7,9 +7,9 @@ does not pass on. Two things show without it:
   complete, and change pixels if blocks are missing.
 - Restart markers are numbered 0 to 7 in turns, so a missing one breaks the order.
 
-With 2 to 15 % of the data cut out, 59 of 60 baseline files are found, 57 of 60 with restart markers and 42 of 60 progressive
-ones; of 254 intact photographs of COCO none is reported. If the decoder happens to find as many blocks as it needs, or a scan
-of a progressive file is missing altogether, nothing shows.
+With 2 to 15 % of the data cut out, 59 of 60 baseline files are found, 57 of 60 with restart markers and 42 of 60
+progressive ones; of 254 intact photographs of COCO none is reported. If the decoder happens to find as many blocks as it
+needs, or a scan of a progressive file is missing altogether, nothing shows.
 """
 
 from __future__ import annotations

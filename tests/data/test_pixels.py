@@ -23,7 +23,7 @@ from retina_jax.data.jpeg_gaps import missing_part
 from retina_jax.data.one_colour import is_one_colour
 from retina_jax.data.pipeline import eval_batches, train_batches
 from retina_jax.data.sources import open_sources
-from retina_jax.data.survey import survey_files
+from retina_jax.data.survey import decoding_of_files, survey_files
 from retina_jax.data_check.check import decide_decoding
 from retina_jax.data_check.split import read_split
 
@@ -244,6 +244,16 @@ def test_convention_of_the_data_set_reaches_training_evaluation_and_the_check(tm
             assert is_red(image)[2:10, 4:12].mean() > 0.8
     decoding, _, found = decide_decoding(read_split("train", *pair, "keep"), Config())
     assert decoding == source.decoding == Decoding("stored") and [finding.kind for finding in found] == ["decoding"]
+
+
+def test_files_without_annotations_are_turned_as_viewers_show_them(tmp_path: Path) -> None:
+    """Prediction; the range is that of training, and of the files where training had none."""
+    (tmp_path / "turned.jpg").write_bytes(oriented(square(32, 24), 6, "JPEG"))
+    (tmp_path / "deep.png").write_bytes(deep_png(np.full((4, 4, 1), 1000, np.uint16)))
+    files = [tmp_path / "turned.jpg", tmp_path / "deep.png", tmp_path / "missing.png"]
+    assert decoding_of_files(files, DataConfig()) == Decoding("turned", 10)
+    assert decoding_of_files(files[:1], DataConfig(orientation="stored")) == Decoding("stored")
+    assert decoding_of_files(files, DataConfig(bits=12)) == Decoding("turned", 12)
 
 
 def test_one_colour_is_what_hardly_any_pixel_differs_from() -> None:
