@@ -85,19 +85,20 @@ class Votes:
             found = choice
         if not stored + turned + unknown:
             return found, "", False
-        said = f"{stored} images annotated as stored, {turned} as turned, {unknown} of the same size either way"
-        some = self.open[0] + (", ..." if unknown > 1 else "") if unknown else ""
-        either = f"; the latter taken as {found}: {some}" if unknown else ""
+        some = f" ({self.open[0]}{', ...' if unknown > 1 else ''}), read as {found}" if unknown else ""
+        line = (
+            f"images annotated as stored: {stored}, as turned: {turned}, of the same size either way: {unknown}{some}"
+        )
         if stored and turned:
             named = f"{self.stored[0]} is annotated as stored, {self.turned[0]} as turned"
-            ask = "; check the boxes and set data.orientation stored or turned" if unknown and choice == "auto" else ""
-            return found, f"EXIF orientation is mixed: {said}; {named}{either}{ask}", True
+            ask = "; check the boxes of the others, and set data.orientation stored or turned" if unknown else ""
+            return found, f"EXIF orientation is mixed: {line}; {named}{ask if choice == 'auto' else ''}", True
         if choice == "auto" and not stored + turned:
-            ask = "if the boxes lie on the pixels as stored, set data.orientation stored"
-            return found, f"EXIF orientation is undecidable: {said}{either}, as viewers show them; {ask}", True
+            ask = "if their boxes lie on the pixels as stored, set data.orientation stored"
+            return found, f"EXIF orientation is undecidable: {line}, as viewers show them; {ask}", True
         against = self.turned if found == "stored" else self.stored
         doubt = f"; {against[0]} is annotated otherwise and follows its own size" if against else ""
-        return found, f"EXIF orientation: {said}{either}{doubt}", bool(against)
+        return found, f"EXIF orientation: {line}{doubt}", bool(against)
 
 
 AS_VIEWERS = Decoding()

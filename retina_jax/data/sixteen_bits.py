@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import sys
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import UInt16
+from jaxtyping import UInt8, UInt16
 from PIL import Image
 
 from retina_jax.data.source import BadImage
 
+log = logging.getLogger(__name__)
 NATIVE = "L" if sys.byteorder == "little" else "B"
 GREY_ALPHA = "LA;16B"
 """How PIL reads 16-bit grey with transparency; taken as four bytes per pixel instead."""
@@ -40,12 +43,12 @@ def samples(image: Image.Image, reopen: Callable[[], Image.Image]) -> UInt16[np.
         return values.clip(0).astype(np.uint16)
     if raw == GREY_ALPHA:
         image.load()  # for its orientation alone
-        high_low = np.asarray(_loaded_as(reopen(), "RGBA")).astype(np.uint16)
-        return high_low[..., ::2] << 8 | high_low[..., 1::2]
+        high_low = np.asarray(_loaded_as(reopen(), "RGBA"))
+        return _combined(high_low[..., ::2], high_low[..., 1::2])
     image.load()
     order = NATIVE if raw[-1] == "N" else raw[-1]
     low = _loaded_as(reopen(), raw[:-1] + ("B" if order == "L" else "L"))
-    return np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
+    return _combined(np.asarray(image), np.asarray(low))
 
 
 def colours(values: UInt16[np.ndarray, "h w c"]) -> UInt16[np.ndarray, "h w _"]:
@@ -54,13 +57,17 @@ def colours(values: UInt16[np.ndarray, "h w c"]) -> UInt16[np.ndarray, "h w _"]:
 
 
 def to_eight_bits(values: UInt16[np.ndarray, "h w c"], bits: int) -> Image.Image:
-    """The upper 8 of `bits` bits, as PIL's L, LA, RGB or RGBA; larger values become white.
+    """The upper 8 of `bits` bits, as PIL's L, LA, RGB or RGBA; larger values become white, which is logged once.
 
-    Alpha has 16 bits, or `bits` where none of its values needs more."""
+    `values` are overwritten. Alpha has 16 bits, or `bits` where none of its values needs more.
+    """
+    if colours(values).max(initial=0) >= 2**bits:
+        _warn_once(bits)
     shifts = np.full(values.shape[2], bits - 8, np.uint16)
     if values.shape[2] in (2, 4) and values[..., -1].max(initial=0) >= 2**bits:
         shifts[-1] = 8
-    eight = np.minimum(values >> shifts, 255).astype(np.uint8)
+    values >>= shifts
+    eight = np.minimum(values, 255, out=values).astype(np.uint8)
     return Image.fromarray(eight[..., 0] if eight.shape[2] == 1 else eight)
 
 
@@ -68,6 +75,18 @@ def from_bytes(encoded: bytes, open_image: Callable[[bytes], Image.Image]) -> UI
     """`samples` of a file; None where it has 8 bits."""
     image = open_image(encoded)
     return samples(image, lambda: open_image(encoded)) if is_deep(image) else None
+
+
+@functools.cache
+def _warn_once(bits: int) -> None:
+    log.warning("a 16-bit image has values above the range of %d bits; they are cut off at white; set data.bits", bits)
+
+
+def _combined(high: UInt8[np.ndarray, "h w c"], low: UInt8[np.ndarray, "h w c"]) -> UInt16[np.ndarray, "h w c"]:
+    values = high.astype(np.uint16)
+    values <<= 8
+    values |= low
+    return values
 
 
 def _raw_mode(image: Image.Image) -> str:

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,14 @@ from PIL import Image
 from retina_jax.config import DataConfig
 from retina_jax.console import tell, warn
 from retina_jax.data.conventions import Decoding, Header, Range, Votes, find_range
-from retina_jax.data.decoding import FORMATS, open_image, read_header
-from retina_jax.data.reading import open_file, read_again
+from retina_jax.data.decoding import FORMATS, MAX_PIXELS, largest_file, open_image, read_header
+from retina_jax.data.reading import open_file, read_again, read_file
 from retina_jax.data.sixteen_bits import colours, from_bytes
 from retina_jax.data.source import Source
 
 SAMPLE = 64
 """16-bit images that are decoded to find their range, spread evenly over the data set."""
-MANY = 20_000
+MANY = 5_000
 """Images from which on the reading is announced."""
 READERS = 16
 """Threads that wait for files."""
@@ -71,7 +72,7 @@ def survey_files(names: Sequence[str], paths: Sequence[Path], sizes_wh: Sequence
                 votes.add(names[row], header, sizes_wh[row])
                 if header.deep:
                     deep.append(row)
-    return Survey(votes, range_of(paths[row].read_bytes for row in spread(deep)))
+    return Survey(votes, range_of(partial(read_file, paths[row], largest_file(MAX_PIXELS)) for row in spread(deep)))
 
 
 def range_of(reads: Iterable[Callable[[], bytes]]) -> Range | None:

@@ -22,6 +22,7 @@ from retina_jax.data.decoding import image_of, is_plain_jpeg, open_image, read_h
 from retina_jax.data.jpeg_gaps import missing_part
 from retina_jax.data.one_colour import is_one_colour
 from retina_jax.data.pipeline import eval_batches, train_batches
+from retina_jax.data.sixteen_bits import _warn_once
 from retina_jax.data.sources import open_sources
 from retina_jax.data.survey import decoding_of_files, survey_files
 from retina_jax.data_check.check import decide_decoding
@@ -181,7 +182,7 @@ def test_sixteen_bit_transparency(channels: int, opaque: int) -> None:
     assert (decoded[:, :3] == 255).all() and (decoded[:, 3:] == 200).all()
 
 
-def test_outliers_are_reported(tmp_path: Path) -> None:
+def test_outliers_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     values = np.full((60, 60, 1), 3000, np.uint16)
     values[0, 0] = 65535
     (tmp_path / "hot.png").write_bytes(deep_png(values))
@@ -190,6 +191,11 @@ def test_outliers_are_reported(tmp_path: Path) -> None:
     assert decoding.bits == 16 and any(in_doubt and "data.bits 12" in line for line, in_doubt in lines)
     decoding, lines = survey.decide(DataConfig(bits=12))
     assert decoding.bits == 12 and any(in_doubt for _, in_doubt in lines)
+    _warn_once.cache_clear()
+    for _ in range(2):
+        image = to_rgb((tmp_path / "hot.png").read_bytes(), decoding)
+        assert (image[0, 0] == 255).all() and (image[1, 1] == 3000 >> 4).all()
+    assert len(caplog.records) == 1
 
 
 def write_deep(folder: Path, bits: int) -> tuple[Path, Path]:
