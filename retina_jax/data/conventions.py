@@ -30,7 +30,8 @@ class Decoding:
     """Pixels that boxes lie on: as stored, or turned as the EXIF orientation says. Only for images whose sides do not show
     it; the others follow their annotated sizes."""
     bits: int | None = None
-    """Bits that 16-bit images use: value 2^bits - 1 is white. None: the data set has no such image; they are taken as 16."""
+    """Bits that 16-bit images use: value 2^bits - 1 is white. None: not known, as the data set has no such image; one
+    that comes up later is taken as 16."""
 
 
 class Header(NamedTuple):

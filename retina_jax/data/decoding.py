@@ -24,8 +24,8 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
 MAX_PIXELS = 178_956_970
 """Images of more pixels are refused before they are decoded: a file of kilobytes can ask for gigabytes. PIL's own limit."""
 DECODING = Budget(MAX_PIXELS)
-"""Pixels that threads decode and resize at once. Each takes 14 bytes, with transparency 16, and 20 and 24
-if the file has 16 bits per value: 3 to 4 GB in all."""
+"""Pixels that threads decode and resize at once. Each takes 14 bytes, with transparency 16, and of a file with
+16 bits per value 20 and 24: 3 to 4 GB in all."""
 ORIENTATION_TAG = 0x0112
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

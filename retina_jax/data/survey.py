@@ -45,7 +45,7 @@ class Survey:
         orientation, line, in_doubt = self.votes.decide(data.orientation)
         lines = [(line, in_doubt)] if line else []
         if self.range is None:
-            return Decoding(orientation), lines
+            return Decoding(orientation, None if data.bits == "auto" else data.bits), lines
         found = self.range
         bits = found.bits if data.bits == "auto" else data.bits
         values = f"16-bit images: values up to {found.largest} in {found.images} of them, a range of {found.bits} bits"

@@ -24,7 +24,7 @@ from retina_jax.data.one_colour import is_one_colour
 from retina_jax.data.pipeline import eval_batches, train_batches
 from retina_jax.data.sixteen_bits import _warn_once
 from retina_jax.data.sources import open_sources
-from retina_jax.data.survey import decoding_of_files, survey_files
+from retina_jax.data.survey import decoding_of_files, survey_files, with_decoding
 from retina_jax.data_check.check import decide_decoding
 from retina_jax.data_check.split import read_split
 
@@ -260,6 +260,12 @@ def test_files_without_annotations_are_turned_as_viewers_show_them(tmp_path: Pat
     assert decoding_of_files(files, DataConfig()) == Decoding("turned", 10)
     assert decoding_of_files(files[:1], DataConfig(orientation="stored")) == Decoding("stored")
     assert decoding_of_files(files, DataConfig(bits=12)) == Decoding("turned", 12)
+
+
+def test_boxes_of_tensorflow_data_sets_lie_on_stored_pixels(tmp_path: Path) -> None:
+    source = read_coco(*write_deep(tmp_path / "deep", 10))
+    assert with_decoding(source, DataConfig(source="tfds")).decoding == Decoding("stored", 10)
+    assert with_decoding(source, DataConfig(source="tfds", orientation="turned")).decoding == Decoding("turned", 10)
 
 
 def test_one_colour_is_what_hardly_any_pixel_differs_from() -> None:
