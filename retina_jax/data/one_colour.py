@@ -33,7 +33,7 @@ def is_one_colour(image: UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w c
 
 
 class OneColourImages:
-    """Names of the images of a data set that came out with one colour. Each image is looked at once: 0.2 ms."""
+    """Names of the images of a data set that came out with one colour. Each image is looked at once."""
 
     def __init__(self, where: Callable[[int], str], images: int) -> None:
         self._where = where
