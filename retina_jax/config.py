@@ -112,6 +112,11 @@ class DataConfig:
     """Training images without a box: drop (Detectron) or keep as pure background."""
     bad_images: Literal["stop", "skip"] = "stop"
     """An image that is missing, broken or of another size than the JSON says: stop naming it, or skip (named, counted)."""
+    orientation: Literal["auto", "stored", "turned"] = "auto"
+    """Pixels that boxes lie on where an image has an EXIF orientation and its annotated size is that of both: as stored, or
+    turned as viewers show them. auto: as the images whose size shows it have it."""
+    bits: Literal["auto", 8, 10, 12, 14, 16] = "auto"
+    """Bits that 16-bit images use: 2^bits - 1 is white. auto: found on a sample of the training images."""
     workers: int = 0
     """Images decoded at once on a host; 0: as many as there are cores. More where files are slow to come."""
     prefetch: int = 2

@@ -71,7 +71,9 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     set_up_jax()
     check = check_data(config, pairs)
-    pictures = worst_pictures(check.splits[0], config.data, check.views, check.coverage, arguments.pictures)
+    pictures = worst_pictures(
+        check.splits[0], check.config.data, check.decoding, check.views, check.coverage, arguments.pictures
+    )
     html = to_html(check, pictures, f"Data check: {arguments.annotations.name}")
     try:
         page.write_text(html, encoding="utf-8", errors="backslashreplace")

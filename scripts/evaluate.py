@@ -78,7 +78,10 @@ def evaluate(arguments: Arguments, settings: Config) -> None:
         class_names=arguments.class_names,
     )
     source, step = open_source(config.data, "val", unlabelled=True), detector.step
-    hosts.check_same("--workdir", {"step": step, "config": repr(config), "evaluation data": source.sha256})
+    hosts.check_same(
+        "--workdir",
+        {"step": step, "config": repr(config), "evaluation data": source.sha256, "decoding": str(source.decoding)},
+    )
     strangers = [name for name in source.class_names if name not in detector.class_names]
     if strangers:
         raise ConfigError(

@@ -22,6 +22,7 @@ from retina_jax.data.decoding import MAX_PIXELS, largest_file, to_rgb
 from retina_jax.data.image_files import image_files
 from retina_jax.data.reading import read_file
 from retina_jax.data.source import BadImage
+from retina_jax.data.survey import decoding_of_files
 from retina_jax.detector import load_detector
 from retina_jax.errors import reason
 from retina_jax.training.checkpoints import Step
@@ -75,10 +76,11 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {arguments.out}: cannot be written: {error.strerror}") from None
+    decoding = decoding_of_files(list(files), detector.config.data)
     entries, bad = [], []
     for file, target in files.items():
         try:
-            image = to_rgb(read_file(file, largest_file(MAX_PIXELS)), expected_size=None)
+            image = to_rgb(read_file(file, largest_file(MAX_PIXELS)), decoding)
         except (OSError, BadImage) as error:
             bad.append(f"{file}: {reason(error) if isinstance(error, OSError) else error}")
             continue

@@ -115,7 +115,8 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
                     checkpoints.save(step, state, ap=evaluate() if evaluating else None)
                     clock.save()
                     metrics.restart_window()
-    finish_run(run, int(state.step), clock, parameters_sha256(state.everything), batches.skipped)
+    strange = batches.skipped, batches.one_colour.names
+    finish_run(run, int(state.step), clock, parameters_sha256(state.everything), *strange)
 
 
 if __name__ == "__main__":

@@ -31,11 +31,12 @@ def read_coco(
     images_without_boxes: Literal["keep", "drop"] = "keep",
     box_format: BoxFormat = "auto",
     crowds: Crowds = "ignore",
+    orientation: Literal["auto", "stored", "turned"] = "auto",
     unlabelled: bool = False,
 ) -> Source:
     """The data set of a COCO JSON. "drop" (for training) leaves out images that have no usable box; evaluation keeps all.
 
-    `box_format` and `crowds` are as in DataConfig. Raises DataError, one line that names the file, the entry and what
+    `box_format`, `crowds` and `orientation` are as in DataConfig. Raises DataError, one line that names the file, the entry and what
     would be right, for anything in the file that cannot be used, for boxes that look as if they were in another format,
     for no images at all, and with "drop" for no usable box at all. Images are opened only where their sizes are missing.
     With `unlabelled` a file without the key `annotations` is accepted.
@@ -51,7 +52,9 @@ def read_coco(
     labelled = not unlabelled or not isinstance(document, dict) or "annotations" in document
     if not labelled:
         document = {**document, "annotations": []}
-    content = parse_document(path, document, folder=folder, box_format=box_format, crowds=crowds)
+    content = parse_document(
+        path, document, folder=folder, box_format=box_format, crowds=crowds, orientation=orientation
+    )
     del document
     columns = content.boxes
     boxes_xyxy = np.concatenate([columns[:, 3:5], columns[:, 3:5] + columns[:, 5:7]], axis=1)

@@ -74,6 +74,7 @@ def parse_document(
     folder: Path | None = None,
     box_format: BoxFormat = "auto",
     crowds: Crowds = "ignore",
+    orientation: Literal["auto", "stored", "turned"] = "auto",
 ) -> Content:
     """The content of what `coco.load_json` gave.
 
@@ -91,7 +92,7 @@ def parse_document(
     images = _parse_all(path, document, "images", image_parser(texts, rooted=folder is not None), mistakes)
     if not mistakes and not (categories and images):
         raise DataError(f"{path}: {'images' if categories else 'categories'} is empty; it must list at least one")
-    images, paths, missing = _located(path, document, images, folder, notes, mistakes)
+    images, paths, missing = _located(path, document, images, folder, orientation, notes, mistakes)
     image_rows = {image.id: i for i, image in enumerate(images)}
     label_of = {category_id: label for label, (category_id, _) in enumerate(categories)}
     parser = annotation_parser(image_rows, label_of, texts)
@@ -125,6 +126,7 @@ def _located(
     document: dict,
     entries: list[tuple[int, Image]],
     folder: Path | None,
+    orientation: Literal["auto", "stored", "turned"],
     notes: list[Note],
     mistakes: list[Mistake] | None,
 ) -> tuple[list[Image], list[str], dict[int, str]]:
@@ -149,8 +151,9 @@ def _located(
         notes.append(
             Note(
                 "turned_sizes",
-                f"{len(turned)} of the {len(unknown)} images without width and height are turned by their EXIF orientation "
-                f"({short(turned[0])}, ...): boxes are taken to lie on the turned image",
+                f"{len(turned)} of the {len(unknown)} images without width and height have an EXIF orientation that turns "
+                f"them ({short(turned[0])}, ...): boxes are taken to lie on the pixels as "
+                f"{'stored' if orientation == 'stored' else 'turned'} (data.orientation {orientation})",
             )
         )
     kept, missing = [], {}
@@ -166,7 +169,9 @@ def _located(
             continue
         if row in places.missing:
             missing[len(kept)] = places.missing[row]
-        kept.append((row, image._replace(width=size.width, height=size.height) if isinstance(size, Size) else image))
+        if isinstance(size, Size):
+            image = Image(image.id, image.file_name, *size.shown(orientation))
+        kept.append((row, image))
     return [image for _, image in kept], [places.paths[row] for row, _ in kept], missing
 
 

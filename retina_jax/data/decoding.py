@@ -11,7 +11,9 @@ from jaxtyping import UInt8
 from PIL import Image, ImageMode, UnidentifiedImageError
 
 from retina_jax.data.budget import Budget
-from retina_jax.data.source import BadImage
+from retina_jax.data.conventions import AS_VIEWERS, Decoding, Header
+from retina_jax.data.sixteen_bits import is_deep, samples, to_eight_bits
+from retina_jax.data.source import BadImage, Source
 
 # PIL warns of images it reads all the same (broken EXIF, many pixels). What matters is said here, by exceptions.
 # `catch_warnings` would not do: it is not safe where several threads decode.
@@ -22,7 +24,8 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
 MAX_PIXELS = 178_956_970
 """Images of more pixels are refused before they are decoded: a file of kilobytes can ask for gigabytes. PIL's own limit."""
 DECODING = Budget(MAX_PIXELS)
-"""Pixels that threads decode and resize at once. Each takes 14 bytes, with transparency 16: 3 GB in all."""
+"""Pixels that threads decode and resize at once. Each takes 14 bytes, with transparency 16, and of a file with
+16 bits per value 20 and 24: 3 to 4 GB in all."""
 ORIENTATION_TAG = 0x0112
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -34,6 +37,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation to what makes the image upright; from 5 on width and height change places."""
+UNDO = {**TURNS, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+"""EXIF orientation to what makes an upright image the stored one again."""
 START_OF_FRAME, START_OF_SCAN, QUANTISATION, HUFFMAN, RESTARTS, COMMENT = (0xC0, 0xC2), 0xDA, 0xDB, 0xC4, 0xDD, 0xFE
 """Markers of a JPEG; the frames are of baseline and of progressive ones."""
 NAMED = {0xE0: b"JFIF\0", 0xE2: b"ICC_PROFILE\0"}
@@ -42,24 +47,33 @@ HEAD, FRAME = struct.Struct(">BBH"), struct.Struct(">BHHB")
 """What a segment begins with, and what a frame does after it."""
 
 
-def to_rgb(encoded: bytes, *, expected_size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h w 3"]:
+def to_rgb(
+    encoded: bytes, decoding: Decoding = AS_VIEWERS, *, expected_size: tuple[int, int] | None = None
+) -> UInt8[np.ndarray, "h w 3"]:
     """Decodes an image file to RGB, 8 bits.
 
-    Transparency shows white behind it; 16 bits become the upper 8; CMYK, palettes and grey become RGB; of several frames
-    the first is taken; colour profiles are not applied.
+    Transparency shows white behind it; of 16-bit images the upper 8 of `decoding.bits` are taken; CMYK, palettes and grey
+    become RGB; of several frames the first is taken; colour profiles are not applied.
 
-    An EXIF orientation is applied where `expected_size`, the (width, height) that the annotations name, is the size after
-    turning, or is None (prediction); it is not where that is the size as stored, because the boxes then lie on the image
-    as stored. Where turning keeps the size, it is applied.
+    An EXIF orientation (in a TIFF, its orientation tag) is applied where `expected_size`, the (width, height) that the
+    annotations name, is the size after turning only; it is not where that is the size as stored only, because the boxes
+    then lie on the image as stored. Where it is both, or None (prediction), `decoding.orientation` decides.
 
     Raises BadImage (one line, without the file's name, which the caller knows) where the file is no image of FORMATS, is
     truncated or broken, has more than MAX_PIXELS, or has neither of the two sizes.
     """
     image = open_image(encoded)
     try:
-        image.load()
-        turn = upright(image, expected_size)
-        return np.asarray(_eight_bit_rgb(image if turn is None else image.transpose(turn)))
+        header = read_header(image)
+        if header.deep:
+            eight = to_eight_bits(samples(image, lambda: open_image(encoded)), decoding.bits or 16)
+        else:
+            image.load()
+            eight = image
+        turn = upright(header, expected_size, decoding)
+        if is_turned_by_pil(image, header):
+            turn = None if turn is not None else UNDO[header.orientation]
+        return np.asarray(_eight_bit_rgb(eight if turn is None else eight.transpose(turn)))
     except BadImage:
         raise
     except Exception as error:
@@ -67,12 +81,20 @@ def to_rgb(encoded: bytes, *, expected_size: tuple[int, int] | None = None) -> U
         raise BadImage(f"cannot be decoded: {_one_line(error)}") from None
 
 
+def image_of(source: Source, index: int) -> UInt8[np.ndarray, "h w 3"]:
+    """An image of a data set, as training and evaluation decode it; BadImage where it cannot be read or decoded."""
+    record = source.records[index]
+    return to_rgb(source.read(index), source.decoding, expected_size=(record.width, record.height))
+
+
 def largest_file(pixels: int) -> int:
     """Bytes that a file of so many pixels may have: 64 MiB for other frames, previews and EXIF, and 16 bits of RGBA each."""
     return 2**26 + 8 * min(pixels, MAX_PIXELS)
 
 
-def is_plain_jpeg(encoded: bytes, *, expected_size: tuple[int, int] | None = None) -> bool:
+def is_plain_jpeg(
+    encoded: bytes, decoding: Decoding = AS_VIEWERS, *, expected_size: tuple[int, int] | None = None
+) -> bool:
     """Whether any JPEG decoder gives what `to_rgb` does: grey or three components, whole, upright as stored.
 
     Only the header is read. Raises BadImage as `to_rgb` does, for what the header can show.
@@ -82,7 +104,7 @@ def is_plain_jpeg(encoded: bytes, *, expected_size: tuple[int, int] | None = Non
     image = open_image(encoded)
     if image.format != "JPEG" or image.mode not in ("RGB", "L") or not encoded.endswith(b"\xff\xd9"):
         return False
-    return upright(image, expected_size) is None
+    return upright(read_header(image), expected_size, decoding) is None
 
 
 def _is_plainest_jpeg(encoded: bytes, expected_size: tuple[int, int] | None) -> bool:
@@ -131,26 +153,58 @@ def open_image(encoded: bytes) -> Image.Image:
     return image
 
 
-def upright(image: Image.Image, expected_size: tuple[int, int] | None) -> Image.Transpose | None:
-    """How to turn the image, None for not at all; the rule is in `to_rgb`."""
+def read_header(image: Image.Image) -> Header:
+    """The header of an open image that is not loaded. The pixels of a PNG are skipped, not decoded."""
+    if image.format == "TIFF":  # Of a TIFF that is to be turned, PIL names the size after it.
+        width, height = image.tag_v2[256], image.tag_v2[257]
+    else:
+        width, height = image.size
+    deep = is_deep(image)
     try:
-        orientation = image.getexif().get(ORIENTATION_TAG, 1)
+        # PIL decodes a PNG without EXIF before its pixels to look behind them.
+        loads = image.format == "PNG" and "exif" not in image.info and not _has_late_exif(image)
+        exif = Image.Image.getexif(image) if loads else image.getexif()
+        orientation = exif.get(ORIENTATION_TAG, 1)
     except Exception:
-        orientation = 1  # EXIF that cannot be parsed says nothing about the pixels.
-    turn = TURNS.get(orientation) if isinstance(orientation, int) else None
-    width, height = image.size
-    turned = (height, width) if turn is not None and orientation >= 5 else (width, height)
-    if expected_size is None or turned == expected_size:
+        orientation = 1  # EXIF that cannot be parsed shows nothing about the pixels.
+    known = isinstance(orientation, int) and orientation in TURNS
+    return Header((width, height), orientation if known else 1, deep)
+
+
+def upright(
+    header: Header, expected_size: tuple[int, int] | None, decoding: Decoding = AS_VIEWERS
+) -> Image.Transpose | None:
+    """How to turn the image as stored, None for not at all; the rule is in `to_rgb`."""
+    turn, turned = TURNS.get(header.orientation), header.turned_size
+    if expected_size is None or header.size == turned == expected_size:
+        return turn if decoding.orientation == "turned" else None
+    if turned == expected_size:
         return turn
-    if image.size == expected_size:
+    if header.size == expected_size:
         return None
+    width, height = header.size
     raise BadImage(f"is {width}x{height} pixels where its annotations say {expected_size[0]}x{expected_size[1]}")
 
 
+def is_turned_by_pil(image: Image.Image, header: Header) -> bool:
+    """Whether PIL has turned the image while loading it: it does so with TIFFs, from some version on."""
+    return image.format == "TIFF" and header.orientation in TURNS and ORIENTATION_TAG not in image.getexif()
+
+
+def _has_late_exif(image: Image.Image) -> bool:
+    """Whether a PNG has a chunk of EXIF behind its pixels."""
+    file, found = image.fp, False
+    before = file.tell()
+    file.seek(8)
+    while len(head := file.read(8)) == 8 and not found:
+        length, kind = struct.unpack(">I4s", head)
+        found = kind == b"eXIf"
+        file.seek(length + 4, io.SEEK_CUR)
+    file.seek(before)
+    return found
+
+
 def _eight_bit_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16-bit grey, which older versions of PIL open as 32-bit. Its own conversion would cut everything at 255.
-        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     if ImageMode.getmode(image.mode).basetype == "F":
         raise BadImage("has floating-point pixels, whose range is unknown; it must have 8 or 16 bits")
     if image.has_transparency_data:

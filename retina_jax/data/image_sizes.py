@@ -10,12 +10,12 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from PIL import Image
 
 from retina_jax.console import tell
-from retina_jax.data.decoding import FORMATS, MAX_PIXELS, ORIENTATION_TAG
+from retina_jax.data.decoding import FORMATS, MAX_PIXELS, read_header
 from retina_jax.data.reading import open_file
 from retina_jax.errors import reason
 
@@ -26,12 +26,17 @@ MANY = 2000
 
 
 class Size(NamedTuple):
-    """Of an image as it is shown: after its EXIF orientation is applied."""
+    """Of an image as stored."""
 
     width: int
     height: int
     turned: bool
-    """Whether the file stores width and height the other way round."""
+    """Whether its EXIF orientation swaps width and height."""
+
+    def shown(self, orientation: Literal["auto", "stored", "turned"]) -> tuple[int, int]:
+        """Width and height of the pixels that boxes lie on, given data.orientation: as viewers turn them, unless stored."""
+        swapped = self.turned and orientation != "stored"
+        return (self.height, self.width) if swapped else (self.width, self.height)
 
 
 def read_sizes(annotations: Path, paths: Sequence[str]) -> list[Size | str]:
@@ -60,15 +65,13 @@ def read_sizes(annotations: Path, paths: Sequence[str]) -> list[Size | str]:
 def _read_size(path: str) -> Size | str:
     try:
         with open_file(Path(path)) as file:
-            image = Image.open(file, formats=FORMATS)
-            width, height = image.size
-            orientation = image.getexif().get(ORIENTATION_TAG, 1)
+            header = read_header(Image.open(file, formats=FORMATS))
     except Exception as error:  # a broken header can make PIL raise nearly anything
         return reason(error)
+    width, height = header.size
     if not 0 < width * height <= MAX_PIXELS:
         return f"it has {width} x {height} pixels"
-    turned = isinstance(orientation, int) and 5 <= orientation <= 8
-    return Size(height, width, True) if turned else Size(width, height, False)
+    return Size(width, height, header.orientation >= 5)
 
 
 def _stamp(path: str) -> list[int] | None:

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 
 from retina_jax.config import DataConfig
 from retina_jax.data.decoding import DECODING, is_plain_jpeg, to_rgb
+from retina_jax.data.one_colour import OneColourImages
 from retina_jax.data.order import AUGMENTATION, TrainOrder, eval_order, host_rows, random_bits
 from retina_jax.data.preprocessing import (
     assign_bucket,
@@ -160,6 +161,7 @@ class Batches(Iterator[Batch]):
     ) -> None:
         load()
         self.skipped = SkippedImages()
+        self.one_colour = OneColourImages(source.where, len(source))
         self._source, self._data = source, data
         self._rows_at = functools.lru_cache(maxsize=64)(rows_at)
         self._augment = augment
@@ -189,6 +191,7 @@ class Batches(Iterator[Batch]):
                 self._doubted |= suspects
                 self._iterator = None
         self._report_bad_images(batch)
+        self.one_colour.look(batch.images, batch.image_sizes, batch.indices, batch.valid)
         self._step += 1
         return batch
 
@@ -274,20 +277,21 @@ class Batches(Iterator[Batch]):
                 encoded = read_again(lambda: self._source.read(index), self._source.where(index))
         except OSError as error:
             raise BadImage(f"{self._source.where(index)}: cannot be read: {reason(error)}") from None
-        expected_size, pixels = (record.width, record.height), record.width * record.height
+        pixels, as_annotated = record.width * record.height, {"expected_size": (record.width, record.height)}
+        decoding = self._source.decoding
         try:
             if pixels > LARGE:
                 with DECODING.share(pixels):
-                    image = to_rgb(encoded, expected_size=expected_size)
+                    image = to_rgb(encoded, decoding, **as_annotated)
                     return b"", NOTHING, resize_large(image, size_hw, data.resize, data.pixels)
-            if is_plain_jpeg(encoded, expected_size=expected_size):
+            if is_plain_jpeg(encoded, decoding, **as_annotated):
                 if index not in self._doubted:
                     return encoded, NOTHING, unresized
                 # Its batch failed, perhaps not because of it: TensorFlow decodes what it can, so that pixels never depend
                 # on their company.
                 with contextlib.suppress(tf.errors.OpError):
                     return b"", decode_jpeg(encoded).numpy(), unresized
-            return b"", to_rgb(encoded, expected_size=expected_size), unresized
+            return b"", to_rgb(encoded, decoding, **as_annotated), unresized
         except BadImage as error:
             raise BadImage(f"{self._source.where(index)}: {error}") from None
 

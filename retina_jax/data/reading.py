@@ -10,10 +10,11 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from retina_jax.errors import reason
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 NEVER_WAITS = getattr(os, "O_NONBLOCK", 0)
 """Opening a pipe that nobody writes to returns at once; reading a regular file is as without it."""
@@ -53,7 +54,7 @@ def read_file(path: Path, largest: int) -> bytes:
         return file.read(size)  # No more, should it be growing.
 
 
-def read_again(read: Callable[[], bytes], name: str) -> bytes:
+def read_again(read: Callable[[], T], name: str) -> T:
     """What `read` gives, called again after each of PAUSES while it fails with an error that may pass; a line each time.
 
     Any other OSError is raised at once, and the last of them when the pauses are over.

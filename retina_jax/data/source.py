@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
+from retina_jax.data.conventions import AS_VIEWERS, Decoding
 from retina_jax.errors import PlainError
 
 
@@ -62,6 +63,8 @@ class Source:
     """What a person should know of how the data set was read, one line each; `open_source` prints them as warnings."""
     missing: Mapping[int, str] = field(default_factory=dict)
     """Records whose image file is missing, as far as that is known, with where files of that name are, if anywhere."""
+    decoding: Decoding = AS_VIEWERS
+    """How its image files are decoded; `survey.with_decoding` finds it."""
 
     @cached_property
     def truth(self) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from typing import Literal
 
 from retina_jax import hosts
 from retina_jax.config import Config, ConfigError, DataConfig
-from retina_jax.config_files import with_classes
+from retina_jax.config_files import override, with_classes
 from retina_jax.console import tell, warn
 from retina_jax.data.coco import read_coco
 from retina_jax.data.pipeline import overflow
 from retina_jax.data.scenes import write_scenes
 from retina_jax.data.source import DataError, Source
+from retina_jax.data.survey import with_decoding
 
 
 def open_source(data: DataConfig, split: Literal["train", "val"], *, unlabelled: bool = False) -> Source:
@@ -53,28 +54,38 @@ def open_source(data: DataConfig, split: Literal["train", "val"], *, unlabelled:
             images_without_boxes=without_boxes,
             box_format=data.box_format if data.source == "coco" else "xywh",
             crowds=data.crowds,
+            orientation=data.orientation,
             unlabelled=unlabelled,
         )
     if split == "train" and not any(len(record.labels) for record in source.records):
         raise DataError(f"{source.name}: has no usable box ({source.counts}); training needs at least one")
     for note in source.notes:
         warn(f"{source.name}: {note}")
+    source = with_decoding(source, data)
+    if split == "val" and data.bits == "auto" and source.decoding.bits:
+        warn(
+            f"{source.name}: has 16-bit images, and the training data had none; if the run was made by an earlier version, "
+            "which used all 16 bits, set data.bits 16"
+        )
     return source
 
 
 def open_sources(config: Config) -> tuple[Source, Source, Config]:
-    """What a run trains on, what it is evaluated on (the same where it never is), and its config with their classes.
+    """What a run trains on, what it is evaluated on (the same where it never is), and its config with their classes
+    and the range of their 16-bit images.
 
     Says what is there and what was left out of it. Raises as `open_source` and `with_classes` do, ConfigError where
     several hosts have different data, and DataError where an image file is missing and data.bad_images would stop at it.
     """
     train = open_source(config.data, "train")
+    config = override(config, {"data.bits": train.decoding.bits or config.data.bits})
     val = train if config.training.eval_every < 0 else open_source(config.data, "val")
     if config.data.source == "coco" and config.data.bad_images == "stop":
         check_images_are_there(train, len(train))
         check_images_are_there(val, config.training.eval_images or len(val))
     config = with_classes(config, train.class_names, val.class_names)
     facts = {"training": train.sha256, "evaluation": val.sha256, "images": [len(train), len(val)]}
+    facts |= {"decoding": [str(train.decoding), str(val.decoding)]}
     hosts.check_same("data", {**facts, "classes": list(train.class_names), "ids": list(val.category_ids)})
     tell(f"train: {train}\nval: {val}")
     if (left_out := overflow(train, config.data))[1]:

@@ -10,8 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_files import with_classes
+from retina_jax.config_files import override, with_classes
 from retina_jax.console import tell
+from retina_jax.data.conventions import Decoding
+from retina_jax.data.survey import survey_files
 from retina_jax.data_check.boxes import box_findings
 from retina_jax.data_check.coverage import Coverage, cover
 from retina_jax.data_check.findings import Finding, Group, grouped
@@ -42,6 +44,8 @@ class Check:
     """All that was found."""
 
     config: Config
+    decoding: Decoding
+    """How images of the training split are decoded."""
     splits: list[Split]
     """train, and where it was given val."""
     counts: dict[str, list[ClassCount]]
@@ -69,9 +73,12 @@ def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
     splits = [read_split(name, *pair, keep.get(name, "keep"), config.data) for name, pair in pairs.items()]
     found: list[Finding] = []
     digests = []
+    decodings = {}
     for split in splits:
         tell(f"{split.name}: {len(split.images)} images, {len(split.labels)} boxes, {len(split.class_names)} classes")
-        bad_images, of_images = check_images(split, config.data.workers)
+        decodings[split.name], config, of_files = decide_decoding(split, config)
+        found += of_files
+        bad_images, of_images = check_images(split, decodings[split.name], config.data.workers)
         digests.append(of_images)
         found += [*refusals(split), *noted(split), *repeated(split), *bad_images, *twice(split, of_images)]
         found += box_findings(split, config.data.max_boxes)
@@ -89,7 +96,20 @@ def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
         found.append(Finding("nothing_to_learn", "train", str(train.annotations)))
     tolerated = BAD_IMAGES if config.data.bad_images == "skip" else ()
     suggestion = suggest(train.records, config, train.class_names, shares)
-    return Check(config, splits, counts, grouped(found, tolerated), views, coverage, shares, suggestion)
+    return Check(
+        config, decodings[train.name], splits, counts, grouped(found, tolerated), views, coverage, shares, suggestion
+    )
+
+
+def decide_decoding(split: Split, config: Config) -> tuple[Decoding, Config, list[Finding]]:
+    """How the split's images are decoded, the config with the range of 16-bit images, and findings on both."""
+    names, sizes = [image[1] for image in split.images], [image[2:] for image in split.images]
+    decoding, lines = survey_files(names, list(map(Path, split.paths)), sizes).decide(config.data)
+    if decoding.bits:
+        config = override(config, {"data.bits": decoding.bits})
+    name = split.annotations.name
+    found = [Finding("pixels" if in_doubt else "decoding", split.name, name, line) for line, in_doubt in lines]
+    return decoding, config, found
 
 
 def count_classes(split: Split) -> list[ClassCount]:

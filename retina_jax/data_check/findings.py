@@ -65,6 +65,22 @@ KINDS: dict[str, Kind] = {
     ),
     "text_numbers": Kind("warning", "splits with numbers written as text", "They are read as numbers."),
     "without_box": Kind("warning", "annotations without a box", "Points, keypoints, or nothing. They are dropped."),
+    "pixels": Kind(
+        "warning",
+        "doubts about how image files are decoded",
+        "Boxes may lie on pixels that are turned otherwise, or 16-bit images may be too dark or cut off. Check the boxes "
+        "and set data.orientation or data.bits.",
+    ),
+    "incomplete": Kind(
+        "warning",
+        "JPEGs with missing data",
+        "Part of the image is grey or displaced. Training takes it as it is.",
+    ),
+    "one_colour": Kind(
+        "warning",
+        "images of one colour, wholly or nearly",
+        "At most 0.1 % of the pixels differ from the median by more than 2 of 255. Nothing can be learnt from them.",
+    ),
     "leakage": Kind(
         "warning", "images in both splits", "The same bytes in training and evaluation: the scores would be too good."
     ),
@@ -99,6 +115,7 @@ KINDS: dict[str, Kind] = {
     "no_boxes": Kind(
         "note", "images without usable boxes", "data.images_without_boxes says whether training drops or keeps them."
     ),
+    "decoding": Kind("note", "conventions of the image files", "Found on the files, or set by an option."),
     "crowd": Kind("note", "crowd boxes", "Never trained on; evaluation ignores detections on them."),
     "outbid": Kind(
         "note",

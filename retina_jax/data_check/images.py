@@ -8,7 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from retina_jax.data.coco import read_image
-from retina_jax.data.decoding import DECODING, open_image, to_rgb, upright
+from retina_jax.data.conventions import Decoding
+from retina_jax.data.decoding import DECODING, open_image, read_header, to_rgb, upright
+from retina_jax.data.jpeg_gaps import missing_part
+from retina_jax.data.one_colour import is_one_colour
 from retina_jax.data.source import BadImage
 from retina_jax.data_check.findings import Finding
 from retina_jax.data_check.progress import Progress
@@ -19,8 +22,9 @@ Digests = dict[str, str]
 """File name to the SHA-256 of the file's bytes, of every file that could be read."""
 
 
-def check_images(split: Split, workers: int) -> tuple[list[Finding], Digests]:
-    """Images that are missing, cannot be read, or have another size than their annotations say, in the order of the file.
+def check_images(split: Split, decoding: Decoding, workers: int) -> tuple[list[Finding], Digests]:
+    """Images that are missing, cannot be read, have another size than their annotations say, lack a part or have one colour,
+    in the order of the file.
 
     `workers`: threads; 0: as many as there are cores.
     """
@@ -34,7 +38,7 @@ def check_images(split: Split, workers: int) -> tuple[list[Finding], Digests]:
         except OSError as error:
             return Finding("unreadable", split.name, file_name, f"cannot be read: {reason(error)}"), None
         digest = hashlib.sha256(encoded).hexdigest()
-        fault = fault_of(encoded, (width, height))
+        fault = fault_of(encoded, (width, height), decoding)
         return (Finding(fault[0], split.name, file_name, fault[1]) if fault else None), digest
 
     found, digests = [], {}
@@ -48,8 +52,8 @@ def check_images(split: Split, workers: int) -> tuple[list[Finding], Digests]:
     return found, digests
 
 
-def fault_of(encoded: bytes, expected_size: tuple[int, int]) -> tuple[str, str] | None:
-    """The kind of finding that an image file is, and what is wrong; None where training takes it.
+def fault_of(encoded: bytes, expected_size: tuple[int, int], decoding: Decoding) -> tuple[str, str] | None:
+    """The kind of finding that an image file is, and what is wrong; None where nothing is.
 
     `expected_size` is the width and height that its annotations say. Training decodes plain JPEGs by TensorFlow and asks
     `to_rgb` where that fails, so what `to_rgb` takes is taken.
@@ -59,14 +63,18 @@ def fault_of(encoded: bytes, expected_size: tuple[int, int]) -> tuple[str, str] 
     except BadImage as error:
         return "unreadable", str(error)
     try:
-        upright(image, expected_size)
+        upright(read_header(image), expected_size, decoding)
     except BadImage as error:
         return "wrong_size", str(error)
     try:
         with DECODING.share(expected_size[0] * expected_size[1]):
-            to_rgb(encoded, expected_size=expected_size)
+            pixels = to_rgb(encoded, decoding, expected_size=expected_size)
+            if text := missing_part(encoded):
+                return "incomplete", text
     except BadImage as error:
         return "unreadable", str(error)
+    if is_one_colour(pixels):
+        return "one_colour", f"about {tuple(pixels[pixels.shape[0] // 2, pixels.shape[1] // 2].tolist())}"
     return None
 
 

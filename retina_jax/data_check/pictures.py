@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from retina_jax.config import DataConfig
 from retina_jax.data.coco import read_image
+from retina_jax.data.conventions import Decoding
 from retina_jax.data.decoding import DECODING, to_rgb
 from retina_jax.data.preprocessing import resize_large
 from retina_jax.data.source import BadImage
@@ -35,7 +36,9 @@ class Worst(NamedTuple):
     caption: str
 
 
-def worst_pictures(split: Split, data: DataConfig, views: Views, coverage: Coverage, most: int) -> list[Worst]:
+def worst_pictures(
+    split: Split, data: DataConfig, decoding: Decoding, views: Views, coverage: Coverage, most: int
+) -> list[Worst]:
     """At most `most` images, each once: those with the most boxes without an anchor first, then those with the most that
     have one by the low-quality rule only. Images without such boxes are left out, and so are those that cannot be read.
     """
@@ -51,7 +54,7 @@ def worst_pictures(split: Split, data: DataConfig, views: Views, coverage: Cover
         try:
             encoded = read_image(Path(split.paths[image_row]), *row[2:])
             with DECODING.share(row[2] * row[3]):
-                image = resize_large(to_rgb(encoded, expected_size=row[2:]), views.sizes_hw[v], data.resize)
+                image = resize_large(to_rgb(encoded, decoding, expected_size=row[2:]), views.sizes_hw[v], data.resize)
         except (OSError, BadImage):
             continue  # it is among the findings
         height, width = views.sizes_hw[v]

@@ -90,7 +90,12 @@ def read_split(
     document = load_json(annotations)
     check_folder(annotations, folder)
     mistakes: list[Mistake] = []
-    reading = {"folder": folder, "box_format": data.box_format, "crowds": data.crowds}
+    reading = {
+        "folder": folder,
+        "box_format": data.box_format,
+        "crowds": data.crowds,
+        "orientation": data.orientation,
+    }
     content = parse_document(annotations, document, mistakes, **reading)
     entries = document["annotations"]
     columns = content.boxes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +12,7 @@ from jaxtyping import Float32, UInt8
 
 from retina_jax.config import ConfigError
 from retina_jax.config_files import override
-from retina_jax.data.decoding import to_rgb
+from retina_jax.data.decoding import image_of
 from retina_jax.data.pipeline import eval_batches
 from retina_jax.data.source import Source
 from retina_jax.data.sources import open_source
@@ -126,8 +125,7 @@ def _newest(folder: Path) -> int | None:
 
 
 def _images(source: Source, count: int) -> list[UInt8[np.ndarray, "_ _ 3"]]:
-    sizes = [(record.width, record.height) for record in itertools.islice(source.records, count)]
-    return [to_rgb(source.read(index), expected_size=size) for index, size in enumerate(sizes)]
+    return [image_of(source, index) for index in range(min(count, len(source)))]
 
 
 def finished_run(folder: Path) -> str:

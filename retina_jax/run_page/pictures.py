@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from retina_jax.data.decoding import to_rgb
+from retina_jax.data.decoding import image_of
 from retina_jax.data.source import BadImage
 from retina_jax.pages.page import paragraphs, picture
 from retina_jax.run_page.error_breakdown import KINDS, LEFT_OUT, RIGHT
@@ -60,9 +60,7 @@ def _draw(
 ) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W 3"]]:
     """Truth, and what was found: wrong detections are tagged with their kind, truths not found are dashed."""
     truth, found, errors, row = findings.truth, findings.found, findings.errors, findings.rows[image]
-    record = findings.source.records[row]
-    pixels = to_rgb(findings.source.read(row), expected_size=(record.width, record.height))
-    pixels, scale = _smaller(pixels)
+    pixels, scale = _smaller(image_of(findings.source, row))
     g = np.flatnonzero(truth.images == image)
     d = np.flatnonzero((found.images == image) & (found.scores >= score) & (errors.of_found != LEFT_OUT))
     unfound = np.setdiff1d(g[errors.of_truth[g] != LEFT_OUT], errors.finds[d[errors.of_found[d] == RIGHT]])

@@ -9,12 +9,14 @@ import numpy as np
 from jaxtyping import UInt8
 
 from retina_jax.config import ConfigError, ScenesConfig
-from retina_jax.data.decoding import MAX_PIXELS, largest_file, to_rgb
+from retina_jax.data.conventions import Decoding
+from retina_jax.data.decoding import MAX_PIXELS, image_of, largest_file, to_rgb
 from retina_jax.data.image_files import image_files
 from retina_jax.data.reading import read_file
 from retina_jax.data.scenes import VAL, draw_scene
 from retina_jax.data.source import BadImage, DataError
 from retina_jax.data.sources import open_source
+from retina_jax.data.survey import decoding_of_files
 from retina_jax.detector import Detector
 from retina_jax.errors import reason
 
@@ -29,7 +31,8 @@ def images_for(detector: Detector, files: Path | None, count: int) -> tuple[Imag
     """
     if files is not None:
         found = list(image_files([files], out=Path(os.devnull)))[:count]  # nothing is drawn
-        return [_read(file) for file in found], f"{len(found)} images of {files}"
+        decoding = decoding_of_files(found, detector.config.data)
+        return [_read(file, decoding) for file in found], f"{len(found)} images of {files}"
     try:
         source = open_source(detector.config.data, "val")
     except (ConfigError, DataError, OSError) as error:
@@ -38,7 +41,7 @@ def images_for(detector: Detector, files: Path | None, count: int) -> tuple[Imag
     broken = 0
     for index in range(min(count, len(source))):
         try:
-            images.append(to_rgb(source.read(index)))
+            images.append(image_of(source, index))
         except (DataError, OSError) as error:
             broken, why = broken + 1, reason(error)
     left_out = f"{broken} that cannot be read left out, the last one: {why}" if broken else ""
@@ -52,9 +55,9 @@ def _scenes(detector: Detector, count: int) -> Images:
     return [draw_scene(scenes, VAL, i).image for i in range(count)]
 
 
-def _read(file: Path) -> UInt8[np.ndarray, "_ _ 3"]:
+def _read(file: Path, decoding: Decoding) -> UInt8[np.ndarray, "_ _ 3"]:
     try:
-        return to_rgb(read_file(file, largest_file(MAX_PIXELS)))
+        return to_rgb(read_file(file, largest_file(MAX_PIXELS)), decoding)
     except OSError as error:
         raise BadImage(f"{file}: {reason(error)}") from None
     except BadImage as error:

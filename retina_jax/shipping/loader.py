@@ -78,9 +78,13 @@ class Detector:
     def detect(self, images: Sequence[np.ndarray], batch_size: int = 1) -> list[Found]:
         """Detections of uint8 images [h, w, 3] (RGB) of any sizes, each in its own pixels.
 
+        A detector that was trained on 16-bit images takes uint16 ones too, in the range that it was trained with
+        (`about["bits"]`: 2^bits - 1 is white).
+
         Images with the same canvas go through the network `batch_size` at a time, and each batch size is compiled once.
         Every image has the canvas that it would have alone, so its detections do not depend on the others.
         """
+        images = [self._eight_bits(image) for image in images]
         for number, image in enumerate(images):
             kind, shape = getattr(image, "dtype", type(image).__name__), getattr(image, "shape", ())
             if kind != np.uint8 or len(shape) != 3 or shape[2] != 3 or min(shape) == 0:
@@ -110,6 +114,12 @@ class Detector:
         """The smallest canvas that holds an image of this size."""
         fitting = [(h, w) for h, w in self.about["canvases"] if size[0] <= h and size[1] <= w]
         return min(fitting, key=lambda canvas: canvas[0] * canvas[1])
+
+    def _eight_bits(self, image: np.ndarray) -> np.ndarray:
+        bits = self.about.get("bits")
+        if bits is None or getattr(image, "dtype", None) != np.uint16:
+            return image
+        return np.minimum(image >> (bits - 8), 255).astype(np.uint8)
 
     def _batch(
         self, canvas: tuple[int, int], images: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]

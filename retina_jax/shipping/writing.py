@@ -53,6 +53,7 @@ def write_file(path: Path, detector: Detector, source: str) -> None:
         "size_rounding": data.size_rounding,
         "resize": data.resize,
         "pixels": data.pixels,
+        "bits": None if data.bits == "auto" else data.bits,
         "canvases": canvases(data),
         "max_detections": detector.config.detection.max_detections,
         "score_threshold": detector.config.detection.score_threshold,

@@ -14,7 +14,7 @@ from PIL import Image
 
 from retina_jax import hosts, tta
 from retina_jax.console import tell, warn
-from retina_jax.data.decoding import to_rgb
+from retina_jax.data.decoding import image_of
 from retina_jax.data.pipeline import Batch, eval_batches
 from retina_jax.data.source import Source
 from retina_jax.detector import Detector, ImageDetections
@@ -133,7 +133,7 @@ def _write_pictures(
     readable = (index for index in sorted(found) if index not in unread)
     for index in itertools.islice(readable, run.config.training.pictures):
         record, detections = source.records[index], found[index]
-        image = to_rgb(source.read(index), expected_size=(record.width, record.height))
+        image = image_of(source, index)
         good = detections.scores >= max(0.3, run.config.detection.score_threshold)
         picture = draw(
             image,

@@ -129,11 +129,17 @@ def read_run(folder: Path, name: str = "config.json") -> Run:
 
 
 def finish_run(
-    run: Run, step: int, clock: Clock, parameters_sha256: str, skipped: Collection[str] = ()
+    run: Run,
+    step: int,
+    clock: Clock,
+    parameters_sha256: str,
+    skipped: Collection[str] = (),
+    one_colour: Collection[str] = (),
 ) -> dict[str, Any]:
     """Write RUN/summary.json, by which two runs can be compared, print the last evaluation's table, and say what is where.
 
-    `skipped` are the images that this host could not read. Returns the summary.
+    `skipped` are the images that this host could not read, `one_colour` those that it read with one colour. Returns the
+    summary.
     """
     evaluations = sorted((run.folder / "evaluation").glob(f"step_{'[0-9]' * 8}.json"))
     evaluation = json.loads(evaluations[-1].read_text()) if evaluations else None
@@ -148,9 +154,13 @@ def finish_run(
     write_json(run.folder / "summary.json", summary)
     if evaluation is not None:
         tell(coco_table(Scores({name: evaluation[name] for name in SUMMARY}, evaluation["per_class"])))
-    of_hosts = sorted({name for text in hosts.exchange(json.dumps(sorted(skipped))) for name in json.loads(text)})
-    if of_hosts:
-        warn(f"{len(of_hosts)} unreadable images were skipped: {', '.join(of_hosts)}")
+    for what, names in (
+        ("unreadable images were skipped", skipped),
+        ("images have one colour, wholly or nearly", one_colour),
+    ):
+        of_hosts = sorted({name for text in hosts.exchange(json.dumps(sorted(names))) for name in json.loads(text)})
+        if of_hosts:
+            warn(f"{len(of_hosts)} {what}: {', '.join(of_hosts)}")
     tell(f"{step} steps in {seconds:.0f} s; everything is in {run.folder}")
     return summary
 

@@ -93,7 +93,7 @@ def test_what_is_plain_without_pil_is_plain_to_pil(data: st.DataObject) -> None:
     if plainest(bytes(encoded), size):
         image = open_image(bytes(encoded))
         assert image.format == "JPEG" and image.mode in ("RGB", "L") and image.size == size
-        assert decoding.upright(image, size) is None
+        assert decoding.upright(decoding.read_header(image), size) is None
 
 
 def test_grey_becomes_equal_channels() -> None:

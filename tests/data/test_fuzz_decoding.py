@@ -173,8 +173,12 @@ def plain(stored: Stored, expected_size: tuple[int, int] | None) -> np.ndarray |
     upright = ImageOps.exif_transpose(image)
     if expected_size is None or upright.size == expected_size:
         image = upright
-    elif image.size != expected_size:
+    elif stored.size != expected_size:
         return None
+    elif stored.kind == "TIFF":  # PIL has turned it.
+        turn = Image.Transpose
+        back = {5: turn.TRANSPOSE, 6: turn.ROTATE_90, 7: turn.TRANSVERSE, 8: turn.ROTATE_270}
+        image = upright.transpose(back[stored.orientation])
     if image.mode.startswith("I"):  # Some formats store 16 bits as 8.
         return np.repeat((np.asarray(image).astype(np.int64) // 256).astype(np.uint8)[..., None], 3, axis=2)
     if image.has_transparency_data:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from small_sets import encode
 
 from retina_jax.config import Config
@@ -193,3 +195,28 @@ def box_is_a_crowd(s: Splits) -> None:
 def image_has_too_many_boxes(s: Splits) -> None:
     for k in range(3):
         s.add_box(206 + k, image_id=15, bbox=(20 + 9 * k, 30, 48, 48))
+
+
+@mistake(("one_colour", "train", "black.jpg"), ("no_boxes", "train", "black.jpg"))
+def image_is_black(s: Splits) -> None:
+    s.add_image(31, "black.jpg", encode(np.zeros((HEIGHT, WIDTH, 3), np.uint8)))
+
+
+@mistake(("incomplete", "train", "003.jpg"))
+def jpeg_lacks_its_middle(s: Splits) -> None:
+    content = s.files["train"]["003.jpg"]
+    s.files["train"]["003.jpg"] = content[: len(content) // 3] + content[len(content) // 2 :]
+
+
+@mistake(("pixels", "val", "val.json"))
+def orientation_is_undecidable(s: Splits) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    with Image.open(io.BytesIO(s.files["val"]["008.jpg"])) as image:
+        s.files["val"]["008.jpg"] = encode(np.asarray(image), exif=exif)
+
+
+@mistake(("decoding", "train", "train.json"), ("no_boxes", "train", "deep.png"))
+def sixteen_bit_image_uses_ten(s: Splits) -> None:
+    values = np.random.default_rng(1).integers(0, 1024, (HEIGHT, WIDTH)).astype(np.uint16)
+    s.add_image(32, "deep.png", encode(values, "PNG"))

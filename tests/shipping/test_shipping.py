@@ -349,6 +349,16 @@ def test_the_loader_refuses_what_is_no_image(shipped: loader.Detector) -> None:
         shipped.detect([good], batch_size=0)
 
 
+def test_sixteen_bits_are_taken_in_the_range_of_training(
+    shipped: loader.Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = photographs()[0]
+    with pytest.raises(LoadError, match="uint16"):
+        shipped.detect([image.astype(np.uint16)])
+    monkeypatch.setitem(shipped.about, "bits", 12)
+    assert_same(shipped.detect([image.astype(np.uint16) << 4])[0], shipped.detect([image])[0], atol=0)
+
+
 def repacked(file: Path, path: Path, **files: bytes | None) -> Path:
     """The file with some of its parts replaced, or left out; `about` and `parameters` stand for theirs."""
     names = {"about.json": "about", "parameters.npz": "parameters"}
