@@ -36,8 +36,8 @@ def read_coco(
 ) -> Source:
     """The data set of a COCO JSON. "drop" (for training) leaves out images that have no usable box; evaluation keeps all.
 
-    `box_format`, `crowds` and `orientation` are as in DataConfig. Raises DataError, one line that names the file, the entry and what
-    would be right, for anything in the file that cannot be used, for boxes that look as if they were in another format,
+    `box_format`, `crowds` and `orientation` are as in DataConfig. Raises DataError, one line that names the file, the entry
+    and what would be right, for anything in the file that cannot be used, for boxes that look as if in another format,
     for no images at all, and with "drop" for no usable box at all. Images are opened only where their sizes are missing.
     With `unlabelled` a file without the key `annotations` is accepted.
 
