@@ -75,15 +75,9 @@ def evaluate(arguments: Arguments, settings: Config) -> None:
         config=config,
         class_names=arguments.class_names,
     )
-    source, step = open_source(config.data, "val"), detector.step
-    hosts.check_same("--workdir", {"step": step, "config": repr(config), "evaluation data": source.sha256})
-    strangers = [name for name in source.class_names if name not in detector.class_names]
-    if strangers:
-        raise ConfigError(
-            f"data.val_annotations: its classes {', '.join(strangers[:10])} are none of the detector's: "
-            f"{', '.join(detector.class_names[:10])}"
-        )
     run = Run(arguments.workdir, config, detector.class_names, detector.category_ids)
+    source, step = open_source(config.data, "val", run.categories), detector.step
+    hosts.check_same("--workdir", {"step": step, "config": repr(config), "evaluation data": source.sha256})
     # Scores of other settings stand beside the run's own, under a name of their own.
     variant = "" if not others or arguments.weights else f"_{hashlib.sha256(repr(config).encode()).hexdigest()[:8]}"
     scores = assess(run, detector, source, step, variant, others)

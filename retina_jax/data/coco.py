@@ -10,13 +10,14 @@ import gc
 import json
 import re
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float64
 
+from retina_jax.classes import Category, placeholders
 from retina_jax.data.decoding import largest_file
 from retina_jax.data.reading import read_again, read_file
 from retina_jax.data.source import BadImage, DataError, Source, make_records
@@ -55,18 +56,28 @@ class Mistake(NamedTuple):
 class Content(NamedTuple):
     """What a COCO JSON says."""
 
-    categories: list[tuple[int, str]]
-    """Id and name, by ascending id: label k is the k-th."""
+    categories: list[Category]
+    """The classes, in the order of the file: label k is the k-th."""
     images: list[tuple[int, str, int, int]]
     """Id, file name, width, height."""
     boxes: Float64[np.ndarray, "M 7"]
     """Row of the image, label, crowd, and x, y, width, height in pixels, as found."""
+    annotated: frozenset[int]
+    """Ids of the categories that an annotation has, crowds included."""
+    left_out: dict[Category, str]
+    """Categories that are no classes, each with the reason, as from `classes.placeholders`."""
 
 
 def read_coco(
-    annotations: str | Path, images: str | Path, *, images_without_boxes: Literal["keep", "drop"] = "keep"
+    annotations: str | Path,
+    images: str | Path,
+    *,
+    images_without_boxes: Literal["keep", "drop"] = "keep",
+    known: Sequence[Category] = (),
+    empty_parents: Literal["drop", "keep"] = "drop",
 ) -> Source:
     """The data set of a COCO JSON. "drop" (for training) leaves out images that have no usable box; evaluation keeps all.
+    `known` and `empty_parents` decide which empty categories are classes, as in `classes.placeholders`.
 
     Raises DataError, one line that names the file, the entry and what would be right, for anything in the file that
     cannot be used, for no images at all, and with "drop" for no usable box at all. The images are not opened here.
@@ -76,7 +87,7 @@ def read_coco(
     because data sets are often made of them: who may write into the folder is trusted, who wrote the JSON is not.
     """
     path, folder = Path(annotations), Path(images)
-    content = parse_coco(path)
+    content = parse_coco(path, known, empty_parents)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; it must hold the images that {path} names")
     columns = content.boxes
@@ -110,6 +121,8 @@ def read_coco(
         read=read,
         where=where,
         make_truth=lambda: read_truth(path),
+        annotated=content.annotated,
+        left_out=content.left_out,
     )
 
 
@@ -119,24 +132,36 @@ def read_image(path: Path, width: int, height: int) -> bytes:
     return read_again(lambda: read_file(path, largest), str(path))
 
 
-def parse_coco(path: Path) -> Content:
-    """The file's content, every entry of it checked; DataError as in `read_coco`."""
-    return parse_document(path, load_json(path))
+def parse_coco(path: Path, known: Sequence[Category] = (), empty_parents: Literal["drop", "keep"] = "drop") -> Content:
+    """The file's content, every entry of it checked; arguments and DataError as in `read_coco`."""
+    return parse_document(path, load_json(path), None, known, empty_parents)
 
 
-def parse_document(path: Path, document: Any, mistakes: list[Mistake] | None = None) -> Content:
+def parse_document(
+    path: Path,
+    document: Any,
+    mistakes: list[Mistake] | None = None,
+    known: Sequence[Category] = (),
+    empty_parents: Literal["drop", "keep"] = "drop",
+) -> Content:
     """The content of what `load_json` gave. With a list of `mistakes`, entries that cannot be used are added to it and left
     out, and only a file without the three lists raises DataError; without one, the first such entry raises it."""
     if not isinstance(document, dict):
         raise DataError(f"{path}: must be an object with images, annotations and categories, not {_short(document)}")
-    categories = sorted(_parse_all(path, document, "categories", _category_parser(), mistakes))
+    entries = _parse_all(path, document, "categories", _category_parser(), mistakes)
+    categories = [(category_id, name) for category_id, name, _ in entries]
     images = _parse_all(path, document, "images", _image_parser(), mistakes)
     if not mistakes and not (categories and images):
         raise DataError(f"{path}: {'images' if categories else 'categories'} is empty; it must list at least one")
     image_rows = {image[0]: i for i, image in enumerate(images)}
     label_of = {category_id: label for label, (category_id, _) in enumerate(categories)}
     boxes = _parse_all(path, document, "annotations", _annotation_parser(image_rows, label_of), mistakes)
-    return Content(categories, images, np.array(boxes, np.float64).reshape(-1, 7))
+    columns = np.array(boxes, np.float64).reshape(-1, 7)
+    annotated = frozenset(categories[label][0] for label in np.unique(columns[:, 1]).astype(int))
+    left_out = placeholders(categories, [above for *_, above in entries], annotated, known, empty_parents)
+    is_class = np.array([category not in left_out for category in categories], bool)
+    columns[:, 1] = (np.cumsum(is_class) - 1)[columns[:, 1].astype(int)]
+    return Content([c for c in categories if c not in left_out], images, columns, annotated, left_out)
 
 
 def load_json(path: Path) -> Any:
@@ -208,11 +233,13 @@ def _parse_all(
     return parsed
 
 
-def _category_parser() -> Callable[[dict], tuple[int, str]]:
+def _category_parser() -> Callable[[dict], tuple[int, str, str | None]]:
+    """Parses a category to (id, name, supercategory)."""
     seen = set()
 
-    def parse(entry: dict) -> tuple[int, str]:
-        return _new(seen, _integer(entry, "id")), _text(entry, "name")
+    def parse(entry: dict) -> tuple[int, str, str | None]:
+        above = entry.get("supercategory")
+        return _new(seen, _integer(entry, "id")), _text(entry, "name"), above if isinstance(above, str) else None
 
     return parse
 

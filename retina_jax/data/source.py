@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
+from retina_jax.classes import Category, differ, match
 from retina_jax.errors import PlainError
 
 
@@ -40,7 +41,7 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A data set. Label k is category `category_ids[k]`, called `class_names[k]`."""
+    """A data set. Label k is category `category_ids[k]`, called `class_names[k]`; names may repeat."""
 
     name: str
     """What messages call it: the path of its JSON, or the TFDS name and split."""
@@ -56,6 +57,10 @@ class Source:
     """What messages call the image of a record."""
     make_truth: Callable[[], dict[str, Any]]
     """Makes `truth`."""
+    annotated: frozenset[int] = frozenset()
+    """Ids of the categories that an annotation has, crowds included."""
+    left_out: dict[Category, str] = field(default_factory=dict)
+    """Categories that are no classes, each with the reason, as from `classes.placeholders`."""
     notes: tuple[str, ...] = ()
     """What a person should know of how the data set was read, one line each; `open_source` prints them as warnings."""
 
@@ -64,9 +69,34 @@ class Source:
         """Ground truth in COCO's format for pycocotools: every annotation as it was found, crowds included.
 
         Only what comparing boxes needs is added or left out: `iscrowd` and `area` where missing, ids from 1 where ids
-        are missing, repeated or below 1 (pycocotools takes id 0 for "unmatched"), and no `segmentation`.
+        are missing, repeated or below 1 (pycocotools takes id 0 for "unmatched"), no `segmentation`, and none of the
+        categories that are `left_out`.
         """
-        return self.make_truth()
+        truth, no_class = self.make_truth(), {category_id for category_id, _ in self.left_out}
+        return {**truth, "categories": [c for c in truth["categories"] if c["id"] not in no_class]}
+
+    @property
+    def categories(self) -> list[Category]:
+        """Id and name of each class."""
+        return list(zip(self.category_ids, self.class_names, strict=True))
+
+    def arranged(self, classes: Sequence[Category], where: str) -> Source:
+        """The same data with the labels of `classes`, those of the run in the folder that `where` names.
+
+        Raises ConfigError if the classes are not the same ones, one to one.
+        """
+        order = match(classes, self.categories)
+        if None in order or len(order) != len(self.class_names):
+            raise differ(classes, self.categories, where)
+        if order == list(range(len(order))):
+            return self
+        labels = np.argsort(order).astype(np.int32)
+        return replace(
+            self,
+            records=[replace(record, labels=labels[record.labels]) for record in self.records],
+            class_names=tuple(self.class_names[k] for k in order),
+            category_ids=tuple(self.category_ids[k] for k in order),
+        )
 
     def __len__(self) -> int:
         return len(self.records)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from retina_jax import hosts
+from retina_jax.classes import Category, category_ids, listed, open_both
 from retina_jax.config import Config, ConfigError, DataConfig
 from retina_jax.config_files import with_classes
 from retina_jax.console import tell, warn
@@ -15,8 +19,9 @@ from retina_jax.data.scenes import write_scenes
 from retina_jax.data.source import DataError, Source
 
 
-def open_source(data: DataConfig, split: Literal["train", "val"]) -> Source:
-    """Opens the training or the evaluation images; evaluation always keeps images without boxes.
+def open_source(data: DataConfig, split: Literal["train", "val"], known: Sequence[Category] = ()) -> Source:
+    """Opens the training or the evaluation images; evaluation always keeps images without boxes. `known` are classes that
+    stay classes of the data although it has no box of them (`classes.placeholders`).
 
     Raises ConfigError for a field that is missing, DataError for annotations that cannot be used (and, in training, for
     annotations without any usable box). Prints the source's notes as warnings.
@@ -29,7 +34,12 @@ def open_source(data: DataConfig, split: Literal["train", "val"]) -> Source:
         name = data.tfds_train_split if split == "train" else data.tfds_val_split
         truth = "" if split == "train" else data.val_annotations
         source = read_tfds(
-            data.tfds_name, data.tfds_folder, name, images_without_boxes=without_boxes, truth_annotations=truth
+            data.tfds_name,
+            data.tfds_folder,
+            name,
+            images_without_boxes=without_boxes,
+            truth_annotations=truth,
+            empty_parents=data.empty_parents,
         )
     else:
         if data.source == "scenes":
@@ -40,26 +50,45 @@ def open_source(data: DataConfig, split: Literal["train", "val"]) -> Source:
             for field, value in ((f"{split}_annotations", annotations), (f"{split}_images", images)):
                 if not value:
                     raise ConfigError(f"data.{field} is empty; with data.source coco it must be a path")
-        source = read_coco(annotations, images, images_without_boxes=without_boxes)
+        source = read_coco(
+            annotations,
+            images,
+            images_without_boxes=without_boxes,
+            known=known,
+            empty_parents=data.empty_parents,
+        )
     if split == "train" and not any(len(record.labels) for record in source.records):
         raise DataError(f"{source.name}: has no usable box ({source.counts}); training needs at least one")
+    for (category_id, name), why in source.left_out.items():
+        tell(f"{source.name}: category {name} ({category_id}) is left out: {why}")
     for note in source.notes:
         warn(f"{source.name}: {note}")
     return source
 
 
-def open_sources(config: Config) -> tuple[Source, Source, Config]:
+def open_sources(
+    config: Config, known: Sequence[Category] = (), workdir: str | Path = ""
+) -> tuple[Source, Source, Config]:
     """What a run trains on, what it is evaluated on (the same where it never is), and its config with their classes.
+    `known` are the classes of the run in `workdir` that is to be resumed: the training data gets its labels.
 
     Says what is there and what was left out of it. Raises as `open_source` and `with_classes` do, ConfigError where
-    several hosts have different data, and DataError where an image file is missing and data.bad_images would stop at it.
+    classes do not fit each other or several hosts have different data, and DataError where an image file is missing and
+    data.bad_images would stop at it.
     """
-    train = open_source(config.data, "train")
-    val = train if config.training.eval_every < 0 else open_source(config.data, "val")
+    if config.training.eval_every < 0:
+        train = val = open_source(config.data, "train", known)
+    else:
+        train, val = open_both(*(partial(open_source, config.data, split) for split in ("train", "val")), known)
+    if known:
+        train = train.arranged(known, f"--workdir {workdir}")
+    ids = category_ids(train.categories, val, f"data.val_annotations {val.name}")
+    if lacking := [category for category, same in zip(train.categories, ids, strict=True) if same is None]:
+        warn(f"{val.name}: lacks the categories {listed(lacking)}, which are in the training data; they are not scored")
     if config.data.source == "coco" and config.data.bad_images == "stop":
         check_images_are_there(train, len(train))
         check_images_are_there(val, config.training.eval_images or len(val))
-    config = with_classes(config, train.class_names, val.class_names)
+    config = with_classes(config, len(train.class_names))
     facts = {"training": train.sha256, "evaluation": val.sha256, "images": [len(train), len(val)]}
     hosts.check_same("data", {**facts, "classes": list(train.class_names), "ids": list(val.category_ids)})
     tell(f"train: {train}\nval: {val}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 
+from retina_jax.classes import Category, unique_names
 from retina_jax.data.coco import Mistake, load_json, parse_document
 from retina_jax.data.source import DataError, Record, make_records, sort_boxes
 from retina_jax.data_check.findings import Finding
@@ -25,9 +27,12 @@ class Split:
     """train or val."""
     annotations: Path
     folder: Path
-    class_names: tuple[str, ...]
-    """Name of label k, by ascending category id."""
-    category_ids: tuple[int, ...]
+    categories: list[Category]
+    """The class of label k."""
+    annotated: frozenset[int]
+    """Ids of the categories that an annotation has, crowds included."""
+    left_out: dict[Category, str]
+    """Categories that are no classes, each with the reason."""
     images: list[tuple[int, str, int, int]]
     """Id, file name, width, height."""
     box_ids: list[Any]
@@ -49,6 +54,11 @@ class Split:
     """Row in `images` of each record."""
     mistakes: list[Mistake]
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Unique name of label k."""
+        return unique_names(self.categories)
+
     def box_name(self, m: int) -> str:
         """What a person finds box m by."""
         return f"annotations[{self.box_rows[m]}]" if self.box_ids[m] is None else f"annotation {self.box_ids[m]}"
@@ -63,15 +73,22 @@ class Split:
         return rows[np.argsort(self.owners[rows], kind="stable")]
 
 
-def read_split(name: str, annotations: Path, folder: Path, images_without_boxes: Literal["keep", "drop"]) -> Split:
-    """Reads a COCO JSON; the images are not opened here.
+def read_split(
+    name: str,
+    annotations: Path,
+    folder: Path,
+    images_without_boxes: Literal["keep", "drop"],
+    known: Sequence[Category] = (),
+    empty_parents: Literal["drop", "keep"] = "drop",
+) -> Split:
+    """Reads a COCO JSON; the images are not opened here. Arguments as in `read_coco`.
 
     Raises DataError, one line, only where there is nothing to check: a file that is no JSON or lacks one of its three
     lists, or no folder.
     """
     document = load_json(annotations)
     mistakes: list[Mistake] = []
-    content = parse_document(annotations, document, mistakes)
+    content = parse_document(annotations, document, mistakes, known, empty_parents)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; it must hold the images that {annotations} names")
     refused = {mistake.index for mistake in mistakes if mistake.key == "annotations"}
@@ -87,8 +104,9 @@ def read_split(name: str, annotations: Path, folder: Path, images_without_boxes:
         name=name,
         annotations=annotations,
         folder=folder,
-        class_names=tuple(name for _, name in content.categories),
-        category_ids=tuple(category_id for category_id, _ in content.categories),
+        categories=content.categories,
+        annotated=content.annotated,
+        left_out=content.left_out,
         images=content.images,
         box_ids=[document["annotations"][i].get("id") for i in rows],
         box_rows=rows,
@@ -106,7 +124,8 @@ def read_split(name: str, annotations: Path, folder: Path, images_without_boxes:
 def refusals(split: Split) -> list[Finding]:
     """The entries that training would refuse. An annotation whose image or category is one of them is `orphaned`: a mistake
     is told once, not once for every box that hangs on it."""
-    known = {"images": {image[0] for image in split.images}, "categories": set(split.category_ids)}
+    categories = {category_id for category_id, _ in (*split.categories, *split.left_out)}
+    known = {"images": {image[0] for image in split.images}, "categories": categories}
     gone = {
         key: {_id(mistake.entry) for mistake in split.mistakes if mistake.key == key} - known[key] - {None}
         for key in known
@@ -125,7 +144,7 @@ def refusals(split: Split) -> list[Finding]:
 def repeated(split: Split) -> list[Finding]:
     """Annotation ids and category names that are there several times."""
     ids = Counter(_hashed(box_id) for box_id in split.box_ids if box_id is not None)
-    names = Counter(split.class_names)
+    names = Counter(name for _, name in split.categories)
     return [
         *(Finding("same_id", split.name, f"annotation {i}", f"{n} annotations") for i, n in ids.items() if n > 1),
         *(Finding("same_name", split.name, name, f"{n} categories") for name, n in names.items() if n > 1),
