@@ -66,11 +66,15 @@ def category_ids(classes: Sequence[Category], data: HasClasses, where: str) -> l
     if unknown:
         names = {name for _, name in classes}
         ambiguous = [category for category in unknown if category[1] in names]
-        why = "of an ambiguous name" if ambiguous else "that the detector lacks"
         shown = ", ".join(f"{name} ({category_id})" for category_id, name in (ambiguous or unknown)[:SHOWN])
+        if ambiguous:
+            raise ConfigError(
+                f"{where}: boxes of {shown} could be of several classes: the name repeats, and the ids are not the "
+                f"detector's ({listed(classes)}); use its ids, or give each category a name of its own"
+            )
         raise ConfigError(
-            f"{where}: has boxes of categories {why}: {shown}; the detector's classes are "
-            f"{listed(classes)}; give them these names, and these ids where a name repeats"
+            f"{where}: has boxes of categories that the detector lacks: {shown}; its classes are {listed(classes)}; "
+            "remove these boxes, or list these categories in the training data too"
         )
     return [None if i is None else categories[i][0] for i in found]
 

@@ -23,7 +23,7 @@ from retina_jax.command_line import one_line_errors, parse_command_line, set_up_
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_checks import validate
 from retina_jax.config_files import flatten, meaning_changes
-from retina_jax.data.sources import open_source
+from retina_jax.data.sources import check_classes, open_source
 from retina_jax.detector import load_detector
 from retina_jax.evaluation import coco_table
 from retina_jax.training.assessment import assess
@@ -78,6 +78,7 @@ def evaluate(arguments: Arguments, settings: Config) -> None:
     run = Run(arguments.workdir, config, detector.class_names, detector.category_ids)
     source, step = open_source(config.data, "val", run.categories), detector.step
     hosts.check_same("--workdir", {"step": step, "config": repr(config), "evaluation data": source.sha256})
+    check_classes(run.categories, source)
     # Scores of other settings stand beside the run's own, under a name of their own.
     variant = "" if not others or arguments.weights else f"_{hashlib.sha256(repr(config).encode()).hexdigest()[:8]}"
     scores = assess(run, detector, source, step, variant, others)

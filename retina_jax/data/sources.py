@@ -82,9 +82,7 @@ def open_sources(
         train, val = open_both(*(partial(open_source, config.data, split) for split in ("train", "val")), known)
     if known:
         train = train.arranged(known, f"--workdir {workdir}")
-    ids = category_ids(train.categories, val, f"data.val_annotations {val.name}")
-    if lacking := [category for category, same in zip(train.categories, ids, strict=True) if same is None]:
-        warn(f"{val.name}: lacks the categories {listed(lacking)}, which are in the training data; they are not scored")
+    check_classes(train.categories, val)
     if config.data.source == "coco" and config.data.bad_images == "stop":
         check_images_are_there(train, len(train))
         check_images_are_there(val, config.training.eval_images or len(val))
@@ -95,6 +93,14 @@ def open_sources(
     if (left_out := overflow(train, config.data))[1]:
         warn(f"data.max_boxes leaves out boxes: of {left_out[0]} images, {left_out[1]} boxes")
     return train, val, config
+
+
+def check_classes(classes: Sequence[Category], val: Source) -> None:
+    """Raises ConfigError if a detector of `classes` cannot be scored on `val`, as `category_ids` does; warns of the
+    classes that are not scored."""
+    ids = category_ids(classes, val, f"data.val_annotations {val.name}")
+    if lacking := [category for category, same in zip(classes, ids, strict=True) if same is None]:
+        warn(f"{val.name}: has no category for {listed(lacking)}: {len(lacking)} of {len(ids)} classes are not scored")
 
 
 def check_images_are_there(source: Source, number: int) -> None:
