@@ -31,6 +31,7 @@ class ClassCount(NamedTuple):
     """A class of a split."""
 
     name: str
+    """As it is shown (`classes.unique_names`)."""
     boxes: int
     """Boxes that can be trained on."""
     images: int

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from retina_jax.anchors import anchors_per_cell
-from retina_jax.classes import Category
 from retina_jax.config import Config, ConfigError, ModelConfig
 from retina_jax.config_files import override
 from retina_jax.model.initialisation import initialise
@@ -41,11 +40,6 @@ class Imported:
     category_ids: tuple[int, ...]
     missing: tuple[str, ...]
     """Paths that the file did not have and was allowed not to: random."""
-
-    @property
-    def categories(self) -> list[Category]:
-        """Id and name of each class."""
-        return list(zip(self.category_ids, self.class_names, strict=True))
 
 
 def kind_of(source: str) -> str | None:

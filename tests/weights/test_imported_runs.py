@@ -122,7 +122,9 @@ def test_known_classes_keep_their_columns(weights: Path) -> None:
     config = override(imported.config, {"devices": 1})
     run = Run(Path("x"), config, ("moon", "square"), (1, 2))
     before = flat(imported.variables)
-    made, told = continued(Driver(config, 2), run, before, imported.categories)
+    made, told = continued(
+        Driver(config, 2), run, before, list(zip(imported.category_ids, imported.class_names, strict=True))
+    )
     assert told == "its class head kept, 2 of 4 classes"
     bias = before["class_head/output/bias"].reshape(9, 4)
     np.testing.assert_array_equal(flat(made)["class_head/output/bias"].reshape(9, 2), bias[:, [3, 1]])
