@@ -110,6 +110,9 @@ class DataConfig:
     """Ground-truth boxes an image can hold; what overflows is counted and logged. COCO's fullest image has 93."""
     images_without_boxes: Literal["drop", "keep"] = "drop"
     """Training images without a box: drop (Detectron) or keep as pure background."""
+    empty_parents: Literal["drop", "keep"] = "drop"
+    """A category without boxes that groups others, such as the first one of Roboflow's exports: drop it from the classes,
+    or keep it. A run that is resumed keeps its classes. Which ones are recognised: retina_jax/classes.py."""
     bad_images: Literal["stop", "skip"] = "stop"
     """An image that is missing, broken or of another size than the JSON says: stop naming it, or skip (named, counted)."""
     orientation: Literal["auto", "stored", "turned"] = "auto"

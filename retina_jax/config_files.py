@@ -233,20 +233,11 @@ def meaning_changes(old: Config, new: Config) -> list[str]:
     return [f"{k}: {before[k]} -> {after[k]}" for k in before if before[k] != after[k] and k not in free]
 
 
-def with_classes(config: Config, train: Sequence[str], val: Sequence[str]) -> Config:
-    """`config` with the data's number of classes; ConfigError where a number given, or the evaluation data, differs."""
-    if set(train) != set(val):
-        raise ConfigError(
-            "data.val_annotations: its classes are not the training data's: "
-            f"{_some(set(train) - set(val))} only in training, {_some(set(val) - set(train))} only here"
-        )
-    if config.model.num_classes not in (None, len(train)):
-        raise ConfigError(f"model.num_classes: {config.model.num_classes}, but the data has {len(train)} categories")
-    return override(config, {"model.num_classes": len(train)})
-
-
-def _some(names: set[str]) -> str:
-    return (", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")) or "none"
+def with_classes(config: Config, classes: int) -> Config:
+    """`config` with the data's number of classes; ConfigError if it sets another one."""
+    if config.model.num_classes not in (None, classes):
+        raise ConfigError(f"model.num_classes: {config.model.num_classes}, but the data has {classes} classes")
+    return override(config, {"model.num_classes": classes})
 
 
 def typed(config: Config, where: str) -> Config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int, PyTree, UInt8
 
 from retina_jax import tta
+from retina_jax.classes import unique_names
 from retina_jax.config import Config, ConfigError, DataConfig
 from retina_jax.config_checks import validate
 from retina_jax.config_files import override
@@ -43,7 +45,7 @@ class ImageDetections:
     labels: Int[np.ndarray, " N"]
     """Indices into the detector's `class_names`."""
     class_names: tuple[str, ...] = ()
-    """Name of the class of each."""
+    """Name of the class of each, as in the detector's `shown_names`."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,9 @@ class Detector:
     variables: dict[str, PyTree]
     """Collections `params`, `frozen`, `stats`, placed on the devices."""
     class_names: tuple[str, ...]
+    """As the training data has them: names may repeat."""
     category_ids: tuple[int, ...]
-    """COCO category id of each class."""
+    """Category id of each class in the training data."""
     step: int = 0
     """Training steps its weights have seen here; 0 where they come from elsewhere."""
 
@@ -66,6 +69,11 @@ class Detector:
         """The detector that a run has come to: its running means where it keeps some, as detection.parameters says."""
         variables = state.detector(driver.config.detection.parameters)
         return cls(driver, variables, class_names, category_ids, int(state.step))
+
+    @cached_property
+    def shown_names(self) -> tuple[str, ...]:
+        """Unique name of each class: one that repeats carries its category id, "wheel (1)"."""
+        return unique_names(list(zip(self.category_ids, self.class_names, strict=True)))
 
     @property
     def config(self) -> Config:
@@ -130,7 +138,7 @@ class Detector:
         return ImageDetections(boxes[kept], scores[kept], labels[kept], self._names(labels[kept]))
 
     def _names(self, labels: Int[np.ndarray, " N"]) -> tuple[str, ...]:
-        return tuple(self.class_names[label] for label in labels)
+        return tuple(self.shown_names[label] for label in labels)
 
     def _run(self, batch: Batch) -> Any:
         return self.driver.detect(self.variables, self.driver.place(Inputs.of(batch)))

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from retina_jax.classes import unique_names
 from retina_jax.coco_scores import Found, Truth, coco_curves, coco_stats
 from retina_jax.errors import PlainError
 
@@ -45,7 +46,8 @@ class Scores(NamedTuple):
     summary: dict[str, float | None]
     """Exactly the keys of SUMMARY: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl."""
     per_class: dict[str, float | None]
-    """AP (IoU .50 to .95, all areas, 100 detections an image) of each class by its name, in the order of category ids."""
+    """AP (IoU .50 to .95, all areas, 100 detections an image) of each class by its unique name (`classes.unique_names`), in
+    the order of category ids."""
 
 
 def coco_results(
@@ -53,7 +55,7 @@ def coco_results(
     boxes_xyxy: Float[np.ndarray, "D 4"],
     scores: Float[np.ndarray, " D"],
     labels: Int[np.ndarray, " D"],
-    category_ids: Sequence[int],
+    category_ids: Sequence[int | None],
 ) -> list[dict[str, Any]]:
     """One image's detections as COCO result records.
 
@@ -62,7 +64,7 @@ def coco_results(
       boxes_xyxy: boxes in pixels of the ORIGINAL image.
       scores: their scores.
       labels: classes 0 to K - 1; a negative label is padding and is left out.
-      category_ids: the K category ids that the labels stand for.
+      category_ids: the K category ids that the labels stand for; None of a class without detections here.
 
     Returns:
       {"image_id", "category_id", "bbox": [x, y, width, height], "score"} for each detection, unrounded.
@@ -108,14 +110,12 @@ def evaluate_coco(
     check(truth, detections, image_ids, evaluated_ids)
     stats, precision = EVALUATORS[evaluator](truth, detections, sorted(set(image_ids)))
 
-    names = {category["id"]: str(category.get("name", category["id"])) for category in truth["categories"]}
-    twice = {name for name, count in Counter(names.values()).items() if count > 1}
+    categories = sorted((category["id"], str(category.get("name", category["id"]))) for category in truth["categories"])
     per_class = {}
-    for k, category_id in enumerate(sorted(names)):
+    for k, name in enumerate(unique_names(categories)):
         values = precision[:, :, k, 0, -1]  # IoU, recall, class; all areas, 100 detections
         values = values[values > -1]
-        name = names[category_id]
-        per_class[f"{name} ({category_id})" if name in twice else name] = float(values.mean()) if values.size else None
+        per_class[name] = float(values.mean()) if values.size else None
     summary = [None if value < 0 else float(value) for value in stats]
     return Scores(dict(zip(SUMMARY, summary, strict=True)), per_class)
 

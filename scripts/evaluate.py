@@ -24,7 +24,7 @@ from retina_jax.command_line import one_line_errors, parse_command_line, set_up_
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_checks import validate
 from retina_jax.config_files import flatten, meaning_changes
-from retina_jax.data.sources import open_source
+from retina_jax.data.sources import check_classes, open_source
 from retina_jax.detector import load_detector
 from retina_jax.evaluation import coco_table
 from retina_jax.training.assessment import assess
@@ -77,18 +77,13 @@ def evaluate(arguments: Arguments, settings: Config) -> None:
         config=config,
         class_names=arguments.class_names,
     )
-    source, step = open_source(config.data, "val", unlabelled=True), detector.step
+    run = Run(arguments.workdir, config, detector.class_names, detector.category_ids)
+    source, step = open_source(config.data, "val", run.categories, unlabelled=True), detector.step
     hosts.check_same(
         "--workdir",
         {"step": step, "config": repr(config), "evaluation data": source.sha256, "decoding": str(source.decoding)},
     )
-    strangers = [name for name in source.class_names if name not in detector.class_names]
-    if strangers:
-        raise ConfigError(
-            f"data.val_annotations: its classes {', '.join(strangers[:10])} are none of the detector's: "
-            f"{', '.join(detector.class_names[:10])}"
-        )
-    run = Run(arguments.workdir, config, detector.class_names, detector.category_ids)
+    check_classes(run.categories, source)
     # Scores of other settings stand beside the run's own, under a name of their own.
     variant = "" if not others or arguments.weights else f"_{hashlib.sha256(repr(config).encode()).hexdigest()[:8]}"
     scores = assess(run, detector, source, step, variant, others)

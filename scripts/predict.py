@@ -1,6 +1,7 @@
 """Detect on images of your own: scripts/predict.py (--workdir RUN | --weights KIND:FILE) IMAGE_OR_FOLDER... --out DIR
 
-Writes DIR/detections.json (per image: boxes in its own pixels, scores, class names) and a drawn picture per image.
+Writes DIR/detections.json (per image: boxes in its own pixels, scores, class names and
+ids) and a drawn picture per image.
 Inference can be set (--detection.nms-iou 0.6), test-time augmentation with it (--detection.tta-flip,
 --detection.tta-short-sides 500 700).
 """
@@ -87,7 +88,7 @@ def main() -> None:
         (found,) = detector.detect([image])
         good = found.scores >= arguments.score
         picture = draw(
-            image, found.boxes_xyxy[good], found.labels[good], found.scores[good], class_names=detector.class_names
+            image, found.boxes_xyxy[good], found.labels[good], found.scores[good], class_names=detector.shown_names
         )
         Image.fromarray(picture).save(arguments.out / target)
         entries.append(
@@ -98,6 +99,7 @@ def main() -> None:
                 "boxes_xyxy": found.boxes_xyxy.round(2).tolist(),
                 "scores": found.scores.round(5).tolist(),
                 "labels": list(found.class_names),
+                "category_ids": [detector.category_ids[label] for label in found.labels],
             }
         )
         print(f"{file}: {int(good.sum())} detections at {arguments.score} or above -> {arguments.out / target}")

@@ -34,7 +34,7 @@ from retina_jax.training.opening import open_run
 from retina_jax.training.optimizer import unreached
 from retina_jax.training.parallel import Driver
 from retina_jax.training.profiling import Profiler
-from retina_jax.training.run import Clock, alone_in, finish_run, is_due
+from retina_jax.training.run import Clock, alone_in, finish_run, is_due, started_run
 from retina_jax.training.start import first_state
 from retina_jax.training.state import parameters_sha256
 from retina_jax.training.step import Inputs
@@ -70,7 +70,8 @@ def main() -> None:
 
 def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: Sequence[str] = ()) -> None:
     """The loop. `step` counts the steps taken, the running one included; files are named after it."""
-    source, val_source, config = open_sources(config)
+    before = started_run(workdir)
+    source, val_source, config = open_sources(config, before.categories if before else (), workdir)
     driver = Driver(config, config.model.num_classes)
     driver.check_batch_size()
     training, keep = config.training, config.training.keep_checkpoints

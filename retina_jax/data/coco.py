@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from retina_jax.classes import Category
 from retina_jax.data.box_formats import BoxFormat
 from retina_jax.data.coco_document import Content, Crowds, parse_document
 from retina_jax.data.decoding import largest_file
@@ -32,6 +34,8 @@ def read_coco(
     box_format: BoxFormat = "auto",
     crowds: Crowds = "ignore",
     orientation: Literal["auto", "stored", "turned"] = "auto",
+    known: Sequence[Category] = (),
+    empty_parents: Literal["drop", "keep"] = "drop",
     unlabelled: bool = False,
 ) -> Source:
     """The data set of a COCO JSON. "drop" (for training) leaves out images that have no usable box; evaluation keeps all.
@@ -39,7 +43,8 @@ def read_coco(
     `box_format`, `crowds` and `orientation` are as in DataConfig. Raises DataError, one line that names the file, the entry
     and what would be right, for anything in the file that cannot be used, for boxes that look as if in another format,
     for no images at all, and with "drop" for no usable box at all. Images are opened only where their sizes are missing.
-    With `unlabelled` a file without the key `annotations` is accepted.
+    `known` and `empty_parents` decide which empty categories are classes, as in `classes.placeholders`. With `unlabelled` a
+    file without the key `annotations` is accepted.
 
     A `file_name` is a path inside `images`: where it is absolute or climbs out with .. it is not followed, but a file of
     that base name inside is taken where it is the only one (`find_images`), else the name is refused. A folder, pipe or
@@ -53,7 +58,14 @@ def read_coco(
     if not labelled:
         document = {**document, "annotations": []}
     content = parse_document(
-        path, document, folder=folder, box_format=box_format, crowds=crowds, orientation=orientation
+        path,
+        document,
+        folder=folder,
+        box_format=box_format,
+        crowds=crowds,
+        orientation=orientation,
+        known=known,
+        empty_parents=empty_parents,
     )
     del document
     columns = content.boxes
@@ -95,6 +107,8 @@ def read_coco(
         notes=tuple(note.text for note in content.notes),
         missing=missing,
         labelled=labelled,
+        annotated=content.annotated,
+        left_out=content.left_out,
     )
 
 
@@ -110,9 +124,9 @@ def read_image(path: Path, width: int, height: int) -> bytes:
     return read_again(lambda: read_file(path, largest), str(path))
 
 
-def parse_coco(path: Path) -> Content:
-    """The file's content without its images' files, every entry of it checked; DataError as in `read_coco`."""
-    return parse_document(path, load_json(path))
+def parse_coco(path: Path, known: Sequence[Category] = (), empty_parents: Literal["drop", "keep"] = "drop") -> Content:
+    """The file's content without its images' files, every entry of it checked; arguments and DataError as in `read_coco`."""
+    return parse_document(path, load_json(path), known=known, empty_parents=empty_parents)
 
 
 def load_json(path: Path) -> Any:

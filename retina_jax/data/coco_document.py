@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
+from retina_jax.classes import Category, placeholders, unique_names
 from retina_jax.data.box_formats import BoxFormat, guess_format, to_xywh
 from retina_jax.data.coco_entries import (
     WITHOUT_BOX,
@@ -45,8 +46,12 @@ class Note(NamedTuple):
 class Content(NamedTuple):
     """What a COCO JSON holds."""
 
-    categories: list[tuple[int, str]]
-    """Id and name, by ascending id: label k is the k-th."""
+    categories: list[Category]
+    """The classes, in the order of the file: label k is the k-th."""
+    annotated: frozenset[int]
+    """Ids of the categories that a box has, crowds included."""
+    left_out: dict[Category, str]
+    """Categories that are no classes, each with the reason, as from `classes.placeholders`."""
     images: list[tuple[int, str, int, int]]
     """Id, file name, width, height."""
     boxes: Float64[np.ndarray, "M 7"]
@@ -75,6 +80,8 @@ def parse_document(
     box_format: BoxFormat = "auto",
     crowds: Crowds = "ignore",
     orientation: Literal["auto", "stored", "turned"] = "auto",
+    known: Sequence[Category] = (),
+    empty_parents: Literal["drop", "keep"] = "drop",
 ) -> Content:
     """The content of what `coco.load_json` gave.
 
@@ -86,9 +93,8 @@ def parse_document(
         raise DataError(f"{path}: must be an object with images, annotations and categories, not {short(document)}")
     texts: Counter[str] = Counter()
     notes: list[Note] = []
-    categories = sorted(
-        category for _, category in _parse_all(path, document, "categories", category_parser(texts), mistakes)
-    )
+    listed = _parse_all(path, document, "categories", category_parser(texts), mistakes)
+    categories = [(entry.id, entry.name) for _, entry in listed]
     images = _parse_all(path, document, "images", image_parser(texts, rooted=folder is not None), mistakes)
     if not mistakes and not (categories and images):
         raise DataError(f"{path}: {'images' if categories else 'categories'} is empty; it must list at least one")
@@ -103,12 +109,20 @@ def parse_document(
         notes.append(Note("text_numbers", f"numbers are written as text ({counted}); they are read as numbers"))
     sizes_wh = np.array([image[2:] for image in images], np.int64).reshape(-1, 2)
     columns, areas = _columns([box for _, box in boxes], sizes_wh, box_format, crowds, notes)
-    _note_crowds(columns, [name for _, name in categories], notes)
+    annotated = frozenset(categories[label][0] for label in np.unique(columns[:, 1]).astype(int))
+    above = [entry.supercategory for _, entry in listed]
+    left_out = placeholders(categories, above, annotated, known, empty_parents)
+    is_class = np.array([category not in left_out for category in categories], bool)
+    columns[:, 1] = (np.cumsum(is_class) - 1)[columns[:, 1].astype(int)]
+    classes = [category for category in categories if category not in left_out]
+    _note_crowds(columns, unique_names(classes), notes)
     for note in notes:
         if note.refused and mistakes is None:
             raise DataError(f"{path}: {note.text}")
     return Content(
-        categories=categories,
+        categories=classes,
+        annotated=annotated,
+        left_out=left_out,
         images=[tuple(image) for image in images],
         boxes=columns,
         areas=areas,
@@ -203,7 +217,7 @@ def _columns(
     return np.column_stack([owners, labels, crowd, xywh]).astype(np.float64).reshape(-1, 7), areas
 
 
-def _note_crowds(boxes: Float64[np.ndarray, "M 7"], names: list[str], notes: list[Note]) -> None:
+def _note_crowds(boxes: Float64[np.ndarray, "M 7"], names: Sequence[str], notes: list[Note]) -> None:
     """Notes the classes that have crowds and nothing else."""
     labels, crowd = boxes[:, 1].astype(np.int64), boxes[:, 2] > 0
     total = np.bincount(labels, minlength=len(names))

@@ -42,6 +42,14 @@ class Mistake(NamedTuple):
         return f"{self.key}[{self.index}]{named}"
 
 
+class CategoryEntry(NamedTuple):
+    """An entry of `categories`."""
+
+    id: int
+    name: str
+    supercategory: str | None
+
+
 class Image(NamedTuple):
     """An entry of `images`."""
 
@@ -69,12 +77,14 @@ class Box(NamedTuple):
     """0 where missing."""
 
 
-def category_parser(texts: Counter[str]) -> Callable[[dict], tuple[int, str]]:
-    """Parses a category to its id and name; counts in `texts` the numbers that are text, by key."""
+def category_parser(texts: Counter[str]) -> Callable[[dict], CategoryEntry]:
+    """Parses a category; counts in `texts` the numbers that are text, by key."""
     seen: set[int] = set()
 
-    def parse(entry: dict) -> tuple[int, str]:
-        return new(seen, integer(entry, "id", texts)), text(entry, "name")
+    def parse(entry: dict) -> CategoryEntry:
+        above = entry.get("supercategory")
+        identity = new(seen, integer(entry, "id", texts))
+        return CategoryEntry(identity, text(entry, "name"), above if isinstance(above, str) else None)
 
     return parse
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
+from retina_jax.classes import Category, differ, match
 from retina_jax.data.conventions import AS_VIEWERS, Decoding
 from retina_jax.errors import PlainError
 
@@ -41,7 +42,7 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A data set. Label k is category `category_ids[k]`, called `class_names[k]`."""
+    """A data set. Label k is category `category_ids[k]`, called `class_names[k]`; names may repeat."""
 
     name: str
     """What messages call it: the path of its JSON, or the TFDS name and split."""
@@ -59,6 +60,10 @@ class Source:
     """Makes `truth`."""
     labelled: bool = True
     """False: images without annotations (COCO's test images), in which there is nothing to score."""
+    annotated: frozenset[int] = frozenset()
+    """Ids of the categories that an annotation has, crowds included."""
+    left_out: dict[Category, str] = field(default_factory=dict)
+    """Categories that are no classes, each with the reason, as from `classes.placeholders`."""
     notes: tuple[str, ...] = ()
     """What a person should know of how the data set was read, one line each; `open_source` prints them as warnings."""
     missing: Mapping[int, str] = field(default_factory=dict)
@@ -71,9 +76,33 @@ class Source:
         """Ground truth in COCO's format for pycocotools: every box as it was read, uncut, crowds included.
 
         It holds what comparing boxes needs: `iscrowd` and `area` also where the file has none, ids from 1 where ids are
-        missing, repeated or below 1 (pycocotools takes id 0 for "unmatched"), and no `segmentation`.
+        missing, repeated or below 1 (pycocotools takes id 0 for "unmatched"), no `segmentation`, and the classes alone as
+        categories.
         """
         return self.make_truth()
+
+    @property
+    def categories(self) -> list[Category]:
+        """Id and name of each class."""
+        return list(zip(self.category_ids, self.class_names, strict=True))
+
+    def arranged(self, classes: Sequence[Category], where: str) -> Source:
+        """The same data with the labels of `classes`, those of the run in the folder that `where` names.
+
+        Raises ConfigError if the classes are not the same ones, one to one.
+        """
+        order = match(classes, self.categories)
+        if None in order or len(order) != len(self.class_names):
+            raise differ(classes, self.categories, where)
+        if order == list(range(len(order))):
+            return self
+        labels = np.argsort(order).astype(np.int32)
+        return replace(
+            self,
+            records=[replace(record, labels=labels[record.labels]) for record in self.records],
+            class_names=tuple(self.class_names[k] for k in order),
+            category_ids=tuple(self.category_ids[k] for k in order),
+        )
 
     def __len__(self) -> int:
         return len(self.records)

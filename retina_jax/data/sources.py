@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from retina_jax import hosts
+from retina_jax.classes import Category, category_ids, listed, open_both
 from retina_jax.config import Config, ConfigError, DataConfig
 from retina_jax.config_files import override, with_classes
 from retina_jax.console import tell, warn
@@ -16,9 +19,12 @@ from retina_jax.data.source import DataError, Source
 from retina_jax.data.survey import with_decoding
 
 
-def open_source(data: DataConfig, split: Literal["train", "val"], *, unlabelled: bool = False) -> Source:
-    """Opens the training or the evaluation images; evaluation always keeps images without boxes. With `unlabelled` a COCO
-    file without `annotations` is accepted (`Source.labelled`).
+def open_source(
+    data: DataConfig, split: Literal["train", "val"], known: Sequence[Category] = (), *, unlabelled: bool = False
+) -> Source:
+    """Opens the training or the evaluation images; evaluation always keeps images without boxes. `known` are classes that
+    stay classes of the data although it has no box of them (`classes.placeholders`). With `unlabelled` a COCO file without
+    `annotations` is accepted (`Source.labelled`).
 
     Raises ConfigError for a field that is missing, DataError for annotations that cannot be used (and, in training, for
     annotations without any usable box). Prints the source's notes as warnings.
@@ -37,7 +43,12 @@ def open_source(data: DataConfig, split: Literal["train", "val"], *, unlabelled:
             )
             truth = ""
         source = read_tfds(
-            data.tfds_name, data.tfds_folder, name, images_without_boxes=without_boxes, truth_annotations=truth
+            data.tfds_name,
+            data.tfds_folder,
+            name,
+            images_without_boxes=without_boxes,
+            truth_annotations=truth,
+            empty_parents=data.empty_parents,
         )
     else:
         if data.source == "scenes":
@@ -56,9 +67,13 @@ def open_source(data: DataConfig, split: Literal["train", "val"], *, unlabelled:
             crowds=data.crowds,
             orientation=data.orientation,
             unlabelled=unlabelled,
+            known=known,
+            empty_parents=data.empty_parents,
         )
     if split == "train" and not any(len(record.labels) for record in source.records):
         raise DataError(f"{source.name}: has no usable box ({source.counts}); training needs at least one")
+    for (category_id, name), why in source.left_out.items():
+        tell(f"{source.name}: category {name} ({category_id}) is left out: {why}")
     for note in source.notes:
         warn(f"{source.name}: {note}")
     source = with_decoding(source, data)
@@ -70,20 +85,38 @@ def open_source(data: DataConfig, split: Literal["train", "val"], *, unlabelled:
     return source
 
 
-def open_sources(config: Config) -> tuple[Source, Source, Config]:
+def open_sources(
+    config: Config, known: Sequence[Category] = (), workdir: str | Path = ""
+) -> tuple[Source, Source, Config]:
     """What a run trains on, what it is evaluated on (the same where it never is), and its config with their classes
-    and the range of their 16-bit images.
+    and the range of their 16-bit images. `known` are the classes of the run in `workdir` that is to be resumed: the
+    training data gets its labels.
 
     Says what is there and what was left out of it. Raises as `open_source` and `with_classes` do, ConfigError where
-    several hosts have different data, and DataError where an image file is missing and data.bad_images would stop at it.
+    classes do not fit each other or several hosts have different data, and DataError where an image file is missing and
+    data.bad_images would stop at it.
     """
-    train = open_source(config.data, "train")
-    config = override(config, {"data.bits": train.decoding.bits or config.data.bits})
-    val = train if config.training.eval_every < 0 else open_source(config.data, "val")
+
+    def open_train(known: Sequence[Category]) -> Source:
+        nonlocal config
+        source = open_source(config.data, "train", known)
+        config = override(config, {"data.bits": source.decoding.bits or config.data.bits})
+        return source
+
+    def open_val(known: Sequence[Category]) -> Source:
+        return open_source(config.data, "val", known)
+
+    if config.training.eval_every < 0:
+        train = val = open_train(known)
+    else:
+        train, val = open_both(open_train, open_val, known)
+    if known:
+        train = train.arranged(known, f"--workdir {workdir}")
+    check_classes(train.categories, val)
     if config.data.source == "coco" and config.data.bad_images == "stop":
         check_images_are_there(train, len(train))
         check_images_are_there(val, config.training.eval_images or len(val))
-    config = with_classes(config, train.class_names, val.class_names)
+    config = with_classes(config, len(train.class_names))
     facts = {"training": train.sha256, "evaluation": val.sha256, "images": [len(train), len(val)]}
     facts |= {"decoding": [str(train.decoding), str(val.decoding)]}
     hosts.check_same("data", {**facts, "classes": list(train.class_names), "ids": list(val.category_ids)})
@@ -91,6 +124,14 @@ def open_sources(config: Config) -> tuple[Source, Source, Config]:
     if (left_out := overflow(train, config.data))[1]:
         warn(f"data.max_boxes leaves out boxes: of {left_out[0]} images, {left_out[1]} boxes")
     return train, val, config
+
+
+def check_classes(classes: Sequence[Category], val: Source) -> None:
+    """Raises ConfigError if a detector of `classes` cannot be scored on `val`, as `category_ids` does; warns of the
+    classes that are not scored."""
+    ids = category_ids(classes, val, f"data.val_annotations {val.name}")
+    if lacking := [category for category, same in zip(classes, ids, strict=True) if same is None]:
+        warn(f"{val.name}: has no category for {listed(lacking)}: {len(lacking)} of {len(ids)} classes are not scored")
 
 
 def check_images_are_there(source: Source, number: int) -> None:

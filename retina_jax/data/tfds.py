@@ -19,8 +19,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Bool, Float64, Int64, Shaped
 
-from retina_jax.data.coco import parse_coco, read_truth
+from retina_jax.classes import Category, listed, match
+from retina_jax.data import coco
 from retina_jax.data.coco_classes import COCO_CATEGORIES
+from retina_jax.data.coco_document import Content
 from retina_jax.data.decoding import open_image
 from retina_jax.data.reading import read_again
 from retina_jax.data.source import BadImage, DataError, Source, make_records
@@ -53,16 +55,18 @@ def read_tfds(
     *,
     images_without_boxes: Literal["keep", "drop"] = "keep",
     truth_annotations: str = "",
+    empty_parents: Literal["drop", "keep"] = "drop",
 ) -> Source:
     """The data set `name` under `folder` ("": TFDS's own), or the one prepared in the folder `name` itself.
 
     Its first opening reads every image's header and keeps the index in the data set's folder, or in ~/.cache/retina_jax
     where that cannot be written. `truth_annotations` is the original COCO JSON to evaluate against: images are found in it
-    by id (by file name where the data set has no ids), and its categories, which must be as many, give names and ids.
-    Without it the ground truth is made from the features, whose areas are truncated to integers in COCO's.
+    by id (by file name where the data set has no ids), its categories give names and ids (`_match_truth`), and
+    `empty_parents` is as in `read_coco`. Without it the ground truth is made from the features, whose areas are truncated
+    to integers in COCO's.
 
     Raises DataError: the data set is unknown, not prepared, stored without random access, has no such split, lacks a
-    feature, has labels outside its classes, or its images are not those of `truth_annotations`.
+    feature, has labels outside its classes, or its images or classes are not those of `truth_annotations`.
     """
     called = f"{name} [{split}]"
     builder = _open_builder(name, folder)
@@ -86,8 +90,12 @@ def read_tfds(
             f"{called}: example {index.owners[wrong]}: objects/label is {index.labels[wrong]}; it must be 0 to {classes - 1}"
         )
     image_ids, categories = index.image_ids.tolist(), _categories(builder, label)
+    annotated, left_out = frozenset(categories[k][0] for k in set(index.labels.tolist())), {}
     if truth_annotations:
-        image_ids, categories = _match_truth(index, Path(truth_annotations), categories, called)
+        content = coco.parse_coco(Path(truth_annotations), categories, empty_parents)
+        image_ids, categories, labels = _match_truth(index, content, truth_annotations, categories, called)
+        index = index._replace(labels=labels)
+        annotated, left_out = content.annotated, content.left_out
     elif len(set(image_ids)) < len(image_ids):
         raise DataError(f"{called}: image/id is used twice; every image must have its own")
     parsed = [
@@ -110,7 +118,7 @@ def read_tfds(
             raise BadImage(f"{where(i)}: cannot be read: {_first_line(error)}") from None
 
     def make_truth() -> dict[str, Any]:
-        return read_truth(Path(truth_annotations)) if truth_annotations else _truth(index, parsed, categories)
+        return coco.make_truth(content) if truth_annotations else _truth(index, parsed, categories)
 
     return Source(
         name=called,
@@ -121,6 +129,8 @@ def read_tfds(
         read=read,
         where=where,
         make_truth=make_truth,
+        annotated=annotated,
+        left_out=left_out,
     )
 
 
@@ -162,7 +172,7 @@ def _check_features(builder: tfds.core.DatasetBuilder, called: str) -> tfds.feat
     return objects["label"]
 
 
-def _categories(builder: tfds.core.DatasetBuilder, label: tfds.features.ClassLabel) -> list[tuple[int, str]]:
+def _categories(builder: tfds.core.DatasetBuilder, label: tfds.features.ClassLabel) -> list[Category]:
     """Id and name of each label: COCO's own for COCO, whose TFDS names may be no more than "0" to "79"; else from 1."""
     if builder.name == "coco" and label.num_classes == len(COCO_CATEGORIES):
         return list(COCO_CATEGORIES)
@@ -173,26 +183,38 @@ def _categories(builder: tfds.core.DatasetBuilder, label: tfds.features.ClassLab
 
 
 def _match_truth(
-    index: Index, path: Path, categories: list[tuple[int, str]], called: str
-) -> tuple[list[int], list[tuple[int, str]]]:
-    """Ids that the images have in the JSON; and the JSON's categories, by name, or by ascending id where names differ."""
-    content = parse_coco(path)
-    if len(content.categories) != len(categories):
+    index: Index, content: Content, path: str, classes: list[Category], called: str
+) -> tuple[list[int], list[Category], Int64[np.ndarray, " M"]]:
+    """Ids that the images have in the JSON `content` of `path`, the categories there of the data set's `classes`, and the
+    labels among them.
+
+    Classes are found as in `classes.match`; those without names, which TFDS calls "0", "1" and so on, by ascending id. A
+    class or category that the other side lacks is left out if it has no box. Raises DataError for one that has, and for an
+    image that the JSON lacks.
+    """
+    unnamed = [name for _, name in classes] == [str(k) for k in range(len(classes))]
+    ascending = sorted(range(len(content.categories)), key=lambda i: content.categories[i])
+    by_id = unnamed and len(ascending) == len(classes)
+    found = ascending if by_id else match(classes, content.categories)
+    used = set(index.labels.tolist())
+    lost = [category for k, category in enumerate(classes) if found[k] is None and k in used]
+    extra = [c for i, c in enumerate(content.categories) if c[0] in content.annotated and i not in found]
+    if lost or extra:
         raise DataError(
-            f"{path}: categories lists {len(content.categories)}; it must list the {len(categories)} of {called}"
+            f"{path}: categories are not the classes of {called}: only here: {listed(extra) or 'none'}; only there: "
+            f"{listed(lost) or 'none'}; give the file that the data set was made from"
         )
-    id_by_name = {name: category_id for category_id, name in content.categories}
-    names = [name for _, name in categories]
-    if set(names) == set(id_by_name):
-        content = content._replace(categories=[(id_by_name[name], name) for name in names])
+    kept = [k for k, i in enumerate(found) if i is not None]
+    categories = [content.categories[i] for i in found if i is not None]
+    labels = np.searchsorted(kept, index.labels)
     known = {image[0] for image in content.images}
     id_of = {image[1]: image[0] for image in content.images}
-    found = []
+    image_ids = []
     for row, (image_id, file_name) in enumerate(zip(index.image_ids.tolist(), index.file_names, strict=True)):
-        found.append(id_of.get(str(file_name), image_id))
-        if found[-1] not in known:
+        image_ids.append(id_of.get(str(file_name), image_id))
+        if image_ids[-1] not in known:
             raise DataError(f"{path}: images lists neither id {image_id} nor {file_name!s}, example {row} of {called}")
-    return found, content.categories
+    return image_ids, categories, labels
 
 
 def _pixels(index: Index) -> Float64[np.ndarray, "M 4"]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from retina_jax.classes import Category, category_ids, open_both
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_files import override, with_classes
 from retina_jax.console import tell
@@ -31,6 +33,7 @@ class ClassCount(NamedTuple):
     """A class of a split."""
 
     name: str
+    """As it is shown (`classes.unique_names`)."""
     boxes: int
     """Boxes that can be trained on."""
     images: int
@@ -69,8 +72,15 @@ def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
 
     DataError as in `read_split`.
     """
-    keep = {"train": config.data.images_without_boxes}
-    splits = [read_split(name, *pair, keep.get(name, "keep"), config.data) for name, pair in pairs.items()]
+
+    def opened(name: str, known: Sequence[Category]) -> Split:
+        without_boxes = config.data.images_without_boxes if name == "train" else "keep"
+        return read_split(name, *pairs[name], without_boxes, known, config.data)
+
+    if "val" in pairs:
+        splits = list(open_both(partial(opened, "train"), partial(opened, "val")))
+    else:
+        splits = [opened("train", ())]
     found: list[Finding] = []
     digests = []
     decodings = {}
@@ -86,6 +96,7 @@ def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
     train = splits[0]
     counts = {split.name: count_classes(split) for split in splits}
     found += [Finding("empty_class", name, c.name) for name, rows in counts.items() for c in rows if not c.boxes]
+    found += [Finding("no_class", s.name, f"{c[1]} ({c[0]})", why) for s in splits for c, why in s.left_out.items()]
     found += _refused_config(config, splits)
     views = view_boxes(train.records, config.data)
     coverage = cover(views, config)
@@ -127,7 +138,8 @@ def count_classes(split: Split) -> list[ClassCount]:
 
 def _refused_config(config: Config, splits: Sequence[Split]) -> list[Finding]:
     try:
-        with_classes(config, splits[0].class_names, splits[-1].class_names)
+        category_ids(splits[0].categories, splits[-1], "data.val_annotations")
+        with_classes(config, len(splits[0].categories))
     except ConfigError as error:
         field, _, text = str(error).partition(": ")
         return [Finding("refused_config", splits[-1].name, field, text)]

@@ -110,8 +110,13 @@ KINDS: dict[str, Kind] = {
         "images with more boxes than data.max_boxes",
         "The last ones become background. Raise it.",
     ),
-    "same_name": Kind("warning", "names of several categories", "Classes of their own that no reader can tell apart."),
+    "same_name": Kind(
+        "warning",
+        "names of several categories",
+        "Each is a class of its own, and shown with its id: wheel (1), wheel (2).",
+    ),
     "empty_class": Kind("warning", "classes without boxes", "They cannot be learnt, and their AP is undefined."),
+    "no_class": Kind("note", "categories that are left out of the classes", "None of them has an annotation."),
     "no_boxes": Kind(
         "note", "images without usable boxes", "data.images_without_boxes says whether training drops or keeps them."
     ),

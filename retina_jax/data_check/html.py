@@ -91,8 +91,8 @@ def _classes(check: Check) -> str:
     for split, counts in check.counts.items():
         header += [f"{split}: boxes", "images", "dropped"]
         for name in names:
-            same = [count for count in counts if count.name == name]  # two categories can have one name
-            rows[name] += ["; ".join(f"{getattr(c, field)}" for c in same) for field in ("boxes", "images", "dropped")]
+            of_split = {count.name: count for count in counts}.get(name)  # a split may lack a class
+            rows[name] += [str(getattr(of_split, field, "")) for field in ("boxes", "images", "dropped")]
     said = "Boxes that can be trained on, the images that have one, and boxes dropped: crowds, without area or outside."
     return f"<h2>Classes</h2>{paragraphs([said])}{_folded(header, list(rows.values()))}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 
+from retina_jax.classes import Category, unique_names
 from retina_jax.config import DataConfig
 from retina_jax.data.coco import check_folder, load_json
 from retina_jax.data.coco_document import Note, parse_document
@@ -29,9 +31,12 @@ class Split:
     """train or val."""
     annotations: Path
     folder: Path
-    class_names: tuple[str, ...]
-    """Name of label k, by ascending category id."""
-    category_ids: tuple[int, ...]
+    categories: list[Category]
+    """The class of label k."""
+    annotated: frozenset[int]
+    """Ids of the categories that an annotation has, crowds included."""
+    left_out: dict[Category, str]
+    """Categories that are no classes, each with the reason."""
     images: list[tuple[int, str, int, int]]
     """Id, file name, width, height."""
     paths: list[str]
@@ -61,6 +66,11 @@ class Split:
     without_box: list[str]
     """What a person finds the annotations without a box by."""
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Unique name of label k."""
+        return unique_names(self.categories)
+
     def box_name(self, m: int) -> str:
         """What a person finds box m by."""
         return _annotation_name(self.box_rows[m], self.box_ids[m])
@@ -80,9 +90,10 @@ def read_split(
     annotations: Path,
     folder: Path,
     images_without_boxes: Literal["keep", "drop"],
+    known: Sequence[Category] = (),
     data: DataConfig = READ_AS_COCO,
 ) -> Split:
-    """Reads a COCO JSON as training with `data` does.
+    """Reads a COCO JSON as training with `data` does; `known` is as in `read_coco`.
 
     Raises DataError, one line, only where there is nothing to check: a file that is no JSON or lacks one of its three
     lists, or no folder.
@@ -90,13 +101,17 @@ def read_split(
     document = load_json(annotations)
     check_folder(annotations, folder)
     mistakes: list[Mistake] = []
-    reading = {
-        "folder": folder,
-        "box_format": data.box_format,
-        "crowds": data.crowds,
-        "orientation": data.orientation,
-    }
-    content = parse_document(annotations, document, mistakes, **reading)
+    content = parse_document(
+        annotations,
+        document,
+        mistakes,
+        folder=folder,
+        box_format=data.box_format,
+        crowds=data.crowds,
+        orientation=data.orientation,
+        known=known,
+        empty_parents=data.empty_parents,
+    )
     entries = document["annotations"]
     columns = content.boxes
     owners, labels = columns[:, 0].astype(np.int64), columns[:, 1].astype(np.int64)
@@ -109,8 +124,9 @@ def read_split(
         name=name,
         annotations=annotations,
         folder=folder,
-        class_names=tuple(name for _, name in content.categories),
-        category_ids=tuple(category_id for category_id, _ in content.categories),
+        categories=content.categories,
+        annotated=content.annotated,
+        left_out=content.left_out,
         images=content.images,
         paths=content.paths,
         missing=content.missing,
@@ -132,7 +148,8 @@ def read_split(
 def refusals(split: Split) -> list[Finding]:
     """The entries that training would refuse. An annotation whose image or category is one of them is `orphaned`: a mistake
     is told once, not once for every box that hangs on it."""
-    known = {"images": {image[0] for image in split.images}, "categories": set(split.category_ids)}
+    categories = {category_id for category_id, _ in (*split.categories, *split.left_out)}
+    known = {"images": {image[0] for image in split.images}, "categories": categories}
     gone = {
         key: {_id(mistake.entry) for mistake in split.mistakes if mistake.key == key} - known[key] - {None}
         for key in known
@@ -159,7 +176,7 @@ def noted(split: Split) -> list[Finding]:
 def repeated(split: Split) -> list[Finding]:
     """Annotation ids and category names that are there several times."""
     ids = Counter(_hashed(box_id) for box_id in split.box_ids if box_id is not None)
-    names = Counter(split.class_names)
+    names = Counter(name for _, name in split.categories)
     return [
         *(Finding("same_id", split.name, f"annotation {i}", f"{n} annotations") for i, n in ids.items() if n > 1),
         *(Finding("same_name", split.name, name, f"{n} categories") for name, n in names.items() if n > 1),

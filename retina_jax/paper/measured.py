@@ -159,9 +159,7 @@ def val_windows(
     """
     run = read_run(folder)
     detector = load_detector(folder)
-    source = open_source(run.config.data, "val")
-    if source.class_names != detector.class_names:
-        raise ConfigError(f"--workdir {folder}: its evaluation data no longer has the classes it was trained with")
+    source = open_source(run.config.data, "val", run.categories).arranged(run.categories, f"--workdir {folder}")
     batch_size = min(run.config.training.eval_batch_size or run.config.data.batch_size, 8)
     batches = eval_batches(random_images(source, images or len(source), seed), run.config.data, batch_size=batch_size)
     samples = sample_windows(detector, batches, positives=positives, negatives=negatives, seed=seed)

@@ -8,6 +8,7 @@ from html import escape
 from statistics import median
 from typing import Any
 
+from retina_jax.classes import unique_names
 from retina_jax.config import Config
 from retina_jax.config_files import flatten
 from retina_jax.console import duration
@@ -62,7 +63,7 @@ def facts(record: Record) -> list[tuple[str, str]]:
         ("devices", versions.pop("devices", None)),
         ("speed", _speed(record.windows)),
         ("versions", ", ".join(f"{package} {version}" for package, version in versions.items())),
-        ("classes", _classes(record.class_names)),
+        ("classes", _classes(unique_names(record.categories))),
         *dict(saved.get("facts") or {}).items(),
     ]
     if record.summary is not None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from retina_jax.classes import unique_names
 from retina_jax.coco_scores import Found, Truth, coco_curves, coco_stats
-from retina_jax.config import Config
 from retina_jax.config_files import override
 from retina_jax.data.source import Source
 from retina_jax.data.sources import open_source
@@ -55,7 +55,7 @@ def find(record: Record) -> Findings:
         raise EvaluationError(f"{path}: cannot be read: {error}") from None
     if not isinstance(detections, list) or not all(isinstance(d, dict) and d.keys() >= RESULT for d in detections):
         raise EvaluationError(f"{path}: must be a list of COCO results ({', '.join(sorted(RESULT))})")
-    source = _open(record.config)
+    source = _open(record)
     # As `assess` has it: the first images of the split.
     rows = {source.records[row].image_id: row for row in range(min(scores["images"], len(source)))}
     image_ids = sorted(rows)
@@ -72,11 +72,10 @@ def find(record: Record) -> Findings:
             "since, or the detections are of another evaluation at this step."
         )
     )
-    names = dict(zip(source.category_ids, source.class_names, strict=True))
     return Findings(
         step,
         source,
-        tuple(names[k] for k in sorted(names)),
+        unique_names(sorted(source.categories)),
         truth,
         found,
         sort_errors(truth, found),
@@ -86,10 +85,10 @@ def find(record: Record) -> Findings:
     )
 
 
-def _open(config: Config) -> Source:
+def _open(record: Record) -> Source:
     """The evaluation data; where only the folder of its images is gone, their truth all the same."""
-    data = config.data
+    config, data = record.config, record.config.data
     if data.source == "coco" and not Path(data.val_images).is_dir() and Path(data.val_annotations).is_file():
         # Any folder does: that its images cannot be read is found, and said, when they are to be drawn.
         config = override(config, {"data.val_images": str(Path(data.val_annotations).parent)})
-    return open_source(config.data, "val")
+    return open_source(config.data, "val", record.categories)

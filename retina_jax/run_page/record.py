@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retina_jax.classes import Category
 from retina_jax.config import Config, ConfigError
 from retina_jax.evaluation import SUMMARY
 from retina_jax.paper.results import read_json
@@ -23,7 +24,8 @@ class Record:
 
     folder: Path
     config: Config
-    class_names: tuple[str, ...]
+    categories: list[Category]
+    """Id and name of each class."""
     saved: dict[str, Any]
     """The whole of config.json: command, commit, versions, facts, changes."""
     windows: list[dict[str, Any]]
@@ -57,7 +59,7 @@ def read_record(folder: Path) -> Record:
     if summary is not None and not isinstance(summary.get("steps"), int):
         raise ConfigError(f"{folder / 'summary.json'}: steps must be a whole number, not {summary.get('steps')!r}")
     saved, windows = read_json(folder / "config.json"), _windows(folder / "metrics.jsonl")
-    return Record(folder, run.config, run.class_names, saved, windows, evaluations, variants, summary)
+    return Record(folder, run.config, run.categories, saved, windows, evaluations, variants, summary)
 
 
 def _evaluation(path: Path) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def write_file(path: Path, detector: Detector, source: str) -> None:
         "format": PILLOW_FORMAT if data.resize == "pillow" else FORMAT,
         "source": source,
         "step": detector.step,
-        "class_names": list(detector.class_names),
+        "class_names": list(detector.shown_names),
         "category_ids": list(detector.category_ids),
         "short_side": data.short_side,
         "long_side": data.long_side,

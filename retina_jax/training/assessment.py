@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from retina_jax import hosts, tta
+from retina_jax.classes import category_ids
 from retina_jax.console import tell, warn
 from retina_jax.data.decoding import image_of
 from retina_jax.data.pipeline import Batch, eval_batches
@@ -40,14 +41,17 @@ def assess(
 ) -> Scores:
     """Detect on `source`, score against its own ground truth by image id, write what was found, return the scores.
 
-    Classes meet by name; detections of a class that `source` does not have are left out. Several hosts share the images,
-    each has all detections and scores afterwards, and host 0 writes.
+    The run's classes are found in the data as `classes.match` does; detections of one that `source` lacks are left out.
+    Several hosts share the images, each has all detections and scores afterwards, and host 0 writes. Raises ConfigError,
+    before anything is detected, if the data has boxes of a category that is none of the run's classes.
 
     Writes RUN/evaluation/ (not if `source` is unlabelled: all scores are None), RUN/detections/ (COCO results format) and
     RUN/pictures/ for `step`;
     `variant` is appended to the names, for scores that are not of the run's own setting; `settings` are those that differ,
     by their dotted names, and stand with the scores. `check` passes batches on, and may end it all.
     """
+    ids = category_ids(run.categories, source, f"data.val_annotations {source.name}")
+    in_data = np.array([category_id is not None for category_id in ids], bool)
     training = run.config.training
     limit = min(training.eval_images or len(source), len(source))
     shards = detector.driver.shards
@@ -73,14 +77,12 @@ def assess(
         warn(f"{len(unread)} images could not be read and score as images without detections")
         nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32)
         found |= {index: ImageDetections(*nothing) for index in unread}
-    by_name = dict(zip(source.class_names, source.category_ids, strict=True))
-    category_ids = [by_name.get(name, -1) for name in detector.class_names]
     results = []
     for index, detections in sorted(found.items()):
         image_id = source.records[index].image_id
-        known = np.array([category_ids[label] >= 0 for label in detections.labels], bool)
+        known = in_data[detections.labels]
         boxes_xyxy, labels = detections.boxes_xyxy[known], detections.labels[known]
-        results += coco_results(image_id, boxes_xyxy, detections.scores[known], labels, category_ids)
+        results += coco_results(image_id, boxes_xyxy, detections.scores[known], labels, ids)
     image_ids = [record.image_id for record in source.records[:limit]]
     evaluated_ids, evaluator = [source.records[index].image_id for index in found], run.config.training.evaluator
     scores = evaluate_coco(source.truth, results, image_ids, evaluated_ids, evaluator)
@@ -140,7 +142,7 @@ def _write_pictures(
             detections.boxes_xyxy[good],
             detections.labels[good],
             detections.scores[good],
-            class_names=detector.class_names,
+            class_names=detector.shown_names,
             truth_boxes_xyxy=record.boxes_xyxy,
         )
         write_picture(run.path("pictures", step, f"{variant}_{record.image_id}.png"), picture)

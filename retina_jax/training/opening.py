@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from retina_jax import hosts
+from retina_jax.classes import differ, match
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_files import flatten, meaning_changes, to_dict, unknown_name
 from retina_jax.hardware import processor
@@ -119,11 +120,8 @@ def _changes(run: Run, allowed: Sequence[str]) -> list[str]:
     if not (folder / "config.json").exists() or fresh_import(folder) is not None:
         return []
     before = read_run(folder)
-    if before.class_names != run.class_names:
-        raise ConfigError(
-            f"--workdir {folder}: its run has {len(before.class_names)} classes ({_few(before.class_names)}), the "
-            f"data has {len(run.class_names)} ({_few(run.class_names)}); take the same data or another --workdir"
-        )
+    if match(before.categories, run.categories) != list(range(len(run.categories))):
+        raise differ(before.categories, run.categories, f"--workdir {folder}")
     changes = meaning_changes(before.config, run.config)
     means = [bool(config.optimizer.ema_decay) for config in (before.config, run.config)]
     if means[0] != means[1]:
@@ -165,10 +163,6 @@ def _kept(folder: Path, changed: Sequence[str]) -> dict[str, Any]:
     steps = [int(p.name) for p in (folder / "checkpoints").glob("*") if p.name.isdigit()]
     now = [{"after_step": max(steps, default=0), "field": change} for change in changed]
     return {**kept, "changes": [*saved.get("changes", []), *now]}
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def code_commit() -> str | None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from retina_jax import hosts
+from retina_jax.classes import Category
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_files import from_dict
 from retina_jax.console import tell, warn
@@ -47,6 +48,11 @@ class Run:
     """Checksum of the training data's sizes, boxes and labels."""
     parts: int | None = None
     """Parts that its batches are taken in: devices times training.accumulate."""
+
+    @property
+    def categories(self) -> list[Category]:
+        """Id and name of each class."""
+        return list(zip(self.category_ids, self.class_names, strict=True))
 
     def path(self, kind: str, step: int, suffix: str = ".json") -> Path:
         """RUN/KIND/step_00001000.json, its folder made."""
@@ -113,6 +119,11 @@ def fresh_import(folder: Path) -> Run | None:
     return read_run(folder, "imported.json") if (folder / "imported.json").is_file() and not any(steps) else None
 
 
+def started_run(folder: Path) -> Run | None:
+    """The run in `folder` that training would resume; None if there is none, or only a fresh import."""
+    return read_run(folder) if (folder / "config.json").exists() and fresh_import(folder) is None else None
+
+
 def read_run(folder: Path, name: str = "config.json") -> Run:
     """The run in `folder`, from its config.json."""
     path = folder / name
@@ -120,7 +131,9 @@ def read_run(folder: Path, name: str = "config.json") -> Run:
         raise ConfigError(f"--workdir {folder}: no run there ({path} is missing)")
     try:
         saved = json.loads(path.read_text())
-        classes, ids = tuple(saved["class_names"]), tuple(saved["category_ids"])
+        classes, ids = tuple(map(str, saved["class_names"])), tuple(map(int, saved["category_ids"]))
+        if len(classes) != len(ids):
+            raise ValueError(f"{len(classes)} class_names, {len(ids)} category_ids")
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: cannot be read: {type(error).__name__}: {error}") from None
     return Run(

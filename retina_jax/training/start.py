@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from retina_jax import hosts
 from retina_jax.anchors import anchors_per_cell
+from retina_jax.classes import Category, match
 from retina_jax.config import ConfigError
 from retina_jax.model.initialisation import initialise
 from retina_jax.training.checkpoints import Checkpoints
@@ -57,7 +58,7 @@ def _first_state(
     if imported is not None:
         before = Driver(imported.config, len(imported.class_names))
         weights = flat(checkpoints.restore(before.first_state(), 0).variables)
-        variables, told = continued(driver, run, weights, imported.class_names)
+        variables, told = continued(driver, run, weights, imported.categories)
         told = f"starting from the detector imported into {run.folder}: {told}"
     elif driver.config.model.backbone_weights:
         template = initialise(driver.model, driver.config.seed)
@@ -70,24 +71,24 @@ def _first_state(
 
 
 def continued(
-    driver: Driver, run: Run, weights: Mapping[str, np.ndarray], class_names: Sequence[str]
+    driver: Driver, run: Run, weights: Mapping[str, np.ndarray], classes: Sequence[Category]
 ) -> tuple[dict[str, Any], str]:
-    """The variables of a run that goes on from a detector of other classes, and what became of its class head.
+    """The variables of a run that starts from a detector of other `classes`, and what became of its class head.
 
-    Where every class of the run is one of the detector's, by name, their columns are kept, in the run's order. Else the
-    last convolution of the class head starts anew: small random weights, and the prior in its bias (Section 3.3).
+    If every class of the run is one of the detector's (`classes.match`), their columns are kept, in the run's order. Else
+    the last convolution of the class head starts anew: small random weights, and the prior in its bias (Section 3.3).
     """
     weights = dict(weights)
     template = initialise(driver.model, driver.config.seed)
-    if set(run.class_names) <= set(class_names):
-        columns = np.array([list(class_names).index(name) for name in run.class_names])
+    columns = match(run.categories, classes)
+    if None not in columns:
         cell = anchors_per_cell(driver.config.anchors)
         for leaf in ("kernel", "bias"):
             head = weights[f"{CLASS_OUTPUT}/{leaf}"]
-            by_anchor = head.reshape(*head.shape[:-1], cell, len(class_names))[..., columns]
+            by_anchor = head.reshape(*head.shape[:-1], cell, len(classes))[..., np.array(columns)]
             weights[f"{CLASS_OUTPUT}/{leaf}"] = by_anchor.reshape(*head.shape[:-1], -1)
         filled, _ = fill(template, weights, source=str(run.folder))
-        return filled, f"its class head kept, {len(run.class_names)} of {len(class_names)} classes"
+        return filled, f"its class head kept, {len(run.class_names)} of {len(classes)} classes"
     weights = {path: array for path, array in weights.items() if not is_within(path, CLASS_OUTPUT)}
     filled, _ = fill(template, weights, source=str(run.folder), allow_missing=[CLASS_OUTPUT])
     prior = driver.config.model.prior

@@ -120,7 +120,7 @@ def test_ten_thousand_boxes_in_an_image(tmp_path: Path) -> None:
     source = read_coco(path, images)
     expected = [[x, y, x + w, y + h] for x, y, w, h in boxes]
     assert np.array_equal(source.records[0].boxes_xyxy, np.array(expected, np.float32))
-    assert source.records[0].labels.tolist() == [i % 2 for i in range(10_000)]
+    assert source.records[0].labels.tolist() == [(i + 1) % 2 for i in range(10_000)]
     for most, beyond in ((100, 9900), (10_000, 0)):
         data = dataclasses.replace(DATA, max_boxes=most, short_side=48, long_side=64)
         assert overflow(source, data) == (int(beyond > 0), beyond)

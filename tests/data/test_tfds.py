@@ -83,17 +83,35 @@ def test_truth_of_other_images_or_classes_is_refused(pair: tuple[Source, str], t
     path, _ = write_coco(tmp_path, fewer)
     with pytest.raises(DataError, match=r"annotations.json: images lists neither id 13 nor 003.jpeg, example 3 of"):
         read_tfds(folder, "", "train", truth_annotations=str(path))
-    path, _ = write_coco(tmp_path, {**coco.truth, "categories": [*coco.truth["categories"], {"id": 9, "name": "x"}]})
-    with pytest.raises(DataError, match=r"categories lists 3; it must list the 2 of"):
+    renamed = [{"id": 1, "name": "red"}, {"id": 2, "name": "verde"}]
+    path, _ = write_coco(tmp_path, {**coco.truth, "categories": renamed})
+    with pytest.raises(DataError, match=r"only here: verde; only there: green"):
         read_tfds(folder, "", "train", truth_annotations=str(path))
 
 
-def test_truth_categories_are_matched_by_name(pair: tuple[Source, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "unused", [[], [{"id": 9, "name": "x"}], [{"id": 0, "name": "things", "supercategory": "none"}]]
+)
+def test_truth_categories_are_matched_by_name(
+    pair: tuple[Source, str], tmp_path: Path, unused: list[dict[str, Any]]
+) -> None:
     coco, folder = pair
-    renamed = [{"id": 1, "name": "green"}, {"id": 2, "name": "red"}]
-    path, _ = write_coco(tmp_path, {**coco.truth, "categories": renamed})
+    renamed = [*unused, {"id": 1, "name": "green"}, {"id": -2, "name": "red"}]
+    boxes = [{**a, "category_id": {1: -2, 2: 1}[a["category_id"]]} for a in coco.truth["annotations"]]
+    path, _ = write_coco(tmp_path, {**coco.truth, "annotations": boxes, "categories": renamed})
     source = read_tfds(folder, "", "train", truth_annotations=str(path))
-    assert (source.class_names, source.category_ids) == (("red", "green"), (2, 1))
+    assert (source.class_names, source.category_ids) == (("red", "green"), (-2, 1))
+    for found, expected in zip(source.records, coco.records, strict=True):
+        assert np.array_equal(found.labels, expected.labels)
+
+
+def test_a_class_without_boxes_may_be_missing_from_the_truth(pair: tuple[Source, str], tmp_path: Path) -> None:
+    coco, _ = pair
+    folder = store(tmp_path / "sets", [example(coco, i) for i in range(4)], names=("red", "green", "blue"))
+    source = read_tfds(folder, "", "train", truth_annotations=coco.name)
+    assert source.categories == coco.categories
+    for found, expected in zip(source.records, coco.records, strict=True):
+        assert np.array_equal(found.labels, expected.labels)
 
 
 def test_index_is_made_once_and_made_again_where_it_is_broken(

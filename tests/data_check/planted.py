@@ -159,6 +159,18 @@ def class_has_no_boxes(s: Splits) -> None:
     s.documents["val"]["annotations"][0]["category_id"] = 9
 
 
+@mistake(("no_class", "train", "things (0)"), ("no_class", "train", "cell (10)"))
+def categories_are_no_classes(s: Splits) -> None:
+    more = {"id": 0, "name": "things", "supercategory": "none"}, {"id": 10, "name": "cell"}
+    s.documents["train"]["categories"] += more
+
+
+@mistake(("same_name", "train", "cell"), ("same_name", "val", "cell"))
+def two_classes_have_one_name(s: Splits) -> None:
+    for document in s.documents.values():
+        document["categories"][1]["name"] = "cell"
+
+
 @mistake(("leakage", "val", "007.jpg"))
 def image_is_in_both_splits(s: Splits) -> None:
     s.files["val"]["007.jpg"] = s.files["train"]["004.jpg"]

@@ -88,7 +88,10 @@ def test_a_detector_is_imported_scored_asked_and_trained_on_with_other_classes(
     # Other classes: a new class head, said so; and started again before a step is saved, the same.
     with pytest.raises(SystemExit):
         script(monkeypatch, "evaluate", "--workdir", run, *data)
-    assert "none of the detector's: __background__, square" in capsys.readouterr().err
+    assert (
+        "the detector lacks: red disc (1), blue square (2); its classes are __background__, square"
+        in capsys.readouterr().err
+    )
     for steps in (0, 2):
         script(monkeypatch, "train", "--workdir", run, *data, "--training.steps", steps, "--training.pictures", 0,
                "--optimizer.warmup-steps", 0, "--optimizer.learning-rate", 0.0)  # fmt: skip
@@ -119,7 +122,9 @@ def test_known_classes_keep_their_columns(weights: Path) -> None:
     config = override(imported.config, {"devices": 1})
     run = Run(Path("x"), config, ("moon", "square"), (1, 2))
     before = flat(imported.variables)
-    made, told = continued(Driver(config, 2), run, before, imported.class_names)
+    made, told = continued(
+        Driver(config, 2), run, before, list(zip(imported.category_ids, imported.class_names, strict=True))
+    )
     assert told == "its class head kept, 2 of 4 classes"
     bias = before["class_head/output/bias"].reshape(9, 4)
     np.testing.assert_array_equal(flat(made)["class_head/output/bias"].reshape(9, 2), bias[:, [3, 1]])
