@@ -126,7 +126,7 @@ def test_ten_thousand_boxes_in_an_image(tmp_path: Path) -> None:
         assert overflow(source, data) == (int(beyond > 0), beyond)
         batch = next(b for b in eval_batches(source, data, batch_size=1) if b.indices == [0])
         assert np.allclose(batch.boxes_xyxy[0], expected[:most], atol=1e-4)
-        assert batch.labels[0].tolist() == [i % 2 for i in range(most)]
+        assert batch.labels[0].tolist() == [(i + 1) % 2 for i in range(most)]
     assert [a["bbox"] for a in source.truth["annotations"]] == boxes
     found = [{"image_id": 1, "category_id": 3, "bbox": box, "score": 0.9} for box in boxes[:200:2]]
     scores = evaluate_coco(source.truth, found, [1]).summary
