@@ -82,6 +82,7 @@ def read_coco(
         counts["without_box"] = len(content.without_box)
     if not records:
         option = "; data.crowds objects takes crowds as objects" if counts["crowd"] else ""
+        option += "".join(f"; {note.text}" for note in content.notes if note.kind == "likely_format")
         raise DataError(
             f"{path}: annotations has no usable box in any image ({counts}); training needs at least one{option}"
         )

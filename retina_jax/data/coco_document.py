@@ -8,10 +8,18 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Bool, Float64, Int64
 
 from retina_jax.classes import Category, placeholders, unique_names
-from retina_jax.data.box_formats import BoxFormat, guess_format, to_xywh
+from retina_jax.data.box_formats import (
+    BoxFormat,
+    Guess,
+    are_fractions,
+    guess_format,
+    guess_fractions,
+    guess_other,
+    to_xywh,
+)
 from retina_jax.data.coco_entries import (
     WITHOUT_BOX,
     Box,
@@ -99,9 +107,8 @@ def parse_document(
     if not mistakes and not (categories and images):
         raise DataError(f"{path}: {'images' if categories else 'categories'} is empty; it must list at least one")
     images, paths, missing = _located(path, document, images, folder, orientation, notes, mistakes)
-    image_rows = {image.id: i for i, image in enumerate(images)}
     label_of = {category_id: label for label, (category_id, _) in enumerate(categories)}
-    parser = annotation_parser(image_rows, label_of, texts)
+    parser = annotation_parser(images, label_of, texts)
     found = _parse_all(path, document, "annotations", parser, mistakes)
     boxes = [(row, box) for row, box in found if box is not WITHOUT_BOX]
     if texts:
@@ -201,20 +208,42 @@ def _columns(
     sizes = sizes_wh[owners] if len(boxes) else np.zeros((0, 2), np.int64)
     numbers = np.array([box.numbers for box in boxes], np.float64).reshape(-1, 4)
     areas = np.array([box.area for box in boxes], np.float64)
-    given = np.array([box.given for box in boxes], bool)
-    if box_format == "auto" and (guess := guess_format(numbers, areas, sizes)) is not None:
-        options = " or ".join(f"data.box_format {name}" for name in guess.formats)
-        kind = "box_format" if guess.sure else "likely_format"
-        notes.append(Note(kind, f"{guess.why}; set {options} (xywh if they are right as they are)", guess.sure))
-    of_polygons = "xywh_fractions" if box_format.endswith("_fractions") else "xywh"  # a polygon has no layout
-    xywh = np.where(given[:, None], to_xywh(numbers, box_format, sizes), to_xywh(numbers, of_polygons, sizes))
+    given, polygons = (np.array([box.origin == origin for box in boxes], bool) for origin in ("bbox", "polygons"))
+    for guess in _guesses(numbers, areas, sizes, given, polygons, box_format):
+        notes.append(Note("box_format" if guess.sure else "likely_format", guess.text(box_format), guess.sure))
+    # A polygon has no layout, and a mask has pixels.
+    fractions = box_format.endswith("_fractions")
+    scaled = polygons & (fractions and are_fractions(numbers[polygons], sizes[polygons]))
+    xywh = np.where(scaled[:, None], to_xywh(numbers, "xywh_fractions", sizes), numbers)
+    xywh = np.where(given[:, None], to_xywh(numbers, box_format, sizes), xywh)
     products = xywh[:, 2:].prod(1)
     # The area of a box in another format is its own, or that of a smaller mask in pixels.
-    converted = (box_format not in ("auto", "xywh")) & (box_format.endswith("_fractions") | (areas > products))
+    converted = scaled | (given & (box_format not in ("auto", "xywh")) & (fractions | (areas > products)))
     areas = np.where(np.isnan(areas) | converted, products, areas)
     crowd = np.array([box.crowd and crowds == "ignore" for box in boxes], np.float64)
     labels = np.array([box.label for box in boxes], np.float64)
     return np.column_stack([owners, labels, crowd, xywh]).astype(np.float64).reshape(-1, 7), areas
+
+
+def _guesses(
+    numbers: Float64[np.ndarray, "M 4"],
+    areas: Float64[np.ndarray, " M"],
+    sizes: Int64[np.ndarray, "M 2"],
+    given: Bool[np.ndarray, " M"],
+    polygons: Bool[np.ndarray, " M"],
+    box_format: BoxFormat,
+) -> list[Guess]:
+    """What the given boxes look like, and the polygons in place of others, if not like what they are read as."""
+    if box_format == "xywh":
+        return []
+    columns = numbers[given], areas[given], sizes[given]
+    guesses = [guess_format(*columns) if box_format == "auto" else guess_other(*columns, box_format)]
+    known = (guesses[0] is not None and guesses[0].formats) or box_format.endswith("_fractions")
+    if not known and (guess := guess_fractions(numbers[polygons], sizes[polygons], "polygons", ("xywh",))) is not None:
+        if given.any() and guess.formats:
+            guess = guess._replace(formats=(), why=f"{guess.why}, those of the boxes do not; write all in pixels")
+        guesses.append(guess._replace(sure=guess.sure and box_format == "auto"))
+    return [guess for guess in guesses if guess is not None]
 
 
 def _note_crowds(boxes: Float64[np.ndarray, "M 7"], names: Sequence[str], notes: list[Note]) -> None:
@@ -228,7 +257,7 @@ def _note_crowds(boxes: Float64[np.ndarray, "M 7"], names: Sequence[str], notes:
             Note(
                 "all_crowds",
                 f"every annotation of {shown} ({total[alone].sum()} in all) has iscrowd 1, as CVAT and Datumaro write "
-                "masks: none is trained on; data.crowds objects takes them as objects",
+                "masks: they are regions to ignore; data.crowds objects takes them as objects",
             )
         )
 
@@ -240,6 +269,8 @@ def _parse_all(
     entries = document.get(key)
     if not isinstance(entries, list):
         found = short(entries) if key in document else "missing"
+        if key == "annotations" and key not in document:
+            found += "; only evaluate.py takes a file without it, such as COCO's image_info of test images"
         raise DataError(f"{path}: {key} must be a list of objects, but is {found}")
     parsed = []
     for i, entry in enumerate(entries):

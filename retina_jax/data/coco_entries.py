@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 from retina_jax.data.segmentations import box_of
 from retina_jax.data.source import DataError
@@ -19,8 +20,12 @@ LONGEST = 4096
 """No file name has more characters."""
 UNSHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """Control characters, line ends and halves of characters: they break file names, log lines and terminals."""
+DRIVE = re.compile(r"[A-Za-z]:[\\/]")
+"""Start of an absolute path of Windows."""
 DIGITS = re.compile(r"[+-]?[0-9]{1,16}", re.ASCII)
 """Text that is read as an integer."""
+DECIMAL = re.compile(r"[+-]?[0-9]{1,20}(\.[0-9]{0,40})?([eE][+-]?[0-9]{1,3})?", re.ASCII)
+"""Text that is read as a number."""
 WITHOUT_BOX = None
 """What an annotation without a box is parsed to, such as a point or keypoints."""
 
@@ -68,9 +73,9 @@ class Box(NamedTuple):
     label: int
     crowd: int
     numbers: tuple[float, float, float, float]
-    """`bbox` as found; x, y, width, height of the segmentation where there is none."""
-    given: bool
-    """Whether `numbers` are those of `bbox`."""
+    """`bbox` as found; x, y, width, height of the segmentation where there is none, or none with an area."""
+    origin: Literal["bbox", "polygons", "mask"]
+    """What `numbers` are those of."""
     area: float
     """NaN where missing."""
     id: int
@@ -110,7 +115,7 @@ def image_parser(texts: Counter[str], *, rooted: bool) -> Callable[[dict], Image
 
 def escapes(name: str) -> bool:
     """Whether a file name leads out of the folder that it is in: it is absolute, has a drive, or climbs out with .. ."""
-    if name.startswith(("/", "\\")) or name[1:2] == ":":
+    if name.startswith(("/", "\\")) or DRIVE.match(name) or os.path.splitdrive(name)[0]:
         return True
     return ".." in name and ".." in name.replace("\\", "/").split("/")
 
@@ -121,35 +126,67 @@ def outside(name: str) -> str:
 
 
 def annotation_parser(
-    image_rows: dict[int, int], label_of: dict[int, int], texts: Counter[str]
+    images: Sequence[Image], label_of: dict[int, int], texts: Counter[str]
 ) -> Callable[[dict], Box | None]:
     """Parses an annotation to a Box, or to WITHOUT_BOX where it has neither a bbox nor a segmentation."""
+    row_of = {image.id: row for row, image in enumerate(images)}
 
     def parse(entry: dict) -> Box | None:
-        image = image_rows.get(integer(entry, "image_id", texts))
-        if image is None:
+        row = row_of.get(integer(entry, "image_id", texts))
+        if row is None:
             raise DataError(f"image_id must be the id of one of the images, not {entry['image_id']}")
         label = label_of.get(integer(entry, "category_id", texts))
         if label is None:
             raise DataError(f"category_id must be one of {short(sorted(label_of))}, not {entry['category_id']}")
-        crowd = entry.get("iscrowd", 0)
+        crowd = number(entry, "iscrowd", 0, texts)
         if crowd not in (0, 1):
             raise DataError(f"iscrowd must be 0 or 1, not {short(crowd)}")
-        identity = integer(entry, "id", texts) if "id" in entry else 0
-        area = entry.get("area", float("nan"))
-        if "area" in entry and not is_number(area):
+        identity = 0 if entry.get("id") is None else integer(entry, "id", texts)
+        area = number(entry, "area", None, texts)
+        if area is not None and not is_number(area):
             raise DataError(f"area must be a number of pixels, not {short(area)}")
-        box = entry.get("bbox")
-        if given := box is not None and box != []:
-            if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-                raise DataError(f"bbox must be four finite numbers, [x, y, width, height] in pixels, not {short(box)}")
-        else:
-            box = box_of(entry.get("segmentation"))
-            if box is None:
+        box, origin = entry.get("bbox"), "bbox"
+        given = box is not None and box != []
+        if given and not (right := is_box(box)) and isinstance(box, list):
+            box = [as_number(value, "bbox", texts) for value in box]
+            right = is_box(box)
+        if given and not right:
+            raise DataError(f"bbox must be four finite numbers, [x, y, width, height] in pixels, not {short(box)}")
+        if not given or min(box[2:]) <= 0:
+            segmentation = entry.get("segmentation")
+            try:
+                around = box_of(segmentation, images[row][2:])
+            except DataError:
+                if not given:
+                    raise
+                around = None  # a bbox without area stays one
+            if around is not None:
+                box, origin = around, "mask" if isinstance(segmentation, dict) else "polygons"
+                area = area or None  # 0 was that of the bbox
+            elif not given:
                 return WITHOUT_BOX
-        return Box(image, label, int(crowd), tuple(box), given, area, identity)
+        return Box(row, label, int(crowd), tuple(box), origin, float("nan") if area is None else area, identity)
 
     return parse
+
+
+def is_box(value: object) -> bool:
+    """Whether a JSON value is a list of four numbers."""
+    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+
+
+def number(entry: dict, key: str, default: float | None, texts: Counter[str]) -> Any:
+    """What is under `key`, as from `as_number`; `default` where it is absent or null."""
+    value = entry.get(key)
+    return default if value is None else as_number(value, key, texts)
+
+
+def as_number(value: object, key: str, texts: Counter[str]) -> Any:
+    """The number that a text is, which is counted in `texts` under `key`; any other value as it is."""
+    if not isinstance(value, str) or not DECIMAL.fullmatch(value):
+        return value
+    texts[key] += 1
+    return float(value)
 
 
 def integer(entry: dict, key: str, texts: Counter[str]) -> int:

@@ -9,8 +9,8 @@ import contextlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from itertools import takewhile
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +35,7 @@ class Places(NamedTuple):
     """Rows of the names without a file, with where files of that base name are; empty text where there are none, and after
     the first NAMED."""
     moved: list[int]
-    """Rows of the names whose files are elsewhere than the names say."""
+    """Rows of the names that do not lead to their files."""
 
 
 def find_images(folder: Path, names: Sequence[str]) -> Places:
@@ -54,6 +54,8 @@ def find_images(folder: Path, names: Sequence[str]) -> Places:
     moved = {row for row in lost if inside[row] and there(os.path.join(root, inside[row]))}
     lost -= moved
     below = files_below(root) if lost else {}
+    ends_of = cache(lambda base: _by_end(below.get(base, ())))
+    folder_of = cache(os.path.realpath)
     filled = {os.path.dirname(inside[row]) for row in range(len(names)) if row not in lost} if lost else set()
     found: dict[int, str] = {}
     for row in lost:
@@ -63,7 +65,7 @@ def find_images(folder: Path, names: Sequence[str]) -> Places:
         above = os.path.join(os.path.dirname(os.path.abspath(root)), inside[row])
         if not escapes(names[row]) and there(above):
             found[row] = above
-        elif (match := _best(inside[row], below.get(os.path.basename(inside[row]), []))) is not None:
+        elif (match := _best(inside[row], ends_of(os.path.basename(inside[row])))) is not None:
             found[row] = os.path.join(root, match)
     found |= {row: os.path.join(root, inside[row]) for row in moved}
     users = defaultdict(set)
@@ -73,8 +75,15 @@ def find_images(folder: Path, names: Sequence[str]) -> Places:
     for row, path in found.items():
         paths[row] = path
     absent = sorted((lost | moved) - set(found))
-    missing = {row: _elsewhere(root, inside[row], below) for row in absent[:NAMED]} | dict.fromkeys(absent[NAMED:], "")
-    return Places(paths, missing, sorted(found))
+    alike = {_stem(base): files[0] for base, files in below.items()} if absent else {}
+    missing = dict.fromkeys(absent, "")
+    missing |= {row: _elsewhere(root, inside[row], below, alike) for row in absent[:NAMED]}
+
+    def leads_to(name: str, path: str) -> bool:
+        head, base = os.path.split(os.path.join(root, name))
+        return base == os.path.basename(path) and folder_of(head) == folder_of(os.path.dirname(path))
+
+    return Places(paths, missing, [row for row in sorted(found) if not leads_to(names[row], found[row])])
 
 
 class Listing:
@@ -125,16 +134,35 @@ def _walk(folder: str) -> Iterator[str]:
                     yield entry.path
 
 
-def _best(name: str, candidates: Sequence[str]) -> str | None:
-    """The only candidate, or the only one that shares most of the end of the path, at least a folder."""
-    ends = [zip(name.split("/")[::-1], path.split(os.sep)[::-1], strict=False) for path in candidates]
-    shared = [len(list(takewhile(lambda pair: pair[0] == pair[1], end))) for end in ends]
-    best = [path for path, parts in zip(candidates, shared, strict=True) if parts == max(shared)]
-    return best[0] if len(best) == 1 and (len(candidates) == 1 or max(shared) > 1) else None
+def _by_end(paths: Iterable[str]) -> dict[str, str | None]:
+    """Each end of a path, from its base name up, to the only path that has it; None where several do."""
+    ends: dict[str, str | None] = {}
+    for path in paths:
+        parts = path.split(os.sep)
+        for start in range(len(parts)):
+            end = "/".join(parts[start:])
+            ends[end] = None if end in ends else path
+    return ends
 
 
-def _elsewhere(root: str, name: str, below: dict[str, list[str]]) -> str:
-    """Where files of a missing one's base name are, in words."""
+def _best(name: str, ends: dict[str, str | None]) -> str | None:
+    """The only path, or the only one that shares most of the end of the name, at least a folder."""
+    parts = name.split("/")
+    best = None
+    for start in range(len(parts) - 1, -1, -1):
+        if (end := "/".join(parts[start:])) not in ends:
+            break
+        best = ends[end]
+    return best
+
+
+def _stem(base: str) -> str:
+    """What is left of a base name without case and extension."""
+    return os.path.splitext(base)[0].casefold()
+
+
+def _elsewhere(root: str, name: str, below: dict[str, list[str]], alike: dict[str, str]) -> str:
+    """Where files of a missing one's base name are, in words; `alike` has a file for each `_stem`."""
     base = os.path.basename(name)
     plain = PREFIX.sub("", base)
     found = [os.path.join(root, path) for path in below.get(base, [])]
@@ -145,6 +173,9 @@ def _elsewhere(root: str, name: str, below: dict[str, list[str]]) -> str:
             found = [str(path / base) for path in (above, *beside) if (path / base).is_file()]
     if not found and plain != base and plain in below:
         return f"{os.path.join(root, below[plain][0])} has that name without the prefix {short(base[: -len(plain)])}"
+    if not found and _stem(base) in alike:
+        path = os.path.join(root, alike[_stem(base)])
+        return f"{short_path(path)} differs from that name in case or extension alone"
     shown = ", ".join(map(short_path, found[:3])) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
     return f"files of that name: {shown}" if found else ""
 

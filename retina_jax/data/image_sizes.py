@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from retina_jax.console import tell
 from retina_jax.data.decoding import FORMATS, MAX_PIXELS, read_header
@@ -66,6 +66,8 @@ def _read_size(path: str) -> Size | str:
     try:
         with open_file(Path(path)) as file:
             header = read_header(Image.open(file, formats=FORMATS))
+    except UnidentifiedImageError:
+        return f"it is not an image in one of the formats {', '.join(FORMATS)}"
     except Exception as error:  # a broken header can make PIL raise nearly anything
         return reason(error)
     width, height = header.size

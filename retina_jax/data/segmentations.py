@@ -16,16 +16,17 @@ LARGEST_SIDE = 2**15
 """Pixels of a mask's side at most."""
 
 
-def box_of(segmentation: Any) -> tuple[float, float, float, float] | None:
+def box_of(segmentation: Any, size_wh: tuple[int, int] = (0, 0)) -> tuple[float, float, float, float] | None:
     """x, y, width, height of the smallest box around a segmentation; None for none or an empty one.
 
     A segmentation is a list of polygons [x1, y1, x2, y2, ...], one such polygon, or run lengths (a dict with `size` and
-    `counts`, a list or COCO's compressed text). Raises DataError for anything else.
+    `counts`, a list or COCO's compressed text). Raises DataError for anything else, and for run lengths of another size
+    than `size_wh`, the width and height of the image (0 where unknown).
     """
-    if segmentation is None or segmentation == [] or segmentation == [[]]:
+    if segmentation is None or (isinstance(segmentation, list) and all(part == [] for part in segmentation)):
         return None
     if isinstance(segmentation, dict):
-        return _box_of_runs(segmentation)
+        return _box_of_runs(segmentation, size_wh)
     return _box_of_polygons(segmentation)
 
 
@@ -44,12 +45,15 @@ def _box_of_polygons(polygons: Any) -> tuple[float, float, float, float]:
     return float(min(x)), float(min(y)), float(max(x) - min(x)), float(max(y) - min(y))
 
 
-def _box_of_runs(mask: dict[str, Any]) -> tuple[float, float, float, float] | None:
+def _box_of_runs(mask: dict[str, Any], size_wh: tuple[int, int]) -> tuple[float, float, float, float] | None:
     """Runs of background and object in turn, down the columns of the mask."""
     wrong = "has no bbox, and its segmentation is not run lengths: size [height, width] and counts that fill it"
     size, counts = mask.get("size"), mask.get("counts")
     if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and 0 < n <= LARGEST_SIDE for n in size):
         raise DataError(wrong)
+    if size_wh[0] and tuple(size) != size_wh[::-1]:
+        is_size = f"its segmentation has size {size}, but the image has height {size_wh[1]} and width {size_wh[0]}"
+        raise DataError(f"has no bbox, and {is_size}; a mask must have one pixel per pixel of its image")
     if isinstance(counts, str):
         counts = _decompressed(counts)
     if not isinstance(counts, list) or not all(type(n) is int and 0 <= n <= size[0] * size[1] for n in counts):

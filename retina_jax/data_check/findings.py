@@ -35,7 +35,9 @@ KINDS: dict[str, Kind] = {
         "images of another size than their annotations say",
         f"The boxes would lie in the wrong places. {SKIPPED}",
     ),
-    "box_format": Kind("error", "splits whose boxes look like another format", "Training stops. Set data.box_format."),
+    "box_format": Kind(
+        "error", "splits whose boxes look like another format", "Training stops. Set data.box_format or convert them."
+    ),
     "nothing_to_learn": Kind("error", "splits without any usable box", "There is nothing to train on."),
     "hopeless": Kind(
         "error",
@@ -50,12 +52,12 @@ KINDS: dict[str, Kind] = {
     "likely_format": Kind(
         "warning",
         "splits whose boxes may be in another format",
-        "They are read as x, y, width, height in pixels: look at the pictures.",
+        "They are read as data.box_format has it, as x, y, width, height in pixels by default: look at the pictures.",
     ),
     "all_crowds": Kind(
         "warning",
         "splits with classes that have crowds alone",
-        "These classes are not learnt. Set data.crowds objects.",
+        "These classes are neither learnt nor scored. Set data.crowds objects.",
     ),
     "moved": Kind(
         "warning", "splits with images elsewhere than their names say", "Check that they are the right ones."
