@@ -150,12 +150,9 @@ def _guess_layout(
         read = f"read as x, y, width, height {far:.0%} of them reach far out of their images, read so almost none does"
         return Guess(formats, many, f"the boxes look like {kinds}: {read}")
     scaled = [scale for scale in SCALES if _fit_scaled(numbers, scale)]
-    scales = " or ".join(SCALES[scale] for scale in scaled)
-    convert = (
-        f"they may be {scales}; if so, convert them to pixels"
-        if scaled
-        else "no other format fits them; check the sizes of the images"
-    )
+    convert = "no other format fits them; check the sizes of the images"
+    if scaled:
+        convert = f"they may be {' or '.join(map(SCALES.__getitem__, scaled))}; if so, convert them to pixels"
     outside = (numbers[:, :2] >= sizes_wh).any(1) | (numbers[:, :2] + numbers[:, 2:] <= 0).any(1)
     if outside.mean() >= MOST and outside.sum() >= SEVERAL:
         return Guess((), True, f"{outside.mean():.0%} of the boxes lie outside of their images: {convert}")
@@ -169,7 +166,7 @@ def _guess_layout(
 def _fit_scaled(numbers: Float64[np.ndarray, "M 4"], scale: int) -> bool:
     """Whether the boxes lie in an image of `scale` by `scale`, not all of them in a corner of it."""
     shares = [_inside(numbers / scale, layout, np.ones((len(numbers), 2)), 0.01).mean() for layout in LAYOUTS]
-    return max(shares) >= NEARLY_ALL and numbers.max() >= scale / 2
+    return bool(max(shares) >= NEARLY_ALL and numbers.max() >= scale / 2)
 
 
 def _solid(

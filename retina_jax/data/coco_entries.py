@@ -175,7 +175,7 @@ def is_box(value: object) -> bool:
     return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
 
 
-def number(entry: dict, key: str, default: float | None, texts: Counter[str]) -> Any:
+def number(entry: dict, key: str, default: int | None, texts: Counter[str]) -> Any:
     """What is under `key`, as from `as_number`; `default` where it is absent or null."""
     value = entry.get(key)
     return default if value is None else as_number(value, key, texts)

@@ -79,6 +79,21 @@ def polygon(a: dict[str, Any]) -> dict[str, Any]:
     return a | {"segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]}
 
 
+def no_area(a: dict[str, Any]) -> dict[str, Any]:
+    return polygon(dict(a)) | {"bbox": [0, 0, 0, 0], "area": 0}
+
+
+def mixed(
+    change: Callable[[dict[str, Any]], dict[str, Any]], other: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Edit:
+    """Every second annotation as the one writes it, the others as the other does."""
+    return each_box(lambda a: change(a) if a["id"] % 2 else other(a))
+
+
+def text_values(a: dict[str, Any]) -> dict[str, Any]:
+    return a | {"bbox": [str(number) for number in a["bbox"]], "area": "900.0", "iscrowd": "0"}
+
+
 def as_text(a: dict[str, Any]) -> dict[str, Any]:
     return a | {key: str(a[key]) for key in ("id", "image_id", "category_id", "width") if key in a}
 
@@ -101,6 +116,12 @@ RIGHT: dict[str, tuple[Edit, dict[str, Any], str | None]] = {
     "polygons in fractions": (each_box(lambda a: polygon(fractions(a))), {"box_format": "xywh_fractions"}, None),
     "no sizes": (each_image(lambda i: {"id": i["id"], "file_name": i["file_name"]}), {}, None),
     "sizes null and 0": (each_image(lambda i: i | {"width": None, "height": 0}), {}, None),
+    "corners and polygons": (mixed(corners, polygon), {"box_format": "xyxy"}, None),
+    "fractions and polygons in pixels": (mixed(fractions, polygon), {"box_format": "xywh_fractions"}, None),
+    "boxes without area": (each_box(no_area), {}, None),
+    "values as text": (each_box(text_values), {}, "text_numbers"),
+    "values null": (each_box(lambda a: a | {"area": None, "iscrowd": None}), {}, None),
+    "a format that others fit": (lambda content: None, {"box_format": "xywh"}, None),
     "ids as text": (all_as_text, {}, "text_numbers"),
     "backslashes": (renamed("images\\{}"), {}, "moved"),
     "a folder too many": (renamed("default/{}"), {}, "moved"),
@@ -133,6 +154,10 @@ def test_what_can_be_read_is_read_as_the_plain_data_set(tmp_path: Path, case: st
 REFUSED: dict[str, tuple[Edit, str, str]] = {
     "fractions": (each_box(fractions), "box_format", "data.box_format xywh_fractions"),
     "corners": (each_box(corners), "box_format", "data.box_format xyxy"),
+    "corners and polygons": (mixed(corners, polygon), "box_format", "data.box_format xyxy"),
+    "fractions and polygons": (mixed(fractions, polygon), "box_format", "data.box_format xywh_fractions"),
+    "polygons in fractions": (mixed(dict, lambda a: polygon(fractions(a))), "box_format", "polygons"),
+    "boxes outside": (each_box(lambda a: a | {"bbox": [12 * WIDTH, 9, 30, 30]}), "box_format", "check the sizes"),
     "all crowds": (each_box(lambda a: a | {"iscrowd": 1}), "all_crowds", "data.crowds objects"),
 }
 
@@ -157,6 +182,30 @@ def test_what_cannot_be_trained_on_names_the_option(tmp_path: Path, case: str) -
 def test_boxes_that_are_right_can_be_kept_as_they_are(tmp_path: Path) -> None:
     source = read_coco(*written(tmp_path, each_box(corners)), box_format="xywh")
     assert source.counts["clipped"] == 8 and source.notes == ()
+
+
+def test_a_chosen_format_that_does_not_fit_is_noted(tmp_path: Path) -> None:
+    path, images = written(tmp_path, lambda content: None)
+    for chosen in ("xyxy", "xywh_fractions"):
+        (note,) = read_coco(path, images, box_format=chosen).notes
+        assert chosen in note and "set data.box_format xywh" in note
+        groups = check_data(override(Config(), {"data.box_format": chosen}), {"train": (path, images)}).groups
+        assert "likely_format" in {group.kind for group in groups}
+
+
+def test_a_mask_of_another_size_is_refused(tmp_path: Path) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        del content["annotations"][2]["bbox"]
+        content["annotations"][2]["segmentation"] = {
+            "size": [HEIGHT // 2, WIDTH // 2],
+            "counts": [9, HEIGHT * WIDTH // 4 - 9],
+        }
+
+    path, images = written(tmp_path, edit)
+    with pytest.raises(DataError, match=r"annotations\[2\] \(id 3\)"):
+        read_coco(path, images)
+    (group,) = (g for g in check_data(Config(), {"train": (path, images)}).groups if g.kind == "refused_boxes")
+    assert [finding.name for finding in group.findings] == ["annotations[2] (id 3)"]
 
 
 def test_a_class_of_crowds_alone_is_named_and_evaluated_as_objects_on_demand(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retina_jax.config import DataConfig
-from retina_jax.data.box_formats import BoxFormat, guess_format, to_xywh
+from retina_jax.data.box_formats import BoxFormat, guess_format, guess_other, to_xywh
 
 FORMATS = [name for name in typing.get_args(BoxFormat) if name != "auto"]
 
@@ -71,9 +71,65 @@ def test_boxes_in_the_upper_left_are_recognised_by_their_areas_alone() -> None:
     assert guess_format(corners, 0.6 * areas, sizes_wh) is None  # areas of masks, which are those of neither
 
 
-def test_too_few_boxes_are_warned_of_and_not_refused() -> None:
-    guess = guess_format(np.array([[40.0, 30, 63, 47]]), np.array([np.nan]), np.array([[64, 48]]))
-    assert guess is not None and not guess.sure
+@pytest.mark.parametrize("box", [[40.0, 30, 63, 47], [0.0, 0, 1, 1]])
+def test_too_few_boxes_are_warned_of_and_not_refused(box: list[float]) -> None:
+    for number, sure in ((1, False), (2, False), (3, True)):
+        guess = guess_format(np.array([box] * number), np.full(number, np.nan), np.full((number, 2), (64, 48)))
+        assert guess is not None and guess.sure == sure
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_fractions_among_pixels_are_warned_of(share: float) -> None:
+    boxes, sizes_wh = boxes_in_images(np.random.default_rng(4), 200)
+    some = np.arange(200) < share * 200
+    for name in ("xywh_fractions", "xyxy_fractions"):
+        numbers = np.where(some[:, None], encoded(boxes, sizes_wh, name), boxes)
+        guess = guess_format(numbers, boxes[:, 2:].prod(1), sizes_wh)
+        assert guess is not None and not guess.sure and guess.formats == () and f"{share:.0%}" in guess.why
+    numbers = np.where(some[:, None], numbers, encoded(boxes, sizes_wh, "xyxy"))
+    guess = guess_format(numbers, np.full(200, np.nan), sizes_wh)
+    assert guess is not None and guess.sure and guess.formats == ("xyxy",)  # the others are no xywh either
+    assert guess_other(numbers, np.full(200, np.nan), sizes_wh, "xyxy") is not None
+
+
+def test_fractions_that_stick_out_are_fractions() -> None:
+    boxes, sizes_wh = boxes_in_images(np.random.default_rng(5), 100)
+    numbers = boxes / np.tile(sizes_wh, 2)
+    numbers[:30, 2:] = 1.3
+    guess = guess_format(numbers, np.full(100, np.nan), sizes_wh)
+    assert guess is not None and guess.sure and "xywh_fractions" in guess.formats
+
+
+@pytest.mark.parametrize(("scale", "side", "sure"), [(100, 40, True), (1000, 300, True), (100, 640, False)])
+def test_what_no_option_converts_is_described(scale: int, side: int, sure: bool) -> None:
+    """Refused where most boxes lie outside of their images; warned of where they lie in the upper left."""
+    rng = np.random.default_rng(6)
+    first = rng.uniform(0.45, 0.9, (50, 2)) * scale
+    numbers = np.concatenate([first, rng.uniform(0.3, 1, (50, 2)) * (scale - first)], axis=1)
+    guess = guess_format(numbers, np.full(50, np.nan), np.full((50, 2), side))
+    assert guess is not None and guess.sure == sure and guess.formats == ()
+    assert {100: "percent", 1000: "thousandths"}[scale] in guess.why
+
+
+def test_boxes_outside_of_their_images_are_refused_whatever_they_are() -> None:
+    boxes, sizes_wh = boxes_in_images(np.random.default_rng(7), 40)
+    boxes[:24, 0] += 5 * sizes_wh[:24, 0]
+    guess = guess_format(boxes, np.full(40, np.nan), sizes_wh)
+    assert guess is not None and guess.sure and guess.formats == ()
+    fewer = guess_format(boxes[16:], np.full(24, np.nan), sizes_wh[16:])
+    assert fewer is not None and not fewer.sure
+    assert guess_format(boxes, np.full(40, np.nan), np.zeros_like(sizes_wh)) is None  # sizes that are unknown
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32), st.sampled_from(FORMATS), st.sampled_from(FORMATS))
+def test_a_chosen_format_is_doubted_only_where_another_fits_better(seed: int, name: str, chosen: str) -> None:
+    boxes, sizes_wh = boxes_in_images(np.random.default_rng(seed), 60)
+    guess = guess_other(encoded(boxes, sizes_wh, name), boxes[:, 2:].prod(1), sizes_wh, chosen)
+    if name == chosen:
+        assert guess is None
+    else:
+        assert guess is not None and name in guess.formats and not guess.sure
 
 
 @pytest.mark.parametrize(
@@ -81,8 +137,8 @@ def test_too_few_boxes_are_warned_of_and_not_refused() -> None:
     [
         [[0, 0, 1, 1]] * 5 + [[40, 30, 1, 1]] * 5,  # one pixel each
         [[0, 0, 64, 48]] * 10,  # the complete image
-        [[-4, 40, 80, 20]] * 10,  # beyond both sides
-        [[60, 40, 30, 20]] * 10,  # beyond the corner, and no corners themselves
+        [[-4, 40, 80, 20]] * 2,  # beyond both sides
+        [[60, 40, 30, 20]] * 2,  # beyond the corner, and no corners themselves
         [[0, 0, 0, 0]] * 10,
         [],
     ],

@@ -154,7 +154,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         edited(annotations__0__bbox=..., annotations__0__segmentation=[[1, 2, 3]]),
         r"annotations\[0\] \(id 1\): has no bbox, and its segmentation is not polygons",
     ),
-    "bbox of text": (edited(annotations__0__bbox=["1", 2, 3, 4]), r"bbox must be four finite numbers"),
+    "bbox of text": (edited(annotations__0__bbox=["one", 2, 3, 4]), r"bbox must be four finite numbers"),
     "bbox NaN": (edited(annotations__0__bbox=[1, float("nan"), 3, 4]), r"bbox must be four finite numbers.*nan"),
     "bbox infinite": (edited(annotations__0__bbox=[1, 2, float("inf"), 4]), r"bbox must be four finite numbers.*inf"),
     "bbox nested": (edited(annotations__0__bbox=[[1, 2], [3, 4]]), r"bbox must be four finite numbers"),

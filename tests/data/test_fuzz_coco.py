@@ -152,8 +152,18 @@ def is_line(value: Any) -> bool:
 
 
 def box_of(annotation: dict[str, Any]) -> Any:
-    """The box as found; one without area where there is none, as for a point."""
-    return [0, 0, 0, 0] if annotation.get("bbox") in (None, []) else annotation["bbox"]
+    """The box as found, texts as numbers; one without area where there is none, as for a point."""
+    box = annotation.get("bbox")
+    return [0, 0, 0, 0] if box in (None, []) else list(map(as_number, box)) if isinstance(box, list) else box
+
+
+def as_number(value: Any) -> Any:
+    return float(value) if value == "1" else value  # the only such text among VALUES
+
+
+def filled(annotation: dict[str, Any], key: str, default: Any) -> Any:
+    value = as_number(annotation.get(key))
+    return default if value is None else value
 
 
 def acceptable(document: Any) -> bool:
@@ -175,7 +185,12 @@ def acceptable(document: Any) -> bool:
         if not all(is_whole(image.get(side)) and 0 < int(image[side]) <= 1e9 for side in ("width", "height")):
             return False
         name = image.get("file_name")
-        if not is_line(name) or name[0] in "/\\" or name[1:2] == ":" or ".." in re.split(r"[/\\]", name):
+        if (
+            not is_line(name)
+            or name[0] in "/\\"
+            or re.match(r"[A-Za-z]:[/\\]", name)
+            or ".." in re.split(r"[/\\]", name)
+        ):
             return False
     for annotation in annotations:
         box = box_of(annotation)
@@ -184,9 +199,9 @@ def acceptable(document: Any) -> bool:
         for key, entries in (("image_id", images), ("category_id", categories)):
             if not is_whole(annotation.get(key)) or int(annotation[key]) not in {int(e["id"]) for e in entries}:
                 return False
-        if annotation.get("iscrowd", 0) not in (0, 1) or not is_whole(annotation.get("id", 0)):
+        if filled(annotation, "iscrowd", 0) not in (0, 1) or not is_whole(filled(annotation, "id", 0)):
             return False
-        if "area" in annotation and not is_number(annotation["area"]):
+        if not is_number(filled(annotation, "area", 0)):
             return False
     return all(is_line(category.get("name")) for category in categories)
 
@@ -198,7 +213,7 @@ def plain_records(document: dict[str, Any]) -> list[tuple[int, list[list[float]]
     for image in document["images"]:
         boxes, labels = [], []
         for annotation in document["annotations"]:
-            if int(annotation["image_id"]) != int(image["id"]) or annotation.get("iscrowd", 0):
+            if int(annotation["image_id"]) != int(image["id"]) or filled(annotation, "iscrowd", 0):
                 continue
             x, y, w, h = map(float, box_of(annotation))
             cut = []
@@ -218,7 +233,7 @@ def compare(source: Source, document: dict[str, Any]) -> None:
     for record, (_, boxes, labels) in zip(source.records, expected, strict=True):
         assert record.boxes_xyxy.tolist() == boxes and record.labels.tolist() == labels
     truth = source.truth["annotations"]
-    assert [t["bbox"] for t in truth] == [a["bbox"] for a in document["annotations"] if a.get("bbox") not in (None, [])]
+    assert [t["bbox"] for t in truth] == [box_of(a) for a in document["annotations"] if a.get("bbox") not in (None, [])]
     ids = [t["id"] for t in truth]
     assert len(set(ids)) == len(ids) and all(i >= 1 for i in ids)
 

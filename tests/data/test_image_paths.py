@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,8 @@ CASES = {
     "one of many is missing": (["1.png", "thumbs/2.png"], ["1.png", "2.png"], ["1.png", None], 0),
     "its folder is there": (["train/2.png", "val/1.png"], ["train/1.png"], [None], 0),
     "a prefix of Label Studio": (["1.png"], ["a1b2c3d4-1.png"], [None], 0),
+    "a colon in a name": (["a:b.png", "1:2.png"], ["a:b.png", "1:2.png"], ["a:b.png", "1:2.png"], 0),
+    "another case of its folder": (["A/1.png"], ["a/1.png"], ["A/1.png"], 1),
     "no file": ([], ["1.png", "..", "/", "\\", "C:", "a/.."], [None] * 6, 0),
 }
 
@@ -66,14 +69,32 @@ def test_names_never_lead_out_of_the_folder(tmp_path: Path) -> None:
         assert found(folder, find_images(folder, [name])) == [None]
 
 
+def test_a_name_that_leads_to_its_file_is_no_move(tmp_path: Path) -> None:
+    folder = tree(tmp_path / "images", "1.png", "a/2.png")
+    (tmp_path / "link").symlink_to(folder)
+    names = [str(folder / "1.png"), "../images/a/2.png"]
+    for root in (folder, tmp_path / "link"):
+        assert found(root, find_images(root, names)) == ["1.png", "a/2.png"] and not find_images(root, names).moved
+
+
+def test_repeated_base_names_take_linear_time(tmp_path: Path) -> None:
+    """A pass over all files of a base name for each image would take minutes."""
+    files = [f"{i}/image.png" for i in range(1500)]
+    folder = tree(tmp_path / "images", *files)
+    start = time.process_time()
+    assert found(folder, find_images(folder, [f"data/{file}" for file in files])) == files
+    assert time.process_time() - start < 4
+
+
 def test_places_of_missing_files_are_named(tmp_path: Path) -> None:
-    tree(tmp_path, "images/a/1.png", "images/b/1.png", "images/2.png", "others/3.png")
+    tree(tmp_path, "images/a/1.png", "images/b/1.png", "images/2.png", "others/3.png", "images/Five.JPG")
     folder = tmp_path / "images"
-    names = ["1.png", "0123abcd-2.png", "c/3.png", "4.png"]
+    names = ["1.png", "0123abcd-2.png", "c/3.png", "4.png", "five.jpeg"]
     said = find_images(folder, names).missing
     assert "a/1.png" in said[0] and "b/1.png" in said[0]
     assert str(folder / "2.png") in said[1] and "0123abcd-" in said[1]
     assert str(tmp_path / "others/3.png") in said[2] and said[3] == ""
+    assert str(folder / "Five.JPG") in said[4]
 
 
 def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:

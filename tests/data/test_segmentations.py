@@ -37,6 +37,7 @@ def test_polygons_have_the_box_of_all_their_points() -> None:
     assert box_of([[1, 2, 5, 2, 5, 8], [9, 0, 10, 1]]) == (1, 0, 9, 8)
     assert box_of([1, 2, 5, 2, 5, 8]) == (1, 2, 4, 6)
     assert box_of(None) is None and box_of([]) is None and box_of([[]]) is None
+    assert box_of([[], []]) is None and box_of([[], [1, 2, 5, 2, 5, 8]]) == (1, 2, 4, 6)
 
 
 BAD: list[Any] = [
@@ -52,3 +53,11 @@ def test_what_is_no_segmentation_is_refused(segmentation: Any) -> None:
     with pytest.raises(DataError) as raised:
         box_of(segmentation)
     assert_named(raised.value, "has no bbox, and its segmentation is not")
+
+
+def test_a_mask_has_the_size_of_its_image() -> None:
+    mask = {"size": [4, 6], "counts": [5, 2, 17]}
+    assert box_of(mask) == box_of(mask, (6, 4)) == (1, 1, 1, 2)
+    for size_wh in ((4, 6), (12, 8)):
+        with pytest.raises(DataError, match="height"):
+            box_of(mask, size_wh)
