@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
 from retina_jax.classes import Category, differ, match
-from retina_jax.data.conventions import AS_VIEWERS, Decoding
+from retina_jax.data.conventions import AS_VIEWERS, Decoding, Orientation
 from retina_jax.errors import PlainError
 
 
@@ -70,6 +70,10 @@ class Source:
     """Records whose image file is missing, as far as that is known, with where files of that name are, if anywhere."""
     decoding: Decoding = AS_VIEWERS
     """How its image files are decoded; `survey.with_decoding` finds it."""
+    unsized: frozenset[int] = frozenset()
+    """Records whose annotations have no size: it is that of the file."""
+    shown: Orientation | None = None
+    """What the annotated sizes show of the orientation, as `Votes.shown`; None before `survey.with_decoding`, too."""
 
     @cached_property
     def truth(self) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from retina_jax.data.pipeline import eval_batches, train_batches
 from retina_jax.data.sixteen_bits import _warn_once
 from retina_jax.data.sources import open_sources
 from retina_jax.data.survey import decoding_of_files, survey_files, with_decoding
-from retina_jax.data_check.check import decide_decoding
+from retina_jax.data_check.check import decide_decoding, survey_split
+from retina_jax.data_check.findings import Finding
 from retina_jax.data_check.split import read_split
 
 RED = np.array([230, 30, 30])
@@ -184,7 +185,7 @@ def test_sixteen_bit_transparency(channels: int, opaque: int) -> None:
 
 def test_outliers_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     values = np.full((60, 60, 1), 3000, np.uint16)
-    values[0, 0] = 65535
+    values[0, 0] = 60000
     (tmp_path / "hot.png").write_bytes(deep_png(values))
     survey = survey_files(["hot.png"], [tmp_path / "hot.png"], [(60, 60)])
     decoding, lines = survey.decide(DataConfig())
@@ -211,6 +212,11 @@ def write_deep(folder: Path, bits: int) -> tuple[Path, Path]:
     return write_coco(folder, content)
 
 
+def checked(pair: tuple[Path, Path]) -> tuple[Decoding, Config, list[Finding]]:
+    split = read_split("train", *pair, "keep")
+    return decide_decoding(split, survey_split(split), Config())
+
+
 def test_training_evaluation_and_the_check_decode_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Training data of 8 bits in 16-bit files; evaluation data of 12 bits are read in the range of the training data."""
     train, val = write_deep(tmp_path / "train", 8), write_deep(tmp_path / "val", 12)
@@ -224,8 +230,8 @@ def test_training_evaluation_and_the_check_decode_alike(tmp_path: Path, capsys: 
         for image, index in zip(batch.images, batch.indices, strict=True):
             assert np.array_equal(image[:24, :32], image_of(source, int(index)))
             assert image[0, 0].tolist() == [60] * 3 and image[4, 8].tolist() == [220] * 3
-    decoding, checked, _ = decide_decoding(read_split("train", *train, "keep"), Config())
-    assert decoding == source.decoding and checked.data.bits == 8
+    decoding, resolved, _ = checked(train)
+    assert decoding == source.decoding and resolved.data.bits == 8
     capsys.readouterr()
     _, other, _ = open_sources(
         override(Config(data=data), dict(zip(["data.val_annotations", "data.val_images"], map(str, val), strict=True)))
@@ -248,7 +254,7 @@ def test_convention_of_the_data_set_reaches_training_evaluation_and_the_check(tm
         batch = next(batches)
         for image in batch.images:
             assert is_red(image)[2:10, 4:12].mean() > 0.8
-    decoding, _, found = decide_decoding(read_split("train", *pair, "keep"), Config())
+    decoding, _, found = checked(pair)
     assert decoding == source.decoding == Decoding("stored") and [finding.kind for finding in found] == ["decoding"]
 
 
