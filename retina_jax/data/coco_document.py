@@ -177,7 +177,7 @@ def _located(
             sized = [row for row in range(len(entries)) if row not in sizes]
             annotated = [(image.width, image.height) for _, image in (entries[row] for row in sized)]
             votes, _ = read_votes([names[row] for row in sized], [Path(places.paths[row]) for row in sized], annotated)
-            orientation = votes.shown or undecided
+            orientation = votes.convention(undecided)
     kept, missing = [], {}
     for row, (index, image) in enumerate(entries):
         size, wrong = sizes.get(row), None

@@ -62,10 +62,11 @@ class Votes:
     """Names of the images whose size is the same either way, or not annotated."""
 
     @property
-    def shown(self) -> Orientation | None:
-        """What most of the images that show the convention show; None where there are none, or as many of either."""
+    def shown(self) -> Orientation | Literal["open"] | None:
+        """What most of the images that show the convention show. If there are none, or as many of either: open where there
+        are images whose convention is to be decided, None where there are not."""
         if len(self.stored) == len(self.turned):
-            return None
+            return "open" if self.open else None
         return "stored" if len(self.stored) > len(self.turned) else "turned"
 
     def add(self, name: str, header: Header, annotated: tuple[int, int] | None) -> None:
@@ -73,6 +74,10 @@ class Votes:
         shown = header.shown_by(annotated)
         if shown is not None:
             getattr(self, shown).append(name)
+
+    def convention(self, undecided: Orientation) -> Orientation:
+        """What the images show, `undecided` where they do not."""
+        return undecided if self.shown in ("open", None) else self.shown
 
     def decide(
         self, choice: Orientation | Literal["auto"], undecided: Orientation = "turned"
@@ -84,7 +89,7 @@ class Votes:
         which another data set has shown; so is a choice that an image contradicts.
         """
         stored, turned, unknown = len(self.stored), len(self.turned), len(self.open)
-        found = (self.shown or undecided) if choice == "auto" else choice
+        found = self.convention(undecided) if choice == "auto" else choice
         if not stored + turned + unknown:
             return found, "", False
         some = f" ({self.open[0]}{', ...' if unknown > 1 else ''}), read as {found}" if unknown else ""

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int32, Int64
@@ -72,8 +72,8 @@ class Source:
     """How its image files are decoded; `survey.with_decoding` finds it."""
     unsized: frozenset[int] = frozenset()
     """Records whose annotations have no size: it is that of the file."""
-    shown: Orientation | None = None
-    """What the annotated sizes show of the orientation, as `Votes.shown`; None before `survey.with_decoding`, too."""
+    shown: Orientation | Literal["open"] | None = None
+    """What its annotated sizes show of the orientation: `conventions.Votes.shown`, found by `survey.with_decoding`."""
 
     @cached_property
     def truth(self) -> dict[str, Any]:

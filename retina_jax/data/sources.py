@@ -107,7 +107,7 @@ def open_sources(
 
     def inherit_orientation(source: Source) -> None:
         nonlocal config
-        if config.data.orientation == "auto" and source.shown:
+        if config.data.orientation == "auto" and source.shown in ("stored", "turned"):
             config = override(config, {"data.undecided_orientation": source.shown})
 
     def open_val(known: Sequence[Category]) -> Source:
@@ -117,7 +117,7 @@ def open_sources(
         train = val = open_train(known)
     else:
         train, val = open_both(open_train, open_val, known)
-        if config.data.orientation == "auto" and not train.shown and val.shown == "stored":
+        if config.data.orientation == "auto" and (train.shown, val.shown) == ("open", "stored"):
             tell(f"reading the training images as stored, as the evaluation images show it: {train.name} ...")
             inherit_orientation(val)
             train = open_train(train.categories)

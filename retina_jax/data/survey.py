@@ -18,7 +18,7 @@ from PIL import Image
 
 from retina_jax.config import DataConfig
 from retina_jax.console import tell, warn
-from retina_jax.data.conventions import Decoding, Header, Orientation, Votes
+from retina_jax.data.conventions import Decoding, Header, Votes
 from retina_jax.data.decoding import FORMATS, MAX_PIXELS, largest_file, open_image, read_header
 from retina_jax.data.reading import open_file, read_again, read_file
 from retina_jax.data.sixteen_bits import colours, from_bytes
@@ -113,7 +113,7 @@ def with_decoding(source: Source, data: DataConfig) -> Source:
     """
     if data.source == "scenes":
         return source
-    shown: Orientation | None = None
+    shown = None
     if data.source == "tfds":
         reads = (lambda row=row: source.read(row) for row in spread(range(len(source))))
         orientation = "stored" if data.orientation == "auto" else data.orientation

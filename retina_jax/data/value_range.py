@@ -74,8 +74,8 @@ class Range(NamedTuple):
         if not below[-1] or self.bits == RANGES[0] or most > self.bits - DARK:
             return ""
         return (
-            f"{SHARE:.0%} of the values of 16-bit images are below {2**most}, so images are dark in a range of {self.bits} "
-            f"bits; if the others are outliers, set data.bits {_smallest(2**most - 1)}"
+            f"{SHARE:.0%} of the values of 16-bit images, apart from {SATURATED}, are below {2**most}, so images are dark "
+            f"in a range of {self.bits} bits; if the others are outliers, set data.bits {_smallest(2**most - 1)}"
         )
 
     def _disagreement(self, bits: int) -> str:
@@ -84,7 +84,8 @@ class Range(NamedTuple):
             return ""
         return (
             f"{len(dark)} of {len(self.images)} 16-bit images have values up to {max(dark)} at most, so they come out "
-            f"nearly black in a range of {bits} bits; if they use another range than the others, convert them to the same one"
+            f"nearly black in a range of {bits} bits; if they use another range than other images, convert "
+            "them to the same one"
         )
 
 

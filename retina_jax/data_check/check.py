@@ -82,11 +82,11 @@ def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
     else:
         splits = [opened("train", ())]
     surveys = {split.name: survey_split(split) for split in splits}
-    shown = next((survey.votes.shown for survey in surveys.values() if survey.votes.shown), None)
-    if config.data.orientation == "auto" and shown == "stored":
-        config = override(config, {"data.undecided_orientation": shown})
+    shown = [survey.votes.shown for survey in surveys.values()]
+    if config.data.orientation == "auto" and set(shown) == {"open", "stored"}:
+        config = override(config, {"data.undecided_orientation": "stored"})
         # The sizes of images that have none follow the other split where their own does not show the convention.
-        again = [bool(split.unsized) and not surveys[split.name].votes.shown for split in splits]
+        again = [bool(split.unsized) and one == "open" for split, one in zip(splits, shown, strict=True)]
         splits = [opened(s.name, s.categories) if late else s for s, late in zip(splits, again, strict=True)]
     found: list[Finding] = []
     digests = []
