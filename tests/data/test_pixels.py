@@ -30,6 +30,7 @@ from retina_jax.data.survey import Survey, decoding_of_files, survey_files, with
 from retina_jax.data.value_range import find_range
 from retina_jax.data_check.check import check_data, decide_decoding, survey_split
 from retina_jax.data_check.findings import Finding
+from retina_jax.data_check.images import fault_of
 from retina_jax.data_check.split import read_split
 
 RED = np.array([230, 30, 30])
@@ -385,6 +386,9 @@ def test_an_image_in_which_a_box_holds_something_has_not_one_colour() -> None:
     box = np.array([[600, 500, 612, 512]], np.float32)
     assert is_one_colour(image) and not is_one_colour(image, box) and is_one_colour(image, box + 100)
     assert not is_one_colour(image, np.array([[601, 501, 611, 511]], np.float32))
+    encoded = encode(image, "PNG")
+    assert fault_of(encoded, (1200, 1000), Decoding(), box) is None
+    assert fault_of(encoded, (1200, 1000), Decoding())[0] == "one_colour"
 
 
 def test_training_counts_images_of_one_colour_once(tmp_path: Path) -> None:
