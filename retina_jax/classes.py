@@ -68,9 +68,11 @@ def category_ids(classes: Sequence[Category], data: HasClasses, where: str) -> l
         ambiguous = [category for category in unknown if category[1] in names]
         shown = ", ".join(f"{name} ({category_id})" for category_id, name in (ambiguous or unknown)[:SHOWN])
         if ambiguous:
+            repeated = {name for _, name in ambiguous}
+            own = ", ".join(f"{name} ({category_id})" for category_id, name in classes if name in repeated)
             raise ConfigError(
-                f"{where}: boxes of {shown} could be of several classes: the name repeats, and the ids are not the "
-                f"detector's ({listed(classes)}); use its ids, or give each category a name of its own"
+                f"{where}: boxes of {shown} cannot be assigned to a class: the name occurs more than once, and the id is "
+                f"not that of the detector's {own}; use its ids, or give each category a name of its own"
             )
         raise ConfigError(
             f"{where}: has boxes of categories that the detector lacks: {shown}; its classes are {listed(classes)}; "
@@ -108,27 +110,29 @@ def placeholders(
     known: Sequence[Category] = (),
     empty_parents: Literal["drop", "keep"] = "drop",
 ) -> dict[Category, str]:
-    """The categories that are no classes, each with the reason. None of them has an annotation, nor is one of `known`.
+    """The categories that are no classes, each with the reason. None of them has an annotation.
 
     An empty parent category is the supercategory of another category; or it is Roboflow's, which has id 0 and, alone of
-    all, the supercategory "none": exports of Roboflow list the project or group so, then its classes. A category with
-    the name of an annotated one is left out too: nothing but the name could be learnt of it. Every other category
-    without annotations is a class, because another split may have boxes of it.
+    all, the supercategory "none": exports of Roboflow list the project or group so, then its classes. It is a class if it
+    is one of `known`; where classes are known, `empty_parents` changes nothing. A category with the name of an annotated
+    one is left out too, unless it is one of `known` that share the name: nothing but the name could be learnt of it. Every
+    other category without annotations is a class, because another split may have boxes of it.
     """
     parents = Counter(supercategories)
     names = {name for category_id, name in categories if category_id in annotated}
-    kept = set(match(known, categories))
+    kept, known_names = set(match(known, categories)), Counter(name for _, name in known)
     found = {}
     for i, (category, above) in enumerate(zip(categories, supercategories, strict=True)):
         category_id, name = category
         named_by_others = parents[name] - (above == name) > 0
         of_roboflow = category_id == 0 and above == "none" and parents["none"] == 1 and len(categories) > 1
-        if category_id in annotated or i in kept:
+        if category_id in annotated:
             continue
         if named_by_others or of_roboflow:
-            if empty_parents == "drop":
-                found[category] = "an empty parent category; --data.empty-parents keep makes it a class"
-        elif name in names:
+            if i not in kept and (empty_parents == "drop" or known):
+                option = "" if known else "; --data.empty-parents keep makes it a class"
+                found[category] = f"an empty parent category{option}"
+        elif name in names and not (i in kept and known_names[name] > 1):
             found[category] = "without boxes, and a class has the same name"
     return found if len(found) < len(categories) else {}
 

@@ -118,6 +118,8 @@ class DataConfig:
     orientation: Literal["auto", "stored", "turned"] = "auto"
     """Pixels that boxes lie on where an image has an EXIF orientation and its annotated size is that of both: as stored, or
     turned as viewers show them. auto: as the images whose size shows it have it."""
+    undecided_orientation: Literal["turned", "stored"] = "turned"
+    """What auto is where no image shows it. Training sets it to what its training or evaluation images show."""
     bits: Literal["auto", 8, 10, 12, 14, 16] = "auto"
     """Bits that 16-bit images use: 2^bits - 1 is white. auto: found on a sample of the training images."""
     workers: int = 0

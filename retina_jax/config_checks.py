@@ -74,7 +74,8 @@ def validate(config: Config) -> Config:
             or config.loss.mining_normaliser == "assigned"
             or config.loss.normaliser in ("per_image", "per_device"),
             "loss.mining_normaliser",
-            f"assigned with loss.normaliser {config.loss.normaliser}, or loss.normaliser per_image or per_device",
+            f"assigned, since loss.normaliser {config.loss.normaliser} divides both losses by one number (per_image and "
+            "per_device do not)",
         ),
         (0 < config.loss.mining_nms_iou <= 1, "loss.mining_nms_iou", "above 0, at most 1"),
         (config.loss.beta >= 0, "loss.beta", "at least 0"),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +23,8 @@ from retina_jax import hosts
 from retina_jax.command_line import one_line_errors, parse_command_line, set_up_jax, settings_of
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_checks import validate
-from retina_jax.config_files import flatten, meaning_changes
+from retina_jax.config_files import flatten, meaning_changes, override
+from retina_jax.console import warn
 from retina_jax.data.sources import check_classes, open_source
 from retina_jax.detector import load_detector
 from retina_jax.evaluation import coco_table
@@ -79,6 +80,11 @@ def evaluate(arguments: Arguments, settings: Config) -> None:
     )
     run = Run(arguments.workdir, config, detector.class_names, detector.category_ids)
     source, step = open_source(config.data, "val", run.categories, unlabelled=True), detector.step
+    if not source.labelled and config.training.eval_images:
+        warn(
+            f"training.eval_images {config.training.eval_images} is ignored: a submission holds all {len(source)} images"
+        )
+        run = replace(run, config=override(config, {"training.eval_images": 0}))
     hosts.check_same(
         "--workdir",
         {"step": step, "config": repr(config), "evaluation data": source.sha256, "decoding": str(source.decoding)},

@@ -158,7 +158,7 @@ def test_classes_meet_by_id_and_name_or_by_a_name_that_is_unique() -> None:
 
 @pytest.mark.parametrize(
     ("boxes_of", "says"),
-    [((3, "c"), "detector lacks: c \\(3\\)"), ((3, "a"), "boxes of a \\(3\\) could be of several")],
+    [((3, "c"), "detector lacks: c \\(3\\)"), ((3, "a"), "boxes of a \\(3\\) .* a \\(1\\), a \\(2\\)")],
 )
 def test_boxes_of_no_class_are_refused_and_named(boxes_of: Category, says: str) -> None:
     data = Source(
@@ -198,6 +198,16 @@ def test_empty_parents_and_unused_repetitions_are_no_classes(
     assert placeholders(categories, above, annotated, known=categories) == {}
     kept = {i for i, _ in placeholders(categories, above, annotated, empty_parents="keep")}
     assert kept == dropped - {0, 3}
+
+
+def test_classes_that_are_known_settle_which_categories_are_left_out() -> None:
+    """A resumed run keeps its classes, and an unused repetition of a name does not hide the category with boxes."""
+    parent = [(0, "things"), (1, "red")], ["none", None], {1}
+    assert placeholders(*parent, known=[(1, "red")], empty_parents="keep").keys() == {(0, "things")}
+    assert placeholders(*parent, known=parent[0]) == {}
+    permuted = [(7, "red"), (3, "blue"), (2, "blue")]
+    left_out = placeholders(permuted, [None] * 3, {7, 3}, known=[(1, "red"), (2, "blue")])
+    assert left_out.keys() == {(2, "blue")}
 
 
 def config_of(folder: Path, train: dict[str, Any], val: dict[str, Any], **changes: Any) -> Config:

@@ -361,7 +361,8 @@ def test_images_without_annotations_become_a_submission_and_are_refused_in_train
     run = shutil.copytree(run, folder / "mine")
     images = annotations.with_name("val")
     done = script("evaluate", "--workdir", run, "--data.source", "coco", "--data.val-annotations", test_dev,
-                  "--data.val-images", images)  # fmt: skip
+                  "--data.val-images", images, "--training.eval-images", 2)  # fmt: skip
+    assert "training.eval_images 2 is ignored" in done.stdout + done.stderr
     submission = run / "detections" / "detections_test-dev2017_mine_results.json"
     assert "nothing to score" in done.stdout and str(submission) in done.stdout and "AP of" not in done.stdout
     (found,) = (p for p in (run / "detections").glob("step_00000012_*.json"))

@@ -17,6 +17,7 @@ import numpy as np
 from retina_jax.classes import Category
 from retina_jax.data.box_formats import BoxFormat
 from retina_jax.data.coco_document import Content, Crowds, parse_document
+from retina_jax.data.conventions import Orientation
 from retina_jax.data.decoding import largest_file
 from retina_jax.data.reading import read_again, read_file
 from retina_jax.data.source import BadImage, DataError, Source, make_records
@@ -34,14 +35,15 @@ def read_coco(
     box_format: BoxFormat = "auto",
     crowds: Crowds = "ignore",
     orientation: Literal["auto", "stored", "turned"] = "auto",
+    undecided_orientation: Orientation = "turned",
     known: Sequence[Category] = (),
     empty_parents: Literal["drop", "keep"] = "drop",
     unlabelled: bool = False,
 ) -> Source:
     """The data set of a COCO JSON. "drop" (for training) leaves out images that have no usable box; evaluation keeps all.
 
-    `box_format`, `crowds` and `orientation` are as in DataConfig. Raises DataError, one line that names the file, the entry
-    and what would be right, for anything in the file that cannot be used, for boxes that look as if in another format,
+    `box_format`, `crowds` and the orientations are as in DataConfig. Raises DataError, one line that names the file, the
+    entry and what would be right, for anything in the file that cannot be used, for boxes that look as if in another format,
     for no images at all, and with "drop" for no usable box at all. Images are opened only where their sizes are missing.
     `known` and `empty_parents` decide which empty categories are classes, as in `classes.placeholders`. With `unlabelled` a
     file without the key `annotations` is accepted.
@@ -64,6 +66,7 @@ def read_coco(
         box_format=box_format,
         crowds=crowds,
         orientation=orientation,
+        undecided_orientation=undecided_orientation,
         known=known,
         empty_parents=empty_parents,
     )
@@ -107,6 +110,7 @@ def read_coco(
         make_truth=lambda: make_truth(content),
         notes=tuple(note.text for note in content.notes),
         missing=missing,
+        unsized=frozenset(index for index, row in enumerate(rows) if row in content.unsized),
         labelled=labelled,
         annotated=content.annotated,
         left_out=content.left_out,

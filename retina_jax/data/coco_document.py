@@ -32,9 +32,11 @@ from retina_jax.data.coco_entries import (
     outside,
     short,
 )
+from retina_jax.data.conventions import Orientation
 from retina_jax.data.image_paths import find_images
 from retina_jax.data.image_sizes import Size, read_sizes
 from retina_jax.data.source import DataError
+from retina_jax.data.survey import read_votes
 
 T = TypeVar("T")
 Crowds = Literal["ignore", "objects"]
@@ -76,6 +78,8 @@ class Content(NamedTuple):
     """File of each image, or where it should be; empty where the folder was not given."""
     missing: dict[int, str]
     """Rows of the images without a file; where files of that base name are, if anywhere."""
+    unsized: frozenset[int]
+    """Rows of the images whose entries have no size: it is that of the file."""
     notes: list[Note]
 
 
@@ -88,6 +92,7 @@ def parse_document(
     box_format: BoxFormat = "auto",
     crowds: Crowds = "ignore",
     orientation: Literal["auto", "stored", "turned"] = "auto",
+    undecided_orientation: Orientation = "turned",
     known: Sequence[Category] = (),
     empty_parents: Literal["drop", "keep"] = "drop",
 ) -> Content:
@@ -106,7 +111,9 @@ def parse_document(
     images = _parse_all(path, document, "images", image_parser(texts, rooted=folder is not None), mistakes)
     if not mistakes and not (categories and images):
         raise DataError(f"{path}: {'images' if categories else 'categories'} is empty; it must list at least one")
-    images, paths, missing = _located(path, document, images, folder, orientation, notes, mistakes)
+    images, paths, missing, unsized = _located(
+        path, document, images, folder, orientation, undecided_orientation, notes, mistakes
+    )
     label_of = {category_id: label for label, (category_id, _) in enumerate(categories)}
     parser = annotation_parser(images, label_of, texts)
     found = _parse_all(path, document, "annotations", parser, mistakes)
@@ -138,6 +145,7 @@ def parse_document(
         without_box=[row for row, box in found if box is WITHOUT_BOX],
         paths=paths,
         missing=missing,
+        unsized=unsized,
         notes=notes,
     )
 
@@ -148,13 +156,15 @@ def _located(
     entries: list[tuple[int, Image]],
     folder: Path | None,
     orientation: Literal["auto", "stored", "turned"],
+    undecided: Orientation,
     notes: list[Note],
     mistakes: list[Mistake] | None,
-) -> tuple[list[Image], list[str], dict[int, str]]:
-    """The images with their files, the rows of those that have none, and sizes from the files where the entries have none.
+) -> tuple[list[Image], list[str], dict[int, str], frozenset[int]]:
+    """The images with their files, the rows of those that have none, and the rows of those whose entries have no size: it is
+    that of the file, turned or not as the other images show (`conventions.Votes`).
     Images whose names lead out of the folder and those without a size become `mistakes`."""
     if folder is None:
-        return [image for _, image in entries], [], {}
+        return [image for _, image in entries], [], {}, frozenset()
     names = [image.file_name for _, image in entries]
     places = find_images(folder, names)
     if places.moved:
@@ -168,15 +178,13 @@ def _located(
         )
     unknown = [row for row, (_, image) in enumerate(entries) if not image.width]
     sizes = dict(zip(unknown, read_sizes(path, [places.paths[row] for row in unknown]), strict=True)) if unknown else {}
-    if turned := [names[row] for row, size in sizes.items() if isinstance(size, Size) and size.turned]:
-        notes.append(
-            Note(
-                "turned_sizes",
-                f"{len(turned)} of the {len(unknown)} images without width and height have an EXIF orientation that turns "
-                f"them ({short(turned[0])}, ...): boxes are taken to lie on the pixels as "
-                f"{'stored' if orientation == 'stored' else 'turned'} (data.orientation {orientation})",
-            )
-        )
+    if orientation == "auto":
+        orientation = undecided
+        if any(isinstance(size, Size) and size.turned for size in sizes.values()):
+            sized = [row for row in range(len(entries)) if row not in sizes]
+            annotated = [(image.width, image.height) for _, image in (entries[row] for row in sized)]
+            votes, _ = read_votes([names[row] for row in sized], [Path(places.paths[row]) for row in sized], annotated)
+            orientation = votes.convention(undecided)
     kept, missing = [], {}
     for row, (index, image) in enumerate(entries):
         size, wrong = sizes.get(row), None
@@ -193,7 +201,8 @@ def _located(
         if isinstance(size, Size):
             image = Image(image.id, image.file_name, *size.shown(orientation))
         kept.append((row, image))
-    return [image for _, image in kept], [places.paths[row] for row, _ in kept], missing
+    unsized = frozenset(index for index, (row, _) in enumerate(kept) if row in sizes)
+    return [image for _, image in kept], [places.paths[row] for row, _ in kept], missing, unsized
 
 
 def _columns(

@@ -66,6 +66,7 @@ def to_rgb(
     try:
         header = read_header(image)
         if header.deep:
+            image = open_image(encoded)  # To read EXIF behind the pixels of a PNG is to load it.
             eight = to_eight_bits(samples(image, lambda: open_image(encoded)), decoding.bits or 16)
         else:
             image.load()

@@ -10,11 +10,12 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
 from retina_jax.console import tell
+from retina_jax.data.conventions import Orientation
 from retina_jax.data.decoding import FORMATS, MAX_PIXELS, read_header
 from retina_jax.data.reading import open_file
 from retina_jax.errors import reason
@@ -33,9 +34,9 @@ class Size(NamedTuple):
     turned: bool
     """Whether its EXIF orientation swaps width and height."""
 
-    def shown(self, orientation: Literal["auto", "stored", "turned"]) -> tuple[int, int]:
-        """Width and height of the pixels that boxes lie on, given data.orientation: as viewers turn them, unless stored."""
-        swapped = self.turned and orientation != "stored"
+    def shown(self, orientation: Orientation) -> tuple[int, int]:
+        """Width and height of the pixels that boxes lie on."""
+        swapped = self.turned and orientation == "turned"
         return (self.height, self.width) if swapped else (self.width, self.height)
 
 

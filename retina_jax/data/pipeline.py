@@ -191,7 +191,7 @@ class Batches(Iterator[Batch]):
                 self._doubted |= suspects
                 self._iterator = None
         self._report_bad_images(batch)
-        self.one_colour.look(batch.images, batch.image_sizes, batch.indices, batch.valid)
+        self.one_colour.look(batch.images, batch.image_sizes, batch.boxes_xyxy, batch.indices, batch.valid)
         self._step += 1
         return batch
 

@@ -12,8 +12,11 @@ from jaxtyping import UInt8, UInt16
 from PIL import Image
 
 from retina_jax.data.source import BadImage
+from retina_jax.data.value_range import SATURATED
 
 log = logging.getLogger(__name__)
+BITS_TAG, PHOTOMETRIC_TAG, CHANNELS_TAG, PLANES_TAG = 258, 262, 277, 284
+"""Of a TIFF."""
 NATIVE = "L" if sys.byteorder == "little" else "B"
 GREY_ALPHA = "LA;16B"
 """How PIL reads 16-bit grey with transparency; taken as four bytes per pixel instead."""
@@ -24,7 +27,8 @@ COLOURS = {f"{mode};16{order}" for mode in ("RGB", "RGBA") for order in "LBN"}
 def is_deep(image: Image.Image) -> bool:
     """Whether an image that is open and not loaded has more than 8 bits per value."""
     coloured = image.format in ("PNG", "TIFF") and _raw_mode(image) in {*COLOURS, GREY_ALPHA}
-    return image.mode.startswith("I") or coloured
+    deep_tiff = image.format == "TIFF" and image.mode != "F" and 16 in image.tag_v2.get(BITS_TAG, ())
+    return image.mode.startswith("I") or coloured or deep_tiff
 
 
 def samples(image: Image.Image, reopen: Callable[[], Image.Image]) -> UInt16[np.ndarray, "h w c"]:
@@ -32,9 +36,12 @@ def samples(image: Image.Image, reopen: Callable[[], Image.Image]) -> UInt16[np.
     3 RGB, 4 RGB and alpha. Values below 0 become 0.
 
     `reopen` opens the file once more: PIL reads the upper bytes of colours, and the lower ones if the file's byte order is
-    given the other way round. Raises BadImage for values above 65535, and whatever PIL raises.
+    given the other way round. Raises BadImage for values above 65535 and for TIFFs with separate planes or with white as 0,
+    and whatever PIL raises.
     """
     raw = _raw_mode(image)
+    if image.format == "TIFF":
+        _check_layout(image)
     if image.mode.startswith("I"):
         image.load()
         values = np.asarray(image)[..., None]
@@ -57,11 +64,13 @@ def colours(values: UInt16[np.ndarray, "h w c"]) -> UInt16[np.ndarray, "h w _"]:
 
 
 def to_eight_bits(values: UInt16[np.ndarray, "h w c"], bits: int) -> Image.Image:
-    """The upper 8 of `bits` bits, as PIL's L, LA, RGB or RGBA; larger values become white, which is logged once.
+    """The upper 8 of `bits` bits, as PIL's L, LA, RGB or RGBA; larger values become white, which is logged once
+    unless they are SATURATED.
 
     `values` are overwritten. Alpha has 16 bits, or `bits` where none of its values needs more.
     """
-    if colours(values).max(initial=0) >= 2**bits:
+    shown = colours(values)
+    if shown.max(initial=0) >= 2**bits and shown.max(initial=0, where=shown < SATURATED) >= 2**bits:
         _warn_once(bits)
     shifts = np.full(values.shape[2], bits - 8, np.uint16)
     if values.shape[2] in (2, 4) and values[..., -1].max(initial=0) >= 2**bits:
@@ -80,6 +89,18 @@ def from_bytes(encoded: bytes, open_image: Callable[[bytes], Image.Image]) -> UI
 @functools.cache
 def _warn_once(bits: int) -> None:
     log.warning("a 16-bit image has values above the range of %d bits; they are cut off at white; set data.bits", bits)
+
+
+def _check_layout(image: Image.Image) -> None:
+    tags = image.tag_v2
+    if tags.get(PLANES_TAG, 1) != 1 and tags.get(CHANNELS_TAG, 1) > 1:
+        raise BadImage(
+            "is a 16-bit TIFF with separate planes; save it with interleaved channels (planar configuration 1)"
+        )
+    if tags.get(PHOTOMETRIC_TAG) == 0:
+        raise BadImage("is a 16-bit TIFF in which 0 is white; save it with 0 as black (photometric interpretation 1)")
+    if not image.mode.startswith("I") and _raw_mode(image) not in {*COLOURS, GREY_ALPHA}:
+        raise BadImage(f"is a 16-bit TIFF of a layout that is not supported ({image.mode}); save it as grey or RGB")
 
 
 def _combined(high: UInt8[np.ndarray, "h w c"], low: UInt8[np.ndarray, "h w c"]) -> UInt16[np.ndarray, "h w c"]:

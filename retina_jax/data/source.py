@@ -6,13 +6,13 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
 from retina_jax.classes import Category, differ, match
-from retina_jax.data.conventions import AS_VIEWERS, Decoding
+from retina_jax.data.conventions import AS_VIEWERS, Decoding, Orientation
 from retina_jax.errors import PlainError
 
 
@@ -70,6 +70,10 @@ class Source:
     """Records whose image file is missing, as far as that is known, with where files of that name are, if anywhere."""
     decoding: Decoding = AS_VIEWERS
     """How its image files are decoded; `survey.with_decoding` finds it."""
+    unsized: frozenset[int] = frozenset()
+    """Records whose annotations have no size: it is that of the file."""
+    shown: Orientation | Literal["open"] | None = None
+    """What its annotated sizes show of the orientation: `conventions.Votes.shown`, found by `survey.with_decoding`."""
 
     @cached_property
     def truth(self) -> dict[str, Any]:

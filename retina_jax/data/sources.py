@@ -66,6 +66,7 @@ def open_source(
             box_format=data.box_format if data.source == "coco" else "xywh",
             crowds=data.crowds,
             orientation=data.orientation,
+            undecided_orientation=data.undecided_orientation,
             unlabelled=unlabelled,
             known=known,
             empty_parents=data.empty_parents,
@@ -79,8 +80,8 @@ def open_source(
     source = with_decoding(source, data)
     if split == "val" and data.bits == "auto" and source.decoding.bits:
         warn(
-            f"{source.name}: has 16-bit images, and the training data had none; if the run was made by an earlier version, "
-            "which used all 16 bits, set data.bits 16"
+            f"{source.name}: has 16-bit images, and no range of 16-bit training images is known: the range found here, "
+            f"{source.decoding.bits} bits, is used; data.bits sets another"
         )
     return source
 
@@ -88,9 +89,9 @@ def open_source(
 def open_sources(
     config: Config, known: Sequence[Category] = (), workdir: str | Path = ""
 ) -> tuple[Source, Source, Config]:
-    """What a run trains on, what it is evaluated on (the same where it never is), and its config with their classes
-    and the range of their 16-bit images. `known` are the classes of the run in `workdir` that is to be resumed: the
-    training data gets its labels.
+    """What a run trains on, what it is evaluated on (the same where it never is), and its config with their classes, the
+    range of their 16-bit images and the orientation that they show. `known` are the classes of the run in `workdir` that is
+    to be resumed: the training data gets its labels.
 
     Says what is there and what was left out of it. Raises as `open_source` and `with_classes` do, ConfigError where
     classes do not fit each other or several hosts have different data, and DataError where an image file is missing and
@@ -101,7 +102,13 @@ def open_sources(
         nonlocal config
         source = open_source(config.data, "train", known)
         config = override(config, {"data.bits": source.decoding.bits or config.data.bits})
+        inherit_orientation(source)
         return source
+
+    def inherit_orientation(source: Source) -> None:
+        nonlocal config
+        if config.data.orientation == "auto" and source.shown in ("stored", "turned"):
+            config = override(config, {"data.undecided_orientation": source.shown})
 
     def open_val(known: Sequence[Category]) -> Source:
         return open_source(config.data, "val", known)
@@ -110,6 +117,10 @@ def open_sources(
         train = val = open_train(known)
     else:
         train, val = open_both(open_train, open_val, known)
+        if config.data.orientation == "auto" and (train.shown, val.shown) == ("open", "stored"):
+            tell(f"reading the training images as stored, as the evaluation images show it: {train.name} ...")
+            inherit_orientation(val)
+            train = open_train(train.categories)
     if known:
         train = train.arranged(known, f"--workdir {workdir}")
     check_classes(train.categories, val)

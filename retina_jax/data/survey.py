@@ -18,11 +18,12 @@ from PIL import Image
 
 from retina_jax.config import DataConfig
 from retina_jax.console import tell, warn
-from retina_jax.data.conventions import Decoding, Header, Range, Votes, find_range
+from retina_jax.data.conventions import Decoding, Header, Votes
 from retina_jax.data.decoding import FORMATS, MAX_PIXELS, largest_file, open_image, read_header
 from retina_jax.data.reading import open_file, read_again, read_file
 from retina_jax.data.sixteen_bits import colours, from_bytes
 from retina_jax.data.source import Source
+from retina_jax.data.value_range import Range, find_range
 
 SAMPLE = 64
 """16-bit images that are decoded to find their range, spread evenly over the data set."""
@@ -42,27 +43,25 @@ class Survey:
 
     def decide(self, data: DataConfig) -> tuple[Decoding, list[tuple[str, bool]]]:
         """How the files are decoded, and lines that explain it, each with whether it is a warning."""
-        orientation, line, in_doubt = self.votes.decide(data.orientation)
+        orientation, line, in_doubt = self.votes.decide(data.orientation, data.undecided_orientation)
         lines = [(line, in_doubt)] if line else []
+        bits = None if data.bits == "auto" else data.bits
         if self.range is None:
-            return Decoding(orientation, None if data.bits == "auto" else data.bits), lines
-        found = self.range
-        bits = found.bits if data.bits == "auto" else data.bits
-        values = f"16-bit images: values up to {found.largest} in {found.images} of them, a range of {found.bits} bits"
-        if bits != found.bits:
-            effect = "dark" if bits > found.bits else "cut off at white"
-            lines.append(
-                (f"{values}, but data.bits is {bits}: images come out {effect}; data.bits auto finds it", True)
-            )
-        else:
-            lines.append((values, False))
-            if found.doubt:
-                lines.append((found.doubt, True))
-        return Decoding(orientation, bits), lines
+            return Decoding(orientation, bits), lines
+        return Decoding(orientation, bits or self.range.bits), lines + self.range.lines(bits)
 
 
-def survey_files(names: Sequence[str], paths: Sequence[Path], sizes_wh: Sequence[tuple[int, int]]) -> Survey:
-    """Reads the headers of image files that annotations give these sizes. Files that cannot be read are left out."""
+def survey_files(names: Sequence[str], paths: Sequence[Path], sizes_wh: Sequence[tuple[int, int] | None]) -> Survey:
+    """Reads the headers of image files that annotations give these sizes (None: none). Files that cannot be read are left
+    out."""
+    votes, deep = read_votes(names, paths, sizes_wh)
+    return Survey(votes, range_of(partial(read_file, paths[row], largest_file(MAX_PIXELS)) for row in spread(deep)))
+
+
+def read_votes(
+    names: Sequence[str], paths: Sequence[Path], sizes_wh: Sequence[tuple[int, int] | None]
+) -> tuple[Votes, list[int]]:
+    """What the headers show of the orientation, and the rows of the 16-bit images; arguments as of `survey_files`."""
     votes, deep = Votes(), []
     if len(paths) > MANY:
         tell(f"reading the headers of {len(paths)} images ...")
@@ -72,7 +71,7 @@ def survey_files(names: Sequence[str], paths: Sequence[Path], sizes_wh: Sequence
                 votes.add(names[row], header, sizes_wh[row])
                 if header.deep:
                     deep.append(row)
-    return Survey(votes, range_of(partial(read_file, paths[row], largest_file(MAX_PIXELS)) for row in spread(deep)))
+    return votes, deep
 
 
 def range_of(reads: Iterable[Callable[[], bytes]]) -> Range | None:
@@ -114,6 +113,7 @@ def with_decoding(source: Source, data: DataConfig) -> Source:
     """
     if data.source == "scenes":
         return source
+    shown = None
     if data.source == "tfds":
         reads = (lambda row=row: source.read(row) for row in spread(range(len(source))))
         orientation = "stored" if data.orientation == "auto" else data.orientation
@@ -122,10 +122,12 @@ def with_decoding(source: Source, data: DataConfig) -> Source:
         names = [record.file_name for record in source.records]
         paths = [Path(source.where(row)) for row in range(len(source))]
         sizes = [(record.width, record.height) for record in source.records]
-        decoding, lines = survey_files(names, paths, sizes).decide(data)
+        survey = survey_files(names, paths, [None if row in source.unsized else size for row, size in enumerate(sizes)])
+        decoding, lines = survey.decide(data)
+        shown = survey.votes.shown
     for line, in_doubt in lines:
         (warn if in_doubt else tell)(f"{source.name}: {line}")
-    return replace(source, decoding=decoding)
+    return replace(source, decoding=decoding, shown=shown)
 
 
 def _header_of_file(path: Path) -> Header | None:

@@ -15,7 +15,7 @@ from retina_jax.config import Config, ConfigError
 from retina_jax.config_files import override, with_classes
 from retina_jax.console import tell
 from retina_jax.data.conventions import Decoding
-from retina_jax.data.survey import survey_files
+from retina_jax.data.survey import Survey, survey_files
 from retina_jax.data_check.boxes import box_findings
 from retina_jax.data_check.coverage import Coverage, cover
 from retina_jax.data_check.findings import Finding, Group, grouped
@@ -81,12 +81,19 @@ def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
         splits = list(open_both(partial(opened, "train"), partial(opened, "val")))
     else:
         splits = [opened("train", ())]
+    surveys = {split.name: survey_split(split) for split in splits}
+    shown = [survey.votes.shown for survey in surveys.values()]
+    if config.data.orientation == "auto" and set(shown) == {"open", "stored"}:
+        config = override(config, {"data.undecided_orientation": "stored"})
+        # The sizes of images that have none follow the other split where their own does not show the convention.
+        again = [bool(split.unsized) and one == "open" for split, one in zip(splits, shown, strict=True)]
+        splits = [opened(s.name, s.categories) if late else s for s, late in zip(splits, again, strict=True)]
     found: list[Finding] = []
     digests = []
     decodings = {}
     for split in splits:
         tell(f"{split.name}: {len(split.images)} images, {len(split.labels)} boxes, {len(split.class_names)} classes")
-        decodings[split.name], config, of_files = decide_decoding(split, config)
+        decodings[split.name], config, of_files = decide_decoding(split, surveys[split.name], config)
         found += of_files
         bad_images, of_images = check_images(split, decodings[split.name], config.data.workers)
         digests.append(of_images)
@@ -112,10 +119,15 @@ def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
     )
 
 
-def decide_decoding(split: Split, config: Config) -> tuple[Decoding, Config, list[Finding]]:
+def survey_split(split: Split) -> Survey:
+    """What the headers of the split's image files show."""
+    sizes = [None if row in split.unsized else image[2:] for row, image in enumerate(split.images)]
+    return survey_files([image[1] for image in split.images], list(map(Path, split.paths)), sizes)
+
+
+def decide_decoding(split: Split, survey: Survey, config: Config) -> tuple[Decoding, Config, list[Finding]]:
     """How the split's images are decoded, the config with the range of 16-bit images, and findings on both."""
-    names, sizes = [image[1] for image in split.images], [image[2:] for image in split.images]
-    decoding, lines = survey_files(names, list(map(Path, split.paths)), sizes).decide(config.data)
+    decoding, lines = survey.decide(config.data)
     if decoding.bits:
         config = override(config, {"data.bits": decoding.bits})
     name = split.annotations.name

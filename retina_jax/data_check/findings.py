@@ -62,9 +62,6 @@ KINDS: dict[str, Kind] = {
     "moved": Kind(
         "warning", "splits with images elsewhere than their names say", "Check that they are the right ones."
     ),
-    "turned_sizes": Kind(
-        "warning", "splits with turned images without a size", "Their boxes are taken to lie on the turned image."
-    ),
     "text_numbers": Kind("warning", "splits with numbers written as text", "They are read as numbers."),
     "without_box": Kind("warning", "annotations without a box", "Points, keypoints, or nothing. They are dropped."),
     "pixels": Kind(
@@ -81,7 +78,8 @@ KINDS: dict[str, Kind] = {
     "one_colour": Kind(
         "warning",
         "images of one colour, wholly or nearly",
-        "At most 0.1 % of the pixels differ from the median by more than 2 of 255. Nothing can be learnt from them.",
+        "On a grid of up to 64 x 64 pixels of the image, and of each box, 99.9 % are within 2 of 255 levels of the median. "
+        "Nothing can be learnt from them.",
     ),
     "leakage": Kind(
         "warning", "images in both splits", "The same bytes in training and evaluation: the scores would be too good."

@@ -7,11 +7,14 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Float32
+
 from retina_jax.data.coco import read_image
 from retina_jax.data.conventions import Decoding
 from retina_jax.data.decoding import DECODING, open_image, read_header, to_rgb, upright
 from retina_jax.data.jpeg_gaps import missing_part
-from retina_jax.data.one_colour import is_one_colour
+from retina_jax.data.one_colour import NO_BOXES, is_one_colour
 from retina_jax.data.source import BadImage
 from retina_jax.data_check.findings import Finding
 from retina_jax.data_check.progress import Progress
@@ -38,7 +41,7 @@ def check_images(split: Split, decoding: Decoding, workers: int) -> tuple[list[F
         except OSError as error:
             return Finding("unreadable", split.name, file_name, f"cannot be read: {reason(error)}"), None
         digest = hashlib.sha256(encoded).hexdigest()
-        fault = fault_of(encoded, (width, height), decoding)
+        fault = fault_of(encoded, (width, height), decoding, split.boxes_of(row))
         return (Finding(fault[0], split.name, file_name, fault[1]) if fault else None), digest
 
     found, digests = [], {}
@@ -52,11 +55,16 @@ def check_images(split: Split, decoding: Decoding, workers: int) -> tuple[list[F
     return found, digests
 
 
-def fault_of(encoded: bytes, expected_size: tuple[int, int], decoding: Decoding) -> tuple[str, str] | None:
+def fault_of(
+    encoded: bytes,
+    expected_size: tuple[int, int],
+    decoding: Decoding,
+    boxes_xyxy: Float32[np.ndarray, "n 4"] = NO_BOXES,
+) -> tuple[str, str] | None:
     """The kind of finding that an image file is, and what is wrong; None where nothing is.
 
-    `expected_size` is the width and height that its annotations say. Training decodes plain JPEGs by TensorFlow and asks
-    `to_rgb` where that fails, so what `to_rgb` takes is taken.
+    `expected_size` is the width and height that its annotations say, `boxes_xyxy` lie in its pixels. Training decodes plain
+    JPEGs by TensorFlow and asks `to_rgb` where that fails, so what `to_rgb` takes is taken.
     """
     try:
         image = open_image(encoded)
@@ -73,7 +81,7 @@ def fault_of(encoded: bytes, expected_size: tuple[int, int], decoding: Decoding)
                 return "incomplete", text
     except BadImage as error:
         return "unreadable", str(error)
-    if is_one_colour(pixels):
+    if is_one_colour(pixels, boxes_xyxy):
         return "one_colour", f"about {tuple(pixels[pixels.shape[0] // 2, pixels.shape[1] // 2].tolist())}"
     return None
 

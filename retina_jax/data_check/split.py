@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from retina_jax.config import DataConfig
 from retina_jax.data.coco import check_folder, load_json
 from retina_jax.data.coco_document import Note, parse_document
 from retina_jax.data.coco_entries import Mistake, as_integer
+from retina_jax.data.one_colour import NO_BOXES
 from retina_jax.data.source import Record, make_records, sort_boxes
 from retina_jax.data_check.findings import Finding
 
@@ -43,6 +45,8 @@ class Split:
     """File of each image, or where it should be."""
     missing: dict[int, str]
     """Rows of the images without a file; where files of that base name are, if anywhere."""
+    unsized: frozenset[int]
+    """Rows of the images whose entries have no size."""
     box_ids: list[Any]
     """Id of each annotation as found; None where it has none."""
     box_rows: list[int]
@@ -79,6 +83,15 @@ class Split:
         """File name of the image that box m lies in."""
         return self.images[self.owners[m]][1]
 
+    @cached_property
+    def _record_of(self) -> dict[int, Record]:
+        return dict(zip(self.record_images, self.records, strict=True))
+
+    def boxes_of(self, row: int) -> Float32[np.ndarray, "n 4"]:
+        """The boxes in the image of this row that can be trained on."""
+        record = self._record_of.get(row)
+        return NO_BOXES if record is None else record.boxes_xyxy
+
     def trained_boxes(self) -> Int64[np.ndarray, " N"]:
         """The boxes m of all records, one record after the other, each in the order of its `boxes_xyxy`."""
         rows = np.flatnonzero(self.rules["usable"])
@@ -109,6 +122,7 @@ def read_split(
         box_format=data.box_format,
         crowds=data.crowds,
         orientation=data.orientation,
+        undecided_orientation=data.undecided_orientation,
         known=known,
         empty_parents=data.empty_parents,
     )
@@ -130,6 +144,7 @@ def read_split(
         images=content.images,
         paths=content.paths,
         missing=content.missing,
+        unsized=content.unsized,
         box_ids=[entries[i].get("id") for i in content.rows],
         box_rows=content.rows.tolist(),
         owners=owners,

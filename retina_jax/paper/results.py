@@ -148,7 +148,6 @@ def read_result(folder: Path) -> Result:
     config, details = _read_config(folder / "config.json")
     ap, loss, last_step = _read_metrics(folder / "metrics.jsonl")
     common = {"folder": folder, "config": config, "details": details, "ap": ap, "loss": loss}
-    common["test_dev"] = read_test_dev(folder)
     if (folder / "latency.json").is_file():
         latency = read_json(folder / "latency.json")
         for key, kind in (("milliseconds", float), ("hardware", str)):
@@ -161,7 +160,8 @@ def read_result(folder: Path) -> Result:
         details["parameters_sha256"] = _field(summary, "parameters_sha256", str, summary_file)
         scores = _scores(summary, summary_file)
         if config is None or _is_end(summary, config, summary_file):
-            return Result(status="finished", scores=scores, step=last_step, **common)
+            test_dev = read_test_dev(folder)
+            return Result(status="finished", scores=scores, test_dev=test_dev, step=last_step, **common)
     if (folder / "diverged.json").is_file():
         return Result(status="diverged", **_divergence(folder), **common)
     return Result(status="unfinished", step=last_step, **common)

@@ -34,7 +34,7 @@ def read_test_dev(run: Path) -> dict[str, float]:
         return {}
     try:
         values = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no text, too deep, or a number of too many digits
         raise ConfigError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: must hold an object of scores, not a {type(values).__name__}")
@@ -46,7 +46,8 @@ def read_test_dev(run: Path) -> dict[str, float]:
             value = values[key]
             if type(value) not in (int, float) or not 0 <= value <= 1:
                 raise ConfigError(f"{file}: {key}: invalid value {value!r}; must be a fraction from 0 to 1")
-            scores[name] = 100.0 * value
+            if scores.setdefault(name, 100.0 * value) != 100.0 * value:
+                raise ConfigError(f"{file}: {name} and {server_name} differ; keep one of them")
     if "AP" not in scores:
         raise ConfigError(
             f'{file}: AP is missing; it must hold the server\'s scores, as in {{"AP": 0.391, "AP50": 0.591}}'

@@ -22,8 +22,9 @@ LITERALS = (
 """Instructions that push their argument. Python 2's byte strings come as latin-1 text, every byte a character."""
 KEYS = (str, bytes, int, float, bool, type(None))
 """What a dict's key may be: whatever has a hash that takes no time."""
-LARGEST_KEY = 2**256
-"""Integers that are keys are smaller: a longer one is hashed anew each time."""
+LARGEST_KEY = 2**61 - 1
+"""Integers that are keys, and places in the memo, are smaller: Python hashes integers modulo this, so that larger ones can
+be chosen to collide all."""
 SIZED = (list, tuple, dict, str, bytes, bytearray)
 PAID_PER_BYTE, FREE = 4, 1000
 """Items and bytes that calls and states may take, for each byte of the pickle and besides: weights take 2 for each."""
@@ -159,6 +160,8 @@ class Machine:
             case "DUP":
                 push(self.stack[-1])
             case "PUT" | "BINPUT" | "LONG_BINPUT":
+                if not 0 <= argument < LARGEST_KEY:
+                    raise ValueError("has a place in the memo that no pickle needs")
                 self.memo[argument] = self.stack[-1]
             case "MEMOIZE":
                 self.memo[len(self.memo)] = self.stack[-1]
@@ -257,7 +260,7 @@ def make_dict(parts: Any) -> dict[Any, Any]:
         if not isinstance(key, KEYS):
             raise ValueError(f"has a dict with a key of type {type(key).__name__}, where text or a number is expected")
         if isinstance(key, int) and abs(key) >= LARGEST_KEY:
-            raise ValueError("has a dict with an integer of more than 256 bits as a key")
+            raise ValueError("has a dict with an integer of more than 60 bits as a key")
     return dict(zip(keys, parts[1::2], strict=True))
 
 

@@ -20,16 +20,24 @@ def deep_png(values: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def deep_tiff(values: np.ndarray, order: str = "<", compressed: bool = False, orientation: int = 1) -> bytes:
-    """A 16-bit TIFF of uint16 values [h w c], c 1 or 3; bytes in `order`."""
+def deep_tiff(
+    values: np.ndarray,
+    order: str = "<",
+    compressed: bool = False,
+    orientation: int = 1,
+    photometric: int | None = None,
+    planes: int = 1,
+) -> bytes:
+    """A 16-bit TIFF of uint16 values [h w c], c 1 or 3; bytes in `order`. With `planes` 2 only its header is right."""
     height, width, channels = values.shape
+    photometric = (1 if channels == 1 else 2) if photometric is None else photometric
     content = values.astype(order + "u2").tobytes()
     content = zlib.compress(content) if compressed else content
     content += b"\0" * (len(content) % 2)
     tags = {
         **{256: [width], 257: [height], 258: [16] * channels, 259: [8 if compressed else 1]},
-        **{262: [1 if channels == 1 else 2], 273: [8], 274: [orientation]},
-        **{277: [channels], 278: [height], 279: [len(content)]},
+        **{262: [photometric], 273: [8], 274: [orientation]},
+        **{277: [channels], 278: [height], 279: [len(content)], 284: [planes]},
     }
     start = 8 + len(content)
     after = start + 2 + 12 * len(tags) + 4

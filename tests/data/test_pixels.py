@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +18,19 @@ from small_sets import encode, write_coco
 from retina_jax.config import Config, DataConfig
 from retina_jax.config_files import override
 from retina_jax.data.coco import read_coco
-from retina_jax.data.conventions import Decoding
+from retina_jax.data.conventions import Decoding, Votes
 from retina_jax.data.decoding import image_of, is_plain_jpeg, open_image, read_header, to_rgb
 from retina_jax.data.jpeg_gaps import missing_part
 from retina_jax.data.one_colour import is_one_colour
 from retina_jax.data.pipeline import eval_batches, train_batches
-from retina_jax.data.sixteen_bits import _warn_once
-from retina_jax.data.sources import open_sources
-from retina_jax.data.survey import decoding_of_files, survey_files, with_decoding
-from retina_jax.data_check.check import decide_decoding
+from retina_jax.data.sixteen_bits import _warn_once, to_eight_bits
+from retina_jax.data.source import BadImage, Source
+from retina_jax.data.sources import open_source, open_sources
+from retina_jax.data.survey import Survey, decoding_of_files, survey_files, with_decoding
+from retina_jax.data.value_range import find_range
+from retina_jax.data_check.check import check_data, decide_decoding, survey_split
+from retina_jax.data_check.findings import Finding
+from retina_jax.data_check.images import fault_of
 from retina_jax.data_check.split import read_split
 
 RED = np.array([230, 30, 30])
@@ -42,8 +47,11 @@ def is_red(pixels: np.ndarray) -> np.ndarray:
     return np.abs(pixels.astype(int) - RED).max(axis=2) < 60
 
 
-def write_squares(folder: Path, drawn: list[tuple[int, str, str, tuple[int, int]]]) -> tuple[Path, Path]:
-    """A data set; of each image the orientation, `stored` or `turned` annotations, the format and the stored size."""
+def write_squares(
+    folder: Path, drawn: list[tuple[int, str, str, tuple[int, int]]], unsized: Sequence[int] = ()
+) -> tuple[Path, Path]:
+    """A data set; of each image the orientation, `stored` or `turned` annotations, the format and the stored size.
+    The annotations lack the sizes of the images `unsized`."""
     images, annotations, files = [], [], {}
     for i, (orientation, convention, kind, size) in enumerate(drawn):
         stored = square(*size)
@@ -52,9 +60,11 @@ def write_squares(folder: Path, drawn: list[tuple[int, str, str, tuple[int, int]
         box = [int(columns.min()), int(rows.min()), 8, 8]
         name, (height, width) = f"{i}.{kind.lower()}", annotated.shape[:2]
         files[name] = oriented(stored, orientation, kind)
-        images.append({"id": i + 1, "file_name": name, "width": width, "height": height})
+        size_of_image = {} if i in unsized else {"width": width, "height": height}
+        images.append({"id": i + 1, "file_name": name, **size_of_image})
         annotations.append({"id": i + 1, "image_id": i + 1, "category_id": 1, "bbox": box})
     content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "red"}]}
+    folder.mkdir(exist_ok=True)
     path, image_folder = write_coco(folder, content)
     for name, encoded in files.items():
         (image_folder / name).write_bytes(encoded)
@@ -122,13 +132,61 @@ def test_the_option_decides_where_no_image_shows_the_convention(orientations: li
         assert opened(pair, convention) == ([True] * len(orientations), [False] * any(o > 1 for o in orientations))
 
 
-def test_exif_behind_the_pixels_of_a_png_is_read() -> None:
+@pytest.mark.parametrize("bits", [8, 16])
+def test_exif_behind_the_pixels_of_a_png_is_read(bits: int) -> None:
     encoded = oriented(square(32, 24), 6, "PNG")
     at = encoded.index(b"eXIf") - 4
     length = int.from_bytes(encoded[at : at + 4]) + 12
-    late = encoded[:at] + encoded[at + length : -12] + encoded[at : at + length] + encoded[-12:]
+    pixels = encoded[:at] + encoded[at + length :] if bits == 8 else deep_png(square(32, 24).astype(np.uint16) << 8)
+    late = pixels[:-12] + encoded[at : at + length] + pixels[-12:]
     assert read_header(open_image(late)).orientation == 6
     assert np.array_equal(to_rgb(late), turned(square(32, 24), 6))
+
+
+def split_paths(**pairs: tuple[Path, Path]) -> dict[str, str]:
+    """The fields of a DataConfig for `train` and `val`."""
+    return {
+        f"{split}_{what}": str(path)
+        for split, pair in pairs.items()
+        for what, path in zip(("annotations", "images"), pair, strict=True)
+    }
+
+
+def squares_are_in_boxes(source: Source) -> bool:
+    corners = [record.boxes_xyxy[0].astype(int) for record in source.records]
+    shares = [is_red(image_of(source, i))[y1:y2, x1:x2].mean() for i, (x1, y1, x2, y2) in enumerate(corners)]
+    return min(shares) > 0.8
+
+
+@pytest.mark.parametrize("convention", ["stored", "turned"])
+def test_images_without_a_size_follow_those_with_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, convention: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # where sizes are cached
+    drawn = [(orientation, convention, "JPEG", (32, 24)) for orientation in (6, 6, 8, 3)]
+    some = write_squares(tmp_path / "some", drawn, unsized=(0, 2, 3))
+    source = with_decoding(read_coco(*some), DataConfig())
+    assert source.shown == source.decoding.orientation == convention and squares_are_in_boxes(source)
+    decoding, _, found = checked(some)
+    assert decoding == source.decoding and [finding.kind for finding in found] == ["decoding"]
+    none = write_squares(tmp_path / "none", drawn, unsized=range(4))
+    assert with_decoding(read_coco(*none), DataConfig()).shown == "open"
+    assert [finding.kind for finding in checked(none)[2]] == ["pixels"]
+    for pairs in ({"train": some, "val": none}, {"train": none, "val": some}):
+        train, val, config = open_sources(Config(data=DataConfig(**split_paths(**pairs))))
+        assert squares_are_in_boxes(train) and squares_are_in_boxes(val)
+        assert squares_are_in_boxes(open_source(config.data, "val"))  # as evaluation of the run opens it
+        check = check_data(Config(), pairs)
+        assert [split.images[0][2:] for split in check.splits] == [
+            (record.width, record.height) for record in (train.records[0], val.records[0])
+        ]
+
+
+def test_the_size_of_an_image_wins_over_the_orientation_of_the_run(tmp_path: Path) -> None:
+    pair = write_squares(tmp_path, [(orientation, "turned", "JPEG", (32, 24)) for orientation in (6, 3)])
+    data = DataConfig(undecided_orientation="stored")
+    source = with_decoding(read_coco(*pair, undecided_orientation="stored"), data)
+    assert source.decoding.orientation == "turned" and squares_are_in_boxes(source)
 
 
 def photograph(channels: int) -> np.ndarray:
@@ -184,7 +242,7 @@ def test_sixteen_bit_transparency(channels: int, opaque: int) -> None:
 
 def test_outliers_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     values = np.full((60, 60, 1), 3000, np.uint16)
-    values[0, 0] = 65535
+    values[0, 0] = 60000
     (tmp_path / "hot.png").write_bytes(deep_png(values))
     survey = survey_files(["hot.png"], [tmp_path / "hot.png"], [(60, 60)])
     decoding, lines = survey.decide(DataConfig())
@@ -196,6 +254,50 @@ def test_outliers_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         image = to_rgb((tmp_path / "hot.png").read_bytes(), decoding)
         assert (image[0, 0] == 255).all() and (image[1, 1] == 3000 >> 4).all()
     assert len(caplog.records) == 1
+
+
+def lines_of(*images: np.ndarray, **changes: int) -> tuple[int | None, list[str]]:
+    """Bits that 16-bit images of these values are decoded with, and the warnings."""
+    decoding, lines = Survey(Votes(), find_range(images)).decide(DataConfig(**changes))
+    return decoding.bits, [line for line, in_doubt in lines if in_doubt]
+
+
+def deep(bits: int, shape: tuple[int, int] = (60, 60)) -> np.ndarray:
+    """Values evenly spread over a range."""
+    return np.linspace(0, 2**bits - 1, shape[0] * shape[1]).astype(np.uint16).reshape(*shape, 1)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14])
+def test_saturated_pixels_do_not_widen_the_range(bits: int) -> None:
+    few, many = deep(bits), deep(bits)
+    few[0, :20] = 65535
+    many[:5] = 65535
+    found, warnings = lines_of(few)
+    assert found == bits and len(warnings) == 1 and "65535" in warnings[0]
+    found, warnings = lines_of(many)
+    assert found == 16 and (bits == 14 or f"data.bits {bits}" in warnings[0])
+    assert to_eight_bits(few.copy(), bits).getpixel((0, 0)) == 255
+
+
+def test_ranges_that_differ_between_images_are_reported() -> None:
+    assert lines_of(*[deep(12)] * 6) == (12, [])
+    found, warnings = lines_of(*[deep(8)] * 3, *[deep(12)] * 3)
+    assert found == 12 and len(warnings) == 1 and "3 of 6" in warnings[0]
+    assert lines_of(deep(10), deep(12)) == (12, [])
+    assert len(lines_of(deep(8), deep(12), bits=12)[1]) == 1
+
+
+def test_images_within_the_range_of_training_are_no_warning() -> None:
+    assert lines_of(deep(12) // 5, bits=12) == (12, [])
+    for image in (deep(8), deep(14)):
+        assert len(lines_of(image, bits=12)[1]) == 1
+
+
+@pytest.mark.parametrize("tags", [{"planes": 2}, {"photometric": 0}])
+def test_sixteen_bit_tiffs_of_other_layouts_are_refused(tags: dict) -> None:
+    values = np.zeros((4, 6, 3 if "planes" in tags else 1), np.uint16)
+    with pytest.raises(BadImage, match="16-bit TIFF"):
+        to_rgb(deep_tiff(values, **tags))
 
 
 def write_deep(folder: Path, bits: int) -> tuple[Path, Path]:
@@ -211,12 +313,15 @@ def write_deep(folder: Path, bits: int) -> tuple[Path, Path]:
     return write_coco(folder, content)
 
 
+def checked(pair: tuple[Path, Path]) -> tuple[Decoding, Config, list[Finding]]:
+    split = read_split("train", *pair, "keep")
+    return decide_decoding(split, survey_split(split), Config())
+
+
 def test_training_evaluation_and_the_check_decode_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Training data of 8 bits in 16-bit files; evaluation data of 12 bits are read in the range of the training data."""
     train, val = write_deep(tmp_path / "train", 8), write_deep(tmp_path / "val", 12)
-    names = ("train_annotations", "train_images", "val_annotations", "val_images")
-    paths = dict(zip(names, map(str, (*train, *train)), strict=True))
-    data = DataConfig(**paths, short_side=24, long_side=32, batch_size=4, flip=False)
+    data = DataConfig(**split_paths(train=train, val=train), short_side=24, long_side=32, batch_size=4, flip=False)
     source, val_source, config = open_sources(Config(data=data))
     assert config.data.bits == 8
     for batches in (train_batches(source, config.data, seed=0), eval_batches(val_source, config.data, batch_size=4)):
@@ -224,8 +329,8 @@ def test_training_evaluation_and_the_check_decode_alike(tmp_path: Path, capsys: 
         for image, index in zip(batch.images, batch.indices, strict=True):
             assert np.array_equal(image[:24, :32], image_of(source, int(index)))
             assert image[0, 0].tolist() == [60] * 3 and image[4, 8].tolist() == [220] * 3
-    decoding, checked, _ = decide_decoding(read_split("train", *train, "keep"), Config())
-    assert decoding == source.decoding and checked.data.bits == 8
+    decoding, resolved, _ = checked(train)
+    assert decoding == source.decoding and resolved.data.bits == 8
     capsys.readouterr()
     _, other, _ = open_sources(
         override(Config(data=data), dict(zip(["data.val_annotations", "data.val_images"], map(str, val), strict=True)))
@@ -237,18 +342,15 @@ def test_training_evaluation_and_the_check_decode_alike(tmp_path: Path, capsys: 
 def test_convention_of_the_data_set_reaches_training_evaluation_and_the_check(tmp_path: Path) -> None:
     sizes = [(6, (32, 24)), (8, (32, 24)), (3, (32, 24)), (6, (24, 24)), (1, (32, 24))]
     pair = write_squares(tmp_path, [(orientation, "stored", "JPEG", size) for orientation, size in sizes])
-    paths = {
-        f"{split}_{what}": str(path)
-        for split in ("train", "val")
-        for what, path in zip(("annotations", "images"), pair, strict=True)
-    }
-    data = DataConfig(**paths, short_side=24, long_side=32, batch_size=5, flip=False, buckets=1)
+    data = DataConfig(
+        **split_paths(train=pair, val=pair), short_side=24, long_side=32, batch_size=5, flip=False, buckets=1
+    )
     source, val_source, config = open_sources(Config(data=data))
     for batches in (train_batches(source, config.data, seed=0), eval_batches(val_source, config.data, batch_size=5)):
         batch = next(batches)
         for image in batch.images:
             assert is_red(image)[2:10, 4:12].mean() > 0.8
-    decoding, _, found = decide_decoding(read_split("train", *pair, "keep"), Config())
+    decoding, _, found = checked(pair)
     assert decoding == source.decoding == Decoding("stored") and [finding.kind for finding in found] == ["decoding"]
 
 
@@ -276,6 +378,17 @@ def test_one_colour_is_what_hardly_any_pixel_differs_from() -> None:
     spot[10:40, 10:40] = 0  # 0.75 %
     assert is_one_colour(flat) and is_one_colour(noisy) and is_one_colour(noisy.astype(np.float32))
     assert not is_one_colour(spot) and not is_one_colour(rng.integers(0, 256, flat.shape, np.uint8))
+
+
+def test_an_image_in_which_a_box_holds_something_has_not_one_colour() -> None:
+    image = np.full((1000, 1200, 3), 90, np.uint8)
+    image[501:511, 601:611] = 200  # between the pixels of the grid
+    box = np.array([[600, 500, 612, 512]], np.float32)
+    assert is_one_colour(image) and not is_one_colour(image, box) and is_one_colour(image, box + 100)
+    assert not is_one_colour(image, np.array([[601, 501, 611, 511]], np.float32))
+    encoded = encode(image, "PNG")
+    assert fault_of(encoded, (1200, 1000), Decoding(), box) is None
+    assert fault_of(encoded, (1200, 1000), Decoding())[0] == "one_colour"
 
 
 def test_training_counts_images_of_one_colour_once(tmp_path: Path) -> None:

@@ -458,6 +458,9 @@ def test_the_servers_scores_are_compared_on_test_dev(tmp_path: Path, answer: dic
     ("text", "says"),
     [
         ("[", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        (f'{{"AP": {"9" * 5000}}}', "not valid JSON"),
+        ('{"AP": 0.3, "AP50": 0.5, "AP_50": 0.4}', "AP50 and AP_50 differ"),
         ("[0.3]", "must hold an object"),
         ('{"AP_50": 0.5}', "AP is missing"),
         ('{"AP": 35.2}', "AP: invalid value 35.2; must be a fraction from 0 to 1"),
