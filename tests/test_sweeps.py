@@ -124,12 +124,16 @@ def test_folders_are_named_by_what_they_change_for_good() -> None:
     def named(**changes: Any) -> str:
         return folder_name(override(base, {k.replace("__", "."): v for k, v in changes.items()}), base)
 
-    assert named() == "base-44136fa3"
+    assert named() == "base-f66fd119"
+    assert named(loss__normaliser="global").endswith(
+        "-44136fa3"
+    )  # as the base of earlier versions, whose default it was
     assert named(loss__kind="balanced_cross_entropy", loss__alpha=0.75) == (
         "alpha_0.75-kind_balanced_cross_entropy-"
         + digest(Config(loss=LossConfig(kind="balanced_cross_entropy", alpha=0.75)))
     )
-    assert named(loss__gamma=5.0) == "gamma_5-ba977d8c"
+    assert named(loss__gamma=5.0) == "gamma_5-19d0e749"
+    assert named(loss__gamma=5.0, loss__normaliser="global").endswith("-ba977d8c")
     assert named(loss__gamma=5.0, seed=1).startswith("gamma_5-seed1-")
     assert named(seed=2).startswith("base-seed2-")
     assert named(model__backbone="resnet101", model__backbone_weights="a/r.pth").startswith("backbone_resnet101-")

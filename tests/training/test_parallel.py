@@ -230,7 +230,7 @@ def test_frozen_parameters_never_move(tiny: Config, make_inputs: Make) -> None:
 
 
 def test_step_equals_one_written_out_plainly(tiny: Config, make_inputs: Make) -> None:
-    """Against jax.grad of the mean loss over the global positives, and SGD by hand."""
+    """Against jax.grad of the mean over images of each one's loss by its positives, and SGD by hand."""
     from retina_jax.anchors import anchor_grid
     from retina_jax.losses.detection import image_losses
 
@@ -246,7 +246,7 @@ def test_step_equals_one_written_out_plainly(tiny: Config, make_inputs: Make) ->
             outputs.logits, outputs.deltas, anchors, boxes, labels,
             matching=config.matching, loss=config.loss,
         )  # fmt: skip
-        return (parts.classification + parts.box).sum() / parts.positives.sum()
+        return ((parts.classification + parts.box) / jax.numpy.maximum(parts.positives, 1.0)).mean()
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(state.params)
     rate = 0.01 / 3  # step 0 of the warm-up
