@@ -35,6 +35,7 @@ if "torchvision" not in sys.modules:
     pytest.skip("needs torchvision, and pytest -m parity", allow_module_level=True)
 torch, torchvision = sys.modules["torch"], sys.modules["torchvision"]
 detection = torchvision.models.detection
+from torchvision.ops._utils import split_normalization_params  # noqa: E402
 from torchvision_models import load_drawn, small_model  # noqa: E402
 
 pytestmark = [
@@ -167,8 +168,12 @@ def test_loss_gradients_and_five_steps_of_sgd_are_torchvisions(version: str, rat
     model.train()
     model.backbone.body.bn1.eval()
     model.backbone.body.layer1.eval()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    sgd = torch.optim.SGD(trained, lr=rate, momentum=0.9, weight_decay=1e-3)
+    # As torchvision's recipes: normalisation parameters do not decay.
+    of_norms, others = (
+        [parameter for parameter in group if parameter.requires_grad] for group in split_normalization_params(model)
+    )
+    groups = [{"params": of_norms, "weight_decay": 0.0}, {"params": others}]
+    sgd = torch.optim.SGD([group for group in groups if group["params"]], lr=rate, momentum=0.9, weight_decay=1e-3)
     targets = [
         {"boxes": torch.from_numpy(b), "labels": torch.from_numpy(c)} for b, c in zip(boxes, labels, strict=True)
     ]
