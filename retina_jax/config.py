@@ -145,7 +145,7 @@ class ModelConfig:
     torchvision."""
     norm: Literal["frozen", "group", "batch"] = "frozen"
     """Backbone normalisation: frozen BatchNorm (an affine that is never trained), GroupNorm, or BatchNorm with statistics
-    over the whole batch of all devices. Detectron: frozen; the paper does not mention BatchNorm."""
+    over the complete batch of all devices. Detectron: frozen; the paper does not mention BatchNorm."""
     norm_groups: int = 32
     """Groups of GroupNorm; lowered to a divisor of the channels where they are fewer."""
     frozen_stages: int = 2
