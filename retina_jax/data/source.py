@@ -51,7 +51,7 @@ class Source:
     category_ids: tuple[int, ...]
     counts: dict[str, int]
     """What cleaning found, by kind of box (`crowd`, `zero_size`, `outside`: dropped; `clipped`: cut to the image), and
-    `images_without_boxes`, dropped or kept as configured; of a COCO JSON also `without_box`, points and the like, dropped."""
+    `images_without_boxes`, dropped or kept as configured; of a COCO JSON also `without_box`: points and such, dropped."""
     read: Callable[[int], bytes]
     """Encoded image of a record; BadImage where it cannot be read. Called from many threads at once."""
     where: Callable[[int], str]
