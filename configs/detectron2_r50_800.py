@@ -12,7 +12,7 @@ on 8 V100. The published weights themselves are scored without training:
 """
 
 from retina_jax.config import Config, DataConfig, ModelConfig
-from retina_jax.config_files import override
+from retina_jax.config_io import override
 from retina_jax.presets import PRESETS
 
 

@@ -13,7 +13,7 @@ Detectron is in `retina_jax.presets`.
 """
 
 from retina_jax.config import Config, DataConfig, ModelConfig
-from retina_jax.config_files import override
+from retina_jax.config_io import override
 from retina_jax.presets import PRESETS
 
 

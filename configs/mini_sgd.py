@@ -10,7 +10,7 @@ small alpha do to training shows here.
 from pathlib import Path
 
 from retina_jax.config import Config
-from retina_jax.config_files import load_config, override
+from retina_jax.config_io import load_config, override
 
 
 def get_config() -> Config:

@@ -15,14 +15,7 @@ first:
 - On a CPU: `model.base_width` 16 to 32, `model.fpn_channels` and `model.head_channels` 64, `model.head_convs` 2.
 """
 
-from retina_jax.config import (
-    Config,
-    DataConfig,
-    LossConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainingConfig,
-)
+from retina_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, TrainingConfig
 
 
 def get_config() -> Config:

@@ -9,7 +9,7 @@ train as the paper did: 90k steps of 16 images each.
 from pathlib import Path
 
 from retina_jax.config import Config
-from retina_jax.config_files import load_config, override
+from retina_jax.config_io import load_config, override
 
 
 def get_config() -> Config:

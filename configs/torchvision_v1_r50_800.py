@@ -13,7 +13,7 @@ canvases; what else differs is in `retina_jax.presets`.
 """
 
 from retina_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
-from retina_jax.config_files import override
+from retina_jax.config_io import override
 from retina_jax.presets import PRESETS
 
 EPOCH = 7329

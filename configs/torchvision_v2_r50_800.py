@@ -13,7 +13,7 @@ An epoch is 7329 steps: 117266 images with objects. What differs from torchvisio
 """
 
 from retina_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
-from retina_jax.config_files import override
+from retina_jax.config_io import override
 from retina_jax.presets import PRESETS
 
 EPOCH = 7329

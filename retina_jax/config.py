@@ -112,7 +112,7 @@ class DataConfig:
     """Training images without a box: drop (Detectron) or keep as pure background."""
     empty_parents: Literal["drop", "keep"] = "drop"
     """A category without boxes that groups others, such as the first one of Roboflow's exports: drop it from the classes,
-    or keep it. A run that is resumed keeps its classes. Which ones are recognised: retina_jax/classes.py."""
+    or keep it. A run that is resumed keeps its classes. Which ones are recognised: retina_jax/data/classes.py."""
     bad_images: Literal["stop", "skip"] = "stop"
     """An image that is missing, broken or of another size than the JSON says: stop naming it, or skip (named, counted)."""
     orientation: Literal["auto", "stored", "turned"] = "auto"
@@ -323,7 +323,7 @@ class TrainingConfig:
     eval_batch_size: int = 0
     """Images an evaluation step; 0: data.batch_size."""
     evaluator: Literal["arrays", "pycocotools"] = "arrays"
-    """Who counts the COCO scores: arrays (retina_jax/coco_scores.py) or pycocotools. Both give the same numbers."""
+    """Computes the COCO scores: arrays (evaluation/precision_recall.py) or pycocotools. Both give the same numbers."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2

@@ -6,7 +6,7 @@ import math
 import re
 
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_files import flatten, typed
+from retina_jax.config_io import flatten, typed
 
 
 def validate(config: Config) -> Config:

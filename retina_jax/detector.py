@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,16 +10,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int, PyTree, UInt8
 
-from retina_jax import tta
-from retina_jax.classes import unique_names
-from retina_jax.config import Config, ConfigError, DataConfig
+from retina_jax import detector as tta
+from retina_jax.config import Config, ConfigError, DataConfig, DetectionConfig
 from retina_jax.config_checks import validate
-from retina_jax.config_files import override
+from retina_jax.config_io import override
+from retina_jax.data.classes import unique_names
 from retina_jax.data.pipeline import LARGE, Batch
-from retina_jax.data.preprocessing import (
+from retina_jax.data.transforms import (
     buckets,
     exact_canvas,
     flip_boxes,
@@ -27,9 +29,10 @@ from retina_jax.data.preprocessing import (
     resized_size,
     to_original_pixels,
 )
+from retina_jax.ops.nms import nms
+from retina_jax.runs.folder import read_run
 from retina_jax.training.checkpoints import Checkpoints, Step
 from retina_jax.training.parallel import Driver, own_rows
-from retina_jax.training.run import read_run
 from retina_jax.training.state import TrainState
 from retina_jax.training.step import Inputs
 from retina_jax.weights.importing import import_detector, kind_of
@@ -85,7 +88,7 @@ class Detector:
 
         Images of a batch share a canvas, the smallest that holds them all; what one of them is padded with can change its
         detections a little, as it does in torchvision and detectron2. A batch of 1 leaves every image to itself. With
-        test-time augmentation (`retina_jax.tta`) all versions of an image are asked and merged.
+        test-time augmentation (`retina_jax.detector`) all versions of an image are asked and merged.
         """
         found: list[ImageDetections] = []
         remaining = iter(images)
@@ -239,3 +242,59 @@ def load_detector(
     with Checkpoints(folder, keep=None, read_only=True) as checkpoints:
         state = checkpoints.restore(driver.first_state(), step)
     return Detector.of(driver, state, names, ids)
+
+
+# Test-time augmentation: an image asked at several sizes and mirrored, its answers merged.
+#
+# Merged as in detectron2's GeneralizedRCNNWithTTA: each version is detected for itself, with its own suppression and its own
+# max_detections; the boxes are mapped back to pixels of the original image and put together; those of a class suppress one
+# another at detection.nms_iou, and the best detection.max_detections remain. Scores are neither averaged nor counted.
+
+_nms = jax.jit(nms, static_argnames=("iou_threshold", "max_detections"))
+
+
+def sizes(config: Config) -> tuple[DataConfig, ...]:
+    """`config.data` at each size that an image is asked at: its own, then those of detection.tta_short_sides, none twice.
+
+    The long side grows in proportion, so that an image of any shape grows by the same factor. Each size has canvases of its
+    own, and as many programs are compiled as they have; a mirrored image takes those of the plain one.
+    """
+    data = config.data
+    others = dict.fromkeys(side for side in config.detection.tta_short_sides if side != data.short_side)
+    longs = {side: max(side, round(data.long_side * side / data.short_side)) for side in others}
+    return data, *(dataclasses.replace(data, short_side=s, long_side=longs[s], jitter_short_sides=()) for s in others)
+
+
+def versions(config: Config) -> int:
+    """Times that an image is asked; 1 without augmentation."""
+    return len(sizes(config)) * (1 + config.detection.tta_flip)
+
+
+def mirrored(batch: Batch) -> Batch:
+    """Each image mirrored left to right where it is, at the upper left of its canvas. For detection: boxes stay."""
+    images = batch.images.copy()
+    for row, (height, width) in enumerate(batch.image_sizes):
+        images[row, :height, :width] = batch.images[row, :height, width - 1 :: -1]
+    return batch._replace(images=images)
+
+
+def merge(
+    boxes_xyxy: Float[np.ndarray, "N 4"],
+    scores: Float[np.ndarray, " N"],
+    labels: Int[np.ndarray, " N"],
+    config: DetectionConfig,
+    most: int,
+) -> Int[np.ndarray, " M"]:
+    """Which of the detections of all versions remain, best first: M <= config.max_detections.
+
+    `most` is the largest N there can be: arrays are padded to it, so that one program serves all images.
+    """
+    room = most - len(scores)
+    kept, real = _nms(
+        np.pad(boxes_xyxy.astype(np.float32), ((0, room), (0, 0))),
+        np.pad(scores.astype(np.float32), (0, room), constant_values=-np.inf),
+        np.pad(labels.astype(np.int32), (0, room)),
+        iou_threshold=config.nms_iou,
+        max_detections=config.max_detections,
+    )
+    return np.asarray(kept)[np.asarray(real)]

@@ -55,3 +55,27 @@ def one_line(message: object) -> str:
 def printable(text: str) -> str:
     """The text with control characters, which a terminal would obey, as escapes."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+# What every reader and converter of weights ends in when it cannot go on.
+
+LONGEST_NAME = 120
+"""Characters of a name in a message."""
+
+
+class WeightsError(PlainError, ValueError):
+    """Weights that cannot be used; the message is one line that names the file, what is wrong and what would be right."""
+
+
+def shortened(name: object) -> str:
+    """A name from a file, as a message shows it: without control characters, a long one without its middle."""
+    text = str(name)
+    if len(text) > LONGEST_NAME:
+        half = LONGEST_NAME // 2 - 2
+        text = f"{text[:half]}...{text[-half:]}"
+    return printable(text)
+
+
+def quoted(name: object) -> str:
+    """`shortened`, in quotes."""
+    return f"'{shortened(name)}'"

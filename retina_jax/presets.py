@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from retina_jax.config import Config
-from retina_jax.config_files import flatten
+from retina_jax.config_io import flatten
 
 _DETECTRON = {
     "data.short_side": 800,

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from benchmarks.alternation import measure
+from benchmarks.inputs import COCO_BOXES
+from benchmarks.table import table
+from benchmarks.variants import HERE, OURS, PEERS
+from benchmarks.work import Task
 
-from retina_jax.benchmarks.alternation import measure
-from retina_jax.benchmarks.inputs import COCO_BOXES
-from retina_jax.benchmarks.table import table
-from retina_jax.benchmarks.variants import HERE, OURS, PEERS
-from retina_jax.benchmarks.work import Task
-from retina_jax.command_line import one_line_errors, parse_command_line
+from retina_jax.cli import one_line_errors, parse_command_line
 from retina_jax.config import Config, ConfigError
-from retina_jax.hardware import cores
+from retina_jax.console import cores
 
 ROWS = {"loss": 100_000, "match": 120_000, "nms": 5000}
 BOXES = {"match": 50}

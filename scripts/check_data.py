@@ -19,15 +19,14 @@ from typing import Annotated
 
 import tyro
 
-from retina_jax.command_line import config_of, one_line_errors, parse_command_line, set_up_jax
+from retina_jax.cli import config_of, one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_checks import validate
 from retina_jax.console import tell
-from retina_jax.data_check.check import Check, check_data
-from retina_jax.data_check.facts import facts_of
-from retina_jax.data_check.html import to_html, verdict
-from retina_jax.data_check.pictures import worst_pictures
-from retina_jax.training.run import write_json
+from retina_jax.data_check.check import Check, check_data, facts_of
+from retina_jax.reports.check_page import to_html, verdict
+from retina_jax.reports.coverage_pictures import worst_pictures
+from retina_jax.runs.folder import write_json
 
 OWN_DATA = Path(__file__).parents[1] / "configs" / "own_data.py"
 SENSELESS = 3

@@ -19,19 +19,18 @@ from typing import Annotated
 import jax
 import tyro
 
-from retina_jax import hosts
-from retina_jax.command_line import one_line_errors, parse_command_line, set_up_jax, settings_of
+from retina_jax import distributed
+from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax, settings_of
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_checks import validate
-from retina_jax.config_files import flatten, meaning_changes, override
+from retina_jax.config_io import flatten, meaning_changes, override
 from retina_jax.console import warn
-from retina_jax.data.sources import check_classes, open_source
+from retina_jax.data.datasets import check_classes, open_source
 from retina_jax.detector import load_detector
-from retina_jax.evaluation import coco_table
-from retina_jax.training.assessment import assess
+from retina_jax.evaluate import assess, write_submission
+from retina_jax.evaluation.coco_scores import coco_table
+from retina_jax.runs.folder import Run
 from retina_jax.training.checkpoints import Step
-from retina_jax.training.run import Run
-from retina_jax.training.submission import write_submission
 
 # What may be another than in training: what is evaluated on and how its boxes are read off.
 INFERENCE = ("data.", "training.", "detection.", "devices", "parallel")
@@ -50,7 +49,7 @@ class Arguments:
     """KIND:FILE or KIND:NAME of a detector from elsewhere; KIND is torchvision, detectron2 or detectron."""
     class_names: tuple[str, ...] = ()
     """Names of its classes, where they are not COCO's."""
-    together: Annotated[hosts.Hosts, tyro.conf.arg(name="")] = hosts.ALONE
+    together: Annotated[distributed.Hosts, tyro.conf.arg(name="")] = distributed.ALONE
     """Several hosts, which share the images."""
 
 
@@ -60,7 +59,7 @@ def main() -> None:
     arguments = parse_command_line(Arguments, Arguments(tyro.MISSING, settings), sys.argv[1:], __doc__)
     set_up_jax()
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM ends this at once: there is nothing to save
-    with hosts.joined(arguments.together):
+    with distributed.joined(arguments.together):
         evaluate(arguments, settings)
 
 
@@ -85,7 +84,7 @@ def evaluate(arguments: Arguments, settings: Config) -> None:
             f"training.eval_images {config.training.eval_images} is ignored: a submission holds all {len(source)} images"
         )
         run = replace(run, config=override(config, {"training.eval_images": 0}))
-    hosts.check_same(
+    distributed.check_same(
         "--workdir",
         {"step": step, "config": repr(config), "evaluation data": source.sha256, "decoding": str(source.decoding)},
     )

@@ -1,7 +1,7 @@
 """Ship a detector in one file: scripts/export.py (--workdir RUN | --weights KIND:FILE) --out FILE
 
 stablehlo: programs of jax.export for CPU, CUDA and TPU, from uint8 pixels to boxes, with the parameters beside them;
-retina_jax/shipping/loader.py reads it with jax and numpy alone. docs/export.md shows how.
+retina_jax/export/loader.py reads it with jax and numpy alone. docs/export.md shows how.
 
 Before FILE is there, it is loaded again and asked about real images beside the live detector. Where the answers differ by
 more than a rounding, no file is left, and the exit status is 2.
@@ -16,12 +16,12 @@ from typing import Literal
 
 import tyro
 
-from retina_jax.command_line import one_line_errors, parse_command_line, set_up_jax, settings_of
+from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax, settings_of
 from retina_jax.config import ConfigError, DetectionConfig
 from retina_jax.config_checks import validate
 from retina_jax.detector import load_detector
-from retina_jax.shipping.images import images_for
-from retina_jax.shipping.writing import ship
+from retina_jax.export.agreement import images_for
+from retina_jax.export.programs import ship
 from retina_jax.training.checkpoints import Step
 
 REFUSED = {

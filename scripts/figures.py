@@ -13,10 +13,10 @@ from typing import Literal
 
 import tyro
 
-from retina_jax.command_line import one_line_errors, parse_command_line, set_up_jax
+from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import ConfigError
 from retina_jax.paper import figures
-from retina_jax.paper.loss_distribution import NEGATIVES, POSITIVES, shares_table
+from retina_jax.paper.loss_analysis import NEGATIVES, POSITIVES, shares_table
 from retina_jax.paper.measured import effective_ap, finished_run, speeds, star_runs, val_windows
 from retina_jax.paper.results import read_sweeps
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import tyro
 
-from retina_jax.command_line import one_line_errors, parse_command_line, set_up_jax
-from retina_jax.model.table import parameter_table
-from retina_jax.training.start import make_run
+from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
+from retina_jax.model.summary import parameter_table
+from retina_jax.training.restore import make_run
 from retina_jax.weights.filling import report
 from retina_jax.weights.importing import import_detector
 

@@ -16,19 +16,19 @@ from typing import Annotated
 import tyro
 from PIL import Image
 
-from retina_jax.command_line import one_line_errors, parse_command_line, set_up_jax, settings_of
+from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax, settings_of
 from retina_jax.config import ConfigError, DetectionConfig
 from retina_jax.config_checks import validate
 from retina_jax.data.decoding import MAX_PIXELS, largest_file, to_rgb
-from retina_jax.data.image_files import image_files
+from retina_jax.data.image_paths import image_files
 from retina_jax.data.reading import read_file
 from retina_jax.data.source import BadImage
 from retina_jax.data.survey import decoding_of_files
 from retina_jax.detector import load_detector
 from retina_jax.errors import reason
+from retina_jax.evaluation.drawing import draw
+from retina_jax.runs.folder import write_json
 from retina_jax.training.checkpoints import Step
-from retina_jax.training.run import write_json
-from retina_jax.visualize import draw
 
 
 @dataclass(frozen=True)

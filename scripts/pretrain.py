@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from miniature.crops import ACROSS, draw_crops
+from miniature.pretraining import pretrain
 
-from retina_jax.command_line import config_of, one_line_errors, parse_command_line, set_up_jax
+from retina_jax.cli import config_of, one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_checks import validate
-from retina_jax.data.crops import ACROSS, draw_crops
-from retina_jax.training.pretraining import pretrain
 from retina_jax.weights.safetensors import write_safetensors
 from retina_jax.weights.torchvision import backbone_state_dict
 

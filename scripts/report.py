@@ -15,13 +15,12 @@ from pathlib import Path
 
 import tyro
 
-from retina_jax.command_line import one_line_errors, parse_command_line
+from retina_jax.cli import one_line_errors, parse_command_line
 from retina_jax.config import ConfigError
-from retina_jax.paper.html import to_html
-from retina_jax.paper.markdown import to_markdown
-from retina_jax.paper.report import build_report
+from retina_jax.paper.comparison import build_report
 from retina_jax.paper.results import read_sweeps
-from retina_jax.run_page.build import run_page
+from retina_jax.reports.run_page import run_page
+from retina_jax.reports.sweep_page import to_html, to_markdown
 
 
 @dataclass(frozen=True)

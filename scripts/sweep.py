@@ -24,12 +24,12 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
-from retina_jax.command_line import one_line_errors, option_value, parse_command_line, set_up_jax
+from retina_jax.cli import one_line_errors, option_value, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_files import load_config
+from retina_jax.config_io import load_config
+from retina_jax.sweeps.listing import without, words_of
 from retina_jax.sweeps.manifest import Row, chosen, plan, rows, write_manifest
 from retina_jax.sweeps.points import base_file, load_sweeps
-from retina_jax.sweeps.words import without, words_of
 
 PAPER = Path(__file__).parents[1] / "configs" / "paper_ablations.py"
 LAUNCHING = ("--launcher", "--jobs", "--slurm", "--only")

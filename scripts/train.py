@@ -15,27 +15,27 @@ from typing import Annotated
 
 import tyro
 
-from retina_jax import hosts
-from retina_jax.command_line import config_of, one_line_errors, parse_command_line, set_up_jax
+from retina_jax import distributed
+from retina_jax.cli import config_of, one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config
 from retina_jax.config_checks import parse_window, validate
 from retina_jax.console import tell, warn
+from retina_jax.data.datasets import open_sources
 from retina_jax.data.pipeline import train_batches
-from retina_jax.data.sources import open_sources
 from retina_jax.detector import Detector
-from retina_jax.evaluation import number
-from retina_jax.interruption import Interruption
-from retina_jax.model.table import parameter_table
-from retina_jax.training.assessment import assess
+from retina_jax.evaluate import assess
+from retina_jax.evaluation.coco_scores import number
+from retina_jax.model.summary import parameter_table
+from retina_jax.runs.folder import Clock, alone_in, finish_run, is_due, started_run
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.compilation import CompiledStep
+from retina_jax.training.interruption import Interruption
 from retina_jax.training.metrics import Metrics
 from retina_jax.training.opening import open_run
 from retina_jax.training.optimizer import unreached
 from retina_jax.training.parallel import Driver
 from retina_jax.training.profiling import Profiler
-from retina_jax.training.run import Clock, alone_in, finish_run, is_due, started_run
-from retina_jax.training.start import first_state
+from retina_jax.training.restore import first_state
 from retina_jax.training.state import parameters_sha256
 from retina_jax.training.step import Inputs
 
@@ -55,7 +55,7 @@ class Arguments:
     """Parts of the backbone (backbone/c5) that model.backbone_weights may lack; they start random."""
     allow_changes: tuple[str, ...] = ()
     """Fields (loss.gamma) that a resumed run may have other than it was started with; noted in its config.json."""
-    together: Annotated[hosts.Hosts, tyro.conf.arg(name="")] = hosts.ALONE
+    together: Annotated[distributed.Hosts, tyro.conf.arg(name="")] = distributed.ALONE
     """Several hosts."""
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     defaults = Arguments(workdir=tyro.MISSING, settings=config_of(sys.argv[1:], str(PAPER)))
     arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__)
     set_up_jax()
-    with hosts.joined(arguments.together):
+    with distributed.joined(arguments.together):
         train(validate(arguments.settings), arguments.workdir, arguments.allow_missing, arguments.allow_changes)
 
 
@@ -83,7 +83,7 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
             warn(short)
         step = start = int(state.step)
         clock = Clock(workdir, resumed=start > 0)
-        batches = train_batches(source, config.data, seed=config.seed, start_step=start, **hosts.share())
+        batches = train_batches(source, config.data, seed=config.seed, start_step=start, **distributed.share())
         take_step = CompiledStep(driver.step, config.data.buckets or 4, ahead=batches.canvases(training.steps - start))
         with clock, Metrics(run, start) as metrics, Profiler(workdir, parse_window(training.profile_steps)) as profiler:
 

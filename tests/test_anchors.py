@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from retina_jax.anchors import anchor_grid, anchors_per_cell, level_counts, level_sizes, levels
 from retina_jax.config import AnchorConfig, ConfigError, ModelConfig
+from retina_jax.ops.anchors import anchor_grid, anchors_per_cell, level_counts, level_sizes, levels
 
 MODEL = ModelConfig()
 PAPER, DETECTRON, TORCHVISION = (AnchorConfig(style=style) for style in ("paper", "detectron", "torchvision"))

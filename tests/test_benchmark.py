@@ -11,14 +11,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-
-from retina_jax.benchmarks import network
-from retina_jax.benchmarks.alternation import measure
-from retina_jax.benchmarks.inputs import candidates, class_outputs, scene
-from retina_jax.benchmarks.table import table
-from retina_jax.benchmarks.variants import OURS, PEERS
-from retina_jax.benchmarks.work import BENCHMARKS, BenchmarkError, Task
-from retina_jax.benchmarks.worker import WARM_UP
+from benchmarks import network
+from benchmarks.alternation import measure
+from benchmarks.inputs import candidates, class_outputs, scene
+from benchmarks.table import table
+from benchmarks.variants import OURS, PEERS
+from benchmarks.work import BENCHMARKS, BenchmarkError, Task
+from benchmarks.worker import WARM_UP
 
 ROOT = Path(__file__).parents[1]
 TASK = Task(
@@ -41,7 +40,7 @@ TASK = Task(
 
 def variant(folder: Path, name: str, body: str) -> str:
     """A module that workers can import."""
-    (folder / f"{name}.py").write_text(f"from retina_jax.benchmarks.work import Work\n{body}")
+    (folder / f"{name}.py").write_text(f"from benchmarks.work import Work\n{body}")
     return name
 
 
@@ -86,7 +85,7 @@ def test_time_and_peak_memory_are_the_variants_own(folder: Path) -> None:
     [
         ("import not_there\n", "b: No module named 'not_there'"),
         (
-            "from retina_jax.benchmarks.work import BenchmarkError\ndef make(task): raise BenchmarkError('no')\n",
+            "from benchmarks.work import BenchmarkError\ndef make(task): raise BenchmarkError('no')\n",
             "b: no",
         ),
         ("def make(task): raise SystemExit(3)\n", "b: its process ended with status 3"),

@@ -10,19 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from benchmarks import input as ours
+from benchmarks import photographs as plan
+from benchmarks.peers import pil, tf_data
+from benchmarks.photographs import Photograph, in_batches, photographs, rest
+from benchmarks.work import BenchmarkError, Task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from retina_jax.benchmarks import input as ours
-from retina_jax.benchmarks import photographs as plan
-from retina_jax.benchmarks.peers import pil, tf_data
-from retina_jax.benchmarks.photographs import Photograph, in_batches, photographs, rest
-from retina_jax.benchmarks.work import BenchmarkError, Task
 from retina_jax.config import DataConfig
 from retina_jax.data.coco import read_coco
 from retina_jax.data.pipeline import eval_batches
-from retina_jax.data.preprocessing import assign_bucket, buckets, resized_size
+from retina_jax.data.transforms import assign_bucket, buckets, resized_size
 
 TASK = Task("input", "100x160", 2, "", "", 0, 80, 7, 300, "", "", 0, "cpu", 1)
 SIZES = [(64, 48), (40, 60), (90, 50), (80, 80), (64, 40)]

@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from benchmarks import parts
+from benchmarks.inputs import class_outputs
+from benchmarks.peers import optax
+from benchmarks.work import Task, Work
 
-from retina_jax.benchmarks import parts
-from retina_jax.benchmarks.inputs import class_outputs
-from retina_jax.benchmarks.peers import optax
-from retina_jax.benchmarks.work import Task, Work
-from retina_jax.matching import IGNORED
+from retina_jax.ops.matching import IGNORED
 
 ROOT = Path(__file__).parents[1]
 LOSS = Task("loss", "64", 1, "", "float32", 300, 7, 0, 0, "", "", 0, "cpu", 1)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retina_jax.boxes import MAX_LOG_SCALE, clip, decode, encode, giou, iou_matrix, rescale
+from retina_jax.ops.boxes import MAX_LOG_SCALE, clip, decode, encode, giou, iou_matrix, rescale
 
 DEGENERATE = [
     [0.0, 0.0, 0.0, 0.0],  # padding

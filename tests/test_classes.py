@@ -21,17 +21,17 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from small_sets import rectangles, write_coco
 
-from retina_jax.classes import Category, category_ids, match, placeholders, unique_names
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_files import override
+from retina_jax.config_io import override
+from retina_jax.data.classes import Category, category_ids, match, placeholders, unique_names
 from retina_jax.data.coco import read_coco
 from retina_jax.data.coco_entries import LARGEST_ID
+from retina_jax.data.datasets import open_sources
 from retina_jax.data.source import Source
-from retina_jax.data.sources import open_sources
 from retina_jax.detector import Detector, ImageDetections
-from retina_jax.training.assessment import assess
+from retina_jax.evaluate import assess
+from retina_jax.runs.folder import Run
 from retina_jax.training.opening import open_run
-from retina_jax.training.run import Run
 
 ROOT = Path(__file__).parents[1]
 CONFIG = override(Config(), {"data.buckets": 1, "data.short_side": 64, "data.long_side": 64, "training.pictures": 0})

@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from retina_jax.config import Config
-from retina_jax.config_files import flatten
-from retina_jax.hosts import LOST, Hosts
+from retina_jax.config_io import flatten
+from retina_jax.distributed import LOST, Hosts
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "scripts" / "cluster"

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from benchmarks.scoring import detections_like, read_boxes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from retina_jax import coco_scores
-from retina_jax.benchmarks.scoring import detections_like, read_boxes
-from retina_jax.coco_scores import Found, Truth, coco_curves, coco_stats
-from retina_jax.evaluation import evaluate_coco, quiet
+from retina_jax.evaluation import precision_recall
+from retina_jax.evaluation.coco_scores import evaluate_coco, quiet
+from retina_jax.evaluation.precision_recall import Found, Truth, coco_curves, coco_stats
 
 
 def in_arrays(truth: Truth, found: Found, categories: int) -> tuple[np.ndarray, ...]:
@@ -207,7 +207,7 @@ def test_how_many_pairs_are_looked_at_together_changes_nothing(monkeypatch: pyte
     data = random_data(0, images=3, categories=2, boxes=60, detections=300, side=20, levels=9)
     whole = in_arrays(*data)
     for pairs in (1, 50, 5000):
-        monkeypatch.setattr(coco_scores, "PAIRS", pairs)
+        monkeypatch.setattr(precision_recall, "PAIRS", pairs)
         for own, other in zip(in_arrays(*data), whole, strict=True):
             np.testing.assert_array_equal(own, other)
 

@@ -8,19 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retina_jax.anchors import anchor_grid
 from retina_jax.config import AnchorConfig, DataConfig, DetectionConfig, ModelConfig
-from retina_jax.data.preprocessing import (
-    buckets,
-    exact_canvas,
-    resize,
-    resized_size,
-    to_canvas_pixels,
-    to_original_pixels,
-)
-from retina_jax.detection import Detections, detect
+from retina_jax.data.transforms import buckets, exact_canvas, resize, resized_size, to_canvas_pixels, to_original_pixels
 from retina_jax.detector import to_canvas
-from retina_jax.model.inputs import normalise
+from retina_jax.model.retinanet import normalise
+from retina_jax.ops.anchors import anchor_grid
+from retina_jax.ops.postprocess import Detections, detect
 
 BOXES = np.array([[0, 0, 10, 20], [3, 4, 50, 60]], np.float32)
 

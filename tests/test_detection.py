@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
-from retina_jax.anchors import anchor_grid, level_counts
-from retina_jax.boxes import decode, encode, iou_matrix
 from retina_jax.config import AnchorConfig, DetectionConfig, ModelConfig
-from retina_jax.detection import PADDING, Detections, best_logits, detect
+from retina_jax.ops.anchors import anchor_grid, level_counts
+from retina_jax.ops.boxes import decode, encode, iou_matrix
+from retina_jax.ops.postprocess import PADDING, Detections, best_logits, detect
 
 CANVAS, MODEL, ANCHORS, K = (64, 96), ModelConfig(), AnchorConfig(), 3
 GRID, COUNTS = anchor_grid(CANVAS, ANCHORS, MODEL), level_counts(CANVAS, ANCHORS, MODEL)

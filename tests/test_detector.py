@@ -10,10 +10,10 @@ import pytest
 from small_sets import rectangles
 
 from retina_jax.config import Config
-from retina_jax.config_files import override
+from retina_jax.config_io import override
 from retina_jax.data.source import Source
 from retina_jax.detector import Detector
-from retina_jax.training.assessment import assess
+from retina_jax.evaluate import assess
 from retina_jax.training.opening import open_run
 from retina_jax.training.parallel import Driver
 

@@ -19,13 +19,13 @@ from typing import NamedTuple
 
 import pytest
 
-from retina_jax import command_line
+from retina_jax import cli
 from retina_jax.config import Config, ScenesConfig
 from retina_jax.config_checks import validate
-from retina_jax.config_files import flatten
+from retina_jax.config_io import flatten
 from retina_jax.data.scenes import write_scenes
+from retina_jax.distributed import Hosts
 from retina_jax.errors import PlainError
-from retina_jax.hosts import Hosts
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "scripts").rglob("*.md"))]
@@ -89,7 +89,7 @@ def script(path: Path) -> ModuleType:
     spec.loader.exec_module(module)
 
     def parse_only(*arguments: object) -> None:
-        made = command_line.parse_command_line(*arguments)
+        made = cli.parse_command_line(*arguments)
         if isinstance(settings := getattr(made, "settings", None), Config):
             validate(settings)
         raise Parsed
@@ -204,7 +204,7 @@ def named_in_text(path: Path) -> set[str]:
     prose = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
     spans = re.findall(r"`([^`]+)`", prose)
     named = {name for span in spans for name in re.findall(r"(?<![\w-])--([a-z][\w.-]*)", span)}
-    return {command_line._field_name(f"--{name}") for name in named}
+    return {cli._field_name(f"--{name}") for name in named}
 
 
 def test_the_list_of_other_programs_options_is_tight() -> None:
@@ -311,7 +311,7 @@ def test_the_guide_to_own_data_can_be_followed_and_all_python_runs_after_it(tmp_
                 given.append((name, [*words, *shlex.split(SMALL.get(name, ""))]))
     codes = {block.named: AT_HAND + block.text for block in PYTHON_BLOCKS}
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "retina_jax" / "shipping")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "retina_jax" / "export")]),
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the time here
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "xla"),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retina_jax.training.run import alone_in
+from retina_jax.runs.folder import alone_in
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retina_jax.command_line import one_line_errors
+from retina_jax.cli import one_line_errors
 from retina_jax.console import warn
 from retina_jax.errors import LONGEST_LINE, PlainError, one_line
 from retina_jax.weights.importing import convert

@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retina_jax.evaluation import EVALUATORS, SUMMARY, EvaluationError, coco_results, coco_table, evaluate_coco, quiet
+from retina_jax.evaluation.coco_scores import (
+    EVALUATORS,
+    SUMMARY,
+    EvaluationError,
+    coco_results,
+    coco_table,
+    evaluate_coco,
+    quiet,
+)
 
 TRUTH = {
     "images": [{"id": 1, "width": 100, "height": 100}, {"id": 5, "width": 100, "height": 100}],

@@ -28,7 +28,7 @@ PROBE = """
 import json, sys
 import jax, jax.numpy as jnp
 from retina_jax.config import LossConfig, ModelConfig
-from retina_jax.losses.classification import classification_loss
+from retina_jax.losses.focal import classification_loss
 from retina_jax.model.resnet import ResNet
 import retina_jax
 

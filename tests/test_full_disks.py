@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from small_runs import measured, metrics, start, stopped_when, summary, wait_for_step, write_config
 
-from retina_jax.training.assessment import write_picture
-from retina_jax.training.disks import DiskError
+from retina_jax.evaluate import write_picture
+from retina_jax.runs.files import DiskError
 
 OPTIONS = ("--training.steps", 50, "--training.pictures", 0, "--optimizer.boundaries", 40)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from retina_jax.config_files import load_config
-from retina_jax.model.cost import forward_flops
+from retina_jax.config_io import load_config
+from retina_jax.model.summary import forward_flops
 from retina_jax.presets import FIELDS, PRESETS
 from retina_jax.sweeps.listing import training_pflop
 from retina_jax.sweeps.points import expand, load_sweep

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retina_jax import hosts
+from retina_jax import distributed as hosts
 from retina_jax.config import ConfigError
-from retina_jax.hosts import ALONE, Hosts, check_same, exchange, gather, joined
+from retina_jax.distributed import ALONE, Hosts, check_same, exchange, gather, joined
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,7 +56,7 @@ FAILS = """
 import sys
 sys.path.insert(0, {root!r})
 from retina_jax.config import ConfigError
-from retina_jax.hosts import Hosts, joined
+from retina_jax.distributed import Hosts, joined
 host, port = int(sys.argv[1]), sys.argv[2]
 with joined(Hosts(coordinator="127.0.0.1:" + port, hosts=2, host=host)):
     if host == {failing}:

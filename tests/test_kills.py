@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from small_runs import kill, measured, metrics, start, stopped_when, summary, wait_for_step, write_config
 
-from retina_jax.training.run import alone_in
+from retina_jax.runs.folder import alone_in
 
 
 @dataclass(frozen=True)

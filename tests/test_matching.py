@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retina_jax.boxes import iou_matrix
 from retina_jax.config import MatchingConfig
-from retina_jax.matching import BACKGROUND, IGNORED, Matches, match
+from retina_jax.ops.boxes import iou_matrix
+from retina_jax.ops.matching import BACKGROUND, IGNORED, Matches, match
 
 MODES = ("none", "band", "all")
 A, G = 60, 6

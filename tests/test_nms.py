@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retina_jax.boxes import iou_matrix
-from retina_jax.nms import nms
+from retina_jax.ops.boxes import iou_matrix
+from retina_jax.ops.nms import nms
 
 N, D = 24, 10
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from retina_jax.command_line import one_line_errors
+from retina_jax.cli import one_line_errors
 from retina_jax.sweeps.manifest import read_manifest
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +40,7 @@ import os, time
 from pathlib import Path
 from retina_jax.config import ConfigError
 from retina_jax.training.metrics import NonFiniteLoss
-from retina_jax.training.run import write_json
+from retina_jax.runs.folder import write_json
 
 def train(config, folder):
     folder.mkdir(parents=True, exist_ok=True)

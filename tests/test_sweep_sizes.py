@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from retina_jax.config import Config
-from retina_jax.config_files import load_config
+from retina_jax.config_io import load_config
 from retina_jax.sweeps.points import expand, load_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -25,8 +25,8 @@ STEP = """
 import json, sys, time
 from pathlib import Path
 import jax, numpy as np
-from retina_jax.config_files import load_config, override
-from retina_jax.data.preprocessing import buckets
+from retina_jax.config_io import load_config, override
+from retina_jax.data.transforms import buckets
 from retina_jax.sweeps.points import expand, load_sweep
 from retina_jax.training.parallel import Driver, peak_memory_bytes
 from retina_jax.training.step import Inputs

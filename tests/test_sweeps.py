@@ -11,18 +11,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from retina_jax.config import (
-    Config,
-    ConfigError,
-    DataConfig,
-    LossConfig,
-    ModelConfig,
-    ScenesConfig,
-    TrainingConfig,
-)
-from retina_jax.config_files import flatten, load_config, override
+from retina_jax.config import Config, ConfigError, DataConfig, LossConfig, ModelConfig, ScenesConfig, TrainingConfig
+from retina_jax.config_io import flatten, load_config, override
 from retina_jax.sweeps.launchers import _core_slots, _settings
-from retina_jax.sweeps.listing import listing, mean_canvas, seconds_per_pflop, training_pflop
+from retina_jax.sweeps.listing import listing, mean_canvas, seconds_per_pflop, training_pflop, without, words_of
 from retina_jax.sweeps.manifest import Row, Sweep, chosen, distinct, plan, read_manifest, rows, write_manifest
 from retina_jax.sweeps.points import (
     FILES,
@@ -36,7 +28,6 @@ from retina_jax.sweeps.points import (
     load_sweep,
 )
 from retina_jax.sweeps.state import State, claim, run_point, state_of
-from retina_jax.sweeps.words import without, words_of
 from retina_jax.training.metrics import NonFiniteLoss
 
 ROOT = Path(__file__).parents[1]

@@ -12,11 +12,11 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from retina_jax.anchors import anchor_grid
-from retina_jax.boxes import iou_matrix
 from retina_jax.config import AnchorConfig, LossConfig, MatchingConfig, ModelConfig
-from retina_jax.losses.detection import image_losses
-from retina_jax.matching import BACKGROUND, IGNORED, match
+from retina_jax.losses.total import image_losses
+from retina_jax.ops.anchors import anchor_grid
+from retina_jax.ops.boxes import iou_matrix
+from retina_jax.ops.matching import BACKGROUND, IGNORED, match
 
 IMAGES, DEVICES, CLASSES = 200, 8, 2
 ANCHORS = anchor_grid((64, 128), AnchorConfig(style="detectron2"), ModelConfig(max_level=5))

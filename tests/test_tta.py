@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from small_sets import rectangles
 from test_detector import CONFIG
 
-from retina_jax import tta
+from retina_jax import detector as tta
 from retina_jax.config import Config, DetectionConfig
-from retina_jax.config_files import override
+from retina_jax.config_io import override
 from retina_jax.data.decoding import to_rgb
-from retina_jax.data.preprocessing import buckets
+from retina_jax.data.transforms import buckets
 from retina_jax.detector import Detector, ImageDetections, to_canvas
-from retina_jax.training.assessment import assess
+from retina_jax.evaluate import assess
 from retina_jax.training.opening import open_run
 from retina_jax.training.parallel import Driver
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from retina_jax.visualize import class_colour, contact_sheet, draw, format_score
+from retina_jax.evaluation.drawing import class_colour, contact_sheet, draw, format_score
 
 NAMES = [f"class{k}" for k in range(12)]
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from retina_jax.classes import Category
 from retina_jax.data.box_formats import BoxFormat
+from retina_jax.data.classes import Category
 from retina_jax.data.coco_document import Content, Crowds, parse_document
 from retina_jax.data.conventions import Orientation
 from retina_jax.data.decoding import largest_file

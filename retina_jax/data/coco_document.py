@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from retina_jax.classes import Category, placeholders, unique_names
 from retina_jax.data.box_formats import (
     BoxFormat,
     Guess,
@@ -20,6 +19,7 @@ from retina_jax.data.box_formats import (
     guess_other,
     to_xywh,
 )
+from retina_jax.data.classes import Category, placeholders, unique_names
 from retina_jax.data.coco_entries import (
     WITHOUT_BOX,
     Box,

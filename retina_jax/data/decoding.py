@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
+import threading
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageMode, UnidentifiedImageError
 
-from retina_jax.data.budget import Budget
 from retina_jax.data.conventions import AS_VIEWERS, Decoding, Header
 from retina_jax.data.sixteen_bits import is_deep, samples, to_eight_bits
 from retina_jax.data.source import BadImage, Source
+
+# A bound on what threads hold at once.
+
+
+class Budget:
+    """Shares out `total`: what its holders have never adds up to more, and who asks for more than is left waits."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._left = total
+        self._returned = threading.Condition()
+
+    @contextlib.contextmanager
+    def share(self, size: int) -> Iterator[None]:
+        """Holds `size` of the budget; of more than there is at all, the whole. Never take a second share inside one."""
+        size = min(size, self.total)
+        with self._returned:
+            self._returned.wait_for(lambda: self._left >= size)
+            self._left -= size
+        try:
+            yield
+        finally:
+            with self._returned:
+                self._left += size
+                self._returned.notify_all()
+
 
 # PIL warns of images it reads all the same (broken EXIF, many pixels). What matters is said here, by exceptions.
 # `catch_warnings` would not do: it is not safe where several threads decode.

@@ -19,24 +19,24 @@ from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 
 from retina_jax.config import DataConfig
 from retina_jax.data.decoding import DECODING, is_plain_jpeg, to_rgb
-from retina_jax.data.one_colour import OneColourImages
-from retina_jax.data.order import AUGMENTATION, TrainOrder, eval_order, host_rows, random_bits
-from retina_jax.data.preprocessing import (
+from retina_jax.data.image_faults import OneColourImages
+from retina_jax.data.reading import Reads, read_again
+from retina_jax.data.sampler import AUGMENTATION, TrainOrder, eval_order, host_rows, random_bits
+from retina_jax.data.source import BadImage, Source
+from retina_jax.data.transforms import (
     assign_bucket,
     buckets,
     exact_canvas,
     flip_boxes,
+    load,
     pad,
     resize,
     resize_large,
     resized_size,
+    tf,
     to_canvas_pixels,
     train_short_sides,
 )
-from retina_jax.data.reading import read_again
-from retina_jax.data.source import BadImage, Source
-from retina_jax.data.tensorflow import load, tf
-from retina_jax.data.waiting import Reads
 from retina_jax.errors import reason
 
 log = logging.getLogger(__name__)

@@ -21,9 +21,8 @@ from retina_jax.console import tell, warn
 from retina_jax.data.conventions import Decoding, Header, Votes
 from retina_jax.data.decoding import FORMATS, MAX_PIXELS, largest_file, open_image, read_header
 from retina_jax.data.reading import open_file, read_again, read_file
-from retina_jax.data.sixteen_bits import colours, from_bytes
+from retina_jax.data.sixteen_bits import Range, colours, find_range, from_bytes
 from retina_jax.data.source import Source
-from retina_jax.data.value_range import Range, find_range
 
 SAMPLE = 64
 """16-bit images that are decoded to find their range, spread evenly over the data set."""

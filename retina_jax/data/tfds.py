@@ -19,9 +19,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Bool, Float64, Int64, Shaped
 
-from retina_jax.classes import Category, listed, match
 from retina_jax.data import coco
-from retina_jax.data.coco_classes import COCO_CATEGORIES
+from retina_jax.data.classes import COCO_CATEGORIES, Category, listed, match
 from retina_jax.data.coco_document import Content
 from retina_jax.data.decoding import open_image
 from retina_jax.data.reading import read_again

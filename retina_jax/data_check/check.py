@@ -6,22 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from retina_jax.classes import Category, category_ids, open_both
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_files import override, with_classes
+from retina_jax.config_io import flatten, override, with_classes
 from retina_jax.console import tell
+from retina_jax.data.classes import Category, category_ids, open_both
 from retina_jax.data.conventions import Decoding
 from retina_jax.data.survey import Survey, survey_files
-from retina_jax.data_check.boxes import box_findings
-from retina_jax.data_check.coverage import Coverage, cover
+from retina_jax.data_check.coverage import Coverage, Shares, count_shares, cover, coverage_findings
 from retina_jax.data_check.findings import Finding, Group, grouped
-from retina_jax.data_check.images import check_images, leaks, twice
-from retina_jax.data_check.shares import Shares, count_shares, coverage_findings
-from retina_jax.data_check.split import Split, noted, read_split, refusals, repeated
+from retina_jax.data_check.image_check import check_images, leaks, twice
+from retina_jax.data_check.split import Split, box_findings, noted, read_split, refusals, repeated
 from retina_jax.data_check.suggestion import Suggestion, suggest
 from retina_jax.data_check.views import Views, view_boxes
 
@@ -164,3 +162,57 @@ def _outbid(split: Split, views: Views, coverage: Coverage, found: Sequence[Find
     boxes = split.trained_boxes()[np.unique(views.boxes[coverage.outbid])]
     named = {split.box_name(m): split.file_of(m) for m in boxes.tolist()}
     return [Finding("outbid", split.name, name, file) for name, file in named.items() if name not in twins]
+
+
+# A check as JSON: every finding, every count.
+
+
+def facts_of(check: Check) -> dict[str, Any]:
+    """What the page shows, all of it, in JSON's own types."""
+    settings = {name: value for name, value in flatten(check.config).items() if name.split(".")[0] in CONCERNED}
+    return {
+        "makes_sense": check.makes_sense,
+        "splits": {
+            split.name: {
+                "annotations": str(split.annotations),
+                "images_folder": str(split.folder),
+                "images": len(split.images),
+                "boxes": len(split.labels),
+                "usable_boxes": int(split.rules["usable"].sum()),
+                "classes": [count._asdict() for count in check.counts[split.name]],
+            }
+            for split in check.splits
+        },
+        "findings": [
+            {
+                "kind": group.kind,
+                "severity": group.severity,
+                "title": group.title,
+                "count": len(group.findings),
+                "found": [{"split": f.split, "name": f.name, "text": f.text} for f in group.findings],
+            }
+            for group in check.groups
+        ],
+        "coverage": _shares(check.shares),
+        "suggestion": check.suggestion
+        and {
+            "options": check.suggestion.options,
+            "changes": check.suggestion.changes,
+            "pixels_factor": check.suggestion.pixels,
+            "anchors_per_cell": list(check.suggestion.anchors),
+            "coverage": _shares(check.suggestion.after),
+        },
+        "settings": settings,
+    }
+
+
+CONCERNED = ("data", "anchors", "matching")
+"""Parts of the config that the check depends on."""
+
+
+def _shares(shares: Shares) -> dict[str, Any]:
+    return {
+        "all": shares.total.as_dict(),
+        "positives_per_image": round(shares.positives_per_image, 3),
+        **{key: [share.as_dict() for share in getattr(shares, key)] for key in ("classes", "sizes", "aspects")},
+    }

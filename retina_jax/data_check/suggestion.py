@@ -8,14 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
-from retina_jax.anchors import anchors_per_cell
 from retina_jax.config import Config
-from retina_jax.config_files import flatten, override
+from retina_jax.config_io import flatten, override
 from retina_jax.data.source import Record
-from retina_jax.data_check.coverage import cover
-from retina_jax.data_check.nearest import best_iou
-from retina_jax.data_check.shares import Share, Shares, count_shares
-from retina_jax.data_check.views import Views, view_boxes
+from retina_jax.data_check.coverage import Share, Shares, count_shares, cover
+from retina_jax.data_check.views import Views, best_iou, view_boxes
+from retina_jax.ops.anchors import anchors_per_cell
 
 GOOD = 0.98
 """Share of the boxes, and mean share of the classes, with an anchor of sufficient IoU at which nothing needs mending."""

@@ -15,7 +15,7 @@ enforce a 1:3 ratio between positives and negatives". The rest the paper leaves 
   An image rarely has batch // 4 positives left after NMS. Then the strict ratio alone sets the number of negatives, and the
   batch size changes nothing, while the paper's rows of 1:3 fall with it (31.1, 28.3, 24.0).
 - The loss is the sum over the minibatch, by default divided by the anchors assigned to a box, mined or not
-  (`retina_jax.losses.detection`).
+  (`retina_jax.losses.total`).
 - A loss that is infinite or NaN is kept out of all this and always in the sum: a diverged network must show.
 
 The result is exactly that of suppressing among all 100k anchors and then choosing. But the whole suppression has
@@ -39,8 +39,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from retina_jax.boxes import iou_matrix
 from retina_jax.config import ConfigError
+from retina_jax.ops.boxes import iou_matrix
 
 NEGATIVES = 3
 """Negatives for each positive in ohem_1_3 and ohem_1_3_strict (SSD)."""

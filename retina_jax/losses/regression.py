@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from retina_jax.boxes import decode, encode, giou
 from retina_jax.config import ConfigError, LossConfig
+from retina_jax.ops.boxes import decode, encode, giou
 
 BoxLoss = Callable[
     [Float[Array, "A 4"], Float[Array | np.ndarray, "A 4"], Float[Array | np.ndarray, "A 4"]], Float[Array, " A"]

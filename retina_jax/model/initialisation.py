@@ -16,9 +16,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from retina_jax.config import ConfigError, ModelConfig
-from retina_jax.model.inputs import STATISTICS
 from retina_jax.model.resnet import ARCHITECTURES
-from retina_jax.model.retinanet import RetinaNet
+from retina_jax.model.retinanet import STATISTICS, RetinaNet
 
 COLLECTIONS = ("params", "frozen", "stats")
 

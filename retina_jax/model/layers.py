@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from retina_jax.model.convolution import convolution
+from retina_jax.cpu.convolution import convolution
 
 FLOAT32 = np.dtype("float32")
 EPSILON = 1e-5

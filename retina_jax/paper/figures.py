@@ -14,10 +14,18 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from retina_jax.config import ConfigError
-from retina_jax.pages.charts import COLOURS
-from retina_jax.paper.loss_curves import SELECTED, fl, fl_star, loss_slopes, loss_values, x_of_p
-from retina_jax.paper.loss_distribution import GAMMAS, cumulative_loss
+from retina_jax.paper.loss_analysis import (
+    GAMMAS,
+    SELECTED,
+    cumulative_loss,
+    fl,
+    fl_star,
+    loss_slopes,
+    loss_values,
+    x_of_p,
+)
 from retina_jax.paper.published import OTHER_SYSTEMS, TABLE_1E
+from retina_jax.reports.charts import COLOURS
 
 SUFFIXES = (".png", ".svg", ".pdf")
 """Of the files that can be written."""

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 from jaxtyping import Float32, UInt8
 
 from retina_jax.config import ConfigError
-from retina_jax.config_files import override
+from retina_jax.config_io import override
+from retina_jax.console import hardware
+from retina_jax.data.datasets import open_source
 from retina_jax.data.decoding import image_of
 from retina_jax.data.pipeline import eval_batches
 from retina_jax.data.source import Source
-from retina_jax.data.sources import open_source
-from retina_jax.detector import load_detector
-from retina_jax.hardware import hardware
+from retina_jax.detector import Detector, load_detector, to_canvas
 from retina_jax.paper.figures import StarRun, Timed
-from retina_jax.paper.latency import latency
-from retina_jax.paper.loss_distribution import sample_windows
+from retina_jax.paper.loss_analysis import sample_windows
 from retina_jax.paper.published import EFFECTIVE_AP
 from retina_jax.paper.results import Point, Sweep, read_json, read_result
 from retina_jax.paper.wording import departures, divergence, split_of, status
-from retina_jax.training.run import read_run, write_json
+from retina_jax.runs.folder import read_run, write_json
+from retina_jax.training.step import Inputs
 
 TIMED_IMAGES = 5
 """Evaluation images that a latency is the median over."""
@@ -175,3 +177,35 @@ def _sweep(sweeps: Sequence[Sweep], name: str) -> Sweep:
         if sweep.name == name:
             return sweep
     raise ConfigError(f"--workdir: no sweep {name} there; scripts/sweep.py --sweep configs/sweeps/{name}.py makes it")
+
+
+# How long the detection program takes, as Figure 2 has it: one image at a time, from pixels on the device to boxes.
+
+
+def latency(detector: Detector, images: Sequence[UInt8[np.ndarray, "_ _ 3"]] = (), *, repeats: int = 10) -> float:
+    """Milliseconds an image at batch 1: the median over `repeats` runs of each image, each on the canvas that evaluation
+    gives it, after one run that compiles and one that warms up.
+
+    Network, decoding and NMS are timed, until the device has finished; reading, resizing and the transfer are not. The
+    time of NMS grows with what is found (to at most `detection.max_detections`), so give images of the detector's own
+    kind; without any it is a 640 x 480 image of noise.
+
+    Raises:
+      ValueError: the detector stands on several devices, which cannot share one image.
+    """
+    if detector.driver.shards != 1:
+        raise ValueError(f"the detector stands on {detector.driver.shards} devices; latency is measured on one")
+    if not images:
+        images = [np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)]
+    times = []
+    for image in images:
+        batch = to_canvas([image], detector.config.data, 1)
+        inputs = detector.driver.place(
+            Inputs(batch.images, batch.image_sizes, batch.boxes_xyxy, batch.labels, batch.valid)
+        )
+        for turn in range(2 + repeats):
+            started = time.perf_counter()
+            jax.block_until_ready(detector.driver.detect(detector.variables, inputs))
+            if turn >= 2:
+                times.append(1000 * (time.perf_counter() - started))
+    return statistics.median(times)

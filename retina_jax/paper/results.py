@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_files import from_dict
-from retina_jax.evaluation import SUMMARY
-from retina_jax.paper.test_dev import read_test_dev
+from retina_jax.config_io import from_dict
+from retina_jax.evaluation.coco_scores import SUMMARY
+from retina_jax.runs.record import read_json, read_test_dev
 from retina_jax.sweeps.manifest import read_manifest
 
 Status = Literal["finished", "diverged", "unfinished", "not run"]
@@ -41,7 +41,7 @@ class Result:
     loss: list[tuple[float, float]] = field(default_factory=list)
     """Classification loss of each window of metrics, by step."""
     test_dev: dict[str, float] = field(default_factory=dict)
-    """Percent, as COCO's server scored the run on test-dev (`retina_jax.paper.test_dev`); empty: not given."""
+    """Percent, as COCO's server scored the run on test-dev (`retina_jax.runs.record`); empty: not given."""
     latency: dict[str, Any] | None = None
     """What `figures.py --figure 2` measured: milliseconds, hardware."""
 
@@ -229,17 +229,6 @@ def _read_metrics(file: Path) -> tuple[list[tuple[float, float]], list[tuple[flo
         elif _is(values.get("classification_loss"), float):
             loss.append((float(last), float(values["classification_loss"])))
     return ap, loss, last
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; ConfigError where it is none."""
-    try:
-        value = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{file}: must hold an object, not a {type(value).__name__}")
-    return value
 
 
 def _is(value: Any, kind: type) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_files import load_config, override
+from retina_jax.config_io import load_config, override
 from retina_jax.paper.results import Point, Result, Sweep
 from retina_jax.sweeps.points import ROOT, load_sweep, outcome
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from retina_jax.config import Config
-from retina_jax.data.preprocessing import buckets
-from retina_jax.model.cost import forward_flops
+from retina_jax.data.transforms import buckets
+from retina_jax.model.summary import forward_flops
 from retina_jax.sweeps.manifest import Row
 from retina_jax.sweeps.state import State, state_of
 
@@ -86,3 +86,32 @@ def _number(value: float) -> str:
 def _aligned(table: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table)
+
+
+# Options that take several words, read and left out before the command line is parsed as a whole.
+
+
+def words_of(argv: Sequence[str], option: str) -> list[str]:
+    """The values given to `option`: words_of(["--a", "1", "2", "--b"], "--a") is ["1", "2"]."""
+    return [word for name, word in _named(argv) if name == option and word]
+
+
+def without(argv: Sequence[str], options: Sequence[str]) -> list[str]:
+    """The command line without these options and their values."""
+    kept: list[str] = []
+    taking = True
+    for word in argv:
+        if word.startswith("--"):
+            taking = word.partition("=")[0] not in options
+        if taking:
+            kept.append(word)
+    return kept
+
+
+def _named(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each value with the option it is given to."""
+    option = ""
+    for word in argv:
+        if word.startswith("--"):
+            option, _, word = word.partition("=")
+        yield option, word

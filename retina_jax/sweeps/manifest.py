@@ -14,9 +14,9 @@ from types import ModuleType
 from typing import Any
 
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_files import flatten, load_config
+from retina_jax.config_io import flatten, load_config
+from retina_jax.runs.folder import write_json
 from retina_jax.sweeps.points import ROOT, Point, expand
-from retina_jax.training.run import write_json
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_checks import validate
-from retina_jax.config_files import flatten, load_module, named_errors, override
+from retina_jax.config_io import flatten, load_module, named_errors, override
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,11 +15,11 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from retina_jax import hosts
+from retina_jax import distributed
 from retina_jax.config import ConfigError
 from retina_jax.console import warn
 from retina_jax.errors import Stopped, reason
-from retina_jax.training.disks import CHECKSUMS, DiskError, check_room, damage, put_on_disk, write_checksums
+from retina_jax.runs.files import CHECKSUMS, DiskError, check_room, damage, put_on_disk, write_checksums
 from retina_jax.training.orbax_files import load_arrays, save_arrays
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ class Checkpoints:
         self._given_up = False
 
     def __enter__(self) -> Checkpoints:
-        if not self._read_only and hosts.first():
+        if not self._read_only and distributed.first():
             self._clear()
         return self
 
@@ -72,7 +72,7 @@ class Checkpoints:
         A disk that fails is warned of, and the run goes on: the next save tries anew, `wait` tells of a failed last one.
         Waits for the save before, not for other hosts: one host may call it alone, and all but the first do nothing.
         """
-        if not hosts.first():
+        if not distributed.first():
             return
         self._join()
         own = jax.device_get(jax.tree.map(lambda array: array.addressable_data(0), state))
@@ -86,7 +86,7 @@ class Checkpoints:
         None, a step that is not there and one that has its score already change nothing. A disk that fails is warned of.
         Waits for the save before, not for other hosts: all but the first do nothing.
         """
-        if ap is None or not hosts.first():
+        if ap is None or not distributed.first():
             return
         self._join()
         if step not in self._saved() or self._ap(step) is not None:
@@ -141,7 +141,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Saved steps, oldest first, as host 0 sees them, the last save included. Called by all hosts together."""
         self._join()
-        return json.loads(hosts.exchange(json.dumps(self._saved()))[0])
+        return json.loads(distributed.exchange(json.dumps(self._saved()))[0])
 
     def best(self) -> int | None:
         """The kept step with the highest AP, the newest of equal ones; None while none was scored."""
@@ -158,7 +158,7 @@ class Checkpoints:
         network.
         """
         if step == "best":
-            step = json.loads(hosts.exchange(json.dumps(self.best()))[0])
+            step = json.loads(distributed.exchange(json.dumps(self.best()))[0])
             if step is None:
                 raise ConfigError(f"--step best: no step in {self.folder} was scored; saved steps: {self.steps()}")
         passed: dict[int, str] = {}
@@ -179,7 +179,7 @@ class Checkpoints:
     def _read(self, step: int, like: T) -> tuple[T | None, str]:
         """The state, or what is wrong with it; every host comes to the same."""
         folder = self.folder / str(step)
-        if wrong := _anywhere(damage(folder) if hosts.first() else ""):
+        if wrong := _anywhere(damage(folder) if distributed.first() else ""):
             return None, wrong
         state = None
         try:
@@ -188,7 +188,9 @@ class Checkpoints:
             wrong = str(error)
         if not (wrong := _anywhere(wrong)):
             return state, ""
-        if hosts.exchange(CHECKSUMS if (folder / CHECKSUMS).exists() else "")[0]:  # else its run deleted it meanwhile
+        if distributed.exchange(CHECKSUMS if (folder / CHECKSUMS).exists() else "")[
+            0
+        ]:  # else its run deleted it meanwhile
             raise ConfigError(
                 f"{folder}: its files are whole, but are of another network or cannot be reached: {wrong}"
             )
@@ -197,7 +199,7 @@ class Checkpoints:
     def _pass_over(self, passed: dict[int, str], taken: int) -> None:
         for step, wrong in passed.items():
             folder, aside = self.folder / str(step), self.folder / f"damaged-{step}"
-            if not wrong or not hosts.first() or not folder.exists():
+            if not wrong or not distributed.first() or not folder.exists():
                 continue
             moved = ""
             if not self._read_only:
@@ -263,4 +265,4 @@ class Checkpoints:
 
 def _anywhere(wrong: str) -> str:
     """What is wrong on some host, the first of them, on every host; "" where nothing is wrong on any."""
-    return next(filter(None, hosts.exchange(wrong)), "")
+    return next(filter(None, distributed.exchange(wrong)), "")

@@ -15,16 +15,15 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from retina_jax import hosts
+from retina_jax import distributed
 from retina_jax.console import warn
 from retina_jax.errors import PlainError, Stopped, reason
-from retina_jax.training.disks import DiskError
+from retina_jax.runs.files import DiskError
+from retina_jax.runs.folder import Run, is_due
 from retina_jax.training.parallel import peak_memory_bytes
 from retina_jax.training.progress import Progress
-from retina_jax.training.run import Run, is_due
 from retina_jax.training.step import FINITE
-from retina_jax.training.tensorboard import Board
-from retina_jax.training.weights_and_biases import WeightsAndBiases
+from retina_jax.training.writers import Board, WeightsAndBiases
 
 AHEAD_ON_CPU = 16
 """Steps that may be under way at once on CPU devices: with some hundreds they wait for each other until XLA gives up."""
@@ -41,9 +40,9 @@ class Metrics:
 
     def __init__(self, run: Run, start_step: int) -> None:
         self._run, self._file = run, run.folder / "metrics.jsonl"
-        self._speaks = hosts.first()
+        self._speaks = distributed.first()
         evaluated = _drop_after(self._file, start_step) if self._speaks else []
-        self._evaluated = json.loads(hosts.exchange(json.dumps(evaluated))[0])
+        self._evaluated = json.loads(distributed.exchange(json.dumps(evaluated))[0])
         training = run.config.training
         self._progress = Progress(start_step, training.steps)
         self._wandb = WeightsAndBiases(run) if self._speaks and training.wandb else None

@@ -16,12 +16,12 @@ from typing import Any
 
 import jax
 
-from retina_jax import hosts
-from retina_jax.classes import differ, match
+from retina_jax import distributed
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_files import flatten, meaning_changes, to_dict, unknown_name
-from retina_jax.hardware import processor
-from retina_jax.training.run import Run, fresh_import, make_writable, read_run, write_json
+from retina_jax.config_io import flatten, meaning_changes, to_dict, unknown_name
+from retina_jax.console import processor
+from retina_jax.data.classes import differ, match
+from retina_jax.runs.folder import Run, fresh_import, make_writable, read_run, write_json
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "tensorflow", "tensorflow-datasets",
@@ -57,8 +57,8 @@ def open_run(
     if unknown := sorted(set(allow_changes) - set(flatten(config))):
         raise ConfigError(f"--allow-changes {unknown[0]}: {unknown_name(unknown[0], flatten(config))}")
     facts = {"class_names": list(class_names), "data": data_sha256, **flatten(config)}
-    hosts.check_same(f"--workdir {folder}", {name: v for name, v in facts.items() if name not in OF_A_HOST})
-    if hosts.first():
+    distributed.check_same(f"--workdir {folder}", {name: v for name, v in facts.items() if name not in OF_A_HOST})
+    if distributed.first():
         make_writable(folder)
         changed = _changes(run, allow_changes)
         _reopen(run)
@@ -77,7 +77,7 @@ def open_run(
                 "started": secrets.token_hex(8),
             },
         )
-    if hosts.several():
+    if distributed.several():
         _check_shared(folder)
     return run
 
@@ -92,8 +92,8 @@ def _reopen(run: Run) -> None:
 
 def _check_shared(folder: Path) -> None:
     """All hosts must see what host 0 has just written, though a network file system may take a while to show it."""
-    own = json.loads((folder / "config.json").read_text())["started"] if hosts.first() else ""
-    told = hosts.exchange(own)[0]
+    own = json.loads((folder / "config.json").read_text())["started"] if distributed.first() else ""
+    told = distributed.exchange(own)[0]
     seen, until = None, time.monotonic() + SECONDS_TO_SHOW
     while seen != told and (seen is None or time.monotonic() < until):
         try:
@@ -102,7 +102,7 @@ def _check_shared(folder: Path) -> None:
             seen = ""
         if seen != told:
             time.sleep(0.5)
-    strangers = [str(host) for host, same in enumerate(hosts.exchange("" if seen == told else "other")) if same]
+    strangers = [str(host) for host, same in enumerate(distributed.exchange("" if seen == told else "other")) if same]
     if strangers:
         raise ConfigError(
             f"--workdir {folder}: host {', '.join(strangers)} sees another folder there than host 0; it must be on a disk "

@@ -22,12 +22,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
-from retina_jax.anchors import anchor_grid, anchors_per_cell, level_counts
 from retina_jax.config import Config, ConfigError
-from retina_jax.detection import Detections, detect
 from retina_jax.model.initialisation import initialise
 from retina_jax.model.resnet import ARCHITECTURES
 from retina_jax.model.retinanet import RetinaNet
+from retina_jax.ops.anchors import anchor_grid, anchors_per_cell, level_counts
+from retina_jax.ops.postprocess import Detections, detect
 from retina_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from retina_jax.training.state import TrainState, new_state
 from retina_jax.training.step import Inputs, train_step

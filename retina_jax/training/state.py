@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from retina_jax.losses.detection import EMA_START
+from retina_jax.losses.total import EMA_START
 
 
 @flax.struct.dataclass

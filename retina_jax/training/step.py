@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Float32, Int, PyTree, UInt8
 
-from retina_jax.anchors import anchor_grid
 from retina_jax.config import Config
-from retina_jax.losses.detection import denominator, image_losses, image_weights
+from retina_jax.losses.total import denominator, image_losses, image_weights
 from retina_jax.model.retinanet import RetinaNet
-from retina_jax.training.averaging import average
+from retina_jax.ops.anchors import anchor_grid
 from retina_jax.training.state import AveragedState, TrainState
 
 # What must be numbers after a step: a gradient or parameters that are not poison every step after, at a finite loss too.
@@ -150,3 +149,21 @@ def train_step(
         unchanged = state.replace(step=new_state.step, skipped=state.skipped + 1, opt_state=kept)
         new_state = jax.tree.map(partial(jnp.where, finite), new_state, unchanged)
     return new_state, {**metrics, "skipped": new_state.skipped}
+
+
+# Running mean of the parameters (EMA): what a run is judged by once its own parameters still jump about.
+
+
+def averaging_decay(updates: Int[Array, ""], decay: float) -> Float32[Array, ""]:
+    """min(decay, (1 + t) / (10 + t)) after t `updates`: .1 at the first, so that the random start is soon forgotten.
+
+    The warm-up is that of TensorFlow's ExponentialMovingAverage. It meets .999 after 8990 updates, .9999 after 89990.
+    """
+    t = updates.astype(jnp.float32)  # exact up to 2^24
+    return jnp.minimum(jnp.float32(decay), (1 + t) / (10 + t))
+
+
+def average(mean: PyTree, new: PyTree, updates: Int[Array, ""], decay: float) -> PyTree:
+    """The mean after one more update: d mean + (1 - d) new, d as `averaging_decay` of the updates before gives it."""
+    d = averaging_decay(updates, decay)
+    return jax.tree.map(lambda m, x: d * m + (1 - d) * x, mean, new)

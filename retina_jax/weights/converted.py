@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from retina_jax.config import AnchorConfig
-from retina_jax.data.coco_classes import COCO_CATEGORIES
+from retina_jax.data.classes import COCO_CATEGORIES
+from retina_jax.errors import WeightsError
 from retina_jax.model.layers import EPSILON
 from retina_jax.model.resnet import ARCHITECTURES
 from retina_jax.presets import PRESETS
-from retina_jax.weights.errors import WeightsError
 from retina_jax.weights.filling import report
 
 ANCHORS_PER_CELL = len(AnchorConfig().scales) * len(AnchorConfig().ratios)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from retina_jax.weights.errors import WeightsError, shortened
+from retina_jax.errors import WeightsError, shortened
 
 NAMED = 10
 """Most names that an error gives of each kind; the rest are counted."""

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from retina_jax.anchors import anchors_per_cell
 from retina_jax.config import Config, ConfigError, ModelConfig
-from retina_jax.config_files import override
+from retina_jax.config_io import override
+from retina_jax.errors import WeightsError
 from retina_jax.model.initialisation import initialise
 from retina_jax.model.retinanet import RetinaNet
+from retina_jax.ops.anchors import anchors_per_cell
 from retina_jax.weights.converted import Converted, is_detector
 from retina_jax.weights.detectron import convert_detectron
 from retina_jax.weights.detectron2 import convert_detectron2
-from retina_jax.weights.errors import WeightsError
 from retina_jax.weights.filling import fill, report
 from retina_jax.weights.named import IMAGENET, NAMED, fetch, find_weights
 from retina_jax.weights.readers import read_weights

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from retina_jax.weights.errors import WeightsError
+from retina_jax.errors import WeightsError
 
 CACHE = Path.home() / ".cache" / "retina_jax" / "weights"
 CHUNK = 1 << 20

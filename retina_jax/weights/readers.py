@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from retina_jax.weights.errors import WeightsError
+from retina_jax.errors import WeightsError
 from retina_jax.weights.numpy_pickles import NumpyArray, read_numpy_pickle
 from retina_jax.weights.safetensors import is_safetensors, read_safetensors
 from retina_jax.weights.torch_files import Tensor, is_legacy, is_zip, read_legacy, read_zip

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from retina_jax.errors import quoted, shortened
 from retina_jax.weights.buffers import SIZES, are_sizes, decode
-from retina_jax.weights.errors import quoted, shortened
 
 KINDS = {
     "BOOL": "b1",

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Shaped
 
+from retina_jax.errors import quoted
 from retina_jax.weights.buffers import SIZES, are_sizes, decode
-from retina_jax.weights.errors import quoted
 from retina_jax.weights.numpy_pickles import NUMPY
 from retina_jax.weights.unpickling import Admitted, Global, StandIn, unpickle
 

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from retina_jax.data.coco_classes import COCO_CATEGORIES
+from retina_jax.data.classes import COCO_CATEGORIES
+from retina_jax.errors import WeightsError
 from retina_jax.weights.converted import (
     Converted,
     Rule,
@@ -23,7 +24,6 @@ from retina_jax.weights.converted import (
     renamed,
     with_epsilon,
 )
-from retina_jax.weights.errors import WeightsError
 
 NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
 CONV = {"weight": "kernel", "bias": "bias"}

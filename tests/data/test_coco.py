@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from small_sets import document, write_coco
 
+from retina_jax.data.classes import COCO_CATEGORIES
 from retina_jax.data.coco import parse_coco, read_coco
-from retina_jax.data.coco_classes import COCO_CATEGORIES
 from retina_jax.data.source import BadImage, DataError, clean_boxes
 
 

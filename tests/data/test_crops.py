@@ -6,8 +6,8 @@ import colorsys
 
 import numpy as np
 import pytest
+from miniature.crops import ACROSS, SIDE, draw_crops
 
-from retina_jax.data.crops import ACROSS, SIDE, draw_crops
 from retina_jax.data.scenes import HUES
 
 

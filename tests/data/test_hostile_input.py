@@ -20,10 +20,10 @@ from retina_jax.config import DataConfig
 from retina_jax.data.coco import read_coco
 from retina_jax.data.decoding import largest_file, to_rgb
 from retina_jax.data.pipeline import LARGE, eval_batches, overflow, train_batches
-from retina_jax.data.preprocessing import buckets, resize, resize_large
 from retina_jax.data.reading import read_file
 from retina_jax.data.source import BadImage, Source
-from retina_jax.evaluation import evaluate_coco
+from retina_jax.data.transforms import buckets, resize, resize_large
+from retina_jax.evaluation.coco_scores import evaluate_coco
 
 DATA = DataConfig(batch_size=4, short_side=64, long_side=128, max_boxes=5, workers=2)
 SIZES = [

@@ -20,8 +20,7 @@ from PIL import Image, PngImagePlugin
 from small_sets import document, encode, rectangles, write_coco
 
 from retina_jax.config import DataConfig
-from retina_jax.data.budget import Budget
-from retina_jax.data.decoding import MAX_PIXELS
+from retina_jax.data.decoding import MAX_PIXELS, Budget
 from retina_jax.data.pipeline import train_batches
 from retina_jax.data.source import BadImage
 
@@ -158,7 +157,7 @@ def test_large_images_are_decoded_within_the_budget(tmp_path: Path) -> None:
 import time
 from retina_jax.config import DataConfig
 from retina_jax.data import pipeline
-from retina_jax.data.budget import Budget
+from retina_jax.data.decoding import Budget
 from retina_jax.data.coco import read_coco
 def slowly(*arguments, **options):
     image = to_rgb(*arguments, **options)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retina_jax.data.order import ORDER, TrainOrder, eval_order, host_rows, random_bits
+from retina_jax.data.sampler import ORDER, TrainOrder, eval_order, host_rows, random_bits
 
 sizes = st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 9), st.integers(-3, 2**40))
 

@@ -11,12 +11,12 @@ from small_sets import encode, write_coco
 
 from retina_jax.config import Config, ConfigError, DataConfig
 from retina_jax.config_checks import validate
-from retina_jax.config_files import override
+from retina_jax.config_io import override
 from retina_jax.data import pipeline
 from retina_jax.data.coco import read_coco
 from retina_jax.data.pipeline import Batches, eval_batches, train_batches
-from retina_jax.data.preprocessing import resize, resize_large, resized_size
 from retina_jax.data.source import Source
+from retina_jax.data.transforms import resize, resize_large, resized_size
 from retina_jax.detector import to_canvas
 
 RNG = np.random.default_rng(0)

@@ -16,8 +16,8 @@ from small_sets import encode, rectangles
 from retina_jax.config import DataConfig
 from retina_jax.data.coco import read_coco
 from retina_jax.data.pipeline import Batch, Batches, eval_batches, overflow, train_batches
-from retina_jax.data.preprocessing import buckets, resized_size, train_short_sides
 from retina_jax.data.source import BadImage, Source
+from retina_jax.data.transforms import buckets, resized_size, train_short_sides
 
 SIZES = [(96, 72), (72, 96), (120, 60), (60, 120), (80, 80), (64, 48), (100, 75), (50, 110), (90, 60), (33, 47)]
 DATA = DataConfig(batch_size=4, short_side=100, long_side=160, max_boxes=5, workers=2)

@@ -16,21 +16,19 @@ from pixel_files import deep_png, deep_tiff, oriented, turned
 from small_sets import encode, write_coco
 
 from retina_jax.config import Config, DataConfig
-from retina_jax.config_files import override
+from retina_jax.config_io import override
 from retina_jax.data.coco import read_coco
 from retina_jax.data.conventions import Decoding, Votes
+from retina_jax.data.datasets import open_source, open_sources
 from retina_jax.data.decoding import image_of, is_plain_jpeg, open_image, read_header, to_rgb
-from retina_jax.data.jpeg_gaps import missing_part
-from retina_jax.data.one_colour import is_one_colour
+from retina_jax.data.image_faults import is_one_colour, missing_part
 from retina_jax.data.pipeline import eval_batches, train_batches
-from retina_jax.data.sixteen_bits import _warn_once, to_eight_bits
+from retina_jax.data.sixteen_bits import _warn_once, find_range, to_eight_bits
 from retina_jax.data.source import BadImage, Source
-from retina_jax.data.sources import open_source, open_sources
 from retina_jax.data.survey import Survey, decoding_of_files, survey_files, with_decoding
-from retina_jax.data.value_range import find_range
 from retina_jax.data_check.check import check_data, decide_decoding, survey_split
 from retina_jax.data_check.findings import Finding
-from retina_jax.data_check.images import fault_of
+from retina_jax.data_check.image_check import fault_of
 from retina_jax.data_check.split import read_split
 
 RED = np.array([230, 30, 30])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retina_jax.config import DataConfig
-from retina_jax.data.preprocessing import (
+from retina_jax.data.transforms import (
     assign_bucket,
     buckets,
     flip_boxes,

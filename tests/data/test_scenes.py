@@ -11,9 +11,9 @@ from PIL import Image
 
 from retina_jax.config import ConfigError, DataConfig, ScenesConfig
 from retina_jax.data.coco import read_coco
+from retina_jax.data.datasets import open_source
 from retina_jax.data.scenes import HUES, LEAST_VISIBLE, TRAIN, VAL, class_names, draw_scene, write_scenes
 from retina_jax.data.shapes import SHAPES, draw_shape
-from retina_jax.data.sources import open_source
 
 SMALL = ScenesConfig(train_images=6, val_images=3, size=96, max_side=40.0)
 

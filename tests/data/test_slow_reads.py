@@ -18,7 +18,7 @@ from fuzzing import assert_named
 from small_sets import named, rectangles
 
 from retina_jax.config import DataConfig
-from retina_jax.data import waiting
+from retina_jax.data import reading as waiting
 from retina_jax.data.pipeline import Batches, train_batches
 from retina_jax.data.reading import read_file
 from retina_jax.data.source import BadImage, Source

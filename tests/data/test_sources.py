@@ -6,9 +6,9 @@ import pytest
 from small_sets import document, rectangles, write_coco
 
 from retina_jax.config import Config, ConfigError, DataConfig
-from retina_jax.config_files import override
+from retina_jax.config_io import override
+from retina_jax.data.datasets import open_source, open_sources
 from retina_jax.data.source import DataError
-from retina_jax.data.sources import open_source, open_sources
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -36,7 +36,7 @@ print(sorted({{"tensorflow", "torch"}} & set(sys.modules)))
 def test_the_first_use_imports_it_and_hides_the_accelerators_once() -> None:
     code = """
 import sys
-from retina_jax.data.tensorflow import tf
+from retina_jax.data.transforms import tf
 from retina_jax.data import pipeline
 assert pipeline.tf is tf and not hasattr(tf, "__wrapped__") and "tensorflow" not in sys.modules
 import tensorflow

@@ -13,12 +13,12 @@ from small_sets import encode, rectangles, write_coco
 from tfds_sets import example, store
 
 from retina_jax.config import DataConfig
-from retina_jax.config_files import load_config, override
+from retina_jax.config_io import load_config, override
+from retina_jax.data.classes import COCO_CATEGORIES
 from retina_jax.data.coco import read_coco
-from retina_jax.data.coco_classes import COCO_CATEGORIES
+from retina_jax.data.datasets import open_source, open_sources
 from retina_jax.data.pipeline import eval_batches
 from retina_jax.data.source import BadImage, DataError, Source
-from retina_jax.data.sources import open_source, open_sources
 from retina_jax.data.tfds import read_tfds
 from retina_jax.data.tfrecords import TFRecordExamples
 

@@ -14,7 +14,7 @@ from PIL import Image
 from small_sets import encode
 
 from retina_jax.config import Config
-from retina_jax.config_files import override
+from retina_jax.config_io import override
 
 WIDTH, HEIGHT = 128, 96
 CONFIG = override(Config(), {"data.short_side": 96, "data.long_side": 128, "data.max_boxes": 4})

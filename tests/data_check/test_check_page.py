@@ -14,7 +14,7 @@ import pytest
 from planted import MISTAKES, Splits, clean
 from small_sets import encode
 
-from retina_jax.command_line import one_line_errors
+from retina_jax.cli import one_line_errors
 
 ROOT = Path(__file__).parents[2]
 SIZE = ("--data.short-side", "96", "--data.long-side", "128", "--data.max-boxes", "4")

@@ -11,16 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_sets import rectangles
 
-from retina_jax.anchors import anchor_grid
 from retina_jax.config import AnchorConfig, Config
-from retina_jax.config_files import override
+from retina_jax.config_io import override
 from retina_jax.data.pipeline import train_batches
 from retina_jax.data.source import Record
-from retina_jax.data_check.coverage import Coverage, cover
-from retina_jax.data_check.nearest import best_iou, best_iou_on
-from retina_jax.data_check.shares import Shares, bin_names, count_shares, coverage_findings
+from retina_jax.data_check.coverage import Coverage, Shares, bin_names, count_shares, cover, coverage_findings
 from retina_jax.data_check.suggestion import GOOD, as_options, suggest
-from retina_jax.data_check.views import ASPECTS, SIDES, Views, view_boxes
+from retina_jax.data_check.views import ASPECTS, SIDES, Views, best_iou, best_iou_on, view_boxes
+from retina_jax.ops.anchors import anchor_grid
 
 SMALL = override(Config(), {"data.short_side": 96, "data.long_side": 128})
 STYLES = ("paper", "detectron", "detectron2", "torchvision")

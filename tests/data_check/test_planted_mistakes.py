@@ -13,13 +13,12 @@ from pycocotools.coco import COCO
 from small_sets import write_coco
 from test_coco import PLACES, anything, edited
 
-from retina_jax.config_files import override
+from retina_jax.config_io import override
 from retina_jax.data.coco import parse_coco, read_coco
 from retina_jax.data.source import DataError
-from retina_jax.data_check.boxes import box_findings
 from retina_jax.data_check.check import Check, check_data
 from retina_jax.data_check.findings import KINDS, SHOWN, Finding, grouped
-from retina_jax.data_check.split import REFUSED, read_split, refusals, repeated
+from retina_jax.data_check.split import REFUSED, box_findings, read_split, refusals, repeated
 
 ERRORS = {
     "refused_categories",

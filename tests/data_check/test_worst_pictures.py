@@ -9,9 +9,9 @@ from planted import CONFIG, clean
 
 from retina_jax.data.conventions import AS_VIEWERS
 from retina_jax.data_check.coverage import Coverage
-from retina_jax.data_check.pictures import IN_PICTURES, RESCUED, UNCOVERED, draw_coverage, worst_pictures
 from retina_jax.data_check.split import Split, read_split
 from retina_jax.data_check.views import Views, view_boxes
+from retina_jax.reports.coverage_pictures import IN_PICTURES, RESCUED, UNCOVERED, draw_coverage, worst_pictures
 
 
 def coverage_of(views: Views, states: dict[int, str]) -> Coverage:

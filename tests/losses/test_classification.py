@@ -12,15 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retina_jax.config import ConfigError, LossConfig
-from retina_jax.losses.classification import (
-    balanced_cross_entropy,
-    classification_loss,
-    cross_entropy,
-    focal,
-    focal_star,
-    hinge,
-)
-from retina_jax.matching import BACKGROUND, IGNORED
+from retina_jax.losses.focal import balanced_cross_entropy, classification_loss, cross_entropy, focal, focal_star, hinge
+from retina_jax.ops.matching import BACKGROUND, IGNORED
 
 GAMMAS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 LOGITS = np.array([0.0, -0.0, 1e-3, -1e-3, 0.5, -0.5, 2.0, -2.0, 20.0, -20.0, 60.0, -60.0, 100.0, -100.0, 1e4, -1e4])

@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from retina_jax.config import ConfigError, LossConfig, MatchingConfig
-from retina_jax.losses.classification import classification_loss
-from retina_jax.losses.detection import EMA_START, ImageLosses, denominator, image_losses, image_weights
+from retina_jax.losses.focal import classification_loss
 from retina_jax.losses.mining import mine
-from retina_jax.matching import BACKGROUND, IGNORED, match
+from retina_jax.losses.total import EMA_START, ImageLosses, denominator, image_losses, image_weights
+from retina_jax.ops.matching import BACKGROUND, IGNORED, match
 
 SCOPES = ("global", "per_image", "per_device", "ema")
 B, A, G, K = 3, 12, 4, 3

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from retina_jax.anchors import anchor_grid
 from retina_jax.config import AnchorConfig, Config, ConfigError, ModelConfig, OptimizerConfig
-from retina_jax.config_files import override
+from retina_jax.config_io import override
 from retina_jax.losses.mining import mine
+from retina_jax.ops.anchors import anchor_grid
 from retina_jax.training.parallel import Driver
 from retina_jax.training.step import Inputs
 

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retina_jax.config import LossConfig
-from retina_jax.losses import summed as module
-from retina_jax.losses.classification import classification_loss
-from retina_jax.losses.summed import _at_once, _in_tiles, summed
-from retina_jax.matching import BACKGROUND, IGNORED
+from retina_jax.losses import fused as module
+from retina_jax.losses.focal import classification_loss
+from retina_jax.losses.fused import _at_once, _in_tiles, summed
+from retina_jax.ops.matching import BACKGROUND, IGNORED
 
 KINDS = {
     "cross_entropy": LossConfig(kind="cross_entropy"),

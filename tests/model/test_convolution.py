@@ -14,8 +14,8 @@ from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from retina_jax.model import winograd
-from retina_jax.model.convolution import by_columns, convolution, kernel_gradient, map_gradient, plain_convolution
+from retina_jax.cpu import winograd
+from retina_jax.cpu.convolution import by_columns, convolution, kernel_gradient, map_gradient, plain_convolution
 
 Form = Callable[[jax.Array, jax.Array], jax.Array]
 

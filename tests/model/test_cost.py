@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from retina_jax.anchors import anchors_per_cell
 from retina_jax.config import AnchorConfig, Config, ModelConfig
-from retina_jax.model.cost import forward_flops, jaxpr_flops
 from retina_jax.model.retinanet import RetinaNet
+from retina_jax.model.summary import forward_flops, jaxpr_flops
+from retina_jax.ops.anchors import anchors_per_cell
 
 SMALL = ModelConfig(backbone="resnet18", base_width=16, fpn_channels=32, head_channels=32)
 

@@ -7,9 +7,8 @@ import pytest
 
 from retina_jax.config import ModelConfig
 from retina_jax.model.initialisation import initialise
-from retina_jax.model.inputs import normalise
 from retina_jax.model.resnet import ResNet
-from retina_jax.model.retinanet import RetinaNet
+from retina_jax.model.retinanet import RetinaNet, normalise
 
 
 @pytest.mark.parametrize("norm", ["frozen", "group"])

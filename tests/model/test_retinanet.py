@@ -11,11 +11,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from retina_jax.config import ConfigError, ModelConfig
-from retina_jax.model.heads import Head
 from retina_jax.model.initialisation import initialise
-from retina_jax.model.inputs import normalise
-from retina_jax.model.retinanet import Outputs, RetinaNet
-from retina_jax.model.table import parameter_counts, parameter_table
+from retina_jax.model.retinanet import Head, Outputs, RetinaNet, normalise
+from retina_jax.model.summary import parameter_counts, parameter_table
 
 TINY = ModelConfig(
     base_width=8, stage_blocks=(1, 1, 1, 1), fpn_channels=16, head_channels=16, norm="group", frozen_stages=0

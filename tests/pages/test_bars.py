@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from retina_jax.pages.bars import Stack, bar_chart
+from retina_jax.reports.charts import Stack, bar_chart
 
 SVG = "{http://www.w3.org/2000/svg}"
 STACKS = [Stack("good", [4, 0, 2], "#009e73"), Stack("<bad> & worse", [2, 1, 0], "#d55e00")]

@@ -30,26 +30,29 @@ from retina_jax.config import (
     ScenesConfig,
     TrainingConfig,
 )
-from retina_jax.config_files import override, to_dict
+from retina_jax.config_io import override, to_dict
+from retina_jax.console import hardware
+from retina_jax.data.datasets import open_source
 from retina_jax.data.pipeline import eval_batches
-from retina_jax.data.sources import open_source
 from retina_jax.detector import Detector
-from retina_jax.hardware import hardware
-from retina_jax.losses.classification import classification_loss
-from retina_jax.matching import BACKGROUND, IGNORED
+from retina_jax.losses.focal import classification_loss
+from retina_jax.ops.matching import BACKGROUND, IGNORED
 from retina_jax.paper.figures import StarRun, Timed, figure1, figure2, figure4, figure5, figure6, figure7, save
-from retina_jax.paper.latency import latency
-from retina_jax.paper.loss_curves import SELECTED, fl, loss_slopes, loss_values, x_of_p
-from retina_jax.paper.loss_distribution import (
+from retina_jax.paper.loss_analysis import (
     GAMMAS,
+    SELECTED,
     Sample,
     cumulative_loss,
+    fl,
+    loss_slopes,
+    loss_values,
     sample_windows,
     share_of_hardest,
     shares_table,
     window_x_t,
+    x_of_p,
 )
-from retina_jax.paper.measured import effective_ap, finished_run, random_images, run_latency, speeds, star_runs
+from retina_jax.paper.measured import effective_ap, finished_run, latency, random_images, run_latency, speeds, star_runs
 from retina_jax.paper.results import Point, Result, Sweep, read_sweeps
 from retina_jax.training.parallel import Driver
 

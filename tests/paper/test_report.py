@@ -16,15 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retina_jax.config import Config, ConfigError, DataConfig, ModelConfig, TrainingConfig
-from retina_jax.config_files import load_config, override, to_dict
-from retina_jax.evaluation import SUMMARY
-from retina_jax.pages.charts import Line, line_chart, log_ticks, ticks
-from retina_jax.paper.html import to_html
-from retina_jax.paper.markdown import plain, to_markdown
+from retina_jax.config_io import load_config, override, to_dict
+from retina_jax.evaluation.coco_scores import SUMMARY
+from retina_jax.paper.comparison import Section, build_report, smoothed
 from retina_jax.paper.published import TABLE_1B, TABLE_1E
-from retina_jax.paper.report import Section, build_report, smoothed
 from retina_jax.paper.results import read_sweeps
 from retina_jax.paper.wording import signed
+from retina_jax.reports.charts import Line, line_chart, log_ticks, ticks
+from retina_jax.reports.sweep_page import plain, to_html, to_markdown
 
 ROOT = Path(__file__).parents[2]
 SCENES = Config(data=DataConfig(source="scenes"), model=ModelConfig(num_classes=6), training=TrainingConfig(steps=100))

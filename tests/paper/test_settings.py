@@ -11,7 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from retina_jax.config import AnchorConfig, Config, ConfigError, DataConfig, ModelConfig, OptimizerConfig
-from retina_jax.config_files import load_config, override
+from retina_jax.config_io import load_config, override
 from retina_jax.paper import settings
 from retina_jax.sweeps.points import Point, expand, load_sweep
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from retina_jax.config import Config, DataConfig, ScenesConfig, TrainingConfig
-from retina_jax.data.sources import open_source
-from retina_jax.evaluation import evaluate_coco
+from retina_jax.data.datasets import open_source
+from retina_jax.evaluation.coco_scores import evaluate_coco
+from retina_jax.runs.folder import Clock, finish_run, write_json
 from retina_jax.training.metrics import Metrics
 from retina_jax.training.opening import open_run
-from retina_jax.training.run import Clock, finish_run, write_json
 
 STEPS = 40
 

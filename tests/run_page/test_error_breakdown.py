@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retina_jax.coco_scores import Found, Truth, coco_curves, coco_stats
-from retina_jax.evaluation import in_arrays
-from retina_jax.run_page.error_breakdown import (
+from retina_jax.evaluation.coco_scores import in_arrays
+from retina_jax.evaluation.error_analysis import (
     BACKGROUND,
     BOTH,
     CLASSIFICATION,
@@ -30,6 +29,7 @@ from retina_jax.run_page.error_breakdown import (
     mended_ap,
     sort_errors,
 )
+from retina_jax.evaluation.precision_recall import Found, Truth, coco_curves, coco_stats
 
 ALL = range(len(KINDS))
 CAT, DOG = 0, 1

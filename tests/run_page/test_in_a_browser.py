@@ -6,7 +6,7 @@ from pathlib import Path
 
 from browser import DESKTOP, PHONE, Browser
 
-from retina_jax.run_page.build import run_page
+from retina_jax.reports.run_page import run_page
 
 
 def test_the_page_is_clicked_through_and_asks_for_nothing(tiny_run: Path) -> None:

@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 
 from retina_jax.config import ConfigError
-from retina_jax.evaluation import SUMMARY
-from retina_jax.run_page.build import run_page
-from retina_jax.run_page.curves import MOST_POINTS, points
-from retina_jax.run_page.record import read_record
+from retina_jax.evaluation.coco_scores import SUMMARY
+from retina_jax.reports.run_page import MOST_POINTS, points, run_page
+from retina_jax.runs.record import read_record
 
 ROOT = Path(__file__).parents[2]
 

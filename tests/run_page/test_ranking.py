@@ -5,9 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from retina_jax.coco_scores import Found, Truth
-from retina_jax.run_page.error_breakdown import Errors, sort_errors
-from retina_jax.run_page.ranking import Counts, best_and_worst, count_by_image, operating_point
+from retina_jax.evaluation.error_analysis import (
+    Counts,
+    Errors,
+    best_and_worst,
+    count_by_image,
+    operating_point,
+    sort_errors,
+)
+from retina_jax.evaluation.precision_recall import Found, Truth
 
 
 def images_of(rows: list[tuple[int, list[float], list[float]]]) -> tuple[Truth, Found, Errors]:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from retina_jax.detector import ImageDetections
-from retina_jax.shipping.check import Comparison, compare
-from retina_jax.shipping.loader import Found
+from retina_jax.export.agreement import Comparison, compare
+from retina_jax.export.loader import Found
 
 IMAGE = np.zeros((50, 100, 3), np.uint8)
 """A hundredth of a pixel is the tolerance here."""

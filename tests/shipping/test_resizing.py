@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from retina_jax.data.preprocessing import resize, resize_large
-from retina_jax.shipping.resizing import resize_to_canvas
+from retina_jax.data.transforms import resize, resize_large
+from retina_jax.export.resizing import resize_to_canvas
 
 CANVAS = 64, 96
 height, width = st.integers(1, 64), st.integers(1, 96)

@@ -26,14 +26,13 @@ from PIL import Image
 from small_sets import rectangles
 
 from retina_jax.config import Config, ConfigError, DataConfig
-from retina_jax.config_files import override
-from retina_jax.data.preprocessing import resized_size
+from retina_jax.config_io import override
+from retina_jax.cpu.convolution import convolution
+from retina_jax.data.transforms import resized_size
 from retina_jax.detector import Detector, to_canvas
-from retina_jax.model.convolution import convolution
-from retina_jax.shipping import check, writing
-from retina_jax.shipping.check import ExportError
-from retina_jax.shipping.images import images_for
-from retina_jax.shipping.programs import PLATFORMS, canvases
+from retina_jax.export import agreement, programs
+from retina_jax.export.agreement import ExportError, images_for
+from retina_jax.export.programs import PLATFORMS, canvases
 from retina_jax.training.parallel import Driver
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +46,7 @@ def imported(path: Path, name: str) -> ModuleType:
     return module
 
 
-loader = imported(ROOT / "retina_jax" / "shipping" / "loader.py", "loader")
+loader = imported(ROOT / "retina_jax" / "export" / "loader.py", "loader")
 LoadError, load = loader.LoadError, loader.load
 GROUP = override(
     Config(),
@@ -144,7 +143,7 @@ def test_answers_are_those_of_the_live_detector(live: Detector, shipped: loader.
 def test_the_other_conventions_travel_too(tmp_path: Path) -> None:
     """Frozen norm, antialias, float pixels, inclusive ends, one square canvas, floor, clipping after the suppression."""
     live = detector_of(FROZEN)
-    writing.ship(live, tmp_path / "detector.zip", "a test", photographs()[:1])
+    programs.ship(live, tmp_path / "detector.zip", "a test", photographs()[:1])
     shipped = load(str(tmp_path / "detector.zip"))
     assert [tuple(canvas) for canvas in shipped.about["canvases"]] == [(96, 96)]
     for image in photographs()[:3]:
@@ -156,7 +155,7 @@ def test_pillows_pixels_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     resizes; an environment without Pillow is named."""
     live = detector_of(override(GROUP, {"data.resize": "pillow", "data.buckets": 1}))
     path = tmp_path / "detector.zip"
-    writing.write_file(path, live, "a test")
+    programs.write_file(path, live, "a test")
     with zipfile.ZipFile(path) as archive:
         assert [name for name in archive.namelist() if "programs" in name] == ["programs/detect_96x96"]
     shipped = load(str(path))
@@ -297,39 +296,39 @@ def test_a_file_that_answers_otherwise_is_not_kept(
     live: Detector, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what stood in its place before still does."""
-    monkeypatch.setattr(writing, "write_file", lambda path, *_: tampered(file, path))
+    monkeypatch.setattr(programs, "write_file", lambda path, *_: tampered(file, path))
     out = tmp_path / "detector.zip"
     out.write_bytes(b"older")
     with pytest.raises(
         ExportError, match=r"answers otherwise than the live one and is not kept: 2 images, 40 detections"
     ):
-        writing.ship(live, out, "a test", photographs()[:1])
+        programs.ship(live, out, "a test", photographs()[:1])
     assert out.read_bytes() == b"older" and list(tmp_path.iterdir()) == [out]
 
 
 def test_every_canvas_is_tried(file: Path) -> None:
     """Where no image is put on a canvas, one that is so is made."""
-    shipped = writing.load(str(file))
+    shipped = programs.load(str(file))
     sizes = {(48, 32): [(64, 96)], (32, 48): [(96, 64)]}
     for size, others in sizes.items():
         image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
-        (made,) = check.for_other_canvases(shipped, [image])
+        (made,) = agreement.for_other_canvases(shipped, [image])
         assert [shipped.canvas(shipped.resized_size(*made.shape[:2]))] == others
         assert np.array_equal(made[: size[0], : size[1]], image[: made.shape[0], : made.shape[1]])
-    assert check.for_other_canvases(shipped, [made, image]) == []
+    assert agreement.for_other_canvases(shipped, [made, image]) == []
 
 
 def test_a_comparison_of_nothing_is_none(live: Detector, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing is found on the images, nothing has been compared."""
-    monkeypatch.setattr(check, "compare", lambda *_: check.Comparison(1, 0, 0, 0.0, 0.0))
+    monkeypatch.setattr(agreement, "compare", lambda *_: agreement.Comparison(1, 0, 0, 0.0, 0.0))
     with pytest.raises(ExportError, match=r"nothing was found on 2 images.*--images"):
-        check.check(live, writing.load(str(file)), photographs()[:1])
+        agreement.check(live, programs.load(str(file)), photographs()[:1])
 
 
 def test_a_place_that_cannot_be_written_is_named(live: Detector, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ExportError, match=r"--out .*detector\.zip: cannot be written: "):
-        writing.ship(live, tmp_path / "file" / "detector.zip", "a test", [])
+        programs.ship(live, tmp_path / "file" / "detector.zip", "a test", [])
 
 
 def test_the_loader_refuses_what_is_no_image(shipped: loader.Detector) -> None:
@@ -427,7 +426,7 @@ def test_augmentation_is_not_shipped(live: Detector, tmp_path: Path) -> None:
     """A file without it would answer otherwise; the line says what to add."""
     augmented = dataclasses.replace(live, driver=Driver(override(GROUP, {"detection.tta_flip": True}), 2))
     with pytest.raises(ExportError, match=r"is not shipped; add --detection\.no-tta-flip"):
-        writing.ship(augmented, tmp_path / "detector.zip", "a test", photographs()[:1])
+        programs.ship(augmented, tmp_path / "detector.zip", "a test", photographs()[:1])
     assert not list(tmp_path.iterdir())
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from retina_jax.config import Config, OptimizerConfig
-from retina_jax.config_files import override
+from retina_jax.config_io import override
 from retina_jax.training.step import Inputs
 
 

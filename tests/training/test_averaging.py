@@ -16,14 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_files import override
+from retina_jax.config_io import override
 from retina_jax.detector import load_detector
-from retina_jax.training.averaging import averaging_decay
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.opening import open_run
 from retina_jax.training.parallel import Driver
 from retina_jax.training.state import TrainState, parameters_sha256
-from retina_jax.training.step import Inputs
+from retina_jax.training.step import Inputs, averaging_decay
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 Make = Callable[..., Inputs]

@@ -18,11 +18,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_files import override
+from retina_jax.config_io import override
 from retina_jax.errors import Stopped
+from retina_jax.runs.files import DiskError, damage
 from retina_jax.training import checkpoints as module
 from retina_jax.training.checkpoints import Checkpoints
-from retina_jax.training.disks import DiskError, damage
 from retina_jax.training.parallel import Driver
 from retina_jax.training.state import TrainState, parameters_sha256
 
@@ -442,7 +442,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from retina_jax import hosts
 from retina_jax.config import ConfigError
 from retina_jax.training.checkpoints import Checkpoints
-from retina_jax.training.disks import DiskError
+from retina_jax.runs.files import DiskError
 everywhere = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec())
 assert everywhere.mesh.size == 4 and hosts.several()
 

@@ -17,7 +17,7 @@ import pytest
 from jax.errors import JaxRuntimeError
 
 from retina_jax.config import Config
-from retina_jax.config_files import override
+from retina_jax.config_io import override
 from retina_jax.training import compilation
 from retina_jax.training.compilation import CompiledStep, Memory, OutOfMemory, memory_of, out_of_memory
 from retina_jax.training.parallel import Driver

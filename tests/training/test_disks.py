@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retina_jax.config import Config
-from retina_jax.config_files import override
+from retina_jax.config_io import override
 from retina_jax.errors import reason
+from retina_jax.runs.files import CHECKSUMS, DiskError, check_room, damage, write_checksums
+from retina_jax.runs.folder import Run
 from retina_jax.training.checkpoints import Checkpoints
-from retina_jax.training.disks import CHECKSUMS, DiskError, check_room, damage, write_checksums
 from retina_jax.training.metrics import Metrics
-from retina_jax.training.run import Run
 
 ROOT = Path(__file__).parents[2]
 
@@ -184,12 +184,12 @@ from pathlib import Path
 warnings.simplefilter("error")
 import jax, numpy as np
 from retina_jax.config import Config
-from retina_jax.config_files import override
+from retina_jax.config_io import override
 from retina_jax.training import checkpoints as module
 from retina_jax.training.checkpoints import Checkpoints
-from retina_jax.training.disks import DiskError
+from retina_jax.runs.files import DiskError
 from retina_jax.training.metrics import Metrics
-from retina_jax.training.run import Run
+from retina_jax.runs.folder import Run
 disk = Path(sys.argv[1])
 folder = disk / "checkpoints"
 noise = np.random.default_rng(0).normal(size=(8, 64, 1024)).astype(np.float32)

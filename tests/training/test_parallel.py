@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_files import override
-from retina_jax.model import winograd
+from retina_jax.config_io import override
+from retina_jax.cpu import winograd
 from retina_jax.training.parallel import Driver
 from retina_jax.training.state import parameters_sha256
 from retina_jax.training.step import Inputs
@@ -231,8 +231,8 @@ def test_frozen_parameters_never_move(tiny: Config, make_inputs: Make) -> None:
 
 def test_step_equals_one_written_out_plainly(tiny: Config, make_inputs: Make) -> None:
     """Against jax.grad of the mean over images of each one's loss by its positives, and SGD by hand."""
-    from retina_jax.anchors import anchor_grid
-    from retina_jax.losses.detection import image_losses
+    from retina_jax.losses.total import image_losses
+    from retina_jax.ops.anchors import anchor_grid
 
     config = tiny_one(tiny)
     driver, inputs = Driver(config, 3), make_inputs(7)

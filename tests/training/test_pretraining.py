@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from miniature.crops import Crops, draw_crops
+from miniature.pretraining import pretrain
 
 from retina_jax.config import Config, ModelConfig
-from retina_jax.config_files import override
-from retina_jax.data.crops import Crops, draw_crops
+from retina_jax.config_io import override
 from retina_jax.model.initialisation import initialise
 from retina_jax.training.parallel import Driver
-from retina_jax.training.pretraining import pretrain
 from retina_jax.weights.importing import with_backbone
 from retina_jax.weights.readers import parse
 from retina_jax.weights.safetensors import write_safetensors

@@ -10,10 +10,10 @@ import pytest
 from small_sets import encode
 
 from retina_jax.config import Config
-from retina_jax.config_files import override
+from retina_jax.config_io import override
 from retina_jax.data.pipeline import Batch, eval_batches, train_batches
-from retina_jax.data.preprocessing import assign_bucket, buckets, resized_size
 from retina_jax.data.source import Record, Source
+from retina_jax.data.transforms import assign_bucket, buckets, resized_size
 from retina_jax.training.parallel import Driver
 from retina_jax.training.step import Inputs
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_files import override
+from retina_jax.config_io import override
+from retina_jax.runs.folder import Clock, alone_in, finish_run, note_fact, read_run
 from retina_jax.training.metrics import Metrics, NonFiniteLoss
 from retina_jax.training.opening import open_run
-from retina_jax.training.run import Clock, alone_in, finish_run, note_fact, read_run
 
 NAMES, IDS = ("cat", "dog"), (3, 7)
 
@@ -71,7 +71,7 @@ def test_two_processes_never_train_in_one_folder(tmp_path: Path) -> None:
 
 def test_a_run_that_is_broken_off_keeps_its_folder_until_the_process_ends(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib, contextlib\nfrom retina_jax.training.run import alone_in\n"
+        "import sys, pathlib, contextlib\nfrom retina_jax.runs.folder import alone_in\n"
         "with contextlib.suppress(KeyboardInterrupt), alone_in(pathlib.Path(sys.argv[1])): raise KeyboardInterrupt\n"
         "print('left', flush=True); input()"
     )

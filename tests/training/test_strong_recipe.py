@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from retina_jax.config_checks import validate
-from retina_jax.config_files import load_config, override
+from retina_jax.config_io import load_config, override
 from retina_jax.presets import PRESETS
 from retina_jax.training.parallel import Driver
 from retina_jax.training.state import AveragedState

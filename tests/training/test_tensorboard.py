@@ -12,9 +12,9 @@ from PIL import Image
 from tensorflow.core.util import event_pb2
 
 from retina_jax.config import Config
+from retina_jax.runs.folder import Run
 from retina_jax.training.metrics import Metrics
 from retina_jax.training.opening import open_run
-from retina_jax.training.run import Run
 
 
 def events(folder: Path) -> list:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_files import override
+from retina_jax.config_io import override
+from retina_jax.runs.folder import Run
 from retina_jax.training.metrics import Metrics
 from retina_jax.training.opening import open_run
-from retina_jax.training.run import Run
 
 
 class StandIn(ModuleType):

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from retina_jax.anchors import anchor_grid
 from retina_jax.config import AnchorConfig, Config, ConfigError, MatchingConfig, ModelConfig
-from retina_jax.config_files import override
-from retina_jax.data.coco_classes import COCO_CATEGORIES
-from retina_jax.matching import BACKGROUND, IGNORED, match
+from retina_jax.config_io import override
+from retina_jax.data.classes import COCO_CATEGORIES
+from retina_jax.errors import WeightsError
 from retina_jax.model.initialisation import initialise
 from retina_jax.model.layers import Norm
 from retina_jax.model.retinanet import RetinaNet
+from retina_jax.ops.anchors import anchor_grid
+from retina_jax.ops.matching import BACKGROUND, IGNORED, match
 from retina_jax.weights.converted import Converted
 from retina_jax.weights.detectron import convert_detectron
 from retina_jax.weights.detectron2 import convert_detectron2
-from retina_jax.weights.errors import WeightsError
 from retina_jax.weights.importing import with_backbone
 
 BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnext101_32x8d": (3, 4, 23, 3)}
@@ -266,7 +266,7 @@ def test_detectron2s_own_example_of_matching(monkeypatch: pytest.MonkeyPatch) ->
     """Its test gives the IoU of three boxes with four anchors, thresholds .3 and .7, and every box keeps its best anchor."""
     quality = jnp.array([[0.15, 0.45, 0.2, 0.6], [0.3, 0.65, 0.05, 0.1], [0.05, 0.4, 0.25, 0.4]])
     # A box says by its first coordinate which row is its.
-    monkeypatch.setattr("retina_jax.matching.iou_matrix", lambda _, box: quality[box[0, 0].astype(int)][:, None])
+    monkeypatch.setattr("retina_jax.ops.matching.iou_matrix", lambda _, box: quality[box[0, 0].astype(int)][:, None])
     boxes = jnp.zeros((3, 4)).at[:, 0].set(jnp.arange(3.0))
     config = MatchingConfig(positive_iou=0.7, negative_iou=0.3, low_quality="all")
     matches = match(jnp.zeros((4, 4)), boxes, jnp.array([10, 11, 12], jnp.int32), config)

@@ -6,9 +6,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from retina_jax.config import ModelConfig
+from retina_jax.errors import WeightsError
 from retina_jax.model.initialisation import initialise
 from retina_jax.model.retinanet import RetinaNet
-from retina_jax.weights.errors import WeightsError
 from retina_jax.weights.filling import NAMED, fill
 
 CONFIG = ModelConfig(backbone="resnet18", base_width=4, fpn_channels=8, head_convs=1, head_channels=8)

@@ -17,14 +17,14 @@ from weight_files import safetensors
 from retina_jax import load_detector
 from retina_jax.config import Config, ConfigError, ModelConfig
 from retina_jax.config_checks import validate
-from retina_jax.config_files import load_config, override
+from retina_jax.config_io import load_config, override
+from retina_jax.errors import WeightsError
 from retina_jax.model.initialisation import initialise
 from retina_jax.model.retinanet import RetinaNet
 from retina_jax.presets import FIELDS, PRESETS
+from retina_jax.runs.folder import Run
 from retina_jax.training.parallel import Driver
-from retina_jax.training.run import Run
-from retina_jax.training.start import continued, flat
-from retina_jax.weights.errors import WeightsError
+from retina_jax.training.restore import continued, flat
 from retina_jax.weights.importing import import_detector, with_backbone
 
 ROOT = Path(__file__).parents[2]

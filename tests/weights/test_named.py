@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from retina_jax.errors import WeightsError
 from retina_jax.weights import named
-from retina_jax.weights.errors import WeightsError
 from retina_jax.weights.named import IMAGENET, NAMED, Named, fetch, find_weights
 
 CONTENT = np.random.default_rng(0).bytes(300_000)

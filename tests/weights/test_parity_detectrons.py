@@ -14,8 +14,8 @@ import pytest
 from recipes import photographs
 
 from retina_jax import load_detector
-from retina_jax.anchors import anchor_grid, level_counts
 from retina_jax.detector import to_canvas
+from retina_jax.ops.anchors import anchor_grid, level_counts
 
 # conftest loads them where parity tests are asked for: torch must come before TensorFlow.
 if "torchvision" not in sys.modules:

@@ -15,14 +15,14 @@ import pytest
 from recipes import photographs
 
 from retina_jax import load_detector
-from retina_jax.anchors import anchor_grid
 from retina_jax.config import Config
-from retina_jax.config_files import override
-from retina_jax.data.preprocessing import to_canvas_pixels
+from retina_jax.config_io import override
+from retina_jax.data.transforms import to_canvas_pixels
 from retina_jax.detector import Detector, ImageDetections, to_canvas
 from retina_jax.model.resnet import ResNet
+from retina_jax.ops.anchors import anchor_grid
 from retina_jax.training.parallel import Driver
-from retina_jax.training.start import flat
+from retina_jax.training.restore import flat
 from retina_jax.training.state import new_state
 from retina_jax.training.step import Inputs, train_step
 from retina_jax.weights.converted import renamed

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from weight_files import literal, pickled, python2_pickle, safetensors, tensor, torch_legacy, torch_zip
 
-from retina_jax.weights.errors import WeightsError
+from retina_jax.errors import WeightsError
 from retina_jax.weights.readers import read_weights
 
 GOLDEN = Path(__file__).parent / "golden"

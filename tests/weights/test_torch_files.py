@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from weight_files import literal, pickled, tensor, torch_legacy, torch_zip
 
-from retina_jax.weights.errors import WeightsError
+from retina_jax.errors import WeightsError
 from retina_jax.weights.readers import parse, read_weights
 
 SIX = np.arange(6, dtype=np.float32)

@@ -12,13 +12,13 @@ from recipes import drawn, photographs
 from weight_files import safetensors
 
 from retina_jax import load_detector
-from retina_jax.anchors import anchor_grid
 from retina_jax.config import Config
-from retina_jax.config_files import override
+from retina_jax.config_io import override
 from retina_jax.detector import to_canvas
+from retina_jax.errors import WeightsError
+from retina_jax.ops.anchors import anchor_grid
 from retina_jax.presets import PRESETS
 from retina_jax.weights.converted import with_epsilon
-from retina_jax.weights.errors import WeightsError
 from retina_jax.weights.torchvision import classes, convert_torchvision
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from weight_files import literal, pickled, tensor, torch_legacy, torch_zip
 
-from retina_jax.weights.errors import WeightsError
+from retina_jax.errors import WeightsError
 from retina_jax.weights.readers import read_weights
 from retina_jax.weights.torch_files import TORCH
 from retina_jax.weights.unpickling import unpickle

@@ -1,0 +1,1 @@
+"""Kernels for XLA's CPU backend. A reader of the method does not need them."""

@@ -1,0 +1,160 @@
+"""The configured data set, whichever kind it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from retina_jax import distributed
+from retina_jax.config import Config, ConfigError, DataConfig
+from retina_jax.config_io import override, with_classes
+from retina_jax.console import tell, warn
+from retina_jax.data.classes import Category, category_ids, listed, open_both
+from retina_jax.data.coco import read_coco
+from retina_jax.data.pipeline import overflow
+from retina_jax.data.scenes import write_scenes
+from retina_jax.data.source import DataError, Source
+from retina_jax.data.survey import with_decoding
+
+
+def open_source(
+    data: DataConfig, split: Literal["train", "val"], known: Sequence[Category] = (), *, unlabelled: bool = False
+) -> Source:
+    """Opens the training or the evaluation images; evaluation always keeps images without boxes. `known` are classes that
+    stay classes of the data although it has no box of them (`classes.placeholders`). With `unlabelled` a COCO file without
+    `annotations` is accepted (`Source.labelled`).
+
+    Raises ConfigError for a field that is missing, DataError for annotations that cannot be used (and, in training, for
+    annotations without any usable box). Prints the source's notes as warnings.
+    """
+    without_boxes = data.images_without_boxes if split == "train" else "keep"
+    if data.source == "tfds":
+        # TensorFlow Datasets takes seconds to import: only those who use it wait.
+        from retina_jax.data.tfds import read_tfds
+
+        name = data.tfds_train_split if split == "train" else data.tfds_val_split
+        truth = "" if split == "train" else data.val_annotations
+        if truth and not os.path.exists(truth):
+            warn(
+                f"data.val_annotations: {truth} does not exist; evaluating against the features of {data.tfds_name}, in "
+                "which areas are truncated to integers"
+            )
+            truth = ""
+        source = read_tfds(
+            data.tfds_name,
+            data.tfds_folder,
+            name,
+            images_without_boxes=without_boxes,
+            truth_annotations=truth,
+            empty_parents=data.empty_parents,
+        )
+    else:
+        if data.source == "scenes":
+            paths = write_scenes(data.scenes)
+            annotations, images = paths[:2] if split == "train" else paths[2:]
+        else:
+            annotations, images = getattr(data, f"{split}_annotations"), getattr(data, f"{split}_images")
+            for field, value in ((f"{split}_annotations", annotations), (f"{split}_images", images)):
+                if not value:
+                    raise ConfigError(f"data.{field} is empty; with data.source coco it must be a path")
+        source = read_coco(
+            annotations,
+            images,
+            images_without_boxes=without_boxes,
+            box_format=data.box_format if data.source == "coco" else "xywh",
+            crowds=data.crowds,
+            orientation=data.orientation,
+            undecided_orientation=data.undecided_orientation,
+            unlabelled=unlabelled,
+            known=known,
+            empty_parents=data.empty_parents,
+        )
+    if split == "train" and not any(len(record.labels) for record in source.records):
+        raise DataError(f"{source.name}: has no usable box ({source.counts}); training needs at least one")
+    for (category_id, name), why in source.left_out.items():
+        tell(f"{source.name}: category {name} ({category_id}) is left out: {why}")
+    for note in source.notes:
+        warn(f"{source.name}: {note}")
+    source = with_decoding(source, data)
+    if split == "val" and data.bits == "auto" and source.decoding.bits:
+        warn(
+            f"{source.name}: has 16-bit images, and no range of 16-bit training images is known: the range found here, "
+            f"{source.decoding.bits} bits, is used; data.bits sets another"
+        )
+    return source
+
+
+def open_sources(
+    config: Config, known: Sequence[Category] = (), workdir: str | Path = ""
+) -> tuple[Source, Source, Config]:
+    """What a run trains on, what it is evaluated on (the same where it never is), and its config with their classes, the
+    range of their 16-bit images and the orientation that they show. `known` are the classes of the run in `workdir` that is
+    to be resumed: the training data gets its labels.
+
+    Says what is there and what was left out of it. Raises as `open_source` and `with_classes` do, ConfigError where
+    classes do not fit each other or several hosts have different data, and DataError where an image file is missing and
+    data.bad_images would stop at it.
+    """
+
+    def open_train(known: Sequence[Category]) -> Source:
+        nonlocal config
+        source = open_source(config.data, "train", known)
+        config = override(config, {"data.bits": source.decoding.bits or config.data.bits})
+        inherit_orientation(source)
+        return source
+
+    def inherit_orientation(source: Source) -> None:
+        nonlocal config
+        if config.data.orientation == "auto" and source.shown in ("stored", "turned"):
+            config = override(config, {"data.undecided_orientation": source.shown})
+
+    def open_val(known: Sequence[Category]) -> Source:
+        return open_source(config.data, "val", known)
+
+    if config.training.eval_every < 0:
+        train = val = open_train(known)
+    else:
+        train, val = open_both(open_train, open_val, known)
+        if config.data.orientation == "auto" and (train.shown, val.shown) == ("open", "stored"):
+            tell(f"reading the training images as stored, as the evaluation images show it: {train.name} ...")
+            inherit_orientation(val)
+            train = open_train(train.categories)
+    if known:
+        train = train.arranged(known, f"--workdir {workdir}")
+    check_classes(train.categories, val)
+    if config.data.source == "coco" and config.data.bad_images == "stop":
+        check_images_are_there(train, len(train))
+        check_images_are_there(val, config.training.eval_images or len(val))
+    config = with_classes(config, len(train.class_names))
+    facts = {"training": train.sha256, "evaluation": val.sha256, "images": [len(train), len(val)]}
+    facts |= {"decoding": [str(train.decoding), str(val.decoding)]}
+    distributed.check_same("data", {**facts, "classes": list(train.class_names), "ids": list(val.category_ids)})
+    tell(f"train: {train}\nval: {val}")
+    if (left_out := overflow(train, config.data))[1]:
+        warn(f"data.max_boxes leaves out boxes: of {left_out[0]} images, {left_out[1]} boxes")
+    return train, val, config
+
+
+def check_classes(classes: Sequence[Category], val: Source) -> None:
+    """Raises ConfigError if a detector of `classes` cannot be scored on `val`, as `category_ids` does; warns of the
+    classes that are not scored."""
+    ids = category_ids(classes, val, f"data.val_annotations {val.name}")
+    if lacking := [category for category, same in zip(classes, ids, strict=True) if same is None]:
+        warn(f"{val.name}: has no category for {listed(lacking)}: {len(lacking)} of {len(ids)} classes are not scored")
+
+
+def check_images_are_there(source: Source, number: int) -> None:
+    """DataError where one of the first `number` image files is missing, before anything is trained; what is in the files is
+    seen when they are read."""
+    missing = [index for index in source.missing if index < number]
+    if missing:
+        first = missing[0]
+        known = next((f"; {place}" for index in missing if (place := source.missing[index])), "")
+        raise DataError(
+            f"{source.name}: {len(missing)} of {min(number, len(source))} images are missing: file_name "
+            f"{source.records[first].file_name!r} of image id {source.records[first].image_id} is not "
+            f"{source.where(first)}{known}; put the files there, name the folder that file_name is relative to, or leave "
+            "these images out with data.bad_images skip"
+        )

@@ -1,0 +1,1 @@
+"""COCO scores, the analysis of errors, and pictures with boxes."""

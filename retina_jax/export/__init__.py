@@ -1,0 +1,1 @@
+"""Export of a detector to one file that needs jax and numpy alone."""

@@ -1,0 +1,1 @@
+"""Operations on boxes as pure functions: anchors, matching, NMS and postprocessing."""

@@ -1,0 +1,119 @@
+"""Non-maximum suppression (Section 4.1, Inference)."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from retina_jax.ops.boxes import iou_matrix
+
+CHUNK = 1024
+"""Boxes ranked at once. A full ranking would cost more than all the rest, and is seldom needed."""
+BLOCK = 64
+"""Boxes decided at once."""
+
+
+class _Kept(NamedTuple):
+    number: Int[Array, ""]
+    """May pass D in the last block; what is beyond has no place."""
+    index: Int[Array, " D"]
+    boxes_xyxy: Float[Array, "D 4"]
+    labels: Int[Array, " D"]
+
+
+def nms(
+    boxes_xyxy: Float[Array, "N 4"],
+    scores: Float[Array, " N"],
+    labels: Int[Array, " N"],
+    *,
+    iou_threshold: float,
+    max_detections: int,
+) -> tuple[Int[Array, " D"], Bool[Array, " D"]]:
+    """Exact greedy suppression within each class: (indices of the kept boxes, which of them are real), best first.
+
+    Repeats: keep the box with the best remaining score, the lowest index of equals, and drop every box of its class
+    that overlaps it with an IoU above iou_threshold. An IoU of exactly iou_threshold stays. It ends when
+    D = max_detections boxes are kept or none remains. Entries past the last kept box have index 0 and are not valid.
+
+    It walks through the boxes in order of their scores, BLOCK at a time, against the boxes kept so far, and stops where D
+    are kept: no N x N matrix, and mostly a look at a part of the N boxes alone.
+
+    A score of -inf (or NaN) marks an absent box: it is neither kept nor suppresses. Classes are compared, not moved
+    apart by coordinate offsets, which would cost float32 digits.
+    """
+    size = scores.shape[0]
+    if size == 0 or max_detections == 0:
+        return jnp.zeros(max_detections, jnp.int32), jnp.zeros(max_detections, jnp.bool_)
+    chunk = min(CHUNK, size)
+    block = min(BLOCK, chunk)
+    blocks = -(-chunk // block)
+    number = lax.iota(jnp.int32, max_detections)
+
+    def suppressed(kept: _Kept, boxes: Float[Array, "b 4"], labels: Int[Array, " b"]) -> Bool[Array, " b"]:
+        overlaps = iou_matrix(kept.boxes_xyxy, boxes) > iou_threshold
+        of_class = (kept.labels[:, None] == labels[None]) & (number < kept.number)[:, None]
+        return (overlaps & of_class).any(axis=0)
+
+    def walk_on(state: tuple[Array, _Kept], at: Int[Array, " c"], real: Bool[Array, " c"]) -> tuple[Array, _Kept]:
+        start, kept = state
+        at = lax.dynamic_slice_in_dim(at, start * block, block)
+        boxes, of_class = boxes_xyxy[at], labels[at]
+        candidate = lax.dynamic_slice_in_dim(real, start * block, block) & ~suppressed(kept, boxes, of_class)
+        stays = _survivors(
+            candidate, (iou_matrix(boxes, boxes) > iou_threshold) & (of_class[:, None] == of_class[None])
+        )
+        place = jnp.where(stays, kept.number + jnp.cumsum(stays) - 1, max_detections)
+        return start + 1, _Kept(
+            kept.number + stays.sum(),
+            *(old.at[place].set(new, mode="drop") for old, new in zip(kept[1:], (at, boxes, of_class), strict=True)),
+        )
+
+    def walk(state: tuple[Array, _Kept]) -> tuple[Array, _Kept]:
+        """Through the best `chunk` of the remaining boxes, which then remain no more."""
+        remaining, kept = state
+        best, at = lax.top_k(remaining, chunk)  # of equals the lowest index first
+        padding = (0, blocks * block - chunk)
+        real = jnp.pad(best > -jnp.inf, padding)
+        ranked = jnp.pad(at, padding)
+        count = real.sum()
+        _, kept = lax.while_loop(
+            lambda state: (state[0] * block < count) & (state[1].number < max_detections),
+            lambda state: walk_on(state, ranked, real),
+            (jnp.zeros_like(count), kept),
+        )
+        return remaining.at[at].set(-jnp.inf), kept
+
+    # zeros_like, not zeros: inside a shard_map the state must vary over the devices as the boxes do.
+    none = _Kept(
+        number=jnp.zeros_like(labels, jnp.int32, ()),
+        index=jnp.zeros_like(labels, jnp.int32, max_detections),
+        boxes_xyxy=jnp.zeros_like(boxes_xyxy, shape=(max_detections, 4)),
+        labels=jnp.zeros_like(labels, shape=max_detections),
+    )
+    _, kept = lax.while_loop(
+        lambda state: (state[0] > -jnp.inf).any() & (state[1].number < max_detections),
+        walk,
+        (jnp.where(scores > -jnp.inf, scores, -jnp.inf), none),
+    )
+    return kept.index, number < kept.number
+
+
+def _survivors(candidate: Bool[Array, " b"], overlaps: Bool[Array, "b b"]) -> Bool[Array, " b"]:
+    """Which of these boxes, in order of their scores, are overlapped by no earlier one that survives.
+
+    The answer is the fixed point of: survive what no earlier survivor overlaps. The first i + 1 are right after i rounds;
+    where suppressed boxes do not suppress in long chains, all are after two or three.
+    """
+    place = lax.iota(jnp.int32, candidate.shape[0])
+    earlier = overlaps & (place[:, None] < place[None])
+
+    def round_of(survive: Bool[Array, " b"]) -> Bool[Array, " b"]:
+        return candidate & ~(earlier & survive[:, None]).any(axis=0)
+
+    survive, _ = lax.while_loop(
+        lambda state: (state[0] != state[1]).any(),
+        lambda state: (round_of(state[0]), state[0]),
+        (round_of(candidate), candidate),
+    )
+    return survive

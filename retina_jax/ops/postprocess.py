@@ -1,0 +1,111 @@
+"""Logits to detections (Section 4.1, Inference)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int
+
+from retina_jax.config import DetectionConfig
+from retina_jax.ops.boxes import clip, decode
+from retina_jax.ops.nms import nms
+
+PADDING = -1
+"""Label of the rows of `Detections` that hold none."""
+
+
+class Detections(NamedTuple):
+    """Detected objects of each image, best first; rows past the last one are padding."""
+
+    boxes_xyxy: Float32[Array, "B D 4"]
+    """Boxes in canvas pixels, inside the image; 0 on padding."""
+    scores: Float32[Array, "B D"]
+    """Probability of the class, above the threshold; 0 on padding."""
+    labels: Int[Array, "B D"]
+    """Class 0 to K - 1; PADDING (-1) on padding."""
+
+
+def detect(
+    logits: Float[Array, "B A K"],
+    deltas: Float[Array, "B A 4"],
+    anchors: Float[Array | np.ndarray, "A 4"],
+    level_counts: tuple[int, ...],
+    image_sizes: Int[Array, "B 2"],
+    config: DetectionConfig,
+) -> Detections:
+    """Detections of each image: at most D = config.max_detections.
+
+    On each pyramid level the top_k best scores over all anchors and classes are taken, those at or below
+    score_threshold dropped, the rest decoded and clipped to the image; levels are merged and suppressed class by class
+    (`nms`). An anchor can give several classes. A score of exactly score_threshold is dropped. Boxes that clipping
+    leaves without area are kept. All in float32.
+
+    Without config.threshold_coarsest the last level drops no score above 0. With config.clip "after_nms" whole boxes are
+    suppressed, those that remain are clipped, and the ones without area are dropped: D may then not be reached.
+
+    level_counts are the anchors of each level, as `anchors.level_counts` gives them; image_sizes is (height, width) of
+    the real image in the upper left corner of the canvas.
+    """
+    if sum(level_counts) != logits.shape[1]:
+        raise ValueError(
+            f"level_counts {level_counts} add up to {sum(level_counts)}, but there are {logits.shape[1]} anchors"
+        )
+    anchors = jnp.asarray(anchors)
+    starts = [sum(level_counts[:level]) for level in range(len(level_counts))]
+    thresholds = [config.score_threshold] * len(level_counts)
+    if not config.threshold_coarsest:
+        thresholds[-1] = 0.0
+
+    def of_image(logits: Float[Array, "A K"], deltas: Float[Array, "A 4"], size_hw: Int[Array, "2"]) -> tuple:
+        found = []
+        for start, count, threshold in zip(starts, level_counts, thresholds, strict=True):
+            values, anchor, label = best_logits(logits[start : start + count], config.top_k)
+            found.append((values, anchor + start, label, jnp.full(values.shape, threshold, jnp.float32)))
+        best, anchor, label, threshold = (jnp.concatenate(parts) for parts in zip(*found, strict=True))
+        scores = jax.nn.sigmoid(best.astype(jnp.float32))
+        boxes_xyxy = decode(deltas[anchor].astype(jnp.float32), anchors[anchor])
+        if config.clip == "before_nms":
+            boxes_xyxy = clip(boxes_xyxy, size_hw)
+        kept, valid = nms(
+            boxes_xyxy,
+            jnp.where(scores > threshold, scores, -jnp.inf),
+            label,
+            iou_threshold=config.nms_iou,
+            max_detections=config.max_detections,
+        )
+        if config.clip == "after_nms":
+            boxes_xyxy = clip(boxes_xyxy, size_hw)
+            valid = valid & (boxes_xyxy[kept, 2:] > boxes_xyxy[kept, :2]).all(axis=1)
+            in_front = jnp.argsort(~valid, stable=True)
+            kept, valid = kept[in_front], valid[in_front]
+        return (
+            jnp.where(valid[:, None], boxes_xyxy[kept], 0.0),
+            jnp.where(valid, scores[kept], 0.0),
+            jnp.where(valid, label[kept], PADDING),
+        )
+
+    return Detections(*jax.vmap(of_image)(logits, deltas, image_sizes))
+
+
+def best_logits(
+    logits: Float[Array, "A K"], top_k: int
+) -> tuple[Float[Array, " k"], Int[Array, " k"], Int[Array, " k"]]:
+    """(logits, anchors, classes) of the k = min(top_k, A * K) largest logits of a level, largest first.
+
+    Exactly `lax.top_k` of the flattened logits, equals in order of (anchor, class) included, without ranking all A * K:
+    it ranks the A anchors by their best class, keeps the first k anchors, and ranks the k * K logits of those.
+
+    Why nothing is lost: suppose that logit e, among the k largest, lay on an anchor that was not kept. Then k anchors
+    were ranked before it, and the best logit of each is larger than the best of e's anchor, hence larger than e, or
+    equal to it with a lower anchor index. Either way k logits come before e, so e is not among the k largest.
+    For equals to come out in order, the kept anchors are put back in order of their index.
+
+    Logits rank as their scores do, since the sigmoid is monotone, and where it saturates they still tell scores apart.
+    """
+    anchors, classes = logits.shape
+    _, kept = lax.top_k(logits.max(axis=1), min(top_k, anchors))
+    kept = jnp.sort(kept)
+    values, place = lax.top_k(logits[kept].reshape(-1), min(top_k, kept.shape[0] * classes))
+    return values, kept[place // classes], place % classes

@@ -1,0 +1,1 @@
+"""HTML pages and charts: a run, a data check, a sweep."""

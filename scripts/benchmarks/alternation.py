@@ -1,0 +1,123 @@
+"""Variants measured in turn: one repetition of each, again and again, so that whatever else the machine does meets all."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.work import BenchmarkError, Task
+from retina_jax.console import processor
+
+SCRIPTS = Path(__file__).parents[1]
+"""Folder that a worker imports `benchmarks` from."""
+REST = 0.1
+"""Seconds between two repetitions: threads of the one before may still be giving memory back, on the same core."""
+
+
+def measure(
+    task: Task, variants: dict[str, str], repetitions: int, python: str = sys.executable
+) -> list[dict[str, Any]]:
+    """A row of figures for each variant.
+
+    Args:
+      task: the work.
+      variants: the module that does it (`make(task) -> Work`), by name of the variant; the first is this project.
+      repetitions: of each, after the warm-up.
+      python: the interpreter that the variants other than the first run in.
+
+    Returns:
+      Rows in the order of `variants`: cpu_ms and wall_ms, medians of a repetition; peak_mib; ratio and wall_ratio, the
+      row's time over that of the first (ratio: CPU time, on a GPU wall time); images_per_second; tflops, of the wall time.
+
+    Raises:
+      BenchmarkError: a variant cannot be made, or dies; the line names it.
+    """
+    with ExitStack() as stack:
+        workers, made = {}, {}
+        for name, module in variants.items():  # made one after the other: what a matrix product reaches is timed there
+            workers[name] = stack.enter_context(_worker(name, module, task, python if workers else sys.executable))
+            made[name] = _answer(name, workers[name])
+        figures: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
+        for _ in range(repetitions):
+            for name, worker in workers.items():
+                if task.device == "cpu":
+                    time.sleep(REST)
+                figures[name].append(_ask(name, worker))
+    rows = [_row(task, name, made[name], figures[name]) for name in workers]
+    for row in rows:
+        row["wall_ratio"] = row["wall_ms"] / rows[0]["wall_ms"]
+        row["ratio"] = row["wall_ratio"] if task.device == "gpu" else row["cpu_ms"] / rows[0]["cpu_ms"]
+    return rows
+
+
+@contextmanager
+def _worker(name: str, module: str, task: Task, python: str) -> Iterator[subprocess.Popen[str]]:
+    command = [python, "-m", "benchmarks.worker", module, json.dumps(asdict(task))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(SCRIPTS), os.environ.get("PYTHONPATH", "")))}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            yield process
+        finally:
+            with suppress(BrokenPipeError):  # it died with a line unread; what it died of is told elsewhere
+                process.stdin.close()
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _ask(name: str, worker: subprocess.Popen[str]) -> dict[str, Any]:
+    try:
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    except BrokenPipeError:
+        raise BenchmarkError(f"{name}: its process ended; what it printed is above") from None
+    return _answer(name, worker)
+
+
+def _answer(name: str, worker: subprocess.Popen[str]) -> dict[str, Any]:
+    line = worker.stdout.readline()
+    if not line:
+        raise BenchmarkError(f"{name}: its process ended with status {worker.wait()}; what it printed is above")
+    answer = json.loads(line)
+    if "error" in answer:
+        raise BenchmarkError(f"{name}: {answer['error']}")
+    return answer
+
+
+def _row(task: Task, name: str, made: dict[str, Any], figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    cpu, wall = (statistics.median(figure[key] for figure in figures) for key in ("cpu_ms", "wall_ms"))
+    peaks = [figure["peak_mib"] for figure in figures if figure["peak_mib"] is not None]
+    row = {
+        "name": task.name,
+        "variant": name,
+        "size": task.size,
+        "batch": task.batch,
+        "backbone": task.backbone,
+        "dtype": task.dtype,
+        "cores": task.cores,
+        "device": task.device,
+        "repetitions": len(figures),
+        "cpu_ms": cpu,
+        "wall_ms": wall,
+        "peak_mib": max(peaks, default=None),
+    }
+    if made["images"]:
+        row["images_per_second"] = 1000 * made["images"] / wall
+    if made["flops"]:
+        row["tflops"] = made["flops"] / wall / 1e9
+    row |= {"hardware": processor()} | made["facts"]
+    if "tflops" in row and "matmul_tflops" in row:
+        row["share_of_matmul"] = row["tflops"] / row["matmul_tflops"]
+    return row

@@ -1,0 +1,32 @@
+"""The benchmark of the input pipeline: the batches that training takes, made from JPEG files."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from benchmarks.photographs import IMAGES, batches_a_repetition, rest
+from benchmarks.work import BenchmarkError, Task, Work
+from retina_jax.config import DataConfig
+from retina_jax.data.coco import read_coco
+from retina_jax.data.pipeline import train_batches
+from retina_jax.data.source import DataError
+
+
+def make(task: Task) -> Work:
+    """`train_batches` of the first IMAGES of `task.annotations`, with short and long side the two numbers of `task.size`."""
+    short_side, long_side = task.canvas
+    try:
+        source = read_coco(task.annotations, task.images)
+    except DataError as error:
+        raise BenchmarkError(str(error)) from None
+    source = dataclasses.replace(source, records=source.records[:IMAGES])
+    data = DataConfig(batch_size=task.batch, short_side=short_side, long_side=long_side)
+    batches = train_batches(source, data, seed=task.seed)
+    count = batches_a_repetition(task.batch)
+
+    def run() -> None:
+        for _ in range(count):
+            next(batches)
+        rest()
+
+    return Work(run, images=count * task.batch)

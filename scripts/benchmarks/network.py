@@ -1,0 +1,160 @@
+"""The network's benchmarks: step, forward, detect and compile, by the very programs that training and inference run."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from benchmarks.inputs import scene
+from benchmarks.work import Task, Work
+from retina_jax.config import Config
+from retina_jax.config_io import override
+from retina_jax.model.summary import forward_flops, jaxpr_flops
+from retina_jax.training.compilation import CompiledStep, compile_events, memory_of
+from retina_jax.training.parallel import Driver
+from retina_jax.training.step import Inputs
+
+SCORES_ABOVE, LOGIT_STD = 1000, 1.5
+"""Of `detect`: scores above the threshold, an image, and how spread logits are. Random weights would give none, or all."""
+
+
+def make(task: Task) -> Work:
+    """The work of `task`."""
+    driver = Driver(config_of(task), task.classes)
+    inputs = driver.place(inputs_of(task))
+    return {"step": step, "forward": forward, "detect": detect, "compile": compile_step}[task.name](
+        task, driver, inputs
+    )
+
+
+def config_of(task: Task) -> Config:
+    """The paper's recipe on one device, at a rate so low that the weights stay what they are; strides where the peers have
+    them, which costs 2 % more."""
+    return override(
+        Config(),
+        {
+            "model.backbone": task.backbone,
+            "model.dtype": task.dtype,
+            "model.stride_position": "3x3",
+            "data.batch_size": task.batch,
+            "optimizer.learning_rate": 1e-8,
+            "devices": 1,
+        },
+    )
+
+
+def inputs_of(task: Task) -> Inputs:
+    """A batch of `task`, padded with boxes as training's batches are."""
+    made = scene(task.batch, task.canvas, task.boxes, task.classes, task.seed)
+    padding = ((0, 0), (0, Config().data.max_boxes - task.boxes))
+    return Inputs(
+        images=made.images,
+        image_sizes=np.tile(np.array(task.canvas, np.int32), (task.batch, 1)),
+        boxes_xyxy=np.pad(made.boxes_xyxy, (*padding, (0, 0))),
+        labels=np.pad(made.labels, padding, constant_values=-1),
+        valid=np.ones(task.batch, bool),
+    )
+
+
+def step(task: Task, driver: Driver, inputs: Inputs) -> Work:
+    """A training step, its state given away as training does it."""
+    state = driver.first_state()
+    flops = jaxpr_flops(jax.make_jaxpr(driver.step)(state, inputs).jaxpr)
+    jax.clear_caches()  # of what training does not trace
+    compiled = CompiledStep(driver.step, canvases=1, announce=lambda line: None)
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = compiled(state, inputs)
+        jax.block_until_ready((state, metrics))
+
+    return Work(run, task.batch, flops, peak_of(task))
+
+
+def forward(task: Task, driver: Driver, inputs: Inputs) -> Work:
+    """The network alone."""
+    variables = driver.first_state().variables
+    program = jax.jit(partial(driver.model.apply, train=False))
+    flops = task.batch * forward_flops(driver.config, task.classes, task.canvas)
+    return Work(
+        lambda: jax.block_until_ready(program(variables, inputs.images, inputs.image_sizes)),
+        task.batch,
+        flops,
+        peak_of(task),
+    )
+
+
+def detect(task: Task, driver: Driver, inputs: Inputs) -> Work:
+    """Pixels to boxes, of which some are found."""
+    variables = variables_with_scores(driver, inputs, task.batch)
+    flops = task.batch * forward_flops(driver.config, task.classes, task.canvas)
+    return Work(lambda: jax.block_until_ready(driver.detect(variables, inputs)), task.batch, flops, peak_of(task))
+
+
+def variables_with_scores(driver: Driver, inputs: Inputs, batch: int) -> dict[str, Any]:
+    """Random weights, of whose class output the scale is such that logits are as spread as a trained network's, and the
+    bias such that SCORES_ABOVE scores an image are above the threshold."""
+    variables = driver.first_state().variables
+    output = variables["params"]["class_head"]["output"]
+    logits, _ = driver.model.apply(variables, inputs.images, inputs.image_sizes)
+    logits = np.sort(np.asarray(logits, np.float32).reshape(-1)) - output["bias"].mean()
+    scale = LOGIT_STD / logits.std()
+    lowest = scale * logits[-min(SCORES_ABOVE * batch, logits.size)]
+    threshold = driver.config.detection.score_threshold
+    output["kernel"] = output["kernel"] * scale
+    output["bias"] = jnp.full_like(output["bias"], np.log(threshold / (1 - threshold)) - lowest)
+    return variables
+
+
+def compile_step(task: Task, driver: Driver, inputs: Inputs) -> Work:
+    """The training step, compiled anew each time; what the cache saves is among the facts."""
+    state = driver.first_state()
+
+    def compiled() -> Any:
+        jax.clear_caches()
+        return Driver(driver.config, driver.num_classes).step.lower(state, inputs).compile()
+
+    with tempfile.TemporaryDirectory() as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        with compile_events() as events:
+            compiled()
+        cached_cpu, cached_wall = _timed(compiled)
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()  # else it would go on writing where nothing is any more
+    program = compiled()
+    memory = memory_of(program)
+    facts = {
+        "programs": events["/jax/core/compile/backend_compile_duration"],
+        "cached_cpu_ms": cached_cpu,
+        "cached_wall_ms": cached_wall,
+        "program_mib": memory.total / 2**20 if memory else None,
+    }
+    return Work(compiled, facts=facts)
+
+
+def _timed(function: Callable[[], Any]) -> tuple[float, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    function()
+    return 1000 * (time.process_time() - cpu), 1000 * (time.perf_counter() - wall)
+
+
+def peak_of(task: Task) -> dict[str, Any]:
+    """What a product of two large matrices reaches on this device in this precision: the share of it is how good a program
+    is. The best of several."""
+    jax.block_until_ready(jax.live_arrays())  # nothing else is under way
+    side = 8192 if task.device == "gpu" else 1536
+    matrix = jnp.full((side, side), 1.0, task.dtype)
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(matrix, matrix))
+    best = min(_timed(lambda: jax.block_until_ready(product(matrix, matrix)))[1] for _ in itertools.repeat(None, 5))
+    return {"matmul_tflops": 2 * side**3 / best / 1e9}

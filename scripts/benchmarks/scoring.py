@@ -1,0 +1,121 @@
+"""The benchmark of COCO scores, and detections to score: made from a ground truth, as a detector might have found it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from benchmarks.work import BenchmarkError, Task, Work
+from retina_jax.data.classes import COCO_CATEGORIES
+from retina_jax.data.coco import read_truth
+from retina_jax.evaluation.coco_scores import evaluate_coco
+
+RECALLED, NEAR = 0.62, 0.5
+"""Share of the boxes that are found; share of what is left that is near a box, not anywhere."""
+
+
+def make(task: Task) -> Work:
+    """Scores by this project's evaluator."""
+    return scored(task, "arrays")
+
+
+def scored(task: Task, evaluator: Literal["arrays", "pycocotools"]) -> Work:
+    """Scores, from records to the twelve numbers, of `task.detections` detections made from `task.annotations`: a COCO
+    JSON, or text as in `read_boxes`."""
+    path = Path(task.annotations)
+    if not path.is_file():
+        raise BenchmarkError(f"{path}: no such file; --annotations must be a COCO JSON or text of boxes")
+    truth = read_boxes(path) if path.suffix == ".txt" else read_truth(path)
+    ids = [image["id"] for image in truth["images"]]
+    found = detections_like(truth, task.detections / len(ids), task.seed)
+    summary = evaluate_coco(truth, found, ids, evaluator=evaluator).summary
+    return Work(
+        lambda: evaluate_coco(truth, found, ids, evaluator=evaluator),
+        images=len(ids),
+        facts={"detections": len(found), "boxes": len(truth["annotations"]), "AP": summary["AP"]},
+    )
+
+
+def read_boxes(path: Path) -> dict[str, Any]:
+    """COCO ground truth from lines of FOLDER/000000000139.jpg x1,y1,x2,y2,class x1,y1,x2,y2,class ... (pixels; class 0 to
+    79). Areas are the boxes'; nothing is a crowd; an image is as large as its boxes reach."""
+    images, annotations = [], []
+    for line in path.read_text().splitlines():
+        name, *boxes = line.split(" ")
+        rows = [[int(number) for number in box.split(",")] for box in boxes]
+        width, height = (max((row[i] for row in rows), default=1) for i in (2, 3))
+        images.append({"id": int(Path(name).stem), "width": width, "height": height})
+        annotations += [
+            {
+                "id": len(annotations) + number,
+                "image_id": images[-1]["id"],
+                "category_id": COCO_CATEGORIES[label][0],
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "area": (x2 - x1) * (y2 - y1),
+                "iscrowd": 0,
+            }
+            for number, (x1, y1, x2, y2, label) in enumerate(rows, start=1)
+        ]
+    categories = [{"id": category_id, "name": name} for category_id, name in COCO_CATEGORIES]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def detections_like(truth: Mapping[str, Any], per_image: float, seed: int) -> list[dict[str, Any]]:
+    """COCO result records for a ground truth: most of its boxes, a little off with high scores, second looks at boxes of
+    which some have another's class, and boxes anywhere, both with low scores. AP is about .36 on val2017.
+
+    Args:
+      truth: COCO's images (with sizes), annotations (at least one) and categories.
+      per_image: detections an image on average; there are `round(per_image * images)` in all.
+      seed: of everything random.
+
+    Returns:
+      Image by image, the best first, in numbers of float32, as from `coco_results`.
+    """
+    rng = np.random.default_rng(seed)
+    images, annotations = truth["images"], truth["annotations"]
+    total = round(per_image * len(images))
+    row_of = {image["id"]: row for row, image in enumerate(images)}
+    rows = np.array([row_of[a["image_id"]] for a in annotations])
+    labels = np.array([a["category_id"] for a in annotations])
+    boxes_xywh = np.array([a["bbox"] for a in annotations], np.float64)
+
+    recalled = rng.permutation(len(rows))[: min(total, round(RECALLED * len(rows)))]
+    near, anywhere = (rng.integers(0, len(rows), n) for n in _shares(total - len(recalled)))
+    corners = rng.uniform(size=(len(anywhere), 2))
+    placed_in = rng.integers(0, len(images), len(anywhere))
+    sizes_wh = np.array([[image["width"], image["height"]] for image in images], np.float64)[placed_in]
+    sides_wh = np.minimum(boxes_xywh[anywhere, 2:], sizes_wh)
+    boxes = [
+        _moved(boxes_xywh[recalled], 0.06, rng),
+        _moved(boxes_xywh[near], 0.25, rng),
+        np.concatenate([corners * (sizes_wh - sides_wh), sides_wh], axis=1),
+    ]
+    of_near = np.where(rng.uniform(size=len(near)) < 0.3, rng.permutation(labels[near]), labels[near])
+    scores = [rng.beta(*shape, size=len(part)) for shape, part in zip(((3, 2), (1, 6), (1, 9)), boxes, strict=True)]
+    of_image = np.concatenate([rows[recalled], rows[near], placed_in])
+    of_class = np.concatenate([labels[recalled], of_near, labels[anywhere]])
+    score = (0.05 + 0.95 * np.concatenate(scores)).astype(np.float32)
+    order = np.lexsort((-score, of_image))
+    boxes_xywh = np.concatenate(boxes).astype(np.float32)
+    columns = (column[order].tolist() for column in (of_image, of_class, boxes_xywh, score))
+    return [
+        {"image_id": images[row]["id"], "category_id": label, "bbox": box, "score": score}
+        for row, label, box, score in zip(*columns, strict=True)
+    ]
+
+
+def _shares(number: int) -> tuple[int, int]:
+    near = round(NEAR * number)
+    return near, number - near
+
+
+def _moved(boxes_xywh: Float[np.ndarray, "N 4"], share: float, rng: np.random.Generator) -> Float[np.ndarray, "N 4"]:
+    """Centres moved by about `share` of the sides, sides stretched as much."""
+    sides = boxes_xywh[:, 2:] * np.exp(rng.normal(0, share, (len(boxes_xywh), 2)))
+    moved = boxes_xywh[:, :2] + boxes_xywh[:, 2:] * (0.5 + rng.normal(0, share, (len(boxes_xywh), 2)))
+    return np.concatenate([moved - sides / 2, sides], axis=1)

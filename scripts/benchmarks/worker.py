@@ -1,0 +1,87 @@
+"""One variant in a process of its own: `python -m benchmarks.worker MODULE TASK` makes it ready and then runs a
+repetition for every line that comes in. Answers are JSON lines; what libraries print goes to standard error.
+
+Its own process gives each variant its own libraries, threads and peak memory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+WARM_UP = 3
+
+
+def main(module: str, task: str) -> None:
+    """Serve until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(**what: Any) -> None:
+        print(json.dumps(what), file=answers, flush=True)
+
+    wanted = json.loads(task)
+    if wanted["cores"] and hasattr(os, "sched_setaffinity"):
+        # Before any library counts the cores and makes its threads.
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-wanted["cores"] :])
+    if wanted["device"] == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    from benchmarks.work import BenchmarkError, Task
+
+    try:
+        work = importlib.import_module(module).make(Task(**wanted))
+    except (ImportError, BenchmarkError) as error:
+        answer(error=str(error).splitlines()[0])
+        return
+    for _ in range(WARM_UP):
+        work.before()
+        work.run()
+    facts = {"hardware": accelerator()} | work.facts if wanted["device"] == "gpu" else work.facts
+    answer(images=work.images, flops=work.flops, facts=facts)
+    reset_peak()
+    for _ in sys.stdin:
+        work.before()
+        wall, cpu = time.perf_counter(), time.process_time()
+        work.run()
+        answer(
+            cpu_ms=1000 * (time.process_time() - cpu),
+            wall_ms=1000 * (time.perf_counter() - wall),
+            peak_mib=peak_mib(wanted["device"]),
+        )
+
+
+def reset_peak() -> None:
+    """From here on the kernel measures this process's peak memory anew."""
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")
+
+
+def accelerator() -> str:
+    """The accelerator's name."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.get_device_name() if torch else sys.modules["jax"].devices()[0].device_kind
+
+
+def peak_mib(device: str) -> float | None:
+    """Peak memory of this process since `reset_peak`, or of the accelerator, what arrays occupied there; None where
+    neither can be told."""
+    if device == "gpu":
+        if "torch" in sys.modules:
+            return sys.modules["torch"].cuda.max_memory_allocated() / 2**20
+        stats = sys.modules["jax"].devices()[0].memory_stats()
+        return stats["peak_bytes_in_use"] / 2**20 if stats else None
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) / 1024 if found else None
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,1 @@
+"""The pretrained backbones of the miniature experiments."""
