@@ -1,10 +1,10 @@
-"""The demo: a small RetinaNet on generated scenes, from nothing to a COCO table in minutes on two CPU cores.
+"""The demo: trains a small RetinaNet on generated scenes and prints a COCO table, in minutes on two CPU cores.
 
     make demo
 
-Scenes of 128 x 128 with six classes (a shape in a hue), clutter, look-alikes, occlusion, objects from 8 px up. All parts
-are the paper's (FPN, shared heads, focal loss with its prior, matching, NMS); widths, anchors and schedule are smaller,
-and AdamW stands in for SGD, which needs more steps from random weights.
+Scenes of 128 x 128 with six classes (a shape in a hue), clutter, look-alikes, occlusion, objects from 8 px up. All
+parts are the paper's (FPN, shared heads, focal loss with its prior, matching, NMS). Widths, anchors and schedule are
+smaller, and AdamW replaces SGD, which needs more steps from random weights.
 """
 
 from retina_jax.config import (
@@ -20,7 +20,7 @@ from retina_jax.config import (
 
 
 def get_config() -> Config:
-    """Sizes found by trial on two cores; see docs/results/demo.md for what was measured."""
+    """Returns the config. docs/results/demo.md lists the settings that were tried."""
     return Config(
         data=DataConfig(
             source="scenes",

@@ -1,15 +1,15 @@
-"""Table 1 in miniature: every experiment of the paper at a size that a CPU core trains in minutes.
+"""Table 1 in miniature: every experiment of the paper, small enough to train in minutes on a CPU core.
 
     make mini
 
-or, of one table, `python scripts/pretrain.py` once and
+or, for one table, `python scripts/pretrain.py` once and
 
     python scripts/sweep.py --sweep configs/sweeps/table1b.py --base configs/mini.py --workdir runs/mini --jobs 2
 
-Generated scenes of 128 x 128, eight classes, objects from 12 px up, up to eight look-alikes an image: 3024 anchors and some
-14 positive ones. The backbone is pretrained by classification (`scripts/pretrain.py`), its norms, stem and C2 are frozen, as
-Detectron's are. AdamW with clipping stands in for SGD: it takes steps of the same size whatever the size of the loss, which
-SGD does not (configs/mini_sgd.py), so that losses are compared by their shape. docs/results/mini.md has what came of it.
+Generated scenes of 128 x 128, eight classes, objects from 12 px up, up to eight look-alikes per image: 3024 anchors,
+about 14 of them positive. The backbone is pretrained by classification (`scripts/pretrain.py`), its norms, stem and C2
+are frozen, as Detectron's are. AdamW with clipping replaces SGD: its steps do not depend on the size of the loss, as
+SGD's do (configs/mini_sgd.py), so losses are compared by their shape. Results: docs/results/mini.md.
 """
 
 from retina_jax.config import (
@@ -24,7 +24,7 @@ from retina_jax.config import (
 
 
 def get_config() -> Config:
-    """The paper's defaults but for size."""
+    """Returns the paper's defaults, except for sizes and optimizer."""
     return Config(
         data=DataConfig(
             source="scenes",

@@ -3,8 +3,8 @@
     python scripts/sweep.py --sweep configs/sweeps/table1a.py configs/sweeps/section5_1.py \
         --base configs/mini_sgd.py --workdir runs/mini_sgd
 
-From random subnets SGD needs more steps than AdamW, and its steps are as long as the loss is large: what the prior and a
-small alpha do to training shows here.
+SGD needs more steps than AdamW from random subnets, and its steps are proportional to the loss, so it shows the effect
+of the prior and of a small alpha.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from retina_jax.config_io import load_config, override
 
 
 def get_config() -> Config:
-    """mini.py's network and data, optimized as in Section 4.1, at a rate found by trial."""
+    """Returns mini.py's network and data with the optimizer of Section 4.1, at a learning rate found by trial."""
     return override(
         load_config(Path(__file__).with_name("mini.py")),
         {

@@ -4,11 +4,11 @@
         --data.train-annotations train.json --data.train-images images \
         --data.val-annotations val.json --data.val-images images
 
-The classes are the categories of the JSON. It trains from random weights: ResNet-18 with GroupNorm and AdamW, which need
-no pretrained weights and no large batches. Copy this file and change it, or override on the command line. What to look at
-first:
+The classes are the categories of the JSON. It trains from random weights: ResNet-18 with GroupNorm and AdamW need
+neither pretrained weights nor large batches. Copy and change this file, or override fields on the command line.
+Consider first:
 
-- `data.short_side`, `data.long_side`: objects should be 16 px or more after the resize; smaller ones want a smaller
+- `data.short_side`, `data.long_side`: objects should be 16 px or more after the resize; smaller ones need a smaller
   `anchors.size_factor` (4 makes the smallest anchors 32 px, 2 makes them 16 px).
 - `training.steps` with `optimizer.boundaries` at about 2/3 and 8/9 of them.
 - `data.batch_size` with `optimizer.learning_rate`.
@@ -19,7 +19,7 @@ from retina_jax.config import Config, DataConfig, LossConfig, ModelConfig, Optim
 
 
 def get_config() -> Config:
-    """A detector that learns from a few hundred images without pretrained weights."""
+    """Returns the config of a detector that learns from a few hundred images without pretrained weights."""
     return Config(
         data=DataConfig(batch_size=8, short_side=480, long_side=800, images_without_boxes="keep"),
         model=ModelConfig(
@@ -31,7 +31,7 @@ def get_config() -> Config:
             head_channels=128,
             input_normalisation="imagenet",
         ),
-        # Images without boxes are kept: divided by their own count, at least 1, each would outweigh one with many boxes.
+        # Images without boxes are kept. With per_image each would be divided by 1 and outweigh an image with many boxes.
         loss=LossConfig(normaliser="global"),
         optimizer=OptimizerConfig(
             name="adamw",

@@ -2,15 +2,15 @@
 
     python scripts/train.py --config configs/strong_r50_800.py --workdir runs/strong_r50_800
 
-Expected, not measured: AP about 41.5 on val2017, what torchvision publishes for `retinanet_resnet50_fpn_v2` (26 epochs of 16
-images on 8 GPUs). It differs from that recipe, `configs/torchvision_v2_r50_800.py`, by the paper's anchors in the place of
-torchvision's rounded ones, and by averaging the parameters (EMA), whose gain after the rate has dropped twice may be nil
-(docs/results/ema_tta.md). Expected cost: 4146 PFLOP, 3.8 times the paper's
-ResNet-50-600; 11 hours on 8 V100 at the .205 s a step that detectron2 publishes for the same images without trained norms.
+Expected, not measured: AP about 41.5 on val2017, what torchvision publishes for `retinanet_resnet50_fpn_v2` (26 epochs
+of 16 images on 8 GPUs). It differs from that recipe, `configs/torchvision_v2_r50_800.py`, in two points: the paper's
+anchors instead of torchvision's rounded ones, and EMA of the parameters, which may gain nothing after both drops of
+the learning rate (docs/results/ema_tta.md). Expected cost: 4146 PFLOP, 3.8 times the paper's ResNet-50-600; 11 hours
+on 8 V100 at the 0.205 s per step that detectron2 publishes for the same images without trained norms.
 
-Its parts: AdamW with decay .05 on kernels alone; GIoU; GroupNorm in the heads; BatchNorm over the batch of all devices in
-the stages that train (C3 to C5); P6 from C5; short sides from 480 to 800. `--model.dtype bfloat16` makes it cheaper,
-`--model.remat` smaller. Asked mirrored and at three sizes, which takes six times as long or more:
+It uses AdamW with decay 0.05 on kernels only; GIoU; GroupNorm in the heads; BatchNorm over the batch of all devices in
+the stages that train (C3 to C5); P6 from C5; short sides from 480 to 800. `--model.dtype bfloat16` reduces its cost,
+`--model.remat` its memory. Test-time augmentation (mirrored, three sizes) takes at least six times as long:
 
     python scripts/evaluate.py --workdir runs/strong_r50_800 --step best --detection.tta-flip \\
         --detection.tta-short-sides 640 960

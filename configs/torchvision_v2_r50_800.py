@@ -2,14 +2,15 @@
 
     python scripts/train.py --config configs/torchvision_v2_r50_800.py --workdir runs/torchvision_v2
 
-Published: AP 41.5, AP50 61.8, AP75 43.9, APs 27.0, APm 45.7, APl 53.8 on val2017: 26 epochs of 16 images with AdamW, rate
-1e-4 dropped after 16 and 22 epochs, decay .05, short sides from 480 to 800, trained BatchNorm, GroupNorm heads, GIoU (8
-GPUs). The published weights themselves are scored without training:
+Published: AP 41.5, AP50 61.8, AP75 43.9, APs 27.0, APm 45.7, APl 53.8 on val2017: 26 epochs of 16 images with AdamW,
+rate 1e-4 dropped after 16 and 22 epochs, decay 0.05, short sides from 480 to 800, trained BatchNorm, GroupNorm heads,
+GIoU (8 GPUs). To score the published weights without training:
 
     python scripts/evaluate.py --weights torchvision:retinanet_resnet50_fpn_v2_coco --workdir runs/torchvision_v2_theirs \\
         --data.val-annotations data/coco/annotations/instances_val2017.json --data.val-images data/coco/val2017
 
-An epoch is 7329 steps: 117266 images with objects. What differs from torchvision is in `retina_jax.presets`.
+An epoch is 7329 steps: 117266 images with objects. The remaining differences from torchvision are listed in
+`retina_jax.presets`.
 """
 
 from retina_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
@@ -20,7 +21,7 @@ EPOCH = 7329
 
 
 def get_config() -> Config:
-    """The preset, COCO, torchvision's ImageNet backbone and 26 epochs."""
+    """Returns the preset with COCO, torchvision's ImageNet backbone and 26 epochs."""
     config = Config(
         data=DataConfig(
             train_annotations="data/coco/annotations/instances_train2017.json",

@@ -1,8 +1,8 @@
-"""A control that the paper leaves out: cross entropy and focal loss trained four times as long, 2 runs.
+"""A control that is not in the paper: cross entropy and focal loss trained four times as long, 2 runs.
 
     python scripts/sweep.py --sweep configs/sweeps/long.py --workdir DIR
 
-Whether a difference is one of the losses, or of how fast they get there, shows where neither rises any more.
+Shows whether a difference between the losses remains when neither improves any more.
 """
 
 from typing import Any
@@ -12,6 +12,6 @@ from retina_jax.paper.settings import balanced_cross_entropy, focal, longer
 
 
 def get_sweep(base: Config) -> dict[str, dict[str, Any]]:
-    """Table 1b's gamma 0 and gamma 2, evaluated ten times on the way."""
+    """Table 1b's gamma 0 and gamma 2, evaluated ten times."""
     four = {**longer(base, 4), "training.eval_every": max(round(base.training.steps * 4 / 10), 1)}
     return {"cross_entropy": {**balanced_cross_entropy(0.75), **four}, "focal": {**focal(2.0, 0.25), **four}}

@@ -1,4 +1,4 @@
-"""What Section 5.1 reports in its text: the prior, the hinge loss, focal loss with alpha 0.5; 4 runs.
+"""Results in the text of Section 5.1: the prior, the hinge loss, focal loss with alpha 0.5; 4 runs.
 
     python scripts/sweep.py --sweep configs/sweeps/section5_1.py --workdir DIR
 
@@ -14,7 +14,7 @@ from retina_jax.paper.settings import balanced_cross_entropy, focal
 
 
 def get_sweep(base: Config) -> dict[str, dict[str, Any]]:
-    """Without a prior every anchor starts as foreground with a probability of one half."""
+    """Without the prior, the initial probability of foreground is 0.5 for every anchor."""
     return {
         "no_prior": {**balanced_cross_entropy(0.5), "model.prior": 0.5},
         "prior_0.01": {**balanced_cross_entropy(0.5), "model.prior": 0.01},

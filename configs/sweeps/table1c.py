@@ -1,4 +1,4 @@
-"""Table 1c: anchors of a cell, scales by ratios, 7 runs.
+"""Table 1c: anchors per cell, scales by ratios, 7 runs.
 
     python scripts/sweep.py --sweep configs/sweeps/table1c.py --workdir DIR
 
@@ -17,7 +17,7 @@ RATIOS = {1: (1.0,), 3: (0.5, 1.0, 2.0)}
 
 
 def get_sweep(base: Config) -> dict[str, dict[str, Any]]:
-    """One run a grid of anchors."""
+    """One run per set of anchors."""
     return {
         f"scales_{scales}_ratios_{ratios}": {
             "anchors.scales": tuple(2.0 ** (k / scales) for k in range(scales)),

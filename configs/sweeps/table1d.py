@@ -2,7 +2,7 @@
 
     python scripts/sweep.py --sweep configs/sweeps/table1d.py --workdir DIR
 
-Paper (minival): OHEM 31.1, 31.8, 30.6 (NMS .7), 32.8, 31.0, 27.6 (NMS .5); OHEM 1:3 31.1, 28.3, 24.0; focal loss 36.0 AP,
+Paper (minival): OHEM 31.1, 31.8, 30.6 (NMS 0.7), 32.8, 31.0, 27.6 (NMS 0.5); OHEM 1:3 31.1, 28.3, 24.0; focal loss 36.0 AP,
 in the order of the points. The mined anchors are trained with cross entropy. The focal row is Table 1e's ResNet-101 at 600.
 """
 
@@ -16,7 +16,7 @@ BATCHES = (128, 256, 512)
 
 
 def get_sweep(base: Config) -> dict[str, dict[str, Any]]:
-    """One run a kind of mining, NMS threshold and batch size; then the focal loss."""
+    """One run per kind of mining, NMS threshold and batch size; then the focal loss."""
     points = {
         f"{mining}_{batch}_nms_{iou}": {
             **deeper(base),

@@ -2,9 +2,9 @@
 
     python scripts/sweep.py --sweep configs/sweeps/table1e.py --workdir DIR
 
-Paper (test-dev): ResNet-50 30.5, 32.5, 34.3, 35.1, 35.7; ResNet-101 31.9, 34.4, 36.0, 37.1, 37.8 AP; 64 to 198 ms an image
+Paper (test-dev): ResNet-50 30.5, 32.5, 34.3, 35.1, 35.7; ResNet-101 31.9, 34.4, 36.0, 37.1, 37.8 AP; 64 to 198 ms per image
 on an M40. The longer side is at most 5/3 of the shorter (Detectron: 1000 with 600, 1333 with 800). Scales are relative to
-the base, whose short side stands for 600.
+the base, whose short side corresponds to 600.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ SCALES = (400, 500, 600, 700, 800)
 
 
 def get_sweep(base: Config) -> dict[str, dict[str, Any]]:
-    """One run a depth and scale; 50 is the base's own backbone."""
+    """One run per depth and scale; depth 50 is the base's backbone."""
     depths = {50: {}, 101: deeper(base)}
     return {
         f"depth_{depth}_scale_{scale}": {**changes, **at_scale(base, scale), **focal(2.0, 0.25)}

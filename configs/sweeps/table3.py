@@ -2,8 +2,8 @@
 
     python scripts/sweep.py --sweep configs/sweeps/table3.py --workdir DIR
 
-Paper (minival): 31.1, 34.0, 33.8 and 33.9 AP, in the order of the points. Cross entropy is Table 1a's alpha .75, the focal
-loss is the default. FL* has alpha .25 ("in all experiments", Appendix A).
+Paper (minival): 31.1, 34.0, 33.8 and 33.9 AP, in the order of the points. Cross entropy is Table 1a's alpha 0.75, the focal
+loss is the default. FL* has alpha 0.25 ("in all experiments", Appendix A).
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from retina_jax.paper.settings import balanced_cross_entropy, focal, focal_star
 
 
 def get_sweep(base: Config) -> dict[str, dict[str, Any]]:
-    """One run a loss."""
+    """One run per loss."""
     return {
         "cross_entropy": balanced_cross_entropy(0.75),
         "focal": focal(2.0, 0.25),
