@@ -22,8 +22,7 @@ from retina_jax.model.retinanet import RetinaNet
 from retina_jax.ops.anchors import anchor_grid
 from retina_jax.ops.matching import BACKGROUND, IGNORED, match
 from retina_jax.weights.converted import Converted
-from retina_jax.weights.detectron import convert_detectron
-from retina_jax.weights.detectron2 import convert_detectron2
+from retina_jax.weights.detectron import convert_detectron, convert_detectron2
 from retina_jax.weights.importing import with_backbone
 
 BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnext101_32x8d": (3, 4, 23, 3)}
@@ -186,8 +185,8 @@ def test_either_detectrons_pixels_and_the_right_stride_go_with_the_msra_backbone
         ):
             with_backbone({}, model)
     model = ModelConfig(backbone_weights=str(path), input_normalisation="detectron2")
-    made, told = with_backbone(initialise(RetinaNet(model, 2, 9), 0), model)
-    assert told == f"backbone: 265 arrays from {path}"
+    made, line = with_backbone(initialise(RetinaNet(model, 2, 9), 0), model)
+    assert line == f"backbone: 265 arrays from {path}"
     assert made["frozen"]["backbone"]["c2"]["block1"]["conv1"]["kernel"].flat[0] == 1
 
 
@@ -198,7 +197,7 @@ def test_what_is_none_of_its_names_is_refused() -> None:
         convert_detectron2(detectron2_state("resnet50"), source="w", class_names=["cat"])
     blobs = detectron_blobs("resnet50")
     blobs["retnet_bbox_pred_fpn3_b"] = np.ones(24, np.float32)
-    with pytest.raises(WeightsError, match=r"^w: its box head has 24 outputs a cell, 36 are meant$"):
+    with pytest.raises(WeightsError, match=r"^w: its box head has 24 outputs per cell; expected 36$"):
         convert_detectron(blobs, source="w")
 
 
