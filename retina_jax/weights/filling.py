@@ -1,6 +1,6 @@
 """Puts converted weights into the variables of a network and reports everything that does not fit."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ def fill(
     for path in sorted(leaves.keys() & weights.keys()):
         leaf, weight = leaves[path], weights[path]
         if weight.shape != leaf.shape:
-            differing.append(f"{path} is {shown(weight.shape)}, expected {shown(leaf.shape)}")
+            differing.append(f"{path} is {weight.shape}, expected {leaf.shape}")
         elif not np.issubdtype(weight.dtype, np.floating):
             differing.append(f"{path} is {weight.dtype}, expected {leaf.dtype}")
     without_leaf = [part for part in allow_missing if not any(is_within(path, part) for path in leaves)]
@@ -65,11 +65,6 @@ def fill(
 def is_within(path: str, part: str) -> bool:
     """Whether `part` is the path or its first components; a trailing slash makes no difference."""
     return f"{path}/".startswith(f"{part.rstrip('/')}/")
-
-
-def shown(shape: Iterable[int]) -> str:
-    """A shape as "3x3x64x64"; () as "scalar"."""
-    return "x".join(str(side) for side in shape) or "scalar"
 
 
 def report(kind: str, names: Sequence[str]) -> str:

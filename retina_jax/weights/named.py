@@ -62,11 +62,11 @@ def _detectron(name: str, run: int, started: str) -> Named:
 NAMED: dict[tuple[str, str], Named] = {
     ("torchvision", "retinanet_resnet50_fpn_coco"): _torchvision("retinanet_resnet50_fpn_coco", "eeacb38b", eps=0.0),
     ("torchvision", "retinanet_resnet50_fpn_v2_coco"): _torchvision("retinanet_resnet50_fpn_v2_coco", "5905b1c5"),
-    ("torchvision", "resnet18"): _torchvision("resnet18", "f37072fd"),
-    ("torchvision", "resnet34"): _torchvision("resnet34", "b627a593"),
-    ("torchvision", "resnet50"): _torchvision("resnet50", "0676ba61"),
-    ("torchvision", "resnet101"): _torchvision("resnet101", "63fe2227"),
     ("torchvision", "resnext101_32x8d"): _torchvision("resnext101_32x8d", "8ba56ff5"),
+    **{
+        ("torchvision", f"resnet{depth}"): _torchvision(f"resnet{depth}", sha256)
+        for depth, sha256 in ((18, "f37072fd"), (34, "b627a593"), (50, "0676ba61"), (101, "63fe2227"))
+    },
     ("detectron2", "retinanet_R_50_FPN_1x"): _detectron2("retinanet_R_50_FPN_1x", 190397773, "bfca0b"),
     ("detectron2", "retinanet_R_50_FPN_3x"): _detectron2("retinanet_R_50_FPN_3x", 190397829, "5bd44e"),
     ("detectron2", "retinanet_R_101_FPN_3x"): _detectron2("retinanet_R_101_FPN_3x", 190397697, "971ab9"),
@@ -83,17 +83,13 @@ NAMED: dict[tuple[str, str], Named] = {
 }
 """(kind, name) to file."""
 
-IMAGENET = {
-    # (backbone, whether model.input_normalisation is "imagenet") to a name
-    ("resnet18", True): ("torchvision", "resnet18"),
-    ("resnet34", True): ("torchvision", "resnet34"),
-    ("resnet50", True): ("torchvision", "resnet50"),
-    ("resnet101", True): ("torchvision", "resnet101"),
-    ("resnext101_32x8d", True): ("torchvision", "resnext101_32x8d"),
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d")
+IMAGENET = {(name, True): ("torchvision", name) for name in RESNETS} | {
     ("resnet50", False): ("detectron", "R-50"),
     ("resnet101", False): ("detectron", "R-101"),
     ("resnext101_32x8d", False): ("detectron", "X-101-32x8d"),
 }
+"""(backbone, whether model.input_normalisation is "imagenet") to (kind, name)."""
 
 
 def find_weights(kind: str, name_or_file: str, folder: Path | None = None) -> tuple[Path, float]:

@@ -155,18 +155,9 @@ class Storage(StandIn):
             raise ValueError(f"damaged: a storage of {len(buffer)} bytes for {self.count} numbers of {self.dtype}")
         return decode(buffer, self.dtype, self.big_endian)
 
-    def view(self, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Shaped[np.ndarray, "..."]:
-        """The tensor at `offset`, which shares memory with others of this storage. Offset and strides count numbers."""
-        size = self.numbers.itemsize
-        if 0 in shape:
-            return np.empty(shape, self.numbers.dtype)
-        # The stride of a side of length 1 is not used, and files hold any number there.
-        steps = [stride * size if side > 1 else 0 for side, stride in zip(shape, strides, strict=True)]
-        return np.ndarray(shape, self.numbers.dtype, self.numbers, offset * size, steps)
-
 
 def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Array:
-    """In place of `torch._utils._rebuild_tensor`."""
+    """In place of `torch._utils._rebuild_tensor`; offset and strides count numbers. Tensors of a storage share memory."""
     sized = are_sizes(shape) and are_sizes(strides) and are_sizes((offset,)) and len(shape) == len(strides)
     if not isinstance(storage, Storage) or not sized:
         raise ValueError("malformed pickle: a tensor without a storage, or with an invalid shape, offset or strides")
@@ -174,7 +165,14 @@ def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any)
     # A tensor that is larger than its storage repeats numbers (stride 0). A few bytes could ask for any amount of memory so.
     if math.prod(shape) and max(last + 1, math.prod(shape)) > storage.count:
         raise ValueError(f"tensor of shape {shape}, strides {strides}, offset {offset} in a storage of {storage.count}")
-    return Array(lambda: storage.view(offset, tuple(shape), tuple(strides)))
+
+    def read() -> Shaped[np.ndarray, "..."]:
+        numbers, size = storage.numbers, storage.numbers.itemsize
+        # The stride of a side of length 1 is not used, and files hold any number there.
+        steps = [stride * size if side > 1 else 0 for side, stride in zip(shape, strides, strict=True)]
+        return np.ndarray(shape, numbers.dtype, numbers if math.prod(shape) else None, offset * size, steps)
+
+    return Array(read)
 
 
 def ordered_dict(pairs: Any = ()) -> Dict:

@@ -89,21 +89,6 @@ def convert_torchvision(
     return Converted(weights, detector_changes(preset, changes), names, ids)
 
 
-def backbone_state_dict(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inverse of `convert_torchvision` for a backbone: torchvision's names, kernels OIHW."""
-    leaves = {ours: theirs for theirs, ours in NORM.items()} | {"kernel": "weight"}
-    layers = (("shortcut_norm", "downsample.1"), ("shortcut", "downsample.0"), ("norm", "bn"), ("conv", "conv"))
-    named = {}
-    for path, array in weights.items():
-        _, stage, *inner, layer, leaf = path.split("/")
-        ours, theirs = next((ours, theirs) for ours, theirs in layers if layer.startswith(ours))
-        place = f"layer{int(stage[1]) - 1}.{int(inner[0].removeprefix('block')) - 1}." if inner else ""
-        number = layer.removeprefix(ours) or ("" if inner else "1")
-        contiguous = np.ascontiguousarray(array.transpose(3, 2, 0, 1)) if array.ndim == 4 else array
-        named[f"{place}{theirs}{number}.{leaves[leaf]}"] = contiguous
-    return named
-
-
 def classes(count: int, given: Sequence[str], source: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Name and category id of each of `count` columns."""
     if given:

@@ -1,7 +1,7 @@
-"""Crops for classification, the miniature's ImageNet: one shape in one hue a crop, all twelve by twelve combinations.
+"""Crops for classification, the miniature's ImageNet: one shape in one hue per crop, in all twelve by twelve combinations.
 
-A backbone that tells shapes and hues apart has learnt what generated scenes are made of, and nothing of boxes, of background
-or of any detection loss: it stands to the miniature of Table 1 as an ImageNet backbone stands to the paper's.
+A backbone that classifies them has learnt the shapes and hues of generated scenes, but nothing about boxes, background or
+detection losses, as an ImageNet backbone for the paper's Table 1.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from retina_jax.data.shapes import SHAPES
 SIDE = 48
 """Side of a crop, pixels."""
 ACROSS = 3
-"""Crops are cut, so many by so many, from backgrounds drawn at the scale of a scene."""
+"""Crops are cut in a grid, ACROSS by ACROSS, from backgrounds at the scale of a scene."""
 STREAM = 3
-"""Stream of the seed; scenes use 1 and 2."""
+"""Random stream of the seed; scenes use 1 and 2."""
 SIZES = (8.0, 40.0)
-"""Smallest and largest shape, square root of the box area, pixels."""
+"""Smallest and largest shape: square root of the box area, pixels."""
 
 
 class Crops(NamedTuple):
@@ -36,7 +36,7 @@ class Crops(NamedTuple):
 
 
 def draw_crops(count: int, seed: int, start: int = 0) -> Crops:
-    """Crops `start` to `start + count` of a seed's endless sequence, a pure function of its arguments.
+    """Returns crops `start` to `start + count` of a seed's sequence; a pure function of its arguments.
 
     Args:
       count: a multiple of ACROSS^2.
@@ -60,11 +60,11 @@ def _draw_sheet(seed: int, index: int) -> Crops:
         aspect = np.exp(rng.uniform(np.log(0.6), np.log(1.6)))
         width, height = (min(s, SIDE - 1.0) for s in (side * aspect**0.5, side / aspect**0.5))
         row, column = divmod(i, ACROSS)
-        # Near the middle, off it by up to a quarter of the room that is left.
+        # Off the centre by at most an eighth of the free space.
         x = column * SIDE + (SIDE - width) * rng.uniform(0.375, 0.625)
         y = row * SIDE + (SIDE - height) * rng.uniform(0.375, 0.625)
         paint_shape(rng, picture, list(SHAPES)[shape], list(HUES.values())[hue], (x, y, width, height))
     picture += 0.012 * rng.standard_normal(picture.shape, np.float32)
-    whole = (picture.clip(0, 1) * 255 + 0.5).astype(np.uint8)
-    images = whole.reshape(ACROSS, SIDE, ACROSS, SIDE, 3).swapaxes(1, 2).reshape(-1, SIDE, SIDE, 3)
+    sheet = (picture.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    images = sheet.reshape(ACROSS, SIDE, ACROSS, SIDE, 3).swapaxes(1, 2).reshape(-1, SIDE, SIDE, 3)
     return Crops(images, shapes.astype(np.int32), hues.astype(np.int32))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from miniature.crops import Crops, draw_crops
-from miniature.pretraining import pretrain
+from miniature.pretraining import backbone_state_dict, pretrain
 from safetensors.numpy import save
 
 from retina_jax.config import Config, ModelConfig
@@ -18,7 +18,7 @@ from retina_jax.model.initialisation import initialise
 from retina_jax.training.parallel import Driver
 from retina_jax.weights.importing import with_backbone
 from retina_jax.weights.readers import parse
-from retina_jax.weights.torchvision import backbone_state_dict, convert_torchvision
+from retina_jax.weights.torchvision import convert_torchvision
 
 TINY = ModelConfig(
     backbone="resnet18", base_width=4, stage_blocks=(1, 1, 1, 1), fpn_channels=8, input_normalisation="imagenet"

@@ -247,3 +247,10 @@ def test_the_names_of_a_pickle_are_never_looked_up() -> None:
         module, _, attribute = name.rpartition(".")
         made, _ = unpickle(io.BytesIO(b"\x80\x02c" + f"{module}\n{attribute}\n".encode() + b"."))
         assert type(made).__module__ == "retina_jax.weights.pickles" and not isinstance(made, type)
+
+
+def test_an_ordered_dict_of_python_2_is_its_pairs() -> None:
+    program = (
+        b"\x80\x02ccollections\nOrderedDict\n" + literal([["a", 1], ["b", 2]]) + b"\x85R" + literal({"x": 1}) + b"b."
+    )
+    assert unpickle(io.BytesIO(program))[0] == {"a": 1, "b": 2}
