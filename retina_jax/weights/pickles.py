@@ -33,6 +33,9 @@ TORCH_DTYPES = "float64 float32 float16 bfloat16 double float half int64 int32 i
 
 LITERALS = frozenset(
     {
+        "NONE",
+        "NEWTRUE",
+        "NEWFALSE",
         "INT",
         "BININT",
         "BININT1",
@@ -42,9 +45,6 @@ LITERALS = frozenset(
         "LONG4",
         "FLOAT",
         "BINFLOAT",
-        "NONE",
-        "NEWTRUE",
-        "NEWFALSE",
     }
     | {"STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
     | {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
@@ -231,9 +231,8 @@ def scan(file: io.BytesIO) -> None:
     """Checks the opcodes of the pickle at the file's position, and leaves the position after it.
 
     Follows the unpickler's stack to find the keys of dicts: the hash of a nested tuple may never end, and that of a deep
-    one overflows the C stack. A memo index is at most the pickle's size, since the unpickler allocates as many entries.
+    one overflows the C stack. Memo indices must be almost consecutive, since the unpickler allocates as many entries.
     """
-    size = len(file.getbuffer())
     stack: list[bool] = []  # for each object: whether it may be a key
     marks: list[int] = []
     memo: dict[int, bool] = {}
@@ -245,7 +244,7 @@ def scan(file: io.BytesIO) -> None:
             stack.append(memo[argument])
         elif name in PUTS:
             index = len(memo) if argument is None else argument
-            if not 0 <= index <= size:
+            if not 0 <= index <= len(memo) + 1000:
                 raise ValueError(f"malformed pickle: memo index {index}")
             memo[index] = stack[-1]
         elif name == "MARK":
