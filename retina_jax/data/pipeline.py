@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 from retina_jax.config import DataConfig
 from retina_jax.data.decoding import DECODING, is_plain_jpeg, to_rgb
 from retina_jax.data.image_faults import OneColourImages
-from retina_jax.data.reading import Reads, read_again
+from retina_jax.data.reading import SlowReadMonitor, read_again
 from retina_jax.data.sampler import AUGMENTATION, TrainOrder, eval_order, host_rows, random_bits
 from retina_jax.data.source import BadImage, Source
 from retina_jax.data.transforms import (
@@ -168,7 +168,7 @@ class Batches(Iterator[Batch]):
         self._local, self._step, self._stop = local, start, stop
         self._bad: dict[int, BadImage] = {}
         self._doubted: set[int] = set()
-        self._reads = Reads(source.where)
+        self._reads = SlowReadMonitor(source.where)
         self._iterator: Iterator[tuple] | None = None
 
     def canvases(self, steps: int) -> list[tuple[int, int]]:

@@ -171,7 +171,7 @@ def test_orientation_is_not_applied_where_boxes_lie_on_the_stored_image(orientat
 
 def test_other_size_is_named_with_both() -> None:
     for decode in (to_rgb, is_plain_jpeg):
-        with pytest.raises(BadImage, match="is 30x20 pixels where its annotations say 31x20"):
+        with pytest.raises(BadImage, match="is 30x20 pixels, but 31x20 in the annotations"):
             decode(encode(WIDE), expected_size=(31, 20))
 
 

@@ -186,7 +186,7 @@ SPOILED: dict[str, tuple[Any, str]] = {
     "truncated": (lambda encoded: encoded[: len(encoded) // 2], "cannot be decoded: image file is truncated"),
     # The header is whole, the end marker is there: only decoding shows that tables are missing.
     "without tables": (lambda encoded: encoded.replace(b"\xff\xdb", b"\xff\xef"), "cannot be decoded"),
-    "another size": (lambda encoded: encode(GREY), "is 11x9 pixels where its annotations say 80x80"),
+    "another size": (lambda encoded: encode(GREY), "is 11x9 pixels, but 80x80 in the annotations"),
 }
 
 
