@@ -12,8 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from retina_jax.data.scenes import HUES, draw_background, paint_shape
-from retina_jax.data.shapes import SHAPES
+from retina_jax.data.scenes import HUES, SHAPES, draw_background, paint_shape
 
 SIDE = 48
 """Side of a crop, pixels."""

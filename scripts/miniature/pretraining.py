@@ -19,8 +19,7 @@ from jaxtyping import Array, Float, Int, PyTree, UInt8
 from miniature.crops import Crops
 from retina_jax.config import ModelConfig
 from retina_jax.config_io import override
-from retina_jax.data.scenes import HUES
-from retina_jax.data.shapes import SHAPES
+from retina_jax.data.scenes import HUES, SHAPES
 from retina_jax.model.initialisation import COLLECTIONS, draw
 from retina_jax.model.resnet import ResNet
 from retina_jax.model.retinanet import normalise

@@ -12,8 +12,17 @@ from PIL import Image
 from retina_jax.config import ConfigError, DataConfig, ScenesConfig
 from retina_jax.data.coco import read_coco
 from retina_jax.data.datasets import open_source
-from retina_jax.data.scenes import HUES, LEAST_VISIBLE, TRAIN, VAL, class_names, draw_scene, write_scenes
-from retina_jax.data.shapes import SHAPES, draw_shape
+from retina_jax.data.scenes import (
+    HUES,
+    LEAST_VISIBLE,
+    SHAPES,
+    TRAIN,
+    VAL,
+    class_names,
+    draw_scene,
+    draw_shape,
+    write_scenes,
+)
 
 SMALL = ScenesConfig(train_images=6, val_images=3, size=96, max_side=40.0)
 
