@@ -88,10 +88,16 @@ class StandIn:
 
 
 class Dict(dict):
-    """In place of `collections.OrderedDict`, on which torch sets the attribute `_metadata`."""
+    """In place of `collections.OrderedDict`, which Python 2 calls with a list of pairs."""
+
+    def __init__(self, pairs: Any = ()) -> None:
+        for name, value in pairs:
+            if not isinstance(name, str):
+                raise ValueError(f"malformed pickle: an OrderedDict with a key of type {type(name).__name__}")
+            self[name] = value
 
     def __setstate__(self, state: Any) -> None:
-        """Ignores the attributes."""
+        """Ignores the attribute `_metadata` of torch."""
 
 
 class Dtype(StandIn):
@@ -162,7 +168,7 @@ def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any)
     if not isinstance(storage, Storage) or not sized:
         raise ValueError("malformed pickle: a tensor without a storage, or with an invalid shape, offset or strides")
     last = offset + sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True))
-    # A tensor that is larger than its storage repeats numbers (stride 0). A few bytes could ask for any amount of memory so.
+    # A tensor that is larger than its storage repeats numbers (stride 0). So a few bytes could ask for any amount of memory.
     if math.prod(shape) and max(last + 1, math.prod(shape)) > storage.count:
         raise ValueError(f"tensor of shape {shape}, strides {strides}, offset {offset} in a storage of {storage.count}")
 
@@ -175,16 +181,6 @@ def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any)
     return Array(read)
 
 
-def ordered_dict(pairs: Any = ()) -> Dict:
-    """In place of `collections.OrderedDict`, which pickles of Python 2 call with a list of pairs."""
-    made = Dict()
-    for name, value in pairs:
-        if not isinstance(name, str):
-            raise ValueError(f"malformed pickle: an OrderedDict with a key of type {type(name).__name__}")
-        made[name] = value
-    return made
-
-
 def encode(text: Any, encoding: Any) -> bytes:
     """In place of `_codecs.encode`, which protocol 2 calls for bytes."""
     if encoding != "latin1":
@@ -193,7 +189,7 @@ def encode(text: Any, encoding: Any) -> bytes:
 
 
 FUNCTIONS: dict[str, Callable[..., Any] | None] = {
-    "collections.OrderedDict": ordered_dict,
+    "collections.OrderedDict": Dict,
     "_codecs.encode": encode,
     "numpy.dtype": Dtype,
     "torch.Size": tuple,

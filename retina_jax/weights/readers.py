@@ -113,7 +113,7 @@ def unwrap(root: dict[Any, Any], deepest: int) -> dict[str, Array]:
 
 
 def read_zip(data: bytes) -> Any:
-    """The object in a file of torch's zip format, a pickle beside a member for each storage. Checksums are verified."""
+    """The object in a file of torch's zip format, a pickle and one member per storage. Checksums are verified."""
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
     except ZIP_ERRORS as error:

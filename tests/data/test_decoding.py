@@ -181,7 +181,7 @@ def test_orientation_without_meaning_is_none(orientation: int) -> None:
     assert is_plain_jpeg(encoded) and to_rgb(encoded).shape == WIDE.shape
 
 
-def test_broken_exif_says_nothing() -> None:
+def test_broken_exif_is_ignored() -> None:
     encoded = saved(Image.fromarray(WIDE), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\0")
     with pytest.warns(UserWarning, match="Corrupt EXIF"):
         assert to_rgb(encoded).shape == WIDE.shape

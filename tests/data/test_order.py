@@ -54,9 +54,9 @@ def test_every_epoch_visits_every_image_once() -> None:
     batches = [order.batch(step) for step in range(epochs * 103 // 8)]
     visits = np.concatenate([batch.positions for batch in batches])
     assert len(set(visits.tolist())) == len(visits)
-    whole = np.bincount(visits // 103)[: epochs - 8]
+    visited = np.bincount(visits // 103)[: epochs - 8]
     # A bucket of two images waits four epochs for a batch: all visits of the epochs before have been handed out.
-    assert (whole == 103).all()
+    assert (visited == 103).all()
 
 
 def test_epochs_differ_and_seeds_differ() -> None:

@@ -106,7 +106,7 @@ def test_a_read_that_fails_in_passing_is_tried_again(
 
 
 @pytest.mark.parametrize("name", ["ENOENT", "EACCES", "EISDIR", "EINVAL", "EFBIG", "ELOOP", "ENAMETOOLONG", "ENXIO"])
-def test_a_read_that_will_not_mend_is_not_tried_again(
+def test_a_permanent_error_is_not_retried(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = named(tmp_path, "one.jpg")

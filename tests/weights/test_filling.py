@@ -89,7 +89,7 @@ def test_what_may_be_missing_keeps_its_start_and_is_listed(template: dict, weigh
     assert np.array_equal(leaves[present], weights[present].astype(np.float32))
 
 
-def test_an_allowed_part_is_whole_components_of_a_path(weights: dict[str, np.ndarray], template: dict) -> None:
+def test_an_allowed_part_is_complete_components_of_a_path(weights: dict[str, np.ndarray], template: dict) -> None:
     del weights["fpn/output6/bias"]
     with pytest.raises(
         WeightsError, match=r"missing: fpn/output6/bias; 1 allowed to be missing, but not part .*: fpn/out"

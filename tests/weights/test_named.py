@@ -28,7 +28,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server(ThreadingHTTPServer):
-    """Serves CONTENT, with ranges; breaks a connection off after `breaks_after` bytes, once; half-way calls `pause`."""
+    """Serves CONTENT with ranges; closes one connection after `breaks_after` bytes, and calls `pause` half-way."""
 
     breaks_after: int | None = None
     ranges = True
@@ -36,7 +36,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.asked: list[str | None] = []
+        self.requested: list[str | None] = []
 
     @property
     def url(self) -> str:
@@ -48,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         wanted = self.headers.get("Range")
-        self.server.asked.append(wanted)
+        self.server.requested.append(wanted)
         if self.path != "/weights.pth":
             self.send_error(404)
             return
@@ -94,26 +94,26 @@ def test_a_file_is_fetched_once(server: Server, tmp_path: Path, capsys: pytest.C
     assert path.read_bytes() == CONTENT and path == tmp_path / "cache" / "w.pth"
     assert "w.pth: 0 MB downloaded" in capsys.readouterr().err
     assert fetch(weights, tmp_path / "cache") == path
-    assert len(server.asked) == 1
+    assert len(server.requested) == 1
     assert names(path.parent) == ["w.pth", "w.pth.lock"]
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_broken_download_is_taken_up(server: Server, tmp_path: Path, ranges: bool) -> None:
+def test_an_interrupted_download_is_resumed(server: Server, tmp_path: Path, ranges: bool) -> None:
     weights = Named(server.url, "w.pth", SHA256[:8])
     server.breaks_after, server.ranges = 100_000, ranges
     with pytest.raises(WeightsError, match=r"cannot be downloaded \(.*\); put the file at .*w\.pth, or try again"):
         fetch(weights, tmp_path)
     assert (tmp_path / "w.pth.part").stat().st_size == 100_000 and not (tmp_path / "w.pth").exists()
     assert fetch(weights, tmp_path).read_bytes() == CONTENT
-    assert server.asked == ["bytes=0-", "bytes=100000-"]
+    assert server.requested == ["bytes=0-", "bytes=100000-"]
 
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_part_that_is_too_long_to_resume_is_downloaded_again(server: Server, tmp_path: Path, times: int) -> None:
     (tmp_path / "w.pth.part").write_bytes(CONTENT * times)
     assert fetch(Named(server.url, "w.pth"), tmp_path).read_bytes() == CONTENT
-    assert server.asked == [f"bytes={300000 * times}-", "bytes=0-"]
+    assert server.requested == [f"bytes={300000 * times}-", "bytes=0-"]
 
 
 FETCH = """
@@ -142,7 +142,7 @@ def test_of_two_processes_one_fetches_and_the_other_waits(server: Server, tmp_pa
     assert [process.wait(30) for process in processes] == [0, 0]
     assert found == ["w.pth.lock", "w.pth.part"]
     assert (cache / "w.pth").read_bytes() == CONTENT and names(cache) == ["w.pth", "w.pth.lock"]
-    assert server.asked == ["bytes=0-"]
+    assert server.requested == ["bytes=0-"]
     assert sorted(log.read_text() for log in logs) == [
         "w.pth: 0 MB downloaded\n",
         f"waiting for another process that downloads {server.url}\n",
@@ -162,7 +162,7 @@ def test_without_locks_each_fetches_a_file_of_its_own(
     with ThreadPoolExecutor(2) as pool:
         paths = list(pool.map(lambda _: fetch(Named(server.url, "w.pth"), tmp_path), range(2)))
     assert paths == [tmp_path / "w.pth"] * 2 and paths[0].read_bytes() == CONTENT
-    assert server.asked == ["bytes=0-"] * 2 and names(tmp_path) == ["w.pth", "w.pth.lock"]
+    assert server.requested == ["bytes=0-"] * 2 and names(tmp_path) == ["w.pth", "w.pth.lock"]
     paths[0].unlink()
     server.pause, server.breaks_after = None, 100
     with pytest.raises(WeightsError, match="interrupted after 100 of 300000 bytes"):
@@ -216,7 +216,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
         find_weights("torchvision", "resnet51")
 
 
-def test_the_table_is_sound() -> None:
+def test_the_table_is_valid() -> None:
     files = [weights.file for weights in NAMED.values()]
     assert len(set(files)) == len(files)
     for (kind, _), weights in NAMED.items():

@@ -24,10 +24,10 @@ ARRAYS = {
 }
 
 
-def equal(found: dict[str, np.ndarray], meant: dict[str, np.ndarray]) -> bool:
+def equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:
     """Whether names, order, dtypes, shapes and values are the same."""
-    return list(found) == list(meant) and all(
-        found[name].dtype == meant[name].dtype and np.array_equal(found[name], meant[name]) for name in meant
+    return list(found) == list(expected) and all(
+        found[name].dtype == expected[name].dtype and np.array_equal(found[name], expected[name]) for name in expected
     )
 
 
@@ -54,10 +54,10 @@ def write(tmp_path: Path) -> Callable[[bytes], Path]:
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_torch_files_read_as_torch_reads_them(name: str) -> None:
-    with np.load(GOLDEN / "expected.npz") as expected:
-        meant = dict(expected)
+    with np.load(GOLDEN / "expected.npz") as file:
+        expected = dict(file)
     found = read_weights(GOLDEN / f"{name}.pth")
-    assert equal(found, meant)
+    assert equal(found, expected)
     assert all(array.dtype.isnative and array.flags.aligned for array in found.values())
 
 

@@ -67,7 +67,7 @@ def test_a_view_is_read_or_refused_as_its_indices_say(offset: int, shape: list[i
         {"tail": literal(("view", 0, 6))},
     ],
 )
-def test_a_tensor_that_is_not_sound_is_refused(tmp_path: Path, fields: dict[str, object]) -> None:
+def test_an_invalid_tensor_is_refused(tmp_path: Path, fields: dict[str, object]) -> None:
     path = tmp_path / "weights.pth"
     program = pickled({"w": tensor(**fields)})
     for data in (
@@ -138,7 +138,7 @@ def test_a_compressed_zip_is_refused(tmp_path: Path) -> None:
         read_weights(tmp_path / "bomb.npz")
 
 
-def test_a_whole_module_is_refused_by_its_class() -> None:
+def test_a_pickled_module_is_refused_by_its_class() -> None:
     with pytest.raises(
         WeightsError, match=r"refers to 'torch\.nn\.modules\.container\.Sequential'.*save the state dict"
     ):

@@ -99,8 +99,8 @@ def test_another_epsilon_is_folded_into_the_scale_exactly() -> None:
     weights = {"n/scale": rng.standard_normal(5).astype(np.float32), "n/var": var}
     for eps in (0.0, 1e-3):
         made = with_epsilon(weights, eps)
-        meant = weights["n/scale"] / np.sqrt(var.astype(np.float64) + eps)
-        np.testing.assert_allclose(made["n/scale"] / np.sqrt(var.astype(np.float64) + 1e-5), meant, rtol=1e-6)
+        expected = weights["n/scale"] / np.sqrt(var.astype(np.float64) + eps)
+        np.testing.assert_allclose(made["n/scale"] / np.sqrt(var.astype(np.float64) + 1e-5), expected, rtol=1e-6)
     assert with_epsilon(weights, 1e-5)["n/scale"] is weights["n/scale"]
     with pytest.raises(WeightsError, match=r"n/var: a variance of 0"):
         with_epsilon({"n/scale": var, "n/var": 0 * var}, 0.0)

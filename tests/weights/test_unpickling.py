@@ -1,4 +1,4 @@
-"""A pickle is read as data: nothing in it runs, is looked up, or takes memory or time that the file does not pay for."""
+"""Pickles are data: nothing in them is executed or looked up, and time and memory are bounded by their size."""
 
 import io
 import os
@@ -101,7 +101,7 @@ def test_the_attack_would_have_run(tmp_path: Path, name: str) -> None:
         b"\x80\x02ctorch\nfloat32\n)R.",  # a name, but no function
         b"\x80\x02ccollections\nOrderedDict\n}R.",  # no tuple of arguments
         b"\x80\x02ccollections\nOrderedDict\n)\x81.",  # NEWOBJ
-        b"\x80\x02\x82\x01.",  # EXT1: the registry of extensions is not asked
+        b"\x80\x02\x82\x01.",  # EXT1: the registry of extensions is not used
         b"\x80\x05\x97.",  # NEXT_BUFFER: there are none
         b"\x80\x02" + literal("id") + b"Q.",  # a persistent id outside a torch file
         b"\x80\x02c_codecs\nencode\n(" + literal("x") + literal("idna") + b"tR.",
