@@ -25,18 +25,8 @@ from retina_jax.config import ConfigError, ScenesConfig
 VERSION = 1
 """Incremented whenever the same settings give other pixels or boxes."""
 HUES = {
-    "red": 0.0,
-    "blue": 228.0,
-    "yellow": 53.0,
-    "green": 128.0,
-    "violet": 270.0,
-    "cyan": 184.0,
-    "orange": 27.0,
-    "pink": 332.0,
-    "lime": 83.0,
-    "azure": 206.0,
-    "magenta": 301.0,
-    "teal": 160.0,
+    **{"red": 0.0, "blue": 228.0, "yellow": 53.0, "green": 128.0, "violet": 270.0, "cyan": 184.0, "orange": 27.0},
+    **{"pink": 332.0, "lime": 83.0, "azure": 206.0, "magenta": 301.0, "teal": 160.0},
 }
 """Degrees. Class k is the k-th shape in the k-th hue; the first classes are the easiest to distinguish."""
 EMPTY_SHARE = 0.05
@@ -89,6 +79,8 @@ SHAPES: dict[str, tuple[Float[np.ndarray, "n 2"], ...]] = {
     "bolt": (np.array([[0.5, -2], [-1.3, 0.4], [-0.2, 0.4], [-0.6, 2], [1.3, -0.6], [0.2, -0.6], [1.2, -2]]),),
 }
 """Polygons, in any unit, y down; the second one is the hole of the ring."""
+CLASSES = tuple(zip(SHAPES, HUES.values(), strict=True))
+"""Shape and hue of each class."""
 
 
 class Scene(NamedTuple):
@@ -150,7 +142,7 @@ def draw_scene(config: ScenesConfig, stream: int, index: int) -> Scene:
     labels, boxes, areas, visible = [], [], np.zeros(0, int), np.zeros(0, int)
     for is_object in rng.permutation(wanted):
         label = int(rng.integers(config.classes))
-        shape, hue = _class_look(label) if is_object else _lookalike(rng, label)
+        shape, hue = CLASSES[label] if is_object else _lookalike(rng, label)
         for _ in range(PLACES_TRIED):
             box = _draw_box(rng, config)
             side = float(np.sqrt(box[2] * box[3]))
@@ -160,7 +152,7 @@ def draw_scene(config: ScenesConfig, stream: int, index: int) -> Scene:
             left = visible - np.bincount(owner[patch][solid] + 1, minlength=len(labels) + 1)[1:]
             if not solid.any() or (left < LEAST_VISIBLE * areas).any():
                 continue
-            picture[patch] = _painted(rng, picture[patch], cover, inside, hue)
+            picture[patch] = painted(rng, picture[patch], cover, inside, hue)
             owner[patch][solid] = len(labels) if is_object else -1
             visible = left
             if is_object:
@@ -200,20 +192,6 @@ def draw_background(rng: np.random.Generator, size: int) -> Float32[np.ndarray, 
     return np.asarray(drawn, np.float32) / 255
 
 
-def paint_shape(
-    rng: np.random.Generator,
-    picture: Float32[np.ndarray, "H W 3"],
-    shape: str,
-    hue: float,
-    box_xywh: tuple[float, float, float, float],
-) -> None:
-    """Paints a shape of `SHAPES` in a hue (degrees) into a box inside the picture."""
-    side = float(np.sqrt(box_xywh[2] * box_xywh[3]))
-    (x, y), cover, inside = draw_shape(shape, box_xywh, rng.uniform(-0.25, 0.25), 0.5 + 0.02 * side)
-    patch = np.s_[y : y + cover.shape[0], x : x + cover.shape[1]]
-    picture[patch] = _painted(rng, picture[patch], cover, inside, hue)
-
-
 def draw_shape(
     shape: str, box_xywh: tuple[float, float, float, float], rotation: float, outline: float
 ) -> tuple[tuple[int, int], Float32[np.ndarray, "h w"], Float32[np.ndarray, "h w"]]:
@@ -245,24 +223,18 @@ def _eroded(mask: np.ndarray, radius: int) -> np.ndarray:
     diagonal = round(radius / 2**0.5)
     steps = [(0, radius), (0, -radius), (radius, 0), (-radius, 0)]
     steps += [(a * diagonal, b * diagonal) for a in (-1, 1) for b in (-1, 1)]
-    inner = mask.copy()
-    for down, right in steps:
-        np.minimum(inner, padded[radius + down :, radius + right :][:height, :width], out=inner)
-    return inner
+    shifted = [padded[radius + down :, radius + right :][:height, :width] for down, right in steps]
+    return np.minimum.reduce([mask, *shifted])
 
 
 def _averaged(mask: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(mask).reduce(SUPERSAMPLING), np.float32) / 255
 
 
-def _class_look(label: int) -> tuple[str, float]:
-    return list(SHAPES)[label], list(HUES.values())[label]
-
-
 def _lookalike(rng: np.random.Generator, label: int) -> tuple[str, float]:
     """The class's shape in another hue, or its hue in another shape; not a class."""
-    shape, hue = _class_look(label)
-    other = _class_look(int((label + rng.integers(1, len(SHAPES))) % len(SHAPES)))
+    shape, hue = CLASSES[label]
+    other = CLASSES[int((label + rng.integers(1, len(SHAPES))) % len(SHAPES))]
     return (shape, other[1]) if rng.random() < 0.5 else (other[0], hue)
 
 
@@ -276,7 +248,7 @@ def _draw_box(rng: np.random.Generator, config: ScenesConfig) -> tuple[float, fl
     return int(x * 100) / 100, int(y * 100) / 100, int(width * 100) / 100, int(height * 100) / 100
 
 
-def _painted(
+def painted(
     rng: np.random.Generator, under: np.ndarray, cover: np.ndarray, inside: np.ndarray, hue: float
 ) -> np.ndarray:
     """The patch with a shape painted on it, lit from the upper left, with a dark outline."""
@@ -292,10 +264,7 @@ def _painted(
 
 
 def _colour(
-    rng: np.random.Generator,
-    saturation: tuple[float, float],
-    value: tuple[float, float],
-    hue: float | None = None,
+    rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float], hue: float | None = None
 ) -> Float32[np.ndarray, " channels"]:
     """RGB in [0, 1]; `hue` in degrees, None: random."""
     turns = rng.random() if hue is None else hue % 360 / 360
@@ -322,15 +291,14 @@ def _write_split(folder: Path, split: str, config: ScenesConfig, stream: int, co
     images = [
         {"id": i + 1, "file_name": f"{i:06d}.jpg", "width": config.size, "height": config.size} for i in range(count)
     ]
-    annotations = [
-        {"image_id": i + 1, "category_id": label + 1, "bbox": box, "area": round(box[2] * box[3], 2), "iscrowd": 0}
-        for i, scene in enumerate(scenes)
-        for label, box in zip(scene.labels, scene.boxes_xywh, strict=True)
-    ]
+    objects = [(i, *o) for i, scene in enumerate(scenes, 1) for o in zip(scene.labels, scene.boxes_xywh, strict=True)]
     document = {
         "info": {"description": "retina_jax generated scenes", "version": VERSION},
         "images": images,
-        "annotations": [{"id": i + 1, **annotation} for i, annotation in enumerate(annotations)],
+        "annotations": [
+            {"id": n, "image_id": i, "category_id": k + 1, "bbox": b, "area": round(b[2] * b[3], 2), "iscrowd": 0}
+            for n, (i, k, b) in enumerate(objects, 1)
+        ],
         "categories": [{"id": k + 1, "name": name} for k, name in enumerate(class_names(config.classes))],
     }
     (folder / f"{split}.json").write_text(json.dumps(document))

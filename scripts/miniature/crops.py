@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Float32, Int32, UInt8
 
-from retina_jax.data.scenes import HUES, SHAPES, draw_background, paint_shape
+from retina_jax.data.scenes import HUES, SHAPES, draw_background, draw_shape, painted
 
 SIDE = 48
 """Side of a crop, pixels."""
@@ -62,8 +62,22 @@ def _draw_sheet(seed: int, index: int) -> Crops:
         # Off the centre by at most an eighth of the free space.
         x = column * SIDE + (SIDE - width) * rng.uniform(0.375, 0.625)
         y = row * SIDE + (SIDE - height) * rng.uniform(0.375, 0.625)
-        paint_shape(rng, picture, list(SHAPES)[shape], list(HUES.values())[hue], (x, y, width, height))
+        _paint_shape(rng, picture, list(SHAPES)[shape], list(HUES.values())[hue], (x, y, width, height))
     picture += 0.012 * rng.standard_normal(picture.shape, np.float32)
     sheet = (picture.clip(0, 1) * 255 + 0.5).astype(np.uint8)
     images = sheet.reshape(ACROSS, SIDE, ACROSS, SIDE, 3).swapaxes(1, 2).reshape(-1, SIDE, SIDE, 3)
     return Crops(images, shapes.astype(np.int32), hues.astype(np.int32))
+
+
+def _paint_shape(
+    rng: np.random.Generator,
+    picture: Float32[np.ndarray, "H W 3"],
+    shape: str,
+    hue: float,
+    box_xywh: tuple[float, float, float, float],
+) -> None:
+    """Paints a shape of `SHAPES` in a hue (degrees) into a box inside the picture."""
+    side = float(np.sqrt(box_xywh[2] * box_xywh[3]))
+    (x, y), cover, inside = draw_shape(shape, box_xywh, rng.uniform(-0.25, 0.25), 0.5 + 0.02 * side)
+    patch = np.s_[y : y + cover.shape[0], x : x + cover.shape[1]]
+    picture[patch] = painted(rng, picture[patch], cover, inside, hue)
