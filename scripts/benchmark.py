@@ -1,7 +1,7 @@
-"""Time this project, and peers beside it: python scripts/benchmark.py step --peer torchvision [--size 512 --batch 4 --json]
+"""Time this project and other libraries: python scripts/benchmark.py step --peer torchvision [--size 512 --batch 4 --json]
 
-Each variant runs in a process of its own on the same cores, one repetition of each in turn. Figures are medians; `ratio` is
-a variant's CPU time over this project's, with --device gpu its wall time.
+Each variant runs in its own process on the same cores, one repetition of each in turn. Figures are medians. `ratio` is a
+variant's CPU time divided by this project's; with --device gpu, its wall time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BOXES = {"match": 50}
 
 @dataclass(frozen=True)
 class Arguments:
-    """Options; those that a benchmark has no use for are not looked at."""
+    """Options; each benchmark ignores those that do not apply to it."""
 
     name: Annotated[
         Literal["step", "forward", "detect", "loss", "match", "nms", "input", "evaluate", "compile"],
@@ -38,11 +38,11 @@ class Arguments:
     ]
     """What to time."""
     peer: tuple[Literal["torchvision", "kerashub", "optax", "pycocotools", "tf.data", "pil"], ...] = ()
-    """Beside it: torchvision, kerashub, optax (loss), pycocotools (evaluate), tf.data and pil (input)."""
+    """Compare with: torchvision, kerashub, optax (loss), pycocotools (evaluate), tf.data and pil (input)."""
     size: str = "256"
-    """Canvas, pixels: 512, or 800x1344 (height x width)."""
+    """Padded shape, pixels: 512, or 800x1344 (height x width)."""
     batch: int = 1
-    """Images a repetition."""
+    """Images per repetition."""
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d"] = "resnet50"
     """Backbone."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -52,33 +52,33 @@ class Arguments:
     classes: int = 80
     """Classes."""
     boxes: int = 0
-    """Ground-truth boxes an image; 0: 7, as COCO has, and 50 for match."""
+    """Ground-truth boxes per image; 0: 7, COCO's mean, and 50 for match."""
     kept: int = 300
-    """Boxes that nms keeps at most."""
+    """Largest number of boxes that nms keeps."""
     keep_logits: bool = False
-    """loss: keep the logits; without, they are given away, as in a training step (optax's too)."""
+    """loss: keep the logits; by default they are donated, as in a training step (optax's too)."""
     images: Path = Path("data/coco/val2017")
     """Folder of the JPEG files of input."""
     annotations: Path = Path("data/coco/annotations/instances_val2017.json")
-    """COCO JSON of input and evaluate; evaluate takes text too, lines of FOLDER/000000000139.jpg x1,y1,x2,y2,class ..."""
+    """COCO JSON of input and evaluate; evaluate also reads text: lines of FOLDER/000000000139.jpg x1,y1,x2,y2,class ..."""
     detections: int = 180_000
-    """Detections that evaluate makes from the annotations."""
+    """Number of detections that evaluate generates from the annotations."""
     device: Literal["cpu", "gpu"] = "cpu"
-    """Where to compute."""
+    """Device."""
     cores: int = 1
-    """Processor cores each variant is pinned to; 0: not pinned."""
+    """Number of cores that each variant is pinned to; 0: not pinned."""
     repetitions: int = 7
-    """Of each variant, after three to warm up."""
+    """Repetitions per variant, after three to warm up."""
     peer_python: str = sys.executable
-    """Interpreter of the peers, where they are installed in another environment."""
+    """Python interpreter of the peers, if they are installed in another environment."""
     seed: int = 0
-    """Of everything random."""
+    """Random seed."""
     json: bool = False
-    """One JSON object a line instead of a table."""
+    """Print one JSON object per line instead of a table."""
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measures all variants and prints the figures."""
     arguments = parse_command_line(Arguments, Arguments(name=tyro.MISSING), sys.argv[1:], __doc__)
     variants = {HERE: OURS[arguments.name]} | {peer: PEERS[peer] for peer in arguments.peer}
     rows = measure(task_of(arguments), variants, arguments.repetitions, arguments.peer_python)
@@ -93,14 +93,14 @@ def task_of(arguments: Arguments) -> Task:
         if getattr(arguments, option) < 1:
             raise ConfigError(f"--{option} {getattr(arguments, option)}: give a number from 1")
     if not 0 <= arguments.cores <= cores():
-        raise ConfigError(f"--cores {arguments.cores}: give 0 (not pinned) to {cores()}, the cores at hand")
+        raise ConfigError(f"--cores {arguments.cores}: give 0 (not pinned) to {cores()}, the available cores")
     if arguments.boxes > (most := Config().data.max_boxes) and arguments.name in (
         "step",
         "forward",
         "detect",
         "compile",
     ):
-        raise ConfigError(f"--boxes {arguments.boxes}: a training image has room for {most} (data.max_boxes)")
+        raise ConfigError(f"--boxes {arguments.boxes}: a training image has at most {most} (data.max_boxes)")
     given = {f.name: getattr(arguments, f.name) for f in fields(Task)}
     given["rows"] = arguments.rows or ROWS.get(arguments.name, 0)
     given["boxes"] = arguments.boxes or BOXES.get(arguments.name, COCO_BOXES)

@@ -1,8 +1,8 @@
-"""Make a run of a detector from elsewhere: python scripts/import_weights.py --weights torchvision:FILE --workdir RUN
+"""Import a detector of another system as a run: python scripts/import_weights.py --weights torchvision:FILE --workdir RUN
 
-The run holds the detector as step 0, with the config that its weights need. evaluate.py and predict.py take it as any other;
-train.py --workdir RUN --data.train-annotations ... goes on from it, with a new class head where the classes are others.
-KIND is torchvision, detectron2 or detectron; in place of FILE stands FILE's published name, which is fetched once.
+The run has the detector as step 0, and the config that its weights need. evaluate.py and predict.py use it like any other
+run; train.py --workdir RUN --data.train-annotations ... continues from it, with a new class head if the classes differ.
+The system is torchvision, timm, detectron2 or detectron. Instead of FILE, give the name of a published file to download it.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ class Arguments:
     weights: str
     """KIND:FILE or KIND:NAME."""
     workdir: Path
-    """Folder of the run, in which there is none yet."""
+    """Folder for the new run."""
     class_names: tuple[str, ...] = ()
-    """Names of the classes, in the order of the head; empty: COCO's where the number fits, else "class 1" and so on."""
+    """Class names in the order of the head; empty: COCO's if the number fits, else "class 1" and so on."""
     batchnorm_eps: float | None = None
-    """What torchvision's BatchNorms added to a variance; None: 0 for its published v1 file, else 1e-5."""
+    """Epsilon of torchvision's BatchNorms; None: 0 for its published v1 file, else 1e-5."""
     allow_missing: tuple[str, ...] = ()
-    """Parts of the network (fpn/output7) that the file may lack; they start random."""
+    """Parts of the network (fpn/output7) that may be missing from the file; they keep random values."""
 
 
 def main() -> None:
-    """Read, convert, fill, save, tell."""
+    """Reads and converts the weights, writes the run, and prints a table of parameters."""
     arguments = parse_command_line(Arguments, Arguments(tyro.MISSING, tyro.MISSING), sys.argv[1:], __doc__)
     set_up_jax()
     imported = import_detector(

@@ -2,8 +2,7 @@
 
     python scripts/pretrain.py --config configs/mini.py
 
-The file goes where the config's `model.backbone_weights` points, in torchvision's naming, so that every run that names it
-starts from it. Nothing is done where it is there already.
+The file is written to the config's `model.backbone_weights`, with torchvision's names. An existing file is kept.
 """
 
 from __future__ import annotations
@@ -15,34 +14,33 @@ from typing import Annotated
 
 import tyro
 from miniature.crops import ACROSS, draw_crops
-from miniature.pretraining import pretrain
+from miniature.pretraining import backbone_state_dict, pretrain
+from safetensors.numpy import save
 
 from retina_jax.cli import config_of, one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_checks import validate
-from retina_jax.weights.safetensors import write_safetensors
-from retina_jax.weights.torchvision import backbone_state_dict
 
 MINI = Path(__file__).parents[1] / "configs" / "mini.py"
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Options of this script; all others are fields of the config, of which `model` and `seed` count."""
+    """Options of this script; all others are config fields, of which `model` and `seed` are used."""
 
     settings: Annotated[Config, tyro.conf.arg(name="")]
     config: Path = MINI
-    """Config file with the backbone and, in model.backbone_weights, the file to write."""
+    """Config file with the backbone and, as model.backbone_weights, the file to write."""
     crops: int = 27_000
-    """Crops trained on."""
+    """Number of crops to train on."""
     steps: int = 4000
     """Training steps."""
     batch: int = 64
-    """Crops a step."""
+    """Crops per step."""
 
 
 def main() -> None:
-    """Draw the crops, train, say how well crops held out are told apart, write the file."""
+    """Draws the crops, trains, writes the file and prints the accuracy on held-out crops."""
     arguments = parse_command_line(Arguments, Arguments(config_of(sys.argv[1:], str(MINI))), sys.argv[1:], __doc__)
     set_up_jax()
     config = validate(arguments.settings)
@@ -50,27 +48,27 @@ def main() -> None:
     if path.suffix != ".safetensors":
         raise ConfigError(f"model.backbone_weights: {path}; give the .safetensors file to write")
     if config.model.backbone not in path.name:
-        raise ConfigError(f"model.backbone_weights: {path} has not {config.model.backbone} in its name; name it so")
+        raise ConfigError(f"model.backbone_weights: the file name {path.name} must contain {config.model.backbone}")
     for field, least in (("steps", 1), ("batch", 2), ("crops", arguments.batch)):
         if getattr(arguments, field) < least:
-            raise ConfigError(f"--{field}: {getattr(arguments, field)}; it must be at least {least}")
+            raise ConfigError(f"--{field}: {getattr(arguments, field)}; must be at least {least}")
     if config.model.input_normalisation != "imagenet":
-        raise ConfigError("model.input_normalisation: backbones in torchvision's naming need imagenet")
+        raise ConfigError("model.input_normalisation: must be imagenet for a backbone with torchvision's names")
     if path.exists():
-        print(f"{path} is there already")
+        print(f"{path} already exists")
         return
-    whole = -(-arguments.crops // ACROSS**2) * ACROSS**2
-    train, held_out = draw_crops(whole, config.seed), draw_crops(1800, config.seed, whole)
+    count = -(-arguments.crops // ACROSS**2) * ACROSS**2
+    train, held_out = draw_crops(count, config.seed), draw_crops(1800, config.seed, count)
     weights, accuracies = pretrain(
         config.model, train, held_out, steps=arguments.steps, batch_size=arguments.batch, seed=config.seed, log=print
     )
-    told = {name: f"{share:.3f}" for name, share in accuracies.items()}
+    shares = {name: f"{share:.3f}" for name, share in accuracies.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}")
-    beside.write_bytes(write_safetensors(backbone_state_dict(weights), told))
-    beside.replace(path)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_bytes(save(backbone_state_dict(weights), shares))
+    temporary.replace(path)
     print(
-        f"accuracy on {len(held_out.images)} crops held out: shape {told['shape']}, hue {told['hue']}; written to {path}"
+        f"accuracy on {len(held_out.images)} held-out crops: shape {shares['shape']}, hue {shares['hue']}; wrote {path}"
     )
 
 

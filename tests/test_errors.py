@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save
 
 from retina_jax.cli import one_line_errors
 from retina_jax.console import warn
 from retina_jax.errors import LONGEST_LINE, PlainError, one_line
 from retina_jax.weights.importing import convert
-from retina_jax.weights.safetensors import write_safetensors
 
 RED = "\x1b[31mred\x1b[0m\n"
 
@@ -44,7 +44,7 @@ def test_errors_and_warnings_cannot_colour_the_terminal(capsys: pytest.CaptureFi
 def test_names_of_weights_are_shortened_and_escaped(tmp_path: Path, kind: str) -> None:
     names = [f"{i}{RED * 20_000}" for i in range(3)]
     path = tmp_path / "weights.safetensors"
-    path.write_bytes(write_safetensors({name: np.zeros(1, np.float32) for name in names}))
+    path.write_bytes(save({name: np.zeros(1, np.float32) for name in names}))
     with pytest.raises(PlainError) as raised:
         convert(f"{kind}:{path}")
     line = str(raised.value)

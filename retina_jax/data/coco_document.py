@@ -34,9 +34,8 @@ from retina_jax.data.coco_entries import (
 )
 from retina_jax.data.conventions import Orientation
 from retina_jax.data.image_paths import find_images
-from retina_jax.data.image_sizes import Size, read_sizes
 from retina_jax.data.source import DataError
-from retina_jax.data.survey import read_votes
+from retina_jax.data.survey import Size, read_sizes, read_votes
 
 T = TypeVar("T")
 Crowds = Literal["ignore", "objects"]

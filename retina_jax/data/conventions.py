@@ -1,10 +1,8 @@
-"""What the image files of a data set leave open, decided once per data set: which way up they are, and the range of 16 bits.
+"""Decoding choices that image files leave open and that are made once per data set: orientation, and the range of 16 bits.
 
-A file with an EXIF orientation has pixels as stored, and pixels turned as a viewer shows them. Annotations are drawn on one
-of the two, and their sizes show on which wherever turning swaps two different sides (orientations 5 to 8). Those images
-decide for the others of the data set (orientations 2 to 4, and squares).
-
-A file of 16 bits per value may hold the output of a sensor of 8, 10, 12 or 14 bits.
+A file with an EXIF orientation shows other pixels stored than turned. Annotations belong to one of the two; their sizes show
+which if turning swaps two different sides (orientations 5 to 8). These images decide for the others of the data set
+(orientations 2 to 4, and squares). A 16-bit file may contain values of a sensor with 8, 10, 12 or 14 bits.
 """
 
 from __future__ import annotations
@@ -17,34 +15,33 @@ Orientation = Literal["stored", "turned"]
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the image files of a data set are decoded where the files and the annotated sizes leave it open."""
+    """How to decode the image files of a data set if the files and the annotated sizes leave it open."""
 
     orientation: Orientation = "turned"
-    """Pixels that boxes lie on: as stored, or turned as the EXIF orientation says. Only for images whose sides do not show
-    it; the others follow their annotated sizes."""
+    """Pixels that boxes lie on: as stored, or turned by the EXIF orientation. Images whose annotated sizes show it follow
+    these."""
     bits: int | None = None
-    """Bits that 16-bit images use: value 2^bits - 1 is white. None: not known, as the data set has no such image; one
-    that comes up later is taken as 16."""
+    """Bits that 16-bit images use: 2^bits - 1 is white. None: 16; the data set has no such image."""
 
 
 class Header(NamedTuple):
-    """What an image file shows before its pixels are decoded."""
+    """Header of an image file."""
 
     size: tuple[int, int]
     """Width and height as stored."""
     orientation: int
-    """EXIF orientation, 1 to 8; 1 where there is none."""
+    """EXIF orientation, 1 to 8; 1 without one."""
     deep: bool
     """Whether it has 16 bits per value."""
 
     @property
     def turned_size(self) -> tuple[int, int]:
-        """Width and height once turned."""
+        """Width and height after turning."""
         return self.size[::-1] if self.orientation >= 5 else self.size
 
     def shown_by(self, annotated: tuple[int, int] | None) -> Orientation | Literal["open"] | None:
-        """Which pixels the annotated (width, height) belongs to; open: to either, or there is no annotated size. None: to
-        neither, or the same pixels."""
+        """The pixels that an annotated (width, height) belongs to. "open": both, or there is none; None: neither, or
+        there is nothing to turn."""
         if self.orientation == 1 or annotated not in (None, self.size, self.turned_size):
             return None
         if annotated is None or self.size == self.turned_size:
@@ -54,39 +51,36 @@ class Header(NamedTuple):
 
 @dataclass
 class Votes:
-    """Images of a data set with an EXIF orientation other than 1, by what their annotated sizes show."""
+    """Names of the images with an EXIF orientation other than 1, by what their annotated sizes show."""
 
     stored: list[str] = field(default_factory=list)
     turned: list[str] = field(default_factory=list)
     open: list[str] = field(default_factory=list)
-    """Names of the images whose size is the same either way, or not annotated."""
 
     @property
     def shown(self) -> Orientation | Literal["open"] | None:
-        """What most of the images that show the convention show. If there are none, or as many of either: open where there
-        are images whose convention is to be decided, None where there are not."""
+        """The majority of stored and turned; without one, "open" if there are open images, else None."""
         if len(self.stored) == len(self.turned):
             return "open" if self.open else None
         return "stored" if len(self.stored) > len(self.turned) else "turned"
 
     def add(self, name: str, header: Header, annotated: tuple[int, int] | None) -> None:
-        """Counts an image."""
+        """Adds an image."""
         shown = header.shown_by(annotated)
         if shown is not None:
             getattr(self, shown).append(name)
 
     def convention(self, undecided: Orientation) -> Orientation:
-        """What the images show, `undecided` where they do not."""
+        """The convention that the images show; `undecided` if they do not."""
         return undecided if self.shown in ("open", None) else self.shown
 
     def decide(
         self, choice: Orientation | Literal["auto"], undecided: Orientation = "turned"
     ) -> tuple[Orientation, str, bool]:
-        """The convention, one line that explains it (empty: there is nothing to decide), and whether it is in doubt.
+        """Returns the convention, a line that explains it (empty: nothing to decide), and whether it is in doubt.
 
-        `choice` is data.orientation. With auto the images that show the convention decide, the majority where they differ.
-        If there are none, or as many of either, it is `undecided`. These cases are in doubt, unless `undecided` is stored,
-        which another data set has shown; so is a choice that an image contradicts.
+        `choice` is data.orientation; with "auto", the majority of the images decides, and `undecided` without one. It is in
+        doubt if images contradict it, and if none decides, unless `undecided` is "stored", as another data set showed.
         """
         stored, turned, unknown = len(self.stored), len(self.turned), len(self.open)
         found = self.convention(undecided) if choice == "auto" else choice
@@ -105,11 +99,11 @@ class Votes:
             if undecided == "stored":
                 return found, f"EXIF orientation: {line}, as the other images of the run are", False
             ask = "if their boxes lie on the pixels as stored, set data.orientation stored"
-            return found, f"EXIF orientation is undecidable: {line}, as viewers show them; {ask}", True
+            return found, f"EXIF orientation is undecidable: {line}, as image viewers show them; {ask}", True
         against = self.turned if found == "stored" else self.stored
         doubt = f"; {against[0]} is annotated otherwise and follows its own size" if against else ""
         return found, f"EXIF orientation: {line}{doubt}", bool(against)
 
 
 AS_VIEWERS = Decoding()
-"""Turned as the EXIF orientation says; 16-bit images use all bits."""
+"""As image viewers: turned by the EXIF orientation; 16-bit images use all bits."""

@@ -1,4 +1,4 @@
-"""Encoded image to the RGB that a person sees, whatever the file holds. Training, evaluation and prediction share it."""
+"""Decodes image files to 8-bit RGB as a viewer shows them. Training, evaluation and prediction share it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ from retina_jax.data.conventions import AS_VIEWERS, Decoding, Header
 from retina_jax.data.sixteen_bits import is_deep, samples, to_eight_bits
 from retina_jax.data.source import BadImage, Source
 
-# A bound on what threads hold at once.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
+"""Supported file formats. PIL has more; some of them start other programs."""
+MAX_PIXELS = 178_956_970
+"""Larger images are refused before they are decoded: a file of kilobytes can ask for gigabytes. PIL's own limit."""
+# PIL warns of images that it reads nevertheless (broken EXIF, many pixels); what matters raises an exception here.
+# `catch_warnings` is not safe with several decoding threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class Budget:
-    """Shares out `total`: what its holders have never adds up to more, and who asks for more than is left waits."""
+    """Limits what threads hold at the same time to `total`; who asks for more than is left waits."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -30,7 +36,7 @@ class Budget:
 
     @contextlib.contextmanager
     def share(self, size: int) -> Iterator[None]:
-        """Holds `size` of the budget; of more than there is at all, the whole. Never take a second share inside one."""
+        """Holds min(size, total) of the budget. Shares must not be nested."""
         size = min(size, self.total)
         with self._returned:
             self._returned.wait_for(lambda: self._left >= size)
@@ -43,17 +49,8 @@ class Budget:
                 self._returned.notify_all()
 
 
-# PIL warns of images it reads all the same (broken EXIF, many pixels). What matters is said here, by exceptions.
-# `catch_warnings` would not do: it is not safe where several threads decode.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
-"""File formats read. PIL has more; some of those start other programs."""
-MAX_PIXELS = 178_956_970
-"""Images of more pixels are refused before they are decoded: a file of kilobytes can ask for gigabytes. PIL's own limit."""
 DECODING = Budget(MAX_PIXELS)
-"""Pixels that threads decode and resize at once. Each takes 14 bytes, with transparency 16, and of a file with
-16 bits per value 20 and 24: 3 to 4 GB in all."""
+"""Pixels that threads decode and resize at once. Each takes 14 to 24 bytes (16 bits with transparency): 3 to 4 GB."""
 ORIENTATION_TAG = 0x0112
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -64,37 +61,37 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation to what makes the image upright; from 5 on width and height change places."""
+"""The transposition that turns an image of an EXIF orientation upright; from 5 on it swaps width and height."""
 UNDO = {**TURNS, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
-"""EXIF orientation to what makes an upright image the stored one again."""
+"""The inverse transpositions."""
 START_OF_FRAME, START_OF_SCAN, QUANTISATION, HUFFMAN, RESTARTS, COMMENT = (0xC0, 0xC2), 0xDA, 0xDB, 0xC4, 0xDD, 0xFE
-"""Markers of a JPEG; the frames are of baseline and of progressive ones."""
+"""JPEG markers; frames are baseline or progressive."""
 NAMED = {0xE0: b"JFIF\0", 0xE2: b"ICC_PROFILE\0"}
-"""Markers of segments for applications, and what those begin with that say nothing about the pixels."""
+"""JPEG markers of application segments that do not affect the pixels, with the segments' first bytes."""
 HEAD, FRAME = struct.Struct(">BBH"), struct.Struct(">BHHB")
-"""What a segment begins with, and what a frame does after it."""
+"""Head of a JPEG segment, and of a frame after it."""
 
 
 def to_rgb(
     encoded: bytes, decoding: Decoding = AS_VIEWERS, *, expected_size: tuple[int, int] | None = None
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Decodes an image file to RGB, 8 bits.
+    """Decodes an image file to 8-bit RGB.
 
-    Transparency shows white behind it; of 16-bit images the upper 8 of `decoding.bits` are taken; CMYK, palettes and grey
-    become RGB; of several frames the first is taken; colour profiles are not applied.
+    Transparency becomes white. CMYK, palettes and grey become RGB. 16-bit images keep the upper 8 of `decoding.bits`. The
+    first of several frames is used. Colour profiles are not applied.
 
-    An EXIF orientation (in a TIFF, its orientation tag) is applied where `expected_size`, the (width, height) that the
-    annotations name, is the size after turning only; it is not where that is the size as stored only, because the boxes
-    then lie on the image as stored. Where it is both, or None (prediction), `decoding.orientation` decides.
+    An EXIF orientation (in a TIFF, its orientation tag) is applied if only the turned size is `expected_size`, the annotated
+    (width, height); not if only the stored size is, because the boxes then lie on the stored pixels. If both are, or it is
+    None (prediction), `decoding.orientation` decides.
 
-    Raises BadImage (one line, without the file's name, which the caller knows) where the file is no image of FORMATS, is
-    truncated or broken, has more than MAX_PIXELS, or has neither of the two sizes.
+    Raises BadImage, one line without the file's name, if the file is not an image of FORMATS, is truncated or broken, has
+    more than MAX_PIXELS, or has neither of the two sizes.
     """
     image = open_image(encoded)
     try:
         header = read_header(image)
         if header.deep:
-            image = open_image(encoded)  # To read EXIF behind the pixels of a PNG is to load it.
+            image = open_image(encoded)  # reading EXIF after the pixels of a PNG has loaded it
             eight = to_eight_bits(samples(image, lambda: open_image(encoded)), decoding.bits or 16)
         else:
             image.load()
@@ -106,27 +103,27 @@ def to_rgb(
     except BadImage:
         raise
     except Exception as error:
-        # A broken file can make PIL's decoders raise nearly anything: OSError, SyntaxError, struct.error, IndexError.
+        # PIL's decoders raise nearly anything for a broken file: OSError, SyntaxError, struct.error, IndexError.
         raise BadImage(f"cannot be decoded: {_one_line(error)}") from None
 
 
 def image_of(source: Source, index: int) -> UInt8[np.ndarray, "h w 3"]:
-    """An image of a data set, as training and evaluation decode it; BadImage where it cannot be read or decoded."""
+    """Reads and decodes an image of a data set as training does. Raises BadImage, or OSError if it cannot be read."""
     record = source.records[index]
     return to_rgb(source.read(index), source.decoding, expected_size=(record.width, record.height))
 
 
 def largest_file(pixels: int) -> int:
-    """Bytes that a file of so many pixels may have: 64 MiB for other frames, previews and EXIF, and 16 bits of RGBA each."""
+    """Largest size in bytes of a file with so many pixels: 16-bit RGBA, and 64 MiB for other frames, previews and EXIF."""
     return 2**26 + 8 * min(pixels, MAX_PIXELS)
 
 
 def is_plain_jpeg(
     encoded: bytes, decoding: Decoding = AS_VIEWERS, *, expected_size: tuple[int, int] | None = None
 ) -> bool:
-    """Whether any JPEG decoder gives what `to_rgb` does: grey or three components, whole, upright as stored.
+    """Whether any JPEG decoder gives the pixels of `to_rgb`: grey or three components, complete, not to be turned.
 
-    Only the header is read. Raises BadImage as `to_rgb` does, for what the header can show.
+    Reads only the header, and raises BadImage for faults that it shows.
     """
     if _is_plainest_jpeg(encoded, expected_size):
         return True
@@ -137,9 +134,9 @@ def is_plain_jpeg(
 
 
 def _is_plainest_jpeg(encoded: bytes, expected_size: tuple[int, int] | None) -> bool:
-    """Whether a JPEG has nothing in its header but what every plain one has, all of it in order: most are like that.
+    """Whether a JPEG's header has only the segments of every plain JPEG, as most have. If not, PIL must decide.
 
-    False says nothing: PIL then looks. Between images PIL's code falls out of the processor's caches, and costs 0.5 ms.
+    PIL takes 0.5 ms for it, since its code leaves the processor's caches between images.
     """
     if not (encoded.startswith(b"\xff\xd8") and encoded.endswith(b"\xff\xd9")):
         return False
@@ -169,7 +166,7 @@ def _is_plainest_jpeg(encoded: bytes, expected_size: tuple[int, int] | None) -> 
 
 
 def open_image(encoded: bytes) -> Image.Image:
-    """The image with its header read and its pixels not yet; BadImage where that fails."""
+    """Opens an image without decoding its pixels. Raises BadImage."""
     try:
         image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     except Image.DecompressionBombError:
@@ -183,19 +180,19 @@ def open_image(encoded: bytes) -> Image.Image:
 
 
 def read_header(image: Image.Image) -> Header:
-    """The header of an open image that is not loaded. The pixels of a PNG are skipped, not decoded."""
-    if image.format == "TIFF":  # Of a TIFF that is to be turned, PIL names the size after it.
+    """The header of an image that is not loaded. The pixels of a PNG are skipped, not decoded."""
+    if image.format == "TIFF":  # PIL's size of a TIFF is that after turning
         width, height = image.tag_v2[256], image.tag_v2[257]
     else:
         width, height = image.size
     deep = is_deep(image)
     try:
-        # PIL decodes a PNG without EXIF before its pixels to look behind them.
+        # PIL decodes a PNG without EXIF before its pixels to look for it after them.
         loads = image.format == "PNG" and "exif" not in image.info and not _has_late_exif(image)
         exif = Image.Image.getexif(image) if loads else image.getexif()
         orientation = exif.get(ORIENTATION_TAG, 1)
     except Exception:
-        orientation = 1  # EXIF that cannot be parsed shows nothing about the pixels.
+        orientation = 1  # EXIF that cannot be parsed
     known = isinstance(orientation, int) and orientation in TURNS
     return Header((width, height), orientation if known else 1, deep)
 
@@ -203,7 +200,7 @@ def read_header(image: Image.Image) -> Header:
 def upright(
     header: Header, expected_size: tuple[int, int] | None, decoding: Decoding = AS_VIEWERS
 ) -> Image.Transpose | None:
-    """How to turn the image as stored, None for not at all; the rule is in `to_rgb`."""
+    """The transposition of the stored image by the rule of `to_rgb`; None: none. Raises BadImage for other sizes."""
     turn, turned = TURNS.get(header.orientation), header.turned_size
     if expected_size is None or header.size == turned == expected_size:
         return turn if decoding.orientation == "turned" else None
@@ -212,16 +209,16 @@ def upright(
     if header.size == expected_size:
         return None
     width, height = header.size
-    raise BadImage(f"is {width}x{height} pixels where its annotations say {expected_size[0]}x{expected_size[1]}")
+    raise BadImage(f"is {width}x{height} pixels, but {expected_size[0]}x{expected_size[1]} in the annotations")
 
 
 def is_turned_by_pil(image: Image.Image, header: Header) -> bool:
-    """Whether PIL has turned the image while loading it: it does so with TIFFs, from some version on."""
+    """Whether PIL turned the image while loading it, as newer versions do with TIFFs."""
     return image.format == "TIFF" and header.orientation in TURNS and ORIENTATION_TAG not in image.getexif()
 
 
 def _has_late_exif(image: Image.Image) -> bool:
-    """Whether a PNG has a chunk of EXIF behind its pixels."""
+    """Whether a PNG has an EXIF chunk after its pixels."""
     file, found = image.fp, False
     before = file.tell()
     file.seek(8)
@@ -235,7 +232,7 @@ def _has_late_exif(image: Image.Image) -> bool:
 
 def _eight_bit_rgb(image: Image.Image) -> Image.Image:
     if ImageMode.getmode(image.mode).basetype == "F":
-        raise BadImage("has floating-point pixels, whose range is unknown; it must have 8 or 16 bits")
+        raise BadImage("has floating-point pixels of unknown range; 8 or 16 bits are supported")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")

@@ -1,7 +1,7 @@
-"""Batches of images and boxes: tf.data over an index, with no state but the step.
+"""Batches of images and boxes: a tf.data pipeline over an index, whose only state is the step.
 
-Element i of the data set is row i % b of step i // b, and everything about it (which image, its size, its flip) is a pure
-function of (seed, step, row). To resume is to start at another step; a batch that fails can simply be made again.
+Element i is row i % b of step i // b. Its image, size and flip are a pure function of (seed, step, row), so training resumes
+by starting at another step, and a failed batch can be made again.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 from retina_jax.config import DataConfig
 from retina_jax.data.decoding import DECODING, is_plain_jpeg, to_rgb
 from retina_jax.data.image_faults import OneColourImages
-from retina_jax.data.reading import Reads, read_again
-from retina_jax.data.sampler import AUGMENTATION, TrainOrder, eval_order, host_rows, random_bits
+from retina_jax.data.reading import SlowReadMonitor, read_again
+from retina_jax.data.sampler import AUGMENTATION, BucketSampler, eval_order, host_rows, random_bits
 from retina_jax.data.source import BadImage, Source
 from retina_jax.data.transforms import (
     assign_bucket,
@@ -41,57 +41,53 @@ from retina_jax.errors import reason
 
 log = logging.getLogger(__name__)
 LARGE = 2**22
-"""Images of more pixels are decoded and resized within the budget `DECODING`, so that memory is bounded by it and by
-`workers` images of this size, whatever the data set holds."""
+"""Larger images (in pixels) are decoded and resized within the budget `DECODING`. So memory is bounded by this budget plus
+`workers` images of this size."""
 LOOK_AHEAD = 1000
-"""Batches that `Batches.canvases` looks at."""
+"""Largest number of batches that `Batches.canvases` checks."""
 NOTHING = np.zeros((0, 0, 3), np.uint8)
 
 
 class Batch(NamedTuple):
-    """b images of one canvas shape H W: this host's rows of a global batch."""
+    """b images with padded shape H W: this host's rows of a global batch."""
 
     images: UInt8[np.ndarray, "b H W 3"] | Float32[np.ndarray, "b H W 3"]
-    """RGB, at the canvas's upper left; the rest of the canvas is 0."""
+    """RGB, in the upper left; the padding is 0."""
     image_sizes: Int32[np.ndarray, "b 2"]
-    """Height and width of the image on its canvas."""
+    """Height and width without padding."""
     boxes_xyxy: Float32[np.ndarray, "b G 4"]
-    """Pixels of the canvas; 0 where there is no box."""
+    """Pixels of the padded image; 0 for no box."""
     labels: Int32[np.ndarray, "b G"]
-    """0 to K-1; -1 where there is no box."""
+    """0 to K-1; -1 for no box."""
     indices: Int64[np.ndarray, " b"]
     """Rows in `source.records`."""
     valid: Bool[np.ndarray, " b"]
-    """False: an image repeated to fill an evaluation batch, or a bad one (black, 1x1, without boxes)."""
+    """False for an image repeated to fill an evaluation batch, and for a bad one (black, 1x1, without boxes)."""
     scales: Float32[np.ndarray, "b 2"]
-    """Canvas pixels per original pixel, along x and along y."""
-
-
-class SkippedImages(Counter[str]):
-    """How many times each bad image was met in the batches handed out (`data.bad_images skip`)."""
+    """Pixels per original pixel, along x and y."""
 
 
 class Rows(NamedTuple):
-    """What a host reads at a step."""
+    """The images that a host reads at a step."""
 
     canvas: tuple[int, int]
     indices: Int64[np.ndarray, " b"]
     valid: Bool[np.ndarray, " b"]
     positions: Int64[np.ndarray, " b"]
-    """Seeds of the augmentation."""
+    """Seeds for the augmentation."""
 
 
 def train_batches(
     source: Source, data: DataConfig, *, seed: int, start_step: int = 0, host: int = 0, hosts: int = 1
 ) -> Batches:
-    """Training batches from `start_step` on, without end: the same whether training was interrupted or not.
+    """Infinite training batches from `start_step` on; the same batch at a step whether training was interrupted or not.
 
-    At each step all hosts get the same canvas shape, and together exactly the images of one host with the whole batch.
+    At each step all hosts get the same padded shape, and together the images that a single host would get.
     """
     short_sides = train_short_sides(data)
     shapes = buckets(data, short_sides)
-    # A canvas that holds the largest of the short sides holds the others.
-    order = TrainOrder(_image_buckets(source, data, max(short_sides), shapes), data.batch_size, seed)
+    # A padded shape for the largest short side also fits the others.
+    order = BucketSampler(_image_buckets(source, data, max(short_sides), shapes), data.batch_size, seed)
     mine = host_rows(data.batch_size, host, hosts)
 
     def rows_at(step: int) -> Rows:
@@ -109,12 +105,16 @@ def train_batches(
 def eval_batches(
     source: Source, data: DataConfig, *, batch_size: int, limit: int = 0, host: int = 0, hosts: int = 1
 ) -> Batches:
-    """Evaluation batches: every image once (of the first `limit`, if that is not 0), unflipped, at `data.short_side`.
+    """Evaluation batches: each image (of the first `limit`, unless 0) once, not flipped, at `data.short_side`.
 
-    All hosts get equally many batches of the same shapes; rows that only fill a batch are not `valid`. With `data.buckets`
-    0 the images of a batch all have the canvas of exactly their size.
+    All hosts get as many batches, with the same shapes; rows that only fill a batch are not `valid`. With `data.buckets` 0
+    the images of a batch have their exact padded shape.
     """
-    shapes = exact_canvases(source, data) if data.buckets == 0 else buckets(data, (data.short_side,))
+    shapes = buckets(data, (data.short_side,))
+    if data.buckets == 0:
+        sizes = {(record.height, record.width) for record in source.records}
+        rule = data.short_side, data.long_side, data.size_rounding
+        shapes = tuple(sorted({exact_canvas(resized_size(*size, *rule), data) for size in sizes}))
     batches = eval_order(_image_buckets(source, data, data.short_side, shapes)[: limit or None], batch_size)
     mine = host_rows(batch_size, host, hosts)
 
@@ -128,25 +128,17 @@ def eval_batches(
     return Batches(source, data, rows_at, augment, mine.stop - mine.start, 0, len(batches))
 
 
-def exact_canvases(source: Source, data: DataConfig) -> tuple[tuple[int, int], ...]:
-    """The canvases of exactly the sizes that the images of a source have at `data.short_side`, sorted."""
-    sizes = {(record.height, record.width) for record in source.records}
-    rule = data.short_side, data.long_side, data.size_rounding
-    return tuple(sorted({exact_canvas(resized_size(*size, *rule), data) for size in sizes}))
-
-
 def overflow(source: Source, data: DataConfig) -> tuple[int, int]:
-    """Images with more than `data.max_boxes` boxes, and the boxes beyond it, which no batch holds (the last of an image)."""
+    """Number of images with more than `data.max_boxes` boxes, and number of boxes dropped (the last ones of an image)."""
     beyond = [len(record.labels) - data.max_boxes for record in source.records]
     return sum(n > 0 for n in beyond), sum(max(n, 0) for n in beyond)
 
 
 class Batches(Iterator[Batch]):
-    """Iterator over the batches of steps `start` to `stop` (None: without end), `local` images each.
+    """Iterator over the batches of steps `start` to `stop` (None: infinite), with `local` images each.
 
-    A bad image raises BadImage at its own step; or, with `data.bad_images` skip, its row is not valid, it is logged once
-    and counted in `skipped` each time a batch with it is handed out. A file that is slow to come is waited for, without
-    end: after `waiting.PATIENCE` seconds one line names it.
+    A bad image raises BadImage at its own step. With `data.bad_images` skip, its row is not valid instead; it is logged
+    once, and counted in `skipped` each time its batch is returned. Slow files are waited for, and named in a log line.
     """
 
     def __init__(
@@ -160,7 +152,8 @@ class Batches(Iterator[Batch]):
         stop: int | None,
     ) -> None:
         load()
-        self.skipped = SkippedImages()
+        self.skipped: Counter[str] = Counter()
+        """Number of times that each bad image was in a returned batch (`data.bad_images skip`)."""
         self.one_colour = OneColourImages(source.where, len(source))
         self._source, self._data = source, data
         self._rows_at = functools.lru_cache(maxsize=64)(rows_at)
@@ -168,11 +161,11 @@ class Batches(Iterator[Batch]):
         self._local, self._step, self._stop = local, start, stop
         self._bad: dict[int, BadImage] = {}
         self._doubted: set[int] = set()
-        self._reads = Reads(source.where)
+        self._reads = SlowReadMonitor(source.where)
         self._iterator: Iterator[tuple] | None = None
 
     def canvases(self, steps: int) -> list[tuple[int, int]]:
-        """Canvas shapes of the next `steps` batches (at most LOOK_AHEAD), each once, in the order that they come up."""
+        """Padded shapes of the next `steps` batches (at most LOOK_AHEAD), each once, in order of first use."""
         return list(dict.fromkeys(self._rows_at(self._step + i).canvas for i in range(min(steps, LOOK_AHEAD))))
 
     def __next__(self) -> Batch:
@@ -184,7 +177,7 @@ class Batches(Iterator[Batch]):
                     batch = Batch(*next(self._iterator))
                 break
             except tf.errors.OpError:
-                # TensorFlow does not say which image it could not decode. Make the batch again, image by image.
+                # TensorFlow does not report which image failed: make the batch again, decoding its images one by one.
                 suspects = set(self._rows_at(self._step).indices.tolist())
                 if suspects <= self._doubted:
                     raise
@@ -198,7 +191,7 @@ class Batches(Iterator[Batch]):
     def _report_bad_images(self, batch: Batch) -> None:
         for index in batch.indices[self._rows_at(self._step).valid & ~batch.valid].tolist():
             if self._data.bad_images == "stop":
-                self._iterator = None  # It has moved on; whoever asks again gets this step again.
+                self._iterator = None  # so that the next call returns this step again
                 raise self._bad[index]
             name = self._source.where(index)
             if name not in self.skipped:
@@ -212,7 +205,7 @@ class Batches(Iterator[Batch]):
         options.deterministic = True
         options.autotune.enabled = False
         options.threading.private_threadpool_size = workers
-        options.threading.max_intra_op_parallelism = 1  # Whole images are what runs in parallel.
+        options.threading.max_intra_op_parallelism = 1  # images are processed in parallel instead
         stop = tf.int64.max if self._stop is None else self._stop * self._local
         elements = tf.data.Dataset.range(self._step * self._local, stop).map(
             tf.autograph.experimental.do_not_convert(self._element), num_parallel_calls=workers
@@ -220,10 +213,10 @@ class Batches(Iterator[Batch]):
         return elements.batch(self._local, drop_remainder=True).prefetch(self._data.prefetch).with_options(options)
 
     def _element(self, i: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        """Row of a Batch: Python says what to make, TensorFlow makes the pixels without holding Python up."""
+        """One row of a Batch: Python decides what to make, TensorFlow makes the pixels without holding the GIL."""
         columns = tf.bool, tf.int32, tf.int32, tf.float32, tf.int32, tf.int64, tf.bool, tf.float32
-        pictures = tf.string, tf.uint8, tf.as_dtype(self._data.pixels)
-        encoded, decoded, resized, flip, canvas, size, *others = tf.numpy_function(self._load, [i], pictures + columns)
+        inputs = tf.string, tf.uint8, tf.as_dtype(self._data.pixels)
+        encoded, decoded, resized, flip, canvas, size, *others = tf.numpy_function(self._load, [i], inputs + columns)
         decoded.set_shape((None, None, 3))
         resized.set_shape((None, None, 3))
         image = tf.cond(
@@ -236,12 +229,12 @@ class Batches(Iterator[Batch]):
                 self._data.pixels,
             ),
         )
-        # Mirrored last, so that a mirrored image has exactly the pixels of the plain one.
+        # Flipped last, so that a flipped image has exactly the pixels of the original.
         image = tf.cond(flip, lambda: tf.reverse(image, axis=[1]), lambda: image)
         return pad(image, canvas), size, *others
 
     def _load(self, i: np.int64) -> tuple:
-        """Everything of element i but pixel work: the image as `_read` gives it, flip, canvas, then Batch's own fields."""
+        """Element i without work on pixels: the image from `_read`, flip, padded shape, then the fields of Batch."""
         step, row = divmod(int(i), self._local)
         rows, data = self._rows_at(step), self._data
         index = int(rows.indices[row])
@@ -251,53 +244,53 @@ class Batches(Iterator[Batch]):
         short_side, flip = self._augment(int(rows.positions[row]))
         height, width = resized_size(record.height, record.width, short_side, data.long_side, data.size_rounding)
         try:
-            pictures = self._read(index, (height, width))
+            inputs = self._read(index, (height, width))
         except BadImage as error:
-            # Raised where the batch is handed out, if at all: through TensorFlow it would come out as another error.
+            # Raised in `__next__`, as TensorFlow would turn it into another error.
             self._bad[index] = error
             size, scales, black = np.ones(2, np.int32), np.ones(2, np.float32), np.zeros((1, 1, 3), data.pixels)
             return b"", NOTHING, black, False, canvas, size, boxes, labels, np.int64(index), False, scales
         scales = np.array([width / record.width, height / record.height])
         n = min(len(record.labels), data.max_boxes)
-        # In float64, so that a box that ends at the image's edge still does on the canvas.
+        # In float64, so that a box that ends at the image's edge still does after the resize.
         scaled = to_canvas_pixels(record.boxes_xyxy[:n], scales, data.box_ends).astype(np.float32)
         boxes[:n] = flip_boxes(scaled, width) if flip else scaled
         labels[:n] = record.labels[:n]
         size, valid = np.array([height, width], np.int32), bool(rows.valid[row])
-        return *pictures, flip, canvas, size, boxes, labels, np.int64(index), valid, scales.astype(np.float32)
+        return *inputs, flip, canvas, size, boxes, labels, np.int64(index), valid, scales.astype(np.float32)
 
     def _read(self, index: int, size_hw: tuple[int, int]) -> tuple[bytes, np.ndarray, np.ndarray]:
-        """A plain JPEG still encoded, any other image decoded, a large one resized; the other two of the three are empty."""
+        """Returns (encoded, decoded, resized), two of them empty. Plain JPEGs stay encoded, large images are resized."""
         if index in self._bad:
             raise self._bad[index]
         record, data = self._source.records[index], self._data
-        unresized = NOTHING.astype(data.pixels)
+        not_resized = NOTHING.astype(data.pixels)
         try:
             with self._reads.reading(index):
                 encoded = read_again(lambda: self._source.read(index), self._source.where(index))
         except OSError as error:
             raise BadImage(f"{self._source.where(index)}: cannot be read: {reason(error)}") from None
-        pixels, as_annotated = record.width * record.height, {"expected_size": (record.width, record.height)}
+        pixels, annotated = record.width * record.height, {"expected_size": (record.width, record.height)}
         decoding = self._source.decoding
         try:
             if pixels > LARGE:
                 with DECODING.share(pixels):
-                    image = to_rgb(encoded, decoding, **as_annotated)
+                    image = to_rgb(encoded, decoding, **annotated)
                     return b"", NOTHING, resize_large(image, size_hw, data.resize, data.pixels)
-            if is_plain_jpeg(encoded, decoding, **as_annotated):
+            if is_plain_jpeg(encoded, decoding, **annotated):
                 if index not in self._doubted:
-                    return encoded, NOTHING, unresized
-                # Its batch failed, perhaps not because of it: TensorFlow decodes what it can, so that pixels never depend
-                # on their company.
+                    return encoded, NOTHING, not_resized
+                # Its batch failed, perhaps because of another image. TensorFlow decodes it if possible, so that its pixels
+                # do not depend on the batch.
                 with contextlib.suppress(tf.errors.OpError):
-                    return b"", decode_jpeg(encoded).numpy(), unresized
-            return b"", to_rgb(encoded, decoding, **as_annotated), unresized
+                    return b"", decode_jpeg(encoded).numpy(), not_resized
+            return b"", to_rgb(encoded, decoding, **annotated), not_resized
         except BadImage as error:
             raise BadImage(f"{self._source.where(index)}: {error}") from None
 
 
 def decode_jpeg(encoded: tf.Tensor | bytes) -> tf.Tensor:
-    """RGB of a JPEG, exactly what PIL gives."""
+    """RGB of a JPEG, identical to PIL's."""
     return tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
 
 

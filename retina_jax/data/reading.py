@@ -1,4 +1,4 @@
-"""Files whose names come from a data set: read whole, but nothing that never ends, and never more than is reasonable."""
+"""Reads files named by a data set: regular files only, with a size limit, retries, and a log line for slow ones."""
 
 from __future__ import annotations
 
@@ -18,24 +18,23 @@ from retina_jax.errors import reason
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 NEVER_WAITS = getattr(os, "O_NONBLOCK", 0)
-"""Opening a pipe that nobody writes to returns at once; reading a regular file is as without it."""
+"""Makes opening a pipe without a writer return at once; reading a regular file is not affected."""
 PAUSES = (0.5, 2.0, 8.0)
-"""Seconds before a read is tried again, and again."""
-_PASSING = "EIO ESTALE ETIMEDOUT EAGAIN EINTR EBUSY ECONNRESET EREMOTEIO"
-PASSING = frozenset(getattr(errno, name) for name in _PASSING.split() if hasattr(errno, name))
-"""Errors of a network file system that may be gone the next time; some systems lack some of the names."""
+"""Seconds before each retry."""
+_TEMPORARY = "EIO ESTALE ETIMEDOUT EAGAIN EINTR EBUSY ECONNRESET EREMOTEIO"
+TEMPORARY = frozenset(getattr(errno, name) for name in _TEMPORARY.split() if hasattr(errno, name))
+"""Possibly temporary errors of network file systems; some systems lack some of the names."""
 
 
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[BinaryIO]:
-    """A regular file, open for reading, a symbolic link followed wherever it leads.
+    """Opens a regular file for reading, through symbolic links.
 
-    Raises OSError, its strerror one line: for a file that cannot be read, for a folder, a pipe, a socket or a device, none
-    of which is waited for, and for a name that no file can have.
+    Raises OSError with a strerror of one line, also for a folder, pipe, socket or device, and for an invalid name.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | NEVER_WAITS | getattr(os, "O_BINARY", 0))
-    except ValueError:  # A NUL, or what the file system's encoding lacks.
+    except ValueError:  # a NUL, or a character outside the file system's encoding
         raise OSError(errno.EINVAL, "no file can have this name", repr(path)) from None
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -44,67 +43,62 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_file(path: Path, largest: int) -> bytes:
-    """The content of a regular file of at most `largest` bytes.
-
-    Raises OSError as `open_file` does, and for one of more bytes; exactly `largest` are read.
-    """
+    """Returns the content of a regular file. Raises OSError like `open_file`, or if it has more than `largest` bytes."""
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > largest:
             raise OSError(errno.EFBIG, f"it has {size} bytes; at most {largest} are read", str(path))
-        return file.read(size)  # No more, should it be growing.
+        return file.read(size)  # not more, if it grows
 
 
 def read_again(read: Callable[[], T], name: str) -> T:
-    """What `read` gives, called again after each of PAUSES while it fails with an error that may pass; a line each time.
+    """Returns `read()`, retried after each of PAUSES for TEMPORARY errors, with a log line each time.
 
-    Any other OSError is raised at once, and the last of them when the pauses are over.
+    Raises any other OSError at once, and a temporary one after the last retry.
     """
     for pause in PAUSES:
         try:
             return read()
         except OSError as error:
-            if error.errno not in PASSING and not isinstance(error, TimeoutError):
+            if error.errno not in TEMPORARY and not isinstance(error, TimeoutError):
                 raise
-            log.warning("%s: cannot be read: %s; tried again in %g s", name, reason(error), pause)
+            log.warning("%s: cannot be read: %s; trying again in %g s", name, reason(error), pause)
         time.sleep(pause)
     return read()
 
 
-# Files that are slow to come: waited for without end, but never in silence.
-
 PATIENCE = 60.0
-"""Seconds after which a batch that is still waited for is spoken of."""
-LOOKS = 5.0
-"""Seconds between two looks at how long that has been."""
+"""Seconds of waiting for a batch after which a line is logged."""
+CHECKS = 5.0
+"""Seconds between two checks of that time."""
 
 
-class Reads:
-    """The files that threads are reading; `where` says what messages call them."""
+class SlowReadMonitor:
+    """Logs which files are being read when a batch has been waited for too long; `where` returns their names."""
 
     def __init__(self, where: Callable[[int], str]) -> None:
         self._where = where
-        self._since: dict[int, tuple[int, float]] = {}
-        """By thread: what it reads, and since when."""
+        self._reads: dict[int, tuple[int, float]] = {}
+        """Thread to the index that it reads and when it started."""
         self._waits: tuple[int, float] | None = None
         """The step whose batch is waited for, and since when."""
         self._watched = False
         self._lock = threading.Lock()
-        """Of `_waits` and `_watched`."""
+        """Protects `_waits` and `_watched`."""
 
     @contextlib.contextmanager
     def reading(self, index: int) -> Iterator[None]:
-        """This thread reads `index` meanwhile."""
+        """Marks this thread as reading `index`."""
         thread = threading.get_ident()
-        self._since[thread] = index, time.monotonic()
+        self._reads[thread] = index, time.monotonic()
         try:
             yield
         finally:
-            del self._since[thread]
+            del self._reads[thread]
 
     @contextlib.contextmanager
     def waiting(self, step: int) -> Iterator[None]:
-        """A batch is waited for meanwhile: after PATIENCE seconds one line names what has been read for longest."""
+        """Marks a batch as waited for. After PATIENCE seconds one line names the three files being read for longest."""
         with self._lock:
             self._waits = step, time.monotonic()
             if not self._watched:
@@ -117,25 +111,20 @@ class Reads:
                 self._waits = None
 
     def _watch(self) -> None:
-        """Until it looks and nothing is waited for: so one thread serves many batches, and none outlives them for long.
-
-        One for each batch would cost the loop 0.1 ms, under load 1 ms.
-        """
-        told = None
+        """Ends at the first check without a wait. One thread per batch would cost the loop 0.1 ms, under load 1 ms."""
+        reported = None
         while True:
-            time.sleep(min(LOOKS, PATIENCE / 2))
+            time.sleep(min(CHECKS, PATIENCE / 2))
             with self._lock:
                 waits = self._waits
                 if waits is None:
                     self._watched = False
                     return
-            waited = time.monotonic() - waits[1]
-            if waited >= PATIENCE and waits is not told:
-                told = waits
-                self._report(waits[0], waited)
-
-    def _report(self, step: int, waited: float) -> None:
-        now = time.monotonic()
-        longest = sorted(self._since.copy().values(), key=lambda read: read[1])[:3]
-        files = ", ".join(f"{self._where(index)} ({now - since:.0f} s)" for index, since in longest)
-        log.warning("batch %d: waited %.0f s for its images; being read: %s", step, waited, files or "none")
+            now = time.monotonic()
+            if now - waits[1] >= PATIENCE and waits is not reported:
+                reported = waits
+                longest = sorted(self._reads.copy().values(), key=lambda read: read[1])[:3]
+                files = ", ".join(f"{self._where(index)} ({now - since:.0f} s)" for index, since in longest)
+                log.warning(
+                    "batch %d: waited %.0f s for its images; reading %s", waits[0], now - waits[1], files or "none"
+                )

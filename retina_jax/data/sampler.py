@@ -1,14 +1,13 @@
-"""The order images are visited in, as a pure function of (seed, step): nothing to save, the same on every host.
+"""The order of images in training and evaluation: a pure function of (seed, step), without state, the same on every host.
 
-Every image has a bucket (the canvas it is padded to) and every global batch is of one bucket, so that all hosts run the
-same compiled program at the same step. The order is defined by two facts:
+Each image has a bucket (its padded shape), and a global batch has images of one bucket, so that all hosts run the same
+compiled program at a step. Two rules define the order:
 
-    Epoch e walks all N images in a random order of its own. Each image joins the queue of its bucket.
-    When a queue holds B images they leave as the next batch.
+    Epoch e goes through all N images in a random order. Each image joins the queue of its bucket.
+    When a queue has B images, they leave it as the next batch.
 
-What is left in the queues at the end of an epoch stays in them, so each epoch still visits every image once, and after e
-epochs the bucket b of n_b images has given floor(e n_b / B) batches. That closed form finds the epoch of any step
-without replaying the ones before.
+Images left in the queues at the end of an epoch stay there, so each epoch visits every image once. After e epochs bucket b
+with n_b images has given floor(e n_b / B) batches, which gives the epoch of any step without replaying earlier ones.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Int64, UInt64
 
 ORDER, AUGMENTATION = 1, 2
-"""What random bits are for: separate streams of the same seed."""
+"""Independent random streams of a seed."""
 
 
 class BatchIndices(NamedTuple):
@@ -29,9 +28,9 @@ class BatchIndices(NamedTuple):
     bucket: int
     indices: Int64[np.ndarray, " B"]
     positions: Int64[np.ndarray, " B"]
-    """epoch × N + index: no other visit of any image has it, so it seeds the visit's augmentation."""
+    """epoch × N + index, unique for each visit of an image; the seed of its augmentation."""
     epoch: int
-    """Epoch in which the batch was completed; its first images may have waited since an earlier one."""
+    """Epoch that completed the batch; its first images may be from earlier epochs."""
 
 
 class EvalIndices(NamedTuple):
@@ -40,40 +39,40 @@ class EvalIndices(NamedTuple):
     bucket: int
     indices: Int64[np.ndarray, " B"]
     valid: Bool[np.ndarray, " B"]
-    """False where an image is repeated to fill the batch."""
+    """False for an image repeated to fill the batch."""
 
 
 class _Epoch(NamedTuple):
     queues: list[np.ndarray]
-    """Images of each bucket, in the order that this epoch walks them."""
+    """Images of each bucket in the order of this epoch."""
     buckets: np.ndarray
-    """Bucket of each batch that this epoch completes, in order."""
+    """Bucket of each batch completed in this epoch, in order."""
     ends: np.ndarray
-    """Where in its bucket's whole stream each of those batches ends, exclusive."""
+    """End of each of these batches (exclusive) in the sequence of its bucket over all epochs."""
 
 
-class TrainOrder:
-    """Order of the global training batches: `batch(step)`.
+class BucketSampler:
+    """The global training batches.
 
     Args:
-        buckets: bucket of every image.
-        batch_size: images a batch, over all hosts. It may exceed the images of a bucket, or of all: a batch then holds
-            an image more than once, from different epochs.
-        seed: any integer.
+      buckets: bucket of each image.
+      batch_size: images per batch over all hosts. If a bucket has fewer, a batch contains an image several times, from
+        different epochs.
+      seed: any integer.
     """
 
     def __init__(self, buckets: Int[np.ndarray, " N"], batch_size: int, seed: int) -> None:
         if len(buckets) < 1 or batch_size < 1:
-            raise ValueError(f"an order needs images and a batch size, not {len(buckets)} images in {batch_size}s")
+            raise ValueError(f"needs at least one image and a batch size of 1, not {len(buckets)} and {batch_size}")
         self._of_image = buckets
         self._sizes = [int(n) for n in np.bincount(buckets)]
         self._batch_size = batch_size
         self._seed = seed
-        # A step looks at its own epoch and, for images that have waited, at the ones before.
+        # A step needs its own epoch and, for images that have waited, earlier ones.
         self._epoch = functools.lru_cache(maxsize=4)(self._walk)
 
     def batch(self, step: int) -> BatchIndices:
-        """Batch of a step, from 0 on without end; any step costs the same."""
+        """The batch of a step (from 0, unlimited). Every step costs the same."""
         size = self._batch_size
         # floor(e n_b / B) summed over buckets is at most e N / B, so no earlier epoch can hold the step.
         number = step * size // len(self._of_image)
@@ -94,13 +93,13 @@ class TrainOrder:
         return sum(epoch * n // self._batch_size for n in self._sizes)
 
     def _walk(self, number: int) -> _Epoch:
-        # The raw bits of a bit generator are the same in every version of numpy; Generator.permutation's are not.
-        walk = np.argsort(random_bits(ORDER, self._seed, number, count=len(self._of_image)), kind="stable")
-        of_walk = self._of_image[walk]
+        # A bit generator's raw bits are the same in all versions of numpy, unlike Generator.permutation.
+        order = np.argsort(random_bits(ORDER, self._seed, number, count=len(self._of_image)), kind="stable")
+        bucket_of = self._of_image[order]
         queues, buckets, ends, completed = [], [], [], []
         for bucket, n in enumerate(self._sizes):
-            places = np.flatnonzero(of_walk == bucket)
-            queues.append(walk[places])
+            places = np.flatnonzero(bucket_of == bucket)
+            queues.append(order[places])
             first = number * n // self._batch_size + 1
             end = np.arange(first, (number + 1) * n // self._batch_size + 1, dtype=np.int64) * self._batch_size
             buckets.append(np.full(len(end), bucket))
@@ -111,7 +110,7 @@ class TrainOrder:
 
 
 def eval_order(buckets: Int[np.ndarray, " N"], batch_size: int) -> list[EvalIndices]:
-    """Global evaluation batches: every image once, bucket by bucket; the last batch of a bucket repeats its last image."""
+    """Global evaluation batches: each image once, bucket by bucket; the last batch of a bucket repeats its last image."""
     batches = []
     for bucket in np.unique(buckets):
         images = np.flatnonzero(buckets == bucket)
@@ -123,13 +122,13 @@ def eval_order(buckets: Int[np.ndarray, " N"], batch_size: int) -> list[EvalIndi
 
 
 def host_rows(batch_size: int, host: int, hosts: int) -> slice:
-    """Rows of a global batch that a host reads; together the hosts read each row once."""
+    """Rows of a global batch that a host reads; together, hosts read each row once."""
     if batch_size % hosts or not 0 <= host < hosts:
-        raise ValueError(f"batch size {batch_size} must divide by the {hosts} hosts, and host {host} be one of them")
+        raise ValueError(f"batch size {batch_size} must be divisible by {hosts} hosts, and host {host} less than that")
     local = batch_size // hosts
     return slice(host * local, (host + 1) * local)
 
 
 def random_bits(purpose: int, seed: int, position: int, *, count: int) -> UInt64[np.ndarray, " count"]:
-    """Random 64-bit integers, a pure function of the arguments, independent for each (purpose, seed, position)."""
+    """Random 64-bit integers, a pure function of the arguments; independent for each (purpose, seed, position)."""
     return np.random.Philox([purpose, seed % 2**64, position]).random_raw(count)

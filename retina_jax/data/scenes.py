@@ -1,8 +1,7 @@
-"""Generated scenes: a detection task in miniature, hard in the paper's way, for which nothing is downloaded.
+"""Generated scenes: a small detection task with the class imbalance of the paper's Section 3, without a download.
 
-A class is a shape AND a hue ("red disc"). Objects are few and mostly small, they hide one another, and the background is
-full of what is almost an object: the right shape in a wrong hue, the right hue in a wrong shape, noise, gratings, blobs
-and lines. So nearly every anchor is background and some of it is hard: the imbalance of Section 3.
+A class is a shape and a hue ("red disc"). Objects are few, mostly small, and overlap. The background contains hard
+negatives: shapes in a wrong hue, hues in a wrong shape, noise, gratings, blobs and lines.
 """
 
 from __future__ import annotations
@@ -18,50 +17,84 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float, Float32, UInt8
 from PIL import Image, ImageDraw
 
 from retina_jax.config import ConfigError, ScenesConfig
-from retina_jax.data.shapes import SHAPES, draw_shape
 
 VERSION = 1
-"""Raised whenever the same setting would give other pixels or boxes."""
+"""Incremented whenever the same settings give other pixels or boxes."""
 HUES = {
-    "red": 0.0,
-    "blue": 228.0,
-    "yellow": 53.0,
-    "green": 128.0,
-    "violet": 270.0,
-    "cyan": 184.0,
-    "orange": 27.0,
-    "pink": 332.0,
-    "lime": 83.0,
-    "azure": 206.0,
-    "magenta": 301.0,
-    "teal": 160.0,
+    **{"red": 0.0, "blue": 228.0, "yellow": 53.0, "green": 128.0, "violet": 270.0, "cyan": 184.0, "orange": 27.0},
+    **{"pink": 332.0, "lime": 83.0, "azure": 206.0, "magenta": 301.0, "teal": 160.0},
 }
-"""Degrees. Class k is the k-th shape in the k-th hue, so the first classes are the easiest to tell apart."""
+"""Degrees. Class k is the k-th shape in the k-th hue; the first classes are the easiest to distinguish."""
 EMPTY_SHARE = 0.05
-"""Share of images without an object."""
+"""Share of images without objects."""
 LEAST_VISIBLE = 0.4
-"""No object keeps less than this share of its pixels in view: what would hide more is placed elsewhere or not at all."""
+"""Smallest visible share of an object's pixels; a shape that would hide more is placed elsewhere or left out."""
 PLACES_TRIED = 20
 TRAIN, VAL = 1, 2
-"""Streams of the seed."""
+"""Random streams of the seed."""
+SUPERSAMPLING = 4
+"""Shapes are drawn this many times larger and averaged."""
+
+
+def _around(radii: list[float], start: float = 0.0) -> Float[np.ndarray, "n 2"]:
+    """Points at equal angles around the centre; the first is `start` turns clockwise from the top."""
+    angles = 2 * np.pi * (np.arange(len(radii)) / len(radii) + start)
+    return np.stack([np.sin(angles), -np.cos(angles)], axis=1) * np.array(radii)[:, None]
+
+
+def _heart() -> Float[np.ndarray, "n 2"]:
+    t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+    down = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
+    return np.stack([16 * np.sin(t) ** 3, down], axis=1)
+
+
+def _crescent() -> Float[np.ndarray, "n 2"]:
+    outer, inner = np.linspace(0.12, 0.88, 40), np.linspace(0.78, 0.22, 32)
+
+    def arc(turns: np.ndarray, radius: float, centre: float) -> np.ndarray:
+        return np.stack([centre + radius * np.cos(2 * np.pi * turns), radius * np.sin(2 * np.pi * turns)], axis=1)
+
+    return np.concatenate([arc(outer, 1.0, 0.0), arc(inner, 0.70, 0.62)])
+
+
+SHAPES: dict[str, tuple[Float[np.ndarray, "n 2"], ...]] = {
+    "disc": (_around([1.0] * 48),),
+    "square": (_around([1.0] * 4, 1 / 8),),
+    "triangle": (_around([1.0] * 3),),
+    "cross": (
+        np.array([[1, 0], [2, 0], [2, 1], [3, 1], [3, 2], [2, 2], [2, 3], [1, 3], [1, 2], [0, 2], [0, 1], [1, 1]])
+        - 1.5,
+    ),
+    "ring": (_around([1.0] * 48), _around([0.52] * 48)),
+    "star": (_around([1.0, 0.42] * 5),),
+    "diamond": (_around([1.0, 0.75] * 2),),
+    "heart": (_heart(),),
+    "hexagon": (_around([1.0] * 6),),
+    "crescent": (_crescent(),),
+    "arrow": (np.array([[0, -2], [2, 0.2], [0.8, 0.2], [0.8, 2], [-0.8, 2], [-0.8, 0.2], [-2, 0.2]]),),
+    "bolt": (np.array([[0.5, -2], [-1.3, 0.4], [-0.2, 0.4], [-0.6, 2], [1.3, -0.6], [0.2, -0.6], [1.2, -2]]),),
+}
+"""Polygons, in any unit, y down; the second one is the hole of the ring."""
+CLASSES = tuple(zip(SHAPES, HUES.values(), strict=True))
+"""Shape and hue of each class."""
 
 
 class Scene(NamedTuple):
-    """An image and its objects; boxes hold the whole shape, hidden parts included."""
+    """An image and its objects; boxes include hidden parts."""
 
     image: UInt8[np.ndarray, "size size 3"]
     labels: list[int]
     boxes_xywh: list[tuple[float, float, float, float]]
     visible: list[float]
-    """Share of each object's pixels in view."""
+    """Visible share of each object's pixels."""
 
 
 class ScenePaths(NamedTuple):
-    """Where the scenes are, for `read_coco`."""
+    """Paths of the scenes, for `read_coco`."""
 
     train_annotations: str
     train_images: str
@@ -75,10 +108,10 @@ def class_names(classes: int) -> tuple[str, ...]:
 
 
 def write_scenes(config: ScenesConfig) -> ScenePaths:
-    """Writes the scenes as JPEGs and COCO JSONs where they are not there yet.
+    """Writes the scenes as JPEGs and COCO JSONs, unless they exist.
 
-    The folder's name holds a hash of the setting. It is written under another name and renamed when complete, so a folder
-    of that name is always whole, and processes that start together do no harm.
+    The folder's name contains a hash of the settings. It is renamed to that when complete, so an existing folder is always
+    complete, and several processes may write at the same time.
     """
     _check(config)
     setting = {key: value for key, value in dataclasses.asdict(config).items() if key != "folder"}
@@ -92,7 +125,7 @@ def write_scenes(config: ScenesConfig) -> ScenePaths:
             try:
                 unfinished.rename(folder)
             except OSError:
-                if not folder.is_dir():  # Otherwise another process was first.
+                if not folder.is_dir():  # otherwise another process was first
                     raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -109,17 +142,17 @@ def draw_scene(config: ScenesConfig, stream: int, index: int) -> Scene:
     labels, boxes, areas, visible = [], [], np.zeros(0, int), np.zeros(0, int)
     for is_object in rng.permutation(wanted):
         label = int(rng.integers(config.classes))
-        shape, hue = _class_look(label) if is_object else _lookalike(rng, label)
+        shape, hue = CLASSES[label] if is_object else _lookalike(rng, label)
         for _ in range(PLACES_TRIED):
             box = _draw_box(rng, config)
             side = float(np.sqrt(box[2] * box[3]))
-            (x, y), whole, inside = draw_shape(shape, box, rng.uniform(-0.25, 0.25), 0.5 + 0.02 * side)
-            patch = np.s_[y : y + whole.shape[0], x : x + whole.shape[1]]
-            solid = whole >= 0.5
+            (x, y), cover, inside = draw_shape(shape, box, rng.uniform(-0.25, 0.25), 0.5 + 0.02 * side)
+            patch = np.s_[y : y + cover.shape[0], x : x + cover.shape[1]]
+            solid = cover >= 0.5
             left = visible - np.bincount(owner[patch][solid] + 1, minlength=len(labels) + 1)[1:]
             if not solid.any() or (left < LEAST_VISIBLE * areas).any():
                 continue
-            picture[patch] = _painted(rng, picture[patch], whole, inside, hue)
+            picture[patch] = painted(rng, picture[patch], cover, inside, hue)
             owner[patch][solid] = len(labels) if is_object else -1
             visible = left
             if is_object:
@@ -133,13 +166,13 @@ def draw_scene(config: ScenesConfig, stream: int, index: int) -> Scene:
 
 
 def draw_background(rng: np.random.Generator, size: int) -> Float32[np.ndarray, "size size 3"]:
-    """Clutter in [0, 1]: a muted colour, noise of several octaves, blobs, gratings and lines."""
+    """A background in [0, 1]: a muted colour, noise of several octaves, blobs, gratings and lines."""
     ramp = (np.arange(size, dtype=np.float32) + 0.5) / size
     u, v = ramp[None, :, None], ramp[:, None, None]
     picture = np.zeros((size, size, 3), np.float32) + _colour(rng, (0.1, 0.5), (0.35, 0.7))
     for cells, strength in ((3, 0.35), (6, 0.25), (12, 0.18), (24, 0.14), (48, 0.1)):
         noise = rng.random((cells, cells, 3), np.float32)
-        noise = 0.35 * noise + 0.65 * noise.mean(2, keepdims=True)  # Less colour than light and dark.
+        noise = 0.35 * noise + 0.65 * noise.mean(2, keepdims=True)  # less colour than brightness
         coarse = Image.fromarray((noise * 255).astype(np.uint8))
         fine = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), np.float32)
         picture += (fine - 127.5) * (1.4 * strength * rng.uniform(0.3, 1.0) / 255)
@@ -159,69 +192,87 @@ def draw_background(rng: np.random.Generator, size: int) -> Float32[np.ndarray, 
     return np.asarray(drawn, np.float32) / 255
 
 
-def paint_shape(
-    rng: np.random.Generator,
-    picture: Float32[np.ndarray, "H W 3"],
-    shape: str,
-    hue: float,
-    box_xywh: tuple[float, float, float, float],
-) -> None:
-    """Paints a shape (of `SHAPES`) in a hue (degrees) into the picture, so that it fills the box, which lies inside."""
-    side = float(np.sqrt(box_xywh[2] * box_xywh[3]))
-    (x, y), whole, inside = draw_shape(shape, box_xywh, rng.uniform(-0.25, 0.25), 0.5 + 0.02 * side)
-    patch = np.s_[y : y + whole.shape[0], x : x + whole.shape[1]]
-    picture[patch] = _painted(rng, picture[patch], whole, inside, hue)
+def draw_shape(
+    shape: str, box_xywh: tuple[float, float, float, float], rotation: float, outline: float
+) -> tuple[tuple[int, int], Float32[np.ndarray, "h w"], Float32[np.ndarray, "h w"]]:
+    """Draws a shape, rotated by `rotation` (radians) and then stretched to fill the box exactly.
+
+    Returns the pixel (x, y) of the patch's upper left corner, the share of each pixel covered by the shape, and the share
+    that is more than `outline` pixels inside it.
+    """
+    x, y, width, height = box_xywh
+    left, top = int(np.floor(x)), int(np.floor(y))
+    patch_w, patch_h = int(np.ceil(x + width)) - left, int(np.ceil(y + height)) - top
+    turn = np.array([[np.cos(rotation), np.sin(rotation)], [-np.sin(rotation), np.cos(rotation)]])
+    polygons = [polygon @ turn for polygon in SHAPES[shape]]
+    low, high = polygons[0].min(0), polygons[0].max(0)
+    drawing = Image.new("L", (patch_w * SUPERSAMPLING, patch_h * SUPERSAMPLING))
+    pen = ImageDraw.Draw(drawing)
+    for polygon, ink in zip(polygons, (255, 0), strict=False):
+        pixels = (polygon - low) / (high - low) * [width, height] + [x - left, y - top]
+        # PIL's coordinates are pixel centres, ours are corners.
+        pen.polygon((pixels * SUPERSAMPLING - 0.5).ravel().tolist(), fill=ink)
+    mask = np.asarray(drawing)
+    return (left, top), _averaged(mask), _averaged(_eroded(mask, round(outline * SUPERSAMPLING)))
 
 
-def _class_look(label: int) -> tuple[str, float]:
-    return list(SHAPES)[label], list(HUES.values())[label]
+def _eroded(mask: np.ndarray, radius: int) -> np.ndarray:
+    """The minimum of the mask at `radius` pixels in eight directions."""
+    height, width = mask.shape
+    padded = np.pad(mask, radius)
+    diagonal = round(radius / 2**0.5)
+    steps = [(0, radius), (0, -radius), (radius, 0), (-radius, 0)]
+    steps += [(a * diagonal, b * diagonal) for a in (-1, 1) for b in (-1, 1)]
+    shifted = [padded[radius + down :, radius + right :][:height, :width] for down, right in steps]
+    return np.minimum.reduce([mask, *shifted])
+
+
+def _averaged(mask: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(mask).reduce(SUPERSAMPLING), np.float32) / 255
 
 
 def _lookalike(rng: np.random.Generator, label: int) -> tuple[str, float]:
-    """The class's shape in another hue, or its hue on another shape, of all twelve: no class at all."""
-    shape, hue = _class_look(label)
-    other = _class_look(int((label + rng.integers(1, len(SHAPES))) % len(SHAPES)))
+    """The class's shape in another hue, or its hue in another shape; not a class."""
+    shape, hue = CLASSES[label]
+    other = CLASSES[int((label + rng.integers(1, len(SHAPES))) % len(SHAPES))]
     return (shape, other[1]) if rng.random() < 0.5 else (other[0], hue)
 
 
 def _draw_box(rng: np.random.Generator, config: ScenesConfig) -> tuple[float, float, float, float]:
-    # The square of a uniform number skews sizes to the small ones: half are under min_side × (max / min) ^ 1/4.
+    # The square of a uniform number favours small sizes: half are below min_side × (max / min) ^ 1/4.
     side = config.min_side * (config.max_side / config.min_side) ** (rng.random() ** 2)
     aspect = np.exp(rng.uniform(np.log(0.6), np.log(1.6)))
     width, height = (float(min(s, config.size)) for s in (side * aspect**0.5, side / aspect**0.5))
     x, y = rng.uniform(0, config.size - width), rng.uniform(0, config.size - height)
-    # Hundredths of a pixel, as COCO writes them; drawn from the rounded numbers.
+    # Hundredths of a pixel, as in COCO; shapes are drawn from the rounded numbers.
     return int(x * 100) / 100, int(y * 100) / 100, int(width * 100) / 100, int(height * 100) / 100
 
 
-def _painted(
-    rng: np.random.Generator, under: np.ndarray, whole: np.ndarray, inside: np.ndarray, hue: float
+def painted(
+    rng: np.random.Generator, under: np.ndarray, cover: np.ndarray, inside: np.ndarray, hue: float
 ) -> np.ndarray:
-    """The patch with a shape on it: lit from the upper left, with a dark outline."""
-    height, width = whole.shape
+    """The patch with a shape painted on it, lit from the upper left, with a dark outline."""
+    height, width = cover.shape
     u = np.linspace(-1, 1, width, dtype=np.float32)[None, :, None]
     v = np.linspace(-1, 1, height, dtype=np.float32)[:, None, None]
     base = _colour(rng, (0.72, 1.0), (0.75, 1.0), hue + rng.uniform(-4, 4))
     shine = 0.45 * np.exp(-((u + 0.4) ** 2 + (v + 0.45) ** 2) / 0.15)
     fill = base * (1 - 0.16 * (u + v))
     fill = fill + (1 - fill) * shine
-    whole, inside = whole[..., None], inside[..., None]
-    return under * (1 - whole) + 0.3 * base * (whole - inside) + fill * inside
+    cover, inside = cover[..., None], inside[..., None]
+    return under * (1 - cover) + 0.3 * base * (cover - inside) + fill * inside
 
 
 def _colour(
-    rng: np.random.Generator,
-    saturation: tuple[float, float],
-    value: tuple[float, float],
-    hue: float | None = None,
+    rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float], hue: float | None = None
 ) -> Float32[np.ndarray, " channels"]:
-    """RGB in [0, 1]; `hue` in degrees, any where None."""
+    """RGB in [0, 1]; `hue` in degrees, None: random."""
     turns = rng.random() if hue is None else hue % 360 / 360
     return np.array(colorsys.hsv_to_rgb(turns, rng.uniform(*saturation), rng.uniform(*value)), np.float32)
 
 
 def _spot(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, radius: tuple[float, float]) -> np.ndarray:
-    """A soft ellipse somewhere, 1 at its centre."""
+    """A soft ellipse at a random place, 1 at its centre."""
     cu, cv, (ru, rv) = rng.random(), rng.random(), rng.uniform(*radius, 2).tolist()
     return np.exp(-(((u - cu) / ru) ** 2)) * np.exp(-(((v - cv) / rv) ** 2))
 
@@ -231,7 +282,7 @@ def _write_split(folder: Path, split: str, config: ScenesConfig, stream: int, co
 
     def write(index: int) -> Scene:
         scene = draw_scene(config, stream, index)
-        # Whole chroma: halved, the hue of an eight-pixel object would be its surroundings'.
+        # No chroma subsampling, which would blend the hue of an eight-pixel object with its surroundings.
         Image.fromarray(scene.image).save(folder / split / f"{index:06d}.jpg", quality=92, subsampling=0)
         return scene._replace(image=scene.image[:0])
 
@@ -240,15 +291,14 @@ def _write_split(folder: Path, split: str, config: ScenesConfig, stream: int, co
     images = [
         {"id": i + 1, "file_name": f"{i:06d}.jpg", "width": config.size, "height": config.size} for i in range(count)
     ]
-    annotations = [
-        {"image_id": i + 1, "category_id": label + 1, "bbox": box, "area": round(box[2] * box[3], 2), "iscrowd": 0}
-        for i, scene in enumerate(scenes)
-        for label, box in zip(scene.labels, scene.boxes_xywh, strict=True)
-    ]
+    objects = [(i, *o) for i, scene in enumerate(scenes, 1) for o in zip(scene.labels, scene.boxes_xywh, strict=True)]
     document = {
         "info": {"description": "retina_jax generated scenes", "version": VERSION},
         "images": images,
-        "annotations": [{"id": i + 1, **annotation} for i, annotation in enumerate(annotations)],
+        "annotations": [
+            {"id": n, "image_id": i, "category_id": k + 1, "bbox": b, "area": round(b[2] * b[3], 2), "iscrowd": 0}
+            for n, (i, k, b) in enumerate(objects, 1)
+        ],
         "categories": [{"id": k + 1, "name": name} for k, name in enumerate(class_names(config.classes))],
     }
     (folder / f"{split}.json").write_text(json.dumps(document))
@@ -256,12 +306,12 @@ def _write_split(folder: Path, split: str, config: ScenesConfig, stream: int, co
 
 def _check(config: ScenesConfig) -> None:
     if not 2 <= config.classes <= len(SHAPES):
-        raise ConfigError(f"data.scenes.classes must be 2 to {len(SHAPES)}, not {config.classes}")
+        raise ConfigError(f"data.scenes.classes: {config.classes}; must be 2 to {len(SHAPES)}")
     if not 4 <= config.min_side <= config.max_side <= 0.75 * config.size:
         raise ConfigError(
-            "data.scenes must have 4 <= min_side <= max_side <= 0.75 size,"
-            f" not {config.min_side:g}, {config.max_side:g} and size {config.size}"
+            f"data.scenes: min_side {config.min_side:g}, max_side {config.max_side:g}, size {config.size}; "
+            "must be 4 <= min_side <= max_side <= 0.75 size"
         )
     for field, least in (("train_images", 1), ("val_images", 1), ("max_objects", 1), ("lookalikes", 0)):
         if getattr(config, field) < least:
-            raise ConfigError(f"data.scenes.{field} must be at least {least}, not {getattr(config, field)}")
+            raise ConfigError(f"data.scenes.{field}: {getattr(config, field)}; must be at least {least}")

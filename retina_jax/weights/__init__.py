@@ -1,8 +1,6 @@
-"""Weights from elsewhere, without torch and without running code from a file.
+"""Weights from other systems, read without torch and without running code from the file.
 
-`readers.read_weights` turns a file into names and arrays, whatever its format; `filling.fill` puts arrays that already
-carry this project's names into a network's variables. Between the two stand the converters, one for each foreign system.
-
-`unpickling` reads pickles as data: it knows containers, and `numpy_pickles` and `torch_files` add arrays and tensors.
-`safetensors` reads that format. Each of these raises ValueError with the reason; `readers` adds the file's name.
+`readers.read_weights` reads a file of any supported format into names and arrays (`pickles` reads pickles).
+`torchvision` and `detectron` give the arrays this package's names, `filling.fill` puts them into a network's variables,
+`importing` does all of it from KIND:FILE, and `named` downloads published files.
 """

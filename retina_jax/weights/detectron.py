@@ -1,7 +1,7 @@
-"""Detectron's RetinaNets (R50, R101, X101-32x8d) and the ImageNet backbones it starts from, by their Caffe2 blob names.
+"""RetinaNets of Detectron and detectron2, and the ImageNet backbones that they start from.
 
-Head channels stay in Detectron's order (for each octave, for the ratios 1, 2, .5), which `anchors.style` "detectron" has.
-Its BatchNorms are folded into an affine already: two blobs a norm, no statistics.
+Head channels keep each system's order, which `anchors.style` reproduces: Detectron has the ratios 1, 2, 0.5 within each
+octave, detectron2 the ratios within each size.
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from retina_jax.weights.converted import (
+    CONV,
+    LEAF,
+    NORM,
+    STATISTIC,
     Converted,
     Rule,
     architecture,
@@ -23,69 +27,100 @@ from retina_jax.weights.converted import (
     with_statistics,
 )
 
-NORM = {"s": "scale", "b": "bias"}
-CONV = {"w": "kernel", "b": "bias"}
+HEADS = {"cls": "class_head", "bbox": "box_head"}
+BLOB = {"w": "kernel", "b": "bias"}
+AFFINE = {"s": "scale", "b": "bias"}
 BRANCHES = {"1": "shortcut", "2a": "conv1", "2b": "conv2", "2c": "conv3"}
 NORMS = {"1": "shortcut_norm", "2a": "norm1", "2b": "norm2", "2c": "norm3"}
-HEADS = {"cls": "class_head", "bbox": "box_head"}
 
-PLACE = r"res(?P<stage>\d)_(?P<block>\d+)_branch(?P<branch>1|2a|2b|2c)"
+CAFFE2_BLOCK = r"res(?P<stage>\d)_(?P<block>\d+)_branch(?P<branch>1|2a|2b|2c)"
+BODY = r"(?:backbone\.)?(?:bottom_up\.)?"
+BLOCK = rf"{BODY}res(?P<stage>\d)\.(?P<block>\d+)\."
 
 
 def _block(place: re.Match[str]) -> str:
     return f"backbone/c{place['stage']}/block{int(place['block']) + 1}"
 
 
-RULES: tuple[Rule, ...] = (
-    (r"conv1_(?P<leaf>[wb])", lambda m: f"backbone/stem/conv/{CONV[m['leaf']]}"),
-    (r"res_conv1_bn_(?P<leaf>[sb])", lambda m: f"backbone/stem/norm/{NORM[m['leaf']]}"),
-    (rf"{PLACE}_(?P<leaf>[wb])", lambda m: f"{_block(m)}/{BRANCHES[m['branch']]}/{CONV[m['leaf']]}"),
-    (rf"{PLACE}_bn_(?P<leaf>[sb])", lambda m: f"{_block(m)}/{NORMS[m['branch']]}/{NORM[m['leaf']]}"),
-    # Named after the last block of the stage they start from; "lateral" is left out at the top.
-    (r"fpn_inner_res(?P<n>\d)_\d+_sum(_lateral)?_(?P<leaf>[wb])", lambda m: f"fpn/lateral{m['n']}/{CONV[m['leaf']]}"),
-    (r"fpn_res(?P<n>\d)_\d+_sum_(?P<leaf>[wb])", lambda m: f"fpn/output{m['n']}/{CONV[m['leaf']]}"),
-    (r"fpn_(?P<n>\d)_(?P<leaf>[wb])", lambda m: f"fpn/output{m['n']}/{CONV[m['leaf']]}"),
-    # The levels share the weights of the finest.
+DETECTRON: tuple[Rule, ...] = (
+    (r"conv1_(?P<leaf>[wb])", lambda m: f"backbone/stem/conv/{BLOB[m['leaf']]}"),
+    (r"res_conv1_bn_(?P<leaf>[sb])", lambda m: f"backbone/stem/norm/{AFFINE[m['leaf']]}"),
+    (rf"{CAFFE2_BLOCK}_(?P<leaf>[wb])", lambda m: f"{_block(m)}/{BRANCHES[m['branch']]}/{BLOB[m['leaf']]}"),
+    (rf"{CAFFE2_BLOCK}_bn_(?P<leaf>[sb])", lambda m: f"{_block(m)}/{NORMS[m['branch']]}/{AFFINE[m['leaf']]}"),
+    # Named after the last block of the stage; the top one lacks "lateral".
+    (r"fpn_inner_res(?P<n>\d)_\d+_sum(_lateral)?_(?P<leaf>[wb])", lambda m: f"fpn/lateral{m['n']}/{BLOB[m['leaf']]}"),
+    (r"fpn_res(?P<n>\d)_\d+_sum_(?P<leaf>[wb])", lambda m: f"fpn/output{m['n']}/{BLOB[m['leaf']]}"),
+    (r"fpn_(?P<n>\d)_(?P<leaf>[wb])", lambda m: f"fpn/output{m['n']}/{BLOB[m['leaf']]}"),
+    # All levels share the weights of the finest one.
     (
         r"retnet_(?P<head>cls|bbox)_conv_n(?P<n>\d)_fpn3_(?P<leaf>[wb])",
-        lambda m: f"{HEADS[m['head']]}/conv{int(m['n']) + 1}/{CONV[m['leaf']]}",
+        lambda m: f"{HEADS[m['head']]}/conv{int(m['n']) + 1}/{BLOB[m['leaf']]}",
     ),
-    (r"retnet_(?P<head>cls|bbox)_pred_fpn3_(?P<leaf>[wb])", lambda m: f"{HEADS[m['head']]}/output/{CONV[m['leaf']]}"),
+    (r"retnet_(?P<head>cls|bbox)_pred_fpn3_(?P<leaf>[wb])", lambda m: f"{HEADS[m['head']]}/output/{BLOB[m['leaf']]}"),
     (r"(pred|fc1000|fc|last_out_L\d+)_[wb]|lr|__preserve__/.*|.*_momentum", None),
 )
+"""Detectron's Caffe2 blobs."""
+
+DETECTRON2: tuple[Rule, ...] = (
+    (rf"{BODY}stem\.conv1\.weight", lambda m: "backbone/stem/conv/kernel"),
+    (rf"{BODY}stem\.conv1\.norm\.{STATISTIC}", lambda m: f"backbone/stem/norm/{NORM[m['leaf']]}"),
+    (rf"{BLOCK}conv(?P<n>\d)\.weight", lambda m: f"{_block(m)}/conv{m['n']}/kernel"),
+    (rf"{BLOCK}conv(?P<n>\d)\.norm\.{STATISTIC}", lambda m: f"{_block(m)}/norm{m['n']}/{NORM[m['leaf']]}"),
+    (rf"{BLOCK}shortcut\.weight", lambda m: f"{_block(m)}/shortcut/kernel"),
+    (rf"{BLOCK}shortcut\.norm\.{STATISTIC}", lambda m: f"{_block(m)}/shortcut_norm/{NORM[m['leaf']]}"),
+    (
+        rf"backbone\.fpn_(?P<layer>lateral|output)(?P<n>\d)\.{LEAF}",
+        lambda m: f"fpn/{m['layer']}{m['n']}/{CONV[m['leaf']]}",
+    ),
+    (rf"backbone\.top_block\.p(?P<n>\d)\.{LEAF}", lambda m: f"fpn/output{m['n']}/{CONV[m['leaf']]}"),
+    # ReLUs are numbered too: the convolutions are 0, 2, 4, 6.
+    (
+        rf"head\.(?P<head>cls|bbox)_subnet\.(?P<n>\d+)\.{LEAF}",
+        lambda m: f"{HEADS[m['head']]}/conv{int(m['n']) // 2 + 1}/{CONV[m['leaf']]}",
+    ),
+    (rf"head\.(?P<head>cls|bbox)_(score|pred)\.{LEAF}", lambda m: f"{HEADS[m['head']]}/output/{CONV[m['leaf']]}"),
+    # Buffers that repeat the config, and the ImageNet classifier.
+    (r"anchor_generator\..*|pixel_mean|pixel_std|.*num_batches_tracked|.*\b(linear|fc|fc1000)\.(weight|bias)", None),
+)
+"""detectron2's state dicts."""
 
 
 def convert_detectron(
-    blobs: Mapping[str, np.ndarray],
-    *,
-    source: str = "Detectron weights",
-    class_names: Sequence[str] = (),
+    blobs: Mapping[str, np.ndarray], *, source: str = "Detectron weights", class_names: Sequence[str] = ()
 ) -> Converted:
-    """The blobs of a RetinaNet of Detectron, or of an ImageNet backbone it starts from (MSRA R-50 and R-101, X-101-32x8d).
+    """Converts a RetinaNet of Detectron, or one of its ImageNet backbones (MSRA R-50 and R-101, X-101-32x8d).
 
-    The stride of a bottleneck sits in the 1x1 (MSRA), but in the 3x3 of a ResNeXt. A bias that a backbone convolution has
-    beside its affine is folded into the affine's mean.
+    Detectron has folded its BatchNorms into affines. The bias of a backbone convolution is folded into the affine's mean.
 
     Args:
       blobs: names to arrays.
-      source: what errors call it.
-      class_names: of each class; empty: COCO's where there are 80, else "class 1" and so on.
+      source: what errors call the weights.
+      class_names: one per class; empty: COCO's if there are 80 classes, else "class 1" and so on.
     """
-    weights = without_biases(with_statistics(renamed(blobs, RULES, source)))
+    weights = with_statistics(renamed(blobs, DETECTRON, source))
+    for path in list(weights):
+        mean = re.sub(r"conv(\d?)/bias$", r"norm\1/mean", path).replace("shortcut/bias", "shortcut_norm/mean")
+        if mean != path and mean in weights:
+            weights[mean] = weights[mean] - weights.pop(path)  # (x + bias) - mean = x - (mean - bias)
+    return _converted(weights, "detectron", source, class_names)
+
+
+def convert_detectron2(
+    state_dict: Mapping[str, np.ndarray], *, source: str = "detectron2 weights", class_names: Sequence[str] = ()
+) -> Converted:
+    """Converts a RetinaNet of detectron2, or a backbone with its names. Arguments as in `convert_detectron`.
+
+    A FrozenBatchNorm without running statistics, as in files converted from Caffe2, is an affine.
+    """
+    return _converted(with_statistics(renamed(state_dict, DETECTRON2, source)), "detectron2", source, class_names)
+
+
+def _converted(weights: dict[str, np.ndarray], system: str, source: str, class_names: Sequence[str]) -> Converted:
+    """The weights with their config. The MSRA weights have the stride of a bottleneck in the 1x1, ResNeXts in the 3x3."""
     changes = architecture(weights, source)
     stride = "3x3" if changes["model.backbone"].startswith("resnext") else "1x1"
-    changes |= {"model.stride_position": stride, "model.input_normalisation": "detectron", "model.norm": "frozen"}
+    changes |= {"model.stride_position": stride, "model.input_normalisation": system, "model.norm": "frozen"}
     if not is_detector(weights):
         return Converted(weights, changes, (), ())
     names, ids = contiguous_classes(class_count(weights, source), class_names, source)
-    return Converted(weights, detector_changes("detectron", changes), names, ids)
-
-
-def without_biases(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """`weights` with each backbone convolution's bias b taken into the norm behind it: (x + b) - mean = x - (mean - b)."""
-    made = dict(weights)
-    for path in weights:
-        if match := re.fullmatch(r"(backbone/.*/)(conv\d?|shortcut)/bias", path):
-            norm = match[1] + {"shortcut": "shortcut_norm"}.get(match[2], match[2].replace("conv", "norm"))
-            made[norm + "/mean"] = made[norm + "/mean"] - made.pop(path)
-    return made
+    return Converted(weights, detector_changes(system, changes), names, ids)

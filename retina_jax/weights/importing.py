@@ -1,4 +1,4 @@
-"""From `KIND:FILE` to a config and variables: detectors that were trained elsewhere, and backbones to start from."""
+"""From `KIND:FILE` to a config and variables: detectors trained by other systems, and backbones to start from."""
 
 from __future__ import annotations
 
@@ -16,34 +16,33 @@ from retina_jax.model.initialisation import initialise
 from retina_jax.model.retinanet import RetinaNet
 from retina_jax.ops.anchors import anchors_per_cell
 from retina_jax.weights.converted import Converted, is_detector
-from retina_jax.weights.detectron import convert_detectron
-from retina_jax.weights.detectron2 import convert_detectron2
+from retina_jax.weights.detectron import convert_detectron, convert_detectron2
 from retina_jax.weights.filling import fill, report
 from retina_jax.weights.named import IMAGENET, NAMED, fetch, find_weights
 from retina_jax.weights.readers import read_weights
 from retina_jax.weights.torchvision import convert_torchvision
 
 KINDS = ("torchvision", "timm", "detectron2", "detectron")
-"""What may stand before the colon; timm's ResNets have torchvision's names."""
+"""Systems; timm's ResNets have torchvision's names."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A detector from elsewhere, as this package runs it."""
+    """A detector trained by another system, as this package runs it."""
 
     source: str
     """KIND:FILE."""
     config: Config
-    """With every field that the weights need; `model.num_classes` is None, so that it can be trained on other classes."""
+    """All fields that the weights need; `model.num_classes` is None, so that it can be trained on other classes."""
     variables: dict[str, Any]
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
     missing: tuple[str, ...]
-    """Paths that the file did not have and was allowed not to: random."""
+    """Paths that were allowed to be missing from the file, with random values."""
 
 
 def kind_of(source: str) -> str | None:
-    """The KIND of `KIND:FILE`; None where `source` has none and so is a path."""
+    """The KIND of `KIND:FILE`; None if `source` is a path."""
     kind, colon, _ = source.partition(":")
     return kind if colon and kind in KINDS else None
 
@@ -51,25 +50,24 @@ def kind_of(source: str) -> str | None:
 def convert(
     source: str, *, class_names: Sequence[str] = (), batchnorm_eps: float | None = None, folder: Path | None = None
 ) -> Converted:
-    """The weights of `KIND:FILE` or `KIND:NAME` under this project's names.
+    """Reads the weights of `KIND:FILE` or `KIND:NAME` and gives them this package's names.
 
     Args:
-      source: KIND is one of KINDS; a name is one of `named.NAMED`, fetched once.
-      class_names: names of the classes; empty: COCO's where the number fits, else placeholders.
-      batchnorm_eps: what the source's BatchNorms add to a variance (torchvision alone); None: 1e-5, or what the
-        published file of that hash was trained with.
-      folder: where fetched files are kept; None: `named.CACHE`.
+      source: KIND is one of KINDS; NAME is one of `named.NAMED`, downloaded once.
+      class_names: one per class; empty: COCO's if the number fits, else placeholders.
+      batchnorm_eps: epsilon of the source's BatchNorms (torchvision only); None: 1e-5, or that of the published file.
+      folder: cache for downloaded files; None: `named.CACHE`.
     """
     kind = kind_of(source)
     if kind is None:
-        raise WeightsError(f"{source}: give KIND:FILE, where KIND is {', '.join(KINDS)}")
+        raise WeightsError(f"{source}: give KIND:FILE; KIND is one of {', '.join(KINDS)}")
     path, eps = find_weights(kind, source.partition(":")[2], folder)
     state = read_weights(path)
     if kind in ("torchvision", "timm"):
         eps = eps if batchnorm_eps is None else batchnorm_eps
         return convert_torchvision(state, source=str(path), eps=eps, class_names=class_names)
     if batchnorm_eps is not None:
-        raise WeightsError(f"{source}: a batchnorm_eps is for torchvision alone")
+        raise WeightsError(f"{source}: batchnorm_eps applies to torchvision weights only")
     converter = convert_detectron2 if kind == "detectron2" else convert_detectron
     return converter(state, source=str(path), class_names=class_names)
 
@@ -82,15 +80,15 @@ def import_detector(
     allow_missing: Sequence[str] = (),
     folder: Path | None = None,
 ) -> Imported:
-    """The detector of `KIND:FILE` or `KIND:NAME`; arguments as in `convert` and `filling.fill`.
+    """Builds the detector of `KIND:FILE` or `KIND:NAME`; arguments as in `convert` and `filling.fill`.
 
     Raises:
-      WeightsError: the file holds a backbone alone, or is not the detector it should be; one line that names the tensors.
+      WeightsError: the file contains only a backbone, or does not fit the network; one line that names the tensors.
     """
     converted = convert(source, class_names=class_names, batchnorm_eps=batchnorm_eps, folder=folder)
     if not is_detector(converted.weights):
         raise WeightsError(
-            f"{source}: holds a backbone and no heads; train a detector from it with --model.backbone-weights FILE"
+            f"{source}: a backbone without heads; train a detector from it with --model.backbone-weights FILE"
         )
     config = override(Config(), converted.changes)
     model = RetinaNet(config.model, len(converted.class_names), anchors_per_cell(config.anchors))
@@ -103,31 +101,31 @@ def import_detector(
 def with_backbone(
     variables: Mapping[str, Any], model: ModelConfig, allow_missing: Sequence[str] = (), folder: Path | None = None
 ) -> tuple[dict[str, Any], str]:
-    """`variables` with the backbone of `model.backbone_weights`, and one line that says what was taken from where.
+    """Replaces the backbone in `variables` by `model.backbone_weights`; also returns a log line that says so.
 
     Raises:
-      ConfigError: the weights want another stride_position, input_normalisation or norm than `model` has.
-      WeightsError: the file is no backbone of this shape; parts that `allow_missing` names may be absent and stay random.
+      ConfigError: the weights need another stride_position, input_normalisation or norm than `model` has.
+      WeightsError: the file is not a backbone of this shape. Parts in `allow_missing` may be missing and stay random.
     """
     path, converted = _backbone(model, folder)
     weights = {name: array for name, array in converted.weights.items() if name.startswith("backbone/")}
     pixels, stride = (converted.changes[f"model.{name}"] for name in ("input_normalisation", "stride_position"))
-    # The means of Detectron and detectron2 differ by less than a grey level, and both start from the same files.
+    # The means of Detectron and detectron2 differ by less than one grey level, and both start from the same files.
     same_pixels = (model.input_normalisation == "imagenet") == (pixels == "imagenet")
     same_stride = model.stride_position == stride or "backbone/c2/block1/conv3/kernel" not in weights
-    agree = (
-        ("norm", model.norm in ("frozen", "batch"), "frozen or batch: they come with BatchNorm"),
+    checks = (
+        ("norm", model.norm in ("frozen", "batch"), "frozen or batch, as they contain BatchNorms"),
         ("input_normalisation", same_pixels, pixels),
         ("stride_position", same_stride, stride),
     )
-    for field, agrees, right in agree:
+    for field, agrees, needed in checks:
         if not agrees:
-            raise ConfigError(f"model.{field}: {getattr(model, field)}, but the weights in {path} need {right}")
-    kept_parts = ("fpn", "class_head", "box_head")
-    filled, missing = fill(variables, weights, source=str(path), allow_missing=(*kept_parts, *allow_missing))
-    missing = [name for name in missing if not name.startswith(tuple(f"{part}/" for part in kept_parts))]
-    told = "; " + report("missing and left random", missing) if missing else ""
-    return filled, f"backbone: {len(weights)} arrays from {path}{told}"
+            raise ConfigError(f"model.{field}: {getattr(model, field)}, but the weights in {path} need {needed}")
+    others = ("fpn", "class_head", "box_head")
+    filled, missing = fill(variables, weights, source=str(path), allow_missing=(*others, *allow_missing))
+    missing = [name for name in missing if name.partition("/")[0] not in others]
+    random = "; " + report("missing and left random", missing) if missing else ""
+    return filled, f"backbone: {len(weights)} arrays from {path}{random}"
 
 
 def _backbone(model: ModelConfig, folder: Path | None) -> tuple[Path, Converted]:
@@ -136,19 +134,18 @@ def _backbone(model: ModelConfig, folder: Path | None) -> tuple[Path, Converted]
         if key not in IMAGENET:
             raise ConfigError(
                 f"model.input_normalisation: {model.input_normalisation}, for which no ImageNet weights of "
-                f"{model.backbone} are known; take imagenet"
+                f"{model.backbone} are published; use imagenet"
             )
         named = NAMED[IMAGENET[key]]
         path, eps, kind = fetch(named, folder), named.eps, IMAGENET[key][0]
     else:
         kind = kind_of(model.backbone_weights) or ""
         path, eps = find_weights(kind, model.backbone_weights.removeprefix(f"{kind}:"), folder)
-    state = read_weights(path)
-    return path, convert_backbone(state, source=str(path), eps=eps, kind=kind)
+    return path, convert_backbone(read_weights(path), source=str(path), eps=eps, kind=kind)
 
 
 def convert_backbone(state: Mapping[str, np.ndarray], *, source: str, eps: float = 1e-5, kind: str = "") -> Converted:
-    """A backbone, or that of a detector, whose naming tells where it comes from."""
+    """Converts a backbone, or that of a detector; without `kind`, its names decide which system it is from."""
     if kind == "detectron" or any(name in state for name in ("conv1_w", "res_conv1_bn_s")):
         return convert_detectron(state, source=source)
     if any(name.endswith("stem.conv1.weight") for name in state):

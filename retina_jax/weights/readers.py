@@ -1,95 +1,165 @@
-"""A weight file to names and arrays, by what is in it and not by what it is called. No torch, and no code from the file."""
+"""Reads a weight file into names and arrays, without torch and without running code from the file."""
 
+import io
 import re
+import reprlib
+import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, deserialize
 
-from retina_jax.errors import WeightsError
-from retina_jax.weights.numpy_pickles import NumpyArray, read_numpy_pickle
-from retina_jax.weights.safetensors import is_safetensors, read_safetensors
-from retina_jax.weights.torch_files import Tensor, is_legacy, is_zip, read_legacy, read_zip
+from retina_jax.errors import WeightsError, quoted
+from retina_jax.weights.pickles import BFLOAT16, Array, Buffer, decode, unpickle
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "blobs")
 """Keys under which checkpoints keep the weights: detectron2 and torchvision, Lightning and timm, many, Detectron."""
 DEEPEST = 3
-"""Most wrappers that lie in one another."""
+"""Largest number of nested wrappers."""
+LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+"""The first two pickles of a file in torch's legacy format."""
 PICKLE = re.compile(rb"\x80[\x02-\x05]|\(|c[\w.]+\n")
 """How a pickle starts: with its protocol, or in protocols 0 and 1 with a mark or a name."""
+SAFETENSORS = {
+    **{"F64": "f8", "F32": "f4", "F16": "f2", "BF16": BFLOAT16, "BOOL": "b1", "I64": "i8", "I32": "i4", "I16": "i2"},
+    **{"I8": "i1", "U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1"},
+}
+"""The dtypes of safetensors that are read."""
+ZIP_ERRORS = (zipfile.BadZipFile, EOFError, LookupError, OSError, OverflowError, RuntimeError, ValueError, struct.error)
 
 
 def read_weights(path: str | Path) -> dict[str, np.ndarray]:
-    """Names to arrays of a weight file, as the file has them; nothing is renamed, transposed or executed.
+    """Returns the arrays of a weight file by name, neither renamed nor transposed.
 
-    Formats: safetensors; torch's zip and legacy formats (`.pth`, `.pt`); pickles of numpy arrays (`.pkl` of detectron2, of
-    Detectron and of MSRA, Python 2's included). The content alone decides between them.
+    Formats, recognised by content: safetensors; torch's zip and legacy formats (`.pth`, `.pt`); pickles of numpy arrays
+    (`.pkl` of detectron2, and of Detectron and MSRA with their momentum left out), those of Python 2 included.
 
-    A checkpoint that keeps the weights beside other things is unwrapped: the first dict with arrays in it under "model",
-    "state_dict", "model_state_dict" or "blobs", in this order and up to three deep, takes the object's place. Of the
-    result, what is no array (an epoch, a config) is left out; so are, from a pickle of numpy arrays, Caffe2's momentum
-    blobs (names that end in "_momentum").
+    A checkpoint is unwrapped: the first dict that contains arrays under one of WRAPPERS, in this order and up to DEEPEST
+    deep, replaces it. What is not an array (an epoch, a config) is left out.
 
-    The arrays are in this machine's byte order. bf16 becomes float32, other dtypes stay. They may be read-only, strided and
-    share memory, as the tensors in the file do.
+    The arrays are in native byte order. bf16 becomes float32, other dtypes stay. Arrays may be read-only and strided, and
+    share memory as the tensors in the file do.
 
     Raises:
-      WeightsError: the file cannot be read, is truncated or damaged, is in none of the formats, mentions anything but
-        tensors, numpy arrays and containers, or holds no array by name. One line, with the file's name.
+      WeightsError: the file cannot be read, is truncated or damaged, has none of the formats, refers to anything but
+        tensors, numpy arrays and containers, or contains no arrays. One line with the file's name.
     """
     path = Path(path)
     try:
-        data = path.read_bytes()
+        return parse(path.read_bytes())
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        return parse(data)
     except ValueError as error:
         raise WeightsError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 def parse(data: bytes) -> dict[str, np.ndarray]:
-    """`read_weights` of a file's content; ValueError with the reason."""
+    """`read_weights` of a file's content. Raises ValueError with the reason."""
     if not data:
-        raise ValueError("is empty")
-    if is_safetensors(data):
+        raise ValueError("the file is empty")
+    if data[8:9] == b"{":  # by the standard, a header starts so
         weights = read_safetensors(data)
-    elif is_zip(data):
-        weights = state_dict(read_zip(data))
-    elif is_legacy(data):
-        weights = state_dict(read_legacy(data))
+    elif data[:4] == b"PK\x03\x04":
+        weights = arrays_of(read_zip(data))
+    elif LEGACY_MAGIC.to_bytes(10, "little") in data[:32]:
+        weights = arrays_of(read_legacy(data))
     elif PICKLE.match(data):
-        blobs = state_dict(read_numpy_pickle(data))
+        blobs = arrays_of(unpickle(io.BytesIO(data))[0])
         weights = {name: blob for name, blob in blobs.items() if not name.endswith("_momentum")}
     else:
         raise ValueError(
-            f"is no weight file: it starts with {data[:16]!r}; give safetensors, a file of torch.save (.pth, .pt) "
-            "or a pickle of numpy arrays (.pkl)"
+            f"not a weight file: it starts with {data[:16]!r}; supported are safetensors, files of torch.save (.pth, .pt) "
+            "and pickles of numpy arrays (.pkl)"
         )
     if not weights:
-        raise ValueError("holds no arrays")
+        raise ValueError("contains no arrays")
     return weights
 
 
-def state_dict(root: Any) -> dict[str, np.ndarray]:
-    """The arrays of an unpickled object, by name; see `read_weights` for what is unwrapped and what is left out."""
+def read_safetensors(data: bytes) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file by name."""
+    try:
+        tensors = deserialize(data)
+    except SafetensorError as error:
+        raise ValueError(f"truncated or damaged safetensors file: {error}") from error
+    for name, tensor in tensors:
+        if tensor["dtype"] not in SAFETENSORS:
+            raise ValueError(
+                f"tensor {quoted(name)} of dtype {tensor['dtype']}; supported are {', '.join(SAFETENSORS)}"
+            )
+    return {name: decode(t["data"], np.dtype(SAFETENSORS[t["dtype"]])).reshape(t["shape"]) for name, t in tensors}
+
+
+def arrays_of(root: Any) -> dict[str, np.ndarray]:
+    """The arrays of an unpickled object by name, unwrapped."""
     if not isinstance(root, dict):
-        raise ValueError(f"holds a {type(root).__name__}, where a dict of arrays by name is meant")
+        raise ValueError(f"contains a {type(root).__name__}; expected a dict of arrays by name")
     weights = unwrap(root, DEEPEST)
     if not weights:
-        keys = ", ".join(repr(key)[:40] for key in list(root)[:10])
-        raise ValueError(
-            f"holds no arrays by name at its top or under {', '.join(WRAPPERS)}; its keys: {keys or 'none'}"
-        )
-    return {name: stand_in.array() for name, stand_in in weights.items()}
+        keys = ", ".join(repr(key)[:40] for key in list(root)[:10]) or "none"
+        raise ValueError(f"contains no arrays by name at its top or under {', '.join(WRAPPERS)}; its keys: {keys}")
+    return {name: array.array() for name, array in weights.items()}
 
 
-def unwrap(root: dict[Any, Any], deepest: int) -> dict[str, Tensor | NumpyArray]:
+def unwrap(root: dict[Any, Any], deepest: int) -> dict[str, Array]:
     """The arrays of the first dict that has any: those under WRAPPERS before `root` itself."""
     for key in WRAPPERS:
         inner = root.get(key)
         if deepest and isinstance(inner, dict) and (found := unwrap(inner, deepest - 1)):
             return found
-    return {
-        name: value for name, value in root.items() if isinstance(name, str) and isinstance(value, Tensor | NumpyArray)
-    }
+    return {name: value for name, value in root.items() if isinstance(name, str) and isinstance(value, Array)}
+
+
+def read_zip(data: bytes) -> Any:
+    """The object in a file of torch's zip format, a pickle and one member per storage. Checksums are verified."""
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(data))
+    except ZIP_ERRORS as error:
+        raise ValueError(f"truncated or damaged zip archive: {error}") from error
+    members = archive.infolist()
+    # torch compresses nothing, so all members together are no larger than the file.
+    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > len(data):
+        raise ValueError("zip archive with compressed or overlapping members, which torch.save does not write")
+
+    def read(name: str) -> bytes:
+        try:
+            return archive.read(name)
+        except ZIP_ERRORS as error:
+            raise ValueError(f"damaged zip archive: {quoted(name)}: {error}") from error
+
+    pickles = [member.filename for member in members if member.filename.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError(f"zip archive with {len(pickles)} members data.pkl; torch.save writes one")
+    folder = pickles[0].removesuffix("data.pkl")
+    big_endian = f"{folder}byteorder" in archive.namelist() and read(f"{folder}byteorder").strip() == b"big"
+    return unpickle(io.BytesIO(read(pickles[0])), lambda key: read(f"{folder}data/{key}"), big_endian)[0]
+
+
+def read_legacy(data: bytes) -> Any:
+    """The object in a file of torch's legacy format (before torch 1.6).
+
+    Five pickles: LEGACY_MAGIC, LEGACY_PROTOCOL, the system that wrote the file, the object, the keys of the storages; then
+    each storage after its count in eight bytes.
+    """
+    file = io.BytesIO(data)
+    magic, protocol, _ = (unpickle(file)[0] for _ in range(3))
+    if (magic, protocol) != (LEGACY_MAGIC, LEGACY_PROTOCOL):
+        raise ValueError(f"torch file of protocol {reprlib.repr(protocol)}; expected {LEGACY_PROTOCOL}")
+    records: dict[str, Buffer] = {}
+    root, storages = unpickle(file, records.__getitem__)
+    keys = unpickle(file)[0]
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or set(keys) != set(storages):
+        raise ValueError("damaged: the list of storages is inconsistent with the tensors")
+    position = file.tell()
+    for key in keys:
+        storage = storages[key]
+        start, end = position + 8, position + 8 + storage.count * storage.dtype.itemsize
+        if end > len(data):
+            raise ValueError(f"truncated: storage {quoted(key)} ends at byte {end}, the file at {len(data)}")
+        if int.from_bytes(data[position:start], "little") != storage.count:
+            raise ValueError(f"damaged: inconsistent size of storage {quoted(key)} at byte {position}")
+        records[key] = memoryview(data)[start:end]
+        position = end
+    return root

@@ -1,8 +1,8 @@
-"""torchvision's RetinaNets (v1 and v2) and its ImageNet ResNets, whose names timm shares.
+"""torchvision's RetinaNets (v1 and v2), and its ImageNet ResNets, whose names timm shares.
 
-Head channels stay in torchvision's order (for each ratio, for each size), which `anchors.style` "torchvision" lays its
-anchors in. The class head keeps all of its columns: a label is the column, as in torchvision. Its COCO weights have 91 of
-them, the raw category ids: 0 is the background, which no box ever is, and ten others are gaps of the table.
+Head channels keep torchvision's order (the sizes within each ratio), which `anchors.style` "torchvision" reproduces. The
+class head keeps all its columns, and a label is a column, as in torchvision. The COCO weights have 91, one per category id
+from 0: the background, which no box has, and ten ids that COCO does not use.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ import numpy as np
 from retina_jax.data.classes import COCO_CATEGORIES
 from retina_jax.errors import WeightsError
 from retina_jax.weights.converted import (
+    CONV,
+    LEAF,
+    NORM,
+    STATISTIC,
     Converted,
     Rule,
     architecture,
@@ -25,16 +29,12 @@ from retina_jax.weights.converted import (
     with_epsilon,
 )
 
-NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
-CONV = {"weight": "kernel", "bias": "bias"}
 BACKGROUND = "__background__"
 COCO_OUTPUTS = 91
 
 BODY = r"(?:backbone\.body\.)?"
 FPN = r"backbone\.fpn\."
 HEAD = r"head\.(?P<head>classification|regression)_head\."
-STATISTIC = r"(?P<leaf>weight|bias|running_mean|running_var)"
-LEAF = r"(?P<leaf>weight|bias)"
 PLACE = r"layer(?P<stage>\d)\.(?P<block>\d+)\."
 HEADS = {"classification": "class_head", "regression": "box_head"}
 
@@ -50,13 +50,13 @@ RULES: tuple[Rule, ...] = (
     (rf"{BODY}{PLACE}bn(?P<n>\d)\.{STATISTIC}", lambda m: f"{_block(m)}/norm{m['n']}/{NORM[m['leaf']]}"),
     (rf"{BODY}{PLACE}downsample\.0\.weight", lambda m: f"{_block(m)}/shortcut/kernel"),
     (rf"{BODY}{PLACE}downsample\.1\.{STATISTIC}", lambda m: f"{_block(m)}/shortcut_norm/{NORM[m['leaf']]}"),
-    # The pyramid starts at layer2, which is C3. Files before torchvision 0.13 lack the ".0".
+    # The pyramid starts at layer2, which is C3. Before torchvision 0.13 there was no ".0".
     (rf"{FPN}inner_blocks\.(?P<n>\d)(\.0)?\.{LEAF}", lambda m: f"fpn/lateral{int(m['n']) + 3}/{CONV[m['leaf']]}"),
     (rf"{FPN}layer_blocks\.(?P<n>\d)(\.0)?\.{LEAF}", lambda m: f"fpn/output{int(m['n']) + 3}/{CONV[m['leaf']]}"),
     (rf"{FPN}extra_blocks\.p(?P<n>\d)\.{LEAF}", lambda m: f"fpn/output{m['n']}/{CONV[m['leaf']]}"),
     (rf"{HEAD}conv\.(?P<n>\d)\.0\.{LEAF}", lambda m: f"{HEADS[m['head']]}/conv{int(m['n']) + 1}/{CONV[m['leaf']]}"),
     (rf"{HEAD}conv\.(?P<n>\d)\.1\.{LEAF}", lambda m: f"{HEADS[m['head']]}/norm{int(m['n']) + 1}/{NORM[m['leaf']]}"),
-    # Before 0.13 the ReLUs counted as layers too: 0, 2, 4, 6.
+    # Before 0.13 ReLUs were numbered too: the convolutions are 0, 2, 4, 6.
     (rf"{HEAD}conv\.(?P<n>\d)\.{LEAF}", lambda m: f"{HEADS[m['head']]}/conv{int(m['n']) // 2 + 1}/{CONV[m['leaf']]}"),
     (rf"{HEAD}(cls_logits|bbox_reg)\.{LEAF}", lambda m: f"{HEADS[m['head']]}/output/{CONV[m['leaf']]}"),
     (r".*num_batches_tracked|fc\.(weight|bias)", None),
@@ -70,42 +70,23 @@ def convert_torchvision(
     eps: float = 1e-5,
     class_names: Sequence[str] = (),
 ) -> Converted:
-    """A state dict of `retinanet_resnet50_fpn`, of its v2, or of an ImageNet ResNet or ResNeXt, in torchvision's naming.
+    """Converts `retinanet_resnet50_fpn`, its v2, or an ImageNet ResNet or ResNeXt with torchvision's names.
 
     Args:
       state_dict: names to arrays.
-      source: what errors call it.
-      eps: what the source's BatchNorm adds to a variance. 1e-5, but 0 for the COCO weights of v1.
-      class_names: of each column, or of each column but the first, which then is the background. Empty: COCO's where
-        there are 91, else "class 0" and so on.
+      source: what errors call the weights.
+      eps: epsilon of the source's BatchNorms: 1e-5, but 0 for the COCO weights of v1.
+      class_names: one per column, or one per column except the first, which then is the background. Empty: COCO's if there
+        are 91 columns, else "class 0" and so on.
     """
     weights = with_epsilon(renamed(state_dict, RULES, source), eps)
     changes = architecture(weights, source)
     if not is_detector(weights):
         kind = {"model.stride_position": "3x3", "model.input_normalisation": "imagenet", "model.norm": "frozen"}
         return Converted(weights, changes | kind, (), ())
-    second = changes["model.head_norm"] == "group"
-    preset = "torchvision_v2" if second else "torchvision_v1"
+    preset = "torchvision_v2" if changes["model.head_norm"] == "group" else "torchvision_v1"
     names, ids = classes(class_count(weights, source), class_names, source)
     return Converted(weights, detector_changes(preset, changes), names, ids)
-
-
-def backbone_state_dict(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A backbone's weights by path ("backbone/stem/conv/kernel") under the names of torchvision's ResNets, kernels OIHW.
-
-    The way back from `convert_torchvision`; needs BatchNorms with their statistics.
-    """
-    leaves = {ours: theirs for theirs, ours in NORM.items()} | {"kernel": "weight"}
-    layers = (("shortcut_norm", "downsample.1"), ("shortcut", "downsample.0"), ("norm", "bn"), ("conv", "conv"))
-    named = {}
-    for path, array in weights.items():
-        _, part, *inner, layer, leaf = path.split("/")
-        ours, theirs = next((ours, theirs) for ours, theirs in layers if layer.startswith(ours))
-        place = f"layer{int(part[1]) - 1}.{int(inner[0].removeprefix('block')) - 1}." if inner else ""
-        number = layer.removeprefix(ours) or ("" if inner else "1")
-        name = f"{place}{theirs}{number}.{leaves[leaf]}"
-        named[name] = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
-    return named
 
 
 def classes(count: int, given: Sequence[str], source: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -114,7 +95,7 @@ def classes(count: int, given: Sequence[str], source: str) -> tuple[tuple[str, .
         names = tuple(given) if len(given) == count else (BACKGROUND, *given)
         if len(names) != count:
             raise WeightsError(
-                f"{source}: has {count} class outputs; {len(given)} class names are neither that nor one less"
+                f"{source}: {count} class outputs, but {len(given)} class names; give {count} or {count - 1}"
             )
     elif count == COCO_OUTPUTS:
         coco = dict(COCO_CATEGORIES)

@@ -1,4 +1,4 @@
-"""Variants measured in turn: one repetition of each, again and again, so that whatever else the machine does meets all."""
+"""Measures variants in turn, one repetition of each, so that other load on the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from retina_jax.console import processor
 SCRIPTS = Path(__file__).parents[1]
 """Folder that a worker imports `benchmarks` from."""
 REST = 0.1
-"""Seconds between two repetitions: threads of the one before may still be giving memory back, on the same core."""
+"""Seconds between two repetitions: threads of the previous one may still free memory on the same core."""
 
 
 def measure(
     task: Task, variants: dict[str, str], repetitions: int, python: str = sys.executable
 ) -> list[dict[str, Any]]:
-    """A row of figures for each variant.
+    """Returns one row of figures per variant.
 
     Args:
       task: the work.
-      variants: the module that does it (`make(task) -> Work`), by name of the variant; the first is this project.
-      repetitions: of each, after the warm-up.
-      python: the interpreter that the variants other than the first run in.
+      variants: name to module with `make(task) -> Work`; the first is this project.
+      repetitions: per variant, after the warm-up.
+      python: interpreter of all variants except the first.
 
     Returns:
       Rows in the order of `variants`: cpu_ms and wall_ms, medians of a repetition; peak_mib; ratio and wall_ratio, the
-      row's time over that of the first (ratio: CPU time, on a GPU wall time); images_per_second; tflops, of the wall time.
+      row's time divided by the first row's (ratio: CPU time, on a GPU wall time); images_per_second; tflops by wall time.
 
     Raises:
-      BenchmarkError: a variant cannot be made, or dies; the line names it.
+      BenchmarkError: a variant cannot be set up or its process ends; the line names it.
     """
     with ExitStack() as stack:
         workers, made = {}, {}
-        for name, module in variants.items():  # made one after the other: what a matrix product reaches is timed there
+        for name, module in variants.items():  # set up one after the other, as they time matrix products
             workers[name] = stack.enter_context(_worker(name, module, task, python if workers else sys.executable))
             made[name] = _answer(name, workers[name])
         figures: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
@@ -69,7 +69,7 @@ def _worker(name: str, module: str, task: Task, python: str) -> Iterator[subproc
         try:
             yield process
         finally:
-            with suppress(BrokenPipeError):  # it died with a line unread; what it died of is told elsewhere
+            with suppress(BrokenPipeError):  # the process has ended; `_answer` reports why
                 process.stdin.close()
             try:
                 process.wait(timeout=30)

@@ -1,4 +1,4 @@
-"""The benchmark of the input pipeline: the batches that training takes, made from JPEG files."""
+"""The benchmark of the input pipeline: JPEG files to training batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from retina_jax.data.source import DataError
 
 
 def make(task: Task) -> Work:
-    """`train_batches` of the first IMAGES of `task.annotations`, with short and long side the two numbers of `task.size`."""
+    """`train_batches` of the first IMAGES of `task.annotations`; `task.size` gives the short and the long side."""
     short_side, long_side = task.canvas
     try:
         source = read_coco(task.annotations, task.images)

@@ -1,4 +1,4 @@
-"""What the benchmarks work on: images with truth, logits, candidate boxes. NumPy alone, so that every variant has it."""
+"""Inputs of the benchmarks: images with ground truth, logits, candidate boxes. NumPy only, for every variant."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 COCO_BOXES = 7
-"""Ground-truth boxes an image of COCO has on average."""
+"""Mean number of ground-truth boxes per image of COCO."""
 
 
 class Scene(NamedTuple):
-    """Images and what is on them."""
+    """Images with ground truth."""
 
     images: UInt8[np.ndarray, "B H W 3"]
     boxes_xyxy: Float32[np.ndarray, "B G 4"]
@@ -29,8 +29,7 @@ class Candidates(NamedTuple):
 
 
 def scene(batch: int, canvas: tuple[int, int], boxes: int, classes: int, seed: int) -> Scene:
-    """Images of smooth noise, with boxes whose sides are log-uniform from 1/32 of the canvas to all of it, as COCO's are
-    roughly."""
+    """Images of smooth noise; the sides of boxes are log-uniform from 1/32 of the image to all of it, roughly as COCO's."""
     rng = np.random.default_rng(seed)
     height, width = canvas
     coarse = rng.integers(0, 256, (batch, -(-height // 8), -(-width // 8), 3), np.uint8)
@@ -41,7 +40,7 @@ def scene(batch: int, canvas: tuple[int, int], boxes: int, classes: int, seed: i
 
 
 def boxes_in(rng: np.random.Generator, shape: tuple[int, ...], canvas: tuple[int, int]) -> Float32[np.ndarray, "... 4"]:
-    """Boxes inside the canvas, sides log-uniform."""
+    """Boxes inside the image, with log-uniform sides."""
     sides_hw = np.exp(rng.uniform(np.log(1 / 32), 0, (*shape, 2))) * np.array(canvas)
     corners = rng.uniform(0, 1, (*shape, 2)) * (np.array(canvas) - sides_hw)
     return np.concatenate([corners[..., ::-1], (corners + sides_hw)[..., ::-1]], axis=-1).astype(np.float32)
@@ -54,7 +53,7 @@ def _labels(rng: np.random.Generator, shape: tuple[int, ...], classes: int) -> I
 def class_outputs(
     rows: int, classes: int, seed: int
 ) -> tuple[Float32[np.ndarray, "rows classes"], Int32[np.ndarray, " rows"]]:
-    """Logits around the prior of .01, and labels: one row in 200 positive, one in 100 ignored (-2), background (-1) else."""
+    """Logits around the prior 0.01, and labels: 1 row in 200 positive, 1 in 100 ignored (-2), the others background (-1)."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(-4.6, 1.5, (rows, classes)).astype(np.float32)
     draw = rng.uniform(size=rows)
@@ -63,7 +62,7 @@ def class_outputs(
 
 
 def candidates(number: int, classes: int, seed: int) -> Candidates:
-    """Clusters as a detector makes them: per object some ten boxes near it, most of its class, the nearer the surer."""
+    """Clusters as a detector outputs them: about ten boxes near each object, most of its class; nearer ones score higher."""
     rng = np.random.default_rng(seed)
     objects = max(1, number // 10)
     boxes, labels = boxes_in(rng, (objects,), (800, 1333)), _labels(rng, (objects,), classes)

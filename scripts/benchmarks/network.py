@@ -1,4 +1,4 @@
-"""The network's benchmarks: step, forward, detect and compile, by the very programs that training and inference run."""
+"""Benchmarks of the network: step, forward, detect and compile, by the programs that training and inference run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from retina_jax.training.parallel import Driver
 from retina_jax.training.step import Inputs
 
 SCORES_ABOVE, LOGIT_STD = 1000, 1.5
-"""Of `detect`: scores above the threshold, an image, and how spread logits are. Random weights would give none, or all."""
+"""For `detect`: scores above the threshold per image, and standard deviation of logits. Random weights give none or all."""
 
 
 def make(task: Task) -> Work:
@@ -37,8 +37,8 @@ def make(task: Task) -> Work:
 
 
 def config_of(task: Task) -> Config:
-    """The paper's recipe on one device, at a rate so low that the weights stay what they are; strides where the peers have
-    them, which costs 2 % more."""
+    """The paper's recipe on one device, with a learning rate too small to change the weights. Strides are in the 3x3, as in
+    the peers, which costs 2 % more."""
     return override(
         Config(),
         {
@@ -53,7 +53,7 @@ def config_of(task: Task) -> Config:
 
 
 def inputs_of(task: Task) -> Inputs:
-    """A batch of `task`, padded with boxes as training's batches are."""
+    """A batch of `task`, with boxes padded as in training."""
     made = scene(task.batch, task.canvas, task.boxes, task.classes, task.seed)
     padding = ((0, 0), (0, Config().data.max_boxes - task.boxes))
     return Inputs(
@@ -66,10 +66,10 @@ def inputs_of(task: Task) -> Inputs:
 
 
 def step(task: Task, driver: Driver, inputs: Inputs) -> Work:
-    """A training step, its state given away as training does it."""
+    """A training step with a donated state, as in training."""
     state = driver.first_state()
     flops = jaxpr_flops(jax.make_jaxpr(driver.step)(state, inputs).jaxpr)
-    jax.clear_caches()  # of what training does not trace
+    jax.clear_caches()  # of programs that training does not trace
     compiled = CompiledStep(driver.step, canvases=1, announce=lambda line: None)
 
     def run() -> None:
@@ -81,7 +81,7 @@ def step(task: Task, driver: Driver, inputs: Inputs) -> Work:
 
 
 def forward(task: Task, driver: Driver, inputs: Inputs) -> Work:
-    """The network alone."""
+    """The network only."""
     variables = driver.first_state().variables
     program = jax.jit(partial(driver.model.apply, train=False))
     flops = task.batch * forward_flops(driver.config, task.classes, task.canvas)
@@ -94,15 +94,15 @@ def forward(task: Task, driver: Driver, inputs: Inputs) -> Work:
 
 
 def detect(task: Task, driver: Driver, inputs: Inputs) -> Work:
-    """Pixels to boxes, of which some are found."""
+    """Pixels to detections."""
     variables = variables_with_scores(driver, inputs, task.batch)
     flops = task.batch * forward_flops(driver.config, task.classes, task.canvas)
     return Work(lambda: jax.block_until_ready(driver.detect(variables, inputs)), task.batch, flops, peak_of(task))
 
 
 def variables_with_scores(driver: Driver, inputs: Inputs, batch: int) -> dict[str, Any]:
-    """Random weights, of whose class output the scale is such that logits are as spread as a trained network's, and the
-    bias such that SCORES_ABOVE scores an image are above the threshold."""
+    """Random weights with the class output scaled so that logits have the standard deviation of a trained network's, and
+    shifted so that SCORES_ABOVE scores per image are above the threshold."""
     variables = driver.first_state().variables
     output = variables["params"]["class_head"]["output"]
     logits, _ = driver.model.apply(variables, inputs.images, inputs.image_sizes)
@@ -116,7 +116,7 @@ def variables_with_scores(driver: Driver, inputs: Inputs, batch: int) -> dict[st
 
 
 def compile_step(task: Task, driver: Driver, inputs: Inputs) -> Work:
-    """The training step, compiled anew each time; what the cache saves is among the facts."""
+    """Compiles the training step; the facts include the time with a warm compilation cache."""
     state = driver.first_state()
 
     def compiled() -> Any:
@@ -130,7 +130,7 @@ def compile_step(task: Task, driver: Driver, inputs: Inputs) -> Work:
             compiled()
         cached_cpu, cached_wall = _timed(compiled)
         jax.config.update("jax_compilation_cache_dir", None)
-        compilation_cache.reset_cache()  # else it would go on writing where nothing is any more
+        compilation_cache.reset_cache()  # else it would write to the deleted folder
     program = compiled()
     memory = memory_of(program)
     facts = {
@@ -149,9 +149,8 @@ def _timed(function: Callable[[], Any]) -> tuple[float, float]:
 
 
 def peak_of(task: Task) -> dict[str, Any]:
-    """What a product of two large matrices reaches on this device in this precision: the share of it is how good a program
-    is. The best of several."""
-    jax.block_until_ready(jax.live_arrays())  # nothing else is under way
+    """TFLOP/s of a product of two large matrices on this device in this precision, the best of five."""
+    jax.block_until_ready(jax.live_arrays())  # wait for other work
     side = 8192 if task.device == "gpu" else 1536
     matrix = jnp.full((side, side), 1.0, task.dtype)
     product = jax.jit(jnp.matmul)

@@ -1,4 +1,4 @@
-"""The benchmarks of single parts: loss, match and nms, by the functions that training and inference call."""
+"""Benchmarks of loss, match and nms, by the functions that training and inference call."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def loss(task: Task) -> Work:
 
 
 def on_logits(function: Callable[[Array, Array], Any], logits: Array, targets: Array, keep: bool) -> Work:
-    """`function`, jitted. It is given the logits, as in a training step, where nothing else needs them, and they are made
-    anew before each repetition. With `keep` they stay, so that their memory cannot be taken."""
+    """`function`, jitted. The logits are donated, as in a training step, and copied before each repetition. With `keep`
+    they are not donated."""
     facts = {"keep_logits": keep}
     if keep:
         program = jax.jit(function)
@@ -50,7 +50,7 @@ def on_logits(function: Callable[[Array, Array], Any], logits: Array, targets: A
 
 
 def matching(task: Task) -> Work:
-    """Anchors of random places and sizes to random boxes."""
+    """Matches anchors of random positions and sizes with random boxes."""
     rng = np.random.default_rng(task.seed)
     anchors = jnp.asarray(boxes_in(rng, (task.rows,), (800, 1333)))
     boxes = jnp.asarray(boxes_in(rng, (task.boxes,), (800, 1333)))
@@ -60,7 +60,7 @@ def matching(task: Task) -> Work:
 
 
 def suppression(task: Task) -> Work:
-    """Candidates in clusters."""
+    """NMS of candidates in clusters."""
     made = [jnp.asarray(part) for part in candidates(task.rows, task.classes, task.seed)]
     program = jax.jit(partial(nms, iou_threshold=0.5, max_detections=task.kept))
     kept = int(program(*made)[1].sum())

@@ -1,4 +1,4 @@
-"""The photographs that `input` reads, and the size each becomes. Plain Python, so that every variant has it."""
+"""The photographs that `input` reads, with their sizes after the resize. Standard library only, for every variant."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from typing import NamedTuple
 from benchmarks.work import BenchmarkError, Task
 
 IMAGES = 64
-"""The first ones of the JSON: what a repetition reads, once each where batches come out even."""
+"""Number of images read per repetition: the first ones of the JSON."""
 MULTIPLE = 32
-"""Of the sides of a canvas, pixels."""
+"""Sides of padded shapes are multiples of this, pixels."""
 QUIET = 0.01
-"""Seconds between two looks at whether anything is still being made."""
+"""Seconds between two checks for running threads."""
 
 
 class Photograph(NamedTuple):
-    """A file, and what is to become of it."""
+    """A file and its target sizes."""
 
     path: str
     size_hw: tuple[int, int]
-    """Height and width after the resize, pixels: the rule of Detectron."""
+    """Height and width after the resize, pixels, by Detectron's rule."""
     canvas: tuple[int, int]
-    """Height and width with the padding: the smallest of the four canvases that this project's training pads to."""
+    """Height and width after padding: the smallest of the four padded shapes of this project's training."""
 
 
 def photographs(task: Task) -> list[Photograph]:
     """The first IMAGES of `task.annotations`; short and long side are the two numbers of `task.size`.
 
-    Raises BenchmarkError, one line, where the file is no COCO JSON of images or one of them is absent.
+    Raises BenchmarkError if the file is not a COCO JSON with images, or an image is missing.
     """
     try:
         entries = json.loads(Path(task.annotations).read_text())["images"][:IMAGES]
@@ -47,9 +47,9 @@ def photographs(task: Task) -> list[Photograph]:
 
 
 def in_batches(walk: list[Photograph], batch: int) -> list[Photograph]:
-    """Photographs to read from first to last, again and again, each `batch` in a row of one canvas.
+    """Orders photographs so that each `batch` in sequence has one padded shape.
 
-    They are walked through `batch` times. Each waits until as many of its canvas are there: after the last walk none does.
+    Goes through them `batch` times; a photograph waits until there are `batch` of its shape. None is left at the end.
     """
     waiting: defaultdict[tuple[int, int], list[Photograph]] = defaultdict(list)
     ordered = []
@@ -63,15 +63,12 @@ def in_batches(walk: list[Photograph], batch: int) -> list[Photograph]:
 
 
 def batches_a_repetition(batch: int) -> int:
-    """As many as IMAGES fill; at least one."""
+    """Number of full batches in IMAGES; at least one."""
     return max(1, IMAGES // batch)
 
 
 def rest() -> None:
-    """Until no thread of this process has anything to do.
-
-    What threads make ahead for the next repetition is so counted in this one, which found as much made ahead.
-    """
+    """Waits until no thread of this process is busy, so that a repetition's time includes the prefetching it caused."""
     while True:
         used = time.process_time()
         time.sleep(QUIET)
@@ -80,12 +77,12 @@ def rest() -> None:
 
 
 def _waits_for_a_core() -> bool:
-    """Whether another thread would run if it were given a core, or is reading; False where the system does not tell."""
+    """Whether another thread is runnable or reading; False if the system has no /proc."""
     states = []
     for thread in Path("/proc/self/task").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # It has just ended.
+        with contextlib.suppress(OSError):  # The thread has ended.
             states.append(thread.read_text().rpartition(")")[2].split()[0])
-    return sum(state in ("R", "D") for state in states) > 1  # One is this.
+    return sum(state in ("R", "D") for state in states) > 1  # One is this thread.
 
 
 def _photograph(folder: Path, entry: dict, short: int, long: int) -> Photograph:

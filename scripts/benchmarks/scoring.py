@@ -1,4 +1,4 @@
-"""The benchmark of COCO scores, and detections to score: made from a ground truth, as a detector might have found it."""
+"""The benchmark of COCO scoring, with detections generated from the ground truth."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from retina_jax.data.coco import read_truth
 from retina_jax.evaluation.coco_scores import evaluate_coco
 
 RECALLED, NEAR = 0.62, 0.5
-"""Share of the boxes that are found; share of what is left that is near a box, not anywhere."""
+"""Share of the boxes that are detected; of the other detections, share of those near a box."""
 
 
 def make(task: Task) -> Work:
-    """Scores by this project's evaluator."""
+    """Scoring by this project's evaluator."""
     return scored(task, "arrays")
 
 
 def scored(task: Task, evaluator: Literal["arrays", "pycocotools"]) -> Work:
-    """Scores, from records to the twelve numbers, of `task.detections` detections made from `task.annotations`: a COCO
-    JSON, or text as in `read_boxes`."""
+    """Scores `task.detections` detections generated from `task.annotations`, a COCO JSON or text as in `read_boxes`."""
     path = Path(task.annotations)
     if not path.is_file():
         raise BenchmarkError(f"{path}: no such file; --annotations must be a COCO JSON or text of boxes")
@@ -42,7 +41,7 @@ def scored(task: Task, evaluator: Literal["arrays", "pycocotools"]) -> Work:
 
 def read_boxes(path: Path) -> dict[str, Any]:
     """COCO ground truth from lines of FOLDER/000000000139.jpg x1,y1,x2,y2,class x1,y1,x2,y2,class ... (pixels; class 0 to
-    79). Areas are the boxes'; nothing is a crowd; an image is as large as its boxes reach."""
+    79). Areas are those of the boxes, there are no crowds, and an image ends at its last box."""
     images, annotations = [], []
     for line in path.read_text().splitlines():
         name, *boxes = line.split(" ")
@@ -65,16 +64,16 @@ def read_boxes(path: Path) -> dict[str, Any]:
 
 
 def detections_like(truth: Mapping[str, Any], per_image: float, seed: int) -> list[dict[str, Any]]:
-    """COCO result records for a ground truth: most of its boxes, a little off with high scores, second looks at boxes of
-    which some have another's class, and boxes anywhere, both with low scores. AP is about .36 on val2017.
+    """Generates COCO result records: most ground-truth boxes, slightly shifted, with high scores; duplicates, some with
+    another class, and random boxes, with low scores. AP is about 0.36 on val2017.
 
     Args:
-      truth: COCO's images (with sizes), annotations (at least one) and categories.
-      per_image: detections an image on average; there are `round(per_image * images)` in all.
-      seed: of everything random.
+      truth: COCO dict of images (with sizes), annotations (at least one) and categories.
+      per_image: mean number of detections per image; the total is `round(per_image * images)`.
+      seed: random seed.
 
     Returns:
-      Image by image, the best first, in numbers of float32, as from `coco_results`.
+      Records sorted by image, then by falling score, with float32 values, as from `coco_results`.
     """
     rng = np.random.default_rng(seed)
     images, annotations = truth["images"], truth["annotations"]
@@ -115,7 +114,7 @@ def _shares(number: int) -> tuple[int, int]:
 
 
 def _moved(boxes_xywh: Float[np.ndarray, "N 4"], share: float, rng: np.random.Generator) -> Float[np.ndarray, "N 4"]:
-    """Centres moved by about `share` of the sides, sides stretched as much."""
+    """Shifts centres by about `share` of the sides, and scales the sides as much."""
     sides = boxes_xywh[:, 2:] * np.exp(rng.normal(0, share, (len(boxes_xywh), 2)))
     moved = boxes_xywh[:, :2] + boxes_xywh[:, 2:] * (0.5 + rng.normal(0, share, (len(boxes_xywh), 2)))
     return np.concatenate([moved - sides / 2, sides], axis=1)

@@ -1,4 +1,4 @@
-"""Which module does the work of a benchmark, here and elsewhere. Each has `make(task) -> Work`."""
+"""The module of each benchmark, for this project and its peers. Each module has `make(task) -> Work`."""
 
 HERE = "retina_jax"
 """Name of this project's variant."""

@@ -1,4 +1,4 @@
-"""What a benchmark is asked to do and what it gives back; plain data that travels between processes as JSON."""
+"""Input and output of a benchmark; plain data, sent between processes as JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BENCHMARKS = {
 
 
 class BenchmarkError(PlainError, RuntimeError):
-    """A variant that cannot be measured; one line that says why."""
+    """A variant cannot be measured; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Task:
 
     name: str
     size: str
-    """Canvas in pixels: 512, or 800x1344 (height x width)."""
+    """Padded shape in pixels: 512, or 800x1344 (height x width)."""
     batch: int
     backbone: str
     dtype: str
@@ -40,22 +40,22 @@ class Task:
     """Anchors of loss and match, candidate boxes of nms."""
     classes: int
     boxes: int
-    """Ground-truth boxes an image."""
+    """Ground-truth boxes per image."""
     kept: int
-    """Boxes that nms keeps at most."""
+    """Largest number of boxes that nms keeps."""
     images: str
     """Folder of JPEG files of `input`."""
     annotations: str
     """COCO JSON of `input` and `evaluate`."""
     detections: int
-    """Detections of `evaluate`, in all."""
+    """Total number of detections of `evaluate`."""
     device: str
     """cpu, or gpu."""
     cores: int
     """Processor cores that a variant may use; 0: all."""
     seed: int = 0
     keep_logits: bool = False
-    """`loss`: its logits are needed afterwards, so that their memory cannot be taken."""
+    """`loss`: the logits are not donated."""
 
     @property
     def canvas(self) -> tuple[int, int]:
@@ -65,15 +65,15 @@ class Task:
 
 
 class Work(NamedTuple):
-    """A variant made ready."""
+    """A variant, ready to run."""
 
     run: Callable[[], Any]
-    """One repetition, to its end: on an accelerator it waits for the device."""
+    """Runs one repetition and waits for the device."""
     images: int = 0
-    """Images a repetition, where it is about images."""
+    """Images per repetition, if the benchmark has images."""
     flops: int = 0
-    """Operations of the convolutions and matrix products of a repetition, where they are what it is about."""
+    """Floating-point operations of the convolutions and matrix products of a repetition, if they dominate."""
     facts: dict[str, Any] = {}  # noqa: RUF012  never changed
-    """What else is worth reporting."""
+    """Further figures."""
     before: Callable[[], Any] = lambda: None
-    """What makes a repetition's arguments anew, where it uses them up; not timed."""
+    """Prepares arguments that a repetition consumes; not timed."""

@@ -1,7 +1,7 @@
-"""One variant in a process of its own: `python -m benchmarks.worker MODULE TASK` makes it ready and then runs a
-repetition for every line that comes in. Answers are JSON lines; what libraries print goes to standard error.
+"""Runs one variant in its own process: `python -m benchmarks.worker MODULE TASK` runs one repetition per line of input.
 
-Its own process gives each variant its own libraries, threads and peak memory.
+Answers are JSON lines; output of libraries goes to standard error. With its own process, each variant has its own libraries,
+threads and peak memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WARM_UP = 3
 
 
 def main(module: str, task: str) -> None:
-    """Serve until standard input ends."""
+    """Runs repetitions until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -28,7 +28,7 @@ def main(module: str, task: str) -> None:
 
     wanted = json.loads(task)
     if wanted["cores"] and hasattr(os, "sched_setaffinity"):
-        # Before any library counts the cores and makes its threads.
+        # Before any library counts the cores and starts its threads.
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-wanted["cores"] :])
     if wanted["device"] == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -58,7 +58,7 @@ def main(module: str, task: str) -> None:
 
 
 def reset_peak() -> None:
-    """From here on the kernel measures this process's peak memory anew."""
+    """Resets the kernel's peak memory of this process."""
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")
@@ -71,8 +71,7 @@ def accelerator() -> str:
 
 
 def peak_mib(device: str) -> float | None:
-    """Peak memory of this process since `reset_peak`, or of the accelerator, what arrays occupied there; None where
-    neither can be told."""
+    """Peak memory of this process since `reset_peak`, or of arrays on the accelerator; None if unknown."""
     if device == "gpu":
         if "torch" in sys.modules:
             return sys.modules["torch"].cuda.max_memory_allocated() / 2**20

@@ -1,7 +1,7 @@
-"""Crops for classification, the miniature's ImageNet: one shape in one hue a crop, all twelve by twelve combinations.
+"""Crops for classification, the miniature's ImageNet: one shape in one hue per crop, in all twelve by twelve combinations.
 
-A backbone that tells shapes and hues apart has learnt what generated scenes are made of, and nothing of boxes, of background
-or of any detection loss: it stands to the miniature of Table 1 as an ImageNet backbone stands to the paper's.
+A backbone that classifies them has learnt the shapes and hues of generated scenes, but nothing about boxes, background or
+detection losses, as an ImageNet backbone for the paper's Table 1.
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Float32, Int32, UInt8
 
-from retina_jax.data.scenes import HUES, draw_background, paint_shape
-from retina_jax.data.shapes import SHAPES
+from retina_jax.data.scenes import HUES, SHAPES, draw_background, draw_shape, painted
 
 SIDE = 48
 """Side of a crop, pixels."""
 ACROSS = 3
-"""Crops are cut, so many by so many, from backgrounds drawn at the scale of a scene."""
+"""Crops are cut in a grid, ACROSS by ACROSS, from backgrounds at the scale of a scene."""
 STREAM = 3
-"""Stream of the seed; scenes use 1 and 2."""
+"""Random stream of the seed; scenes use 1 and 2."""
 SIZES = (8.0, 40.0)
-"""Smallest and largest shape, square root of the box area, pixels."""
+"""Smallest and largest shape: square root of the box area, pixels."""
 
 
 class Crops(NamedTuple):
@@ -36,7 +35,7 @@ class Crops(NamedTuple):
 
 
 def draw_crops(count: int, seed: int, start: int = 0) -> Crops:
-    """Crops `start` to `start + count` of a seed's endless sequence, a pure function of its arguments.
+    """Returns crops `start` to `start + count` of a seed's sequence; a pure function of its arguments.
 
     Args:
       count: a multiple of ACROSS^2.
@@ -60,11 +59,25 @@ def _draw_sheet(seed: int, index: int) -> Crops:
         aspect = np.exp(rng.uniform(np.log(0.6), np.log(1.6)))
         width, height = (min(s, SIDE - 1.0) for s in (side * aspect**0.5, side / aspect**0.5))
         row, column = divmod(i, ACROSS)
-        # Near the middle, off it by up to a quarter of the room that is left.
+        # Off the centre by at most an eighth of the free space.
         x = column * SIDE + (SIDE - width) * rng.uniform(0.375, 0.625)
         y = row * SIDE + (SIDE - height) * rng.uniform(0.375, 0.625)
-        paint_shape(rng, picture, list(SHAPES)[shape], list(HUES.values())[hue], (x, y, width, height))
+        _paint_shape(rng, picture, list(SHAPES)[shape], list(HUES.values())[hue], (x, y, width, height))
     picture += 0.012 * rng.standard_normal(picture.shape, np.float32)
-    whole = (picture.clip(0, 1) * 255 + 0.5).astype(np.uint8)
-    images = whole.reshape(ACROSS, SIDE, ACROSS, SIDE, 3).swapaxes(1, 2).reshape(-1, SIDE, SIDE, 3)
+    sheet = (picture.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    images = sheet.reshape(ACROSS, SIDE, ACROSS, SIDE, 3).swapaxes(1, 2).reshape(-1, SIDE, SIDE, 3)
     return Crops(images, shapes.astype(np.int32), hues.astype(np.int32))
+
+
+def _paint_shape(
+    rng: np.random.Generator,
+    picture: Float32[np.ndarray, "H W 3"],
+    shape: str,
+    hue: float,
+    box_xywh: tuple[float, float, float, float],
+) -> None:
+    """Paints a shape of `SHAPES` in a hue (degrees) into a box inside the picture."""
+    side = float(np.sqrt(box_xywh[2] * box_xywh[3]))
+    (x, y), cover, inside = draw_shape(shape, box_xywh, rng.uniform(-0.25, 0.25), 0.5 + 0.02 * side)
+    patch = np.s_[y : y + cover.shape[0], x : x + cover.shape[1]]
+    picture[patch] = painted(rng, picture[patch], cover, inside, hue)

@@ -1,10 +1,10 @@
-"""A backbone pretrained by classification, as ImageNet pretrains the paper's: on crops of generated shapes."""
+"""Pretrains a backbone by classifying crops of generated shapes, in place of the paper's ImageNet."""
 
 from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,18 +19,18 @@ from jaxtyping import Array, Float, Int, PyTree, UInt8
 from miniature.crops import Crops
 from retina_jax.config import ModelConfig
 from retina_jax.config_io import override
-from retina_jax.data.scenes import HUES
-from retina_jax.data.shapes import SHAPES
+from retina_jax.data.scenes import HUES, SHAPES
 from retina_jax.model.initialisation import COLLECTIONS, draw
 from retina_jax.model.resnet import ResNet
 from retina_jax.model.retinanet import normalise
+from retina_jax.weights.converted import NORM
 
 WEIGHT_DECAY = 0.05
 PEAK_RATE = 3e-3
 
 
 class Classifier(nn.Module):
-    """The backbone, the mean over C5, and a linear layer each for the shape and the hue."""
+    """The backbone, the mean over C5, and one linear layer each for shape and hue."""
 
     config: ModelConfig
 
@@ -54,9 +54,10 @@ def pretrain(
     seed: int,
     log: Callable[[str], None],
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Weights of the backbone by path, BatchNorm statistics with them, and the accuracies on crops held out.
+    """Trains by AdamW with a cosine schedule. All stages are trained, and all norms are BatchNorms, whatever `config` has.
 
-    AdamW under a cosine schedule. All stages are trained and every norm is a BatchNorm, whatever `config` freezes later.
+    Returns:
+      Path to array of the backbone's weights and BatchNorm statistics, and the accuracies on the held-out crops.
     """
     config = override(config, {"norm": "batch", "frozen_stages": 0})
     model = Classifier(config)
@@ -107,8 +108,23 @@ def pretrain(
     return backbone, _accuracies(model, variables, held_out, batch_size)
 
 
+def backbone_state_dict(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A backbone's weights with torchvision's names, kernels OIHW: the inverse of `convert_torchvision`."""
+    leaves = {ours: theirs for theirs, ours in NORM.items()} | {"kernel": "weight"}
+    layers = (("shortcut_norm", "downsample.1"), ("shortcut", "downsample.0"), ("norm", "bn"), ("conv", "conv"))
+    named = {}
+    for path, array in weights.items():
+        _, stage, *inner, layer, leaf = path.split("/")
+        ours, theirs = next((ours, theirs) for ours, theirs in layers if layer.startswith(ours))
+        place = f"layer{int(stage[1]) - 1}.{int(inner[0].removeprefix('block')) - 1}." if inner else ""
+        number = layer.removeprefix(ours) or ("" if inner else "1")
+        contiguous = np.ascontiguousarray(array.transpose(3, 2, 0, 1)) if array.ndim == 4 else array
+        named[f"{place}{theirs}{number}.{leaves[leaf]}"] = contiguous
+    return named
+
+
 def _accuracies(model: Classifier, variables: dict[str, PyTree], crops: Crops, batch_size: int) -> dict[str, float]:
-    """Share of the crops whose shape, and whose hue, has the largest logit."""
+    """Share of crops with the correct shape, and with the correct hue."""
     apply = jax.jit(model.apply)
     right = np.zeros(2)
     for first in range(0, len(crops.images), batch_size):
@@ -120,7 +136,7 @@ def _accuracies(model: Classifier, variables: dict[str, PyTree], crops: Crops, b
 
 
 def _start(path: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> np.ndarray:
-    """The detector's own random start for the backbone; small random weights for the two linear layers."""
+    """Initial values: the detector's for the backbone, small random weights for the two linear layers."""
     if path.startswith("backbone/"):
         return draw(path, shape, config, seed)
     generator = np.random.default_rng((seed, zlib.crc32(path.encode())))

@@ -15,7 +15,7 @@ from small_sets import encode, write_coco
 
 from retina_jax.config import Config, DataConfig
 from retina_jax.config_io import override
-from retina_jax.data import image_sizes
+from retina_jax.data import survey
 from retina_jax.data.coco import read_coco
 from retina_jax.data.datasets import open_source
 from retina_jax.data.source import BadImage, DataError, Source
@@ -240,8 +240,8 @@ def no_sizes(i: dict[str, Any]) -> dict[str, Any]:
 
 def test_sizes_are_read_from_the_files_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     read: list[str] = []
-    from_file = image_sizes._read_size
-    monkeypatch.setattr(image_sizes, "_read_size", lambda path: read.append(Path(path).name) or from_file(path))
+    from_file = survey._read_size
+    monkeypatch.setattr(survey, "_read_size", lambda path: read.append(Path(path).name) or from_file(path))
     path, images = written(tmp_path, each_image(no_sizes))
 
     def sizes() -> list[tuple[int, int]]:

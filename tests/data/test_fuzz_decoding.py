@@ -1,4 +1,4 @@
-"""Any bytes decode to exactly the expected size, or are refused in one line; a whole file to exactly PIL's own pixels."""
+"""Any bytes decode to exactly the expected size, or are refused in one line; a complete file to exactly PIL's pixels."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ GARBAGE = [
 
 @dataclass(frozen=True)
 class Stored:
-    """A whole image file and what it holds."""
+    """A complete image file and its pixels."""
 
     kind: str
     mode: str
@@ -142,7 +142,7 @@ class Case:
 def cases(draw: st.DrawFn) -> Case:
     stored = draw(st.sampled_from(stored_files()))
     encoded = stored.encoded
-    how = draw(st.sampled_from(["whole", "bytes", "bytes", "header", "trailing"]))
+    how = draw(st.sampled_from(["complete", "bytes", "bytes", "header", "trailing"]))
     if how == "header":
         encoded = with_size(stored, draw(st.sampled_from([*HEADER_SIZES, (stored.size[0] + 1, stored.size[1])])))
     if how == "trailing":
@@ -216,12 +216,12 @@ def check(case: Case) -> str:
     if not case.changed:
         expected = plain(case.stored, case.expected_size)
         if expected is None:
-            assert refused is not None and "pixels where its annotations say" in str(refused)
-            return "whole, of another size"
+            assert refused is not None and "in the annotations" in str(refused)
+            return "complete, of another size"
         assert refused is None, refused
         assert found.shape == expected.shape
         assert np.abs(found - expected.astype(np.float64)).max() <= (1 if expected.dtype == np.float64 else 0)
-        return "whole, exact"
+        return "complete, exact"
     return "changed, decoded" if refused is None else "changed, refused"
 
 
@@ -231,7 +231,7 @@ def test_any_bytes_are_decoded_to_their_size_or_refused_by_name(share: int) -> N
     assert {s.kind for s in stored} == set(FORMATS) and {s.mode for s in stored} == set(MODES)
     assert {s.orientation for s in stored} == set(range(1, 9)) and {s.frames for s in stored} == {1, 3}
     ended = run_cases("decoder", share, cases(), check)
-    assert min(ended[how] for how in ("whole, exact", "changed, decoded", "changed, refused")) > ended.total() / 30
+    assert min(ended[how] for how in ("complete, exact", "changed, decoded", "changed, refused")) > ended.total() / 30
 
 
 def test_every_stored_file_is_exact() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retina_jax.data.sampler import ORDER, TrainOrder, eval_order, host_rows, random_bits
+from retina_jax.data.sampler import ORDER, BucketSampler, eval_order, host_rows, random_bits
 
 sizes = st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 9), st.integers(-3, 2**40))
 
@@ -30,7 +30,7 @@ def queued(buckets: np.ndarray, batch_size: int, seed: int, epochs: int) -> list
 @given(sizes)
 def test_closed_form_is_queues(case: tuple[list[int], int, int]) -> None:
     buckets, batch_size, seed = np.array(case[0]), case[1], case[2]
-    order = TrainOrder(buckets, batch_size, seed)
+    order = BucketSampler(buckets, batch_size, seed)
     expected = queued(buckets, batch_size, seed, epochs=12)
     found = [order.batch(step) for step in range(len(expected))]
     assert [(b.bucket, b.indices.tolist(), b.positions.tolist(), b.epoch) for b in found] == expected
@@ -40,38 +40,38 @@ def test_closed_form_is_queues(case: tuple[list[int], int, int]) -> None:
 @given(sizes, st.integers(0, 10_000))
 def test_any_step_equals_walking_there(case: tuple[list[int], int, int], step: int) -> None:
     buckets, batch_size, seed = np.array(case[0]), case[1], case[2]
-    walked = TrainOrder(buckets, batch_size, seed)
+    walked = BucketSampler(buckets, batch_size, seed)
     for earlier in range(max(0, step - 20), step):
         walked.batch(earlier)
-    fresh = TrainOrder(buckets, batch_size, seed).batch(step)
+    fresh = BucketSampler(buckets, batch_size, seed).batch(step)
     assert all(np.array_equal(a, b) for a, b in zip(fresh, walked.batch(step), strict=True))
     assert (buckets[fresh.indices] == fresh.bucket).all()
 
 
 def test_every_epoch_visits_every_image_once() -> None:
     buckets = np.random.default_rng(0).choice(4, 103, p=[0.6, 0.3, 0.08, 0.02])
-    order, epochs = TrainOrder(buckets, 8, seed=5), 40
+    order, epochs = BucketSampler(buckets, 8, seed=5), 40
     batches = [order.batch(step) for step in range(epochs * 103 // 8)]
     visits = np.concatenate([batch.positions for batch in batches])
     assert len(set(visits.tolist())) == len(visits)
-    whole = np.bincount(visits // 103)[: epochs - 8]
+    visited = np.bincount(visits // 103)[: epochs - 8]
     # A bucket of two images waits four epochs for a batch: all visits of the epochs before have been handed out.
-    assert (whole == 103).all()
+    assert (visited == 103).all()
 
 
 def test_epochs_differ_and_seeds_differ() -> None:
     buckets = np.zeros(64, int)
     first, second = (
-        np.concatenate([TrainOrder(buckets, 8, 0).batch(e * 8 + k).indices for k in range(8)]) for e in (0, 1)
+        np.concatenate([BucketSampler(buckets, 8, 0).batch(e * 8 + k).indices for k in range(8)]) for e in (0, 1)
     )
-    other = np.concatenate([TrainOrder(buckets, 8, 1).batch(k).indices for k in range(8)])
+    other = np.concatenate([BucketSampler(buckets, 8, 1).batch(k).indices for k in range(8)])
     assert sorted(first) == sorted(second) == sorted(other) == list(range(64))
     assert not np.array_equal(first, second) and not np.array_equal(first, other)
 
 
 def test_batches_of_buckets_are_mixed_in_proportion() -> None:
     buckets = np.repeat([0, 1], [3000, 1000])
-    order = TrainOrder(buckets, 10, seed=0)
+    order = BucketSampler(buckets, 10, seed=0)
     for start in (0, 200):  # Both halves of the first epoch hold both buckets, three to one.
         share = np.mean([order.batch(start + k).bucket == 0 for k in range(200)])
         assert 0.65 < share < 0.85
@@ -79,7 +79,7 @@ def test_batches_of_buckets_are_mixed_in_proportion() -> None:
 
 def test_order_is_fixed_for_good() -> None:
     # A change here would make resumed runs continue in another order than they began.
-    batch = TrainOrder(np.arange(11) % 2, 3, seed=7).batch(1000)
+    batch = BucketSampler(np.arange(11) % 2, 3, seed=7).batch(1000)
     assert (batch.bucket, batch.indices.tolist(), batch.positions.tolist(), batch.epoch) == (
         1,
         [5, 3, 9],
@@ -91,7 +91,7 @@ def test_order_is_fixed_for_good() -> None:
 def test_coco_size_at_any_step_in_a_second() -> None:
     buckets = np.random.default_rng(0).choice(4, 117_266, p=[0.55, 0.25, 0.15, 0.05])
     start = time.process_time()
-    batch = TrainOrder(buckets, 16, seed=0).batch(89_999)
+    batch = BucketSampler(buckets, 16, seed=0).batch(89_999)
     assert time.process_time() - start < 1
     assert batch.epoch == 89_999 * 16 // 117_266
 
@@ -119,4 +119,4 @@ def test_hosts_that_cannot_share_a_batch_are_refused(batch_size: int, host: int,
 @pytest.mark.parametrize(("images", "batch_size"), [(0, 4), (4, 0)])
 def test_order_of_nothing_is_refused(images: int, batch_size: int) -> None:
     with pytest.raises(ValueError, match="needs images and a batch size"):
-        TrainOrder(np.zeros(images, int), batch_size, 0)
+        BucketSampler(np.zeros(images, int), batch_size, 0)

@@ -75,8 +75,8 @@ def test_boxes_lie_on_their_objects(tmp_path: Path, kind: str, resize: str) -> N
 
 def test_box_at_the_edge_ends_at_the_edge(tmp_path: Path) -> None:
     source = rectangles(tmp_path, [(97, 61)] * 4)
-    whole = np.array([[0, 0, 97, 61]], np.float32)
-    records = [dataclasses.replace(record, boxes_xyxy=whole) for record in source.records]
+    full = np.array([[0, 0, 97, 61]], np.float32)
+    records = [dataclasses.replace(record, boxes_xyxy=full) for record in source.records]
     for batch in take(train_batches(dataclasses.replace(source, records=records), DATA, seed=0), 3):
         sizes = batch.image_sizes[:, ::-1].astype(np.float32)
         assert np.array_equal(batch.boxes_xyxy[:, 0], np.concatenate([sizes * 0, sizes], 1))
@@ -86,9 +86,9 @@ def test_box_at_the_edge_ends_at_the_edge(tmp_path: Path) -> None:
 def test_resumed_batches_are_those_of_one_run(tmp_path: Path, start: int) -> None:
     source = rectangles(tmp_path, SIZES)
     data = dataclasses.replace(DATA, jitter_short_sides=(60, 100))
-    whole = take(train_batches(source, data, seed=1), 10)
-    assert same(take(train_batches(source, data, seed=1, start_step=start), 10 - start), whole[start:])
-    assert not same(take(train_batches(source, data, seed=2), 10), whole)
+    uninterrupted = take(train_batches(source, data, seed=1), 10)
+    assert same(take(train_batches(source, data, seed=1, start_step=start), 10 - start), uninterrupted[start:])
+    assert not same(take(train_batches(source, data, seed=2), 10), uninterrupted)
 
 
 def test_short_sides_are_drawn_equally_often_mirrored_or_not(tmp_path: Path) -> None:
@@ -184,9 +184,9 @@ SPOILED: dict[str, tuple[Any, str]] = {
     "missing": (lambda encoded: None, "cannot be read: No such file or directory"),
     "empty": (lambda encoded: b"", "is not an image"),
     "truncated": (lambda encoded: encoded[: len(encoded) // 2], "cannot be decoded: image file is truncated"),
-    # The header is whole, the end marker is there: only decoding shows that tables are missing.
+    # The header is complete and the end marker exists: only decoding shows that tables are missing.
     "without tables": (lambda encoded: encoded.replace(b"\xff\xdb", b"\xff\xef"), "cannot be decoded"),
-    "another size": (lambda encoded: encode(GREY), "is 11x9 pixels where its annotations say 80x80"),
+    "another size": (lambda encoded: encode(GREY), "is 11x9 pixels, but 80x80 in the annotations"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Sizes, canvases, resizing, mirroring."""
+"""Sizes, padded shapes, resizing, flipping."""
 
 import numpy as np
 import pytest
@@ -55,17 +55,17 @@ def test_resized_size_keeps_its_bounds(height: int, width: int, short_side: int,
     st.sampled_from([1, 2, 4]),
     st.sampled_from([32, 64, 128]),
 )
-def test_every_image_fits_a_canvas(
+def test_every_image_fits_into_a_padded_shape(
     height: int, width: int, short_sides: list[int], long_side: int, count: int, multiple: int
 ) -> None:
     data = DataConfig(long_side=long_side, buckets=count, pad_multiple=multiple)
     shapes = buckets(data, tuple(short_sides))
     assert len(set(shapes)) == len(shapes) <= count
     assert all(s % multiple == 0 for shape in shapes for s in shape)
-    canvas = shapes[assign_bucket(resized_size(height, width, max(short_sides), long_side), shapes)]
+    padded = shapes[assign_bucket(resized_size(height, width, max(short_sides), long_side), shapes)]
     for short_side in short_sides:
         resized = resized_size(height, width, short_side, long_side)
-        assert resized[0] <= canvas[0] and resized[1] <= canvas[1]
+        assert resized[0] <= padded[0] and resized[1] <= padded[1]
 
 
 @pytest.mark.parametrize(
@@ -81,12 +81,12 @@ def test_every_image_fits_a_canvas(
         ({"jitter_short_sides": (400, 800), "long_side": 1333}, ((800, 1088), (1088, 800), (800, 1344), (1344, 800))),
     ],
 )
-def test_canvas_shapes(changes: dict, expected: tuple) -> None:
+def test_padded_shapes(changes: dict, expected: tuple) -> None:
     data = DataConfig(**changes)
     assert buckets(data, train_short_sides(data)) == expected
 
 
-def test_smallest_canvas_that_holds_the_image_is_taken() -> None:
+def test_the_smallest_padded_shape_is_used() -> None:
     shapes = buckets(DataConfig(), (600,))
     assert [shapes[assign_bucket(size, shapes)] for size in ((600, 800), (600, 801), (899, 600), (600, 600))] == [
         (608, 800),

@@ -12,8 +12,17 @@ from PIL import Image
 from retina_jax.config import ConfigError, DataConfig, ScenesConfig
 from retina_jax.data.coco import read_coco
 from retina_jax.data.datasets import open_source
-from retina_jax.data.scenes import HUES, LEAST_VISIBLE, TRAIN, VAL, class_names, draw_scene, write_scenes
-from retina_jax.data.shapes import SHAPES, draw_shape
+from retina_jax.data.scenes import (
+    HUES,
+    LEAST_VISIBLE,
+    SHAPES,
+    TRAIN,
+    VAL,
+    class_names,
+    draw_scene,
+    draw_shape,
+    write_scenes,
+)
 
 SMALL = ScenesConfig(train_images=6, val_images=3, size=96, max_side=40.0)
 
@@ -31,12 +40,12 @@ def test_scene_is_a_function_of_seed_stream_and_index() -> None:
     st.tuples(st.floats(0, 30), st.floats(0, 30), st.floats(6, 60), st.floats(6, 60)),
     st.floats(-0.3, 0.3),
 )
-def test_box_is_tight_around_the_whole_shape(shape: str, box: tuple[float, ...], rotation: float) -> None:
-    (left, top), whole, inside = draw_shape(shape, box, rotation, 1.0)
-    rows, columns = np.flatnonzero((whole > 0.02).any(1)), np.flatnonzero((whole > 0.02).any(0))
+def test_box_is_tight_around_the_complete_shape(shape: str, box: tuple[float, ...], rotation: float) -> None:
+    (left, top), cover, inside = draw_shape(shape, box, rotation, 1.0)
+    rows, columns = np.flatnonzero((cover > 0.02).any(1)), np.flatnonzero((cover > 0.02).any(0))
     drawn = np.array([left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1])
     assert np.abs(drawn - [box[0], box[1], box[0] + box[2], box[1] + box[3]]).max() <= 1
-    assert (inside <= whole).all() and inside.sum() < whole.sum() <= box[2] * box[3] * 1.1
+    assert (inside <= cover).all() and inside.sum() < cover.sum() <= box[2] * box[3] * 1.1
 
 
 def test_shapes_differ() -> None:
@@ -45,7 +54,7 @@ def test_shapes_differ() -> None:
     assert len(SHAPES) == len(HUES) == 12 and min(difference) > 0.08
 
 
-def test_objects_are_inside_in_view_and_as_many_and_large_as_asked() -> None:
+def test_objects_are_inside_visible_and_within_the_configured_numbers_and_sizes() -> None:
     config = ScenesConfig(max_objects=5)
     scenes = [draw_scene(config, TRAIN, i) for i in range(60)]
     assert {len(scene.labels) for scene in scenes} == {0, 1, 2, 3, 4, 5}
@@ -91,7 +100,7 @@ def test_written_scenes_are_read_as_drawn(tmp_path: Path) -> None:
     )
 
 
-def test_scenes_are_written_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scenes_are_written_once_and_completely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(SMALL, folder=str(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))

@@ -93,7 +93,7 @@ def test_a_read_that_fails_in_passing_is_tried_again(
     assert np.all(np.diff(calls) >= [0.01, 0.02, 0.08])
     lines = [record.getMessage() for record in caplog.records if str(tmp_path) in record.getMessage()]
     assert lines == [
-        f"{source.where(0)}: cannot be read: {os.strerror(number)}; tried again in {pause} s"
+        f"{source.where(0)}: cannot be read: {os.strerror(number)}; trying again in {pause} s"
         for pause in (0.01, 0.02, 0.08)
     ]
     # A fourth failure is the image's.
@@ -106,7 +106,7 @@ def test_a_read_that_fails_in_passing_is_tried_again(
 
 
 @pytest.mark.parametrize("name", ["ENOENT", "EACCES", "EISDIR", "EINVAL", "EFBIG", "ELOOP", "ENAMETOOLONG", "ENXIO"])
-def test_a_read_that_will_not_mend_is_not_tried_again(
+def test_a_permanent_error_is_not_retried(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = named(tmp_path, "one.jpg")
@@ -161,7 +161,7 @@ def test_a_read_that_hangs_is_named_and_its_batch_still_comes(
         np.array_equal(a, b) for one, two in zip(taken, expected, strict=True) for a, b in zip(one, two, strict=True)
     )
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith("batch ") and f"being read: {plain.where(5)} (" in line and "\n" not in line
+    assert line.startswith("batch ") and f"reading {plain.where(5)} (" in line and "\n" not in line
 
 
 def test_batches_that_come_in_time_are_not_spoken_of(
@@ -179,7 +179,7 @@ def test_one_thread_watches_many_batches_and_ends_after_them(
 ) -> None:
     monkeypatch.setattr(waiting, "PATIENCE", 0.2)
     before = set(threading.enumerate())
-    reads = waiting.Reads(str)
+    reads = waiting.SlowReadMonitor(str)
     for step in range(100):
         with reads.waiting(step):
             watchers = set(threading.enumerate()) - before
@@ -192,11 +192,11 @@ def test_one_thread_watches_many_batches_and_ends_after_them(
             time.sleep(0.7)
     lines = [record.getMessage() for record in caplog.records]
     assert [line.partition(":")[0] for line in lines] == ["batch 100", "batch 101"]
-    assert all("being read: 7 (" in line for line in lines)
+    assert all("reading 7 (" in line for line in lines)
 
 
 def test_batches_that_nobody_asks_for_are_not_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting, "LOOKS", 0.1)
+    monkeypatch.setattr(waiting, "CHECKS", 0.1)
     before = set(threading.enumerate())
     batches = train_batches(rectangles(tmp_path, [(80, 60)] * 8), DATA, seed=0)
     next(batches)

@@ -1,6 +1,6 @@
 """Makes the files of golden/ by hand, where torch is installed: `.venv/bin/python tests/weights/make_golden.py`.
 
-`expected.npz` says, in numpy's terms, what every `.pth` beside it holds; bfloat16 is there as float32.
+`expected.npz` has the arrays of every `.pth` next to it, bfloat16 as float32.
 """
 
 from collections import OrderedDict
@@ -67,7 +67,9 @@ def main() -> None:
     torch.save(checkpoint, GOLDEN / "checkpoint.pth")
     torch.save(checkpoint, GOLDEN / "checkpoint_legacy.pth", _use_new_zipfile_serialization=False)
 
-    torch.save(torch.nn.Sequential(torch.nn.Linear(2, 3)), GOLDEN / "whole_module.pth")  # refused: it names classes
+    torch.save(
+        torch.nn.Sequential(torch.nn.Linear(2, 3)), GOLDEN / "whole_module.pth"
+    )  # refused, as it refers to classes
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def photographs(sizes_hw: list[tuple[int, int]], seed: int) -> list[np.ndarray]:
 
 
 def torchvision_shapes(classes: int, *, width: int = 8, channels: int = 16, detector: bool = True) -> Shapes:
-    """Names and shapes of torchvision's RetinaNet on a ResNet of one basic block a stage, as narrow as asked."""
+    """Names and shapes of torchvision's RetinaNet on a ResNet with one basic block per stage, `width` channels wide."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def norm(name: str, features: int) -> None:

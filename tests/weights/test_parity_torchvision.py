@@ -30,7 +30,7 @@ from retina_jax.weights.filling import fill
 from retina_jax.weights.importing import convert_backbone
 from retina_jax.weights.torchvision import RULES
 
-# conftest loads them where parity tests are asked for: torch must come before TensorFlow.
+# conftest loads them if parity tests are selected: torch must come before TensorFlow.
 if "torchvision" not in sys.modules:
     pytest.skip("needs torchvision, and pytest -m parity", allow_module_level=True)
 torch, torchvision = sys.modules["torch"], sys.modules["torchvision"]
@@ -102,11 +102,11 @@ def test_a_batch_of_unequal_images_gives_torchvisions_outputs_anchors_and_detect
 
     detector = load_detector(saved(model, tmp_path), short_side=160, long_side=270)
     assert len(detector.class_names) == classes
-    logits, deltas, canvas = forward(detector, images)
+    logits, deltas, padded_hw = forward(detector, images)
     np.testing.assert_allclose(logits, seen["cls_logits"].numpy(), atol=1e-4, rtol=0)
     np.testing.assert_allclose(deltas, seen["bbox_regression"].numpy(), atol=1e-4, rtol=0)
     np.testing.assert_array_equal(
-        anchor_grid(canvas, detector.config.anchors, detector.config.model), seen["anchors"][0].numpy()
+        anchor_grid(padded_hw, detector.config.anchors, detector.config.model), seen["anchors"][0].numpy()
     )
     assert all(len(image["labels"]) > 20 for image in theirs)
     assert_same_detections(detector.detect(images, batch_size=len(images)), theirs)

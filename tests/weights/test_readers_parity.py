@@ -20,5 +20,5 @@ def test_a_torchvision_state_dict_reads_as_torch_has_it(tmp_path: Path, zipped: 
     found = read_weights(path)
     assert list(found) == list(state)
     for name, tensor in state.items():
-        meant = tensor.numpy()
-        assert found[name].dtype == meant.dtype and np.array_equal(found[name], meant), name
+        expected = tensor.numpy()
+        assert found[name].dtype == expected.dtype and np.array_equal(found[name], expected), name

@@ -21,7 +21,7 @@ def entry(dtype: object = "F32", shape: object = (3,), offsets: object = (0, 12)
 
 def test_what_is_written_is_read_and_the_metadata_is_no_tensor() -> None:
     found = parse(safetensors(FLOATS, __metadata__={"format": "pt"}))
-    assert list(found) == ["a", "b"] and all(np.array_equal(found[name], FLOATS[name][1]) for name in FLOATS)
+    assert sorted(found) == ["a", "b"] and all(np.array_equal(found[name], FLOATS[name][1]) for name in FLOATS)
 
 
 def test_tensors_may_lie_in_another_order_than_the_header_names_them() -> None:
@@ -37,26 +37,26 @@ def test_empty_tensors_take_no_room() -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (safetensors(FLOATS, a=entry(offsets=(0, 8))), r"tensor 'a' of shape \(3,\) and dtype F32 in 8 bytes"),
-        (safetensors(FLOATS, a=entry(offsets=(4, 16))), "'a' starts at byte 4, what comes before it ends at 0"),
-        (safetensors(FLOATS, b=entry(shape=(2, 2), offsets=(8, 24))), "'b' starts at byte 8, what comes .* at 12"),
-        (safetensors(FLOATS, b=entry(shape=(2, 2), offsets=(16, 32))), "bytes 16 to 32 of 28"),
-        (safetensors(FLOATS, a=entry(offsets=(12, 0))), "bytes 12 to 0"),
-        (safetensors(FLOATS, a=entry(offsets=(-12, 0))), r"data_offsets \[-12, 0\], where"),
-        (safetensors(FLOATS, a=entry(offsets=(0,))), "1 data_offsets, where two"),
-        (safetensors(FLOATS, a=entry(offsets=None)), "data_offsets None"),
-        (safetensors(FLOATS, a=entry(shape=(True, 3))), r"shape \[True, 3\]"),
-        (safetensors(FLOATS, a=entry(shape=(1.5, 2))), "shape"),
-        (safetensors(FLOATS, a=entry(shape=(2**62, 2**62))), "in 12 bytes"),
-        (safetensors(FLOATS, a=entry(dtype="F8_E4M3")), "dtype F8_E4M3, which is none of BOOL, U8"),
-        (safetensors(FLOATS, a=entry(dtype=3)), "'a' that describes no tensor"),
-        (safetensors(FLOATS, a=[1]), "'a' that describes no tensor"),
-        (safetensors(FLOATS) + b"\0", "'the end' starts at byte 29, what comes before it ends at 28"),
-        (with_header(b"{]"), "has a damaged header"),
-        (with_header(b'{"\xff":1}'), "has a damaged header"),
-        (with_header(b'{"a":' * 50_000), "has a damaged header"),
-        (with_header(b'{"a":1,"a":2}'), "a name occurs twice"),
-        ((2**63).to_bytes(8, "little") + b"{}", "its header ends at byte"),
+        (safetensors(FLOATS, a=entry(offsets=(0, 8))), "invalid shape, data type, or offset"),
+        (safetensors(FLOATS, a=entry(offsets=(4, 16))), "offset for tensor `a`"),
+        (safetensors(FLOATS, b=entry(shape=(2, 2), offsets=(8, 24))), "offset for tensor `b`"),
+        (safetensors(FLOATS, b=entry(shape=(2, 2), offsets=(16, 32))), "offset for tensor `b`"),
+        (safetensors(FLOATS, a=entry(offsets=(12, 0))), "offset for tensor `a`"),
+        (safetensors(FLOATS, a=entry(offsets=(-12, 0))), "header"),
+        (safetensors(FLOATS, a=entry(offsets=(0,))), "header"),
+        (safetensors(FLOATS, a=entry(offsets=None)), "header"),
+        (safetensors(FLOATS, a=entry(shape=(True, 3))), "header"),
+        (safetensors(FLOATS, a=entry(shape=(1.5, 2))), "header"),
+        (safetensors(FLOATS, a=entry(shape=(2**62, 2**62))), "overflow"),
+        (safetensors(FLOATS | {"c": ("F8_E4M3", np.ones(4, np.uint8))}), "tensor 'c' of dtype F8_E4M3.*BF16"),
+        (safetensors(FLOATS, a=entry(dtype=3)), "header"),
+        (safetensors(FLOATS, a=[1]), "header"),
+        (safetensors(FLOATS) + b"\0", "not fully covered"),
+        (with_header(b"{]"), "header"),
+        (with_header(b'{"\xff":1}'), "header"),
+        (with_header(b'{"a":' * 50_000), "header"),
+        (with_header(b'{"a":1,"a":2}'), "header"),
+        ((2**63).to_bytes(8, "little") + b"{}", "header"),
         (with_header(json.dumps({"e": entry(shape=(0, 2**62), offsets=(0, 0))}).encode()), "."),
     ],
 )

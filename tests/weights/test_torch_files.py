@@ -31,7 +31,7 @@ def test_a_view_is_read_or_refused_as_its_indices_say(offset: int, shape: list[i
     )
     where = offset + np.tensordot(np.indices(shape), strides, (0, 0)) if shape else np.array(offset)
     if where.size and (where.max() >= 6 or where.size > 6):
-        with pytest.raises(ValueError, match="has a tensor of size"):
+        with pytest.raises(ValueError, match="tensor of shape"):
             parse(data)
     else:
         (found,) = parse(data).values()
@@ -67,7 +67,7 @@ def test_a_view_is_read_or_refused_as_its_indices_say(offset: int, shape: list[i
         {"tail": literal(("view", 0, 6))},
     ],
 )
-def test_a_tensor_that_is_not_sound_is_refused(tmp_path: Path, fields: dict[str, object]) -> None:
+def test_an_invalid_tensor_is_refused(tmp_path: Path, fields: dict[str, object]) -> None:
     path = tmp_path / "weights.pth"
     program = pickled({"w": tensor(**fields)})
     for data in (
@@ -103,18 +103,18 @@ def test_only_the_storages_of_the_weights_are_read() -> None:
 
 def test_a_storage_described_in_two_ways_is_refused() -> None:
     program = pickled({"a": tensor(), "b": tensor("IntStorage")})
-    with pytest.raises(ValueError, match="describes storage '0' in two ways"):
+    with pytest.raises(ValueError, match="inconsistent types or sizes of storage '0'"):
         parse(torch_zip(program, {"0": SIX.tobytes()}))
 
 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (torch_legacy(pickled({"w": tensor()}), [], b""), "the list of its storages"),
-        (torch_legacy(pickled({"w": tensor()}), ["0", "1"], b""), "the list of its storages"),
-        (torch_legacy(pickled({"w": tensor()}), [["0"]], b""), "the list of its storages"),
-        (torch_legacy(pickled({"w": tensor()}), ["0"], count(5) + SIX.tobytes()), "has not the size"),
-        (torch_legacy(pickled({"w": tensor()}), ["0"], count(6) + SIX.tobytes()[:-1]), "is truncated: storage '0'"),
+        (torch_legacy(pickled({"w": tensor()}), [], b""), "the list of storages"),
+        (torch_legacy(pickled({"w": tensor()}), ["0", "1"], b""), "the list of storages"),
+        (torch_legacy(pickled({"w": tensor()}), [["0"]], b""), "the list of storages"),
+        (torch_legacy(pickled({"w": tensor()}), ["0"], count(5) + SIX.tobytes()), "inconsistent size of storage '0'"),
+        (torch_legacy(pickled({"w": tensor()}), ["0"], count(6) + SIX.tobytes()[:-1]), "truncated: storage '0'"),
         (torch_legacy(pickled({}), [], b"").replace(b"M\xe9\x03", b"M\xea\x03", 1), "protocol 1002"),
         (torch_zip(pickled({"w": tensor()}), {}), "'archive/data/0'"),
         (torch_zip(pickled({"w": tensor()}), {}, **{"inner/data.pkl": b""}), "2 members data.pkl"),
@@ -134,10 +134,12 @@ def test_a_flipped_bit_in_a_zip_is_found_by_its_checksum() -> None:
 
 def test_a_compressed_zip_is_refused(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "bomb.npz", w=np.zeros(10**6))
-    with pytest.raises(WeightsError, match=r"bomb\.npz: is a zip archive with compressed"):
+    with pytest.raises(WeightsError, match=r"bomb\.npz: zip archive with compressed"):
         read_weights(tmp_path / "bomb.npz")
 
 
-def test_a_whole_module_is_refused_by_its_class() -> None:
-    with pytest.raises(WeightsError, match=r"names 'torch\.nn\.modules\.container\.Sequential'.*save the state dict"):
+def test_a_pickled_module_is_refused_by_its_class() -> None:
+    with pytest.raises(
+        WeightsError, match=r"refers to 'torch\.nn\.modules\.container\.Sequential'.*save the state dict"
+    ):
         read_weights(Path(__file__).parent / "golden" / "whole_module.pth")

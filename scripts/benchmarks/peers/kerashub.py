@@ -51,7 +51,7 @@ def network(task: Task) -> keras_hub.models.RetinaNetObjectDetector:
         resnet, min_level=3, max_level=7, use_p5=False, image_shape=(*task.canvas, 3)
     )
     model = keras_hub.models.RetinaNetObjectDetector(backbone, num_classes=task.classes, bounding_box_format="xyxy")
-    model.compile(optimizer=keras.optimizers.SGD(1e-8, momentum=0.9, weight_decay=1e-4))  # and its own losses
+    model.compile(optimizer=keras.optimizers.SGD(1e-8, momentum=0.9, weight_decay=1e-4))  # with its own losses
     return model
 
 

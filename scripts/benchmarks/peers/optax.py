@@ -12,7 +12,7 @@ from benchmarks.work import BenchmarkError, Task, Work
 
 
 def make(task: Task) -> Work:
-    """Focal loss of one-hot targets that are there already, and its gradient."""
+    """Focal loss of precomputed one-hot targets, and its gradient."""
     if task.name != "loss":
         raise BenchmarkError(f"optax has nothing to set beside {task.name}; take --peer torchvision")
     logits, labels = class_outputs(task.rows, task.classes, task.seed)

@@ -32,7 +32,7 @@ def make(task: Task) -> Work:
 
 
 def batch_of(photographs: Sequence[Photograph], coin: random.Random) -> UInt8[np.ndarray, "b H W 3"]:
-    """The photographs, all of one canvas, as a batch."""
+    """A batch of photographs with one padded shape."""
     batch = np.zeros((len(photographs), *photographs[0].canvas, 3), np.uint8)
     for row, photograph in zip(batch, photographs, strict=True):
         height, width = photograph.size_hw

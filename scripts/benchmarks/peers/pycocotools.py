@@ -1,4 +1,4 @@
-"""pycocotools itself, fed and read by the same code as this project's evaluator."""
+"""pycocotools, called by the same code as this project's evaluator."""
 
 from __future__ import annotations
 

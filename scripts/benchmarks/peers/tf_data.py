@@ -1,4 +1,4 @@
-"""A tf.data pipeline as anyone would write it."""
+"""A plain tf.data pipeline."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make(task: Task) -> Work:
 
 
 def load(path: tf.Tensor, size_hw: tf.Tensor, canvas: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """A photograph on its canvas, and its size there.
+    """A photograph in its padded shape, and its size there.
 
     In uint8, as this project has it: to flip, pad and batch the float32 that a resize gives takes 1.9 times as long.
     """
