@@ -1,4 +1,4 @@
-"""Anchors and a size of images that fit the boxes better: searched on some of the boxes, proved on all."""
+"""Suggests anchors and an image size that fit the boxes better: searched on some of the boxes, counted on all."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from retina_jax.data_check.views import Views, best_iou, view_boxes
 from retina_jax.ops.anchors import anchors_per_cell
 
 GOOD = 0.98
-"""Share of the boxes, and mean share of the classes, with an anchor of sufficient IoU at which nothing needs mending."""
+"""Share of the boxes, and mean share of the classes, with an anchor of sufficient IoU that needs no suggestion."""
 CLOSE = 0.01
-"""Where none is GOOD, the cheapest that is this close to the best; what gains less than this is not worth a change."""
+"""If no setting is GOOD, the cheapest within this of the best is suggested; a smaller gain is not worth a change."""
 SEARCHED = 4000
-"""Boxes looked at in the search, about."""
+"""Approximate number of boxes used in the search."""
 ENLARGED = (1.0, 1.25, 1.5, 2.0)
-"""Short sides tried, over that of the config."""
+"""Short sides tried, as multiples of the config's."""
 FACTORS = (1.0, 0.25, 0.375, 0.5, 0.625, 0.75, 1.5, 2.0)
-"""Values of anchors.size_factor tried, over that of the config."""
+"""Values of anchors.size_factor tried, as multiples of the config's."""
 OCTAVE = (1.0, 1.1892, 1.4142, 1.6818)
-"""Four scales an octave, tried beside the config's."""
+"""Four scales per octave, tried besides the config's."""
 QUANTILES = ((0.1, 0.5, 0.9), (0.03, 0.25, 0.5, 0.75, 0.97))
-"""Ratios tried beside the config's are these quantiles of the boxes' own aspects."""
+"""Ratios tried besides the config's: these quantiles of the boxes' aspect ratios."""
 
 
 class Suggestion(NamedTuple):
-    """Another setting, and what it is worth."""
+    """Another setting, and its gain."""
 
     changes: dict[str, Any]
-    """Fields of the config by dotted name."""
+    """Config fields by dotted name."""
     options: str
-    """The same for a command line."""
+    """The same as command-line options."""
     before: Shares
     after: Shares
-    """Coverage of all boxes, counted by training's own matching."""
+    """Coverage of all boxes, by training's own matching."""
     pixels: float
-    """Pixels of an image over those of before."""
+    """Pixels of an image, relative to before."""
     anchors: tuple[int, int]
-    """Anchors at each place of a map, before and after."""
+    """Anchors per cell, before and after."""
 
     def pairs(self) -> list[tuple[Share, Share]]:
-        """Before and after, of all boxes and of each class that has some."""
+        """Before and after, of all boxes and of each class with boxes."""
         classes = zip(self.before.classes, self.after.classes, strict=True)
         return [(self.before.total, self.after.total), *(pair for pair in classes if pair[0].boxes)]
 
     def line(self) -> str:
-        """What to type and what it gains: of all boxes, and of the class that was worst."""
+        """The options and their gain, for all boxes and for the class that was worst."""
         everything, *classes = self.pairs()
         worst = min(classes, key=lambda pair: pair[0].part("by_iou"))
         gains = (f"{a.name} {a.part('by_iou'):.1%} -> {b.part('by_iou'):.1%}" for a, b in (everything, worst))
@@ -60,9 +60,10 @@ class Suggestion(NamedTuple):
 
 
 def suggest(records: Sequence[Record], config: Config, class_names: Sequence[str], before: Shares) -> Suggestion | None:
-    """The cheapest of some hundred settings that is GOOD, or where none is, CLOSE to the best; None where `config` is good
-    enough or nothing tried gains more than CLOSE. Larger images are tried only while no anchors do at a smaller size."""
-    some = _some(records)
+    """The cheapest of some hundred settings that is GOOD, or if none is, CLOSE to the best; None if `config` is good enough
+    or no setting gains more than CLOSE. Larger images are tried only if no anchors are GOOD at the smaller size."""
+    filled = [record for record in records if len(record.labels)]
+    some = filled[:: max(1, sum(len(record.labels) for record in filled) // SEARCHED)]
     boxes = view_boxes(some, config.data)
     now = _score(best_iou(boxes, config), boxes, config)
     if not len(boxes.labels) or now >= GOOD:
@@ -92,7 +93,7 @@ def suggest(records: Sequence[Record], config: Config, class_names: Sequence[str
 
 
 def as_options(changes: dict[str, Any]) -> str:
-    """Dotted fields as they are typed: --anchors.size-factor 2 --anchors.ratios 0.5 1 2."""
+    """Dotted fields as command-line options: --anchors.size-factor 2 --anchors.ratios 0.5 1 2."""
 
     def words(value: tuple | int | float) -> str:
         if isinstance(value, tuple):
@@ -103,15 +104,8 @@ def as_options(changes: dict[str, Any]) -> str:
     return " ".join(f"--{name.replace('_', '-')} {words(value)}" for name, value in changes.items())
 
 
-def _some(records: Sequence[Record]) -> list[Record]:
-    """Records with about SEARCHED boxes among them, evenly from all that have boxes."""
-    filled = [record for record in records if len(record.labels)]
-    total = sum(len(record.labels) for record in filled)
-    return filled[:: max(1, total // SEARCHED)]
-
-
 def _sizes(records: Sequence[Record], config: Config) -> Iterator[dict[str, Any]]:
-    """Short sides, with a long side that lets them be reached and is not longer than that."""
+    """Short sides, each with the smallest long side that allows it."""
     data = config.data
     longest = max(max(r.width, r.height) / min(r.width, r.height) for r in records)
     for factor in ENLARGED:
@@ -136,7 +130,7 @@ def _anchors(views: Views, config: Config) -> Iterator[dict[str, Any]]:
 
 
 def _score(iou: Float32[np.ndarray, " N"], views: Views, config: Config) -> float:
-    """The share of boxes with an anchor of sufficient IoU, or the mean of the classes' shares where that is smaller: so that
+    """The share of boxes with an anchor of sufficient IoU, or the mean of the classes' shares if that is smaller, so that
     rare classes count."""
     good = (iou >= config.matching.positive_iou).astype(np.float64)
     counts = np.bincount(views.labels)
@@ -145,8 +139,8 @@ def _score(iou: Float32[np.ndarray, " N"], views: Views, config: Config) -> floa
 
 
 def _cost(changes: dict[str, Any], config: Config) -> float:
-    """A rule of thumb: time goes with the pixels; an anchor more costs channels of the last convolution and rows of the
-    losses alone; and of two settings as costly the one with fewer changes is better."""
+    """A rule of thumb: time is proportional to the pixels; more anchors cost only channels of the last convolution and rows
+    of the losses; of two equally costly settings the one with fewer changes is better."""
     anchors = override(config, changes).anchors
     more = anchors_per_cell(anchors) / anchors_per_cell(config.anchors) - 1
     return _enlarged(changes, config) ** 2 + 0.1 * max(0.0, more) + 0.001 * len(changes)

@@ -1,4 +1,4 @@
-"""Pictures with boxes, made to be read: small images are enlarged, and tags stay inside the picture."""
+"""Images with boxes drawn on them: small images are enlarged, and labels stay inside the image."""
 
 import colorsys
 import math
@@ -9,14 +9,21 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 READABLE_SIDE = 480
-"""Images are enlarged by a whole factor until their longer side comes as close to this as it can, pixels."""
+"""Images are enlarged by the integer factor that brings their longer side closest to this, pixels."""
 
 
 def class_colour(label: int) -> tuple[int, int, int]:
-    """The RGB colour of class `label` (>= 0), always the same: hues a golden angle apart, so neighbours differ."""
+    """The fixed RGB colour of class `label` (>= 0): hues a golden angle apart, so neighbours differ."""
     hue = (0.02 + label * (math.sqrt(5) - 1) / 2) % 1
     saturation, value = ((0.95, 1.0), (0.6, 1.0), (0.95, 0.72))[label // 8 % 3]
     return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, saturation, value))
+
+
+def enlarged(image: UInt8[np.ndarray, "h w 3"], side: float) -> tuple[Image.Image, int]:
+    """The image with a longer side of about `side` pixels, if it is smaller, and the integer factor used."""
+    height, width = image.shape[:2]
+    zoom = max(1, round(side / max(height, width)))
+    return Image.fromarray(image).resize((width * zoom, height * zoom), Image.Resampling.BICUBIC), zoom
 
 
 def draw(
@@ -29,23 +36,21 @@ def draw(
     truth_boxes_xyxy: Float[np.ndarray, "G 4"] | None = None,
     notes: Sequence[str] = (),
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The image with its boxes, a colour a class, and a tag "name .87" at each.
+    """The image with its boxes, one colour per class, each labelled "name .87".
 
     Args:
       image: RGB.
-      boxes_xyxy: boxes in pixels of `image`; what sticks out is cut at the border.
+      boxes_xyxy: boxes in pixels of `image`; clipped to it.
       labels: classes; a negative label is padding and is left out.
-      scores: where given, boxes are drawn from the lowest score to the highest, so that the best lie on top.
-      class_names: name of class k; a class beyond them is tagged by its number.
-      truth_boxes_xyxy: ground truth, drawn as dashed white lines under the detections.
-      notes: where given, what stands at the end of each box's tag.
+      scores: if given, boxes are drawn from the lowest score to the highest, so that the best are on top.
+      class_names: name of class k; a class without one is labelled with its number.
+      truth_boxes_xyxy: ground truth, drawn as dashed white lines below the detections.
+      notes: text at the end of each box's label.
 
     Returns:
-      RGB picture, `image` enlarged by a whole factor: 1 from a longer side of 2/3 * READABLE_SIDE on.
+      RGB image, enlarged by an integer factor: 1 from a longer side of 2/3 * READABLE_SIDE on.
     """
-    height, width = image.shape[:2]
-    zoom = max(1, round(READABLE_SIDE / max(height, width)))
-    picture = Image.fromarray(image).resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)
+    picture, zoom = enlarged(image, READABLE_SIDE)
     canvas = ImageDraw.Draw(picture)
     longer = max(picture.size)
     line = max(2, round(longer / 300))
@@ -63,18 +68,17 @@ def draw(
     order = [i for i in order if labels[i] >= 0]
     for i in order:
         canvas.rectangle(place(boxes_xyxy[i]), outline=class_colour(int(labels[i])), width=line)
-    for i in order:  # tags after all boxes, so that no line runs through one
+    for i in order:  # labels after all boxes, so that no line crosses one
         label = int(labels[i])
-        name = class_names[label] if label < len(class_names) else f"class {label}"
-        text = name if scores is None else f"{name} {format_score(float(scores[i]))}"
-        if notes and notes[i]:
-            text += f" {notes[i]}"
-        tag(canvas, place(boxes_xyxy[i])[:2], text, class_colour(label), font, picture.size)
+        words = [class_names[label] if label < len(class_names) else f"class {label}"]
+        words += [] if scores is None else [format_score(float(scores[i]))]
+        words += [notes[i]] if notes and notes[i] else []
+        tag(canvas, place(boxes_xyxy[i])[:2], " ".join(words), class_colour(label), font, picture.size)
     return np.asarray(picture)
 
 
 def format_score(score: float) -> str:
-    """A score in two digits: .87, and 1.0 from .995 on."""
+    """A score in two digits: .87, and 1.0 from 0.995 on."""
     return "1.0" if score >= 0.995 else f"{score:.2f}".removeprefix("0")
 
 
@@ -86,7 +90,7 @@ def tag(
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     size: tuple[int, int],
 ) -> None:
-    """Text on a filled plate, standing on the box's upper left corner, moved to lie inside a picture of `size`."""
+    """Draws text on a filled plate above the box's upper left corner, moved to be inside an image of `size`."""
     left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
     plate_width, plate_height = right - left + 6, bottom - top + 4
     x = max(0, min(corner[0], size[0] - plate_width))
@@ -97,7 +101,7 @@ def tag(
 
 
 def dashed_rectangle(canvas: ImageDraw.ImageDraw, box_xyxy: tuple[float, ...], *, dash: int, width: int) -> None:
-    """White dashes on a black line, visible on any ground."""
+    """Draws white dashes on a black line, visible on any background."""
     x1, y1, x2, y2 = box_xyxy
     canvas.rectangle(box_xyxy, outline="black", width=width)
     for (ax, ay), (bx, by) in (((x1, y1), (x2, y1)), ((x2, y1), (x2, y2)), ((x1, y2), (x2, y2)), ((x1, y1), (x1, y2))):
@@ -111,18 +115,18 @@ def dashed_rectangle(canvas: ImageDraw.ImageDraw, box_xyxy: tuple[float, ...], *
 def contact_sheet(
     images: Sequence[UInt8[np.ndarray, "_ _ 3"]], columns: int | None = None, gap: int = 6
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Pictures side by side: columns as wide as the widest of all, rows as high as the highest of each.
+    """Images in a grid: columns as wide as the widest image, each row as high as its highest.
 
     Args:
-      images: RGB pictures, at least one, of any sizes.
-      columns: pictures a row; None: as many rows as columns, or one row fewer.
-      gap: pixels around each, dark grey.
+      images: RGB images, at least one, of any sizes.
+      columns: images per row; None: as many rows as columns, or one row fewer.
+      gap: pixels around each image, dark grey.
 
     Raises:
-      ValueError: there is no picture.
+      ValueError: there is no image.
     """
     if not images:
-        raise ValueError("images is empty: give at least one picture")
+        raise ValueError("images is empty: give at least one image")
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]
     tops = np.cumsum([gap] + [max(len(image) for image in row) + gap for row in rows])

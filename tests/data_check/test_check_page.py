@@ -73,7 +73,7 @@ def test_a_clean_set_makes_sense(
 ) -> None:
     assert run(monkeypatch, clean().write(tmp_path), tmp_path / "out") == 0
     said = capsys.readouterr().out
-    assert "Training makes sense" in said and str(tmp_path / "out" / "data_check.html") in said
+    assert "Ready to train" in said and str(tmp_path / "out" / "data_check.html") in said
     facts = json.loads((tmp_path / "out" / "data_check.json").read_text())
     assert facts["makes_sense"] and facts["findings"] == [] and facts["suggestion"] is None
     assert facts["coverage"]["all"]["by_iou_share"] == 1 and facts["splits"]["val"]["images"] == 3

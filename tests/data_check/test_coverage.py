@@ -53,7 +53,7 @@ def random_boxes(rng: np.random.Generator, n: int, sides: tuple[float, float] = 
 def by_hand(views: Views, config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Best IoU and number of positive anchors of each box, straight from Section 4 and Detectron's low-quality rule."""
     best, won = [], []
-    for v, canvas in enumerate(views.canvases):
+    for v, canvas in enumerate(views.padded_hw):
         boxes = views.boxes_xyxy[views.ends[v] : views.ends[v + 1]]
         if not len(boxes):
             continue
@@ -98,7 +98,7 @@ def test_the_nearest_anchor_is_the_best_one(style: str) -> None:
     records = records_of(random_boxes(rng, 60), random_boxes(rng, 50))
     records += records_of(random_boxes(rng, 30), size=(96, 200))
     views = view_boxes(records, config.data)
-    assert len(set(views.canvases)) > 1
+    assert len(set(views.padded_hw)) > 1
     np.testing.assert_allclose(best_iou(views, config), by_hand(views, config)[0], atol=1e-5)
 
 
@@ -154,7 +154,7 @@ def test_views_are_the_batches_of_training(tmp_path: Path) -> None:
         batch = next(batches)
         v = int(batch.indices[0])
         met.add(v)
-        assert batch.images.shape[1:3] == views.canvases[v] and tuple(batch.image_sizes[0]) == views.sizes_hw[v]
+        assert batch.images.shape[1:3] == views.padded_hw[v] and tuple(batch.image_sizes[0]) == views.sizes_hw[v]
         np.testing.assert_array_equal(batch.boxes_xyxy[0, :1], views.boxes_xyxy[views.ends[v] : views.ends[v + 1]])
 
 

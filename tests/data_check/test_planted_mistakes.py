@@ -44,7 +44,7 @@ def check_of(splits: Splits, folder: Path) -> Check:
 
 def test_nothing_is_found_on_the_clean_one(tmp_path: Path) -> None:
     check = check_of(clean(), tmp_path)
-    assert found(check) == set() and check.makes_sense and check.suggestion is None
+    assert found(check) == set() and check.ready and check.suggestion is None
     assert check.shares.total.by_iou == check.shares.total.boxes == 12
     assert [tuple(count) for count in check.counts["val"]] == [("cell", 3, 3, 0), ("dust", 3, 3, 0)]
 
@@ -56,7 +56,7 @@ def test_a_planted_mistake_is_all_that_is_found(tmp_path: Path, name: str) -> No
     plant(splits)
     check = check_of(splits, tmp_path)
     assert found(check) == expected
-    assert check.makes_sense == (not {kind for kind, _, _ in expected} & ERRORS)
+    assert check.ready == (not {kind for kind, _, _ in expected} & ERRORS)
 
 
 def test_all_planted_mistakes_are_found_at_once(tmp_path: Path) -> None:
@@ -134,21 +134,21 @@ def test_bad_images_that_are_skipped_are_no_errors(tmp_path: Path) -> None:
     splits = clean()
     del splits.files["train"]["000.jpg"]
     check = check_data(override(CONFIG, {"data.bad_images": "skip"}), splits.write(tmp_path))
-    assert check.makes_sense and [(g.kind, g.severity) for g in check.groups] == [("missing", "warning")]
+    assert check.ready and [(g.kind, g.severity) for g in check.groups] == [("missing", "warning")]
 
 
 def test_classes_that_differ_between_the_splits_are_an_error(tmp_path: Path) -> None:
     splits = clean()
     splits.documents["val"]["categories"][1]["name"] = "smut"
     check = check_of(splits, tmp_path)
-    assert found(check) == {("refused_config", "val", "data.val_annotations")} and not check.makes_sense
+    assert found(check) == {("refused_config", "val", "data.val_annotations")} and not check.ready
 
 
 def test_a_split_without_a_box_leaves_nothing_to_learn(tmp_path: Path) -> None:
     splits = clean()
     splits.documents["train"]["annotations"] = []
     check = check_of(splits, tmp_path)
-    assert "nothing_to_learn" in {group.kind for group in check.groups} and not check.makes_sense
+    assert "nothing_to_learn" in {group.kind for group in check.groups} and not check.ready
     assert check.suggestion is None and check.shares.positives_per_image == 0
 
 

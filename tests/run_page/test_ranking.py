@@ -9,14 +9,14 @@ from retina_jax.evaluation.error_analysis import (
     Counts,
     Errors,
     best_and_worst,
+    classify_errors,
     count_by_image,
     operating_point,
-    sort_errors,
 )
-from retina_jax.evaluation.precision_recall import Found, Truth
+from retina_jax.evaluation.precision_recall import DetectedBoxes, GroundTruth
 
 
-def images_of(rows: list[tuple[int, list[float], list[float]]]) -> tuple[Truth, Found, Errors]:
+def images_of(rows: list[tuple[int, list[float], list[float]]]) -> tuple[GroundTruth, DetectedBoxes, Errors]:
     """Images of so many truths, with detections of these scores that are right and wrong."""
     truth, found = [], []
     for image, (truths, right, wrong) in enumerate(rows):
@@ -28,15 +28,15 @@ def images_of(rows: list[tuple[int, list[float], list[float]]]) -> tuple[Truth, 
         return np.array([[x, 0, 10, 10] for x in left], float).reshape(-1, 4)
 
     g, d = len(truth), len(found)
-    truths = Truth(
+    truths = GroundTruth(
         np.array([i for i, _ in truth], int), np.zeros(g, int), boxes([x for _, x in truth]), np.full(g, 100.0),
         np.zeros(g, bool),
     )  # fmt: skip
-    detections = Found(
+    detections = DetectedBoxes(
         np.array([i for i, _, _ in found], int), np.zeros(d, int), boxes([x for _, x, _ in found]),
         np.array([score for _, _, score in found], float),
     )  # fmt: skip
-    return truths, detections, sort_errors(truths, detections)
+    return truths, detections, classify_errors(truths, detections)
 
 
 def test_the_operating_point_is_where_f1_is_highest() -> None:

@@ -1,0 +1,222 @@
+"""The part of a run's page on its newest evaluation: classes, errors by kind, best and worst images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from retina_jax.data.decoding import image_of
+from retina_jax.data.source import BadImage
+from retina_jax.evaluation.coco_scores import number
+from retina_jax.evaluation.drawing import draw
+from retina_jax.evaluation.error_analysis import (
+    CLASSIFICATION,
+    KINDS,
+    LEFT_OUT,
+    MISSED,
+    RIGHT,
+    Analysis,
+    ap_without,
+    best_and_worst,
+    count_by_image,
+    fixed_ap,
+    mean_ap,
+)
+from retina_jax.evaluation.precision_recall import IOU_THRESHOLDS, RECALLS
+from retina_jax.reports.charts import Line, line_chart
+from retina_jax.reports.page import jpeg
+
+MOST_LINES = 10
+"""Classes in one chart; with more classes each has a chart of its own."""
+IOUS = {f"{iou:.2f}": int(np.argmin(abs(IOU_THRESHOLDS - iou))) for iou in (0.5, 0.75)}
+MEANINGS = {
+    "classification": "on an object of another class (IoU 0.5 or more)",
+    "localisation": "right class, but IoU with the object only 0.1 to 0.5",
+    "both": "wrong class and IoU only 0.1 to 0.5",
+    "duplicate": "on an object that a better detection has found",
+    "background": "on nothing: IoU at most 0.1 with any object",
+    "missed": "objects not found, and without a detection of the wrong class or place on them",
+}
+MOST_CONFUSIONS = 12
+MOST_IMAGES, LONGEST = 6, 800
+"""Images drawn of the best and of the worst, and the length of their longer side at most, pixels."""
+
+
+def errors_section(analysis: Analysis, score: float) -> dict[str, Any]:
+    """What the page shows of the evaluation; detections with `score` or more are drawn."""
+    images, unreadable = _best_and_worst_images(analysis, score)
+    curves, class_curves = _precision_recall(analysis)
+    return {
+        "note": analysis.note,
+        "classes": _classes(analysis),
+        "curves": curves,
+        "class_curves": class_curves,
+        **_kinds(analysis, score),
+        "kind_names": list(KINDS),
+        "by_class": _by_class(analysis),
+        "confusions": _confusions(analysis),
+        "images": images,
+        "unreadable": unreadable,
+    }
+
+
+def _classes(analysis: Analysis) -> list[list[str]]:
+    """Rows of name, objects, detections, AP, AP50 and AP75 of each class."""
+    classes = len(analysis.names)
+    objects = np.bincount(analysis.truth.categories[analysis.errors.of_truth != LEFT_OUT], minlength=classes)
+    found = np.bincount(analysis.found.categories, minlength=classes)
+
+    def mean(precision: Float[np.ndarray, "*N"]) -> float | None:
+        return float(precision.mean()) if (precision > -1).all() else None
+
+    levels = slice(None), *IOUS.values()
+    return [
+        [name, str(objects[k]), str(found[k]), *(number(mean(analysis.precision[t, :, k])) for t in levels)]
+        for k, name in enumerate(analysis.names)
+    ]
+
+
+def _precision_recall(analysis: Analysis) -> tuple[list[str], list[str]]:
+    """Charts at IoU 0.5 and 0.75 of the mean over the classes and, up to MOST_LINES, of each; else a chart of each class."""
+    names, precision = analysis.names, analysis.precision
+    defined = [k for k in range(len(names)) if (precision[0, :, k] > -1).all()]
+    if not defined:
+        return [], []
+
+    def line(label: str, values: Float[np.ndarray, " 101"]) -> Line:
+        return Line(label, list(zip(RECALLS.tolist(), values.tolist(), strict=True)))
+
+    few = len(defined) <= MOST_LINES
+    together = [
+        line_chart(
+            [
+                line("mean of the classes", precision[t][:, defined].mean(axis=1)),
+                *(line(names[k], precision[t, :, k]) for k in (defined if few else ())),
+            ],
+            "recall",
+            f"precision at IoU {iou}",
+        )
+        for iou, t in IOUS.items()
+    ]
+    each = [
+        line_chart(
+            [line(f"{names[k]}, IoU {iou}", precision[t, :, k]) for iou, t in IOUS.items()], "recall", "precision"
+        )
+        for k in (() if few else defined)
+    ]
+    return together, each
+
+
+def _kinds(analysis: Analysis, score: float) -> dict[str, Any]:
+    """AP50, AP50 without all errors of a side, and the rows (kind, meaning, gain, counts); the last row is the sum."""
+    found, errors = analysis.found, analysis.errors
+    arrays = analysis.truth, found, errors, len(analysis.names)
+    base = mean_ap(fixed_ap(*arrays))
+    if base is None:
+        return {"ap50": None}
+    gains = [mean_ap(fixed_ap(*arrays, (k,))) - base for k in range(len(KINDS))]
+    shown = found.scores >= score
+
+    def counts(of_found: np.ndarray, of_truth: np.ndarray) -> list[int]:
+        return [int(of_found.sum()), int((shown & of_found).sum()), int(of_truth.sum())]
+
+    rows = []
+    for k, kind in enumerate(KINDS):
+        cells = counts(errors.of_found == k, errors.of_truth == k)
+        cells = ["", "", cells[2]] if k == MISSED else [*cells[:2], cells[2] or ""]
+        rows.append((kind, MEANINGS[kind], gains[k], cells))
+    for label, of in (("right", RIGHT), ("left out", LEFT_OUT)):
+        rows.append((label, "", None, counts(errors.of_found == of, errors.of_truth == of)))
+    rows.append(("all", "", None, counts(errors.of_found < len(KINDS), errors.of_truth < len(KINDS))))
+    widest = max(1e-9, *gains)
+    return {
+        "ap50": base,
+        "ap50_without": {wrong: mean_ap(ap_without(wrong, *arrays)) for wrong in ("found", "missed")},
+        "kinds": rows,
+        "bar": lambda gain: max(0.0, 5 * gain / widest),
+    }
+
+
+def _by_class(analysis: Analysis) -> list[list[str]]:
+    """Per class its name, right detections, and errors of each kind: detections of it, or for missed objects of it."""
+    rows = []
+    for k, name in enumerate(analysis.names):
+        of_found = analysis.errors.of_found[analysis.found.categories == k]
+        of_truth = analysis.errors.of_truth[analysis.truth.categories == k]
+        counts = [((of_truth if kind == MISSED else of_found) == kind).sum() for kind in range(len(KINDS))]
+        rows.append([name, str((of_found == RIGHT).sum()), *map(str, counts)])
+    return rows
+
+
+def _confusions(analysis: Analysis) -> list[tuple[str, str, int]]:
+    """Detected class, true class and number of detections, the most frequent first."""
+    rows = np.flatnonzero(analysis.errors.of_found == CLASSIFICATION)
+    detected, true = analysis.found.categories[rows], analysis.truth.categories[analysis.errors.target[rows]]
+    pairs = Counter(zip(detected.tolist(), true.tolist(), strict=True)).most_common(MOST_CONFUSIONS)
+    return [(analysis.names[a], analysis.names[b], count) for (a, b), count in pairs]
+
+
+def _best_and_worst_images(analysis: Analysis, score: float) -> tuple[dict[str, list[tuple]], list[str]]:
+    """(caption, image with ground truth, image with detections) of the worst and the best images, and why some images
+    could not be read; these have a caption alone."""
+    counts = count_by_image(analysis.truth, analysis.found, analysis.errors, len(analysis.records), score)
+    best, worst = best_and_worst(counts, MOST_IMAGES)
+    groups, unreadable = {}, []
+    for title, images in (("Worst", worst), ("Best", best)):
+        groups[title] = []
+        for image in images:
+            record = analysis.source.records[analysis.records[image]]
+            caption = (
+                f"{record.file_name or record.image_id}: {counts.right[image]} right, {counts.wrong[image]} wrong, "
+                f"{counts.not_found[image]} not found"
+            )
+            try:
+                pair = _draw(analysis, image, score)
+            except BadImage as error:
+                unreadable.append(str(error))
+                pair = (None, None)
+            groups[title].append((caption, *pair))
+    return groups, unreadable
+
+
+def _draw(analysis: Analysis, image: int, score: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The ground truth, and the detections: wrong ones are labelled with their kind, objects not found are dashed."""
+    truth, found, errors = analysis.truth, analysis.found, analysis.errors
+    pixels, scale = _shrunk(image_of(analysis.source, analysis.records[image]))
+    g = np.flatnonzero(truth.images == image)
+    d = np.flatnonzero((found.images == image) & (found.scores >= score) & (errors.of_found != LEFT_OUT))
+    not_found = np.setdiff1d(g[errors.of_truth[g] != LEFT_OUT], errors.finds[d[errors.of_found[d] == RIGHT]])
+    ground_truth = draw(
+        pixels,
+        _xyxy(truth.boxes_xywh[g]) * scale,
+        truth.categories[g],
+        class_names=analysis.names,
+        notes=["crowd" if crowd else "" for crowd in truth.crowds[g]],
+    )
+    detections = draw(
+        pixels,
+        _xyxy(found.boxes_xywh[d]) * scale,
+        found.categories[d],
+        found.scores[d],
+        class_names=analysis.names,
+        truth_boxes_xyxy=_xyxy(truth.boxes_xywh[not_found]) * scale,
+        notes=["" if kind == RIGHT else KINDS[kind] for kind in errors.of_found[d]],
+    )
+    return jpeg(ground_truth), jpeg(detections)
+
+
+def _shrunk(pixels: UInt8[np.ndarray, "h w 3"]) -> tuple[UInt8[np.ndarray, "H W 3"], float]:
+    """The image with a longer side of at most LONGEST, and the factor of its sides."""
+    scale = min(1.0, LONGEST / max(pixels.shape[:2]))
+    if scale == 1:
+        return pixels, scale
+    size = max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)), scale
+
+
+def _xyxy(boxes_xywh: Float[np.ndarray, "N 4"]) -> Float[np.ndarray, "N 4"]:
+    return np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1)
