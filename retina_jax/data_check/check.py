@@ -166,7 +166,7 @@ def _refused_config(config: Config, splits: Sequence[Split]) -> list[Finding]:
 def _outbid(split: Split, views: Views, coverage: Coverage, found: Sequence[Finding]) -> list[Finding]:
     """Boxes that are outbid at one of their sizes by others than their duplicates, which are reported already."""
     twins = {finding.name for finding in found if finding.kind in ("same_box", "other_class")}
-    boxes = split.trained_boxes()[np.unique(views.boxes[coverage.outbid])]
+    boxes = split.trained_boxes()[np.unique(views.boxes[coverage.kinds["outbid"]])]
     named = {split.box_name(m): split.file_of(m) for m in boxes.tolist()}
     return [Finding("outbid", split.name, name, file) for name, file in named.items() if name not in twins]
 

@@ -36,7 +36,7 @@ MANY = 10
 
 
 class Coverage(NamedTuple):
-    """Anchors of N boxes. Each box is one of `by_iou`, `by_low_quality` and `uncovered`."""
+    """Anchors of N boxes."""
 
     best_iou: Float32[np.ndarray, " N"]
     """Largest IoU of any anchor with the box."""
@@ -45,24 +45,17 @@ class Coverage(NamedTuple):
     positive_iou: float
 
     @property
-    def by_iou(self) -> Bool[np.ndarray, " N"]:
-        """Boxes with an anchor of matching.positive_iou or more."""
-        return self.best_iou >= self.positive_iou
-
-    @property
-    def by_low_quality(self) -> Bool[np.ndarray, " N"]:
-        """Boxes that have anchors only by matching.low_quality."""
-        return ~self.by_iou & (self.anchors > 0)
-
-    @property
-    def uncovered(self) -> Bool[np.ndarray, " N"]:
-        """Boxes without an anchor, whose best one is below matching.positive_iou."""
-        return ~self.by_iou & (self.anchors == 0)
-
-    @property
-    def outbid(self) -> Bool[np.ndarray, " N"]:
-        """Boxes `by_iou` that have no anchor all the same: their anchors overlap other boxes more."""
-        return self.by_iou & (self.anchors == 0)
+    def kinds(self) -> dict[str, Bool[np.ndarray, " N"]]:
+        """Which boxes are `by_iou` (an anchor has matching.positive_iou or more), `by_low_quality` (anchors only by
+        matching.low_quality) or `uncovered` (no anchor): each box is one of these. `outbid`: those `by_iou` without an
+        anchor, because theirs all overlap other boxes more."""
+        near, any_anchor = self.best_iou >= self.positive_iou, self.anchors > 0
+        return {
+            "by_iou": near,
+            "by_low_quality": ~near & any_anchor,
+            "uncovered": ~near & ~any_anchor,
+            "outbid": near & ~any_anchor,
+        }
 
 
 def cover(views: Views, config: Config, what: str = "anchors") -> Coverage:
@@ -103,18 +96,14 @@ def _program(padded_hw: tuple[int, int], config: Config) -> Callable[..., tuple[
 
 
 class Share(NamedTuple):
-    """Coverage of a group of boxes: each box is one of `by_iou`, `by_low_quality` and `uncovered`."""
+    """Coverage of a group of boxes: numbers of boxes by `Coverage.kinds`."""
 
     name: str
     boxes: int
     by_iou: int
-    """Boxes with an anchor of matching.positive_iou or more."""
     by_low_quality: int
-    """Boxes that have anchors only by matching.low_quality."""
     uncovered: int
-    """Boxes without an anchor."""
     outbid: int
-    """Of `by_iou`, those whose anchors are all assigned to other boxes."""
     anchors: int
     """Positive anchors of all of them."""
 
@@ -155,11 +144,8 @@ def count_shares(views: Views, coverage: Coverage, class_names: Sequence[str]) -
     """Counts the `coverage` of the boxes of `views`."""
 
     def by_group(groups: Int64[np.ndarray, " N"], names: Sequence[str]) -> list[Share]:
-        columns = np.ones(len(groups)), coverage.by_iou, coverage.by_low_quality, coverage.uncovered, coverage.outbid
-        counts = (
-            np.bincount(groups, of.astype(np.float64), len(names)).astype(np.int64).tolist()
-            for of in (*columns, coverage.anchors)
-        )
+        columns = np.ones(len(groups)), *coverage.kinds.values(), coverage.anchors
+        counts = (np.bincount(groups, of.astype(np.float64), len(names)).astype(np.int64).tolist() for of in columns)
         return [Share(*row) for row in zip(names, *counts, strict=True)]
 
     return Shares(

@@ -28,6 +28,8 @@ def check_images(split: Split, decoding: Decoding, workers: int) -> tuple[list[F
     """Images that are missing, cannot be read, differ in size from their annotations, are incomplete or have one colour, in
     the order of the annotations. `workers`: number of threads; 0: one per core."""
 
+    boxes = {row: record.boxes_xyxy for row, record in zip(split.record_images, split.records, strict=True)}
+
     def check(row: int) -> tuple[Finding | None, str | None]:
         _, file_name, width, height = split.images[row]
         try:
@@ -36,7 +38,7 @@ def check_images(split: Split, decoding: Decoding, workers: int) -> tuple[list[F
             return Finding("missing", split.name, file_name, split.missing.get(row, "")), None
         except OSError as error:
             return Finding("unreadable", split.name, file_name, f"cannot be read: {reason(error)}"), None
-        fault = fault_of(encoded, (width, height), decoding, split.boxes_of(row))
+        fault = fault_of(encoded, (width, height), decoding, boxes.get(row, NO_BOXES))
         finding = Finding(fault[0], split.name, file_name, fault[1]) if fault else None
         return finding, hashlib.sha256(encoded).hexdigest()
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int64
+from jaxtyping import Bool, Float64, Int64
 
 from retina_jax.config import DataConfig
 from retina_jax.data.classes import Category, unique_names
 from retina_jax.data.coco import check_folder, load_json
 from retina_jax.data.coco_document import Note, parse_document
 from retina_jax.data.coco_entries import Mistake, as_integer
-from retina_jax.data.image_faults import NO_BOXES
 from retina_jax.data.source import Record, make_records, sort_boxes
 from retina_jax.data_check.findings import Finding
 
@@ -33,20 +31,15 @@ class Split:
     """train or val."""
     annotations: Path
     folder: Path
+    # The next seven are as in `coco_document.Content`.
     categories: list[Category]
-    """By label."""
     annotated: frozenset[int]
-    """Ids of the categories with annotations, crowd boxes included."""
     left_out: dict[Category, str]
-    """Categories that are not classes, with the reason."""
     images: list[tuple[int, str, int, int]]
     """Id, file name, width, height."""
     paths: list[str]
-    """File of each image, or where it should be."""
     missing: dict[int, str]
-    """Rows of the images without a file, and where files of that base name are, if any."""
     unsized: frozenset[int]
-    """Rows of the image entries without a size."""
     box_ids: list[Any]
     """Id of each annotation as in the file; None without one."""
     box_rows: list[int]
@@ -56,8 +49,6 @@ class Split:
     labels: Int64[np.ndarray, " M"]
     boxes_xyxy: Float64[np.ndarray, "M 4"]
     """As in the file, pixels."""
-    clipped_xyxy: Float32[np.ndarray, "M 4"]
-    """Clipped to the image."""
     rules: dict[str, Bool[np.ndarray, " M"]]
     """By rule of `sort_boxes`, the boxes it applies to."""
     records: list[Record]
@@ -82,15 +73,6 @@ class Split:
     def file_of(self, m: int) -> str:
         """File name of the image of box m."""
         return self.images[self.owners[m]][1]
-
-    @cached_property
-    def _record_of(self) -> dict[int, Record]:
-        return dict(zip(self.record_images, self.records, strict=True))
-
-    def boxes_of(self, row: int) -> Float32[np.ndarray, "n 4"]:
-        """The boxes of this image that can be trained on."""
-        record = self._record_of.get(row)
-        return NO_BOXES if record is None else record.boxes_xyxy
 
     def trained_boxes(self) -> Int64[np.ndarray, " N"]:
         """The indices m of the boxes of all records, one record after the other, in the order of `boxes_xyxy`."""
@@ -132,14 +114,14 @@ def read_split(
     boxes_xyxy = np.concatenate([columns[:, 3:5], columns[:, 3:5] + columns[:, 5:7]], axis=1)
     crowd = columns[:, 2] > 0
     sizes_wh = np.array([image[2:] for image in content.images], np.int64).reshape(-1, 2)
-    clipped, rules = sort_boxes(boxes_xyxy, crowd, sizes_wh[owners])
+    _, rules = sort_boxes(boxes_xyxy, crowd, sizes_wh[owners])
     records, record_images, _ = make_records(content.images, owners, boxes_xyxy, labels, crowd, images_without_boxes)
     return Split(
         name, annotations, folder, content.categories, content.annotated, content.left_out, content.images, content.paths,
         content.missing, content.unsized,
         box_ids=[entries[i].get("id") for i in content.rows],
         box_rows=content.rows.tolist(),
-        owners=owners, labels=labels, boxes_xyxy=boxes_xyxy, clipped_xyxy=clipped, rules=rules,
+        owners=owners, labels=labels, boxes_xyxy=boxes_xyxy, rules=rules,
         records=records, record_images=record_images, mistakes=mistakes, notes=content.notes,
         without_box=[_annotation_name(i, entries[i].get("id")) for i in content.without_box],
     )  # fmt: skip

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 READABLE_SIDE = 480
-"""Images are enlarged by the integer factor that brings their longer side closest to this, pixels."""
+"""Small images are enlarged to about this length of their longer side, pixels."""
 
 
 def class_colour(label: int) -> tuple[int, int, int]:
@@ -17,13 +17,6 @@ def class_colour(label: int) -> tuple[int, int, int]:
     hue = (0.02 + label * (math.sqrt(5) - 1) / 2) % 1
     saturation, value = ((0.95, 1.0), (0.6, 1.0), (0.95, 0.72))[label // 8 % 3]
     return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, saturation, value))
-
-
-def enlarged(image: UInt8[np.ndarray, "h w 3"], side: float) -> tuple[Image.Image, int]:
-    """The image with a longer side of about `side` pixels, if it is smaller, and the integer factor used."""
-    height, width = image.shape[:2]
-    zoom = max(1, round(side / max(height, width)))
-    return Image.fromarray(image).resize((width * zoom, height * zoom), Image.Resampling.BICUBIC), zoom
 
 
 def draw(
@@ -36,44 +29,62 @@ def draw(
     truth_boxes_xyxy: Float[np.ndarray, "G 4"] | None = None,
     notes: Sequence[str] = (),
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The image with its boxes, one colour per class, each labelled "name .87".
+    """The image with its boxes, one colour per class, each labelled "name .87"; see `draw_boxes`.
 
     Args:
       image: RGB.
-      boxes_xyxy: boxes in pixels of `image`; clipped to it.
+      boxes_xyxy: boxes in pixels of `image`.
       labels: classes; a negative label is padding and is left out.
       scores: if given, boxes are drawn from the lowest score to the highest, so that the best are on top.
       class_names: name of class k; a class without one is labelled with its number.
-      truth_boxes_xyxy: ground truth, drawn as dashed white lines below the detections.
+      truth_boxes_xyxy: ground truth, drawn dashed.
       notes: text at the end of each box's label.
-
-    Returns:
-      RGB image, enlarged by an integer factor: 1 from a longer side of 2/3 * READABLE_SIDE on.
     """
-    picture, zoom = enlarged(image, READABLE_SIDE)
+    order = np.arange(len(labels)) if scores is None else np.argsort(scores, kind="stable")
+    order = order[labels[order] >= 0]
+    texts = []
+    for i in order.tolist():
+        words = [class_names[labels[i]] if labels[i] < len(class_names) else f"class {labels[i]}"]
+        words += [] if scores is None else [format_score(float(scores[i]))]
+        texts.append(" ".join([*words, *([notes[i]] if notes and notes[i] else [])]))
+    colours = [class_colour(label) for label in labels[order].tolist()]
+    return draw_boxes(image, boxes_xyxy[order], colours, texts, truth_boxes_xyxy)
+
+
+def draw_boxes(
+    image: UInt8[np.ndarray, "h w 3"],
+    boxes_xyxy: Float[np.ndarray, "D 4"],
+    colours: Sequence[tuple[int, int, int]],
+    texts: Sequence[str],
+    dashed_xyxy: Float[np.ndarray, "G 4"] | None = None,
+    side: int = READABLE_SIDE,
+) -> UInt8[np.ndarray, "H W 3"]:
+    """The RGB image with boxes, clipped to it, and a label above each that has a text; the last box is on top.
+
+    It is enlarged by the integer factor that brings its longer side closest to `side` pixels (1 if it is longer than 2/3 of
+    `side`). `dashed_xyxy` are drawn as dashed white lines below the other boxes.
+    """
+    height, width = image.shape[:2]
+    zoom = max(1, round(side / max(height, width)))
+    picture = Image.fromarray(image).resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)
     canvas = ImageDraw.Draw(picture)
     longer = max(picture.size)
-    line = max(2, round(longer / 300))
-    font = ImageFont.load_default(max(11, round(longer / 42)))
+    line, font = max(2, round(longer / 300)), ImageFont.load_default(max(11, round(longer / 42)))
     limit = np.array([picture.width - 1, picture.height - 1] * 2)
 
     def place(box: np.ndarray) -> tuple[float, ...]:
         x1, y1, x2, y2 = np.clip(box.astype(np.float64) * zoom, 0, limit).tolist()
         return x1, y1, max(x1, x2), max(y1, y2)  # PIL refuses a box of negative size
 
-    for box in () if truth_boxes_xyxy is None else truth_boxes_xyxy:
+    for box in () if dashed_xyxy is None else dashed_xyxy:
         dashed_rectangle(canvas, place(box), dash=4 * line, width=max(1, line // 2))
-
-    order = np.arange(len(labels)) if scores is None else np.argsort(scores, kind="stable")
-    order = [i for i in order if labels[i] >= 0]
-    for i in order:
-        canvas.rectangle(place(boxes_xyxy[i]), outline=class_colour(int(labels[i])), width=line)
-    for i in order:  # labels after all boxes, so that no line crosses one
-        label = int(labels[i])
-        words = [class_names[label] if label < len(class_names) else f"class {label}"]
-        words += [] if scores is None else [format_score(float(scores[i]))]
-        words += [notes[i]] if notes and notes[i] else []
-        tag(canvas, place(boxes_xyxy[i])[:2], " ".join(words), class_colour(label), font, picture.size)
+    for box, colour in zip(boxes_xyxy, colours, strict=True):
+        canvas.rectangle(place(box), outline=colour, width=line)
+    for box, colour, text in zip(
+        boxes_xyxy, colours, texts, strict=True
+    ):  # after all boxes, so that no line crosses one
+        if text:
+            label(canvas, place(box)[:2], text, colour, font, picture.size)
     return np.asarray(picture)
 
 
@@ -82,7 +93,7 @@ def format_score(score: float) -> str:
     return "1.0" if score >= 0.995 else f"{score:.2f}".removeprefix("0")
 
 
-def tag(
+def label(
     canvas: ImageDraw.ImageDraw,
     corner: tuple[float, ...],
     text: str,

@@ -44,8 +44,10 @@ RESULT_KEYS = {"image_id", "category_id", "bbox", "score"}
 
 
 class Errors(NamedTuple):
-    """The kind of every detection and object: an index into KINDS, RIGHT or LEFT_OUT."""
+    """D detections, G objects, and the kind of each: an index into KINDS, RIGHT or LEFT_OUT."""
 
+    truth: GroundTruth
+    found: DetectedBoxes
     of_found: Int[np.ndarray, " D"]
     """Never MISSED. LEFT_OUT: took a crowd region, or is not among the 100 best of its image and category."""
     of_truth: Int[np.ndarray, " G"]
@@ -91,7 +93,7 @@ def classify_errors(truth: GroundTruth, found: DetectedBoxes) -> Errors:
     candidates = candidates[of_truth[target[candidates]] == MISSED]
     objects, first = np.unique(target[candidates], return_index=True)
     finds[candidates[first]], of_truth[objects] = objects, of_found[candidates[first]]
-    return Errors(of_found, of_truth, finds, target)
+    return Errors(truth, found, of_found, of_truth, finds, target)
 
 
 def _best(
@@ -107,9 +109,7 @@ def _best(
     return ious, boxes
 
 
-def fixed_ap(
-    truth: GroundTruth, found: DetectedBoxes, errors: Errors, categories: int, kinds: Collection[int] = ()
-) -> Float[np.ndarray, " K"]:
+def fixed_ap(errors: Errors, categories: int, kinds: Collection[int] = ()) -> Float[np.ndarray, " K"]:
     """AP50 of each category if all errors of `kinds` were fixed; NaN where there is no object to find.
 
     classification, localisation: the detection that then finds its object gets its class and box and keeps its score; the
@@ -120,18 +120,16 @@ def fixed_ap(
     right = (errors.of_found == RIGHT) | (chosen & (errors.finds >= 0))
     kept = right | (~chosen & (errors.of_found != LEFT_OUT))
     counted = (errors.of_truth != LEFT_OUT) & ~((errors.of_truth == MISSED) & (MISSED in kinds))
-    return _class_aps(truth, found, errors, right, kept, counted, categories)
+    return _class_aps(errors, categories, right, kept, counted)
 
 
-def ap_without(
-    wrong: Literal["found", "missed"], truth: GroundTruth, found: DetectedBoxes, errors: Errors, categories: int
-) -> Float[np.ndarray, " K"]:
+def ap_without(wrong: Literal["found", "missed"], errors: Errors, categories: int) -> Float[np.ndarray, " K"]:
     """AP50 of each category without any false positive ("found": all wrong detections removed), or without any false
     negative ("missed": objects that were not found do not count)."""
     right = errors.of_found == RIGHT
     kept = right if wrong == "found" else errors.of_found != LEFT_OUT
     counted = errors.of_truth == RIGHT if wrong == "missed" else errors.of_truth != LEFT_OUT
-    return _class_aps(truth, found, errors, right, kept, counted, categories)
+    return _class_aps(errors, categories, right, kept, counted)
 
 
 def mean_ap(values: Float[np.ndarray, " K"]) -> float | None:
@@ -141,33 +139,27 @@ def mean_ap(values: Float[np.ndarray, " K"]) -> float | None:
 
 
 def _class_aps(
-    truth: GroundTruth,
-    found: DetectedBoxes,
     errors: Errors,
+    categories: int,
     right: Bool[np.ndarray, " D"],
     kept: Bool[np.ndarray, " D"],
     counted: Bool[np.ndarray, " G"],
-    categories: int,
 ) -> Float[np.ndarray, " K"]:
     """AP of the detections `kept`, those that are `right` in the category of the object they find."""
-    moved = np.where(right, truth.categories[errors.finds], found.categories) if len(truth.areas) else found.categories
+    found, of_truth = errors.found, errors.truth.categories
+    moved = np.where(right, of_truth[errors.finds], found.categories) if len(of_truth) else found.categories
     order = np.lexsort((found.images, -found.scores))
     order = order[kept[order]]
     values = np.full(categories, np.nan)
-    for k in np.unique(truth.categories[errors.of_truth != LEFT_OUT]):
+    for k in np.unique(of_truth[errors.of_truth != LEFT_OUT]):
         hits = right[order[moved[order] == k]]
-        objects = int((counted & (truth.categories == k)).sum())
+        objects = int((counted & (of_truth == k)).sum())
         values[k] = average_precision(hits, objects) if objects else float(not len(hits))
     return values
 
 
 def average_precision(right: Bool[np.ndarray, " D"], objects: int) -> float:
-    """COCO's AP at one IoU: the mean of the precision at 101 recalls.
-
-    Args:
-      right: which detections are right, by descending score.
-      objects: boxes to find, at least 1.
-    """
+    """COCO's AP at one IoU: the mean precision at 101 recalls. `right` is by descending score, `objects` at least 1."""
     return float(precision_curve(right[None], ~right[None], objects)[0].mean())
 
 
@@ -194,11 +186,11 @@ class Counts(NamedTuple):
         return np.where(both > 0, 2 * self.right / np.maximum(both, 1), np.nan)
 
 
-def operating_point(found: DetectedBoxes, errors: Errors) -> OperatingPoint | None:
+def operating_point(errors: Errors) -> OperatingPoint | None:
     """The score with the highest F1 (of equals the highest score); None if no detection is right."""
     rows = np.flatnonzero(errors.of_found != LEFT_OUT)
-    rows = rows[np.argsort(-found.scores[rows], kind="stable")]
-    scores, right = found.scores[rows], errors.of_found[rows] == RIGHT
+    rows = rows[np.argsort(-errors.found.scores[rows], kind="stable")]
+    scores, right = errors.found.scores[rows], errors.of_found[rows] == RIGHT
     if not right.any():
         return None
     objects, hits = int((errors.of_truth != LEFT_OUT).sum()), right.cumsum()
@@ -210,17 +202,12 @@ def operating_point(found: DetectedBoxes, errors: Errors) -> OperatingPoint | No
     )
 
 
-def count_by_image(truth: GroundTruth, found: DetectedBoxes, errors: Errors, images: int, score: float) -> Counts:
+def count_by_image(errors: Errors, images: int, score: float) -> Counts:
     """Counts for each of `images` images, of detections with `score` or more."""
-    shown = found.scores >= score
-    right, wrong, objects = (
-        np.bincount(of, minlength=images)
-        for of in (
-            found.images[shown & (errors.of_found == RIGHT)],
-            found.images[shown & (errors.of_found >= 0)],
-            truth.images[errors.of_truth != LEFT_OUT],
-        )
-    )
+    shown = errors.found.scores >= score
+    right, wrong = shown & (errors.of_found == RIGHT), shown & (errors.of_found >= 0)
+    rows = errors.found.images[right], errors.found.images[wrong], errors.truth.images[errors.of_truth != LEFT_OUT]
+    right, wrong, objects = (np.bincount(of, minlength=images) for of in rows)
     return Counts(right, wrong, objects - right)
 
 
@@ -245,8 +232,6 @@ class Analysis:
 
     source: Source
     names: tuple[str, ...]
-    truth: GroundTruth
-    found: DetectedBoxes
     errors: Errors
     precision: Float[np.ndarray, "10 101 K"]
     """By IoU, recall and category; -1 where a category has no object."""
@@ -285,8 +270,6 @@ def analyse(file: Path, scores: dict[str, Any], data: DataConfig, categories: Se
     return Analysis(
         source,
         unique_names(sorted(source.categories)),
-        truth,
-        found,
         classify_errors(truth, found),
         curves.precision[..., 0, -1],
         tuple(records[image_id] for image_id in image_ids),

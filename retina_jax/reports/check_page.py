@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import ImageDraw, ImageFont
 
 from retina_jax.config import DataConfig
 from retina_jax.data.coco import read_image
@@ -20,7 +19,7 @@ from retina_jax.data_check.check import Check
 from retina_jax.data_check.coverage import Coverage, Share
 from retina_jax.data_check.split import Split
 from retina_jax.data_check.views import ASPECTS, SIDES, Views
-from retina_jax.evaluation.drawing import READABLE_SIDE, enlarged, tag
+from retina_jax.evaluation.drawing import draw_boxes
 from retina_jax.reports.charts import Stack, bar_chart
 from retina_jax.reports.page import jpeg, render
 
@@ -32,6 +31,8 @@ COVERED, RESCUED, UNCOVERED = "#009E73", "#E69F00", "#D55E00"
 """Boxes with an anchor of sufficient IoU, with one by the low-quality rule only, and without (Okabe and Ito)."""
 ON_IMAGES = {COVERED: (0, 255, 0), RESCUED: (255, 190, 0), UNCOVERED: (255, 0, 0)}
 """The same in colours that are visible on a photograph."""
+SIDE = 720
+"""Small images are enlarged to about this length of their longer side, pixels."""
 TAGGED = 12
 """Boxes of an image that are labelled; more labels would hide it."""
 SHARES = ("by_iou", "by_low_quality", "uncovered")
@@ -113,9 +114,10 @@ def worst_pictures(
 ) -> list[Worst]:
     """At most `most` images, each once: those with the most boxes without an anchor first, then those with the most by the
     low-quality rule only. Images without such boxes and unreadable images are left out."""
+    kinds = coverage.kinds
     without, rescued = (
         np.diff(np.concatenate([[0], np.cumsum(boxes)])[views.ends])
-        for boxes in (coverage.uncovered | coverage.outbid, coverage.by_low_quality)
+        for boxes in (kinds["uncovered"] | kinds["outbid"], kinds["by_low_quality"])
     )
     pictures: dict[int, Worst] = {}
     for v in np.lexsort([-rescued, -without]).tolist():
@@ -142,27 +144,18 @@ def worst_pictures(
 def draw_coverage(
     image: UInt8[np.ndarray, "h w 3"], class_names: tuple[str, ...], views: Views, coverage: Coverage, v: int
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The image of view `v`, enlarged by an integer factor if it is small. Boxes with anchors are green, those by the
-    low-quality rule only yellow, those without or outbid red; yellow and red ones are labelled with their class and best
-    IoU if there are at most TAGGED."""
-    picture, zoom = enlarged(image, READABLE_SIDE * 1.5)
-    canvas = ImageDraw.Draw(picture)
-    line, font = max(2, round(max(picture.size) / 400)), ImageFont.load_default(max(11, round(max(picture.size) / 55)))
-    colours = {n: colour_of(coverage, n) for n in range(int(views.ends[v]), int(views.ends[v + 1]))}
+    """The image of view `v`. Boxes with anchors are green, by the low-quality rule only yellow, without or outbid red.
+    Yellow and red ones are labelled with their class and best IoU if there are at most TAGGED."""
+    kinds = coverage.kinds
+    colours = {
+        n: UNCOVERED if coverage.anchors[n] == 0 else COVERED if kinds["by_iou"][n] else RESCUED
+        for n in range(int(views.ends[v]), int(views.ends[v + 1]))
+    }
     worst_last = sorted(colours, key=lambda n: list(ON_IMAGES).index(colours[n]))
-    for n in worst_last:
-        place = np.clip(views.boxes_xyxy[n] * zoom, 0, [picture.width - 1, picture.height - 1] * 2).tolist()
-        canvas.rectangle(place, outline=ON_IMAGES[colours[n]], width=line)
-    tagged = [n for n in worst_last if colours[n] != COVERED]
-    for n in tagged if len(tagged) <= TAGGED else ():
-        text = f"{class_names[views.labels[n]]} {coverage.best_iou[n]:.2f}"
-        corner = tuple((views.boxes_xyxy[n, :2] * zoom).tolist())
-        tag(canvas, corner, text, ON_IMAGES[colours[n]], font, picture.size)
-    return np.asarray(picture)
-
-
-def colour_of(coverage: Coverage, n: int) -> str:
-    """COVERED, RESCUED or UNCOVERED (outbid boxes too)."""
-    if coverage.anchors[n] == 0:
-        return UNCOVERED
-    return COVERED if coverage.by_iou[n] else RESCUED
+    few = sum(colour != COVERED for colour in colours.values()) <= TAGGED
+    texts = [
+        f"{class_names[views.labels[n]]} {coverage.best_iou[n]:.2f}" if few and colours[n] != COVERED else ""
+        for n in worst_last
+    ]
+    on_image = [ON_IMAGES[colours[n]] for n in worst_last]
+    return draw_boxes(image, views.boxes_xyxy[worst_last], on_image, texts, side=SIDE)

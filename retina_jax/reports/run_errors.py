@@ -67,8 +67,8 @@ def errors_section(analysis: Analysis, score: float) -> dict[str, Any]:
 def _classes(analysis: Analysis) -> list[list[str]]:
     """Rows of name, objects, detections, AP, AP50 and AP75 of each class."""
     classes = len(analysis.names)
-    objects = np.bincount(analysis.truth.categories[analysis.errors.of_truth != LEFT_OUT], minlength=classes)
-    found = np.bincount(analysis.found.categories, minlength=classes)
+    objects = np.bincount(analysis.errors.truth.categories[analysis.errors.of_truth != LEFT_OUT], minlength=classes)
+    found = np.bincount(analysis.errors.found.categories, minlength=classes)
 
     def mean(precision: Float[np.ndarray, "*N"]) -> float | None:
         return float(precision.mean()) if (precision > -1).all() else None
@@ -113,13 +113,12 @@ def _precision_recall(analysis: Analysis) -> tuple[list[str], list[str]]:
 
 def _kinds(analysis: Analysis, score: float) -> dict[str, Any]:
     """AP50, AP50 without all errors of a side, and the rows (kind, meaning, gain, counts); the last row is the sum."""
-    found, errors = analysis.found, analysis.errors
-    arrays = analysis.truth, found, errors, len(analysis.names)
+    errors, arrays = analysis.errors, (analysis.errors, len(analysis.names))
     base = mean_ap(fixed_ap(*arrays))
     if base is None:
         return {"ap50": None}
     gains = [mean_ap(fixed_ap(*arrays, (k,))) - base for k in range(len(KINDS))]
-    shown = found.scores >= score
+    shown = errors.found.scores >= score
 
     def counts(of_found: np.ndarray, of_truth: np.ndarray) -> list[int]:
         return [int(of_found.sum()), int((shown & of_found).sum()), int(of_truth.sum())]
@@ -145,8 +144,8 @@ def _by_class(analysis: Analysis) -> list[list[str]]:
     """Per class its name, right detections, and errors of each kind: detections of it, or for missed objects of it."""
     rows = []
     for k, name in enumerate(analysis.names):
-        of_found = analysis.errors.of_found[analysis.found.categories == k]
-        of_truth = analysis.errors.of_truth[analysis.truth.categories == k]
+        of_found = analysis.errors.of_found[analysis.errors.found.categories == k]
+        of_truth = analysis.errors.of_truth[analysis.errors.truth.categories == k]
         counts = [((of_truth if kind == MISSED else of_found) == kind).sum() for kind in range(len(KINDS))]
         rows.append([name, str((of_found == RIGHT).sum()), *map(str, counts)])
     return rows
@@ -155,7 +154,10 @@ def _by_class(analysis: Analysis) -> list[list[str]]:
 def _confusions(analysis: Analysis) -> list[tuple[str, str, int]]:
     """Detected class, true class and number of detections, the most frequent first."""
     rows = np.flatnonzero(analysis.errors.of_found == CLASSIFICATION)
-    detected, true = analysis.found.categories[rows], analysis.truth.categories[analysis.errors.target[rows]]
+    detected, true = (
+        analysis.errors.found.categories[rows],
+        analysis.errors.truth.categories[analysis.errors.target[rows]],
+    )
     pairs = Counter(zip(detected.tolist(), true.tolist(), strict=True)).most_common(MOST_CONFUSIONS)
     return [(analysis.names[a], analysis.names[b], count) for (a, b), count in pairs]
 
@@ -163,7 +165,7 @@ def _confusions(analysis: Analysis) -> list[tuple[str, str, int]]:
 def _best_and_worst_images(analysis: Analysis, score: float) -> tuple[dict[str, list[tuple]], list[str]]:
     """(caption, image with ground truth, image with detections) of the worst and the best images, and why some images
     could not be read; these have a caption alone."""
-    counts = count_by_image(analysis.truth, analysis.found, analysis.errors, len(analysis.records), score)
+    counts = count_by_image(analysis.errors, len(analysis.records), score)
     best, worst = best_and_worst(counts, MOST_IMAGES)
     groups, unreadable = {}, []
     for title, images in (("Worst", worst), ("Best", best)):
@@ -185,7 +187,7 @@ def _best_and_worst_images(analysis: Analysis, score: float) -> tuple[dict[str, 
 
 def _draw(analysis: Analysis, image: int, score: float) -> tuple[dict[str, Any], dict[str, Any]]:
     """The ground truth, and the detections: wrong ones are labelled with their kind, objects not found are dashed."""
-    truth, found, errors = analysis.truth, analysis.found, analysis.errors
+    truth, found, errors = analysis.errors.truth, analysis.errors.found, analysis.errors
     pixels, scale = _shrunk(image_of(analysis.source, analysis.records[image]))
     g = np.flatnonzero(truth.images == image)
     d = np.flatnonzero((found.images == image) & (found.scores >= score) & (errors.of_found != LEFT_OUT))

@@ -43,7 +43,7 @@ def run_page(folder: Path) -> tuple[str, str]:
         analysis = newest_analysis(record)
     except PlainError as error:
         why = str(error)
-    point = operating_point(analysis.found, analysis.errors) if analysis else None
+    point = operating_point(analysis.errors) if analysis else None
     score = point.score if point else record.config.detection.score_threshold
     newest = record.evaluations[max(record.evaluations)] if record.evaluations else {}
     sections = ["run", "learning", "evaluations", "classes", *(["errors", "images"] if analysis else [])]

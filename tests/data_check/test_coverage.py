@@ -132,14 +132,21 @@ def test_a_box_that_is_an_anchor_and_one_of_a_quarter_of_it() -> None:
         views = view_boxes(records_of([square.tolist()], [half.tolist()]), config.data)
         coverage = cover(views, config)
         np.testing.assert_allclose(coverage.best_iou, [1, 0.25], atol=1e-6)
-        assert coverage.by_iou.tolist() == [True, False] and coverage.uncovered.tolist() == [False, anchors == 0]
-        assert coverage.by_low_quality.tolist() == [False, anchors == 1]
+        assert coverage.kinds["by_iou"].tolist() == [True, False] and coverage.kinds["uncovered"].tolist() == [
+            False,
+            anchors == 0,
+        ]
+        assert coverage.kinds["by_low_quality"].tolist() == [False, anchors == 1]
 
 
 def test_a_twin_is_outbid_by_the_first() -> None:
     views = view_boxes(records_of([[20, 20, 68, 68], [20, 20, 68, 68]]), SMALL.data)
     coverage = cover(views, SMALL)
-    assert coverage.outbid.tolist() == [False, True] and coverage.by_iou.all() and coverage.anchors[1] == 0
+    assert (
+        coverage.kinds["outbid"].tolist() == [False, True]
+        and coverage.kinds["by_iou"].all()
+        and coverage.anchors[1] == 0
+    )
 
 
 def test_views_are_the_batches_of_training(tmp_path: Path) -> None:

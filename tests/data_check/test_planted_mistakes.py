@@ -101,7 +101,7 @@ def test_the_lenient_reader_takes_what_the_strict_one_takes(tmp_path: Path) -> N
     at = 0
     for record in split.records:
         for box in record.boxes_xyxy.tolist():
-            assert split.clipped_xyxy[trained[at]].tolist() == box
+            assert split.boxes_xyxy[trained[at]].tolist() == box
             at += 1
     assert at == len(trained)
 

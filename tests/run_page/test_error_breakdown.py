@@ -87,10 +87,10 @@ def test_of_two_that_mean_one_truth_the_better_will_find_it_and_the_other_is_gon
     assert errors.of_found.tolist() == [LOCALISATION, CLASSIFICATION, LOCALISATION, BACKGROUND]
     assert errors.of_truth.tolist() == [CLASSIFICATION] and errors.finds.tolist() == [-1, 0, -1, -1]
     assert errors.target.tolist() == [0, 0, 0, -1]
-    ap = {kinds: fixed_ap(truth, found, errors, 2, kinds)[CAT] for kinds in ((), (LOCALISATION,), (CLASSIFICATION,))}
+    ap = {kinds: fixed_ap(errors, 2, kinds)[CAT] for kinds in ((), (LOCALISATION,), (CLASSIFICATION,))}
     # Mended, the dog is a cat of score .7 behind a false one of .9, and before two of .6 and .4: precision 1/2.
     assert ap == {(): 0.0, (LOCALISATION,): 0.0, (CLASSIFICATION,): pytest.approx(0.5)}
-    assert fixed_ap(truth, found, errors, 2, (CLASSIFICATION, BACKGROUND))[CAT] == pytest.approx(1.0)
+    assert fixed_ap(errors, 2, (CLASSIFICATION, BACKGROUND))[CAT] == pytest.approx(1.0)
 
 
 def test_a_wrong_class_on_a_truth_that_is_found_gains_by_being_gone() -> None:
@@ -99,8 +99,8 @@ def test_a_wrong_class_on_a_truth_that_is_found_gains_by_being_gone() -> None:
     ])  # fmt: skip
     errors = classify_errors(truth, found)
     assert errors.of_found.tolist() == [RIGHT, CLASSIFICATION, RIGHT] and errors.target.tolist() == [-1, 0, -1]
-    assert fixed_ap(truth, found, errors, 2).tolist() == pytest.approx([1.0, 0.5])
-    assert fixed_ap(truth, found, errors, 2, (CLASSIFICATION,)).tolist() == pytest.approx([1.0, 1.0])
+    assert fixed_ap(errors, 2).tolist() == pytest.approx([1.0, 0.5])
+    assert fixed_ap(errors, 2, (CLASSIFICATION,)).tolist() == pytest.approx([1.0, 1.0])
 
 
 def test_missed_truths_that_do_not_count_leave_the_rest() -> None:
@@ -108,17 +108,17 @@ def test_missed_truths_that_do_not_count_leave_the_rest() -> None:
     truth, found = made([THE_CAT, (CAT, 30, 0, 10, 10)], [(CAT, 0, 0, 10, 10, 0.9)])
     errors = classify_errors(truth, found)
     assert errors.of_truth.tolist() == [RIGHT, MISSED]
-    assert fixed_ap(truth, found, errors, 2)[CAT] == pytest.approx(51 / 101)
-    assert fixed_ap(truth, found, errors, 2, (MISSED,))[CAT] == pytest.approx(1.0)
-    assert ap_without("missed", truth, found, errors, 2)[CAT] == pytest.approx(1.0)
-    assert ap_without("found", truth, found, errors, 2)[CAT] == pytest.approx(51 / 101)
-    assert np.isnan(fixed_ap(truth, found, errors, 2)[DOG])
+    assert fixed_ap(errors, 2)[CAT] == pytest.approx(51 / 101)
+    assert fixed_ap(errors, 2, (MISSED,))[CAT] == pytest.approx(1.0)
+    assert ap_without("missed", errors, 2)[CAT] == pytest.approx(1.0)
+    assert ap_without("found", errors, 2)[CAT] == pytest.approx(51 / 101)
+    assert np.isnan(fixed_ap(errors, 2)[DOG])
 
 
 def test_a_class_that_is_missed_altogether_is_worth_one_where_nothing_false_is_left() -> None:
     truth, found = made([(DOG, 0, 0, 10, 10)], [(DOG, 50, 0, 10, 10, 0.5)])
     errors = classify_errors(truth, found)
-    gains = {kinds: fixed_ap(truth, found, errors, 2, kinds)[DOG] for kinds in ((MISSED,), (BACKGROUND,), ALL)}
+    gains = {kinds: fixed_ap(errors, 2, kinds)[DOG] for kinds in ((MISSED,), (BACKGROUND,), ALL)}
     assert gains == {(MISSED,): 0.0, (BACKGROUND,): 0.0, ALL: 1.0}
 
 
@@ -145,7 +145,7 @@ def test_average_precision_of_hits_in_between() -> None:
     assert ap == pytest.approx((51 + 50 * 2 / 3) / 101)
 
 
-def check_sums(truth: GroundTruth, found: DetectedBoxes, errors: Errors, categories: int) -> None:
+def check_sums(errors: Errors, categories: int) -> None:
     """What must hold of any breakdown."""
     assert set(errors.of_found.tolist()) <= {RIGHT, LEFT_OUT, *ALL} - {MISSED}
     assert set(errors.of_truth.tolist()) <= {RIGHT, LEFT_OUT, CLASSIFICATION, LOCALISATION, MISSED}
@@ -156,14 +156,14 @@ def check_sums(truth: GroundTruth, found: DetectedBoxes, errors: Errors, categor
     for kind in (RIGHT, CLASSIFICATION, LOCALISATION):
         assert (errors.of_truth == kind).sum() == (errors.of_found[finders] == kind).sum()
     base, theirs = (
-        mean_ap(fixed_ap(truth, found, errors, categories)),
-        coco_stats(coco_curves(truth, found, categories))[1],
+        mean_ap(fixed_ap(errors, categories)),
+        coco_stats(coco_curves(errors.truth, errors.found, categories))[1],
     )
     assert (-1 if base is None else base) == pytest.approx(theirs, abs=1e-12)
-    mended = fixed_ap(truth, found, errors, categories, ALL)
+    mended = fixed_ap(errors, categories, ALL)
     assert mended[~np.isnan(mended)] == pytest.approx(1.0, abs=1e-12)
     for wrong in ("found", "missed"):
-        alone = mean_ap(ap_without(wrong, truth, found, errors, categories))
+        alone = mean_ap(ap_without(wrong, errors, categories))
         assert alone is None or alone >= base - 1e-12
 
 
@@ -203,7 +203,7 @@ def test_kinds_sum_up_and_mending_nothing_or_all_is_ap50_or_one(
     found = DetectedBoxes(
         rng.integers(0, images, detections), rng.integers(0, categories, detections), found_boxes, scores
     )
-    check_sums(truth, found, classify_errors(truth, found), categories)
+    check_sums(classify_errors(truth, found), categories)
 
 
 def test_the_published_detections_break_down_as_tide_has_them(shared_data: Path) -> None:
@@ -216,10 +216,10 @@ def test_the_published_detections_break_down_as_tide_has_them(shared_data: Path)
     errors = classify_errors(*arrays[:2])
     said = (folder / "val2014_fake_eval_res.txt").read_text().split("type=bbox")[1].split("type=")[0]
     published = float(re.search(r"IoU=0.50 +\| area= +all .*= ([0-9.]+)", said)[1])
-    assert round(mean_ap(fixed_ap(*arrays[:2], errors, arrays[2])), 3) == published == 0.697
+    assert round(mean_ap(fixed_ap(errors, arrays[2])), 3) == published == 0.697
     assert [(errors.of_found == kind).sum() for kind in ALL] == [83, 1, 0, 1, 0, 0]
     assert (errors.of_truth == MISSED).sum() == 97
-    check_sums(*arrays[:2], errors, arrays[2])
+    check_sums(errors, arrays[2])
 
 
 def test_errors_of_every_kind_are_counted_and_valued_as_tide_does(shared_data: Path) -> None:
@@ -254,6 +254,6 @@ def test_errors_of_every_kind_are_counted_and_valued_as_tide_does(shared_data: P
     errors = classify_errors(*arrays[:2])
     counts = [(errors.of_found == kind).sum() + (kind == MISSED) * (errors.of_truth == kind).sum() for kind in ALL]
     assert counts == [446, 653, 255, 327, 948, 648]
-    base = mean_ap(fixed_ap(*arrays[:2], errors, arrays[2]))
-    gains = [100 * (mean_ap(fixed_ap(*arrays[:2], errors, arrays[2], (kind,))) - base) for kind in ALL]
+    base = mean_ap(fixed_ap(errors, arrays[2]))
+    gains = [100 * (mean_ap(fixed_ap(errors, arrays[2], (kind,))) - base) for kind in ALL]
     assert gains[:MISSED] == pytest.approx([7.8974, 11.1513, 0.8019, 0.6989, 8.0433], abs=0.02)

@@ -19,6 +19,7 @@ from retina_jax.reports.run_page import MOST_POINTS, points, run_page
 from retina_jax.runs.record import read_record
 
 ROOT = Path(__file__).parents[2]
+NEEDED = "The detections and their ground truth are needed"
 
 
 def text(page: str) -> str:
@@ -51,7 +52,7 @@ def test_the_page_holds_what_the_runs_files_do(tiny_run: Path) -> None:
     saved = json.loads((tiny_run / "config.json").read_text())
     assert saved["commit"] is None or saved["commit"] in shown
     assert saved["versions"]["jax"] in shown and saved["versions"]["devices"] in shown
-    for label in ("loss", "learning rate", "gradient norm", "positives an image", "precision at IoU .50"):
+    for label in ("loss", "learning rate", "gradient norm", "positives per image", "precision at IoU 0.50"):
         assert f'aria-label="{label} by ' in page
     assert f"AP50 is {scores['AP50']:.3f}." in shown
     assert page.count("data:image/jpeg;base64,") % 2 == 0 and page.count('class="pair"') >= 2
@@ -74,7 +75,7 @@ def test_evaluations_with_other_settings_stand_apart_and_tell_them(tiny_run: Pat
     (tiny_run / "evaluation/step_00000040.json").unlink()
     assert not read_record(tiny_run).evaluations
     shown = text(run_page(tiny_run)[0])
-    assert "has not been evaluated yet" in shown and "not told" in shown and "devices 4" in shown
+    assert "has not been evaluated yet" in shown and "not known" in shown and "devices 4" in shown
 
     (tiny_run / "evaluation/step_00000040_0123abcd.json").write_text(json.dumps({**other, "settings": ["x"]}))
     with pytest.raises(ConfigError, match=r"step_00000040_0123abcd\.json: settings"):
@@ -104,9 +105,9 @@ def test_images_that_are_gone_are_said_and_the_rest_is_there(tiny_run: Path) -> 
     for image in (tiny_run.parent / "scenes").rglob("*.jpg"):
         image.unlink()
     page = run_page(tiny_run)[0]
-    assert "images could not be read, so they are not drawn. The first: " in page and "data:image" not in page
-    assert "not found. It cannot be read, and is not drawn." in page
-    assert 'class="kinds"' in page and "precision at IoU .75" in page
+    assert "images could not be read" in page and "data:image" not in page
+    assert "not found. It cannot be read" in page
+    assert 'class="kinds"' in page and "precision at IoU 0.75" in page
 
 
 def test_a_folder_of_images_that_is_gone_leaves_the_truth(tiny_run: Path) -> None:
@@ -123,7 +124,7 @@ def test_a_folder_of_images_that_is_gone_leaves_the_truth(tiny_run: Path) -> Non
     assert 'class="kinds"' in page and "images could not be read" in page
     annotations.unlink()
     page = run_page(tiny_run)[0]
-    assert "need the detections and their truth: " in page and 'class="kinds"' not in page
+    assert NEEDED in page and 'class="kinds"' not in page
     assert "n/a" in page or "0." in page, "AP of the classes is known from the evaluation"
 
 
@@ -133,7 +134,7 @@ def test_a_folder_of_images_that_is_gone_leaves_the_truth(tiny_run: Path) -> Non
 def test_detections_that_cannot_be_used_are_named(tiny_run: Path, content: str) -> None:
     (tiny_run / "detections/step_00000040.json").write_text(content)
     page = run_page(tiny_run)[0]
-    assert "need the detections and their truth: " in page and 'class="kinds"' not in page
+    assert NEEDED in page and 'class="kinds"' not in page
 
 
 def test_data_that_has_changed_is_noted(tiny_run: Path) -> None:
