@@ -33,7 +33,6 @@ class ClassCount(NamedTuple):
     """Counts of a class in a split."""
 
     name: str
-    """Unique name (`classes.unique_names`)."""
     boxes: int
     """Boxes that can be trained on."""
     images: int

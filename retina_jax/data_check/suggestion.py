@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -68,13 +69,12 @@ def suggest(records: Sequence[Record], config: Config, class_names: Sequence[str
     now = _score(best_iou(boxes, config), boxes, config)
     if not len(boxes.labels) or now >= GOOD:
         return None
-    tried = []
+    tried, fields = [], flatten(config)
     for data in _sizes(some, config):
-        sized = override(config, data)
-        views = view_boxes(some, sized.data)
+        views = view_boxes(some, override(config, data).data)
         for anchors in _anchors(boxes, config):
-            changes = _differences(config, override(sized, anchors))
-            other = override(config, changes)
+            other = override(config, data | anchors)
+            changes = {name: value for name, value in flatten(other).items() if value != fields[name]}
             tried.append((_cost(changes, config), _score(best_iou(views, other), views, other), changes))
         if max(score for _, score, _ in tried) >= GOOD:
             break
@@ -89,7 +89,7 @@ def suggest(records: Sequence[Record], config: Config, class_names: Sequence[str
     if after.total.by_iou <= before.total.by_iou:
         return None
     each = anchors_per_cell(config.anchors), anchors_per_cell(other.anchors)
-    return Suggestion(changes, as_options(changes), before, after, _enlarged(changes, config) ** 2, each)
+    return Suggestion(changes, as_options(changes), before, after, _pixels(changes, config), each)
 
 
 def as_options(changes: dict[str, Any]) -> str:
@@ -120,13 +120,10 @@ def _anchors(views: Views, config: Config) -> Iterator[dict[str, Any]]:
     width, height = (views.boxes_xyxy[:, 2:] - views.boxes_xyxy[:, :2]).astype(np.float64).T
     ratios = [config.anchors.ratios]
     for quantiles in QUANTILES:
-        of_boxes = tuple(dict.fromkeys(float(f"{r:.2g}") for r in np.quantile(height / width, quantiles)))
-        ratios.append(of_boxes)
-    for factor in FACTORS:
-        for ratio in ratios:
-            for scales in (config.anchors.scales, OCTAVE):
-                size_factor = float(f"{config.anchors.size_factor * factor:.4g}")
-                yield {"anchors.size_factor": size_factor, "anchors.ratios": ratio, "anchors.scales": scales}
+        ratios.append(tuple(dict.fromkeys(float(f"{r:.2g}") for r in np.quantile(height / width, quantiles))))
+    for factor, ratio, scales in itertools.product(FACTORS, ratios, (config.anchors.scales, OCTAVE)):
+        size_factor = float(f"{config.anchors.size_factor * factor:.4g}")
+        yield {"anchors.size_factor": size_factor, "anchors.ratios": ratio, "anchors.scales": scales}
 
 
 def _score(iou: Float32[np.ndarray, " N"], views: Views, config: Config) -> float:
@@ -143,13 +140,8 @@ def _cost(changes: dict[str, Any], config: Config) -> float:
     of the losses; of two equally costly settings the one with fewer changes is better."""
     anchors = override(config, changes).anchors
     more = anchors_per_cell(anchors) / anchors_per_cell(config.anchors) - 1
-    return _enlarged(changes, config) ** 2 + 0.1 * max(0.0, more) + 0.001 * len(changes)
+    return _pixels(changes, config) + 0.1 * max(0.0, more) + 0.001 * len(changes)
 
 
-def _enlarged(changes: dict[str, Any], config: Config) -> float:
-    return changes.get("data.short_side", config.data.short_side) / config.data.short_side
-
-
-def _differences(config: Config, other: Config) -> dict[str, Any]:
-    before, after = flatten(config), flatten(other)
-    return {name: after[name] for name in before if before[name] != after[name]}
+def _pixels(changes: dict[str, Any], config: Config) -> float:
+    return (changes.get("data.short_side", config.data.short_side) / config.data.short_side) ** 2

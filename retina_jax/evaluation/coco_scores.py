@@ -86,17 +86,14 @@ def evaluate_coco(
     evaluated_ids: Sequence[int] | None = None,
     evaluator: Literal["arrays", "pycocotools"] = "arrays",
 ) -> Scores:
-    """Scores detections as COCO does (bounding boxes, 100 detections per image and class).
-
-    An image without detections lowers the recall. Without any detection AP is 0 if there is a box to find, else None. Crowd
-    regions and areas follow pycocotools' rules. The inputs are not changed.
+    """Scores bounding boxes as COCO does. Without any detection AP is 0 if there is a box to find, else None.
 
     Args:
       truth: a COCO annotation file as a dict: images, annotations, categories.
       detections: COCO result records, as from `coco_results`.
       image_ids: the images to score; the ground truth of others is left out.
-      evaluated_ids: the images that the detector was run on, one entry per run of it. If given, each of `image_ids` must
-        be in it exactly once: an image lost between hosts would otherwise only lower the AP.
+      evaluated_ids: the images that the detector was run on. If given, each of `image_ids` must be in it exactly once: an
+        image lost between hosts would otherwise only lower the AP.
       evaluator: "pycocotools", or "arrays" (`precision_recall`), which gives the same scores in a fortieth of the time.
 
     Raises:

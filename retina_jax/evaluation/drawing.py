@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 READABLE_SIDE = 480
 """Small images are enlarged to about this length of their longer side, pixels."""
+GAP = 6
+"""Pixels between the images of a contact sheet."""
 
 
 def class_colour(label: int) -> tuple[int, int, int]:
@@ -123,28 +125,22 @@ def dashed_rectangle(canvas: ImageDraw.ImageDraw, box_xyxy: tuple[float, ...], *
             canvas.line(ends, fill="white", width=width)
 
 
-def contact_sheet(
-    images: Sequence[UInt8[np.ndarray, "_ _ 3"]], columns: int | None = None, gap: int = 6
-) -> UInt8[np.ndarray, "H W 3"]:
-    """Images in a grid: columns as wide as the widest image, each row as high as its highest.
-
-    Args:
-      images: RGB images, at least one, of any sizes.
-      columns: images per row; None: as many rows as columns, or one row fewer.
-      gap: pixels around each image, dark grey.
+def contact_sheet(images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> UInt8[np.ndarray, "H W 3"]:
+    """RGB images of any sizes in a grid, about as many rows as columns, with a dark grey gap of GAP pixels around each.
+    Columns are as wide as the widest image, each row as high as its highest.
 
     Raises:
       ValueError: there is no image.
     """
     if not images:
         raise ValueError("images is empty: give at least one image")
-    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    columns = math.ceil(math.sqrt(len(images)))
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]
-    tops = np.cumsum([gap] + [max(len(image) for image in row) + gap for row in rows])
-    width = max(image.shape[1] for image in images) + gap
-    sheet = np.full((tops[-1], columns * width + gap, 3), 40, np.uint8)
+    tops = np.cumsum([GAP, *(max(map(len, row)) + GAP for row in rows)])
+    width = max(image.shape[1] for image in images) + GAP
+    sheet = np.full((tops[-1], columns * width + GAP, 3), 40, np.uint8)
     for top, row in zip(tops, rows, strict=False):
         for i, image in enumerate(row):
-            left = i * width + gap
+            left = i * width + GAP
             sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
     return sheet

@@ -60,8 +60,8 @@ class Errors(NamedTuple):
 
 
 def classify_errors(truth: GroundTruth, found: DetectedBoxes) -> Errors:
-    """Returns the kind of each error. Let s be the highest IoU with an object of the detection's own category and o that
-    with one of another, crowds left out. Of a detection that found nothing, the first that holds is its kind:
+    """The kind of each error. For a detection that found nothing, let s be its highest IoU with an object of its category
+    and o that with one of another, crowds left out. The first that holds is its kind:
 
     localisation    0.1 <= s < 0.5
     classification  o >= 0.5
@@ -243,8 +243,7 @@ class Analysis:
 def analyse(file: Path, scores: dict[str, Any], data: DataConfig, categories: Sequence[Category]) -> Analysis:
     """Analyses the detections in `file` (COCO results) of an evaluation with `scores`, on the evaluation data of `data`.
 
-    Raises PlainError (ConfigError, DataError, EvaluationError), one line, if the file is missing or malformed, the data
-    cannot be opened, or the detections do not belong to this data.
+    Raises PlainError, one line: the file is missing or malformed, the data cannot be opened, or they do not fit each other.
     """
     try:
         detections = json.loads(file.read_text())

@@ -1,10 +1,9 @@
 """COCO's matching of detections with ground truth, and its precision and recall, for all images and categories at once.
 
-pycocotools walks through images, categories, areas, thresholds, detections and boxes in Python. Here the overlaps of all
-pairs are one array without padding, less those below the lowest threshold. The r-th best detections of all images and
-categories are matched together, at all thresholds and for all areas, because they never compete for a box; at most 100
-rounds remain. The arithmetic is pycocotools', operation by operation, so the results are equal to the last bit (a compiler
-that fuses a product and a sum in its C code, as on ARM, may differ in the last bit of an overlap).
+pycocotools loops over images, categories, areas, thresholds, detections and boxes in Python. Here the overlaps of all pairs
+are one array without padding. The r-th best detections of all images and categories are matched together, at all thresholds
+and areas, because they never compete for a box; at most 100 rounds remain. The arithmetic is pycocotools', operation by
+operation, so the results are equal to the last bit (except where a compiler fuses its products and sums, as on ARM).
 """
 
 from __future__ import annotations
@@ -27,12 +26,11 @@ PAIRS = 1 << 19
 
 
 class GroundTruth(NamedTuple):
-    """The G boxes of all images and categories, in the order of the annotations."""
+    """The G boxes of all images and categories, in the order of the annotations. Images are 0 to I - 1 (which decides the
+    order of equal scores), categories 0 to K - 1."""
 
     images: Int[np.ndarray, " G"]
-    """Index of the image, 0 to I - 1. It also decides the order of equal scores."""
     categories: Int[np.ndarray, " G"]
-    """Index of the category, 0 to K - 1."""
     boxes_xywh: Float[np.ndarray, "G 4"]
     areas: Float[np.ndarray, " G"]
     """The annotation's area (in COCO that of the object's outline, not of the box), compared with AREAS."""
@@ -60,10 +58,9 @@ class Matches(NamedTuple):
     """The box that each detection takes, for A areas and T IoU thresholds."""
 
     detections: Int[np.ndarray, " N"]
-    """Indices of the detections that count, the 100 best of each image and category: grouped by category and image, by
-    descending score within a group."""
+    """Indices of the 100 best detections of each category and image, by category, image and descending score."""
     ranks: Int[np.ndarray, " N"]
-    """Rank of each within its group, from 0."""
+    """Rank of each in its category and image, from 0."""
     boxes: Int[np.ndarray, "A T N"]
     """Index of the box taken; -1 where there is none."""
     ignored_boxes: Bool[np.ndarray, "A G"]

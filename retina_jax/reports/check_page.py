@@ -53,7 +53,7 @@ def to_html(check: Check, pictures: Sequence[Worst], title: str) -> str:
     )
     everything, *classes = suggestion.pairs() if suggestion else [None]
     pairs = [everything, *sorted(classes, key=lambda pair: pair[0].part("by_iou"))] if suggestion else []
-    return render(
+    page = render(
         "check.html",
         title=title,
         sections=["findings", "classes", "anchors", "suggestion", "pictures"],
@@ -80,6 +80,7 @@ def to_html(check: Check, pictures: Sequence[Worst], title: str) -> str:
         ],
         pictures=[(jpeg(picture.pixels), picture.caption) for picture in pictures],
     )  # fmt: skip
+    return str(page)
 
 
 def _row(share: Share) -> list[str]:

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from PIL import Image
 
 from retina_jax.data.decoding import image_of
@@ -48,19 +48,15 @@ MOST_IMAGES, LONGEST = 6, 800
 
 def errors_section(analysis: Analysis, score: float) -> dict[str, Any]:
     """What the page shows of the evaluation; detections with `score` or more are drawn."""
-    images, unreadable = _best_and_worst_images(analysis, score)
-    curves, class_curves = _precision_recall(analysis)
     return {
         "note": analysis.note,
         "classes": _classes(analysis),
-        "curves": curves,
-        "class_curves": class_curves,
-        **_kinds(analysis, score),
         "kind_names": list(KINDS),
         "by_class": _by_class(analysis),
         "confusions": _confusions(analysis),
-        "images": images,
-        "unreadable": unreadable,
+        **_precision_recall(analysis),
+        **_kinds(analysis, score),
+        **_best_and_worst_images(analysis, score),
     }
 
 
@@ -80,35 +76,24 @@ def _classes(analysis: Analysis) -> list[list[str]]:
     ]
 
 
-def _precision_recall(analysis: Analysis) -> tuple[list[str], list[str]]:
+def _precision_recall(analysis: Analysis) -> dict[str, list[str]]:
     """Charts at IoU 0.5 and 0.75 of the mean over the classes and, up to MOST_LINES, of each; else a chart of each class."""
     names, precision = analysis.names, analysis.precision
     defined = [k for k in range(len(names)) if (precision[0, :, k] > -1).all()]
-    if not defined:
-        return [], []
 
     def line(label: str, values: Float[np.ndarray, " 101"]) -> Line:
         return Line(label, list(zip(RECALLS.tolist(), values.tolist(), strict=True)))
 
-    few = len(defined) <= MOST_LINES
-    together = [
-        line_chart(
-            [
-                line("mean of the classes", precision[t][:, defined].mean(axis=1)),
-                *(line(names[k], precision[t, :, k]) for k in (defined if few else ())),
-            ],
-            "recall",
-            f"precision at IoU {iou}",
-        )
-        for iou, t in IOUS.items()
-    ]
-    each = [
-        line_chart(
-            [line(f"{names[k]}, IoU {iou}", precision[t, :, k]) for iou, t in IOUS.items()], "recall", "precision"
-        )
-        for k in (() if few else defined)
-    ]
-    return together, each
+    few, together = len(defined) <= MOST_LINES, []
+    for iou, t in IOUS.items() if defined else ():
+        mean = line("mean of the classes", precision[t][:, defined].mean(axis=1))
+        each = [line(names[k], precision[t, :, k]) for k in (defined if few else ())]
+        together.append(line_chart([mean, *each], "recall", f"precision at IoU {iou}"))
+    of_classes = []
+    for k in () if few else defined:
+        lines = [line(f"{names[k]}, IoU {iou}", precision[t, :, k]) for iou, t in IOUS.items()]
+        of_classes.append(line_chart(lines, "recall", "precision"))
+    return {"curves": together, "class_curves": of_classes}
 
 
 def _kinds(analysis: Analysis, score: float) -> dict[str, Any]:
@@ -162,7 +147,7 @@ def _confusions(analysis: Analysis) -> list[tuple[str, str, int]]:
     return [(analysis.names[a], analysis.names[b], count) for (a, b), count in pairs]
 
 
-def _best_and_worst_images(analysis: Analysis, score: float) -> tuple[dict[str, list[tuple]], list[str]]:
+def _best_and_worst_images(analysis: Analysis, score: float) -> dict[str, Any]:
     """(caption, image with ground truth, image with detections) of the worst and the best images, and why some images
     could not be read; these have a caption alone."""
     counts = count_by_image(analysis.errors, len(analysis.records), score)
@@ -182,13 +167,16 @@ def _best_and_worst_images(analysis: Analysis, score: float) -> tuple[dict[str, 
                 unreadable.append(str(error))
                 pair = (None, None)
             groups[title].append((caption, *pair))
-    return groups, unreadable
+    return {"images": groups, "unreadable": unreadable}
 
 
 def _draw(analysis: Analysis, image: int, score: float) -> tuple[dict[str, Any], dict[str, Any]]:
     """The ground truth, and the detections: wrong ones are labelled with their kind, objects not found are dashed."""
     truth, found, errors = analysis.errors.truth, analysis.errors.found, analysis.errors
-    pixels, scale = _shrunk(image_of(analysis.source, analysis.records[image]))
+    original = Image.fromarray(image_of(analysis.source, analysis.records[image]))
+    width = original.width
+    original.thumbnail((LONGEST, LONGEST), Image.Resampling.BILINEAR)
+    pixels, scale = np.asarray(original), original.width / width
     g = np.flatnonzero(truth.images == image)
     d = np.flatnonzero((found.images == image) & (found.scores >= score) & (errors.of_found != LEFT_OUT))
     not_found = np.setdiff1d(g[errors.of_truth[g] != LEFT_OUT], errors.finds[d[errors.of_found[d] == RIGHT]])
@@ -209,15 +197,6 @@ def _draw(analysis: Analysis, image: int, score: float) -> tuple[dict[str, Any],
         notes=["" if kind == RIGHT else KINDS[kind] for kind in errors.of_found[d]],
     )
     return jpeg(ground_truth), jpeg(detections)
-
-
-def _shrunk(pixels: UInt8[np.ndarray, "h w 3"]) -> tuple[UInt8[np.ndarray, "H W 3"], float]:
-    """The image with a longer side of at most LONGEST, and the factor of its sides."""
-    scale = min(1.0, LONGEST / max(pixels.shape[:2]))
-    if scale == 1:
-        return pixels, scale
-    size = max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale))
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)), scale
 
 
 def _xyxy(boxes_xywh: Float[np.ndarray, "N 4"]) -> Float[np.ndarray, "N 4"]:

@@ -75,7 +75,7 @@ def run_page(folder: Path) -> tuple[str, str]:
         score=score,
         errors=errors_section(analysis, score) if analysis else None,
     )
-    return page, headline(record)
+    return str(page), headline(record)
 
 
 def newest_analysis(record: Record) -> Analysis:

@@ -11,27 +11,28 @@ from markupsafe import Markup
 
 from retina_jax.paper.comparison import Section
 from retina_jax.paper.wording import HOW_TO_READ
-from retina_jax.reports.charts import line_chart
+from retina_jax.reports.charts import Line, line_chart
 from retina_jax.reports.page import TEMPLATES, render
 
 
 def charts_of(section: Section) -> dict[str, str]:
     """The charts of a table by kind, as <svg> elements."""
-    return {
-        kind: Markup(chart)
-        if isinstance(chart, str)
-        else line_chart(
-            [(line.label, line.points) for line in chart.lines], chart.x_label, chart.y_label, log_y=chart.log_y
-        )
-        for kind, chart in section.charts.items()
-    }
+    drawn = {}
+    for kind, chart in section.charts.items():
+        if isinstance(chart, str):  # drawn already
+            drawn[kind] = Markup(chart)
+        else:
+            lines = [Line(line.label, line.points) for line in chart.lines]
+            drawn[kind] = line_chart(lines, chart.x_label, chart.y_label, log_y=chart.log_y)
+    return drawn
 
 
 def to_html(sections: Sequence[Section], title: str) -> str:
     """The page."""
     names = [section.name for section in sections]
     tables = [(section, charts_of(section)) for section in sections]
-    return render("sweep.html", title=title, sections=names, how_to_read=HOW_TO_READ, tables=tables)
+    page = render("sweep.html", title=title, sections=names, how_to_read=HOW_TO_READ, tables=tables)
+    return str(page)
 
 
 def to_markdown(sections: Sequence[Section], title: str, charts: dict[tuple[str, str], str]) -> str:
