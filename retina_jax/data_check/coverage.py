@@ -148,11 +148,12 @@ def count_shares(views: Views, coverage: Coverage, class_names: Sequence[str]) -
         counts = (np.bincount(groups, of.astype(np.float64), len(names)).astype(np.int64).tolist() for of in columns)
         return [Share(*row) for row in zip(names, *counts, strict=True)]
 
+    sizes, aspects = views.bins()
     return Shares(
         total=by_group(np.zeros(len(views.labels), np.int64), ["all"])[0],
         classes=by_group(views.labels, class_names),
-        sizes=by_group(views.bin_of_size(), bin_names(SIDES)),
-        aspects=by_group(views.bin_of_aspect(), bin_names(ASPECTS)),
+        sizes=by_group(sizes, bin_names(SIDES)),
+        aspects=by_group(aspects, bin_names(ASPECTS)),
         positives_per_image=int(coverage.anchors.sum()) / max(1, len(views.padded_hw)),
     )
 

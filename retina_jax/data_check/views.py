@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float32, Int64
 
 from retina_jax.config import Config, DataConfig
 from retina_jax.data.source import Record
@@ -37,18 +37,11 @@ class Views(NamedTuple):
     boxes: Int64[np.ndarray, " N"]
     """Index of each box among those of all records, one record after the other."""
 
-    def bin_of_size(self) -> Int64[np.ndarray, " N"]:
-        """Bin of SIDES of each box; a size on the border of two bins is in the upper one."""
-        width, height = self._sides()
-        return np.searchsorted(SIDES, np.sqrt(width * height), side="right") - 1
-
-    def bin_of_aspect(self) -> Int64[np.ndarray, " N"]:
-        """Bin of ASPECTS of each box; an aspect ratio on the border of two bins is in the upper one."""
-        width, height = self._sides()
-        return np.searchsorted(ASPECTS, height / width, side="right") - 1
-
-    def _sides(self) -> Float[np.ndarray, "2 N"]:
-        return (self.boxes_xyxy[:, 2:] - self.boxes_xyxy[:, :2]).astype(np.float64).T
+    def bins(self) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " N"]]:
+        """The bin of SIDES and the bin of ASPECTS of each box; a value on the border of two bins is in the upper one."""
+        width, height = (self.boxes_xyxy[:, 2:] - self.boxes_xyxy[:, :2]).astype(np.float64).T
+        ends_values = (SIDES, np.sqrt(width * height)), (ASPECTS, height / width)
+        return tuple(np.searchsorted(ends, values, side="right") - 1 for ends, values in ends_values)
 
 
 def view_boxes(records: list[Record], data: DataConfig) -> Views:

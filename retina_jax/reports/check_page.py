@@ -41,52 +41,26 @@ SHARES = ("by_iou", "by_low_quality", "uncovered")
 def to_html(check: Check, pictures: Sequence[Worst], title: str) -> str:
     """The page; `pictures` as from `worst_pictures`."""
     shares, suggestion = check.shares, check.suggestion
-    names = list(dict.fromkeys(count.name for counts in check.counts.values() for count in counts))
-    class_header, class_rows = ["class"], {name: [name] for name in names}
-    for split, counts in check.counts.items():
-        class_header += [f"{split}: boxes", "images", "dropped"]
-        by_name = {count.name: count for count in counts}  # a split may lack a class
-        for name in names:
-            class_rows[name] += [getattr(by_name.get(name), field, "") for field in ("boxes", "images", "dropped")]
-    worst_first = sorted(
-        shares.classes, key=lambda share: (not share.boxes, share.part("by_iou"), share.part("uncovered"))
-    )
-    everything, *classes = suggestion.pairs() if suggestion else [None]
-    pairs = [everything, *sorted(classes, key=lambda pair: pair[0].part("by_iou"))] if suggestion else []
+    pairs = suggestion.pairs() if suggestion else []
     page = render(
         "check.html",
         title=title,
         sections=["findings", "classes", "anchors", "suggestion", "pictures"],
         colours={"rescued": RESCUED, "uncovered": UNCOVERED},
         check=check,
-        splits=[
-            (s.name, len(s.images), len(s.labels), int(s.rules["usable"].sum()), s.annotations) for s in check.splits
-        ],
         most_listed=MOST_LISTED,
         open_up_to=OPEN_UP_TO,
-        class_header=class_header,
-        class_rows=list(class_rows.values()),
+        class_names=list(dict.fromkeys(count.name for counts in check.counts.values() for count in counts)),
+        counts={split: {count.name: count for count in counts} for split, counts in check.counts.items()},
         histograms=[
             _histogram(shares.sizes, [f"{end:.3g}" for end in SIDES], "square root of the area, pixels"),
             _histogram(shares.aspects, [f"{end:.2g}" for end in ASPECTS], "height over width"),
         ],
-        share_header=["", "boxes", f"IoU ≥ {check.config.matching.positive_iou:g}", "low-quality rule only", "no anchor",
-                      "outbid", "anchors per box"],
-        class_shares=[_row(share) for share in (shares.total, *worst_first)],
-        size_shares=[_row(share) for share in shares.sizes if share.boxes],
-        suggestion_rows=[
-            (a.name, a.boxes, *(f"{share:.1%}" for share in (a.part("by_iou"), b.part("by_iou"), b.part("uncovered"))))
-            for a, b in pairs
-        ],
+        worst_first=sorted(shares.classes, key=lambda s: (not s.boxes, s.part("by_iou"), s.part("uncovered"))),
+        pairs=pairs[:1] + sorted(pairs[1:], key=lambda pair: pair[0].part("by_iou")),
         pictures=[(jpeg(picture.pixels), picture.caption) for picture in pictures],
-    )  # fmt: skip
+    )
     return str(page)
-
-
-def _row(share: Share) -> list[str]:
-    parts = [f"{share.part(kind):.1%}" if share.boxes else "" for kind in SHARES]
-    each = f"{share.anchors / share.boxes:.1f}" if share.boxes else ""
-    return [share.name, str(share.boxes), *parts, str(share.outbid), each]
 
 
 def _histogram(shares: Sequence[Share], ends: Sequence[str], label: str) -> str:

@@ -172,8 +172,9 @@ def test_every_short_side_of_the_training_is_a_view() -> None:
     assert views.boxes_xyxy.tolist() == [[0, 0, 10, 20], [0, 0, 4.5, 4.5], [0, 0, 20, 40], [0, 0, 9, 9]]
     assert views.boxes.tolist() == [0, 1, 0, 1]
     sizes, aspects = bin_names(SIDES), bin_names(ASPECTS)
-    assert [sizes[i] for i in views.bin_of_size()] == ["11.31 to 16", "4 to 5.657", "22.63 to 32", "8 to 11.31"]
-    assert [aspects[i] for i in views.bin_of_aspect()] == ["2 to 2.828", "1 to 1.414", "2 to 2.828", "1 to 1.414"]
+    of_sizes, of_aspects = views.bins()
+    assert [sizes[i] for i in of_sizes] == ["11.31 to 16", "4 to 5.657", "22.63 to 32", "8 to 11.31"]
+    assert [aspects[i] for i in of_aspects] == ["2 to 2.828", "1 to 1.414", "2 to 2.828", "1 to 1.414"]
 
 
 def small_set(seed: int = 3) -> list[Record]:
