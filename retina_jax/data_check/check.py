@@ -16,12 +16,11 @@ from retina_jax.console import tell
 from retina_jax.data.classes import Category, category_ids, open_both
 from retina_jax.data.conventions import Decoding
 from retina_jax.data.survey import Survey, survey_files
-from retina_jax.data_check.coverage import Coverage, Shares, count_shares, cover, coverage_findings
+from retina_jax.data_check.coverage import Coverage, Shares, Views, count_shares, cover, coverage_findings, view_boxes
 from retina_jax.data_check.findings import Finding, Group, grouped
 from retina_jax.data_check.image_check import check_images, duplicates, leaks
 from retina_jax.data_check.split import Split, box_findings, note_findings, read_split, refusals, repeated
 from retina_jax.data_check.suggestion import Suggestion, suggest
-from retina_jax.data_check.views import Views, view_boxes
 
 BAD_IMAGES = ("missing", "unreadable", "wrong_size")
 """Kinds that data.bad_images skip tolerates."""

@@ -1,5 +1,5 @@
-"""Anchor coverage: which boxes would get anchors in training, by training's own anchors and matching; counts by class, size
-and aspect ratio."""
+"""Anchor coverage: the boxes at the sizes of training, which of them get anchors by training's own matching, and counts by
+class, size and aspect ratio."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int64
 
-from retina_jax.config import Config
+from retina_jax.config import Config, DataConfig
+from retina_jax.data.source import Record
+from retina_jax.data.transforms import assign_bucket, buckets, resized_size, to_canvas_pixels, train_short_sides
 from retina_jax.data_check.findings import Finding
 from retina_jax.data_check.passes import Progress
-from retina_jax.data_check.views import ASPECTS, SIDES, Views
 from retina_jax.ops.anchors import anchor_grid
 from retina_jax.ops.boxes import iou_matrix
 from retina_jax.ops.matching import match
 
+SIDES = np.array([0.0, *(2.0 ** (np.arange(4, 21) / 2)), np.inf])
+"""Ends of the bins of box sizes, the square root of the area in pixels: half octaves from 4 to 1024."""
+ASPECTS = np.array([0.0, *(2.0 ** (np.arange(-6, 7) / 2)), np.inf])
+"""Ends of the bins of aspect ratios, height over width: half octaves from 1:8 to 8:1."""
 FEWEST = 8
 """Rows that boxes are padded to at least, above that powers of two, so that few programs are compiled."""
 THREADS = 2
@@ -33,6 +38,60 @@ HOPELESS = 0.5
 CLASS_HOPELESS = 0.1
 """The same for a class of MANY boxes: it would never be detected."""
 MANY = 10
+
+
+class Views(NamedTuple):
+    """V views, each an image at one of its sizes, with N boxes in all. If training draws the short side at random, every
+    image has one view per short side. Nothing is flipped."""
+
+    padded_hw: list[tuple[int, int]]
+    """Padded shape (height, width) of each view."""
+    sizes_hw: list[tuple[int, int]]
+    """Size of each image within it."""
+    records: Int64[np.ndarray, " V"]
+    """Record of each view."""
+    ends: Int64[np.ndarray, " V+1"]
+    """View v has the boxes ends[v] to ends[v + 1]."""
+    boxes_xyxy: Float32[np.ndarray, "N 4"]
+    """Pixels of the padded image, exactly what training matches with the anchors."""
+    labels: Int64[np.ndarray, " N"]
+    boxes: Int64[np.ndarray, " N"]
+    """Index of each box among those of all records, one record after the other."""
+
+    def bins(self) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " N"]]:
+        """The bin of SIDES and the bin of ASPECTS of each box; a value on the border of two bins is in the upper one."""
+        width, height = (self.boxes_xyxy[:, 2:] - self.boxes_xyxy[:, :2]).astype(np.float64).T
+        ends_values = (SIDES, np.sqrt(width * height)), (ASPECTS, height / width)
+        return tuple(np.searchsorted(ends, values, side="right") - 1 for ends, values in ends_values)
+
+
+def view_boxes(records: list[Record], data: DataConfig) -> Views:
+    """The views of all records as training would make them; of each image the first `data.max_boxes` boxes."""
+    short_sides = train_short_sides(data)
+    shapes, rule = buckets(data, short_sides), (data.long_side, data.size_rounding)
+    starts = np.cumsum([0, *(len(record.labels) for record in records)])
+    padded, sizes, rows, boxes, labels, places = [], [], [], [], [], []
+    for row, record in enumerate(records):
+        n = min(len(record.labels), data.max_boxes)
+        largest = resized_size(record.height, record.width, max(short_sides), *rule)
+        for short_side in short_sides:
+            height, width = resized_size(record.height, record.width, short_side, *rule)
+            scale_xy = np.array([width / record.width, height / record.height])
+            padded.append(shapes[assign_bucket(largest, shapes)])
+            sizes.append((height, width))
+            rows.append(row)
+            boxes.append(to_canvas_pixels(record.boxes_xyxy[:n], scale_xy, data.box_ends).astype(np.float32))
+            labels.append(record.labels[:n])
+            places.append(np.arange(starts[row], starts[row] + n))
+    return Views(
+        padded_hw=padded,
+        sizes_hw=sizes,
+        records=np.array(rows, np.int64),
+        ends=np.cumsum([0, *map(len, boxes)]),
+        boxes_xyxy=np.concatenate([np.zeros((0, 4), np.float32), *boxes]),
+        labels=np.concatenate([np.zeros(0, np.int64), *labels]).astype(np.int64),
+        boxes=np.concatenate([np.zeros(0, np.int64), *places]),
+    )
 
 
 class Coverage(NamedTuple):

@@ -12,9 +12,8 @@ from jaxtyping import Float32
 from retina_jax.config import Config
 from retina_jax.config_io import flatten, override
 from retina_jax.data.source import Record
-from retina_jax.data_check.coverage import Share, Shares, count_shares, cover
-from retina_jax.data_check.views import Views, best_iou, view_boxes
-from retina_jax.ops.anchors import anchors_per_cell
+from retina_jax.data_check.coverage import Share, Shares, Views, count_shares, cover, view_boxes
+from retina_jax.ops.anchors import anchor_grid, anchors_per_cell, level_sizes
 
 GOOD = 0.98
 """Share of the boxes, and mean share of the classes, with an anchor of sufficient IoU that needs no suggestion."""
@@ -145,3 +144,53 @@ def _cost(changes: dict[str, Any], config: Config) -> float:
 
 def _pixels(changes: dict[str, Any], config: Config) -> float:
     return (changes.get("data.short_side", config.data.short_side) / config.data.short_side) ** 2
+
+
+def best_iou(views: Views, config: Config) -> Float32[np.ndarray, " N"]:
+    """The largest IoU of each box with any anchor of `anchor_grid`, without looking at all anchors.
+
+    Anchors of one shape on one level differ only in position, and two boxes of given sizes overlap the more, the closer
+    their centres are along x and along y. So only the anchor with the nearest centre counts, one per level and shape.
+    """
+    best = np.zeros(len(views.labels), np.float32)
+    padded_of = np.repeat(np.array(views.padded_hw, np.int64).reshape(-1, 2), np.diff(views.ends), axis=0)
+    for padded_hw in sorted(set(views.padded_hw)):
+        chosen = (padded_of == padded_hw).all(1)
+        best[chosen] = best_iou_on(padded_hw, views.boxes_xyxy[chosen], config)
+    return best
+
+
+def best_iou_on(
+    padded_hw: tuple[int, int], boxes_xyxy: Float32[np.ndarray, "n 4"], config: Config
+) -> Float32[np.ndarray, " n"]:
+    """The same for boxes in one padded shape."""
+    height, width = padded_hw
+    shapes = anchors_per_cell(config.anchors)
+    # The x of an anchor depends on its column alone and its y on its row: the grid's first row and first column are enough.
+    row, column = (
+        anchor_grid(hw, config.anchors, config.model).reshape(-1, shapes, 4) for hw in ((1, width), (height, 1))
+    )
+    best = np.zeros(len(boxes_xyxy), np.float32)
+    across = down = 0
+    for rows, columns in level_sizes(padded_hw, config.model):
+        x1, x2 = _nearest(row[across : across + columns, :, 0::2], boxes_xyxy[:, 0::2])
+        y1, y2 = _nearest(column[down : down + rows, :, 1::2], boxes_xyxy[:, 1::2])
+        across, down = across + columns, down + rows
+        overlap_x = np.minimum(x2, boxes_xyxy[:, 2, None]) - np.maximum(x1, boxes_xyxy[:, 0, None])
+        overlap_y = np.minimum(y2, boxes_xyxy[:, 3, None]) - np.maximum(y1, boxes_xyxy[:, 1, None])
+        shared = np.maximum(overlap_x, 0) * np.maximum(overlap_y, 0)
+        areas = ((boxes_xyxy[:, 2] - boxes_xyxy[:, 0]) * (boxes_xyxy[:, 3] - boxes_xyxy[:, 1]))[:, None]
+        np.maximum(best, (shared / (areas + (x2 - x1) * (y2 - y1) - shared)).max(1, initial=0), out=best)
+    return best
+
+
+def _nearest(
+    ends: Float32[np.ndarray, "cells a 2"], boxes: Float32[np.ndarray, "n 2"]
+) -> tuple[Float32[np.ndarray, "n a"], Float32[np.ndarray, "n a"]]:
+    """Along one axis, both ends of the anchor of each shape whose centre is nearest to each box's."""
+    centres = ends.sum(axis=2, dtype=np.float64) / 2
+    step = centres[1, 0] - centres[0, 0] if len(centres) > 1 else 1.0
+    middle = boxes.sum(axis=1, dtype=np.float64)[:, None] / 2
+    cell = np.clip(np.rint((middle - centres[0]) / step), 0, len(ends) - 1).astype(np.int64)
+    found = ends[cell, np.arange(ends.shape[1])]
+    return found[..., 0], found[..., 1]

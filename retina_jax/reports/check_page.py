@@ -16,9 +16,8 @@ from retina_jax.data.decoding import DECODING, to_rgb
 from retina_jax.data.source import BadImage
 from retina_jax.data.transforms import resize_large
 from retina_jax.data_check.check import Check
-from retina_jax.data_check.coverage import Coverage, Share
+from retina_jax.data_check.coverage import ASPECTS, SIDES, Coverage, Share, Views
 from retina_jax.data_check.split import Split
-from retina_jax.data_check.views import ASPECTS, SIDES, Views
 from retina_jax.evaluation.drawing import draw_boxes
 from retina_jax.reports.charts import Stack, bar_chart
 from retina_jax.reports.page import jpeg, render

@@ -15,9 +15,19 @@ from retina_jax.config import AnchorConfig, Config
 from retina_jax.config_io import override
 from retina_jax.data.pipeline import train_batches
 from retina_jax.data.source import Record
-from retina_jax.data_check.coverage import Coverage, Shares, bin_names, count_shares, cover, coverage_findings
-from retina_jax.data_check.suggestion import GOOD, as_options, suggest
-from retina_jax.data_check.views import ASPECTS, SIDES, Views, best_iou, best_iou_on, view_boxes
+from retina_jax.data_check.coverage import (
+    ASPECTS,
+    SIDES,
+    Coverage,
+    Shares,
+    Views,
+    bin_names,
+    count_shares,
+    cover,
+    coverage_findings,
+    view_boxes,
+)
+from retina_jax.data_check.suggestion import GOOD, as_options, best_iou, best_iou_on, suggest
 from retina_jax.ops.anchors import anchor_grid
 
 SMALL = override(Config(), {"data.short_side": 96, "data.long_side": 128})
