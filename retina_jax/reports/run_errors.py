@@ -33,14 +33,6 @@ from retina_jax.reports.page import jpeg
 MOST_LINES = 10
 """Classes in one chart; with more classes each has a chart of its own."""
 IOUS = {f"{iou:.2f}": int(np.argmin(abs(IOU_THRESHOLDS - iou))) for iou in (0.5, 0.75)}
-MEANINGS = {
-    "classification": "on an object of another class (IoU 0.5 or more)",
-    "localisation": "right class, but IoU with the object only 0.1 to 0.5",
-    "both": "wrong class and IoU only 0.1 to 0.5",
-    "duplicate": "on an object that a better detection has found",
-    "background": "on nothing: IoU at most 0.1 with any object",
-    "missed": "objects not found, and without a detection of the wrong class or place on them",
-}
 MOST_CONFUSIONS = 12
 MOST_IMAGES, LONGEST = 6, 800
 """Images drawn of the best and of the worst, and the length of their longer side at most, pixels."""
@@ -97,32 +89,27 @@ def _precision_recall(analysis: Analysis) -> dict[str, list[str]]:
 
 
 def _kinds(analysis: Analysis, score: float) -> dict[str, Any]:
-    """AP50, AP50 without all errors of a side, and the rows (kind, meaning, gain, counts); the last row is the sum."""
-    errors, arrays = analysis.errors, (analysis.errors, len(analysis.names))
-    base = mean_ap(fixed_ap(*arrays))
+    """AP50, AP50 without all errors of a side, and the rows (kind, gain, width of its bar, counts); the last is the sum."""
+    errors, classes = analysis.errors, len(analysis.names)
+    base = mean_ap(fixed_ap(errors, classes))
     if base is None:
         return {"ap50": None}
-    gains = [mean_ap(fixed_ap(*arrays, (k,))) - base for k in range(len(KINDS))]
-    shown = errors.found.scores >= score
+    gains = [mean_ap(fixed_ap(errors, classes, (k,))) - base for k in range(len(KINDS))]
+    shown, widest = errors.found.scores >= score, max(1e-9, *gains)
 
     def counts(of_found: np.ndarray, of_truth: np.ndarray) -> list[int]:
         return [int(of_found.sum()), int((shown & of_found).sum()), int(of_truth.sum())]
 
     rows = []
     for k, kind in enumerate(KINDS):
-        cells = counts(errors.of_found == k, errors.of_truth == k)
-        cells = ["", "", cells[2]] if k == MISSED else [*cells[:2], cells[2] or ""]
-        rows.append((kind, MEANINGS[kind], gains[k], cells))
+        *detections, objects = counts(errors.of_found == k, errors.of_truth == k)
+        cells = ["", "", objects] if k == MISSED else [*detections, objects or ""]
+        rows.append((kind, gains[k], max(0.0, 5 * gains[k] / widest), cells))
     for label, of in (("right", RIGHT), ("left out", LEFT_OUT)):
-        rows.append((label, "", None, counts(errors.of_found == of, errors.of_truth == of)))
-    rows.append(("all", "", None, counts(errors.of_found < len(KINDS), errors.of_truth < len(KINDS))))
-    widest = max(1e-9, *gains)
-    return {
-        "ap50": base,
-        "ap50_without": {wrong: mean_ap(ap_without(wrong, *arrays)) for wrong in ("found", "missed")},
-        "kinds": rows,
-        "bar": lambda gain: max(0.0, 5 * gain / widest),
-    }
+        rows.append((label, None, 0.0, counts(errors.of_found == of, errors.of_truth == of)))
+    rows.append(("all", None, 0.0, [len(errors.of_found), int(shown.sum()), len(errors.of_truth)]))
+    without = {wrong: mean_ap(ap_without(wrong, errors, classes)) for wrong in ("found", "missed")}
+    return {"ap50": base, "ap50_without": without, "kinds": rows}
 
 
 def _by_class(analysis: Analysis) -> list[list[str]]:
