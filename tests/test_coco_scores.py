@@ -78,8 +78,8 @@ def columns(truth: dict[str, Any], detections: list[dict[str, Any]]) -> tuple[Gr
 def random_data(
     seed: int, images: int, categories: int, boxes: int, detections: int, side: int, levels: int
 ) -> tuple[GroundTruth, DetectedBoxes, int]:
-    """Boxes of whole numbers in a square of `side` pixels, so that many overlap equally, and scores of few levels. Some
-    have no area, a negative one or a huge one; some areas are not the box's; some boxes are crowds, or there twice."""
+    """Boxes with integer coordinates in a square of `side` pixels, so that many overlap equally, and few different scores.
+    Some have no area, a negative or a huge one; some areas are not the box's; some boxes are crowds or duplicates."""
     rng = np.random.default_rng(seed)
 
     def squares(number: int) -> np.ndarray:
@@ -211,10 +211,10 @@ def test_overlap_beyond_float64_is_none() -> None:
 
 def test_how_many_pairs_are_looked_at_together_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     data = random_data(0, images=3, categories=2, boxes=60, detections=300, side=20, levels=9)
-    whole = in_arrays(*data)
+    at_once = in_arrays(*data)
     for pairs in (1, 50, 5000):
         monkeypatch.setattr(precision_recall, "PAIRS", pairs)
-        for own, other in zip(in_arrays(*data), whole, strict=True):
+        for own, other in zip(in_arrays(*data), at_once, strict=True):
             np.testing.assert_array_equal(own, other)
 
 

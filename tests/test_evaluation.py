@@ -151,7 +151,7 @@ def test_mistakes_are_named_in_one_line(arguments: dict, message: str) -> None:
 
 
 def test_evaluator_of_another_name_is_refused() -> None:
-    # The type is wrong too, which the checks of types in tests would say first.
+    # __wrapped__: the type is wrong too, and the type checks of the tests would raise first.
     with pytest.raises(EvaluationError, match="evaluator must be one of arrays, pycocotools, not fast"):
         evaluate_coco.__wrapped__(TRUTH, [], [1], evaluator="fast")
 

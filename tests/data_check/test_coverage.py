@@ -1,4 +1,4 @@
-"""Anchor coverage beside plain numpy over all anchors, and the suggestion beside what it claims."""
+"""Anchor coverage compared with plain numpy over all anchors, and the suggestion compared with its claims."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ ERRORS = {
 def found(check: Check) -> set[tuple[str, str, str]]:
     findings = [finding for group in check.groups for finding in group.findings]
     names = {(finding.kind, finding.split, finding.name) for finding in findings}
-    assert len(names) == len(findings), "told twice"
+    assert len(names) == len(findings), "reported twice"
     return names
 
 
@@ -73,7 +73,7 @@ def test_all_planted_mistakes_are_found_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_what_training_refuses_is_an_error_and_what_it_takes_is_none(tmp_path: Path, name: str) -> None:
-    """Training's own strict reader is asked."""
+    """Compared with training's own strict reader."""
     splits = clean()
     MISTAKES[name][0](splits)
     pairs = splits.write(tmp_path)
@@ -111,7 +111,7 @@ def test_the_lenient_reader_takes_what_the_strict_one_takes(tmp_path: Path) -> N
 def test_any_value_anywhere_is_told_where_training_refuses_it(
     tmp_path_factory: pytest.TempPathFactory, place: str, value: object
 ) -> None:
-    """The strict reader raises exactly where the lenient one has something to tell, and its first word is among it."""
+    """The strict reader raises exactly where the lenient one reports something, and its error is among the reports."""
     folder = tmp_path_factory.mktemp("any")
     path, images = write_coco(folder, json.dumps(edited(**{place: value})))
     try:

@@ -1,4 +1,4 @@
-"""The breakdown of errors: hand-made cases of each kind, sums, TIDE's own figures, and AP 1 once all of it is mended."""
+"""The kinds of error: hand-made cases of each, sums, TIDE's own figures, and AP 1 once all errors are fixed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CAT, DOG = 0, 1
 
 
 def made(truth: list[tuple], found: list[tuple], crowds: tuple[int, ...] = ()) -> tuple[GroundTruth, DetectedBoxes]:
-    """One image: truths (category, x, y, w, h) and detections (category, x, y, w, h, score)."""
+    """One image: objects (category, x, y, w, h) and detections (category, x, y, w, h, score)."""
     boxes, detections = np.array(truth, float).reshape(-1, 5), np.array(found, float).reshape(-1, 6)
     crowd = np.isin(np.arange(len(boxes)), crowds)
     return (
@@ -72,13 +72,13 @@ def test_a_single_detection_is_of_the_kind_its_overlap_says(detection: tuple, ki
     assert errors.finds.tolist() == [0 if of_truth != MISSED else -1]
 
 
-def test_the_second_on_a_truth_is_a_duplicate_and_the_better_one_is_right() -> None:
+def test_the_second_on_an_object_is_a_duplicate_and_the_better_one_is_right() -> None:
     truth, found = made([THE_CAT], [(CAT, 0, 0, 10, 9, 0.3), (CAT, 0, 0, 10, 8, 0.8)])
     assert classify_errors(truth, found).of_found.tolist() == [DUPLICATE, RIGHT]
 
 
-def test_of_two_that_mean_one_truth_the_better_will_find_it_and_the_other_is_gone() -> None:
-    """AP by hand: nothing found, 0. With either kind mended alone the cat is found by that kind's best, or by none."""
+def test_of_two_with_one_target_the_better_finds_it_and_the_other_is_removed() -> None:
+    """AP by hand: nothing found, 0. If one kind alone is fixed, its best detection finds the cat, or none does."""
     truth, found = made(
         [THE_CAT],
         [(CAT, 5, 0, 10, 10, 0.4), (DOG, 0, 0, 10, 10, 0.7), (CAT, 0, 5, 10, 10, 0.6), (CAT, 50, 0, 9, 9, 0.9)],
@@ -88,12 +88,12 @@ def test_of_two_that_mean_one_truth_the_better_will_find_it_and_the_other_is_gon
     assert errors.of_truth.tolist() == [CLASSIFICATION] and errors.finds.tolist() == [-1, 0, -1, -1]
     assert errors.target.tolist() == [0, 0, 0, -1]
     ap = {kinds: fixed_ap(errors, 2, kinds)[CAT] for kinds in ((), (LOCALISATION,), (CLASSIFICATION,))}
-    # Mended, the dog is a cat of score .7 behind a false one of .9, and before two of .6 and .4: precision 1/2.
+    # Fixed, the dog is a cat of score .7 behind a false one of .9, and before two of .6 and .4: precision 1/2.
     assert ap == {(): 0.0, (LOCALISATION,): 0.0, (CLASSIFICATION,): pytest.approx(0.5)}
     assert fixed_ap(errors, 2, (CLASSIFICATION, BACKGROUND))[CAT] == pytest.approx(1.0)
 
 
-def test_a_wrong_class_on_a_truth_that_is_found_gains_by_being_gone() -> None:
+def test_a_wrong_class_on_an_object_that_is_found_gains_by_being_removed() -> None:
     truth, found = made([THE_CAT, (DOG, 30, 0, 10, 10)], [
         (CAT, 0, 0, 10, 10, 0.9), (DOG, 0, 0, 10, 10, 0.8), (DOG, 30, 0, 10, 10, 0.7),
     ])  # fmt: skip
@@ -103,7 +103,7 @@ def test_a_wrong_class_on_a_truth_that_is_found_gains_by_being_gone() -> None:
     assert fixed_ap(errors, 2, (CLASSIFICATION,)).tolist() == pytest.approx([1.0, 1.0])
 
 
-def test_missed_truths_that_do_not_count_leave_the_rest() -> None:
+def test_missed_objects_that_do_not_count_leave_the_rest() -> None:
     """One cat of two found: recall 1/2 at precision 1 is AP 51/101; without the missed one it is 1."""
     truth, found = made([THE_CAT, (CAT, 30, 0, 10, 10)], [(CAT, 0, 0, 10, 10, 0.9)])
     errors = classify_errors(truth, found)
@@ -146,10 +146,10 @@ def test_average_precision_of_hits_in_between() -> None:
 
 
 def check_sums(errors: Errors, categories: int) -> None:
-    """What must hold of any breakdown."""
+    """Checks what is true of the errors of any detections."""
     assert set(errors.of_found.tolist()) <= {RIGHT, LEFT_OUT, *ALL} - {MISSED}
     assert set(errors.of_truth.tolist()) <= {RIGHT, LEFT_OUT, CLASSIFICATION, LOCALISATION, MISSED}
-    # Every truth that is found, now or once mended, is so by one detection of that very kind.
+    # Every object that is found, now or once its error is fixed, is found by one detection of that kind.
     finders = np.flatnonzero(errors.finds >= 0)
     assert len(set(errors.finds[finders].tolist())) == len(finders)
     assert (errors.of_truth[errors.finds[finders]] == errors.of_found[finders]).all()
@@ -160,8 +160,8 @@ def check_sums(errors: Errors, categories: int) -> None:
         coco_stats(coco_curves(errors.truth, errors.found, categories))[1],
     )
     assert (-1 if base is None else base) == pytest.approx(theirs, abs=1e-12)
-    mended = fixed_ap(errors, categories, ALL)
-    assert mended[~np.isnan(mended)] == pytest.approx(1.0, abs=1e-12)
+    fixed = fixed_ap(errors, categories, ALL)
+    assert fixed[~np.isnan(fixed)] == pytest.approx(1.0, abs=1e-12)
     for wrong in ("found", "missed"):
         alone = mean_ap(ap_without(wrong, errors, categories))
         assert alone is None or alone >= base - 1e-12
@@ -177,10 +177,10 @@ def check_sums(errors: Errors, categories: int) -> None:
     levels=st.sampled_from([2, 1000]),
 )
 @settings(max_examples=80, deadline=None)
-def test_kinds_sum_up_and_mending_nothing_or_all_is_ap50_or_one(
+def test_kinds_sum_up_and_fixing_nothing_or_all_is_ap50_or_one(
     seed: int, images: int, categories: int, boxes: int, detections: int, side: int, levels: int
 ) -> None:
-    """AP50 is that of coco_scores, which has pycocotools' bits. Boxes of whole numbers, so that many overlaps are equal."""
+    """AP50 equals that of coco_scores, which equals pycocotools'. Boxes have integer sides, so many overlaps are equal."""
     rng = np.random.default_rng(seed)
 
     def squares(number: int) -> np.ndarray:
@@ -214,8 +214,8 @@ def test_the_published_detections_break_down_as_tide_has_them(shared_data: Path)
     image_ids = sorted({d["image_id"] for d in truth["annotations"]} | {d["image_id"] for d in detections})
     arrays = as_arrays(truth, detections, image_ids)
     errors = classify_errors(*arrays[:2])
-    said = (folder / "val2014_fake_eval_res.txt").read_text().split("type=bbox")[1].split("type=")[0]
-    published = float(re.search(r"IoU=0.50 +\| area= +all .*= ([0-9.]+)", said)[1])
+    lines = (folder / "val2014_fake_eval_res.txt").read_text().split("type=bbox")[1].split("type=")[0]
+    published = float(re.search(r"IoU=0.50 +\| area= +all .*= ([0-9.]+)", lines)[1])
     assert round(mean_ap(fixed_ap(errors, arrays[2])), 3) == published == 0.697
     assert [(errors.of_found == kind).sum() for kind in ALL] == [83, 1, 0, 1, 0, 0]
     assert (errors.of_truth == MISSED).sum() == 97
@@ -223,10 +223,10 @@ def test_the_published_detections_break_down_as_tide_has_them(shared_data: Path)
 
 
 def test_errors_of_every_kind_are_counted_and_valued_as_tide_does(shared_data: Path) -> None:
-    """COCO's truth without crowds and detections made from it; figures of tidecv 1.0.1 on the same, run on 2026-11-25.
+    """COCO's ground truth without crowds and detections made from it; figures of tidecv 1.0.1 on both, run on 2026-11-25.
 
     Its AP differs in the fourth digit, because its recalls are k / 100 and COCO's linspace(0, 1, 101), so that a recall of
-    exactly such a value may fall on either side. Of missed ones it differs more: a class all of whose truths are missed
+    exactly such a value may fall on either side. Of missed ones it differs more: a class all of whose objects are missed
     counts 0 there, once they do not count.
     """
     truth = json.loads((shared_data / "coco_subset/annotations/instances_val2017.json").read_text())

@@ -1,4 +1,4 @@
-"""A run's page: what it holds, and that whatever is gone is said and the rest is there."""
+"""A run's page: its content, and that missing files are named and the rest is shown."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def edit(path: Path, change: object) -> None:
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 
-def test_the_page_holds_what_the_runs_files_do(tiny_run: Path) -> None:
+def test_the_page_has_the_content_of_the_runs_files(tiny_run: Path) -> None:
     page, said = run_page(tiny_run)
     shown = text(page)
     scores = json.loads((tiny_run / "evaluation/step_00000040.json").read_text())
@@ -47,8 +47,8 @@ def test_the_page_holds_what_the_runs_files_do(tiny_run: Path) -> None:
     for name, value in scores["per_class"].items():
         assert re.search(rf" {name} +\d+ +\d+ +{value:.3f} ", shown), name
     assert "training.steps 40 paper: 90000" in shown and "data.source scenes paper: coco" in shown
-    assert "loss.gamma 2 paper" not in shown, "what is the paper's is no difference"
-    assert "paper: None" not in shown, "None is no value of the paper's"
+    assert "loss.gamma 2 paper" not in shown, "equal to the paper's value"
+    assert "paper: None" not in shown, "None is not a value of the paper"
     saved = json.loads((tiny_run / "config.json").read_text())
     assert saved["commit"] is None or saved["commit"] in shown
     assert saved["versions"]["jax"] in shown and saved["versions"]["devices"] in shown
@@ -59,7 +59,7 @@ def test_the_page_holds_what_the_runs_files_do(tiny_run: Path) -> None:
     assert not re.search(r'(src|href)="(?!data:|#)', page), "nothing that would be fetched"
 
 
-def test_evaluations_with_other_settings_stand_apart_and_tell_them(tiny_run: Path) -> None:
+def test_evaluations_with_other_settings_are_listed_with_them(tiny_run: Path) -> None:
     own = json.loads((tiny_run / "evaluation/step_00000040.json").read_text())
     other = {**own, "AP": 0.123, "settings": {"detection.tta_flip": True, "detection.tta_short_sides": [64, 96]}}
     (tiny_run / "evaluation/step_00000040_0123abcd.json").write_text(json.dumps(other))
@@ -102,7 +102,7 @@ def test_names_from_the_data_are_escaped(tiny_run: Path) -> None:
     assert str(escape(f"1{nasty}")) in page
 
 
-def test_images_that_are_gone_are_said_and_the_rest_is_there(tiny_run: Path) -> None:
+def test_missing_images_are_named_and_the_rest_is_shown(tiny_run: Path) -> None:
     for image in (tiny_run.parent / "scenes").rglob("*.jpg"):
         image.unlink()
     page = run_page(tiny_run)[0]
@@ -111,7 +111,7 @@ def test_images_that_are_gone_are_said_and_the_rest_is_there(tiny_run: Path) -> 
     assert 'class="kinds"' in page and "precision at IoU 0.75" in page
 
 
-def test_a_folder_of_images_that_is_gone_leaves_the_truth(tiny_run: Path) -> None:
+def test_a_missing_folder_of_images_leaves_the_ground_truth(tiny_run: Path) -> None:
     """The same scenes as COCO files, whose image folder is then taken away."""
     annotations = next((tiny_run.parent / "scenes").rglob("val.json"))
 

@@ -17,7 +17,7 @@ from retina_jax.evaluation.precision_recall import DetectedBoxes, GroundTruth
 
 
 def images_of(rows: list[tuple[int, list[float], list[float]]]) -> Errors:
-    """Images of so many truths, with detections of these scores that are right and wrong."""
+    """Images given as (number of objects, scores of right detections, scores of wrong detections)."""
     truth, found = [], []
     for image, (truths, right, wrong) in enumerate(rows):
         truth += [(image, 20 * n) for n in range(truths)]
@@ -40,7 +40,7 @@ def images_of(rows: list[tuple[int, list[float], list[float]]]) -> Errors:
 
 
 def test_the_operating_point_is_where_f1_is_highest() -> None:
-    """By hand: of 3 truths, from .6 on two are right and one is wrong, F1 = 4 / (3 + 3); from .9 on 2 / (1 + 3)."""
+    """By hand: of 3 objects, from .6 on two are right and one is wrong, F1 = 4 / (3 + 3); from .9 on 2 / (1 + 3)."""
     errors = images_of([(2, [0.9, 0.6], [0.7]), (1, [], [0.5, 0.4])])
     point = operating_point(errors)
     assert point == pytest.approx((0.6, 2 / 3, 2 / 3, 2 / 3))
