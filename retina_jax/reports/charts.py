@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from retina_jax.reports.page import render
+from retina_jax.reports import render
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 """Distinct for colour-blind readers too (Okabe and Ito), readable on white and on black."""

@@ -19,8 +19,8 @@ from retina_jax.data_check.check import Check
 from retina_jax.data_check.coverage import ASPECTS, SIDES, Coverage, Share, Views
 from retina_jax.data_check.split import Split
 from retina_jax.evaluation.drawing import draw_boxes
+from retina_jax.reports import jpeg, render
 from retina_jax.reports.charts import Stack, bar_chart
-from retina_jax.reports.page import jpeg, render
 
 MOST_LISTED = 200
 """Findings of a kind on the page; the JSON has all."""

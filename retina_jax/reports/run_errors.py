@@ -27,8 +27,8 @@ from retina_jax.evaluation.error_analysis import (
     mean_ap,
 )
 from retina_jax.evaluation.precision_recall import IOU_THRESHOLDS, RECALLS
+from retina_jax.reports import jpeg
 from retina_jax.reports.charts import Line, line_chart
-from retina_jax.reports.page import jpeg
 
 MOST_LINES = 10
 """Classes in one chart; with more classes each has a chart of its own."""

@@ -15,8 +15,8 @@ from retina_jax.data.classes import unique_names
 from retina_jax.errors import PlainError
 from retina_jax.evaluation.coco_scores import SUMMARY, EvaluationError, number
 from retina_jax.evaluation.error_analysis import Analysis, analyse, operating_point
+from retina_jax.reports import render
 from retina_jax.reports.charts import Line, line_chart
-from retina_jax.reports.page import render
 from retina_jax.reports.run_errors import errors_section
 from retina_jax.runs.record import Record, read_record
 

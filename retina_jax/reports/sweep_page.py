@@ -11,8 +11,8 @@ from markupsafe import Markup
 
 from retina_jax.paper.comparison import Section
 from retina_jax.paper.wording import HOW_TO_READ
+from retina_jax.reports import TEMPLATES, render
 from retina_jax.reports.charts import Line, line_chart
-from retina_jax.reports.page import TEMPLATES, render
 
 
 def charts_of(section: Section) -> dict[str, str]:
