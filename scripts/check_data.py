@@ -1,13 +1,13 @@
-"""Look at a data set before a day of training is spent on it.
+"""Checks a data set before training.
 
 python scripts/check_data.py --annotations FILE --images DIR --out DIR [--config FILE --data.short-side 300 ...]
     [--val-annotations FILE --val-images DIR]
 
-Reads it as training with this config would, but to the end: every mistake is told, not the first. Writes
-DIR/data_check.html, one file that needs no other, and DIR/data_check.json with the same facts and all names.
+Reads it as training with this config would, but to the end: all mistakes are reported, not only the first. Writes
+DIR/data_check.html, a single file, and DIR/data_check.json with the same facts and all names.
 
-Exit status: 0, training makes sense, whatever is warned of; 3, it does not: training would refuse the data, or the anchors
-miss most of the boxes; 2, there is nothing to check: an option, a file that is no COCO JSON, a folder that is absent.
+Exit status: 0, ready to train (there may be warnings); 3, not ready: training would refuse the data, or the anchors miss
+most of the boxes; 2, nothing can be checked: a wrong option, a file that is not COCO JSON, a missing folder.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from retina_jax.config import Config, ConfigError
 from retina_jax.config_checks import validate
 from retina_jax.console import tell
 from retina_jax.data_check.check import Check, check_data, facts_of
-from retina_jax.reports.check_page import to_html, verdict
-from retina_jax.reports.coverage_pictures import worst_pictures
+from retina_jax.reports.check_page import to_html, worst_pictures
 from retina_jax.runs.folder import write_json
 
 OWN_DATA = Path(__file__).parents[1] / "configs" / "own_data.py"
-SENSELESS = 3
-"""Exit status where training makes no sense."""
+NOT_READY = 3
+"""Exit status if the data is not ready to train."""
 
 
 @dataclass(frozen=True)
@@ -42,30 +41,30 @@ class Arguments:
     images: Path
     """Folder of the training images."""
     out: Path
-    """Folder that the page and the JSON are written to; made where it is missing."""
+    """Folder for the page and the JSON; created if it is missing."""
     settings: Annotated[Config, tyro.conf.arg(name="")]
     config: Path = OWN_DATA
-    """Config file whose fields the other options override; the one that is to be trained with."""
+    """Config file of the training; the other options override its fields."""
     val_annotations: Path | None = None
-    """COCO JSON of the evaluation images; None: the training images alone are checked."""
+    """COCO JSON of the evaluation images; None: only the training images are checked."""
     val_images: Path | None = None
     """Folder of the evaluation images; None: the folder of the training images."""
     pictures: int = 8
-    """Most pictures on the page."""
+    """Maximum number of images on the page."""
 
 
 def main() -> None:
-    """Check, write, say it in short."""
+    """Checks, writes the page and the facts, prints a summary."""
     defaults = Arguments(*[tyro.MISSING] * 3, settings=config_of(sys.argv[1:], str(OWN_DATA)))
     arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__)
     config = validate(arguments.settings)
     if arguments.pictures < 0:
-        raise ConfigError(f"--pictures: {arguments.pictures} cannot be; 0 is none")
+        raise ConfigError(f"--pictures: invalid value {arguments.pictures}; must be 0 or more")
     pairs = {"train": (arguments.annotations, arguments.images)}
     if arguments.val_annotations is not None:
         pairs["val"] = arguments.val_annotations, arguments.val_images or arguments.images
     elif arguments.val_images is not None:
-        raise ConfigError("--val-images: there is no --val-annotations, which it belongs to")
+        raise ConfigError("--val-images: give --val-annotations too")
     page, facts = arguments.out / "data_check.html", arguments.out / "data_check.json"
     arguments.out.mkdir(parents=True, exist_ok=True)
     set_up_jax()
@@ -79,13 +78,13 @@ def main() -> None:
     except OSError as error:
         raise ConfigError(f"{page}: cannot be written: {error.strerror}") from None
     write_json(facts, facts_of(check))
-    say(check)
-    tell(f"page: {page}\nfacts: {facts}\n{verdict(check)}")
-    sys.exit(0 if check.makes_sense else SENSELESS)
+    summarise(check)
+    tell(f"page: {page}\nfacts: {facts}\n{check.verdict()}")
+    sys.exit(0 if check.ready else NOT_READY)
 
 
-def say(check: Check) -> None:
-    """One line a kind of finding, and the anchors."""
+def summarise(check: Check) -> None:
+    """Prints one line per kind of finding, the anchor coverage and the suggestion."""
     for group in check.groups:
         tell(group.line())
     shares, total = check.shares, check.shares.total
@@ -93,7 +92,7 @@ def say(check: Check) -> None:
         return
     tell(
         f"anchors: {total.part('by_iou'):.1%} of {total.boxes} boxes by IoU, {total.part('by_low_quality'):.1%} by the "
-        f"low-quality rule only, {total.part('uncovered'):.1%} none; {shares.positives_per_image:.1f} positives an image"
+        f"low-quality rule only, {total.part('uncovered'):.1%} none; {shares.positives_per_image:.1f} positives per image"
     )
     if check.suggestion is not None:
         tell(check.suggestion.line())

@@ -1,10 +1,10 @@
-"""What came of a run, or of sweeps: python scripts/report.py --workdir DIR [--out FILE_WITHOUT_SUFFIX]
+"""Writes the report on a run or on sweeps: python scripts/report.py --workdir DIR [--out FILE_WITHOUT_SUFFIX]
 
-Of a single run (DIR/config.json) it writes DIR/report.html: what was run, learning curves, COCO figures, classes, errors by
-kind, best and worst images. Images and truth are those that the run was evaluated on: start it where the run was started.
-Of a folder of sweeps it writes their results beside the paper's tables, DIR/report.md (its charts as SVG files beside it)
-and DIR/report.html, from the manifests in DIR/sweeps/ and the runs they name. Every page is one file; runs may be
-unfinished.
+For a single run (DIR/config.json) it writes DIR/report.html: settings, learning curves, COCO scores, classes, errors by
+kind, best and worst images. Images and ground truth are those of the run's evaluation: start it in the folder where the run
+was started. For a folder of sweeps it compares their results with the paper's tables and writes DIR/report.md (its charts as
+SVG files) and DIR/report.html, from the manifests in DIR/sweeps/ and the runs they name. Each page is a single file.
+Runs may be unfinished.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from retina_jax.config import ConfigError
 from retina_jax.paper.comparison import build_report
 from retina_jax.paper.results import read_sweeps
 from retina_jax.reports.run_page import run_page
-from retina_jax.reports.sweep_page import to_html, to_markdown
+from retina_jax.reports.sweep_page import charts_of, to_html, to_markdown
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,27 @@ class Arguments:
     """Options of this script."""
 
     workdir: Path
-    """Folder of a run, or of sweeps: its sweeps/ holds their manifests, beside the runs' own folders."""
+    """Folder of a run, or of sweeps: its sweeps/ has their manifests, next to the runs' own folders."""
     out: Path | None = None
     """Files to write, without a suffix; None: DIR/report."""
 
 
 def main() -> None:
-    """Read the run or the sweeps, write the report, print a line a table."""
+    """Reads the run or the sweeps, writes the report, prints one line per table."""
     arguments = parse_command_line(Arguments, Arguments(tyro.MISSING), sys.argv[1:], __doc__)
     out = arguments.out or arguments.workdir / "report"
     if (arguments.workdir / "config.json").is_file():
         page, summary = run_page(arguments.workdir)
-        files = {out.with_name(out.name + ".html"): page}
+        files = {out.with_name(f"{out.name}.html"): page}
     else:
-        files, summary = _of_sweeps(arguments.workdir, out)
+        sections = build_report(read_sweeps(arguments.workdir))
+        title = f"The paper and {arguments.workdir.resolve().name}"
+        drawn = {(s.name, kind): chart for s in sections for kind, chart in charts_of(s).items()}
+        names = {(table, kind): f"{out.name}_{table}_{kind}.svg" for table, kind in drawn}
+        files = {out.with_name(name): drawn[key] for key, name in names.items()}
+        files[out.with_name(f"{out.name}.md")] = to_markdown(sections, title, names)
+        files[out.with_name(f"{out.name}.html")] = to_html(sections, title)
+        summary = "\n".join(section.summary for section in sections)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for file, text in files.items():
@@ -50,17 +57,6 @@ def main() -> None:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
     print(summary)
     print(f"written: {' and '.join(str(file) for file in files if file.suffix != '.svg')}")
-
-
-def _of_sweeps(workdir: Path, out: Path) -> tuple[dict[Path, str], str]:
-    """The files of the report on all sweeps, and a line for each table."""
-    sections = build_report(read_sweeps(workdir))
-    title = f"The paper and {workdir.resolve().name}"
-    charts = {(s.name, kind): f"{out.name}_{s.name}_{kind}.svg" for s in sections for kind in s.charts}
-    files = {out.with_name(charts[s.name, kind]): svg for s in sections for kind, svg in s.charts.items()}
-    files[out.with_name(out.name + ".md")] = to_markdown(sections, title, charts)
-    files[out.with_name(out.name + ".html")] = to_html(sections, title)
-    return files, "\n".join(section.summary for section in sections)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A real Chromium without a window, in which tests open pages: what they ask for and complain of is seen."""
+"""A real headless Chromium in which tests open pages; their requests and console messages are recorded."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Browser:
         return self.driver.find_elements("css selector", selector)
 
     def value(self, script: str, *arguments: object) -> object:
-        """What JavaScript gives."""
+        """The value of a JavaScript expression."""
         return self.driver.execute_script(f"return {script}", *arguments)
 
     def overflow(self) -> int:
@@ -59,11 +59,13 @@ class Browser:
         return self.value("document.documentElement.scrollWidth - window.innerWidth")
 
     def complaints(self) -> list[str]:
-        """What the console has said since it was last asked."""
+        """Console messages since the last call."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:
-        """Every address asked for since this was last called; pictures within the page are none."""
-        told = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        urls = [event["params"]["request"]["url"] for event in told if event["method"] == "Network.requestWillBeSent"]
+        """Every address requested since the last call, except images embedded in the page."""
+        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        urls = [
+            event["params"]["request"]["url"] for event in messages if event["method"] == "Network.requestWillBeSent"
+        ]
         return [url for url in urls if not url.startswith("data:")]

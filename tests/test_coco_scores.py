@@ -15,15 +15,15 @@ from pycocotools.cocoeval import COCOeval
 
 from retina_jax.evaluation import precision_recall
 from retina_jax.evaluation.coco_scores import evaluate_coco, quiet
-from retina_jax.evaluation.precision_recall import Found, Truth, coco_curves, coco_stats
+from retina_jax.evaluation.precision_recall import DetectedBoxes, GroundTruth, coco_curves, coco_stats
 
 
-def in_arrays(truth: Truth, found: Found, categories: int) -> tuple[np.ndarray, ...]:
+def in_arrays(truth: GroundTruth, found: DetectedBoxes, categories: int) -> tuple[np.ndarray, ...]:
     curves = coco_curves(truth, found, categories)
     return curves.precision, curves.recall, coco_stats(curves)
 
 
-def in_pycocotools(truth: Truth, found: Found, categories: int) -> tuple[np.ndarray, ...]:
+def in_pycocotools(truth: GroundTruth, found: DetectedBoxes, categories: int) -> tuple[np.ndarray, ...]:
     images = 1 + max(truth.images.max(initial=0), found.images.max(initial=0))
     boxes = [
         {"image_id": i, "category_id": k, "bbox": box, "area": area, "iscrowd": int(crowd)}
@@ -52,13 +52,13 @@ def in_pycocotools(truth: Truth, found: Found, categories: int) -> tuple[np.ndar
     return evaluation.eval["precision"], evaluation.eval["recall"], evaluation.stats
 
 
-def check_equal(truth: Truth, found: Found, categories: int) -> None:
+def check_equal(truth: GroundTruth, found: DetectedBoxes, categories: int) -> None:
     ours, theirs = in_arrays(truth, found, categories), in_pycocotools(truth, found, categories)
     for name, own, other in zip(("precision", "recall", "stats"), ours, theirs, strict=True):
         np.testing.assert_array_equal(own, other, name)
 
 
-def columns(truth: dict[str, Any], detections: list[dict[str, Any]]) -> tuple[Truth, Found, int]:
+def columns(truth: dict[str, Any], detections: list[dict[str, Any]]) -> tuple[GroundTruth, DetectedBoxes, int]:
     """The arguments of `coco_curves` of COCO's records."""
     images = {image_id: i for i, image_id in enumerate(sorted(image["id"] for image in truth["images"]))}
     categories = {k: i for i, k in enumerate(sorted(category["id"] for category in truth["categories"]))}
@@ -68,14 +68,18 @@ def columns(truth: dict[str, Any], detections: list[dict[str, Any]]) -> tuple[Tr
         tail[-1].append(np.array([categories[r["category_id"]] for r in records], int))
         tail[-1].append(np.array([r["bbox"] for r in records], float).reshape(-1, 4))
     areas, crowds = np.array([a["area"] for a in boxes], float), np.array([a["iscrowd"] for a in boxes], bool)
-    return Truth(*tail[0], areas, crowds), Found(*tail[1], np.array([d["score"] for d in detections])), len(categories)
+    return (
+        GroundTruth(*tail[0], areas, crowds),
+        DetectedBoxes(*tail[1], np.array([d["score"] for d in detections])),
+        len(categories),
+    )
 
 
 def random_data(
     seed: int, images: int, categories: int, boxes: int, detections: int, side: int, levels: int
-) -> tuple[Truth, Found, int]:
-    """Boxes of whole numbers in a square of `side` pixels, so that many overlap equally, and scores of few levels. Some
-    have no area, a negative one or a huge one; some areas are not the box's; some boxes are crowds, or there twice."""
+) -> tuple[GroundTruth, DetectedBoxes, int]:
+    """Boxes with integer coordinates in a square of `side` pixels, so that many overlap equally, and few different scores.
+    Some have no area, a negative or a huge one; some areas are not the box's; some boxes are crowds or duplicates."""
     rng = np.random.default_rng(seed)
 
     def squares(number: int) -> np.ndarray:
@@ -96,7 +100,7 @@ def random_data(
     areas = truth_boxes[:, 2] * truth_boxes[:, 3]
     edges = rng.choice([0, 1023.5, 1024, 1024.5, 9216, 9216.5, 1e10, 2e10, -1], boxes)
     areas = np.where(rng.uniform(size=boxes) < 0.4, edges, areas)
-    truth = Truth(
+    truth = GroundTruth(
         rng.integers(0, images, boxes),
         rng.integers(0, categories, boxes),
         truth_boxes,
@@ -106,7 +110,9 @@ def random_data(
     scores = rng.integers(-1, levels, detections) / levels
     return (
         truth,
-        Found(rng.integers(0, images, detections), rng.integers(0, categories, detections), found_boxes, scores),
+        DetectedBoxes(
+            rng.integers(0, images, detections), rng.integers(0, categories, detections), found_boxes, scores
+        ),
         categories,
     )
 
@@ -129,7 +135,7 @@ def test_random_data_has_the_bits_of_pycocotools(**sizes: int) -> None:
 def test_only_the_best_hundred_of_an_image_and_class_count(seed: int) -> None:
     truth, found, categories = random_data(seed, images=2, categories=2, boxes=60, detections=900, side=30, levels=5)
     check_equal(truth, found, categories)
-    more = Found(
+    more = DetectedBoxes(
         *(np.concatenate([column, column[:300]]) for column in found[:3]), np.r_[found.scores, np.full(300, -2.0)]
     )
     for own, other in zip(in_arrays(truth, more, categories), in_arrays(truth, found, categories), strict=True):
@@ -142,8 +148,8 @@ def test_overlaps_of_any_floats_have_the_bits_of_pycocotools() -> None:
     found = (truth.repeat(6, axis=0) + rng.normal(0, 8, (2400, 4))).astype(np.float32).astype(float)
     of_image = rng.integers(0, 40, 400)
     areas, crowds = truth[:, 2] * truth[:, 3] * rng.uniform(0.5, 1, 400), rng.uniform(size=400) < 0.1
-    boxes = Truth(of_image, np.zeros(400, int), truth, areas, crowds)
-    check_equal(boxes, Found(of_image.repeat(6), np.zeros(2400, int), found, rng.uniform(size=2400)), 1)
+    boxes = GroundTruth(of_image, np.zeros(400, int), truth, areas, crowds)
+    check_equal(boxes, DetectedBoxes(of_image.repeat(6), np.zeros(2400, int), found, rng.uniform(size=2400)), 1)
 
 
 @pytest.fixture
@@ -180,8 +186,8 @@ def test_truth_as_detections_has_precision_one(seed: int) -> None:
     rng = np.random.default_rng(seed)
     boxes_xywh = np.concatenate([rng.uniform(0, 500, (300, 2)), rng.uniform(1, 200, (300, 2))], axis=1)
     of_image, of_class = rng.integers(0, 20, 300), rng.integers(0, 3, 300)
-    truth = Truth(of_image, of_class, boxes_xywh, boxes_xywh[:, 2] * boxes_xywh[:, 3], np.zeros(300, bool))
-    precision, recall, stats = in_arrays(truth, Found(of_image, of_class, boxes_xywh, rng.uniform(size=300)), 4)
+    truth = GroundTruth(of_image, of_class, boxes_xywh, boxes_xywh[:, 2] * boxes_xywh[:, 3], np.zeros(300, bool))
+    precision, recall, stats = in_arrays(truth, DetectedBoxes(of_image, of_class, boxes_xywh, rng.uniform(size=300)), 4)
     np.testing.assert_allclose(precision[:, :, :3, :, -1], 1, rtol=1e-12)
     np.testing.assert_array_equal(recall[:, :3, :, -1], 1)
     assert (precision[:, :, 3] == -1).all() and (recall[:, 3] == -1).all()  # Nothing of this class is there to find.
@@ -189,26 +195,26 @@ def test_truth_as_detections_has_precision_one(seed: int) -> None:
 
 
 def test_nothing_at_all_is_minus_one() -> None:
-    nothing = Truth(*(np.zeros(0, int),) * 2, np.zeros((0, 4)), np.zeros(0), np.zeros(0, bool))
+    nothing = GroundTruth(*(np.zeros(0, int),) * 2, np.zeros((0, 4)), np.zeros(0), np.zeros(0, bool))
     for categories in (0, 2):
-        precision, recall, stats = in_arrays(nothing, Found(*nothing[:4]), categories)
+        precision, recall, stats = in_arrays(nothing, DetectedBoxes(*nothing[:4]), categories)
         assert precision.shape == (10, 101, categories, 4, 3) and recall.shape == (10, categories, 4, 3)
         assert (precision == -1).all() and (recall == -1).all() and stats.tolist() == [-1] * 12
 
 
 def test_overlap_beyond_float64_is_none() -> None:
     of_one, box = np.zeros(1, int), np.array([[0, 0, 1e200, 1e200]])
-    truth = Truth(of_one, of_one, box, np.ones(1), np.zeros(1, bool))
-    precision, recall, _ = in_arrays(truth, Found(of_one, of_one, box, np.ones(1)), 1)
+    truth = GroundTruth(of_one, of_one, box, np.ones(1), np.zeros(1, bool))
+    precision, recall, _ = in_arrays(truth, DetectedBoxes(of_one, of_one, box, np.ones(1)), 1)
     assert (precision[:, :, 0, 0] == 0).all() and (recall[:, 0, 0] == 0).all()
 
 
 def test_how_many_pairs_are_looked_at_together_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     data = random_data(0, images=3, categories=2, boxes=60, detections=300, side=20, levels=9)
-    whole = in_arrays(*data)
+    at_once = in_arrays(*data)
     for pairs in (1, 50, 5000):
         monkeypatch.setattr(precision_recall, "PAIRS", pairs)
-        for own, other in zip(in_arrays(*data), whole, strict=True):
+        for own, other in zip(in_arrays(*data), at_once, strict=True):
             np.testing.assert_array_equal(own, other)
 
 
@@ -218,8 +224,8 @@ def test_one_crowded_image_does_not_cost_the_others_memory() -> None:
     of_truth = np.concatenate([np.zeros(2000, int), np.arange(3000)])
     of_found = np.concatenate([np.zeros(100, int), np.arange(3000)])
     boxes_xywh = np.concatenate([rng.uniform(0, 40, (5000, 2)), rng.uniform(60, 80, (5000, 2))], axis=1)
-    truth = Truth(of_truth, 0 * of_truth, boxes_xywh, np.full(5000, 4000.0), np.zeros(5000, bool))
-    found = Found(of_found, 0 * of_found, boxes_xywh[1900:], rng.uniform(size=3100))
+    truth = GroundTruth(of_truth, 0 * of_truth, boxes_xywh, np.full(5000, 4000.0), np.zeros(5000, bool))
+    found = DetectedBoxes(of_found, 0 * of_found, boxes_xywh[1900:], rng.uniform(size=3100))
     tracemalloc.start()
     try:
         coco_curves(truth, found, 1)

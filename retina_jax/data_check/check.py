@@ -1,4 +1,4 @@
-"""The whole check: what is found in the splits of a data set, and what the anchors are to its boxes."""
+"""The complete check: findings in the splits of a data set, and how well the anchors cover its boxes."""
 
 from __future__ import annotations
 
@@ -16,59 +16,70 @@ from retina_jax.console import tell
 from retina_jax.data.classes import Category, category_ids, open_both
 from retina_jax.data.conventions import Decoding
 from retina_jax.data.survey import Survey, survey_files
-from retina_jax.data_check.coverage import Coverage, Shares, count_shares, cover, coverage_findings
+from retina_jax.data_check.coverage import Coverage, Shares, Views, count_shares, cover, coverage_findings, view_boxes
 from retina_jax.data_check.findings import Finding, Group, grouped
-from retina_jax.data_check.image_check import check_images, leaks, twice
-from retina_jax.data_check.split import Split, box_findings, noted, read_split, refusals, repeated
+from retina_jax.data_check.image_check import check_images, duplicates, leaks
+from retina_jax.data_check.split import Split, box_findings, note_findings, read_split, refusals, repeated
 from retina_jax.data_check.suggestion import Suggestion, suggest
-from retina_jax.data_check.views import Views, view_boxes
 
 BAD_IMAGES = ("missing", "unreadable", "wrong_size")
 """Kinds that data.bad_images skip tolerates."""
+CONCERNED = ("data", "anchors", "matching")
+"""Sections of the config that the check depends on."""
 
 
 class ClassCount(NamedTuple):
-    """A class of a split."""
+    """Counts of a class in a split."""
 
     name: str
-    """As it is shown (`classes.unique_names`)."""
     boxes: int
     """Boxes that can be trained on."""
     images: int
-    """Images with one of them."""
+    """Images with at least one of them."""
     dropped: int
-    """Crowds, and boxes without area or outside their image."""
+    """Crowd boxes, boxes without area and boxes outside their image."""
 
 
 @dataclass(frozen=True, eq=False)
 class Check:
-    """All that was found."""
+    """All results."""
 
     config: Config
     decoding: Decoding
     """How images of the training split are decoded."""
     splits: list[Split]
-    """train, and where it was given val."""
+    """train, and val if it was given."""
     counts: dict[str, list[ClassCount]]
-    """Of each split, by label."""
+    """By split, then by label."""
     groups: list[Group]
     """Findings by kind, errors first."""
     views: Views
-    """Boxes of the training split on their canvases."""
+    """Boxes of the training split at the sizes of training."""
     coverage: Coverage
     shares: Shares
     suggestion: Suggestion | None
 
     @property
-    def makes_sense(self) -> bool:
-        """Whether training would start, and could learn something: no error was found."""
-        return all(group.severity != "error" for group in self.groups)
+    def ready(self) -> bool:
+        """Whether training would start and could learn something: there is no error."""
+        return self.number("error") == 0
+
+    def number(self, severity: str) -> int:
+        """Number of findings of this severity."""
+        return sum(len(group.findings) for group in self.groups if group.severity == severity)
+
+    def verdict(self) -> str:
+        """One line: whether the data is ready, and the numbers of errors and warnings."""
+        errors, warnings = self.number("error"), self.number("warning")
+        return (
+            f"{'Not ready' if errors else 'Ready'} to train. Errors: {errors or 'none'}, warnings: {warnings or 'none'}"
+        )
 
 
 def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
-    """Checks the splits `train` and, where given, `val`: each a COCO JSON and a folder of images.
+    """Checks the splits `train` and, if given, `val`: each a COCO JSON and a folder of images.
 
-    DataError as in `read_split`.
+    Raises DataError as `read_split` does.
     """
 
     def opened(name: str, known: Sequence[Category]) -> Split:
@@ -83,20 +94,18 @@ def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
     shown = [survey.votes.shown for survey in surveys.values()]
     if config.data.orientation == "auto" and set(shown) == {"open", "stored"}:
         config = override(config, {"data.undecided_orientation": "stored"})
-        # The sizes of images that have none follow the other split where their own does not show the convention.
+        # Image entries without a size follow the other split if their own does not show the convention.
         again = [bool(split.unsized) and one == "open" for split, one in zip(splits, shown, strict=True)]
         splits = [opened(s.name, s.categories) if late else s for s, late in zip(splits, again, strict=True)]
     found: list[Finding] = []
-    digests = []
-    decodings = {}
+    digests, decodings = [], {}
     for split in splits:
         tell(f"{split.name}: {len(split.images)} images, {len(split.labels)} boxes, {len(split.class_names)} classes")
         decodings[split.name], config, of_files = decide_decoding(split, surveys[split.name], config)
-        found += of_files
         bad_images, of_images = check_images(split, decodings[split.name], config.data.workers)
         digests.append(of_images)
-        found += [*refusals(split), *noted(split), *repeated(split), *bad_images, *twice(split, of_images)]
-        found += box_findings(split, config.data.max_boxes)
+        found += [*of_files, *refusals(split), *note_findings(split), *repeated(split), *bad_images]
+        found += [*duplicates(split, of_images), *box_findings(split, config.data.max_boxes)]
     found += leaks(*digests) if len(splits) == 2 else []
     train = splits[0]
     counts = {split.name: count_classes(split) for split in splits}
@@ -110,11 +119,9 @@ def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
         found += coverage_findings(shares) + _outbid(train, views, coverage, found)
     else:
         found.append(Finding("nothing_to_learn", "train", str(train.annotations)))
-    tolerated = BAD_IMAGES if config.data.bad_images == "skip" else ()
+    groups = grouped(found, BAD_IMAGES if config.data.bad_images == "skip" else ())
     suggestion = suggest(train.records, config, train.class_names, shares)
-    return Check(
-        config, decodings[train.name], splits, counts, grouped(found, tolerated), views, coverage, shares, suggestion
-    )
+    return Check(config, decodings[train.name], splits, counts, groups, views, coverage, shares, suggestion)
 
 
 def survey_split(split: Split) -> Survey:
@@ -135,15 +142,13 @@ def decide_decoding(split: Split, survey: Survey, config: Config) -> tuple[Decod
 
 def count_classes(split: Split) -> list[ClassCount]:
     """Boxes and images of every class."""
-    classes = len(split.class_names)
-    usable = split.rules["usable"]
-    boxes = np.bincount(split.labels[usable], minlength=classes)
-    dropped = np.bincount(split.labels[~usable], minlength=classes)
+    usable, names = split.rules["usable"], split.class_names
     pairs = np.unique(np.stack([split.owners[usable], split.labels[usable]]), axis=1)
-    images = np.bincount(pairs[1], minlength=classes)
-    return [
-        ClassCount(*row) for row in zip(split.class_names, *(n.tolist() for n in (boxes, images, dropped)), strict=True)
-    ]
+    columns = (
+        np.bincount(labels, minlength=len(names)).tolist()
+        for labels in (split.labels[usable], pairs[1], split.labels[~usable])
+    )
+    return [ClassCount(*row) for row in zip(names, *columns, strict=True)]
 
 
 def _refused_config(config: Config, splits: Sequence[Split]) -> list[Finding]:
@@ -157,21 +162,18 @@ def _refused_config(config: Config, splits: Sequence[Split]) -> list[Finding]:
 
 
 def _outbid(split: Split, views: Views, coverage: Coverage, found: Sequence[Finding]) -> list[Finding]:
-    """Boxes that are outbid at one of the sizes that they are trained at, by others than their twins, told already."""
+    """Boxes that are outbid at one of their sizes by others than their duplicates, which are reported already."""
     twins = {finding.name for finding in found if finding.kind in ("same_box", "other_class")}
-    boxes = split.trained_boxes()[np.unique(views.boxes[coverage.outbid])]
+    boxes = split.trained_boxes()[np.unique(views.boxes[coverage.kinds["outbid"]])]
     named = {split.box_name(m): split.file_of(m) for m in boxes.tolist()}
     return [Finding("outbid", split.name, name, file) for name, file in named.items() if name not in twins]
 
 
-# A check as JSON: every finding, every count.
-
-
 def facts_of(check: Check) -> dict[str, Any]:
-    """What the page shows, all of it, in JSON's own types."""
-    settings = {name: value for name, value in flatten(check.config).items() if name.split(".")[0] in CONCERNED}
+    """All that the page shows, in JSON's own types."""
+    suggestion = check.suggestion
     return {
-        "makes_sense": check.makes_sense,
+        "makes_sense": check.ready,
         "splits": {
             split.name: {
                 "annotations": str(split.annotations),
@@ -193,26 +195,14 @@ def facts_of(check: Check) -> dict[str, Any]:
             }
             for group in check.groups
         ],
-        "coverage": _shares(check.shares),
-        "suggestion": check.suggestion
+        "coverage": check.shares.as_dict(),
+        "suggestion": suggestion
         and {
-            "options": check.suggestion.options,
-            "changes": check.suggestion.changes,
-            "pixels_factor": check.suggestion.pixels,
-            "anchors_per_cell": list(check.suggestion.anchors),
-            "coverage": _shares(check.suggestion.after),
+            "options": suggestion.options,
+            "changes": suggestion.changes,
+            "pixels_factor": suggestion.pixels,
+            "anchors_per_cell": list(suggestion.anchors),
+            "coverage": suggestion.after.as_dict(),
         },
-        "settings": settings,
-    }
-
-
-CONCERNED = ("data", "anchors", "matching")
-"""Parts of the config that the check depends on."""
-
-
-def _shares(shares: Shares) -> dict[str, Any]:
-    return {
-        "all": shares.total.as_dict(),
-        "positives_per_image": round(shares.positives_per_image, 3),
-        **{key: [share.as_dict() for share in getattr(shares, key)] for key in ("classes", "sizes", "aspects")},
+        "settings": {name: value for name, value in flatten(check.config).items() if name.split(".")[0] in CONCERNED},
     }

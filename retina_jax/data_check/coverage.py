@@ -1,4 +1,5 @@
-"""Anchor coverage: which boxes training would give anchors to, by training's own anchors and its own matching."""
+"""Anchor coverage: the boxes at the sizes of training, which of them get anchors by training's own matching, and counts by
+class, size and aspect ratio."""
 
 from __future__ import annotations
 
@@ -6,125 +7,171 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int64
 
-from retina_jax.config import Config
+from retina_jax.config import Config, DataConfig
+from retina_jax.data.source import Record
+from retina_jax.data.transforms import assign_bucket, buckets, resized_size, to_canvas_pixels, train_short_sides
 from retina_jax.data_check.findings import Finding
 from retina_jax.data_check.passes import Progress
-from retina_jax.data_check.views import ASPECTS, SIDES, Views
 from retina_jax.ops.anchors import anchor_grid
 from retina_jax.ops.boxes import iou_matrix
 from retina_jax.ops.matching import match
 
+SIDES = np.array([0.0, *(2.0 ** (np.arange(4, 21) / 2)), np.inf])
+"""Ends of the bins of box sizes, the square root of the area in pixels: half octaves from 4 to 1024."""
+ASPECTS = np.array([0.0, *(2.0 ** (np.arange(-6, 7) / 2)), np.inf])
+"""Ends of the bins of aspect ratios, height over width: half octaves from 1:8 to 8:1."""
 FEWEST = 8
-"""Rows that boxes are padded to at least; from there on powers of two, so that few programs are compiled."""
+"""Rows that boxes are padded to at least, above that powers of two, so that few programs are compiled."""
 THREADS = 2
-"""Images matched at once."""
+"""Images matched at the same time."""
+POOR = 0.9
+"""A class with a smaller share of boxes with an anchor of sufficient IoU gets a warning."""
+HOPELESS = 0.5
+"""If a smaller share of all boxes has any anchor, the data is not ready to train."""
+CLASS_HOPELESS = 0.1
+"""The same for a class of MANY boxes: it would never be detected."""
+MANY = 10
+
+
+class Views(NamedTuple):
+    """V views, each an image at one of its sizes, with N boxes in all. If training draws the short side at random, every
+    image has one view per short side. Nothing is flipped."""
+
+    padded_hw: list[tuple[int, int]]
+    """Padded shape (height, width) of each view."""
+    sizes_hw: list[tuple[int, int]]
+    """Size of each image within it."""
+    records: Int64[np.ndarray, " V"]
+    """Record of each view."""
+    ends: Int64[np.ndarray, " V+1"]
+    """View v has the boxes ends[v] to ends[v + 1]."""
+    boxes_xyxy: Float32[np.ndarray, "N 4"]
+    """Pixels of the padded image, exactly what training matches with the anchors."""
+    labels: Int64[np.ndarray, " N"]
+    boxes: Int64[np.ndarray, " N"]
+    """Index of each box among those of all records, one record after the other."""
+
+    def bins(self) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " N"]]:
+        """The bin of SIDES and the bin of ASPECTS of each box; a value on the border of two bins is in the upper one."""
+        width, height = (self.boxes_xyxy[:, 2:] - self.boxes_xyxy[:, :2]).astype(np.float64).T
+        ends_values = (SIDES, np.sqrt(width * height)), (ASPECTS, height / width)
+        return tuple(np.searchsorted(ends, values, side="right") - 1 for ends, values in ends_values)
+
+
+def view_boxes(records: list[Record], data: DataConfig) -> Views:
+    """The views of all records as training would make them; of each image the first `data.max_boxes` boxes."""
+    short_sides = train_short_sides(data)
+    shapes, rule = buckets(data, short_sides), (data.long_side, data.size_rounding)
+    starts = np.cumsum([0, *(len(record.labels) for record in records)])
+    padded, sizes, rows, boxes, labels, places = [], [], [], [], [], []
+    for row, record in enumerate(records):
+        n = min(len(record.labels), data.max_boxes)
+        largest = resized_size(record.height, record.width, max(short_sides), *rule)
+        for short_side in short_sides:
+            height, width = resized_size(record.height, record.width, short_side, *rule)
+            scale_xy = np.array([width / record.width, height / record.height])
+            padded.append(shapes[assign_bucket(largest, shapes)])
+            sizes.append((height, width))
+            rows.append(row)
+            boxes.append(to_canvas_pixels(record.boxes_xyxy[:n], scale_xy, data.box_ends).astype(np.float32))
+            labels.append(record.labels[:n])
+            places.append(np.arange(starts[row], starts[row] + n))
+    return Views(
+        padded_hw=padded,
+        sizes_hw=sizes,
+        records=np.array(rows, np.int64),
+        ends=np.cumsum([0, *map(len, boxes)]),
+        boxes_xyxy=np.concatenate([np.zeros((0, 4), np.float32), *boxes]),
+        labels=np.concatenate([np.zeros(0, np.int64), *labels]).astype(np.int64),
+        boxes=np.concatenate([np.zeros(0, np.int64), *places]),
+    )
 
 
 class Coverage(NamedTuple):
-    """What the anchors are to N boxes. Each box is one of `by_iou`, `by_low_quality` and `uncovered`."""
+    """Anchors of N boxes."""
 
     best_iou: Float32[np.ndarray, " N"]
-    """Largest IoU that any anchor has with the box."""
+    """Largest IoU of any anchor with the box."""
     anchors: Int64[np.ndarray, " N"]
-    """Positive anchors that are trained to be the box."""
+    """Positive anchors assigned to the box."""
     positive_iou: float
 
     @property
-    def by_iou(self) -> Bool[np.ndarray, " N"]:
-        """Boxes with an anchor of matching.positive_iou or more."""
-        return self.best_iou >= self.positive_iou
-
-    @property
-    def by_low_quality(self) -> Bool[np.ndarray, " N"]:
-        """Boxes that have anchors only because matching.low_quality rescues their best ones."""
-        return ~self.by_iou & (self.anchors > 0)
-
-    @property
-    def uncovered(self) -> Bool[np.ndarray, " N"]:
-        """Boxes that no anchor is trained to be, and whose best one is below matching.positive_iou."""
-        return ~self.by_iou & (self.anchors == 0)
-
-    @property
-    def outbid(self) -> Bool[np.ndarray, " N"]:
-        """Boxes `by_iou` that no anchor is trained to be all the same: their anchors overlap other boxes more."""
-        return self.by_iou & (self.anchors == 0)
+    def kinds(self) -> dict[str, Bool[np.ndarray, " N"]]:
+        """Which boxes are `by_iou` (an anchor has matching.positive_iou or more), `by_low_quality` (anchors only by
+        matching.low_quality) or `uncovered` (no anchor): each box is one of these. `outbid`: those `by_iou` without an
+        anchor, because theirs all overlap other boxes more."""
+        near, any_anchor = self.best_iou >= self.positive_iou, self.anchors > 0
+        return {
+            "by_iou": near,
+            "by_low_quality": ~near & any_anchor,
+            "uncovered": ~near & ~any_anchor,
+            "outbid": near & ~any_anchor,
+        }
 
 
 def cover(views: Views, config: Config, what: str = "anchors") -> Coverage:
-    """Matches the anchors of every view with its boxes; `what` is what the progress is called."""
+    """Matches the anchors of every view with its boxes; `what` names the progress line."""
     counts = np.diff(views.ends)
     best, anchors = np.zeros(len(views.labels), np.float32), np.zeros(len(views.labels), np.int64)
 
-    def look(v: int) -> tuple[int, np.ndarray, np.ndarray]:
+    def cover_view(v: int) -> tuple[int, np.ndarray, np.ndarray]:
         start, n = views.ends[v], int(counts[v])
         rows = max(FEWEST, 1 << (n - 1).bit_length())
         boxes, labels = np.zeros((rows, 4), np.float32), np.full(rows, -1, np.int32)
         boxes[:n], labels[:n] = views.boxes_xyxy[start : start + n], views.labels[start : start + n]
-        iou, won = _program(views.canvases[v], config)(boxes, labels)
+        iou, won = _program(views.padded_hw[v], config)(boxes, labels)
         return v, np.asarray(iou)[:n], np.asarray(won)[:n]
 
     filled = np.flatnonzero(counts).tolist()
     with ThreadPoolExecutor(THREADS) as pool:
-        for v, iou, won in Progress(f"{what}: images", pool.map(look, filled), len(filled)):
-            mine = slice(views.ends[v], views.ends[v + 1])
-            best[mine], anchors[mine] = iou, won
+        for v, iou, won in Progress(f"{what}: images", pool.map(cover_view, filled), len(filled)):
+            of_view = slice(views.ends[v], views.ends[v + 1])
+            best[of_view], anchors[of_view] = iou, won
     return Coverage(best, anchors, config.matching.positive_iou)
 
 
 @lru_cache(maxsize=16)
-def _program(canvas_hw: tuple[int, int], config: Config) -> Callable[..., tuple[Array, Array]]:
-    """Boxes and labels of an image to the best IoU of each box and the number of anchors that it wins."""
-    grid = anchor_grid(canvas_hw, config.anchors, config.model)
+def _program(padded_hw: tuple[int, int], config: Config) -> Callable[..., tuple[Array, Array]]:
+    """Maps the boxes and labels of an image to the best IoU and the number of positive anchors of each box."""
+    grid = anchor_grid(padded_hw, config.anchors, config.model)
 
     @jax.jit
-    def look(boxes_xyxy: Float[Array, "G 4"], labels: Int[Array, " G"]) -> tuple[Float[Array, " G"], Int[Array, " G"]]:
+    def cover_boxes(
+        boxes_xyxy: Float[Array, "G 4"], labels: Int[Array, " G"]
+    ) -> tuple[Float[Array, " G"], Int[Array, " G"]]:
         matches = match(grid, boxes_xyxy, labels, config.matching)
         won = jnp.zeros(labels.shape, jnp.int32).at[matches.box_index].add((matches.labels >= 0).astype(jnp.int32))
         return iou_matrix(boxes_xyxy, grid).max(axis=1), won
 
-    return look
-
-
-# Coverage in numbers: of all boxes, by class, by size and by aspect; and whether one can train with it.
-
-POOR = 0.9
-"""A class of which a smaller share has an anchor of sufficient IoU is warned of."""
-HOPELESS = 0.5
-"""Training makes no sense where a smaller share of all boxes has any anchor at all."""
-CLASS_HOPELESS = 0.1
-"""The same for a class of MANY boxes: it would never be found."""
-MANY = 10
+    return cover_boxes
 
 
 class Share(NamedTuple):
-    """What the anchors are to some of the boxes: each is one of the three."""
+    """Coverage of a group of boxes: numbers of boxes by `Coverage.kinds`."""
 
     name: str
     boxes: int
     by_iou: int
-    """Boxes with an anchor of matching.positive_iou or more."""
     by_low_quality: int
-    """Boxes that have anchors only because matching.low_quality rescues their best ones."""
     uncovered: int
-    """Boxes without an anchor."""
     outbid: int
-    """Of `by_iou`, those whose anchors all go to other boxes."""
     anchors: int
     """Positive anchors of all of them."""
 
     def part(self, kind: str) -> float:
-        """The share of one of the counts in all boxes; 1 of no boxes."""
+        """The share of one of the counts in all boxes; 1 if there are no boxes."""
         return getattr(self, kind) / self.boxes if self.boxes else 1.0
 
     def as_dict(self) -> dict[str, str | int | float | None]:
-        """Counts and shares, for JSON; shares of no boxes are null."""
+        """Counts and shares, for JSON; without boxes the shares are null."""
         kinds = ("by_iou", "by_low_quality", "uncovered")
         parts = {f"{kind}_share": round(self.part(kind), 6) if self.boxes else None for kind in kinds}
         return {**self._asdict(), **parts}
@@ -135,34 +182,49 @@ class Shares(NamedTuple):
 
     total: Share
     classes: list[Share]
-    """Of every class, by label; those without boxes too."""
+    """By label; classes without boxes included."""
     sizes: list[Share]
     """By bin of SIDES."""
     aspects: list[Share]
     """By bin of ASPECTS."""
     positives_per_image: float
-    """Positive anchors that an image of the training has on average; over the batch, what the loss is divided by."""
+    """Mean number of positive anchors of a training image; times the batch size, the loss's normaliser."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Counts and shares, for JSON."""
+        return {
+            "all": self.total.as_dict(),
+            "positives_per_image": round(self.positives_per_image, 3),
+            **{key: [share.as_dict() for share in getattr(self, key)] for key in ("classes", "sizes", "aspects")},
+        }
 
 
 def count_shares(views: Views, coverage: Coverage, class_names: Sequence[str]) -> Shares:
     """Counts the `coverage` of the boxes of `views`."""
+
+    def by_group(groups: Int64[np.ndarray, " N"], names: Sequence[str]) -> list[Share]:
+        columns = np.ones(len(groups)), *coverage.kinds.values(), coverage.anchors
+        counts = (np.bincount(groups, of.astype(np.float64), len(names)).astype(np.int64).tolist() for of in columns)
+        return [Share(*row) for row in zip(names, *counts, strict=True)]
+
+    sizes, aspects = views.bins()
     return Shares(
-        total=_split(np.zeros(len(views.labels), np.int64), ["all"], coverage)[0],
-        classes=_split(views.labels, class_names, coverage),
-        sizes=_split(views.bin_of_size(), bin_names(SIDES), coverage),
-        aspects=_split(views.bin_of_aspect(), bin_names(ASPECTS), coverage),
-        positives_per_image=int(coverage.anchors.sum()) / max(1, len(views.canvases)),
+        total=by_group(np.zeros(len(views.labels), np.int64), ["all"])[0],
+        classes=by_group(views.labels, class_names),
+        sizes=by_group(sizes, bin_names(SIDES)),
+        aspects=by_group(aspects, bin_names(ASPECTS)),
+        positives_per_image=int(coverage.anchors.sum()) / max(1, len(views.padded_hw)),
     )
 
 
 def bin_names(ends: Float[np.ndarray, " n"]) -> list[str]:
-    """What the bins between `ends` are called; the last has none."""
+    """Names of the bins between `ends`; the last one is open."""
     pairs = pairwise(ends.tolist())
     return [f"{low:.4g} to {high:.4g}" if np.isfinite(high) else f"{low:.4g} or more" for low, high in pairs]
 
 
 def coverage_findings(shares: Shares) -> list[Finding]:
-    """What is hopeless, and the classes with poor coverage, the worst first."""
+    """Hopeless coverage, and the classes with poor coverage, the worst first."""
     found = []
     for share in (shares.total, *sorted(shares.classes, key=lambda share: share.part("by_iou"))):
         text = (
@@ -176,11 +238,3 @@ def coverage_findings(shares: Shares) -> list[Finding]:
         elif share is not shares.total and share.part("by_iou") < POOR:
             found.append(Finding("poor", "train", name, text))
     return found
-
-
-def _split(groups: Int64[np.ndarray, " N"], names: Sequence[str], coverage: Coverage) -> list[Share]:
-    def count(of: np.ndarray) -> list[int]:
-        return np.bincount(groups, weights=of.astype(np.float64), minlength=len(names)).astype(np.int64).tolist()
-
-    columns = [np.ones(len(groups)), coverage.by_iou, coverage.by_low_quality, coverage.uncovered, coverage.outbid]
-    return [Share(*row) for row in zip(names, *map(count, [*columns, coverage.anchors]), strict=True)]

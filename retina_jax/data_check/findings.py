@@ -1,4 +1,4 @@
-"""What a data check can find, how bad each kind is, and the findings themselves."""
+"""What a data check can find, how severe each kind is, and the findings themselves."""
 
 from __future__ import annotations
 
@@ -7,131 +7,82 @@ from typing import Literal, NamedTuple
 
 Severity = Literal["error", "warning", "note"]
 SHOWN = 5
-"""Findings of a kind that its one line on the terminal names."""
+"""Findings of a kind that its line on the terminal names."""
 
 
 class Kind(NamedTuple):
     """A kind of finding."""
 
     severity: Severity
-    """error: training would refuse the data, or makes no sense on it; warning: it goes on, and somebody should look;
-    note: known and handled."""
+    """error: training would refuse the data or could not learn from it; warning: training works, but look at it; note: known
+    and handled."""
     title: str
     """What is counted, in the plural."""
     meaning: str
-    """What training makes of it, and what to do."""
+    """What training does with it, and what to do."""
 
 
-SKIPPED = "Training stops at them, or with data.bad_images skip leaves them out."
-KINDS: dict[str, Kind] = {
-    "refused_categories": Kind("error", "categories that training refuses", "Training stops at the first of them."),
-    "refused_images": Kind("error", "image entries that training refuses", "Training stops at the first of them."),
-    "refused_boxes": Kind("error", "annotations that training refuses", "Training stops at the first of them."),
-    "refused_config": Kind("error", "settings that do not fit the data", "Training stops before its first step."),
-    "missing": Kind("error", "images that are missing", SKIPPED),
-    "unreadable": Kind("error", "images that cannot be read", SKIPPED),
-    "wrong_size": Kind(
-        "error",
-        "images of another size than their annotations say",
-        f"The boxes would lie in the wrong places. {SKIPPED}",
-    ),
-    "box_format": Kind(
-        "error", "splits whose boxes look like another format", "Training stops. Set data.box_format or convert them."
-    ),
-    "nothing_to_learn": Kind("error", "splits without any usable box", "There is nothing to train on."),
-    "hopeless": Kind(
-        "error",
-        "hopeless anchor coverage",
-        "Boxes without an anchor are background to the training: these could not be learnt. See the suggestion.",
-    ),
-    "poor": Kind(
-        "warning",
-        "classes with poor anchor coverage",
-        "Boxes whose best anchor is below the IoU of a positive are learnt badly or not at all. See the suggestion.",
-    ),
-    "likely_format": Kind(
-        "warning",
-        "splits whose boxes may be in another format",
-        "They are read as data.box_format has it, as x, y, width, height in pixels by default: look at the pictures.",
-    ),
-    "all_crowds": Kind(
-        "warning",
-        "splits with classes that have crowds alone",
-        "These classes are neither learnt nor scored. Set data.crowds objects.",
-    ),
-    "moved": Kind(
-        "warning", "splits with images elsewhere than their names say", "Check that they are the right ones."
-    ),
-    "text_numbers": Kind("warning", "splits with numbers written as text", "They are read as numbers."),
-    "without_box": Kind("warning", "annotations without a box", "Points, keypoints, or nothing. They are dropped."),
-    "pixels": Kind(
-        "warning",
-        "doubts about how image files are decoded",
-        "Boxes may lie on pixels that are turned otherwise, or 16-bit images may be too dark or cut off. Check the boxes "
-        "and set data.orientation or data.bits.",
-    ),
-    "incomplete": Kind(
-        "warning",
-        "JPEGs with missing data",
-        "Part of the image is grey or displaced. Training takes it as it is.",
-    ),
-    "one_colour": Kind(
-        "warning",
-        "images of one colour, wholly or nearly",
-        "On a grid of up to 64 x 64 pixels of the image, and of each box, 99.9 % are within 2 of 255 levels of the median. "
-        "Nothing can be learnt from them.",
-    ),
-    "leakage": Kind(
-        "warning", "images in both splits", "The same bytes in training and evaluation: the scores would be too good."
-    ),
-    "same_image": Kind(
-        "warning",
-        "images that are in a split twice",
-        "The same bytes: trained on twice, and often labelled differently.",
-    ),
-    "zero_size": Kind("warning", "boxes without area", "A side is 0 or less. They are dropped."),
-    "outside": Kind("warning", "boxes outside their image", "They are dropped."),
-    "clipped": Kind("warning", "boxes that stick out of their image", "They are cut at its edge."),
-    "same_box": Kind(
-        "warning",
-        "boxes that are there twice",
-        "The same image, class and box. The first takes all anchors.",
-    ),
-    "other_class": Kind(
-        "warning",
-        "boxes of two classes at once",
-        "The same image and box, another class. The first takes all anchors.",
-    ),
-    "same_id": Kind(
-        "warning", "ids of several annotations", "Training does not mind; evaluation gives all boxes new ids."
-    ),
-    "overflow": Kind(
-        "warning",
-        "images with more boxes than data.max_boxes",
-        "The last ones become background. Raise it.",
-    ),
-    "same_name": Kind(
-        "warning",
-        "names of several categories",
-        "Each is a class of its own, and shown with its id: wheel (1), wheel (2).",
-    ),
-    "empty_class": Kind("warning", "classes without boxes", "They cannot be learnt, and their AP is undefined."),
-    "no_class": Kind("note", "categories that are left out of the classes", "None of them has an annotation."),
-    "no_boxes": Kind(
-        "note", "images without usable boxes", "data.images_without_boxes says whether training drops or keeps them."
-    ),
-    "decoding": Kind("note", "conventions of the image files", "Found on the files, or set by an option."),
-    "crowd": Kind("note", "crowd boxes", "Never trained on; evaluation ignores detections on them."),
-    "outbid": Kind(
-        "note",
-        "boxes whose anchors all go to others",
-        "They have anchors of sufficient IoU, each of which overlaps another box more; none is left to learn them.",
-    ),
-    "orphaned": Kind(
-        "note", "annotations of refused entries", "Their image or category is one of those that are refused."
-    ),
-}
-"""By name, in the order in which they are told."""
+FIRST = "Training stops at the first of them."
+SKIPPED = "Training stops at them, or leaves them out with data.bad_images skip."
+# fmt: off
+KINDS: dict[str, Kind] = {name: Kind(*kind) for name, *kind in (
+    ("refused_categories", "error", "categories that training refuses", FIRST),
+    ("refused_images", "error", "image entries that training refuses", FIRST),
+    ("refused_boxes", "error", "annotations that training refuses", FIRST),
+    ("refused_config", "error", "settings that do not fit the data", "Training stops before its first step."),
+    ("missing", "error", "images that are missing", SKIPPED),
+    ("unreadable", "error", "images that cannot be read", SKIPPED),
+    ("wrong_size", "error", "images whose size differs from their annotations",
+     f"The boxes would be in the wrong places. {SKIPPED}"),
+    ("box_format", "error", "splits whose boxes look like another format",
+     "Training stops. Set data.box_format or convert the boxes."),
+    ("nothing_to_learn", "error", "splits without any usable box", "There is nothing to train on."),
+    ("hopeless", "error", "hopeless anchor coverage",
+     "Boxes without an anchor are background in training: these could not be learnt. See the suggestion."),
+    ("poor", "warning", "classes with poor anchor coverage",
+     "Boxes whose best anchor is below the IoU of a positive are learnt badly or not at all. See the suggestion."),
+    ("likely_format", "warning", "splits whose boxes may be in another format",
+     "They are read in the format of data.box_format (default: x, y, width, height in pixels). Look at the pictures."),
+    ("all_crowds", "warning", "splits with classes that have only crowd boxes",
+     "These classes are neither learnt nor scored. Set data.crowds objects to use them."),
+    ("moved", "warning", "splits with images in other folders than their names say", "Check that they are the right ones."),
+    ("text_numbers", "warning", "splits with numbers written as text", "They are read as numbers."),
+    ("without_box", "warning", "annotations without a box", "Points, keypoints, or nothing. They are dropped."),
+    ("pixels", "warning", "doubts about how image files are decoded",
+     "Boxes may be on pixels that are turned another way, or 16-bit images may be too dark or cut off. Check the boxes and "
+     "set data.orientation or data.bits."),
+    ("incomplete", "warning", "JPEGs with missing data",
+     "Part of the image is grey or displaced. Training uses it as it is."),
+    ("one_colour", "warning", "images of (almost) one colour",
+     "On a grid of up to 64 x 64 pixels of the image, and of each box, 99.9 % are within 2 of 255 levels of the median. "
+     "Nothing can be learnt from them."),
+    ("leakage", "warning", "images in both splits",
+     "The same bytes are in training and evaluation: the scores would be too good."),
+    ("same_image", "warning", "images that are in a split twice",
+     "The same bytes: trained on twice, and often labelled differently."),
+    ("zero_size", "warning", "boxes without area", "A side is 0 or less. They are dropped."),
+    ("outside", "warning", "boxes outside their image", "They are dropped."),
+    ("clipped", "warning", "boxes that extend beyond their image", "They are clipped at its edge."),
+    ("same_box", "warning", "duplicate boxes", "The same image, class and box. The first one takes all anchors."),
+    ("other_class", "warning", "boxes with two classes",
+     "The same image and box, another class. The first one takes all anchors."),
+    ("same_id", "warning", "ids of several annotations",
+     "Training ignores the ids; evaluation gives new ids to all boxes."),
+    ("overflow", "warning", "images with more boxes than data.max_boxes", "The last ones become background. Raise it."),
+    ("same_name", "warning", "names of several categories",
+     "Each is a class of its own and is shown with its id: wheel (1), wheel (2)."),
+    ("empty_class", "warning", "classes without boxes", "They cannot be learnt, and their AP is undefined."),
+    ("no_class", "note", "categories that are not classes", "None of them has an annotation."),
+    ("no_boxes", "note", "images without usable boxes",
+     "data.images_without_boxes decides whether training drops or keeps them."),
+    ("decoding", "note", "conventions of the image files", "Found in the files, or set by an option."),
+    ("crowd", "note", "crowd boxes", "Never trained on; evaluation ignores detections on them."),
+    ("outbid", "note", "boxes whose anchors are all assigned to other boxes",
+     "They have anchors of sufficient IoU, but each of these overlaps another box more."),
+    ("orphaned", "note", "annotations of refused entries", "Their image or category is refused."),
+)}
+# fmt: on
+"""By name, in the order in which they are reported."""
 
 
 class Finding(NamedTuple):
@@ -143,7 +94,7 @@ class Finding(NamedTuple):
     name: str
     """What it is about: `annotation 2288`, an image's file name, a class."""
     text: str = ""
-    """What is to be said of it; may be empty."""
+    """Details; may be empty."""
 
 
 class Group(NamedTuple):
@@ -168,14 +119,9 @@ def grouped(findings: Sequence[Finding], tolerated: Sequence[str] = ()) -> list[
     by_kind: dict[str, list[Finding]] = {name: [] for name in KINDS}
     for finding in findings:
         by_kind[finding.kind].append(finding)
-    groups = [
-        Group(
-            name,
-            "warning" if name in tolerated and kind.severity == "error" else kind.severity,
-            *kind[1:],
-            by_kind[name],
-        )
-        for name, kind in KINDS.items()
-        if by_kind[name]
-    ]
+    groups = []
+    for name, (severity, title, meaning) in KINDS.items():
+        if by_kind[name]:
+            severity = "warning" if name in tolerated and severity == "error" else severity
+            groups.append(Group(name, severity, title, meaning, by_kind[name]))
     return sorted(groups, key=lambda group: ("error", "warning", "note").index(group.severity))

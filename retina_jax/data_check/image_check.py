@@ -1,4 +1,4 @@
-"""Every image read and decoded once, as training would, by several threads; and images that are there twice."""
+"""Reads and decodes every image once, as training would, in several threads; finds duplicate images."""
 
 from __future__ import annotations
 
@@ -21,17 +21,16 @@ from retina_jax.data_check.split import Split
 from retina_jax.errors import reason
 
 Digests = dict[str, str]
-"""File name to the SHA-256 of the file's bytes, of every file that could be read."""
+"""File name to the SHA-256 of the file's bytes, for every file that could be read."""
 
 
 def check_images(split: Split, decoding: Decoding, workers: int) -> tuple[list[Finding], Digests]:
-    """Images that are missing, cannot be read, have another size than their annotations say, lack a part or have one colour,
-    in the order of the file.
+    """Images that are missing, cannot be read, differ in size from their annotations, are incomplete or have one colour, in
+    the order of the annotations. `workers`: number of threads; 0: one per core."""
 
-    `workers`: threads; 0: as many as there are cores.
-    """
+    boxes = {row: record.boxes_xyxy for row, record in zip(split.record_images, split.records, strict=True)}
 
-    def look(row: int) -> tuple[Finding | None, str | None]:
+    def check(row: int) -> tuple[Finding | None, str | None]:
         _, file_name, width, height = split.images[row]
         try:
             encoded = read_image(Path(split.paths[row]), width, height)
@@ -39,14 +38,14 @@ def check_images(split: Split, decoding: Decoding, workers: int) -> tuple[list[F
             return Finding("missing", split.name, file_name, split.missing.get(row, "")), None
         except OSError as error:
             return Finding("unreadable", split.name, file_name, f"cannot be read: {reason(error)}"), None
-        digest = hashlib.sha256(encoded).hexdigest()
-        fault = fault_of(encoded, (width, height), decoding, split.boxes_of(row))
-        return (Finding(fault[0], split.name, file_name, fault[1]) if fault else None), digest
+        fault = fault_of(encoded, (width, height), decoding, boxes.get(row, NO_BOXES))
+        finding = Finding(fault[0], split.name, file_name, fault[1]) if fault else None
+        return finding, hashlib.sha256(encoded).hexdigest()
 
     found, digests = [], {}
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        looks = Progress(f"{split.name}: images", pool.map(look, range(len(split.images))), len(split.images))
-        for (_, file_name, _, _), (finding, digest) in zip(split.images, looks, strict=True):
+        checks = Progress(f"{split.name}: images", pool.map(check, range(len(split.images))), len(split.images))
+        for (_, file_name, _, _), (finding, digest) in zip(split.images, checks, strict=True):
             if finding is not None:
                 found.append(finding)
             if digest is not None:
@@ -60,10 +59,10 @@ def fault_of(
     decoding: Decoding,
     boxes_xyxy: Float32[np.ndarray, "n 4"] = NO_BOXES,
 ) -> tuple[str, str] | None:
-    """The kind of finding that an image file is, and what is wrong; None where nothing is.
+    """The kind of finding that an image file is, and the details; None if it has no fault.
 
-    `expected_size` is the width and height that its annotations say, `boxes_xyxy` lie in its pixels. Training decodes plain
-    JPEGs by TensorFlow and asks `to_rgb` where that fails, so what `to_rgb` takes is taken.
+    `expected_size` is the width and height in the annotations, `boxes_xyxy` are in the image's pixels. Training decodes
+    plain JPEGs with TensorFlow and falls back to `to_rgb`, so what `to_rgb` decodes is accepted here.
     """
     try:
         image = open_image(encoded)
@@ -85,8 +84,8 @@ def fault_of(
     return None
 
 
-def twice(split: Split, digests: Digests) -> list[Finding]:
-    """Images of a split with the bytes, or the very file, of one before them."""
+def duplicates(split: Split, digests: Digests) -> list[Finding]:
+    """Images of a split with the bytes of an earlier one, or the same file."""
     first: dict[str, str] = {}
     found = []
     for _, file_name, _, _ in split.images:

@@ -1,23 +1,21 @@
-"""A split of a COCO data set, read by training's own reader, but to the end: every mistake is collected, none stops it."""
+"""A split of a COCO data set, read by training's own reader, but to the end: mistakes are collected instead of raised."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int64
+from jaxtyping import Bool, Float64, Int64
 
 from retina_jax.config import DataConfig
 from retina_jax.data.classes import Category, unique_names
 from retina_jax.data.coco import check_folder, load_json
 from retina_jax.data.coco_document import Note, parse_document
 from retina_jax.data.coco_entries import Mistake, as_integer
-from retina_jax.data.image_faults import NO_BOXES
 from retina_jax.data.source import Record, make_records, sort_boxes
 from retina_jax.data_check.findings import Finding
 
@@ -27,48 +25,41 @@ REFUSED = {"categories": "refused_categories", "images": "refused_images", "anno
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The entries of a split that can be used; m counts its boxes in the order of the file."""
+    """The usable entries of a split; m is the index of a box in the order of the file."""
 
     name: str
     """train or val."""
     annotations: Path
     folder: Path
+    # The next seven are as in `coco_document.Content`.
     categories: list[Category]
-    """The class of label k."""
     annotated: frozenset[int]
-    """Ids of the categories that an annotation has, crowds included."""
     left_out: dict[Category, str]
-    """Categories that are no classes, each with the reason."""
     images: list[tuple[int, str, int, int]]
     """Id, file name, width, height."""
     paths: list[str]
-    """File of each image, or where it should be."""
     missing: dict[int, str]
-    """Rows of the images without a file; where files of that base name are, if anywhere."""
     unsized: frozenset[int]
-    """Rows of the images whose entries have no size."""
     box_ids: list[Any]
-    """Id of each annotation as found; None where it has none."""
+    """Id of each annotation as in the file; None without one."""
     box_rows: list[int]
-    """Its place in the file's list of annotations."""
+    """Its index in the file's list of annotations."""
     owners: Int64[np.ndarray, " M"]
     """Row in `images`."""
     labels: Int64[np.ndarray, " M"]
     boxes_xyxy: Float64[np.ndarray, "M 4"]
-    """As found, pixels."""
-    clipped_xyxy: Float32[np.ndarray, "M 4"]
-    """Cut to the image."""
+    """As in the file, pixels."""
     rules: dict[str, Bool[np.ndarray, " M"]]
-    """Which boxes fall to which rule of `sort_boxes`."""
+    """By rule of `sort_boxes`, the boxes it applies to."""
     records: list[Record]
-    """What training (evaluation for val) would take."""
+    """The records of training (of evaluation for val)."""
     record_images: list[int]
     """Row in `images` of each record."""
     mistakes: list[Mistake]
     notes: list[Note]
-    """How the file was read; some of them are refused by training."""
+    """How the file was read; training refuses some of these."""
     without_box: list[str]
-    """What a person finds the annotations without a box by."""
+    """Names of the annotations without a box, as in `box_name`."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -76,24 +67,15 @@ class Split:
         return unique_names(self.categories)
 
     def box_name(self, m: int) -> str:
-        """What a person finds box m by."""
+        """How a reader finds box m in the file: `annotation 2288`."""
         return _annotation_name(self.box_rows[m], self.box_ids[m])
 
     def file_of(self, m: int) -> str:
-        """File name of the image that box m lies in."""
+        """File name of the image of box m."""
         return self.images[self.owners[m]][1]
 
-    @cached_property
-    def _record_of(self) -> dict[int, Record]:
-        return dict(zip(self.record_images, self.records, strict=True))
-
-    def boxes_of(self, row: int) -> Float32[np.ndarray, "n 4"]:
-        """The boxes in the image of this row that can be trained on."""
-        record = self._record_of.get(row)
-        return NO_BOXES if record is None else record.boxes_xyxy
-
     def trained_boxes(self) -> Int64[np.ndarray, " N"]:
-        """The boxes m of all records, one record after the other, each in the order of its `boxes_xyxy`."""
+        """The indices m of the boxes of all records, one record after the other, in the order of `boxes_xyxy`."""
         rows = np.flatnonzero(self.rules["usable"])
         return rows[np.argsort(self.owners[rows], kind="stable")]
 
@@ -108,8 +90,8 @@ def read_split(
 ) -> Split:
     """Reads a COCO JSON as training with `data` does; `known` is as in `read_coco`.
 
-    Raises DataError, one line, only where there is nothing to check: a file that is no JSON or lacks one of its three
-    lists, or no folder.
+    Raises DataError, one line, only if nothing can be checked: the file is not JSON or lacks one of its three lists, or the
+    folder is missing.
     """
     document = load_json(annotations)
     check_folder(annotations, folder)
@@ -132,37 +114,22 @@ def read_split(
     boxes_xyxy = np.concatenate([columns[:, 3:5], columns[:, 3:5] + columns[:, 5:7]], axis=1)
     crowd = columns[:, 2] > 0
     sizes_wh = np.array([image[2:] for image in content.images], np.int64).reshape(-1, 2)
-    clipped, rules = sort_boxes(boxes_xyxy, crowd, sizes_wh[owners])
+    _, rules = sort_boxes(boxes_xyxy, crowd, sizes_wh[owners])
     records, record_images, _ = make_records(content.images, owners, boxes_xyxy, labels, crowd, images_without_boxes)
     return Split(
-        name=name,
-        annotations=annotations,
-        folder=folder,
-        categories=content.categories,
-        annotated=content.annotated,
-        left_out=content.left_out,
-        images=content.images,
-        paths=content.paths,
-        missing=content.missing,
-        unsized=content.unsized,
+        name, annotations, folder, content.categories, content.annotated, content.left_out, content.images, content.paths,
+        content.missing, content.unsized,
         box_ids=[entries[i].get("id") for i in content.rows],
         box_rows=content.rows.tolist(),
-        owners=owners,
-        labels=labels,
-        boxes_xyxy=boxes_xyxy,
-        clipped_xyxy=clipped,
-        rules=rules,
-        records=records,
-        record_images=record_images,
-        mistakes=mistakes,
-        notes=content.notes,
+        owners=owners, labels=labels, boxes_xyxy=boxes_xyxy, rules=rules,
+        records=records, record_images=record_images, mistakes=mistakes, notes=content.notes,
         without_box=[_annotation_name(i, entries[i].get("id")) for i in content.without_box],
-    )
+    )  # fmt: skip
 
 
 def refusals(split: Split) -> list[Finding]:
-    """The entries that training would refuse. An annotation whose image or category is one of them is `orphaned`: a mistake
-    is told once, not once for every box that hangs on it."""
+    """The entries that training would refuse. An annotation whose image or category is refused is `orphaned`, so a mistake
+    is reported once, not once per box."""
     categories = {category_id for category_id, _ in (*split.categories, *split.left_out)}
     known = {"images": {image[0] for image in split.images}, "categories": categories}
     gone = {
@@ -180,7 +147,7 @@ def refusals(split: Split) -> list[Finding]:
     return found
 
 
-def noted(split: Split) -> list[Finding]:
+def note_findings(split: Split) -> list[Finding]:
     """How the split was read, and the annotations without a box."""
     return [
         *(Finding(note.kind, split.name, split.annotations.name, note.text) for note in split.notes),
@@ -189,7 +156,7 @@ def noted(split: Split) -> list[Finding]:
 
 
 def repeated(split: Split) -> list[Finding]:
-    """Annotation ids and category names that are there several times."""
+    """Annotation ids and category names that occur several times."""
     ids = Counter(_hashed(box_id) for box_id in split.box_ids if box_id is not None)
     names = Counter(name for _, name in split.categories)
     return [
@@ -203,7 +170,7 @@ def _id(entry: Any) -> Any:
 
 
 def _hashed(value: Any) -> Any:
-    """The value where it can be an id, text as a number, else None."""
+    """The value if it can be an id (text is converted to a number), else None."""
     return as_integer(value) if isinstance(value, str) else value if isinstance(value, int | float) else None
 
 
@@ -211,13 +178,10 @@ def _annotation_name(row: int, annotation_id: Any) -> str:
     return f"annotations[{row}]" if annotation_id is None else f"annotation {annotation_id}"
 
 
-# Boxes that training drops, cuts or takes twice, each by its annotation's id.
-
-
 def box_findings(split: Split, max_boxes: int) -> list[Finding]:
-    """Crowds, boxes without area, outside or partly outside their image, the same box again, and images with more usable
-    boxes than `max_boxes`, or with none."""
-    return [*_dropped(split), *_again(split), *_counted(split, max_boxes)]
+    """Crowd boxes, boxes without area, outside or partly outside their image, duplicate boxes, and images with more usable
+    boxes than `max_boxes` or none."""
+    return [*_dropped(split), *_duplicates(split), *_counted(split, max_boxes)]
 
 
 def _dropped(split: Split) -> list[Finding]:
@@ -231,8 +195,8 @@ def _dropped(split: Split) -> list[Finding]:
     return found
 
 
-def _again(split: Split) -> list[Finding]:
-    """Usable boxes that equal one before them in the same image, to the last bit."""
+def _duplicates(split: Split) -> list[Finding]:
+    """Usable boxes that are equal to an earlier one of the same image, to the last bit."""
     rows = np.flatnonzero(split.rules["usable"])
     keys = np.column_stack([split.owners[rows], split.boxes_xyxy[rows]])
     order = np.lexsort(keys.T)  # stable: equal boxes stay in the order of the file
@@ -256,14 +220,15 @@ def _again(split: Split) -> list[Finding]:
 
 
 def _counted(split: Split, max_boxes: int) -> list[Finding]:
-    counts = np.bincount(split.owners[split.rules["usable"]], minlength=len(split.images)).tolist()
-    all_counts = np.bincount(split.owners, minlength=len(split.images)).tolist()
+    usable, listed_boxes = (
+        np.bincount(owners, minlength=len(split.images)).tolist()
+        for owners in (split.owners[split.rules["usable"]], split.owners)
+    )
     found = []
-    for (_, file_name, _, _), count, listed in zip(split.images, counts, all_counts, strict=True):
+    for (_, file_name, _, _), count, listed in zip(split.images, usable, listed_boxes, strict=True):
         if count > max_boxes:
-            found.append(
-                Finding("overflow", split.name, file_name, f"{count} boxes, of which {max_boxes} are trained on")
-            )
+            text = f"{count} boxes, of which {max_boxes} are trained on"
+            found.append(Finding("overflow", split.name, file_name, text))
         if count == 0:
             text = f"{listed} in the file, none usable" if listed else ""
             found.append(Finding("no_boxes", split.name, file_name, text))

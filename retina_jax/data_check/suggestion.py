@@ -1,7 +1,8 @@
-"""Anchors and a size of images that fit the boxes better: searched on some of the boxes, proved on all."""
+"""Suggests anchors and an image size that fit the boxes better: searched on some of the boxes, counted on all."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,48 +12,47 @@ from jaxtyping import Float32
 from retina_jax.config import Config
 from retina_jax.config_io import flatten, override
 from retina_jax.data.source import Record
-from retina_jax.data_check.coverage import Share, Shares, count_shares, cover
-from retina_jax.data_check.views import Views, best_iou, view_boxes
-from retina_jax.ops.anchors import anchors_per_cell
+from retina_jax.data_check.coverage import Share, Shares, Views, count_shares, cover, view_boxes
+from retina_jax.ops.anchors import anchor_grid, anchors_per_cell, level_sizes
 
 GOOD = 0.98
-"""Share of the boxes, and mean share of the classes, with an anchor of sufficient IoU at which nothing needs mending."""
+"""Share of the boxes, and mean share of the classes, with an anchor of sufficient IoU that needs no suggestion."""
 CLOSE = 0.01
-"""Where none is GOOD, the cheapest that is this close to the best; what gains less than this is not worth a change."""
+"""If no setting is GOOD, the cheapest within this of the best is suggested; a smaller gain is not worth a change."""
 SEARCHED = 4000
-"""Boxes looked at in the search, about."""
+"""Approximate number of boxes used in the search."""
 ENLARGED = (1.0, 1.25, 1.5, 2.0)
-"""Short sides tried, over that of the config."""
+"""Short sides tried, as multiples of the config's."""
 FACTORS = (1.0, 0.25, 0.375, 0.5, 0.625, 0.75, 1.5, 2.0)
-"""Values of anchors.size_factor tried, over that of the config."""
+"""Values of anchors.size_factor tried, as multiples of the config's."""
 OCTAVE = (1.0, 1.1892, 1.4142, 1.6818)
-"""Four scales an octave, tried beside the config's."""
+"""Four scales per octave, tried besides the config's."""
 QUANTILES = ((0.1, 0.5, 0.9), (0.03, 0.25, 0.5, 0.75, 0.97))
-"""Ratios tried beside the config's are these quantiles of the boxes' own aspects."""
+"""Ratios tried besides the config's: these quantiles of the boxes' aspect ratios."""
 
 
 class Suggestion(NamedTuple):
-    """Another setting, and what it is worth."""
+    """Another setting, and its gain."""
 
     changes: dict[str, Any]
-    """Fields of the config by dotted name."""
+    """Config fields by dotted name."""
     options: str
-    """The same for a command line."""
+    """The same as command-line options."""
     before: Shares
     after: Shares
-    """Coverage of all boxes, counted by training's own matching."""
+    """Coverage of all boxes, by training's own matching."""
     pixels: float
-    """Pixels of an image over those of before."""
+    """Pixels of an image, relative to before."""
     anchors: tuple[int, int]
-    """Anchors at each place of a map, before and after."""
+    """Anchors per cell, before and after."""
 
     def pairs(self) -> list[tuple[Share, Share]]:
-        """Before and after, of all boxes and of each class that has some."""
+        """Before and after, of all boxes and of each class with boxes."""
         classes = zip(self.before.classes, self.after.classes, strict=True)
         return [(self.before.total, self.after.total), *(pair for pair in classes if pair[0].boxes)]
 
     def line(self) -> str:
-        """What to type and what it gains: of all boxes, and of the class that was worst."""
+        """The options and their gain, for all boxes and for the class that was worst."""
         everything, *classes = self.pairs()
         worst = min(classes, key=lambda pair: pair[0].part("by_iou"))
         gains = (f"{a.name} {a.part('by_iou'):.1%} -> {b.part('by_iou'):.1%}" for a, b in (everything, worst))
@@ -60,20 +60,20 @@ class Suggestion(NamedTuple):
 
 
 def suggest(records: Sequence[Record], config: Config, class_names: Sequence[str], before: Shares) -> Suggestion | None:
-    """The cheapest of some hundred settings that is GOOD, or where none is, CLOSE to the best; None where `config` is good
-    enough or nothing tried gains more than CLOSE. Larger images are tried only while no anchors do at a smaller size."""
-    some = _some(records)
+    """The cheapest of some hundred settings that is GOOD, or if none is, CLOSE to the best; None if `config` is good enough
+    or no setting gains more than CLOSE. Larger images are tried only if no anchors are GOOD at the smaller size."""
+    filled = [record for record in records if len(record.labels)]
+    some = filled[:: max(1, sum(len(record.labels) for record in filled) // SEARCHED)]
     boxes = view_boxes(some, config.data)
     now = _score(best_iou(boxes, config), boxes, config)
     if not len(boxes.labels) or now >= GOOD:
         return None
-    tried = []
+    tried, fields = [], flatten(config)
     for data in _sizes(some, config):
-        sized = override(config, data)
-        views = view_boxes(some, sized.data)
+        views = view_boxes(some, override(config, data).data)
         for anchors in _anchors(boxes, config):
-            changes = _differences(config, override(sized, anchors))
-            other = override(config, changes)
+            other = override(config, data | anchors)
+            changes = {name: value for name, value in flatten(other).items() if value != fields[name]}
             tried.append((_cost(changes, config), _score(best_iou(views, other), views, other), changes))
         if max(score for _, score, _ in tried) >= GOOD:
             break
@@ -88,11 +88,11 @@ def suggest(records: Sequence[Record], config: Config, class_names: Sequence[str
     if after.total.by_iou <= before.total.by_iou:
         return None
     each = anchors_per_cell(config.anchors), anchors_per_cell(other.anchors)
-    return Suggestion(changes, as_options(changes), before, after, _enlarged(changes, config) ** 2, each)
+    return Suggestion(changes, as_options(changes), before, after, _pixels(changes, config), each)
 
 
 def as_options(changes: dict[str, Any]) -> str:
-    """Dotted fields as they are typed: --anchors.size-factor 2 --anchors.ratios 0.5 1 2."""
+    """Dotted fields as command-line options: --anchors.size-factor 2 --anchors.ratios 0.5 1 2."""
 
     def words(value: tuple | int | float) -> str:
         if isinstance(value, tuple):
@@ -103,15 +103,8 @@ def as_options(changes: dict[str, Any]) -> str:
     return " ".join(f"--{name.replace('_', '-')} {words(value)}" for name, value in changes.items())
 
 
-def _some(records: Sequence[Record]) -> list[Record]:
-    """Records with about SEARCHED boxes among them, evenly from all that have boxes."""
-    filled = [record for record in records if len(record.labels)]
-    total = sum(len(record.labels) for record in filled)
-    return filled[:: max(1, total // SEARCHED)]
-
-
 def _sizes(records: Sequence[Record], config: Config) -> Iterator[dict[str, Any]]:
-    """Short sides, with a long side that lets them be reached and is not longer than that."""
+    """Short sides, each with the smallest long side that allows it."""
     data = config.data
     longest = max(max(r.width, r.height) / min(r.width, r.height) for r in records)
     for factor in ENLARGED:
@@ -126,17 +119,14 @@ def _anchors(views: Views, config: Config) -> Iterator[dict[str, Any]]:
     width, height = (views.boxes_xyxy[:, 2:] - views.boxes_xyxy[:, :2]).astype(np.float64).T
     ratios = [config.anchors.ratios]
     for quantiles in QUANTILES:
-        of_boxes = tuple(dict.fromkeys(float(f"{r:.2g}") for r in np.quantile(height / width, quantiles)))
-        ratios.append(of_boxes)
-    for factor in FACTORS:
-        for ratio in ratios:
-            for scales in (config.anchors.scales, OCTAVE):
-                size_factor = float(f"{config.anchors.size_factor * factor:.4g}")
-                yield {"anchors.size_factor": size_factor, "anchors.ratios": ratio, "anchors.scales": scales}
+        ratios.append(tuple(dict.fromkeys(float(f"{r:.2g}") for r in np.quantile(height / width, quantiles))))
+    for factor, ratio, scales in itertools.product(FACTORS, ratios, (config.anchors.scales, OCTAVE)):
+        size_factor = float(f"{config.anchors.size_factor * factor:.4g}")
+        yield {"anchors.size_factor": size_factor, "anchors.ratios": ratio, "anchors.scales": scales}
 
 
 def _score(iou: Float32[np.ndarray, " N"], views: Views, config: Config) -> float:
-    """The share of boxes with an anchor of sufficient IoU, or the mean of the classes' shares where that is smaller: so that
+    """The share of boxes with an anchor of sufficient IoU, or the mean of the classes' shares if that is smaller, so that
     rare classes count."""
     good = (iou >= config.matching.positive_iou).astype(np.float64)
     counts = np.bincount(views.labels)
@@ -145,17 +135,62 @@ def _score(iou: Float32[np.ndarray, " N"], views: Views, config: Config) -> floa
 
 
 def _cost(changes: dict[str, Any], config: Config) -> float:
-    """A rule of thumb: time goes with the pixels; an anchor more costs channels of the last convolution and rows of the
-    losses alone; and of two settings as costly the one with fewer changes is better."""
+    """A rule of thumb: time is proportional to the pixels; more anchors cost only channels of the last convolution and rows
+    of the losses; of two equally costly settings the one with fewer changes is better."""
     anchors = override(config, changes).anchors
     more = anchors_per_cell(anchors) / anchors_per_cell(config.anchors) - 1
-    return _enlarged(changes, config) ** 2 + 0.1 * max(0.0, more) + 0.001 * len(changes)
+    return _pixels(changes, config) + 0.1 * max(0.0, more) + 0.001 * len(changes)
 
 
-def _enlarged(changes: dict[str, Any], config: Config) -> float:
-    return changes.get("data.short_side", config.data.short_side) / config.data.short_side
+def _pixels(changes: dict[str, Any], config: Config) -> float:
+    return (changes.get("data.short_side", config.data.short_side) / config.data.short_side) ** 2
 
 
-def _differences(config: Config, other: Config) -> dict[str, Any]:
-    before, after = flatten(config), flatten(other)
-    return {name: after[name] for name in before if before[name] != after[name]}
+def best_iou(views: Views, config: Config) -> Float32[np.ndarray, " N"]:
+    """The largest IoU of each box with any anchor of `anchor_grid`, without looking at all anchors.
+
+    Anchors of one shape on one level differ only in position, and two boxes of given sizes overlap the more, the closer
+    their centres are along x and along y. So only the anchor with the nearest centre counts, one per level and shape.
+    """
+    best = np.zeros(len(views.labels), np.float32)
+    padded_of = np.repeat(np.array(views.padded_hw, np.int64).reshape(-1, 2), np.diff(views.ends), axis=0)
+    for padded_hw in sorted(set(views.padded_hw)):
+        chosen = (padded_of == padded_hw).all(1)
+        best[chosen] = best_iou_on(padded_hw, views.boxes_xyxy[chosen], config)
+    return best
+
+
+def best_iou_on(
+    padded_hw: tuple[int, int], boxes_xyxy: Float32[np.ndarray, "n 4"], config: Config
+) -> Float32[np.ndarray, " n"]:
+    """The same for boxes in one padded shape."""
+    height, width = padded_hw
+    shapes = anchors_per_cell(config.anchors)
+    # The x of an anchor depends on its column alone and its y on its row: the grid's first row and first column are enough.
+    row, column = (
+        anchor_grid(hw, config.anchors, config.model).reshape(-1, shapes, 4) for hw in ((1, width), (height, 1))
+    )
+    best = np.zeros(len(boxes_xyxy), np.float32)
+    across = down = 0
+    for rows, columns in level_sizes(padded_hw, config.model):
+        x1, x2 = _nearest(row[across : across + columns, :, 0::2], boxes_xyxy[:, 0::2])
+        y1, y2 = _nearest(column[down : down + rows, :, 1::2], boxes_xyxy[:, 1::2])
+        across, down = across + columns, down + rows
+        overlap_x = np.minimum(x2, boxes_xyxy[:, 2, None]) - np.maximum(x1, boxes_xyxy[:, 0, None])
+        overlap_y = np.minimum(y2, boxes_xyxy[:, 3, None]) - np.maximum(y1, boxes_xyxy[:, 1, None])
+        shared = np.maximum(overlap_x, 0) * np.maximum(overlap_y, 0)
+        areas = ((boxes_xyxy[:, 2] - boxes_xyxy[:, 0]) * (boxes_xyxy[:, 3] - boxes_xyxy[:, 1]))[:, None]
+        np.maximum(best, (shared / (areas + (x2 - x1) * (y2 - y1) - shared)).max(1, initial=0), out=best)
+    return best
+
+
+def _nearest(
+    ends: Float32[np.ndarray, "cells a 2"], boxes: Float32[np.ndarray, "n 2"]
+) -> tuple[Float32[np.ndarray, "n a"], Float32[np.ndarray, "n a"]]:
+    """Along one axis, both ends of the anchor of each shape whose centre is nearest to each box's."""
+    centres = ends.sum(axis=2, dtype=np.float64) / 2
+    step = centres[1, 0] - centres[0, 0] if len(centres) > 1 else 1.0
+    middle = boxes.sum(axis=1, dtype=np.float64)[:, None] / 2
+    cell = np.clip(np.rint((middle - centres[0]) / step), 0, len(ends) - 1).astype(np.int64)
+    found = ends[cell, np.arange(ends.shape[1])]
+    return found[..., 0], found[..., 1]

@@ -1,1 +1,1 @@
-"""COCO scores, the analysis of errors, and pictures with boxes."""
+"""COCO scores, error analysis, and pictures with boxes."""

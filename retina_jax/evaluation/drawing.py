@@ -1,4 +1,4 @@
-"""Pictures with boxes, made to be read: small images are enlarged, and tags stay inside the picture."""
+"""Images with boxes drawn on them: small images are enlarged, and labels stay inside the image."""
 
 import colorsys
 import math
@@ -9,11 +9,13 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 READABLE_SIDE = 480
-"""Images are enlarged by a whole factor until their longer side comes as close to this as it can, pixels."""
+"""Small images are enlarged to about this length of their longer side, pixels."""
+GAP = 6
+"""Pixels between the images of a contact sheet."""
 
 
 def class_colour(label: int) -> tuple[int, int, int]:
-    """The RGB colour of class `label` (>= 0), always the same: hues a golden angle apart, so neighbours differ."""
+    """The fixed RGB colour of class `label` (>= 0): hues a golden angle apart, so neighbours differ."""
     hue = (0.02 + label * (math.sqrt(5) - 1) / 2) % 1
     saturation, value = ((0.95, 1.0), (0.6, 1.0), (0.95, 0.72))[label // 8 % 3]
     return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, saturation, value))
@@ -29,56 +31,71 @@ def draw(
     truth_boxes_xyxy: Float[np.ndarray, "G 4"] | None = None,
     notes: Sequence[str] = (),
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The image with its boxes, a colour a class, and a tag "name .87" at each.
+    """The image with its boxes, one colour per class, each labelled "name .87"; see `draw_boxes`.
 
     Args:
       image: RGB.
-      boxes_xyxy: boxes in pixels of `image`; what sticks out is cut at the border.
+      boxes_xyxy: boxes in pixels of `image`.
       labels: classes; a negative label is padding and is left out.
-      scores: where given, boxes are drawn from the lowest score to the highest, so that the best lie on top.
-      class_names: name of class k; a class beyond them is tagged by its number.
-      truth_boxes_xyxy: ground truth, drawn as dashed white lines under the detections.
-      notes: where given, what stands at the end of each box's tag.
+      scores: if given, boxes are drawn from the lowest score to the highest, so that the best are on top.
+      class_names: name of class k; a class without one is labelled with its number.
+      truth_boxes_xyxy: ground truth, drawn dashed.
+      notes: text at the end of each box's label.
+    """
+    order = np.arange(len(labels)) if scores is None else np.argsort(scores, kind="stable")
+    order = order[labels[order] >= 0]
+    texts = []
+    for i in order.tolist():
+        words = [class_names[labels[i]] if labels[i] < len(class_names) else f"class {labels[i]}"]
+        words += [] if scores is None else [format_score(float(scores[i]))]
+        texts.append(" ".join([*words, *([notes[i]] if notes and notes[i] else [])]))
+    colours = [class_colour(label) for label in labels[order].tolist()]
+    return draw_boxes(image, boxes_xyxy[order], colours, texts, truth_boxes_xyxy)
 
-    Returns:
-      RGB picture, `image` enlarged by a whole factor: 1 from a longer side of 2/3 * READABLE_SIDE on.
+
+def draw_boxes(
+    image: UInt8[np.ndarray, "h w 3"],
+    boxes_xyxy: Float[np.ndarray, "D 4"],
+    colours: Sequence[tuple[int, int, int]],
+    texts: Sequence[str],
+    dashed_xyxy: Float[np.ndarray, "G 4"] | None = None,
+    side: int = READABLE_SIDE,
+) -> UInt8[np.ndarray, "H W 3"]:
+    """The RGB image with boxes, clipped to it, and a label above each that has a text; the last box is on top.
+
+    It is enlarged by the integer factor that brings its longer side closest to `side` pixels (1 if it is longer than 2/3 of
+    `side`). `dashed_xyxy` are drawn as dashed white lines below the other boxes.
     """
     height, width = image.shape[:2]
-    zoom = max(1, round(READABLE_SIDE / max(height, width)))
+    zoom = max(1, round(side / max(height, width)))
     picture = Image.fromarray(image).resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)
     canvas = ImageDraw.Draw(picture)
     longer = max(picture.size)
-    line = max(2, round(longer / 300))
-    font = ImageFont.load_default(max(11, round(longer / 42)))
+    line, font = max(2, round(longer / 300)), ImageFont.load_default(max(11, round(longer / 42)))
     limit = np.array([picture.width - 1, picture.height - 1] * 2)
 
     def place(box: np.ndarray) -> tuple[float, ...]:
         x1, y1, x2, y2 = np.clip(box.astype(np.float64) * zoom, 0, limit).tolist()
         return x1, y1, max(x1, x2), max(y1, y2)  # PIL refuses a box of negative size
 
-    for box in () if truth_boxes_xyxy is None else truth_boxes_xyxy:
+    for box in () if dashed_xyxy is None else dashed_xyxy:
         dashed_rectangle(canvas, place(box), dash=4 * line, width=max(1, line // 2))
-
-    order = np.arange(len(labels)) if scores is None else np.argsort(scores, kind="stable")
-    order = [i for i in order if labels[i] >= 0]
-    for i in order:
-        canvas.rectangle(place(boxes_xyxy[i]), outline=class_colour(int(labels[i])), width=line)
-    for i in order:  # tags after all boxes, so that no line runs through one
-        label = int(labels[i])
-        name = class_names[label] if label < len(class_names) else f"class {label}"
-        text = name if scores is None else f"{name} {format_score(float(scores[i]))}"
-        if notes and notes[i]:
-            text += f" {notes[i]}"
-        tag(canvas, place(boxes_xyxy[i])[:2], text, class_colour(label), font, picture.size)
+    for box, colour in zip(boxes_xyxy, colours, strict=True):
+        canvas.rectangle(place(box), outline=colour, width=line)
+    for box, colour, text in zip(
+        boxes_xyxy, colours, texts, strict=True
+    ):  # after all boxes, so that no line crosses one
+        if text:
+            label(canvas, place(box)[:2], text, colour, font, picture.size)
     return np.asarray(picture)
 
 
 def format_score(score: float) -> str:
-    """A score in two digits: .87, and 1.0 from .995 on."""
+    """A score in two digits: .87, and 1.0 from 0.995 on."""
     return "1.0" if score >= 0.995 else f"{score:.2f}".removeprefix("0")
 
 
-def tag(
+def label(
     canvas: ImageDraw.ImageDraw,
     corner: tuple[float, ...],
     text: str,
@@ -86,7 +103,7 @@ def tag(
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     size: tuple[int, int],
 ) -> None:
-    """Text on a filled plate, standing on the box's upper left corner, moved to lie inside a picture of `size`."""
+    """Draws text on a filled plate above the box's upper left corner, moved to be inside an image of `size`."""
     left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
     plate_width, plate_height = right - left + 6, bottom - top + 4
     x = max(0, min(corner[0], size[0] - plate_width))
@@ -97,7 +114,7 @@ def tag(
 
 
 def dashed_rectangle(canvas: ImageDraw.ImageDraw, box_xyxy: tuple[float, ...], *, dash: int, width: int) -> None:
-    """White dashes on a black line, visible on any ground."""
+    """Draws white dashes on a black line, visible on any background."""
     x1, y1, x2, y2 = box_xyxy
     canvas.rectangle(box_xyxy, outline="black", width=width)
     for (ax, ay), (bx, by) in (((x1, y1), (x2, y1)), ((x2, y1), (x2, y2)), ((x1, y2), (x2, y2)), ((x1, y1), (x1, y2))):
@@ -108,28 +125,22 @@ def dashed_rectangle(canvas: ImageDraw.ImageDraw, box_xyxy: tuple[float, ...], *
             canvas.line(ends, fill="white", width=width)
 
 
-def contact_sheet(
-    images: Sequence[UInt8[np.ndarray, "_ _ 3"]], columns: int | None = None, gap: int = 6
-) -> UInt8[np.ndarray, "H W 3"]:
-    """Pictures side by side: columns as wide as the widest of all, rows as high as the highest of each.
-
-    Args:
-      images: RGB pictures, at least one, of any sizes.
-      columns: pictures a row; None: as many rows as columns, or one row fewer.
-      gap: pixels around each, dark grey.
+def contact_sheet(images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> UInt8[np.ndarray, "H W 3"]:
+    """RGB images of any sizes in a grid, about as many rows as columns, with a dark grey gap of GAP pixels around each.
+    Columns are as wide as the widest image, each row as high as its highest.
 
     Raises:
-      ValueError: there is no picture.
+      ValueError: there is no image.
     """
     if not images:
-        raise ValueError("images is empty: give at least one picture")
-    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+        raise ValueError("images is empty: give at least one image")
+    columns = math.ceil(math.sqrt(len(images)))
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]
-    tops = np.cumsum([gap] + [max(len(image) for image in row) + gap for row in rows])
-    width = max(image.shape[1] for image in images) + gap
-    sheet = np.full((tops[-1], columns * width + gap, 3), 40, np.uint8)
+    tops = np.cumsum([GAP, *(max(map(len, row)) + GAP for row in rows)])
+    width = max(image.shape[1] for image in images) + GAP
+    sheet = np.full((tops[-1], columns * width + GAP, 3), 40, np.uint8)
     for top, row in zip(tops, rows, strict=False):
         for i, image in enumerate(row):
-            left = i * width + gap
+            left = i * width + GAP
             sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
     return sheet

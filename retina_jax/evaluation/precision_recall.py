@@ -1,15 +1,14 @@
-"""COCO's matching of boxes and its precision and recall, over all images and categories at once (NumPy alone).
+"""COCO's matching of detections with ground truth, and its precision and recall, for all images and categories at once.
 
-pycocotools walks through images, categories, areas, thresholds, detections and boxes in Python. Here the overlaps of all
-pairs lie in one array, without padding, and those that could never match are dropped; the r-th best detections of all
-images and categories are matched together, at all thresholds and for all areas, because they cannot be in each other's way.
-A hundred rounds at most remain. The arithmetic is pycocotools', operation by operation, so that the results are the same
-bits; a compiler that fuses a product and a sum in its C code (on ARM) may differ in an overlap's last.
+pycocotools loops over images, categories, areas, thresholds, detections and boxes in Python. Here the overlaps of all pairs
+are one array without padding. The r-th best detections of all images and categories are matched together, at all thresholds
+and areas, because they never compete for a box; at most 100 rounds remain. The arithmetic is pycocotools', operation by
+operation, so the results are equal to the last bit (except where a compiler fuses its products and sums, as on ARM).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -18,29 +17,28 @@ from jaxtyping import Bool, Float, Int
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
-AREAS = {"all": (0, 1e10), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
-"""Square pixels; both ends are inside, so that an area of 1024 is small and medium."""
-MOST = (1, 10, 100)
-"""Detections that count, of an image and category."""
+AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
+"""Square pixels; both ends are included, so an area of 1024 is small and medium."""
+MAX_DETECTIONS = (1, 10, 100)
+"""Detections that count, per image and category."""
 PAIRS = 1 << 19
-"""Pairs of a detection and a box looked at together: some 50 MiB."""
+"""Pairs of a detection and a box processed together: about 50 MiB."""
 
 
-class Truth(NamedTuple):
-    """Ground truth: all boxes of all images and categories, in the order of the annotations."""
+class GroundTruth(NamedTuple):
+    """The G boxes of all images and categories, in the order of the annotations. Images are 0 to I - 1 (which decides the
+    order of equal scores), categories 0 to K - 1."""
 
     images: Int[np.ndarray, " G"]
-    """Place of the box's image among the images, 0 to I - 1, which also settles the order of equal scores."""
     categories: Int[np.ndarray, " G"]
-    """Place of its category, 0 to K - 1."""
     boxes_xywh: Float[np.ndarray, "G 4"]
     areas: Float[np.ndarray, " G"]
-    """The annotation's area (COCO's is the object's, not the box's), for AREAS."""
+    """The annotation's area (in COCO that of the object's outline, not of the box), compared with AREAS."""
     crowds: Bool[np.ndarray, " G"]
 
 
-class Found(NamedTuple):
-    """Detections of all images and categories; of equal scores in an image and category the first is the better."""
+class DetectedBoxes(NamedTuple):
+    """The D detections of all images and categories; of equal scores in an image and category the first is the better."""
 
     images: Int[np.ndarray, " D"]
     categories: Int[np.ndarray, " D"]
@@ -48,73 +46,68 @@ class Found(NamedTuple):
     scores: Float[np.ndarray, " D"]
 
 
+class Pairs(NamedTuple):
+    """Overlapping pairs of a detection and a ground-truth box, by ascending detection."""
+
+    detections: Int[np.ndarray, " P"]
+    boxes: Int[np.ndarray, " P"]
+    ious: Float[np.ndarray, " P"]
+
+
+class Matches(NamedTuple):
+    """The box that each detection takes, for A areas and T IoU thresholds."""
+
+    detections: Int[np.ndarray, " N"]
+    """Indices of the 100 best detections of each category and image, by category, image and descending score."""
+    ranks: Int[np.ndarray, " N"]
+    """Rank of each in its category and image, from 0."""
+    boxes: Int[np.ndarray, "A T N"]
+    """Index of the box taken; -1 where there is none."""
+    ignored_boxes: Bool[np.ndarray, "A G"]
+    """Crowd regions and boxes outside the area: no object to find, and who takes one counts neither way."""
+    outside: Bool[np.ndarray, "A N"]
+    """Detections whose own area is outside: they do not count as wrong where they take no box."""
+
+
 class Curves(NamedTuple):
-    """What COCOeval.accumulate leaves; -1 where a category has no box of the area to find."""
+    """The results of COCOeval.accumulate; -1 where a category has no box of the area."""
 
     precision: Float[np.ndarray, "10 101 K 4 3"]
-    """By IoU threshold, recall, category, area and number of detections: the best at this recall or beyond, 0 if none."""
+    """By IoU threshold, recall, category, area and number of detections: the highest at this recall or above, 0 if none."""
     recall: Float[np.ndarray, "10 K 4 3"]
     """The highest reached."""
 
 
-class _Pairs(NamedTuple):
-    """Detections and boxes of one image and category that overlap enough for the lowest threshold."""
-
-    found: Int[np.ndarray, " P"]
-    """Ascending."""
-    truth: Int[np.ndarray, " P"]
-    ious: Float[np.ndarray, " P"]
-
-
-@np.errstate(all="ignore")  # Areas that are no numbers: see the last paragraph.
-def coco_curves(truth: Truth, found: Found, categories: int) -> Curves:
-    """Precision and recall of `found`, equal to pycocotools' for finite input (K = categories).
-
-    An image and category's detections beyond its 100 best do not count. At each threshold every detection, the best
-    first, takes the free box of its image and category that it overlaps most, the last of equals, from an IoU of exactly
-    the threshold on; a box that is to be ignored (a crowd region, or outside the area) only where there is no other. A
-    crowd region is never used up, and overlap with it is over the detection's area. Detections that took an ignored box,
-    or none and are themselves outside the area, count neither way.
-
-    Two boxes whose areas are not numbers of float64 (products beyond 1e308, or below 1e-308) do not overlap here;
-    pycocotools matches them whatever they are.
-    """
-    images = 1 + max(truth.images.max(initial=-1), found.images.max(initial=-1))
-    truth = Truth(*_take(truth, np.argsort(truth.categories * images + truth.images, kind="stable")))
-    found = Found(*_take(found, np.lexsort((-found.scores, found.categories * images + found.images))))
-    groups = found.categories * images + found.images
-    ranks = _places(groups)
-    kept = np.flatnonzero(ranks < MOST[-1])
-    found, groups, ranks = Found(*_take(found, kept)), groups[kept], ranks[kept]
-
-    areas = found.boxes_xywh[:, 2] * found.boxes_xywh[:, 3]
-    ignored = truth.crowds[None] | _outside(truth.areas)
-    pairs = _pairs(truth, found, truth.categories * images + truth.images, groups)
-    hits, misses = _match(pairs, groups, ignored, truth.crowds, _outside(areas))
-
+def coco_curves(truth: GroundTruth, found: DetectedBoxes, categories: int) -> Curves:
+    """Precision and recall of `found`, equal to pycocotools' for finite input (K = categories). See `match`."""
+    matches = match(truth, found)
+    scores, of_category = found.scores[matches.detections], found.categories[matches.detections]
     # The detections of all images by category, the best first; of equal scores those of the earlier image.
-    order = np.lexsort((-found.scores, found.categories))
-    hits, misses, ranks = hits[..., order], misses[..., order], ranks[order]
-    bounds = np.searchsorted(found.categories[order], np.arange(categories + 1))
-    shape = (categories, len(AREAS), len(MOST))
+    order = np.lexsort((-scores, of_category))
+    ranks = matches.ranks[order]
+    bounds = np.searchsorted(of_category[order], np.arange(categories + 1))
+    shape = (categories, len(AREAS), len(MAX_DETECTIONS))
     precision = np.full((len(IOU_THRESHOLDS), len(RECALLS), *shape), -1.0)
     recall = np.full((len(IOU_THRESHOLDS), *shape), -1.0)
-    for a, left_out in enumerate(ignored):
-        boxes = np.bincount(truth.categories[~left_out], minlength=categories)
-        for k in np.flatnonzero(boxes):
-            own = slice(bounds[k], bounds[k + 1])
-            for m, most in enumerate(MOST):
-                counted = ranks[own] < most
-                of_class = [array[a, :, own] for array in (hits, misses)]
-                if not counted.all():
-                    of_class = [array[:, counted] for array in of_class]
-                precision[:, :, k, a, m], recall[:, k, a, m] = _curve(*of_class, int(boxes[k]))
+    for a, ignored in enumerate(matches.ignored_boxes):
+        objects = np.bincount(truth.categories[~ignored], minlength=categories)
+        boxes = matches.boxes[a][:, order]
+        hits = (boxes >= 0) & ~np.append(ignored, True)[boxes]  # index -1 is the one appended
+        misses = (boxes < 0) & ~matches.outside[a, order]
+        for k in np.flatnonzero(objects):
+            of_class = slice(bounds[k], bounds[k + 1])
+            for m, most in enumerate(MAX_DETECTIONS):
+                counted = ranks[of_class] < most
+                curves = precision_curve(
+                    hits[:, of_class][:, counted], misses[:, of_class][:, counted], int(objects[k])
+                )
+                precision[:, :, k, a, m], recall[:, k, a, m] = curves
     return Curves(precision, recall)
 
 
 def coco_stats(curves: Curves) -> Float[np.ndarray, " 12"]:
-    """COCO's twelve numbers, in pycocotools' order, -1 where there is nothing to find: AP, at IoU .5, at .75, of small,
-    medium and large boxes; recall with 1, 10 and 100 detections, and of small, medium and large boxes."""
+    """COCO's twelve scores in pycocotools' order, -1 where there is nothing to find: AP, AP at IoU 0.5 and 0.75, AP of
+    small, medium and large boxes; recall with 1, 10 and 100 detections, and of small, medium and large boxes."""
 
     def mean(values: Float[np.ndarray, " *N"]) -> float:
         defined = values[values > -1]
@@ -124,25 +117,51 @@ def coco_stats(curves: Curves) -> Float[np.ndarray, " 12"]:
     at_50, at_75 = (np.flatnonzero(iou == IOU_THRESHOLDS)[0] for iou in (0.5, 0.75))
     by_iou = [mean(precision[..., 0, -1]), *(mean(precision[t, ..., 0, -1]) for t in (at_50, at_75))]
     by_size = [[mean(array[..., a, -1]) for a in (1, 2, 3)] for array in curves]
-    return np.array([*by_iou, *by_size[0], *(mean(recall[..., 0, m]) for m in range(len(MOST))), *by_size[1]])
+    recalls = (mean(recall[..., 0, m]) for m in range(len(MAX_DETECTIONS)))
+    return np.array([*by_iou, *by_size[0], *recalls, *by_size[1]])
 
 
-def _take(columns: tuple[np.ndarray, ...], rows: Int[np.ndarray, " N"]) -> Iterator[np.ndarray]:
-    return (column[rows] for column in columns)
+@np.errstate(all="ignore")  # areas that are not finite, see the last paragraph
+def match(
+    truth: GroundTruth,
+    found: DetectedBoxes,
+    thresholds: Float[np.ndarray, " T"] = IOU_THRESHOLDS,
+    areas: Mapping[str, tuple[float, float]] = AREAS,
+) -> Matches:
+    """Matches detections with ground-truth boxes as pycocotools does, for each threshold and area.
+
+    Per image and category the 100 best detections count. Each of them, the best first, takes the free box that it overlaps
+    most (the last of equals) with an IoU of the threshold or more, exactly the threshold included. It takes an ignored box
+    (a crowd region, or a box outside the area) only where no other fits. A crowd region stays free, and the IoU with it is
+    the overlap over the detection's own area.
+
+    Two boxes whose areas are not finite or are denormal in float64 (products beyond 1e308, or below 1e-308) do not overlap
+    here; pycocotools matches them always.
+    """
+    images = 1 + max(truth.images.max(initial=-1), found.images.max(initial=-1))
+    box_groups, groups = (boxes.categories * images + boxes.images for boxes in (truth, found))
+    order = np.lexsort((-found.scores, groups))
+    ranks = _ranks(groups[order])
+    kept, ranks = order[ranks < MAX_DETECTIONS[-1]], ranks[ranks < MAX_DETECTIONS[-1]]
+    found = DetectedBoxes(*(column[kept] for column in found))
+    ignored = truth.crowds[None] | _outside(truth.areas, areas)
+    pairs = overlapping(truth, found.boxes_xywh, box_groups, groups[kept], float(thresholds[0]))
+    taken = _take_boxes(pairs, ranks, ignored, truth.crowds, thresholds)
+    return Matches(kept, ranks, taken, ignored, _outside(found.boxes_xywh[:, 2] * found.boxes_xywh[:, 3], areas))
 
 
-def _places(groups: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
-    """Each one's place in its group, from 0; groups are ascending."""
+def _ranks(groups: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+    """The rank of each element within its group, from 0; groups are ascending."""
     return np.arange(len(groups)) - np.searchsorted(groups, groups)
 
 
-def _outside(areas: Float[np.ndarray, " N"]) -> Bool[np.ndarray, "4 N"]:
-    low, high = np.array(list(AREAS.values())).T[:, :, None]
-    return (areas[None] < low) | (areas[None] > high)
+def _outside(values: Float[np.ndarray, " N"], areas: Mapping[str, tuple[float, float]]) -> Bool[np.ndarray, "A N"]:
+    low, high = np.array(list(areas.values())).T[:, :, None]
+    return (values[None] < low) | (values[None] > high)
 
 
 def _spans(sizes: Int[np.ndarray, " N"], most: int) -> Iterator[slice]:
-    """Neighbours in spans of at most `most` together; one that is larger is alone."""
+    """Consecutive elements whose sizes sum to at most `most`; a larger element is alone."""
     ends, start, before = sizes.cumsum(), 0, 0
     while start < len(sizes):
         stop = max(start + 1, int(np.searchsorted(ends, before + most, "right")))
@@ -150,86 +169,94 @@ def _spans(sizes: Int[np.ndarray, " N"], most: int) -> Iterator[slice]:
         start, before = stop, ends[stop - 1]
 
 
-def _pairs(
-    truth: Truth, found: Found, truth_groups: Int[np.ndarray, " G"], found_groups: Int[np.ndarray, " D"]
-) -> _Pairs:
-    """The pairs that could match. Time is linear in the pairs of one image and category; memory in those that overlap."""
-    first = np.searchsorted(truth_groups, found_groups)
-    numbers = np.searchsorted(truth_groups, found_groups, "right") - first
-    ends_d, ends_g = (boxes[:, :2] + boxes[:, 2:] for boxes in (found.boxes_xywh, truth.boxes_xywh))
-    areas_d, areas_g = (boxes[:, 2] * boxes[:, 3] for boxes in (found.boxes_xywh, truth.boxes_xywh))
-    parts = [_Pairs(np.zeros(0, int), np.zeros(0, int), np.zeros(0))]
+@np.errstate(all="ignore")
+def overlapping(
+    truth: GroundTruth,
+    boxes_xywh: Float[np.ndarray, "D 4"],
+    box_groups: Int[np.ndarray, " G"],
+    groups: Int[np.ndarray, " D"],
+    least_iou: float,
+) -> Pairs:
+    """The pairs of one group with an IoU of `least_iou` or more (over the detection's area where the box is a crowd region).
+
+    Time is linear in the pairs of one group, memory in the pairs returned.
+    """
+    order = np.argsort(box_groups, kind="stable")
+    first = np.searchsorted(box_groups[order], groups)
+    numbers = np.searchsorted(box_groups[order], groups, "right") - first
+    ends_d, ends_g = (boxes[:, :2] + boxes[:, 2:] for boxes in (boxes_xywh, truth.boxes_xywh))
+    areas_d, areas_g = (boxes[:, 2] * boxes[:, 3] for boxes in (boxes_xywh, truth.boxes_xywh))
+    parts = [Pairs(np.zeros(0, int), np.zeros(0, int), np.zeros(0))]
     for span in _spans(numbers, PAIRS):
         number = numbers[span]
         d = np.repeat(np.arange(span.start, span.stop), number)
-        g = np.arange(len(d)) - np.repeat(number.cumsum() - number, number) + first[d]
-        low = np.maximum(found.boxes_xywh[d, :2], truth.boxes_xywh[g, :2])
-        sides = np.minimum(ends_d[d], ends_g[g]) - low
+        g = order[np.arange(len(d)) - np.repeat(number.cumsum() - number, number) + first[d]]
+        sides = np.minimum(ends_d[d], ends_g[g]) - np.maximum(boxes_xywh[d, :2], truth.boxes_xywh[g, :2])
         touching = np.flatnonzero((sides > 0).all(axis=1))
         d, g, sides = d[touching], g[touching], sides[touching]
         both = sides[:, 0] * sides[:, 1]
         ious = both / np.where(truth.crowds[g], areas_d[d], areas_d[d] + areas_g[g] - both)
-        near = ious >= IOU_THRESHOLDS[0]
-        parts.append(_Pairs(d[near], g[near], ious[near]))
-    return _Pairs(*map(np.concatenate, zip(*parts, strict=True)))
+        near = ious >= least_iou
+        parts.append(Pairs(d[near], g[near], ious[near]))
+    return Pairs(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def _match(
-    pairs: _Pairs,
-    groups: Int[np.ndarray, " D"],
-    ignored: Bool[np.ndarray, "4 G"],
+def _take_boxes(
+    pairs: Pairs,
+    ranks: Int[np.ndarray, " N"],
+    ignored: Bool[np.ndarray, "A G"],
     crowds: Bool[np.ndarray, " G"],
-    outside: Bool[np.ndarray, "4 D"],
-) -> tuple[Bool[np.ndarray, "4 10 D"], Bool[np.ndarray, "4 10 D"]]:
-    """Which detections are right and which are wrong, by area and threshold; what counts neither way is in none."""
-    hits = np.zeros((len(AREAS), len(IOU_THRESHOLDS), len(groups)), bool)
-    misses = np.repeat(~outside[:, None], len(IOU_THRESHOLDS), axis=1)
-    taken = np.zeros((len(AREAS), len(IOU_THRESHOLDS), len(crowds)), bool)
-
-    detections, segment = np.unique(pairs.found, return_inverse=True)
-    turns = _places(groups[detections])
-    # Pairs in the order of the walk: the detection's turn, the detection, and which box it would rather have.
-    order = np.lexsort((-pairs.truth, -pairs.ious, segment, turns[segment]))
+    thresholds: Float[np.ndarray, " T"],
+) -> Int[np.ndarray, "A T N"]:
+    """The box that each of N detections takes by area and threshold, -1: none."""
+    boxes = np.full((len(ignored), len(thresholds), len(ranks)), -1, np.int32)
+    taken = np.zeros((len(ignored), len(thresholds), len(crowds)), bool)
+    detections, segment = np.unique(pairs.detections, return_inverse=True)
+    turns = ranks[detections]
+    # Pairs in the order of the walk: the detection's rank, the detection, and which box it prefers.
+    order = np.lexsort((-pairs.boxes, -pairs.ious, segment, turns[segment]))
     walk = np.argsort(turns, kind="stable")
     detections, sizes = detections[walk], np.bincount(segment, minlength=len(walk))[walk]
     starts = np.concatenate([[0], sizes.cumsum()])
     segment = np.repeat(np.arange(len(walk)), sizes)
-    by_area = [order[np.argsort(2 * segment + later[pairs.truth[order]], kind="stable")] for later in ignored]
-    truth, ious = (array[np.stack(by_area)] for array in (pairs.truth, pairs.ious))
+    by_area = [order[np.argsort(2 * segment + later[pairs.boxes[order]], kind="stable")] for later in ignored]
+    preferred, ious = (array[np.stack(by_area)] for array in (pairs.boxes, pairs.ious))
 
-    area, level = np.arange(len(AREAS))[:, None, None], np.arange(len(IOU_THRESHOLDS))[None, :, None]
+    area, level = np.arange(len(ignored))[:, None, None], np.arange(len(thresholds))[None, :, None]
     rounds = np.searchsorted(turns[walk], np.arange(turns.max(initial=-1) + 2))
     for first, last in pairwise(rounds):
-        for span in _spans(sizes[first:last], PAIRS // (len(AREAS) * len(IOU_THRESHOLDS))):
+        for span in _spans(sizes[first:last], PAIRS // (len(ignored) * len(thresholds))):
             own = slice(first + span.start, first + span.stop)
             here = slice(starts[own.start], starts[own.stop])
-            box, iou = truth[:, None, here], ious[:, None, here]
-            fits = ~taken[area, level, box] & (iou >= IOU_THRESHOLDS[None, :, None])
+            box, iou = preferred[:, None, here], ious[:, None, here]
+            fits = ~taken[area, level, box] & (iou >= thresholds[None, :, None])
             nowhere = here.stop - here.start
             place = np.where(fits, np.arange(nowhere)[None, None], nowhere)
             best = np.minimum.reduceat(place, starts[own] - here.start, axis=2)
             a, t, d = np.nonzero(best < nowhere)
-            chosen = truth[a, here.start + best[a, t, d]]
+            chosen = preferred[a, here.start + best[a, t, d]]
             taken[a, t, chosen] = ~crowds[chosen]
-            hits[a, t, detections[own][d]] = ~ignored[a, chosen]
-            misses[a, t, detections[own][d]] = False
-    return hits, misses
+            boxes[a, t, detections[own][d]] = chosen
+    return boxes
 
 
-def _curve(
-    hits: Bool[np.ndarray, "10 D"], misses: Bool[np.ndarray, "10 D"], boxes: int
-) -> tuple[Float[np.ndarray, "10 101"], Float[np.ndarray, " 10"]]:
-    """Precision at RECALLS, and the highest recall, of detections in order of their scores.
+def precision_curve(
+    hits: Bool[np.ndarray, "T D"], misses: Bool[np.ndarray, "T D"], objects: int
+) -> tuple[Float[np.ndarray, "T 101"], Float[np.ndarray, " T"]]:
+    """Precision at RECALLS, each the highest at this recall or above (0 if none), and the highest recall.
 
-    Both change for the better at hits alone, so that only the curve's points there are made.
+    Args:
+      hits, misses: which detections are right and wrong, by descending score.
+      objects: boxes to find, at least 1.
     """
+    # Recall and precision rise at hits alone, so only these points of the curve are computed.
     level, at = np.nonzero(hits)
     numbers = np.bincount(level, minlength=len(hits))
     right = np.arange(len(level)) - np.repeat(numbers.cumsum() - numbers, numbers) + 1
     wrong = misses.cumsum(axis=1, dtype=np.int32)[level, at]
     most = int(numbers.max(initial=0))
-    precision = np.zeros((len(hits), most + 1))  # The last column stays 0: a recall that nobody reaches.
+    precision = np.zeros((len(hits), most + 1))  # the last column stays 0: a recall that is not reached
     precision[level, right - 1] = right / (wrong + right + np.spacing(1))
     best_beyond = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    reached = np.searchsorted(np.arange(1, most + 1) / boxes, RECALLS)
-    return best_beyond[:, reached], numbers / boxes
+    reached = np.searchsorted(np.arange(1, most + 1) / objects, RECALLS)
+    return best_beyond[:, reached], numbers / objects

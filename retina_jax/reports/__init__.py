@@ -1,1 +1,42 @@
-"""HTML pages and charts: a run, a data check, a sweep."""
+"""HTML pages of runs, data checks and sweeps.
+
+Pages are made of the templates in `templates/`: one file each, every value escaped, no request for anything else.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from retina_jax.evaluation.coco_scores import number
+
+TEMPLATES = Environment(
+    loader=PackageLoader("retina_jax.reports"),
+    autoescape=lambda name: not name.endswith(".md"),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+TEMPLATES.filters["score"] = number
+TEMPLATES.filters["percent"] = "{:.1%}".format
+
+
+def render(template: str, **values: Any) -> Markup:
+    """The text of a template. Values are escaped except in Markdown templates and if they are Markup already."""
+    return Markup(TEMPLATES.get_template(template).render(values))
+
+
+def jpeg(pixels: UInt8[np.ndarray, "H W 3"]) -> dict[str, Any]:
+    """An image with the address (a data URL) that a page embeds it by, and its size."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=80)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return {"src": f"data:image/jpeg;base64,{data}", "height": pixels.shape[0], "width": pixels.shape[1]}

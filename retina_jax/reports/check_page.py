@@ -1,206 +1,135 @@
-"""A check as one HTML page."""
+"""The page of a data check, with the images whose boxes are covered worst."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import UInt8
+
+from retina_jax.config import DataConfig
+from retina_jax.data.coco import read_image
+from retina_jax.data.conventions import Decoding
+from retina_jax.data.decoding import DECODING, to_rgb
+from retina_jax.data.source import BadImage
+from retina_jax.data.transforms import resize_large
 from retina_jax.data_check.check import Check
-from retina_jax.data_check.coverage import Share
-from retina_jax.data_check.findings import Group
-from retina_jax.data_check.views import ASPECTS, SIDES
+from retina_jax.data_check.coverage import ASPECTS, SIDES, Coverage, Share, Views
+from retina_jax.data_check.split import Split
+from retina_jax.evaluation.drawing import draw_boxes
+from retina_jax.reports import jpeg, render
 from retina_jax.reports.charts import Stack, bar_chart
-from retina_jax.reports.coverage_pictures import COVERED, RESCUED, UNCOVERED, Worst
-from retina_jax.reports.page import page, paragraphs, picture, table
 
-LISTED = 200
-"""Findings of a kind that the page lists; the JSON has all."""
-OPEN = 10
-"""Lists of so many findings are unfolded from the start."""
-ROWS = 20
-"""Rows of a table that are seen from the start."""
-STYLE = f"""
-.error b {{ color: {UNCOVERED} }} .warning b {{ color: {RESCUED} }} summary {{ cursor: pointer; font-size: 1rem }}
-details p {{ margin: .3rem 0 .6rem }} pre {{ background: var(--faint); padding: .8rem; white-space: pre-wrap }}
-td {{ white-space: nowrap }} h3 {{ font-size: 1rem }}
-.wide {{ display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)) }}
-.list table {{ width: 100% }} .list th, .list td {{ text-align: left; white-space: normal; overflow-wrap: anywhere }}
-.list td:first-child {{ min-width: 7.5rem }} .list td:nth-child(2) {{ white-space: nowrap }}
-.list td:last-child {{ width: 75% }} .list th {{ min-width: 3.2rem; white-space: nowrap }}
-"""
+MOST_LISTED = 200
+"""Findings of a kind on the page; the JSON has all."""
+OPEN_UP_TO = 10
+"""Lists of at most this many findings are open from the start."""
+COVERED, RESCUED, UNCOVERED = "#009E73", "#E69F00", "#D55E00"
+"""Boxes with an anchor of sufficient IoU, with one by the low-quality rule only, and without (Okabe and Ito)."""
+ON_IMAGES = {COVERED: (0, 255, 0), RESCUED: (255, 190, 0), UNCOVERED: (255, 0, 0)}
+"""The same in colours that are visible on a photograph."""
+SIDE = 720
+"""Small images are enlarged to about this length of their longer side, pixels."""
+TAGGED = 12
+"""Boxes of an image that are labelled; more labels would hide it."""
+SHARES = ("by_iou", "by_low_quality", "uncovered")
 
 
 def to_html(check: Check, pictures: Sequence[Worst], title: str) -> str:
-    """The page; every text of the data set is escaped."""
-    sections = {
-        "findings": _findings(check.groups),
-        "classes": _classes(check),
-        "anchors": _anchors(check),
-        "suggestion": _suggestion(check),
-        "pictures": _pictures(pictures),
-    }
-    body = _verdict(check) + "".join(f'<section id="{name}">{text}</section>\n' for name, text in sections.items())
-    return page(title, body, list(sections), style=STYLE)
-
-
-def verdict(check: Check) -> str:
-    """One sentence: whether training makes sense."""
-    errors = sum(len(group.findings) for group in check.groups if group.severity == "error")
-    warnings = sum(len(group.findings) for group in check.groups if group.severity == "warning")
-    if errors:
-        return f"Training makes no sense yet. Errors: {errors}, warnings: {warnings}"
-    return f"Training makes sense. Errors: none, warnings: {warnings or 'none'}"
-
-
-def _verdict(check: Check) -> str:
-    rows = [
-        [
-            split.name,
-            f"{len(split.images)}",
-            f"{len(split.labels)}",
-            f"{int(split.rules['usable'].sum())}",
-            str(split.annotations),
-        ]
-        for split in check.splits
-    ]
-    tone = "note" if check.makes_sense else "error"
-    return f'<p class="{tone}"><b>{escape(verdict(check))}</b></p>' + table(
-        ["split", "images", "boxes", "of them usable", "annotations"], rows
+    """The page; `pictures` as from `worst_pictures`."""
+    shares, suggestion = check.shares, check.suggestion
+    pairs = suggestion.pairs() if suggestion else []
+    page = render(
+        "check.html",
+        title=title,
+        sections=["findings", "classes", "anchors", "suggestion", "pictures"],
+        colours={"rescued": RESCUED, "uncovered": UNCOVERED},
+        check=check,
+        most_listed=MOST_LISTED,
+        open_up_to=OPEN_UP_TO,
+        class_names=list(dict.fromkeys(count.name for counts in check.counts.values() for count in counts)),
+        counts={split: {count.name: count for count in counts} for split, counts in check.counts.items()},
+        histograms=[
+            _histogram(shares.sizes, [f"{end:.3g}" for end in SIDES], "square root of the area, pixels"),
+            _histogram(shares.aspects, [f"{end:.2g}" for end in ASPECTS], "height over width"),
+        ],
+        worst_first=sorted(shares.classes, key=lambda s: (not s.boxes, s.part("by_iou"), s.part("uncovered"))),
+        pairs=pairs[:1] + sorted(pairs[1:], key=lambda pair: pair[0].part("by_iou")),
+        pictures=[(jpeg(picture.pixels), picture.caption) for picture in pictures],
     )
-
-
-def _findings(groups: Sequence[Group]) -> str:
-    parts = ["<h2>Findings</h2>"]
-    if not groups:
-        parts.append(paragraphs(["Nothing was found."]))
-    for group in groups:
-        rows = [[f.name, f.split, f.text] for f in group.findings[:LISTED]]
-        more = len(group.findings) - len(rows)
-        parts.append(
-            f'<details class="list {group.severity}"{" open" if len(group.findings) <= OPEN else ""}>'
-            f"<summary><b>{group.severity}</b> {escape(group.title)}: {len(group.findings)}</summary>"
-            f"{paragraphs([group.meaning])}{table(['which', 'split', 'what'], rows)}"
-            f"{paragraphs([f'{more} more are in data_check.json.'] if more else [])}</details>"
-        )
-    return "".join(parts)
-
-
-def _classes(check: Check) -> str:
-    names = list(dict.fromkeys(count.name for counts in check.counts.values() for count in counts))
-    header, rows = ["class"], {name: [name] for name in names}
-    for split, counts in check.counts.items():
-        header += [f"{split}: boxes", "images", "dropped"]
-        for name in names:
-            of_split = {count.name: count for count in counts}.get(name)  # a split may lack a class
-            rows[name] += [str(getattr(of_split, field, "")) for field in ("boxes", "images", "dropped")]
-    said = "Boxes that can be trained on, the images that have one, and boxes dropped: crowds, without area or outside."
-    return f"<h2>Classes</h2>{paragraphs([said])}{_folded(header, list(rows.values()))}"
-
-
-def _folded(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of which the first ROWS are seen, and the others when asked for."""
-    rest = rows[ROWS:]
-    more = f"<details><summary>{len(rest)} more</summary>{table(header, rest)}</details>" if rest else ""
-    return table(header, rows[:ROWS]) + more
-
-
-def _anchors(check: Check) -> str:
-    config, shares = check.config, check.shares
-    short = ", ".join(map(str, config.data.jitter_short_sides)) or str(config.data.short_side)
-    said = [
-        f"Every box after the resize to a short side of {short} pixels (the long side at most {config.data.long_side}), "
-        "matched with the anchors as training does it. A box is learnt through anchors of an IoU of "
-        f"{config.matching.positive_iou:g} or more; where it has none, the low-quality rule "
-        + {
-            "none": "does not help (matching.low_quality none).",
-            "band": f"gives it its best one from an IoU of {config.matching.negative_iou:g} on (matching.low_quality band).",
-            "all": "gives it its best one, whatever the IoU (matching.low_quality all).",
-        }[config.matching.low_quality],
-        f"Expected positive anchors an image: {shares.positives_per_image:.1f}.",
-    ]
-    charts = "".join(
-        _histogram(of, names, label)
-        for of, names, label in (
-            (shares.sizes, [f"{end:.3g}" for end in SIDES], "square root of the area, pixels"),
-            (shares.aspects, [f"{end:.2g}" for end in ASPECTS], "height over width"),
-        )
-    )
-    header = [
-        "",
-        "boxes",
-        f"IoU ≥ {config.matching.positive_iou:g}",
-        "low-quality rule only",
-        "no anchor",
-        "outbid",
-        "anchors a box",
-    ]
-    worst_first = sorted(
-        shares.classes, key=lambda share: (not share.boxes, share.part("by_iou"), share.part("uncovered"))
-    )
-    rows = [_row(share) for share in (shares.total, *worst_first)]
-    sizes = [_row(share) for share in shares.sizes if share.boxes]
-    return (
-        f'<h2>Anchor coverage</h2>{paragraphs(said)}<div class="charts">{charts}</div>{_folded(header, rows)}'
-        f"<h3>By size, pixels</h3>{table(header, sizes)}"
-    )
-
-
-def _row(share: Share) -> list[str]:
-    parts = [f"{share.part(kind):.1%}" if share.boxes else "" for kind in ("by_iou", "by_low_quality", "uncovered")]
-    each = f"{share.anchors / share.boxes:.1f}" if share.boxes else ""
-    return [share.name, f"{share.boxes}", *parts, f"{share.outbid}", each]
+    return str(page)
 
 
 def _histogram(shares: Sequence[Share], ends: Sequence[str], label: str) -> str:
-    """The bins from the first to the last with boxes; every second end is named where they are many."""
+    """The bins from the first to the last with boxes; with many bins every second end is labelled."""
     filled = [i for i, share in enumerate(shares) if share.boxes] or [0]
     first, last = filled[0], filled[-1] + 1
     names = ["∞" if end == "inf" else end for end in ends[first : last + 1]]
     names = [name if len(names) <= 12 or i % 2 == 0 else "" for i, name in enumerate(names)]
+    texts = ("sufficient IoU", "low-quality only", "no anchor")
     stacks = [
         Stack(text, [getattr(share, kind) for share in shares[first:last]], colour)
-        for kind, text, colour in (
-            ("by_iou", "sufficient IoU", COVERED),
-            ("by_low_quality", "low-quality only", RESCUED),
-            ("uncovered", "no anchor", UNCOVERED),
-        )
+        for kind, text, colour in zip(SHARES, texts, ON_IMAGES, strict=True)
     ]
     return bar_chart(names, stacks, label, "boxes")
 
 
-def _suggestion(check: Check) -> str:
-    title, suggestion = "<h2>Suggestion</h2>", check.suggestion
-    if suggestion is None:
-        return title + paragraphs(
-            ["None: the coverage is good, or no other anchors and sizes that were tried mend it."]
-        )
-    everything, *classes = suggestion.pairs()
-    rows = [
-        [
-            before.name,
-            f"{before.boxes}",
-            f"{before.part('by_iou'):.1%}",
-            f"{after.part('by_iou'):.1%}",
-            f"{after.part('uncovered'):.1%}",
-        ]
-        for before, after in (everything, *sorted(classes, key=lambda pair: pair[0].part("by_iou")))
-    ]
-    before, after = suggestion.anchors
-    said = [
-        f"The cheapest of the settings tried that mends it, counted anew with these anchors on all boxes. An image has "
-        f"{suggestion.pixels:.2f} times the pixels, a place {before} → {after} anchors, an image "
-        f"{suggestion.before.positives_per_image:.1f} → {suggestion.after.positives_per_image:.1f} positive anchors.",
-    ]
-    header = ["", "boxes", "sufficient IoU before", "after", "no anchor after"]
-    return f"{title}{paragraphs(said)}<pre>{escape(suggestion.options)}</pre>{_folded(header, rows)}"
+class Worst(NamedTuple):
+    """An image with its boxes, and a caption."""
+
+    pixels: UInt8[np.ndarray, "H W 3"]
+    caption: str
 
 
-def _pictures(pictures: Sequence[Worst]) -> str:
-    said = (
-        "The images with the most boxes that lack anchors, at the size that the network sees. Green: anchors of sufficient "
-        "IoU; yellow: by the low-quality rule only; red: none. The number is the largest IoU with any anchor."
-        if pictures
-        else "None: every box has an anchor of sufficient IoU."
+def worst_pictures(
+    split: Split, data: DataConfig, decoding: Decoding, views: Views, coverage: Coverage, most: int
+) -> list[Worst]:
+    """At most `most` images, each once: those with the most boxes without an anchor first, then those with the most by the
+    low-quality rule only. Images without such boxes and unreadable images are left out."""
+    kinds = coverage.kinds
+    without, rescued = (
+        np.diff(np.concatenate([[0], np.cumsum(boxes)])[views.ends])
+        for boxes in (kinds["uncovered"] | kinds["outbid"], kinds["by_low_quality"])
     )
-    shown = "".join(picture(worst.pixels, worst.caption, quality=80) for worst in pictures)
-    return f'<h2>The worst pictures</h2>{paragraphs([said])}<div class="wide">{shown}</div>'
+    pictures: dict[int, Worst] = {}
+    for v in np.lexsort([-rescued, -without]).tolist():
+        if len(pictures) == most or not without[v] + rescued[v]:
+            break
+        if (record := int(views.records[v])) in pictures:
+            continue
+        row = split.record_images[record]
+        _, name, *size = split.images[row]
+        height, width = views.sizes_hw[v]
+        try:
+            encoded = read_image(Path(split.paths[row]), *size)
+            with DECODING.share(size[0] * size[1]):
+                image = resize_large(to_rgb(encoded, decoding, expected_size=tuple(size)), (height, width), data.resize)
+        except (OSError, BadImage):
+            continue  # it is among the findings
+        boxes = views.ends[v + 1] - views.ends[v]
+        counts = f"{boxes} boxes, {without[v]} without an anchor, {rescued[v]} by the low-quality rule only"
+        pixels = draw_coverage(image, split.class_names, views, coverage, v)
+        pictures[record] = Worst(pixels, f"{name}, at {width} x {height}: {counts}")
+    return list(pictures.values())
+
+
+def draw_coverage(
+    image: UInt8[np.ndarray, "h w 3"], class_names: tuple[str, ...], views: Views, coverage: Coverage, v: int
+) -> UInt8[np.ndarray, "H W 3"]:
+    """The image of view `v`. Boxes with anchors are green, by the low-quality rule only yellow, without or outbid red.
+    Yellow and red ones are labelled with their class and best IoU if there are at most TAGGED."""
+    kinds = coverage.kinds
+    colours = {
+        n: UNCOVERED if coverage.anchors[n] == 0 else COVERED if kinds["by_iou"][n] else RESCUED
+        for n in range(int(views.ends[v]), int(views.ends[v + 1]))
+    }
+    worst_last = sorted(colours, key=lambda n: list(ON_IMAGES).index(colours[n]))
+    few = sum(colour != COVERED for colour in colours.values()) <= TAGGED
+    texts = [
+        f"{class_names[views.labels[n]]} {coverage.best_iou[n]:.2f}" if few and colours[n] != COVERED else ""
+        for n in worst_last
+    ]
+    on_image = [ON_IMAGES[colours[n]] for n in worst_last]
+    return draw_boxes(image, views.boxes_xyxy[worst_last], on_image, texts, side=SIDE)

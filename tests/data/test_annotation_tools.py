@@ -177,7 +177,7 @@ def test_what_cannot_be_trained_on_names_the_option(tmp_path: Path, case: str) -
         open_source(config.data, "train")
     check = check_data(config, {"train": (path, images)})
     found = {group.kind: group.findings for group in check.groups}
-    assert option in found[kind][0].text and not check.makes_sense
+    assert option in found[kind][0].text and not check.ready
 
 
 def test_boxes_that_are_right_can_be_kept_as_they_are(tmp_path: Path) -> None:

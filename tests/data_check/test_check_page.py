@@ -1,4 +1,4 @@
-"""The script, its exit status, what it prints, the JSON and the page, whatever the classes and files are called."""
+"""The script: exit status, output, JSON and page, with hostile names of classes and files too."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(monkeypatch: pytest.MonkeyPatch, pairs: dict[str, tuple[Path, Path]], ou
 
 
 class Page(HTMLParser):
-    """What a page refers to, what it says, and whether its elements are closed in order."""
+    """References and texts of a page; asserts that its elements are closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -68,12 +68,12 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-def test_a_clean_set_makes_sense(
+def test_a_clean_set_is_ready_to_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     assert run(monkeypatch, clean().write(tmp_path), tmp_path / "out") == 0
-    said = capsys.readouterr().out
-    assert "Training makes sense" in said and str(tmp_path / "out" / "data_check.html") in said
+    out = capsys.readouterr().out
+    assert "Ready to train" in out and str(tmp_path / "out" / "data_check.html") in out
     facts = json.loads((tmp_path / "out" / "data_check.json").read_text())
     assert facts["makes_sense"] and facts["findings"] == [] and facts["suggestion"] is None
     assert facts["coverage"]["all"]["by_iou_share"] == 1 and facts["splits"]["val"]["images"] == 3
@@ -82,7 +82,7 @@ def test_a_clean_set_makes_sense(
 @pytest.mark.parametrize(
     ("name", "status"), [("image_is_missing", 3), ("category_is_unknown", 3), ("box_has_no_width", 0)]
 )
-def test_errors_make_no_sense_and_warnings_do(
+def test_errors_are_not_ready_to_train_and_warnings_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, name: str, status: int
 ) -> None:
     splits, (plant, expected) = clean(), MISTAKES[name]
@@ -117,7 +117,7 @@ def test_tiny_boxes_are_hopeless_until_the_suggestion_is_pasted(
     assert facts["coverage"] == claimed["coverage"] and facts["coverage"]["all"]["by_iou"] == 12
 
 
-def test_the_page_asks_for_nothing_and_escapes_every_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_requests_nothing_and_escapes_every_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     splits = hostile()
     assert run(monkeypatch, splits.write(tmp_path), tmp_path / "out") == 3
     text = (tmp_path / "out" / "data_check.html").read_text()

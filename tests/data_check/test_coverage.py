@@ -1,4 +1,4 @@
-"""Anchor coverage beside plain numpy over all anchors, and the suggestion beside what it claims."""
+"""Anchor coverage compared with plain numpy over all anchors, and the suggestion compared with its claims."""
 
 from __future__ import annotations
 
@@ -15,9 +15,19 @@ from retina_jax.config import AnchorConfig, Config
 from retina_jax.config_io import override
 from retina_jax.data.pipeline import train_batches
 from retina_jax.data.source import Record
-from retina_jax.data_check.coverage import Coverage, Shares, bin_names, count_shares, cover, coverage_findings
-from retina_jax.data_check.suggestion import GOOD, as_options, suggest
-from retina_jax.data_check.views import ASPECTS, SIDES, Views, best_iou, best_iou_on, view_boxes
+from retina_jax.data_check.coverage import (
+    ASPECTS,
+    SIDES,
+    Coverage,
+    Shares,
+    Views,
+    bin_names,
+    count_shares,
+    cover,
+    coverage_findings,
+    view_boxes,
+)
+from retina_jax.data_check.suggestion import GOOD, as_options, best_iou, best_iou_on, suggest
 from retina_jax.ops.anchors import anchor_grid
 
 SMALL = override(Config(), {"data.short_side": 96, "data.long_side": 128})
@@ -53,7 +63,7 @@ def random_boxes(rng: np.random.Generator, n: int, sides: tuple[float, float] = 
 def by_hand(views: Views, config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Best IoU and number of positive anchors of each box, straight from Section 4 and Detectron's low-quality rule."""
     best, won = [], []
-    for v, canvas in enumerate(views.canvases):
+    for v, canvas in enumerate(views.padded_hw):
         boxes = views.boxes_xyxy[views.ends[v] : views.ends[v + 1]]
         if not len(boxes):
             continue
@@ -98,7 +108,7 @@ def test_the_nearest_anchor_is_the_best_one(style: str) -> None:
     records = records_of(random_boxes(rng, 60), random_boxes(rng, 50))
     records += records_of(random_boxes(rng, 30), size=(96, 200))
     views = view_boxes(records, config.data)
-    assert len(set(views.canvases)) > 1
+    assert len(set(views.padded_hw)) > 1
     np.testing.assert_allclose(best_iou(views, config), by_hand(views, config)[0], atol=1e-5)
 
 
@@ -132,14 +142,21 @@ def test_a_box_that_is_an_anchor_and_one_of_a_quarter_of_it() -> None:
         views = view_boxes(records_of([square.tolist()], [half.tolist()]), config.data)
         coverage = cover(views, config)
         np.testing.assert_allclose(coverage.best_iou, [1, 0.25], atol=1e-6)
-        assert coverage.by_iou.tolist() == [True, False] and coverage.uncovered.tolist() == [False, anchors == 0]
-        assert coverage.by_low_quality.tolist() == [False, anchors == 1]
+        assert coverage.kinds["by_iou"].tolist() == [True, False] and coverage.kinds["uncovered"].tolist() == [
+            False,
+            anchors == 0,
+        ]
+        assert coverage.kinds["by_low_quality"].tolist() == [False, anchors == 1]
 
 
 def test_a_twin_is_outbid_by_the_first() -> None:
     views = view_boxes(records_of([[20, 20, 68, 68], [20, 20, 68, 68]]), SMALL.data)
     coverage = cover(views, SMALL)
-    assert coverage.outbid.tolist() == [False, True] and coverage.by_iou.all() and coverage.anchors[1] == 0
+    assert (
+        coverage.kinds["outbid"].tolist() == [False, True]
+        and coverage.kinds["by_iou"].all()
+        and coverage.anchors[1] == 0
+    )
 
 
 def test_views_are_the_batches_of_training(tmp_path: Path) -> None:
@@ -154,7 +171,7 @@ def test_views_are_the_batches_of_training(tmp_path: Path) -> None:
         batch = next(batches)
         v = int(batch.indices[0])
         met.add(v)
-        assert batch.images.shape[1:3] == views.canvases[v] and tuple(batch.image_sizes[0]) == views.sizes_hw[v]
+        assert batch.images.shape[1:3] == views.padded_hw[v] and tuple(batch.image_sizes[0]) == views.sizes_hw[v]
         np.testing.assert_array_equal(batch.boxes_xyxy[0, :1], views.boxes_xyxy[views.ends[v] : views.ends[v + 1]])
 
 
@@ -165,8 +182,9 @@ def test_every_short_side_of_the_training_is_a_view() -> None:
     assert views.boxes_xyxy.tolist() == [[0, 0, 10, 20], [0, 0, 4.5, 4.5], [0, 0, 20, 40], [0, 0, 9, 9]]
     assert views.boxes.tolist() == [0, 1, 0, 1]
     sizes, aspects = bin_names(SIDES), bin_names(ASPECTS)
-    assert [sizes[i] for i in views.bin_of_size()] == ["11.31 to 16", "4 to 5.657", "22.63 to 32", "8 to 11.31"]
-    assert [aspects[i] for i in views.bin_of_aspect()] == ["2 to 2.828", "1 to 1.414", "2 to 2.828", "1 to 1.414"]
+    of_sizes, of_aspects = views.bins()
+    assert [sizes[i] for i in of_sizes] == ["11.31 to 16", "4 to 5.657", "22.63 to 32", "8 to 11.31"]
+    assert [aspects[i] for i in of_aspects] == ["2 to 2.828", "1 to 1.414", "2 to 2.828", "1 to 1.414"]
 
 
 def small_set(seed: int = 3) -> list[Record]:

@@ -34,7 +34,7 @@ ERRORS = {
 def found(check: Check) -> set[tuple[str, str, str]]:
     findings = [finding for group in check.groups for finding in group.findings]
     names = {(finding.kind, finding.split, finding.name) for finding in findings}
-    assert len(names) == len(findings), "told twice"
+    assert len(names) == len(findings), "reported twice"
     return names
 
 
@@ -44,7 +44,7 @@ def check_of(splits: Splits, folder: Path) -> Check:
 
 def test_nothing_is_found_on_the_clean_one(tmp_path: Path) -> None:
     check = check_of(clean(), tmp_path)
-    assert found(check) == set() and check.makes_sense and check.suggestion is None
+    assert found(check) == set() and check.ready and check.suggestion is None
     assert check.shares.total.by_iou == check.shares.total.boxes == 12
     assert [tuple(count) for count in check.counts["val"]] == [("cell", 3, 3, 0), ("dust", 3, 3, 0)]
 
@@ -56,7 +56,7 @@ def test_a_planted_mistake_is_all_that_is_found(tmp_path: Path, name: str) -> No
     plant(splits)
     check = check_of(splits, tmp_path)
     assert found(check) == expected
-    assert check.makes_sense == (not {kind for kind, _, _ in expected} & ERRORS)
+    assert check.ready == (not {kind for kind, _, _ in expected} & ERRORS)
 
 
 def test_all_planted_mistakes_are_found_at_once(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_all_planted_mistakes_are_found_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_what_training_refuses_is_an_error_and_what_it_takes_is_none(tmp_path: Path, name: str) -> None:
-    """Training's own strict reader is asked."""
+    """Compared with training's own strict reader."""
     splits = clean()
     MISTAKES[name][0](splits)
     pairs = splits.write(tmp_path)
@@ -101,7 +101,7 @@ def test_the_lenient_reader_takes_what_the_strict_one_takes(tmp_path: Path) -> N
     at = 0
     for record in split.records:
         for box in record.boxes_xyxy.tolist():
-            assert split.clipped_xyxy[trained[at]].tolist() == box
+            assert split.boxes_xyxy[trained[at]].tolist() == box
             at += 1
     assert at == len(trained)
 
@@ -111,7 +111,7 @@ def test_the_lenient_reader_takes_what_the_strict_one_takes(tmp_path: Path) -> N
 def test_any_value_anywhere_is_told_where_training_refuses_it(
     tmp_path_factory: pytest.TempPathFactory, place: str, value: object
 ) -> None:
-    """The strict reader raises exactly where the lenient one has something to tell, and its first word is among it."""
+    """The strict reader raises exactly where the lenient one reports something, and its error is among the reports."""
     folder = tmp_path_factory.mktemp("any")
     path, images = write_coco(folder, json.dumps(edited(**{place: value})))
     try:
@@ -134,21 +134,21 @@ def test_bad_images_that_are_skipped_are_no_errors(tmp_path: Path) -> None:
     splits = clean()
     del splits.files["train"]["000.jpg"]
     check = check_data(override(CONFIG, {"data.bad_images": "skip"}), splits.write(tmp_path))
-    assert check.makes_sense and [(g.kind, g.severity) for g in check.groups] == [("missing", "warning")]
+    assert check.ready and [(g.kind, g.severity) for g in check.groups] == [("missing", "warning")]
 
 
 def test_classes_that_differ_between_the_splits_are_an_error(tmp_path: Path) -> None:
     splits = clean()
     splits.documents["val"]["categories"][1]["name"] = "smut"
     check = check_of(splits, tmp_path)
-    assert found(check) == {("refused_config", "val", "data.val_annotations")} and not check.makes_sense
+    assert found(check) == {("refused_config", "val", "data.val_annotations")} and not check.ready
 
 
 def test_a_split_without_a_box_leaves_nothing_to_learn(tmp_path: Path) -> None:
     splits = clean()
     splits.documents["train"]["annotations"] = []
     check = check_of(splits, tmp_path)
-    assert "nothing_to_learn" in {group.kind for group in check.groups} and not check.makes_sense
+    assert "nothing_to_learn" in {group.kind for group in check.groups} and not check.ready
     assert check.suggestion is None and check.shares.positives_per_image == 0
 
 

@@ -8,10 +8,9 @@ import numpy as np
 from planted import CONFIG, clean
 
 from retina_jax.data.conventions import AS_VIEWERS
-from retina_jax.data_check.coverage import Coverage
+from retina_jax.data_check.coverage import Coverage, Views, view_boxes
 from retina_jax.data_check.split import Split, read_split
-from retina_jax.data_check.views import Views, view_boxes
-from retina_jax.reports.coverage_pictures import IN_PICTURES, RESCUED, UNCOVERED, draw_coverage, worst_pictures
+from retina_jax.reports.check_page import ON_IMAGES, RESCUED, UNCOVERED, draw_coverage, worst_pictures
 
 
 def coverage_of(views: Views, states: dict[int, str]) -> Coverage:
@@ -33,7 +32,7 @@ def test_images_with_most_boxes_without_anchors_come_first(tmp_path: Path) -> No
     coverage = coverage_of(views, states)
     captions = [worst.caption for worst in worst_pictures(split, CONFIG.data, AS_VIEWERS, views, coverage, 8)]
     assert [caption.split(",")[0] for caption in captions] == ["001.jpg", "004.jpg", "003.jpg", "000.jpg"]
-    assert captions[0] == "001.jpg, at 128 x 96: 2 boxes, 2 without an anchor, 0 by the rule only"
+    assert captions[0] == "001.jpg, at 128 x 96: 2 boxes, 2 without an anchor, 0 by the low-quality rule only"
     assert len(worst_pictures(split, CONFIG.data, AS_VIEWERS, views, coverage, 2)) == 2
     (split.folder / "001.jpg").unlink()
     assert worst_pictures(split, CONFIG.data, AS_VIEWERS, views, coverage, 1)[0].caption.startswith("004.jpg")
@@ -50,9 +49,9 @@ def test_boxes_are_green_yellow_and_red(tmp_path: Path) -> None:
     drawn = draw_coverage(grey, split.class_names, views, coverage_of(views, {1: "low"}), 0)
     zoom = drawn.shape[0] // 96
     assert drawn.shape == (96 * zoom, 128 * zoom, 3)
-    for n, colour in ((0, (0, 255, 0)), (1, IN_PICTURES[RESCUED])):
+    for n, colour in ((0, (0, 255, 0)), (1, ON_IMAGES[RESCUED])):
         x1, _, _, y2 = (views.boxes_xyxy[n] * zoom).astype(int).tolist()
         assert tuple(drawn[y2 - 20, x1]) == colour  # the left side, below the tag
     red = draw_coverage(grey, split.class_names, views, coverage_of(views, {0: "outbid"}), 0)
     x1, _, _, y2 = (views.boxes_xyxy[0] * zoom).astype(int).tolist()
-    assert tuple(red[y2 - 20, x1]) == IN_PICTURES[UNCOVERED] and tuple(red[y2 - 20, x1 + 60]) == (128, 128, 128)
+    assert tuple(red[y2 - 20, x1]) == ON_IMAGES[UNCOVERED] and tuple(red[y2 - 20, x1 + 60]) == (128, 128, 128)

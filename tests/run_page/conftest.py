@@ -1,4 +1,4 @@
-"""The folder of a run that was never trained: real files of real data, what it found made from the truth."""
+"""The folder of a run without training: its files are real, its detections are made from the ground truth."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def tiny_run(tmp_path: Path) -> Path:
 
 
 def detections(truth: dict, category_ids: list[int], error: float) -> list[dict]:
-    """Of each truth one or two detections, moved by `error` of its side, some of another class, and some of nothing."""
+    """For each object up to two detections, moved by `error` of its side, some of another class, and some on background."""
     rng, found = np.random.default_rng(0), []
     for a in truth["annotations"]:
         x, y, w, h = a["bbox"]

@@ -1,4 +1,4 @@
-"""The breakdown of errors: hand-made cases of each kind, sums, TIDE's own figures, and AP 1 once all of it is mended."""
+"""The kinds of error: hand-made cases of each, sums, TIDE's own figures, and AP 1 once all errors are fixed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retina_jax.evaluation.coco_scores import in_arrays
+from retina_jax.evaluation.coco_scores import as_arrays
 from retina_jax.evaluation.error_analysis import (
     BACKGROUND,
     BOTH,
@@ -25,23 +25,25 @@ from retina_jax.evaluation.error_analysis import (
     Errors,
     ap_without,
     average_precision,
+    classify_errors,
+    fixed_ap,
     mean_ap,
-    mended_ap,
-    sort_errors,
 )
-from retina_jax.evaluation.precision_recall import Found, Truth, coco_curves, coco_stats
+from retina_jax.evaluation.precision_recall import DetectedBoxes, GroundTruth, coco_curves, coco_stats
 
 ALL = range(len(KINDS))
 CAT, DOG = 0, 1
 
 
-def made(truth: list[tuple], found: list[tuple], crowds: tuple[int, ...] = ()) -> tuple[Truth, Found]:
-    """One image: truths (category, x, y, w, h) and detections (category, x, y, w, h, score)."""
+def made(truth: list[tuple], found: list[tuple], crowds: tuple[int, ...] = ()) -> tuple[GroundTruth, DetectedBoxes]:
+    """One image: objects (category, x, y, w, h) and detections (category, x, y, w, h, score)."""
     boxes, detections = np.array(truth, float).reshape(-1, 5), np.array(found, float).reshape(-1, 6)
     crowd = np.isin(np.arange(len(boxes)), crowds)
     return (
-        Truth(np.zeros(len(boxes), int), boxes[:, 0].astype(int), boxes[:, 1:], boxes[:, 3] * boxes[:, 4], crowd),
-        Found(np.zeros(len(detections), int), detections[:, 0].astype(int), detections[:, 1:5], detections[:, 5]),
+        GroundTruth(np.zeros(len(boxes), int), boxes[:, 0].astype(int), boxes[:, 1:], boxes[:, 3] * boxes[:, 4], crowd),
+        DetectedBoxes(
+            np.zeros(len(detections), int), detections[:, 0].astype(int), detections[:, 1:5], detections[:, 5]
+        ),
     )
 
 
@@ -65,58 +67,58 @@ THE_CAT = (CAT, 0, 0, 10, 10)
     ],
 )
 def test_a_single_detection_is_of_the_kind_its_overlap_says(detection: tuple, kind: int, of_truth: int) -> None:
-    errors = sort_errors(*made([THE_CAT], [detection]))
+    errors = classify_errors(*made([THE_CAT], [detection]))
     assert errors.of_found.tolist() == [kind] and errors.of_truth.tolist() == [of_truth]
     assert errors.finds.tolist() == [0 if of_truth != MISSED else -1]
 
 
-def test_the_second_on_a_truth_is_a_duplicate_and_the_better_one_is_right() -> None:
+def test_the_second_on_an_object_is_a_duplicate_and_the_better_one_is_right() -> None:
     truth, found = made([THE_CAT], [(CAT, 0, 0, 10, 9, 0.3), (CAT, 0, 0, 10, 8, 0.8)])
-    assert sort_errors(truth, found).of_found.tolist() == [DUPLICATE, RIGHT]
+    assert classify_errors(truth, found).of_found.tolist() == [DUPLICATE, RIGHT]
 
 
-def test_of_two_that_mean_one_truth_the_better_will_find_it_and_the_other_is_gone() -> None:
-    """AP by hand: nothing found, 0. With either kind mended alone the cat is found by that kind's best, or by none."""
+def test_of_two_with_one_target_the_better_finds_it_and_the_other_is_removed() -> None:
+    """AP by hand: nothing found, 0. If one kind alone is fixed, its best detection finds the cat, or none does."""
     truth, found = made(
         [THE_CAT],
         [(CAT, 5, 0, 10, 10, 0.4), (DOG, 0, 0, 10, 10, 0.7), (CAT, 0, 5, 10, 10, 0.6), (CAT, 50, 0, 9, 9, 0.9)],
     )
-    errors = sort_errors(truth, found)
+    errors = classify_errors(truth, found)
     assert errors.of_found.tolist() == [LOCALISATION, CLASSIFICATION, LOCALISATION, BACKGROUND]
     assert errors.of_truth.tolist() == [CLASSIFICATION] and errors.finds.tolist() == [-1, 0, -1, -1]
-    assert errors.meant.tolist() == [0, 0, 0, -1]
-    ap = {kinds: mended_ap(truth, found, errors, 2, kinds)[CAT] for kinds in ((), (LOCALISATION,), (CLASSIFICATION,))}
-    # Mended, the dog is a cat of score .7 behind a false one of .9, and before two of .6 and .4: precision 1/2.
+    assert errors.target.tolist() == [0, 0, 0, -1]
+    ap = {kinds: fixed_ap(errors, 2, kinds)[CAT] for kinds in ((), (LOCALISATION,), (CLASSIFICATION,))}
+    # Fixed, the dog is a cat of score .7 behind a false one of .9, and before two of .6 and .4: precision 1/2.
     assert ap == {(): 0.0, (LOCALISATION,): 0.0, (CLASSIFICATION,): pytest.approx(0.5)}
-    assert mended_ap(truth, found, errors, 2, (CLASSIFICATION, BACKGROUND))[CAT] == pytest.approx(1.0)
+    assert fixed_ap(errors, 2, (CLASSIFICATION, BACKGROUND))[CAT] == pytest.approx(1.0)
 
 
-def test_a_wrong_class_on_a_truth_that_is_found_gains_by_being_gone() -> None:
+def test_a_wrong_class_on_an_object_that_is_found_gains_by_being_removed() -> None:
     truth, found = made([THE_CAT, (DOG, 30, 0, 10, 10)], [
         (CAT, 0, 0, 10, 10, 0.9), (DOG, 0, 0, 10, 10, 0.8), (DOG, 30, 0, 10, 10, 0.7),
     ])  # fmt: skip
-    errors = sort_errors(truth, found)
-    assert errors.of_found.tolist() == [RIGHT, CLASSIFICATION, RIGHT] and errors.meant.tolist() == [-1, 0, -1]
-    assert mended_ap(truth, found, errors, 2).tolist() == pytest.approx([1.0, 0.5])
-    assert mended_ap(truth, found, errors, 2, (CLASSIFICATION,)).tolist() == pytest.approx([1.0, 1.0])
+    errors = classify_errors(truth, found)
+    assert errors.of_found.tolist() == [RIGHT, CLASSIFICATION, RIGHT] and errors.target.tolist() == [-1, 0, -1]
+    assert fixed_ap(errors, 2).tolist() == pytest.approx([1.0, 0.5])
+    assert fixed_ap(errors, 2, (CLASSIFICATION,)).tolist() == pytest.approx([1.0, 1.0])
 
 
-def test_missed_truths_that_do_not_count_leave_the_rest() -> None:
+def test_missed_objects_that_do_not_count_leave_the_rest() -> None:
     """One cat of two found: recall 1/2 at precision 1 is AP 51/101; without the missed one it is 1."""
     truth, found = made([THE_CAT, (CAT, 30, 0, 10, 10)], [(CAT, 0, 0, 10, 10, 0.9)])
-    errors = sort_errors(truth, found)
+    errors = classify_errors(truth, found)
     assert errors.of_truth.tolist() == [RIGHT, MISSED]
-    assert mended_ap(truth, found, errors, 2)[CAT] == pytest.approx(51 / 101)
-    assert mended_ap(truth, found, errors, 2, (MISSED,))[CAT] == pytest.approx(1.0)
-    assert ap_without("missed", truth, found, errors, 2)[CAT] == pytest.approx(1.0)
-    assert ap_without("found", truth, found, errors, 2)[CAT] == pytest.approx(51 / 101)
-    assert np.isnan(mended_ap(truth, found, errors, 2)[DOG])
+    assert fixed_ap(errors, 2)[CAT] == pytest.approx(51 / 101)
+    assert fixed_ap(errors, 2, (MISSED,))[CAT] == pytest.approx(1.0)
+    assert ap_without("missed", errors, 2)[CAT] == pytest.approx(1.0)
+    assert ap_without("found", errors, 2)[CAT] == pytest.approx(51 / 101)
+    assert np.isnan(fixed_ap(errors, 2)[DOG])
 
 
 def test_a_class_that_is_missed_altogether_is_worth_one_where_nothing_false_is_left() -> None:
     truth, found = made([(DOG, 0, 0, 10, 10)], [(DOG, 50, 0, 10, 10, 0.5)])
-    errors = sort_errors(truth, found)
-    gains = {kinds: mended_ap(truth, found, errors, 2, kinds)[DOG] for kinds in ((MISSED,), (BACKGROUND,), ALL)}
+    errors = classify_errors(truth, found)
+    gains = {kinds: fixed_ap(errors, 2, kinds)[DOG] for kinds in ((MISSED,), (BACKGROUND,), ALL)}
     assert gains == {(MISSED,): 0.0, (BACKGROUND,): 0.0, ALL: 1.0}
 
 
@@ -126,14 +128,14 @@ def test_a_crowd_takes_any_number_and_is_nobodys_error() -> None:
         [(CAT, 40, 40, 10, 10, 0.9), (CAT, 60, 60, 10, 10, 0.8), (DOG, 60, 60, 10, 10, 0.7), (CAT, 0, 0, 10, 10, 0.6)],
         crowds=(0,),
     )
-    errors = sort_errors(truth, found)
+    errors = classify_errors(truth, found)
     assert errors.of_found.tolist() == [LEFT_OUT, LEFT_OUT, BACKGROUND, RIGHT]
     assert errors.of_truth.tolist() == [LEFT_OUT, RIGHT]
 
 
 def test_only_the_best_hundred_of_an_image_and_class_count() -> None:
     found = [(CAT, 50, 0, 10, 10, 1 - n / 1000) for n in range(101)] + [(DOG, 50, 0, 10, 10, 0.1)]
-    errors = sort_errors(*made([THE_CAT], found))
+    errors = classify_errors(*made([THE_CAT], found))
     assert errors.of_found.tolist() == [BACKGROUND] * 100 + [LEFT_OUT, BACKGROUND]
 
 
@@ -143,25 +145,25 @@ def test_average_precision_of_hits_in_between() -> None:
     assert ap == pytest.approx((51 + 50 * 2 / 3) / 101)
 
 
-def check_sums(truth: Truth, found: Found, errors: Errors, categories: int) -> None:
-    """What must hold of any breakdown."""
+def check_sums(errors: Errors, categories: int) -> None:
+    """Checks what is true of the errors of any detections."""
     assert set(errors.of_found.tolist()) <= {RIGHT, LEFT_OUT, *ALL} - {MISSED}
     assert set(errors.of_truth.tolist()) <= {RIGHT, LEFT_OUT, CLASSIFICATION, LOCALISATION, MISSED}
-    # Every truth that is found, now or once mended, is so by one detection of that very kind.
+    # Every object that is found, now or once its error is fixed, is found by one detection of that kind.
     finders = np.flatnonzero(errors.finds >= 0)
     assert len(set(errors.finds[finders].tolist())) == len(finders)
     assert (errors.of_truth[errors.finds[finders]] == errors.of_found[finders]).all()
     for kind in (RIGHT, CLASSIFICATION, LOCALISATION):
         assert (errors.of_truth == kind).sum() == (errors.of_found[finders] == kind).sum()
     base, theirs = (
-        mean_ap(mended_ap(truth, found, errors, categories)),
-        coco_stats(coco_curves(truth, found, categories))[1],
+        mean_ap(fixed_ap(errors, categories)),
+        coco_stats(coco_curves(errors.truth, errors.found, categories))[1],
     )
     assert (-1 if base is None else base) == pytest.approx(theirs, abs=1e-12)
-    mended = mended_ap(truth, found, errors, categories, ALL)
-    assert mended[~np.isnan(mended)] == pytest.approx(1.0, abs=1e-12)
+    fixed = fixed_ap(errors, categories, ALL)
+    assert fixed[~np.isnan(fixed)] == pytest.approx(1.0, abs=1e-12)
     for wrong in ("found", "missed"):
-        alone = mean_ap(ap_without(wrong, truth, found, errors, categories))
+        alone = mean_ap(ap_without(wrong, errors, categories))
         assert alone is None or alone >= base - 1e-12
 
 
@@ -175,10 +177,10 @@ def check_sums(truth: Truth, found: Found, errors: Errors, categories: int) -> N
     levels=st.sampled_from([2, 1000]),
 )
 @settings(max_examples=80, deadline=None)
-def test_kinds_sum_up_and_mending_nothing_or_all_is_ap50_or_one(
+def test_kinds_sum_up_and_fixing_nothing_or_all_is_ap50_or_one(
     seed: int, images: int, categories: int, boxes: int, detections: int, side: int, levels: int
 ) -> None:
-    """AP50 is that of coco_scores, which has pycocotools' bits. Boxes of whole numbers, so that many overlaps are equal."""
+    """AP50 equals that of coco_scores, which equals pycocotools'. Boxes have integer sides, so many overlaps are equal."""
     rng = np.random.default_rng(seed)
 
     def squares(number: int) -> np.ndarray:
@@ -190,7 +192,7 @@ def test_kinds_sum_up_and_mending_nothing_or_all_is_ap50_or_one(
         near = rng.uniform(size=detections) < 0.7
         found_boxes[near] = truth_boxes[rng.integers(0, boxes, near.sum())] + rng.integers(-1, 2, (near.sum(), 4))
         found_boxes[:, 2:] = np.maximum(found_boxes[:, 2:], 0)
-    truth = Truth(
+    truth = GroundTruth(
         rng.integers(0, images, boxes),
         rng.integers(0, categories, boxes),
         truth_boxes,
@@ -198,8 +200,10 @@ def test_kinds_sum_up_and_mending_nothing_or_all_is_ap50_or_one(
         rng.uniform(size=boxes) < rng.choice([0, 0.3]),
     )
     scores = rng.integers(0, levels, detections) / levels
-    found = Found(rng.integers(0, images, detections), rng.integers(0, categories, detections), found_boxes, scores)
-    check_sums(truth, found, sort_errors(truth, found), categories)
+    found = DetectedBoxes(
+        rng.integers(0, images, detections), rng.integers(0, categories, detections), found_boxes, scores
+    )
+    check_sums(classify_errors(truth, found), categories)
 
 
 def test_the_published_detections_break_down_as_tide_has_them(shared_data: Path) -> None:
@@ -208,21 +212,21 @@ def test_the_published_detections_break_down_as_tide_has_them(shared_data: Path)
     truth = json.loads((folder / "instances_val2014_100.json").read_text())
     detections = json.loads((folder / "instances_val2014_fakebbox100_results.json").read_text())
     image_ids = sorted({d["image_id"] for d in truth["annotations"]} | {d["image_id"] for d in detections})
-    arrays = in_arrays(truth, detections, image_ids)
-    errors = sort_errors(*arrays[:2])
-    said = (folder / "val2014_fake_eval_res.txt").read_text().split("type=bbox")[1].split("type=")[0]
-    published = float(re.search(r"IoU=0.50 +\| area= +all .*= ([0-9.]+)", said)[1])
-    assert round(mean_ap(mended_ap(*arrays[:2], errors, arrays[2])), 3) == published == 0.697
+    arrays = as_arrays(truth, detections, image_ids)
+    errors = classify_errors(*arrays[:2])
+    lines = (folder / "val2014_fake_eval_res.txt").read_text().split("type=bbox")[1].split("type=")[0]
+    published = float(re.search(r"IoU=0.50 +\| area= +all .*= ([0-9.]+)", lines)[1])
+    assert round(mean_ap(fixed_ap(errors, arrays[2])), 3) == published == 0.697
     assert [(errors.of_found == kind).sum() for kind in ALL] == [83, 1, 0, 1, 0, 0]
     assert (errors.of_truth == MISSED).sum() == 97
-    check_sums(*arrays[:2], errors, arrays[2])
+    check_sums(errors, arrays[2])
 
 
 def test_errors_of_every_kind_are_counted_and_valued_as_tide_does(shared_data: Path) -> None:
-    """COCO's truth without crowds and detections made from it; figures of tidecv 1.0.1 on the same, run on 2026-11-25.
+    """COCO's ground truth without crowds and detections made from it; figures of tidecv 1.0.1 on both, run on 2026-11-25.
 
     Its AP differs in the fourth digit, because its recalls are k / 100 and COCO's linspace(0, 1, 101), so that a recall of
-    exactly such a value may fall on either side. Of missed ones it differs more: a class all of whose truths are missed
+    exactly such a value may fall on either side. Of missed ones it differs more: a class all of whose objects are missed
     counts 0 there, once they do not count.
     """
     truth = json.loads((shared_data / "coco_subset/annotations/instances_val2017.json").read_text())
@@ -246,10 +250,10 @@ def test_errors_of_every_kind_are_counted_and_valued_as_tide_does(shared_data: P
     truth["annotations"] = [a for a in truth["annotations"] if not a["iscrowd"]]
     present = {a["category_id"] for a in truth["annotations"]}
     detections = [d for d in detections if d["category_id"] in present]
-    arrays = in_arrays(truth, detections, sorted(image["id"] for image in truth["images"]))
-    errors = sort_errors(*arrays[:2])
+    arrays = as_arrays(truth, detections, sorted(image["id"] for image in truth["images"]))
+    errors = classify_errors(*arrays[:2])
     counts = [(errors.of_found == kind).sum() + (kind == MISSED) * (errors.of_truth == kind).sum() for kind in ALL]
     assert counts == [446, 653, 255, 327, 948, 648]
-    base = mean_ap(mended_ap(*arrays[:2], errors, arrays[2]))
-    gains = [100 * (mean_ap(mended_ap(*arrays[:2], errors, arrays[2], (kind,))) - base) for kind in ALL]
+    base = mean_ap(fixed_ap(errors, arrays[2]))
+    gains = [100 * (mean_ap(fixed_ap(errors, arrays[2], (kind,))) - base) for kind in ALL]
     assert gains[:MISSED] == pytest.approx([7.8974, 11.1513, 0.8019, 0.6989, 8.0433], abs=0.02)

@@ -1,4 +1,4 @@
-"""A run's page in a real Chromium: everything that can be clicked is, nothing complains, nothing is asked for."""
+"""A run's page in a real Chromium: all that can be clicked works, without console errors and without requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from browser import DESKTOP, PHONE, Browser
 from retina_jax.reports.run_page import run_page
 
 
-def test_the_page_is_clicked_through_and_asks_for_nothing(tiny_run: Path) -> None:
+def test_the_page_can_be_clicked_through_and_requests_nothing(tiny_run: Path) -> None:
     page = tiny_run / "report.html"
     page.write_text(run_page(tiny_run)[0])
     with Browser() as browser:
@@ -61,7 +61,7 @@ def sort_every_column(browser: Browser) -> None:
                 assert head.get_attribute("aria-sort") == ("descending" if falls else "ascending")
 
 
-def test_a_page_that_asks_for_something_or_complains_would_be_seen(tmp_path: Path) -> None:
+def test_a_page_with_a_request_or_an_error_would_be_noticed(tmp_path: Path) -> None:
     """The test above can fail: here a picture from elsewhere, an error in a script, and a line that is too wide."""
     page = tmp_path / "bad.html"
     page.write_text(

@@ -9,15 +9,15 @@ from retina_jax.evaluation.error_analysis import (
     Counts,
     Errors,
     best_and_worst,
+    classify_errors,
     count_by_image,
     operating_point,
-    sort_errors,
 )
-from retina_jax.evaluation.precision_recall import Found, Truth
+from retina_jax.evaluation.precision_recall import DetectedBoxes, GroundTruth
 
 
-def images_of(rows: list[tuple[int, list[float], list[float]]]) -> tuple[Truth, Found, Errors]:
-    """Images of so many truths, with detections of these scores that are right and wrong."""
+def images_of(rows: list[tuple[int, list[float], list[float]]]) -> Errors:
+    """Images given as (number of objects, scores of right detections, scores of wrong detections)."""
     truth, found = [], []
     for image, (truths, right, wrong) in enumerate(rows):
         truth += [(image, 20 * n) for n in range(truths)]
@@ -28,37 +28,37 @@ def images_of(rows: list[tuple[int, list[float], list[float]]]) -> tuple[Truth, 
         return np.array([[x, 0, 10, 10] for x in left], float).reshape(-1, 4)
 
     g, d = len(truth), len(found)
-    truths = Truth(
+    truths = GroundTruth(
         np.array([i for i, _ in truth], int), np.zeros(g, int), boxes([x for _, x in truth]), np.full(g, 100.0),
         np.zeros(g, bool),
     )  # fmt: skip
-    detections = Found(
+    detections = DetectedBoxes(
         np.array([i for i, _, _ in found], int), np.zeros(d, int), boxes([x for _, x, _ in found]),
         np.array([score for _, _, score in found], float),
     )  # fmt: skip
-    return truths, detections, sort_errors(truths, detections)
+    return classify_errors(truths, detections)
 
 
 def test_the_operating_point_is_where_f1_is_highest() -> None:
-    """By hand: of 3 truths, from .6 on two are right and one is wrong, F1 = 4 / (3 + 3); from .9 on 2 / (1 + 3)."""
-    _, found, errors = images_of([(2, [0.9, 0.6], [0.7]), (1, [], [0.5, 0.4])])
-    point = operating_point(found, errors)
+    """By hand: of 3 objects, from .6 on two are right and one is wrong, F1 = 4 / (3 + 3); from .9 on 2 / (1 + 3)."""
+    errors = images_of([(2, [0.9, 0.6], [0.7]), (1, [], [0.5, 0.4])])
+    point = operating_point(errors)
     assert point == pytest.approx((0.6, 2 / 3, 2 / 3, 2 / 3))
 
 
 def test_detections_of_one_score_stand_or_fall_together() -> None:
-    _, found, errors = images_of([(1, [0.5], [0.5, 0.5])])
-    assert operating_point(found, errors) == pytest.approx((0.5, 1 / 3, 1.0, 0.5))
+    errors = images_of([(1, [0.5], [0.5, 0.5])])
+    assert operating_point(errors) == pytest.approx((0.5, 1 / 3, 1.0, 0.5))
 
 
 def test_there_is_no_operating_point_where_nothing_is_right() -> None:
-    _, found, errors = images_of([(1, [], [0.5])])
-    assert operating_point(found, errors) is None
+    errors = images_of([(1, [], [0.5])])
+    assert operating_point(errors) is None
 
 
 def test_images_are_counted_from_the_score_on_itself_included() -> None:
-    truth, found, errors = images_of([(2, [0.9, 0.3], [0.5, 0.2]), (0, [], []), (1, [], [])])
-    counts = count_by_image(truth, found, errors, 3, 0.5)
+    errors = images_of([(2, [0.9, 0.3], [0.5, 0.2]), (0, [], []), (1, [], [])])
+    counts = count_by_image(errors, 3, 0.5)
     assert [c.tolist() for c in counts] == [[1, 0, 0], [1, 0, 0], [1, 0, 1]]
     assert counts.f1.tolist() == pytest.approx([0.5, np.nan, 0.0], nan_ok=True)
 

@@ -1,0 +1,190 @@
+"""The part of a run's page on its newest evaluation: classes, errors by kind, best and worst images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from retina_jax.data.decoding import image_of
+from retina_jax.data.source import BadImage
+from retina_jax.evaluation.coco_scores import number
+from retina_jax.evaluation.drawing import draw
+from retina_jax.evaluation.error_analysis import (
+    CLASSIFICATION,
+    KINDS,
+    LEFT_OUT,
+    MISSED,
+    RIGHT,
+    Analysis,
+    ap_without,
+    best_and_worst,
+    count_by_image,
+    fixed_ap,
+    mean_ap,
+)
+from retina_jax.evaluation.precision_recall import IOU_THRESHOLDS, RECALLS
+from retina_jax.reports import jpeg
+from retina_jax.reports.charts import Line, line_chart
+
+MOST_LINES = 10
+"""Classes in one chart; with more classes each has a chart of its own."""
+IOUS = {f"{iou:.2f}": int(np.argmin(abs(IOU_THRESHOLDS - iou))) for iou in (0.5, 0.75)}
+MOST_CONFUSIONS = 12
+MOST_IMAGES, LONGEST = 6, 800
+"""Images drawn of the best and of the worst, and the length of their longer side at most, pixels."""
+
+
+def errors_section(analysis: Analysis, score: float) -> dict[str, Any]:
+    """What the page shows of the evaluation; detections with `score` or more are drawn."""
+    return {
+        "note": analysis.note,
+        "classes": _classes(analysis),
+        "kind_names": list(KINDS),
+        "by_class": _by_class(analysis),
+        "confusions": _confusions(analysis),
+        **_precision_recall(analysis),
+        **_kinds(analysis, score),
+        **_best_and_worst_images(analysis, score),
+    }
+
+
+def _classes(analysis: Analysis) -> list[list[str]]:
+    """Rows of name, objects, detections, AP, AP50 and AP75 of each class."""
+    classes = len(analysis.names)
+    objects = np.bincount(analysis.errors.truth.categories[analysis.errors.of_truth != LEFT_OUT], minlength=classes)
+    found = np.bincount(analysis.errors.found.categories, minlength=classes)
+
+    def mean(precision: Float[np.ndarray, "*N"]) -> float | None:
+        return float(precision.mean()) if (precision > -1).all() else None
+
+    levels = slice(None), *IOUS.values()
+    return [
+        [name, str(objects[k]), str(found[k]), *(number(mean(analysis.precision[t, :, k])) for t in levels)]
+        for k, name in enumerate(analysis.names)
+    ]
+
+
+def _precision_recall(analysis: Analysis) -> dict[str, list[str]]:
+    """Charts at IoU 0.5 and 0.75 of the mean over the classes and, up to MOST_LINES, of each; else a chart of each class."""
+    names, precision = analysis.names, analysis.precision
+    defined = [k for k in range(len(names)) if (precision[0, :, k] > -1).all()]
+
+    def line(label: str, values: Float[np.ndarray, " 101"]) -> Line:
+        return Line(label, list(zip(RECALLS.tolist(), values.tolist(), strict=True)))
+
+    few, together = len(defined) <= MOST_LINES, []
+    for iou, t in IOUS.items() if defined else ():
+        mean = line("mean of the classes", precision[t][:, defined].mean(axis=1))
+        each = [line(names[k], precision[t, :, k]) for k in (defined if few else ())]
+        together.append(line_chart([mean, *each], "recall", f"precision at IoU {iou}"))
+    of_classes = []
+    for k in () if few else defined:
+        lines = [line(f"{names[k]}, IoU {iou}", precision[t, :, k]) for iou, t in IOUS.items()]
+        of_classes.append(line_chart(lines, "recall", "precision"))
+    return {"curves": together, "class_curves": of_classes}
+
+
+def _kinds(analysis: Analysis, score: float) -> dict[str, Any]:
+    """AP50, AP50 without all errors of a side, and the rows (kind, gain, width of its bar, counts); the last is the sum."""
+    errors, classes = analysis.errors, len(analysis.names)
+    base = mean_ap(fixed_ap(errors, classes))
+    if base is None:
+        return {"ap50": None}
+    gains = [mean_ap(fixed_ap(errors, classes, (k,))) - base for k in range(len(KINDS))]
+    shown, widest = errors.found.scores >= score, max(1e-9, *gains)
+
+    def counts(of_found: np.ndarray, of_truth: np.ndarray) -> list[int]:
+        return [int(of_found.sum()), int((shown & of_found).sum()), int(of_truth.sum())]
+
+    rows = []
+    for k, kind in enumerate(KINDS):
+        *detections, objects = counts(errors.of_found == k, errors.of_truth == k)
+        cells = ["", "", objects] if k == MISSED else [*detections, objects or ""]
+        rows.append((kind, gains[k], max(0.0, 5 * gains[k] / widest), cells))
+    for label, of in (("right", RIGHT), ("left out", LEFT_OUT)):
+        rows.append((label, None, 0.0, counts(errors.of_found == of, errors.of_truth == of)))
+    rows.append(("all", None, 0.0, [len(errors.of_found), int(shown.sum()), len(errors.of_truth)]))
+    without = {wrong: mean_ap(ap_without(wrong, errors, classes)) for wrong in ("found", "missed")}
+    return {"ap50": base, "ap50_without": without, "kinds": rows}
+
+
+def _by_class(analysis: Analysis) -> list[list[str]]:
+    """Per class its name, right detections, and errors of each kind: detections of it, or for missed objects of it."""
+    rows = []
+    for k, name in enumerate(analysis.names):
+        of_found = analysis.errors.of_found[analysis.errors.found.categories == k]
+        of_truth = analysis.errors.of_truth[analysis.errors.truth.categories == k]
+        counts = [((of_truth if kind == MISSED else of_found) == kind).sum() for kind in range(len(KINDS))]
+        rows.append([name, str((of_found == RIGHT).sum()), *map(str, counts)])
+    return rows
+
+
+def _confusions(analysis: Analysis) -> list[tuple[str, str, int]]:
+    """Detected class, true class and number of detections, the most frequent first."""
+    rows = np.flatnonzero(analysis.errors.of_found == CLASSIFICATION)
+    detected, true = (
+        analysis.errors.found.categories[rows],
+        analysis.errors.truth.categories[analysis.errors.target[rows]],
+    )
+    pairs = Counter(zip(detected.tolist(), true.tolist(), strict=True)).most_common(MOST_CONFUSIONS)
+    return [(analysis.names[a], analysis.names[b], count) for (a, b), count in pairs]
+
+
+def _best_and_worst_images(analysis: Analysis, score: float) -> dict[str, Any]:
+    """(caption, image with ground truth, image with detections) of the worst and the best images, and why some images
+    could not be read; these have a caption alone."""
+    counts = count_by_image(analysis.errors, len(analysis.records), score)
+    best, worst = best_and_worst(counts, MOST_IMAGES)
+    groups, unreadable = {}, []
+    for title, images in (("Worst", worst), ("Best", best)):
+        groups[title] = []
+        for image in images:
+            record = analysis.source.records[analysis.records[image]]
+            caption = (
+                f"{record.file_name or record.image_id}: {counts.right[image]} right, {counts.wrong[image]} wrong, "
+                f"{counts.not_found[image]} not found"
+            )
+            try:
+                pair = _draw(analysis, image, score)
+            except BadImage as error:
+                unreadable.append(str(error))
+                pair = (None, None)
+            groups[title].append((caption, *pair))
+    return {"images": groups, "unreadable": unreadable}
+
+
+def _draw(analysis: Analysis, image: int, score: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The ground truth, and the detections: wrong ones are labelled with their kind, objects not found are dashed."""
+    truth, found, errors = analysis.errors.truth, analysis.errors.found, analysis.errors
+    original = Image.fromarray(image_of(analysis.source, analysis.records[image]))
+    width = original.width
+    original.thumbnail((LONGEST, LONGEST), Image.Resampling.BILINEAR)
+    pixels, scale = np.asarray(original), original.width / width
+    g = np.flatnonzero(truth.images == image)
+    d = np.flatnonzero((found.images == image) & (found.scores >= score) & (errors.of_found != LEFT_OUT))
+    not_found = np.setdiff1d(g[errors.of_truth[g] != LEFT_OUT], errors.finds[d[errors.of_found[d] == RIGHT]])
+    ground_truth = draw(
+        pixels,
+        _xyxy(truth.boxes_xywh[g]) * scale,
+        truth.categories[g],
+        class_names=analysis.names,
+        notes=["crowd" if crowd else "" for crowd in truth.crowds[g]],
+    )
+    detections = draw(
+        pixels,
+        _xyxy(found.boxes_xywh[d]) * scale,
+        found.categories[d],
+        found.scores[d],
+        class_names=analysis.names,
+        truth_boxes_xyxy=_xyxy(truth.boxes_xywh[not_found]) * scale,
+        notes=["" if kind == RIGHT else KINDS[kind] for kind in errors.of_found[d]],
+    )
+    return jpeg(ground_truth), jpeg(detections)
+
+
+def _xyxy(boxes_xywh: Float[np.ndarray, "N 4"]) -> Float[np.ndarray, "N 4"]:
+    return np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1)
