@@ -24,7 +24,7 @@ from retina_jax.config import Config, ConfigError
 from retina_jax.config_checks import validate
 from retina_jax.console import tell
 from retina_jax.data_check.check import Check, check_data, facts_of
-from retina_jax.reports.check_page import to_html, worst_pictures
+from retina_jax.reports.check_page import check_page, worst_pictures
 from retina_jax.runs.folder import write_json
 
 OWN_DATA = Path(__file__).parents[1] / "configs" / "own_data.py"
@@ -72,7 +72,7 @@ def main() -> None:
     pictures = worst_pictures(
         check.splits[0], check.config.data, check.decoding, check.views, check.coverage, arguments.pictures
     )
-    html = to_html(check, pictures, f"Data check: {arguments.annotations.name}")
+    html = check_page(check, pictures, f"Data check: {arguments.annotations.name}")
     try:
         page.write_text(html, encoding="utf-8", errors="backslashreplace")
     except OSError as error:

@@ -128,7 +128,7 @@ def match(
     thresholds: Float[np.ndarray, " T"] = IOU_THRESHOLDS,
     areas: Mapping[str, tuple[float, float]] = AREAS,
 ) -> Matches:
-    """Matches detections with ground-truth boxes as pycocotools does, for each threshold and area.
+    """Matches detections with ground-truth boxes as pycocotools does, for each threshold (ascending) and area.
 
     Per image and category the 100 best detections count. Each of them, the best first, takes the free box that it overlaps
     most (the last of equals) with an IoU of the threshold or more, exactly the threshold included. It takes an ignored box

@@ -37,7 +37,7 @@ TAGGED = 12
 SHARES = ("by_iou", "by_low_quality", "uncovered")
 
 
-def to_html(check: Check, pictures: Sequence[Worst], title: str) -> str:
+def check_page(check: Check, pictures: Sequence[Worst], title: str) -> str:
     """The page; `pictures` as from `worst_pictures`."""
     shares, suggestion = check.shares, check.suggestion
     pairs = suggestion.pairs() if suggestion else []
