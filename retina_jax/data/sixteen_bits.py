@@ -161,8 +161,7 @@ class Range(NamedTuple):
     """Smallest of RANGES that contains `largest`."""
 
     def lines(self, configured: int | None) -> list[tuple[str, bool]]:
-        """Log lines about images decoded with this range, or with `configured` bits instead; each with whether it is a
-        warning."""
+        """Log lines about images decoded with this range, or with `configured` bits, each with whether it is a warning."""
         bits = configured or self.bits
         line = (
             f"16-bit images: values up to {self.largest} in a sample of {len(self.images)}, a range of {self.bits} bits"
@@ -172,38 +171,27 @@ class Range(NamedTuple):
             return [
                 (f"{line}, but data.bits is {bits} (set, or that of the training images): images are {effect}", True)
             ]
-        doubts = (
-            [self._disagreement(bits)] if configured else [self._excluded(), self._dark(), self._disagreement(bits)]
-        )
-        return [(line, False), *((doubt, True) for doubt in doubts if doubt)]
-
-    def _excluded(self) -> str:
+        doubts = []
         saturated = sum(image.saturated for image in self.images)
-        if not saturated or self.largest == SATURATED:
-            return ""
-        return (
-            f"{saturated} values of 16-bit images are {SATURATED}, like saturated or missing pixels, and the others at "
-            f"most {self.largest}: white is {2**self.bits - 1}; if {SATURATED} is a measured value, set data.bits 16"
-        )
-
-    def _dark(self) -> str:
+        if not configured and saturated and self.largest != SATURATED:
+            doubts.append(
+                f"{saturated} values of 16-bit images are {SATURATED}, like saturated or missing pixels, and the others at "
+                f"most {self.largest}: white is {2**self.bits - 1}; if {SATURATED} is a measured value, set data.bits 16"
+            )
         below = np.sum([image.below for image in self.images], axis=0)
-        most = int(np.argmax(below >= SHARE * below[-1]))
-        if not below[-1] or self.bits == RANGES[0] or most > self.bits - DARK:
-            return ""
-        return (
-            f"{SHARE:.0%} of the values of 16-bit images, except {SATURATED}, are below {2**most}: images are dark in a "
-            f"range of {self.bits} bits; if the other values are outliers, set data.bits {_smallest(2**most - 1)}"
-        )
-
-    def _disagreement(self, bits: int) -> str:
+        needed = int(np.argmax(below >= SHARE * below[-1]))
+        if not configured and below[-1] and self.bits > RANGES[0] and needed <= self.bits - DARK:
+            doubts.append(
+                f"{SHARE:.0%} of the values of 16-bit images, except {SATURATED}, are below {2**needed}: images are dark in "
+                f"a range of {self.bits} bits; if larger values are outliers, set data.bits {_smallest(2**needed - 1)}"
+            )
         dark = [image.largest for image in self.images if image.largest and _smallest(image.largest) <= bits - DARK]
-        if not dark:
-            return ""
-        return (
-            f"{len(dark)} of {len(self.images)} 16-bit images have values of at most {max(dark)} and are nearly black in a "
-            f"range of {bits} bits; if they use another range than the others, convert all images to the same one"
-        )
+        if dark:
+            doubts.append(
+                f"{len(dark)} of {len(self.images)} 16-bit images have values of at most {max(dark)} and are nearly black "
+                f"in a range of {bits} bits; if they use another range than the others, convert all images to the same one"
+            )
+        return [(line, False), *((doubt, True) for doubt in doubts)]
 
 
 def find_range(images: Iterable[UInt16[np.ndarray, "h w c"]]) -> Range | None:
