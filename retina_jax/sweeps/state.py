@@ -1,143 +1,183 @@
-"""How far a point has come, and training it so that no two workers do.
+"""The state of a point, training it so that no two workers train the same run, and the table that `--list` prints.
 
-A worker holds a lock on DIR/.claims/FOLDER.lock as long as it trains. The lock is the kernel's (flock) and ends with the
-worker, however it ends. On NFS it holds between machines too, where the server supports locks.
+A worker holds the lock DIR/.claims/FOLDER.lock while it trains. The lock is the kernel's (flock), so it ends with the
+worker. On NFS it also holds between machines, if the server supports locks.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
+import math
+import os
 import re
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal
+from typing import Any, Literal
 
 from retina_jax.config import Config, ConfigError
+from retina_jax.data.transforms import buckets
+from retina_jax.model.summary import forward_flops
 from retina_jax.runs.folder import write_json
+from retina_jax.sweeps.manifest import Row, exclusive_lock
 from retina_jax.sweeps.points import Point
 from retina_jax.training.metrics import NonFiniteLoss
 
-Kind = Literal["done", "diverged", "running", "broken", "waiting"]
+ENDED = ("done", "diverged")
+"""Kinds of state in which a point is not trained again."""
+PAPER_CLASSES = 80
+"""Number of classes assumed for costs if `model.num_classes` is taken from the data."""
 
 
 @dataclass(frozen=True)
 class State:
     """How far a point has come."""
 
-    kind: Kind
-    """done: trained to its last step and, where its config evaluates, scored; diverged: its loss stopped being a number;
-    running: a worker holds it; broken: begun and left, it will resume; waiting: not begun."""
+    kind: Literal["done", "diverged", "running", "interrupted", "waiting"]
+    """done: trained to its last step and evaluated, if its config evaluates; diverged: its loss became non-finite; running:
+    a worker holds its lock; interrupted: started and will be resumed; waiting: not started."""
     ap: float | None = None
-    """Of a done point that was evaluated, in [0, 1]."""
+    """In [0, 1]; None: not done, or not evaluated."""
     step: int | None = None
-    """Where it diverged."""
+    """Step at which it diverged."""
     seconds: float | None = None
-    """What a done point took."""
+    """Training time of a done point."""
+    message: str = field(default="", compare=False)
+    """Why it diverged."""
 
     def __str__(self) -> str:
-        if self.kind == "done":
-            return "done" if self.ap is None else f"done, AP {100 * self.ap:.1f}"
+        if self.kind == "done" and self.ap is not None:
+            return f"done, AP {100 * self.ap:.1f}"
         return f"diverged at step {self.step}" if self.kind == "diverged" and self.step is not None else self.kind
 
 
-@contextlib.contextmanager
-def claim(workdir: Path, folder: str, patience: float = 0.0) -> Iterator[bool]:
-    """Whether the point's lock could be had within `patience` seconds; it is held until the end of the `with` block."""
-    until = time.monotonic() + patience
-    path = _lock_file(workdir, folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
-        while not (ours := _locked(lock, fcntl.LOCK_EX)) and time.monotonic() < until:
-            time.sleep(0.05)
-        yield ours
-
-
-def _held(workdir: Path, folder: str) -> bool:
-    """Whether a worker holds the point's lock. Those who only look share it, and never find each other."""
-    path = _lock_file(workdir, folder)
-    if not path.exists():
-        return False
-    with path.open("r") as lock:
-        return not _locked(lock, fcntl.LOCK_SH)
-
-
-def _lock_file(workdir: Path, folder: str) -> Path:
+def lock_file(workdir: Path, folder: str) -> Path:
+    """Returns the file that a worker locks while it trains in `folder`."""
     return workdir / ".claims" / f"{folder}.lock"
 
 
-def _locked(lock: IO[str], kind: int) -> bool:
-    try:
-        fcntl.flock(lock, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise ConfigError(
-            f"{lock.name}: cannot be locked: {error.strerror}; take a --workdir on another disk"
-        ) from None
-    return True
-
-
 def state_of(workdir: Path, point: Point) -> State:
-    """How far the point has come, by what its folder holds and by its lock."""
-    ended = _ended(workdir / point.folder, point.config)
-    if ended is not None:
-        return ended
-    if _held(workdir, point.folder):
-        return State("running")
-    begun = any((workdir / point.folder / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoints"))
-    return State("broken" if begun else "waiting")
+    """Returns the state of a point, from its folder and its lock."""
+    end = ended(workdir / point.folder, point.config)
+    if end is not None:
+        return end
+    lock = lock_file(workdir, point.folder)
+    if lock.exists():
+        if not os.access(lock, os.W_OK):  # another user's sweep: unknown, and not free
+            return State("running")
+        # Another process that looks at the state holds the lock for an instant, a worker for much longer.
+        with exclusive_lock(lock, timeout=0.2) as free:
+            if not free:
+                return State("running")
+    started = any((workdir / point.folder / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoints"))
+    return State("interrupted" if started else "waiting")
 
 
 def run_point(workdir: Path, point: Point, train: Callable[[Config, Path], None]) -> State:
-    """Train the point, or resume it, unless it has ended or another worker holds it; its state afterwards.
+    """Trains or resumes the point, unless it has ended or another worker trains it; returns its state afterwards.
 
-    A loss that stops being a number is a result: it is written to FOLDER/diverged.json and never tried again while that
-    file is there. Every other error is raised.
+    A non-finite loss is a result: it is written to FOLDER/diverged.json, and the point is not tried again while that file
+    exists. Every other error is raised.
 
     Args:
-      train: trains a config in a folder and resumes what is there, `scripts/train.py`'s.
+      train: trains a config in a folder, or resumes the run there (`scripts/train.py`).
     """
     folder = workdir / point.folder
-    # Whoever looks at a point's state holds its lock for an instant.
-    with claim(workdir, point.folder, patience=1.0) as ours:
-        if not ours:
+    with exclusive_lock(lock_file(workdir, point.folder), timeout=1.0) as locked:
+        if not locked:
             return State("running")
-        ended = _ended(folder, point.config)
-        if ended is not None:
-            return ended
+        if (end := ended(folder, point.config)) is not None:
+            return end
         try:
             train(point.config, folder)
         except NonFiniteLoss as error:
-            at = re.search(r" at step (\d+)", str(error))
-            write_json(folder / "diverged.json", {"step": int(at[1]) if at else None, "message": str(error)})
-        ended = _ended(folder, point.config)
-    if ended is None:
-        raise ConfigError(
-            f"{folder / 'summary.json'}: training ended without it, or at another step than training.steps"
-        )
-    return ended
+            step = re.search(r" at step (\d+)", str(error))
+            write_json(folder / "diverged.json", {"step": int(step[1]) if step else None, "message": str(error)})
+        end = ended(folder, point.config)
+    if end is None:
+        raise ConfigError(f"{folder / 'summary.json'}: missing after training, or of another step than training.steps")
+    return end
 
 
-def _ended(folder: Path, config: Config) -> State | None:
-    """The end of a run that has ended, done or diverged; ConfigError where the file that tells of it is damaged."""
+def ended(folder: Path, config: Config) -> State | None:
+    """Returns the state done or diverged of the run in `folder`, else None; ConfigError if the file about it is damaged."""
     for name in ("summary.json", "diverged.json"):
         path = folder / name
         try:
             found = json.loads(path.read_text())
             if name == "diverged.json":
-                return State("diverged", step=found["step"])
-            scored = found["evaluation"] is not None or config.training.eval_every < 0
-            if found["steps"] == config.training.steps and scored:
+                step = None if found["step"] is None else int(found["step"])
+                return State("diverged", step=step, message=str(found.get("message", "")))
+            evaluated = found["evaluation"] is not None or config.training.eval_every < 0
+            if found["steps"] == config.training.steps and evaluated:
                 ap = (found["evaluation"] or {}).get("AP")
                 return State("done", ap=ap, seconds=found["seconds"])
         except FileNotFoundError:
             continue
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{path}: cannot be read: {type(error).__name__}: {error}; delete it to train again"
-            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"{path}: cannot be read: {reason}; delete it to train again") from None
     return None
+
+
+def mean_padded_shape(config: Config) -> tuple[int, int]:
+    """Returns a (height, width) with the mean area of the padded shapes in training, all assumed equally frequent."""
+    shapes = buckets(config.data, config.data.jitter_short_sides or (config.data.short_side,))
+    side = min(shapes[0])
+    return side, round(sum(math.prod(shape) for shape in shapes) / len(shapes) / side)
+
+
+def training_pflop(config: Config) -> float:
+    """Returns the 10^15 operations of training: a step costs three forward passes per image."""
+    forward = forward_flops(config, config.model.num_classes or PAPER_CLASSES, mean_padded_shape(config))
+    return 3 * forward * config.data.batch_size * config.training.steps / 1e15
+
+
+def seconds_per_pflop(states: Sequence[State], costs: Sequence[float]) -> float | None:
+    """Returns the mean rate of the done points; None if there are none."""
+    done = [(s.seconds, cost) for s, cost in zip(states, costs, strict=True) if s.kind == "done" and s.seconds]
+    return sum(seconds for seconds, _ in done) / sum(cost for _, cost in done) if done else None
+
+
+def listing(workdir: Path | None, rows: Sequence[Row]) -> str:
+    """Returns one line per point and one for their sum; `workdir` None: nothing has started.
+
+    Hours are measured for done points, and estimated from their rate for the others.
+    """
+    states = {row.point.folder: state_of(workdir, row.point) if workdir else State("waiting") for row in rows}
+    costs = {row.point.folder: training_pflop(row.point.config) for row in rows}
+    rate = seconds_per_pflop(list(states.values()), list(costs.values()))
+    several_seeds = len({row.point.seed for row in rows}) > 1
+    table = [["index", "point", "state", "PFLOP", *["hours"] * (rate is not None), "folder", "overrides"]]
+    for row in rows:
+        name = " = ".join(row.labels) + (f" (seed {row.point.seed})" if several_seeds else "")
+        folder = row.point.folder
+        numbers = [_number(costs[folder])]
+        if rate is not None:
+            took = states[folder].seconds
+            numbers.append(f"~{costs[folder] * rate / 3600:.2f}" if took is None else f"{took / 3600:.2f}")
+        table.append([str(row.index), name, str(states[folder]), *numbers, folder, _words(row.point.overrides)])
+    left = math.fsum(cost for folder, cost in costs.items() if states[folder].kind not in ENDED)
+    counts = Counter(state.kind for state in states.values())
+    expected = "" if rate is None else f", {left * rate / 3600:.2f} hours at the rate of the done points"
+    return (
+        f"{_aligned(table)}\n{len(states)} distinct runs: {', '.join(f'{n} {kind}' for kind, n in counts.items())}; "
+        f"{_number(math.fsum(costs.values()))} PFLOP, {_number(left)} left{expected}"
+    )
+
+
+def _words(overrides: Mapping[str, Any]) -> str:
+    def value(v: Any) -> str:
+        return ",".join(map(value, v)) if isinstance(v, tuple) else f"{v:.4g}" if isinstance(v, float) else str(v)
+
+    return " ".join(f"{name}={value(v)}" for name, v in overrides.items()) or "none: the base itself"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table)
