@@ -56,8 +56,8 @@ class Table:
 
 
 # For each table: "# sweep | split | title", the reference, optionally a note, the headings, and its rows. A row is
-# "point | settings ... | scores [milliseconds] [note]"; its point is "-" for another system; "≈" marks derived scores. A line
-# in brackets is a heading above the rows that follow.
+# "point | settings ... | scores [milliseconds] [note]". The point "-" means another system; "≈" marks derived scores. A
+# line in brackets is a heading above the rows that follow.
 _PUBLISHED = """
 # table1a | minival | Table 1a: α of the balanced cross entropy (γ = 0)
 reference: alpha_0.50 | α = .50

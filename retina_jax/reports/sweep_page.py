@@ -8,9 +8,16 @@ from collections.abc import Sequence
 from html import escape
 from urllib.parse import quote
 
-from retina_jax.paper.comparison import Cell, Section
+from retina_jax.paper.comparison import Cell, Chart, Section
 from retina_jax.paper.wording import HOW_TO_READ
+from retina_jax.reports import charts as drawing
 from retina_jax.reports.page import page, paragraphs
+
+
+def svg(chart: Chart) -> str:
+    """Draws a chart of a section."""
+    lines = [drawing.Line(line.label, line.points) for line in chart.lines]
+    return drawing.line_chart(lines, chart.x_label, chart.y_label, log_y=chart.log_y)
 
 
 def to_html(sections: Sequence[Section], title: str) -> str:
@@ -22,7 +29,7 @@ def to_html(sections: Sequence[Section], title: str) -> str:
 def _section(section: Section) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in section.header)
     body = "\n".join(_row(row, len(section.header)) for row in section.rows)
-    charts = "".join(section.charts.values())  # made by `line_chart`, which escapes
+    charts = "".join(map(svg, section.charts.values()))  # escaped by `line_chart`
     runs = "".join(
         f"<details><summary>{escape(name)}</summary><dl>"
         + "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in facts.items())
