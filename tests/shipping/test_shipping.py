@@ -1,4 +1,4 @@
-"""A detector in one file answers as the live one, wherever it is loaded; what would not, is not kept."""
+"""An exported detector gives the detections of the original wherever it is loaded; a file that does not is not kept."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from retina_jax.config_io import override
 from retina_jax.cpu.convolution import convolution
 from retina_jax.data.transforms import resized_size
 from retina_jax.detector import Detector, to_canvas
-from retina_jax.export import agreement, programs
+from retina_jax.export import agreement
 from retina_jax.export.agreement import ExportError, images_for
-from retina_jax.export.programs import PLATFORMS, canvases
+from retina_jax.export.programs import PLATFORMS, padded_shapes
 from retina_jax.training.parallel import Driver
 
 ROOT = Path(__file__).parents[2]
@@ -111,15 +111,20 @@ def file(live: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(image).save(folder / f"{i}.png")
     path = tmp_path_factory.mktemp("shipped") / "new" / "detector.zip"
     lines = export(live, "--workdir", "RUN", "--out", path, "--images", folder).splitlines()
-    assert lines[0] == f"compared on 2 images of {folder}"
-    assert lines[1].startswith("2 images, 40 detections: all found by both, boxes at most ")
-    assert "ms live and" in lines[2] and lines[3].startswith(f"{path}: 0.") and lines[3].endswith("MiB, step 3")
+    assert lines[0] == f"comparing on 2 images of {folder} ..."
+    assert lines[1].startswith("2 images, 40 detections: all found by both")
+    assert (
+        "ms original" in lines[2]
+        and "ms exported" in lines[2]
+        and lines[3].startswith(f"{path}: 0.")
+        and lines[3].endswith("MiB, step 3")
+    )
     assert list(path.parent.iterdir()) == [path]
     return path
 
 
 @pytest.fixture(scope="module")
-def shipped(file: Path) -> loader.Detector:
+def shipped(file: Path) -> loader.ExportedDetector:
     return load(str(file))
 
 
@@ -130,7 +135,7 @@ def assert_same(found: loader.Found, expected: object, atol: float = 1e-3) -> No
     np.testing.assert_allclose(found.scores, expected.scores, rtol=0, atol=1e-6)
 
 
-def test_answers_are_those_of_the_live_detector(live: Detector, shipped: loader.Detector) -> None:
+def test_answers_are_those_of_the_live_detector(live: Detector, shipped: loader.ExportedDetector) -> None:
     for image in photographs():
         (found,), (expected,) = shipped.detect([image]), live.detect([image])
         assert_same(found, expected)
@@ -143,7 +148,7 @@ def test_answers_are_those_of_the_live_detector(live: Detector, shipped: loader.
 def test_the_other_conventions_travel_too(tmp_path: Path) -> None:
     """Frozen norm, antialias, float pixels, inclusive ends, one square canvas, floor, clipping after the suppression."""
     live = detector_of(FROZEN)
-    programs.ship(live, tmp_path / "detector.zip", "a test", photographs()[:1])
+    agreement.export_detector(live, tmp_path / "detector.zip", "a test", photographs()[:1])
     shipped = load(str(tmp_path / "detector.zip"))
     assert [tuple(canvas) for canvas in shipped.about["canvases"]] == [(96, 96)]
     for image in photographs()[:3]:
@@ -152,10 +157,10 @@ def test_the_other_conventions_travel_too(tmp_path: Path) -> None:
 
 def test_pillows_pixels_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With `data.resize pillow` the network of the file is given exactly the pixels of evaluation, without a program that
-    resizes; an environment without Pillow is named."""
+    resizes; a missing package is named."""
     live = detector_of(override(GROUP, {"data.resize": "pillow", "data.buckets": 1}))
     path = tmp_path / "detector.zip"
-    programs.write_file(path, live, "a test")
+    agreement.write_file(path, live, "a test")
     with zipfile.ZipFile(path) as archive:
         assert [name for name in archive.namelist() if "programs" in name] == ["programs/detect_96x96"]
     shipped = load(str(path))
@@ -171,12 +176,13 @@ def test_pillows_pixels_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     shipped.detect(images)
     for pixels, image in zip(given, images, strict=True):
         np.testing.assert_array_equal(pixels, to_canvas([image], live.config.data, 1).images)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(LoadError, match="pip install pillow"):
-        load(str(path))
+    for module, package in (("PIL", "pillow"), ("flatbuffers", "flatbuffers")):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, missing=module: None if name == missing else True)
+        with pytest.raises(LoadError, match=f"pip install {package}"):
+            load(str(path))
 
 
-def test_a_batch_gives_what_single_images_give(shipped: loader.Detector) -> None:
+def test_a_batch_gives_what_single_images_give(shipped: loader.ExportedDetector) -> None:
     """In the order they came in, each image on its own canvas, the last batch filled up."""
     images = photographs()
     alone = [shipped.detect([image])[0] for image in images]
@@ -189,7 +195,7 @@ def test_a_batch_gives_what_single_images_give(shipped: loader.Detector) -> None
     assert shipped.detect([], batch_size=3) == []
 
 
-def test_the_file_says_what_is_in_it(shipped: loader.Detector, file: Path) -> None:
+def test_the_file_says_what_is_in_it(shipped: loader.ExportedDetector, file: Path) -> None:
     about = shipped.about
     assert (shipped.class_names, shipped.category_ids) == (["cat", "dog"], [1, 17])
     assert about["step"] == 3 and about["source"] == "RUN" and about["versions"]["jax"] == jax.__version__
@@ -202,7 +208,7 @@ ELSEWHERE = """
 import sys
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
 
-THERE = {"jax", "jaxlib", "numpy", "ml_dtypes", "opt_einsum", "scipy", "loader", *sys.stdlib_module_names}
+THERE = {"jax", "jaxlib", "numpy", "ml_dtypes", "opt_einsum", "scipy", "flatbuffers", "loader", *sys.stdlib_module_names}
 
 class Only:
     def find_spec(self, name, path=None, target=None):
@@ -218,13 +224,13 @@ detector = load("detector.zip")
 with np.load("images.npz") as images:
     found = detector.detect([images[name] for name in images.files])
 np.savez("found.npz", **{f"{i}_{name}": value for i, f in enumerate(found) for name, value in f._asdict().items()})
-for absent in ("flatbuffers", "flax", "tensorflow", "retina_jax"):
+for absent in ("flax", "tensorflow", "retina_jax"):
     assert absent not in sys.modules
 """
 
 
-def test_jax_and_numpy_are_enough(live: Detector, file: Path, tmp_path: Path) -> None:
-    """The loader, copied beside the file, in a process that can import nothing else; what jax itself depends on is there."""
+def test_jax_numpy_and_flatbuffers_are_enough(live: Detector, file: Path, tmp_path: Path) -> None:
+    """The loader, copied next to the file, in a process that can import only these and what jax depends on."""
     images = photographs()[:2]
     shutil.copy(loader.__file__, tmp_path / "loader.py")
     shutil.copy(file, tmp_path)
@@ -270,11 +276,11 @@ def test_sizes_and_canvases_are_those_of_evaluation(
     rounding = "floor" if down else "nearest"
     data = DataConfig(short_side=short, long_side=long, buckets=count, size_rounding=rounding, max_boxes=1)
     about = {"class_names": [], "category_ids": [], "short_side": short, "long_side": long, "size_rounding": rounding}
-    shipped = loader.Detector({**about, "canvases": canvases(data)}, [], {})
+    shipped = loader.ExportedDetector({**about, "canvases": padded_shapes(data)}, [], {})
     size = shipped.resized_size(h, w)
     assert size == resized_size(h, w, short, long, rounding)
     image = np.broadcast_to(np.zeros(3, np.uint8), (h, w, 3))
-    assert shipped.canvas(size) == to_canvas([image], data, 1).images.shape[1:3]
+    assert shipped.padded_shape(size) == to_canvas([image], data, 1).images.shape[1:3]
 
 
 def tampered(path: Path, into: Path) -> None:
@@ -296,42 +302,40 @@ def test_a_file_that_answers_otherwise_is_not_kept(
     live: Detector, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what stood in its place before still does."""
-    monkeypatch.setattr(programs, "write_file", lambda path, *_: tampered(file, path))
+    monkeypatch.setattr(agreement, "write_file", lambda path, *_: tampered(file, path))
     out = tmp_path / "detector.zip"
     out.write_bytes(b"older")
-    with pytest.raises(
-        ExportError, match=r"answers otherwise than the live one and is not kept: 2 images, 40 detections"
-    ):
-        programs.ship(live, out, "a test", photographs()[:1])
+    with pytest.raises(ExportError, match="is not kept: 2 images, 40 detections"):
+        agreement.export_detector(live, out, "a test", photographs()[:1])
     assert out.read_bytes() == b"older" and list(tmp_path.iterdir()) == [out]
 
 
 def test_every_canvas_is_tried(file: Path) -> None:
     """Where no image is put on a canvas, one that is so is made."""
-    shipped = programs.load(str(file))
+    shipped = agreement.load(str(file))
     sizes = {(48, 32): [(64, 96)], (32, 48): [(96, 64)]}
     for size, others in sizes.items():
         image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
-        (made,) = agreement.for_other_canvases(shipped, [image])
-        assert [shipped.canvas(shipped.resized_size(*made.shape[:2]))] == others
+        (made,) = agreement.for_other_shapes(shipped, [image])
+        assert [shipped.padded_shape(shipped.resized_size(*made.shape[:2]))] == others
         assert np.array_equal(made[: size[0], : size[1]], image[: made.shape[0], : made.shape[1]])
-    assert agreement.for_other_canvases(shipped, [made, image]) == []
+    assert agreement.for_other_shapes(shipped, [made, image]) == []
 
 
 def test_a_comparison_of_nothing_is_none(live: Detector, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing is found on the images, nothing has been compared."""
     monkeypatch.setattr(agreement, "compare", lambda *_: agreement.Comparison(1, 0, 0, 0.0, 0.0))
-    with pytest.raises(ExportError, match=r"nothing was found on 2 images.*--images"):
-        agreement.check(live, programs.load(str(file)), photographs()[:1])
+    with pytest.raises(ExportError, match=r"nothing was found in 2 images.*--images"):
+        agreement.check(live, agreement.load(str(file)), photographs()[:1])
 
 
 def test_a_place_that_cannot_be_written_is_named(live: Detector, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ExportError, match=r"--out .*detector\.zip: cannot be written: "):
-        programs.ship(live, tmp_path / "file" / "detector.zip", "a test", [])
+        agreement.export_detector(live, tmp_path / "file" / "detector.zip", "a test", [])
 
 
-def test_the_loader_refuses_what_is_no_image(shipped: loader.Detector) -> None:
+def test_the_loader_refuses_what_is_no_image(shipped: loader.ExportedDetector) -> None:
     good = photographs()[0]
     for bad in (
         good.astype(np.float32),
@@ -349,7 +353,7 @@ def test_the_loader_refuses_what_is_no_image(shipped: loader.Detector) -> None:
 
 
 def test_sixteen_bits_are_taken_in_the_range_of_training(
-    shipped: loader.Detector, monkeypatch: pytest.MonkeyPatch
+    shipped: loader.ExportedDetector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = photographs()[0]
     with pytest.raises(LoadError, match="uint16"):
@@ -399,7 +403,7 @@ def test_a_damaged_file_is_refused_in_one_line(
     damage(file, path)
     with pytest.raises(LoadError) as caught:
         load(str(path))
-    assert str(caught.value).startswith(f"{path}: is ") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -410,7 +414,7 @@ def test_a_damaged_file_is_refused_in_one_line(
         (("--workdir", "RUN", "--format", "savedmodel"), r"--format savedmodel: .*docs/export\.md"),
         (("--workdir", "RUN", "--format", "onnx"), r"--format onnx: .*docs/export\.md"),
         (("--workdir", "RUN", "--format", "other"), "other"),
-        (("--workdir", "RUN", "--count", "0"), "--count: 0"),
+        (("--workdir", "RUN", "--count", "0"), "--count: invalid value 0"),
         (("--workdir", "RUN", "--images", "/no/folder"), "/no/folder: no such file"),
     ],
 )
@@ -425,8 +429,8 @@ def test_the_script_refuses_in_one_line(
 def test_augmentation_is_not_shipped(live: Detector, tmp_path: Path) -> None:
     """A file without it would answer otherwise; the line says what to add."""
     augmented = dataclasses.replace(live, driver=Driver(override(GROUP, {"detection.tta_flip": True}), 2))
-    with pytest.raises(ExportError, match=r"is not shipped; add --detection\.no-tta-flip"):
-        programs.ship(augmented, tmp_path / "detector.zip", "a test", photographs()[:1])
+    with pytest.raises(ExportError, match=r"--detection\.no-tta-flip"):
+        agreement.export_detector(augmented, tmp_path / "detector.zip", "a test", photographs()[:1])
     assert not list(tmp_path.iterdir())
 
 
@@ -444,8 +448,8 @@ def test_broken_validation_images_are_left_out_and_told(live: Detector, tmp_path
     (tmp_path / "images" / "001.jpeg").write_bytes(b"no image")
     images, what = images_for(there, None, 3)
     assert [image.shape for image in images] == [(30, 40, 3), (20, 20, 3)]
-    assert what.startswith(f"the first 2 images of {source.name} (1 that cannot be read left out, the last one: ")
+    assert what.startswith(f"the first 2 images of {source.name} (1 unreadable ones left out, the last one: ")
     for name in ("000.jpeg", "002.jpeg"):
         (tmp_path / "images" / name).unlink()
     images, what = images_for(there, None, 2)
-    assert len(images) == 2 and what.startswith(f"2 generated scenes (of {source.name}, 2 that cannot be read")
+    assert len(images) == 2 and what.startswith(f"2 generated scenes ({source.name}: 2 unreadable ones")
