@@ -232,7 +232,10 @@ def _escaped(text: str) -> str:
 
 
 def figure4(samples: Mapping[str, Float32[np.ndarray, " N"]], run: str) -> Figure:
-    """Draws the cumulative loss of each kind of sample (positives, negatives; x_t), one curve per gamma; `run` is the title."""
+    """Draws the cumulative loss of each kind of sample (x_t of positives and of negatives), one curve per gamma.
+
+    `run` is the title.
+    """
     with mpl.rc_context(LOOK):
         figure, all_axes = _figure(len(samples), width=4.2, height=3.8)
         # Finer near the hardest samples, where the curves of a large gamma rise steeply.

@@ -313,7 +313,7 @@ def sample_windows(
 def window_x_t(
     logits: Float32[Array, "B A K"], labels: Int[Array, "B A"], valid: Bool[Array, " B"]
 ) -> tuple[Float32[Array, "B A"], Bool[Array, "B A"], Bool[Array, "B A"]]:
-    """Returns x_t of every anchor, which anchors are positive, and which are negative; anchors of invalid images are neither.
+    """Returns x_t of every anchor, and which anchors are positive and negative; those of invalid images are neither.
 
     labels [B A] are those of `match`. x_t is the logit of its class for a positive, minus the largest logit for others.
     """

@@ -91,7 +91,7 @@ def write_manifest(
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: Path, timeout: float = -1) -> Iterator[bool]:
+def exclusive_lock(path: Path, timeout: float = -1.0) -> Iterator[bool]:
     """Yields whether this process got the lock on `path` within `timeout` seconds (-1: waits without limit), and holds it.
 
     The lock ends with the process, however it ends. Raises ConfigError if `path` cannot be written or locked.

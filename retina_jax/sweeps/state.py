@@ -6,7 +6,6 @@ worker. On NFS it also holds between machines, if the server supports locks.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -14,7 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+import msgspec
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.data.transforms import buckets
@@ -24,6 +25,7 @@ from retina_jax.sweeps.manifest import Row, exclusive_lock
 from retina_jax.sweeps.points import Point
 from retina_jax.training.metrics import NonFiniteLoss
 
+T = TypeVar("T")
 ENDED = ("done", "diverged")
 """Kinds of state in which a point is not trained again."""
 PAPER_CLASSES = 80
@@ -102,23 +104,39 @@ def run_point(workdir: Path, point: Point, train: Callable[[Config, Path], None]
 
 def ended(folder: Path, config: Config) -> State | None:
     """Returns the state done or diverged of the run in `folder`, else None; ConfigError if the file about it is damaged."""
-    for name in ("summary.json", "diverged.json"):
-        path = folder / name
-        try:
-            found = json.loads(path.read_text())
-            if name == "diverged.json":
-                step = None if found["step"] is None else int(found["step"])
-                return State("diverged", step=step, message=str(found.get("message", "")))
-            evaluated = found["evaluation"] is not None or config.training.eval_every < 0
-            if found["steps"] == config.training.steps and evaluated:
-                ap = (found["evaluation"] or {}).get("AP")
-                return State("done", ap=ap, seconds=found["seconds"])
-        except FileNotFoundError:
-            continue
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"{path}: cannot be read: {reason}; delete it to train again") from None
-    return None
+    summary = _read(folder / "summary.json", _Summary)
+    if summary is not None and summary.steps == config.training.steps:
+        if summary.evaluation is not None:
+            return State("done", ap=summary.evaluation.ap, seconds=summary.seconds)
+        if config.training.eval_every < 0:
+            return State("done", seconds=summary.seconds)
+    divergence = _read(folder / "diverged.json", _Divergence)
+    return None if divergence is None else State("diverged", step=divergence.step, message=divergence.message)
+
+
+class _Evaluation(msgspec.Struct):
+    ap: float | None = msgspec.field(name="AP", default=None)
+
+
+class _Summary(msgspec.Struct):
+    steps: int
+    seconds: float
+    evaluation: _Evaluation | None
+
+
+class _Divergence(msgspec.Struct):
+    step: int | None
+    message: str = ""
+
+
+def _read(path: Path, kind: type[T]) -> T | None:
+    """Returns the contents of a JSON file, or None if it does not exist."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        return None
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}; delete it to train again") from None
 
 
 def mean_padded_shape(config: Config) -> tuple[int, int]:
