@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -56,23 +57,14 @@ def programs(detector: Detector) -> Iterator[tuple[str, bytes]]:
     for shape in padded_shapes(data):
         name = f"{shape[0]}x{shape[1]}"
         if data.resize != "pillow":
-            image = jax.ShapeDtypeStruct((h, w, 3), np.uint8)
-            yield f"prepare_{name}", _exported(_prepare(data, shape), image, size, size)
+            prepare = partial(resize_and_pad, shape=shape, kind=data.resize, pixels=data.pixels)
+            yield f"prepare_{name}", _exported(prepare, jax.ShapeDtypeStruct((h, w, 3), np.uint8), size, size)
         batch = jax.ShapeDtypeStruct((b, *shape, 3), data.pixels)
         yield f"detect_{name}", _exported(_detect(detector, shape), parameters, batch, sizes, sizes)
 
 
 def _exported(program: Any, *arguments: Any) -> bytes:
     return bytes(export.export(jax.jit(program), platforms=PLATFORMS)(*arguments).serialize())
-
-
-def _prepare(data: DataConfig, shape: tuple[int, int]) -> Any:
-    def prepare(
-        image: UInt8[Array, "h w 3"], size_hw: Int[Array, " 2"], resized_hw: Int[Array, " 2"]
-    ) -> UInt8[Array, "H W 3"] | Float32[Array, "H W 3"]:
-        return resize_and_pad(image, size_hw, resized_hw, shape, data.resize, data.pixels)
-
-    return prepare
 
 
 def _detect(detector: Detector, shape: tuple[int, int]) -> Any:
@@ -133,33 +125,34 @@ def resize_and_pad(
     rounds = pixels == "uint8"
     small = size_hw[0] * size_hw[1] <= LARGE
     before = jnp.where(small, 0.5, 0.0).astype(jnp.float32) if rounds else jnp.float32(0)
+    axes = [(shape[i], size_hw[i], resized_hw[i]) for i in (0, 1)]
+
+    def read(y: Int[Array, " n"]) -> Float32[Array, "n w 3"]:
+        return image[y].astype(jnp.float32) + before
+
     if kind == "antialias":
-        resized = lax.cond(
-            (size_hw > resized_hw).any(),
-            lambda: _antialias(image, before, size_hw, resized_hw, shape),
-            lambda: _bilinear(image, before, size_hw, resized_hw, shape),
-        )
+        reduced = (size_hw > resized_hw).any()
+        resized = lax.cond(reduced, lambda: _antialias(read, *axes), lambda: _bilinear(read, *axes))
     else:
-        resized = _bilinear(image, before, size_hw, resized_hw, shape)
+        resized = _bilinear(read, *axes)
     if rounds:
         resized = (resized + (0.5 - before)).astype(jnp.uint8)
     rows, columns = (jnp.arange(side) < size for side, size in zip(shape, resized_hw, strict=True))
     return jnp.where((rows[:, None] & columns[None, :])[:, :, None], resized, 0)
 
 
-def _bilinear(
-    image: UInt8[Array, "h w 3"],
-    before: Float[Array, ""],
-    size_hw: Int[Array, " 2"],
-    resized_hw: Int[Array, " 2"],
-    shape: tuple[int, int],
-) -> Float32[Array, "H W 3"]:
+Axis = tuple[int, Int[Array, ""], Int[Array, ""]]
+"""Padded side, side of the image, side of the resized image."""
+Rows = Callable[[Int[Array, " n"]], Float32[Array, "n m 3"]]
+
+
+def _bilinear(read: Rows, vertical: Axis, horizontal: Axis) -> Float32[Array, "H W 3"]:
     """TensorFlow's ResizeBilinear with half-pixel centres: along x, then along y."""
-    (y0, y1, down), (x0, x1, right) = (_neighbours(shape[i], size_hw[i], resized_hw[i]) for i in (0, 1))
+    (y0, y1, down), (x0, x1, right) = (_neighbours(*axis) for axis in (vertical, horizontal))
 
     def along_x(y: Int[Array, " H"]) -> Float32[Array, "H W 3"]:
-        first, second = (image[y][:, x].astype(jnp.float32) + before for x in (x0, x1))
-        return _between(first, second, right[None, :, None])
+        rows = read(y)
+        return _between(rows[:, x0], rows[:, x1], right[None, :, None])
 
     return _between(along_x(y0), along_x(y1), down[:, None, None])
 
@@ -179,17 +172,11 @@ def _between(a: Float[Array, "H W 3"], b: Float[Array, "H W 3"], share: Float[Ar
     return a + rounded((b - a) * share)
 
 
-def _antialias(
-    image: UInt8[Array, "h w 3"],
-    before: Float[Array, ""],
-    size_hw: Int[Array, " 2"],
-    resized_hw: Int[Array, " 2"],
-    shape: tuple[int, int],
-) -> Float32[Array, "H W 3"]:
+def _antialias(read: Rows, vertical: Axis, horizontal: Axis) -> Float32[Array, "H W 3"]:
     """TensorFlow's ScaleAndTranslate with the triangle kernel: along y, then along x."""
-    down, right = (_spans(shape[i], size_hw[i], resized_hw[i]) for i in (0, 1))
-    rows = _weighted_sum(down, lambda y: image[y].astype(jnp.float32) + before, size_hw[0])
-    return _weighted_sum(right, lambda x: rows[:, x].swapaxes(0, 1), size_hw[1]).swapaxes(0, 1)
+    rows = _weighted_sum(_spans(*vertical), read, vertical[1])
+    columns = _weighted_sum(_spans(*horizontal), lambda x: rows[:, x].swapaxes(0, 1), horizontal[1])
+    return columns.swapaxes(0, 1)
 
 
 class _Spans(NamedTuple):
@@ -210,9 +197,7 @@ def _spans(count: int, size: Int[Array, ""], resized: Int[Array, ""]) -> _Spans:
     return _Spans(*(jnp.clip(end.astype(jnp.int32), 0, size - 1) for end in ends), centre, reach)
 
 
-def _weighted_sum(
-    spans: _Spans, read: Callable[[Int[Array, " n"]], Float32[Array, "n m 3"]], size: Int[Array, ""]
-) -> Float32[Array, "n m 3"]:
+def _weighted_sum(spans: _Spans, read: Rows, size: Int[Array, ""]) -> Float32[Array, "n m 3"]:
     """Returns, for each span, the sum of `read` over its pixels in order, with weights that sum to 1."""
     most = (spans.last - spans.first).max() + 1
 

@@ -71,8 +71,8 @@ def star_runs(sweeps: Sequence[Sweep]) -> tuple[list[StarRun], int]:
         points = sweep.seeds(name)
         scores, diverged = _aps(points), bool(divergence(points))
         if scores or diverged:
-            gamma, beta = (_setting(points[0], field) for field in ("gamma", "star_beta"))
-            runs.append(StarRun(gamma, beta, None if diverged else statistics.fmean(scores)))
+            loss = next(p.result.config.loss for p in points if p.result.config)
+            runs.append(StarRun(loss.gamma, loss.star_beta, None if diverged else statistics.fmean(scores)))
     if not any(run.ap is not None for run in runs):
         raise ConfigError(
             "--workdir: its sweep fig7 has no finished setting without a diverged seed; run scripts/sweep.py"
@@ -82,14 +82,6 @@ def star_runs(sweeps: Sequence[Sweep]) -> tuple[list[StarRun], int]:
 
 def _aps(points: Sequence[Point]) -> list[float]:
     return [p.result.scores["AP"] for p in points if "AP" in p.result.scores]
-
-
-def _setting(point: Point, field: str) -> float:
-    if f"loss.{field}" in point.overrides:
-        return float(point.overrides[f"loss.{field}"])
-    if point.result.config is None:
-        raise ConfigError(f"sweep fig7: point {point.name!r} has no override loss.{field}")
-    return float(getattr(point.result.config.loss, field))
 
 
 def effective_ap(sweeps: Sequence[Sweep]) -> float:
@@ -125,18 +117,10 @@ def speeds(sweeps: Sequence[Sweep]) -> tuple[list[Timed], str, str]:
     for name in sweep.names:
         done = [p for p in sweep.seeds(name) if "AP" in p.result.scores]
         if done:
-            config = done[0].result.config
+            config, ap = done[0].result.config, statistics.fmean(_aps(done))
             depth = name.split("_")[1] if name.startswith("depth_") else name
-            milliseconds = statistics.fmean(run_latency(p.result.folder) for p in done)
-            found.append(
-                Timed(
-                    depth,
-                    config.model.backbone,
-                    str(config.data.short_side),
-                    milliseconds,
-                    statistics.fmean(_aps(done)),
-                )
-            )
+            times = statistics.fmean(run_latency(p.result.folder) for p in done)
+            found.append(Timed(depth, config.model.backbone, str(config.data.short_side), times, ap))
     if not found:
         raise ConfigError("--workdir: no run of its sweep table1e is finished; run scripts/sweep.py first")
     return found, hardware(), splits_of(sweep)
@@ -236,17 +220,14 @@ class Sample:
         self._values = np.concatenate([self._values, values])
         self._keys = np.concatenate([self._keys, self._random.random(len(values))])
         if len(self._values) > 2 * self.size:
-            self._cut()
+            self.values()
 
     def values(self) -> Float32[np.ndarray, " n"]:
         """Returns the sample, min(size, seen) values in no particular order."""
         if len(self._values) > self.size:
-            self._cut()
+            kept = np.argpartition(self._keys, self.size)[: self.size]
+            self._values, self._keys = self._values[kept], self._keys[kept]
         return self._values
-
-    def _cut(self) -> None:
-        kept = np.argpartition(self._keys, self.size)[: self.size]
-        self._values, self._keys = self._values[kept], self._keys[kept]
 
 
 def val_windows(

@@ -30,7 +30,7 @@ from retina_jax.config import (
     ScenesConfig,
     TrainingConfig,
 )
-from retina_jax.config_io import override, to_dict
+from retina_jax.config_io import load_config, override, to_dict
 from retina_jax.console import hardware
 from retina_jax.data.datasets import open_source
 from retina_jax.data.pipeline import eval_batches
@@ -158,8 +158,12 @@ def star_sweep(aps: dict[tuple[float, float], Fate | list[Fate]], name: str = "f
     points = []
     for (gamma, beta), fates in aps.items():
         for seed, ap in enumerate(fates if isinstance(fates, list) else [fates]):
-            result = Result(Path("run"), "finished", scores={"AP": ap}) if isinstance(ap, float) else None
-            result = result or Result(Path("run"), "diverged" if ap else "not run")
+            loss = {"loss.kind": "focal_star", "loss.gamma": gamma, "loss.star_beta": beta}
+            config = (
+                override(load_config(ROOT / base) if base.startswith("configs") else Config(), loss) if ap else None
+            )
+            status = "finished" if isinstance(ap, float) else "diverged" if ap else "not run"
+            result = Result(Path("run"), status, scores={"AP": ap} if isinstance(ap, float) else {}, config=config)
             overrides = {"loss.gamma": gamma, "loss.star_beta": beta}
             points.append(Point(f"gamma_{gamma}_beta_{beta}", overrides, seed, result))
     return Sweep(name, "x.py", base, tuple(points))
