@@ -29,7 +29,7 @@ from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import load_config
 from retina_jax.sweeps.launchers import HELD, launch_local, launch_slurm
-from retina_jax.sweeps.manifest import Row, chosen, plan, rows, write_manifest
+from retina_jax.sweeps.manifest import Task, chosen, open_sweep, tasks_of
 from retina_jax.sweeps.points import base_file, load_sweeps
 from retina_jax.sweeps.state import listing, run_point
 
@@ -76,16 +76,19 @@ def main() -> int:
     workdir, seeds, settings = arguments.workdir, arguments.seeds, arguments.settings
     if workdir is None and not arguments.list:
         raise ConfigError("--workdir: required unless you give --list")
-    take = plan if arguments.list else write_manifest
-    sweeps = [take(workdir, path, module, base, settings, seeds) for path, module in modules.items()]
-    every_row = rows(sweeps)
+    write = not arguments.list
+    sweeps = {
+        path.stem: open_sweep(workdir, path, module, base, settings, seeds, write=write)
+        for path, module in modules.items()
+    }
+    every_task = tasks_of(sweeps)
     if arguments.index is not None and not arguments.list:
-        return run_index(every_row, arguments.index, workdir)
+        return run_index(every_task, arguments.index, workdir)
     if arguments.list:
         jax.config.update("jax_platforms", "cpu")  # counting costs needs no GPU, which may be training
-        print(listing(workdir, chosen(every_row, arguments.only, seeds)))
+        print(listing(workdir, chosen(every_task, arguments.only, seeds)))
         return 0
-    selected = chosen(every_row, arguments.only, seeds or (settings.seed,))
+    selected = chosen(every_task, arguments.only, seeds or (settings.seed,))
     if arguments.launcher == "slurm":
         return int(launch_slurm(selected, command, workdir, arguments.slurm) > 0)
     return int(launch_local(selected, command, workdir, arguments.jobs) > 0)
@@ -106,13 +109,13 @@ def early_options(argv: Sequence[str]) -> tuple[list[str], str | None, list[str]
     return files, found.base, [sys.executable, str(Path(__file__).resolve()), "--sweep", *files, *base, *others]
 
 
-def run_index(every_row: Sequence[Row], index: int, workdir: Path) -> int:
+def run_index(every_task: Sequence[Task], index: int, workdir: Path) -> int:
     """Trains one point in this process; returns 0; 1 if it failed; 75 if it was stopped or is trained elsewhere."""
     from train import train
 
-    if not 0 <= index < len(every_row):
-        raise ConfigError(f"--index {index}: must be from 0 to {len(every_row) - 1}")
-    point = every_row[index].point
+    if not 0 <= index < len(every_task):
+        raise ConfigError(f"--index {index}: must be from 0 to {len(every_task) - 1}")
+    point = every_task[index].point
     set_up_jax()
     try:
         with one_line_errors():

@@ -16,15 +16,13 @@ from retina_jax.config import Config, ConfigError, DataConfig, LossConfig, Model
 from retina_jax.config_io import flatten, load_config, override
 from retina_jax.sweeps.launchers import _core_slots, _settings
 from retina_jax.sweeps.manifest import (
-    Row,
-    Sweep,
+    Task,
     chosen,
     distinct,
     exclusive_lock,
-    plan,
+    open_sweep,
     read_manifest,
-    rows,
-    write_manifest,
+    tasks_of,
 )
 from retina_jax.sweeps.points import (
     FILES,
@@ -74,8 +72,10 @@ def own(tmp_path: Path) -> Path:
 
 def write(
     own: Path, seeds: tuple[int, ...] | None = None, base: Config | None = None, base_path: Path = PAPER
-) -> Sweep:
-    return write_manifest(own.parent / "runs", own, load_sweep(own), base_path, base or load_config(base_path), seeds)
+) -> list[Point]:
+    return open_sweep(
+        own.parent / "runs", own, load_sweep(own), base_path, base or load_config(base_path), seeds, write=True
+    )
 
 
 # Identity.
@@ -195,7 +195,7 @@ def test_an_absent_sweep_file_names_those_beside_it(own: Path) -> None:
 
 def test_a_list_in_overrides_is_a_tuple(own: Path) -> None:
     own.write_text("def get_sweep(base): return {'a': {'anchors.scales': [1.0, 1.5]}}")
-    (point,) = write(own).points
+    (point,) = write(own)
     assert point.config.anchors.scales == (1.0, 1.5)
 
 
@@ -222,8 +222,8 @@ def test_a_manifest_tells_the_whole_sweep(own: Path) -> None:
     assert [(p["name"], p["seed"]) for p in manifest["points"]] == [(n, seed) for seed in (0, 3) for n in names]
     assert manifest["points"][0]["overrides"] == {"optimizer.learning_rate": 0.001, "data.batch_size": 8}
     assert manifest["points"][4]["folder"].startswith("batch_size_8-learning_rate_0.001-seed3-")
-    assert [p.config.training.steps for p in sweep.points] == [12] * 8
-    assert [p.config.seed for p in sweep.points] == [0] * 4 + [3] * 4
+    assert [p.config.training.steps for p in sweep] == [12] * 8
+    assert [p.config.seed for p in sweep] == [0] * 4 + [3] * 4
 
 
 def test_the_same_call_changes_nothing(own: Path) -> None:
@@ -235,15 +235,15 @@ def test_the_same_call_changes_nothing(own: Path) -> None:
 
 
 def test_later_seeds_are_added_and_indices_stay(own: Path) -> None:
-    first = rows([write(own)])
-    second = rows([write(own, (5, 0))])
+    first = tasks_of({"mine": write(own)})
+    second = tasks_of({"mine": write(own, (5, 0))})
     assert second[:4] == first and [row.point.seed for row in second] == [0] * 4 + [5] * 4
-    assert [row.index for row in rows([write(own, (7,))])] == list(range(12))
+    assert [row.index for row in tasks_of({"mine": write(own, (7,))})] == list(range(12))
 
 
 def test_a_plan_is_what_would_be_written_and_writes_nothing(own: Path) -> None:
-    def planned(workdir: Path | None, seeds: tuple[int, ...] | None = None, base_path: Path = PAPER) -> Sweep:
-        return plan(workdir, own, load_sweep(own), base_path, load_config(base_path), seeds)
+    def planned(workdir: Path | None, seeds: tuple[int, ...] | None = None, base_path: Path = PAPER) -> list[Point]:
+        return open_sweep(workdir, own, load_sweep(own), base_path, load_config(base_path), seeds, write=False)
 
     runs = own.parent / "runs"
     assert planned(None) == planned(runs) and not runs.exists()
@@ -291,8 +291,8 @@ def test_another_base_is_refused_by_name(own: Path) -> None:
 def test_what_changes_no_outcome_may_change(own: Path) -> None:
     first = write(own)
     again = write(own, base=override(load_config(PAPER), {"devices": 2, "training.log_every": 1}))
-    assert [p.folder for p in again.points] == [p.folder for p in first.points]
-    assert again.points[0].config.devices == 2
+    assert [p.folder for p in again] == [p.folder for p in first]
+    assert again[0].config.devices == 2
 
 
 @pytest.mark.parametrize(
@@ -308,13 +308,12 @@ def test_a_damaged_manifest_is_named(own: Path, text: str) -> None:
 # Rows.
 
 
-def sweep_of(name: str, seeds: tuple[int, ...] = (0,), **folders: str) -> Sweep:
-    points = [Point(n, {}, seed, f"{f}{seed}", Config(seed=seed)) for seed in seeds for n, f in folders.items()]
-    return Sweep(name, tuple(points))
+def sweep_of(name: str, seeds: tuple[int, ...] = (0,), **folders: str) -> dict[str, list[Point]]:
+    return {name: [Point(n, {}, seed, f"{f}{seed}", Config(seed=seed)) for seed in seeds for n, f in folders.items()]}
 
 
 def test_one_sweep_is_indexed_by_its_points() -> None:
-    found = rows([sweep_of("t", a="x", b="x", c="y")])
+    found = tasks_of(sweep_of("t", a="x", b="x", c="y"))
     assert [(row.index, row.labels, row.point.folder) for row in found] == [
         (0, ("a",), "x0"), (1, ("b",), "x0"), (2, ("c",), "y0"),
     ]  # fmt: skip
@@ -322,22 +321,22 @@ def test_one_sweep_is_indexed_by_its_points() -> None:
 
 
 def test_several_sweeps_are_indexed_by_their_distinct_runs() -> None:
-    found = rows([sweep_of("t", a="x", b="y"), sweep_of("u", c="y", d="z")])
+    found = tasks_of({**sweep_of("t", a="x", b="y"), **sweep_of("u", c="y", d="z")})
     assert [(row.point.folder, row.labels) for row in found] == [
         ("x0", ("t/a",)), ("y0", ("t/b", "u/c")), ("z0", ("u/d",)),
     ]  # fmt: skip
-    more = rows([sweep_of("t", (0, 1), a="x", b="y"), sweep_of("u", (0, 1), c="y", d="z")])
+    more = tasks_of({**sweep_of("t", (0, 1), a="x", b="y"), **sweep_of("u", (0, 1), c="y", d="z")})
     assert more[:3] == found and [row.point.folder for row in more[3:]] == ["x1", "y1", "z1"]
 
 
 def test_a_higher_seed_of_one_sweep_moves_no_index_of_another() -> None:
-    found = rows([sweep_of("t", (0,), a="x"), sweep_of("u", (0, 1), c="y", d="z")])
-    more = rows([sweep_of("t", (0, 2), a="x"), sweep_of("u", (0, 1), c="y", d="z")])
+    found = tasks_of({**sweep_of("t", (0,), a="x"), **sweep_of("u", (0, 1), c="y", d="z")})
+    more = tasks_of({**sweep_of("t", (0, 2), a="x"), **sweep_of("u", (0, 1), c="y", d="z")})
     assert more[: len(found)] == found and more[-1].point.folder == "x2"
 
 
 def test_points_are_chosen_by_name_and_seed() -> None:
-    found = rows([sweep_of("t", (0, 1), a="x", b="y"), sweep_of("u", (0, 1), a="y", d="z")])
+    found = tasks_of({**sweep_of("t", (0, 1), a="x", b="y"), **sweep_of("u", (0, 1), a="y", d="z")})
 
     def indices(only: tuple[str, ...], seeds: tuple[int, ...] | None) -> list[int]:
         return [row.index for row in chosen(found, only, seeds)]
@@ -506,7 +505,7 @@ def test_the_list_tells_state_cost_and_sum(tmp_path: Path) -> None:
         Point("q", {}, 0, "q-2", twice),
         Point("r", {}, 0, "q-2", twice),
     ]
-    found = [Row(i, point, (point.name,)) for i, point in enumerate(points)]
+    found = [Task(i, point, (point.name,)) for i, point in enumerate(points)]
     text = listing(tmp_path, found)
     assert "hours" not in text and "2 distinct runs: 2 waiting" in text and "loss.gamma=5" in text
     put(tmp_path, "summary.json", {**SUMMARY, "seconds": 3600.0})

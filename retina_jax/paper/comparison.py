@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from retina_jax.paper import wording
 from retina_jax.paper.published import AP, TABLES, Row
-from retina_jax.paper.results import Point, Side, Sweep, sides_of, splits_of
+from retina_jax.paper.results import PointResult, Side, SweepResult, sides_of, splits_of
 from retina_jax.runs.record import FILE
 
 OWN_TITLES = {"fig7": "Figure 7: FL* over γ and β"}
@@ -66,7 +66,7 @@ class Section:
     """Title and facts of each run."""
 
 
-def build_report(sweeps: Sequence[Sweep]) -> list[Section]:
+def build_report(sweeps: Sequence[SweepResult]) -> list[Section]:
     """Returns one section per sweep: the paper's tables in its order, then the user's own sweeps."""
     order = [*TABLES, *OWN_TITLES]
     ranked = sorted(sweeps, key=lambda s: (order.index(s.name) if s.name in order else len(order), s.name))
@@ -76,7 +76,7 @@ def build_report(sweeps: Sequence[Sweep]) -> list[Section]:
 class _Layout:
     """The table of a sweep: settings, each score on each side, times if the paper has them, seeds."""
 
-    def __init__(self, sweep: Sweep) -> None:
+    def __init__(self, sweep: SweepResult) -> None:
         self.sweep, self.paper = sweep, TABLES.get(sweep.name)
         self.rows = list(self.paper.rows) if self.paper else []
         known = {row.name for row in self.rows}
@@ -195,7 +195,7 @@ class _Layout:
         fewer = f" ({len(both)} {'seed' if len(both) == 1 else 'seeds'})" if len(both) < max(len(a), len(b)) else ""
         return f"{of_paper} / {wording.signed(statistics.fmean(a[seed] - b[seed] for seed in both))}{fewer}"
 
-    def _points(self, row: Row) -> list[Point]:
+    def _points(self, row: Row) -> list[PointResult]:
         return self.sweep.seeds(row.name) if row.name else []
 
     def _summary(self) -> str:
@@ -213,7 +213,7 @@ class _Layout:
         return text + (f"; {diverged} diverged" if diverged else "")
 
 
-def _charts(sweep: Sweep) -> dict[str, Chart]:
+def _charts(sweep: SweepResult) -> dict[str, Chart]:
     """Returns the AP of runs with several evaluations, and the smoothed classification loss of all runs."""
     runs = {(p.name, p.result.folder): p.result for p in sweep.points}
     ap = [Line(name, run.ap) for (name, _), run in runs.items() if len(run.ap) > 1]
@@ -239,7 +239,7 @@ def smoothed(points: Sequence[tuple[float, float]], share: float = 0.05, most: i
     return means[::-every][::-1]
 
 
-def _facts(point: Point) -> tuple[str, dict[str, str]]:
+def _facts(point: PointResult) -> tuple[str, dict[str, str]]:
     result = point.result
     overrides = wording.overrides_text(point.overrides) or "none"
     facts = {"folder": str(result.folder), "overrides": overrides, **result.details}

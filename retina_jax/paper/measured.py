@@ -24,7 +24,7 @@ from retina_jax.detector import Detector, load_detector, to_canvas
 from retina_jax.ops.anchors import anchor_grid
 from retina_jax.ops.matching import BACKGROUND, match
 from retina_jax.paper.published import EFFECTIVE_AP
-from retina_jax.paper.results import Point, Sweep, read_latency, read_result, split_of, splits_of
+from retina_jax.paper.results import PointResult, SweepResult, read_latency, read_result, split_of, splits_of
 from retina_jax.paper.wording import departures, divergence, status
 from retina_jax.runs.folder import read_run, write_json
 from retina_jax.training.step import Inputs
@@ -60,7 +60,7 @@ class StarRun:
     """Percent; None: a seed diverged."""
 
 
-def star_runs(sweeps: Sequence[Sweep]) -> tuple[list[StarRun], int]:
+def star_runs(sweeps: Sequence[SweepResult]) -> tuple[list[StarRun], int]:
     """Returns the settings of the sweep fig7 that finished (mean AP over seeds) or diverged, and the number of the others.
 
     A setting with a diverged seed counts as diverged. Raises ConfigError if there is no such sweep or no finished setting.
@@ -80,11 +80,11 @@ def star_runs(sweeps: Sequence[Sweep]) -> tuple[list[StarRun], int]:
     return runs, len(sweep.names) - len(runs)
 
 
-def _aps(points: Sequence[Point]) -> list[float]:
+def _aps(points: Sequence[PointResult]) -> list[float]:
     return [p.result.scores["AP"] for p in points if "AP" in p.result.scores]
 
 
-def effective_ap(sweeps: Sequence[Sweep]) -> float:
+def effective_ap(sweeps: Sequence[SweepResult]) -> float:
     """Returns the AP in percent above which a setting of FL* counts as effective.
 
     For runs of the paper's config it is the paper's 33.5, which is 0.5 below its focal loss. For other runs it is 0.5 below
@@ -100,14 +100,14 @@ def effective_ap(sweeps: Sequence[Sweep]) -> float:
     return max(run.ap for run in star_runs(sweeps)[0] if run.ap is not None) - 0.5
 
 
-def _sweep(sweeps: Sequence[Sweep], name: str) -> Sweep:
+def _sweep(sweeps: Sequence[SweepResult], name: str) -> SweepResult:
     for sweep in sweeps:
         if sweep.name == name:
             return sweep
     raise ConfigError(f"--workdir: no sweep {name} there; run scripts/sweep.py --sweep configs/sweeps/{name}.py")
 
 
-def speeds(sweeps: Sequence[Sweep]) -> tuple[list[Timed], str, str]:
+def speeds(sweeps: Sequence[SweepResult]) -> tuple[list[Timed], str, str]:
     """Returns (points, hardware, split) of the finished runs of the sweep table1e, and measures missing latencies.
 
     Seeds are averaged. Raises ConfigError if there is no such sweep or no finished run.

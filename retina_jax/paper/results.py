@@ -46,7 +46,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Point:
+class PointResult:
     """One run of a sweep."""
 
     name: str
@@ -56,19 +56,19 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepResult:
     """A manifest with its runs."""
 
     name: str
     file: str
     base: str
     """Config file that all points override."""
-    points: tuple[Point, ...]
+    points: tuple[PointResult, ...]
     """The manifest's points, then the same points with seeds that only other sweeps have run."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Overrides of the base on the sweep's command line."""
 
-    def seeds(self, name: str) -> list[Point]:
+    def seeds(self, name: str) -> list[PointResult]:
         """Returns the runs of the point `name`, by rising seed."""
         return sorted((point for point in self.points if point.name == name), key=lambda point: point.seed)
 
@@ -83,7 +83,7 @@ class Sweep:
         return [point.result.config for point in self.points if point.result.config is not None]
 
 
-def read_sweeps(workdir: Path) -> list[Sweep]:
+def read_sweeps(workdir: Path) -> list[SweepResult]:
     """Returns all sweeps of `workdir`, sorted by name; a run that several of them name is read once.
 
     Points of several sweeps with a run in common are the same experiment: each sweep gets the seeds of all of them.
@@ -101,7 +101,7 @@ def read_sweeps(workdir: Path) -> list[Sweep]:
     return _with_common_seeds([_read_sweep(file, workdir, known) for file in files])
 
 
-def _with_common_seeds(sweeps: Sequence[Sweep]) -> list[Sweep]:
+def _with_common_seeds(sweeps: Sequence[SweepResult]) -> list[SweepResult]:
     """Adds to the points of each sweep the seeds that only other sweeps have run.
 
     A folder's name covers all that decides the outcome, with the seed: points with a folder in common have the same
@@ -126,7 +126,7 @@ def _with_common_seeds(sweeps: Sequence[Sweep]) -> list[Sweep]:
     return extended
 
 
-def _read_sweep(file: Path, workdir: Path, known: dict[str, Result]) -> Sweep:
+def _read_sweep(file: Path, workdir: Path, known: dict[str, Result]) -> SweepResult:
     manifest = read_manifest(file)
     if manifest["sweep"] != file.stem:
         raise ConfigError(f"{file}: sweep is {manifest['sweep']!r}; must be the name of the file, {file.stem!r}")
@@ -137,8 +137,8 @@ def _read_sweep(file: Path, workdir: Path, known: dict[str, Result]) -> Sweep:
             raise ConfigError(f"{file}: points[{place}].folder: {folder!r} must be the name of a folder in {workdir}")
         if folder not in known:
             known[folder] = read_result(workdir / folder)
-        points.append(Point(point["name"], point["overrides"], point["seed"], known[folder]))
-    return Sweep(file.stem, manifest["file"], manifest["base"], tuple(points), manifest["overrides"])
+        points.append(PointResult(point["name"], point["overrides"], point["seed"], known[folder]))
+    return SweepResult(file.stem, manifest["file"], manifest["base"], tuple(points), manifest["overrides"])
 
 
 def read_result(folder: Path) -> Result:
@@ -200,7 +200,7 @@ def _details(record: Record) -> dict[str, str]:
     return {key: str(value) for key, value in details.items() if value}
 
 
-def splits_of(sweep: Sweep) -> str:
+def splits_of(sweep: SweepResult) -> str:
     """Returns what the runs were evaluated on; val if none has started."""
     return ", ".join(dict.fromkeys(split_of(config) for config in sweep.configs)) or "val"
 
@@ -269,7 +269,7 @@ class Side:
         return max((round(mean.value, 1) for mean in shown if mean), default=None)
 
 
-def sides_of(sweep: Sweep, paper: Table | None, metrics: Sequence[str]) -> list[Side]:
+def sides_of(sweep: SweepResult, paper: Table | None, metrics: Sequence[str]) -> list[Side]:
     """Returns one side for a table on minival or without the paper; for a table on test-dev first that side, then minival.
 
     Our scores on test-dev come from COCO's server. On minival, the paper gives some of the same models.

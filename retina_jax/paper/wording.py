@@ -9,7 +9,7 @@ from typing import Any
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import load_config, override
-from retina_jax.paper.results import Point, Result, Sweep
+from retina_jax.paper.results import PointResult, Result, SweepResult
 from retina_jax.sweeps.points import ROOT, load_sweep, outcome
 
 PAPER_CONFIG = "paper_ablations.py"
@@ -48,18 +48,18 @@ def status(result: Result) -> str:
     return result.status
 
 
-def started(points: Sequence[Point]) -> list[Point]:
+def started(points: Sequence[PointResult]) -> list[PointResult]:
     """Returns the seeds that have started."""
     return [p for p in points if p.result.status != "not run"]
 
 
-def divergence(points: Sequence[Point]) -> str:
+def divergence(points: Sequence[PointResult]) -> str:
     """Returns "1 of 3 seeds diverged", of those that have started, or "" if none diverged."""
     diverged = sum(p.result.status == "diverged" for p in points)
     return f"{diverged} of {len(started(points))} seeds diverged" if diverged else ""
 
 
-def state_of(points: Sequence[Point]) -> str:
+def state_of(points: Sequence[PointResult]) -> str:
     """Describes the state of a row without an AP."""
     ran = started(points)
     if len(ran) <= 1:
@@ -68,7 +68,7 @@ def state_of(points: Sequence[Point]) -> str:
     return "; ".join(filter(None, [divergence(ran), *others]))
 
 
-def seeds_of(points: Sequence[Point]) -> str:
+def seeds_of(points: Sequence[PointResult]) -> str:
     """Returns the number of seeds in the mean, and the state of the others that have started."""
     ran = started(points)
     others = [p for p in ran if "AP" not in p.result.scores]
@@ -89,7 +89,7 @@ def _value(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def departures(sweep: Sweep) -> list[str]:
+def departures(sweep: SweepResult) -> list[str]:
     """Returns the reasons why absolute values are not comparable with the paper's; empty: no reason known.
 
     Each run is compared with its row over the paper's base, in every field that affects the outcome. If no run has started,
@@ -145,7 +145,7 @@ def _described(differing: Mapping[str, Mapping[Any, None]]) -> list[str]:
     return [*words, *(f"{name} {', '.join(values)}" for name, values in left.items())]
 
 
-def origins(sweep: Sweep) -> list[str]:
+def origins(sweep: SweepResult) -> list[str]:
     """Returns a sentence if the finished runs are of different commits, and one if they started from different weights."""
     done = list({p.result.folder: p.result for p in sweep.points if p.result.status == "finished"}.values())
     commits = Counter(_short(run.details.get("commit", "")) or "no commit known" for run in done)

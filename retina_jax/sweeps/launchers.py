@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from retina_jax.config import ConfigError
-from retina_jax.sweeps.manifest import Row, distinct
+from retina_jax.sweeps.manifest import Task, distinct
 from retina_jax.sweeps.state import ENDED, State, state_of
 
 ACCELERATORS = ("nvidia[0-9]*", "accel[0-9]*", "kfd")
@@ -30,34 +30,34 @@ GRACE = 300.0
 
 @dataclass
 class _Child:
-    row: Row
+    task: Task
     process: subprocess.Popen[bytes]
     log: Path
     slot: int
     started: float
 
 
-def launch_local(rows: Sequence[Row], command: Sequence[str], workdir: Path, jobs: int) -> int:
-    """Runs `command --index I` for each row, `jobs` at a time; returns how many failed. A failure does not stop the others.
+def launch_local(tasks: Sequence[Task], command: Sequence[str], workdir: Path, jobs: int) -> int:
+    """Runs `command --index I` for each task, `jobs` at a time; returns how many failed. A failure does not stop the others.
 
     The output of a point goes to DIR/logs/FOLDER.txt; this process prints a line when a point starts and when it ends.
     Points that have ended or that another worker trains are skipped. Ctrl-C and SIGTERM also end the running points.
     """
     if jobs < 1:
         raise ConfigError(f"--jobs: invalid value {jobs}; must be at least 1")
-    waiting, children, failed = distinct(rows), [], 0
+    waiting, children, failed = distinct(tasks), [], 0
     cores = _core_slots(jobs)
     with _sigterm_as_interrupt():
         try:
             while waiting or children:
                 while waiting and len(children) < jobs:
-                    row = waiting.pop(0)
-                    if (state := _startable(row, workdir)) is None:
+                    task = waiting.pop(0)
+                    if (state := _startable(task, workdir)) is None:
                         continue
                     slot = min(set(range(jobs)) - {child.slot for child in children})
-                    children.append(_start(row, command, workdir, slot, cores))
+                    children.append(_start(task, command, workdir, slot, cores))
                     verb = "resumes" if state.kind == "interrupted" else "started"
-                    _log(row, f"{verb}, log {children[-1].log}")
+                    _log(task, f"{verb}, log {children[-1].log}")
                 ended = [child for child in children if child.process.poll() is not None]
                 for child in ended:
                     children.remove(child)
@@ -69,28 +69,28 @@ def launch_local(rows: Sequence[Row], command: Sequence[str], workdir: Path, job
     return failed
 
 
-def _startable(row: Row, workdir: Path) -> State | None:
+def _startable(task: Task, workdir: Path) -> State | None:
     """Returns the state of a point that can be started; logs the reason and returns None for the others."""
-    state = state_of(workdir, row.point)
+    state = state_of(workdir, task.point)
     if state.kind not in (*ENDED, "running"):
         return state
-    _log(row, "skipped, another worker trains it" if state.kind == "running" else f"already {state}")
+    _log(task, "skipped, another worker trains it" if state.kind == "running" else f"already {state}")
     return None
 
 
-def _start(row: Row, command: Sequence[str], workdir: Path, slot: int, cores: Sequence[set[int]]) -> _Child:
-    log = workdir / "logs" / f"{row.point.folder}.txt"
+def _start(task: Task, command: Sequence[str], workdir: Path, slot: int, cores: Sequence[set[int]]) -> _Child:
+    log = workdir / "logs" / f"{task.point.folder}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
         before = os.sched_getaffinity(0) if cores else set()
         try:
             if cores:
                 os.sched_setaffinity(0, cores[slot])  # the process inherits it
-            process = subprocess.Popen([*command, "--index", str(row.index)], stdout=out, stderr=subprocess.STDOUT)
+            process = subprocess.Popen([*command, "--index", str(task.index)], stdout=out, stderr=subprocess.STDOUT)
         finally:
             if cores:
                 os.sched_setaffinity(0, before)
-    return _Child(row, process, log, slot, time.monotonic())
+    return _Child(task, process, log, slot, time.monotonic())
 
 
 def _succeeded(child: _Child, workdir: Path) -> bool:
@@ -99,15 +99,15 @@ def _succeeded(child: _Child, workdir: Path) -> bool:
     code = child.process.returncode
     if code not in (0, HELD):
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
-        _log(child.row, f"failed {took} ({how}): {_last_line(child.log)}; {child.log}")
+        _log(child.task, f"failed {took} ({how}): {_last_line(child.log)}; {child.log}")
         return False
-    state = state_of(workdir, child.row.point)
-    _log(child.row, "skipped, another worker trains it" if state.kind == "running" else f"{state}, {took}")
+    state = state_of(workdir, child.task.point)
+    _log(child.task, "skipped, another worker trains it" if state.kind == "running" else f"{state}, {took}")
     return True
 
 
-def _log(row: Row, what: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {row.index:>3}  {row.labels[0]}  seed {row.point.seed}: {what}", flush=True)
+def _log(task: Task, what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {task.index:>3}  {task.labels[0]}  seed {task.point.seed}: {what}", flush=True)
 
 
 def _last_line(log: Path) -> str:
@@ -184,7 +184,7 @@ def _leave_signals_to_submitit() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def launch_slurm(rows: Sequence[Row], command: Sequence[str], workdir: Path, options: Sequence[str]) -> int:
+def launch_slurm(tasks: Sequence[Task], command: Sequence[str], workdir: Path, options: Sequence[str]) -> int:
     """Queues the points that have not ended as one array of jobs and prints the job ids; returns how many failed.
 
     Args:
@@ -198,7 +198,7 @@ def launch_slurm(rows: Sequence[Row], command: Sequence[str], workdir: Path, opt
         raise ConfigError(f"--slurm cluster={cluster}: give slurm or local")
     if cluster == "slurm" and shutil.which("sbatch") is None:
         raise ConfigError("--launcher slurm: there is no sbatch on this machine; run it where jobs are submitted")
-    waiting = [row for row in distinct(rows) if _startable(row, workdir)]
+    waiting = [task for task in distinct(tasks) if _startable(task, workdir)]
     if not waiting:
         return 0
     import submitit
@@ -210,16 +210,16 @@ def launch_slurm(rows: Sequence[Row], command: Sequence[str], workdir: Path, opt
     except (NameError, TypeError, AssertionError, ValueError) as error:
         raise ConfigError(f"--slurm: {' '.join(str(error).split())}") from None
     try:
-        submitted = executor.map_array(SlurmPoint(tuple(command)), [row.index for row in waiting])
+        submitted = executor.map_array(SlurmPoint(tuple(command)), [task.index for task in waiting])
     except submitit.core.utils.FailedJobError as error:
         raise ConfigError(f"--launcher slurm: sbatch refused: {' '.join(str(error).split())}") from None
-    for row, job in zip(waiting, submitted, strict=True):
-        _log(row, f"job {job.job_id}, log {job.paths.stdout}")
+    for task, job in zip(waiting, submitted, strict=True):
+        _log(task, f"job {job.job_id}, log {job.paths.stdout}")
     failed = 0
-    for row, job in zip(waiting, submitted, strict=True) if cluster == "local" else ():
+    for task, job in zip(waiting, submitted, strict=True) if cluster == "local" else ():
         error = job.exception()
         failed += error is not None
-        _log(row, str(state_of(workdir, row.point)) if error is None else f"failed: {_last_line(job.paths.stderr)}")
+        _log(task, str(state_of(workdir, task.point)) if error is None else f"failed: {_last_line(job.paths.stderr)}")
     return failed
 
 

@@ -23,21 +23,13 @@ from retina_jax.sweeps.points import ROOT, Point, expand
 
 
 @dataclass(frozen=True)
-class Row:
+class Task:
     """A point and its index for `--index`."""
 
     index: int
     point: Point
     labels: tuple[str, ...]
     """Its name in each sweep; with several sweeps "table1a/alpha_0.75"."""
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """The points of a manifest."""
-
-    name: str
-    points: tuple[Point, ...]
 
 
 class SavedPoint(TypedDict):
@@ -59,35 +51,52 @@ class Manifest(TypedDict):
     points: list[SavedPoint]
 
 
-def plan(
-    workdir: Path | None, path: Path, module: ModuleType, base_path: Path, base: Config, seeds: Sequence[int] | None
-) -> Sweep:
-    """Returns the sweep that `write_manifest` would write; `workdir` None: as in an empty folder."""
-    before = _read_if_exists(_manifest_file(workdir, path)) if workdir else None
-    return _planned(path, module, base_path, base, seeds, before, workdir)[0]
+def open_sweep(
+    workdir: Path | None,
+    path: Path,
+    module: ModuleType,
+    base_path: Path,
+    base: Config,
+    seeds: Sequence[int] | None,
+    *,
+    write: bool,
+) -> list[Point]:
+    """Returns the points of the sweep: those of its manifest under `workdir`, if it exists, then those of new `seeds`.
 
-
-def write_manifest(
-    workdir: Path, path: Path, module: ModuleType, base_path: Path, base: Config, seeds: Sequence[int] | None
-) -> Sweep:
-    """Writes the sweep's manifest under `workdir`; to an existing one it adds the points of new `seeds`.
-
-    New points come last, so existing indices do not change. Several processes may call this at once.
+    New points come last, so existing indices do not change. With `write` the manifest is written or extended; several
+    processes may do so at once.
 
     Args:
+      workdir: None: as in an empty folder.
       base_path: the config file of `base`, which may have further overrides.
       seeds: None: the base's own.
 
     Raises:
       ConfigError: the existing manifest has other points; the message names the difference.
     """
-    file = _manifest_file(workdir, path)
-    with exclusive_lock(file.parent / ".lock"):
-        before = _read_if_exists(file)
-        sweep, manifest = _planned(path, module, base_path, base, seeds, before, workdir)
-        if before is None or len(before["points"]) < len(sweep.points):
+    file = workdir / "sweeps" / f"{path.stem}.json" if workdir else None
+    with exclusive_lock(file.parent / ".lock") if write else contextlib.nullcontext():
+        before = read_manifest(file) if file and file.exists() else None
+        old_seeds = [point["seed"] for point in before["points"]] if before else []
+        points = expand(path, module, base, tuple(dict.fromkeys([*old_seeds, *(seeds or (base.seed,))])))
+        in_file = flatten(load_config(base_path))
+        manifest: Manifest = {
+            "sweep": path.stem,
+            "file": _from_root(path),
+            "base": _from_root(base_path),
+            "overrides": {name: value for name, value in flatten(base).items() if value != in_file[name]},
+            "points": [SavedPoint(name=p.name, overrides=p.overrides, seed=p.seed, folder=p.folder) for p in points],
+        }
+        manifest = json.loads(json.dumps(manifest))  # lists for tuples, as in the file
+        same_seeds = [point for point in manifest["points"] if point["seed"] in old_seeds]
+        if before and before["points"] != same_seeds:
+            raise ConfigError(
+                f"{file}: this sweep exists already and differs, {_difference(before, manifest, same_seeds)}; use another "
+                "--workdir, or delete this file to name the points again (runs are kept, and equal runs are found again)"
+            )
+        if write and (before is None or len(before["points"]) < len(points)):
             write_json(file, manifest)
-    return sweep
+    return points
 
 
 @contextlib.contextmanager
@@ -108,14 +117,6 @@ def exclusive_lock(path: Path, timeout: float = -1.0) -> Iterator[bool]:
         yield lock.is_locked
 
 
-def _manifest_file(workdir: Path, path: Path) -> Path:
-    return workdir / "sweeps" / f"{path.stem}.json"
-
-
-def _read_if_exists(file: Path) -> Manifest | None:
-    return read_manifest(file) if file.exists() else None
-
-
 def read_manifest(file: Path) -> Manifest:
     """Returns the manifest in `file`; ConfigError if it is damaged."""
     try:
@@ -124,37 +125,6 @@ def read_manifest(file: Path) -> Manifest:
         raise ConfigError(
             f"{file}: not a sweep's manifest: {error}; delete it, and the next call writes it again"
         ) from None
-
-
-def _planned(
-    path: Path,
-    module: ModuleType,
-    base_path: Path,
-    base: Config,
-    seeds: Sequence[int] | None,
-    before: Manifest | None,
-    workdir: Path | None,
-) -> tuple[Sweep, Manifest]:
-    """Returns the sweep, with the seeds of `before` first, and its manifest; ConfigError if it contradicts `before`."""
-    old_seeds = [point["seed"] for point in before["points"]] if before else []
-    points = expand(path, module, base, tuple(dict.fromkeys([*old_seeds, *(seeds or (base.seed,))])))
-    in_file = flatten(load_config(base_path))
-    manifest: Manifest = {
-        "sweep": path.stem,
-        "file": _from_root(path),
-        "base": _from_root(base_path),
-        "overrides": {name: value for name, value in flatten(base).items() if value != in_file[name]},
-        "points": [SavedPoint(name=p.name, overrides=p.overrides, seed=p.seed, folder=p.folder) for p in points],
-    }
-    manifest = json.loads(json.dumps(manifest))  # as it is read back: lists for tuples
-    same_seeds = [point for point in manifest["points"] if point["seed"] in old_seeds]
-    if before and before["points"] != same_seeds:
-        raise ConfigError(
-            f"{_manifest_file(workdir, path)}: this sweep exists already and differs, "
-            f"{_difference(before, manifest, same_seeds)}; use another --workdir, or delete this file to name the points "
-            "again (runs are kept, and equal runs are found again)"
-        )
-    return Sweep(path.stem, tuple(points)), manifest
 
 
 def _difference(before: Manifest, now: Manifest, points: Sequence[SavedPoint]) -> str:
@@ -177,42 +147,43 @@ def _difference(before: Manifest, now: Manifest, points: Sequence[SavedPoint]) -
     return " and ".join(parts) or "its points are in another order"
 
 
-def rows(sweeps: Sequence[Sweep]) -> list[Row]:
+def tasks_of(sweeps: Mapping[str, Sequence[Point]]) -> list[Task]:
     """Returns the runs that an index counts: the points of a single sweep, or the distinct runs of several sweeps.
 
     With several sweeps, all runs of the lowest seed come first, then those of the next seed, each in order of first
     appearance: adding a higher seed to one of them changes no index.
     """
     if len(sweeps) == 1:
-        return [Row(i, point, (point.name,)) for i, point in enumerate(sweeps[0].points)]
-    named = [(point, f"{sweep.name}/{point.name}") for sweep in sweeps for point in sweep.points]
+        (points,) = sweeps.values()
+        return [Task(i, point, (point.name,)) for i, point in enumerate(points)]
+    named = [(point, f"{name}/{point.name}") for name, points in sweeps.items() for point in points]
     by_folder: dict[str, list[tuple[Point, str]]] = {}
     for point, label in sorted(named, key=lambda pair: pair[0].seed):
         by_folder.setdefault(point.folder, []).append((point, label))
-    return [Row(i, same[0][0], tuple(label for _, label in same)) for i, same in enumerate(by_folder.values())]
+    return [Task(i, same[0][0], tuple(label for _, label in same)) for i, same in enumerate(by_folder.values())]
 
 
-def chosen(all_rows: Sequence[Row], only: Sequence[str], seeds: Sequence[int] | None) -> list[Row]:
-    """Returns the rows whose name is in `only` (empty: all) and whose seed is in `seeds` (None: all).
+def chosen(tasks: Sequence[Task], only: Sequence[str], seeds: Sequence[int] | None) -> list[Task]:
+    """Returns the tasks whose name is in `only` (empty: all) and whose seed is in `seeds` (None: all).
 
     Raises ConfigError if a name is not the name of a point.
     """
     names = {
-        row.index: {n for label in row.labels for n in (label, label.partition("/")[2] or label)} for row in all_rows
+        task.index: {n for label in task.labels for n in (label, label.partition("/")[2] or label)} for task in tasks
     }
-    known: Mapping[str, None] = dict.fromkeys(name for row in all_rows for name in sorted(names[row.index]))
+    known: Mapping[str, None] = dict.fromkeys(name for task in tasks for name in sorted(names[task.index]))
     for name in only:
         if name not in known:
             raise ConfigError(f"--only {name}: no such point; there are {', '.join(list(known)[:12])}")
-    of_seeds = [row for row in all_rows if seeds is None or row.point.seed in seeds]
-    return [row for row in of_seeds if not only or names[row.index] & set(only)]
+    of_seeds = [task for task in tasks if seeds is None or task.point.seed in seeds]
+    return [task for task in of_seeds if not only or names[task.index] & set(only)]
 
 
-def distinct(some_rows: Sequence[Row]) -> list[Row]:
-    """Returns the first row of each folder."""
-    first: dict[str, Row] = {}
-    for row in some_rows:
-        first.setdefault(row.point.folder, row)
+def distinct(tasks: Sequence[Task]) -> list[Task]:
+    """Returns the first task of each folder."""
+    first: dict[str, Task] = {}
+    for task in tasks:
+        first.setdefault(task.point.folder, task)
     return list(first.values())
 
 

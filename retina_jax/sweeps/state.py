@@ -21,7 +21,7 @@ from retina_jax.config import Config, ConfigError
 from retina_jax.data.transforms import buckets
 from retina_jax.model.summary import forward_flops
 from retina_jax.runs.folder import write_json
-from retina_jax.sweeps.manifest import Row, exclusive_lock
+from retina_jax.sweeps.manifest import Task, exclusive_lock
 from retina_jax.sweeps.points import Point
 from retina_jax.training.metrics import NonFiniteLoss
 
@@ -158,24 +158,24 @@ def seconds_per_pflop(states: Sequence[State], costs: Sequence[float]) -> float 
     return sum(seconds for seconds, _ in done) / sum(cost for _, cost in done) if done else None
 
 
-def listing(workdir: Path | None, rows: Sequence[Row]) -> str:
+def listing(workdir: Path | None, tasks: Sequence[Task]) -> str:
     """Returns one line per point and one for their sum; `workdir` None: nothing has started.
 
     Hours are measured for done points, and estimated from their rate for the others.
     """
-    states = {row.point.folder: state_of(workdir, row.point) if workdir else State("waiting") for row in rows}
-    costs = {row.point.folder: training_pflop(row.point.config) for row in rows}
+    states = {task.point.folder: state_of(workdir, task.point) if workdir else State("waiting") for task in tasks}
+    costs = {task.point.folder: training_pflop(task.point.config) for task in tasks}
     rate = seconds_per_pflop(list(states.values()), list(costs.values()))
-    several_seeds = len({row.point.seed for row in rows}) > 1
+    several_seeds = len({task.point.seed for task in tasks}) > 1
     table = [["index", "point", "state", "PFLOP", *["hours"] * (rate is not None), "folder", "overrides"]]
-    for row in rows:
-        name = " = ".join(row.labels) + (f" (seed {row.point.seed})" if several_seeds else "")
-        folder = row.point.folder
+    for task in tasks:
+        name = " = ".join(task.labels) + (f" (seed {task.point.seed})" if several_seeds else "")
+        folder = task.point.folder
         numbers = [_number(costs[folder])]
         if rate is not None:
             took = states[folder].seconds
             numbers.append(f"~{costs[folder] * rate / 3600:.2f}" if took is None else f"{took / 3600:.2f}")
-        table.append([str(row.index), name, str(states[folder]), *numbers, folder, _words(row.point.overrides)])
+        table.append([str(task.index), name, str(states[folder]), *numbers, folder, _words(task.point.overrides)])
     left = math.fsum(cost for folder, cost in costs.items() if states[folder].kind not in ENDED)
     counts = Counter(state.kind for state in states.values())
     expected = "" if rate is None else f", {left * rate / 3600:.2f} hours at the rate of the done points"

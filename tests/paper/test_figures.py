@@ -69,7 +69,7 @@ from retina_jax.paper.measured import (
     star_runs,
     window_x_t,
 )
-from retina_jax.paper.results import Point, Result, Sweep, read_sweeps
+from retina_jax.paper.results import PointResult, Result, SweepResult, read_sweeps
 from retina_jax.training.parallel import Driver
 
 ROOT = Path(__file__).parents[2]
@@ -153,7 +153,9 @@ def test_figures_5_and_6_draw_four_losses_over_x_t_from_minus_5_to_5() -> None:
 Fate = float | str | None
 
 
-def star_sweep(aps: dict[tuple[float, float], Fate | list[Fate]], name: str = "fig7", base: str = "mini.py") -> Sweep:
+def star_sweep(
+    aps: dict[tuple[float, float], Fate | list[Fate]], name: str = "fig7", base: str = "mini.py"
+) -> SweepResult:
     """AP in percent by (gamma, beta); "diverged", or None: not run. A list: of the seeds."""
     points = []
     for (gamma, beta), fates in aps.items():
@@ -165,8 +167,8 @@ def star_sweep(aps: dict[tuple[float, float], Fate | list[Fate]], name: str = "f
             status = "finished" if isinstance(ap, float) else "diverged" if ap else "not run"
             result = Result(Path("run"), status, scores={"AP": ap} if isinstance(ap, float) else {}, config=config)
             overrides = {"loss.gamma": gamma, "loss.star_beta": beta}
-            points.append(Point(f"gamma_{gamma}_beta_{beta}", overrides, seed, result))
-    return Sweep(name, "x.py", base, tuple(points))
+            points.append(PointResult(f"gamma_{gamma}_beta_{beta}", overrides, seed, result))
+    return SweepResult(name, "x.py", base, tuple(points))
 
 
 def test_effective_settings_are_blue_and_those_at_the_threshold_are_not() -> None:
@@ -202,8 +204,8 @@ def test_effective_is_the_papers_threshold_for_its_config_else_half_a_point_belo
     assert effective_ap([star_sweep(runs, base="configs/paper_ablations.py")]) == 33.5
     mini = star_sweep(runs)
     assert effective_ap([mini]) == 21.5
-    focal = Point("focal", {}, 0, Result(Path("run"), "finished", scores={"AP": 21.0}))
-    assert effective_ap([mini, Sweep("table3", "x.py", "mini.py", (focal,))]) == 20.5
+    focal = PointResult("focal", {}, 0, Result(Path("run"), "finished", scores={"AP": 21.0}))
+    assert effective_ap([mini, SweepResult("table3", "x.py", "mini.py", (focal,))]) == 20.5
 
 
 # Figure 2.
