@@ -50,7 +50,7 @@ from retina_jax.training.metrics import NonFiniteLoss
 ROOT = Path(__file__).parents[1]
 PAPER = ROOT / "configs" / "paper_ablations.py"
 OWN = '''
-"""Ten lines of one's own: two learning rates by two batch sizes."""
+"""Two learning rates by two batch sizes."""
 
 BASE = "configs/demo.py"
 
@@ -127,8 +127,8 @@ def test_a_whole_number_is_the_float_it_stands_for(value: Any, default: Any, typ
     assert repr(_typed(value, default)) == repr(typed)
 
 
-def test_folders_are_named_by_what_they_change_for_good() -> None:
-    """Names that runs already lie under: a change of these makes every sweep start anew."""
+def test_folder_names_do_not_change() -> None:
+    """Existing runs have these names: if they changed, every sweep would start again."""
     base = Config()
 
     def named(**changes: Any) -> str:
@@ -170,8 +170,8 @@ def test_a_long_name_is_cut_and_keeps_its_seed() -> None:
         ("def get_sweep(base): return {}", "at least one name"),
         ("def get_sweep(base): return [1]", "must return a dict"),
         ("def get_sweep(base): return {'a': {'loss.gama': 1.0}}", "'a': loss.gama: no such field; did you mean loss.gamma"),
-        ("def get_sweep(base): return {'a': {'loss.gamma': -0.5}}", "point 'a': loss.gamma: -0.5 cannot be"),
-        ("def get_sweep(base): return {'a': {'loss.gamma': -1.0}}", "point 'a': loss.gamma: -1.0 cannot be"),
+        ("def get_sweep(base): return {'a': {'loss.gamma': -0.5}}", "point 'a': loss.gamma: "),
+        ("def get_sweep(base): return {'a': {'loss.gamma': -1.0}}", "point 'a': loss.gamma: "),
         ("def get_sweep(base): return {'a': {'loss': None}}", "point 'a': loss: no such field"),
         ("def get_sweep(base): return {'a': ['loss.gamma']}", "point 'a': must be a dict"),
         ("def get_sweep(base): return {'a': {'seed': 1}}", "--seeds"),
@@ -188,8 +188,8 @@ def test_a_wrong_sweep_file_is_one_line_that_names_it(own: Path, text: str, says
     assert not list(own.parent.glob("runs/sweeps/*.json"))
 
 
-def test_an_absent_sweep_file_names_those_beside_it(own: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none\.py: no such file; there are .*mine\.py"):
+def test_a_missing_sweep_file_names_the_others_in_its_folder(own: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.py: .*mine\.py"):
         load_sweep(own.with_name("none.py"))
 
 
@@ -211,7 +211,7 @@ def test_base_is_the_files_own_unless_they_disagree(own: Path) -> None:
 # Manifests.
 
 
-def test_a_manifest_tells_the_whole_sweep(own: Path) -> None:
+def test_a_manifest_holds_the_complete_sweep(own: Path) -> None:
     base = override(load_config(PAPER), {"training.steps": 12})
     sweep = write(own, (0, 3), base)
     manifest = read_manifest(own.parent / "runs" / "sweeps" / "mine.json")
@@ -241,7 +241,7 @@ def test_later_seeds_are_added_and_indices_stay(own: Path) -> None:
     assert [row.index for row in tasks_of({"mine": write(own, (7,))})] == list(range(12))
 
 
-def test_a_plan_is_what_would_be_written_and_writes_nothing(own: Path) -> None:
+def test_without_write_the_same_points_are_returned_and_nothing_is_written(own: Path) -> None:
     def planned(workdir: Path | None, seeds: tuple[int, ...] | None = None, base_path: Path = PAPER) -> list[Point]:
         return open_sweep(workdir, own, load_sweep(own), base_path, load_config(base_path), seeds, write=False)
 
@@ -380,7 +380,7 @@ def test_the_states_of_a_point(tmp_path: Path) -> None:
     assert state_of(tmp_path, POINT) == State("interrupted")  # it resumes, and is scored
 
 
-def test_those_who_look_never_find_each_other(tmp_path: Path) -> None:
+def test_looking_at_the_state_never_shows_a_point_as_running(tmp_path: Path) -> None:
     with exclusive_lock(lock_file(tmp_path, "p-1")):
         pass
     states: list[str] = []
@@ -396,7 +396,7 @@ def test_those_who_look_never_find_each_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "text"), [("summary.json", "{"), ("summary.json", "[]"), ("diverged.json", "{}")])
-def test_a_damaged_end_is_named(tmp_path: Path, name: str, text: str) -> None:
+def test_a_damaged_summary_is_named(tmp_path: Path, name: str, text: str) -> None:
     put(tmp_path, name, text)
     with pytest.raises(ConfigError, match=f"p-1/{name}: "):
         state_of(tmp_path, POINT)
@@ -419,15 +419,15 @@ def test_a_point_is_trained_once(tmp_path: Path) -> None:
     assert calls == [tmp_path / "p-1"]
 
 
-def test_a_point_that_another_holds_is_left_alone(tmp_path: Path) -> None:
+def test_a_point_that_another_worker_trains_is_skipped(tmp_path: Path) -> None:
     calls: list[Path] = []
     with exclusive_lock(lock_file(tmp_path, "p-1")):
         assert run_point(tmp_path, POINT, trainer(calls)) == State("running")
     assert not calls
 
 
-def test_a_look_at_the_state_keeps_no_worker_away(tmp_path: Path) -> None:
-    """`state_of` holds the lock for an instant; a worker that comes then waits for it."""
+def test_a_worker_waits_for_a_look_at_the_state(tmp_path: Path) -> None:
+    """`state_of` holds the lock for an instant; a worker that starts then waits for it."""
     calls: list[Path] = []
     released = threading.Event()
     with exclusive_lock(lock_file(tmp_path, "p-1")):
@@ -496,7 +496,7 @@ def test_hours_come_from_the_points_that_are_done() -> None:
     assert seconds_per_pflop(states[1:2], [1.0]) is None
 
 
-def test_the_list_tells_state_cost_and_sum(tmp_path: Path) -> None:
+def test_the_list_shows_state_cost_and_sum(tmp_path: Path) -> None:
     model = ModelConfig(backbone="resnet18", base_width=4, fpn_channels=8, head_channels=8, head_convs=1)
     base = Config(model=model, data=DataConfig(short_side=64, long_side=64), training=TrainingConfig(steps=5))
     twice = override(base, {"training.steps": 10})

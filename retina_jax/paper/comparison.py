@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from retina_jax.paper import wording
 from retina_jax.paper.published import AP, TABLES, Row
@@ -95,11 +96,12 @@ class _Layout:
     def section(self) -> Section:
         """Returns the table with its notes and charts."""
         sweep, paper = self.sweep, self.paper
+        columns = list(self._columns())
         lines: list[list[Cell]] = []
         for place, row in enumerate(self.rows):
             if row.group != (self.rows[place - 1].group if place else ""):
                 lines.append([Cell(row.group)])
-            lines.append(self._line(row))
+            lines.append([cell(row) for _, cell in columns])
         base = sweep.base + (f" with {wording.overrides_text(sweep.overrides)}" if sweep.overrides else "")
         notes = [f"Sweep {sweep.file} over {base}; scores in percent."]
         if self.departures:
@@ -118,7 +120,7 @@ class _Layout:
             name=sweep.name,
             title=paper.title if paper else OWN_TITLES.get(sweep.name, f"Sweep {sweep.name}"),
             notes=notes,
-            header=self._header(),
+            header=[heading for heading, _ in columns],
             rows=lines,
             summary=self._summary(),
             charts=_charts(sweep),
@@ -126,53 +128,31 @@ class _Layout:
             runs=[_facts(point) for point in sweep.points],
         )
 
-    def _header(self) -> list[str]:
-        names = list(self.paper.columns) if self.paper else ["point", "overrides"]
+    def _columns(self) -> Iterator[tuple[str, Callable[[Row], Cell]]]:
+        """Yields the heading of each column and the function that returns its cell in a row."""
+        for place, name in enumerate(self.paper.columns if self.paper else ("point", "overrides")):
+            yield name, lambda row, place=place: Cell(row.settings[place])
         for m in self.metrics:
             for side in self.sides:
-                names += [f"{m}, paper ({side.split})"] * side.has_paper(m)
-                names += [f"{m}, ours ({side.ours})"] * side.has_ours()
-                if m == "AP" and side.has_paper(m) and side.has_ours():
-                    names.append("Δ AP, ours − paper" + ("" if side.from_runs else f" ({side.split})"))
+                has_paper = any(m in scores for scores in side.paper.values())
+                has_ours = side.from_runs or any(side.means.values())
+                if has_paper:
+                    yield f"{m}, paper ({side.split})", partial(self._paper_cell, m, side)
+                if has_ours:
+                    yield f"{m}, ours ({side.ours})", partial(self._our_cell, m, side)
+                if m == "AP" and has_paper and has_ours:
+                    split = "" if side.from_runs else f" ({side.split})"
+                    yield f"Δ AP, ours − paper{split}", partial(_difference, m, side)
             if m == "AP" and self.departures:
-                on = "" if self.paper.split == "minival" else f" ({self.paper.split})"
-                names.append(f"Δ AP to {self.paper.reference_label}, paper{on} / ours")
+                split = "" if self.paper.split == "minival" else f" ({self.paper.split})"
+                yield f"Δ AP to {self.paper.reference_label}, paper{split} / ours", self._to_reference
         if self.timed:
             measured = dict.fromkeys(p.result.latency["hardware"] for p in self.sweep.points if p.result.latency)
-            names += ["ms per image, paper (M40)", f"ms per image, ours ({', '.join(measured) or 'not measured'})"]
-        return [*names, "seeds"]
+            yield "ms per image, paper (M40)", lambda row: Cell(f"{row.milliseconds:.0f}" if row.milliseconds else "")
+            yield f"ms per image, ours ({', '.join(measured) or 'not measured'})", self._time
+        yield "seeds", lambda row: Cell(wording.seeds_of(self._points(row)))
 
-    def _line(self, row: Row) -> list[Cell]:
-        points = self._points(row)
-        cells = [Cell(setting) for setting in row.settings]
-        for m in self.metrics:
-            for side in self.sides:
-                cells += self._scores(row, m, side)
-            if m == "AP" and self.departures:
-                cells.append(Cell(self._to_reference(row)))
-        if self.timed:
-            times = [p.result.latency["milliseconds"] for p in points if p.result.latency]
-            cells.append(Cell(f"{row.milliseconds:.0f}" if row.milliseconds else ""))
-            cells.append(Cell(f"{statistics.fmean(times):.1f}" if times else ""))
-        return [*cells, Cell(wording.seeds_of(points))]
-
-    def _scores(self, row: Row, metric: str, side: Side) -> list[Cell]:
-        """Returns the cells of a score on one side: the paper's, ours, and their difference (for AP; else in brackets)."""
-        points, mean, printed = self._points(row), side.of_ours(row, metric), side.of_paper(row, metric)
-        difference = wording.signed(mean.value - printed) if mean and printed is not None else ""
-        cells = [self._paper_cell(row, metric, side)] if side.has_paper(metric) else []
-        if not side.has_ours():
-            return cells
-        text = str(mean) if mean else ""
-        if metric == "AP" and side.from_runs and row.name:
-            text = "; ".join(filter(None, [text, wording.divergence(points)])) if mean else wording.state_of(points)
-        if metric != "AP" and difference and not self.departures:
-            text += f" ({difference})"
-        best = mean and row.name in self.stable and round(mean.value, 1) == side.best_of_ours(self.stable, metric)
-        cells.append(Cell(text, bool(best)))
-        return [*cells, Cell(difference)] if metric == "AP" and side.has_paper(metric) else cells
-
-    def _paper_cell(self, row: Row, metric: str, side: Side) -> Cell:
+    def _paper_cell(self, metric: str, side: Side, row: Row) -> Cell:
         """Returns the paper's score; its first column of AP also has the paper's note on the row."""
         note = row.note if metric == "AP" and side is self.sides[0] else ""
         value = side.of_paper(row, metric)
@@ -181,7 +161,24 @@ class _Layout:
         text = f"{'≈ ' if row.derived else ''}{value:.1f}" + (f" ({note})" if note else "")
         return Cell(text, value == side.best_of_paper(self.rows, metric))
 
-    def _to_reference(self, row: Row) -> str:
+    def _our_cell(self, metric: str, side: Side, row: Row) -> Cell:
+        """Returns our score: for AP with the state of the seeds, else with the difference to the paper in brackets."""
+        points, mean = self._points(row), side.of_ours(row, metric)
+        text = str(mean) if mean else ""
+        if metric == "AP" and side.from_runs and row.name:
+            text = "; ".join(filter(None, [text, wording.divergence(points)])) if mean else wording.state_of(points)
+        difference = _difference(metric, side, row).text
+        if metric != "AP" and difference and not self.departures:
+            text += f" ({difference})"
+        stable = [side.means.get(name, {}).get(metric) for name in self.stable]
+        best = max((round(other.value, 1) for other in stable if other), default=None)
+        return Cell(text, mean is not None and row.name in self.stable and round(mean.value, 1) == best)
+
+    def _time(self, row: Row) -> Cell:
+        times = [p.result.latency["milliseconds"] for p in self._points(row) if p.result.latency]
+        return Cell(f"{statistics.fmean(times):.1f}" if times else "")
+
+    def _to_reference(self, row: Row) -> Cell:
         """Returns the difference in AP to the reference row: the paper's / ours, the mean over the seeds of both rows."""
         reference = next(r for r in self.paper.rows if r.name == self.paper.reference)
         of_paper = wording.signed(row.scores["AP"] - reference.scores["AP"]) if "AP" in row.scores else "–"
@@ -191,9 +188,10 @@ class _Layout:
         )
         both = sorted(a.keys() & b.keys())
         if not both:
-            return f"{of_paper} / –"
+            return Cell(f"{of_paper} / –")
         fewer = f" ({len(both)} {'seed' if len(both) == 1 else 'seeds'})" if len(both) < max(len(a), len(b)) else ""
-        return f"{of_paper} / {wording.signed(statistics.fmean(a[seed] - b[seed] for seed in both))}{fewer}"
+        ours = wording.signed(statistics.fmean(a[seed] - b[seed] for seed in both))
+        return Cell(f"{of_paper} / {ours}{fewer}")
 
     def _points(self, row: Row) -> list[PointResult]:
         return self.sweep.seeds(row.name) if row.name else []
@@ -211,6 +209,11 @@ class _Layout:
             text += f" (paper: {row.name} {row.scores['AP']:.1f} on {paper.split})"
         diverged = sum(p.result.status == "diverged" for p in self.sweep.points)
         return text + (f"; {diverged} diverged" if diverged else "")
+
+
+def _difference(metric: str, side: Side, row: Row) -> Cell:
+    mean, printed = side.of_ours(row, metric), side.of_paper(row, metric)
+    return Cell(wording.signed(mean.value - printed) if mean and printed is not None else "")
 
 
 def _charts(sweep: SweepResult) -> dict[str, Chart]:

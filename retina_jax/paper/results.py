@@ -236,18 +236,10 @@ class Side:
     """Data that our scores were evaluated on."""
     paper: Mapping[tuple[str, ...], Mapping[str, float]]
     """The paper's scores, percent, by the settings of the row."""
-    means: Mapping[str, Mapping[str, Mean]]
+    means: Mapping[str | None, Mapping[str, Mean]]
     """Our scores by point and metric."""
     from_runs: bool
     """Our scores are the runs' own evaluations; False: results of COCO's server."""
-
-    def has_paper(self, metric: str) -> bool:
-        """Returns whether the paper gives this score for at least one row."""
-        return any(metric in scores for scores in self.paper.values())
-
-    def has_ours(self) -> bool:
-        """Returns whether there is a column for our scores."""
-        return self.from_runs or any(self.means.values())
 
     def of_paper(self, row: Row, metric: str) -> float | None:
         """Returns the paper's score of `row`."""
@@ -255,18 +247,13 @@ class Side:
 
     def of_ours(self, row: Row, metric: str) -> Mean | None:
         """Returns our score of `row`."""
-        return self.means.get(row.name, {}).get(metric) if row.name else None
+        return self.means.get(row.name, {}).get(metric)
 
     def best_of_paper(self, rows: Sequence[Row], metric: str) -> float | None:
-        """Returns the paper's highest score; None if a derived score is higher."""
-        scored = [row for row in rows if self.of_paper(row, metric) is not None]
-        row = max(scored, key=lambda row: self.of_paper(row, metric), default=None)
-        return None if row is None or row.derived else self.of_paper(row, metric)
-
-    def best_of_ours(self, names: Sequence[str], metric: str) -> float | None:
-        """Returns the highest mean of the points `names`, rounded as it is printed."""
-        shown = (self.means.get(name, {}).get(metric) for name in names)
-        return max((round(mean.value, 1) for mean in shown if mean), default=None)
+        """Returns the paper's highest score; None if there is none or a derived score is higher."""
+        scored = [(self.of_paper(row, metric), row.derived) for row in rows if self.of_paper(row, metric) is not None]
+        best, derived = max(scored, default=(None, False))
+        return None if derived else best
 
 
 def sides_of(sweep: SweepResult, paper: Table | None, metrics: Sequence[str]) -> list[Side]:

@@ -150,16 +150,16 @@ def test_figures_5_and_6_draw_four_losses_over_x_t_from_minus_5_to_5() -> None:
 # Figure 7.
 
 
-Fate = float | str | None
+Outcome = float | str | None
 
 
 def star_sweep(
-    aps: dict[tuple[float, float], Fate | list[Fate]], name: str = "fig7", base: str = "mini.py"
+    aps: dict[tuple[float, float], Outcome | list[Outcome]], name: str = "fig7", base: str = "mini.py"
 ) -> SweepResult:
     """AP in percent by (gamma, beta); "diverged", or None: not run. A list: of the seeds."""
     points = []
-    for (gamma, beta), fates in aps.items():
-        for seed, ap in enumerate(fates if isinstance(fates, list) else [fates]):
+    for (gamma, beta), outcomes in aps.items():
+        for seed, ap in enumerate(outcomes if isinstance(outcomes, list) else [outcomes]):
             loss = {"loss.kind": "focal_star", "loss.gamma": gamma, "loss.star_beta": beta}
             config = (
                 override(load_config(ROOT / base) if base.startswith("configs") else Config(), loss) if ap else None
@@ -192,9 +192,9 @@ def test_a_setting_of_which_a_seed_diverged_is_not_effective() -> None:
 
 
 def test_a_sweep_without_a_finished_run_is_refused() -> None:
-    for fate in (None, "diverged", [30.0, "diverged"]):
+    for outcome in (None, "diverged", [30.0, "diverged"]):
         with pytest.raises(ConfigError, match="fig7"):
-            star_runs([star_sweep({(2.0, 1.0): fate, (4.0, 0.0): "diverged"})])
+            star_runs([star_sweep({(2.0, 1.0): outcome, (4.0, 0.0): "diverged"})])
     with pytest.raises(ConfigError, match="no sweep fig7"):
         star_runs([star_sweep({(2.0, 1.0): 30.0}, name="mine")])
 
@@ -356,7 +356,7 @@ def test_windows_are_the_anchors_that_training_would_match(detector: Detector) -
     assert boxes <= positives.seen, "the band rule gives small boxes an anchor too, most boxes several"
     assert positives.seen + negatives.seen <= 6 * anchors, "the batch filled up with copies counts once"
     assert negatives.seen > 0.9 * 6 * anchors
-    # An untrained head says about pi = .01 everywhere.
+    # An untrained head predicts about pi = .01 everywhere.
     assert sigmoid(positives.values()).mean() == pytest.approx(0.01, abs=0.01)
     assert sigmoid(negatives.values()).mean() == pytest.approx(0.99, abs=0.01)
 

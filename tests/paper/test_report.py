@@ -336,7 +336,7 @@ def test_runs_of_other_commits_or_other_pretrained_weights_are_told_under_the_ta
     (note,) = footnotes({"commit": "a" * 40 + "+changes"})
     assert "aaaaaaa+changes (1 run); +changes" in note
     old, new = (one | {"facts": {"backbone_sha256": digit * 64}} for digit in "12")
-    assert footnotes(old, old, one) == [], "an older run does not tell"
+    assert footnotes(old, old, one) == [], "an older run does not have the checksum"
     (note,) = footnotes(old, new)
     assert "different weights of resnet50" in note and "111111111111 (1 run), 222222222222 (1 run)" in note
 
@@ -440,13 +440,13 @@ def test_runs_of_the_papers_config_have_no_difference_across_splits_in_brackets_
 
 
 @pytest.mark.parametrize(
-    "answer",
+    "scores",
     [{"AP": 0.352, "AP_50": 0.55, "AP_small": 0.2, "AR_max_1": 0.3}, {"AP": 0.352, "AP50": 0.55, "APs": 0.2}],
 )
-def test_the_servers_scores_are_compared_on_test_dev(tmp_path: Path, answer: dict[str, float]) -> None:
+def test_the_servers_scores_are_compared_on_test_dev(tmp_path: Path, scores: dict[str, float]) -> None:
     write_run(tmp_path / "run", 30.0)
     write_run(tmp_path / "other", 29.0)
-    (tmp_path / "run" / "evaluation" / "test_dev.json").write_text(json.dumps(answer))
+    (tmp_path / "run" / "evaluation" / "test_dev.json").write_text(json.dumps(scores))
     write_manifest(tmp_path, "table1e", [("depth_50_scale_800", 0, "run"), ("depth_50_scale_700", 0, "other")])
     section = by_name(tmp_path)["table1e"]
     rows = {row[1].text: dict(zip(section.header, row, strict=True)) for row in section.rows if row[0].text == "50"}
@@ -506,13 +506,13 @@ def test_a_run_that_two_sweeps_share_is_one_result(sweeps: Path) -> None:
 def test_scores_that_are_undefined_or_were_not_taken_say_so(tmp_path: Path) -> None:
     write_run(tmp_path / "run", 30.0)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    whole = json.dumps({**summary, "evaluation": None})
+    unscored = json.dumps({**summary, "evaluation": None})
     summary["evaluation"]["AP"] = None
     (tmp_path / "run/summary.json").write_text(json.dumps(summary))
     write_run(tmp_path / "blind", 30.0, config=override(SCENES, {"training.eval_every": -1}))
     write_run(tmp_path / "killed", 30.0)
     for name in ("blind", "killed"):
-        (tmp_path / name / "summary.json").write_text(whole)
+        (tmp_path / name / "summary.json").write_text(unscored)
     write_manifest(
         tmp_path, "table3", [("focal", 0, "run"), ("cross_entropy", 0, "blind"), ("focal_star_2.0_1.0", 0, "killed")]
     )
