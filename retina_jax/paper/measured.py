@@ -74,9 +74,7 @@ def star_runs(sweeps: Sequence[SweepResult]) -> tuple[list[StarRun], int]:
             loss = next(p.result.config.loss for p in points if p.result.config)
             runs.append(StarRun(loss.gamma, loss.star_beta, None if diverged else statistics.fmean(scores)))
     if not any(run.ap is not None for run in runs):
-        raise ConfigError(
-            "--workdir: its sweep fig7 has no finished setting without a diverged seed; run scripts/sweep.py"
-        )
+        raise ConfigError("--workdir: every setting of its sweep fig7 is unfinished or has a diverged seed")
     return runs, len(sweep.names) - len(runs)
 
 
@@ -144,21 +142,18 @@ def run_latency(folder: Path) -> float:
     return measured
 
 
-def latency(detector: Detector, images: Sequence[UInt8[np.ndarray, "_ _ 3"]] = (), *, repeats: int = 10) -> float:
+def latency(detector: Detector, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], *, repeats: int = 10) -> float:
     """Returns milliseconds per image at batch 1, as in Figure 2: from pixels on the device to boxes.
 
     It is the median over `repeats` runs of each image, each with its padded shape in evaluation, after one run that compiles
     and one that warms up. Network, decoding and NMS are timed until the device has finished; reading, resizing and the
-    transfer are not. The time of NMS grows with the number of detections, so give images of the detector's data; without
-    images it is measured on a 640 x 480 image of noise.
+    transfer are not. The time of NMS grows with the number of detections, so give images of the detector's data.
 
     Raises:
       ValueError: the detector is on several devices, which cannot share one image.
     """
     if detector.driver.shards != 1:
         raise ValueError(f"detector: is on {detector.driver.shards} devices; latency is measured on one")
-    if not images:
-        images = [np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)]
     times = []
     for image in images:
         inputs = detector.driver.place(_inputs(to_canvas([image], detector.config.data, 1)))
@@ -181,21 +176,19 @@ def _newest(folder: Path) -> int | None:
 
 def finished_run(folder: Path) -> str:
     """Returns the run's folder, step and AP, for the title of Figure 4; ConfigError if it is not finished."""
-    config = read_run(folder).config
-    result = read_result(folder)
+    split, result = split_of(read_run(folder).config), read_result(folder)
     if result.status != "finished":
         raise ConfigError(f"--workdir {folder}: its run is {status(result)}; give a finished run")
-    ap = f"AP {result.scores['AP']:.1f} on {split_of(config)}" if "AP" in result.scores else status(result)
+    ap = f"AP {result.scores['AP']:.1f} on {split}" if "AP" in result.scores else status(result)
     return f"{folder.resolve().parent.name}/{folder.resolve().name}, step {_newest(folder)}, {ap}"
 
 
 # Where the loss of a trained detector lies (Section 5.1, "Analysis of the Focal Loss"; Figure 4).
 #
 # "We apply this model to a large number of random images and sample the predicted probability for ~10^7 negative windows and
-# ~10^5 positive windows." A window is an anchor, matched as in training; ignored anchors are not sampled. A window gives one
-# probability: a positive that of its class, a negative that of its most likely class, as which it would be detected. With
-# all K probabilities of a negative, most samples would be of classes that are never confused with it, and the curves would
-# be steep for every gamma. Samples are stored as x_t (equation 6), since p_t rounds to 1 in float32 for easy negatives.
+# ~10^5 positive windows." A window is an anchor, matched as in training; ignored anchors are not sampled. A positive gives
+# the probability of its class, a negative that of its most likely class: with all K probabilities of a negative, the curves
+# would be steep for every gamma. Samples are x_t (equation 6), since p_t rounds to 1 in float32 for easy negatives.
 
 
 @dataclass

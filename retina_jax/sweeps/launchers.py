@@ -33,7 +33,7 @@ class _Child:
     task: Task
     process: subprocess.Popen[bytes]
     log: Path
-    slot: int
+    cores: set[int]
     started: float
 
 
@@ -46,21 +46,21 @@ def launch_local(tasks: Sequence[Task], command: Sequence[str], workdir: Path, j
     if jobs < 1:
         raise ConfigError(f"--jobs: invalid value {jobs}; must be at least 1")
     waiting, children, failed = distinct(tasks), [], 0
-    cores = _core_slots(jobs)
+    free = _core_slots(jobs) or [set() for _ in range(jobs)]
     with _sigterm_as_interrupt():
         try:
             while waiting or children:
-                while waiting and len(children) < jobs:
+                while waiting and free:
                     task = waiting.pop(0)
                     if (state := _startable(task, workdir)) is None:
                         continue
-                    slot = min(set(range(jobs)) - {child.slot for child in children})
-                    children.append(_start(task, command, workdir, slot, cores))
+                    children.append(_start(task, command, workdir, free.pop(0)))
                     verb = "resumes" if state.kind == "interrupted" else "started"
                     _log(task, f"{verb}, log {children[-1].log}")
                 ended = [child for child in children if child.process.poll() is not None]
                 for child in ended:
                     children.remove(child)
+                    free.append(child.cores)
                     failed += not _succeeded(child, workdir)
                 if not ended and children:
                     time.sleep(0.1)
@@ -78,19 +78,19 @@ def _startable(task: Task, workdir: Path) -> State | None:
     return None
 
 
-def _start(task: Task, command: Sequence[str], workdir: Path, slot: int, cores: Sequence[set[int]]) -> _Child:
+def _start(task: Task, command: Sequence[str], workdir: Path, cores: set[int]) -> _Child:
     log = workdir / "logs" / f"{task.point.folder}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
         before = os.sched_getaffinity(0) if cores else set()
         try:
             if cores:
-                os.sched_setaffinity(0, cores[slot])  # the process inherits it
+                os.sched_setaffinity(0, cores)  # the process inherits it
             process = subprocess.Popen([*command, "--index", str(task.index)], stdout=out, stderr=subprocess.STDOUT)
         finally:
             if cores:
                 os.sched_setaffinity(0, before)
-    return _Child(task, process, log, slot, time.monotonic())
+    return _Child(task, process, log, cores, time.monotonic())
 
 
 def _succeeded(child: _Child, workdir: Path) -> bool:
