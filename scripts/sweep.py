@@ -31,7 +31,7 @@ from retina_jax.config_io import load_config
 from retina_jax.sweeps.launchers import HELD, launch_local, launch_slurm
 from retina_jax.sweeps.manifest import Task, chosen, open_sweep, tasks_of
 from retina_jax.sweeps.points import base_file, load_sweeps
-from retina_jax.sweeps.state import listing, run_point
+from retina_jax.sweeps.status import listing, run_point
 
 PAPER = Path(__file__).parents[1] / "configs" / "paper_ablations.py"
 LAUNCHING = ("--launcher", "--jobs", "--slurm", "--only")

@@ -35,7 +35,7 @@ from retina_jax.sweeps.points import (
     folder_name,
     load_sweep,
 )
-from retina_jax.sweeps.state import (
+from retina_jax.sweeps.status import (
     State,
     listing,
     lock_file,

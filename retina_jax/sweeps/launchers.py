@@ -16,7 +16,7 @@ from typing import Any
 
 from retina_jax.config import ConfigError
 from retina_jax.sweeps.manifest import Task, distinct
-from retina_jax.sweeps.state import ENDED, State, state_of
+from retina_jax.sweeps.status import ENDED, State, state_of
 
 ACCELERATORS = ("nvidia[0-9]*", "accel[0-9]*", "kfd")
 """Devices under /dev of a machine with NVIDIA, TPU or AMD accelerators."""
