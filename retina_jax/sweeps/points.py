@@ -49,7 +49,7 @@ FIRST_DEFAULTS = {"loss.normaliser": "global"}
 """Defaults that have changed since folders were first named: a folder's digest is relative to the first ones, so that no
 run of an earlier version passes for one of today's."""
 SLUG_LENGTH = 96
-"""Maximum number of characters of a folder's name before its digest."""
+"""Most characters of a folder's name before its hash."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,10 @@ def outcome(config: Config) -> dict[str, Any]:
 
 
 def digest(config: Config) -> str:
-    """Returns eight hex digits of the outcome: configs with equal digests are the same run.
+    """Eight hex digits of the outcome: equal ones are the same run.
 
-    It covers only the fields that differ from the first defaults of `Config`. A field that is added later with a neutral
-    default therefore changes no folder's name.
+    Only what differs from the first defaults of `Config` is in it. A field added later, with a default that changes
+    nothing, so changes no folder's name.
     """
     defaults = outcome(Config()) | FIRST_DEFAULTS
     telling = {name: value for name, value in outcome(config).items() if value != defaults[name]}
