@@ -20,7 +20,7 @@ from retina_jax.config import ConfigError
 from retina_jax.paper.comparison import build_report
 from retina_jax.paper.results import read_sweeps
 from retina_jax.reports.run_page import run_page
-from retina_jax.reports.sweep_page import svg, to_html, to_markdown
+from retina_jax.reports.sweep_page import charts_of, to_html, to_markdown
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def _of_sweeps(workdir: Path, out: Path) -> tuple[dict[Path, str], str]:
     sections = build_report(read_sweeps(workdir))
     title = f"The paper and {workdir.resolve().name}"
     charts = {(s.name, kind): f"{out.name}_{s.name}_{kind}.svg" for s in sections for kind in s.charts}
-    files = {out.with_name(charts[s.name, kind]): svg(chart) for s in sections for kind, chart in s.charts.items()}
+    files = {out.with_name(charts[s.name, kind]): svg for s in sections for kind, svg in charts_of(s).items()}
     files[out.with_name(out.name + ".md")] = to_markdown(sections, title, charts)
     files[out.with_name(out.name + ".html")] = to_html(sections, title)
     return files, "\n".join(section.summary for section in sections)

@@ -29,7 +29,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Line:
+class Curve:
     """A curve; lines with the same label look the same."""
 
     label: str
@@ -41,7 +41,7 @@ class Line:
 class Chart:
     """A line chart."""
 
-    lines: list[Line]
+    lines: list[Curve]
     x_label: str
     y_label: str
     log_y: bool = False
@@ -219,8 +219,8 @@ def _difference(metric: str, side: Side, row: Row) -> Cell:
 def _charts(sweep: SweepResult) -> dict[str, Chart]:
     """Returns the AP of runs with several evaluations, and the smoothed classification loss of all runs."""
     runs = {(p.name, p.result.folder): p.result for p in sweep.points}
-    ap = [Line(name, run.ap) for (name, _), run in runs.items() if len(run.ap) > 1]
-    loss = [Line(name, smoothed(run.loss)) for (name, _), run in runs.items() if len(run.loss) > 1]
+    ap = [Curve(name, run.ap) for (name, _), run in runs.items() if len(run.ap) > 1]
+    loss = [Curve(name, smoothed(run.loss)) for (name, _), run in runs.items() if len(run.loss) > 1]
     charts = {"ap": Chart(ap, "step", f"AP, {splits_of(sweep)}")} if ap else {}
     if any(y > 0 for line in loss for _, y in line.points):
         charts["loss"] = Chart(loss, "step", "classification loss, smoothed", log_y=True)

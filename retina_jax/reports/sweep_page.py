@@ -8,16 +8,19 @@ from collections.abc import Sequence
 from html import escape
 from urllib.parse import quote
 
-from retina_jax.paper.comparison import Cell, Chart, Section
+from retina_jax.paper.comparison import Cell, Section
 from retina_jax.paper.wording import HOW_TO_READ
-from retina_jax.reports import charts as drawing
+from retina_jax.reports.charts import Line, line_chart
 from retina_jax.reports.page import page, paragraphs
 
 
-def svg(chart: Chart) -> str:
-    """Draws a chart of a section."""
-    lines = [drawing.Line(line.label, line.points) for line in chart.lines]
-    return drawing.line_chart(lines, chart.x_label, chart.y_label, log_y=chart.log_y)
+def charts_of(section: Section) -> dict[str, str]:
+    """Draws the charts of a section; `line_chart` escapes their texts."""
+    drawn = {}
+    for kind, chart in section.charts.items():
+        lines = [Line(line.label, line.points) for line in chart.lines]
+        drawn[kind] = line_chart(lines, chart.x_label, chart.y_label, log_y=chart.log_y)
+    return drawn
 
 
 def to_html(sections: Sequence[Section], title: str) -> str:
@@ -29,7 +32,7 @@ def to_html(sections: Sequence[Section], title: str) -> str:
 def _section(section: Section) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in section.header)
     body = "\n".join(_row(row, len(section.header)) for row in section.rows)
-    charts = "".join(map(svg, section.charts.values()))  # escaped by `line_chart`
+    charts = "".join(charts_of(section).values())
     runs = "".join(
         f"<details><summary>{escape(name)}</summary><dl>"
         + "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in facts.items())

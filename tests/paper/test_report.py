@@ -23,7 +23,7 @@ from retina_jax.paper.published import TABLES
 from retina_jax.paper.results import read_sweeps
 from retina_jax.paper.wording import signed
 from retina_jax.reports.charts import Line, line_chart, log_ticks, ticks
-from retina_jax.reports.sweep_page import plain, svg, to_html, to_markdown
+from retina_jax.reports.sweep_page import charts_of, plain, to_html, to_markdown
 
 ROOT = Path(__file__).parents[2]
 SCENES = Config(data=DataConfig(source="scenes"), model=ModelConfig(num_classes=6), training=TrainingConfig(steps=100))
@@ -573,9 +573,9 @@ def test_markdown_rows_have_as_many_fields_as_their_heading(sweeps: Path) -> Non
 
 
 def test_charts_are_xml_with_a_line_a_run_and_a_legend_a_point(sweeps: Path) -> None:
-    charts = by_name(sweeps)["table1b"].charts
+    charts = charts_of(by_name(sweeps)["table1b"])
     assert set(charts) == {"ap", "loss"}
-    root = ElementTree.fromstring(svg(charts["ap"]))
+    root = ElementTree.fromstring(charts["ap"])
     texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert texts.count("gamma_2.0") == 1, "three seeds, one name"
     lines = list(root.iter("{http://www.w3.org/2000/svg}polyline"))
