@@ -81,21 +81,15 @@ def _detect(detector: Detector, shape: tuple[int, int]) -> Any:
     ) -> tuple[Float32[Array, "b D 4"], Float32[Array, "b D"], Int[Array, "b D"]]:
         logits, deltas = model.apply(jax.tree.unflatten(structure, parameters), images, resized_hw, train=False)
         found = detect(logits, deltas, jnp.asarray(anchors), counts, resized_hw, config.detection)
-        boxes_xyxy = _to_original_pixels(found.boxes_xyxy, resized_hw, size_hw, config.data)
+        # To pixels of the original images, as in evaluation, and clipped to them.
+        before, after = (jnp.tile(size[:, ::-1], 2)[:, None].astype(jnp.float32) for size in (size_hw, resized_hw))
+        scale, boxes_xyxy = after / before, found.boxes_xyxy
+        if config.data.box_ends == "inclusive":
+            boxes_xyxy = boxes_xyxy - (1 - scale) * np.array([[[0, 0, 1, 1]]], np.float32)
+        boxes_xyxy = jnp.clip(boxes_xyxy / scale, 0.0, before)
         return jnp.where(found.labels[..., None] >= 0, boxes_xyxy, 0.0), found.scores, found.labels
 
     return detect_batch
-
-
-def _to_original_pixels(
-    boxes_xyxy: Float32[Array, "b D 4"], resized_hw: Int[Array, "b 2"], size_hw: Int[Array, "b 2"], data: DataConfig
-) -> Float32[Array, "b D 4"]:
-    """Scales boxes to pixels of the original images, as in evaluation, and clips them to the images."""
-    before, after = (jnp.tile(size[:, ::-1], 2)[:, None].astype(jnp.float32) for size in (size_hw, resized_hw))
-    scale = after / before
-    if data.box_ends == "inclusive":
-        boxes_xyxy = boxes_xyxy - (1 - scale) * np.array([[[0, 0, 1, 1]]], np.float32)
-    return jnp.clip(boxes_xyxy / scale, 0.0, before)
 
 
 # The resize of evaluation (`data.transforms.resize`, TensorFlow's) on the device: the same float32 operations in the same

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -148,7 +149,8 @@ def _described(differing: Mapping[str, Mapping[Any, None]]) -> list[str]:
 def origins(sweep: SweepResult) -> list[str]:
     """Returns a sentence if the finished runs are of different commits, and one if they started from different weights."""
     done = list({p.result.folder: p.result for p in sweep.points if p.result.status == "finished"}.values())
-    commits = Counter(_short(run.details.get("commit", "")) or "no commit known" for run in done)
+    # "abc1234...+changes" is shortened to "abc1234+changes".
+    commits = Counter(re.sub(r"(?<=^\w{7})\w+", "", run.details.get("commit", "no commit known")) for run in done)
     weights: dict[tuple[str, str], Counter[str]] = {}
     for run in done:
         if "backbone_sha256" in run.details:  # older runs do not have it
@@ -164,12 +166,6 @@ def origins(sweep: SweepResult) -> list[str]:
                 f"The finished runs start from different weights of {backbone} ({file}): {_counted(sums)}."
             )
     return sentences
-
-
-def _short(commit: str) -> str:
-    """Returns abc1234+changes."""
-    sha, plus, changes = commit.partition("+")
-    return sha[:7] + plus + changes
 
 
 def _counted(counts: Counter[str]) -> str:
