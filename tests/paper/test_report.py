@@ -662,7 +662,7 @@ def broken(folder: Path, file: str, text: str) -> str:
         ("ce/summary.json", '{"steps": 100, "seconds": 1, "evaluation": {"AP": 0.1, "AP50": "x"}}', "evaluation.AP50"),
         ("ce/config.json", '{"config": {"loss": {"gama": 1}}, "class_names": [], "category_ids": []}', "gama"),
         ("ce/metrics.jsonl", "{\n{}\n", "line 1"),
-        ("bad/diverged.json", '{"step": "ten"}', "ten"),
+        ("bad/diverged.json", '{"step": "ten"}', "step"),
         ("ce/latency.json", '{"milliseconds": 1.0}', "hardware"),
     ],
 )
