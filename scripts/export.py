@@ -1,10 +1,10 @@
-"""Ship a detector in one file: scripts/export.py (--workdir RUN | --weights KIND:FILE) --out FILE
+"""Exports a detector to one file: scripts/export.py (--workdir RUN | --weights KIND:FILE) --out FILE
 
-stablehlo: programs of jax.export for CPU, CUDA and TPU, from uint8 pixels to boxes, with the parameters beside them;
-retina_jax/export/loader.py reads it with jax and numpy alone. docs/export.md shows how.
+stablehlo: programs of jax.export for CPU, CUDA and TPU, from uint8 pixels to boxes, with the parameters.
+retina_jax/export/loader.py reads the file with jax, numpy and flatbuffers; docs/export.md shows how.
 
-Before FILE is there, it is loaded again and asked about real images beside the live detector. Where the answers differ by
-more than a rounding, no file is left, and the exit status is 2.
+The new file is loaded again and compared with the original detector on real images. If the detections differ by more than
+rounding, no file is written and the exit status is 2.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax, sett
 from retina_jax.config import ConfigError, DetectionConfig
 from retina_jax.config_checks import validate
 from retina_jax.detector import load_detector
-from retina_jax.export.agreement import images_for
-from retina_jax.export.programs import ship
+from retina_jax.export.agreement import export_detector, images_for
 from retina_jax.training.checkpoints import Step
 
 REFUSED = {
-    "savedmodel": "TensorFlow 2.21, the newest release, cannot read what jax 0.10.2 writes",
-    "onnx": "jax2onnx 0.17.1 converts neither convolutions chosen by platform nor the suppression",
+    "savedmodel": "TensorFlow 2.21, the newest release, cannot read the files of jax 0.10.2",
+    "onnx": "jax2onnx 0.17.1 converts neither convolutions chosen by platform nor NMS",
 }
 
 
@@ -37,41 +36,39 @@ class Arguments:
     out: Path
     """File to write."""
     workdir: Path | None = None
-    """Folder of the run whose detector is shipped."""
+    """Folder of the run whose detector is exported."""
     weights: str = ""
     """KIND:FILE or KIND:NAME of a detector from elsewhere; KIND is torchvision, detectron2 or detectron."""
     format: Literal["stablehlo", "savedmodel", "onnx"] = "stablehlo"
-    """What is written; the last two are refused while no converter holds (docs/export.md)."""
+    """Format of the file; the last two are refused, since no converter works yet (docs/export.md)."""
     step: Step = None
-    """Saved step, or best: the one with the highest AP; None: the newest."""
+    """Saved step, or best: the step with the highest AP; default: the newest."""
     short_side: int | None = None
-    """Length the shorter image side is resized to, pixels; None: as in training."""
+    """Length that the shorter image side is resized to, pixels; default: as in training."""
     class_names: tuple[str, ...] = ()
-    """Names of the classes of --weights, where they are not COCO's."""
+    """Names of the classes of --weights, if they are not COCO's."""
     images: Path | None = None
-    """Image file, or folder of them, to compare on; None: the run's validation images, where there are none generated
-    scenes."""
+    """Image file or folder of images to compare on; default: the run's validation images, or generated scenes if there are
+    none."""
     count: int = 16
-    """Images to compare on, the first ones."""
+    """Number of images to compare on; the first ones are taken."""
     detection: DetectionConfig = field(default_factory=DetectionConfig)
-    """Inference; what is not given is the detector's own. Test-time augmentation is not shipped."""
+    """Inference settings; default: the detector's own. Test-time augmentation cannot be exported."""
 
 
 def main() -> None:
-    """Load, write, load again, compare, tell."""
+    """Loads the detector, writes the file, compares the two, and prints how they differ."""
     settings = settings_of(sys.argv[1:])
     defaults = Arguments(tyro.MISSING, detection=settings.detection)
     arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__)
     if (arguments.workdir is None) == (not arguments.weights):
-        raise ConfigError("--workdir: give the folder of a run, or --weights KIND:FILE, and not both")
+        raise ConfigError("--workdir: give either the folder of a run or --weights KIND:FILE")
     if arguments.format in REFUSED:
-        raise ConfigError(
-            f"--format {arguments.format}: {REFUSED[arguments.format]}; docs/export.md has what was tried"
-        )
+        raise ConfigError(f"--format {arguments.format}: {REFUSED[arguments.format]}; see docs/export.md")
     if arguments.count < 1:
-        raise ConfigError(f"--count: {arguments.count} cannot be; compare on 1 image at least")
+        raise ConfigError(f"--count: invalid value {arguments.count}; must be at least 1")
     if arguments.out.is_dir():
-        raise ConfigError(f"--out {arguments.out}: is a folder; name a file")
+        raise ConfigError(f"--out {arguments.out}: is a folder; give a file")
     set_up_jax()
     source = arguments.weights or str(arguments.workdir)
     detector = load_detector(
@@ -81,9 +78,9 @@ def main() -> None:
         config=validate(replace(settings, detection=arguments.detection, devices=1)),
         class_names=arguments.class_names,
     )
-    images, what = images_for(detector, arguments.images, arguments.count)
-    print(f"compared on {what}")
-    print(ship(detector, arguments.out, source, images))
+    images, description = images_for(detector, arguments.images, arguments.count)
+    print(f"comparing on {description} ...", flush=True)
+    print(export_detector(detector, arguments.out, source, images))
     print(f"{arguments.out}: {arguments.out.stat().st_size / 2**20:.1f} MiB, step {detector.step}")
 
 

@@ -1,7 +1,7 @@
-"""A figure of the paper: python scripts/figures.py --figure 1|2|4|5|6|7 --out FILE.png|.svg|.pdf [--workdir DIR]
+"""Draws a figure of the paper: python scripts/figures.py --figure 1|2|4|5|6|7 --out FILE.png|.svg|.pdf [--workdir DIR]
 
-1, 5, 6: the losses. 2: speed against accuracy, with --workdir the sweep table1e there beside the paper's. 7: FL* by AP, of
-the sweep fig7 in --workdir. 4: where the loss of the finished run in --workdir lies on its evaluation images.
+1, 5, 6: the losses. 2: speed against accuracy; with --workdir also for the sweep table1e there. 7: FL* by AP, for the sweep
+fig7 in --workdir. 4: the distribution of the loss over the evaluation images of the finished run in --workdir.
 """
 
 from __future__ import annotations
@@ -16,8 +16,15 @@ import tyro
 from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import ConfigError
 from retina_jax.paper import figures
-from retina_jax.paper.loss_analysis import NEGATIVES, POSITIVES, shares_table
-from retina_jax.paper.measured import effective_ap, finished_run, speeds, star_runs, val_windows
+from retina_jax.paper.measured import (
+    NEGATIVES,
+    POSITIVES,
+    effective_ap,
+    finished_run,
+    speeds,
+    star_runs,
+    val_windows,
+)
 from retina_jax.paper.results import read_sweeps
 
 
@@ -26,26 +33,26 @@ class Arguments:
     """Options of this script."""
 
     figure: Literal[1, 2, 4, 5, 6, 7]
-    """Number of the figure in the paper; 3 is no plot."""
+    """Number of the figure in the paper; Figure 3 is not a plot."""
     out: Path
     """File to write: .png, .svg or .pdf."""
     workdir: Path | None = None
     """Figures 2 and 7: folder of sweeps; figure 4: folder of a finished run."""
     images: int = 0
-    """Figure 4: evaluation images, drawn at random; 0: all."""
+    """Figure 4: number of evaluation images, drawn at random; 0: all."""
     seed: int = 0
-    """Figure 4: seed of the images and windows drawn."""
+    """Figure 4: seed of the random images and windows."""
     positives: int = POSITIVES
-    """Figure 4: most positive windows sampled."""
+    """Figure 4: maximum number of positive windows."""
     negatives: int = NEGATIVES
-    """Figure 4: most negative windows sampled."""
+    """Figure 4: maximum number of negative windows."""
     threshold: float | None = None
-    """Figure 7: AP in percent above which a setting is effective; None: the paper's 33.5 for runs of its config, else .5
-    below the focal loss or, where that was not run, below the best setting."""
+    """Figure 7: AP in percent above which a setting is effective; default: the paper's 33.5 for runs of its config, else 0.5
+    below the focal loss or, without such a run, below the best setting."""
 
 
 def main() -> None:
-    """Draw, write, say where."""
+    """Draws the figure and writes it."""
     arguments = parse_command_line(Arguments, Arguments(tyro.MISSING, tyro.MISSING), sys.argv[1:], __doc__)
     for name, least in (("images", 0), ("seed", 0), ("positives", 1), ("negatives", 1)):
         if getattr(arguments, name) < least:
@@ -54,11 +61,11 @@ def main() -> None:
         raise ConfigError(f"--out {arguments.out}: its suffix must be one of {', '.join(figures.SUFFIXES)}")
     set_up_jax()
     figures.save(draw(arguments), arguments.out)
-    print(f"figure {arguments.figure} is in {arguments.out}")
+    print(f"wrote figure {arguments.figure} to {arguments.out}")
 
 
 def draw(arguments: Arguments) -> figures.Figure:
-    """The figure asked for."""
+    """Returns the figure with the number `arguments.figure`."""
     plain = {1: figures.figure1, 5: figures.figure5, 6: figures.figure6}
     if arguments.figure in plain:
         return plain[arguments.figure]()
@@ -66,13 +73,13 @@ def draw(arguments: Arguments) -> figures.Figure:
         if arguments.figure == 2:
             return figures.figure2()
         kind = "a run" if arguments.figure == 4 else "sweeps"
-        raise ConfigError(f"--workdir: figure {arguments.figure} is drawn from results; give the folder of {kind}")
+        raise ConfigError(f"--workdir: figure {arguments.figure} needs results; give the folder of {kind}")
     if arguments.figure == 4:
         run = finished_run(arguments.workdir)
         samples = val_windows(
             arguments.workdir, arguments.images, arguments.positives, arguments.negatives, arguments.seed
         )
-        print(f"{run}\n{shares_table(samples)}")
+        print(f"{run}\n{figures.shares_table(samples)}")
         return figures.figure4(samples, run)
     sweeps = read_sweeps(arguments.workdir)
     if arguments.figure == 2:

@@ -1,20 +1,21 @@
-"""Many runs: python scripts/sweep.py --sweep configs/sweeps/table1b.py --workdir DIR [--base FILE] [--loss.beta 1 ...]
+"""Trains many runs: python scripts/sweep.py --sweep configs/sweeps/table1b.py --workdir DIR [--base FILE] [--loss.beta 1]
 
-Trains every point of one or several sweep files over a base config, each distinct run once, in DIR/FOLDER. Started again,
-it skips what has ended, resumes what was begun and leaves alone what another process or machine is at. What diverges is
-recorded in DIR/FOLDER/diverged.json and not tried again until that file is removed.
+Trains every point of one or several sweep files over a base config, each distinct run once, in DIR/FOLDER. If you start it
+again, it skips runs that have ended, resumes interrupted ones and skips those that another process or machine trains. A run
+that diverges is recorded in DIR/FOLDER/diverged.json and is not tried again until you remove that file.
 
-    --list                    what there is to run, how far it has come, what it costs; without --workdir: as if in an
-                              empty folder. Nothing is written
-    --launcher local          here, --jobs at once (the default). Without a GPU or TPU the jobs share out the CPU's cores;
-                              with one, --jobs 1 gives each point all of it
-    --launcher slurm          as one SLURM array: --slurm timeout_min=2880 gpus_per_node=8 slurm_partition=gpu
-    --index I                 one point, in this process; I is $SLURM_ARRAY_TASK_ID, $JOB_COMPLETION_INDEX (Kubernetes), ...;
-                              ends with 0 where it is done or diverged, with 75 where another worker holds it
+    --list                    prints the points, their states and their costs, and writes nothing; without --workdir: as in
+                              an empty folder
+    --launcher local          runs --jobs points at a time on this machine (the default). Without a GPU or TPU the jobs share
+                              the CPU's cores; with one, --jobs 1 gives each point all of it
+    --launcher slurm          submits one SLURM array: --slurm timeout_min=2880 gpus_per_node=8 slurm_partition=gpu
+    --index I                 runs one point in this process; I is $SLURM_ARRAY_TASK_ID, $JOB_COMPLETION_INDEX (Kubernetes),
+                              ...; exit status 0 if it is done or diverged, 75 if another worker trains it
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,12 +25,13 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
-from retina_jax.cli import one_line_errors, option_value, parse_command_line, set_up_jax
+from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import load_config
-from retina_jax.sweeps.listing import without, words_of
-from retina_jax.sweeps.manifest import Row, chosen, plan, rows, write_manifest
+from retina_jax.sweeps.launchers import HELD, launch_local, launch_slurm
+from retina_jax.sweeps.manifest import Task, chosen, open_sweep, tasks_of
 from retina_jax.sweeps.points import base_file, load_sweeps
+from retina_jax.sweeps.status import listing, run_point
 
 PAPER = Path(__file__).parents[1] / "configs" / "paper_ablations.py"
 LAUNCHING = ("--launcher", "--jobs", "--slurm", "--only")
@@ -43,75 +45,85 @@ class Arguments:
     """Sweep files."""
     settings: Annotated[Config, tyro.conf.arg(name="")]
     workdir: Path | None = None
-    """Folder of all runs; made where it is missing."""
+    """Folder of all runs; created if missing."""
     base: Path | None = None
-    """Config file that the points override; not given: the sweep file's BASE, else configs/paper_ablations.py."""
+    """Config file that the points override; default: the sweep file's BASE, else configs/paper_ablations.py."""
     seeds: tuple[int, ...] | None = None
-    """Every point with each of these; not given: the base's own."""
+    """Seeds of every point; default: the base's seed."""
     only: tuple[str, ...] = ()
-    """Names of the points to launch or list (gamma_2.0, or table1b/gamma_2.0); not given: all."""
+    """Names of the points to launch or list (gamma_2.0, or table1b/gamma_2.0); default: all."""
     list: bool = False
-    """Show the points and run nothing."""
+    """Print the points and run nothing."""
     index: int | None = None
     """Run this point in this process."""
     launcher: Literal["local", "slurm"] = "local"
-    """Where the points are run."""
+    """Where the points run."""
     jobs: int = 1
-    """Points at once (launcher local)."""
+    """Points at a time (launcher local)."""
     slurm: tuple[str, ...] = ()
-    """KEY=VALUE parameters of submitit (launcher slurm); cluster=local tries it out without SLURM."""
+    """KEY=VALUE parameters of submitit (launcher slurm); cluster=local tries it without SLURM."""
 
 
 def main() -> int:
-    """Read the command line, write the manifests, and list or run; the exit status."""
+    """Reads the command line, writes the manifests, and lists or runs the points; returns the exit status."""
     argv = sys.argv[1:]
-    if sum(word.partition("=")[0] == "--sweep" for word in argv) > 1:
-        raise ConfigError("--sweep: give all files after one --sweep")
-    modules = load_sweeps(words_of(argv, "--sweep"))
-    base = Path(option_value(argv, "--base") or base_file(modules, PAPER))
+    files, named_base, command = early_options(argv)
+    modules = load_sweeps(files)
+    base = Path(named_base or base_file(modules, PAPER))
     defaults = Arguments(sweep=tyro.MISSING, settings=load_config(base))
     arguments = parse_command_line(Arguments, defaults, argv, __doc__)
 
     workdir, seeds, settings = arguments.workdir, arguments.seeds, arguments.settings
     if workdir is None and not arguments.list:
-        raise ConfigError("--workdir: must be given; --list alone does without")
-    take = plan if arguments.list else write_manifest
-    sweeps = [take(workdir, path, module, base, settings, seeds) for path, module in modules.items()]
-    every_row = rows(sweeps)
+        raise ConfigError("--workdir: required unless you give --list")
+    write = not arguments.list
+    sweeps = {
+        path.stem: open_sweep(workdir, path, module, base, settings, seeds, write=write)
+        for path, module in modules.items()
+    }
+    every_task = tasks_of(sweeps)
     if arguments.index is not None and not arguments.list:
-        return run_index(every_row, arguments.index, workdir)
+        return run_index(every_task, arguments.index, workdir)
     if arguments.list:
-        from retina_jax.sweeps.listing import listing  # imports TensorFlow: seconds
-
-        jax.config.update("jax_platforms", "cpu")  # costs are counted; the GPU is left to those who train
-        print(listing(workdir, chosen(every_row, arguments.only, seeds)))
+        jax.config.update("jax_platforms", "cpu")  # counting costs needs no GPU, which may be training
+        print(listing(workdir, chosen(every_task, arguments.only, seeds)))
         return 0
-    from retina_jax.sweeps.launchers import launch_local, launch_slurm
-
-    asked = chosen(every_row, arguments.only, seeds or (settings.seed,))
-    command = [sys.executable, str(Path(__file__).resolve()), *without(argv, LAUNCHING)]
+    selected = chosen(every_task, arguments.only, seeds or (settings.seed,))
     if arguments.launcher == "slurm":
-        return int(launch_slurm(asked, command, workdir, arguments.slurm) > 0)
-    return int(launch_local(asked, command, workdir, arguments.jobs) > 0)
+        return int(launch_slurm(selected, command, workdir, arguments.slurm) > 0)
+    return int(launch_local(selected, command, workdir, arguments.jobs) > 0)
 
 
-def run_index(every_row: Sequence[Row], index: int, workdir: Path) -> int:
-    """Train one point here; 1 where that fails for another reason than a loss that diverges, 75 where it goes on later."""
+def early_options(argv: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
+    """Returns the sweep files and the base, which decide what the other options are, and the command of a single point."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--sweep", nargs="*", action="append", default=[])
+    parser.add_argument("--base", nargs="?")
+    for option in LAUNCHING:
+        parser.add_argument(option, nargs="*")
+    found, others = parser.parse_known_args(argv)
+    if len(found.sweep) > 1:
+        raise ConfigError("--sweep: give all files after one --sweep")
+    files = [file for some in found.sweep for file in some]
+    base = ["--base", found.base] if found.base else []
+    return files, found.base, [sys.executable, str(Path(__file__).resolve()), "--sweep", *files, *base, *others]
+
+
+def run_index(every_task: Sequence[Task], index: int, workdir: Path) -> int:
+    """Trains one point in this process; returns 0; 1 if it failed; 75 if it was stopped or is trained elsewhere."""
     from train import train
 
-    from retina_jax.sweeps.launchers import HELD
-    from retina_jax.sweeps.state import run_point
-
-    if not 0 <= index < len(every_row):
-        raise ConfigError(f"--index {index}: there are the points 0 to {len(every_row) - 1}")
-    point = every_row[index].point
+    if not 0 <= index < len(every_task):
+        raise ConfigError(f"--index {index}: must be from 0 to {len(every_task) - 1}")
+    point = every_task[index].point
     set_up_jax()
     try:
         with one_line_errors():
             state = run_point(workdir, point, train)
-    except SystemExit as end:  # asked to stop, a run ends with 0, but the point is not done
+    except SystemExit as end:  # a stopped run ends with 0, but the point is not done
         return {0: HELD, 2: 1}.get(end.code, end.code)
-    print(f"index {index}, {point.name}: {'run elsewhere, left alone' if state.kind == 'running' else state}")
+    result = "skipped, another worker trains it" if state.kind == "running" else state
+    print(f"index {index}, {point.name}: {result}")
     return HELD if state.kind == "running" else 0
 
 

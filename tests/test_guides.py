@@ -11,8 +11,8 @@ import pytest
 from retina_jax.config_io import load_config
 from retina_jax.model.summary import forward_flops
 from retina_jax.presets import FIELDS, PRESETS
-from retina_jax.sweeps.listing import training_pflop
 from retina_jax.sweeps.points import expand, load_sweep
+from retina_jax.sweeps.status import training_pflop
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -168,7 +168,7 @@ def test_an_index_is_one_point_and_its_exit_status_tells(folder: Path, sweep: Sw
     assert "index 3, gamma_9.0: diverged at step 2" in sweep("--index", 3)
     sweep("--index", 2, code=1)
     assert len(calls(folder)) == 3
-    assert sweep("--index", 4, code=2) == "error: --index 4: there are the points 0 to 3\n"
+    assert sweep("--index", 4, code=2) == "error: --index 4: must be from 0 to 3\n"
 
 
 def test_two_processes_at_one_point_train_it_once(folder: Path) -> None:
@@ -184,7 +184,7 @@ def test_two_processes_at_one_point_train_it_once(folder: Path) -> None:
         (folder / "runs" / "hold").unlink()
     said = sorted(process.communicate(timeout=60)[0] for process in both)
     assert sorted(process.returncode for process in both) == [0, 75]
-    assert "done, AP 50.0" in said[0] and "run elsewhere, left alone" in said[1]
+    assert "done, AP 50.0" in said[0] and "another worker trains it" in said[1]
     assert len(calls(folder)) == 1
 
 
@@ -224,7 +224,7 @@ def test_what_cannot_be_meant_is_one_line(folder: Path, sweep: Sweep, monkeypatc
         (["--only", "gamma_7"], "--only gamma_7: no such point"),
         (["--launcher", "slurm"], "there is no sbatch on this machine"),
         (["--launcher", "slurm", "--slurm", "cluster=here"], "--slurm cluster=here: give slurm or local"),
-        (["--jobs", 0], "--jobs: 0 cannot be"),
+        (["--jobs", 0], "--jobs: invalid value 0"),
         (["--sweep", folder / "own.py"], "give all files after one --sweep"),
     ):
         error = sweep(*arguments, code=2)
@@ -256,7 +256,7 @@ def get_sweep(base):
     assert not (runs / named["boom"] / "summary.json").exists()
     before = (runs / named["boom"] / "config.json").stat().st_mtime_ns
     until(lambda: " running " not in sweep("--list", scripts=scripts))  # its child, too, takes a moment to die
-    assert "3 distinct runs: 1 diverged, 1 broken, 1 waiting" in sweep("--list", scripts=scripts)
+    assert "3 distinct runs: 1 diverged, 1 interrupted, 1 waiting" in sweep("--list", scripts=scripts)
 
     # In processes of their own: submitit sets up logging anew, which under pytest closes the standard error TensorFlow has.
     slurm = ("--launcher", "slurm", "--slurm", "cluster=local")

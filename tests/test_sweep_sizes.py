@@ -1,7 +1,7 @@
 """Every one of Table 1's 37 runs at full size takes a training step: `.venv/bin/pytest -m slow tests/test_sweep_sizes.py`.
 
-One image of noise on the largest canvas that the config trains on, 80 classes, the real optimizer; the batch alone is
-smaller than the paper's. Each in a process of its own, whose memory ends with it.
+One image of noise with the largest padded shape of the config, 80 classes, the real optimizer; only the batch is smaller
+than the paper's. Each run has its own process, so that its memory is freed.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ begun = time.monotonic()
 state, metrics = driver.step(state, driver.place(inputs))
 found = {key: float(value) for key, value in jax.device_get(metrics).items()}
 print(json.dumps({
-    **found, "canvas": [height, width], "step": int(state.step), "seconds": time.monotonic() - begun,
+    **found, "shape": [height, width], "step": int(state.step), "seconds": time.monotonic() - begun,
     "mib": peak_memory_bytes() / 2**20,
 }))
 """
 
 
 def distinct_runs() -> dict[str, Config]:
-    """ "table1a alpha_0.10" and so on, the first name of each."""
+    """Returns the runs by the first name of each, "table1a alpha_0.10" and so on."""
     base = load_config(ROOT / "configs" / "paper_r50_600.py")
     runs: dict[str, tuple[str, Config]] = {}
     for path in sorted((ROOT / "configs" / "sweeps").glob("table1?.py")):
@@ -77,9 +77,9 @@ def test_a_run_of_table_1_takes_a_step_at_full_size(run: str) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     print(
-        f"{run}: canvas {found['canvas']}, loss {found['loss']:.4f}, {found['seconds']:.0f} s, {found['mib']:.0f} MiB"
+        f"{run}: padded shape {found['shape']}, loss {found['loss']:.4f}, {found['seconds']:.0f} s, {found['mib']:.0f} MiB"
     )
-    assert found["step"] == 1 and min(found["canvas"]) >= RUNS[run].data.short_side
+    assert found["step"] == 1 and min(found["shape"]) >= RUNS[run].data.short_side
     assert all(math.isfinite(value) for value in found.values() if not isinstance(value, list)), found
     assert found["positives_per_image"] > 0 and found["classification_loss"] > 0 and found["box_loss"] > 0
 

@@ -1,9 +1,10 @@
-"""Sweeps without training: identity, folders, manifests, states, claims, costs, and what is refused."""
+"""Sweeps without training: identity, folders, manifests, states, locks, costs, and invalid input."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
 import threading
 from pathlib import Path
 from types import ModuleType
@@ -14,8 +15,15 @@ import pytest
 from retina_jax.config import Config, ConfigError, DataConfig, LossConfig, ModelConfig, ScenesConfig, TrainingConfig
 from retina_jax.config_io import flatten, load_config, override
 from retina_jax.sweeps.launchers import _core_slots, _settings
-from retina_jax.sweeps.listing import listing, mean_canvas, seconds_per_pflop, training_pflop, without, words_of
-from retina_jax.sweeps.manifest import Row, Sweep, chosen, distinct, plan, read_manifest, rows, write_manifest
+from retina_jax.sweeps.manifest import (
+    Task,
+    chosen,
+    distinct,
+    exclusive_lock,
+    open_sweep,
+    read_manifest,
+    tasks_of,
+)
 from retina_jax.sweeps.points import (
     FILES,
     NO_OUTCOME,
@@ -27,13 +35,22 @@ from retina_jax.sweeps.points import (
     folder_name,
     load_sweep,
 )
-from retina_jax.sweeps.state import State, claim, run_point, state_of
+from retina_jax.sweeps.status import (
+    State,
+    listing,
+    lock_file,
+    mean_padded_shape,
+    run_point,
+    seconds_per_pflop,
+    state_of,
+    training_pflop,
+)
 from retina_jax.training.metrics import NonFiniteLoss
 
 ROOT = Path(__file__).parents[1]
 PAPER = ROOT / "configs" / "paper_ablations.py"
 OWN = '''
-"""Ten lines of one's own: two learning rates by two batch sizes."""
+"""Two learning rates by two batch sizes."""
 
 BASE = "configs/demo.py"
 
@@ -55,8 +72,10 @@ def own(tmp_path: Path) -> Path:
 
 def write(
     own: Path, seeds: tuple[int, ...] | None = None, base: Config | None = None, base_path: Path = PAPER
-) -> Sweep:
-    return write_manifest(own.parent / "runs", own, load_sweep(own), base_path, base or load_config(base_path), seeds)
+) -> list[Point]:
+    return open_sweep(
+        own.parent / "runs", own, load_sweep(own), base_path, base or load_config(base_path), seeds, write=True
+    )
 
 
 # Identity.
@@ -108,8 +127,8 @@ def test_a_whole_number_is_the_float_it_stands_for(value: Any, default: Any, typ
     assert repr(_typed(value, default)) == repr(typed)
 
 
-def test_folders_are_named_by_what_they_change_for_good() -> None:
-    """Names that runs already lie under: a change of these makes every sweep start anew."""
+def test_folder_names_do_not_change() -> None:
+    """Existing runs have these names: if they changed, every sweep would start again."""
     base = Config()
 
     def named(**changes: Any) -> str:
@@ -151,13 +170,13 @@ def test_a_long_name_is_cut_and_keeps_its_seed() -> None:
         ("def get_sweep(base): return {}", "at least one name"),
         ("def get_sweep(base): return [1]", "must return a dict"),
         ("def get_sweep(base): return {'a': {'loss.gama': 1.0}}", "'a': loss.gama: no such field; did you mean loss.gamma"),
-        ("def get_sweep(base): return {'a': {'loss.gamma': -0.5}}", "point 'a': loss.gamma: -0.5 cannot be"),
-        ("def get_sweep(base): return {'a': {'loss.gamma': -1.0}}", "point 'a': loss.gamma: -1.0 cannot be"),
+        ("def get_sweep(base): return {'a': {'loss.gamma': -0.5}}", "point 'a': loss.gamma: "),
+        ("def get_sweep(base): return {'a': {'loss.gamma': -1.0}}", "point 'a': loss.gamma: "),
         ("def get_sweep(base): return {'a': {'loss': None}}", "point 'a': loss: no such field"),
         ("def get_sweep(base): return {'a': ['loss.gamma']}", "point 'a': must be a dict"),
-        ("def get_sweep(base): return {'a': {'seed': 1}}", "seeds are given on the command line"),
-        ("def get_sweep(base): return {1: {}}", "point 1: a point's name is a line of text"),
-        ("def get_sweep(base): return {'a\\nb': {}}", "a point's name is a line of text"),
+        ("def get_sweep(base): return {'a': {'seed': 1}}", "--seeds"),
+        ("def get_sweep(base): return {1: {}}", "point 1: a point's name"),
+        ("def get_sweep(base): return {'a\\nb': {}}", "a point's name"),
     ],
 )  # fmt: skip
 def test_a_wrong_sweep_file_is_one_line_that_names_it(own: Path, text: str, says: str) -> None:
@@ -169,14 +188,14 @@ def test_a_wrong_sweep_file_is_one_line_that_names_it(own: Path, text: str, says
     assert not list(own.parent.glob("runs/sweeps/*.json"))
 
 
-def test_an_absent_sweep_file_names_those_beside_it(own: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none\.py: no such file; there are .*mine\.py"):
+def test_a_missing_sweep_file_names_the_others_in_its_folder(own: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.py: .*mine\.py"):
         load_sweep(own.with_name("none.py"))
 
 
 def test_a_list_in_overrides_is_a_tuple(own: Path) -> None:
     own.write_text("def get_sweep(base): return {'a': {'anchors.scales': [1.0, 1.5]}}")
-    (point,) = write(own).points
+    (point,) = write(own)
     assert point.config.anchors.scales == (1.0, 1.5)
 
 
@@ -185,14 +204,14 @@ def test_base_is_the_files_own_unless_they_disagree(own: Path) -> None:
     other.BASE = "elsewhere.py"
     assert base_file({own: load_sweep(own)}, PAPER).resolve() == ROOT / "configs" / "demo.py"
     assert base_file({own: bare}, PAPER) == PAPER
-    with pytest.raises(ConfigError, match="--base: must be given"):
+    with pytest.raises(ConfigError, match="--base"):
         base_file({own: load_sweep(own), PAPER: other}, PAPER)
 
 
 # Manifests.
 
 
-def test_a_manifest_tells_the_whole_sweep(own: Path) -> None:
+def test_a_manifest_holds_the_complete_sweep(own: Path) -> None:
     base = override(load_config(PAPER), {"training.steps": 12})
     sweep = write(own, (0, 3), base)
     manifest = read_manifest(own.parent / "runs" / "sweeps" / "mine.json")
@@ -203,8 +222,8 @@ def test_a_manifest_tells_the_whole_sweep(own: Path) -> None:
     assert [(p["name"], p["seed"]) for p in manifest["points"]] == [(n, seed) for seed in (0, 3) for n in names]
     assert manifest["points"][0]["overrides"] == {"optimizer.learning_rate": 0.001, "data.batch_size": 8}
     assert manifest["points"][4]["folder"].startswith("batch_size_8-learning_rate_0.001-seed3-")
-    assert [p.config.training.steps for p in sweep.points] == [12] * 8
-    assert [p.config.seed for p in sweep.points] == [0] * 4 + [3] * 4
+    assert [p.config.training.steps for p in sweep] == [12] * 8
+    assert [p.config.seed for p in sweep] == [0] * 4 + [3] * 4
 
 
 def test_the_same_call_changes_nothing(own: Path) -> None:
@@ -216,15 +235,15 @@ def test_the_same_call_changes_nothing(own: Path) -> None:
 
 
 def test_later_seeds_are_added_and_indices_stay(own: Path) -> None:
-    first = rows([write(own)])
-    second = rows([write(own, (5, 0))])
+    first = tasks_of({"mine": write(own)})
+    second = tasks_of({"mine": write(own, (5, 0))})
     assert second[:4] == first and [row.point.seed for row in second] == [0] * 4 + [5] * 4
-    assert [row.index for row in rows([write(own, (7,))])] == list(range(12))
+    assert [row.index for row in tasks_of({"mine": write(own, (7,))})] == list(range(12))
 
 
-def test_a_plan_is_what_would_be_written_and_writes_nothing(own: Path) -> None:
-    def planned(workdir: Path | None, seeds: tuple[int, ...] | None = None, base_path: Path = PAPER) -> Sweep:
-        return plan(workdir, own, load_sweep(own), base_path, load_config(base_path), seeds)
+def test_without_write_the_same_points_are_returned_and_nothing_is_written(own: Path) -> None:
+    def planned(workdir: Path | None, seeds: tuple[int, ...] | None = None, base_path: Path = PAPER) -> list[Point]:
+        return open_sweep(workdir, own, load_sweep(own), base_path, load_config(base_path), seeds, write=False)
 
     runs = own.parent / "runs"
     assert planned(None) == planned(runs) and not runs.exists()
@@ -256,7 +275,7 @@ def test_two_writers_at_once_lose_nothing(own: Path) -> None:
 def test_a_sweep_that_changed_is_refused_by_what_changed(own: Path, old: str, new: str, says: str) -> None:
     write(own)
     own.write_text(OWN.replace(old, new))
-    with pytest.raises(ConfigError, match="is here already and differs") as refused:
+    with pytest.raises(ConfigError, match="exists already and differs") as refused:
         write(own)
     assert says in str(refused.value) and "mine.json" in str(refused.value) and "\n" not in str(refused.value)
 
@@ -265,15 +284,15 @@ def test_another_base_is_refused_by_name(own: Path) -> None:
     write(own)
     with pytest.raises(ConfigError, match=r"differs, base: configs/paper_ablations\.py -> configs/demo\.py"):
         write(own, base_path=ROOT / "configs" / "demo.py")
-    with pytest.raises(ConfigError, match=r"differs, training\.steps: as the base -> 12; take another --workdir"):
+    with pytest.raises(ConfigError, match=r"differs, training\.steps: as the base -> 12; use another --workdir"):
         write(own, base=override(load_config(PAPER), {"training.steps": 12}))
 
 
 def test_what_changes_no_outcome_may_change(own: Path) -> None:
     first = write(own)
     again = write(own, base=override(load_config(PAPER), {"devices": 2, "training.log_every": 1}))
-    assert [p.folder for p in again.points] == [p.folder for p in first.points]
-    assert again.points[0].config.devices == 2
+    assert [p.folder for p in again] == [p.folder for p in first]
+    assert again[0].config.devices == 2
 
 
 @pytest.mark.parametrize(
@@ -282,20 +301,19 @@ def test_what_changes_no_outcome_may_change(own: Path) -> None:
 def test_a_damaged_manifest_is_named(own: Path, text: str) -> None:
     write(own)
     (own.parent / "runs" / "sweeps" / "mine.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"mine\.json: cannot be read: .*delete it"):
+    with pytest.raises(ConfigError, match=r"mine\.json: .*delete it"):
         write(own)
 
 
 # Rows.
 
 
-def sweep_of(name: str, seeds: tuple[int, ...] = (0,), **folders: str) -> Sweep:
-    points = [Point(n, {}, seed, f"{f}{seed}", Config(seed=seed)) for seed in seeds for n, f in folders.items()]
-    return Sweep(name, tuple(points))
+def sweep_of(name: str, seeds: tuple[int, ...] = (0,), **folders: str) -> dict[str, list[Point]]:
+    return {name: [Point(n, {}, seed, f"{f}{seed}", Config(seed=seed)) for seed in seeds for n, f in folders.items()]}
 
 
 def test_one_sweep_is_indexed_by_its_points() -> None:
-    found = rows([sweep_of("t", a="x", b="x", c="y")])
+    found = tasks_of(sweep_of("t", a="x", b="x", c="y"))
     assert [(row.index, row.labels, row.point.folder) for row in found] == [
         (0, ("a",), "x0"), (1, ("b",), "x0"), (2, ("c",), "y0"),
     ]  # fmt: skip
@@ -303,22 +321,22 @@ def test_one_sweep_is_indexed_by_its_points() -> None:
 
 
 def test_several_sweeps_are_indexed_by_their_distinct_runs() -> None:
-    found = rows([sweep_of("t", a="x", b="y"), sweep_of("u", c="y", d="z")])
+    found = tasks_of({**sweep_of("t", a="x", b="y"), **sweep_of("u", c="y", d="z")})
     assert [(row.point.folder, row.labels) for row in found] == [
         ("x0", ("t/a",)), ("y0", ("t/b", "u/c")), ("z0", ("u/d",)),
     ]  # fmt: skip
-    more = rows([sweep_of("t", (0, 1), a="x", b="y"), sweep_of("u", (0, 1), c="y", d="z")])
+    more = tasks_of({**sweep_of("t", (0, 1), a="x", b="y"), **sweep_of("u", (0, 1), c="y", d="z")})
     assert more[:3] == found and [row.point.folder for row in more[3:]] == ["x1", "y1", "z1"]
 
 
 def test_a_higher_seed_of_one_sweep_moves_no_index_of_another() -> None:
-    found = rows([sweep_of("t", (0,), a="x"), sweep_of("u", (0, 1), c="y", d="z")])
-    more = rows([sweep_of("t", (0, 2), a="x"), sweep_of("u", (0, 1), c="y", d="z")])
+    found = tasks_of({**sweep_of("t", (0,), a="x"), **sweep_of("u", (0, 1), c="y", d="z")})
+    more = tasks_of({**sweep_of("t", (0, 2), a="x"), **sweep_of("u", (0, 1), c="y", d="z")})
     assert more[: len(found)] == found and more[-1].point.folder == "x2"
 
 
 def test_points_are_chosen_by_name_and_seed() -> None:
-    found = rows([sweep_of("t", (0, 1), a="x", b="y"), sweep_of("u", (0, 1), a="y", d="z")])
+    found = tasks_of({**sweep_of("t", (0, 1), a="x", b="y"), **sweep_of("u", (0, 1), a="y", d="z")})
 
     def indices(only: tuple[str, ...], seeds: tuple[int, ...] | None) -> list[int]:
         return [row.index for row in chosen(found, only, seeds)]
@@ -344,12 +362,12 @@ def put(workdir: Path, name: str, value: Any) -> None:
 def test_the_states_of_a_point(tmp_path: Path) -> None:
     assert state_of(tmp_path, POINT) == State("waiting")
     put(tmp_path, "config.json", {})
-    assert state_of(tmp_path, POINT) == State("broken")
-    with claim(tmp_path, "p-1") as ours:
-        assert ours and state_of(tmp_path, POINT) == State("running")
-    assert state_of(tmp_path, POINT) == State("broken")
+    assert state_of(tmp_path, POINT) == State("interrupted")
+    with exclusive_lock(lock_file(tmp_path, "p-1"), timeout=0.0) as locked:
+        assert locked and state_of(tmp_path, POINT) == State("running")
+    assert state_of(tmp_path, POINT) == State("interrupted")
     put(tmp_path, "summary.json", {**SUMMARY, "steps": 4})
-    assert state_of(tmp_path, POINT) == State("broken")
+    assert state_of(tmp_path, POINT) == State("interrupted")
     put(tmp_path, "diverged.json", {"step": 3, "message": "loss is nan"})
     assert str(state_of(tmp_path, POINT)) == "diverged at step 3"
     put(tmp_path, "summary.json", SUMMARY)
@@ -359,11 +377,11 @@ def test_the_states_of_a_point(tmp_path: Path) -> None:
     unscored = dataclasses.replace(POINT, config=override(POINT.config, {"training.eval_every": -1}))
     assert str(state_of(tmp_path, unscored)) == "done"
     (tmp_path / "p-1" / "diverged.json").unlink()
-    assert state_of(tmp_path, POINT) == State("broken")  # it resumes, and is scored
+    assert state_of(tmp_path, POINT) == State("interrupted")  # it resumes, and is scored
 
 
-def test_those_who_look_never_find_each_other(tmp_path: Path) -> None:
-    with claim(tmp_path, "p-1"):
+def test_looking_at_the_state_never_shows_a_point_as_running(tmp_path: Path) -> None:
+    with exclusive_lock(lock_file(tmp_path, "p-1")):
         pass
     states: list[str] = []
     looking = [
@@ -378,9 +396,9 @@ def test_those_who_look_never_find_each_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "text"), [("summary.json", "{"), ("summary.json", "[]"), ("diverged.json", "{}")])
-def test_a_damaged_end_is_named(tmp_path: Path, name: str, text: str) -> None:
+def test_a_damaged_summary_is_named(tmp_path: Path, name: str, text: str) -> None:
     put(tmp_path, name, text)
-    with pytest.raises(ConfigError, match=f"p-1/{name}: cannot be read"):
+    with pytest.raises(ConfigError, match=f"p-1/{name}: "):
         state_of(tmp_path, POINT)
 
 
@@ -401,18 +419,18 @@ def test_a_point_is_trained_once(tmp_path: Path) -> None:
     assert calls == [tmp_path / "p-1"]
 
 
-def test_a_point_that_another_holds_is_left_alone(tmp_path: Path) -> None:
+def test_a_point_that_another_worker_trains_is_skipped(tmp_path: Path) -> None:
     calls: list[Path] = []
-    with claim(tmp_path, "p-1"):
+    with exclusive_lock(lock_file(tmp_path, "p-1")):
         assert run_point(tmp_path, POINT, trainer(calls)) == State("running")
     assert not calls
 
 
-def test_a_look_at_the_state_keeps_no_worker_away(tmp_path: Path) -> None:
-    """`state_of` holds the lock for an instant; a worker that comes then waits for it."""
+def test_a_worker_waits_for_a_look_at_the_state(tmp_path: Path) -> None:
+    """`state_of` holds the lock for an instant; a worker that starts then waits for it."""
     calls: list[Path] = []
     released = threading.Event()
-    with claim(tmp_path, "p-1"):
+    with exclusive_lock(lock_file(tmp_path, "p-1")):
         worker = threading.Thread(target=lambda: (run_point(tmp_path, POINT, trainer(calls)), released.set()))
         worker.start()
         assert not released.wait(0.2)
@@ -437,23 +455,26 @@ def test_other_errors_are_raised_and_tried_again(tmp_path: Path) -> None:
     calls: list[Path] = []
     with pytest.raises(ConfigError, match="its own"):
         run_point(tmp_path, POINT, trainer(calls, ConfigError("its own")))
-    assert state_of(tmp_path, POINT) == State("broken")
+    assert state_of(tmp_path, POINT) == State("interrupted")
     assert run_point(tmp_path, POINT, trainer(calls)).kind == "done"
 
 
 def test_training_that_ends_without_a_summary_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"summary\.json: training ended without it"):
+    with pytest.raises(ConfigError, match=r"summary\.json"):
         run_point(tmp_path, POINT, lambda config, folder: None)
 
 
 # What --list shows.
 
 
-def test_the_mean_canvas_is_of_the_mean_area() -> None:
-    assert mean_canvas(Config()) == (608, round((800 + 1024) / 2))  # buckets 608 x 800, 608 x 1024 and these turned
-    assert mean_canvas(Config(data=DataConfig(short_side=128, long_side=128))) == (128, 128)
+def test_the_mean_padded_shape_is_of_the_mean_area() -> None:
+    assert mean_padded_shape(Config()) == (
+        608,
+        round((800 + 1024) / 2),
+    )  # buckets 608 x 800, 608 x 1024 and these turned
+    assert mean_padded_shape(Config(data=DataConfig(short_side=128, long_side=128))) == (128, 128)
     jitter = Config(data=DataConfig(short_side=600, long_side=1333, jitter_short_sides=(640, 800)))
-    assert mean_canvas(jitter)[0] == 800
+    assert mean_padded_shape(jitter)[0] == 800
 
 
 def test_training_costs_three_passes_an_image() -> None:
@@ -475,7 +496,7 @@ def test_hours_come_from_the_points_that_are_done() -> None:
     assert seconds_per_pflop(states[1:2], [1.0]) is None
 
 
-def test_the_list_tells_state_cost_and_sum(tmp_path: Path) -> None:
+def test_the_list_shows_state_cost_and_sum(tmp_path: Path) -> None:
     model = ModelConfig(backbone="resnet18", base_width=4, fpn_channels=8, head_channels=8, head_convs=1)
     base = Config(model=model, data=DataConfig(short_side=64, long_side=64), training=TrainingConfig(steps=5))
     twice = override(base, {"training.steps": 10})
@@ -484,25 +505,44 @@ def test_the_list_tells_state_cost_and_sum(tmp_path: Path) -> None:
         Point("q", {}, 0, "q-2", twice),
         Point("r", {}, 0, "q-2", twice),
     ]
-    found = [Row(i, point, (point.name,)) for i, point in enumerate(points)]
+    found = [Task(i, point, (point.name,)) for i, point in enumerate(points)]
     text = listing(tmp_path, found)
     assert "hours" not in text and "2 distinct runs: 2 waiting" in text and "loss.gamma=5" in text
     put(tmp_path, "summary.json", {**SUMMARY, "seconds": 3600.0})
     lines = listing(tmp_path, found).splitlines()
     assert "done, AP 25.0" in lines[1] and " 1.00 " in lines[1] and " ~2.00 " in lines[2] and len(lines) == 5
     assert lines[4].startswith("2 distinct runs: 1 done, 1 waiting") and lines[4].endswith(
-        "2.00 hours as the done ones went"
+        "2.00 hours at the rate of the done points"
     )
 
 
 # Command line.
 
 
-def test_words_are_taken_and_left_out_by_option() -> None:
-    argv = ["--sweep", "a.py", "b.py", "--jobs=2", "--slurm", "x=1", "y=2", "--loss.gamma", "5", "--list"]
-    assert words_of(argv, "--sweep") == ["a.py", "b.py"] and words_of(argv, "--jobs") == ["2"]
-    assert words_of(argv, "--list") == []
-    assert without(argv, ("--jobs", "--slurm")) == ["--sweep", "a.py", "b.py", "--loss.gamma", "5", "--list"]
+def test_early_options_and_the_command_of_a_single_point() -> None:
+    script = ROOT / "scripts" / "sweep.py"
+    early_options = runpy.run_path(str(script))["early_options"]
+    argv = [
+        "--sweep",
+        "a.py",
+        "b.py",
+        "--jobs=2",
+        "--slurm",
+        "x=1",
+        "y=2",
+        "--loss.star_beta",
+        "-1",
+        "--seeds",
+        "0",
+        "1",
+    ]
+    files, base, command = early_options([*argv, "--only", "p", "q"])
+    assert (files, base) == (["a.py", "b.py"], None)
+    assert command[1:] == [str(script), "--sweep", "a.py", "b.py", "--loss.star_beta", "-1", "--seeds", "0", "1"]
+    files, base, command = early_options(["--base=x.py", "--launcher", "slurm", "--sweep=a.py"])
+    assert (files, base, command[1:]) == (["a.py"], "x.py", [str(script), "--sweep", "a.py", "--base", "x.py"])
+    with pytest.raises(ConfigError, match="--sweep"):
+        early_options(["--sweep", "a.py", "--sweep", "b.py"])
 
 
 def test_slurm_settings_are_whole_numbers_where_they_look_so() -> None:

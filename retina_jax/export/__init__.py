@@ -1,1 +1,1 @@
-"""Export of a detector to one file that needs jax and numpy alone."""
+"""Exports a detector to one file that needs jax, numpy and flatbuffers, and loads it."""

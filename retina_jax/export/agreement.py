@@ -1,21 +1,23 @@
-"""Whether a shipped detector answers as the live one does."""
+"""Writes a detector to one file, and keeps the file only if it gives the same detections as the original."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import UInt8
 
 from retina_jax.config import ConfigError, ScenesConfig
-from retina_jax.data.conventions import Decoding
 from retina_jax.data.datasets import open_source
 from retina_jax.data.decoding import MAX_PIXELS, image_of, largest_file, to_rgb
 from retina_jax.data.image_paths import image_files
@@ -23,197 +25,239 @@ from retina_jax.data.reading import read_file
 from retina_jax.data.scenes import VAL, draw_scene
 from retina_jax.data.source import BadImage, DataError
 from retina_jax.data.survey import decoding_of_files
-from retina_jax.detector import Detector, ImageDetections
+from retina_jax.detector import Detector, ImageDetections, versions
 from retina_jax.errors import PlainError, reason
-from retina_jax.export.loader import Detector as Shipped
-from retina_jax.export.loader import Found
+from retina_jax.export.loader import FORMAT, PILLOW_FORMAT, ExportedDetector, Found, load
+from retina_jax.export.programs import PLATFORMS, padded_shapes, programs
+from retina_jax.training.opening import code_commit, package_versions
 
 BOX_TOLERANCE = 1e-4
-"""Most that a side of a box may differ, as a share of the longer side of its image: 0.06 pixels of 640."""
+"""Maximum difference of a side of a box, as a share of the longer side of its image: 0.06 pixels of 640."""
 SCORE_TOLERANCE = 1e-3
-"""Most that a score may differ."""
-
-MOST_CANVASES = 4
-"""Canvases up to which every one is tried."""
-
-
-class ExportError(PlainError, RuntimeError):
-    """A detector that is not shipped; one line that says why."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Of the answers to some images."""
-
-    images: int
-    detections: int
-    """Of the live detector."""
-    strangers: int
-    """Detections of either that the other lacks, and that are no matter of a score at the threshold."""
-    box_difference: float
-    """Largest difference of two sides that belong together, pixels."""
-    score_difference: float
-    """Largest difference of two scores that belong together."""
-
-    @property
-    def agrees(self) -> bool:
-        """Whether both say the same."""
-        return self.strangers == 0
-
-    def __str__(self) -> str:
-        """One line."""
-        told = f"{self.images} images, {self.detections} detections: "
-        if self.strangers:
-            return told + f"{self.strangers} that one of the two lacks"
-        return (
-            told + f"all found by both, boxes at most {self.box_difference:.2g} pixels apart, "
-            f"scores at most {self.score_difference:.2g}"
-        )
-
-
-def check(live: Detector, shipped: Shipped, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> str:
-    """What was found on the images by both, and how fast, in two lines.
-
-    Raises ExportError where the answers differ, or where there is none: then nothing was compared.
-    """
-    made = for_other_canvases(shipped, images)
-    asked = [*images, *made]
-    rule = live.config.detection
-    threshold = rule.score_threshold if rule.threshold_coarsest else 0.0
-    answers = [[detector.detect([image])[0] for image in asked] for detector in (live, shipped)]
-    compared = compare(*answers, asked, threshold, rule.max_detections)
-    if not compared.agrees:
-        raise ExportError(f"the shipped detector answers otherwise than the live one and is not kept: {compared}")
-    if compared.detections == 0:
-        raise ExportError(
-            f"nothing was found on {len(asked)} images, so nothing could be compared; name others: --images"
-        )
-    own, its = seconds_of_each((live, shipped), images)
-    told = f"{compared}" + (f"; {len(made)} of them made of the first, for canvases that none had" if made else "")
-    if untried := len(shipped.about["canvases"]) - len(canvases_met(shipped, asked)):
-        told += f"; {untried} of {len(shipped.about['canvases'])} canvases were tried by none"
-    device = jax.devices()[0].device_kind
-    return f"{told}\none image takes {1e3 * own:.1f} ms live and {1e3 * its:.1f} ms shipped, in the median ({device})"
-
-
-def canvases_met(shipped: Shipped, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> set[tuple[int, int]]:
-    """The (height, width) that the images are put on."""
-    return {shipped.canvas(shipped.resized_size(*image.shape[:2])) for image in images}
-
-
-def for_other_canvases(
-    shipped: Shipped, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]
-) -> list[UInt8[np.ndarray, "_ _ 3"]]:
-    """An image for each canvas that none of `images` is put on: the first of them, repeated and cut to the canvas's sides.
-
-    None where there are more canvases than `data.buckets` can make: each takes its time to compile.
-    """
-    canvases = [(height, width) for height, width in shipped.about["canvases"]]
-    met = canvases_met(shipped, images)
-    if not images or len(canvases) > MOST_CANVASES:
-        return []
-    height, width, _ = images[0].shape
-    wrapped = {
-        (h, w): [(0, max(0, h - height)), (0, max(0, w - width)), (0, 0)] for h, w in canvases if (h, w) not in met
-    }
-    return [np.pad(images[0], edges, "wrap")[:h, :w] for (h, w), edges in wrapped.items()]
-
-
-def compare(
-    live: Sequence[ImageDetections],
-    shipped: Sequence[Found],
-    images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
-    threshold: float,
-    max_detections: int,
-) -> Comparison:
-    """Pairs the detections of each image one to one: same label, sides within BOX_TOLERANCE, scores within SCORE_TOLERANCE.
-
-    A detection without a partner counts as a stranger, unless its score is within SCORE_TOLERANCE of the edge below which
-    the other had to drop it: the threshold, or where the other is full its last score.
-    """
-    strangers, boxes_apart, scores_apart = 0, 0.0, 0.0
-    for one, other, image in zip(live, shipped, images, strict=True):
-        tolerance = BOX_TOLERANCE * max(image.shape[:2])
-        apart = np.abs(one.boxes_xyxy[:, None] - other.boxes_xyxy[None]).max(axis=2, initial=0.0)
-        scores = np.abs(one.scores[:, None] - other.scores[None])
-        fits = (apart <= tolerance) & (scores <= SCORE_TOLERANCE) & (one.labels[:, None] == other.labels[None])
-        free = np.ones(len(other.labels), bool)
-        alone = []
-        for i in range(len(one.labels)):
-            at = np.flatnonzero(fits[i] & free)
-            if len(at):
-                nearest = at[np.argmin(apart[i, at])]
-                free[nearest] = False
-                boxes_apart = max(boxes_apart, float(apart[i, nearest]))
-                scores_apart = max(scores_apart, float(scores[i, nearest]))
-            else:
-                alone.append(i)
-        for mine, unpaired, others in ((one.scores, alone, other.scores), (other.scores, free, one.scores)):
-            edge = others.min() if len(others) >= max_detections else threshold
-            strangers += int((mine[unpaired] > edge + SCORE_TOLERANCE).sum())
-    found = sum(len(one.labels) for one in live)
-    return Comparison(len(images), found, strangers, boxes_apart, scores_apart)
-
-
-def seconds_of_each(detectors: Sequence[Detector | Shipped], images: Sequence[Any], times: int = 10) -> list[float]:
-    """Median seconds that each detector takes for one image, pixels to boxes, in turns so that both see the same machine.
-
-    The images must have been through both before: compiling is not counted.
-    """
-    taken: list[list[float]] = [[] for _ in detectors]
-    for turn in range(max(times, len(images))):
-        for detector, seconds in zip(detectors, taken, strict=True):
-            seconds.append(_seconds(detector.detect, [images[turn % len(images)]]))
-    return [statistics.median(seconds) for seconds in taken]
-
-
-def _seconds(call: Callable[[Any], Any], argument: Any) -> float:
-    start = time.perf_counter()
-    call(argument)
-    return time.perf_counter() - start
-
-
-# The images that a shipped detector is tried on.
+"""Maximum difference of a score."""
+MOST_SHAPES = 4
+"""Number of padded shapes up to which each one is tried; each takes time to compile."""
 
 Images = list[UInt8[np.ndarray, "_ _ 3"]]
 
 
-def images_for(detector: Detector, files: Path | None, count: int) -> tuple[Images, str]:
-    """The first `count` images of `files`, else of the validation data, else generated scenes; and what they are, in words.
+class ExportError(PlainError, RuntimeError):
+    """A detector that cannot be exported; the message is one line with the reason."""
 
-    Raises ConfigError or BadImage where `files` are named and cannot be read. Validation images that are not there are no
-    error: a detector from elsewhere has none, and a run may have moved to another machine. Broken ones are left out.
+
+def export_detector(detector: Detector, path: Path, source: str, images: Images) -> str:
+    """Writes the file, loads it, and keeps it if both give the same detections in `images`; returns the text of `check`.
+
+    Raises ExportError if they differ, if the file cannot be written, or if the detector uses test-time augmentation, which
+    a file does not have. Then an older file at `path` stays as it was.
+    """
+    if versions(detector.config) > 1:
+        raise ExportError(
+            "detection.tta_flip, detection.tta_short_sides: test-time augmentation cannot be exported; "
+            "add --detection.no-tta-flip --detection.tta-short-sides"
+        )
+    with replaced_on_success(path) as temporary:
+        write_file(temporary, detector, source)
+        return check(detector, load(str(temporary)), images)
+
+
+def write_file(path: Path, detector: Detector, source: str) -> None:
+    """Writes `detector`, which was loaded from `source`, for loader.py. Raises ExportError if the file cannot be written."""
+    config = detector.config
+    about = {
+        "format": PILLOW_FORMAT if config.data.resize == "pillow" else FORMAT,
+        "source": source,
+        "step": detector.step,
+        "class_names": list(detector.shown_names),
+        "category_ids": list(detector.category_ids),
+        **{
+            name: getattr(config.data, name)
+            for name in ("short_side", "long_side", "size_rounding", "resize", "pixels")
+        },
+        "bits": None if config.data.bits == "auto" else config.data.bits,
+        "canvases": padded_shapes(config.data),
+        "max_detections": config.detection.max_detections,
+        "score_threshold": config.detection.score_threshold,
+        "platforms": PLATFORMS,
+        "commit": code_commit(),
+        "versions": package_versions(),
+    }
+    arrays = io.BytesIO()
+    # Numbered in the order of the programs' first argument.
+    np.savez(arrays, **{f"{i:04d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(detector.variables))})
+    try:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr("about.json", json.dumps(about, indent=1))
+            file.writestr("parameters.npz", arrays.getbuffer(), zipfile.ZIP_STORED)
+            for name, program in programs(detector):
+                file.writestr(f"programs/{name}", program)
+    except OSError as error:
+        raise ExportError(f"--out {path}: cannot be written: {reason(error)}") from None
+
+
+@contextlib.contextmanager
+def replaced_on_success(path: Path) -> Iterator[Path]:
+    """Yields a temporary path that replaces `path` at the end of the block, and is removed after an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise ExportError(f"--out {path}: cannot be written: {reason(error)}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The detections of two detectors in the same images, compared."""
+
+    images: int
+    detections: int
+    """Of the original detector."""
+    unmatched: int
+    """Detections that only one of them has, except scores at the threshold."""
+    box_difference: float
+    """Largest difference of a side of a matched box, pixels."""
+    score_difference: float
+    """Largest difference of a matched score."""
+
+    @property
+    def agrees(self) -> bool:
+        """Returns whether both have the same detections."""
+        return self.unmatched == 0
+
+    def __str__(self) -> str:
+        text = f"{self.images} images, {self.detections} detections: "
+        if self.unmatched:
+            return text + f"{self.unmatched} found by only one of the two"
+        return text + (
+            f"all found by both, boxes differ by at most {self.box_difference:.2g} pixels, "
+            f"scores by at most {self.score_difference:.2g}"
+        )
+
+
+def check(live: Detector, exported: ExportedDetector, images: Images) -> str:
+    """Returns how the detections of both on the images differ, and how fast both are, in two lines.
+
+    Raises ExportError if they differ, or if there are none, since then nothing was compared.
+    """
+    made = for_other_shapes(exported, images)
+    tried = [*images, *made]
+    rule = live.config.detection
+    threshold = rule.score_threshold if rule.threshold_coarsest else 0.0
+    found, expected = ([detector.detect([image])[0] for image in tried] for detector in (exported, live))
+    compared = compare(expected, found, tried, threshold, rule.max_detections)
+    if not compared.agrees:
+        raise ExportError(f"the exported detector gives other detections than the original and is not kept: {compared}")
+    if compared.detections == 0:
+        raise ExportError(
+            f"nothing was found in {len(tried)} images, so nothing was compared; give others with --images"
+        )
+    text = f"{compared}" + (f"; {len(made)} images were made from the first, for other padded shapes" if made else "")
+    shapes = len(exported.about["canvases"])
+    if untried := shapes - len({_shape_of(exported, image) for image in tried}):
+        text += f"; {untried} of {shapes} padded shapes were not tried"
+    own, its = seconds_of_each((live, exported), images)
+    device = jax.devices()[0].device_kind
+    return f"{text}\nmedian time per image: {1e3 * own:.1f} ms original, {1e3 * its:.1f} ms exported ({device})"
+
+
+def _shape_of(exported: ExportedDetector, image: UInt8[np.ndarray, "_ _ 3"]) -> tuple[int, int]:
+    return exported.padded_shape(exported.resized_size(*image.shape[:2]))
+
+
+def for_other_shapes(exported: ExportedDetector, images: Images) -> Images:
+    """Returns an image for each padded shape that none of `images` has: the first of them, repeated and cropped.
+
+    Returns none if there are more than MOST_SHAPES.
+    """
+    shapes = [(height, width) for height, width in exported.about["canvases"]]
+    if not images or len(shapes) > MOST_SHAPES:
+        return []
+    height, width, _ = images[0].shape
+    others = [shape for shape in shapes if shape not in {_shape_of(exported, image) for image in images}]
+    edges = {(h, w): [(0, max(0, h - height)), (0, max(0, w - width)), (0, 0)] for h, w in others}
+    return [np.pad(images[0], edges[h, w], "wrap")[:h, :w] for h, w in others]
+
+
+def compare(
+    live: Sequence[ImageDetections], exported: Sequence[Found], images: Images, threshold: float, max_detections: int
+) -> Comparison:
+    """Matches the detections of each image one to one: same label, box and score within their tolerances.
+
+    A detection without a match is not counted if its score is within SCORE_TOLERANCE of the limit below which the other
+    detector drops it: the threshold, or its last score if it has `max_detections`.
+    """
+    unmatched, box_difference, score_difference = 0, 0.0, 0.0
+    for one, other, image in zip(live, exported, images, strict=True):
+        tolerance = BOX_TOLERANCE * max(image.shape[:2])
+        boxes = np.abs(one.boxes_xyxy[:, None] - other.boxes_xyxy[None]).max(axis=2, initial=0.0)
+        scores = np.abs(one.scores[:, None] - other.scores[None])
+        fits = (boxes <= tolerance) & (scores <= SCORE_TOLERANCE) & (one.labels[:, None] == other.labels[None])
+        alone, free = np.ones(len(one.labels), bool), np.ones(len(other.labels), bool)
+        for i in range(len(one.labels)):
+            candidates = np.flatnonzero(fits[i] & free)
+            if len(candidates):
+                nearest = candidates[np.argmin(boxes[i, candidates])]
+                alone[i] = free[nearest] = False
+                box_difference = max(box_difference, float(boxes[i, nearest]))
+                score_difference = max(score_difference, float(scores[i, nearest]))
+        for mine, left, others in ((one.scores, alone, other.scores), (other.scores, free, one.scores)):
+            limit = others.min() if len(others) >= max_detections else threshold
+            unmatched += int((mine[left] > limit + SCORE_TOLERANCE).sum())
+    detections = sum(len(one.labels) for one in live)
+    return Comparison(len(images), detections, unmatched, box_difference, score_difference)
+
+
+def seconds_of_each(detectors: Sequence[Detector | ExportedDetector], images: Images, times: int = 10) -> list[float]:
+    """Returns the median seconds per image of each detector, from pixels to boxes; they take turns on the same machine.
+
+    Both must have compiled their programs for the images.
+    """
+    taken: list[list[float]] = [[] for _ in detectors]
+    for turn in range(max(times, len(images))):
+        for detector, seconds in zip(detectors, taken, strict=True):
+            start = time.perf_counter()
+            detector.detect([images[turn % len(images)]])
+            seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds) for seconds in taken]
+
+
+def images_for(detector: Detector, files: Path | None, count: int) -> tuple[Images, str]:
+    """Returns the first `count` images of `files`, else of the validation data, else generated scenes, with a description.
+
+    Raises ConfigError or BadImage if `files` cannot be read. Missing validation images are not an error: a detector from
+    elsewhere has none, and a run may have moved to another machine. Damaged ones are left out.
     """
     if files is not None:
         found = list(image_files([files], out=Path(os.devnull)))[:count]  # nothing is drawn
         decoding = decoding_of_files(found, detector.config.data)
-        return [_read(file, decoding) for file in found], f"{len(found)} images of {files}"
+        images = []
+        for file in found:
+            try:
+                images.append(to_rgb(read_file(file, largest_file(MAX_PIXELS)), decoding))
+            except (OSError, BadImage) as error:
+                raise BadImage(f"{file}: {reason(error)}") from None
+        return images, f"{len(images)} images of {files}"
     try:
         source = open_source(detector.config.data, "val")
     except (ConfigError, DataError, OSError) as error:
         return _scenes(detector, count), f"{count} generated scenes ({reason(error)})"
-    images, why = [], ""
-    broken = 0
+    images, errors = [], []
     for index in range(min(count, len(source))):
         try:
             images.append(image_of(source, index))
         except (DataError, OSError) as error:
-            broken, why = broken + 1, reason(error)
-    left_out = f"{broken} that cannot be read left out, the last one: {why}" if broken else ""
+            errors.append(reason(error))
+    left_out = f"{len(errors)} unreadable ones left out, the last one: {errors[-1]}" if errors else ""
     if not images:
-        return _scenes(detector, count), f"{count} generated scenes (of {source.name}, {left_out or 'which has none'})"
+        return _scenes(detector, count), f"{count} generated scenes ({source.name}: {left_out or 'no images'})"
     return images, f"the first {len(images)} images of {source.name}" + (f" ({left_out})" if left_out else "")
 
 
 def _scenes(detector: Detector, count: int) -> Images:
-    scenes = ScenesConfig(size=max(64, detector.config.data.short_side))
-    return [draw_scene(scenes, VAL, i).image for i in range(count)]
-
-
-def _read(file: Path, decoding: Decoding) -> UInt8[np.ndarray, "_ _ 3"]:
-    try:
-        return to_rgb(read_file(file, largest_file(MAX_PIXELS)), decoding)
-    except OSError as error:
-        raise BadImage(f"{file}: {reason(error)}") from None
-    except BadImage as error:
-        raise BadImage(f"{file}: {error}") from None
+    size = max(64, detector.config.data.short_side)
+    return [draw_scene(ScenesConfig(size=size), VAL, i).image for i in range(count)]

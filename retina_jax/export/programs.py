@@ -1,47 +1,38 @@
-"""What travels: for each canvas a program that brings an image onto it, and one that finds the objects on a batch."""
+"""The programs of an exported detector: for each padded shape one that resizes an image, and one that detects in a batch."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import os
-import zipfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import export
-from jaxtyping import Array, Float32, Int, UInt8
+from jax import export, lax
+from jaxtyping import Array, Float, Float32, Int, UInt8
 
-from retina_jax import detector as tta
 from retina_jax.config import DataConfig
+from retina_jax.data.pipeline import LARGE
 from retina_jax.data.transforms import buckets, exact_canvas
 from retina_jax.detector import Detector
-from retina_jax.errors import reason
-from retina_jax.export.agreement import ExportError, check
-from retina_jax.export.loader import FORMAT, PILLOW_FORMAT, load
-from retina_jax.export.resizing import resize_to_canvas
 from retina_jax.ops.anchors import anchor_grid, level_counts
+from retina_jax.ops.boxes import rounded
 from retina_jax.ops.postprocess import detect
-from retina_jax.training.opening import code_commit, package_versions
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-"""What every program is lowered for, whatever device is at hand."""
+"""Every program is lowered for all of them, on any device."""
 
 
-def canvases(data: DataConfig) -> tuple[tuple[int, int], ...]:
-    """Every (height, width) that `detector.to_canvas` can choose for a single image, the order of `buckets` kept.
+def padded_shapes(data: DataConfig) -> tuple[tuple[int, int], ...]:
+    """Returns every (height, width) that `detector.to_canvas` can choose for a single image, in the order of `buckets`.
 
-    With `data.buckets` 0 these are all that the resize rule leads to: 83 where the short side is 800 and the long one 1333.
+    With `data.buckets` 0 these are all shapes that the resize rule can lead to: 83 for sides of 800 and 1333 pixels.
     """
     if data.buckets:
         return buckets(data, (data.short_side,))
     short, long = min(data.short_side, data.long_side), data.long_side
-    # Rounded down, a side that was to be `short` or `long` may come out one short of it: 163 * (801 / 163) < 801.
+    # Rounded down, a side can be one less than `short` or `long`: 163 * (801 / 163) < 801.
     lost = (0, 1) if data.size_rounding == "floor" else (0,)
     sizes = [(max(1, short - n), side) for n in lost for side in range(max(1, short - n), long + 1)]
     sizes += [(side, max(1, long - n)) for n in lost for side in range(1, short + 1)]
@@ -50,50 +41,39 @@ def canvases(data: DataConfig) -> tuple[tuple[int, int], ...]:
 
 
 def programs(detector: Detector) -> Iterator[tuple[str, bytes]]:
-    """(name, serialised program) of every canvas, as retina_jax/export/loader.py calls them.
+    """Yields (name, serialised program) for every padded shape, as retina_jax/export/loader.py calls them.
 
-    prepare_HxW: image uint8 [h, w, 3], its size int32 [2] (what lies beyond is not looked at), its size after the resize
-    int32 [2] -> canvas [H, W, 3]. The sides h and w are left open. With `data.resize` "pillow" there is none: the loader
-    calls Pillow.
-    detect_HxW: the parameters in the order of `jax.tree.leaves`, canvases [b, H, W, 3], sizes int32 [b, 2] after and before
-    the resize -> boxes_xyxy float32 [b, D, 4] in pixels of the images, scores float32 [b, D], labels int32 [b, D], -1 where
-    there is none. The batch b is left open.
+    prepare_HxW: image uint8 [h, w, 3], its size int32 [2] (pixels beyond it are ignored), its size after the resize int32
+    [2] -> padded image [H, W, 3]. The sides h and w are symbolic. With `data.resize` "pillow" there is no such program: the
+    loader calls Pillow.
+    detect_HxW: the parameters in the order of `jax.tree.leaves`, padded images [b, H, W, 3], sizes int32 [b, 2] after and
+    before the resize -> boxes_xyxy float32 [b, D, 4] in pixels of the images, scores float32 [b, D], labels int32 [b, D], -1
+    where there is no detection. The batch b is symbolic.
     """
     h, w, b = export.symbolic_shape("h, w, b")
-    pixels, size = detector.config.data.pixels, jax.ShapeDtypeStruct((2,), np.int32)
+    data, size = detector.config.data, jax.ShapeDtypeStruct((2,), np.int32)
     sizes = jax.ShapeDtypeStruct((b, 2), np.int32)
     parameters = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(detector.variables)]
-    for canvas in canvases(detector.config.data):
-        batch = jax.ShapeDtypeStruct((b, *canvas, 3), pixels)
-        prepare, find = _prepare(detector, canvas), _detect(detector, canvas)
-        name = f"{canvas[0]}x{canvas[1]}"
-        if detector.config.data.resize != "pillow":
+    for shape in padded_shapes(data):
+        name = f"{shape[0]}x{shape[1]}"
+        if data.resize != "pillow":
+            prepare = partial(resize_and_pad, shape=shape, kind=data.resize, pixels=data.pixels)
             yield f"prepare_{name}", _exported(prepare, jax.ShapeDtypeStruct((h, w, 3), np.uint8), size, size)
-        yield f"detect_{name}", _exported(find, parameters, batch, sizes, sizes)
+        batch = jax.ShapeDtypeStruct((b, *shape, 3), data.pixels)
+        yield f"detect_{name}", _exported(_detect(detector, shape), parameters, batch, sizes, sizes)
 
 
 def _exported(program: Any, *arguments: Any) -> bytes:
     return bytes(export.export(jax.jit(program), platforms=PLATFORMS)(*arguments).serialize())
 
 
-def _prepare(detector: Detector, canvas: tuple[int, int]) -> Any:
-    data = detector.config.data
-
-    def prepare(
-        image: UInt8[Array, "h w 3"], size_hw: Int[Array, " 2"], resized_hw: Int[Array, " 2"]
-    ) -> UInt8[Array, "H W 3"] | Float32[Array, "H W 3"]:
-        return resize_to_canvas(image, size_hw, resized_hw, canvas, data.resize, data.pixels)
-
-    return prepare
-
-
-def _detect(detector: Detector, canvas: tuple[int, int]) -> Any:
+def _detect(detector: Detector, shape: tuple[int, int]) -> Any:
     config, model = detector.config, detector.driver.model
     structure = jax.tree.structure(detector.variables)
-    anchors = anchor_grid(canvas, config.anchors, config.model)
-    counts = level_counts(canvas, config.anchors, config.model)
+    anchors = anchor_grid(shape, config.anchors, config.model)
+    counts = level_counts(shape, config.anchors, config.model)
 
-    def find(
+    def detect_batch(
         parameters: list[Array],
         images: UInt8[Array, "b H W 3"] | Float32[Array, "b H W 3"],
         resized_hw: Int[Array, "b 2"],
@@ -101,87 +81,128 @@ def _detect(detector: Detector, canvas: tuple[int, int]) -> Any:
     ) -> tuple[Float32[Array, "b D 4"], Float32[Array, "b D"], Int[Array, "b D"]]:
         logits, deltas = model.apply(jax.tree.unflatten(structure, parameters), images, resized_hw, train=False)
         found = detect(logits, deltas, jnp.asarray(anchors), counts, resized_hw, config.detection)
-        boxes_xyxy = _to_original_pixels(found.boxes_xyxy, resized_hw, size_hw, config.data)
+        # To pixels of the original images, as in evaluation, and clipped to them.
+        before, after = (jnp.tile(size[:, ::-1], 2)[:, None].astype(jnp.float32) for size in (size_hw, resized_hw))
+        scale, boxes_xyxy = after / before, found.boxes_xyxy
+        if config.data.box_ends == "inclusive":
+            boxes_xyxy = boxes_xyxy - (1 - scale) * np.array([[[0, 0, 1, 1]]], np.float32)
+        boxes_xyxy = jnp.clip(boxes_xyxy / scale, 0.0, before)
         return jnp.where(found.labels[..., None] >= 0, boxes_xyxy, 0.0), found.scores, found.labels
 
-    return find
+    return detect_batch
 
 
-def _to_original_pixels(
-    boxes_xyxy: Float32[Array, "b D 4"], resized_hw: Int[Array, "b 2"], size_hw: Int[Array, "b 2"], data: DataConfig
-) -> Float32[Array, "b D 4"]:
-    """As `preprocessing.to_original_pixels`, cut to the images."""
-    before, after = (jnp.tile(size[:, ::-1], 2)[:, None].astype(jnp.float32) for size in (size_hw, resized_hw))
-    scale = after / before
-    if data.box_ends == "inclusive":
-        boxes_xyxy = boxes_xyxy - (1 - scale) * np.array([[[0, 0, 1, 1]]], np.float32)
-    return jnp.clip(boxes_xyxy / scale, 0.0, before)
+# The resize of evaluation (`data.transforms.resize`, TensorFlow's) on the device: the same float32 operations in the same
+# order. Sizes are values and not shapes, so one program serves every image that fits its storage. On the CPU all uint8
+# pixels are equal (tested); on a device that rounds differently, a pixel can differ by one grey level. XLA fuses a product
+# with a sum, and two divisions, which rounds once where TensorFlow rounds twice: `rounded` separates them.
+#
+# jax.image.scale_and_translate was tried on 60 images of noise, with storage that repeats the last pixels. Bilinear, 42 % of
+# the images differed from evaluation in some pixels (0.08 % of them, by one grey level); with antialias 97 % did (2.4 % of
+# the pixels, by up to 14 levels, since its weights at the image's edge also cover the storage).
 
 
-# A detector into one file: its programs, its parameters and what must be known of it.
+def resize_and_pad(
+    image: UInt8[Array, "h w 3"],
+    size_hw: Int[Array, " 2"],
+    resized_hw: Int[Array, " 2"],
+    shape: tuple[int, int],
+    kind: Literal["bilinear", "antialias"],
+    pixels: Literal["uint8", "float32"],
+) -> UInt8[Array, "H W 3"] | Float32[Array, "H W 3"]:
+    """Resizes the image in the upper left `size_hw` of `image` to `resized_hw` and pads it with zeros to `shape`.
 
-
-def ship(detector: Detector, path: Path, source: str, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> str:
-    """Write the file, load it, and keep it where it answers about `images` as `detector` does; what `check` tells.
-
-    Raises ExportError where it does not, or cannot be written: then what stood at `path` before still does. So does a
-    detector with test-time augmentation, of which a file has none.
+    `kind` and `pixels` are those of DataConfig. Pixels of `image` beyond `size_hw` are ignored. Sizes must be at least 1 and
+    `resized_hw` at most `shape`; this is not checked.
     """
-    if tta.versions(detector.config) > 1:
-        raise ExportError(
-            "detection.tta_flip, detection.tta_short_sides: test-time augmentation is not shipped; "
-            "add --detection.no-tta-flip --detection.tta-short-sides"
-        )
-    with kept_if_no_error(path) as beside:
-        write_file(beside, detector, source)
-        return check(detector, load(str(beside)), images)
+    # `resize` adds the half that makes truncation round before the weights, `resize_large` after them.
+    rounds = pixels == "uint8"
+    small = size_hw[0] * size_hw[1] <= LARGE
+    before = jnp.where(small, 0.5, 0.0).astype(jnp.float32) if rounds else jnp.float32(0)
+    axes = [(shape[i], size_hw[i], resized_hw[i]) for i in (0, 1)]
+
+    def read(y: Int[Array, " n"]) -> Float32[Array, "n w 3"]:
+        return image[y].astype(jnp.float32) + before
+
+    if kind == "antialias":
+        reduced = (size_hw > resized_hw).any()
+        resized = lax.cond(reduced, lambda: _antialias(read, *axes), lambda: _bilinear(read, *axes))
+    else:
+        resized = _bilinear(read, *axes)
+    if rounds:
+        resized = (resized + (0.5 - before)).astype(jnp.uint8)
+    rows, columns = (jnp.arange(side) < size for side, size in zip(shape, resized_hw, strict=True))
+    return jnp.where((rows[:, None] & columns[None, :])[:, :, None], resized, 0)
 
 
-def write_file(path: Path, detector: Detector, source: str) -> None:
-    """Write `detector`, which came from `source`, as loader.py reads it. Raises ExportError where it cannot be written."""
-    data = detector.config.data
-    about = {
-        "format": PILLOW_FORMAT if data.resize == "pillow" else FORMAT,
-        "source": source,
-        "step": detector.step,
-        "class_names": list(detector.shown_names),
-        "category_ids": list(detector.category_ids),
-        "short_side": data.short_side,
-        "long_side": data.long_side,
-        "size_rounding": data.size_rounding,
-        "resize": data.resize,
-        "pixels": data.pixels,
-        "bits": None if data.bits == "auto" else data.bits,
-        "canvases": canvases(data),
-        "max_detections": detector.config.detection.max_detections,
-        "score_threshold": detector.config.detection.score_threshold,
-        "platforms": PLATFORMS,
-        "commit": code_commit(),
-        "versions": package_versions(),
-    }
-    arrays = io.BytesIO()
-    # Numbered, so that their order is that of the programs' first argument.
-    np.savez(arrays, **{f"{i:04d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(detector.variables))})
-    try:
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-            file.writestr("about.json", json.dumps(about, indent=1))
-            file.writestr("parameters.npz", arrays.getbuffer(), zipfile.ZIP_STORED)
-            for name, program in programs(detector):
-                file.writestr(f"programs/{name}", program)
-    except OSError as error:
-        raise ExportError(f"--out {path}: cannot be written: {reason(error)}") from None
+Axis = tuple[int, Int[Array, ""], Int[Array, ""]]
+"""Padded side, side of the image, side of the resized image."""
+Rows = Callable[[Int[Array, " n"]], Float32[Array, "n m 3"]]
 
 
-@contextlib.contextmanager
-def kept_if_no_error(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its place when the block ends, and is gone where that is by an error."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
-        beside.replace(path)
-    except OSError as error:
-        raise ExportError(f"--out {path}: cannot be written: {reason(error)}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+def _bilinear(read: Rows, vertical: Axis, horizontal: Axis) -> Float32[Array, "H W 3"]:
+    """TensorFlow's ResizeBilinear with half-pixel centres: along x, then along y."""
+    (y0, y1, down), (x0, x1, right) = (_neighbours(*axis) for axis in (vertical, horizontal))
+
+    def along_x(y: Int[Array, " H"]) -> Float32[Array, "H W 3"]:
+        rows = read(y)
+        return _between(rows[:, x0], rows[:, x1], right[None, :, None])
+
+    return _between(along_x(y0), along_x(y1), down[:, None, None])
+
+
+def _neighbours(
+    count: int, size: Int[Array, ""], resized: Int[Array, ""]
+) -> tuple[Int[Array, " n"], Int[Array, " n"], Float[Array, " n"]]:
+    """Returns, for each of `count` new pixels, the two old pixels around its centre and its distance from the first."""
+    scale = size.astype(jnp.float32) / resized.astype(jnp.float32)
+    place = rounded((jnp.arange(count, dtype=jnp.float32) + 0.5) * scale) - 0.5
+    low = jnp.floor(place)
+    first, second = (jnp.clip(p.astype(jnp.int32), 0, size - 1) for p in (low, jnp.ceil(place)))
+    return first, second, place - low
+
+
+def _between(a: Float[Array, "H W 3"], b: Float[Array, "H W 3"], share: Float[Array, "_ _ 1"]) -> Float[Array, "H W 3"]:
+    return a + rounded((b - a) * share)
+
+
+def _antialias(read: Rows, vertical: Axis, horizontal: Axis) -> Float32[Array, "H W 3"]:
+    """TensorFlow's ScaleAndTranslate with the triangle kernel: along y, then along x."""
+    rows = _weighted_sum(_spans(*vertical), read, vertical[1])
+    columns = _weighted_sum(_spans(*horizontal), lambda x: rows[:, x].swapaxes(0, 1), horizontal[1])
+    return columns.swapaxes(0, 1)
+
+
+class _Spans(NamedTuple):
+    """The old pixels in the weighted sum of each of n new pixels."""
+
+    first: Int[Array, " n"]
+    last: Int[Array, " n"]
+    centre: Float[Array, " n"]
+    reach: Float[Array, ""]
+    """Half the width of the triangle, in old pixels: 1 if the image is enlarged."""
+
+
+def _spans(count: int, size: Int[Array, ""], resized: Int[Array, ""]) -> _Spans:
+    old = 1 / rounded(resized.astype(jnp.float32) / size.astype(jnp.float32))
+    reach = jnp.maximum(old, 1.0)
+    centre = rounded((jnp.arange(count, dtype=jnp.float32) + 0.5) * old)
+    ends = jnp.ceil(centre - reach - 0.5), jnp.floor(centre + reach - 0.5)
+    return _Spans(*(jnp.clip(end.astype(jnp.int32), 0, size - 1) for end in ends), centre, reach)
+
+
+def _weighted_sum(spans: _Spans, read: Rows, size: Int[Array, ""]) -> Float32[Array, "n m 3"]:
+    """Returns, for each span, the sum of `read` over its pixels in order, with weights that sum to 1."""
+    most = (spans.last - spans.first).max() + 1
+
+    def weight(k: Int[Array, ""]) -> Float[Array, " n"]:
+        from_centre = (spans.first + k).astype(jnp.float32) + 0.5 - spans.centre
+        inside = spans.first + k <= spans.last
+        return jnp.where(inside, 1 - jnp.minimum(jnp.abs(from_centre * (1 / spans.reach)), 1.0), 0.0)
+
+    def add(k: Int[Array, ""], total: Float32[Array, "n m 3"]) -> Float32[Array, "n m 3"]:
+        pixels = read(jnp.minimum(spans.first + k, size - 1))
+        return total + rounded((weight(k) * share)[:, None, None] * pixels)
+
+    share = 1 / lax.fori_loop(0, most, lambda k, total: total + weight(k), jnp.zeros_like(spans.centre))
+    return lax.fori_loop(0, most, add, jnp.zeros_like(jax.eval_shape(read, spans.first)))

@@ -1,1 +1,1 @@
-"""The paper's numbers, and its tables and figures made again from runs of one's own."""
+"""The paper's numbers, and its tables and figures computed from your own runs."""

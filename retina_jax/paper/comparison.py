@@ -1,182 +1,159 @@
-"""Sweeps beside the paper's tables: row by row the paper's figure, ours, and the differences; what did not run says so.
+"""Sweeps next to the paper's tables: for each row the paper's scores, ours, and the differences.
 
-`build_report` makes tables of plain text, which `markdown.py` and `html.py` write down.
+`build_report` computes tables of plain text and charts as data; `retina_jax.reports` draws them.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
+from retina_jax.paper import wording
 from retina_jax.paper.published import AP, TABLES, Row
-from retina_jax.paper.results import Point, Sweep
-from retina_jax.paper.sides import Mean, Side, sides_of, stable_points
-from retina_jax.paper.wording import (
-    PAPER_CONFIG,
-    base_of,
-    changes_of,
-    departures,
-    divergence,
-    hardware_of,
-    origins,
-    seeds_of,
-    signed,
-    splits_of,
-    state_of,
-    status,
-)
-from retina_jax.reports.charts import Line, line_chart
+from retina_jax.paper.results import PointResult, Side, SweepResult, sides_of, splits_of
 from retina_jax.runs.record import FILE
 
-TEST_DEV = (
-    "The paper's figures are on test-dev, whose labels are not public; our runs were evaluated on {ours}. Figures on "
-    "different splits are not subtracted. On minival the paper has RetinaNet-50-600 (Table 1b) and RetinaNet-101-600 (Table "
-    "1d). RUN/{file}, with the scores that COCO's server returned for a run, adds our figures on test-dev."
-)
-"""Note on a table that the paper has on test-dev."""
 OWN_TITLES = {"fig7": "Figure 7: FL* over γ and β"}
-"""Sweeps of the paper for which it prints no numbers."""
+"""Titles of sweeps of the paper for which it prints no numbers."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A field of a table."""
+    """A cell of a table."""
 
     text: str
     bold: bool = False
 
 
 @dataclass(frozen=True)
+class Curve:
+    """A curve; lines with the same label look the same."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    """(x, y), by rising x."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A line chart."""
+
+    lines: list[Curve]
+    x_label: str
+    y_label: str
+    log_y: bool = False
+
+
+@dataclass(frozen=True)
 class Section:
-    """A table of the report, with what belongs to it."""
+    """A table of the report and the texts around it."""
 
     name: str
     title: str
     notes: list[str]
     header: list[str]
     rows: list[list[Cell]]
-    """A row of one cell is a heading over those that follow."""
+    """A row of one cell is a heading above the rows that follow."""
     summary: str
-    """The section in a line."""
-    charts: dict[str, str] = field(default_factory=dict)
-    """SVG by what it shows: ap, loss."""
+    """The section in one line."""
+    charts: dict[str, Chart] = field(default_factory=dict)
+    """By what they show: ap, loss."""
     footnotes: list[str] = field(default_factory=list)
-    """What stands under the table."""
+    """Notes under the table."""
     runs: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     """Title and facts of each run."""
 
 
-def build_report(sweeps: Sequence[Sweep]) -> list[Section]:
-    """A section a sweep: the paper's tables in its order, then a person's own sweeps."""
+def build_report(sweeps: Sequence[SweepResult]) -> list[Section]:
+    """Returns one section per sweep: the paper's tables in its order, then the user's own sweeps."""
     order = [*TABLES, *OWN_TITLES]
     ranked = sorted(sweeps, key=lambda s: (order.index(s.name) if s.name in order else len(order), s.name))
-    return [_section(sweep) for sweep in ranked]
-
-
-def _section(sweep: Sweep) -> Section:
-    layout = _Layout(sweep)
-    paper = layout.paper
-    lines: list[list[Cell]] = []
-    group = ""
-    for row in layout.rows:
-        if row.group != group:
-            group = row.group
-            lines.append([Cell(group)])
-        lines.append(layout.line(row))
-    notes = [f"Sweep {sweep.file} over {base_of(sweep)}; scores in percent."]
-    if layout.apart:
-        notes.append(
-            f"These runs are not of the paper's config (configs/{PAPER_CONFIG}): {'; '.join(layout.apart)}. Absolute values "
-            "are not comparable with the paper's; compare the differences between rows."
-        )
-    if paper and paper.split == "test-dev":
-        notes.append(TEST_DEV.format(ours=splits_of(sweep), file=FILE))
-    return Section(
-        name=sweep.name,
-        title=paper.title if paper else OWN_TITLES.get(sweep.name, f"Sweep {sweep.name}"),
-        notes=notes,
-        header=layout.header(),
-        rows=lines,
-        summary=_summary(layout),
-        charts=_charts(sweep),
-        footnotes=[*([paper.note] if paper and paper.note else []), *origins(sweep)],
-        runs=[_facts(point) for point in sweep.points],
-    )
+    return [_Layout(sweep).section() for sweep in ranked]
 
 
 class _Layout:
-    """The columns of a sweep's table: settings, each score of both sides, times where the paper has them, seeds."""
+    """The table of a sweep: settings, each score on each side, times if the paper has them, seeds."""
 
-    def __init__(self, sweep: Sweep) -> None:
+    def __init__(self, sweep: SweepResult) -> None:
         self.sweep, self.paper = sweep, TABLES.get(sweep.name)
         self.rows = list(self.paper.rows) if self.paper else []
         known = {row.name for row in self.rows}
-        for name in sweep.names:  # points that the paper does not have follow those it has
+        for name in sweep.names:  # points that the paper does not have come last
             if name not in known:
-                blank = ("",) * (len(self.paper.columns) - 1) if self.paper else (changes_of(sweep.seeds(name)[0]),)
-                self.rows.append(Row(name, (name, *blank)))
+                own = wording.overrides_text(sweep.seeds(name)[0].overrides) or "none"
+                rest = ("",) * (len(self.paper.columns) - 1) if self.paper else (own,)
+                self.rows.append(Row(name, (name, *rest)))
         self.metrics = self.paper.metrics if self.paper else AP
         self.sides = sides_of(sweep, self.paper, self.metrics)
-        self.stable = stable_points(sweep)
-        self.apart = departures(sweep) if self.paper else []
+        self.stable = [name for name in sweep.names if not wording.divergence(sweep.seeds(name))]
+        """Points without a diverged seed; only these can be the best."""
+        self.departures = wording.departures(sweep) if self.paper else []
         self.timed = self.paper is not None and all(row.milliseconds for row in self.paper.rows)
 
-    @property
-    def means(self) -> Mapping[str, Mapping[str, Mean]]:
-        """The runs' own evaluations, by point and score."""
-        return self.sides[-1].means
+    def section(self) -> Section:
+        """Returns the table with its notes and charts."""
+        sweep, paper = self.sweep, self.paper
+        columns = list(self._columns())
+        lines: list[list[Cell]] = []
+        for place, row in enumerate(self.rows):
+            if row.group != (self.rows[place - 1].group if place else ""):
+                lines.append([Cell(row.group)])
+            lines.append([cell(row) for _, cell in columns])
+        base = sweep.base + (f" with {wording.overrides_text(sweep.overrides)}" if sweep.overrides else "")
+        notes = [f"Sweep {sweep.file} over {base}; scores in percent."]
+        if self.departures:
+            notes.append(
+                f"These runs do not use the paper's config (configs/{wording.PAPER_CONFIG}): {'; '.join(self.departures)}. "
+                "Absolute values are not comparable with the paper's; compare the differences between rows."
+            )
+        if paper and paper.split == "test-dev":
+            notes.append(
+                "The paper's scores are on test-dev, whose labels are not public; our runs were evaluated on "
+                f"{splits_of(sweep)}. Scores on different splits are not subtracted. On minival the paper has "
+                f"RetinaNet-50-600 (Table 1b) and RetinaNet-101-600 (Table 1d). RUN/{FILE}, with the scores that COCO's "
+                "server returned for a run, adds our scores on test-dev."
+            )
+        return Section(
+            name=sweep.name,
+            title=paper.title if paper else OWN_TITLES.get(sweep.name, f"Sweep {sweep.name}"),
+            notes=notes,
+            header=[heading for heading, _ in columns],
+            rows=lines,
+            summary=self._summary(),
+            charts=_charts(sweep),
+            footnotes=[*([paper.note] if paper and paper.note else []), *wording.origins(sweep)],
+            runs=[_facts(point) for point in sweep.points],
+        )
 
-    def header(self) -> list[str]:
-        """One heading per column; those of scores name their split."""
-        names = list(self.paper.columns) if self.paper else ["point", "overrides"]
+    def _columns(self) -> Iterator[tuple[str, Callable[[Row], Cell]]]:
+        """Yields the heading of each column and the function that returns its cell in a row."""
+        for place, name in enumerate(self.paper.columns if self.paper else ("point", "overrides")):
+            yield name, lambda row, place=place: Cell(row.settings[place])
         for m in self.metrics:
             for side in self.sides:
-                names += [f"{m}, paper ({side.split})"] * side.is_printed(m)
-                names += [f"{m}, ours ({side.ours})"] * side.has_ours()
-                if m == "AP" and side.compares(m):
-                    names.append("Δ AP, ours − paper" + ("" if side.of_run else f" ({side.split})"))
-            if m == "AP" and self.apart:
-                on = "" if self.paper.split == "minival" else f" ({self.paper.split})"
-                names.append(f"Δ AP to {self.paper.reference_label}, paper{on} / ours")
+                has_paper = any(m in scores for scores in side.paper.values())
+                has_ours = side.from_runs or any(side.means.values())
+                if has_paper:
+                    yield f"{m}, paper ({side.split})", partial(self._paper_cell, m, side)
+                if has_ours:
+                    yield f"{m}, ours ({side.ours})", partial(self._our_cell, m, side)
+                if m == "AP" and has_paper and has_ours:
+                    split = "" if side.from_runs else f" ({side.split})"
+                    yield f"Δ AP, ours − paper{split}", partial(_difference, m, side)
+            if m == "AP" and self.departures:
+                split = "" if self.paper.split == "minival" else f" ({self.paper.split})"
+                yield f"Δ AP to {self.paper.reference_label}, paper{split} / ours", self._to_reference
         if self.timed:
-            names += ["ms an image, paper (M40)", f"ms an image, ours ({hardware_of(self.sweep)})"]
-        return [*names, "seeds"]
+            measured = dict.fromkeys(p.result.latency["hardware"] for p in self.sweep.points if p.result.latency)
+            yield "ms per image, paper (M40)", lambda row: Cell(f"{row.milliseconds:.0f}" if row.milliseconds else "")
+            yield f"ms per image, ours ({', '.join(measured) or 'not measured'})", self._time
+        yield "seeds", lambda row: Cell(wording.seeds_of(self._points(row)))
 
-    def line(self, row: Row) -> list[Cell]:
-        """One cell per column."""
-        points = self._points(row)
-        cells = [Cell(setting) for setting in row.settings]
-        for m in self.metrics:
-            for side in self.sides:
-                cells += self._scores(row, m, side)
-            if m == "AP" and self.apart:
-                cells.append(Cell(self._to_reference(row)))
-        if self.timed:
-            times = [p.result.latency["milliseconds"] for p in points if p.result.latency]
-            cells.append(Cell(f"{row.milliseconds:.0f}" if row.milliseconds else ""))
-            cells.append(Cell(f"{statistics.fmean(times):.1f}" if times else ""))
-        return [*cells, Cell(seeds_of(points))]
-
-    def _scores(self, row: Row, metric: str, side: Side) -> list[Cell]:
-        """The cells of a score on one split: the paper's, ours, their difference (in brackets unless it is AP)."""
-        points, mean, printed = self._points(row), side.of_ours(row, metric), side.of_paper(row, metric)
-        difference = signed(mean.value - printed) if mean and printed is not None else ""
-        cells = [self._printed(row, metric, side)] if side.is_printed(metric) else []
-        if not side.has_ours():
-            return cells
-        text = str(mean) if mean else ""
-        if metric == "AP" and side.of_run and row.name:
-            text = "; ".join(filter(None, [text, divergence(points)])) if mean else state_of(points)
-        if metric != "AP" and difference and not self.apart:
-            text += f" ({difference})"
-        best = mean and row.name in self.stable and round(mean.value, 1) == side.best_of_ours(self.stable, metric)
-        cells.append(Cell(text, bool(best)))
-        return [*cells, Cell(difference)] if metric == "AP" and side.compares(metric) else cells
-
-    def _printed(self, row: Row, metric: str, side: Side) -> Cell:
-        """The paper's figure, in its first column of AP with what it says of the row."""
+    def _paper_cell(self, metric: str, side: Side, row: Row) -> Cell:
+        """Returns the paper's score; its first column of AP also has the paper's note on the row."""
         note = row.note if metric == "AP" and side is self.sides[0] else ""
         value = side.of_paper(row, metric)
         if value is None:
@@ -184,71 +161,91 @@ class _Layout:
         text = f"{'≈ ' if row.derived else ''}{value:.1f}" + (f" ({note})" if note else "")
         return Cell(text, value == side.best_of_paper(self.rows, metric))
 
-    def _to_reference(self, row: Row) -> str:
-        reference = next(r for r in self.paper.rows if r.name == self.paper.reference)
-        of_paper = signed(row.scores["AP"] - reference.scores["AP"]) if "AP" in row.scores else "–"
-        return f"{of_paper} / {self._paired(row, reference)}"
+    def _our_cell(self, metric: str, side: Side, row: Row) -> Cell:
+        """Returns our score: for AP with the state of the seeds, else with the difference to the paper in brackets."""
+        points, mean = self._points(row), side.of_ours(row, metric)
+        text = str(mean) if mean else ""
+        if metric == "AP" and side.from_runs and row.name:
+            text = "; ".join(filter(None, [text, wording.divergence(points)])) if mean else wording.state_of(points)
+        difference = _difference(metric, side, row).text
+        if metric != "AP" and difference and not self.departures:
+            text += f" ({difference})"
+        stable = [side.means.get(name, {}).get(metric) for name in self.stable]
+        best = max((round(other.value, 1) for other in stable if other), default=None)
+        return Cell(text, mean is not None and row.name in self.stable and round(mean.value, 1) == best)
 
-    def _paired(self, row: Row, other: Row) -> str:
-        """Mean difference in AP of two rows over the seeds that both have; that of their means would mix seeds in."""
+    def _time(self, row: Row) -> Cell:
+        times = [p.result.latency["milliseconds"] for p in self._points(row) if p.result.latency]
+        return Cell(f"{statistics.fmean(times):.1f}" if times else "")
+
+    def _to_reference(self, row: Row) -> Cell:
+        """Returns the difference in AP to the reference row: the paper's / ours, the mean over the seeds of both rows."""
+        reference = next(r for r in self.paper.rows if r.name == self.paper.reference)
+        of_paper = wording.signed(row.scores["AP"] - reference.scores["AP"]) if "AP" in row.scores else "–"
         a, b = (
-            {p.seed: p.result.scores["AP"] for p in self._points(r) if "AP" in p.result.scores} for r in (row, other)
+            {p.seed: p.result.scores["AP"] for p in self._points(r) if "AP" in p.result.scores}
+            for r in (row, reference)
         )
         both = sorted(a.keys() & b.keys())
         if not both:
-            return "–"
+            return Cell(f"{of_paper} / –")
         fewer = f" ({len(both)} {'seed' if len(both) == 1 else 'seeds'})" if len(both) < max(len(a), len(b)) else ""
-        return signed(statistics.fmean(a[seed] - b[seed] for seed in both)) + fewer
+        ours = wording.signed(statistics.fmean(a[seed] - b[seed] for seed in both))
+        return Cell(f"{of_paper} / {ours}{fewer}")
 
-    def _points(self, row: Row) -> list[Point]:
+    def _points(self, row: Row) -> list[PointResult]:
         return self.sweep.seeds(row.name) if row.name else []
 
+    def _summary(self) -> str:
+        paper, means = self.paper, self.sides[-1].means
+        scored = {name: values["AP"] for name, values in means.items() if "AP" in values}
+        names = {row.name for row in self.rows if row.name}
+        text = f"{self.sweep.name}: {len(scored)} of {len(names)} rows have an AP"
+        if stable := [name for name in self.stable if name in scored]:
+            name = max(stable, key=lambda n: scored[n].value)
+            text += f"; best {name} {scored[name]}"
+        if paper and self.sides[0].best_of_paper(self.rows, "AP") is not None:
+            row = max((r for r in paper.rows if r.name), key=lambda r: r.scores.get("AP", -1.0))
+            text += f" (paper: {row.name} {row.scores['AP']:.1f} on {paper.split})"
+        diverged = sum(p.result.status == "diverged" for p in self.sweep.points)
+        return text + (f"; {diverged} diverged" if diverged else "")
 
-def _charts(sweep: Sweep) -> dict[str, str]:
-    """AP of the runs that were evaluated more than once, and the smoothed classification loss of all."""
+
+def _difference(metric: str, side: Side, row: Row) -> Cell:
+    mean, printed = side.of_ours(row, metric), side.of_paper(row, metric)
+    return Cell(wording.signed(mean.value - printed) if mean and printed is not None else "")
+
+
+def _charts(sweep: SweepResult) -> dict[str, Chart]:
+    """Returns the AP of runs with several evaluations, and the smoothed classification loss of all runs."""
     runs = {(p.name, p.result.folder): p.result for p in sweep.points}
-    ap = [Line(name, run.ap) for (name, _), run in runs.items() if len(run.ap) > 1]
-    loss = [Line(name, smoothed(run.loss)) for (name, _), run in runs.items() if len(run.loss) > 1]
-    charts = {}
-    if ap:
-        charts["ap"] = line_chart(ap, "step", f"AP, {splits_of(sweep)}")
+    ap = [Curve(name, run.ap) for (name, _), run in runs.items() if len(run.ap) > 1]
+    loss = [Curve(name, smoothed(run.loss)) for (name, _), run in runs.items() if len(run.loss) > 1]
+    charts = {"ap": Chart(ap, "step", f"AP, {splits_of(sweep)}")} if ap else {}
     if any(y > 0 for line in loss for _, y in line.points):
-        charts["loss"] = line_chart(loss, "step", "classification loss, smoothed", log_y=True)
+        charts["loss"] = Chart(loss, "step", "classification loss, smoothed", log_y=True)
     return charts
 
 
 def smoothed(points: Sequence[tuple[float, float]], share: float = 0.05, most: int = 200) -> list[tuple[float, float]]:
-    """Mean of each window of `share` of the points around a point, cut at both ends alike; at most `most` points."""
+    """Returns the mean over a window of `share` of the points around each point; at most `most` points.
+
+    Windows are symmetric, hence shorter near the ends, so that the ends are not pulled inwards. The last point is kept.
+    """
     half = int(len(points) * share / 2)
     values = [y for _, y in points]
     means = []
     for i, (x, _) in enumerate(points):
-        reach = min(half, i, len(points) - 1 - i)  # even to both sides, so that the ends are not pulled inwards
+        reach = min(half, i, len(points) - 1 - i)
         means.append((x, statistics.fmean(values[i - reach : i + reach + 1])))
     every = math.ceil(len(means) / most)
-    return means[::-every][::-1]  # the last point always stays
+    return means[::-every][::-1]
 
 
-def _facts(point: Point) -> tuple[str, dict[str, str]]:
+def _facts(point: PointResult) -> tuple[str, dict[str, str]]:
     result = point.result
-    facts = {"folder": str(result.folder), "overrides": changes_of(point), **result.details}
+    overrides = wording.overrides_text(point.overrides) or "none"
+    facts = {"folder": str(result.folder), "overrides": overrides, **result.details}
     if result.message:
         facts["message"] = result.message
-    return f"{point.name}, seed {point.seed}: {status(result)}", facts
-
-
-def _summary(layout: _Layout) -> str:
-    sweep, paper = layout.sweep, layout.paper
-    scored = {name: values["AP"] for name, values in layout.means.items() if "AP" in values}
-    wanted = [row.name for row in paper.rows if row.name] if paper else []
-    rows = list(dict.fromkeys([*wanted, *sweep.names]))
-    text = f"{sweep.name}: {len(scored)} of {len(rows)} rows have an AP"
-    stable = [name for name in layout.stable if name in scored]
-    if stable:
-        name = max(stable, key=lambda n: scored[n].value)
-        text += f"; best {name} {scored[name]}"
-    if paper and layout.sides[0].best_of_paper(layout.rows, "AP") is not None:
-        row = max((r for r in paper.rows if r.name), key=lambda r: r.scores.get("AP", -1.0))
-        text += f" (paper: {row.name} {row.scores['AP']:.1f} on {paper.split})"
-    diverged = sum(p.result.status == "diverged" for p in sweep.points)
-    return text + (f"; {diverged} diverged" if diverged else "")
+    return f"{point.name}, seed {point.seed}: {wording.status(result)}", facts

@@ -1,36 +1,37 @@
-"""The paper's figures that are plots: 1, 2, 4, 5, 6 and 7, drawn with the package's own losses."""
+"""The paper's plots: Figures 1, 2, 4, 5, 6 and 7, computed with the package's own classification losses.
+
+Losses are curves over x_t = y x (equation 6), without alpha: with a single class and target 1 the logit is x_t, and with
+alpha = 1 the weight is 1, so the curves are those of the losses that train.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Array, Float, Float32, Float64
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from retina_jax.config import ConfigError
-from retina_jax.paper.loss_analysis import (
-    GAMMAS,
-    SELECTED,
-    cumulative_loss,
-    fl,
-    fl_star,
-    loss_slopes,
-    loss_values,
-    x_of_p,
-)
-from retina_jax.paper.published import OTHER_SYSTEMS, TABLE_1E
-from retina_jax.reports.charts import COLOURS
+from retina_jax.losses.focal import ClassificationLoss, cross_entropy, focal, focal_star
+from retina_jax.paper.measured import StarRun, Timed
+from retina_jax.paper.published import OTHER_SYSTEMS, TABLES
 
 SUFFIXES = (".png", ".svg", ".pdf")
 """Of the files that can be written."""
-BLUE, ORANGE = COLOURS[:2]
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+"""Distinguishable for colour-blind readers (Okabe and Ito)."""
+BLUE, ORANGE, GREEN = COLOURS[:3]
 GREY = "#555555"
+GAMMAS = (0.0, 0.5, 1.0, 2.0)
+"""The curves of Figure 4."""
 LOOK = {
     "font.size": 10,
     "axes.grid": True,
@@ -47,37 +48,86 @@ LOOK = {
 }
 
 
-@dataclass(frozen=True)
-class Timed:
-    """A run of Table 1e as Figure 2 shows it."""
-
-    depth: str
-    """50 or 101, which choose its looks, or whatever the person's own sweep calls it."""
-    network: str
-    """What the legend calls it; a miniature's "50" is no ResNet-50."""
-    scale: str
-    """Short side, pixels."""
-    milliseconds: float
-    ap: float
-    """Percent."""
+def fl(gamma: float) -> ClassificationLoss:
+    """Returns the focal loss, equation 4."""
+    return partial(focal, alpha=1.0, gamma=gamma)
 
 
-@dataclass(frozen=True)
-class StarRun:
-    """A finished run of FL* as Figure 7 shows it."""
+def fl_star(gamma: float, beta: float) -> ClassificationLoss:
+    """Returns FL*, equation 8."""
+    return partial(focal_star, alpha=1.0, gamma=gamma, beta=beta)
 
-    gamma: float
-    beta: float
-    ap: float | None
-    """Percent; None: it, or one of its seeds, diverged."""
+
+SELECTED: dict[str, ClassificationLoss] = {
+    "CE": cross_entropy,
+    "FL γ = 2": fl(2.0),
+    "FL* γ = 2, β = 1": fl_star(2.0, 1.0),
+    "FL* γ = 4, β = 0": fl_star(4.0, 0.0),
+}
+"""The losses of Figures 5 and 6 and of Table 3."""
+
+
+def loss_values(loss: ClassificationLoss, x_t: Float[np.ndarray, " N"]) -> Float32[np.ndarray, " N"]:
+    """Returns the loss at each x_t; x_t > 0 is classified correctly."""
+    return np.asarray(_of_logits(loss, jnp.asarray(x_t, jnp.float32)))
+
+
+def loss_slopes(loss: ClassificationLoss, x_t: Float[np.ndarray, " N"]) -> Float32[np.ndarray, " N"]:
+    """Returns the derivative of the loss with respect to x_t: equations 9 to 11 for y = 1."""
+    return np.asarray(jax.grad(lambda x: _of_logits(loss, x).sum())(jnp.asarray(x_t, jnp.float32)))
+
+
+def x_of_p(p_t: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+    """Returns the x_t whose sigmoid is p_t, for 0 < p_t < 1."""
+    return np.log(p_t) - np.log1p(-p_t)
+
+
+def _of_logits(loss: ClassificationLoss, x_t: Float32[Array, " N"]) -> Float32[Array, " N"]:
+    return loss(x_t[:, None], jnp.zeros(x_t.shape, jnp.int32))[:, 0]
+
+
+def cumulative_loss(x_t: Float32[np.ndarray, " N"], gamma: float) -> Float64[np.ndarray, " N"]:
+    """Returns the share of the focal loss of the n + 1 samples with the lowest loss, n = 0 to N - 1; the last is exactly 1.
+
+    Alpha is a common factor of all samples of a kind and cancels.
+
+    Raises:
+      ValueError: there is no sample, or all of them have a loss of 0.
+    """
+    losses = np.sort(loss_values(fl(gamma), x_t)).astype(np.float64)
+    if losses.sum() == 0:
+        raise ValueError(f"x_t: the loss of {len(x_t)} samples is 0 at gamma {gamma}; its distribution is undefined")
+    sums = np.cumsum(losses)
+    return sums / sums[-1]
+
+
+def share_of_hardest(cumulative: Float64[np.ndarray, " N"], fraction: float) -> float:
+    """Returns the share of the loss of the hardest `fraction` of the samples, 0 to 1; linear between samples."""
+    samples = np.arange(len(cumulative) + 1) / len(cumulative)
+    return float(1.0 - np.interp(1.0 - fraction, samples, np.concatenate([[0.0], cumulative])))
+
+
+def shares_table(
+    samples: Mapping[str, Float32[np.ndarray, " N"]], fractions: tuple[float, ...] = (0.01, 0.05, 0.2)
+) -> str:
+    """Returns a table: the share of the loss of the hardest samples of each kind (x_t), one line per gamma."""
+    lines = ["share of the loss carried by the hardest"]
+    for kind, x_t in samples.items():
+        heading = f"  of {len(x_t):,} {kind}"
+        lines.append(heading + "".join(f"{f:>8.0%}" for f in fractions))
+        for gamma in GAMMAS:
+            cumulative = cumulative_loss(x_t, gamma)
+            shares = "".join(f"{share_of_hardest(cumulative, f):>8.1%}" for f in fractions)
+            lines.append(f"gamma {gamma:g}".rjust(len(heading)) + shares)
+    return "\n".join(lines)
 
 
 def figure1() -> Figure:
-    """Focal loss over the probability of the true class."""
+    """Draws the focal loss over the probability of the ground-truth class."""
     with mpl.rc_context(LOOK):
         figure, (axes,) = _figure(1, width=4.8, height=3.8)
         p_t = np.linspace(0.002, 0.9999, 800)
-        for gamma, colour in zip((0.0, 0.5, 1.0, 2.0, 5.0), COLOURS, strict=False):
+        for gamma, colour in zip((0.0, 0.5, 1.0, 2.0, 5.0), COLOURS, strict=True):
             name = "γ = 0 (CE)" if gamma == 0 else f"γ = {gamma:g}"
             axes.plot(p_t, loss_values(fl(gamma), x_of_p(p_t)), color=colour, label=name)
         axes.axvspan(0.5, 1, color="#000000", alpha=0.05, lw=0)
@@ -89,12 +139,12 @@ def figure1() -> Figure:
 
 
 def figure5() -> Figure:
-    """CE, FL and FL* over x_t."""
+    """Draws CE, FL and FL* over x_t."""
     return _selected(loss_values, "loss", (0.0, 5.0), "upper right")
 
 
 def figure6() -> Figure:
-    """Their derivatives by x_t."""
+    """Draws their derivatives with respect to x_t."""
     return _selected(loss_slopes, "derivative of the loss by $x_t$", (-1.5, 0.1), "lower right")
 
 
@@ -108,14 +158,14 @@ def _selected(
         for (name, loss), colour in zip(SELECTED.items(), COLOURS, strict=False):
             axes.plot(x_t, curve(loss, x_t), color=colour, label=name)
         axes.set(xlabel="$x_t = yx$", ylabel=label, xlim=(-5, 5), ylim=limits)
-        axes.text(4.9, 0.4 * limits[0] + 0.6 * limits[1], "classified right", ha="right", fontsize=9)
+        axes.text(4.9, 0.4 * limits[0] + 0.6 * limits[1], "classified correctly", ha="right", fontsize=9)
         axes.legend(loc=legend)
     return figure
 
 
 def figure7(runs: Sequence[StarRun], threshold: float, not_run: int = 0) -> Figure:
-    """FL* of each run over x_t: blue where its AP is above `threshold` (percent); orange where it is not, exactly at it
-    included, or where a seed diverged.
+    """Draws FL* of each run over x_t: blue if its AP is above `threshold` (percent), orange if it is lower or equal or if a
+    seed diverged.
 
     Raises:
       ValueError: there is no run.
@@ -125,13 +175,12 @@ def figure7(runs: Sequence[StarRun], threshold: float, not_run: int = 0) -> Figu
     with mpl.rc_context(LOOK):
         figure, (axes,) = _figure(1, width=5.2, height=4.2)
         x_t = np.linspace(-5, 5, 501)
+        effective = [run for run in runs if run.ap is not None and run.ap > threshold]
         for run in sorted(runs, key=lambda run: run.ap or 0.0):  # the effective ones on top
-            good = run.ap is not None and run.ap > threshold
-            look = {"color": BLUE, "linewidth": 1.6} if good else {"color": ORANGE, "linewidth": 1.1, "linestyle": "--"}
-            axes.plot(x_t, loss_values(fl_star(run.gamma, run.beta), x_t), **look)
-        good = sum(run.ap is not None and run.ap > threshold for run in runs)
-        axes.plot([], [], color=BLUE, label=f"AP above {threshold:.1f} ({good})")
-        axes.plot([], [], color=ORANGE, linestyle="--", label=f"lower, or diverged ({len(runs) - good})")
+            blue, orange = {"color": BLUE, "lw": 1.6, "ls": "-"}, {"color": ORANGE, "lw": 1.1, "ls": "--"}
+            axes.plot(x_t, loss_values(fl_star(run.gamma, run.beta), x_t), **(blue if run in effective else orange))
+        axes.plot([], [], color=BLUE, label=f"AP above {threshold:.1f} ({len(effective)})")
+        axes.plot([], [], color=ORANGE, ls="--", label=f"lower, or diverged ({len(runs) - len(effective)})")
         missing = f", {not_run} without a result left out" if not_run else ""
         axes.set_title(f"FL* with {len(runs)} settings of γ and β{missing}", fontsize=10)
         axes.set(xlabel="$x_t = yx$", ylabel="loss", xlim=(-5, 5), ylim=(0, 8))
@@ -140,12 +189,12 @@ def figure7(runs: Sequence[StarRun], threshold: float, not_run: int = 0) -> Figu
 
 
 def figure2(ours: Sequence[Timed] = (), hardware: str = "", split: str = "val") -> Figure:
-    """AP over milliseconds an image: the paper's panel, and with `ours` a second one, since the hardware is another."""
+    """Draws AP over milliseconds per image: the paper's panel, and with `ours` a second panel for the other hardware."""
     with mpl.rc_context(LOOK):
         figure, axes = _figure(2 if ours else 1, width=5.8, height=4.0)
         paper = [
             Timed(row.settings[0], f"RetinaNet-{row.settings[0]}", row.settings[1], row.milliseconds, row.scores["AP"])
-            for row in TABLE_1E.rows
+            for row in TABLES["table1e"].rows
         ]
         axes[0].plot(*zip(*OTHER_SYSTEMS.values(), strict=True), "s", color=GREY, markersize=5, label="other systems")
         for name, place in OTHER_SYSTEMS.items():
@@ -161,42 +210,35 @@ def figure2(ours: Sequence[Timed] = (), hardware: str = "", split: str = "val") 
 
 def _speed(axes: Axes, points: Sequence[Timed], hardware: str, split: str) -> None:
     looks = {"50": ("o", BLUE), "101": ("D", ORANGE)}
-    halo = [withStroke(linewidth=2.5, foreground="white")]
     for depth in dict.fromkeys(point.depth for point in points):
-        marker, colour = looks.get(depth, ("^", COLOURS[2]))
+        marker, colour = looks.get(depth, ("^", GREEN))
         line = sorted((p for p in points if p.depth == depth), key=lambda p: p.milliseconds)
         xs, ys = [p.milliseconds for p in line], [p.ap for p in line]
         axes.plot(xs, ys, marker=marker, color=colour, label=line[0].network)
-        # Where the two curves cross, labels under the one and over the other keep apart; the first has room below.
-        under, over = ((3, -12), "center"), ((-4, 4), "right")
+        # Where the two curves cross, labels below one and above the other do not overlap. The first has room below.
+        below, above = ((3, -12), "center"), ((-4, 4), "right")
         for place, point in enumerate(line):
-            offset, side = ((0, -12), "center") if place == 0 else (over if depth == "101" else under)
-            axes.annotate(
-                point.scale,
-                (point.milliseconds, point.ap),
-                offset,
-                textcoords="offset points",
-                ha=side,
-                fontsize=7.5,
-                color=colour,
-                path_effects=halo,
-            )
-    hardware, split = map(_no_formula, (hardware, split))
-    axes.set(xlabel=f"milliseconds an image ({hardware})", ylabel=f"AP ({split})")
+            offset, side = ((0, -12), "center") if place == 0 else (above if depth == "101" else below)
+            label = axes.annotate(point.scale, (xs[place], ys[place]), offset, textcoords="offset points", ha=side)
+            label.set(fontsize=7.5, color=colour, path_effects=[withStroke(linewidth=2.5, foreground="white")])
+    axes.set(xlabel=f"milliseconds per image ({_escaped(hardware)})", ylabel=f"AP ({_escaped(split)})")
     axes.margins(0.12)
     axes.legend(loc="best")
 
 
-def _no_formula(text: str) -> str:
-    """`text` so that matplotlib shows it as it is."""
+def _escaped(text: str) -> str:
+    """Escapes `text` so that matplotlib does not take it for a formula."""
     return text.replace("$", r"\$")
 
 
 def figure4(samples: Mapping[str, Float32[np.ndarray, " N"]], run: str) -> Figure:
-    """Cumulative loss of each kind of sample (positives, negatives, as x_t), a curve a gamma; `run` says of what run."""
+    """Draws the cumulative loss of each kind of sample (x_t of positives and of negatives), one curve per gamma.
+
+    `run` is the title.
+    """
     with mpl.rc_context(LOOK):
         figure, all_axes = _figure(len(samples), width=4.2, height=3.8)
-        # Finer towards the hardest, where the curves of a large gamma rise all at once.
+        # Finer near the hardest samples, where the curves of a large gamma rise steeply.
         fraction = np.unique(np.concatenate([np.linspace(0, 1, 501), 1 - np.logspace(-7, -2, 200)]))
         for axes, (kind, x_t) in zip(all_axes, samples.items(), strict=True):
             for gamma, colour in zip(GAMMAS, COLOURS, strict=False):
@@ -206,18 +248,18 @@ def figure4(samples: Mapping[str, Float32[np.ndarray, " N"]], run: str) -> Figur
             axes.set(xlabel=f"fraction of {kind}", ylabel="cumulative normalised loss", xlim=(0, 1), ylim=(0, 1))
             axes.set_title(f"{len(x_t):,} {kind}", fontsize=10)
             axes.legend(loc="upper left")
-        figure.suptitle(_no_formula(run), fontsize=10)
+        figure.suptitle(_escaped(run), fontsize=10)
     return figure
 
 
 def _figure(panels: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure that no display and no global state of pyplot knows of; inches a panel."""
+    """Returns a figure without display or global pyplot state; sizes are in inches per panel."""
     figure = Figure(figsize=(width * panels, height), layout="constrained")
     return figure, list(np.atleast_1d(figure.subplots(1, panels)))
 
 
 def save(figure: Figure, out: Path) -> None:
-    """Write a PNG, SVG or PDF, as the suffix of `out` says; ConfigError for another suffix or where it cannot be written."""
+    """Writes a PNG, SVG or PDF, by the suffix of `out`; ConfigError for another suffix or if it cannot be written."""
     if out.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"--out {out}: its suffix must be one of {', '.join(SUFFIXES)}")
     try:

@@ -1,42 +1,69 @@
-"""What Figures 2, 4 and 7 take of runs of one's own."""
+"""Measurements on your own runs for Figures 2, 4 and 7."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Array, Bool, Float32, Int, PyTree, UInt8
 
 from retina_jax.config import ConfigError
 from retina_jax.config_io import override
 from retina_jax.console import hardware
 from retina_jax.data.datasets import open_source
 from retina_jax.data.decoding import image_of
-from retina_jax.data.pipeline import eval_batches
+from retina_jax.data.pipeline import Batch, eval_batches
 from retina_jax.data.source import Source
 from retina_jax.detector import Detector, load_detector, to_canvas
-from retina_jax.paper.figures import StarRun, Timed
-from retina_jax.paper.loss_analysis import sample_windows
+from retina_jax.ops.anchors import anchor_grid
+from retina_jax.ops.matching import BACKGROUND, match
 from retina_jax.paper.published import EFFECTIVE_AP
-from retina_jax.paper.results import Point, Sweep, read_json, read_result
-from retina_jax.paper.wording import departures, divergence, split_of, status
+from retina_jax.paper.results import PointResult, SweepResult, read_latency, read_result, split_of, splits_of
+from retina_jax.paper.wording import departures, divergence, status
 from retina_jax.runs.folder import read_run, write_json
 from retina_jax.training.step import Inputs
 
 TIMED_IMAGES = 5
-"""Evaluation images that a latency is the median over."""
+"""Number of evaluation images over which the median latency is taken."""
+NEGATIVES, POSITIVES = 10_000_000, 100_000
+"""Windows that the paper samples for Figure 4."""
 
 
-def star_runs(sweeps: Sequence[Sweep]) -> tuple[list[StarRun], int]:
-    """The settings of the sweep fig7 that finished (mean AP over seeds) or diverged, and how many did neither.
+@dataclass(frozen=True)
+class Timed:
+    """A run of Table 1e in Figure 2."""
 
-    A setting of which a seed diverged counts as diverged. Raises ConfigError where there is no such sweep, or no setting
-    has finished.
+    depth: str
+    """50 or 101, which choose colour and marker, or another name from your own sweep."""
+    network: str
+    """Name in the legend; a miniature's "50" is not a ResNet-50."""
+    scale: str
+    """Short side, pixels."""
+    milliseconds: float
+    ap: float
+    """Percent."""
+
+
+@dataclass(frozen=True)
+class StarRun:
+    """A run of FL* in Figure 7."""
+
+    gamma: float
+    beta: float
+    ap: float | None
+    """Percent; None: a seed diverged."""
+
+
+def star_runs(sweeps: Sequence[SweepResult]) -> tuple[list[StarRun], int]:
+    """Returns the settings of the sweep fig7 that finished (mean AP over seeds) or diverged, and the number of the others.
+
+    A setting with a diverged seed counts as diverged. Raises ConfigError if there is no such sweep or no finished setting.
     """
     sweep = _sweep(sweeps, "fig7")
     runs = []
@@ -44,32 +71,22 @@ def star_runs(sweeps: Sequence[Sweep]) -> tuple[list[StarRun], int]:
         points = sweep.seeds(name)
         scores, diverged = _aps(points), bool(divergence(points))
         if scores or diverged:
-            gamma, beta = (_setting(points[0], field) for field in ("gamma", "star_beta"))
-            runs.append(StarRun(gamma, beta, None if diverged else statistics.fmean(scores)))
+            loss = next(p.result.config.loss for p in points if p.result.config)
+            runs.append(StarRun(loss.gamma, loss.star_beta, None if diverged else statistics.fmean(scores)))
     if not any(run.ap is not None for run in runs):
-        raise ConfigError(
-            "--workdir: no setting of its sweep fig7 has finished, or each has a seed that diverged; run scripts/sweep.py"
-        )
+        raise ConfigError("--workdir: every setting of its sweep fig7 is unfinished or has a diverged seed")
     return runs, len(sweep.names) - len(runs)
 
 
-def _aps(points: Sequence[Point]) -> list[float]:
+def _aps(points: Sequence[PointResult]) -> list[float]:
     return [p.result.scores["AP"] for p in points if "AP" in p.result.scores]
 
 
-def _setting(point: Point, field: str) -> float:
-    if f"loss.{field}" in point.overrides:
-        return float(point.overrides[f"loss.{field}"])
-    if point.result.config is None:
-        raise ConfigError(f"sweep fig7: point {point.name!r} has no override loss.{field}")
-    return float(getattr(point.result.config.loss, field))
+def effective_ap(sweeps: Sequence[SweepResult]) -> float:
+    """Returns the AP in percent above which a setting of FL* counts as effective.
 
-
-def effective_ap(sweeps: Sequence[Sweep]) -> float:
-    """AP in percent above which a setting of FL* counts as effective.
-
-    The paper's 33.5 for runs of its config. For others .5 below the focal loss, as 33.5 is below 34.0, where Table 3 or
-    1b was swept beside; else .5 below the best setting.
+    For runs of the paper's config it is the paper's 33.5, which is 0.5 below its focal loss. For other runs it is 0.5 below
+    the focal loss of the sweep table3 or table1b, or, without such a run, 0.5 below the best setting.
     """
     sweep = _sweep(sweeps, "fig7")
     if not departures(sweep):
@@ -81,68 +98,153 @@ def effective_ap(sweeps: Sequence[Sweep]) -> float:
     return max(run.ap for run in star_runs(sweeps)[0] if run.ap is not None) - 0.5
 
 
-def speeds(sweeps: Sequence[Sweep]) -> tuple[list[Timed], str, str]:
-    """(points, hardware, split) of the finished runs of the sweep table1e, each measured on this machine at its first use.
+def _sweep(sweeps: Sequence[SweepResult], name: str) -> SweepResult:
+    for sweep in sweeps:
+        if sweep.name == name:
+            return sweep
+    raise ConfigError(f"--workdir: no sweep {name} there; run scripts/sweep.py --sweep configs/sweeps/{name}.py")
 
-    Seeds are averaged. Raises ConfigError where there is no such sweep or none of its runs is finished.
+
+def speeds(sweeps: Sequence[SweepResult]) -> tuple[list[Timed], str, str]:
+    """Returns (points, hardware, split) of the finished runs of the sweep table1e, and measures missing latencies.
+
+    Seeds are averaged. Raises ConfigError if there is no such sweep or no finished run.
     """
     sweep = _sweep(sweeps, "table1e")
     found = []
     for name in sweep.names:
         done = [p for p in sweep.seeds(name) if "AP" in p.result.scores]
         if done:
-            config = read_run(done[0].result.folder).config
+            config, ap = done[0].result.config, statistics.fmean(_aps(done))
             depth = name.split("_")[1] if name.startswith("depth_") else name
-            time = statistics.fmean(run_latency(p.result.folder) for p in done)
-            ap = statistics.fmean(p.result.scores["AP"] for p in done)
-            found.append(Timed(depth, config.model.backbone, str(config.data.short_side), time, ap))
+            times = statistics.fmean(run_latency(p.result.folder) for p in done)
+            found.append(Timed(depth, config.model.backbone, str(config.data.short_side), times, ap))
     if not found:
         raise ConfigError("--workdir: no run of its sweep table1e is finished; run scripts/sweep.py first")
-    splits = dict.fromkeys(split_of(p.result.config) for p in sweep.points if p.result.config)
-    return found, hardware(), ", ".join(splits)
+    return found, hardware(), splits_of(sweep)
 
 
 def run_latency(folder: Path) -> float:
-    """Milliseconds an image of a run's newest checkpoint on this machine, kept in RUN/latency.json.
+    """Returns the milliseconds per image of a run's newest checkpoint on this machine, and keeps them in RUN/latency.json.
 
-    What was measured on other hardware, or of another checkpoint, is measured again and replaced.
+    A latency of other hardware or of another checkpoint is replaced.
     """
-    file = folder / "latency.json"
     here = {"hardware": hardware(), "step": _newest(folder)}
-    if file.is_file():
-        kept = read_json(file)
-        if {key: kept.get(key) for key in here} == here and isinstance(kept.get("milliseconds"), (int, float)):
-            return float(kept["milliseconds"])
-    # On one device, however many the run was trained on: they cannot share an image.
+    kept = read_latency(folder)
+    if kept and {key: kept.get(key) for key in here} == here:
+        return float(kept["milliseconds"])
+    # One device, however many the run was trained on: they cannot share an image.
     detector = load_detector(folder, config=override(read_run(folder).config, {"devices": 1}))
-    images = _images(open_source(detector.config.data, "val"), TIMED_IMAGES)
+    source = open_source(detector.config.data, "val")
+    images = [image_of(source, index) for index in range(min(TIMED_IMAGES, len(source)))]
     measured = round(latency(detector, images), 3)
-    write_json(file, {"milliseconds": measured, **here, "images": len(images)})
+    write_json(folder / "latency.json", {"milliseconds": measured, **here, "images": len(images)})
     return measured
 
 
+def latency(detector: Detector, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], *, repeats: int = 10) -> float:
+    """Returns milliseconds per image at batch 1, as in Figure 2: from pixels on the device to boxes.
+
+    It is the median over `repeats` runs of each image, each with its padded shape in evaluation, after one run that compiles
+    and one that warms up. Network, decoding and NMS are timed until the device has finished; reading, resizing and the
+    transfer are not. The time of NMS grows with the number of detections, so give images of the detector's data.
+
+    Raises:
+      ValueError: the detector is on several devices, which cannot share one image.
+    """
+    if detector.driver.shards != 1:
+        raise ValueError(f"detector: is on {detector.driver.shards} devices; latency is measured on one")
+    times = []
+    for image in images:
+        inputs = detector.driver.place(_inputs(to_canvas([image], detector.config.data, 1)))
+        for turn in range(2 + repeats):
+            started = time.perf_counter()
+            jax.block_until_ready(detector.driver.detect(detector.variables, inputs))
+            if turn >= 2:
+                times.append(1000 * (time.perf_counter() - started))
+    return statistics.median(times)
+
+
+def _inputs(batch: Batch) -> Inputs:
+    return Inputs(batch.images, batch.image_sizes, batch.boxes_xyxy, batch.labels, batch.valid)
+
+
 def _newest(folder: Path) -> int | None:
-    """Step of the checkpoint that `load_detector` takes."""
+    """Returns the step of the checkpoint that `load_detector` takes."""
     return max((int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()), default=None)
 
 
-def _images(source: Source, count: int) -> list[UInt8[np.ndarray, "_ _ 3"]]:
-    return [image_of(source, index) for index in range(min(count, len(source)))]
-
-
 def finished_run(folder: Path) -> str:
-    """The run's folder, step and AP, for the title of Figure 4; ConfigError where it is not finished."""
-    config = read_run(folder).config
-    result = read_result(folder)
+    """Returns the run's folder, step and AP, for the title of Figure 4; ConfigError if it is not finished."""
+    split, result = split_of(read_run(folder).config), read_result(folder)
     if result.status != "finished":
-        raise ConfigError(f"--workdir {folder}: its run is {status(result)}; give one that is finished")
-    ap = f"AP {result.scores['AP']:.1f} on {split_of(config)}" if "AP" in result.scores else status(result)
-    whole = folder.resolve()
-    return f"{whole.parent.name}/{whole.name}, step {_newest(folder)}, {ap}"
+        raise ConfigError(f"--workdir {folder}: its run is {status(result)}; give a finished run")
+    ap = f"AP {result.scores['AP']:.1f} on {split}" if "AP" in result.scores else status(result)
+    return f"{folder.resolve().parent.name}/{folder.resolve().name}, step {_newest(folder)}, {ap}"
+
+
+# Where the loss of a trained detector lies (Section 5.1, "Analysis of the Focal Loss"; Figure 4).
+#
+# "We apply this model to a large number of random images and sample the predicted probability for ~10^7 negative windows and
+# ~10^5 positive windows." A window is an anchor, matched as in training; ignored anchors are not sampled. A positive gives
+# the probability of its class, a negative that of its most likely class: with all K probabilities of a negative, the curves
+# would be steep for every gamma. Samples are x_t (equation 6), since p_t rounds to 1 in float32 for easy negatives.
+
+
+@dataclass
+class Sample:
+    """A uniform sample without replacement of at most `size` values of a stream of any length.
+
+    Each value gets a random key, and the `size` smallest keys are kept: every subset of that size is equally likely.
+    """
+
+    size: int
+    seed: int = 0
+    seen: int = 0
+    """Number of values in the stream so far."""
+
+    def __post_init__(self) -> None:
+        self._random = np.random.default_rng(self.seed)
+        self._values, self._keys = np.zeros(0, np.float32), np.zeros(0)
+
+    def add(self, values: Float32[np.ndarray, " N"]) -> None:
+        """Adds `values` to the stream."""
+        self.seen += len(values)
+        self._values = np.concatenate([self._values, values])
+        self._keys = np.concatenate([self._keys, self._random.random(len(values))])
+        if len(self._values) > 2 * self.size:
+            self.values()
+
+    def values(self) -> Float32[np.ndarray, " n"]:
+        """Returns the sample, min(size, seen) values in no particular order."""
+        if len(self._values) > self.size:
+            kept = np.argpartition(self._keys, self.size)[: self.size]
+            self._values, self._keys = self._values[kept], self._keys[kept]
+        return self._values
+
+
+def val_windows(
+    folder: Path, images: int, positives: int, negatives: int, seed: int = 0
+) -> dict[str, Float32[np.ndarray, " N"]]:
+    """Returns x_t of windows of a run's evaluation images (`images` random ones; 0: all), by kind: positives, negatives.
+
+    Raises ConfigError if its data have other classes, or no window of a kind.
+    """
+    run = read_run(folder)
+    detector = load_detector(folder)
+    source = open_source(run.config.data, "val", run.categories).arranged(run.categories, f"--workdir {folder}")
+    batch_size = min(run.config.training.eval_batch_size or run.config.data.batch_size, 8)
+    batches = eval_batches(random_images(source, images or len(source), seed), run.config.data, batch_size=batch_size)
+    samples = sample_windows(detector, batches, positives=positives, negatives=negatives, seed=seed)
+    kinds = {kind: sample.values() for kind, sample in zip(("positives", "negatives"), samples, strict=True)}
+    for kind, x_t in kinds.items():
+        if not len(x_t):
+            raise ConfigError(f"--workdir {folder}: its evaluation images have no {kind} among their anchors")
+    return kinds
 
 
 def random_images(source: Source, count: int, seed: int) -> Source:
-    """`count` different images of `source` (all of them if there are no more), chosen uniformly; equal for equal seeds."""
+    """Returns `count` different images of `source` (all, if it has no more), chosen uniformly from `seed`."""
     chosen = np.random.default_rng(seed).permutation(len(source))[:count].tolist()
     return replace(
         source,
@@ -152,60 +254,43 @@ def random_images(source: Source, count: int, seed: int) -> Source:
     )
 
 
-def val_windows(
-    folder: Path, images: int, positives: int, negatives: int, seed: int = 0
-) -> dict[str, Float32[np.ndarray, " N"]]:
-    """x_t of windows of a run's evaluation images (`images` of them drawn at random; 0: all), by kind: positives, negatives.
+def sample_windows(
+    detector: Detector,
+    batches: Iterable[Batch],
+    *,
+    positives: int = POSITIVES,
+    negatives: int = NEGATIVES,
+    seed: int = 0,
+) -> tuple[Sample, Sample]:
+    """Returns (positives, negatives): uniform samples of x_t over the windows of all valid images."""
+    driver = detector.driver
 
-    Raises ConfigError where its data has other classes, or there is no window of a kind.
-    """
-    run = read_run(folder)
-    detector = load_detector(folder)
-    source = open_source(run.config.data, "val", run.categories).arranged(run.categories, f"--workdir {folder}")
-    batch_size = min(run.config.training.eval_batch_size or run.config.data.batch_size, 8)
-    batches = eval_batches(random_images(source, images or len(source), seed), run.config.data, batch_size=batch_size)
-    samples = sample_windows(detector, batches, positives=positives, negatives=negatives, seed=seed)
-    kinds = dict(zip(("positives", "negatives"), (sample.values() for sample in samples), strict=True))
-    for kind, x_t in kinds.items():
-        if not len(x_t):
-            raise ConfigError(f"--workdir {folder}: its evaluation images have no {kind} among their anchors")
-    return kinds
-
-
-def _sweep(sweeps: Sequence[Sweep], name: str) -> Sweep:
-    for sweep in sweeps:
-        if sweep.name == name:
-            return sweep
-    raise ConfigError(f"--workdir: no sweep {name} there; scripts/sweep.py --sweep configs/sweeps/{name}.py makes it")
-
-
-# How long the detection program takes, as Figure 2 has it: one image at a time, from pixels on the device to boxes.
-
-
-def latency(detector: Detector, images: Sequence[UInt8[np.ndarray, "_ _ 3"]] = (), *, repeats: int = 10) -> float:
-    """Milliseconds an image at batch 1: the median over `repeats` runs of each image, each on the canvas that evaluation
-    gives it, after one run that compiles and one that warms up.
-
-    Network, decoding and NMS are timed, until the device has finished; reading, resizing and the transfer are not. The
-    time of NMS grows with what is found (to at most `detection.max_detections`), so give images of the detector's own
-    kind; without any it is a 640 x 480 image of noise.
-
-    Raises:
-      ValueError: the detector stands on several devices, which cannot share one image.
-    """
-    if detector.driver.shards != 1:
-        raise ValueError(f"the detector stands on {detector.driver.shards} devices; latency is measured on one")
-    if not images:
-        images = [np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)]
-    times = []
-    for image in images:
-        batch = to_canvas([image], detector.config.data, 1)
-        inputs = detector.driver.place(
-            Inputs(batch.images, batch.image_sizes, batch.boxes_xyxy, batch.labels, batch.valid)
+    @jax.jit
+    def of_batch(variables: dict[str, PyTree], inputs: Inputs) -> tuple[Array, Array, Array]:
+        logits, _ = driver.model.apply(variables, inputs.images, inputs.image_sizes, train=False)
+        anchors = jnp.asarray(anchor_grid(inputs.images.shape[1:3], driver.config.anchors, driver.config.model))
+        labels = jax.vmap(lambda boxes, labels: match(anchors, boxes, labels, driver.config.matching).labels)(
+            inputs.boxes_xyxy, inputs.labels
         )
-        for turn in range(2 + repeats):
-            started = time.perf_counter()
-            jax.block_until_ready(detector.driver.detect(detector.variables, inputs))
-            if turn >= 2:
-                times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times)
+        return window_x_t(logits.astype(jnp.float32), labels, inputs.valid)
+
+    of_positives, of_negatives = Sample(positives, seed), Sample(negatives, seed + 1)
+    for batch in batches:
+        x_t, positive, negative = jax.device_get(
+            of_batch(detector.variables, jax.tree.map(jnp.asarray, _inputs(batch)))
+        )
+        of_positives.add(x_t[positive])
+        of_negatives.add(x_t[negative])
+    return of_positives, of_negatives
+
+
+def window_x_t(
+    logits: Float32[Array, "B A K"], labels: Int[Array, "B A"], valid: Bool[Array, " B"]
+) -> tuple[Float32[Array, "B A"], Bool[Array, "B A"], Bool[Array, "B A"]]:
+    """Returns x_t of every anchor, and which anchors are positive and negative; those of invalid images are neither.
+
+    labels [B A] are those of `match`. x_t is the logit of its class for a positive, minus the largest logit for others.
+    """
+    own = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+    positive, negative = (labels >= 0) & valid[:, None], (labels == BACKGROUND) & valid[:, None]
+    return jnp.where(labels >= 0, own, -logits.max(axis=-1)), positive, negative

@@ -1,53 +1,52 @@
-"""What became of a sweep: the manifests in DIR/sweeps/ and the folders of the runs they name, read and nothing more.
+"""The results of sweeps: the manifests in DIR/sweeps/ and the folders of the runs that they name.
 
-Nothing more: no lock is touched, so that whether a run that has begun is still running is not known here.
+Locks are not looked at: a run that has started and not ended may be running or interrupted.
 """
 
 from __future__ import annotations
 
-import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_io import from_dict
 from retina_jax.evaluation.coco_scores import SUMMARY
-from retina_jax.runs.record import read_json, read_test_dev
+from retina_jax.paper.published import Row, Table
+from retina_jax.runs.record import Record, read_json, read_record, read_test_dev
 from retina_jax.sweeps.manifest import read_manifest
-
-Status = Literal["finished", "diverged", "unfinished", "not run"]
+from retina_jax.sweeps.status import ended
 
 
 @dataclass(frozen=True)
 class Result:
-    """A run as far as it came."""
+    """What is known of a run."""
 
     folder: Path
-    status: Status
+    status: Literal["finished", "diverged", "unfinished", "not run"]
     scores: dict[str, float] = field(default_factory=dict)
-    """Percent, of the last evaluation of a finished run; a score that is undefined is absent."""
+    """Percent, of the last evaluation of a finished run; undefined scores are absent."""
     step: int | None = None
-    """Last step in metrics.jsonl; of a diverged run, where it did. None: unknown."""
+    """Last recorded step, or the step at which the run diverged; None: unknown."""
     message: str = ""
     """Why it diverged."""
     config: Config | None = None
-    """None: there is no config.json yet."""
+    """None: not run."""
     details: dict[str, str] = field(default_factory=dict)
-    """Command, commit, devices, facts of the start, seconds, parameters_sha256, as far as they are there."""
+    """Command, commit, devices, facts of the start, seconds, parameters_sha256, as far as they are known."""
     ap: list[tuple[float, float]] = field(default_factory=list)
-    """AP in percent at each evaluation, by step."""
+    """(step, AP in percent) of each evaluation."""
     loss: list[tuple[float, float]] = field(default_factory=list)
-    """Classification loss of each window of metrics, by step."""
+    """(step, classification loss) of each window of metrics."""
     test_dev: dict[str, float] = field(default_factory=dict)
-    """Percent, as COCO's server scored the run on test-dev (`retina_jax.runs.record`); empty: not given."""
+    """Percent, scores from COCO's server on test-dev (`retina_jax.runs.record`), if given."""
     latency: dict[str, Any] | None = None
-    """What `figures.py --figure 2` measured: milliseconds, hardware."""
+    """Measurement of `figures.py --figure 2`: milliseconds, hardware."""
 
 
 @dataclass(frozen=True)
-class Point:
+class PointResult:
     """One run of a sweep."""
 
     name: str
@@ -57,34 +56,39 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepResult:
     """A manifest with its runs."""
 
     name: str
     file: str
     base: str
     """Config file that all points override."""
-    points: tuple[Point, ...]
-    """The manifest's, then those with seeds that other sweeps have run."""
+    points: tuple[PointResult, ...]
+    """The manifest's points, then the same points with seeds that only other sweeps have run."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    """Of the base itself, given on the sweep's command line."""
+    """Overrides of the base on the sweep's command line."""
 
-    def seeds(self, name: str) -> list[Point]:
-        """The runs of the point called `name`: one a seed, by rising seed."""
+    def seeds(self, name: str) -> list[PointResult]:
+        """Returns the runs of the point `name`, by rising seed."""
         return sorted((point for point in self.points if point.name == name), key=lambda point: point.seed)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Its points, each once, in the manifest's order."""
+        """Names of its points, in the manifest's order."""
         return tuple(dict.fromkeys(point.name for point in self.points))
 
+    @property
+    def configs(self) -> list[Config]:
+        """Configs of the runs that have started."""
+        return [point.result.config for point in self.points if point.result.config is not None]
 
-def read_sweeps(workdir: Path) -> list[Sweep]:
-    """All sweeps of `workdir`, by name; a run that several of them name is read once.
 
-    Points of several sweeps that share a run are one point: each sweep has the seeds of all of them.
+def read_sweeps(workdir: Path) -> list[SweepResult]:
+    """Returns all sweeps of `workdir`, sorted by name; a run that several of them name is read once.
 
-    Raises ConfigError, one line that names the file, where there is no sweep or a file cannot be what it should.
+    Points of several sweeps with a run in common are the same experiment: each sweep gets the seeds of all of them.
+
+    Raises ConfigError, one line with the file, if there is no sweep or a file is invalid.
     """
     if (workdir / "config.json").is_file():
         raise ConfigError(f"--workdir {workdir}: is the folder of a single run; give the folder of a sweep")
@@ -94,150 +98,182 @@ def read_sweeps(workdir: Path) -> list[Sweep]:
             f"--workdir {workdir}: no sweep there ({workdir / 'sweeps'}/*.json); run scripts/sweep.py first"
         )
     known: dict[str, Result] = {}
-    return _pooled([_read_sweep(file, workdir, known) for file in files])
+    return _with_common_seeds([_read_sweep(file, workdir, known) for file in files])
 
 
-def _pooled(sweeps: Sequence[Sweep]) -> list[Sweep]:
-    """The sweeps, each point with those seeds that only other sweeps have run it with.
+def _with_common_seeds(sweeps: Sequence[SweepResult]) -> list[SweepResult]:
+    """Adds to the points of each sweep the seeds that only other sweeps have run.
 
-    A folder is named by all that decides the outcome, its seed included: points with one folder in common have the same
-    settings, hence all their folders are seeds of one experiment.
+    A folder's name covers all that decides the outcome, with the seed: points with a folder in common have the same
+    settings, so all their folders are seeds of one experiment.
     """
     runs = {point.result.folder: point for sweep in sweeps for point in sweep.points}
-    equal: dict[Path, set[Path]] = {}
+    experiment: dict[Path, set[Path]] = {}
     for sweep in sweeps:
         for name in sweep.names:
             folders = {point.result.folder for point in sweep.seeds(name)}
-            together = folders.union(*(equal.get(folder, set()) for folder in folders))
-            equal.update(dict.fromkeys(together, together))
-    pooled = []
+            joined = folders.union(*(experiment.get(folder, set()) for folder in folders))
+            experiment.update(dict.fromkeys(joined, joined))
+    extended = []
     for sweep in sweeps:
         points = list(sweep.points)
         for name in sweep.names:
             own = sweep.seeds(name)
-            by_seed = {runs[folder].seed: runs[folder] for folder in sorted(equal[own[0].result.folder])}
+            by_seed = {runs[folder].seed: runs[folder] for folder in sorted(experiment[own[0].result.folder])}
             for seed in sorted(by_seed.keys() - {point.seed for point in own}):
                 points.append(replace(by_seed[seed], name=name, overrides=own[0].overrides))
-        pooled.append(replace(sweep, points=tuple(points)))
-    return pooled
+        extended.append(replace(sweep, points=tuple(points)))
+    return extended
 
 
-def _read_sweep(file: Path, workdir: Path, known: dict[str, Result]) -> Sweep:
+def _read_sweep(file: Path, workdir: Path, known: dict[str, Result]) -> SweepResult:
     manifest = read_manifest(file)
+    if manifest["sweep"] != file.stem:
+        raise ConfigError(f"{file}: sweep is {manifest['sweep']!r}; must be the name of the file, {file.stem!r}")
     points = []
     for place, point in enumerate(manifest["points"]):
-        name, folder = (_field(point, key, str, file, f"points[{place}].") for key in ("name", "folder"))
+        folder = point["folder"]
         if folder in ("", "..") or folder != Path(folder).name:
-            raise ConfigError(f"{file}: points[{place}].folder {folder!r} must be the name of a folder in {workdir}")
+            raise ConfigError(f"{file}: points[{place}].folder: {folder!r} must be the name of a folder in {workdir}")
         if folder not in known:
             known[folder] = read_result(workdir / folder)
-        overrides = _field(point, "overrides", dict, file, f"points[{place}].")
-        points.append(Point(name, overrides, _field(point, "seed", int, file, f"points[{place}]."), known[folder]))
-    name, source, base = (_field(manifest, key, str, file) for key in ("sweep", "file", "base"))
-    if name != file.stem:
-        raise ConfigError(f"{file}: sweep is {name!r}; it must be the file's own name, {file.stem!r}")
-    return Sweep(name, source, base, tuple(points), _field(manifest, "overrides", dict, file))
+        points.append(PointResult(point["name"], point["overrides"], point["seed"], known[folder]))
+    return SweepResult(file.stem, manifest["file"], manifest["base"], tuple(points), manifest["overrides"])
 
 
 def read_result(folder: Path) -> Result:
-    """The run in `folder`, which may be absent."""
-    if not (folder / "config.json").is_file() and not (folder / "metrics.jsonl").is_file():
-        if (folder / "diverged.json").is_file():
-            return Result(folder, "diverged", **_divergence(folder))
+    """Returns the result of the run in `folder`, which may not exist."""
+    if not (folder / "config.json").is_file():
         return Result(folder, "not run")
-    config, details = _read_config(folder / "config.json")
-    ap, loss, last_step = _read_metrics(folder / "metrics.jsonl")
-    common = {"folder": folder, "config": config, "details": details, "ap": ap, "loss": loss}
-    if (folder / "latency.json").is_file():
-        latency = read_json(folder / "latency.json")
-        for key, kind in (("milliseconds", float), ("hardware", str)):
-            _field(latency, key, kind, folder / "latency.json")
-        common["latency"] = latency
-    summary_file = folder / "summary.json"
-    if summary_file.is_file():
-        summary = read_json(summary_file)
-        details["seconds"] = f"{_field(summary, 'seconds', float, summary_file):.0f}"
-        details["parameters_sha256"] = _field(summary, "parameters_sha256", str, summary_file)
-        scores = _scores(summary, summary_file)
-        if config is None or _is_end(summary, config, summary_file):
-            test_dev = read_test_dev(folder)
-            return Result(status="finished", scores=scores, test_dev=test_dev, step=last_step, **common)
-    if (folder / "diverged.json").is_file():
-        return Result(status="diverged", **_divergence(folder), **common)
-    return Result(status="unfinished", step=last_step, **common)
+    record = read_record(folder)
+    end = ended(folder, record.config)
+    result = Result(
+        folder,
+        "unfinished" if end is None else "finished" if end.kind == "done" else "diverged",
+        step=record.step,
+        config=record.config,
+        details=_details(record),
+        ap=[
+            (float(step), 100 * scores["AP"]) for step, scores in record.evaluations.items() if scores["AP"] is not None
+        ],
+        loss=[(float(w["step"]), w["classification_loss"]) for w in record.windows if "classification_loss" in w],
+        latency=read_latency(folder),
+    )
+    if end is None:
+        return result
+    if end.kind == "diverged":
+        return replace(result, step=end.step, message=end.message)
+    return replace(result, scores=_scores(record), test_dev=read_test_dev(folder))
 
 
-def _is_end(summary: dict[str, Any], config: Config, file: Path) -> bool:
-    """As `sweeps.state` has it: not where the run is resumed for other steps, or its evaluation is still to come."""
-    scored = summary.get("evaluation") is not None or config.training.eval_every < 0
-    return scored and _field(summary, "steps", int, file) == config.training.steps
+def read_latency(folder: Path) -> dict[str, Any] | None:
+    """Returns RUN/latency.json, or None if it does not exist."""
+    file = folder / "latency.json"
+    latency = read_json(file) if file.is_file() else None
+    if latency and not (
+        isinstance(latency.get("milliseconds"), int | float) and isinstance(latency.get("hardware"), str)
+    ):
+        raise ConfigError(f"{file}: must have milliseconds, a number, and hardware, a text; delete it to measure again")
+    return latency
 
 
-def _divergence(folder: Path) -> dict[str, Any]:
-    file = folder / "diverged.json"
-    told = read_json(file)
-    step = told.get("step")
-    if step is not None and not _is(step, int):
-        raise ConfigError(f"{file}: step {step!r} must be a whole number or null")
-    return {"step": step, "message": str(told.get("message", ""))}
+def _scores(record: Record) -> dict[str, float]:
+    evaluation = record.summary["evaluation"] or {}
+    scores = {name: evaluation[name] for name in SUMMARY if evaluation.get(name) is not None}
+    for name, value in scores.items():
+        if not isinstance(value, int | float):
+            raise ConfigError(f"{record.folder / 'summary.json'}: evaluation.{name}: {value!r} is not a number")
+    return {name: 100 * value for name, value in scores.items()}
 
 
-def _scores(summary: dict[str, Any], file: Path) -> dict[str, float]:
-    evaluation = summary.get("evaluation")
-    if evaluation is None:
-        return {}
-    if not isinstance(evaluation, dict):
-        raise ConfigError(f"{file}: evaluation must be an object of scores or null")
-    given = {
-        name: _field(evaluation, name, float, file, "evaluation.")
-        for name in SUMMARY
-        if evaluation.get(name) is not None
-    }
-    return {name: 100 * value for name, value in given.items()}
-
-
-def _read_config(file: Path) -> tuple[Config | None, dict[str, str]]:
-    if not file.is_file():
-        return None, {}
-    saved = read_json(file)
-    command, versions, facts = saved.get("command"), saved.get("versions"), saved.get("facts")
+def _details(record: Record) -> dict[str, str]:
+    saved, summary = record.saved, record.summary or {}
+    seconds = summary.get("seconds")
     details = {
-        "command": " ".join(map(str, command)) if isinstance(command, list) else None,
+        "command": " ".join(map(str, saved.get("command") or ())),
         "commit": saved.get("commit"),
-        "devices": versions.get("devices") if isinstance(versions, dict) else None,
-        **(facts if isinstance(facts, dict) else {}),
+        "devices": (saved.get("versions") or {}).get("devices"),
+        **(saved.get("facts") or {}),
+        "seconds": f"{seconds:.0f}" if isinstance(seconds, int | float) else seconds,
+        "parameters_sha256": summary.get("parameters_sha256"),
     }
-    return from_dict(saved.get("config"), str(file)), {key: str(value) for key, value in details.items() if value}
+    return {key: str(value) for key, value in details.items() if value}
 
 
-def _read_metrics(file: Path) -> tuple[list[tuple[float, float]], list[tuple[float, float]], int | None]:
-    """AP in percent by step, classification loss by step, last step."""
-    if not file.is_file():
-        return [], [], None
-    ap, loss, last = [], [], None
-    lines = file.read_text(errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            values = json.loads(line)
-            last = int(values["step"])
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            if number == len(lines):
-                break  # a run that is being written, or was killed, may end in half a line
-            raise ConfigError(f"{file}, line {number}: cannot be read: {type(error).__name__}: {error}") from None
-        if values.get("event") == "evaluation" and _is(values.get("AP"), float):
-            ap.append((float(last), 100.0 * values["AP"]))
-        elif _is(values.get("classification_loss"), float):
-            loss.append((float(last), float(values["classification_loss"])))
-    return ap, loss, last
+def splits_of(sweep: SweepResult) -> str:
+    """Returns what the runs were evaluated on; val if none has started."""
+    return ", ".join(dict.fromkeys(split_of(config) for config in sweep.configs)) or "val"
 
 
-def _is(value: Any, kind: type) -> bool:
-    return not isinstance(value, bool) and isinstance(value, (int, float) if kind is float else kind)
+def split_of(config: Config) -> str:
+    """Returns val of scenes, the name of the annotation file, or the TFDS name and split."""
+    if config.data.source == "scenes":
+        return "val of scenes"
+    if config.data.source == "tfds":
+        return f"{config.data.tfds_name} {config.data.tfds_val_split}"
+    return Path(config.data.val_annotations).stem or "val"
 
 
-def _field(values: Mapping[str, Any], key: str, kind: type, file: Path, where: str = "") -> Any:
-    if key not in values:
-        raise ConfigError(f"{file}: {where}{key} is missing")
-    if not _is(values[key], kind):
-        raise ConfigError(f"{file}: {where}{key}: {values[key]!r} is not a {kind.__name__}")
-    return values[key]
+@dataclass(frozen=True)
+class Mean:
+    """Mean over the finished seeds of a point, percent."""
+
+    value: float
+    deviation: float | None
+    """Sample standard deviation; None for a single seed."""
+
+    def __str__(self) -> str:
+        return f"{self.value:.1f}" + ("" if self.deviation is None else f" ± {self.deviation:.1f}")
+
+
+@dataclass(frozen=True)
+class Side:
+    """The paper's scores and ours on one split; only scores on the same split are subtracted."""
+
+    split: str
+    """Split of the paper's scores: minival or test-dev."""
+    ours: str
+    """Data that our scores were evaluated on."""
+    paper: Mapping[tuple[str, ...], Mapping[str, float]]
+    """The paper's scores, percent, by the settings of the row."""
+    means: Mapping[str | None, Mapping[str, Mean]]
+    """Our scores by point and metric."""
+    from_runs: bool
+    """Our scores are the runs' own evaluations; False: results of COCO's server."""
+
+    def of_paper(self, row: Row, metric: str) -> float | None:
+        """Returns the paper's score of `row`."""
+        return self.paper.get(row.settings, {}).get(metric)
+
+    def of_ours(self, row: Row, metric: str) -> Mean | None:
+        """Returns our score of `row`."""
+        return self.means.get(row.name, {}).get(metric)
+
+    def best_of_paper(self, rows: Sequence[Row], metric: str) -> float | None:
+        """Returns the paper's highest score; None if there is none or a derived score is higher."""
+        scored = [(self.of_paper(row, metric), row.derived) for row in rows if self.of_paper(row, metric) is not None]
+        best, derived = max(scored, default=(None, False))
+        return None if derived else best
+
+
+def sides_of(sweep: SweepResult, paper: Table | None, metrics: Sequence[str]) -> list[Side]:
+    """Returns one side for a table on minival or without the paper; for a table on test-dev first that side, then minival.
+
+    Our scores on test-dev come from COCO's server. On minival, the paper gives some of the same models.
+    """
+    means = {name: _means([p.result.scores for p in sweep.seeds(name)], metrics) for name in sweep.names}
+    rows = paper.rows if paper else ()
+    printed = {row.settings: row.scores for row in rows if row.scores}
+    if paper is None or paper.split == "minival":
+        return [Side("minival", splits_of(sweep), printed, means, from_runs=True)]
+    server = {name: _means([p.result.test_dev for p in sweep.seeds(name)], metrics) for name in sweep.names}
+    on_minival = {row.settings: row.minival for row in rows if row.minival}
+    return [
+        Side(paper.split, paper.split, printed, server, from_runs=False),
+        Side("minival", splits_of(sweep), on_minival, means, from_runs=True),
+    ]
+
+
+def _means(runs: Sequence[Mapping[str, float]], metrics: Sequence[str]) -> dict[str, Mean]:
+    values = {m: [scores[m] for scores in runs if m in scores] for m in metrics}
+    return {m: Mean(statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else None) for m, v in values.items() if v}

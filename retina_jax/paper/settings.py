@@ -1,8 +1,8 @@
-"""The settings of the paper's tables as overrides of any base config: `configs/sweeps/*.py` are written in these words.
+"""The settings of the paper's tables as overrides of any base config, for `configs/sweeps/*.py`.
 
-What the paper states of RetinaNet-50-600 is taken relative to the base, so that the same sweep runs at full size on
-`configs/paper_ablations.py` and as a miniature on a base of small images: 400 pixels are 400/600 of the base's short side,
-ResNet-101 is the deeper one of the base's backbone.
+Settings are relative to the base, which stands for RetinaNet-50-600: 400 pixels are 400/600 of the base's short side, and
+ResNet-101 is the next deeper backbone. The same sweep therefore runs at full size on `configs/paper_ablations.py` and as a
+miniature on a base with small images.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from retina_jax.config import Config, ConfigError
 Overrides = dict[str, Any]
 
 DEEPER = {"resnet50": "resnet101", "resnet18": "resnet34"}
-"""What stands for ResNet-101 where the base has what stands for ResNet-50."""
+"""The deeper backbone of each base: the roles of ResNet-50 and ResNet-101."""
 OTHER_NAMES = {"resnet50": "R-50", "resnet101": "R-101", "resnext101_32x8d": "X-101-32x8d"}
-"""What Detectron's files call the backbones."""
+"""Names of the backbones in Detectron's files."""
 PAPER_SHORT_SIDE = 600
-"""Pixels that `data.short_side` of the base stands for."""
+"""The paper's image scale that `data.short_side` of the base corresponds to."""
 JITTER = (640, 672, 704, 736, 768, 800)
-"""Short sides of Table 2's scale jitter. The paper does not give its own: these are detectron2's."""
+"""Short sides of Table 2's scale jitter. The paper does not state them: these are detectron2's."""
 
 
 def deeper(base: Config) -> Overrides:
-    """ResNet-101 for a base of ResNet-50, ResNet-34 for one of ResNet-18.
+    """Returns ResNet-101 for a base with ResNet-50, ResNet-34 for one with ResNet-18.
 
-    Where `model.stage_blocks` is given, C4 gets 23/6 as many blocks, which is what tells ResNet-101 from ResNet-50.
-    Raises ConfigError where the base's backbone has no deeper one, or where its weights lie in a file that does not carry
-    the backbone's name, so that the deeper one's cannot be found by replacing it.
+    If `model.stage_blocks` is given, C4 gets 23/6 as many blocks, the difference between ResNet-101 and ResNet-50. Raises
+    ConfigError if there is no deeper backbone, or if its weights cannot be found since the base's file of weights does not
+    have the backbone in its name.
     """
     backbone = DEEPER.get(base.model.backbone)
     if backbone is None:
         raise ConfigError(
-            f"model.backbone: {base.model.backbone} of the base has no deeper one; take a base with {' or '.join(DEEPER)}"
+            f"model.backbone: the base's {base.model.backbone} has no deeper one; use {' or '.join(DEEPER)}"
         )
     changes: Overrides = {"model.backbone": backbone, **_weights(base, backbone)}
     if base.model.stage_blocks:
@@ -43,9 +43,9 @@ def deeper(base: Config) -> Overrides:
 
 
 def resnext(base: Config) -> Overrides:
-    """ResNeXt-101-32x8d, its stride in the 3x3 (Detectron), at the depth of `deeper`.
+    """Returns ResNeXt-101-32x8d with the stride in the 3x3 convolution (Detectron) and the depth of `deeper`.
 
-    For a base of ResNet-18 it has ResNet-34's blocks, 3 4 6 3.
+    For a base with ResNet-18 it has ResNet-34's blocks, 3 4 6 3.
     """
     backbone = "resnext101_32x8d"
     blocks = deeper(base).get("model.stage_blocks", (3, 4, 6, 3) if base.model.backbone == "resnet18" else ())
@@ -54,7 +54,7 @@ def resnext(base: Config) -> Overrides:
 
 
 def at_scale(base: Config, short_side: int) -> Overrides:
-    """The paper's image scale of `short_side` pixels: both sides of the base, and its jitter, times short_side / 600.
+    """Returns the paper's image scale `short_side`: both sides of the base, and its jitter, times short_side / 600.
 
     600 is the base itself; 800 on the paper's base is 800/1333. Halves are rounded to even.
     """
@@ -68,12 +68,12 @@ def at_scale(base: Config, short_side: int) -> Overrides:
 
 
 def jitter(base: Config) -> Overrides:
-    """Scale jitter of Table 2: short sides drawn from JITTER, relative to the base."""
+    """Returns the scale jitter of Table 2: short sides drawn from JITTER, relative to the base."""
     return {"data.jitter_short_sides": tuple(_scaled(base.data.short_side, side) for side in JITTER)}
 
 
 def longer(base: Config, factor: float | int) -> Overrides:
-    """`factor` times the steps, with the schedule's boundaries; the warm-up stays as long as it is."""
+    """Returns `factor` times the steps and the boundaries of the schedule; the warm-up keeps its length."""
     return {
         "training.steps": round(base.training.steps * factor),
         "optimizer.boundaries": tuple(round(step * factor) for step in base.optimizer.boundaries),
@@ -86,7 +86,7 @@ def balanced_cross_entropy(alpha: float) -> Overrides:
 
 
 def focal(gamma: float, alpha: float) -> Overrides:
-    """Equation 5; gamma 0 is balanced cross entropy and is written so, since the two are one run."""
+    """Equation 5; gamma 0 returns balanced cross entropy, since the two are the same run."""
     if gamma == 0:
         return balanced_cross_entropy(alpha)
     return {"loss.kind": "focal", "loss.gamma": gamma, "loss.alpha": alpha}
@@ -102,7 +102,7 @@ def _scaled(side: int, short_side: int) -> int:
 
 
 def _weights(base: Config, backbone: str) -> Overrides:
-    """The weights of `backbone` where the base starts from weights in a file of its own backbone."""
+    """Returns the weights of `backbone`, if the base starts from a file of weights."""
     weights, before = base.model.backbone_weights, base.model.backbone
     if weights in ("", "imagenet"):
         return {}
@@ -111,6 +111,6 @@ def _weights(base: Config, backbone: str) -> Overrides:
         if old and new and old in file:
             return {"model.backbone_weights": folder + slash + file.replace(old, new)}
     raise ConfigError(
-        f"model.backbone_weights: {weights} has no {before} in its name to replace by {backbone}, which this sweep trains "
-        f"too; name the two files {before}... and {backbone}..., or give imagenet"
+        f"model.backbone_weights: {weights} has no {before} in its name, which this sweep replaces by {backbone}; name the "
+        f"two files {before}... and {backbone}..., or give imagenet"
     )

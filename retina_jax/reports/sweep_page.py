@@ -15,16 +15,14 @@ from retina_jax.reports import TEMPLATES, render
 from retina_jax.reports.charts import Line, line_chart
 
 
-def charts_of(section: Section) -> dict[str, str]:
+def charts_of(section: Section) -> dict[str, Markup]:
     """The charts of a table by kind, as <svg> elements."""
-    drawn = {}
-    for kind, chart in section.charts.items():
-        if isinstance(chart, str):  # drawn already
-            drawn[kind] = Markup(chart)
-        else:
-            lines = [Line(line.label, line.points) for line in chart.lines]
-            drawn[kind] = line_chart(lines, chart.x_label, chart.y_label, log_y=chart.log_y)
-    return drawn
+    return {
+        kind: line_chart(
+            [Line(curve.label, curve.points) for curve in chart.lines], chart.x_label, chart.y_label, log_y=chart.log_y
+        )
+        for kind, chart in section.charts.items()
+    }
 
 
 def to_html(sections: Sequence[Section], title: str) -> str:

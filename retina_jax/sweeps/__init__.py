@@ -1,1 +1,1 @@
-"""Many runs of one kind: named points over a base config, each trained once, wherever and however often it is asked for."""
+"""Sweeps: named points over a base config, each trained once, on any number of machines and restarts."""

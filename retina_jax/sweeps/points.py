@@ -1,7 +1,7 @@
-"""What a sweep consists of: named overrides of a base config, and the folder each of them is trained in.
+"""The points of a sweep: named overrides of a base config, and the folder that each of them is trained in.
 
-A sweep file is a Python file with a function `get_sweep(base: Config) -> dict[str, dict[str, Any]]`: names of points to
-dotted overrides of `base`. A constant BASE in it names the config file it is meant for.
+A sweep file is a Python file with a function `get_sweep(base: Config) -> dict[str, dict[str, Any]]`, which maps names of
+points to dotted overrides of `base`. Its constant BASE, if it has one, names the config file that it is written for.
 """
 
 from __future__ import annotations
@@ -58,42 +58,43 @@ class Point:
 
     name: str
     overrides: dict[str, Any]
-    """Dotted fields of the base config and their values; the seed is not among them."""
+    """Dotted fields of the base config and their values, without the seed."""
     seed: int
     folder: str
-    """Name of the run's folder; points that end in the same have the same."""
+    """Name of the run's folder; points with the same outcome have the same name."""
     config: Config
 
 
 def load_sweep(path: Path) -> ModuleType:
-    """The sweep file as a module; ConfigError where it cannot be read or has no get_sweep."""
+    """Returns the sweep file as a module; ConfigError if it cannot be read or has no get_sweep."""
     return load_module(path, "--sweep", "get_sweep", "get_sweep(base) that returns names and overrides")
 
 
 def load_sweeps(files: Sequence[str]) -> dict[Path, ModuleType]:
-    """The sweep files as modules, in their order."""
+    """Returns the sweep files as modules, in their order."""
     modules = {Path(file): load_sweep(Path(file)) for file in files}
     if len({path.stem for path in modules}) < len(modules):
-        raise ConfigError("--sweep: two files have the same name, by which their points are kept apart")
+        raise ConfigError("--sweep: two files have the same name; sweeps are identified by the name of their file")
     return modules
 
 
 def base_file(modules: Mapping[Path, ModuleType], default: Path) -> Path:
-    """The config file that the sweeps override where the command line names none: their BASE, else `default`.
+    """Returns the config file that the sweeps override if the command line names none: their BASE, else `default`.
 
-    BASE is looked for from the current folder, then from this repository.
+    BASE is relative to the current folder or to this repository.
     """
     named = {path: str(module.BASE) for path, module in modules.items() if hasattr(module, "BASE")}
     if len(set(named.values())) > 1:
-        raise ConfigError(f"--base: must be given, {' and '.join(f'{p} is of {b}' for p, b in named.items())}")
+        files = " and ".join(f"{path} has {base}" for path, base in named.items())
+        raise ConfigError(f"--base: required, since the sweeps have different bases: {files}")
     base = Path(next(iter(named.values()), default))
     return base if base.is_file() or not (ROOT / base).is_file() else ROOT / base
 
 
 def expand(path: Path, module: ModuleType, base: Config, seeds: Sequence[int]) -> list[Point]:
-    """The points of a sweep over `base`: all of them with the first seed, then all with the next.
+    """Returns the points of a sweep over `base`: all of them with the first seed, then all with the next.
 
-    Raises ConfigError naming the file, the point and the field where one is not what it should be.
+    Raises ConfigError, with the file, the point and the field, if one of them is invalid.
     """
     with named_errors(path):
         named = module.get_sweep(base)
@@ -106,11 +107,11 @@ def expand(path: Path, module: ModuleType, base: Config, seeds: Sequence[int]) -
         for name, overrides in named.items():
             where = f"{path}, point {name!r}"
             if not isinstance(name, str) or not name.strip() or not name.isprintable():
-                raise ConfigError(f"{where}: a point's name is a line of text")
+                raise ConfigError(f"{where}: a point's name must be one line of text")
             if not isinstance(overrides, Mapping):
                 raise ConfigError(f"{where}: must be a dict of dotted fields to values, not {overrides!r}")
             if "seed" in overrides:
-                raise ConfigError(f"{where}: seed: seeds are given on the command line, --seeds 0 1 2")
+                raise ConfigError(f"{where}: seed: give seeds on the command line, --seeds 0 1 2")
             changes = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
             try:
                 config = validate(override(base, {**changes, "seed": seed}))
@@ -139,14 +140,14 @@ def digest(config: Config) -> str:
 
 
 def folder_name(config: Config, base: Config) -> str:
-    """A run's folder: what it changes of `base`, short and readable, and its digest.
+    """Returns the name of a run's folder: its changes of `base`, shortened, and its digest.
 
-    "alpha_0.75-kind_balanced_cross_entropy-1a2b3c4d"; "base-..." where it changes nothing.
+    For example "alpha_0.75-kind_balanced_cross_entropy-1a2b3c4d", or "base-..." without changes.
     """
     old = outcome(base)
     changes = {name: value for name, value in outcome(config).items() if value != old[name] and name != "seed"}
     if "model.backbone" in changes:
-        changes.pop("model.backbone_weights", None)  # they go with it
+        changes.pop("model.backbone_weights", None)  # they follow from it
     words = [f"{leaf}_{_short(value)}" for leaf, value in sorted((n.rpartition(".")[2], v) for n, v in changes.items())]
     seed = f"-seed{config.seed}" if config.seed != base.seed else ""
     slug = re.sub(r"[^A-Za-z0-9._+-]+", "_", "-".join(words) or "base")

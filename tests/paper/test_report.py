@@ -1,4 +1,4 @@
-"""A report of sweeps that the tests write themselves: finished, diverged, running, absent, of several seeds, damaged."""
+"""A report on sweeps that the tests write: finished, diverged, running and missing runs, several seeds, damaged files."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from retina_jax.config import Config, ConfigError, DataConfig, ModelConfig, Trai
 from retina_jax.config_io import load_config, override, to_dict
 from retina_jax.evaluation.coco_scores import SUMMARY
 from retina_jax.paper.comparison import Section, build_report, smoothed
-from retina_jax.paper.published import TABLE_1B, TABLE_1E
+from retina_jax.paper.published import TABLES
 from retina_jax.paper.results import read_sweeps
 from retina_jax.paper.wording import signed
 from retina_jax.reports.charts import Line, line_chart, log_ticks, ticks
-from retina_jax.reports.sweep_page import plain, to_html, to_markdown
+from retina_jax.reports.sweep_page import charts_of, plain, to_html, to_markdown
 
 ROOT = Path(__file__).parents[2]
 SCENES = Config(data=DataConfig(source="scenes"), model=ModelConfig(num_classes=6), training=TrainingConfig(steps=100))
@@ -38,16 +38,20 @@ def write_run(
     """A run's folder; finished where `ap` (percent) is given. `further` goes into config.json."""
     folder.mkdir(parents=True)
     saved = {"config": to_dict(config), "command": ["x.py"], "commit": "abc123", "versions": {"devices": "1 x cpu"}}
-    saved |= further
+    saved |= {"class_names": ["x"], "category_ids": [1]} | further
     (folder / "config.json").write_text(json.dumps(saved))
     lines = [
         {"step": s, "event": "train", "classification_loss": 2.0 / s}
         for s in range(10, steps + 1, max(10, steps // 100))
     ]
-    lines += [{"step": s, "event": "evaluation", "AP": s / 1000} for s in (steps // 2, steps)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluation = dict.fromkeys(SUMMARY, 0.05) | {"step": steps, "images": 5, "per_class": {}}
+    (folder / "evaluation").mkdir()
+    for step in (steps // 2, steps):
+        file = folder / "evaluation" / f"step_{step:08d}.json"
+        file.write_text(json.dumps(evaluation | {"AP": step / 1000 if step < 1000 else 0.5, "step": step}))
     if ap is not None:
-        evaluation = dict.fromkeys(SUMMARY, ap / 100) | {"step": steps, "images": 5, "per_class": {}}
+        evaluation |= dict.fromkeys(SUMMARY, ap / 100)
         summary = {
             "steps": steps,
             "images": 8,
@@ -59,7 +63,7 @@ def write_run(
 
 
 def write_diverged(folder: Path, step: int = 40) -> None:
-    """A run whose loss stopped being a number."""
+    """A run whose loss became non-finite."""
     write_run(folder)
     (folder / "diverged.json").write_text(json.dumps({"step": step, "message": "loss is nan"}))
 
@@ -75,7 +79,7 @@ def write_manifest(folder: Path, name: str, points: list[tuple], base: str = "co
 
 @pytest.fixture
 def sweeps(tmp_path: Path) -> Path:
-    """Table 1b with every fate a run can have, Table 3 sharing two of its runs, and a sweep of a person's own."""
+    """Table 1b with runs in every state, Table 3 with two of its runs, and a user's own sweep."""
     for seed, ap in enumerate((30.0, 31.0, 32.0)):
         write_run(tmp_path / f"fl{seed}", ap)
     write_run(tmp_path / "ce", 28.0)
@@ -116,8 +120,8 @@ def table(section: Section) -> dict[str, dict[str, str]]:
 def test_every_paper_row_is_there_in_its_order_with_its_figure(sweeps: Path) -> None:
     section = by_name(sweeps)["table1b"]
     printed = [[cell.text for cell in row] for row in section.rows]
-    assert [tuple(row[:2]) for row in printed[:7]] == [row.settings for row in TABLE_1B.rows]
-    assert [row[2] for row in printed[:7]] == [f"{row.scores['AP']:.1f}" for row in TABLE_1B.rows]
+    assert [tuple(row[:2]) for row in printed[:7]] == [row.settings for row in TABLES["table1b"].rows]
+    assert [row[2] for row in printed[:7]] == [f"{row.scores['AP']:.1f}" for row in TABLES["table1b"].rows]
     assert printed[7][0] == "gamma_9.0" and printed[7][2] == "", "a point that the paper does not have comes last"
 
 
@@ -139,7 +143,7 @@ def test_runs_without_a_result_say_what_became_of_them(sweeps: Path) -> None:
     rows = table(by_name(sweeps)["table1b"])
     ours = "AP, ours (val of scenes)"
     assert rows["1.0"][ours] == "diverged at step 40"
-    assert rows["5.0"][ours] == "running or stopped at step 30 of 100"
+    assert rows["5.0"][ours] == "running or interrupted at step 30 of 100"
     assert rows["0.5"][ours] == "not run", "its folder is absent"
     assert rows["0.1"][ours] == "not run", "the sweep has no such point"
     assert rows["5.0"]["seeds"] == rows["1.0"]["seeds"] == "0 of 1" and rows["0.5"]["seeds"] == ""
@@ -172,7 +176,7 @@ def test_seeds_that_all_diverged_are_counted_and_running_ones_named(tmp_path: Pa
     ours = "AP, ours (val of scenes)"
     assert rows["FL"][ours] == "3 of 3 seeds diverged" and rows["FL"]["seeds"].startswith("0 of 3: seed 0 diverged at")
     assert rows["CE"][ours] == "30.0"
-    assert rows["CE"]["seeds"] == "1 of 2: seed 1 running or stopped at step 30 of 100"
+    assert rows["CE"]["seeds"] == "1 of 2: seed 1 running or interrupted at step 30 of 100"
 
 
 def test_a_difference_between_rows_is_over_the_seeds_that_both_have(tmp_path: Path) -> None:
@@ -229,7 +233,7 @@ def test_differences_to_the_focal_loss_stand_beside_where_values_are_not_compara
 
 
 def focal_run(folder: Path, changes: dict[str, Any]) -> str:
-    """What the report says of a run of Table 1b's gamma 2 with `changes` of the paper's config; empty: comparable."""
+    """The report's note on a run of Table 1b's gamma 2 with `changes` of the paper's config; empty: comparable."""
     config = override(COCO, changes)
     write_run(folder / "run", 34.2, steps=config.training.steps, config=config)
     write_manifest(folder, "table1b", [("gamma_2.0", 0, "run")], base=PAPER)
@@ -330,9 +334,9 @@ def test_runs_of_other_commits_or_other_pretrained_weights_are_told_under_the_ta
     assert footnotes(one, one) == [], "the diverged run, of another commit, has no figure in the table"
     assert footnotes(one, one, other) == ["Commits of the finished runs: aaaaaaa (2 runs), bbbbbbb (1 run)."]
     (note,) = footnotes({"commit": "a" * 40 + "+changes"})
-    assert "aaaaaaa+changes (1 run); +changes is code" in note
+    assert "aaaaaaa+changes (1 run); +changes" in note
     old, new = (one | {"facts": {"backbone_sha256": digit * 64}} for digit in "12")
-    assert footnotes(old, old, one) == [], "an older run does not tell"
+    assert footnotes(old, old, one) == [], "an older run does not have the checksum"
     (note,) = footnotes(old, new)
     assert "different weights of resnet50" in note and "111111111111 (1 run), 222222222222 (1 run)" in note
 
@@ -360,7 +364,7 @@ def test_the_report_explains_itself_once(sweeps: Path) -> None:
     for text in (to_markdown(sections, "x", charts), Tags(to_html(sections, "x")).text):
         for words in (
             "standard deviation",
-            "heights do not compare",
+            "heights are not comparable",
             "seeds that both rows have",
             "“Δ AP, ours − paper”",
         ):
@@ -371,7 +375,8 @@ def test_a_run_resumed_for_more_steps_is_not_finished(tmp_path: Path) -> None:
     write_run(tmp_path / "run", 30.0, steps=50)
     write_manifest(tmp_path, "table3", [("focal", 0, "run")])
     assert (
-        table(by_name(tmp_path)["table3"])["FL"]["AP, ours (val of scenes)"] == "running or stopped at step 50 of 100"
+        table(by_name(tmp_path)["table3"])["FL"]["AP, ours (val of scenes)"]
+        == "running or interrupted at step 50 of 100"
     )
 
 
@@ -396,11 +401,11 @@ def test_table_1e_has_sizes_times_and_a_warning_of_its_split(tmp_path: Path) -> 
     (tmp_path / "run" / "latency.json").write_text('{"milliseconds": 12.34, "hardware": "H200", "step": 100}')
     write_manifest(tmp_path, "table1e", [("depth_50_scale_600", 0, "run")])
     section = by_name(tmp_path)["table1e"]
-    assert {"APs, paper (test-dev)", "APl, ours (val of scenes)", "ms an image, ours (H200)"} <= set(section.header)
+    assert {"APs, paper (test-dev)", "APl, ours (val of scenes)", "ms per image, ours (H200)"} <= set(section.header)
     assert any("test-dev" in note for note in section.notes)
     row = dict(zip(section.header, (cell.text for cell in section.rows[2]), strict=True))
-    assert row["ms an image, paper (M40)"] == "98" and row["ms an image, ours (H200)"] == "12.3"
-    assert len(section.rows) == len(TABLE_1E.rows)
+    assert row["ms per image, paper (M40)"] == "98" and row["ms per image, ours (H200)"] == "12.3"
+    assert len(section.rows) == len(TABLES["table1e"].rows)
 
 
 def test_only_figures_of_one_split_are_subtracted(tmp_path: Path) -> None:
@@ -435,14 +440,13 @@ def test_runs_of_the_papers_config_have_no_difference_across_splits_in_brackets_
 
 
 @pytest.mark.parametrize(
-    "answer",
+    "scores",
     [{"AP": 0.352, "AP_50": 0.55, "AP_small": 0.2, "AR_max_1": 0.3}, {"AP": 0.352, "AP50": 0.55, "APs": 0.2}],
 )
-def test_the_servers_scores_are_compared_on_test_dev(tmp_path: Path, answer: dict[str, float]) -> None:
+def test_the_servers_scores_are_compared_on_test_dev(tmp_path: Path, scores: dict[str, float]) -> None:
     write_run(tmp_path / "run", 30.0)
     write_run(tmp_path / "other", 29.0)
-    (tmp_path / "run" / "evaluation").mkdir()
-    (tmp_path / "run" / "evaluation" / "test_dev.json").write_text(json.dumps(answer))
+    (tmp_path / "run" / "evaluation" / "test_dev.json").write_text(json.dumps(scores))
     write_manifest(tmp_path, "table1e", [("depth_50_scale_800", 0, "run"), ("depth_50_scale_700", 0, "other")])
     section = by_name(tmp_path)["table1e"]
     rows = {row[1].text: dict(zip(section.header, row, strict=True)) for row in section.rows if row[0].text == "50"}
@@ -468,7 +472,6 @@ def test_the_servers_scores_are_compared_on_test_dev(tmp_path: Path, answer: dic
 )
 def test_a_server_file_that_is_malformed_is_named_in_one_line(tmp_path: Path, text: str, says: str) -> None:
     write_run(tmp_path / "run", 30.0)
-    (tmp_path / "run" / "evaluation").mkdir()
     (tmp_path / "run" / "evaluation" / "test_dev.json").write_text(text)
     write_manifest(tmp_path, "table2", [("resnet101", 0, "run")])
     with pytest.raises(ConfigError, match=says) as raised:
@@ -503,13 +506,13 @@ def test_a_run_that_two_sweeps_share_is_one_result(sweeps: Path) -> None:
 def test_scores_that_are_undefined_or_were_not_taken_say_so(tmp_path: Path) -> None:
     write_run(tmp_path / "run", 30.0)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    whole = json.dumps({**summary, "evaluation": None})
+    unscored = json.dumps({**summary, "evaluation": None})
     summary["evaluation"]["AP"] = None
     (tmp_path / "run/summary.json").write_text(json.dumps(summary))
     write_run(tmp_path / "blind", 30.0, config=override(SCENES, {"training.eval_every": -1}))
     write_run(tmp_path / "killed", 30.0)
     for name in ("blind", "killed"):
-        (tmp_path / name / "summary.json").write_text(whole)
+        (tmp_path / name / "summary.json").write_text(unscored)
     write_manifest(
         tmp_path, "table3", [("focal", 0, "run"), ("cross_entropy", 0, "blind"), ("focal_star_2.0_1.0", 0, "killed")]
     )
@@ -517,7 +520,9 @@ def test_scores_that_are_undefined_or_were_not_taken_say_so(tmp_path: Path) -> N
     assert rows["FL"]["AP, ours (val of scenes)"] == "AP undefined"
     assert rows["CE"]["AP, ours (val of scenes)"] == "not evaluated", "as its config wants it"
     cells = by_name(tmp_path)["table3"].rows[2]
-    assert "running or stopped at step 100 of 100" in [cell.text for cell in cells], "its evaluation is still to come"
+    assert "running or interrupted at step 100 of 100" in [cell.text for cell in cells], (
+        "its evaluation is still to come"
+    )
 
 
 class Tags(HTMLParser):
@@ -568,7 +573,7 @@ def test_markdown_rows_have_as_many_fields_as_their_heading(sweeps: Path) -> Non
 
 
 def test_charts_are_xml_with_a_line_a_run_and_a_legend_a_point(sweeps: Path) -> None:
-    charts = by_name(sweeps)["table1b"].charts
+    charts = charts_of(by_name(sweeps)["table1b"])
     assert set(charts) == {"ap", "loss"}
     root = ElementTree.fromstring(charts["ap"])
     texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
@@ -619,7 +624,7 @@ def test_smoothing_leaves_a_straight_line_alone() -> None:
 
 
 def test_differences_are_signed_and_zero_has_no_sign() -> None:
-    assert [signed(d) for d in (1.26, -0.31, 0.04, -0.04, None)] == ["+1.3", "−0.3", "0.0", "0.0", ""]
+    assert [signed(d) for d in (1.26, -0.31, 0.04, -0.04)] == ["+1.3", "−0.3", "0.0", "0.0"]
 
 
 def broken(folder: Path, file: str, text: str) -> str:
@@ -633,31 +638,32 @@ def broken(folder: Path, file: str, text: str) -> str:
 @pytest.mark.parametrize(
     ("file", "text", "says"),
     [
-        ("sweeps/table1b.json", "{", "cannot be read"),
-        ("sweeps/table1b.json", "[]", "not a sweep's manifest"),
-        ("sweeps/table1b.json", '{"sweep": "table1b", "file": "x", "base": "y", "overrides": {}}', "not a sweep's"),
+        ("sweeps/table1b.json", "{", ""),
+        ("sweeps/table1b.json", "[]", ""),
+        ("sweeps/table1b.json", '{"sweep": "table1b", "file": "x", "base": "y", "overrides": {}}', "points"),
         (
             "sweeps/table1b.json",
             '{"sweep": "other", "file": "x", "base": "y", "overrides": {}, "points": []}',
-            "must be the file's own",
+            "sweep is 'other'",
         ),
         (
             "sweeps/table1b.json",
             '{"sweep": "table1b", "file": "x", "base": "y", "overrides": {}, '
             '"points": [{"name": 5, "overrides": {}, "seed": 0, "folder": "ce"}]}',
-            "points[0].name: 5",
+            "name",
         ),
         ("ce/metrics.jsonl", "[]\n{}\n", "line 1"),
-        ("ce/summary.json", '{"seconds": "long"}', "seconds"),
+        ("ce/summary.json", '{"steps": 100, "seconds": "long", "evaluation": null}', "seconds"),
         (
             "ce/summary.json",
             '{"steps": 100, "seconds": 1, "parameters_sha256": "", "evaluation": {"AP": "high"}}',
             "evaluation.AP",
         ),
-        ("ce/config.json", '{"config": {"loss": {"gama": 1}}}', "gama"),
+        ("ce/summary.json", '{"steps": 100, "seconds": 1, "evaluation": {"AP": 0.1, "AP50": "x"}}', "evaluation.AP50"),
+        ("ce/config.json", '{"config": {"loss": {"gama": 1}}, "class_names": [], "category_ids": []}', "gama"),
         ("ce/metrics.jsonl", "{\n{}\n", "line 1"),
-        ("bad/diverged.json", '{"step": "ten"}', "step 'ten'"),
-        ("ce/latency.json", '{"milliseconds": 1.0}', "hardware is missing"),
+        ("bad/diverged.json", '{"step": "ten"}', "step"),
+        ("ce/latency.json", '{"milliseconds": 1.0}', "hardware"),
     ],
 )
 def test_a_damaged_file_ends_in_one_line_that_names_it(sweeps: Path, file: str, text: str, says: str) -> None:
@@ -676,12 +682,12 @@ def test_a_last_line_that_is_being_written_is_no_error(sweeps: Path) -> None:
     with (sweeps / "going/metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "eve')
     assert table(by_name(sweeps)["table1b"])["5.0"]["AP, ours (val of scenes)"].startswith(
-        "running or stopped at step 30"
+        "running or interrupted at step 30"
     )
 
 
 def test_a_single_run_or_an_empty_folder_is_refused_in_one_line(sweeps: Path) -> None:
-    with pytest.raises(ConfigError, match="folder of a single run; give the folder of a sweep"):
+    with pytest.raises(ConfigError, match=r"ce: .* single run"):
         read_sweeps(sweeps / "ce")
     with pytest.raises(ConfigError, match="no sweep there"):
         read_sweeps(sweeps / "sweeps")

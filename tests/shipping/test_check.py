@@ -1,4 +1,4 @@
-"""When two detectors say the same."""
+"""When two detectors give the same detections."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from retina_jax.export.agreement import Comparison, compare
 from retina_jax.export.loader import Found
 
 IMAGE = np.zeros((50, 100, 3), np.uint8)
-"""A hundredth of a pixel is the tolerance here."""
+"""The tolerance is a hundredth of a pixel here."""
 BOXES = [[10, 10, 20, 20], [30, 10, 40, 20], [50, 10, 60, 20]]
 
 
@@ -19,18 +19,18 @@ def compared(
 ) -> Comparison:
     """With BOXES of scores .9, .5, .0505, label 0, at a threshold of .05."""
     live = ImageDetections(np.array(BOXES, np.float32), np.array([0.9, 0.5, 0.0505], np.float32), np.zeros(3, np.int32))
-    shipped = Found(
+    exported = Found(
         np.array(boxes, np.float32).reshape(-1, 4), np.array(scores, np.float32), np.array(labels, np.int32)
     )
-    return compare([live], [shipped], [IMAGE], threshold, most)
+    return compare([live], [exported], [IMAGE], threshold, most)
 
 
-def test_equal_answers_agree() -> None:
+def test_equal_detections_agree() -> None:
     found = compared(BOXES, [0.9, 0.5, 0.0505], [0, 0, 0])
     assert found.agrees and found == Comparison(1, 3, 0, 0.0, 0.0)
 
 
-def test_the_largest_differences_are_told() -> None:
+def test_the_largest_differences_are_reported() -> None:
     moved = [[10, 10, 20, 20.005], *BOXES[1:]]
     found = compared(moved, [0.9, 0.5006, 0.0505], [0, 0, 0])
     assert found.agrees and found.box_difference == pytest.approx(0.005, abs=1e-5)
@@ -42,7 +42,7 @@ def test_order_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("boxes", "scores", "labels", "strangers"),
+    ("boxes", "scores", "labels", "unmatched"),
     [
         ([[10, 10, 20, 20.02], *BOXES[1:]], [0.9, 0.5, 0.0505], [0, 0, 0], 2),  # a side too far
         (BOXES, [0.9, 0.502, 0.0505], [0, 0, 0], 2),  # a score too far
@@ -53,9 +53,9 @@ def test_order_does_not_matter() -> None:
         (BOXES, [float("nan")] * 3, [0, 0, 0], 2),
     ],
 )
-def test_what_differs_is_counted(boxes: list, scores: list[float], labels: list[int], strangers: int) -> None:
+def test_what_differs_is_counted(boxes: list, scores: list[float], labels: list[int], unmatched: int) -> None:
     found = compared(boxes, scores, labels)
-    assert not found.agrees and found.strangers == strangers and str(strangers) in str(found)
+    assert not found.agrees and found.unmatched == unmatched and str(unmatched) in str(found)
 
 
 def test_a_score_at_the_threshold_may_be_there_or_not() -> None:

@@ -1,4 +1,4 @@
-"""The resize that travels is the one of evaluation, to the last bit."""
+"""The resize of an exported detector is that of evaluation, bit for bit."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from retina_jax.data.transforms import resize, resize_large
-from retina_jax.export.resizing import resize_to_canvas
+from retina_jax.export.programs import resize_and_pad
 
-CANVAS = 64, 96
+SHAPE = 64, 96
 height, width = st.integers(1, 64), st.integers(1, 96)
 
 
 @partial(jax.jit, static_argnames=("kind", "pixels"))
 def on_device(image: np.ndarray, size: np.ndarray, resized: np.ndarray, kind: str, pixels: str) -> jax.Array:
-    return resize_to_canvas(image, size, resized, CANVAS, kind, pixels)
+    return resize_and_pad(image, size, resized, SHAPE, kind, pixels)
 
 
 def resized_on_device(image: np.ndarray, size: tuple[int, int], resized: tuple[int, int], *how: str) -> np.ndarray:
@@ -29,7 +29,7 @@ def resized_on_device(image: np.ndarray, size: tuple[int, int], resized: tuple[i
 @pytest.mark.parametrize("pixels", ["uint8", "float32"])
 @pytest.mark.parametrize("kind", ["bilinear", "antialias"])
 def test_pixels_are_those_of_evaluation(kind: str, pixels: str) -> None:
-    """From any size to any size, whatever stands in the storage beside the image; and the canvas beside it is 0."""
+    """From any size to any size, whatever the storage holds beyond the image; and the padding is 0."""
 
     @settings(deadline=None, max_examples=60)
     @given(height, width, height, width, st.integers(0, 9))
@@ -38,13 +38,13 @@ def test_pixels_are_those_of_evaluation(kind: str, pixels: str) -> None:
     @example(1, 96, 1, 32, 2)
     @example(64, 3, 64, 96, 3)  # smaller along one side and larger along the other
     def holds(h: int, w: int, new_h: int, new_w: int, seed: int) -> None:
-        storage = np.random.default_rng(seed).integers(0, 256, (*CANVAS, 3), np.uint8)
+        storage = np.random.default_rng(seed).integers(0, 256, (*SHAPE, 3), np.uint8)
         found = resized_on_device(storage, (h, w), (new_h, new_w), kind, pixels)
         expected = resize(storage[:h, :w], (new_h, new_w), kind, pixels).numpy()
         assert found.dtype == pixels and not found[new_h:].any() and not found[:, new_w:].any()
         if pixels == "uint8":
             assert np.array_equal(found[:new_h, :new_w], expected)
-        else:  # TensorFlow's vectors add up long spans in another order
+        else:  # TensorFlow adds long spans in another order
             np.testing.assert_allclose(found[:new_h, :new_w], expected, rtol=0, atol=1e-4)
 
     holds()
@@ -52,7 +52,7 @@ def test_pixels_are_those_of_evaluation(kind: str, pixels: str) -> None:
 
 @pytest.mark.parametrize("kind", ["bilinear", "antialias"])
 def test_pixels_of_a_large_image_are_those_of_evaluation(kind: str) -> None:
-    """Above 2 ** 22 pixels, where evaluation adds the half that rounds at another place."""
+    """Above 2 ** 22 pixels, where evaluation adds the half that rounds after the weights."""
     image = np.random.default_rng(0).integers(0, 256, (2001, 2997, 3), np.uint8)
     found = resized_on_device(image, image.shape[:2], (64, 96), kind, "uint8")
     assert np.array_equal(found, resize_large(image, (64, 96), kind))

@@ -1,0 +1,201 @@
+"""The state of a point, training it so that no two workers train the same run, and the table that `--list` prints.
+
+A worker holds the lock DIR/.claims/FOLDER.lock while it trains. The lock is the kernel's (flock), so it ends with the
+worker. On NFS it also holds between machines, if the server supports locks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from retina_jax.config import Config, ConfigError
+from retina_jax.data.transforms import buckets
+from retina_jax.model.summary import forward_flops
+from retina_jax.runs.folder import write_json
+from retina_jax.sweeps.manifest import Task, exclusive_lock
+from retina_jax.sweeps.points import Point
+from retina_jax.training.metrics import NonFiniteLoss
+
+T = TypeVar("T")
+ENDED = ("done", "diverged")
+"""Kinds of state in which a point is not trained again."""
+PAPER_CLASSES = 80
+"""Number of classes assumed for costs if `model.num_classes` is taken from the data."""
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a point has come."""
+
+    kind: Literal["done", "diverged", "running", "interrupted", "waiting"]
+    """done: trained to its last step and evaluated, if its config evaluates; diverged: its loss became non-finite; running:
+    a worker holds its lock; interrupted: started and will be resumed; waiting: not started."""
+    ap: float | None = None
+    """In [0, 1]; None: not done, or not evaluated."""
+    step: int | None = None
+    """Step at which it diverged."""
+    seconds: float | None = None
+    """Training time of a done point."""
+    message: str = field(default="", compare=False)
+    """Why it diverged."""
+
+    def __str__(self) -> str:
+        if self.kind == "done" and self.ap is not None:
+            return f"done, AP {100 * self.ap:.1f}"
+        return f"diverged at step {self.step}" if self.kind == "diverged" and self.step is not None else self.kind
+
+
+def lock_file(workdir: Path, folder: str) -> Path:
+    """Returns the file that a worker locks while it trains in `folder`."""
+    return workdir / ".claims" / f"{folder}.lock"
+
+
+def state_of(workdir: Path, point: Point) -> State:
+    """Returns the state of a point, from its folder and its lock."""
+    end = ended(workdir / point.folder, point.config)
+    if end is not None:
+        return end
+    lock = lock_file(workdir, point.folder)
+    if lock.exists():
+        if not os.access(lock, os.W_OK):  # another user's sweep: unknown, and not free
+            return State("running")
+        # Another process that looks at the state holds the lock for an instant, a worker for much longer.
+        with exclusive_lock(lock, timeout=0.2) as free:
+            if not free:
+                return State("running")
+    started = any((workdir / point.folder / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoints"))
+    return State("interrupted" if started else "waiting")
+
+
+def run_point(workdir: Path, point: Point, train: Callable[[Config, Path], None]) -> State:
+    """Trains or resumes the point, unless it has ended or another worker trains it; returns its state afterwards.
+
+    A non-finite loss is a result: it is written to FOLDER/diverged.json, and the point is not tried again while that file
+    exists. Every other error is raised.
+
+    Args:
+      train: trains a config in a folder, or resumes the run there (`scripts/train.py`).
+    """
+    folder = workdir / point.folder
+    with exclusive_lock(lock_file(workdir, point.folder), timeout=1.0) as locked:
+        if not locked:
+            return State("running")
+        if (end := ended(folder, point.config)) is not None:
+            return end
+        try:
+            train(point.config, folder)
+        except NonFiniteLoss as error:
+            step = re.search(r" at step (\d+)", str(error))
+            write_json(folder / "diverged.json", {"step": int(step[1]) if step else None, "message": str(error)})
+        end = ended(folder, point.config)
+    if end is None:
+        raise ConfigError(f"{folder / 'summary.json'}: missing after training, or of another step than training.steps")
+    return end
+
+
+def ended(folder: Path, config: Config) -> State | None:
+    """Returns the state done or diverged of the run in `folder`, else None; ConfigError if the file about it is damaged."""
+    summary = _read(folder / "summary.json", _Summary)
+    if summary is not None and summary.steps == config.training.steps:
+        if summary.evaluation is not None:
+            return State("done", ap=summary.evaluation.ap, seconds=summary.seconds)
+        if config.training.eval_every < 0:
+            return State("done", seconds=summary.seconds)
+    divergence = _read(folder / "diverged.json", _Divergence)
+    return None if divergence is None else State("diverged", step=divergence.step, message=divergence.message)
+
+
+class _Evaluation(msgspec.Struct):
+    ap: float | None = msgspec.field(name="AP", default=None)
+
+
+class _Summary(msgspec.Struct):
+    steps: int
+    seconds: float
+    evaluation: _Evaluation | None
+
+
+class _Divergence(msgspec.Struct):
+    step: int | None
+    message: str = ""
+
+
+def _read(path: Path, kind: type[T]) -> T | None:
+    """Returns the contents of a JSON file, or None if it does not exist."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        return None
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}; delete it to train again") from None
+
+
+def mean_padded_shape(config: Config) -> tuple[int, int]:
+    """Returns a (height, width) with the mean area of the padded shapes in training, all assumed equally frequent."""
+    shapes = buckets(config.data, config.data.jitter_short_sides or (config.data.short_side,))
+    side = min(shapes[0])
+    return side, round(sum(math.prod(shape) for shape in shapes) / len(shapes) / side)
+
+
+def training_pflop(config: Config) -> float:
+    """Returns the 10^15 operations of training: a step costs three forward passes per image."""
+    forward = forward_flops(config, config.model.num_classes or PAPER_CLASSES, mean_padded_shape(config))
+    return 3 * forward * config.data.batch_size * config.training.steps / 1e15
+
+
+def seconds_per_pflop(states: Sequence[State], costs: Sequence[float]) -> float | None:
+    """Returns the mean rate of the done points; None if there are none."""
+    done = [(s.seconds, cost) for s, cost in zip(states, costs, strict=True) if s.kind == "done" and s.seconds]
+    return sum(seconds for seconds, _ in done) / sum(cost for _, cost in done) if done else None
+
+
+def listing(workdir: Path | None, tasks: Sequence[Task]) -> str:
+    """Returns one line per point and one for their sum; `workdir` None: nothing has started.
+
+    Hours are measured for done points, and estimated from their rate for the others.
+    """
+    states = {task.point.folder: state_of(workdir, task.point) if workdir else State("waiting") for task in tasks}
+    costs = {task.point.folder: training_pflop(task.point.config) for task in tasks}
+    rate = seconds_per_pflop(list(states.values()), list(costs.values()))
+    several_seeds = len({task.point.seed for task in tasks}) > 1
+    table = [["index", "point", "state", "PFLOP", *["hours"] * (rate is not None), "folder", "overrides"]]
+    for task in tasks:
+        name = " = ".join(task.labels) + (f" (seed {task.point.seed})" if several_seeds else "")
+        folder = task.point.folder
+        numbers = [_number(costs[folder])]
+        if rate is not None:
+            took = states[folder].seconds
+            numbers.append(f"~{costs[folder] * rate / 3600:.2f}" if took is None else f"{took / 3600:.2f}")
+        table.append([str(task.index), name, str(states[folder]), *numbers, folder, _words(task.point.overrides)])
+    left = math.fsum(cost for folder, cost in costs.items() if states[folder].kind not in ENDED)
+    counts = Counter(state.kind for state in states.values())
+    expected = "" if rate is None else f", {left * rate / 3600:.2f} hours at the rate of the done points"
+    return (
+        f"{_aligned(table)}\n{len(states)} distinct runs: {', '.join(f'{n} {kind}' for kind, n in counts.items())}; "
+        f"{_number(math.fsum(costs.values()))} PFLOP, {_number(left)} left{expected}"
+    )
+
+
+def _words(overrides: Mapping[str, Any]) -> str:
+    def value(v: Any) -> str:
+        return ",".join(map(value, v)) if isinstance(v, tuple) else f"{v:.4g}" if isinstance(v, float) else str(v)
+
+    return " ".join(f"{name}={value(v)}" for name, v in overrides.items()) or "none: the base itself"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table)
