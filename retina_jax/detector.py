@@ -240,7 +240,7 @@ def load_detector(
     if not folder.is_dir():
         raise ConfigError(f"--workdir {source}: its run has saved no checkpoint yet")
     with Checkpoints(folder, keep=None, read_only=True) as checkpoints:
-        state = checkpoints.restore(driver.first_state(), step)
+        state = checkpoints.restore(driver.init_state(), step)
     return Detector.of(driver, state, names, ids)
 
 

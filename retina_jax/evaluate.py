@@ -88,7 +88,7 @@ def assess(
     image_ids = [record.image_id for record in source.records[:limit]]
     evaluated_ids, evaluator = [source.records[index].image_id for index in found], run.config.training.evaluator
     scores = evaluate_coco(source.truth, results, image_ids, evaluated_ids, evaluator)
-    if distributed.first():
+    if distributed.is_primary():
         write_json(run.path("detections", step, f"{variant}.json"), results)
         if source.labelled:
             write_json(
@@ -105,7 +105,7 @@ def assess(
 
 def _of_all_hosts(own: Pairs, most: int) -> Pairs:
     """The detections of all hosts, given this one's; `most` is how many one of them can have."""
-    if not distributed.several():
+    if not distributed.is_multihost():
         return own
     rows = int(distributed.gather(np.array([len(own)], np.int32)).max())
     indices, counts = np.full(rows, -1, np.int32), np.zeros(rows, np.int32)
@@ -172,7 +172,7 @@ def write_submission(run: Run, step: int, variant: str, annotations: str) -> Pat
     """
     split = Path(annotations).stem.removeprefix("image_info_")
     path = run.folder / "detections" / f"detections_{split}_{run.folder.resolve().name}_results.json"
-    if distributed.first():
+    if distributed.is_primary():
         results = json.loads(run.path("detections", step, f"{variant}.json").read_text())
         rounded = [
             {**r, "bbox": [round(side, 2) for side in r["bbox"]], "score": round(r["score"], 6)} for r in results

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_one_host_is_first_and_hears_itself() -> None:
     with joined(ALONE):
-        assert hosts.first() and not hosts.several() and hosts.share() == {"host": 0, "hosts": 1}
+        assert hosts.is_primary() and not hosts.is_multihost() and hosts.share() == {"host": 0, "hosts": 1}
         assert exchange("é\n") == ["é\n"]
         np.testing.assert_array_equal(gather(np.arange(3)), np.arange(3))
         check_same("run", {"a": 1})

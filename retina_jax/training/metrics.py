@@ -40,7 +40,7 @@ class Metrics:
 
     def __init__(self, run: Run, start_step: int) -> None:
         self._run, self._file = run, run.folder / "metrics.jsonl"
-        self._speaks = distributed.first()
+        self._speaks = distributed.is_primary()
         evaluated = _drop_after(self._file, start_step) if self._speaks else []
         self._evaluated = json.loads(distributed.exchange(json.dumps(evaluated))[0])
         training = run.config.training

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 
 def state_of(config: Config, devices: int, step: int = 0) -> TrainState:
     driver = Driver(override(config, {"devices": devices}), 3)
-    state = driver.first_state()
+    state = driver.init_state()
     return driver.place_state(
         state.replace(step=np.asarray(step, np.int32), normaliser=np.asarray(step / 7, np.float32))
     )
@@ -444,7 +444,7 @@ from retina_jax.config import ConfigError
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.runs.files import DiskError
 everywhere = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec())
-assert everywhere.mesh.size == 4 and hosts.several()
+assert everywhere.mesh.size == 4 and hosts.is_multihost()
 
 def state(step):
     values = {"weights": np.arange(3000.0, dtype=np.float32) * step, "step": np.asarray(step, np.int32)}
