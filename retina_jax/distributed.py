@@ -106,8 +106,8 @@ def _lost(error: BaseException) -> tuple[str, int] | None:
     if not isinstance(error, ValueError | RuntimeError) or not NETWORK.search(str(error)):
         return None
     return one_line(
-        f"error: the connection to another host failed ({reason(error)}); its log has the cause; start all hosts again with the "
-        "same command, and the run resumes from its newest checkpoint"
+        f"error: the connection to another host failed ({reason(error)}); its log has the cause; start all hosts again "
+        "with the same command, and the run resumes from its newest checkpoint"
     ), LOST
 
 

@@ -1,8 +1,8 @@
-"""Make a run of a detector from elsewhere: python scripts/import_weights.py --weights torchvision:FILE --workdir RUN
+"""Make a run from a detector of another library: python scripts/import_weights.py --weights torchvision:FILE --workdir RUN
 
-The run holds the detector as step 0, with the config that its weights need. evaluate.py and predict.py take it as any other;
-train.py --workdir RUN --data.train-annotations ... goes on from it, with a new class head where the classes are others.
-KIND is torchvision, detectron2 or detectron; in place of FILE stands FILE's published name, which is fetched once.
+The run holds the detector as step 0, with the config that its weights need. evaluate.py and predict.py accept it like any
+other run; train.py --workdir RUN --data.train-annotations ... trains it further, with a new class head for other classes.
+KIND is torchvision, detectron2 or detectron. Instead of FILE you can give a published name, which is downloaded once.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ class Arguments:
     weights: str
     """KIND:FILE or KIND:NAME."""
     workdir: Path
-    """Folder of the run, in which there is none yet."""
+    """Folder of the new run."""
     class_names: tuple[str, ...] = ()
-    """Names of the classes, in the order of the head; empty: COCO's where the number fits, else "class 1" and so on."""
+    """Names of the classes, in the order of the head; empty: COCO's if the number fits, otherwise "class 1" and so on."""
     batchnorm_eps: float | None = None
-    """What torchvision's BatchNorms added to a variance; None: 0 for its published v1 file, else 1e-5."""
+    """Epsilon of torchvision's BatchNorm layers; None: 0 for its published v1 file, otherwise 1e-5."""
     allow_missing: tuple[str, ...] = ()
     """Parts of the network (fpn/output7) that the file may lack; they start random."""
 
 
 def main() -> None:
-    """Read, convert, fill, save, tell."""
+    """Read and convert the weights, save them as a run."""
     arguments = parse_command_line(Arguments, Arguments(tyro.MISSING, tyro.MISSING), sys.argv[1:], __doc__)
     set_up_jax()
     imported = import_detector(

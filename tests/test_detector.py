@@ -13,7 +13,7 @@ from retina_jax.config import Config
 from retina_jax.config_io import override
 from retina_jax.data.source import Source
 from retina_jax.detector import Detector
-from retina_jax.evaluate import assess
+from retina_jax.evaluate import evaluate
 from retina_jax.training.opening import open_run
 from retina_jax.training.parallel import Driver
 
@@ -42,7 +42,7 @@ def found_with(source: Source, folder: Path, devices: int, parallel: str) -> tup
     config = override(CONFIG, {"devices": devices, "parallel": parallel})
     driver = Driver(config, 2)
     run = open_run(folder, config, source.class_names, source.category_ids)
-    assess(run, Detector(driver, driver.init_state().variables, source.class_names, source.category_ids), source, 0)
+    evaluate(run, Detector(driver, driver.init_state().variables, source.class_names, source.category_ids), source, 0)
     scores = json.loads((folder / "evaluation/step_00000000.json").read_text())
     return scores, json.loads((folder / "detections/step_00000000.json").read_text())
 

@@ -20,7 +20,7 @@ from retina_jax.config_io import override
 from retina_jax.data.decoding import to_rgb
 from retina_jax.data.transforms import buckets
 from retina_jax.detector import Detector, ImageDetections, to_canvas
-from retina_jax.evaluate import assess
+from retina_jax.evaluate import evaluate
 from retina_jax.training.opening import open_run
 from retina_jax.training.parallel import Driver
 
@@ -148,7 +148,7 @@ def test_evaluation_over_devices_gives_what_detect_gives_and_compiles_a_program_
     asked = Detector(driver, driver.init_state().variables, source.class_names, source.category_ids)
     run = open_run(tmp_path / "run", config, source.class_names, source.category_ids)
     programs = tta._nms._cache_size()
-    assess(run, asked, source, 0)
+    evaluate(run, asked, source, 0)
     wide = {shape for data in tta.sizes(config) for shape in buckets(data, (data.short_side,)) if shape[1] > shape[0]}
     assert driver.detect._cache_size() == len(wide) == 2 and tta._nms._cache_size() <= programs + 1
     results = json.loads((run.folder / "detections/step_00000000.json").read_text())

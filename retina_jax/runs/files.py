@@ -26,7 +26,7 @@ class DiskError(PlainError, RuntimeError):
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: Path, timeout: float = -1) -> Iterator[bool]:
+def exclusive_lock(path: Path, timeout: float = -1.0) -> Iterator[bool]:
     """Yields whether this process got the lock on `path` within `timeout` seconds (-1: waits without limit), and holds it.
 
     The lock is the kernel's (flock): it ends with the process, however that ends. Raises ConfigError if `path` cannot be

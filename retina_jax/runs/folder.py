@@ -131,7 +131,7 @@ def training_lock(folder: Path) -> Iterator[None]:
         return
     make_writable(folder)
     with contextlib.ExitStack() as stack:
-        if not stack.enter_context(exclusive_lock(folder / ".lock", timeout=0)):
+        if not stack.enter_context(exclusive_lock(folder / ".lock", timeout=0.0)):
             raise ConfigError(f"--workdir {folder}: another process is training there")
         for path in [path for kind in ("", "evaluation", "detections") for path in (folder / kind).glob(".*")]:
             with contextlib.suppress(OSError):  # they are useless but harmless

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Interruption:
-    """In the `with` block, SIGTERM and Ctrl-C make the next `check` raise Stopped. A second Ctrl-C ends the process at once."""
+    """In the `with` block, SIGTERM and Ctrl-C make the next `check` raise Stopped; a second Ctrl-C ends at once."""
 
     def __init__(self) -> None:
         self._number = 0

@@ -69,9 +69,7 @@ def open_run(
         if saved_steps(folder / "checkpoints") and not (folder / "config.json").exists():
             raise ConfigError(f"--workdir {folder}: holds checkpoints but no config.json; use another folder")
         changes = _changes(before, run, allow_changes) if before else []
-        with contextlib.suppress(
-            ConfigError, LookupError, TypeError, OSError
-        ):  # a run that is trained further has not ended
+        with contextlib.suppress(ConfigError, LookupError, TypeError, OSError):  # it has not ended any more
             if read_json(folder / "summary.json")["steps"] < config.training.steps:
                 (folder / "summary.json").unlink()
         write_json(

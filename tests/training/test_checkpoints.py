@@ -21,6 +21,7 @@ from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import override
 from retina_jax.errors import Stopped
 from retina_jax.runs.files import DiskError, damage
+from retina_jax.runs.folder import best_step, saved_steps
 from retina_jax.training import checkpoints as module
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.parallel import Driver
@@ -92,30 +93,33 @@ def test_what_is_saved_is_the_state_of_the_call_even_where_the_step_takes_its_me
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
         for step, ap in ((1, 0.1), (2, 0.5), (3, None), (4, 0.3), (5, None), (6, 0.2), (7, None)):
-            checkpoints.save(step, small(step), ap)
+            checkpoints.save(step, small(step))
+            checkpoints.score(step, ap)
         assert checkpoints.steps() == [2, 6, 7]
-        assert checkpoints.best() == 2
+        assert best_step(checkpoints.folder) == 2
     with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
-        assert checkpoints.steps() == [2, 6, 7] and checkpoints.best() == 2
+        assert checkpoints.steps() == [2, 6, 7] and best_step(checkpoints.folder) == 2
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "6", "7"}
 
 
 def test_a_step_whose_evaluation_was_stopped_is_the_best_once_it_is_scored(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     with Checkpoints(folder, keep=1) as checkpoints:
-        checkpoints.save(1, small(1), 0.5)
-        with pytest.raises(Stopped), checkpoints.saved_if_it_fails(2, small(2)):
+        checkpoints.save(1, small(1))
+        checkpoints.score(1, 0.5)
+        with pytest.raises(Stopped), checkpoints.save_on_error(2, small(2)):
             raise Stopped(15, 2)
     with Checkpoints(folder, keep=1) as checkpoints:
-        assert checkpoints.steps() == [1, 2] and checkpoints.best() == 1
+        assert checkpoints.steps() == [1, 2] and best_step(checkpoints.folder) == 1
         checkpoints.score(2, None)
         checkpoints.score(7, 0.9)
-        assert checkpoints.steps() == [1, 2] and checkpoints.best() == 1
+        assert checkpoints.steps() == [1, 2] and best_step(checkpoints.folder) == 1
         checkpoints.score(2, 0.8)
-        assert checkpoints.steps() == [2] and checkpoints.best() == 2
+        assert checkpoints.steps() == [2] and best_step(checkpoints.folder) == 2
         for step, ap in ((3, 0.7), (4, 0.6)):
-            checkpoints.save(step, small(step), ap)
-        assert checkpoints.steps() == [2, 4] and checkpoints.best() == 2
+            checkpoints.save(step, small(step))
+            checkpoints.score(step, ap)
+        assert checkpoints.steps() == [2, 4] and best_step(checkpoints.folder) == 2
         assert damage(folder / "2") == ""
         assert_same(checkpoints.restore(small(9), 2), small(2))
     assert {path.name for path in folder.iterdir()} == {"2", "4"}
@@ -125,9 +129,10 @@ def test_a_score_waits_for_its_save_and_never_changes_one_that_is_there(tmp_path
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(1, small(1))
         checkpoints.score(1, 0.5)
-        checkpoints.save(2, small(2), 0.4)
+        checkpoints.save(2, small(2))
+        checkpoints.score(2, 0.4)
         checkpoints.score(2, 0.9)
-        assert checkpoints.best() == 1 and damage(tmp_path / "checkpoints" / "2") == ""
+        assert best_step(checkpoints.folder) == 1 and damage(tmp_path / "checkpoints" / "2") == ""
 
 
 def test_a_score_that_cannot_be_written_is_one_warning(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,7 +141,12 @@ def test_a_score_that_cannot_be_written_is_one_warning(saved: Path, capsys: pyte
         checkpoints.score(2, 0.5)
         checkpoints.wait()
         told = capsys.readouterr().out
-        assert told == f"warning: {saved}: the AP of step 2 could not be saved: File exists\n"
+        assert (
+            told.count("\n") == 1
+            and told.startswith(f"warning: {saved}: ")
+            and "step 2" in told
+            and "File exists" in told
+        )
     assert sorted(path.name for path in saved.iterdir()) == ["1", "2", "3"]
 
 
@@ -170,10 +180,11 @@ def test_a_missing_step_says_which_there_are(tmp_path: Path) -> None:
 def test_the_best_is_restored_by_name(tmp_path: Path) -> None:
     with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
         checkpoints.save(1, small(1))
-        with pytest.raises(ConfigError, match=r"--step best: no step in .* was scored; saved steps: \[1\]"):
+        with pytest.raises(ConfigError, match=r"--step best: .*saved steps: \[1\]"):
             checkpoints.restore(small(9), "best")
         for step, ap in ((2, 0.5), (3, 0.3), (4, None)):
-            checkpoints.save(step, small(step), ap)
+            checkpoints.save(step, small(step))
+            checkpoints.score(step, ap)
         assert_same(checkpoints.restore(small(9), "best"), small(2))
         assert_same(checkpoints.restore(small(9)), small(4))
 
@@ -184,15 +195,16 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(saved: Path, capsys: p
         assert_same(checkpoints.restore(small(9)), small(2))
         told = capsys.readouterr().out
         assert told.count("\n") == 1 and f"warning: {saved / '3'}: is damaged (" in told
-        assert "holds other bytes), step 2 is taken instead; it is moved to damaged-3" in told
+        assert "holds other bytes), step 2 is used instead; moved to damaged-3" in told
         assert checkpoints.steps() == [1, 2] and (saved / "damaged-3").is_dir()
-        checkpoints.save(3, small(3), 0.5)  # taken again, as if nothing had been there
+        checkpoints.save(3, small(3))  # taken again, as if nothing had been there
+        checkpoints.score(3, 0.5)
         assert checkpoints.steps() == [2, 3]
         assert_same(checkpoints.restore(small(9)), small(3))
     flip(largest(saved / "3"), 700)
     with Checkpoints(saved, keep=2) as checkpoints:
         assert_same(checkpoints.restore(small(9)), small(2))
-        assert checkpoints.best() is None
+        assert best_step(checkpoints.folder) is None
 
 
 def test_a_reader_takes_the_one_before_and_leaves_the_damaged_alone(saved: Path) -> None:
@@ -227,7 +239,7 @@ def test_a_step_asked_for_is_never_replaced_by_another(saved: Path) -> None:
 def test_a_whole_checkpoint_of_another_network_is_not_taken_for_a_damaged_one(saved: Path) -> None:
     shape, more = {"weights": jnp.zeros((7,))}, {"more": jnp.ones(1)}
     for other, told in ((shape, r"weights is \(3000,\) there and \(7,\) here"), (more, r"more is missing there")):
-        with Checkpoints(saved) as checkpoints, pytest.raises(ConfigError, match=f"3: its files are whole, .*{told}"):
+        with Checkpoints(saved) as checkpoints, pytest.raises(ConfigError, match=f"3: its files are intact, .*{told}"):
             checkpoints.restore({**small(9), **other})
     assert (saved / "3").is_dir()
 
@@ -237,7 +249,7 @@ def test_a_checkpoint_of_orbax_alone_without_checksums_is_taken(tmp_path: Path) 
         checkpointer.save(4, small(4), metrics={"AP": 0.25})
         checkpointer.save(5, small(5))
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.steps() == [4, 5] and checkpoints.best() == 4
+        assert checkpoints.steps() == [4, 5] and best_step(checkpoints.folder) == 4
         assert_same(checkpoints.restore(small(9, devices=4)), small(5))
         (tmp_path / "5" / "state" / "_METADATA").write_bytes(b"")
         assert_same(checkpoints.restore(small(9)), small(4))
@@ -300,7 +312,7 @@ def test_a_failing_save_never_hides_the_error_that_it_follows(
     with (
         pytest.raises(ZeroDivisionError),
         Checkpoints(tmp_path / "checkpoints") as checkpoints,
-        checkpoints.saved_if_it_fails(1, small(1)),
+        checkpoints.save_on_error(1, small(1)),
     ):
         raise ZeroDivisionError
     assert "warning: " in capsys.readouterr().out
@@ -315,7 +327,7 @@ def test_a_failing_save_never_hides_the_error_that_it_follows(
             with (
                 pytest.raises(told),
                 Checkpoints(tmp_path / "other") as checkpoints,
-                checkpoints.saved_if_it_fails(1, state, first=first),
+                checkpoints.save_on_error(1, state, first=first),
             ):
                 raise raised
             assert capsys.readouterr().out.count("step 1 could not be saved") == 1
@@ -328,9 +340,9 @@ def test_a_second_ctrl_c_saves_nothing_and_waits_for_nothing(tmp_path: Path, mon
     folder = tmp_path / "checkpoints"
     with pytest.raises(KeyboardInterrupt), Checkpoints(folder) as checkpoints:
         checkpoints.save(1, small(1))
-        with checkpoints.saved_if_it_fails(2, small(2), first=lambda: called.append("flush")):
+        with checkpoints.save_on_error(2, small(2), first=lambda: called.append("flush")):
             raise KeyboardInterrupt
-    assert called == [] and checkpoints._saved() == []  # it came here while the disk was at work
+    assert called == [] and saved_steps(checkpoints.folder) == []  # it came here while the disk was at work
     disk.set()
     assert checkpoints.steps() == [1]
 
@@ -396,7 +408,8 @@ def child(pipe):
             if any(folder.glob("damaged-*")):
                 os._exit(4)
         for step in range(newest + 1, newest + 10000):
-            checkpoints.save(step, state(step), ap=dice.random())
+            checkpoints.save(step, state(step))
+            checkpoints.score(step, dice.random())
             os.write(pipe, b"x")
 
 for kill in range(kills):  # JAX is not started here, so that a fork is sound and cheap
@@ -439,12 +452,12 @@ jax.config.update("jax_platforms", "cpu")
 port, me, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, me)
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from retina_jax import hosts
+from retina_jax import distributed
 from retina_jax.config import ConfigError
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.runs.files import DiskError
 everywhere = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec())
-assert everywhere.mesh.size == 4 and hosts.is_multihost()
+assert everywhere.mesh.size == 4 and distributed.is_multihost()
 
 def state(step):
     values = {"weights": np.arange(3000.0, dtype=np.float32) * step, "step": np.asarray(step, np.int32)}
@@ -466,7 +479,7 @@ with Checkpoints(folder / "two") as checkpoints:
     if me == 0:
         file = next(file for file in (folder / "two" / "3" / "state").rglob("*") if file.is_file())
         file.write_bytes(file.read_bytes()[:-1])
-    hosts.exchange("the damage is done")
+    distributed.exchange("the damage is done")
     assert number(checkpoints.restore(state(0))) == 2 and checkpoints.steps() == [2]
     if me == 0:
         checkpoints.save(7, state(7))  # one host alone, as where an error struck it: nobody is waited for
@@ -482,7 +495,7 @@ try:
     Checkpoints(folder / ("two" if me == 0 else "not shared")).restore(state(0))
     raise SystemExit("restored from a folder that one host cannot see")
 except ConfigError as error:
-    assert "7: its files are whole" in str(error) or me == 1, error
+    assert "7: its files are intact" in str(error) or me == 1, error
 jax.distributed.shutdown()
 """
 
