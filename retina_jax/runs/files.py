@@ -78,20 +78,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_room(folder: Path, size: int) -> None:
-    """Raises OSError if the disk, or a quota on it, has no room for `size` more bytes in `folder`."""
-    probe = folder / "room"
-    with probe.open("wb") as file:
-        try:
-            if size and hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise
-        finally:
-            probe.unlink()
-
-
 def write_checksums(folder: Path) -> None:
     """Writes size and SHA-256 of every file in `folder` to FOLDER/checksums.json, and syncs all of it to the disk.
 

@@ -26,8 +26,8 @@ from orbax.checkpoint import v1 as ocp
 from retina_jax import distributed
 from retina_jax.config import ConfigError
 from retina_jax.console import warn
-from retina_jax.errors import Stopped, reason
-from retina_jax.runs.files import CHECKSUMS, DiskError, check_room, damage, sync, write_checksums, write_json
+from retina_jax.errors import PlainError, Stopped, reason
+from retina_jax.runs.files import CHECKSUMS, DiskError, damage, sync, write_checksums, write_json
 from retina_jax.runs.folder import best_step, saved_ap, saved_steps
 
 T = TypeVar("T")
@@ -113,21 +113,16 @@ class Checkpoints:
         except KeyboardInterrupt:
             raise
         except BaseException:
-            with self._warn_of(step, DiskError):
+            try:
                 first()
-                with self._warn_of(step, Exception):  # any error, for example of a lost device
-                    if step > 0:
-                        self.save(step, state)
+                if step > 0:
+                    self.save(step, state)
+            except Exception as failure:  # a full disk, a lost device
+                if isinstance(failure, PlainError) and not isinstance(failure, DiskError):
+                    raise  # it explains more, for example a non-finite loss
+                self._join()
+                self._fail(step, failure)
             raise
-
-    @contextlib.contextmanager
-    def _warn_of(self, step: int, errors: type[Exception]) -> Iterator[None]:
-        try:
-            yield
-        except errors as error:
-            self._join()
-            self._failure = f"{self.folder}: step {step} could not be saved: {reason(error)}"
-            warn(self._failure)
 
     def wait(self) -> None:
         """Waits until the last save is on disk. Called by all hosts together; raises DiskError on all if it failed."""
@@ -161,7 +156,8 @@ class Checkpoints:
         while left := [s for s in self.steps() if s not in damaged and step in (None, s)]:  # a run may delete steps
             state, wrong = self._read(left[-1], like, partial)
             if state is not None:
-                self._set_aside(damaged, left[-1])
+                if distributed.is_primary():
+                    self._set_aside(damaged, left[-1])
                 return state
             damaged[left[-1]] = wrong
         if damaged:
@@ -189,40 +185,37 @@ class Checkpoints:
 
     def _set_aside(self, damaged: dict[int, str], taken: int) -> None:
         for step, wrong in damaged.items():
-            folder, aside = self.folder / str(step), self.folder / f"damaged-{step}"
-            if not distributed.is_primary() or not folder.exists():
-                continue
-            moved = ""
-            if not self._read_only:
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)
-                moved = f"; moved to {aside.name}"
-            warn(f"{folder}: is damaged ({wrong}), step {taken} is used instead{moved}")
+            folder, moved = self.folder / str(step), ""
+            if folder.exists() and not self._read_only:
+                moved = f"; moved to damaged-{step}"
+                shutil.rmtree(self.folder / f"damaged-{step}", ignore_errors=True)
+                folder.rename(self.folder / f"damaged-{step}")
+            if folder.exists() or moved:
+                warn(f"{folder}: is damaged ({wrong}), step {taken} is used instead{moved}")
 
     def _write(self, step: int, state: PyTree) -> None:
-        saved: list[int] = []
         temporary = self.folder / "saving" / str(step)
         try:
-            saved = saved_steps(self.folder)
-            if step not in saved:
+            if step not in saved_steps(self.folder):
                 self._clear()
                 temporary.parent.mkdir(parents=True, exist_ok=True)
-                check_room(temporary.parent, sum(a.nbytes + 4096 for a in jax.tree.leaves(state)))
                 save_arrays(temporary, state)
                 write_checksums(temporary)
                 temporary.rename(self.folder / str(step))
                 sync(self.folder)  # before older steps are deleted
         except Exception as error:  # libraries report a full disk in various ways; training goes on in any case
             self._clear()
-            newest = (
-                f"the newest intact checkpoint is step {saved[-1]}" if saved else "there is no intact checkpoint yet"
-            )
-            self._failure = f"{self.folder}: step {step} could not be saved: {reason(error)}; {newest}"
-            if not self._interrupted:
-                warn(self._failure)
+            self._fail(step, error)
         else:
             self._failure = ""
             self._delete_old()
+
+    def _fail(self, step: int, error: Exception) -> None:
+        saved = saved_steps(self.folder)
+        newest = f"the newest intact checkpoint is step {saved[-1]}" if saved else "there is no intact checkpoint yet"
+        self._failure = f"{self.folder}: step {step} could not be saved: {reason(error)}; {newest}"
+        if not self._interrupted:
+            warn(self._failure)
 
     def _delete_old(self) -> None:
         with contextlib.suppress(OSError):  # only costs space, and the next save tries again

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from retina_jax.config import Config
 from retina_jax.config_io import override
 from retina_jax.errors import reason
-from retina_jax.runs.files import CHECKSUMS, DiskError, check_room, damage, write_checksums
+from retina_jax.runs.files import CHECKSUMS, DiskError, damage, write_checksums
 from retina_jax.runs.folder import Run
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.metrics import Metrics
@@ -121,14 +121,6 @@ def test_the_reason_is_one_short_line_also_of_errors_that_say_it_at_length() -> 
     assert reason(buried) == "No space left on device"
     assert reason(ValueError("one\ntwo")) == "one" and reason(KeyError()) == "KeyError"
     assert len(reason(ValueError("x" * 999))) == 200
-
-
-def test_room_is_found_where_it_is_and_leaves_nothing(tmp_path: Path) -> None:
-    check_room(tmp_path, 10_000)
-    check_room(tmp_path, 0)
-    with pytest.raises(OSError, match=r"space|large"):
-        check_room(tmp_path, 2**55)
-    assert list(tmp_path.iterdir()) == []
 
 
 QUIET = override(Config(), {"training.tensorboard": False})
