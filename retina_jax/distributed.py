@@ -12,23 +12,24 @@ non-zero status: LOST, or SIGABRT where JAX ended it.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import pickle
 import re
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import PyTree
 
 from retina_jax.config import ConfigError
-from retina_jax.errors import Stopped, ending, one_line, reason
+from retina_jax.errors import PlainError, Stopped, ending, one_line, reason
+
+T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 30
 """JAX's runtime ends all hosts if one of them has sent no heartbeat for this long."""
@@ -103,7 +104,9 @@ def joined(options: Hosts) -> Iterator[None]:
 
 def _lost(error: BaseException) -> tuple[str, int] | None:
     """The line and exit status for a collective that failed because another host is gone; None for any other error."""
-    if not isinstance(error, ValueError | RuntimeError) or not NETWORK.search(str(error)):
+    if isinstance(error, PlainError) or not isinstance(error, ValueError | RuntimeError):
+        return None
+    if not NETWORK.search(str(error)):
         return None
     return one_line(
         f"error: the connection to another host failed ({reason(error)}); its log has the cause; start all hosts again "
@@ -116,31 +119,26 @@ def share() -> dict[str, int]:
     return {"host": _state().process_id, "hosts": _state().num_processes}
 
 
-def exchange(text: str) -> list[str]:
-    """Returns the text of every host, by number of the host, on every host. All hosts must call it."""
+def exchange(value: Any) -> list[Any]:
+    """Returns the value of every host (anything that can be pickled), by number of the host. All hosts must call it."""
     if not is_multihost():
-        return [text]
-    own = np.frombuffer(text.encode(), np.uint8)
+        return [value]
+    own = np.frombuffer(pickle.dumps(value), np.uint8)
     lengths = multihost_utils.process_allgather(np.array([len(own)], np.int32)).reshape(-1)
     padded = np.zeros(int(lengths.max()), np.uint8)
     padded[: len(own)] = own
     rows = np.asarray(multihost_utils.process_allgather(padded))
-    return [row[:length].tobytes().decode() for row, length in zip(rows, lengths.tolist(), strict=True)]
+    return [pickle.loads(row[:length].tobytes()) for row, length in zip(rows, lengths.tolist(), strict=True)]
 
 
-def from_primary(value: Any) -> Any:
-    """Returns host 0's `value` (anything that JSON holds) on every host. All hosts must call it."""
-    return json.loads(exchange(json.dumps(value))[0]) if is_multihost() else value
-
-
-def gather(rows: PyTree) -> PyTree:
-    """Concatenates arrays of equally many rows on each host, by number of the host. All hosts must call it."""
-    return multihost_utils.process_allgather(rows, tiled=True) if is_multihost() else rows
+def from_primary(value: T) -> T:
+    """Returns host 0's value on every host. All hosts must call it."""
+    return exchange(value)[0]
 
 
 def check_same(what: str, facts: dict[str, object]) -> None:
     """Raises ConfigError on every host if `facts` of a host differ from host 0's; it names the first that differs."""
-    of_hosts = [json.loads(text) for text in exchange(json.dumps(facts))]
+    of_hosts = exchange(facts)
     for host, other in enumerate(of_hosts):
         for name, value in of_hosts[0].items():
             if other.get(name) != value:

@@ -27,8 +27,6 @@ from retina_jax.runs.files import write_bytes, write_json
 from retina_jax.runs.folder import Run
 from retina_jax.training.compilation import COMPILED, compile_events, seconds
 
-Found = list[tuple[int, ImageDetections]]
-"""Index and detections of images, once for each version of test-time augmentation."""
 NOTHING = ImageDetections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
 
 
@@ -65,12 +63,11 @@ def evaluate(
         eval_batches(source, data, batch_size=batch_size, limit=limit, **distributed.share())
         for data in sizes(detector.config)
     ]
-    started, found_in = time.monotonic(), []
+    started, of_hosts = time.monotonic(), []
     with compile_events() as events:
         for batches in inputs:
-            own = list(detector.detect_batches(check(batches), original_sizes))
-            found_in += _of_all_hosts(own, detector.config.detection.max_detections)
-    found = detector.merged(found_in)
+            of_hosts += distributed.exchange(list(detector.detect_batches(check(batches), original_sizes)))
+    found = detector.merged(itertools.chain(*of_hosts))
     elapsed = time.monotonic() - started
     unread = set(range(limit)) - set(found)
     if unread:
@@ -96,26 +93,6 @@ def evaluate(
     speed = f"{len(image_ids) / max(elapsed, 1e-9):.1f} img/s"
     tell(f"evaluated {len(image_ids)} images in {elapsed:.1f} s ({speed}{compiled})")
     return scores
-
-
-def _of_all_hosts(own: Found, most: int) -> Found:
-    """Returns the detections of all hosts, given this host's; an image has at most `most`."""
-    if not distributed.is_multihost():
-        return own
-    rows = int(distributed.gather(np.array([len(own)], np.int32)).max())
-    indices, counts = np.full(rows, -1, np.int32), np.zeros(rows, np.int32)
-    boxes, scores = np.zeros((rows, most, 4), np.float32), np.zeros((rows, most), np.float32)
-    labels = np.zeros((rows, most), np.int32)
-    for row, (index, detections) in enumerate(own):
-        indices[row], counts[row] = index, (n := len(detections.scores))
-        boxes[row, :n], scores[row, :n] = detections.boxes_xyxy, detections.scores
-        labels[row, :n] = detections.labels
-    gathered = distributed.gather((indices, counts, boxes, scores, labels))
-    return [
-        (int(index), ImageDetections(boxes[:n], scores[:n], labels[:n]))
-        for index, n, boxes, scores, labels in zip(*gathered, strict=True)
-        if index >= 0
-    ]
 
 
 def _write_pictures(

@@ -5,7 +5,6 @@ The same command again resumes the run from its newest checkpoint.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -145,8 +144,7 @@ def report_end(run: Run, state: TrainState, clock: Clock, batches: Batches) -> N
         ("unreadable images were skipped", batches.skipped),
         ("images have one colour, wholly or nearly", batches.one_colour.names),
     ):
-        of_hosts = [json.loads(text) for text in distributed.exchange(json.dumps(sorted(names)))]
-        if merged := sorted({name for own in of_hosts for name in own}):
+        if merged := sorted(set().union(*distributed.exchange(set(names)))):
             warn(f"{len(merged)} {what}: {', '.join(merged)}")
     tell(f"{summary['steps']} steps in {summary['seconds']:.0f} s; everything is in {run.folder}")
 

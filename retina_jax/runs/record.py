@@ -122,14 +122,13 @@ def read_test_dev(folder: Path) -> dict[str, float]:
         return {}
     values, scores = read_json(file), {}
     for name, server_name in SERVER_NAMES.items():
-        for key in dict.fromkeys((name, server_name)):
-            if key not in values:
-                continue
-            value = values[key]
+        given = {key: values[key] for key in (name, server_name) if key in values}
+        for key, value in given.items():
             if type(value) not in (int, float) or not 0 <= value <= 1:
                 raise ConfigError(f"{file}: {key}: invalid value {value!r}; must be a fraction from 0 to 1")
-            if scores.setdefault(name, 100.0 * value) != 100.0 * value:
-                raise ConfigError(f"{file}: {name} and {server_name} differ; keep one of them")
+            scores[name] = 100.0 * value
+        if len({*given.values()}) > 1:
+            raise ConfigError(f"{file}: {name} and {server_name} differ; keep one of them")
     if "AP" not in scores:
         raise ConfigError(
             f'{file}: AP is missing; it must hold the server\'s scores, as in {{"AP": 0.391, "AP50": 0.591}}'

@@ -94,22 +94,23 @@ def open_run(
 
 def _check_shared(folder: Path) -> None:
     """Raises ConfigError on all hosts if one of them does not see what host 0 has just written."""
-    path = folder / "config.json"
-    expected = distributed.from_primary(read_json(path)["started"] if distributed.is_primary() else "")
-    seen, deadline = None, time.monotonic() + SECONDS_TO_APPEAR
-    while seen != expected and (seen is None or time.monotonic() < deadline):
-        try:
-            seen = read_json(path)["started"]
-        except (ConfigError, LookupError):
-            seen = ""
-        if seen != expected:
-            time.sleep(0.5)
-    others = [str(host) for host, text in enumerate(distributed.exchange("" if seen == expected else "other")) if text]
-    if others:
+    expected, deadline = distributed.from_primary(_token(folder)), time.monotonic() + SECONDS_TO_APPEAR
+    while _token(folder) != expected and time.monotonic() < deadline:
+        time.sleep(0.5)
+    same = distributed.exchange(_token(folder) == expected)
+    if others := [str(host) for host in range(len(same)) if not same[host]]:
         raise ConfigError(
             f"--workdir {folder}: host {', '.join(others)} sees another folder there than host 0; it must be on a disk "
             "that all hosts share"
         )
+
+
+def _token(folder: Path) -> str:
+    """Returns what is different in config.json for every start; "" if it cannot be read."""
+    try:
+        return read_json(folder / "config.json")["started"]
+    except (ConfigError, LookupError):
+        return ""
 
 
 def _changes(before: Run, run: Run, allowed: Sequence[str]) -> list[str]:
