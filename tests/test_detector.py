@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_sets import rectangles
@@ -12,8 +14,9 @@ from small_sets import rectangles
 from retina_jax.config import Config
 from retina_jax.config_io import override
 from retina_jax.data.source import Source
-from retina_jax.detector import Detector
+from retina_jax.detector import Detector, load_detector
 from retina_jax.evaluate import evaluate
+from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.opening import open_run
 from retina_jax.training.parallel import Driver
 
@@ -77,6 +80,22 @@ def test_detect_gives_what_evaluation_gives(source: Source, tmp_path: Path) -> N
         np.testing.assert_allclose(found.boxes_xyxy[:, 2:] - found.boxes_xyxy[:, :2], boxes_xywh[:, 2:], atol=1e-3)
         np.testing.assert_allclose(found.scores, [r["score"] for r in mine], atol=1e-6)
         assert found.boxes_xyxy.min() >= 0 and found.boxes_xyxy[:, 2].max() <= source.records[index].width
+
+
+def test_a_detector_is_loaded_without_an_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = override(CONFIG, {"devices": 1})
+    state = Driver(config, 2).init_state()
+    open_run(tmp_path, config, ("red", "green"), (1, 2))
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(7, state.replace(step=jnp.int32(7)))
+
+    def made(*_: object) -> None:
+        raise AssertionError("an optimizer is made")
+
+    monkeypatch.setattr("retina_jax.training.parallel.make_optimizer", made)
+    detector = load_detector(tmp_path)
+    assert detector.step == 7 and jax.tree.structure(detector.variables) == jax.tree.structure(state.variables)
+    jax.tree.map(np.testing.assert_array_equal, detector.variables, state.variables)
 
 
 def test_detect_refuses_what_is_no_rgb_image() -> None:

@@ -16,7 +16,7 @@ import pytest
 from retina_jax.config import ConfigError
 from retina_jax.evaluation.coco_scores import SUMMARY
 from retina_jax.reports.run_page import MOST_POINTS, points, run_page
-from retina_jax.runs.record import read_record
+from retina_jax.runs.record import SCORES, read_record
 
 ROOT = Path(__file__).parents[2]
 
@@ -156,6 +156,7 @@ def test_a_run_that_has_only_begun_has_a_page(tiny_run: Path) -> None:
 
 
 def test_broken_files_end_in_one_line_that_names_them(tiny_run: Path) -> None:
+    assert tuple(SUMMARY) == SCORES
     metrics = (tiny_run / "metrics.jsonl").read_text()
     (tiny_run / "metrics.jsonl").write_text("{\n" + metrics)
     with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 1: cannot be read"):
