@@ -31,7 +31,7 @@ from retina_jax.evaluation.coco_scores import coco_table
 from retina_jax.runs.folder import Run
 from retina_jax.training.checkpoints import Step
 
-# Fields that may differ from training.
+# What may be another than in training: what is evaluated on and how its boxes are read off.
 INFERENCE = ("data.", "training.", "detection.", "devices", "parallel")
 
 

@@ -225,8 +225,9 @@ class Checkpoints:
         self._clear()
 
     def _clear(self) -> None:
-        for path in [path for pattern in LEFTOVERS for path in self.folder.glob(pattern)]:
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for path in [path for pattern in LEFTOVERS for path in self.folder.glob(pattern)]:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _join(self) -> None:
         if self._pending is not None:
