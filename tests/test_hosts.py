@@ -36,7 +36,7 @@ def test_one_host_is_the_primary_and_hears_itself() -> None:
         (Hosts(coordinator="a:80", hosts=2, host=2), r"--host 2: must be the number of this host, 0 to 1"),
     ],
 )
-def test_options_that_cannot_be_meant_are_named(options: Hosts, says: str) -> None:
+def test_options_that_are_invalid_are_named(options: Hosts, says: str) -> None:
     with pytest.raises(ConfigError, match=says), joined(options):
         pass
 
@@ -89,12 +89,14 @@ def test_the_end_of_one_host_ends_the_other(failing: int, what: str, own: str, s
         for host in (0, 1)
     ]
     try:
-        said = [process.communicate(timeout=150)[1] for process in pair]
+        output = [process.communicate(timeout=150)[1] for process in pair]
     finally:
         for process in pair:
             process.kill()
-    assert pair[failing].returncode == status and own in said[failing], said
+    assert pair[failing].returncode == status and own in output[failing], output
     # In a collective the network library may report it first, otherwise JAX aborts.
-    assert pair[1 - failing].returncode in (hosts.LOST, -signal.SIGABRT), said
-    assert "error: the connection to another host failed" in said[1 - failing] or "task died" in said[1 - failing], said
-    assert "Traceback" not in said[1 - failing]
+    assert pair[1 - failing].returncode in (hosts.LOST, -signal.SIGABRT), output
+    assert (
+        "error: the connection to another host failed" in output[1 - failing] or "task died" in output[1 - failing]
+    ), output
+    assert "Traceback" not in output[1 - failing]

@@ -42,7 +42,7 @@ class Run:
     data_sha256: str | None = None
     """Checksum of the training data's sizes, boxes and labels."""
     num_microbatches: int | None = None
-    """Number of parts that a batch is computed in: devices times training.accumulate."""
+    """Number of micro-batches that a batch is split into: devices times training.accumulate."""
 
     @property
     def categories(self) -> list[Category]:

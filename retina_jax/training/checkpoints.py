@@ -203,7 +203,7 @@ class Checkpoints:
                 write_checksums(temporary)
                 temporary.rename(self.folder / str(step))
                 sync(self.folder)  # before older steps are deleted
-        except Exception as error:  # libraries report a full disk in various ways; training goes on in any case
+        except Exception as error:  # libraries report a full disk in various ways; training continues
             self._clear()
             self._fail(step, error)
         else:

@@ -51,7 +51,7 @@ def open_run(
 
     Args:
       data_sha256: `Source.sha256` of the training data; None if there is none yet.
-      num_microbatches: `Driver.parts`; must not change if the loss depends on it.
+      num_microbatches: devices times training.accumulate; must not change if the loss depends on it.
       allow_changes: fields (loss.gamma) in which a resumed run may differ.
 
     Raises:

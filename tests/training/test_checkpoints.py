@@ -39,7 +39,7 @@ def state_of(config: Config, devices: int, step: int = 0) -> TrainState:
 
 
 def small(step: int, devices: int = 1) -> dict:
-    """A state of a few arrays that tells its step, on every one of `devices`."""
+    """A state of a few arrays that holds its step, on every one of `devices`."""
     everywhere = NamedSharding(Mesh(np.array(jax.devices()[:devices]), ("data",)), PartitionSpec())
     values = {"weights": np.arange(3000.0, dtype=np.float32) * step, "step": np.asarray(step, np.int32)}
     return jax.device_put({**values, "minus": np.full((2, 3), -0.0, np.float32)}, everywhere)
@@ -140,12 +140,12 @@ def test_a_score_that_cannot_be_written_is_one_warning(saved: Path, capsys: pyte
     with Checkpoints(saved, keep=1) as checkpoints:
         checkpoints.score(2, 0.5)
         checkpoints.wait()
-        told = capsys.readouterr().out
+        output = capsys.readouterr().out
         assert (
-            told.count("\n") == 1
-            and told.startswith(f"warning: {saved}: ")
-            and "step 2" in told
-            and "File exists" in told
+            output.count("\n") == 1
+            and output.startswith(f"warning: {saved}: ")
+            and "step 2" in output
+            and "File exists" in output
         )
     assert sorted(path.name for path in saved.iterdir()) == ["1", "2", "3"]
 
@@ -193,9 +193,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(saved: Path, capsys: p
     flip(largest(saved / "3"), 700)
     with Checkpoints(saved, keep=2) as checkpoints:
         assert_same(checkpoints.restore(small(9)), small(2))
-        told = capsys.readouterr().out
-        assert told.count("\n") == 1 and f"warning: {saved / '3'}: is damaged (" in told
-        assert "holds other bytes), step 2 is used instead; moved to damaged-3" in told
+        output = capsys.readouterr().out
+        assert output.count("\n") == 1 and f"warning: {saved / '3'}: is damaged (" in output
+        assert "holds other bytes), step 2 is used instead; moved to damaged-3" in output
         assert checkpoints.steps() == [1, 2] and (saved / "damaged-3").is_dir()
         checkpoints.save(3, small(3))  # taken again, as if nothing had been there
         checkpoints.score(3, 0.5)
@@ -236,10 +236,13 @@ def test_a_step_asked_for_is_never_replaced_by_another(saved: Path) -> None:
         assert_same(checkpoints.restore(small(9), 1), small(1))
 
 
-def test_a_whole_checkpoint_of_another_network_is_not_taken_for_a_damaged_one(saved: Path) -> None:
+def test_an_intact_checkpoint_of_another_network_is_not_taken_for_a_damaged_one(saved: Path) -> None:
     shape, more = {"weights": jnp.zeros((7,))}, {"more": jnp.ones(1)}
-    for other, told in ((shape, r"weights is \(3000,\) there and \(7,\) here"), (more, r"more is missing there")):
-        with Checkpoints(saved) as checkpoints, pytest.raises(ConfigError, match=f"3: its files are intact, .*{told}"):
+    for other, output in ((shape, r"weights is \(3000,\) there and \(7,\) here"), (more, r"more is missing there")):
+        with (
+            Checkpoints(saved) as checkpoints,
+            pytest.raises(ConfigError, match=f"3: its files are intact, .*{output}"),
+        ):
             checkpoints.restore({**small(9), **other})
     assert (saved / "3").is_dir()
 
@@ -258,14 +261,14 @@ def test_a_checkpoint_of_orbax_alone_without_checksums_is_taken(tmp_path: Path) 
 def test_a_reader_copes_with_a_step_that_the_run_deletes_before_it_is_read(
     saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = module.damage
+    intact = module.damage
 
     def deleted_meanwhile(folder: Path) -> str:
         if folder.name != "4":
             shutil.copytree(saved / "3", saved / "4", dirs_exist_ok=True)
             for step in "123":
                 shutil.rmtree(saved / step, ignore_errors=True)
-        return whole(folder)
+        return intact(folder)
 
     monkeypatch.setattr(module, "damage", deleted_meanwhile)
     with Checkpoints(saved, keep=None, read_only=True) as checkpoints:
@@ -273,7 +276,7 @@ def test_a_reader_copes_with_a_step_that_the_run_deletes_before_it_is_read(
     assert capsys.readouterr().out == ""
 
 
-def test_a_save_that_fails_is_told_once_and_the_next_one_tried(
+def test_a_save_that_fails_is_reported_once_and_the_next_one_tried(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "checkpoints"
@@ -285,11 +288,11 @@ def test_a_save_that_fails_is_told_once_and_the_next_one_tried(
         checkpoints.save(2, small(2))
         with pytest.raises(DiskError, match=r"checkpoints: step 2 could not be saved: Not a directory"):
             checkpoints.wait()
-        told = capsys.readouterr().out
-        assert told.count("\n") == 1 and told.startswith("warning: ")
+        output = capsys.readouterr().out
+        assert output.count("\n") == 1 and output.startswith("warning: ")
         folder.unlink()
         checkpoints.save(3, small(3))
-        checkpoints.wait()  # the last one is whole: no error, and none at the end
+        checkpoints.wait()  # the last one is intact: no error, and none at the end
     assert [path.name for path in folder.iterdir()] == ["3"]
 
 
@@ -323,9 +326,9 @@ def test_a_failing_save_never_hides_the_error_that_it_follows(
     gone = small(2)
     gone["weights"].delete()
     for first, state in ((full, small(1)), (lambda: None, gone)):
-        for raised, told in ((ZeroDivisionError(), ZeroDivisionError), (Stopped(15, 1), DiskError)):
+        for raised, expected in ((ZeroDivisionError(), ZeroDivisionError), (Stopped(15, 1), DiskError)):
             with (
-                pytest.raises(told),
+                pytest.raises(expected),
                 Checkpoints(tmp_path / "other") as checkpoints,
                 checkpoints.save_on_error(1, state, first=first),
             ):
@@ -348,7 +351,7 @@ def test_a_second_ctrl_c_saves_nothing_and_waits_for_nothing(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("while_waiting", [False, True])
-def test_what_a_second_ctrl_c_takes_from_a_save_half_way_is_no_failure_to_tell(
+def test_what_a_second_ctrl_c_takes_from_a_save_half_way_is_no_failure_to_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], while_waiting: bool
 ) -> None:
     """The interpreter ends under the writer's feet, and its threads can do no more."""
@@ -429,7 +432,7 @@ for kill in range(kills):  # JAX is not started here, so that a fork is sound an
 
 
 @pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
-def test_after_a_kill_inside_a_save_the_newest_step_is_whole(tmp_path: Path, kills: int) -> None:
+def test_after_a_kill_inside_a_save_the_newest_step_is_intact(tmp_path: Path, kills: int) -> None:
     command = [sys.executable, "-c", KILLED, tmp_path / "checkpoints", kills, random.randrange(10**6)]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -510,13 +513,13 @@ def test_two_processes_restore_what_one_saved_and_one_restores_what_two_saved(tm
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
     both = [subprocess.Popen([*command, str(me), str(tmp_path)], **pipes) for me in (0, 1)]
     try:
-        told = [process.communicate(timeout=120)[0] for process in both]
+        output = [process.communicate(timeout=120)[0] for process in both]
     finally:
         for process in both:
             process.kill()
             process.wait()
-    assert [process.returncode for process in both] == [0, 0], "\n".join(told)
-    assert told[0].count("warning: ") == 2 and "warning: " not in told[1]
+    assert [process.returncode for process in both] == [0, 0], "\n".join(output)
+    assert output[0].count("warning: ") == 2 and "warning: " not in output[1]
     for devices in (1, 8):
         with Checkpoints(tmp_path / "two", read_only=True) as checkpoints:
             restored = checkpoints.restore(small(9, devices))

@@ -69,7 +69,7 @@ def test_two_processes_never_train_in_one_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_a_run_that_is_broken_off_keeps_its_folder_until_the_process_ends(tmp_path: Path) -> None:
+def test_a_run_that_is_interrupted_keeps_its_folder_until_the_process_ends(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib, contextlib\nfrom retina_jax.runs.folder import training_lock\n"
         "with contextlib.suppress(KeyboardInterrupt), training_lock(pathlib.Path(sys.argv[1])): raise KeyboardInterrupt\n"
@@ -182,7 +182,7 @@ def test_a_line_is_the_mean_of_its_window(tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
-def test_steps_left_out_are_told_of_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_left_out_are_reported_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two may be left out: they enter no mean; the third ends the run, whatever stood in the window before it."""
     run = open_run(tmp_path, override(Config(), {"training.skip_non_finite": 2}), NAMES, IDS)
     with Metrics(run, 0) as metrics:
