@@ -26,7 +26,7 @@ from retina_jax.console import tell
 from retina_jax.data_check.check import Check, check_data, facts_of
 from retina_jax.reports.check_page import to_html, verdict
 from retina_jax.reports.coverage_pictures import worst_pictures
-from retina_jax.runs.files import write_json
+from retina_jax.runs.folder import write_json
 
 OWN_DATA = Path(__file__).parents[1] / "configs" / "own_data.py"
 SENSELESS = 3

@@ -23,10 +23,9 @@ from retina_jax.detector import Detector, load_detector, to_canvas
 from retina_jax.paper.figures import StarRun, Timed
 from retina_jax.paper.loss_analysis import sample_windows
 from retina_jax.paper.published import EFFECTIVE_AP
-from retina_jax.paper.results import Point, Sweep, read_result
+from retina_jax.paper.results import Point, Sweep, read_json, read_result
 from retina_jax.paper.wording import departures, divergence, split_of, status
-from retina_jax.runs.files import read_json, write_json
-from retina_jax.runs.folder import read_run, saved_steps
+from retina_jax.runs.folder import read_run, write_json
 from retina_jax.training.step import Inputs
 
 TIMED_IMAGES = 5
@@ -124,7 +123,7 @@ def run_latency(folder: Path) -> float:
 
 def _newest(folder: Path) -> int | None:
     """Step of the checkpoint that `load_detector` takes."""
-    return max(saved_steps(folder / "checkpoints"), default=None)
+    return max((int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()), default=None)
 
 
 def _images(source: Source, count: int) -> list[UInt8[np.ndarray, "_ _ 3"]]:

@@ -14,8 +14,7 @@ from typing import Any, Literal
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import from_dict
 from retina_jax.evaluation.coco_scores import SUMMARY
-from retina_jax.runs.files import read_json
-from retina_jax.runs.record import read_test_dev
+from retina_jax.runs.record import read_json, read_test_dev
 from retina_jax.sweeps.manifest import read_manifest
 
 Status = Literal["finished", "diverged", "unfinished", "not run"]

@@ -15,7 +15,7 @@ from typing import Any
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import flatten, load_config
-from retina_jax.runs.files import write_json
+from retina_jax.runs.folder import write_json
 from retina_jax.sweeps.points import ROOT, Point, expand
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from retina_jax.config import Config, ConfigError
-from retina_jax.runs.files import write_json
+from retina_jax.runs.folder import write_json
 from retina_jax.sweeps.points import Point
 from retina_jax.training.metrics import NonFiniteLoss
 
