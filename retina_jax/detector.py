@@ -34,7 +34,7 @@ from retina_jax.data.transforms import (
     to_original_pixels,
 )
 from retina_jax.ops.nms import nms
-from retina_jax.runs.folder import Run, read_run
+from retina_jax.runs.folder import read_run
 from retina_jax.training.checkpoints import Checkpoints, Step
 from retina_jax.training.parallel import Driver, own_rows
 from retina_jax.training.restore import load_variables
@@ -72,11 +72,13 @@ class Detector:
     """Training steps of its weights in this project; 0 for imported weights."""
 
     @classmethod
-    def of(cls, driver: Driver, state: TrainState, run: Run) -> Detector:
-        """Returns the detector of a run's state: its averaged parameters (EMA) if it has them, unless detection.parameters
-        is "raw"."""
+    def of(
+        cls, driver: Driver, state: TrainState, class_names: tuple[str, ...], category_ids: tuple[int, ...]
+    ) -> Detector:
+        """Returns the detector of a state: its averaged parameters (EMA) if it has them, unless detection.parameters is
+        "raw"."""
         variables = state.detector(driver.config.detection.parameters)
-        return cls(driver, variables, run.class_names, run.category_ids, int(state.step))
+        return cls(driver, variables, class_names, category_ids, int(state.step))
 
     @cached_property
     def shown_names(self) -> tuple[str, ...]:

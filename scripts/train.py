@@ -129,7 +129,8 @@ def score_step(
     step: int,
 ) -> None:
     """Evaluate `state`, which is saved as `step`, and note its AP in the checkpoint and its scores in the metrics."""
-    scores = evaluate(run, Detector.of(driver, state, run), source, step, check=partial(interruption.checked, step))
+    detector = Detector.of(driver, state, run.class_names, run.category_ids)
+    scores = evaluate(run, detector, source, step, check=partial(interruption.checked, step))
     checkpoints.score(step, scores.summary["AP"])
     metrics.evaluated(step, scores.summary)
     tell(f"step {step}: AP {number(scores.summary['AP'])}, AP50 {number(scores.summary['AP50'])}")
