@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,32 +12,13 @@ from typing import Any, TypeVar
 
 import jax
 import tyro
-from jax.errors import JaxRuntimeError
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import flatten, load_config, override, unknown_name
 from retina_jax.distributed import Hosts, end_at_once
-from retina_jax.errors import PlainError, Stopped, one_line
-from retina_jax.training.compilation import out_of_memory
+from retina_jax.errors import Stopped, ending, one_line
 
 T = TypeVar("T")
-
-
-def ending(error: BaseException) -> tuple[str | None, int]:
-    """The last line of a script that ends by `error`, as `one_line` gives it, and its exit status; None: the traceback."""
-    if isinstance(error, PlainError):
-        return one_line(f"error: {error}"), 2
-    if isinstance(error, Stopped):
-        return str(error), 130 if error.number == signal.SIGINT else 0
-    if isinstance(error, OSError) and error.filename is not None:
-        return one_line(f"error: {error.filename}: {error.strerror}"), 2
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted; what was saved before is whole", 130
-    if isinstance(error, JaxRuntimeError) and (line := out_of_memory(error)) is not None:
-        return one_line(f"error: {line}"), 2
-    if isinstance(error, SystemExit):
-        return None, error.code if isinstance(error.code, int) else int(error.code is not None)
-    return None, 1
 
 
 @contextlib.contextmanager

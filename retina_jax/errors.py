@@ -27,6 +27,26 @@ class Stopped(Exception):
         self.number = number
 
 
+def ending(error: BaseException) -> tuple[str | None, int]:
+    """The last line of a script that ends by `error`, as `one_line` gives it, and its exit status; None: the traceback."""
+    if isinstance(error, PlainError):
+        return one_line(f"error: {error}"), 2
+    if isinstance(error, Stopped):
+        return str(error), 130 if error.number == signal.SIGINT else 0
+    if isinstance(error, OSError) and error.filename is not None:
+        return one_line(f"error: {error.filename}: {error.strerror}"), 2
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; what was saved before is whole", 130
+    if type(error).__name__ == "JaxRuntimeError":
+        from retina_jax.training.compilation import out_of_memory
+
+        if (line := out_of_memory(error)) is not None:
+            return one_line(f"error: {line}"), 2
+    if isinstance(error, SystemExit):
+        return None, error.code if isinstance(error.code, int) else int(error.code is not None)
+    return None, 1
+
+
 def reason(error: BaseException) -> str:
     """What an error says, in at most 200 characters on one line."""
     said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__

@@ -1,7 +1,8 @@
-"""A run assessed at a step: detections over a dataset, COCO scores, pictures, all in the run's folder."""
+"""Evaluates a detector on a data set: detections, COCO scores and pictures, written to a run's folder."""
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import time
@@ -13,26 +14,23 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from retina_jax import detector as tta
 from retina_jax import distributed
 from retina_jax.console import tell, warn
 from retina_jax.data.classes import category_ids
 from retina_jax.data.decoding import image_of
 from retina_jax.data.pipeline import Batch, eval_batches
 from retina_jax.data.source import Source
-from retina_jax.detector import Detector, ImageDetections
-from retina_jax.errors import reason
+from retina_jax.detector import Detector, ImageDetections, sizes
 from retina_jax.evaluation.coco_scores import Scores, coco_results, evaluate_coco
 from retina_jax.evaluation.drawing import contact_sheet, draw
-from retina_jax.runs.files import DiskError
-from retina_jax.runs.folder import Run, write_json
+from retina_jax.runs.files import write_bytes, write_json
+from retina_jax.runs.folder import Run
 from retina_jax.training.compilation import COMPILED, compile_events, seconds
 
-Pairs = list[tuple[int, ImageDetections]]
-"""Index of an image and what was found in it, once for each version asked (`retina_jax.detector`)."""
+NOTHING = ImageDetections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
 
 
-def assess(
+def evaluate(
     run: Run,
     detector: Detector,
     source: Source,
@@ -41,138 +39,101 @@ def assess(
     settings: Mapping[str, Any] | None = None,
     check: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
 ) -> Scores:
-    """Detect on `source`, score against its own ground truth by image id, write what was found, return the scores.
+    """Detects on `source`, scores against its ground truth, writes the results to the run's folder, returns the scores.
 
-    The run's classes are found in the data as `classes.match` does; detections of one that `source` lacks are left out.
-    Several hosts share the images, each has all detections and scores afterwards, and host 0 writes. Raises ConfigError,
-    before anything is detected, if the data has boxes of a category that is none of the run's classes.
+    Writes detections/ (COCO results format), evaluation/ and pictures/ for `step`; of an unlabelled `source` all scores are
+    None, and no evaluation is written. Classes are matched by `classes.match`; detections of a class that `source` lacks
+    are left out. Several hosts share the images and return the same scores; host 0 writes.
 
-    Writes RUN/evaluation/ (not if `source` is unlabelled: all scores are None), RUN/detections/ (COCO results format) and
-    RUN/pictures/ for `step`;
-    `variant` is appended to the names, for scores that are not of the run's own setting; `settings` are those that differ,
-    by their dotted names, and stand with the scores. `check` passes batches on, and may end it all.
+    Args:
+      variant: appended to the names of files, for scores with other settings than the run's.
+      settings: those that differ, by dotted name; saved with the scores.
+      check: passes batches on, and may raise to end the evaluation.
+
+    Raises:
+      ConfigError: the data has boxes of a category that is none of the run's classes. Raised before detection.
     """
     ids = category_ids(run.categories, source, f"data.val_annotations {source.name}")
     in_data = np.array([category_id is not None for category_id in ids], bool)
-    training = run.config.training
+    training, shards = run.config.training, detector.driver.shards
     limit = min(training.eval_images or len(source), len(source))
-    shards = detector.driver.shards
-    wanted = training.eval_batch_size or run.config.data.batch_size
-    batch_size = -(-wanted // shards) * shards
-    sizes = [(record.height, record.width) for record in source.records]
-
-    of_sizes = [
+    batch_size = -(-(training.eval_batch_size or run.config.data.batch_size) // shards) * shards
+    original_sizes = [(record.height, record.width) for record in source.records]
+    inputs = [
         eval_batches(source, data, batch_size=batch_size, limit=limit, **distributed.share())
-        for data in tta.sizes(detector.config)
+        for data in sizes(detector.config)
     ]
-    started = time.monotonic()
-    versions: Pairs = []
+    started, of_hosts = time.monotonic(), []
     with compile_events() as events:
-        for batches in of_sizes:
-            of_host = list(detector.detect_batches(check(batches), sizes))
-            versions += _of_all_hosts(of_host, detector.config.detection.max_detections)
-    found = detector.merged(versions)
+        for batches in inputs:
+            of_hosts += distributed.exchange(list(detector.detect_batches(check(batches), original_sizes)))
+    found = detector.merged(itertools.chain(*of_hosts))
     elapsed = time.monotonic() - started
-    # A bad image that was skipped is one in which nothing was found: its objects count as missed.
     unread = set(range(limit)) - set(found)
     if unread:
         warn(f"{len(unread)} images could not be read and score as images without detections")
-        nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32)
-        found |= {index: ImageDetections(*nothing) for index in unread}
+        found |= dict.fromkeys(unread, NOTHING)
     results = []
     for index, detections in sorted(found.items()):
-        image_id = source.records[index].image_id
-        known = in_data[detections.labels]
-        boxes_xyxy, labels = detections.boxes_xyxy[known], detections.labels[known]
-        results += coco_results(image_id, boxes_xyxy, detections.scores[known], labels, ids)
+        kept = in_data[detections.labels]
+        arrays = detections.boxes_xyxy[kept], detections.scores[kept], detections.labels[kept]
+        results += coco_results(source.records[index].image_id, *arrays, ids)
     image_ids = [record.image_id for record in source.records[:limit]]
-    evaluated_ids, evaluator = [source.records[index].image_id for index in found], run.config.training.evaluator
-    scores = evaluate_coco(source.truth, results, image_ids, evaluated_ids, evaluator)
-    if distributed.first():
+    evaluated_ids = [source.records[index].image_id for index in found]
+    scores = evaluate_coco(source.truth, results, image_ids, evaluated_ids, training.evaluator)
+    if distributed.is_primary():
         write_json(run.path("detections", step, f"{variant}.json"), results)
         if source.labelled:
-            write_json(
-                run.path("evaluation", step, f"{variant}.json"),
-                {"step": step, "images": len(image_ids), **scores.summary, "per_class": scores.per_class}
-                | ({"settings": dict(settings)} if settings else {}),
-            )
-        _write_pictures(run, detector, source, found, unread, step, variant)
+            values = {"step": step, "images": len(image_ids), **scores.summary, "per_class": scores.per_class}
+            values |= {"settings": dict(settings)} if settings else {}
+            write_json(run.path("evaluation", step, f"{variant}.json"), values)
+        readable = {index: detections for index, detections in sorted(found.items()) if index not in unread}
+        _write_pictures(run, detector, source, readable, lambda suffix: run.path("pictures", step, variant + suffix))
     compiled = f", {events[seconds(COMPILED)]:.1f} of them to compile detection" if events[COMPILED] else ""
     speed = f"{len(image_ids) / max(elapsed, 1e-9):.1f} img/s"
     tell(f"evaluated {len(image_ids)} images in {elapsed:.1f} s ({speed}{compiled})")
     return scores
 
 
-def _of_all_hosts(own: Pairs, most: int) -> Pairs:
-    """The detections of all hosts, given this one's; `most` is how many one of them can have."""
-    if not distributed.several():
-        return own
-    rows = int(distributed.gather(np.array([len(own)], np.int32)).max())
-    indices, counts = np.full(rows, -1, np.int32), np.zeros(rows, np.int32)
-    boxes, scores = np.zeros((rows, most, 4), np.float32), np.zeros((rows, most), np.float32)
-    labels = np.zeros((rows, most), np.int32)
-    for row, (index, detections) in enumerate(own):
-        indices[row], counts[row] = index, (n := len(detections.scores))
-        boxes[row, :n], scores[row, :n] = detections.boxes_xyxy, detections.scores
-        labels[row, :n] = detections.labels
-    gathered = distributed.gather((indices, counts, boxes, scores, labels))
-    return [
-        (int(index), ImageDetections(boxes[:n], scores[:n], labels[:n]))
-        for index, n, boxes, scores, labels in zip(*gathered, strict=True)
-        if index >= 0
-    ]
-
-
 def _write_pictures(
-    run: Run,
-    detector: Detector,
-    source: Source,
-    found: dict[int, ImageDetections],
-    unread: set[int],
-    step: int,
-    variant: str,
+    run: Run, detector: Detector, source: Source, found: Mapping[int, ImageDetections], path: Callable[[str], Path]
 ) -> None:
-    """The first images with their detections and, thin, the truth; and all of them on one sheet."""
+    """Draws the first images with detections and, thin, ground truth: path("_ID.png") each, path(".png") with all."""
     drawn = []
-    readable = (index for index in sorted(found) if index not in unread)
-    for index in itertools.islice(readable, run.config.training.pictures):
-        record, detections = source.records[index], found[index]
-        image = image_of(source, index)
+    for index, detections in itertools.islice(found.items(), run.config.training.pictures):
+        record = source.records[index]
         good = detections.scores >= max(0.3, run.config.detection.score_threshold)
         picture = draw(
-            image,
+            image_of(source, index),
             detections.boxes_xyxy[good],
             detections.labels[good],
             detections.scores[good],
             class_names=detector.shown_names,
             truth_boxes_xyxy=record.boxes_xyxy,
         )
-        write_picture(run.path("pictures", step, f"{variant}_{record.image_id}.png"), picture)
+        write_picture(path(f"_{record.image_id}.png"), picture)
         drawn.append(np.asarray(picture))
     if drawn:
-        write_picture(run.path("pictures", step, f"{variant}.png"), contact_sheet(drawn))
+        write_picture(path(".png"), contact_sheet(drawn))
 
 
 def write_picture(path: Path, picture: UInt8[np.ndarray, "H W 3"]) -> None:
-    """Raises DiskError where it cannot be written."""
-    try:
-        Image.fromarray(picture).save(path)
-    except OSError as error:
-        raise DiskError(f"{path}: cannot be written: {reason(error)}") from error
-
-
-# Detections as COCO's evaluation server takes them, for images whose labels are not public (test-dev).
+    """Writes an image in the format of its suffix. Raises DiskError if it cannot be written."""
+    encoded = io.BytesIO()
+    Image.fromarray(picture).save(encoded, path.suffix.removeprefix("."))
+    write_bytes(path, encoded.getvalue())
 
 
 def write_submission(run: Run, step: int, variant: str, annotations: str) -> Path:
-    """Writes RUN/detections/detections_<split>_<run>_results.json from what `assess` wrote there; returns its path.
+    """Writes the detections of `evaluate` as COCO's evaluation server takes them; returns the file's path.
 
-    The split is the name of the file `annotations` (image_info_test-dev2017.json: test-dev2017). Coordinates are rounded to
-    hundredths of a pixel, scores to six digits. An earlier submission of the run is replaced.
+    The file is RUN/detections/detections_SPLIT_RUN_results.json; SPLIT is from the name of the file `annotations`
+    (image_info_test-dev2017.json: test-dev2017). Coordinates are rounded to hundredths of a pixel, scores to six digits. An
+    earlier submission of the run is replaced.
     """
     split = Path(annotations).stem.removeprefix("image_info_")
     path = run.folder / "detections" / f"detections_{split}_{run.folder.resolve().name}_results.json"
-    if distributed.first():
+    if distributed.is_primary():
         results = json.loads(run.path("detections", step, f"{variant}.json").read_text())
         rounded = [
             {**r, "bbox": [round(side, 2) for side in r["bbox"]], "score": round(r["score"], 6)} for r in results

@@ -1,11 +1,10 @@
-"""Score a run's checkpoint on its validation data: python scripts/evaluate.py --workdir RUN [--step N]
+"""Evaluate a run's checkpoint on its validation data: python scripts/evaluate.py --workdir RUN [--step N]
 
-With --weights KIND:FILE the detector comes from elsewhere, and --workdir only takes what is written.
-Any inference setting of the run can be overridden (--detection.nms-iou 0.6, --data.short-side 800, --data.val-annotations
-FILE, --training.eval-images 500); the network itself is the run's. Images without annotations are not scored:
---data.val-annotations image_info_test-dev2017.json writes a submission for COCO's server into RUN/detections. Test-time
-augmentation: --detection.tta-flip, --detection.tta-short-sides 500 700. A run with running means of its parameters is scored
-by them, or with --detection.parameters raw by the parameters themselves.
+With --weights KIND:FILE the detector comes from elsewhere, and the results are written to --workdir. Inference settings can
+be overridden (--detection.nms-iou 0.6, --data.short-side 800, --data.val-annotations FILE, --training.eval-images 500); the
+network cannot. For images without annotations (--data.val-annotations image_info_test-dev2017.json) a submission to COCO's
+server is written to RUN/detections. Test-time augmentation: --detection.tta-flip, --detection.tta-short-sides 500 700. A run
+with averaged parameters (EMA) is evaluated with them; --detection.parameters raw uses the others.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from retina_jax.config_io import flatten, meaning_changes, override
 from retina_jax.console import warn
 from retina_jax.data.datasets import check_classes, open_source
 from retina_jax.detector import load_detector
-from retina_jax.evaluate import assess, write_submission
+from retina_jax.evaluate import evaluate, write_submission
 from retina_jax.evaluation.coco_scores import coco_table
 from retina_jax.runs.folder import Run
 from retina_jax.training.checkpoints import Step
@@ -44,33 +43,33 @@ class Arguments:
     """Folder of the run."""
     settings: Annotated[Config, tyro.conf.arg(name="")]
     step: Step = None
-    """Saved step to score, or best: the one with the highest AP; None: the newest."""
+    """Saved step, or best: the one with the highest AP; None: the newest."""
     weights: str = ""
     """KIND:FILE or KIND:NAME of a detector from elsewhere; KIND is torchvision, detectron2 or detectron."""
     class_names: tuple[str, ...] = ()
-    """Names of its classes, where they are not COCO's."""
+    """Names of its classes, if they are not COCO's."""
     together: Annotated[distributed.Hosts, tyro.conf.arg(name="")] = distributed.ALONE
-    """Several hosts, which share the images."""
+    """Several hosts, which divide the images among them."""
 
 
 def main() -> None:
-    """Read the run, detect, score, write RUN/evaluation/step_N.json, print the COCO table."""
+    """Evaluate the detector, write RUN/evaluation/step_N.json, print the COCO table."""
     settings = settings_of(sys.argv[1:])
     arguments = parse_command_line(Arguments, Arguments(tyro.MISSING, settings), sys.argv[1:], __doc__)
     set_up_jax()
-    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM ends this at once: there is nothing to save
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM ends this at once
     with distributed.joined(arguments.together):
-        evaluate(arguments, settings)
+        score(arguments, settings)
 
 
-def evaluate(arguments: Arguments, settings: Config) -> None:
-    """Score the detector with `arguments.settings`; `settings` are its own."""
+def score(arguments: Arguments, settings: Config) -> None:
+    """Evaluate the detector with `arguments.settings`; `settings` are its own."""
     config = validate(arguments.settings)
     usual = flatten(settings)
     others = {name: value for name, value in flatten(config).items() if value != usual[name]}
     of_network = [change for change in meaning_changes(settings, config) if not change.startswith(INFERENCE)]
     if of_network:
-        raise ConfigError(f"the network is the run's own and cannot be another here: {'; '.join(of_network)}")
+        raise ConfigError(f"{'; '.join(of_network)}: the network must stay as it was trained; leave this option out")
     detector = load_detector(
         arguments.weights or arguments.workdir,
         step=arguments.step,
@@ -89,9 +88,9 @@ def evaluate(arguments: Arguments, settings: Config) -> None:
         {"step": step, "config": repr(config), "evaluation data": source.sha256, "decoding": str(source.decoding)},
     )
     check_classes(run.categories, source)
-    # Scores of other settings stand beside the run's own, under a name of their own.
+    # Scores with other settings get a name of their own.
     variant = "" if not others or arguments.weights else f"_{hashlib.sha256(repr(config).encode()).hexdigest()[:8]}"
-    scores = assess(run, detector, source, step, variant, others)
+    scores = evaluate(run, detector, source, step, variant, others)
     if not source.labelled:
         submission = write_submission(run, step, variant, config.data.val_annotations)
         print(

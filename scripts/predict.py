@@ -1,9 +1,8 @@
-"""Detect on images of your own: scripts/predict.py (--workdir RUN | --weights KIND:FILE) IMAGE_OR_FOLDER... --out DIR
+"""Detect on your own images: scripts/predict.py (--workdir RUN | --weights KIND:FILE) IMAGE_OR_FOLDER... --out DIR
 
-Writes DIR/detections.json (per image: boxes in its own pixels, scores, class names and
-ids) and a drawn picture per image.
-Inference can be set (--detection.nms-iou 0.6), test-time augmentation with it (--detection.tta-flip,
---detection.tta-short-sides 500 700).
+Writes DIR/detections.json (for each image: boxes in its pixels, scores, class names and ids) and one picture per image.
+Options of inference: --detection.nms-iou 0.6; test-time augmentation: --detection.tta-flip, --detection.tta-short-sides 500
+700.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from retina_jax.data.survey import decoding_of_files
 from retina_jax.detector import load_detector
 from retina_jax.errors import reason
 from retina_jax.evaluation.drawing import draw
-from retina_jax.runs.folder import write_json
+from retina_jax.runs.files import write_json
 from retina_jax.training.checkpoints import Step
 
 
@@ -36,34 +35,34 @@ class Arguments:
     """Options of this script."""
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files, or folders of them."""
+    """Image files, or folders with image files."""
     out: Path
     """Folder to write to."""
     workdir: Path | None = None
-    """Folder of the run whose detector is asked."""
+    """Folder of the run whose detector is used."""
     weights: str = ""
     """KIND:FILE or KIND:NAME of a detector from elsewhere; KIND is torchvision, detectron2 or detectron."""
     step: Step = None
     """Saved step, or best: the one with the highest AP; None: the newest."""
     score: float = 0.3
-    """Least score drawn; detections.json holds all that the run's config keeps."""
+    """Lowest score that is drawn; detections.json holds all detections that the run's config keeps."""
     short_side: int | None = None
     """Length the shorter image side is resized to, pixels; None: as in training."""
     class_names: tuple[str, ...] = ()
-    """Names of the classes of --weights, where they are not COCO's."""
+    """Names of the classes of --weights, if they are not COCO's."""
     detection: DetectionConfig = field(default_factory=DetectionConfig)
-    """Inference; what is not given is the detector's own."""
+    """Inference; the default is the detector's own."""
 
 
 def main() -> None:
-    """Read, detect, write, draw."""
+    """Detect on all images; write detections.json and the pictures."""
     settings = settings_of(sys.argv[1:])
     defaults = Arguments(tyro.MISSING, tyro.MISSING, detection=settings.detection)
     arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__)
     if (arguments.workdir is None) == (not arguments.weights):
         raise ConfigError("--workdir: give the folder of a run, or --weights KIND:FILE, and not both")
     if not 0 <= arguments.score <= 1:
-        raise ConfigError(f"--score: {arguments.score} cannot be; it must be from 0 to 1")
+        raise ConfigError(f"--score: {arguments.score} invalid value; must be from 0 to 1")
     set_up_jax()
     files = image_files(arguments.images, arguments.out)
     detector = load_detector(

@@ -1,6 +1,6 @@
 """Train a RetinaNet: python scripts/train.py --config configs/demo.py --workdir runs/demo [--loss.gamma 5 ...]
 
-Started again with the same command, a run resumes from its newest checkpoint.
+The same command again resumes the run from its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from retina_jax.config import Config
 from retina_jax.config_checks import parse_window, validate
 from retina_jax.console import tell, warn
 from retina_jax.data.datasets import open_sources
-from retina_jax.data.pipeline import train_batches
+from retina_jax.data.pipeline import Batches, train_batches
+from retina_jax.data.source import Source
 from retina_jax.detector import Detector
-from retina_jax.evaluate import assess
-from retina_jax.evaluation.coco_scores import number
+from retina_jax.evaluate import evaluate
+from retina_jax.evaluation.coco_scores import SUMMARY, Scores, coco_table, number
 from retina_jax.model.summary import parameter_table
-from retina_jax.runs.folder import Clock, alone_in, finish_run, is_due, started_run
+from retina_jax.runs.folder import Clock, Run, finish_run, is_due, started_run, training_lock
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.compilation import CompiledStep
 from retina_jax.training.interruption import Interruption
@@ -35,8 +36,8 @@ from retina_jax.training.opening import open_run
 from retina_jax.training.optimizer import unreached
 from retina_jax.training.parallel import Driver
 from retina_jax.training.profiling import Profiler
-from retina_jax.training.restore import first_state
-from retina_jax.training.state import parameters_sha256
+from retina_jax.training.restore import restore_or_init
+from retina_jax.training.state import TrainState, parameters_sha256
 from retina_jax.training.step import Inputs
 
 PAPER = Path(__file__).parents[1] / "configs" / "paper_r50_600.py"
@@ -47,14 +48,14 @@ class Arguments:
     """Options of this script; all others are fields of the config."""
 
     workdir: Path
-    """Folder of the run; made where it is missing, resumed where it holds a run."""
+    """Folder of the run; created if missing, resumed if it holds a run."""
     settings: Annotated[Config, tyro.conf.arg(name="")]
     config: Path = PAPER
-    """Config file whose fields the other options override; not given, and with a run in the folder: that run's."""
+    """Config file whose fields the other options override; if not given, the config of the run in the folder."""
     allow_missing: tuple[str, ...] = ()
     """Parts of the backbone (backbone/c5) that model.backbone_weights may lack; they start random."""
     allow_changes: tuple[str, ...] = ()
-    """Fields (loss.gamma) that a resumed run may have other than it was started with; noted in its config.json."""
+    """Fields (loss.gamma) in which a resumed run may differ from its start; noted in its config.json."""
     together: Annotated[distributed.Hosts, tyro.conf.arg(name="")] = distributed.ALONE
     """Several hosts."""
 
@@ -69,38 +70,34 @@ def main() -> None:
 
 
 def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: Sequence[str] = ()) -> None:
-    """The loop. `step` counts the steps taken, the running one included; files are named after it."""
+    """The training loop. `step` counts the steps taken, including the current one; files are named after it."""
     before = started_run(workdir)
     source, val_source, config = open_sources(config, before.categories if before else (), workdir)
     driver = Driver(config, config.model.num_classes)
     driver.check_batch_size()
     training, keep = config.training, config.training.keep_checkpoints
-    with Interruption() as interruption, alone_in(workdir), Checkpoints(workdir / "checkpoints", keep) as checkpoints:
+    with (
+        Interruption() as interruption,
+        training_lock(workdir),
+        Checkpoints(workdir / "checkpoints", keep) as checkpoints,
+    ):
         run = open_run(workdir, config, source.class_names, source.category_ids, source.sha256, driver.parts, changes)
-        state, told = first_state(driver, run, checkpoints, missing)
-        tell(f"{parameter_table(state.variables)}\n{told}")
+        state, origin = restore_or_init(driver, run, checkpoints, missing)
+        tell(f"{parameter_table(state.variables)}\n{origin}")
         if short := unreached(config):
             warn(short)
-        step = start = int(state.step)
+        start = int(state.step)
         clock = Clock(workdir, resumed=start > 0)
         batches = train_batches(source, config.data, seed=config.seed, start_step=start, **distributed.share())
         take_step = CompiledStep(driver.step, config.data.buckets or 4, ahead=batches.canvases(training.steps - start))
         with clock, Metrics(run, start) as metrics, Profiler(workdir, parse_window(training.profile_steps)) as profiler:
-
-            def evaluate() -> float | None:
-                detector = Detector.of(driver, state, run.class_names, run.category_ids)
-                with checkpoints.saved_if_it_fails(step, state):
-                    scores = assess(run, detector, val_source, step, check=partial(interruption.checked, step)).summary
-                metrics.evaluated(step, scores)
-                tell(f"step {step}: AP {number(scores['AP'])}, AP50 {number(scores['AP50'])}")
-                return scores["AP"]
-
-            if metrics.evaluation_is_missing():
-                checkpoints.score(start, evaluate())  # it failed, or was stopped, when it was due
+            score = partial(score_step, run, driver, val_source, checkpoints, metrics, interruption)
+            if metrics.evaluation_is_missing():  # it failed or was interrupted before
+                score(state, start)
             for step in range(start + 1, training.steps + 1):
                 asked = time.monotonic()
                 profiler.begin(step)
-                with checkpoints.saved_if_it_fails(step - 1, state, first=metrics.flush):
+                with checkpoints.save_on_error(step - 1, state, first=metrics.flush):
                     interruption.check(step - 1)
                     batch = next(batches)
                 waited = time.monotonic() - asked
@@ -113,11 +110,44 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
                 if saving or step % training.log_every == 0:
                     metrics.flush(end_line=evaluating or last)
                 if saving:
-                    checkpoints.save(step, state, ap=evaluate() if evaluating else None)
+                    checkpoints.save(step, state)
+                    if evaluating:
+                        score(state, step)
                     clock.save()
                     metrics.restart_window()
-    strange = batches.skipped, batches.one_colour.names
-    finish_run(run, int(state.step), clock, parameters_sha256(state.everything), *strange)
+    report_end(run, state, clock, batches)
+
+
+def score_step(
+    run: Run,
+    driver: Driver,
+    source: Source,
+    checkpoints: Checkpoints,
+    metrics: Metrics,
+    interruption: Interruption,
+    state: TrainState,
+    step: int,
+) -> None:
+    """Evaluate `state`, which is saved as `step`, and note its AP in the checkpoint and its scores in the metrics."""
+    detector = Detector.of(driver, state, run.class_names, run.category_ids)
+    scores = evaluate(run, detector, source, step, check=partial(interruption.checked, step))
+    checkpoints.score(step, scores.summary["AP"])
+    metrics.evaluated(step, scores.summary)
+    tell(f"step {step}: AP {number(scores.summary['AP'])}, AP50 {number(scores.summary['AP50'])}")
+
+
+def report_end(run: Run, state: TrainState, clock: Clock, batches: Batches) -> None:
+    """Write summary.json; log the last evaluation and the images of all hosts that were skipped or have one colour."""
+    summary = finish_run(run, int(state.step), clock.seconds(), parameters_sha256(state.everything))
+    if (evaluation := summary["evaluation"]) is not None:
+        tell(coco_table(Scores({name: evaluation[name] for name in SUMMARY}, evaluation["per_class"])))
+    for what, names in (
+        ("unreadable images were skipped", batches.skipped),
+        ("images have one colour, wholly or nearly", batches.one_colour.names),
+    ):
+        if merged := sorted(set().union(*distributed.exchange(set(names)))):
+            warn(f"{len(merged)} {what}: {', '.join(merged)}")
+    tell(f"{summary['steps']} steps in {summary['seconds']:.0f} s; everything is in {run.folder}")
 
 
 if __name__ == "__main__":

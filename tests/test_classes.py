@@ -29,7 +29,7 @@ from retina_jax.data.coco_entries import LARGEST_ID
 from retina_jax.data.datasets import open_sources
 from retina_jax.data.source import Source
 from retina_jax.detector import Detector, ImageDetections
-from retina_jax.evaluate import assess
+from retina_jax.evaluate import evaluate
 from retina_jax.runs.folder import Run
 from retina_jax.training.opening import open_run
 
@@ -139,7 +139,7 @@ def test_scores_are_those_by_id_whatever_ids_names_and_order(folder: Path, draw:
                 one = {"image_id": i + 1, "category_id": in_val[c], "bbox": [*corner[:2], *side], "score": score}
                 results.append({**one, "id": len(results) + 1, "area": side[0] * side[1], "iscrowd": 0})
     run = Run(folder, CONFIG, train.class_names, train.category_ids)
-    scores = assess(run, Answers(found), val, 1)
+    scores = evaluate(run, Answers(found), val, 1)
     expected, of_class = by_pycocotools(document, results)
     assert (scores.summary["AP"] if boxes else -1) == expected
     by_name = dict(zip(unique_names(val.categories), val.category_ids, strict=True))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_sets import rectangles
@@ -12,8 +14,9 @@ from small_sets import rectangles
 from retina_jax.config import Config
 from retina_jax.config_io import override
 from retina_jax.data.source import Source
-from retina_jax.detector import Detector
-from retina_jax.evaluate import assess
+from retina_jax.detector import Detector, load_detector
+from retina_jax.evaluate import evaluate
+from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.opening import open_run
 from retina_jax.training.parallel import Driver
 
@@ -42,7 +45,7 @@ def found_with(source: Source, folder: Path, devices: int, parallel: str) -> tup
     config = override(CONFIG, {"devices": devices, "parallel": parallel})
     driver = Driver(config, 2)
     run = open_run(folder, config, source.class_names, source.category_ids)
-    assess(run, Detector(driver, driver.first_state().variables, source.class_names, source.category_ids), source, 0)
+    evaluate(run, Detector(driver, driver.init_state().variables, source.class_names, source.category_ids), source, 0)
     scores = json.loads((folder / "evaluation/step_00000000.json").read_text())
     return scores, json.loads((folder / "detections/step_00000000.json").read_text())
 
@@ -68,7 +71,7 @@ def test_detect_gives_what_evaluation_gives(source: Source, tmp_path: Path) -> N
 
     _, results = found_with(source, tmp_path / "run", 1, "jit")
     driver = Driver(override(CONFIG, {"devices": 1}), 2)
-    detector = Detector(driver, driver.first_state().variables, source.class_names, source.category_ids)
+    detector = Detector(driver, driver.init_state().variables, source.class_names, source.category_ids)
     chosen = [0, 1, 2, 3, 252]
     for index, found in zip(chosen, detector.detect([to_rgb(source.read(i)) for i in chosen]), strict=True):
         mine = [r for r in results if r["image_id"] == source.records[index].image_id]
@@ -79,9 +82,25 @@ def test_detect_gives_what_evaluation_gives(source: Source, tmp_path: Path) -> N
         assert found.boxes_xyxy.min() >= 0 and found.boxes_xyxy[:, 2].max() <= source.records[index].width
 
 
+def test_a_detector_is_loaded_without_an_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = override(CONFIG, {"devices": 1})
+    state = Driver(config, 2).init_state()
+    open_run(tmp_path, config, ("red", "green"), (1, 2))
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(7, state.replace(step=jnp.int32(7)))
+
+    def made(*_: object) -> None:
+        raise AssertionError("an optimizer is made")
+
+    monkeypatch.setattr("retina_jax.training.parallel.make_optimizer", made)
+    detector = load_detector(tmp_path)
+    assert detector.step == 7 and jax.tree.structure(detector.variables) == jax.tree.structure(state.variables)
+    jax.tree.map(np.testing.assert_array_equal, detector.variables, state.variables)
+
+
 def test_detect_refuses_what_is_no_rgb_image() -> None:
     driver = Driver(override(CONFIG, {"devices": 1}), 2)
-    detector = Detector(driver, driver.first_state().variables, ("a", "b"), (1, 2))
+    detector = Detector(driver, driver.init_state().variables, ("a", "b"), (1, 2))
     for image in (
         np.zeros((4, 4), np.uint8),
         np.zeros((4, 4, 4), np.uint8),

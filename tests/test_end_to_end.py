@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retina_jax.runs.folder import alone_in
+from retina_jax.runs.folder import training_lock
 
 ROOT = Path(__file__).parents[1]
 
@@ -114,7 +114,7 @@ def test_a_run_leaves_everything_it_should(run: Path) -> None:
 def test_a_run_that_another_process_trains_is_left_as_it_is(run: Path, folder: Path) -> None:
     """Also by a command that is allowed to change it."""
     before = (run / "config.json").read_bytes()
-    with alone_in(run):
+    with training_lock(run):
         change = ("--loss.gamma", 5, "--allow-changes", "loss.gamma", "--training.steps", 20)
         refused(
             "train", "--config", folder / "tiny.py", "--workdir", run, *change, says="another process is training there"

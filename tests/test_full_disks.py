@@ -161,7 +161,7 @@ def test_a_disk_that_fills_in_a_save_costs_checkpoints_and_not_the_run(
     assert life.status == 2 and life.step == 50
     told = [
         f"{disk.mounted}/run/checkpoints: step {step} could not be saved: No space left on device; "
-        f"the newest whole checkpoint is step {life.saved}"
+        f"the newest intact checkpoint is step {life.saved}"
         for step in range(life.saved + 10, 51, 10)
     ]
     assert life.saved in (10, 20)  # 20 where it was whole before the disk was full
@@ -209,7 +209,7 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_taken(
     bad = lives["read-only"].saved
     (line,) = (line for line in lives["damaged"].lines if line.startswith("warning: "))
     assert line.startswith(f"warning: {disk.mounted}/run/checkpoints/{bad}: is damaged (")
-    assert line.endswith(f"holds other bytes), step {bad - 10} is taken instead; it is moved to damaged-{bad}")
+    assert line.endswith(f"holds other bytes), step {bad - 10} is used instead; moved to damaged-{bad}")
     assert f"resuming {disk.mounted}/run at step {bad - 10}" in lives["damaged"].lines
     assert (workdir / "checkpoints" / f"damaged-{bad}").is_dir()
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from small_runs import kill, measured, metrics, start, stopped_when, summary, wait_for_step, write_config
 
-from retina_jax.runs.folder import alone_in
+from retina_jax.runs.folder import training_lock
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def test_what_a_kill_left_half_written_is_cleared_away_and_what_is_being_written
         (tmp_path / name).write_text("{}")
     for name in (*left, *others[:-1]):
         os.utime(tmp_path / name, (0, 0))
-    with alone_in(tmp_path):
+    with training_lock(tmp_path):
         assert files(tmp_path) == {*others, "evaluation", ".lock"}
 
 

@@ -1,67 +1,113 @@
-"""Disks that fill up, refuse, or give back other bytes than they were given: named in one line, found by checksums."""
+"""Files of a run: atomic writes, a lock, and checksums that find what a faulty disk has changed."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import filelock
+
+from retina_jax import distributed
+from retina_jax.config import ConfigError
 from retina_jax.errors import PlainError, reason
 
 CHECKSUMS = "checksums.json"
-CANNOT_TELL = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class DiskError(PlainError, RuntimeError):
-    """Something could not be written; the message is one line with the file or folder and the reason."""
+    """A file or folder could not be written; the message is one line with its path and the reason."""
 
 
-def check_room(folder: Path, size: int) -> None:
-    """Raise OSError where the disk, or a quota on it, has no room for `size` more bytes in `folder`."""
-    place = folder / "room"
-    with place.open("wb") as file:
+@contextlib.contextmanager
+def exclusive_lock(path: Path, timeout: float = -1.0) -> Iterator[bool]:
+    """Yields whether this process got the lock on `path` within `timeout` seconds (-1: waits without limit), and holds it.
+
+    The lock is the kernel's (flock): it ends with the process, however that ends. Raises ConfigError if `path` cannot be
+    written or locked.
+    """
+    lock = filelock.FileLock(path, timeout=timeout, poll_interval=0.02, fallback_to_soft=False)
+    with contextlib.ExitStack() as stack:
         try:
-            if size and hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            if error.errno not in CANNOT_TELL:
-                raise
-        finally:
-            place.unlink()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock)
+        except filelock.Timeout:
+            pass
+        except (OSError, NotImplementedError) as error:
+            raise ConfigError(f"{path}: cannot be locked: {reason(error)}; use a --workdir on another disk") from None
+        yield lock.is_locked
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file atomically: to a temporary file in its folder, then renamed. Of several hosts only host 0 writes.
+
+    Raises DiskError if it cannot be written.
+    """
+    if not distributed.is_primary():
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise DiskError(f"{path}: cannot be written: {reason(error)}") from error
+
+
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """Writes `value` as JSON, as `write_bytes` does. Raises ValueError for NaN and infinity, which JSON does not have."""
+    if distributed.is_primary():
+        write_bytes(path, (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; ConfigError if it cannot be read or holds anything else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of too many digits
+        raise ConfigError(f"{path}: cannot be read: not valid JSON: {reason(error)}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: cannot be read: must hold an object, not a {type(value).__name__}")
+    return value
 
 
 def write_checksums(folder: Path) -> None:
-    """Note the size and SHA-256 of every file in `folder`, in FOLDER/checksums.json, and have all of it put on the disk.
+    """Writes size and SHA-256 of every file in `folder` to FOLDER/checksums.json, and syncs all of it to the disk.
 
-    The sums are of what was just written, which the system still holds in memory: what the disk made of it, `damage` finds
-    when it is read again. Raises OSError where the disk could not take it.
+    The sums are of what the system holds in memory; `damage` compares them with what the disk returns later. Raises OSError
+    if the disk fails.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sums = {path.relative_to(folder).as_posix(): _size_and_sum(path) for path in files}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
     folders = sorted(path for path in folder.rglob("*") if path.is_dir())
     for path in [*files, folder / CHECKSUMS, *reversed(folders), folder]:
-        put_on_disk(path)
+        sync(path)
 
 
-def put_on_disk(path: Path) -> None:
-    """Until the disk has what the file holds, or the names that the folder holds; nothing where it cannot be asked for."""
+def sync(path: Path) -> None:
+    """Waits until the disk holds the file's contents, or the folder's entries, if the file system supports that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in CANNOT_TELL:
+        if error.errno not in UNSUPPORTED:
             raise
     finally:
         os.close(descriptor)
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with the files in `folder`, one of them named; "" where all are as they were written.
+    """Returns what is wrong with the files in `folder`, naming one of them; "" if all are as they were written.
 
-    Files that were added since do no harm. A folder without checksums.json cannot be told about and passes.
+    Files that were added later are ignored. A folder without checksums.json passes.
     """
     try:
         sums = json.loads((folder / CHECKSUMS).read_bytes())
@@ -70,13 +116,13 @@ def damage(folder: Path) -> str:
                 return f"{name} is missing"
             found = _size_and_sum(folder / name)
             if found != expected:
-                cut = found[0] < expected[0]
-                return f"{name} holds {found[0]} of {expected[0]} bytes" if cut else f"{name} holds other bytes"
+                short = found[0] < expected[0]
+                return f"{name} holds {found[0]} of {expected[0]} bytes" if short else f"{name} holds other bytes"
     except FileNotFoundError:
         return "" if folder.is_dir() else "it is gone"
     except OSError as error:
         return f"{Path(error.filename or folder).name}: {reason(error)}"
-    except (ValueError, TypeError, AttributeError, LookupError):  # of a list that is itself damaged
+    except (ValueError, TypeError, AttributeError, LookupError):  # the list itself is damaged
         return f"{CHECKSUMS} cannot be read"
     return ""
 

@@ -1,4 +1,4 @@
-"""A run's folder read back: its config, what it measured, and its evaluations; finished or not."""
+"""What a run has measured, read from its folder: metrics, evaluations, summary; whether it has ended or not."""
 
 from __future__ import annotations
 
@@ -10,41 +10,47 @@ from typing import Any
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.data.classes import Category
-from retina_jax.evaluation.coco_scores import SUMMARY
+from retina_jax.runs.files import read_json
 from retina_jax.runs.folder import read_run
 
+SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+"""Names of the scores of an evaluation, each a fraction from 0 to 1, or None if it is undefined."""
 EVALUATION = re.compile(r"step_([0-9]{8})(_[0-9a-f]{8})?\.json")
-"""Names of a run's evaluations; those with other settings than the run's (`evaluate.py`) carry a mark after the step."""
+"""Names of evaluations; those with other settings than the run's (`evaluate.py`) have a hash after the step."""
+FILE = Path("evaluation") / "test_dev.json"
+"""Within a run's folder: scores of COCO's evaluation server on test-dev, which the user writes there."""
+SERVER_NAMES = {"AP": "AP", "AP50": "AP_50", "AP75": "AP_75", "APs": "AP_small", "APm": "AP_medium", "APl": "AP_large"}
+"""The server's name of each score."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """A run as far as it came."""
+    """What is known of a run so far."""
 
     folder: Path
     config: Config
     categories: list[Category]
     """Id and name of each class."""
     saved: dict[str, Any]
-    """The whole of config.json: command, commit, versions, facts, changes."""
+    """The contents of config.json: command, commit, versions, facts, changes."""
     windows: list[dict[str, Any]]
-    """metrics.jsonl's lines of training, by rising step."""
+    """The training lines of metrics.jsonl, by step."""
     evaluations: dict[int, dict[str, Any]]
-    """What RUN/evaluation/ holds of the run's own settings, by rising step."""
+    """By step, the evaluations with the run's own settings."""
     variants: list[tuple[int, dict[str, Any]]]
-    """(step, scores) of evaluations with other settings, by rising step; `settings` of the scores are those that differ."""
+    """(step, scores) of evaluations with other settings, by step; `settings` of the scores are those that differ."""
     summary: dict[str, Any] | None
     """summary.json; None: the run has not ended."""
 
     @property
     def step(self) -> int:
-        """The last step that anything is known of."""
+        """The last step that is known of."""
         ended = [int(self.summary["steps"])] if self.summary else []
-        return max([*ended, *(int(window["step"]) for window in self.windows[-1:]), *self.evaluations, 0])
+        return max([*ended, *(window["step"] for window in self.windows[-1:]), *self.evaluations, 0])
 
 
 def read_record(folder: Path) -> Record:
-    """The run in `folder`. Raises ConfigError, one line that names the file, where one cannot be what it should."""
+    """Returns the run in `folder`. Raises ConfigError, which names the file and field, if one is invalid."""
     run = read_run(folder)
     evaluations, variants = {}, []
     for path in sorted((folder / "evaluation").glob("*.json")):
@@ -54,25 +60,50 @@ def read_record(folder: Path) -> Record:
                 variants.append((step, scores))
             else:
                 evaluations[step] = scores
-    summary = read_json(folder / "summary.json") if (folder / "summary.json").is_file() else None
-    if summary is not None and not isinstance(summary.get("steps"), int):
-        raise ConfigError(f"{folder / 'summary.json'}: steps must be a whole number, not {summary.get('steps')!r}")
-    saved, windows = read_json(folder / "config.json"), _windows(folder / "metrics.jsonl")
+    windows = [line for line in read_metrics(folder) if line.get("event") == "train"]
+    saved, summary = read_json(folder / "config.json"), read_summary(folder)
     return Record(folder, run.config, run.categories, saved, windows, evaluations, variants, summary)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl; empty if there is no such file.
+
+    The last line of a running or killed run may be incomplete and is left out. Raises ConfigError for any other bad line.
+    """
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = json.loads(line)
+            found.append({**values, "step": int(values["step"])})
+        except (ValueError, LookupError, TypeError) as error:
+            if number < len(lines):
+                raise ConfigError(f"{path}, line {number}: cannot be read: {type(error).__name__}: {error}") from None
+    return found
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """Returns summary.json; None if the run has not ended."""
+    path = folder / "summary.json"
+    if not path.is_file():
+        return None
+    summary = read_json(path)
+    if not isinstance(summary.get("steps"), int):
+        raise ConfigError(f"{path}: steps: invalid value {summary.get('steps')!r}; must be a whole number")
+    return summary
 
 
 def _evaluation(path: Path) -> dict[str, Any]:
     scores = read_json(path)
     per_class = scores.get("per_class")
-    wrong = [name for name in SUMMARY if name not in scores or not _is_score(scores[name])]
-    if not isinstance(per_class, dict) or not all(map(_is_score, per_class.values())):
-        wrong.append("per_class")
-    if not isinstance(scores.get("images"), int):
-        wrong.append("images")
-    if not isinstance(scores.get("settings", {}), dict):
-        wrong.append("settings")
-    if wrong:
-        raise ConfigError(f"{path}: {wrong[0]} is not what an evaluation has there; score the run again (evaluate.py)")
+    valid = {name: name in scores and _is_score(scores[name]) for name in SCORES}
+    valid["per_class"] = isinstance(per_class, dict) and all(map(_is_score, per_class.values()))
+    valid["images"] = isinstance(scores.get("images"), int)
+    valid["settings"] = isinstance(scores.get("settings", {}), dict)
+    for name, is_valid in valid.items():
+        if not is_valid:
+            raise ConfigError(f"{path}: {name}: missing or invalid; evaluate the run again (evaluate.py)")
     return scores
 
 
@@ -80,78 +111,26 @@ def _is_score(value: object) -> bool:
     return value is None or (isinstance(value, int | float) and 0 <= value <= 1)
 
 
-def _windows(path: Path) -> list[dict[str, Any]]:
-    """The lines of the training; the last of a file that is being written may be half a line, and is left out."""
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    windows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            values = json.loads(line)
-            values["step"] = int(values["step"])
-        except (ValueError, LookupError, TypeError) as error:
-            if number == len(lines):
-                break
-            raise ConfigError(f"{path}, line {number}: cannot be read: {type(error).__name__}: {error}") from None
-        if values.get("event") == "train":
-            windows.append(values)
-    return windows
+def read_test_dev(folder: Path) -> dict[str, float]:
+    """Returns the scores of COCO's evaluation server in percent, by AP, AP50, AP75, APs, APm, APl; empty without FILE.
 
-
-# Scores that COCO's evaluation server returned for a run on test-dev: RUN/evaluation/test_dev.json, written by the user.
-#
-# The file holds fractions, by the server's names (AP, AP_50, AP_75, AP_small, AP_medium, AP_large) or by those of
-# RUN/evaluation/step_N.json (AP, AP50, AP75, APs, APm, APl). AP is required; other keys are ignored.
-
-FILE = Path("evaluation") / "test_dev.json"
-"""Within a run's folder."""
-SERVER_NAMES = {
-    "AP": "AP",
-    "AP50": "AP_50",
-    "AP75": "AP_75",
-    "APs": "AP_small",
-    "APm": "AP_medium",
-    "APl": "AP_large",
-}
-"""The server's name of each score."""
-
-
-def read_test_dev(run: Path) -> dict[str, float]:
-    """Percent, by the names AP, AP50, AP75, APs, APm, APl; empty if the file does not exist.
-
-    Raises ConfigError if the file is not a JSON object, lacks AP, or holds a score that is not a number from 0 to 1.
+    FILE holds fractions, by these names or the server's (SERVER_NAMES); AP is required, other keys are ignored. Raises
+    ConfigError if it is not a JSON object, lacks AP, or holds a score that is not a number from 0 to 1.
     """
-    file = run / FILE
+    file = folder / FILE
     if not file.is_file():
         return {}
-    try:
-        values = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:  # no JSON, no text, too deep, or a number of too many digits
-        raise ConfigError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: must hold an object of scores, not a {type(values).__name__}")
-    scores = {}
+    values, scores = read_json(file), {}
     for name, server_name in SERVER_NAMES.items():
-        for key in dict.fromkeys((name, server_name)):
-            if key not in values:
-                continue
-            value = values[key]
+        given = {key: values[key] for key in (name, server_name) if key in values}
+        for key, value in given.items():
             if type(value) not in (int, float) or not 0 <= value <= 1:
                 raise ConfigError(f"{file}: {key}: invalid value {value!r}; must be a fraction from 0 to 1")
-            if scores.setdefault(name, 100.0 * value) != 100.0 * value:
-                raise ConfigError(f"{file}: {name} and {server_name} differ; keep one of them")
+            scores[name] = 100.0 * value
+        if len({*given.values()}) > 1:
+            raise ConfigError(f"{file}: {name} and {server_name} differ; keep one of them")
     if "AP" not in scores:
         raise ConfigError(
             f'{file}: AP is missing; it must hold the server\'s scores, as in {{"AP": 0.391, "AP50": 0.591}}'
         )
     return scores
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; ConfigError where it is none."""
-    try:
-        value = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{file}: must hold an object, not a {type(value).__name__}")
-    return value

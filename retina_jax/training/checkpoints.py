@@ -1,248 +1,231 @@
-"""Checkpoints: written beside the training by the first host, whole or not at all; read by every host, never unchecked."""
+"""Checkpoints: host 0 writes them in a thread next to training; every host reads them and checks them first.
+
+RUN/checkpoints/STEP holds a saved step: state/ (orbax), checksums.json, and metrics/metrics with the AP after evaluation.
+The state is the same on every device, so one host can write it all. A step is written under RUN/checkpoints/saving and
+renamed once the disk has it: a kill or a power cut leaves it complete or absent.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, TypeVar
 
 import jax
 import numpy as np
+import orbax.checkpoint as orbax
 from jaxtyping import PyTree
+from orbax.checkpoint import v1 as ocp
 
 from retina_jax import distributed
 from retina_jax.config import ConfigError
 from retina_jax.console import warn
-from retina_jax.errors import Stopped, reason
-from retina_jax.runs.files import CHECKSUMS, DiskError, check_room, damage, put_on_disk, write_checksums
-from retina_jax.training.orbax_files import load_arrays, save_arrays
+from retina_jax.errors import PlainError, Stopped, reason
+from retina_jax.runs.files import CHECKSUMS, DiskError, damage, sync, write_checksums, write_json
+from retina_jax.runs.folder import best_step, saved_ap, saved_steps
 
 T = TypeVar("T")
 Step = int | Literal["best"] | None
-"""A saved step as it is asked for: its number, the best by AP, or None, the newest."""
+"""A saved step: its number, "best" by AP, or None, the newest."""
 
 LEFTOVERS = ("saving", "deleting-*", "*.orbax-checkpoint-tmp*")
-"""What a kill may leave behind: none of it has a number for a name, so none of it is taken for a checkpoint."""
+"""What a kill may leave behind. None of it is named by a number, so it is never read as a checkpoint."""
+
+# If a save fails, orbax's threads log at length what they also raise, and asyncio logs every array after the first.
+for _logger, _text in (("absl", "_SignalingThread"), ("asyncio", ".orbax-checkpoint-tmp")):
+    logging.getLogger(_logger).addFilter(lambda record, text=_text: text not in record.getMessage())
 
 
 class Checkpoints:
-    """The folder RUN/checkpoints, one sub-folder a saved step. Leaving the `with` block waits for the last write;
-    by KeyboardInterrupt it does not, and a write that the end of the process meets half-way is given up.
-
-    The state is the same on every device, so host 0 alone writes, and no save waits for another host or is half one host's.
-    A step is written under RUN/checkpoints/saving with the checksums of its files, and gets its name, the number, by a
-    rename, once the disk has it: a kill or a power cut at any moment leaves it whole or absent. A disk that only said so is
-    found out by the checksums.
-    """
+    """The folder RUN/checkpoints. Leaving the `with` block waits for the last save, except by KeyboardInterrupt."""
 
     def __init__(self, folder: Path, keep: int | None = 2, *, read_only: bool = False) -> None:
-        """`keep`: newest steps that stay, besides the best by AP; None: all. `read_only`: leave alone what a training run
-        may be writing there."""
+        """`keep`: number of newest steps kept, besides the best by AP; None: all. `read_only`: changes nothing, because a
+        training run may be writing there."""
         self.folder, self._keep, self._read_only = folder, keep, read_only
         self._writer = ThreadPoolExecutor(1, "checkpoints")
         self._pending: Future[None] | None = None
         self._failure = ""
-        self._given_up = False
+        self._interrupted = False
 
     def __enter__(self) -> Checkpoints:
-        if not self._read_only and distributed.first():
+        if not self._read_only and distributed.is_primary():
             self._clear()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._given_up = isinstance(error, KeyboardInterrupt)
-        try:  # waits; nothing is said to other hosts that may not have come here
-            self._writer.shutdown(wait=not self._given_up, cancel_futures=self._given_up)
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._interrupted = isinstance(error, KeyboardInterrupt)
+        try:
+            self._writer.shutdown(wait=not self._interrupted, cancel_futures=self._interrupted)
         except KeyboardInterrupt:
-            self._given_up = True
+            self._interrupted = True
             raise
-        if error is None or isinstance(error, Stopped):
+        if error is None or isinstance(error, Stopped):  # after any other error, other hosts may not come here
             self.wait()
 
-    def save(self, step: int, state: PyTree, ap: float | None = None) -> None:
-        """Start saving `state` as `step`; returns once the arrays may change. Saving a step that is there does nothing.
+    def save(self, step: int, state: PyTree) -> None:
+        """Starts saving `state` as `step`; returns once the arrays may be overwritten. Does nothing for a saved step.
 
-        A disk that fails is warned of, and the run goes on: the next save tries anew, `wait` tells of a failed last one.
-        Waits for the save before, not for other hosts: one host may call it alone, and all but the first do nothing.
+        A failing disk is a warning, and the next save tries again; `wait` raises the failure of the last save. Waits for the
+        save before, never for other hosts; all hosts but host 0 do nothing.
         """
-        if not distributed.first():
+        if not distributed.is_primary():
             return
         self._join()
         own = jax.device_get(jax.tree.map(lambda array: array.addressable_data(0), state))
-        if jax.default_backend() == "cpu":  # these are views of the device's memory, all others are copies already
+        if jax.default_backend() == "cpu":  # there device_get returns views of the device's memory
             own = jax.tree.map(np.array, own)
-        self._pending = self._writer.submit(self._write, step, own, ap)
+        self._pending = self._writer.submit(self._write, step, own)
 
     def score(self, step: int, ap: float | None) -> None:
-        """Note the AP of a saved `step` that was evaluated only later, as after a resume; then delete as a save does.
+        """Notes the AP of a saved `step`, then deletes old steps. On host 0; waits for the save before.
 
-        None, a step that is not there and one that has its score already change nothing. A disk that fails is warned of.
-        Waits for the save before, not for other hosts: all but the first do nothing.
+        Does nothing if `ap` is None, or the step is not saved or has an AP already. A failing disk is a warning.
         """
-        if ap is None or not distributed.first():
+        if ap is None or not distributed.is_primary():
             return
         self._join()
-        if step not in self._saved() or self._ap(step) is not None:
+        if step not in saved_steps(self.folder) or saved_ap(self.folder, step) is not None:
             return
-        scratch, place = self.folder / "saving" / "metrics", self.folder / str(step) / "metrics"
+        file = self.folder / str(step) / "metrics" / "metrics"
         try:
-            scratch.parent.mkdir(exist_ok=True)
-            scratch.write_text(json.dumps({"AP": ap}))
-            put_on_disk(scratch)
-            place.mkdir(exist_ok=True)
-            scratch.replace(place / "metrics")
-        except OSError as error:
-            self._clear()
+            file.parent.mkdir(exist_ok=True)
+            write_json(file, {"AP": ap})
+        except (OSError, DiskError) as error:
             warn(f"{self.folder}: the AP of step {step} could not be saved: {reason(error)}")
         else:
             self._delete_old()
 
     @contextlib.contextmanager
-    def saved_if_it_fails(self, step: int, state: PyTree, first: Callable[[], object] = lambda: None) -> Iterator[None]:
-        """Whatever ends what is done in between, the steps taken before it are kept, unless `first`, called first, fails.
+    def save_on_error(self, step: int, state: PyTree, first: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """If the block raises, calls `first` and saves `state` as `step`, unless `first` fails or no step was taken.
 
-        Only KeyboardInterrupt, by which somebody wants the end at once, calls and saves nothing.
+        After a KeyboardInterrupt nothing is saved. A failing disk is a warning; the block's error is raised.
         """
         try:
             yield
         except KeyboardInterrupt:
             raise
         except BaseException:
-            with self._told_of(step, DiskError):
+            try:
                 first()
-                # Any error, such as of a device that is gone: the one that led here is the one to tell.
-                with self._told_of(step, Exception):
-                    if step > 0:
-                        self.save(step, state)
+                if step > 0:
+                    self.save(step, state)
+            except Exception as failure:  # a full disk, a lost device
+                if isinstance(failure, PlainError) and not isinstance(failure, DiskError):
+                    raise  # it explains more, for example a non-finite loss
+                self._join()
+                self._fail(step, failure)
             raise
 
-    @contextlib.contextmanager
-    def _told_of(self, step: int, errors: type[Exception]) -> Iterator[None]:
-        try:
-            yield
-        except errors as error:
-            self._join()
-            self._failure = f"{self.folder}: step {step} could not be saved: {reason(error)}"
-            warn(self._failure)
-
     def wait(self) -> None:
-        """Until the last save is whole on disk. Called by all hosts together; raises DiskError on all where it failed."""
+        """Waits until the last save is on disk. Called by all hosts together; raises DiskError on all if it failed."""
         self._join()
-        if failure := _anywhere(self._failure):
+        if failure := _first_failure(self._failure):
             raise DiskError(failure)
 
     def steps(self) -> list[int]:
-        """Saved steps, oldest first, as host 0 sees them, the last save included. Called by all hosts together."""
+        """Returns the saved steps, oldest first, as host 0 sees them. Called by all hosts together."""
         self._join()
-        return json.loads(distributed.exchange(json.dumps(self._saved()))[0])
+        return distributed.from_primary(saved_steps(self.folder))
 
-    def best(self) -> int | None:
-        """The kept step with the highest AP, the newest of equal ones; None while none was scored."""
-        scored = [(ap, step) for step in self._saved() if (ap := self._ap(step)) is not None]
-        return max(scored)[1] if scored else None
+    def restore(self, like: T, step: Step = None, *, partial: bool = False) -> T:
+        """Returns the state saved at `step`, with the types and shardings of `like`. Called by all hosts together.
 
-    def restore(self, like: T, step: Step = None) -> T:
-        """The state saved at `step`, in the types and shardings of `like` (arrays on devices). Called by all hosts together.
+        If `step` is None, damaged steps are skipped with a warning until an intact one is found; unless read_only, they are
+        renamed to `damaged-STEP`.
 
-        `step` None: the newest that is whole. Damaged ones before it are warned of and, unless read_only, moved to
-        `damaged-STEP`, out of the way of later saves. "best": the kept one with the highest AP, as host 0 sees it.
+        Args:
+          like: arrays, or shapes with shardings.
+          partial: `like` is a dict with some of the state's fields; the others are not read.
 
-        Raises ConfigError where there is no such step, where none can be restored, and where one is whole but of another
-        network.
+        Raises:
+          ConfigError: there is no such step, none is intact, or an intact one is of another network.
         """
         if step == "best":
-            step = json.loads(distributed.exchange(json.dumps(self.best()))[0])
+            step = distributed.from_primary(best_step(self.folder))
             if step is None:
-                raise ConfigError(f"--step best: no step in {self.folder} was scored; saved steps: {self.steps()}")
-        passed: dict[int, str] = {}
-        while left := [s for s in self.steps() if s not in passed and step in (None, s)]:
-            state, passed[left[-1]] = self._read(left[-1], like)
+                raise ConfigError(f"--step best: no step in {self.folder} was evaluated; saved steps: {self.steps()}")
+        damaged: dict[int, str] = {}
+        while left := [s for s in self.steps() if s not in damaged and step in (None, s)]:  # a run may delete steps
+            state, wrong = self._read(left[-1], like, partial)
             if state is not None:
-                self._pass_over(passed, left[-1])
+                if distributed.is_primary():
+                    self._set_aside(damaged, left[-1])
                 return state
-        if passed:
-            told = "; ".join(f"{step}: {wrong}" for step, wrong in passed.items())
-            raise ConfigError(
-                f"{self.folder}: no checkpoint that can be restored ({told}); saved steps: {self.steps()}"
-            )
+            damaged[left[-1]] = wrong
+        if damaged:
+            listed = "; ".join(f"{step}: {wrong}" for step, wrong in damaged.items())
+            raise ConfigError(f"{self.folder}: no checkpoint can be restored ({listed}); saved steps: {self.steps()}")
         if step is None or not self.steps():
             raise ConfigError(f"{self.folder}: holds no checkpoint")
         raise ConfigError(f"--step {step}: {self.folder} holds {', '.join(map(str, self.steps()))}")
 
-    def _read(self, step: int, like: T) -> tuple[T | None, str]:
-        """The state, or what is wrong with it; every host comes to the same."""
+    def _read(self, step: int, like: T, partial: bool) -> tuple[T | None, str]:
+        """Returns the state, or what is wrong with it; the same on all hosts."""
         folder = self.folder / str(step)
-        if wrong := _anywhere(damage(folder) if distributed.first() else ""):
+        if wrong := _first_failure(damage(folder) if distributed.is_primary() else ""):
             return None, wrong
         state = None
         try:
-            state = load_arrays(folder, like)
+            state = load_arrays(folder, like, partial)
         except ValueError as error:
             wrong = str(error)
-        if not (wrong := _anywhere(wrong)):
+        if not (wrong := _first_failure(wrong)):
             return state, ""
-        if distributed.exchange(CHECKSUMS if (folder / CHECKSUMS).exists() else "")[
-            0
-        ]:  # else its run deleted it meanwhile
-            raise ConfigError(
-                f"{folder}: its files are whole, but are of another network or cannot be reached: {wrong}"
-            )
+        if distributed.from_primary((folder / CHECKSUMS).exists()):  # otherwise its run has deleted it meanwhile
+            raise ConfigError(f"{folder}: its files are intact, but of another network or unreachable: {wrong}")
         return None, wrong
 
-    def _pass_over(self, passed: dict[int, str], taken: int) -> None:
-        for step, wrong in passed.items():
-            folder, aside = self.folder / str(step), self.folder / f"damaged-{step}"
-            if not wrong or not distributed.first() or not folder.exists():
-                continue
-            moved = ""
-            if not self._read_only:
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)
-                moved = f"; it is moved to {aside.name}"
-            warn(f"{folder}: is damaged ({wrong}), step {taken} is taken instead{moved}")
+    def _set_aside(self, damaged: dict[int, str], taken: int) -> None:
+        for step, wrong in damaged.items():
+            folder, moved = self.folder / str(step), ""
+            if folder.exists() and not self._read_only:
+                moved = f"; moved to damaged-{step}"
+                shutil.rmtree(self.folder / f"damaged-{step}", ignore_errors=True)
+                folder.rename(self.folder / f"damaged-{step}")
+            if folder.exists() or moved:
+                warn(f"{folder}: is damaged ({wrong}), step {taken} is used instead{moved}")
 
-    def _write(self, step: int, state: PyTree, ap: float | None) -> None:
-        saved: list[int] = []
-        scratch = self.folder / "saving" / str(step)
+    def _write(self, step: int, state: PyTree) -> None:
+        temporary = self.folder / "saving" / str(step)
         try:
-            saved = self._saved()
-            if step not in saved:
+            if step not in saved_steps(self.folder):
                 self._clear()
-                scratch.parent.mkdir(parents=True, exist_ok=True)
-                check_room(scratch.parent, sum(a.nbytes + 4096 for a in jax.tree.leaves(state)))
-                save_arrays(scratch, state)
-                if ap is not None:
-                    (scratch / "metrics").mkdir()
-                    (scratch / "metrics" / "metrics").write_text(json.dumps({"AP": ap}))
-                write_checksums(scratch)
-                scratch.rename(self.folder / str(step))
-                put_on_disk(self.folder)  # before older steps are deleted
-        except Exception as error:  # libraries tell of a full disk in various ways; whatever it is, training goes on
+                temporary.parent.mkdir(parents=True, exist_ok=True)
+                save_arrays(temporary, state)
+                write_checksums(temporary)
+                temporary.rename(self.folder / str(step))
+                sync(self.folder)  # before older steps are deleted
+        except Exception as error:  # libraries report a full disk in various ways; training continues
             self._clear()
-            newest = f"the newest whole checkpoint is step {saved[-1]}" if saved else "there is no whole checkpoint yet"
-            self._failure = f"{self.folder}: step {step} could not be saved: {reason(error)}; {newest}"
-            if not self._given_up:  # else the process ends under it, as somebody wanted
-                warn(self._failure)
+            self._fail(step, error)
         else:
             self._failure = ""
             self._delete_old()
 
+    def _fail(self, step: int, error: Exception) -> None:
+        saved = saved_steps(self.folder)
+        newest = f"the newest intact checkpoint is step {saved[-1]}" if saved else "there is no intact checkpoint yet"
+        self._failure = f"{self.folder}: step {step} could not be saved: {reason(error)}; {newest}"
+        if not self._interrupted:
+            warn(self._failure)
+
     def _delete_old(self) -> None:
-        with contextlib.suppress(OSError):  # costs space only, and is tried again after the next save
-            steps = self._saved()
-            for step in {*steps} - {*steps[-(self._keep or len(steps)) :], self.best()}:
+        with contextlib.suppress(OSError):  # only costs space, and the next save tries again
+            steps = saved_steps(self.folder)
+            for step in {*steps} - {*steps[-(self._keep or len(steps)) :], best_step(self.folder)}:
                 (self.folder / str(step)).rename(self.folder / f"deleting-{step}")
         self._clear()
 
     def _clear(self) -> None:
-        with contextlib.suppress(OSError):  # as above
+        with contextlib.suppress(OSError):
             for path in [path for pattern in LEFTOVERS for path in self.folder.glob(pattern)]:
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -250,19 +233,65 @@ class Checkpoints:
         if self._pending is not None:
             self._pending.result()
 
-    def _saved(self) -> list[int]:
-        try:
-            return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
-        except FileNotFoundError:
-            return []
 
-    def _ap(self, step: int) -> float | None:
-        try:
-            return float(json.loads((self.folder / str(step) / "metrics" / "metrics").read_bytes())["AP"])
-        except (OSError, ValueError, TypeError, LookupError):  # not scored, or not to be relied on
-            return None
-
-
-def _anywhere(wrong: str) -> str:
-    """What is wrong on some host, the first of them, on every host; "" where nothing is wrong on any."""
+def _first_failure(wrong: str) -> str:
+    """Returns what is wrong on some host, the first of them, on every host; "" if nothing is wrong on any."""
     return next(filter(None, distributed.exchange(wrong)), "")
+
+
+def save_arrays(folder: Path, arrays: PyTree) -> None:
+    """Writes numpy arrays into the new `folder`. Called by host 0 alone, from any thread; raises what orbax raises.
+
+    Not by orbax's `training.Checkpointer` or `ocp.save`, which wait for the other hosts.
+    """
+    alone = orbax.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+    items = orbax.CompositeCheckpointHandler(composite_options=orbax.CompositeOptions(multiprocessing_options=alone))
+    with _quiet_failure(), orbax.Checkpointer(items, multiprocessing_options=alone) as checkpointer:
+        checkpointer.save(folder.resolve(), orbax.args.Composite(state=orbax.args.PyTreeSave(arrays)))
+
+
+@contextlib.contextmanager
+def _quiet_failure() -> Iterator[None]:
+    """Orbax raises at the first array that fails. This waits a second for the others, and drops their tracebacks."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda event: None if str(event.exc_value) == "Event loop is closed" else hook(event)
+    try:
+        yield
+    except Exception:
+        time.sleep(1)
+        raise
+    finally:
+        sys.unraisablehook = hook
+
+
+def load_arrays(folder: Path, like: T, partial: bool = False) -> T:
+    """Returns this host's part of the arrays in `folder`, with the types and shardings of `like`.
+
+    `partial`: `like` may lack arrays of the folder. Raises ValueError, of one line, if they cannot be read or differ in
+    shape.
+    """
+    context = ocp.Context()
+    context.multiprocessing.primary_host = jax.process_index()
+    context.multiprocessing.active_processes = {jax.process_index()}
+    context.pytree.loading.partial_load = partial
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
+    try:
+        with context:
+            saved = ocp.metadata(folder.resolve(), checkpointable_name="state").metadata
+            if not (difference := _difference(saved, like, partial)):
+                return ocp.load(folder.resolve(), abstract, checkpointable_name="state")
+    except Exception as error:  # whatever the libraries raise for damaged files
+        raise ValueError(reason(error)) from error
+    raise ValueError(difference)
+
+
+def _difference(saved: PyTree, like: PyTree, partial: bool) -> str:
+    """Returns the first array whose shape differs, by name. Orbax reports that too, but leaves unfinished tasks behind."""
+    there, here = (
+        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (saved, like))
+    )
+    for name in sorted(here if partial else there.keys() | here.keys()):
+        if there.get(name) != here.get(name):
+            return f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+    return ""

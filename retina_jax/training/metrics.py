@@ -18,7 +18,7 @@ from jaxtyping import Array
 from retina_jax import distributed
 from retina_jax.console import warn
 from retina_jax.errors import PlainError, Stopped, reason
-from retina_jax.runs.files import DiskError
+from retina_jax.runs.files import DiskError, write_bytes
 from retina_jax.runs.folder import Run, is_due
 from retina_jax.training.parallel import peak_memory_bytes
 from retina_jax.training.progress import Progress
@@ -40,9 +40,9 @@ class Metrics:
 
     def __init__(self, run: Run, start_step: int) -> None:
         self._run, self._file = run, run.folder / "metrics.jsonl"
-        self._speaks = distributed.first()
+        self._speaks = distributed.is_primary()
         evaluated = _drop_after(self._file, start_step) if self._speaks else []
-        self._evaluated = json.loads(distributed.exchange(json.dumps(evaluated))[0])
+        self._evaluated = distributed.from_primary(evaluated)
         training = run.config.training
         self._progress = Progress(start_step, training.steps)
         self._wandb = WeightsAndBiases(run) if self._speaks and training.wandb else None
@@ -209,11 +209,5 @@ def _drop_after(path: Path, step: int) -> list[int]:
             if entry.get("event") == "evaluation":
                 evaluated.append(taken)
     if (after := b"".join(kept)) != before:
-        beside = path.with_name(".metrics.jsonl")
-        try:
-            beside.write_bytes(after)
-            beside.replace(path)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            raise DiskError(f"{path}: cannot be written: {reason(error)}") from error
+        write_bytes(path, after)
     return evaluated

@@ -120,7 +120,7 @@ class Driver:
         own = np.asarray(array)  # not device_put, which would compare the hosts' arrays one by one over the network
         return jax.make_array_from_callback(own.shape, self.replicated, lambda index: own[index])
 
-    def first_state(self) -> TrainState:
+    def init_state(self) -> TrainState:
         """The state before the first step, by config.seed, on the devices."""
         return self.state_of(initialise(self.model, self.config.seed))
 

@@ -1,11 +1,10 @@
-"""Where a run starts from: its newest checkpoint, a detector imported into its folder, a backbone's weights, or random."""
+"""Where training starts: the newest checkpoint, an imported detector, a backbone's weights, or random weights."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -16,68 +15,86 @@ from retina_jax.config import ConfigError
 from retina_jax.data.classes import Category, match
 from retina_jax.model.initialisation import initialise
 from retina_jax.ops.anchors import anchors_per_cell
-from retina_jax.runs.folder import Run, fresh_import, note_fact, write_json
-from retina_jax.training.checkpoints import Checkpoints
+from retina_jax.runs.files import read_json, write_json
+from retina_jax.runs.folder import Run, fresh_import, note_fact
+from retina_jax.training.checkpoints import Checkpoints, Step
 from retina_jax.training.opening import open_run
 from retina_jax.training.parallel import Driver
 from retina_jax.training.state import TrainState, parameters_sha256
-from retina_jax.weights.filling import fill, is_within
-from retina_jax.weights.importing import Imported, with_backbone
+
+if TYPE_CHECKING:
+    from retina_jax.weights.importing import Imported
 
 CLASS_OUTPUT = "class_head/output"
 RANDOM = "starting from random weights"
 RANDOM_FROZEN = (
-    "warning: frozen parts start from random weights and stay so; give --model.backbone-weights, or train with "
+    "warning: frozen parts start from random weights and stay random; give --model.backbone-weights, or train with "
     "--model.norm group --model.frozen-stages 0"
 )
 
 
-def first_state(
+def restore_or_init(
     driver: Driver, run: Run, checkpoints: Checkpoints, allow_missing: Sequence[str] = ()
 ) -> tuple[TrainState, str]:
-    """The state a run goes on from, on the devices, and one line that says where it comes from.
+    """Returns the state that training starts from, on the devices, and one line about its origin.
 
-    `allow_missing` are parts of the backbone that `model.backbone_weights` may lack. Every host makes its own; ConfigError
-    where they came out different.
+    `allow_missing` are parts of the backbone that `model.backbone_weights` may lack. Every host makes its own state;
+    ConfigError if they differ.
     """
-    state, told = _first_state(driver, run, checkpoints, allow_missing)
-    if distributed.several():
-        facts = {"step": int(state.step), "sha256": parameters_sha256(state.everything)}
-        distributed.check_same("the parameters that training starts from", facts)
-    return state, told
-
-
-def _first_state(
-    driver: Driver, run: Run, checkpoints: Checkpoints, allow_missing: Sequence[str]
-) -> tuple[TrainState, str]:
     imported = fresh_import(run.folder)
-    norm_frozen = driver.config.model.norm == "frozen"
     if checkpoints.steps() and imported is None:
-        state = checkpoints.restore(driver.first_state())
-        return state, f"resuming {run.folder} at step {int(state.step)}"
-    if imported is not None:
-        before = Driver(imported.config, len(imported.class_names))
-        weights = flat(checkpoints.restore(before.first_state(), 0).variables)
-        variables, told = continued(driver, run, weights, imported.categories)
-        told = f"starting from the detector imported into {run.folder}: {told}"
+        state = checkpoints.restore(driver.init_state())
+        origin = f"resuming {run.folder} at step {int(state.step)}"
+    elif imported is not None:
+        variables, _ = load_variables(Driver(imported.config, len(imported.class_names)), checkpoints, 0)
+        variables, head = adapt_classes(driver, run, flat(variables), imported.categories)
+        state = driver.state_of(variables)
+        origin = f"starting from the detector imported into {run.folder}: {head}"
     elif driver.config.model.backbone_weights:
+        from retina_jax.weights.importing import with_backbone  # reads foreign formats, which other runs do not need
+
         template = initialise(driver.model, driver.config.seed)
-        variables, told = with_backbone(template, driver.config.model, allow_missing)
+        variables, origin = with_backbone(template, driver.config.model, allow_missing)
         backbone = {kind: tree["backbone"] for kind, tree in variables.items() if "backbone" in tree}
         note_fact(run, "backbone_sha256", parameters_sha256(backbone))
+        state = driver.state_of(variables)
     else:
-        return driver.first_state(), RANDOM_FROZEN if driver.config.model.frozen_stages or norm_frozen else RANDOM
-    return driver.state_of(variables), told
+        state = driver.init_state()
+        frozen = driver.config.model.frozen_stages or driver.config.model.norm == "frozen"
+        origin = RANDOM_FROZEN if frozen else RANDOM
+    if distributed.is_multihost():
+        facts = {"step": int(state.step), "sha256": parameters_sha256(state.everything)}
+        distributed.check_same("the parameters that training starts from", facts)
+    return state, origin
 
 
-def continued(
+def load_variables(driver: Driver, checkpoints: Checkpoints, step: Step = None) -> tuple[dict[str, Any], int]:
+    """Returns the collections that detection takes, on the devices, and the step they were saved at.
+
+    These are the averaged parameters (EMA) of a run that has them, unless detection.parameters is "raw". No optimizer state
+    is made or read. Raises as `Checkpoints.restore` does.
+    """
+    template = initialise(driver.model, driver.config.seed)
+    template["step"] = np.zeros((), np.int32)
+    template = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=driver.replicated), template)
+    learned = {name: template.pop(name) for name in ("params", "stats")}
+    averaged = driver.config.optimizer.ema_decay > 0 and driver.config.detection.parameters == "ema"
+    state = checkpoints.restore({**template, **({"ema": learned} if averaged else learned)}, step, partial=True)
+    learned = state["ema"] if averaged else state
+    return {"params": learned["params"], "frozen": state["frozen"], "stats": learned["stats"]}, int(state["step"])
+
+
+def adapt_classes(
     driver: Driver, run: Run, weights: Mapping[str, np.ndarray], classes: Sequence[Category]
 ) -> tuple[dict[str, Any], str]:
-    """The variables of a run that starts from a detector of other `classes`, and what became of its class head.
+    """Returns the variables of a run that starts from a detector of other `classes`, and one line about its class head.
 
-    If every class of the run is one of the detector's (`classes.match`), their columns are kept, in the run's order. Else
-    the last convolution of the class head starts anew: small random weights, and the prior in its bias (Section 3.3).
+    If every class of the run is one of the detector's (`classes.match`), their columns are kept, in the run's order.
+    Otherwise the last convolution of the class head is initialised: small random weights, and the prior in its bias
+    (Section 3.3).
     """
+    from retina_jax.weights.filling import fill, is_within
+
     weights = dict(weights)
     template = initialise(driver.model, driver.config.seed)
     columns = match(run.categories, classes)
@@ -96,20 +113,20 @@ def continued(
 
 
 def make_run(imported: Imported, folder: Path) -> Run:
-    """A run's folder with an imported detector as step 0; ConfigError where a run is there already."""
+    """Makes a run's folder with an imported detector as step 0; ConfigError if there is a run already."""
     if (folder / "config.json").exists():
         raise ConfigError(f"--workdir {folder}: holds a run already; import into another folder")
     run = open_run(folder, imported.config, imported.class_names, imported.category_ids)
     driver = Driver(imported.config, len(imported.class_names))
     with Checkpoints(folder / "checkpoints") as checkpoints:
         checkpoints.save(0, driver.state_of(imported.variables))
-    saved = json.loads((folder / "config.json").read_text())
+    saved = read_json(folder / "config.json")
     write_json(folder / "imported.json", {**saved, "source": imported.source, "missing": list(imported.missing)})
     return run
 
 
 def flat(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Path without its collection to array, as `filling.fill` takes them."""
+    """Returns arrays by path without the collection ("backbone/stem/conv/kernel"), as `filling.fill` takes them."""
     return {
         path: np.asarray(jax.device_get(leaf))
         for tree in variables.values()

@@ -67,7 +67,7 @@ def inputs_of(task: Task) -> Inputs:
 
 def step(task: Task, driver: Driver, inputs: Inputs) -> Work:
     """A training step with a donated state, as in training."""
-    state = driver.first_state()
+    state = driver.init_state()
     flops = jaxpr_flops(jax.make_jaxpr(driver.step)(state, inputs).jaxpr)
     jax.clear_caches()  # of programs that training does not trace
     compiled = CompiledStep(driver.step, canvases=1, announce=lambda line: None)
@@ -82,7 +82,7 @@ def step(task: Task, driver: Driver, inputs: Inputs) -> Work:
 
 def forward(task: Task, driver: Driver, inputs: Inputs) -> Work:
     """The network only."""
-    variables = driver.first_state().variables
+    variables = driver.init_state().variables
     program = jax.jit(partial(driver.model.apply, train=False))
     flops = task.batch * forward_flops(driver.config, task.classes, task.canvas)
     return Work(
@@ -103,7 +103,7 @@ def detect(task: Task, driver: Driver, inputs: Inputs) -> Work:
 def variables_with_scores(driver: Driver, inputs: Inputs, batch: int) -> dict[str, Any]:
     """Random weights with the class output scaled so that logits have the standard deviation of a trained network's, and
     shifted so that SCORES_ABOVE scores per image are above the threshold."""
-    variables = driver.first_state().variables
+    variables = driver.init_state().variables
     output = variables["params"]["class_head"]["output"]
     logits, _ = driver.model.apply(variables, inputs.images, inputs.image_sizes)
     logits = np.sort(np.asarray(logits, np.float32).reshape(-1)) - output["bias"].mean()
@@ -117,7 +117,7 @@ def variables_with_scores(driver: Driver, inputs: Inputs, batch: int) -> dict[st
 
 def compile_step(task: Task, driver: Driver, inputs: Inputs) -> Work:
     """Compiles the training step; the facts include the time with a warm compilation cache."""
-    state = driver.first_state()
+    state = driver.init_state()
 
     def compiled() -> Any:
         jax.clear_caches()

@@ -79,7 +79,7 @@ def make_floats(make_inputs: Make) -> Make:
 def test_the_mean_is_the_plain_recurrence(tiny: Config, make_floats: Make, own: dict[str, Any]) -> None:
     """Over the parameters and BatchNorm statistics after each step, in float64."""
     driver = driver_of(averaged(tiny, **own))
-    state = driver.first_state()
+    state = driver.init_state()
     mean = jax.tree.map(np.float64, learnt(state))
     assert_equal(state.ema, learnt(state))
     for step in range(4):
@@ -96,7 +96,7 @@ def test_the_mean_is_the_plain_recurrence(tiny: Config, make_floats: Make, own: 
 def test_a_step_that_is_left_out_leaves_the_mean_and_its_warm_up(tiny: Config, make_floats: Make) -> None:
     driver = driver_of(averaged(tiny, **IN_PARTS))
     poisoned = make_floats(0)._replace(images=make_floats(0).images * np.float32(np.nan))
-    state, _ = driver.step(driver.first_state(), driver.place(make_floats(0)))
+    state, _ = driver.step(driver.init_state(), driver.place(make_floats(0)))
     before = jax.device_get(state.ema)
     state, _ = driver.step(state, driver.place(poisoned))
     assert int(state.skipped) == 1
@@ -114,17 +114,17 @@ def test_a_resumed_mean_is_the_unbroken_one_to_the_bit(tiny: Config, make_floats
             state, _ = driver.step(state, driver.place(make_floats(step)))
         return state
 
-    unbroken = jax.device_get(go_on(driver.first_state(), range(4)))
+    unbroken = jax.device_get(go_on(driver.init_state(), range(4)))
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(2, go_on(driver.first_state(), range(2)))
-        resumed = go_on(checkpoints.restore(driver.first_state()), range(2, 4))
+        checkpoints.save(2, go_on(driver.init_state(), range(2)))
+        resumed = go_on(checkpoints.restore(driver.init_state()), range(2, 4))
     assert_equal(resumed, unbroken)
     assert parameters_sha256(resumed.everything) == parameters_sha256(unbroken.everything)
 
 
 def test_a_loaded_detector_takes_the_means_unless_asked_for_the_raw(tiny: Config, tmp_path: Path) -> None:
     config = averaged(tiny, devices=1)
-    state = Driver(config, 3).first_state()
+    state = Driver(config, 3).init_state()
     state = state.replace(ema=jax.tree.map(lambda leaf: leaf + 1, state.ema))
     open_run(tmp_path, config, ("a", "b", "c"), (1, 2, 3))
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
@@ -150,13 +150,13 @@ class StateBefore:
 @pytest.mark.parametrize("norm", ["group", "frozen"])
 def test_runs_without_means_and_checkpoints_from_before_them_are_one(tiny: Config, tmp_path: Path, norm: str) -> None:
     driver = Driver(override(tiny, {"devices": 1, "model.norm": norm}), 3)
-    state = driver.first_state()
+    state = driver.init_state()
     assert type(state) is TrainState and state.everything == state.detector() == state.variables
     before = StateBefore(**{name: getattr(state, name) for name in StateBefore.__dataclass_fields__})
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, before)
-        assert_equal(checkpoints.restore(driver.first_state()), state)
+        assert_equal(checkpoints.restore(driver.init_state()), state)
         checkpoints.save(2, state)
         assert_equal(checkpoints.restore(before, 2), before)
         with pytest.raises(ConfigError, match=r"ema/params/.* is missing there"):
-            checkpoints.restore(Driver(averaged(tiny, model__norm=norm), 3).first_state(), 1)
+            checkpoints.restore(Driver(averaged(tiny, model__norm=norm), 3).init_state(), 1)

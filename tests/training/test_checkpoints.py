@@ -21,6 +21,7 @@ from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import override
 from retina_jax.errors import Stopped
 from retina_jax.runs.files import DiskError, damage
+from retina_jax.runs.folder import best_step, saved_steps
 from retina_jax.training import checkpoints as module
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.parallel import Driver
@@ -31,14 +32,14 @@ ROOT = Path(__file__).parents[2]
 
 def state_of(config: Config, devices: int, step: int = 0) -> TrainState:
     driver = Driver(override(config, {"devices": devices}), 3)
-    state = driver.first_state()
+    state = driver.init_state()
     return driver.place_state(
         state.replace(step=np.asarray(step, np.int32), normaliser=np.asarray(step / 7, np.float32))
     )
 
 
 def small(step: int, devices: int = 1) -> dict:
-    """A state of a few arrays that tells its step, on every one of `devices`."""
+    """A state of a few arrays that holds its step, on every one of `devices`."""
     everywhere = NamedSharding(Mesh(np.array(jax.devices()[:devices]), ("data",)), PartitionSpec())
     values = {"weights": np.arange(3000.0, dtype=np.float32) * step, "step": np.asarray(step, np.int32)}
     return jax.device_put({**values, "minus": np.full((2, 3), -0.0, np.float32)}, everywhere)
@@ -92,30 +93,33 @@ def test_what_is_saved_is_the_state_of_the_call_even_where_the_step_takes_its_me
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
         for step, ap in ((1, 0.1), (2, 0.5), (3, None), (4, 0.3), (5, None), (6, 0.2), (7, None)):
-            checkpoints.save(step, small(step), ap)
+            checkpoints.save(step, small(step))
+            checkpoints.score(step, ap)
         assert checkpoints.steps() == [2, 6, 7]
-        assert checkpoints.best() == 2
+        assert best_step(checkpoints.folder) == 2
     with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
-        assert checkpoints.steps() == [2, 6, 7] and checkpoints.best() == 2
+        assert checkpoints.steps() == [2, 6, 7] and best_step(checkpoints.folder) == 2
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "6", "7"}
 
 
 def test_a_step_whose_evaluation_was_stopped_is_the_best_once_it_is_scored(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     with Checkpoints(folder, keep=1) as checkpoints:
-        checkpoints.save(1, small(1), 0.5)
-        with pytest.raises(Stopped), checkpoints.saved_if_it_fails(2, small(2)):
+        checkpoints.save(1, small(1))
+        checkpoints.score(1, 0.5)
+        with pytest.raises(Stopped), checkpoints.save_on_error(2, small(2)):
             raise Stopped(15, 2)
     with Checkpoints(folder, keep=1) as checkpoints:
-        assert checkpoints.steps() == [1, 2] and checkpoints.best() == 1
+        assert checkpoints.steps() == [1, 2] and best_step(checkpoints.folder) == 1
         checkpoints.score(2, None)
         checkpoints.score(7, 0.9)
-        assert checkpoints.steps() == [1, 2] and checkpoints.best() == 1
+        assert checkpoints.steps() == [1, 2] and best_step(checkpoints.folder) == 1
         checkpoints.score(2, 0.8)
-        assert checkpoints.steps() == [2] and checkpoints.best() == 2
+        assert checkpoints.steps() == [2] and best_step(checkpoints.folder) == 2
         for step, ap in ((3, 0.7), (4, 0.6)):
-            checkpoints.save(step, small(step), ap)
-        assert checkpoints.steps() == [2, 4] and checkpoints.best() == 2
+            checkpoints.save(step, small(step))
+            checkpoints.score(step, ap)
+        assert checkpoints.steps() == [2, 4] and best_step(checkpoints.folder) == 2
         assert damage(folder / "2") == ""
         assert_same(checkpoints.restore(small(9), 2), small(2))
     assert {path.name for path in folder.iterdir()} == {"2", "4"}
@@ -125,9 +129,10 @@ def test_a_score_waits_for_its_save_and_never_changes_one_that_is_there(tmp_path
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(1, small(1))
         checkpoints.score(1, 0.5)
-        checkpoints.save(2, small(2), 0.4)
+        checkpoints.save(2, small(2))
+        checkpoints.score(2, 0.4)
         checkpoints.score(2, 0.9)
-        assert checkpoints.best() == 1 and damage(tmp_path / "checkpoints" / "2") == ""
+        assert best_step(checkpoints.folder) == 1 and damage(tmp_path / "checkpoints" / "2") == ""
 
 
 def test_a_score_that_cannot_be_written_is_one_warning(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,8 +140,13 @@ def test_a_score_that_cannot_be_written_is_one_warning(saved: Path, capsys: pyte
     with Checkpoints(saved, keep=1) as checkpoints:
         checkpoints.score(2, 0.5)
         checkpoints.wait()
-        told = capsys.readouterr().out
-        assert told == f"warning: {saved}: the AP of step 2 could not be saved: File exists\n"
+        output = capsys.readouterr().out
+        assert (
+            output.count("\n") == 1
+            and output.startswith(f"warning: {saved}: ")
+            and "step 2" in output
+            and "File exists" in output
+        )
     assert sorted(path.name for path in saved.iterdir()) == ["1", "2", "3"]
 
 
@@ -170,10 +180,11 @@ def test_a_missing_step_says_which_there_are(tmp_path: Path) -> None:
 def test_the_best_is_restored_by_name(tmp_path: Path) -> None:
     with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
         checkpoints.save(1, small(1))
-        with pytest.raises(ConfigError, match=r"--step best: no step in .* was scored; saved steps: \[1\]"):
+        with pytest.raises(ConfigError, match=r"--step best: .*saved steps: \[1\]"):
             checkpoints.restore(small(9), "best")
         for step, ap in ((2, 0.5), (3, 0.3), (4, None)):
-            checkpoints.save(step, small(step), ap)
+            checkpoints.save(step, small(step))
+            checkpoints.score(step, ap)
         assert_same(checkpoints.restore(small(9), "best"), small(2))
         assert_same(checkpoints.restore(small(9)), small(4))
 
@@ -182,17 +193,18 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(saved: Path, capsys: p
     flip(largest(saved / "3"), 700)
     with Checkpoints(saved, keep=2) as checkpoints:
         assert_same(checkpoints.restore(small(9)), small(2))
-        told = capsys.readouterr().out
-        assert told.count("\n") == 1 and f"warning: {saved / '3'}: is damaged (" in told
-        assert "holds other bytes), step 2 is taken instead; it is moved to damaged-3" in told
+        output = capsys.readouterr().out
+        assert output.count("\n") == 1 and f"warning: {saved / '3'}: is damaged (" in output
+        assert "holds other bytes), step 2 is used instead; moved to damaged-3" in output
         assert checkpoints.steps() == [1, 2] and (saved / "damaged-3").is_dir()
-        checkpoints.save(3, small(3), 0.5)  # taken again, as if nothing had been there
+        checkpoints.save(3, small(3))  # taken again, as if nothing had been there
+        checkpoints.score(3, 0.5)
         assert checkpoints.steps() == [2, 3]
         assert_same(checkpoints.restore(small(9)), small(3))
     flip(largest(saved / "3"), 700)
     with Checkpoints(saved, keep=2) as checkpoints:
         assert_same(checkpoints.restore(small(9)), small(2))
-        assert checkpoints.best() is None
+        assert best_step(checkpoints.folder) is None
 
 
 def test_a_reader_takes_the_one_before_and_leaves_the_damaged_alone(saved: Path) -> None:
@@ -224,10 +236,13 @@ def test_a_step_asked_for_is_never_replaced_by_another(saved: Path) -> None:
         assert_same(checkpoints.restore(small(9), 1), small(1))
 
 
-def test_a_whole_checkpoint_of_another_network_is_not_taken_for_a_damaged_one(saved: Path) -> None:
+def test_an_intact_checkpoint_of_another_network_is_not_taken_for_a_damaged_one(saved: Path) -> None:
     shape, more = {"weights": jnp.zeros((7,))}, {"more": jnp.ones(1)}
-    for other, told in ((shape, r"weights is \(3000,\) there and \(7,\) here"), (more, r"more is missing there")):
-        with Checkpoints(saved) as checkpoints, pytest.raises(ConfigError, match=f"3: its files are whole, .*{told}"):
+    for other, output in ((shape, r"weights is \(3000,\) there and \(7,\) here"), (more, r"more is missing there")):
+        with (
+            Checkpoints(saved) as checkpoints,
+            pytest.raises(ConfigError, match=f"3: its files are intact, .*{output}"),
+        ):
             checkpoints.restore({**small(9), **other})
     assert (saved / "3").is_dir()
 
@@ -237,7 +252,7 @@ def test_a_checkpoint_of_orbax_alone_without_checksums_is_taken(tmp_path: Path) 
         checkpointer.save(4, small(4), metrics={"AP": 0.25})
         checkpointer.save(5, small(5))
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.steps() == [4, 5] and checkpoints.best() == 4
+        assert checkpoints.steps() == [4, 5] and best_step(checkpoints.folder) == 4
         assert_same(checkpoints.restore(small(9, devices=4)), small(5))
         (tmp_path / "5" / "state" / "_METADATA").write_bytes(b"")
         assert_same(checkpoints.restore(small(9)), small(4))
@@ -246,14 +261,14 @@ def test_a_checkpoint_of_orbax_alone_without_checksums_is_taken(tmp_path: Path) 
 def test_a_reader_copes_with_a_step_that_the_run_deletes_before_it_is_read(
     saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = module.damage
+    intact = module.damage
 
     def deleted_meanwhile(folder: Path) -> str:
         if folder.name != "4":
             shutil.copytree(saved / "3", saved / "4", dirs_exist_ok=True)
             for step in "123":
                 shutil.rmtree(saved / step, ignore_errors=True)
-        return whole(folder)
+        return intact(folder)
 
     monkeypatch.setattr(module, "damage", deleted_meanwhile)
     with Checkpoints(saved, keep=None, read_only=True) as checkpoints:
@@ -261,7 +276,7 @@ def test_a_reader_copes_with_a_step_that_the_run_deletes_before_it_is_read(
     assert capsys.readouterr().out == ""
 
 
-def test_a_save_that_fails_is_told_once_and_the_next_one_tried(
+def test_a_save_that_fails_is_reported_once_and_the_next_one_tried(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "checkpoints"
@@ -273,11 +288,11 @@ def test_a_save_that_fails_is_told_once_and_the_next_one_tried(
         checkpoints.save(2, small(2))
         with pytest.raises(DiskError, match=r"checkpoints: step 2 could not be saved: Not a directory"):
             checkpoints.wait()
-        told = capsys.readouterr().out
-        assert told.count("\n") == 1 and told.startswith("warning: ")
+        output = capsys.readouterr().out
+        assert output.count("\n") == 1 and output.startswith("warning: ")
         folder.unlink()
         checkpoints.save(3, small(3))
-        checkpoints.wait()  # the last one is whole: no error, and none at the end
+        checkpoints.wait()  # the last one is intact: no error, and none at the end
     assert [path.name for path in folder.iterdir()] == ["3"]
 
 
@@ -300,7 +315,7 @@ def test_a_failing_save_never_hides_the_error_that_it_follows(
     with (
         pytest.raises(ZeroDivisionError),
         Checkpoints(tmp_path / "checkpoints") as checkpoints,
-        checkpoints.saved_if_it_fails(1, small(1)),
+        checkpoints.save_on_error(1, small(1)),
     ):
         raise ZeroDivisionError
     assert "warning: " in capsys.readouterr().out
@@ -311,11 +326,11 @@ def test_a_failing_save_never_hides_the_error_that_it_follows(
     gone = small(2)
     gone["weights"].delete()
     for first, state in ((full, small(1)), (lambda: None, gone)):
-        for raised, told in ((ZeroDivisionError(), ZeroDivisionError), (Stopped(15, 1), DiskError)):
+        for raised, expected in ((ZeroDivisionError(), ZeroDivisionError), (Stopped(15, 1), DiskError)):
             with (
-                pytest.raises(told),
+                pytest.raises(expected),
                 Checkpoints(tmp_path / "other") as checkpoints,
-                checkpoints.saved_if_it_fails(1, state, first=first),
+                checkpoints.save_on_error(1, state, first=first),
             ):
                 raise raised
             assert capsys.readouterr().out.count("step 1 could not be saved") == 1
@@ -328,15 +343,15 @@ def test_a_second_ctrl_c_saves_nothing_and_waits_for_nothing(tmp_path: Path, mon
     folder = tmp_path / "checkpoints"
     with pytest.raises(KeyboardInterrupt), Checkpoints(folder) as checkpoints:
         checkpoints.save(1, small(1))
-        with checkpoints.saved_if_it_fails(2, small(2), first=lambda: called.append("flush")):
+        with checkpoints.save_on_error(2, small(2), first=lambda: called.append("flush")):
             raise KeyboardInterrupt
-    assert called == [] and checkpoints._saved() == []  # it came here while the disk was at work
+    assert called == [] and saved_steps(checkpoints.folder) == []  # it came here while the disk was at work
     disk.set()
     assert checkpoints.steps() == [1]
 
 
 @pytest.mark.parametrize("while_waiting", [False, True])
-def test_what_a_second_ctrl_c_takes_from_a_save_half_way_is_no_failure_to_tell(
+def test_what_a_second_ctrl_c_takes_from_a_save_half_way_is_no_failure_to_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], while_waiting: bool
 ) -> None:
     """The interpreter ends under the writer's feet, and its threads can do no more."""
@@ -396,7 +411,8 @@ def child(pipe):
             if any(folder.glob("damaged-*")):
                 os._exit(4)
         for step in range(newest + 1, newest + 10000):
-            checkpoints.save(step, state(step), ap=dice.random())
+            checkpoints.save(step, state(step))
+            checkpoints.score(step, dice.random())
             os.write(pipe, b"x")
 
 for kill in range(kills):  # JAX is not started here, so that a fork is sound and cheap
@@ -416,7 +432,7 @@ for kill in range(kills):  # JAX is not started here, so that a fork is sound an
 
 
 @pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
-def test_after_a_kill_inside_a_save_the_newest_step_is_whole(tmp_path: Path, kills: int) -> None:
+def test_after_a_kill_inside_a_save_the_newest_step_is_intact(tmp_path: Path, kills: int) -> None:
     command = [sys.executable, "-c", KILLED, tmp_path / "checkpoints", kills, random.randrange(10**6)]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -439,12 +455,12 @@ jax.config.update("jax_platforms", "cpu")
 port, me, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, me)
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from retina_jax import hosts
+from retina_jax import distributed
 from retina_jax.config import ConfigError
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.runs.files import DiskError
 everywhere = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec())
-assert everywhere.mesh.size == 4 and hosts.several()
+assert everywhere.mesh.size == 4 and distributed.is_multihost()
 
 def state(step):
     values = {"weights": np.arange(3000.0, dtype=np.float32) * step, "step": np.asarray(step, np.int32)}
@@ -466,7 +482,7 @@ with Checkpoints(folder / "two") as checkpoints:
     if me == 0:
         file = next(file for file in (folder / "two" / "3" / "state").rglob("*") if file.is_file())
         file.write_bytes(file.read_bytes()[:-1])
-    hosts.exchange("the damage is done")
+    distributed.exchange("the damage is done")
     assert number(checkpoints.restore(state(0))) == 2 and checkpoints.steps() == [2]
     if me == 0:
         checkpoints.save(7, state(7))  # one host alone, as where an error struck it: nobody is waited for
@@ -482,7 +498,7 @@ try:
     Checkpoints(folder / ("two" if me == 0 else "not shared")).restore(state(0))
     raise SystemExit("restored from a folder that one host cannot see")
 except ConfigError as error:
-    assert "7: its files are whole" in str(error) or me == 1, error
+    assert "7: its files are intact" in str(error) or me == 1, error
 jax.distributed.shutdown()
 """
 
@@ -497,13 +513,13 @@ def test_two_processes_restore_what_one_saved_and_one_restores_what_two_saved(tm
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
     both = [subprocess.Popen([*command, str(me), str(tmp_path)], **pipes) for me in (0, 1)]
     try:
-        told = [process.communicate(timeout=120)[0] for process in both]
+        output = [process.communicate(timeout=120)[0] for process in both]
     finally:
         for process in both:
             process.kill()
             process.wait()
-    assert [process.returncode for process in both] == [0, 0], "\n".join(told)
-    assert told[0].count("warning: ") == 2 and "warning: " not in told[1]
+    assert [process.returncode for process in both] == [0, 0], "\n".join(output)
+    assert output[0].count("warning: ") == 2 and "warning: " not in output[1]
     for devices in (1, 8):
         with Checkpoints(tmp_path / "two", read_only=True) as checkpoints:
             restored = checkpoints.restore(small(9, devices))

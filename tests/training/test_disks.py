@@ -1,4 +1,4 @@
-"""Disks that fill up, turn read-only or give back other bytes: found, told in one line, and survived."""
+"""Disks that fill up, turn read-only or return other bytes: found, reported in one line, and survived."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from retina_jax.config import Config
 from retina_jax.config_io import override
 from retina_jax.errors import reason
-from retina_jax.runs.files import CHECKSUMS, DiskError, check_room, damage, write_checksums
+from retina_jax.runs.files import CHECKSUMS, DiskError, damage, write_checksums
 from retina_jax.runs.folder import Run
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.metrics import Metrics
@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
     state = jax.device_put({"weights": np.arange(5000, dtype=np.float32), "step": np.asarray(3, np.int32)})
     with Checkpoints(folder) as checkpoints:
-        checkpoints.save(3, state, 0.25)
+        checkpoints.save(3, state)
     return folder / "3"
 
 
@@ -42,35 +42,35 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def test_a_flipped_bit_anywhere_in_a_checkpoint_is_found(checkpoint: Path) -> None:
-    assert damage(checkpoint) == "" and len(files_of(checkpoint)) > 8
+    assert damage(checkpoint) == "" and len(files_of(checkpoint)) > 7
     for file in files_of(checkpoint):
-        whole = file.read_bytes()
-        for offset in {0, len(whole) // 3, len(whole) // 2, len(whole) - 1}:
+        intact = file.read_bytes()
+        for offset in {0, len(intact) // 3, len(intact) // 2, len(intact) - 1}:
             for bit in (0x01, 0x20, 0x80):
-                flipped = bytearray(whole)
+                flipped = bytearray(intact)
                 flipped[offset] ^= bit
                 file.write_bytes(flipped)
                 # The blank space of the list of checksums itself may change and mean the same.
-                assert damage(checkpoint) or (file.name == CHECKSUMS and json.loads(flipped) == json.loads(whole))
-        file.write_bytes(whole)
+                assert damage(checkpoint) or (file.name == CHECKSUMS and json.loads(flipped) == json.loads(intact))
+        file.write_bytes(intact)
     assert damage(checkpoint) == ""
 
 
 def test_a_file_cut_short_missing_or_unreadable_is_named(checkpoint: Path) -> None:
     for file in files_of(checkpoint):
-        whole, name = file.read_bytes(), file.relative_to(checkpoint).as_posix()
-        for part in (b"", whole[:-1]):
+        intact, name = file.read_bytes(), file.relative_to(checkpoint).as_posix()
+        for part in (b"", intact[:-1]):
             file.write_bytes(part)
-            told = f"{name} holds {len(part)} of {len(whole)} bytes"
+            expected = f"{name} holds {len(part)} of {len(intact)} bytes"
             if file.name == CHECKSUMS:
-                told = "" if part and part.endswith(b"}") else "checksums.json cannot be read"
-            assert damage(checkpoint) == told
+                expected = "" if part and part.endswith(b"}") else "checksums.json cannot be read"
+            assert damage(checkpoint) == expected
         file.unlink()
         assert damage(checkpoint) == ("" if file.name == CHECKSUMS else f"{name} is missing")
         file.mkdir()
         assert damage(checkpoint)
         file.rmdir()
-        file.write_bytes(whole)
+        file.write_bytes(intact)
     assert damage(checkpoint) == "" and damage(checkpoint / "nowhere") == "it is gone"
 
 
@@ -87,7 +87,7 @@ def test_the_disk_has_every_file_before_its_folder_and_all_before_the_name(
     put, folder = [], tmp_path / "checkpoints"
     monkeypatch.setattr(os, "fsync", lambda descriptor: put.append(Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
     with Checkpoints(folder) as checkpoints:
-        checkpoints.save(3, {"weights": jax.device_put(np.ones(3, np.float32))}, 0.25)
+        checkpoints.save(3, {"weights": jax.device_put(np.ones(3, np.float32))})
     own = [path for path in put if path.is_relative_to(folder)]
     scratch = folder / "saving" / "3"
     names = [path.relative_to(scratch) for path in own[:-1]]
@@ -96,7 +96,7 @@ def test_the_disk_has_every_file_before_its_folder_and_all_before_the_name(
     assert all(names.index(name) < names.index(name.parent) for name in names[:-1])
 
 
-def test_a_disk_that_cannot_be_asked_passes_and_one_that_fails_is_told_of(
+def test_a_disk_that_cannot_be_asked_passes_and_one_that_fails_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(number: int) -> None:
@@ -123,14 +123,6 @@ def test_the_reason_is_one_short_line_also_of_errors_that_say_it_at_length() -> 
     assert len(reason(ValueError("x" * 999))) == 200
 
 
-def test_room_is_found_where_it_is_and_leaves_nothing(tmp_path: Path) -> None:
-    check_room(tmp_path, 10_000)
-    check_room(tmp_path, 0)
-    with pytest.raises(OSError, match=r"space|large"):
-        check_room(tmp_path, 2**55)
-    assert list(tmp_path.iterdir()) == []
-
-
 QUIET = override(Config(), {"training.tensorboard": False})
 
 
@@ -146,7 +138,7 @@ def run_in(folder: Path) -> Run:
     where=st.integers(0, 12),
     resumed=st.integers(0, 20),
 )
-def test_a_resumed_run_keeps_every_whole_line_up_to_its_step(
+def test_a_resumed_run_keeps_every_complete_line_up_to_its_step(
     tmp_path: Path, steps: list[int], cut: int, rubbish: bytes, where: int, resumed: int
 ) -> None:
     lines = [json.dumps({"step": s, "event": "train", "loss": 0.5}).encode() for s in steps]
@@ -156,12 +148,12 @@ def test_a_resumed_run_keeps_every_whole_line_up_to_its_step(
     (tmp_path / "metrics.jsonl").write_bytes(text)
     with Metrics(run_in(tmp_path), resumed) as metrics:
         metrics.write(resumed + 1, {"event": "train", "loss": 1.0})
-    whole = [line for line in text.split(b"\n") if line.startswith(b'{"step"') and line.endswith(b"}")]
+    intact = [line for line in text.split(b"\n") if line.startswith(b'{"step"') and line.endswith(b"}")]
     kept = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_bytes().splitlines()]
-    assert kept == [s for s in (json.loads(line)["step"] for line in whole) if s <= resumed] + [resumed + 1]
+    assert kept == [s for s in (json.loads(line)["step"] for line in intact) if s <= resumed] + [resumed + 1]
 
 
-def test_metrics_tell_which_evaluations_they_hold(tmp_path: Path) -> None:
+def test_metrics_report_which_evaluations_they_hold(tmp_path: Path) -> None:
     with Metrics(run_in(tmp_path), 0) as metrics:
         for step in (2, 4):
             metrics.write(step, {"event": "train", "loss": 1.0})
@@ -205,18 +197,18 @@ def remount(how):
     subprocess.run(["mount", "-o", f"remount,{how}", disk], check=True)
 
 def fails(checkpoints, step, why):
-    told = io.StringIO()
-    with contextlib.redirect_stdout(told):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
         checkpoints.save(step, state(step))
         try:
             checkpoints.wait()
         except DiskError as error:
-            assert f"step {step} could not be saved: {why}; the newest whole checkpoint is step" in str(error), error
+            assert f"step {step} could not be saved: {why}; the newest intact checkpoint is step" in str(error), error
         else:
             raise SystemExit(f"step {step} was saved")
-    assert told.getvalue().count("\\n") == 1 and why in told.getvalue(), told.getvalue()
+    assert output.getvalue().count("\\n") == 1 and why in output.getvalue(), output.getvalue()
 
-def whole(step):
+def intact(step):
     with Checkpoints(folder, read_only=True) as checkpoints:
         assert int(checkpoints.restore(state(0))["step"]) == step == checkpoints.steps()[-1]
 """
@@ -226,12 +218,12 @@ with Checkpoints(folder, keep=1) as checkpoints:
     checkpoints.wait()
     fill(700_000)
     fails(checkpoints, 2, "No space left on device")
-    whole(1)
+    intact(1)
     assert [path.name for path in folder.iterdir()] == ["1"]
     (disk / "ballast").unlink()
     checkpoints.save(3, state(3))
     checkpoints.wait()
-    whole(3)
+    intact(3)
     save = module.save_arrays  # this time the room goes while it is written
 
     def filled_meanwhile(*arguments):
@@ -241,11 +233,11 @@ with Checkpoints(folder, keep=1) as checkpoints:
     module.save_arrays = filled_meanwhile
     fails(checkpoints, 4, "No space left on device")
     module.save_arrays = save
-    whole(3)
+    intact(3)
     assert [path.name for path in folder.iterdir() if path.name.isdecimal()] == ["3"]
     (disk / "ballast").unlink()
     checkpoints.save(5, state(5))
-whole(5)
+intact(5)
 assert [path.name for path in folder.iterdir()] == ["5"]
 """
 READ_ONLY = """
@@ -254,7 +246,7 @@ with Checkpoints(folder) as checkpoints:
     checkpoints.wait()
     remount("ro")
     fails(checkpoints, 2, "Read-only file system")
-    whole(1)
+    intact(1)
     remount("rw")
     checkpoints.save(3, state(3))
     checkpoints.wait()
@@ -262,7 +254,7 @@ with Checkpoints(folder) as checkpoints:
 """
 METRICS = """
 run = Run(disk, override(Config(), {"training.tensorboard": True}), ("cat",), (1,))
-told = io.StringIO()
+output = io.StringIO()
 with Metrics(run, 0) as metrics:
     metrics.write(1, {"event": "train", "loss": 1.0, "note": "x" * 5000})
     fill(0)
@@ -275,11 +267,11 @@ with Metrics(run, 0) as metrics:
         else:
             raise SystemExit("written to a full disk")
         assert (disk / "metrics.jsonl").read_bytes() == before
-    with contextlib.redirect_stdout(told):  # its last block has room for short lines, TensorBoard's file has not
+    with contextlib.redirect_stdout(output):  # its last block has room for short lines, TensorBoard's file has not
         for step in range(2, 300):
             metrics._board.add(step, {"loss": 2.0})
-    assert told.getvalue().count("warning: ") == 1 and "tensorboard: cannot be written" in told.getvalue()
-with Metrics(run, 1) as metrics:  # nothing to mend: a full disk does not stop a resumed run from looking
+    assert output.getvalue().count("warning: ") == 1 and "tensorboard: cannot be written" in output.getvalue()
+with Metrics(run, 1) as metrics:  # nothing to fix: a full disk does not stop a resumed run from looking
     (disk / "ballast").unlink()
     metrics.write(2, {"event": "train", "loss": 2.0})
 assert [json.loads(line)["step"] for line in (disk / "metrics.jsonl").read_text().splitlines()] == [1, 2]

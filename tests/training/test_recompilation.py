@@ -62,7 +62,7 @@ def test_as_many_programs_as_buckets_whatever_the_sizes(tiny: Config, number: in
     assert set(of_bucket) == set(range(number))  # The sizes fall in all of them.
 
     driver = Driver(config, 3)
-    state, used, seen = driver.first_state(), set(), set()
+    state, used, seen = driver.init_state(), set(), set()
 
     def placed(batch: Batch) -> Inputs:
         used.add(batch.images.shape[1:3])

@@ -46,7 +46,7 @@ def test_the_strong_recipe_takes_two_finite_steps(make_inputs: Callable[..., Inp
         "devices": 2,
     }  # fmt: skip
     driver = Driver(validate(override(load_config(CONFIG), small)), 3)
-    state = driver.first_state()
+    state = driver.init_state()
     assert isinstance(state, AveragedState)
     before = jax.device_get(state)
     for seed in range(2):

@@ -24,7 +24,7 @@ from retina_jax.model.retinanet import RetinaNet
 from retina_jax.presets import FIELDS, PRESETS
 from retina_jax.runs.folder import Run
 from retina_jax.training.parallel import Driver
-from retina_jax.training.restore import continued, flat
+from retina_jax.training.restore import adapt_classes, flat
 from retina_jax.weights.importing import import_detector, with_backbone
 
 ROOT = Path(__file__).parents[2]
@@ -122,7 +122,7 @@ def test_known_classes_keep_their_columns(weights: Path) -> None:
     config = override(imported.config, {"devices": 1})
     run = Run(Path("x"), config, ("moon", "square"), (1, 2))
     before = flat(imported.variables)
-    made, line = continued(
+    made, line = adapt_classes(
         Driver(config, 2), run, before, list(zip(imported.category_ids, imported.class_names, strict=True))
     )
     assert line == "its class head kept, 2 of 4 classes"
