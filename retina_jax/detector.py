@@ -32,7 +32,7 @@ from retina_jax.data.transforms import (
 from retina_jax.ops.nms import nms
 from retina_jax.runs.folder import read_run
 from retina_jax.training.checkpoints import Checkpoints, Step
-from retina_jax.training.parallel import Driver, own_rows
+from retina_jax.training.parallel import Driver, local_rows
 from retina_jax.training.state import TrainState
 from retina_jax.training.step import Inputs
 from retina_jax.weights.importing import import_detector, kind_of
@@ -98,7 +98,7 @@ class Detector:
                     raise ValueError(
                         f"image {number}: {image.dtype} of shape {image.shape}; detect takes uint8 arrays [h, w, 3]"
                     )
-            rows = -(-len(group) // self.driver.shards) * self.driver.shards
+            rows = -(-len(group) // self.driver.num_devices) * self.driver.num_devices
             batches = (to_canvas(group, data, rows) for data in tta.sizes(self.config))
             merged = self.merged(self.detect_batches(batches, [image.shape[:2] for image in group]))
             found += [merged[row] for row in range(len(group))]
@@ -144,12 +144,12 @@ class Detector:
         return tuple(self.shown_names[label] for label in labels)
 
     def _run(self, batch: Batch) -> Any:
-        return self.driver.detect(self.variables, self.driver.place(Inputs.of(batch)))
+        return self.driver.detect(self.variables, self.driver.shard_batch(Inputs.of(batch)))
 
     def _read(
         self, batch: Batch, detections: Any, flipped: bool, sizes_hw: Sequence[tuple[int, int]]
     ) -> Iterator[tuple[int, ImageDetections]]:
-        boxes, scores, labels = own_rows((detections.boxes_xyxy, detections.scores, detections.labels))
+        boxes, scores, labels = local_rows((detections.boxes_xyxy, detections.scores, detections.labels))
         for row, index in enumerate(batch.indices.tolist()):
             if not batch.valid[row]:
                 continue
@@ -235,12 +235,12 @@ def load_detector(
         config = validate(override(config, size))
     driver = Driver(config, len(names))
     if kind_of(str(source)) is not None:
-        return Detector(driver, driver.place_state(imported.variables), names, ids)
+        return Detector(driver, driver.replicate(imported.variables), names, ids)
     folder = Path(source) / "checkpoints"
     if not folder.is_dir():
         raise ConfigError(f"--workdir {source}: its run has saved no checkpoint yet")
     with Checkpoints(folder, keep=None, read_only=True) as checkpoints:
-        state = checkpoints.restore(driver.first_state(), step)
+        state = checkpoints.restore(driver.init_state(), step)
     return Detector.of(driver, state, names, ids)
 
 

@@ -56,7 +56,7 @@ def assess(
     in_data = np.array([category_id is not None for category_id in ids], bool)
     training = run.config.training
     limit = min(training.eval_images or len(source), len(source))
-    shards = detector.driver.shards
+    shards = detector.driver.num_devices
     wanted = training.eval_batch_size or run.config.data.batch_size
     batch_size = -(-wanted // shards) * shards
     sizes = [(record.height, record.width) for record in source.records]

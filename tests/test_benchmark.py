@@ -148,7 +148,7 @@ def test_the_training_steps_work_is_counted_as_by_hand() -> None:
     """43.4 GMAC for R50 at 256 x 256, of which 15.3 forward: the table of what the network costs, stem and C2 frozen."""
     task = replace(TASK, name="step", size="256", backbone="resnet50", classes=80)
     driver = network.Driver(network.config_of(task), 80)
-    step = network.jaxpr_flops(jax.make_jaxpr(driver.step)(driver.first_state(), network.inputs_of(task)).jaxpr)
+    step = network.jaxpr_flops(jax.make_jaxpr(driver.step)(driver.init_state(), network.inputs_of(task)).jaxpr)
     assert step / 2e9 == pytest.approx(43.4, rel=0.01)
     assert network.forward_flops(driver.config, 80, (256, 256)) / 2e9 == pytest.approx(15.3, rel=0.01)
 
@@ -163,8 +163,8 @@ def test_the_networks_benchmarks_run(name: str) -> None:
 def test_detection_finds_as_many_scores_as_it_says() -> None:
     task = replace(TASK, name="detect", size="128")
     driver = network.Driver(network.config_of(task), 3)
-    variables = network.variables_with_scores(driver, driver.place(network.inputs_of(task)), 1)
-    logits, _ = driver.model.apply(variables, *driver.place(network.inputs_of(task))[:2])
+    variables = network.variables_with_scores(driver, driver.shard_batch(network.inputs_of(task)), 1)
+    logits, _ = driver.model.apply(variables, *driver.shard_batch(network.inputs_of(task))[:2])
     assert (jax.nn.sigmoid(logits) >= 0.0499).sum() == pytest.approx(network.SCORES_ABOVE, abs=2)
 
 

@@ -42,7 +42,7 @@ def found_with(source: Source, folder: Path, devices: int, parallel: str) -> tup
     config = override(CONFIG, {"devices": devices, "parallel": parallel})
     driver = Driver(config, 2)
     run = open_run(folder, config, source.class_names, source.category_ids)
-    assess(run, Detector(driver, driver.first_state().variables, source.class_names, source.category_ids), source, 0)
+    assess(run, Detector(driver, driver.init_state().variables, source.class_names, source.category_ids), source, 0)
     scores = json.loads((folder / "evaluation/step_00000000.json").read_text())
     return scores, json.loads((folder / "detections/step_00000000.json").read_text())
 
@@ -68,7 +68,7 @@ def test_detect_gives_what_evaluation_gives(source: Source, tmp_path: Path) -> N
 
     _, results = found_with(source, tmp_path / "run", 1, "jit")
     driver = Driver(override(CONFIG, {"devices": 1}), 2)
-    detector = Detector(driver, driver.first_state().variables, source.class_names, source.category_ids)
+    detector = Detector(driver, driver.init_state().variables, source.class_names, source.category_ids)
     chosen = [0, 1, 2, 3, 252]
     for index, found in zip(chosen, detector.detect([to_rgb(source.read(i)) for i in chosen]), strict=True):
         mine = [r for r in results if r["image_id"] == source.records[index].image_id]
@@ -81,7 +81,7 @@ def test_detect_gives_what_evaluation_gives(source: Source, tmp_path: Path) -> N
 
 def test_detect_refuses_what_is_no_rgb_image() -> None:
     driver = Driver(override(CONFIG, {"devices": 1}), 2)
-    detector = Detector(driver, driver.first_state().variables, ("a", "b"), (1, 2))
+    detector = Detector(driver, driver.init_state().variables, ("a", "b"), (1, 2))
     for image in (
         np.zeros((4, 4), np.uint8),
         np.zeros((4, 4, 4), np.uint8),

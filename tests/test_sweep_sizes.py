@@ -45,9 +45,9 @@ inputs = Inputs(
     rng.integers(0, 256, (1, height, width, 3), np.uint8), np.array([[height, width]], np.int32),
     (boxes * valid[None, :, None]).astype(np.float32), np.where(valid, 5, -1).astype(np.int32)[None], np.ones(1, bool),
 )
-state = driver.first_state()
+state = driver.init_state()
 begun = time.monotonic()
-state, metrics = driver.step(state, driver.place(inputs))
+state, metrics = driver.step(state, driver.shard_batch(inputs))
 found = {key: float(value) for key, value in jax.device_get(metrics).items()}
 print(json.dumps({
     **found, "canvas": [height, width], "step": int(state.step), "seconds": time.monotonic() - begun,

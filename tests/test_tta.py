@@ -33,7 +33,7 @@ def detector(**changes: object) -> Detector:
     """The untrained network of test_detector.py with arbitrary answers, the same for the same image."""
     named = {name.replace("__", "."): value for name, value in changes.items()}
     driver = Driver(override(CONFIG, {"devices": 1, **named}), 2)
-    return Detector(driver, driver.first_state().variables, ("red", "green"), (1, 2))
+    return Detector(driver, driver.init_state().variables, ("red", "green"), (1, 2))
 
 
 def pictures(*sizes_hw: tuple[int, int]) -> list[np.ndarray]:
@@ -145,7 +145,7 @@ def test_evaluation_over_devices_gives_what_detect_gives_and_compiles_a_program_
     source = rectangles(tmp_path, [(48, 32), (40, 32), (44, 32), (48, 32), (40, 32)])
     config = override(detector(**FLIPPED_AND_SMALLER).config, {"devices": 2})
     driver = Driver(config, 2)
-    asked = Detector(driver, driver.first_state().variables, source.class_names, source.category_ids)
+    asked = Detector(driver, driver.init_state().variables, source.class_names, source.category_ids)
     run = open_run(tmp_path / "run", config, source.class_names, source.category_ids)
     programs = tta._nms._cache_size()
     assess(run, asked, source, 0)

@@ -17,6 +17,7 @@ import numpy as np
 from jax import export
 from jaxtyping import Array, Float32, Int, UInt8
 
+from retina_jax import cpu
 from retina_jax import detector as tta
 from retina_jax.config import DataConfig
 from retina_jax.data.transforms import buckets, exact_canvas
@@ -99,7 +100,8 @@ def _detect(detector: Detector, canvas: tuple[int, int]) -> Any:
         resized_hw: Int[Array, "b 2"],
         size_hw: Int[Array, "b 2"],
     ) -> tuple[Float32[Array, "b D 4"], Float32[Array, "b D"], Int[Array, "b D"]]:
-        logits, deltas = model.apply(jax.tree.unflatten(structure, parameters), images, resized_hw, train=False)
+        with cpu.kernels(config.cpu_kernels):  # whatever the backend here: the program also runs on the CPU
+            logits, deltas = model.apply(jax.tree.unflatten(structure, parameters), images, resized_hw, train=False)
         found = detect(logits, deltas, jnp.asarray(anchors), counts, resized_hw, config.detection)
         boxes_xyxy = _to_original_pixels(found.boxes_xyxy, resized_hw, size_hw, config.data)
         return jnp.where(found.labels[..., None] >= 0, boxes_xyxy, 0.0), found.scores, found.labels

@@ -21,7 +21,7 @@ def smooth_l1(error: Float[Array, "*N"], *, beta: float) -> Float[Array, "*N"]:
     is 0.11 in units of the box deltas; Fast R-CNN's is 1.
     """
     if beta < 0:
-        raise ConfigError(f"loss.beta is {beta}: it must be 0 or more")
+        raise ConfigError(f"loss.beta: {beta} is below 0")
     size = l1(error)
     if beta == 0:
         return size
@@ -34,10 +34,10 @@ def l1(error: Float[Array, "*N"]) -> Float[Array, "*N"]:
 
 
 def box_loss(config: LossConfig) -> BoxLoss:
-    """The loss that `loss.box` names: (deltas [A 4], anchors [A 4], targets_xyxy [A 4]) -> [A].
+    """The loss named by `loss.box`: (deltas [A 4], anchors [A 4], targets_xyxy [A 4]) -> [A].
 
-    smooth_l1 and l1 compare deltas with the encoded target and sum over the 4 coordinates; giou is 1 - GIoU of the
-    decoded box with the target, in [0, 2]. Value and gradient are finite on padded targets; the caller masks them.
+    smooth_l1 and l1 compare deltas with the encoded target and sum over the 4 coordinates. giou is 1 - GIoU of the decoded
+    box with the target, in [0, 2]. Value and gradient are finite on padded targets; the caller masks them.
     """
 
     def of_deltas(
@@ -55,4 +55,4 @@ def box_loss(config: LossConfig) -> BoxLoss:
         return of_deltas
     if config.box == "giou":
         return of_boxes
-    raise ConfigError(f"loss.box is {config.box!r}: it must be smooth_l1, l1 or giou")
+    raise ConfigError(f"loss.box: {config.box!r} is not one of smooth_l1, l1, giou")

@@ -193,14 +193,14 @@ def latency(detector: Detector, images: Sequence[UInt8[np.ndarray, "_ _ 3"]] = (
     Raises:
       ValueError: the detector stands on several devices, which cannot share one image.
     """
-    if detector.driver.shards != 1:
-        raise ValueError(f"the detector stands on {detector.driver.shards} devices; latency is measured on one")
+    if detector.driver.num_devices != 1:
+        raise ValueError(f"the detector stands on {detector.driver.num_devices} devices; latency is measured on one")
     if not images:
         images = [np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)]
     times = []
     for image in images:
         batch = to_canvas([image], detector.config.data, 1)
-        inputs = detector.driver.place(
+        inputs = detector.driver.shard_batch(
             Inputs(batch.images, batch.image_sizes, batch.boxes_xyxy, batch.labels, batch.valid)
         )
         for turn in range(2 + repeats):

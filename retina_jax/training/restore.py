@@ -53,11 +53,11 @@ def _first_state(
     imported = fresh_import(run.folder)
     norm_frozen = driver.config.model.norm == "frozen"
     if checkpoints.steps() and imported is None:
-        state = checkpoints.restore(driver.first_state())
+        state = checkpoints.restore(driver.init_state())
         return state, f"resuming {run.folder} at step {int(state.step)}"
     if imported is not None:
         before = Driver(imported.config, len(imported.class_names))
-        weights = flat(checkpoints.restore(before.first_state(), 0).variables)
+        weights = flat(checkpoints.restore(before.init_state(), 0).variables)
         variables, told = continued(driver, run, weights, imported.categories)
         told = f"starting from the detector imported into {run.folder}: {told}"
     elif driver.config.model.backbone_weights:
@@ -66,8 +66,8 @@ def _first_state(
         backbone = {kind: tree["backbone"] for kind, tree in variables.items() if "backbone" in tree}
         note_fact(run, "backbone_sha256", parameters_sha256(backbone))
     else:
-        return driver.first_state(), RANDOM_FROZEN if driver.config.model.frozen_stages or norm_frozen else RANDOM
-    return driver.state_of(variables), told
+        return driver.init_state(), RANDOM_FROZEN if driver.config.model.frozen_stages or norm_frozen else RANDOM
+    return driver.init_state(variables), told
 
 
 def continued(
@@ -102,7 +102,7 @@ def make_run(imported: Imported, folder: Path) -> Run:
     run = open_run(folder, imported.config, imported.class_names, imported.category_ids)
     driver = Driver(imported.config, len(imported.class_names))
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        checkpoints.save(0, driver.state_of(imported.variables))
+        checkpoints.save(0, driver.init_state(imported.variables))
     saved = json.loads((folder / "config.json").read_text())
     write_json(folder / "imported.json", {**saved, "source": imported.source, "missing": list(imported.missing)})
     return run

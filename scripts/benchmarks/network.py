@@ -30,7 +30,7 @@ SCORES_ABOVE, LOGIT_STD = 1000, 1.5
 def make(task: Task) -> Work:
     """The work of `task`."""
     driver = Driver(config_of(task), task.classes)
-    inputs = driver.place(inputs_of(task))
+    inputs = driver.shard_batch(inputs_of(task))
     return {"step": step, "forward": forward, "detect": detect, "compile": compile_step}[task.name](
         task, driver, inputs
     )
@@ -67,7 +67,7 @@ def inputs_of(task: Task) -> Inputs:
 
 def step(task: Task, driver: Driver, inputs: Inputs) -> Work:
     """A training step, its state given away as training does it."""
-    state = driver.first_state()
+    state = driver.init_state()
     flops = jaxpr_flops(jax.make_jaxpr(driver.step)(state, inputs).jaxpr)
     jax.clear_caches()  # of what training does not trace
     compiled = CompiledStep(driver.step, canvases=1, announce=lambda line: None)
@@ -82,7 +82,7 @@ def step(task: Task, driver: Driver, inputs: Inputs) -> Work:
 
 def forward(task: Task, driver: Driver, inputs: Inputs) -> Work:
     """The network alone."""
-    variables = driver.first_state().variables
+    variables = driver.init_state().variables
     program = jax.jit(partial(driver.model.apply, train=False))
     flops = task.batch * forward_flops(driver.config, task.classes, task.canvas)
     return Work(
@@ -103,7 +103,7 @@ def detect(task: Task, driver: Driver, inputs: Inputs) -> Work:
 def variables_with_scores(driver: Driver, inputs: Inputs, batch: int) -> dict[str, Any]:
     """Random weights, of whose class output the scale is such that logits are as spread as a trained network's, and the
     bias such that SCORES_ABOVE scores an image are above the threshold."""
-    variables = driver.first_state().variables
+    variables = driver.init_state().variables
     output = variables["params"]["class_head"]["output"]
     logits, _ = driver.model.apply(variables, inputs.images, inputs.image_sizes)
     logits = np.sort(np.asarray(logits, np.float32).reshape(-1)) - output["bias"].mean()
@@ -117,7 +117,7 @@ def variables_with_scores(driver: Driver, inputs: Inputs, batch: int) -> dict[st
 
 def compile_step(task: Task, driver: Driver, inputs: Inputs) -> Work:
     """The training step, compiled anew each time; what the cache saves is among the facts."""
-    state = driver.first_state()
+    state = driver.init_state()
 
     def compiled() -> Any:
         jax.clear_caches()

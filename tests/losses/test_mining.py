@@ -267,7 +267,7 @@ def test_a_mined_step_is_the_same_on_one_device_and_on_eight() -> None:
     results = []
     for parallel, devices in (("jit", 1), ("jit", 8), ("pmap", 8)):
         driver = Driver(override(config, {"parallel": parallel, "devices": devices}), 3)
-        state, metrics = driver.step(driver.first_state(), driver.place(inputs))
+        state, metrics = driver.step(driver.init_state(), driver.shard_batch(inputs))
         results.append(({name: float(value) for name, value in metrics.items()}, jax.device_get(state.params)))
     (one, parameters), *others = results
     assert one["positives_per_image"] > 1 and one["gradient_norm"] > 0

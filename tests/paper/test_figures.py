@@ -323,7 +323,7 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Detector:
         devices=1,
     )  # fmt: skip
     driver = Driver(config, 6)
-    return Detector(driver, driver.first_state().variables, tuple("abcdef"), tuple(range(6)))
+    return Detector(driver, driver.init_state().variables, tuple("abcdef"), tuple(range(6)))
 
 
 def test_windows_are_the_anchors_that_training_would_match(detector: Detector) -> None:

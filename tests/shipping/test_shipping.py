@@ -84,7 +84,7 @@ def photographs() -> list[np.ndarray]:
 
 def detector_of(config: Config) -> Detector:
     driver = Driver(config, 2)
-    return Detector(driver, driver.first_state().variables, ("cat", "dog"), (1, 17), step=3)
+    return Detector(driver, driver.init_state().variables, ("cat", "dog"), (1, 17), step=3)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.opening import open_run
 from retina_jax.training.parallel import Driver
 from retina_jax.training.state import TrainState, parameters_sha256
-from retina_jax.training.step import Inputs, averaging_decay
+from retina_jax.training.step import Inputs, ema_decay
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 Make = Callable[..., Inputs]
@@ -56,7 +56,7 @@ def assert_near(one: Any, other: Any) -> None:
 @settings(max_examples=50, deadline=None)
 @given(updates=st.integers(0, 10**6), decay=st.floats(0.001, 0.99999))
 def test_the_decay_warms_up(updates: int, decay: float) -> None:
-    got = float(averaging_decay(jnp.int32(updates), decay))
+    got = float(ema_decay(jnp.int32(updates), decay))
     assert got == pytest.approx(min(decay, (1 + updates) / (10 + updates)), rel=1e-6)
 
 
@@ -79,11 +79,11 @@ def make_floats(make_inputs: Make) -> Make:
 def test_the_mean_is_the_plain_recurrence(tiny: Config, make_floats: Make, own: dict[str, Any]) -> None:
     """Over the parameters and BatchNorm statistics after each step, in float64."""
     driver = driver_of(averaged(tiny, **own))
-    state = driver.first_state()
+    state = driver.init_state()
     mean = jax.tree.map(np.float64, learnt(state))
     assert_equal(state.ema, learnt(state))
     for step in range(4):
-        state, _ = driver.step(state, driver.place(make_floats(step)))
+        state, _ = driver.step(state, driver.shard_batch(make_floats(step)))
         d = min(DECAY, (1 + step) / (10 + step))
         mean = jax.tree.map(lambda m, x, d=d: d * m + (1 - d) * np.float64(x), mean, learnt(state))
     assert_near(state.ema, mean)
@@ -96,12 +96,12 @@ def test_the_mean_is_the_plain_recurrence(tiny: Config, make_floats: Make, own: 
 def test_a_step_that_is_left_out_leaves_the_mean_and_its_warm_up(tiny: Config, make_floats: Make) -> None:
     driver = driver_of(averaged(tiny, **IN_PARTS))
     poisoned = make_floats(0)._replace(images=make_floats(0).images * np.float32(np.nan))
-    state, _ = driver.step(driver.first_state(), driver.place(make_floats(0)))
+    state, _ = driver.step(driver.init_state(), driver.shard_batch(make_floats(0)))
     before = jax.device_get(state.ema)
-    state, _ = driver.step(state, driver.place(poisoned))
+    state, _ = driver.step(state, driver.shard_batch(poisoned))
     assert int(state.skipped) == 1
     assert_equal(state.ema, before)
-    state, _ = driver.step(state, driver.place(make_floats(1)))
+    state, _ = driver.step(state, driver.shard_batch(make_floats(1)))
     second = 2 / 11  # the second update, of three steps
     assert_near(state.ema, jax.tree.map(lambda m, x: second * m + (1 - second) * x, before, learnt(state)))
 
@@ -111,20 +111,20 @@ def test_a_resumed_mean_is_the_unbroken_one_to_the_bit(tiny: Config, make_floats
 
     def go_on(state: TrainState, steps: range) -> TrainState:
         for step in steps:
-            state, _ = driver.step(state, driver.place(make_floats(step)))
+            state, _ = driver.step(state, driver.shard_batch(make_floats(step)))
         return state
 
-    unbroken = jax.device_get(go_on(driver.first_state(), range(4)))
+    unbroken = jax.device_get(go_on(driver.init_state(), range(4)))
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(2, go_on(driver.first_state(), range(2)))
-        resumed = go_on(checkpoints.restore(driver.first_state()), range(2, 4))
+        checkpoints.save(2, go_on(driver.init_state(), range(2)))
+        resumed = go_on(checkpoints.restore(driver.init_state()), range(2, 4))
     assert_equal(resumed, unbroken)
     assert parameters_sha256(resumed.everything) == parameters_sha256(unbroken.everything)
 
 
 def test_a_loaded_detector_takes_the_means_unless_asked_for_the_raw(tiny: Config, tmp_path: Path) -> None:
     config = averaged(tiny, devices=1)
-    state = Driver(config, 3).first_state()
+    state = Driver(config, 3).init_state()
     state = state.replace(ema=jax.tree.map(lambda leaf: leaf + 1, state.ema))
     open_run(tmp_path, config, ("a", "b", "c"), (1, 2, 3))
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
@@ -150,13 +150,13 @@ class StateBefore:
 @pytest.mark.parametrize("norm", ["group", "frozen"])
 def test_runs_without_means_and_checkpoints_from_before_them_are_one(tiny: Config, tmp_path: Path, norm: str) -> None:
     driver = Driver(override(tiny, {"devices": 1, "model.norm": norm}), 3)
-    state = driver.first_state()
+    state = driver.init_state()
     assert type(state) is TrainState and state.everything == state.detector() == state.variables
     before = StateBefore(**{name: getattr(state, name) for name in StateBefore.__dataclass_fields__})
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, before)
-        assert_equal(checkpoints.restore(driver.first_state()), state)
+        assert_equal(checkpoints.restore(driver.init_state()), state)
         checkpoints.save(2, state)
         assert_equal(checkpoints.restore(before, 2), before)
         with pytest.raises(ConfigError, match=r"ema/params/.* is missing there"):
-            checkpoints.restore(Driver(averaged(tiny, model__norm=norm), 3).first_state(), 1)
+            checkpoints.restore(Driver(averaged(tiny, model__norm=norm), 3).init_state(), 1)

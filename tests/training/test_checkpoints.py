@@ -31,10 +31,8 @@ ROOT = Path(__file__).parents[2]
 
 def state_of(config: Config, devices: int, step: int = 0) -> TrainState:
     driver = Driver(override(config, {"devices": devices}), 3)
-    state = driver.first_state()
-    return driver.place_state(
-        state.replace(step=np.asarray(step, np.int32), normaliser=np.asarray(step / 7, np.float32))
-    )
+    state = driver.init_state()
+    return driver.replicate(state.replace(step=np.asarray(step, np.int32), normaliser=np.asarray(step / 7, np.float32)))
 
 
 def small(step: int, devices: int = 1) -> dict:

@@ -46,11 +46,11 @@ def test_the_strong_recipe_takes_two_finite_steps(make_inputs: Callable[..., Inp
         "devices": 2,
     }  # fmt: skip
     driver = Driver(validate(override(load_config(CONFIG), small)), 3)
-    state = driver.first_state()
+    state = driver.init_state()
     assert isinstance(state, AveragedState)
     before = jax.device_get(state)
     for seed in range(2):
-        state, measured = driver.step(state, driver.place(make_inputs(seed, batch_size=4)))
+        state, measured = driver.step(state, driver.shard_batch(make_inputs(seed, batch_size=4)))
         assert all(np.isfinite(value) for value in measured.values())
         assert measured["loss"] > 0 and measured["gradient_norm"] > 0
     after = jax.device_get(state)
