@@ -35,7 +35,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from retina_jax.config import ConfigError
 from retina_jax.ops.boxes import iou_matrix
 
 NEGATIVES = 3
@@ -60,16 +59,8 @@ def mine(
       loss: of each anchor over all classes, >= 0. No gradient passes through the choice.
       positive: anchors assigned to a box.
       taking_part: anchors that are not ignored.
-
-    Raises:
-      ConfigError: `batch` is below 1, or below 4 for the 1:3 kinds, which need room for a positive and its negatives.
+      batch: at least 1, at least 4 for the 1:3 kinds, which need room for a positive and its negatives.
     """
-    least = {"ohem": 1, "ohem_1_3": 1 + NEGATIVES, "ohem_1_3_strict": 1 + NEGATIVES}
-    if kind not in least:
-        raise ConfigError(f"loss.mining: {kind!r} is not one of none, {', '.join(least)}")
-    if batch < least[kind]:
-        raise ConfigError(f"loss.mining_batch: {batch} is below {least[kind]}, the least with loss.mining {kind}")
-
     loss = lax.stop_gradient(loss)
     finite = jnp.isfinite(loss)
     padding = -loss.shape[0] % ROW

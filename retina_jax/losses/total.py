@@ -85,7 +85,7 @@ def image_losses(
             averaged_over = (trained_labels != IGNORED).sum(axis=1).astype(jnp.float32)
 
     def box_sum(deltas: Float[Array, "A 4"], boxes_xyxy: Float[Array, "G 4"], matches: Matches) -> Float32[Array, ""]:
-        losses = box_loss(loss)(deltas.astype(jnp.float32), anchors, boxes_xyxy[matches.box_index])
+        losses = box_loss(deltas.astype(jnp.float32), anchors, boxes_xyxy[matches.box_index], config=loss)
         return jnp.where(matches.labels >= 0, losses, 0.0).sum()
 
     return ImageLosses(
@@ -133,7 +133,7 @@ def image_weights(counts: Float32[Array, " B"], scope: str, *, batch_size: int, 
         per_shard = batch_size // shards
         of_shard = counts.reshape(-1, per_shard).sum(axis=1)
         return jnp.repeat(1.0 / (jnp.maximum(of_shard, 1.0) * shards), per_shard)
-    raise ConfigError(f"loss.normaliser: {scope!r} is not one of global, per_image, per_device, ema")
+    raise ValueError(f"unknown normaliser {scope!r}")
 
 
 def denominator(
@@ -152,4 +152,4 @@ def denominator(
     if scope == "ema":
         ema = EMA_MOMENTUM * ema + (1.0 - EMA_MOMENTUM) * jnp.maximum(total_positives / shards, 1.0)
         return ema * shards, ema
-    raise ConfigError(f"loss.normaliser: {scope!r} is not one of global, per_image, per_device, ema")
+    raise ValueError(f"unknown normaliser {scope!r}")

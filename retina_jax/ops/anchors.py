@@ -13,7 +13,7 @@ import math
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from retina_jax.config import AnchorConfig, ConfigError, ModelConfig
+from retina_jax.config import AnchorConfig, ModelConfig
 
 
 def levels(model: ModelConfig) -> range:
@@ -24,8 +24,6 @@ def levels(model: ModelConfig) -> range:
 def level_sizes(padded_hw: tuple[int, int], model: ModelConfig) -> tuple[tuple[int, int], ...]:
     """(height, width) of each level's map, in cells: ceil(side / 2^level), the size after padded strided convolutions."""
     height, width = padded_hw
-    if height < 1 or width < 1:
-        raise ConfigError(f"padded_hw: {padded_hw} has a side below 1 pixel")
     return tuple((-(-height // 2**level), -(-width // 2**level)) for level in levels(model))
 
 
@@ -58,11 +56,6 @@ def anchor_grid(padded_hw: tuple[int, int], anchors: AnchorConfig, model: ModelC
       each ratio, for each scale. Centred on the cell's upper left corner; the step between cells is the padded side divided
       by the map's, an integer: at 800 px, 61 on P6 and 114 on P7.
     """
-    if not anchors.scales or not anchors.ratios or min(*anchors.scales, *anchors.ratios, anchors.size_factor) <= 0:
-        raise ConfigError(
-            "anchors.size_factor, anchors.scales, anchors.ratios: need at least one scale and ratio, all of them positive; "
-            f"got {anchors.size_factor}, {anchors.scales}, {anchors.ratios}"
-        )
     grids = []
     for level, (rows, columns) in zip(levels(model), level_sizes(padded_hw, model), strict=True):
         stride = step_y = step_x = 2**level
