@@ -30,11 +30,9 @@ def convolve(
     On other devices it is `plain`. Only reverse-mode differentiation is defined, once.
     """
     by_xla = partial(plain, stride=stride, groups=groups)
-    if len(kernel) == groups == 1:
-        return lax.platform_dependent(x, kernel, cpu=partial(by_columns, stride=stride), default=by_xla)
     if _for_winograd(x, kernel, stride, groups):
         return lax.platform_dependent(x, kernel, cpu=winograd.convolution, default=by_xla)
-    if groups == 1 and _wide(kernel) and 4 * _places(x, stride) <= x.shape[-1]:
+    if groups == 1 and (len(kernel) == 1 or (_wide(kernel) and 4 * _places(x, stride) <= x.shape[-1])):
         return lax.platform_dependent(x, kernel, cpu=partial(by_columns, stride=stride), default=by_xla)
     return by_xla(x, kernel)
 
@@ -142,33 +140,31 @@ def _backward(
     x, kernel = saved
     k, features = len(kernel), dy.shape[-1]
     by_winograd = _for_winograd(x, kernel, stride, groups)
-    # On the CPU a 1x1 convolution is a product of matrices in its gradients too, whether by `product` or by the fast form.
-    product = (lambda x, kernel: by_columns(x, kernel, stride)) if k == groups == 1 else None
-    by_xla = partial(plain, stride=stride, groups=groups)
 
-    def fast_map_gradient(x: Array, kernel: Array, dy: Array) -> Array:
+    def plain_dx(x: Array, kernel: Array, dy: Array) -> Array:
+        return jax.linear_transpose(lambda x: plain(x, kernel, stride, groups), x)(dy)[0]
+
+    def plain_dkernel(x: Array, kernel: Array, dy: Array) -> Array:
+        return jax.linear_transpose(lambda kernel: plain(x, kernel, stride, groups), kernel)(dy)[0]
+
+    def fast_dx(x: Array, kernel: Array, dy: Array) -> Array:
         if by_winograd:
             return winograd.map_gradient(dy, kernel)
         return map_gradient(dy, kernel, stride, groups, x.shape[1:3]).astype(dy.dtype)
 
-    def fast_kernel_gradient(x: Array, kernel: Array, dy: Array) -> Array:
+    def fast_dkernel(x: Array, kernel: Array, dy: Array) -> Array:
         if by_winograd:
             return winograd.kernel_gradient(x, dy)
         return kernel_gradient(x, dy, k, stride, groups).astype(dy.dtype)
 
-    def transposed_by_x(form: Callable[[Array, Array], Array], x: Array, kernel: Array, dy: Array) -> Array:
-        return jax.linear_transpose(lambda x: form(x, kernel), x)(dy)[0]
-
-    def transposed_by_kernel(form: Callable[[Array, Array], Array], x: Array, kernel: Array, dy: Array) -> Array:
-        return jax.linear_transpose(lambda kernel: form(x, kernel), kernel)(dy)[0]
-
-    fast = groups > 1 or _wide(kernel)
+    fast = k == 1 or groups > 1 or _wide(kernel)
     map_outweighs_kernel = k > 1 and stride == groups == 1 and _places(dy) > 4 * features and not by_winograd
-    cpu_form = fast_map_gradient if fast and not map_outweighs_kernel else partial(transposed_by_x, product or by_xla)
-    dx = lax.platform_dependent(x, kernel, dy, cpu=cpu_form, default=partial(transposed_by_x, by_xla))
-    cpu_form = fast_kernel_gradient if fast else partial(transposed_by_kernel, product or by_xla)
-    dkernel = lax.platform_dependent(x, kernel, dy, cpu=cpu_form, default=partial(transposed_by_kernel, by_xla))
-    return dx, dkernel
+    dx = fast_dx if fast and not map_outweighs_kernel else plain_dx
+    dkernel = fast_dkernel if fast else plain_dkernel
+    return (
+        lax.platform_dependent(x, kernel, dy, cpu=dx, default=plain_dx),
+        lax.platform_dependent(x, kernel, dy, cpu=dkernel, default=plain_dkernel),
+    )
 
 
 convolve.defvjp(_forward, _backward)

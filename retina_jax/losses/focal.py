@@ -23,7 +23,8 @@ from jaxtyping import Array, Float, Float32, Int
 from retina_jax.config import LossConfig
 from retina_jax.ops.matching import IGNORED
 
-ClassificationLoss = Callable[[Float[Array, "*N K"], Int[Array, "*N"]], Float32[Array, "*N K"]]
+Logits, Labels, Losses = Float[Array, "*N K"], Int[Array, "*N"], Float32[Array, "*N K"]
+ClassificationLoss = Callable[[Logits, Labels], Losses]
 
 
 def classification_loss(config: LossConfig) -> ClassificationLoss:
@@ -38,9 +39,7 @@ def classification_loss(config: LossConfig) -> ClassificationLoss:
     return losses[config.kind]
 
 
-def targets(
-    logits: Float[Array, "*N K"], labels: Int[Array, "*N"], foreground: float = 1.0, background: float = 1.0
-) -> tuple[Float32[Array, "*N K"], Float32[Array, "*N K"]]:
+def targets(logits: Logits, labels: Labels, foreground: float = 1.0, background: float = 1.0) -> tuple[Losses, Losses]:
     """(y, alpha_t) of each logit: y is 1 or -1, alpha_t is `foreground` for y = 1 and `background` for y = -1."""
     # A comparison with a counter, which XLA fuses: the one-hot array [... K] is never in memory.
     is_class = lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1) == labels[..., None]
@@ -48,23 +47,19 @@ def targets(
     return jnp.where(is_class, 1.0, -1.0), alpha_t
 
 
-def cross_entropy(logits: Float[Array, "*N K"], labels: Int[Array, "*N"]) -> Float32[Array, "*N K"]:
+def cross_entropy(logits: Logits, labels: Labels) -> Losses:
     """CE = -log(p_t) (equation 1), with p_t = sigmoid(y x) (equation 2)."""
     y, weight = targets(logits, labels)  # 1, and 0 for ignored anchors
     return -weight * jax.nn.log_sigmoid(y * logits.astype(jnp.float32))
 
 
-def balanced_cross_entropy(
-    logits: Float[Array, "*N K"], labels: Int[Array, "*N"], *, alpha: float
-) -> Float32[Array, "*N K"]:
+def balanced_cross_entropy(logits: Logits, labels: Labels, *, alpha: float) -> Losses:
     """CE = -alpha_t log(p_t) (equation 3)."""
     y, alpha_t = targets(logits, labels, alpha, 1.0 - alpha)
     return -alpha_t * jax.nn.log_sigmoid(y * logits.astype(jnp.float32))
 
 
-def focal(
-    logits: Float[Array, "*N K"], labels: Int[Array, "*N"], *, alpha: float, gamma: float
-) -> Float32[Array, "*N K"]:
+def focal(logits: Logits, labels: Labels, *, alpha: float, gamma: float) -> Losses:
     """FL = -alpha_t (1 - p_t)^gamma log(p_t) (equation 5; equation 4 without alpha_t). gamma = 0 is equation 3."""
     y, alpha_t = targets(logits, labels, alpha, 1.0 - alpha)
     x_t = y * logits.astype(jnp.float32)
@@ -73,9 +68,7 @@ def focal(
     return -alpha_t * modulating_factor * log_p_t
 
 
-def focal_star(
-    logits: Float[Array, "*N K"], labels: Int[Array, "*N"], *, alpha: float, gamma: float, beta: float
-) -> Float32[Array, "*N K"]:
+def focal_star(logits: Logits, labels: Labels, *, alpha: float, gamma: float, beta: float) -> Losses:
     """FL* = -alpha_t log(p_t*) / gamma (equation 8), with p_t* = sigmoid(gamma x_t + beta) (equation 7), gamma > 0.
 
     gamma = 1 with beta = 0 is equation 3. gamma x_t + beta must be finite.
@@ -85,9 +78,7 @@ def focal_star(
     return -alpha_t * jax.nn.log_sigmoid(gamma * x_t + beta) / gamma
 
 
-def hinge(
-    logits: Float[Array, "*N K"], labels: Int[Array, "*N"], *, alpha: float, margin: float
-) -> Float32[Array, "*N K"]:
+def hinge(logits: Logits, labels: Labels, *, alpha: float, margin: float) -> Losses:
     """alpha_t max(0, margin - p_t). At p_t = margin the loss and its derivative are 0.
 
     Section 5.1 says only that the hinge loss on p_t "sets loss to 0 above a certain value of p_t" and was unstable. The

@@ -59,7 +59,7 @@ def detect(
         thresholds[-1] = 0.0
 
     def of_image(logits: Float[Array, "A K"], deltas: Float[Array, "A 4"], size_hw: Int[Array, "2"]) -> tuple:
-        found = []
+        found = []  # per level
         for start, count, threshold in zip(starts, level_counts, thresholds, strict=True):
             values, anchor, label = best_logits(logits[start : start + count], config.top_k)
             found.append((values, anchor + start, label, jnp.full(values.shape, threshold, jnp.float32)))

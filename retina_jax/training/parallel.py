@@ -53,11 +53,9 @@ class Driver:
         if wanted % hosts:
             raise ConfigError(f"devices: {wanted} is not divisible by {hosts} hosts; use a multiple of {hosts}")
         of_host = [[d for d in devices if d.process_index == host][: wanted // hosts] for host in range(hosts)]
-        if {len(own) for own in of_host} != {wanted // hosts}:
-            raise ConfigError(
-                f"devices: the hosts have {', '.join(str(len(own)) for own in of_host)} devices; use the same number on "
-                f"each, or give --devices a multiple of {hosts} that every host has"
-            )
+        counts = [len(own) for own in of_host]
+        if set(counts) != {wanted // hosts}:
+            raise ConfigError(f"devices: the hosts have {counts} devices; use a number (--devices) that each host has")
         return Mesh(np.array(of_host).reshape(-1), (AXIS,))
 
     @property
@@ -111,15 +109,11 @@ class Driver:
 
     def replicate(self, state: PyTree) -> PyTree:
         """`state`, which is the same on every host, on every device."""
-
-        def on_all(array: Any) -> Array:
-            if jax.process_count() == 1:
-                return jax.device_put(array, self.replicated)
-            # Not device_put, which would compare the hosts' arrays one by one over the network.
-            own = np.asarray(array)
-            return jax.make_array_from_callback(own.shape, self.replicated, lambda index: own[index])
-
-        return jax.tree.map(on_all, state)
+        if jax.process_count() == 1:
+            return jax.device_put(state, self.replicated)
+        # device_put would compare the hosts' arrays one by one over the network.
+        arrays = jax.tree.map(np.asarray, state)
+        return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, self.replicated, a.__getitem__), arrays)
 
     def init_state(self, variables: dict[str, PyTree] | None = None) -> TrainState:
         """The state before the first step, on the devices: from `variables`, or random ones by config.seed."""
@@ -142,6 +136,7 @@ class Driver:
             with cpu.kernels(None if self.config.cpu_kernels else False):
                 return function(*arguments)
 
+        traced.__name__ = getattr(getattr(function, "func", function), "__name__", "traced")  # names the program
         return traced
 
     @cached_property
@@ -159,14 +154,9 @@ class Driver:
             axis_name=AXIS if self.device_view else None,
         )
         if self.config.parallel == "pmap":
-            return jax.pmap(
-                self._traced(step),
-                axis_name=AXIS,
-                in_axes=(None, 0),
-                out_axes=(None, None),
-                devices=list(self.mesh.devices.flat),
-                donate_argnums=0,
-            )
+            devices = list(self.mesh.devices.flat)
+            axes = {"axis_name": AXIS, "in_axes": (None, 0), "out_axes": (None, None)}
+            return jax.pmap(self._traced(step), **axes, devices=devices, donate_argnums=0)
         images, everywhere = P(AXIS), P()
         on_every_device = partial(jax.shard_map, mesh=self.mesh, check_vma=False)
         if self.device_view:
@@ -174,12 +164,8 @@ class Driver:
         else:
             of_losses = (images, images, everywhere, images, images)  # the arguments of `image_losses`
             step = partial(step, per_device=partial(on_every_device, in_specs=of_losses, out_specs=images))
-        return jax.jit(
-            self._traced(step),
-            in_shardings=(self.replicated, NamedSharding(self.mesh, images)),
-            out_shardings=(self.replicated, self.replicated),
-            donate_argnums=0,
-        )
+        shardings = self.replicated, NamedSharding(self.mesh, images)
+        return jax.jit(self._traced(step), in_shardings=shardings, out_shardings=self.replicated, donate_argnums=0)
 
     @cached_property
     def detect(self) -> Callable[[dict[str, PyTree], Inputs], Detections]:
@@ -196,12 +182,9 @@ class Driver:
 
         if self.config.parallel == "pmap":
             mapped = jax.pmap(one_device, axis_name=AXIS, in_axes=(None, 0), devices=list(self.mesh.devices.flat))
-            return lambda variables, inputs: jax.tree.map(
-                lambda x: x.reshape(-1, *x.shape[2:]), mapped(variables, inputs)
-            )
-        return jax.jit(
-            jax.shard_map(one_device, mesh=self.mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS), check_vma=False)
-        )
+            return lambda *arguments: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), mapped(*arguments))
+        specs = {"in_specs": (P(), P(AXIS)), "out_specs": P(AXIS)}
+        return jax.jit(jax.shard_map(one_device, mesh=self.mesh, **specs, check_vma=False))
 
 
 def local_rows(batch: PyTree) -> PyTree:

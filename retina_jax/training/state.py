@@ -16,12 +16,9 @@ from retina_jax.losses.total import EMA_START
 
 @flax.struct.dataclass
 class TrainState:
-    """State of a run after `step` steps. The data order is a function of the step, so nothing else is needed to resume.
+    """State of a run after `step` steps. The data order is a function of the step, so nothing else is needed to resume."""
 
-    Leaves are arrays, or shardings or shapes in their place, so they are not typed.
-    """
-
-    step: Any
+    step: Any  # an array, or a sharding or shape in its place
     """Steps taken, int32 []."""
     params: PyTree
     """Trained parameters, float32."""
@@ -60,7 +57,7 @@ class AveragedState(TrainState):
 
     @property
     def everything(self) -> dict[str, PyTree]:
-        """As in TrainState, with the averages."""
+        """As in TrainState, plus the averages."""
         return {**self.variables, "ema": self.ema}
 
     def detector(self, parameters: Literal["ema", "raw"] = "ema") -> dict[str, PyTree]:
