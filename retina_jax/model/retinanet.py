@@ -12,6 +12,8 @@ from retina_jax.model.fpn import FPN
 from retina_jax.model.layers import Conv, Norm, relu
 from retina_jax.model.resnet import ResNet
 
+Images = UInt8[Array, "B H W 3"] | Float32[Array, "B H W 3"]
+
 
 class Outputs(NamedTuple):
     """Output for every anchor, ordered by level (finest first), row, column, anchor of the cell."""
@@ -37,12 +39,7 @@ class RetinaNet(nn.Module):
     """Named axis over which norm "batch" takes its statistics; None if the batch is the global one (jit)."""
 
     @nn.compact
-    def __call__(
-        self,
-        images: UInt8[Array, "B H W 3"] | Float32[Array, "B H W 3"],
-        image_sizes: Int[Array, "B 2"],
-        train: bool = False,
-    ) -> Outputs:
+    def __call__(self, images: Images, image_sizes: Int[Array, "B 2"], train: bool = False) -> Outputs:
         """Logits and deltas of all anchors, in the precision of the convolutions.
 
         Args:
@@ -96,9 +93,7 @@ STATISTICS = {
 
 
 def normalise(
-    images: UInt8[Array, "B H W 3"] | Float32[Array, "B H W 3"],
-    image_sizes: Int[Array, "B 2"],
-    kind: Literal["detectron", "detectron2", "imagenet"],
+    images: Images, image_sizes: Int[Array, "B 2"], kind: Literal["detectron", "detectron2", "imagenet"]
 ) -> Float[Array, "B H W 3"]:
     """RGB images, 0 to 255, to float32 network input: (x - mean) / std per channel, in the channel order of `kind`.
 

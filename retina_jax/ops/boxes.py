@@ -1,4 +1,4 @@
-"""Boxes: overlap, the R-CNN parameterisation, clipping and scaling.
+"""Boxes: overlap, the R-CNN parameterisation and clipping.
 
 A box is (x1, y1, x2, y2) in pixels, continuous and half-open: its width is x2 - x1, without the "+1" of Detectron's
 inclusive pixels. Functions are elementwise over leading dimensions (except `iou_matrix`) and compute in the dtype of
@@ -10,6 +10,8 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
+
+Boxes = Float[Array | np.ndarray, "*N 4"]
 
 MAX_LOG_SCALE = math.log(1000 / 16)
 """Largest dw and dh that `decode` applies: a side of 62.5 times the anchor's. Detectron's BBOX_XFORM_CLIP."""
@@ -32,7 +34,7 @@ def iou_matrix(
     return _ratio(intersection, area_a + area_b - intersection)
 
 
-def giou(a_xyxy: Float[Array | np.ndarray, "*N 4"], b_xyxy: Float[Array | np.ndarray, "*N 4"]) -> Float[Array, "*N"]:
+def giou(a_xyxy: Boxes, b_xyxy: Boxes) -> Float[Array, "*N"]:
     """Generalised IoU of each a with its b, in [-1, 1]: IoU - (hull - union) / hull (Rezatofighi et al. 2019).
 
     The hull is the smallest box around both. Value and gradient are finite for boxes without area: a ratio over an area of
@@ -46,9 +48,7 @@ def giou(a_xyxy: Float[Array | np.ndarray, "*N 4"], b_xyxy: Float[Array | np.nda
     return _ratio(intersection, union) - _ratio(hull - union, hull)
 
 
-def encode(
-    boxes_xyxy: Float[Array | np.ndarray, "*N 4"], anchors_xyxy: Float[Array | np.ndarray, "*N 4"]
-) -> Float[Array, "*N 4"]:
+def encode(boxes_xyxy: Boxes, anchors_xyxy: Boxes) -> Float[Array, "*N 4"]:
     """Box deltas (dx, dy, dw, dh) from each anchor to its box (R-CNN, Girshick et al. 2014, appendix C; weights 1).
 
     dx = (box centre - anchor centre) / anchor width, dw = log(box width / anchor width); dy, dh alike.
@@ -64,9 +64,7 @@ def encode(
     return jnp.stack([dx, dy, jnp.log(width / anchor_width), jnp.log(height / anchor_height)], axis=-1)
 
 
-def decode(
-    deltas: Float[Array | np.ndarray, "*N 4"], anchors_xyxy: Float[Array | np.ndarray, "*N 4"]
-) -> Float[Array, "*N 4"]:
+def decode(deltas: Boxes, anchors_xyxy: Boxes) -> Float[Array, "*N 4"]:
     """Boxes from box deltas; the inverse of `encode` while dw, dh <= log(1000 / 16).
 
     Larger dw and dh count as log(1000 / 16), with gradient 0 (Detectron), so an untrained network cannot overflow the
@@ -74,32 +72,21 @@ def decode(
     """
     dx, dy, dw, dh = jnp.moveaxis(jnp.asarray(deltas), -1, 0)
     anchor_x, anchor_y, anchor_width, anchor_height = _centre_and_size(anchors_xyxy)
-    centre_x, centre_y = anchor_x + dx * anchor_width, anchor_y + dy * anchor_height
+    x, y = anchor_x + dx * anchor_width, anchor_y + dy * anchor_height
     half_width = 0.5 * anchor_width * jnp.exp(jnp.minimum(dw, MAX_LOG_SCALE))
     half_height = 0.5 * anchor_height * jnp.exp(jnp.minimum(dh, MAX_LOG_SCALE))
-    return jnp.stack(
-        [centre_x - half_width, centre_y - half_height, centre_x + half_width, centre_y + half_height], axis=-1
-    )
+    return jnp.stack([x - half_width, y - half_height, x + half_width, y + half_height], axis=-1)
 
 
-def clip(boxes_xyxy: Float[Array | np.ndarray, "*N 4"], size_hw: Num[Array | np.ndarray, "2"]) -> Float[Array, "*N 4"]:
+def clip(boxes_xyxy: Boxes, size_hw: Num[Array | np.ndarray, "2"]) -> Float[Array, "*N 4"]:
     """Boxes clipped to an image of (height, width): x in [0, width], y in [0, height].
 
     A box completely outside becomes a box without area on the border.
     """
     boxes_xyxy = jnp.asarray(boxes_xyxy)
     height, width = jnp.asarray(size_hw).astype(boxes_xyxy.dtype)
-    return jnp.clip(boxes_xyxy, 0.0, _along_last(jnp.stack([width, height, width, height]), boxes_xyxy.ndim))
-
-
-def rescale(
-    boxes_xyxy: Float[Array | np.ndarray, "*N 4"], scale_xy: Float[Array | np.ndarray, "2"]
-) -> Float[Array, "*N 4"]:
-    """Boxes with x multiplied by scale_xy[0] and y by scale_xy[1]. The scales of a resized image differ by axis, because
-    its sides are rounded to whole pixels."""
-    boxes_xyxy = jnp.asarray(boxes_xyxy)
-    x, y = jnp.asarray(scale_xy).astype(boxes_xyxy.dtype)
-    return boxes_xyxy * _along_last(jnp.stack([x, y, x, y]), boxes_xyxy.ndim)
+    limits = jnp.stack([width, height, width, height]).reshape((1,) * (boxes_xyxy.ndim - 1) + (4,))
+    return jnp.clip(boxes_xyxy, 0.0, limits)
 
 
 def _area(x1: Array, y1: Array, x2: Array, y2: Array) -> Array:
@@ -115,10 +102,6 @@ def _ratio(numerator: Array, denominator: Array) -> Array:
 def _centre_and_size(boxes_xyxy: Array | np.ndarray) -> tuple[Array, Array, Array, Array]:
     x1, y1, x2, y2 = jnp.moveaxis(jnp.asarray(boxes_xyxy), -1, 0)
     return 0.5 * (x1 + x2), 0.5 * (y1 + y2), x2 - x1, y2 - y1
-
-
-def _along_last(four: Array, ndim: int) -> Array:
-    return four.reshape((1,) * (ndim - 1) + (4,))
 
 
 def rounded(numbers: Float[Array, "*n"]) -> Float[Array, "*n"]:

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Float32, Int, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int, PyTree
 
 from retina_jax.config import Config
 from retina_jax.losses.total import denominator, image_losses, image_weights
-from retina_jax.model.retinanet import RetinaNet
+from retina_jax.model.retinanet import Images, RetinaNet
 from retina_jax.ops.anchors import anchor_grid
 from retina_jax.training.optimizer import skipped_update
 from retina_jax.training.state import AveragedState, TrainState
@@ -29,7 +29,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Inputs(NamedTuple):
     """The fields of a batch that are sent to the devices. Boxes are in padded-image pixels; padded rows have label -1."""
 
-    images: UInt8[Array, "B H W 3"] | Float32[Array, "B H W 3"]
+    images: Images
     image_sizes: Int[Array, "B 2"]
     boxes_xyxy: Float[Array, "B G 4"]
     labels: Int[Array, "B G"]

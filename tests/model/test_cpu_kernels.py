@@ -1,4 +1,4 @@
-"""The switch of the CPU kernels: it is read when a program is traced; without kernels a program has no branch by platform."""
+"""The switch of the CPU kernels: it is read when a program is traced, and programs without kernels have no branch."""
 
 from collections.abc import Callable
 
