@@ -17,10 +17,10 @@ from jaxtyping import Array, Float, Float32, Int
 
 from retina_jax.config import LossConfig
 from retina_jax.cpu import on_cpu, tiles
-from retina_jax.losses.focal import classification_loss, targets
+from retina_jax.losses.focal import Labels, Logits, classification_loss, targets
 
 SummedLoss = Callable[[Float[Array, "B A K"], Int[Array, "B A"]], Float32[Array, " B"]]
-Logits = Float32[Array, "*N"]
+Numbers = Float32[Array, "*N"]
 
 LOG1P_OVER_E = (0.9999999810, 0.8671934953, 0.1237643049), (1.0, 1.3671915485, 0.4740588776, 0.0310945460)
 """Coefficients of a numerator and a denominator, constant terms first, whose quotient is within 2e-8 of log(1 + e) / e for
@@ -66,20 +66,20 @@ def value_and_gradient(config: LossConfig) -> tiles.ValueAndGradient:
     plain, curve = classification_loss(config), _curve(config)
     foreground, background = (1.0, 1.0) if config.kind == "cross_entropy" else (config.alpha, 1.0 - config.alpha)
 
-    def fast(logits: Float[Array, "*N K"], labels: Int[Array, "*N"]) -> tuple[Array, Array]:
+    def fast(logits: Logits, labels: Labels) -> tuple[Array, Array]:
         y, alpha_t = targets(logits, labels, foreground, background)
         x = logits.astype(jnp.float32)
         value, slope = curve(y * x, jnp.abs(x), alpha_t)
         return value, (slope * y).astype(logits.dtype)
 
-    def by_autodiff(logits: Float[Array, "*N K"], labels: Int[Array, "*N"]) -> tuple[Array, Array]:
+    def by_autodiff(logits: Logits, labels: Labels) -> tuple[Array, Array]:
         values, pull_back = jax.vjp(lambda logits: plain(logits, labels), logits)
         return values, pull_back(jnp.ones_like(values))[0]
 
     return fast if curve else by_autodiff
 
 
-def _curve(config: LossConfig) -> Callable[[Logits, Logits, Logits], tuple[Logits, Logits]] | None:
+def _curve(config: LossConfig) -> Callable[[Numbers, Numbers, Numbers], tuple[Numbers, Numbers]] | None:
     """(x_t, |x_t|, alpha_t) -> (loss, its derivative by x_t). |x_t| = |x| is known without the labels."""
     return {
         "cross_entropy": partial(_focal, gamma=0.0),
@@ -90,7 +90,7 @@ def _curve(config: LossConfig) -> Callable[[Logits, Logits, Logits], tuple[Logit
     }.get(config.kind)
 
 
-def _focal(x_t: Logits, magnitude: Logits, alpha_t: Logits, *, gamma: float) -> tuple[Logits, Logits]:
+def _focal(x_t: Numbers, magnitude: Numbers, alpha_t: Numbers, *, gamma: float) -> tuple[Numbers, Numbers]:
     """Equations 5 and 10, with q_t = 1 - p_t: dFL/dx_t = alpha_t q_t^gamma (gamma p_t log(p_t) - q_t)."""
     positive, e = x_t >= 0, jnp.exp(-magnitude)  # e <= 1: it cannot overflow
     log_sum = _log1p(e)
@@ -104,14 +104,14 @@ def _focal(x_t: Logits, magnitude: Logits, alpha_t: Logits, *, gamma: float) -> 
     return value, -(gamma * (1.0 - q_t) * value + alpha_t * power * q_t)
 
 
-def _focal_star(x_t: Logits, _: Logits, alpha_t: Logits, *, gamma: float, beta: float) -> tuple[Logits, Logits]:
+def _focal_star(x_t: Numbers, _: Numbers, alpha_t: Numbers, *, gamma: float, beta: float) -> tuple[Numbers, Numbers]:
     """Equations 8 and 11: cross entropy of gamma x_t + beta, divided by gamma."""
     shifted = gamma * x_t + beta
     value, slope = _focal(shifted, jnp.abs(shifted), alpha_t / gamma, gamma=0.0)
     return value, slope * gamma
 
 
-def _hinge(x_t: Logits, magnitude: Logits, alpha_t: Logits, *, margin: float) -> tuple[Logits, Logits]:
+def _hinge(x_t: Numbers, magnitude: Numbers, alpha_t: Numbers, *, margin: float) -> tuple[Numbers, Numbers]:
     """alpha_t max(0, margin - p_t). p_t is a / (1 + e) with e = exp(-|x_t|) and a = 1 or e."""
     positive, e = x_t >= 0, jnp.exp(-magnitude)
     a = jnp.where(positive, 1.0, e)
@@ -122,7 +122,7 @@ def _hinge(x_t: Logits, magnitude: Logits, alpha_t: Logits, *, margin: float) ->
     return alpha_t * jnp.where(p_t < margin, margin - p_t, 0.0), slope
 
 
-def _log1p(e: Logits) -> Logits:
+def _log1p(e: Numbers) -> Numbers:
     """log(1 + e) for e from 0 to 1. XLA's log1p, which serves all e, takes three times as long on the CPU."""
     numerator, denominator = (functools.reduce(lambda sum, c: sum * e + c, reversed(part)) for part in LOG1P_OVER_E)
     return e * numerator / denominator

@@ -89,7 +89,7 @@ class _Examples(NamedTuple):
         """The anchors that overlap anchor `at`, including itself."""
         overlaps = iou_matrix(self.boxes_xyxy[at][None], self.boxes_xyxy)[0] > self.iou_threshold
         # Including itself by index, because an anchor without area has IoU 0 with itself. A scatter would not be fused.
-        return overlaps | (_index(overlaps) == at)
+        return overlaps | (lax.iota(jnp.int32, overlaps.shape[0]) == at)
 
 
 def _hardest_survivors(examples: _Examples, batch: int) -> Bool[Array, " N"]:
@@ -106,19 +106,16 @@ def _hardest_survivors(examples: _Examples, batch: int) -> Bool[Array, " N"]:
 
 
 class _Walk(NamedTuple):
-    at: Int[Array, ""]
-    """Current anchor."""
+    at: Int[Array, ""]  # current anchor, if `found`
     found: Bool[Array, ""]
-    """Whether there is one."""
     remaining: Float[Array, " N"]
     mined: Bool[Array, " N"]
-    taken: Int[Array, ""]
-    """Number of anchors mined by this loop."""
+    taken: Int[Array, ""]  # number of anchors mined by this loop
 
 
 def _one_to_three(examples: _Examples, batch: int, *, filled: bool) -> Bool[Array, " N"]:
     positive = examples.positive
-    index = _index(positive)
+    index = lax.iota(jnp.int32, positive.shape[0])
 
     def go(remaining: Array, pool: Array | bool, mined: Array, taken: Array) -> _Walk:
         """Moves to the hardest remaining anchor of the pool."""
@@ -166,7 +163,3 @@ def _hardest(remaining: Float[Array, " N"]) -> tuple[Int[Array, ""], Bool[Array,
     row = jnp.argmax(rows.max(axis=1))
     column = jnp.argmax(rows[row])
     return row * ROW + column, rows[row, column] > -jnp.inf
-
-
-def _index(of: Array) -> Int[Array, " N"]:
-    return lax.iota(jnp.int32, of.shape[0])

@@ -79,14 +79,11 @@ def _paper_cell(stride: int, anchors: AnchorConfig) -> Float64[np.ndarray, "a 4"
 
 
 def _detectron_cell(stride: int, anchors: AnchorConfig) -> Float64[np.ndarray, "a 4"]:
-    ratios = [r for r in anchors.ratios if r >= 1] + [r for r in anchors.ratios if r < 1]
     sizes = []
-    for scale in anchors.scales:
-        for ratio in ratios:
-            width = np.round(math.sqrt(stride * stride / ratio))
-            height = np.round(width * ratio)
-            sizes.append((width * anchors.size_factor * scale, height * anchors.size_factor * scale))
-    return _around_origin(sizes)
+    for ratio in sorted(anchors.ratios, key=lambda ratio: ratio < 1):  # stable: ratios from 1 upwards first
+        width = np.round(math.sqrt(stride * stride / ratio))
+        sizes.append((width * anchors.size_factor, np.round(width * ratio) * anchors.size_factor))
+    return _around_origin([(width * scale, height * scale) for scale in anchors.scales for width, height in sizes])
 
 
 def _torchvision_cell(stride: int, anchors: AnchorConfig) -> Float64[np.ndarray, "a 4"]:
