@@ -26,7 +26,7 @@ have a single D, so they have no `minibatch`.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,8 @@ from retina_jax.losses.fused import summed, value_and_gradient
 from retina_jax.losses.mining import mine
 from retina_jax.losses.regression import box_loss
 from retina_jax.ops.matching import IGNORED, Matches, match
+
+Normaliser = Literal["per_image", "per_device", "global", "ema"]
 
 EMA_START = 100.0
 """Positive anchors per shard that the running mean of normaliser `ema` starts from (detectron2)."""
@@ -113,7 +115,9 @@ def _mined_labels(
     return jnp.where(mined, labels, IGNORED)
 
 
-def image_weights(counts: Float32[Array, " B"], scope: str, *, batch_size: int, shards: int) -> Float32[Array, " B"]:
+def image_weights(
+    counts: Float32[Array, " B"], scope: Normaliser, *, batch_size: int, shards: int
+) -> Float32[Array, " B"]:
     """w_i of the given images for normaliser `scope`, from their `counts` n_i.
 
     The images are the global batch (B = batch_size) or one or more complete shards of it (B = batch_size / shards); the
@@ -125,19 +129,17 @@ def image_weights(counts: Float32[Array, " B"], scope: str, *, batch_size: int, 
         raise ConfigError(
             f"data.batch_size: {batch_size} ({images} images here) does not divide evenly into {shards} shards"
         )
-    if scope in ("global", "ema"):
-        return jnp.ones_like(counts)
     if scope == "per_image":
         return 1.0 / (jnp.maximum(counts, 1.0) * batch_size)
     if scope == "per_device":
         per_shard = batch_size // shards
         of_shard = counts.reshape(-1, per_shard).sum(axis=1)
         return jnp.repeat(1.0 / (jnp.maximum(of_shard, 1.0) * shards), per_shard)
-    raise ValueError(f"unknown normaliser {scope!r}")
+    return jnp.ones_like(counts)
 
 
 def denominator(
-    total_positives: Float32[Array, ""], scope: str, ema: Float32[Array, ""], *, shards: int
+    total_positives: Float32[Array, ""], scope: Normaliser, ema: Float32[Array, ""], *, shards: int
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """(D, new ema) for normaliser `scope`, from the positive anchors of the global batch over all devices.
 
@@ -147,9 +149,7 @@ def denominator(
     """
     if scope == "global":
         return jnp.maximum(total_positives, 1.0), ema
-    if scope in ("per_image", "per_device"):
-        return jnp.ones((), jnp.float32), ema
     if scope == "ema":
         ema = EMA_MOMENTUM * ema + (1.0 - EMA_MOMENTUM) * jnp.maximum(total_positives / shards, 1.0)
         return ema * shards, ema
-    raise ValueError(f"unknown normaliser {scope!r}")
+    return jnp.ones((), jnp.float32), ema

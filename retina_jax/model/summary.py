@@ -85,16 +85,12 @@ def parameter_counts(variables: Mapping[str, Any]) -> dict[str, tuple[int, int]]
     `variables` are the collections of the network, as arrays or shapes. Means and variances of frozen BatchNorm count as
     frozen; running statistics (`stats`) are not parameters.
     """
-    sizes = {
-        collection: {path: math.prod(leaf.shape) for path, leaf in flatten_dict(variables[collection], sep="/").items()}
-        for collection in ("params", "frozen")
-        if collection in variables
-    }
-
-    def count(collection: str, prefix: str) -> int:
-        return sum(size for path, size in sizes.get(collection, {}).items() if path.startswith(prefix + "/"))
-
-    return {part: (count("params", prefix), count("frozen", prefix)) for prefix, part in PARTS.items()}
+    counts = {part: [0, 0] for part in PARTS.values()}
+    for column, collection in enumerate(("params", "frozen")):
+        for path, leaf in flatten_dict(variables.get(collection, {}), sep="/").items():
+            part = next(part for prefix, part in PARTS.items() if path.startswith(prefix + "/"))
+            counts[part][column] += math.prod(leaf.shape)
+    return {part: (trained, frozen) for part, (trained, frozen) in counts.items()}
 
 
 def parameter_table(variables: Mapping[str, Any]) -> str:
