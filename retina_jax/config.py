@@ -368,5 +368,8 @@ class Config:
     """Driver of the step over the devices: jit over a data mesh, or pmap."""
     devices: int = 0
     """Devices used, over all hosts; 0: all there are. data.batch_size is a multiple of it."""
+    cpu_kernels: bool = True
+    """Use the convolutions and the loss written for XLA's CPU backend (retina_jax/cpu), where the backend is the CPU. They
+    are faster, and equal to the plain ones up to rounding."""
     seed: int = 0
     """Seed of the initial weights, the data order and the augmentation."""

@@ -61,6 +61,7 @@ FREE_TO_CHANGE = (
     "detection.tta_short_sides",
     "parallel",
     "devices",
+    "cpu_kernels",
 )
 
 

@@ -36,7 +36,7 @@ from retina_jax.data.transforms import (
 from retina_jax.ops.nms import nms
 from retina_jax.runs.folder import read_run
 from retina_jax.training.checkpoints import Checkpoints, Step
-from retina_jax.training.parallel import Driver, own_rows
+from retina_jax.training.parallel import Driver, local_rows
 from retina_jax.training.restore import load_variables
 from retina_jax.training.state import TrainState
 from retina_jax.training.step import Inputs
@@ -105,7 +105,7 @@ class Detector:
                     raise ValueError(
                         f"image {number}: {image.dtype} of shape {image.shape}; detect takes uint8 arrays [h, w, 3]"
                     )
-            rows = -(-len(group) // self.driver.shards) * self.driver.shards
+            rows = -(-len(group) // self.driver.num_devices) * self.driver.num_devices
             batches = (to_canvas(group, data, rows) for data in sizes(self.config))
             merged = self.merged(self.detect_batches(batches, [image.shape[:2] for image in group]))
             found += [merged[row] for row in range(len(group))]
@@ -123,7 +123,11 @@ class Detector:
         for plain in batches:
             for flipped in (False, True)[: 1 + self.config.detection.tta_flip]:
                 batch = mirrored(plain) if flipped else plain
-                running = (batch, self.driver.detect(self.variables, self.driver.place(Inputs.of(batch))), flipped)
+                running = (
+                    batch,
+                    self.driver.detect(self.variables, self.driver.shard_batch(Inputs.of(batch))),
+                    flipped,
+                )
                 if previous is not None:
                     yield from self._read(*previous, sizes_hw)
                 previous = running
@@ -154,7 +158,7 @@ class Detector:
     def _read(
         self, batch: Batch, detections: Any, flipped: bool, sizes_hw: Sequence[tuple[int, int]]
     ) -> Iterator[tuple[int, ImageDetections]]:
-        boxes, scores, labels = own_rows((detections.boxes_xyxy, detections.scores, detections.labels))
+        boxes, scores, labels = local_rows((detections.boxes_xyxy, detections.scores, detections.labels))
         for row in np.flatnonzero(batch.valid):
             index, kept = int(batch.indices[row]), labels[row] >= 0
             height, width = sizes_hw[index]
@@ -240,7 +244,7 @@ def load_detector(
         config = validate(override(config, size))
     driver = Driver(config, len(saved.class_names))
     if imported is not None:
-        return Detector(driver, driver.place_state(imported.variables), imported.class_names, imported.category_ids)
+        return Detector(driver, driver.replicate(imported.variables), imported.class_names, imported.category_ids)
     folder = Path(source) / "checkpoints"
     if not folder.is_dir():
         raise ConfigError(f"--workdir {source}: its run has saved no checkpoint yet")

@@ -55,7 +55,7 @@ def evaluate(
     """
     ids = category_ids(run.categories, source, f"data.val_annotations {source.name}")
     in_data = np.array([category_id is not None for category_id in ids], bool)
-    training, shards = run.config.training, detector.driver.shards
+    training, shards = run.config.training, detector.driver.num_devices
     limit = min(training.eval_images or len(source), len(source))
     batch_size = -(-(training.eval_batch_size or run.config.data.batch_size) // shards) * shards
     original_sizes = [(record.height, record.width) for record in source.records]

@@ -81,7 +81,9 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
         training_lock(workdir),
         Checkpoints(workdir / "checkpoints", keep) as checkpoints,
     ):
-        run = open_run(workdir, config, source.class_names, source.category_ids, source.sha256, driver.parts, changes)
+        run = open_run(
+            workdir, config, source.class_names, source.category_ids, source.sha256, driver.num_microbatches, changes
+        )
         state, origin = restore_or_init(driver, run, checkpoints, missing)
         tell(f"{parameter_table(state.variables)}\n{origin}")
         if short := unreached(config):
@@ -101,7 +103,7 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
                     interruption.check(step - 1)
                     batch = next(batches)
                 waited = time.monotonic() - asked
-                state, measured = take_step(state, driver.place(Inputs.of(batch)))
+                state, measured = take_step(state, driver.shard_batch(Inputs.of(batch)))
                 profiler.end(step, measured)
                 metrics.add(step, measured, [source.records[i].image_id for i in batch.indices], waited)
                 last = step == training.steps

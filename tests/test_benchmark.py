@@ -163,8 +163,8 @@ def test_the_networks_benchmarks_run(name: str) -> None:
 def test_detection_finds_as_many_scores_as_it_says() -> None:
     task = replace(TASK, name="detect", size="128")
     driver = network.Driver(network.config_of(task), 3)
-    variables = network.variables_with_scores(driver, driver.place(network.inputs_of(task)), 1)
-    logits, _ = driver.model.apply(variables, *driver.place(network.inputs_of(task))[:2])
+    variables = network.variables_with_scores(driver, driver.shard_batch(network.inputs_of(task)), 1)
+    logits, _ = driver.model.apply(variables, *driver.shard_batch(network.inputs_of(task))[:2])
     assert (jax.nn.sigmoid(logits) >= 0.0499).sum() == pytest.approx(network.SCORES_ABOVE, abs=2)
 
 

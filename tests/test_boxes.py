@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retina_jax.ops.boxes import MAX_LOG_SCALE, clip, decode, encode, giou, iou_matrix, rescale
+from retina_jax.ops.boxes import MAX_LOG_SCALE, clip, decode, encode, giou, iou_matrix
 
 DEGENERATE = [
     [0.0, 0.0, 0.0, 0.0],  # padding
@@ -134,8 +134,3 @@ def test_clip_keeps_both_borders_of_a_tall_image() -> None:
     clipped = clip(boxes, jnp.array([800, 600], jnp.int32))
     expected = [[0, 0, 600, 800], [0, 0, 600, 800], [10, 20, 30, 40], [600, 10, 600, 20]]
     np.testing.assert_array_equal(clipped, expected)
-
-
-def test_rescale_takes_each_axis_its_own_way() -> None:
-    boxes = array([1, 2, 3, 4])[None]
-    np.testing.assert_array_equal(rescale(boxes, jnp.array([2.0, 10.0])), [[[2, 20, 6, 40]]])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retina_jax.config import AnchorConfig, DataConfig, DetectionConfig, ModelConfig
+from retina_jax.config import AnchorConfig, Config, ConfigError, DataConfig, DetectionConfig, ModelConfig
+from retina_jax.config_checks import validate
+from retina_jax.config_io import from_dict, override, to_dict
 from retina_jax.data.transforms import buckets, exact_canvas, resize, resized_size, to_canvas_pixels, to_original_pixels
 from retina_jax.detector import to_canvas
 from retina_jax.model.retinanet import normalise
@@ -133,3 +137,40 @@ def test_whole_boxes_are_suppressed_where_detectron2_clips_afterwards() -> None:
     assert after.labels[0].tolist() == [0, 0, 0, -1, -1]
     assert (np.diff(np.asarray(after.scores[0])) <= 0).all()
     np.testing.assert_array_equal(after.boxes_xyxy[0, 3:], 0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model.min_level", 1),
+        ("model.min_level", 6),
+        ("model.max_level", 4),
+        ("model.stage_blocks", (1, 1, 1)),
+        ("model.stage_blocks", (1, 0, 1, 1)),
+        ("model.frozen_stages", 6),
+        ("model.prior", 0.0),
+        ("model.prior", 1.0),
+        ("model.prior", -0.1),
+        ("anchors.scales", ()),
+        ("anchors.ratios", (0.0,)),
+        ("anchors.size_factor", -1.0),
+        ("loss.kind", "logistic"),
+        ("loss.box", "l2"),
+        ("loss.beta", -0.1),
+        ("loss.normaliser", "median"),
+        ("loss.mining_batch", 0),
+    ],
+)
+def test_impossible_values_of_the_method_are_refused_by_name(field: str, value: object) -> None:
+    values, (section, name) = to_dict(Config()), field.split(".")
+    values[section][name] = value
+    with pytest.raises(ConfigError, match=rf"{re.escape(field)}\b"):
+        validate(from_dict(values))
+
+
+def test_impossible_combinations_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"loss\.gamma\b"):
+        validate(override(Config(), {"loss.kind": "focal_star", "loss.gamma": 0.0}))
+    for kind in ("ohem_1_3", "ohem_1_3_strict"):
+        with pytest.raises(ConfigError, match=r"loss\.mining_batch\b"):
+            validate(override(Config(), {"loss.mining": kind, "loss.mining_batch": 3}))

@@ -47,7 +47,7 @@ inputs = Inputs(
 )
 state = driver.init_state()
 begun = time.monotonic()
-state, metrics = driver.step(state, driver.place(inputs))
+state, metrics = driver.step(state, driver.shard_batch(inputs))
 found = {key: float(value) for key, value in jax.device_get(metrics).items()}
 print(json.dumps({
     **found, "shape": [height, width], "step": int(state.step), "seconds": time.monotonic() - begun,

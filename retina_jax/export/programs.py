@@ -12,6 +12,7 @@ import numpy as np
 from jax import export, lax
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
+from retina_jax import cpu
 from retina_jax.config import DataConfig
 from retina_jax.data.pipeline import LARGE
 from retina_jax.data.transforms import buckets, exact_canvas
@@ -79,7 +80,8 @@ def _detect(detector: Detector, shape: tuple[int, int]) -> Any:
         resized_hw: Int[Array, "b 2"],
         size_hw: Int[Array, "b 2"],
     ) -> tuple[Float32[Array, "b D 4"], Float32[Array, "b D"], Int[Array, "b D"]]:
-        logits, deltas = model.apply(jax.tree.unflatten(structure, parameters), images, resized_hw, train=False)
+        with cpu.kernels(config.cpu_kernels):  # whatever the backend here: the program also runs on the CPU
+            logits, deltas = model.apply(jax.tree.unflatten(structure, parameters), images, resized_hw, train=False)
         found = detect(logits, deltas, jnp.asarray(anchors), counts, resized_hw, config.detection)
         # To pixels of the original images, as in evaluation, and clipped to them.
         before, after = (jnp.tile(size[:, ::-1], 2)[:, None].astype(jnp.float32) for size in (size_hw, resized_hw))

@@ -1,1 +1,1 @@
-"""Losses (Sections 3 and 4.1): of the classes, of the boxes, and their sum over an image."""
+"""Losses (Sections 3 and 4.1): classification, box regression, mining, and the sum over an image."""

@@ -1,76 +1,128 @@
-"""The classification loss summed over an image, its gradient made beside it in one pass over the logits.
+"""The losses of `retina_jax.losses.focal` in the form that training uses: value and gradient together, in one pass.
 
-The loss of every logit is never in memory, nor is anything else of the logits' size but their gradient, which keeps their
-precision; sums are float32. On the CPU the pass goes tile by tile, each small enough for the second-level cache: XLA makes
-several loops of it, which would else read and write main memory each. There the gradient takes the logits' place, a tile
-at a time, so that a training step has no memory for it beside them.
+The derivatives are written out (Appendix B), and sigmoid and logarithms share one exponential. The losses are summed
+over each image at once, so the only array of the logits' size in memory is their gradient, in their precision. Sums are
+float32. On the CPU the pass runs in tiles (`retina_jax.cpu.tiles`).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
-from retina_jax.losses.focal import ClassificationLoss
+from retina_jax.config import LossConfig
+from retina_jax.cpu import on_cpu, tiles
+from retina_jax.losses.focal import Labels, Logits, classification_loss, targets
 
 SummedLoss = Callable[[Float[Array, "B A K"], Int[Array, "B A"]], Float32[Array, " B"]]
+Numbers = Float32[Array, "*N"]
 
-TILE = 2**15
-"""Logits of a tile: 128 KiB in float32."""
+LOG1P_OVER_E = (0.9999999810, 0.8671934953, 0.1237643049), (1.0, 1.3671915485, 0.4740588776, 0.0310945460)
+"""Coefficients of a numerator and a denominator, constant terms first, whose quotient is within 2e-8 of log(1 + e) / e for
+e from 0 to 1 (least squares with higher weights where the error is largest)."""
 
 
-def summed(loss: ClassificationLoss) -> SummedLoss:
-    """`loss` summed over the anchors and classes of each image; the same value and gradient as plain summing gives, but for
-    the order of additions. It can be differentiated once, in reverse mode."""
+def summed(config: LossConfig) -> SummedLoss:
+    """The loss named by `loss.kind`, summed over the anchors and classes of each image: [B A K], [B A] -> [B].
+
+    Value and gradient equal those of the plain sum except for the order of the additions. It can be differentiated once,
+    in reverse mode.
+    """
+    loss = value_and_gradient(config)
 
     @jax.custom_vjp
     def total(logits: Float[Array, "B A K"], labels: Int[Array, "B A"]) -> Float32[Array, " B"]:
-        return loss(logits, labels).sum(axis=(1, 2))
+        return loss(logits, labels)[0].sum(axis=(1, 2))
 
     def forward(logits: Float[Array, "B A K"], labels: Int[Array, "B A"]) -> tuple[Array, Array]:
-        return lax.platform_dependent(logits, labels, cpu=partial(_in_tiles, loss), default=partial(_at_once, loss))
+        return sums_and_gradient(loss, logits, labels)
 
-    def backward(gradient: Float[Array, "B A K"], of_total: Float32[Array, " B"]) -> tuple[Array, None]:
-        return (gradient.astype(jnp.float32) * of_total[:, None, None]).astype(gradient.dtype), None
+    def backward(gradient: Float[Array, "B A K"], of_sums: Float32[Array, " B"]) -> tuple[Array, None]:
+        return (gradient.astype(jnp.float32) * of_sums[:, None, None]).astype(gradient.dtype), None
 
     total.defvjp(forward, backward)
     return total
 
 
-def _at_once(
-    loss: ClassificationLoss, logits: Float[Array, "B A K"], labels: Int[Array, "B A"]
+@on_cpu(tiles.sums_and_gradient)
+def sums_and_gradient(
+    loss: tiles.ValueAndGradient, logits: Float[Array, "B A K"], labels: Int[Array, "B A"]
 ) -> tuple[Float32[Array, " B"], Float[Array, "B A K"]]:
-    values, pull_back = jax.vjp(lambda logits: loss(logits, labels), logits)
-    return values.sum(axis=(1, 2)), pull_back(jnp.ones_like(values))[0]
+    """(loss summed over the anchors and classes of each image, gradient of the sum by the logits)."""
+    values, gradient = loss(logits, labels)
+    return values.sum(axis=(1, 2)), gradient
 
 
-def _in_tiles(
-    loss: ClassificationLoss, logits: Float[Array, "B A K"], labels: Int[Array, "B A"]
-) -> tuple[Float32[Array, " B"], Float[Array, "B A K"]]:
-    images, anchors, classes = logits.shape
-    rows = max(1, TILE // max(1, classes))
-    whole, rest = divmod(anchors, rows)
+def value_and_gradient(config: LossConfig) -> tiles.ValueAndGradient:
+    """The loss of every logit and its gradient: [... K], [...] -> float32 [... K], [... K] in the logits' precision.
 
-    def make_tile(image: Int[Array, ""], start: int | Int[Array, ""], rows: int, made: tuple[Array, Array]) -> tuple:
-        totals, logits = made
-        own_logits = lax.dynamic_slice(logits, (image, start, 0), (1, rows, classes))
-        own_labels = lax.dynamic_slice(labels, (image, start), (1, rows))
-        values, pull_back = jax.vjp(lambda logits: loss(logits, own_labels), own_logits)
-        (gradient,) = pull_back(jnp.ones_like(values))
-        return totals.at[image].add(values.sum()), lax.dynamic_update_slice(logits, gradient, (image, start, 0))
+    A kind without a fast form takes the formula of `focal.py` and JAX's derivative of it.
+    """
+    plain, curve = classification_loss(config), _curve(config)
+    foreground, background = (1.0, 1.0) if config.kind == "cross_entropy" else (config.alpha, 1.0 - config.alpha)
 
-    def make_image(image: Int[Array, ""], made: tuple[Array, Array]) -> tuple[Array, Array]:
-        if rest:  # first: after the loop XLA would copy what the loop has made
-            made = make_tile(image, whole * rows, rest, made)
-        if not whole:
-            return made
-        return lax.fori_loop(0, whole, lambda tile, made: make_tile(image, tile * rows, rows, made), made)
+    def fast(logits: Logits, labels: Labels) -> tuple[Array, Array]:
+        y, alpha_t = targets(logits, labels, foreground, background)
+        x = logits.astype(jnp.float32)
+        value, slope = curve(y * x, jnp.abs(x), alpha_t)
+        return value, (slope * y).astype(logits.dtype)
 
-    # zeros_like, not zeros: inside a shard_map what is made must vary over the devices as the logits do.
-    start = jnp.zeros_like(logits, jnp.float32, shape=images), logits
-    return lax.fori_loop(0, images, make_image, start)
+    def by_autodiff(logits: Logits, labels: Labels) -> tuple[Array, Array]:
+        values, pull_back = jax.vjp(lambda logits: plain(logits, labels), logits)
+        return values, pull_back(jnp.ones_like(values))[0]
+
+    return fast if curve else by_autodiff
+
+
+def _curve(config: LossConfig) -> Callable[[Numbers, Numbers, Numbers], tuple[Numbers, Numbers]] | None:
+    """(x_t, |x_t|, alpha_t) -> (loss, its derivative by x_t). |x_t| = |x| is known without the labels."""
+    return {
+        "cross_entropy": partial(_focal, gamma=0.0),
+        "balanced_cross_entropy": partial(_focal, gamma=0.0),
+        "focal": partial(_focal, gamma=config.gamma),
+        "focal_star": partial(_focal_star, gamma=config.gamma, beta=config.star_beta),
+        "hinge": partial(_hinge, margin=config.hinge_margin),
+    }.get(config.kind)
+
+
+def _focal(x_t: Numbers, magnitude: Numbers, alpha_t: Numbers, *, gamma: float) -> tuple[Numbers, Numbers]:
+    """Equations 5 and 10, with q_t = 1 - p_t: dFL/dx_t = alpha_t q_t^gamma (gamma p_t log(p_t) - q_t)."""
+    positive, e = x_t >= 0, jnp.exp(-magnitude)  # e <= 1: it cannot overflow
+    log_sum = _log1p(e)
+    q_t = jnp.where(positive, e, 1.0) / (1.0 + e)
+    minus_log_p_t = jnp.where(positive, 0.0, -x_t) + log_sum
+    minus_log_q_t = jnp.where(positive, x_t, 0.0) + log_sum
+    # A power of an integer is a product. Others go through the logarithm, which stays finite at q_t = 0.
+    power = q_t ** int(gamma) if gamma == int(gamma) else jnp.exp(-gamma * minus_log_q_t)
+    value = alpha_t * power * minus_log_p_t
+    # 1 - q_t is inaccurate only for p_t near 0, where the last term outweighs it; p_t would cost another division.
+    return value, -(gamma * (1.0 - q_t) * value + alpha_t * power * q_t)
+
+
+def _focal_star(x_t: Numbers, _: Numbers, alpha_t: Numbers, *, gamma: float, beta: float) -> tuple[Numbers, Numbers]:
+    """Equations 8 and 11: cross entropy of gamma x_t + beta, divided by gamma."""
+    shifted = gamma * x_t + beta
+    value, slope = _focal(shifted, jnp.abs(shifted), alpha_t / gamma, gamma=0.0)
+    return value, slope * gamma
+
+
+def _hinge(x_t: Numbers, magnitude: Numbers, alpha_t: Numbers, *, margin: float) -> tuple[Numbers, Numbers]:
+    """alpha_t max(0, margin - p_t). p_t is a / (1 + e) with e = exp(-|x_t|) and a = 1 or e."""
+    positive, e = x_t >= 0, jnp.exp(-magnitude)
+    a = jnp.where(positive, 1.0, e)
+    p_t = a / (1.0 + e)
+    by_p_t = jnp.where(p_t < margin, -alpha_t, 0.0)
+    by_e = jnp.where(positive, 0.0, by_p_t / (1.0 + e)) - by_p_t * (1.0 + e) ** -2 * a
+    slope = jnp.where(positive, -1.0, 1.0) * (by_e * e)  # de/dx_t is -e for x_t >= 0 and e for x_t < 0
+    return alpha_t * jnp.where(p_t < margin, margin - p_t, 0.0), slope
+
+
+def _log1p(e: Numbers) -> Numbers:
+    """log(1 + e) for e from 0 to 1. XLA's log1p, which serves all e, takes three times as long on the CPU."""
+    numerator, denominator = (functools.reduce(lambda sum, c: sum * e + c, reversed(part)) for part in LOG1P_OVER_E)
+    return e * numerator / denominator

@@ -1,35 +1,31 @@
-"""Online hard example mining (OHEM, Section 5.1 and Table 1d): which anchors of an image its classification loss is of.
+"""Online hard example mining (OHEM, Section 5.1 and Table 1d): the anchors whose classification loss is summed.
 
 "Each example is scored by its loss, non-maximum suppression (nms) is then applied, and a minibatch is constructed with
 the highest-loss examples." In the 1:3 variant, "after applying nms to all examples, the minibatch is constructed to
-enforce a 1:3 ratio between positives and negatives". The rest the paper leaves open, and is decided here:
+enforce a 1:3 ratio between positives and negatives". The paper leaves the rest open; the choices here are:
 
-- An example is an anchor, foreground or background, that is not ignored and whose loss is above 0. One whose loss is 0
-  has nothing to teach: it is not mined, suppresses nothing and earns no negatives.
-- Its score is its classification loss summed over the classes; the lowest index comes first among equals.
-- The suppression is greedy, between the anchors themselves (to a one-stage detector they are what the proposals, before
-  regression, are to OHEM's), blind to classes, foreground and background alike. An IoU of exactly the threshold stays.
-- A minibatch belongs to an image. ohem: its `batch` hardest survivors. ohem_1_3: of the survivors, the batch // 4 hardest
-  positives, or all where there are fewer, and the hardest negatives that fill the minibatch. ohem_1_3_strict: the same
-  positives, and 3 of the hardest negatives per positive taken, or 3 in an image where none is.
-  An image rarely has batch // 4 positives left after NMS. Then the strict ratio alone sets the number of negatives, and the
-  batch size changes nothing, while the paper's rows of 1:3 fall with it (31.1, 28.3, 24.0).
-- The loss is the sum over the minibatch, by default divided by the anchors assigned to a box, mined or not
-  (`retina_jax.losses.total`).
-- A loss that is infinite or NaN is kept out of all this and always in the sum: a diverged network must show.
+- An example is an anchor, foreground or background, that is not ignored and whose loss is above 0.
+- Its score is its classification loss summed over the classes; of equal scores the lowest index comes first.
+- NMS is greedy and class-agnostic, between the anchors themselves (the counterpart of OHEM's proposals). An anchor with an
+  IoU of exactly the threshold stays.
+- The minibatch is per image. ohem: the `batch` hardest survivors. ohem_1_3: of the survivors the batch // 4 hardest
+  positives, or all if there are fewer, and the hardest negatives that fill the minibatch. ohem_1_3_strict: the same
+  positives, and 3 of the hardest negatives per positive, or 3 in an image without one. An image rarely has batch // 4
+  positives after NMS, so with the strict ratio the batch size changes nothing, while the paper's rows of 1:3 fall with it
+  (31.1, 28.3, 24.0).
+- The loss is divided as `retina_jax.losses.total` describes.
+- An infinite or NaN loss takes no part in NMS and is always in the sum, so that a diverged network shows.
 
-The result is exactly that of suppressing among all 100k anchors and then choosing. But the whole suppression has
-thousands of survivors, of which few are wanted:
+The result equals NMS among all 100k anchors followed by the choice, but only the survivors needed are computed:
 
-- ohem walks in the order of the loss and stops when `batch` have survived.
-- ohem_1_3 needs positives that may be at the very end of that walk. But an anchor that is harder than every remaining
-  one it overlaps survives, whatever happens elsewhere. So each positive, hardest first, is decided by climbing: from it
-  to the hardest remaining anchor it overlaps, and on from there, until none is harder. That one survives, what it
-  overlaps is gone, and the next positive is looked at. The negatives are then found by the walk.
+- ohem goes through the anchors by falling loss and stops when `batch` have survived.
+- ohem_1_3 also needs positives from the end of that order. An anchor survives if it is harder than every remaining anchor
+  that it overlaps, whatever happens elsewhere. So for each positive, hardest first, the search climbs to the hardest
+  remaining anchor it overlaps, and from there on, until none is harder. That anchor survives, those that it overlaps are
+  removed, and the next positive follows. The negatives are then found as for ohem.
 
-Each step of a walk or a climb is one row of IoUs and one search for the largest: no A x A matrix, no sort. A positive is
-rarely easier than what it overlaps, so most climbs are no step at all. The longest are up losses that are equal, or rise
-steadily, over the whole image to positives at their foot: thousands of steps.
+Each step is one row of IoUs and one search for the maximum: no A x A matrix, no sort. Most climbs take no step; if losses
+rise steadily over the image they take thousands.
 """
 
 from typing import Literal, NamedTuple
@@ -39,13 +35,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from retina_jax.config import ConfigError
 from retina_jax.ops.boxes import iou_matrix
 
 NEGATIVES = 3
-"""Negatives for each positive in ohem_1_3 and ohem_1_3_strict (SSD)."""
+"""Negatives per positive in ohem_1_3 and ohem_1_3_strict (SSD)."""
 ROW = 512
-"""Anchors are padded to a multiple of this; the largest of them is looked for in rows (`_hardest`)."""
+"""Anchors are padded to a multiple of this, for `_hardest`."""
 
 
 def mine(
@@ -58,25 +53,20 @@ def mine(
     batch: int,
     iou_threshold: float,
 ) -> Bool[Array, " A"]:
-    """The mined anchors of one image: at most `batch`, fewer where fewer survive, beside those without a finite loss.
+    """Mask of the mined anchors of one image: at most `batch` of them, plus those without a finite loss.
 
-    loss is each anchor's over all classes, at least 0; no gradient passes through the choice. positive says which anchors
-    are assigned to a box, taking_part which are not ignored. Raises ConfigError where batch is below 1, or for the 1:3 kinds
-    below 4, which cannot hold a positive and its negatives.
+    Args:
+      loss: of each anchor over all classes, >= 0. No gradient passes through the choice.
+      positive: anchors assigned to a box.
+      taking_part: anchors that are not ignored.
+      batch: at least 1, at least 4 for the 1:3 kinds, which need room for a positive and its negatives.
     """
-    least = {"ohem": 1, "ohem_1_3": 1 + NEGATIVES, "ohem_1_3_strict": 1 + NEGATIVES}
-    if kind not in least:
-        raise ConfigError(f"loss.mining is {kind!r}: it must be none, {', '.join(least)}")
-    if batch < least[kind]:
-        raise ConfigError(f"loss.mining_batch is {batch}: it must be at least {least[kind]} with loss.mining {kind}")
-
     loss = lax.stop_gradient(loss)
     finite = jnp.isfinite(loss)
     padding = -loss.shape[0] % ROW
+    hardness = jnp.where(taking_part & finite & (loss > 0), loss, -jnp.inf)
     examples = _Examples(
-        hardness=jnp.pad(
-            jnp.where(taking_part & finite & (loss > 0), loss, -jnp.inf), (0, padding), constant_values=-jnp.inf
-        ),
+        hardness=jnp.pad(hardness, (0, padding), constant_values=-jnp.inf),
         positive=jnp.pad(positive, (0, padding)),
         boxes_xyxy=jnp.pad(jnp.asarray(anchors), ((0, padding), (0, 0))),
         iou_threshold=iou_threshold,
@@ -90,21 +80,21 @@ def mine(
 
 class _Examples(NamedTuple):
     hardness: Float[Array, " N"]
-    """Loss, or -inf where there is no example."""
+    """Loss, or -inf for an anchor that is no example."""
     positive: Bool[Array, " N"]
     boxes_xyxy: Float[Array, "N 4"]
     iou_threshold: float
 
     def suppressed_by(self, at: Int[Array, ""]) -> Bool[Array, " N"]:
-        """The anchors that overlap anchor `at`, itself among them."""
+        """The anchors that overlap anchor `at`, including itself."""
         overlaps = iou_matrix(self.boxes_xyxy[at][None], self.boxes_xyxy)[0] > self.iou_threshold
-        # By name, since an anchor without area does not overlap itself; a scatter would break up the fused loop.
-        return overlaps | (_index(overlaps) == at)
+        # Including itself by index, because an anchor without area has IoU 0 with itself. A scatter would not be fused.
+        return overlaps | (lax.iota(jnp.int32, overlaps.shape[0]) == at)
 
 
 def _hardest_survivors(examples: _Examples, batch: int) -> Bool[Array, " N"]:
-    """The first `batch` of the walk. It takes `batch` steps, those after the last survivor idle: with a number of steps that
-    does not depend on the data no image waits for another's, under vmap or over a mesh."""
+    """The `batch` hardest survivors. It always takes `batch` steps: with a number of steps that depends on the data, images
+    would wait for each other under vmap or over a mesh."""
 
     def take(_: Int[Array, ""], state: tuple[Array, Array]) -> tuple[Array, Array]:
         remaining, mined = state
@@ -116,22 +106,19 @@ def _hardest_survivors(examples: _Examples, batch: int) -> Bool[Array, " N"]:
 
 
 class _Walk(NamedTuple):
-    at: Int[Array, ""]
-    """Anchor that the walk or climb stands on."""
+    at: Int[Array, ""]  # current anchor, if `found`
     found: Bool[Array, ""]
-    """Whether there was one to go to."""
     remaining: Float[Array, " N"]
     mined: Bool[Array, " N"]
-    taken: Int[Array, ""]
-    """Anchors mined by this walk."""
+    taken: Int[Array, ""]  # number of anchors mined by this loop
 
 
 def _one_to_three(examples: _Examples, batch: int, *, filled: bool) -> Bool[Array, " N"]:
     positive = examples.positive
-    index = _index(positive)
+    index = lax.iota(jnp.int32, positive.shape[0])
 
     def go(remaining: Array, pool: Array | bool, mined: Array, taken: Array) -> _Walk:
-        """To the hardest remaining anchor of the pool."""
+        """Moves to the hardest remaining anchor of the pool."""
         return _Walk(*_hardest(jnp.where(pool, remaining, -jnp.inf)), remaining, mined, taken)
 
     def climb(walk: _Walk) -> _Walk:
@@ -140,7 +127,7 @@ def _one_to_three(examples: _Examples, batch: int, *, filled: bool) -> Bool[Arra
         harder = near & ((remaining > remaining[at]) | ((remaining == remaining[at]) & (index < at)))
         survives = ~harder.any()
         take = survives & positive[at]
-        # A negative that survives stays where it is: its turn comes among the negatives.
+        # A surviving negative remains: it is taken among the negatives later.
         gone = survives & near & (positive | (index != at))
         return go(
             jnp.where(gone, -jnp.inf, remaining),
@@ -151,7 +138,7 @@ def _one_to_three(examples: _Examples, batch: int, *, filled: bool) -> Bool[Arra
 
     def step(walk: _Walk) -> _Walk:
         at = walk.at
-        take = ~positive[at]  # a positive here is one too many
+        take = ~positive[at]  # the positives are already mined
         return go(
             jnp.where(examples.suppressed_by(at), -jnp.inf, walk.remaining),
             True,
@@ -159,7 +146,7 @@ def _one_to_three(examples: _Examples, batch: int, *, filled: bool) -> Bool[Arra
             walk.taken + take.astype(jnp.int32),
         )
 
-    # zeros_like, not zeros: inside a shard_map the state must vary over the devices as the examples do.
+    # zeros_like instead of zeros: inside a shard_map the state must vary over the devices as the examples do.
     start = go(examples.hardness, positive, jnp.zeros_like(positive), jnp.zeros_like(positive, jnp.int32, ()))
     positives = lax.while_loop(lambda walk: walk.found & (walk.taken < batch // (1 + NEGATIVES)), climb, start)
     wanted = batch - positives.taken if filled else NEGATIVES * jnp.maximum(positives.taken, 1)
@@ -168,16 +155,11 @@ def _one_to_three(examples: _Examples, batch: int, *, filled: bool) -> Bool[Arra
 
 
 def _hardest(remaining: Float[Array, " N"]) -> tuple[Int[Array, ""], Bool[Array, ""]]:
-    """(index of the largest, the first of equals; whether it is above -inf).
+    """(index of the maximum, the first of equal ones; whether it is above -inf).
 
-    The first row whose largest is the largest of all, and the first place in it: `jnp.argmax`, in one pass that XLA
-    vectorises on the CPU: over ten times as fast over 100k anchors.
+    `jnp.argmax` over rows first: XLA vectorises this on the CPU, over ten times as fast for 100k anchors.
     """
     rows = remaining.reshape(-1, ROW)
     row = jnp.argmax(rows.max(axis=1))
     column = jnp.argmax(rows[row])
     return row * ROW + column, rows[row, column] > -jnp.inf
-
-
-def _index(of: Array) -> Int[Array, " N"]:
-    return lax.iota(jnp.int32, of.shape[0])

@@ -1,27 +1,19 @@
 """Box regression losses (Section 4.1; smooth L1 of Fast R-CNN, Girshick 2015, equation 3)."""
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from retina_jax.config import ConfigError, LossConfig
+from retina_jax.config import LossConfig
 from retina_jax.ops.boxes import decode, encode, giou
-
-BoxLoss = Callable[
-    [Float[Array, "A 4"], Float[Array | np.ndarray, "A 4"], Float[Array | np.ndarray, "A 4"]], Float[Array, " A"]
-]
 
 
 def smooth_l1(error: Float[Array, "*N"], *, beta: float) -> Float[Array, "*N"]:
-    """error^2 / (2 beta) where |error| < beta, |error| - beta / 2 elsewhere; elementwise.
+    """error^2 / (2 beta) where |error| < beta, |error| - beta / 2 elsewhere; elementwise, beta >= 0.
 
     At |error| = beta the two pieces agree in value (beta / 2) and slope (1). beta = 0 is exactly `l1`. Detectron's beta
     is 0.11 in units of the box deltas; Fast R-CNN's is 1.
     """
-    if beta < 0:
-        raise ConfigError(f"loss.beta is {beta}: it must be 0 or more")
     size = l1(error)
     if beta == 0:
         return size
@@ -33,26 +25,19 @@ def l1(error: Float[Array, "*N"]) -> Float[Array, "*N"]:
     return jnp.maximum(error, -error)  # the gradient of jnp.abs at 0 is 1: a perfect box would be pushed away
 
 
-def box_loss(config: LossConfig) -> BoxLoss:
-    """The loss that `loss.box` names: (deltas [A 4], anchors [A 4], targets_xyxy [A 4]) -> [A].
+def box_loss(
+    deltas: Float[Array, "A 4"],
+    anchors: Float[Array | np.ndarray, "A 4"],
+    targets_xyxy: Float[Array, "A 4"],
+    *,
+    config: LossConfig,
+) -> Float[Array, " A"]:
+    """The loss named by `loss.box`, per anchor.
 
-    smooth_l1 and l1 compare deltas with the encoded target and sum over the 4 coordinates; giou is 1 - GIoU of the
-    decoded box with the target, in [0, 2]. Value and gradient are finite on padded targets; the caller masks them.
+    smooth_l1 and l1 compare deltas with the encoded target and sum over the 4 coordinates. giou is 1 - GIoU of the decoded
+    box with the target, in [0, 2]. Value and gradient are finite on padded targets; the caller masks them.
     """
-
-    def of_deltas(
-        deltas: Float[Array, "A 4"], anchors: Float[Array | np.ndarray, "A 4"], targets_xyxy: Float[Array, "A 4"]
-    ) -> Float[Array, " A"]:
-        error = deltas - encode(targets_xyxy, anchors)
-        return (l1(error) if config.box == "l1" else smooth_l1(error, beta=config.beta)).sum(axis=-1)
-
-    def of_boxes(
-        deltas: Float[Array, "A 4"], anchors: Float[Array | np.ndarray, "A 4"], targets_xyxy: Float[Array, "A 4"]
-    ) -> Float[Array, " A"]:
-        return 1.0 - giou(decode(deltas, anchors), targets_xyxy)
-
-    if config.box in ("smooth_l1", "l1"):
-        return of_deltas
     if config.box == "giou":
-        return of_boxes
-    raise ConfigError(f"loss.box is {config.box!r}: it must be smooth_l1, l1 or giou")
+        return 1.0 - giou(decode(deltas, anchors), targets_xyxy)
+    error = deltas - encode(targets_xyxy, anchors)
+    return (l1(error) if config.box == "l1" else smooth_l1(error, beta=config.beta)).sum(axis=-1)

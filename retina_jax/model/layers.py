@@ -1,4 +1,4 @@
-"""Convolution and normalisation. The collection a weight lives in says whether it is trained."""
+"""Convolution, ReLU and normalisation. The collection of a weight says whether it is trained (`params`) or `frozen`."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -10,37 +10,37 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from retina_jax.cpu.convolution import convolution
+from retina_jax.cpu import convolution, on_cpu
 
 FLOAT32 = np.dtype("float32")
 EPSILON = 1e-5
-"""Added to every variance, as by the systems whose weights are imported."""
+"""Added to every variance, as in the systems whose weights are imported."""
 MOMENTUM = 0.9
-"""What running statistics keep of themselves at a step."""
+"""Weight of the old running statistics in each step."""
 
 
 def largest_divisor(number: int, at_most: int) -> int:
-    """Largest divisor of `number` that is <= `at_most`; 1 where `at_most` is 1."""
+    """Largest divisor of `number` that is <= `at_most`, both >= 1."""
     return next(d for d in range(min(number, at_most), 0, -1) if number % d == 0)
 
 
 def weight(
     module: nn.Module, name: str, shape: tuple[int, ...], fill: Callable[..., Array], frozen: bool
 ) -> Float[Array, "..."]:
-    """A float32 weight of `module`, in `frozen` or in `params`.
+    """A float32 weight of `module`, in the collection `frozen` or `params`.
 
-    `fill` (jnp.zeros or jnp.ones) only gives the shape and dtype: `initialisation.initialise` makes the values.
+    `fill` (jnp.zeros or jnp.ones) only serves to get shapes: `initialisation.initialise` draws the values.
     """
     if frozen:
         value = module.variable("frozen", name, fill, shape, jnp.float32).value
     else:
         value = module.param(name, lambda _, shape: fill(shape, jnp.float32), shape)
-    return jnp.asarray(value)  # outside jit it may still be numpy's
+    return jnp.asarray(value)  # outside jit it may be a numpy array
 
 
 @jax.custom_vjp
 def relu(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
-    """max(x, 0), whose gradient needs the result alone, which the next layer keeps anyway: x need not be kept."""
+    """max(x, 0). Its gradient is computed from the result, which the next layer stores anyway, so x is not stored."""
     return jnp.maximum(x, 0)
 
 
@@ -51,8 +51,23 @@ def _relu_backward(y: Float[Array, "*N"], dy: Float[Array, "*N"]) -> tuple[Float
 relu.defvjp(lambda x: (relu(x),) * 2, _relu_backward)
 
 
+@on_cpu(convolution.convolve)
+def convolve(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "k k c D"], stride: int = 1, groups: int = 1
+) -> Float[Array, "B h w D"]:
+    """Convolution with k // 2 zeros of padding on all four sides, k odd: h = ceil(H / stride), w = ceil(W / stride).
+
+    Each of the groups maps c = C / groups neighbouring channels to D / groups. The padding is that of Caffe2 and PyTorch.
+    XLA's "SAME" pads an even side by (0, 1) for stride 2, which shifts the map by a pixel against imported weights.
+    """
+    padding, layout = [(kernel.shape[0] // 2,) * 2] * 2, ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=layout, feature_group_count=groups
+    )
+
+
 class Conv(nn.Module):
-    """`convolution` by a kernel of its own, [k, k, C / groups, features], and a bias where asked."""
+    """`convolve` with a trained or frozen kernel [k, k, C / groups, features], plus an optional bias."""
 
     features: int
     kernel_size: int
@@ -66,7 +81,7 @@ class Conv(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
         kernel = weight(self, "kernel", shape, jnp.zeros, self.frozen).astype(self.dtype)
-        y = convolution(x.astype(self.dtype), kernel, self.stride, self.groups)
+        y = convolve(x.astype(self.dtype), kernel, self.stride, self.groups)
         if self.bias:
             bias = weight(self, "bias", (self.features,), jnp.zeros, self.frozen)
             y = y + bias.astype(self.dtype)[None, None, None]
@@ -76,13 +91,13 @@ class Conv(nn.Module):
 class Norm(nn.Module):
     """(x - mean) / sqrt(var + 1e-5) * scale + bias, computed in float32 and returned in `dtype`.
 
-    kind "frozen": mean and var are weights, and none of the four is ever trained (collection `frozen`).
+    kind "frozen": mean and var are weights, and none of the four weights is trained (collection `frozen`).
     kind "group": mean and var of each image over groups of channels; `groups` is lowered to a divisor of the channels.
-    kind "batch": with `train`, mean and var of the whole batch, and the running ones in `stats` move a tenth of the way to
-    them (which needs `mutable=["stats"]`); else the running ones. Under jit the batch is the global one by construction,
-    under pmap it is through `axis_name`. The running variance is the biased one.
+    kind "batch": with `train`, mean and var of the global batch, and the running statistics in `stats` move a tenth of the
+    way to them (this needs `mutable=["stats"]`); without `train`, the running statistics. Under jit the batch is global by
+    construction, under pmap through `axis_name`. The running variance is the biased one.
 
-    In a frozen stage (`frozen=True`) scale and bias move to `frozen`, and "batch" becomes "frozen" altogether.
+    In a frozen stage (`frozen=True`) scale and bias move to `frozen`, and "batch" becomes "frozen".
     """
 
     kind: Literal["frozen", "group", "batch"]
@@ -116,7 +131,7 @@ class Norm(nn.Module):
         return ((x - mean) * gain + bias[None, None, None]).astype(self.dtype)
 
 
-# Both moments come from sum(x) and sum(x^2): one pass over the activations, and one all-reduce between devices.
+# Both moments come from mean(x) and mean(x^2): one pass over the activations and one all-reduce between devices.
 
 
 def group_moments(x: Float[Array, "B H W C"], groups: int) -> tuple[Float[Array, "B 1 1 C"], Float[Array, "B 1 1 C"]]:
@@ -130,7 +145,7 @@ def group_moments(x: Float[Array, "B H W C"], groups: int) -> tuple[Float[Array,
 def batch_moments(
     x: Float[Array, "B H W C"], axis_name: str | None
 ) -> tuple[Float[Array, "1 1 1 C"], Float[Array, "1 1 1 C"]]:
-    """Mean and variance of each channel over the batch, and over the devices of `axis_name` where one is given."""
+    """Mean and variance of each channel over the batch, and over the devices of `axis_name` if it is given."""
     sums = jnp.stack([x.mean((0, 1, 2)), jnp.square(x).mean((0, 1, 2))])
     if axis_name is not None:
         sums = jax.lax.pmean(sums, axis_name)

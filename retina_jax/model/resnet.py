@@ -1,4 +1,7 @@
-"""ResNet and ResNeXt (He et al. 2016, Xie et al. 2017): pixels to the maps C2 to C5."""
+"""ResNet and ResNeXt (He et al. 2016, Xie et al. 2017): pixels to the maps C2 to C5.
+
+To add a backbone of this kind, add a line to ARCHITECTURES and its name to `ModelConfig.backbone` (docs/extending.md).
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,21 +11,21 @@ import flax.linen as nn
 import numpy as np
 from jaxtyping import Array, Float
 
-from retina_jax.config import ConfigError, ModelConfig
+from retina_jax.config import ModelConfig
 from retina_jax.model.layers import Conv, Norm, largest_divisor, relu
 
 
 class Architecture(NamedTuple):
-    """What tells one backbone from another."""
+    """What distinguishes the backbones."""
 
     blocks: tuple[int, int, int, int]
     """Blocks of C2, C3, C4, C5."""
     bottleneck: bool
-    """1x1, 3x3, 1x1 with four times the channels at the end; else 3x3, 3x3."""
+    """1x1, 3x3, 1x1 convolutions, the last with four times the channels; otherwise 3x3, 3x3."""
     groups: int = 1
     """Groups of the bottleneck's 3x3 convolution."""
     inner: int = 1
-    """Channels of the bottleneck's 3x3 convolution over the stage's width: 32 groups of 8 are 4 times 64."""
+    """Channels of the bottleneck's 3x3 convolution divided by the stage's width: 32 groups of 8 are 4 times 64."""
 
 
 ARCHITECTURES = {
@@ -44,11 +47,11 @@ class Layer(NamedTuple):
 
 
 def block_layers(config: ModelConfig, width: int, stride: int) -> tuple[Layer, ...]:
-    """The convolutions of a block in a stage of `width`, the first of which carry its stride.
+    """The convolutions of a block in a stage of `width`.
 
-    A bottleneck's stride sits in the 1x1 (the paper's MSRA weights) or in the 3x3 (torchvision; Detectron too for ResNeXt),
-    by `config.stride_position`; a basic block's sits in its first 3x3 either way. Where a small base_width leaves fewer
-    channels than groups, the groups are lowered to a divisor.
+    `config.stride_position` places a bottleneck's stride in the 1x1 (the paper's MSRA weights) or the 3x3 (torchvision;
+    Detectron for ResNeXt). A basic block's stride is in its first 3x3. The number of groups is lowered to a divisor if a
+    small base_width leaves fewer channels.
     """
     architecture = ARCHITECTURES[config.backbone]
     if not architecture.bottleneck:
@@ -60,9 +63,9 @@ def block_layers(config: ModelConfig, width: int, stride: int) -> tuple[Layer, .
 
 
 class Block(nn.Module):
-    """Residual block: ReLU(shortcut + convolutions), a norm after each convolution and a ReLU between two.
+    """Residual block: ReLU(shortcut + convolutions), with a norm after each convolution and a ReLU between two.
 
-    The shortcut is the identity, or where the shape changes a strided 1x1 convolution with a norm (option B of He et al.).
+    The shortcut is the identity, or a strided 1x1 convolution with a norm if the shape changes (option B of He et al.).
     """
 
     layers: tuple[Layer, ...]
@@ -83,7 +86,7 @@ class Block(nn.Module):
 
 
 class Stem(nn.Module):
-    """7x7 convolution of stride 2, norm, ReLU, then 3x3 maximum of stride 2: a quarter of the sides, rounded up."""
+    """7x7 convolution of stride 2, norm, ReLU, then 3x3 max-pooling of stride 2: a quarter of the sides, rounded up."""
 
     features: int
     conv: Callable[..., nn.Module]
@@ -96,7 +99,7 @@ class Stem(nn.Module):
 
 
 class Stage(nn.Module):
-    """The blocks of one of C2 to C5, the first of which carries the stride."""
+    """The blocks of one of C2 to C5; the first one has the stride."""
 
     config: ModelConfig
     blocks: int
@@ -118,8 +121,8 @@ class Stage(nn.Module):
 class ResNet(nn.Module):
     """Backbone: normalised images to (C2, C3, C4, C5), whose sides are those of the image over 4, 8, 16, 32, rounded up.
 
-    The parts are numbered 1 (stem), 2 (C2) to 5 (C5), and the first `config.frozen_stages` of them are not trained: all
-    their weights live in `frozen`. No backward pass reaches them, so they are not rematerialised either.
+    The parts are numbered 1 (stem) and 2 to 5 (C2 to C5). The first `config.frozen_stages` of them are not trained: their
+    weights are in `frozen`. No backward pass reaches them, so they are not rematerialised.
     """
 
     config: ModelConfig
@@ -129,11 +132,6 @@ class ResNet(nn.Module):
     def __call__(self, x: Float[Array, "B H W 3"], train: bool = False) -> tuple[Float[Array, "B _ _ _"], ...]:
         config = self.config
         blocks = config.stage_blocks or ARCHITECTURES[config.backbone].blocks
-        if len(blocks) != 4 or min(blocks) < 1:
-            raise ConfigError(f"model.stage_blocks is {blocks}: give four numbers of blocks >= 1, for C2 to C5")
-        if not 0 <= config.frozen_stages <= 5:
-            raise ConfigError(f"model.frozen_stages is {config.frozen_stages}: give 0 (none) to 5 (stem and C2 to C5)")
-
         dtype = np.dtype(config.dtype)
 
         def parts(number: int) -> dict[str, Callable[..., nn.Module]]:
@@ -146,7 +144,6 @@ class ResNet(nn.Module):
         for i, number in enumerate(range(2, 6)):
             width, stride = config.base_width * 2**i, 1 if i == 0 else 2
             remat = config.remat and number > config.frozen_stages
-            stage = Stage(config, blocks[i], width, stride, remat, **parts(number), name=f"c{number}")
-            x = stage(x, train)
+            x = Stage(config, blocks[i], width, stride, remat, **parts(number), name=f"c{number}")(x, train)
             maps.append(x)
         return tuple(maps)

@@ -1,4 +1,4 @@
-"""RetinaNet (Section 4, Figure 3): backbone, pyramid, class subnet, box subnet."""
+"""RetinaNet (Section 4, Figure 3): input normalisation, backbone, pyramid, class subnet, box subnet."""
 
 from typing import Literal, NamedTuple
 
@@ -12,21 +12,23 @@ from retina_jax.model.fpn import FPN
 from retina_jax.model.layers import Conv, Norm, relu
 from retina_jax.model.resnet import ResNet
 
+Images = UInt8[Array, "B H W 3"] | Float32[Array, "B H W 3"]
+
 
 class Outputs(NamedTuple):
-    """What the network says of every anchor, ordered by level (finest first), row, column, anchor of the cell."""
+    """Output for every anchor, ordered by level (finest first), row, column, anchor of the cell."""
 
     logits: Float[Array, "B A K"]
-    """Class logits: sigmoid of each is an independent probability; there is no background class."""
+    """Class logits: the sigmoid of each is an independent probability; there is no background class."""
     deltas: Float[Array, "B A 4"]
     """Box deltas (dx, dy, dw, dh) relative to the anchor."""
 
 
 class RetinaNet(nn.Module):
-    """The whole network.
+    """The network: `outputs = model.apply(variables, images, image_sizes)`.
 
-    Its variables come from `initialisation.initialise` (or from imported weights), not from `init`, which only gives zeros
-    and ones of the right shapes: `outputs = model.apply(variables, images, image_sizes)`. Training with norm "batch" reads
+    Its variables come from `initialisation.initialise` or from imported weights; `init` only gives zeros and ones of the
+    right shapes. For training with norm "batch":
     `outputs, updates = model.apply(variables, images, image_sizes, train=True, mutable=["stats"])`.
     """
 
@@ -34,21 +36,16 @@ class RetinaNet(nn.Module):
     num_classes: int
     anchors_per_cell: int
     axis_name: str | None = None
-    """The pmap axis over which norm "batch" takes its statistics; None under jit."""
+    """Named axis over which norm "batch" takes its statistics; None if the batch is the global one (jit)."""
 
     @nn.compact
-    def __call__(
-        self,
-        images: UInt8[Array, "B H W 3"] | Float32[Array, "B H W 3"],
-        image_sizes: Int[Array, "B 2"],
-        train: bool = False,
-    ) -> Outputs:
-        """Logits and deltas of all anchors, in the precision of the convolutions; losses and decoding widen them.
+    def __call__(self, images: Images, image_sizes: Int[Array, "B 2"], train: bool = False) -> Outputs:
+        """Logits and deltas of all anchors, in the precision of the convolutions.
 
         Args:
-          images: RGB canvases, 0 to 255. Any sides will do: level l has ceil(H / 2^l) x ceil(W / 2^l) cells.
-          image_sizes: (height, width) of the image in the upper left of each canvas; the rest is padding and is not seen.
-          train: take the statistics of norm "batch" from this batch. Nothing else depends on it.
+          images: RGB, 0 to 255, padded to H x W. Level l has ceil(H / 2^l) x ceil(W / 2^l) cells.
+          image_sizes: (height, width) of the image in the upper left corner; the content of the padding has no effect.
+          train: norm "batch" takes its statistics from this batch. Nothing else depends on it.
         """
         config = self.config
         x = normalise(images, image_sizes, config.input_normalisation)
@@ -61,18 +58,13 @@ class RetinaNet(nn.Module):
         )
 
 
-# Class and box subnets (Section 4): one pyramid level to its anchors' outputs.
-
-
 class Head(nn.Module):
-    """A subnet: `head_convs` 3x3 convolutions with ReLU, then a 3x3 convolution to `outputs` numbers an anchor.
+    """Class or box subnet (Section 4): `head_convs` 3x3 convolutions with ReLU, then a 3x3 convolution to `outputs` numbers
+    per anchor.
 
-    The same instance is applied to every level, which is what shares its weights; the class and the box subnet are two
-    instances and share nothing. With `head_norm` "group" a GroupNorm stands before each ReLU and takes over the
-    convolution's bias; its statistics are those of the level at hand.
-
-    The channels of the last convolution are anchor-major (all outputs of anchor 0, then of anchor 1, ...), so the result is
-    ordered by row, column, anchor.
+    One instance is applied to every level, so the levels share its weights; the two subnets share none. With `head_norm`
+    "group" a GroupNorm precedes each ReLU and replaces the convolution's bias; its statistics are per level. The channels
+    of the last convolution are anchor-major, so the result is ordered by row, column, anchor.
     """
 
     config: ModelConfig
@@ -92,8 +84,6 @@ class Head(nn.Module):
         return x.reshape(x.shape[0], -1, self.outputs)
 
 
-# Pixels to network input, on the device: the pipeline moves uint8, a quarter of the bytes.
-
 STATISTICS = {
     # name: (channel order of the RGB image, mean, standard deviation), in 0-255 and in that order
     "detectron": ((2, 1, 0), (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0)),
@@ -103,19 +93,12 @@ STATISTICS = {
 
 
 def normalise(
-    images: UInt8[Array, "B H W 3"] | Float32[Array, "B H W 3"],
-    image_sizes: Int[Array, "B 2"],
-    kind: Literal["detectron", "detectron2", "imagenet"],
+    images: Images, image_sizes: Int[Array, "B 2"], kind: Literal["detectron", "detectron2", "imagenet"]
 ) -> Float[Array, "B H W 3"]:
-    """RGB canvases to float32 network input: (x - mean) / std by channel, BGR where `kind` says so.
+    """RGB images, 0 to 255, to float32 network input: (x - mean) / std per channel, in the channel order of `kind`.
 
-    Args:
-      images: RGB, 0 to 255, whole or not (`data.pixels`); the image stands in the upper left corner of its canvas.
-      image_sizes: (height, width) of the image inside the canvas, pixels.
-      kind: the convention, as in `ModelConfig.input_normalisation`.
-
-    The padding (row >= height or column >= width) is 0 AFTER the normalisation, the mean colour, as in Detectron and
-    torchvision. What the canvas holds there never matters.
+    The padding (row >= height or column >= width of `image_sizes`) is 0 after the normalisation, as in Detectron and
+    torchvision, whatever its content. This runs on the device, because uint8 images are a quarter of the bytes.
     """
     order, mean, std = STATISTICS[kind]
     x = images[..., np.array(order)].astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""What a network costs: the operations of its convolutions and matrix products, counted without running it."""
+"""The cost of a network in operations, counted without running it, and its numbers of trained and frozen parameters."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from retina_jax.ops.anchors import anchors_per_cell
 
 
 def forward_flops(config: Config, num_classes: int, canvas: tuple[int, int]) -> int:
-    """Operations of one image's forward pass on a canvas of (height, width) pixels.
+    """Operations of the forward pass of one image, padded to `canvas` = (height, width) pixels.
 
-    A multiply-add counts two. Taps of a convolution that fall on its padding are counted as all others; normalisation,
-    activations and sums are not counted: they are under a hundredth of the rest.
+    A multiply-add counts as two. Taps on the padding of a convolution are counted. Normalisation, activations and sums are
+    not: they are below a hundredth of the total.
     """
     return _network_flops(config.model, num_classes, anchors_per_cell(config.anchors), canvas)
 
@@ -36,18 +36,17 @@ def _network_flops(config: ModelConfig, num_classes: int, cell: int, canvas: tup
 
 
 def jaxpr_flops(jaxpr: core.Jaxpr) -> int:
-    """Operations of the convolutions and matrix products in a program, those in its parts included.
+    """Operations of the convolutions and matrix products in a program, including its sub-programs.
 
-    A part is counted once: a loop's body does not tell how often it runs. Of alternatives the most expensive counts.
+    The body of a loop is counted once. Of the branches of a conditional the most expensive one is counted.
     """
     total = 0
     for equation in jaxpr.eqns:
-        # Something of which no output is wanted any more has none.
         out = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
         if equation.primitive.name == "conv_general_dilated":
             kernel = equation.invars[1].aval.shape
             outputs = equation.params["dimension_numbers"].rhs_spec[0]
-            # Its input channels are those of one group. In a gradient zeros stand between the pixels of a strided map.
+            # The kernel's input channels are those of one group. A gradient has zeros between the pixels of a strided map.
             zeros = math.prod(equation.params["lhs_dilation"])
             total += 2 * out * math.prod(kernel) // (kernel[outputs] * zeros)
         elif equation.primitive.name == "dot_general":
@@ -68,9 +67,7 @@ def _parts(value: Any) -> Iterator[core.Jaxpr]:
             yield from _parts(item)
 
 
-# What is trained and what is frozen, in numbers: layers frozen by surprise are a common cause of poor training.
-
-ROOMS = {
+PARTS = {
     "backbone/stem": "stem",
     "backbone/c2": "C2",
     "backbone/c3": "C3",
@@ -83,31 +80,23 @@ ROOMS = {
 
 
 def parameter_counts(variables: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """(trained, frozen) numbers of each part of the network, in the order of the forward pass.
+    """Part of the network -> (trained, frozen) numbers of parameters, in the order of the forward pass.
 
-    Args:
-      variables: the collections of the network; arrays or shapes will do.
-
-    Returns:
-      part -> (numbers in `params`, numbers in `frozen`). Means and variances of a frozen BatchNorm count as frozen; running
-      statistics (`stats`) are no parameters and are not counted.
+    `variables` are the collections of the network, as arrays or shapes. Means and variances of frozen BatchNorm count as
+    frozen; running statistics (`stats`) are not parameters.
     """
-    sizes = {
-        collection: {path: math.prod(leaf.shape) for path, leaf in flatten_dict(variables[collection], sep="/").items()}
-        for collection in ("params", "frozen")
-        if collection in variables
-    }
-
-    def count(collection: str, prefix: str) -> int:
-        return sum(size for path, size in sizes.get(collection, {}).items() if path.startswith(prefix + "/"))
-
-    return {room: (count("params", prefix), count("frozen", prefix)) for prefix, room in ROOMS.items()}
+    counts = {part: [0, 0] for part in PARTS.values()}
+    for column, collection in enumerate(("params", "frozen")):
+        for path, leaf in flatten_dict(variables.get(collection, {}), sep="/").items():
+            part = next(part for prefix, part in PARTS.items() if path.startswith(prefix + "/"))
+            counts[part][column] += math.prod(leaf.shape)
+    return {part: (trained, frozen) for part, (trained, frozen) in counts.items()}
 
 
 def parameter_table(variables: Mapping[str, Any]) -> str:
-    """`parameter_counts` as a table for people, with a last line for the whole network. No trailing newline."""
+    """`parameter_counts` as a table with a last line for the complete network, without a trailing newline."""
     counts = parameter_counts(variables)
     counts["total"] = tuple(sum(column) for column in zip(*counts.values(), strict=True))
     header = f"{'part':<12}{'trained':>14}{'frozen':>14}"
-    rows = [f"{room:<12}{trained:>14,}{frozen:>14,}" for room, (trained, frozen) in counts.items()]
+    rows = [f"{part:<12}{trained:>14,}{frozen:>14,}" for part, (trained, frozen) in counts.items()]
     return "\n".join([header, *rows])

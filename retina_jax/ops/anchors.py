@@ -1,10 +1,10 @@
-"""Anchor boxes (Section 4, Anchors): the grid that the heads' outputs are laid over.
+"""Anchor boxes (Section 4, Anchors).
 
-Everything is a function of shapes and configuration, so it is numpy, computed once and exact, and the result enters a
-compiled program as a constant. Anchors that stick out of the image are kept; those over the padding are background.
+Anchors depend only on shapes and configuration. They are computed in numpy and enter a compiled program as a constant.
+Anchors that reach out of the image are kept; anchors over the padding are background.
 
-Row n of the grid belongs to row n of the logits [A K], where each level's map (H, W, a * K) is reshaped to
-(H * W * a, K) and the levels follow each other from the finest: level, row, column, anchor in the cell.
+Row n of the grid belongs to row n of the logits [A K]. The order is: level (finest first), row, column, anchor of the
+cell, because each level's map (H, W, a * K) is reshaped to (H * W * a, K).
 """
 
 import functools
@@ -13,7 +13,7 @@ import math
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from retina_jax.config import AnchorConfig, ConfigError, ModelConfig
+from retina_jax.config import AnchorConfig, ModelConfig
 
 
 def levels(model: ModelConfig) -> range:
@@ -21,95 +21,74 @@ def levels(model: ModelConfig) -> range:
     return range(model.min_level, model.max_level + 1)
 
 
-def level_sizes(canvas_hw: tuple[int, int], model: ModelConfig) -> tuple[tuple[int, int], ...]:
-    """(height, width) of each level's map, in cells: ceil(canvas / 2^level), as padded strided convolutions give it."""
-    height, width = canvas_hw
-    if height < 1 or width < 1:
-        raise ConfigError(f"canvas_hw is {canvas_hw}: both sides must be at least 1 pixel")
+def level_sizes(padded_hw: tuple[int, int], model: ModelConfig) -> tuple[tuple[int, int], ...]:
+    """(height, width) of each level's map, in cells: ceil(side / 2^level), the size after padded strided convolutions."""
+    height, width = padded_hw
     return tuple((-(-height // 2**level), -(-width // 2**level)) for level in levels(model))
 
 
 def anchors_per_cell(config: AnchorConfig) -> int:
-    """Anchors at each place of a map. Paper: 9."""
+    """Number of anchors per cell of a map. Paper: 9."""
     return len(config.scales) * len(config.ratios)
 
 
-def level_counts(canvas_hw: tuple[int, int], anchors: AnchorConfig, model: ModelConfig) -> tuple[int, ...]:
-    """Anchors of each level, finest first; they add up to A."""
-    return tuple(height * width * anchors_per_cell(anchors) for height, width in level_sizes(canvas_hw, model))
+def level_counts(padded_hw: tuple[int, int], anchors: AnchorConfig, model: ModelConfig) -> tuple[int, ...]:
+    """Number of anchors of each level, finest first; their sum is A."""
+    return tuple(height * width * anchors_per_cell(anchors) for height, width in level_sizes(padded_hw, model))
 
 
 @functools.lru_cache(maxsize=64)
-def anchor_grid(canvas_hw: tuple[int, int], anchors: AnchorConfig, model: ModelConfig) -> Float32[np.ndarray, "A 4"]:
-    """Anchors of a canvas (height, width), xyxy in its pixels, in the order of the logits. Read-only, cached.
+def anchor_grid(padded_hw: tuple[int, int], anchors: AnchorConfig, model: ModelConfig) -> Float32[np.ndarray, "A 4"]:
+    """Anchors of a padded image (height, width), xyxy in its pixels, in the order of the logits. Read-only, cached.
 
-    Styles, of which a checkpoint needs the one it was trained with (s is the side of a level's base square,
-    size_factor * 2^level; ratios are height over width):
+    A checkpoint needs the style it was trained with. s = size_factor * 2^level is the side of a level's base square;
+    ratios are height over width.
 
-    - paper: for each scale, for each ratio: width s * scale / sqrt(ratio), height s * scale * sqrt(ratio), so that the
-      area is exactly (s * scale)^2; centred on the cell, at (column + .5, row + .5) * 2^level.
-    - detectron: as its generate_anchors: the sides of a stride-sized box of each ratio are rounded to whole pixels
-      (half to even) and then multiplied; for each scale, for each ratio from 1 upwards, then the ratios below 1: the
-      default ratios come as (1, 2, .5). Centred on the cell. Detectron writes boxes with inclusive ends, x2 = x1 +
-      width - 1, and adds 1 wherever it takes a width; here x2 = x1 + width, the same box in this package's half-open
-      pixels: [-12, -12, 19, 19] there is [-12, -12, 20, 20] here. With it every formula of Detectron (IoU, encoding,
-      decoding) becomes the one in `retina_jax.ops.boxes`, so nothing else has to know.
-    - detectron2: the cell of the paper, centred on the cell's upper left corner, at (column, row) * 2^level.
-    - torchvision: sides s * scale truncated to whole pixels (32, 40, 50), corners of each cell anchor rounded (half to
-      even); for each ratio, for each scale; centred on the cell's upper left corner, and the step between cells is the
-      canvas over the map, whole pixels only: at 800 px, 61 on P6 and 114 on P7.
+    - paper: for each scale, for each ratio: width s * scale / sqrt(ratio), height s * scale * sqrt(ratio), so the area is
+      exactly (s * scale)^2. Centred on the cell, at (column + 0.5, row + 0.5) * 2^level.
+    - detectron: as its generate_anchors. The sides of a stride-sized box of each ratio are rounded to integers (half to
+      even) and then multiplied; for each scale, for each ratio from 1 upwards, then the ratios below 1: (1, 2, 0.5) by
+      default. Centred on the cell. Detectron's boxes have inclusive ends, x2 = x1 + width - 1; here the same box has
+      x2 = x1 + width: its [-12, -12, 19, 19] is [-12, -12, 20, 20]. Its formulas (IoU, encoding, decoding), which add 1 to
+      every width, then become those of `retina_jax.ops.boxes`.
+    - detectron2: the anchors of the paper, centred on the cell's upper left corner, at (column, row) * 2^level.
+    - torchvision: sides s * scale truncated to integers (32, 40, 50), corners of each anchor rounded (half to even); for
+      each ratio, for each scale. Centred on the cell's upper left corner; the step between cells is the padded side divided
+      by the map's, an integer: at 800 px, 61 on P6 and 114 on P7.
     """
-    if not anchors.scales or not anchors.ratios or min(*anchors.scales, *anchors.ratios, anchors.size_factor) <= 0:
-        raise ConfigError(
-            "anchors.size_factor, anchors.scales, anchors.ratios must be positive, with one scale and ratio at least: "
-            f"got {anchors.size_factor}, {anchors.scales}, {anchors.ratios}"
-        )
     grids = []
-    for level, (rows, columns) in zip(levels(model), level_sizes(canvas_hw, model), strict=True):
-        stride = 2**level
+    for level, (rows, columns) in zip(levels(model), level_sizes(padded_hw, model), strict=True):
+        stride = step_y = step_x = 2**level
+        cell, offset = CELLS[anchors.style](stride, anchors), 0.5 * stride
         if anchors.style == "torchvision":
-            cell, offset = _torchvision_cell(stride, anchors), 0.0
-            step_y, step_x = canvas_hw[0] // rows, canvas_hw[1] // columns
+            offset, step_y, step_x = 0.0, padded_hw[0] // rows, padded_hw[1] // columns
         elif anchors.style == "detectron2":
-            # In float32 before the sum, as detectron2 has it: the last bit depends on it.
-            cell, offset = _paper_cell(stride, anchors).astype(np.float32), 0.0
-            step_y, step_x = stride, stride
-        else:
-            cell = _paper_cell(stride, anchors) if anchors.style == "paper" else _detectron_cell(stride, anchors)
-            offset, step_y, step_x = 0.5 * stride, stride, stride
+            offset, cell = 0.0, cell.astype(np.float32)  # float32 before the sum: the last bit depends on it
         y, x = np.meshgrid(np.arange(rows) * step_y + offset, np.arange(columns) * step_x + offset, indexing="ij")
         centres = np.stack([x, y, x, y], axis=-1)
         grids.append((centres[:, :, None, :] + cell[None, None, :, :]).reshape(-1, 4))
     grid = np.concatenate(grids).astype(np.float32)
-    grid.setflags(write=False)  # it is cached: a caller that wrote to it would change everybody's anchors
+    grid.setflags(write=False)  # it is cached
     return grid
 
 
 def _paper_cell(stride: int, anchors: AnchorConfig) -> Float64[np.ndarray, "a 4"]:
     side = anchors.size_factor * stride
-    return _around_origin(
-        [
-            (side * scale / math.sqrt(ratio), side * scale * math.sqrt(ratio))
-            for scale in anchors.scales
-            for ratio in anchors.ratios
-        ]
-    )
+    pairs = [(side * scale, math.sqrt(ratio)) for scale in anchors.scales for ratio in anchors.ratios]
+    return _around_origin([(side / root, side * root) for side, root in pairs])
 
 
 def _detectron_cell(stride: int, anchors: AnchorConfig) -> Float64[np.ndarray, "a 4"]:
-    ratios = [r for r in anchors.ratios if r >= 1] + [r for r in anchors.ratios if r < 1]
     sizes = []
-    for scale in anchors.scales:
-        for ratio in ratios:
-            width = np.round(math.sqrt(stride * stride / ratio))
-            height = np.round(width * ratio)
-            sizes.append((width * anchors.size_factor * scale, height * anchors.size_factor * scale))
-    return _around_origin(sizes)
+    for ratio in sorted(anchors.ratios, key=lambda ratio: ratio < 1):  # stable: ratios from 1 upwards first
+        width = np.round(math.sqrt(stride * stride / ratio))
+        sizes.append((width * anchors.size_factor, np.round(width * ratio) * anchors.size_factor))
+    return _around_origin([(width * scale, height * scale) for scale in anchors.scales for width, height in sizes])
 
 
 def _torchvision_cell(stride: int, anchors: AnchorConfig) -> Float64[np.ndarray, "a 4"]:
     sides = np.array([int(anchors.size_factor * stride * scale) for scale in anchors.scales], np.float32)
-    # In float32 as torchvision does it: the rounding below must see the same halves.
+    # In float32, as in torchvision, so that the rounding below sees the same halves.
     height_ratios = np.sqrt(np.array(anchors.ratios, np.float32))
     width_ratios = np.float32(1) / height_ratios
     sizes = [
@@ -119,4 +98,13 @@ def _torchvision_cell(stride: int, anchors: AnchorConfig) -> Float64[np.ndarray,
 
 
 def _around_origin(sizes: list[tuple[float, float]]) -> Float64[np.ndarray, "a 4"]:
+    """Boxes of these (width, height), centred on (0, 0)."""
     return np.array([(-width / 2, -height / 2, width / 2, height / 2) for width, height in sizes], np.float64)
+
+
+CELLS = {
+    "paper": _paper_cell,
+    "detectron": _detectron_cell,
+    "detectron2": _paper_cell,
+    "torchvision": _torchvision_cell,
+}

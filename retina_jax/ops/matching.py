@@ -1,28 +1,28 @@
-"""Anchors to ground truth (Section 4, Anchors)."""
+"""Assignment of anchors to ground-truth boxes (Section 4, Anchors), and what happens at an IoU of exactly 0.5 or 0.4."""
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from retina_jax.config import MatchingConfig
 from retina_jax.ops.boxes import iou_matrix
 
 BACKGROUND = -1
-"""Label of an anchor of no class: all K targets are 0."""
+"""Label of a background anchor: all K targets are 0."""
 IGNORED = -2
-"""Label of an anchor that takes no part in training."""
+"""Label of an anchor that is not trained."""
 
 
 class Matches(NamedTuple):
-    """What each anchor of an image is trained to be."""
+    """The training target of each anchor of an image."""
 
     labels: Int[Array, " A"]
     """Class k >= 0 of a positive anchor, or BACKGROUND, or IGNORED."""
     box_index: Int[Array, " A"]
-    """Box with the largest IoU, the first of equals; 0 where no box overlaps. It means something where labels >= 0."""
+    """Box with the largest IoU, the first of equal ones. Only valid where labels >= 0."""
 
 
 def match(
@@ -31,27 +31,29 @@ def match(
     labels: Int[Array, " G"],
     config: MatchingConfig,
 ) -> Matches:
-    """Assigns each anchor of one image to a box, to the background, or to neither.
+    """Assigns each anchor of one image to a box, to the background, or to neither, by its largest IoU with a box.
 
-    Boxes and anchors are in the same pixels. labels[g] is the class of box g, -1 where row g is padding; padded rows
-    match nothing, wherever they stand, and an image without boxes is all background. Only boxes that overlap an anchor
-    (IoU > 0) can win it.
+        IoU >= positive_iou (0.5)    positive: the class of that box
+        IoU <  negative_iou (0.4)    BACKGROUND
+        otherwise                    IGNORED
 
-    At the boundaries: an IoU of exactly positive_iou is positive, one of exactly negative_iou is ignored, not
-    background. Of boxes with equal IoU the first wins the anchor.
+    So an IoU of exactly 0.5 is positive, and one of exactly 0.4 is ignored. Of boxes with equal IoU the first wins.
 
-    low_quality rescues the anchors that have the largest IoU any anchor has with some box, all of those that tie for
-    it, when their own largest IoU is below positive_iou: `none` does not, `band` does where that IoU is at least
-    negative_iou (Detectron, where background is assigned last), `all` always does (detectron2, torchvision). A rescued
-    anchor takes the box it overlaps most, which need not be the box it was rescued for.
+    low_quality also makes anchors positive whose largest IoU is below positive_iou, if no anchor has a larger IoU with
+    some box (all anchors that tie): `none` does not, `band` if the anchor's IoU is at least negative_iou (Detectron, which
+    assigns background last), `all` always (detectron2, torchvision). Such an anchor takes the box it overlaps most, which
+    may be another box than the one it is best for.
 
-    Memory is O(A): a running maximum goes over the boxes. It makes all G trips, because a count that depended on the
-    data would, in a program over a device mesh, cost a collective in each trip.
+    Boxes and anchors are in the same pixels. labels[g] is the class of box g, -1 if row g is padding. Padded rows match
+    nothing, and an image without boxes is all background. A box can only win anchors that it overlaps (IoU > 0).
+
+    Memory is O(A): a running maximum over the boxes. The loop always runs G times, because a number of iterations that
+    depends on the data would cost a collective per iteration on a device mesh.
     """
     boxes_xyxy = boxes_xyxy.astype(jnp.float32)
     anchors = jnp.asarray(anchors).astype(jnp.float32)
 
-    def look_at(g: Int[Array, ""], state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def add_box(g: Int[Array, ""], state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         best, box_index, is_best = state
         iou = jnp.where(labels[g] >= 0, iou_matrix(anchors, boxes_xyxy[g][None])[:, 0], -1.0)
         # The barrier keeps the compiler from computing iou twice, for its maximum and for the comparisons with it.
@@ -61,24 +63,17 @@ def match(
         return (
             jnp.where(better, iou, best),
             jnp.where(better, g, box_index),
-            # An IoU of 0 is no best: a box that overlaps no anchor would tie with all of them.
+            # A largest IoU of 0 does not count: a box that overlaps no anchor would tie with all of them.
             is_best | ((iou == largest) & (largest > 0)),
         )
 
     size = anchors.shape[0]
-    # zeros_like, not zeros: inside a shard_map the state must vary over the devices as the labels do.
+    # zeros_like instead of zeros: inside a shard_map the state must vary over the devices as the labels do.
     start = tuple(jnp.zeros_like(labels, shape=size, dtype=dtype) for dtype in (jnp.float32, jnp.int32, jnp.bool_))
-    best, box_index, is_best = lax.fori_loop(0, boxes_xyxy.shape[0], look_at, start)
+    best, box_index, is_best = lax.fori_loop(0, boxes_xyxy.shape[0], add_box, start)
 
     background = best < config.negative_iou
-    positive = (best >= config.positive_iou) | _rescued(is_best, background, config)
+    low_quality_matches = {"none": jnp.zeros_like(is_best), "band": is_best & ~background, "all": is_best}
+    positive = (best >= config.positive_iou) | low_quality_matches[config.low_quality]
     unmatched = jnp.where(background, BACKGROUND, IGNORED).astype(labels.dtype)
     return Matches(labels=jnp.where(positive, labels[box_index], unmatched), box_index=box_index)
-
-
-def _rescued(is_best: Bool[Array, " A"], background: Bool[Array, " A"], config: MatchingConfig) -> Bool[Array, " A"]:
-    if config.low_quality == "none":
-        return jnp.zeros_like(is_best)
-    if config.low_quality == "band":
-        return is_best & ~background
-    return is_best

@@ -9,14 +9,14 @@ from jaxtyping import Array, Bool, Float, Int
 from retina_jax.ops.boxes import iou_matrix
 
 CHUNK = 1024
-"""Boxes ranked at once. A full ranking would cost more than all the rest, and is seldom needed."""
+"""Boxes sorted at once. Sorting all would cost more than everything else, and is seldom needed."""
 BLOCK = 64
-"""Boxes decided at once."""
+"""Boxes compared with the kept ones at once."""
 
 
 class _Kept(NamedTuple):
     number: Int[Array, ""]
-    """May pass D in the last block; what is beyond has no place."""
+    """May exceed D in the last block; boxes beyond D are dropped."""
     index: Int[Array, " D"]
     boxes_xyxy: Float[Array, "D 4"]
     labels: Int[Array, " D"]
@@ -30,17 +30,17 @@ def nms(
     iou_threshold: float,
     max_detections: int,
 ) -> tuple[Int[Array, " D"], Bool[Array, " D"]]:
-    """Exact greedy suppression within each class: (indices of the kept boxes, which of them are real), best first.
+    """Exact greedy suppression within each class: (indices of the kept boxes, valid), best first.
 
-    Repeats: keep the box with the best remaining score, the lowest index of equals, and drop every box of its class
-    that overlaps it with an IoU above iou_threshold. An IoU of exactly iou_threshold stays. It ends when
+    Repeat: keep the box with the best remaining score (the lowest index of equal ones), and drop every box of its class
+    whose IoU with it is above iou_threshold. A box with an IoU of exactly iou_threshold stays. It ends when
     D = max_detections boxes are kept or none remains. Entries past the last kept box have index 0 and are not valid.
 
-    It walks through the boxes in order of their scores, BLOCK at a time, against the boxes kept so far, and stops where D
-    are kept: no N x N matrix, and mostly a look at a part of the N boxes alone.
+    The boxes are processed in order of their scores, BLOCK at a time, against the boxes kept so far, until D are kept. So
+    there is no N x N matrix, and mostly only a part of the N boxes is looked at.
 
-    A score of -inf (or NaN) marks an absent box: it is neither kept nor suppresses. Classes are compared, not moved
-    apart by coordinate offsets, which would cost float32 digits.
+    A score of -inf (or NaN) marks an absent box, which is neither kept nor suppresses others. Classes are compared by
+    label: offsets added to the coordinates would cost float32 digits.
     """
     size = scores.shape[0]
     if size == 0 or max_detections == 0:
@@ -55,7 +55,7 @@ def nms(
         of_class = (kept.labels[:, None] == labels[None]) & (number < kept.number)[:, None]
         return (overlaps & of_class).any(axis=0)
 
-    def walk_on(state: tuple[Array, _Kept], at: Int[Array, " c"], real: Bool[Array, " c"]) -> tuple[Array, _Kept]:
+    def add_block(state: tuple[Array, _Kept], at: Int[Array, " c"], real: Bool[Array, " c"]) -> tuple[Array, _Kept]:
         start, kept = state
         at = lax.dynamic_slice_in_dim(at, start * block, block)
         boxes, of_class = boxes_xyxy[at], labels[at]
@@ -69,22 +69,22 @@ def nms(
             *(old.at[place].set(new, mode="drop") for old, new in zip(kept[1:], (at, boxes, of_class), strict=True)),
         )
 
-    def walk(state: tuple[Array, _Kept]) -> tuple[Array, _Kept]:
-        """Through the best `chunk` of the remaining boxes, which then remain no more."""
+    def add_chunk(state: tuple[Array, _Kept]) -> tuple[Array, _Kept]:
+        """Processes the best `chunk` of the remaining boxes."""
         remaining, kept = state
-        best, at = lax.top_k(remaining, chunk)  # of equals the lowest index first
+        best, at = lax.top_k(remaining, chunk)  # equal scores: lowest index first
         padding = (0, blocks * block - chunk)
         real = jnp.pad(best > -jnp.inf, padding)
         ranked = jnp.pad(at, padding)
         count = real.sum()
         _, kept = lax.while_loop(
             lambda state: (state[0] * block < count) & (state[1].number < max_detections),
-            lambda state: walk_on(state, ranked, real),
+            lambda state: add_block(state, ranked, real),
             (jnp.zeros_like(count), kept),
         )
         return remaining.at[at].set(-jnp.inf), kept
 
-    # zeros_like, not zeros: inside a shard_map the state must vary over the devices as the boxes do.
+    # zeros_like instead of zeros: inside a shard_map the state must vary over the devices as the boxes do.
     none = _Kept(
         number=jnp.zeros_like(labels, jnp.int32, ()),
         index=jnp.zeros_like(labels, jnp.int32, max_detections),
@@ -93,27 +93,27 @@ def nms(
     )
     _, kept = lax.while_loop(
         lambda state: (state[0] > -jnp.inf).any() & (state[1].number < max_detections),
-        walk,
+        add_chunk,
         (jnp.where(scores > -jnp.inf, scores, -jnp.inf), none),
     )
     return kept.index, number < kept.number
 
 
 def _survivors(candidate: Bool[Array, " b"], overlaps: Bool[Array, "b b"]) -> Bool[Array, " b"]:
-    """Which of these boxes, in order of their scores, are overlapped by no earlier one that survives.
+    """Which of these boxes, in order of their scores, are not overlapped by an earlier survivor.
 
-    The answer is the fixed point of: survive what no earlier survivor overlaps. The first i + 1 are right after i rounds;
-    where suppressed boxes do not suppress in long chains, all are after two or three.
+    Iterates to the fixed point. The first i + 1 boxes are right after i rounds; without long chains of overlaps, all are
+    right after two or three.
     """
     place = lax.iota(jnp.int32, candidate.shape[0])
     earlier = overlaps & (place[:, None] < place[None])
 
-    def round_of(survive: Bool[Array, " b"]) -> Bool[Array, " b"]:
+    def next_round(survive: Bool[Array, " b"]) -> Bool[Array, " b"]:
         return candidate & ~(earlier & survive[:, None]).any(axis=0)
 
     survive, _ = lax.while_loop(
         lambda state: (state[0] != state[1]).any(),
-        lambda state: (round_of(state[0]), state[0]),
-        (round_of(candidate), candidate),
+        lambda state: (next_round(state[0]), state[0]),
+        (next_round(candidate), candidate),
     )
     return survive

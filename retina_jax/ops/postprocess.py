@@ -13,14 +13,14 @@ from retina_jax.ops.boxes import clip, decode
 from retina_jax.ops.nms import nms
 
 PADDING = -1
-"""Label of the rows of `Detections` that hold none."""
+"""Label of the empty rows of `Detections`."""
 
 
 class Detections(NamedTuple):
-    """Detected objects of each image, best first; rows past the last one are padding."""
+    """Detected objects of each image, best first; the rows after the last one are padding."""
 
     boxes_xyxy: Float32[Array, "B D 4"]
-    """Boxes in canvas pixels, inside the image; 0 on padding."""
+    """Pixels of the padded image, inside the image; 0 on padding."""
     scores: Float32[Array, "B D"]
     """Probability of the class, above the threshold; 0 on padding."""
     labels: Int[Array, "B D"]
@@ -37,16 +37,16 @@ def detect(
 ) -> Detections:
     """Detections of each image: at most D = config.max_detections.
 
-    On each pyramid level the top_k best scores over all anchors and classes are taken, those at or below
-    score_threshold dropped, the rest decoded and clipped to the image; levels are merged and suppressed class by class
-    (`nms`). An anchor can give several classes. A score of exactly score_threshold is dropped. Boxes that clipping
-    leaves without area are kept. All in float32.
+    On each pyramid level: take the top_k best scores over all anchors and classes, drop those at or below score_threshold,
+    decode the boxes and clip them to the image. Then merge the levels and suppress class by class (`nms`). An anchor can
+    give several classes. Boxes that clipping leaves without area are kept. All computations are in float32.
 
-    Without config.threshold_coarsest the last level drops no score above 0. With config.clip "after_nms" whole boxes are
-    suppressed, those that remain are clipped, and the ones without area are dropped: D may then not be reached.
+    Without config.threshold_coarsest the coarsest level keeps every score above 0. With config.clip "after_nms" unclipped
+    boxes are suppressed, then clipped, and those without area are dropped, so there may be fewer than D.
 
-    level_counts are the anchors of each level, as `anchors.level_counts` gives them; image_sizes is (height, width) of
-    the real image in the upper left corner of the canvas.
+    Args:
+      level_counts: anchors of each level (`anchors.level_counts`).
+      image_sizes: (height, width) of the image in the upper left corner of the padded one.
     """
     if sum(level_counts) != logits.shape[1]:
         raise ValueError(
@@ -59,7 +59,7 @@ def detect(
         thresholds[-1] = 0.0
 
     def of_image(logits: Float[Array, "A K"], deltas: Float[Array, "A 4"], size_hw: Int[Array, "2"]) -> tuple:
-        found = []
+        found = []  # per level
         for start, count, threshold in zip(starts, level_counts, thresholds, strict=True):
             values, anchor, label = best_logits(logits[start : start + count], config.top_k)
             found.append((values, anchor + start, label, jnp.full(values.shape, threshold, jnp.float32)))
@@ -94,15 +94,14 @@ def best_logits(
 ) -> tuple[Float[Array, " k"], Int[Array, " k"], Int[Array, " k"]]:
     """(logits, anchors, classes) of the k = min(top_k, A * K) largest logits of a level, largest first.
 
-    Exactly `lax.top_k` of the flattened logits, equals in order of (anchor, class) included, without ranking all A * K:
-    it ranks the A anchors by their best class, keeps the first k anchors, and ranks the k * K logits of those.
+    Equals `lax.top_k` of the flattened logits, including the order of equal ones (by anchor, then class), without sorting
+    all A * K: sort the A anchors by their best class, keep the first k anchors, and sort their k * K logits.
 
-    Why nothing is lost: suppose that logit e, among the k largest, lay on an anchor that was not kept. Then k anchors
-    were ranked before it, and the best logit of each is larger than the best of e's anchor, hence larger than e, or
-    equal to it with a lower anchor index. Either way k logits come before e, so e is not among the k largest.
-    For equals to come out in order, the kept anchors are put back in order of their index.
+    Nothing is lost. Suppose logit e, among the k largest, is on an anchor that was not kept. Then k anchors come before its
+    anchor, and the best logit of each is larger than e, or equal to it with a lower anchor index. So k logits come before
+    e: a contradiction. The kept anchors are sorted by index so that equal logits come out in order.
 
-    Logits rank as their scores do, since the sigmoid is monotone, and where it saturates they still tell scores apart.
+    Logits have the order of their scores, because the sigmoid is monotone, and still differ where it saturates.
     """
     anchors, classes = logits.shape
     _, kept = lax.top_k(logits.max(axis=1), min(top_k, anchors))

@@ -152,11 +152,11 @@ def latency(detector: Detector, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], *,
     Raises:
       ValueError: the detector is on several devices, which cannot share one image.
     """
-    if detector.driver.shards != 1:
-        raise ValueError(f"detector: is on {detector.driver.shards} devices; latency is measured on one")
+    if detector.driver.num_devices != 1:
+        raise ValueError(f"detector: is on {detector.driver.num_devices} devices; latency is measured on one")
     times = []
     for image in images:
-        inputs = detector.driver.place(_inputs(to_canvas([image], detector.config.data, 1)))
+        inputs = detector.driver.shard_batch(_inputs(to_canvas([image], detector.config.data, 1)))
         for turn in range(2 + repeats):
             started = time.perf_counter()
             jax.block_until_ready(detector.driver.detect(detector.variables, inputs))

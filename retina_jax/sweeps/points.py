@@ -41,6 +41,7 @@ NO_OUTCOME = frozenset(
         "training.wandb",
         "parallel",
         "devices",
+        "cpu_kernels",
     }
 )
 FILES = frozenset({"data.train_annotations", "data.val_annotations"})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,11 +16,11 @@ PAPER_BATCH_SIZE = 16
 
 
 def learning_rate_schedule(config: OptimizerConfig, batch_size: int) -> optax.Schedule:
-    """Learning rate of a step, counted from 0.
+    """Learning rate by step, counted from 0.
 
-    Piecewise constant: `decay_factor` times lower from each boundary on, so that step 59999 still has the first rate and
-    step 60000 the second. The warm-up multiplies the first `warmup_steps` steps by a line from `warmup_factor` at step 0
-    to 1 at step `warmup_steps`; boundaries are absolute and not shifted by it.
+    Piecewise constant: multiplied by `decay_factor` at each boundary. Step 59999 still has the first rate, step 60000 the
+    second. The warm-up multiplies the first `warmup_steps` steps by a linear factor, from `warmup_factor` at step 0 to 1 at
+    step `warmup_steps`; the boundaries are absolute and not shifted by it.
     """
     peak = config.learning_rate * (batch_size / PAPER_BATCH_SIZE if config.scale_learning_rate else 1.0)
     pieces = optax.piecewise_constant_schedule(peak, dict.fromkeys(config.boundaries, config.decay_factor))
@@ -30,14 +29,14 @@ def learning_rate_schedule(config: OptimizerConfig, batch_size: int) -> optax.Sc
     )
 
     def schedule(step: Any) -> Array:
-        exact = jnp.asarray(step, jnp.float32)  # as optax's schedules want it; exact up to 2^24 steps
+        exact = jnp.asarray(step, jnp.float32)  # optax's schedules need float32; exact up to 2^24 steps
         return jnp.asarray(pieces(exact) * warmup(exact), jnp.float32)
 
     return schedule
 
 
 def unreached(config: Config) -> str | None:
-    """One line that names the drops of the rate, and the end of the warm-up, that a run is too short for; None: all come."""
+    """One line that names the boundaries, and the end of the warm-up, that come after the last step; None if none does."""
     steps, optimizer = config.training.steps, config.optimizer
     late = [boundary for boundary in optimizer.boundaries if boundary >= steps]
     named = [f"optimizer.boundaries {' '.join(map(str, late))}"] if late else []
@@ -48,13 +47,12 @@ def unreached(config: Config) -> str | None:
 
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Gradient transformation with the learning rate of `schedule` applied last.
+    """Gradient transformation that applies the learning rate of `schedule` last.
 
     sgd: g <- clip(g) + decay * w;  v <- momentum * v + g;  w <- w - rate * v. The decay enters the gradient before the
-    momentum (L2 regularisation, not decoupled), and the rate multiplies the velocity afterwards, so that a drop of the
-    rate takes effect at once. Biases and normalisation parameters (every leaf not named `kernel`) take
-    `bias_learning_rate_factor` times the rate. Normalisation parameters do not decay; biases of convolutions do with
-    `decay_biases`.
+    momentum (L2 regularisation, not decoupled), and the rate multiplies the velocity afterwards, so a lower rate takes
+    effect at once. Biases and normalisation parameters (every leaf not named `kernel`) take `bias_learning_rate_factor`
+    times the rate. Normalisation parameters do not decay; biases of convolutions do with `decay_biases`.
     """
     decay = optax.add_decayed_weights(config.weight_decay, partial(_decayed, biases=config.decay_biases))
     if config.name == "sgd":
@@ -64,30 +62,28 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
     if config.clip_norm > 0:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     if config.bias_learning_rate_factor != 1.0:
-        factor = optax.scale(config.bias_learning_rate_factor)
-        parts.append(optax.masked(factor, _named(lambda name: not _is_kernel(name))))
+        parts.append(optax.masked(optax.scale(config.bias_learning_rate_factor), _without_kernels))
     return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
 
 
-def _is_kernel(name: str) -> bool:
-    return name == "kernel"
+def skipped_update(before: optax.OptState, after: optax.OptState) -> optax.OptState:
+    """Optimizer state after a skipped update: as `before`, except for the step count of the schedule, which is that of
+    `after`. The schedule is the last part of `make_optimizer`; its boundaries are steps of the run."""
+    return (*before[:-1], after[-1])
+
+
+def _is_kernel(path: tuple[Any, ...]) -> bool:
+    return path[-1].key == "kernel"
+
+
+def _without_kernels(tree: PyTree) -> PyTree[bool]:
+    return jax.tree_util.tree_map_with_path(lambda path, _: not _is_kernel(path), tree)
 
 
 def _decayed(tree: PyTree, *, biases: bool) -> PyTree[bool]:
-    """Mask of the kernels, and with `biases` of the biases whose module has no `scale`: those of convolutions."""
+    """Mask of the kernels and, with `biases`, of the biases of convolutions: those whose module has no `scale`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     norms = {path[:-1] for path, _ in leaves if path[-1].key == "scale"}
-
-    def decays(path: tuple[Any, ...], leaf: object) -> bool:
-        return _is_kernel(path[-1].key) or (biases and path[:-1] not in norms)
-
-    return jax.tree_util.tree_map_with_path(decays, tree)
-
-
-def _named(wanted: Callable[[str], bool]) -> Callable[[PyTree], PyTree[bool]]:
-    """Mask of the leaves whose last name is wanted, as a function of the tree."""
-
-    def mask(tree: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: wanted(path[-1].key), tree)
-
-    return mask
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: _is_kernel(path) or (biases and path[:-1] not in norms), tree
+    )

@@ -1,8 +1,8 @@
 """The step over many devices: jit over a data mesh (the default), or pmap. Both run the same `train_step`.
 
-Under jit the program is written for the whole batch and the compiler splits it: what the code calls a sum over the batch
-*is* one. Under pmap it is written for one device's share and sums cross the axis by name. Parameters are replicated,
-images are split over the one axis `data`. Inference has no sums over images: each device handles its own, NMS included.
+Under jit the program is written for the global batch and the compiler splits it: a sum over the batch is global by
+construction. Under pmap it is written for the images of one device, and sums go over the named axis. Parameters are
+replicated, images are split over the one axis `data`. Inference has no sums over images: each device processes its own.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
+from retina_jax import cpu
 from retina_jax.config import Config, ConfigError
 from retina_jax.model.initialisation import initialise
 from retina_jax.model.resnet import ARCHITECTURES
@@ -29,7 +30,7 @@ from retina_jax.model.retinanet import RetinaNet
 from retina_jax.ops.anchors import anchor_grid, anchors_per_cell, level_counts
 from retina_jax.ops.postprocess import Detections, detect
 from retina_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from retina_jax.training.state import TrainState, new_state
+from retina_jax.training.state import TrainState, state_from
 from retina_jax.training.step import Inputs, train_step
 
 AXIS = "data"
@@ -37,52 +38,48 @@ AXIS = "data"
 
 @dataclass(frozen=True)
 class Driver:
-    """A network and its devices: places state and batches, runs the compiled steps."""
+    """A network on its devices: distributes state and batches, and compiles the steps."""
 
     config: Config
     num_classes: int
 
     @cached_property
     def mesh(self) -> Mesh:
-        """One axis, `data`, over the devices used, host after host, equally many of each."""
+        """One axis, `data`, over the devices used, host by host, the same number on each."""
         devices, hosts = jax.devices(), jax.process_count()
         wanted = self.config.devices or len(devices)
         if wanted > len(devices):
-            raise ConfigError(f"devices: {wanted} asked for, {len(devices)} found ({devices[0].platform})")
+            raise ConfigError(f"devices: {wanted} requested, {len(devices)} found ({devices[0].platform})")
         if wanted % hosts:
-            raise ConfigError(
-                f"devices: {wanted} cannot be split evenly over {hosts} hosts; take a multiple of {hosts}"
-            )
+            raise ConfigError(f"devices: {wanted} is not divisible by {hosts} hosts; use a multiple of {hosts}")
         of_host = [[d for d in devices if d.process_index == host][: wanted // hosts] for host in range(hosts)]
-        if {len(own) for own in of_host} != {wanted // hosts}:
-            raise ConfigError(
-                f"devices: the hosts have {', '.join(str(len(own)) for own in of_host)} devices; they must have equally "
-                f"many, or --devices be a multiple of {hosts} that all of them can serve"
-            )
+        counts = [len(own) for own in of_host]
+        if set(counts) != {wanted // hosts}:
+            raise ConfigError(f"devices: the hosts have {counts} devices; use a number (--devices) that each host has")
         return Mesh(np.array(of_host).reshape(-1), (AXIS,))
 
     @property
-    def shards(self) -> int:
+    def num_devices(self) -> int:
         """Number of devices used, over all hosts."""
         return self.mesh.size
 
     @property
-    def parts(self) -> int:
-        """Parts a batch is taken in: by so many devices, so many times."""
-        return self.shards * self.config.training.accumulate
+    def num_microbatches(self) -> int:
+        """Number of pieces of a global batch: devices times training.accumulate."""
+        return self.num_devices * self.config.training.accumulate
 
     @property
-    def by_name(self) -> bool:
-        """Whether a step is written for one device's share: under pmap; where the share is taken in parts, so that the
-        parts are added up on the device and cross between devices once; and with grouped convolutions, for each of which
-        the compiler would gather the whole batch on every device."""
+    def device_view(self) -> bool:
+        """Whether a step is written for the images of one device: under pmap; with accumulation, so that micro-batches are
+        added up on the device and cross devices once; and with grouped convolutions, for each of which the compiler would
+        otherwise gather the global batch on every device."""
         grouped = ARCHITECTURES[self.config.model.backbone].groups > 1
         return self.config.parallel == "pmap" or self.config.training.accumulate > 1 or grouped
 
     @cached_property
     def model(self) -> RetinaNet:
-        """The network; it knows the axis only where statistics must cross it by name."""
-        axis = AXIS if self.by_name else None
+        """The network. It knows the axis only if BatchNorm statistics must cross it by name."""
+        axis = AXIS if self.device_view else None
         return RetinaNet(self.config.model, self.num_classes, anchors_per_cell(self.config.anchors), axis_name=axis)
 
     @cached_property
@@ -101,106 +98,96 @@ class Driver:
         return NamedSharding(self.mesh, P())
 
     def check_batch_size(self) -> None:
-        """The batch must split evenly over the devices, and on each into its parts."""
-        if (batch_size := self.config.data.batch_size) % self.parts:
+        """Raise ConfigError if the batch does not divide evenly into micro-batches."""
+        if (batch_size := self.config.data.batch_size) % self.num_microbatches:
             times = self.config.training.accumulate
-            in_parts = f" in {times} parts each (training.accumulate)" if times > 1 else ""
+            microbatches = f" with {times} micro-batches each (training.accumulate)" if times > 1 else ""
             raise ConfigError(
-                f"data.batch_size: {batch_size} images cannot be split evenly over {self.shards} devices{in_parts}; "
-                f"take a multiple of {self.parts}, or fewer devices with --devices"
+                f"data.batch_size: {batch_size} is not divisible by {self.num_devices} devices{microbatches}; "
+                f"use a multiple of {self.num_microbatches} or --devices"
             )
 
-    def place_state(self, state: PyTree) -> PyTree:
-        """`state`, the same on every host, on every device."""
-        return jax.tree.map(self._everywhere, state)
-
-    def _everywhere(self, array: Any) -> Array:
+    def replicate(self, state: PyTree) -> PyTree:
+        """`state`, which is the same on every host, on every device."""
         if jax.process_count() == 1:
-            return jax.device_put(array, self.replicated)
-        own = np.asarray(array)  # not device_put, which would compare the hosts' arrays one by one over the network
-        return jax.make_array_from_callback(own.shape, self.replicated, lambda index: own[index])
+            return jax.device_put(state, self.replicated)
+        # device_put would compare the hosts' arrays one by one over the network.
+        arrays = jax.tree.map(np.asarray, state)
+        return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, self.replicated, a.__getitem__), arrays)
 
-    def init_state(self) -> TrainState:
-        """The state before the first step, by config.seed, on the devices."""
-        return self.state_of(initialise(self.model, self.config.seed))
+    def init_state(self, variables: dict[str, PyTree] | None = None) -> TrainState:
+        """The state before the first step, on the devices: from `variables`, or random ones by config.seed."""
+        if variables is None:
+            variables = initialise(self.model, self.config.seed)
+        return self.replicate(state_from(variables, self.optimizer, averaged=self.config.optimizer.ema_decay > 0))
 
-    def state_of(self, variables: dict[str, PyTree]) -> TrainState:
-        """The state before the first step from these variables, on the devices."""
-        averaged = self.config.optimizer.ema_decay > 0
-        return self.place_state(new_state(variables, self.optimizer, averaged=averaged))
-
-    def place(self, inputs: Inputs) -> Inputs:
-        """This host's rows of a global batch, split over its devices; pmap takes them as [devices, rows, ...]."""
+    def shard_batch(self, inputs: Inputs) -> Inputs:
+        """This host's rows of a global batch, split over its devices; for pmap as [devices, rows, ...]."""
         if self.config.parallel == "pmap":
             local = self.mesh.local_mesh.size
             return jax.tree.map(lambda x: x.reshape(local, x.shape[0] // local, *x.shape[1:]), inputs)
         split = NamedSharding(self.mesh, P(AXIS))
         return jax.tree.map(partial(jax.make_array_from_process_local_data, split), inputs)
 
+    def _traced(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, traced with CPU kernels if config.cpu_kernels is on and the backend is the CPU."""
+
+        def traced(*arguments: Any) -> Any:
+            with cpu.kernels(None if self.config.cpu_kernels else False):
+                return function(*arguments)
+
+        traced.__name__ = getattr(getattr(function, "func", function), "__name__", "traced")  # names the program
+        return traced
+
     @cached_property
     def step(self) -> Callable[[TrainState, Inputs], tuple[TrainState, dict[str, Array]]]:
-        """The compiled training step; one program per shape of a batch. The state given is consumed (donated)."""
+        """The compiled training step; one program per padded shape. Its argument `state` is consumed (donated)."""
         step = partial(
             train_step,
             model=self.model,
             config=self.config,
             optimizer=self.optimizer,
             schedule=self.schedule,
-            shards=self.shards,
+            num_devices=self.num_devices,
             accumulate=self.config.training.accumulate,
-            keep_finite=self.config.training.skip_non_finite > 0,
-            axis=AXIS if self.by_name else None,
+            skip_nonfinite=self.config.training.skip_non_finite > 0,
+            axis_name=AXIS if self.device_view else None,
         )
         if self.config.parallel == "pmap":
-            return jax.pmap(
-                step,
-                axis_name=AXIS,
-                in_axes=(None, 0),
-                out_axes=(None, None),
-                devices=list(self.mesh.devices.flat),
-                donate_argnums=0,
-            )
+            devices = list(self.mesh.devices.flat)
+            axes = {"axis_name": AXIS, "in_axes": (None, 0), "out_axes": (None, None)}
+            return jax.pmap(self._traced(step), **axes, devices=devices, donate_argnums=0)
         images, everywhere = P(AXIS), P()
         on_every_device = partial(jax.shard_map, mesh=self.mesh, check_vma=False)
-        if self.by_name:
+        if self.device_view:
             step = on_every_device(step, in_specs=(everywhere, images), out_specs=(everywhere, everywhere))
         else:
-            own_images = partial(
-                on_every_device,
-                in_specs=(images, images, everywhere, images, images),  # the arguments of `image_losses`
-                out_specs=images,
-            )
-            step = partial(step, on_own_images=own_images)
-        return jax.jit(
-            step,
-            in_shardings=(self.replicated, NamedSharding(self.mesh, images)),
-            out_shardings=(self.replicated, self.replicated),
-            donate_argnums=0,
-        )
+            of_losses = (images, images, everywhere, images, images)  # the arguments of `image_losses`
+            step = partial(step, per_device=partial(on_every_device, in_specs=of_losses, out_specs=images))
+        shardings = self.replicated, NamedSharding(self.mesh, images)
+        return jax.jit(self._traced(step), in_shardings=shardings, out_shardings=self.replicated, donate_argnums=0)
 
     @cached_property
     def detect(self) -> Callable[[dict[str, PyTree], Inputs], Detections]:
-        """The compiled inference step: variables and a placed batch to Detections in canvas pixels, [B, D, ...], of which
-        each host holds its own rows."""
+        """The compiled inference step: (variables, sharded batch) -> Detections in pixels of the padded images, [B, D, ...],
+        of which each host holds its own rows."""
 
+        @self._traced
         def one_device(variables: dict[str, PyTree], inputs: Inputs) -> Detections:
-            canvas = inputs.images.shape[1:3]
+            padded_hw = inputs.images.shape[1:3]
             logits, deltas = self.model.apply(variables, inputs.images, inputs.image_sizes, train=False)
-            anchors = jax.numpy.asarray(anchor_grid(canvas, self.config.anchors, self.config.model))
-            counts = level_counts(canvas, self.config.anchors, self.config.model)
+            anchors = jax.numpy.asarray(anchor_grid(padded_hw, self.config.anchors, self.config.model))
+            counts = level_counts(padded_hw, self.config.anchors, self.config.model)
             return detect(logits, deltas, anchors, counts, inputs.image_sizes, self.config.detection)
 
         if self.config.parallel == "pmap":
             mapped = jax.pmap(one_device, axis_name=AXIS, in_axes=(None, 0), devices=list(self.mesh.devices.flat))
-            return lambda variables, inputs: jax.tree.map(
-                lambda x: x.reshape(-1, *x.shape[2:]), mapped(variables, inputs)
-            )
-        return jax.jit(
-            jax.shard_map(one_device, mesh=self.mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS), check_vma=False)
-        )
+            return lambda *arguments: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), mapped(*arguments))
+        specs = {"in_specs": (P(), P(AXIS)), "out_specs": P(AXIS)}
+        return jax.jit(jax.shard_map(one_device, mesh=self.mesh, **specs, check_vma=False))
 
 
-def own_rows(batch: PyTree) -> PyTree:
+def local_rows(batch: PyTree) -> PyTree:
     """This host's rows of arrays that are split over the devices of all hosts, as numpy arrays."""
 
     def own(array: Array) -> np.ndarray:
@@ -213,11 +200,11 @@ def own_rows(batch: PyTree) -> PyTree:
 
 
 def peak_memory_bytes() -> int:
-    """Most memory in use so far: of the fullest local device, or of this process where devices do not tell (CPU)."""
+    """Peak memory so far: of the fullest local device, or of this process if devices do not report it (CPU)."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     if all(stats):
         return max(s["peak_bytes_in_use"] for s in stats)
-    try:  # of Linux; ru_maxrss begins there at the peak of the process that started this one
+    try:  # on Linux ru_maxrss starts at the peak of the parent process
         return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     except (OSError, TypeError):
         import resource

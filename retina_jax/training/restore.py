@@ -48,7 +48,7 @@ def restore_or_init(
     elif imported is not None:
         variables, _ = load_variables(Driver(imported.config, len(imported.class_names)), checkpoints, 0)
         variables, head = adapt_classes(driver, run, flat(variables), imported.categories)
-        state = driver.state_of(variables)
+        state = driver.init_state(variables)
         origin = f"starting from the detector imported into {run.folder}: {head}"
     elif driver.config.model.backbone_weights:
         from retina_jax.weights.importing import with_backbone  # reads foreign formats, which other runs do not need
@@ -57,7 +57,7 @@ def restore_or_init(
         variables, origin = with_backbone(template, driver.config.model, allow_missing)
         backbone = {kind: tree["backbone"] for kind, tree in variables.items() if "backbone" in tree}
         note_fact(run, "backbone_sha256", parameters_sha256(backbone))
-        state = driver.state_of(variables)
+        state = driver.init_state(variables)
     else:
         state = driver.init_state()
         frozen = driver.config.model.frozen_stages or driver.config.model.norm == "frozen"
@@ -119,7 +119,7 @@ def make_run(imported: Imported, folder: Path) -> Run:
     run = open_run(folder, imported.config, imported.class_names, imported.category_ids)
     driver = Driver(imported.config, len(imported.class_names))
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        checkpoints.save(0, driver.state_of(imported.variables))
+        checkpoints.save(0, driver.init_state(imported.variables))
     saved = read_json(folder / "config.json")
     write_json(folder / "imported.json", {**saved, "source": imported.source, "missing": list(imported.missing)})
     return run

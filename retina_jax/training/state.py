@@ -1,4 +1,4 @@
-"""Everything a step changes, and its checksum."""
+"""What a training step changes, and its checksum."""
 
 from __future__ import annotations
 
@@ -16,12 +16,9 @@ from retina_jax.losses.total import EMA_START
 
 @flax.struct.dataclass
 class TrainState:
-    """State of a run after `step` steps. The data order is a function of the step, so this is all there is to resume.
+    """State of a run after `step` steps. The data order is a function of the step, so nothing else is needed to resume."""
 
-    Leaves are arrays, or whatever libraries put in their place (shardings, abstract shapes), and not typed for that.
-    """
-
-    step: Any
+    step: Any  # an array, or a sharding or shape in its place
     """Steps taken, int32 []."""
     params: PyTree
     """Trained parameters, float32."""
@@ -31,48 +28,47 @@ class TrainState:
     """Running statistics of model.norm "batch"; empty otherwise."""
     opt_state: optax.OptState
     normaliser: Any
-    """float32 []: running mean of positive anchors a device (loss.normaliser "ema")."""
+    """float32 []: running mean of positive anchors per shard (loss.normaliser "ema")."""
     skipped: Any
-    """int32 []: steps so far that changed nothing, because they were not finite (training.skip_non_finite)."""
+    """int32 []: steps skipped so far because they were not finite (training.skip_non_finite)."""
 
     @property
     def variables(self) -> dict[str, PyTree]:
-        """The collections `RetinaNet.apply` takes, as training has them."""
+        """The collections that training passes to `RetinaNet.apply`."""
         return {"params": self.params, "frozen": self.frozen, "stats": self.stats}
 
     @property
     def everything(self) -> dict[str, PyTree]:
-        """All that the run has learnt: what its checksum is taken of."""
+        """All that the run has learned; its checksum is taken of this."""
         return self.variables
 
     def detector(self, parameters: Literal["ema", "raw"] = "ema") -> dict[str, PyTree]:
-        """The collections that detection takes: with "ema" the running means, where they are kept."""
+        """The collections for detection: with "ema" the averaged ones, if the run keeps them."""
         return self.variables
 
 
 @flax.struct.dataclass
 class AveragedState(TrainState):
-    """A state that keeps running means as well (optimizer.ema_decay). Others have no such field, so that their checkpoints
-    are what they were before there was one."""
+    """A state that also averages parameters and statistics (optimizer.ema_decay). It is a class of its own so that the
+    checkpoints of runs without averages have no such field."""
 
     ema: PyTree
-    """Running means of `params` and `stats`, by these names."""
+    """Exponential moving averages of `params` and `stats`, by these names."""
 
     @property
     def everything(self) -> dict[str, PyTree]:
-        """The running means included."""
+        """As in TrainState, plus the averages."""
         return {**self.variables, "ema": self.ema}
 
     def detector(self, parameters: Literal["ema", "raw"] = "ema") -> dict[str, PyTree]:
-        """The collections that detection takes."""
+        """The collections for detection."""
         return self.variables if parameters == "raw" else {**self.variables, **self.ema}
 
 
-def new_state(
+def state_from(
     variables: dict[str, PyTree], optimizer: optax.GradientTransformation, *, averaged: bool = False
 ) -> TrainState:
-    """State before the first step; `variables` as `initialise` gives them. `averaged`: running means are kept, and start
-    there."""
+    """State before the first step, from the `variables` of `initialise` or imported ones. `averaged`: with averages."""
     params, stats = variables["params"], variables.get("stats", {})
     state = TrainState(
         step=np.zeros((), np.int32),
@@ -85,14 +81,14 @@ def new_state(
     )
     if not averaged:
         return state
-    # Copies: a step takes the memory of all that it is given, of each array once.
+    # Copies, because a step takes over (donates) the buffer of each array once.
     return AveragedState(**vars(state), ema=jax.tree.map(np.array, {"params": params, "stats": stats}))
 
 
 def parameters_sha256(variables: dict[str, PyTree]) -> str:
-    """Checksum of all trained and frozen parameters: names, shapes and bytes, in sorted order of the names.
+    """Checksum of all arrays of `variables`: names, shapes and bytes, in sorted order of the names.
 
-    Two runs with the same sum hold the same detector to the last bit. Running statistics count among the frozen.
+    Two runs with the same checksum hold the same detector to the last bit.
     """
     named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
     digest = hashlib.sha256()

@@ -30,7 +30,7 @@ SCORES_ABOVE, LOGIT_STD = 1000, 1.5
 def make(task: Task) -> Work:
     """The work of `task`."""
     driver = Driver(config_of(task), task.classes)
-    inputs = driver.place(inputs_of(task))
+    inputs = driver.shard_batch(inputs_of(task))
     return {"step": step, "forward": forward, "detect": detect, "compile": compile_step}[task.name](
         task, driver, inputs
     )

@@ -14,7 +14,6 @@ from jaxtyping import Array
 from benchmarks.inputs import boxes_in, candidates, class_outputs
 from benchmarks.work import Task, Work
 from retina_jax.config import LossConfig, MatchingConfig
-from retina_jax.losses.focal import classification_loss
 from retina_jax.losses.fused import summed
 from retina_jax.ops.matching import match
 from retina_jax.ops.nms import nms
@@ -28,7 +27,7 @@ def make(task: Task) -> Work:
 def loss(task: Task) -> Work:
     """Focal loss, summed, and its gradient."""
     logits, labels = class_outputs(task.rows, task.classes, task.seed)
-    of_image = summed(classification_loss(LossConfig()))
+    of_image = summed(LossConfig())
     function = jax.value_and_grad(lambda logits, labels: of_image(logits, labels).sum())
     return on_logits(function, jnp.asarray(logits, task.dtype)[None], jnp.asarray(labels)[None], task.keep_logits)
 

@@ -220,15 +220,11 @@ def test_dividing_after_the_gradient_is_dividing_before_it(scope: str) -> None:
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-9)
 
 
-def test_uneven_shards_and_unknown_scopes_are_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"data\.batch_size 8 on 3 devices"):
+def test_uneven_shards_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"data\.batch_size: 8 .* 3 shards"):
         image_weights(jnp.zeros(8), "per_device", batch_size=8, shards=3)
-    with pytest.raises(ConfigError, match="3 images at hand"):
+    with pytest.raises(ConfigError, match=r"data\.batch_size: 8 .*\b3 .* 4 shards"):
         image_weights(jnp.zeros(3), "global", batch_size=8, shards=4)
-    with pytest.raises(ConfigError, match=r"loss\.normaliser"):
-        image_weights(jnp.zeros(8), "median", batch_size=8, shards=4)
-    with pytest.raises(ConfigError, match=r"loss\.normaliser"):
-        denominator(jnp.float32(1), "median", jnp.float32(1), shards=4)
 
 
 def test_background_and_ignored_are_told_apart_in_the_sum() -> None:

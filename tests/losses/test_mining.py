@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from retina_jax.config import AnchorConfig, Config, ConfigError, ModelConfig, OptimizerConfig
+from retina_jax.config import AnchorConfig, Config, ModelConfig, OptimizerConfig
 from retina_jax.config_io import override
 from retina_jax.losses.mining import mine
 from retina_jax.ops.anchors import anchor_grid
@@ -267,18 +267,10 @@ def test_a_mined_step_is_the_same_on_one_device_and_on_eight() -> None:
     results = []
     for parallel, devices in (("jit", 1), ("jit", 8), ("pmap", 8)):
         driver = Driver(override(config, {"parallel": parallel, "devices": devices}), 3)
-        state, metrics = driver.step(driver.init_state(), driver.place(inputs))
+        state, metrics = driver.step(driver.init_state(), driver.shard_batch(inputs))
         results.append(({name: float(value) for name, value in metrics.items()}, jax.device_get(state.params)))
     (one, parameters), *others = results
     assert one["positives_per_image"] > 1 and one["gradient_norm"] > 0
     for metrics, got in others:
         assert metrics == pytest.approx(one, rel=2e-4, abs=1e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), parameters, got)
-
-
-def test_minibatches_that_cannot_be_and_unknown_kinds_are_refused_by_name() -> None:
-    case = (jnp.ones(6), jnp.asarray(~ALL), jnp.asarray(ALL), jnp.asarray(SIX))
-    with pytest.raises(ConfigError, match=r"loss\.mining_batch is 0: it must be at least 1 with loss\.mining ohem"):
-        mine(*case, kind="ohem", batch=0, iou_threshold=0.5)
-    with pytest.raises(ConfigError, match=r"loss\.mining_batch is 3: it must be at least 4 with loss\.mining ohem_1_3"):
-        mine(*case, kind="ohem_1_3", batch=3, iou_threshold=0.5)

@@ -1,4 +1,4 @@
-"""The loss and gradient made tile by tile, and at once, against plain summing."""
+"""The fast form of the losses, in tiles and in one pass, against the sum of the formulas and JAX's derivative of them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retina_jax.config import LossConfig
-from retina_jax.losses import fused as module
+from retina_jax.cpu import tiles
+from retina_jax.losses import fused
 from retina_jax.losses.focal import classification_loss
-from retina_jax.losses.fused import _at_once, _in_tiles, summed
+from retina_jax.losses.fused import summed, sums_and_gradient, value_and_gradient
 from retina_jax.ops.matching import BACKGROUND, IGNORED
 
 KINDS = {
@@ -51,13 +52,49 @@ def plainly(loss: LossConfig, logits: jax.Array, labels: jax.Array, weights: jax
 def test_tiles_and_one_pass_give_the_plain_sum_and_gradient(
     kind: str, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "TILE", 64)  # tiles of a few anchors, the last one seldom whole
+    monkeypatch.setattr(tiles, "TILE", 64)  # tiles of a few anchors, the last one mostly incomplete
     logits, labels = case(*shape)
     sums, gradient = plainly(KINDS[kind], logits, labels, jnp.ones(shape[0]))
-    for way in (_in_tiles, _at_once):
-        found = jax.jit(functools.partial(way, classification_loss(KINDS[kind])))(logits, labels)
+    for form in (tiles.in_tiles, sums_and_gradient.__wrapped__):
+        found = jax.jit(functools.partial(form, value_and_gradient(KINDS[kind])))(logits, labels)
         np.testing.assert_allclose(found[0], sums, rtol=1e-5)
-        np.testing.assert_allclose(found[1], gradient, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(found[1], gradient, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("gamma", [0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0])
+def test_the_fast_focal_loss_is_the_formula_at_extreme_logits(gamma: float, dtype: str) -> None:
+    assert_formula(LossConfig(gamma=gamma), dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_fast_form_is_its_formula_at_extreme_logits(kind: str) -> None:
+    assert_formula(KINDS[kind], "float32")
+
+
+def assert_formula(config: LossConfig, dtype: str) -> None:
+    """Value and gradient of every logit against `focal.py` and JAX's derivative, for a class, background and ignored."""
+    sizes = np.array([0.0, 1e-3, 0.5, 2.0, 20.0, 60.0, 100.0, 1e4])
+    row = jnp.asarray(np.concatenate([sizes, -sizes]), dtype)
+    logits, labels = jnp.stack([row] * 4), jnp.array([BACKGROUND, IGNORED, 3, 12], jnp.int32)
+    plain = classification_loss(config)
+    value, gradient = jax.jit(value_and_gradient(config))(logits, labels)
+    assert (value.dtype, gradient.dtype) == (jnp.float32, logits.dtype)
+    assert np.isfinite(value).all() and np.isfinite(gradient.astype(jnp.float32)).all()
+    expected = jax.grad(lambda logits: plain(logits, labels).sum())(logits)
+    atol = 1e-7 if config.kind == "hinge" else 1e-30  # margin - p_t is a difference of numbers near 1
+    np.testing.assert_allclose(value, plain(logits, labels), rtol=5e-5, atol=atol)
+    gradient, expected = gradient.astype(jnp.float32), expected.astype(jnp.float32)
+    np.testing.assert_allclose(gradient, expected, rtol=5e-5 if dtype == "float32" else 2**-7, atol=atol)
+
+
+def test_a_kind_without_a_fast_form_takes_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_curve", lambda config: None)
+    logits, labels = case(1, 30, 4)
+    sums, gradient = plainly(LossConfig(), logits, labels, jnp.ones(1))
+    value, pull_back = jax.vjp(lambda logits: summed(LossConfig())(logits, labels), logits)
+    np.testing.assert_allclose(value, sums, rtol=1e-6)
+    np.testing.assert_allclose(pull_back(jnp.ones(1))[0], gradient, rtol=1e-6)
 
 
 @settings(max_examples=5, deadline=None)
@@ -75,8 +112,8 @@ def test_every_anchor_counts_once_whatever_the_tile(
     weights = jnp.arange(1.0, images + 1)
     sums, gradient = plainly(LossConfig(), logits, labels, weights)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "TILE", tile)
-        of_images = summed(classification_loss(LossConfig()))
+        patch.setattr(tiles, "TILE", tile)
+        of_images = summed(LossConfig())
         value, pull_back = jax.vjp(lambda logits: of_images(logits, labels), logits)
     np.testing.assert_allclose(value, sums, rtol=1e-5)
     np.testing.assert_allclose(pull_back(weights)[0], gradient, rtol=1e-5, atol=1e-9)
@@ -84,14 +121,14 @@ def test_every_anchor_counts_once_whatever_the_tile(
 
 def test_without_a_gradient_the_sum_is_the_same() -> None:
     logits, labels = case(2, 1000, 80)
-    of_images = summed(classification_loss(LossConfig()))
+    of_images = summed(LossConfig())
     with_gradient, _ = jax.vjp(lambda logits: of_images(logits, labels), logits)
     np.testing.assert_allclose(of_images(logits, labels), with_gradient, rtol=1e-5)
 
 
 def test_the_gradient_keeps_the_logits_precision_and_sums_are_float32() -> None:
     logits, labels = case(2, 500, 80, dtype="bfloat16")
-    of_images = summed(classification_loss(LossConfig()))
+    of_images = summed(LossConfig())
     sums, pull_back = jax.vjp(lambda logits: of_images(logits, labels), logits)
     (gradient,) = pull_back(jnp.full(2, 1 / 3))
     exact_sums, exact = plainly(LossConfig(), logits.astype(jnp.float32), labels, jnp.full(2, 1 / 3))
@@ -104,21 +141,21 @@ def test_the_gradient_keeps_the_logits_precision_and_sums_are_float32() -> None:
 def test_extreme_logits_have_finite_gradients(kind: str) -> None:
     logits = jnp.array([[[-1e4, -90, -20, 0.0, 20, 90, 1e4]]] * 2)
     labels = jnp.array([[BACKGROUND], [3]], jnp.int32)
-    of_images = summed(classification_loss(KINDS[kind]))
+    of_images = summed(KINDS[kind])
     sums, pull_back = jax.vjp(lambda logits: of_images(logits, labels), logits)
     assert np.isfinite(sums).all() and np.isfinite(pull_back(jnp.ones(2))[0]).all()
 
 
 def test_a_logit_that_is_no_number_makes_its_image_none_alone() -> None:
     logits, labels = case(3, 200, 7)
-    sums = summed(classification_loss(LossConfig()))(logits.at[1, 0, 0].set(jnp.nan), labels.at[1, 0].set(BACKGROUND))
+    sums = summed(LossConfig())(logits.at[1, 0, 0].set(jnp.nan), labels.at[1, 0].set(BACKGROUND))
     assert np.isnan(sums).tolist() == [False, True, False]
 
 
 def test_on_the_cpu_the_gradient_takes_the_place_of_logits_that_are_given_away() -> None:
     """No copy of them, and no second array of their size; here the last tile of an image is a short one."""
     logits, labels = case(2, 1000, 80)
-    of_images = summed(classification_loss(LossConfig()))
+    of_images = summed(LossConfig())
     program = jax.jit(jax.value_and_grad(lambda x, y: of_images(x, y).sum()), donate_argnums=0)
     compiled = program.lower(logits, labels).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < logits.nbytes
@@ -129,7 +166,7 @@ def test_on_the_cpu_the_gradient_takes_the_place_of_logits_that_are_given_away()
 
 def test_under_vmap_and_with_no_anchors() -> None:
     logits, labels = case(4, 30, 5)
-    of_images = summed(classification_loss(LossConfig()))
+    of_images = summed(LossConfig())
     gradient = jax.grad(lambda logits: of_images(logits, labels).sum())(logits)
     one = jax.vmap(jax.grad(lambda logits, labels: of_images(logits[None], labels[None])[0]))(logits, labels)
     np.testing.assert_allclose(one, gradient, rtol=1e-6, atol=1e-9)

@@ -1,4 +1,4 @@
-"""Every form of a convolution is the plain one. Inputs are small integers, whose sums are exact in float32 in any order."""
+"""Every form of a convolution equals the plain one. Inputs are small integers, whose float32 sums are exact in any order."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from retina_jax.cpu import winograd
-from retina_jax.cpu.convolution import by_columns, convolution, kernel_gradient, map_gradient, plain_convolution
+from retina_jax.cpu.convolution import by_columns, kernel_gradient, map_gradient
+from retina_jax.model.layers import convolve
 
 Form = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -78,10 +79,10 @@ def value_and_gradients(form: Form, x: jax.Array, kernel: jax.Array, dy: jax.Arr
 
 
 def both(case: Case) -> tuple[Callable[..., tuple[jax.Array, ...]], ...]:
-    """Value and gradients by `convolution` and by the plain one: functions of (x, kernel, dy)."""
+    """Value and gradients by `convolve` with CPU kernels and by the plain one: functions of (x, kernel, dy)."""
     forms = [
         lambda x, kernel, form=form: form(x, kernel, case.stride, case.groups)
-        for form in (convolution, plain_convolution)
+        for form in (convolve, convolve.__wrapped__)
     ]
     return tuple(jax.jit(partial(value_and_gradients, form)) for form in forms)
 
@@ -175,7 +176,7 @@ def test_under_vmap_and_remat(case: Case) -> None:
     x, kernel, dy = (jnp.stack(pair) for pair in zip(integers(case, 2), integers(case, 3), strict=True))
     expected = [plain(*(a[i] for a in (x, kernel, dy))) for i in range(2)]
     mapped = jax.jit(jax.vmap(ours))(x, kernel, dy)
-    form = jax.checkpoint(lambda x, kernel: convolution(x, kernel, case.stride, case.groups))
+    form = jax.checkpoint(lambda x, kernel: convolve(x, kernel, case.stride, case.groups))
     for i in range(2):
         again = jax.jit(partial(value_and_gradients, form))(x[i], kernel[i], dy[i])
         for all_of, remat, exact in zip(mapped, again, expected[i], strict=True):

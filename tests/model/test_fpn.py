@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retina_jax.config import ConfigError, ModelConfig
+from retina_jax.config import ModelConfig
 from retina_jax.model.fpn import FPN, upsample
 from retina_jax.model.initialisation import draw
 from retina_jax.model.layers import Conv
@@ -79,9 +79,3 @@ def test_top_down_path_adds_the_sum_above_before_the_output_convolution() -> Non
     m4 = conv("lateral4", 1, maps[2]) + upsample(m5, (4, 4))
     np.testing.assert_allclose(levels[5], conv("output5", 3, m5), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(levels[4], conv("output4", 3, m4), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("low", "high"), [(1, 7), (6, 7), (3, 4)])
-def test_impossible_levels_are_refused_by_name(low: int, high: int) -> None:
-    with pytest.raises(ConfigError, match=r"model\.min_level is .* give 2 <= min_level <= 5 <= max_level"):
-        jax.eval_shape(FPN(replace(TINY, min_level=low, max_level=high)).init, jax.random.key(0), backbone_maps(64, 64))

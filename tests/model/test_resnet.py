@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from retina_jax.config import ConfigError, ModelConfig
+from retina_jax.config import ModelConfig
 from retina_jax.model.initialisation import draw
 from retina_jax.model.resnet import ARCHITECTURES, ResNet, block_layers
 
@@ -124,11 +124,3 @@ def test_synchronised_batch_norm_under_pmap_is_jit_on_the_whole_batch() -> None:
     np.testing.assert_allclose(split.reshape(whole.shape), whole, rtol=1e-3, atol=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-4, atol=1e-5), split_stats, stats)
     jax.tree.map(lambda a: np.testing.assert_array_equal(a[0], a[-1]), split_stats)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"), [("stage_blocks", (1, 1, 1)), ("stage_blocks", (1, 0, 1, 1)), ("frozen_stages", 6)]
-)
-def test_impossible_backbone_is_refused_by_name(field: str, value: tuple | int) -> None:
-    with pytest.raises(ConfigError, match=rf"model\.{field} is .*: give"):
-        shapes(replace(TINY, **{field: value}))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from retina_jax.config import ConfigError, ModelConfig
+from retina_jax.config import ModelConfig
 from retina_jax.model.initialisation import initialise
 from retina_jax.model.retinanet import Head, Outputs, RetinaNet, normalise
 from retina_jax.model.summary import parameter_counts, parameter_table
@@ -209,12 +209,6 @@ def test_initialising_r50_takes_seconds_not_minutes() -> None:
     start = time.process_time()
     initialise(RetinaNet(ModelConfig(), 80, CELL), 0)
     assert time.process_time() - start < 6  # 1 second on one free core
-
-
-@pytest.mark.parametrize("prior", [0.0, 1.0, -0.1])
-def test_impossible_prior_is_refused_by_name(prior: float) -> None:
-    with pytest.raises(ConfigError, match=r"model\.prior is .* give a probability"):
-        initialise(RetinaNet(replace(TINY, prior=prior), K, CELL), 0)
 
 
 def test_table_counts_every_weight_once_and_shows_frozen_parts() -> None:

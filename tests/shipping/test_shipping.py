@@ -27,12 +27,12 @@ from small_sets import rectangles
 
 from retina_jax.config import Config, ConfigError, DataConfig
 from retina_jax.config_io import override
-from retina_jax.cpu.convolution import convolution
 from retina_jax.data.transforms import resized_size
 from retina_jax.detector import Detector, to_canvas
 from retina_jax.export import agreement
 from retina_jax.export.agreement import ExportError, images_for
 from retina_jax.export.programs import PLATFORMS, padded_shapes
+from retina_jax.model.layers import convolve
 from retina_jax.training.parallel import Driver
 
 ROOT = Path(__file__).parents[2]
@@ -251,13 +251,13 @@ def test_every_form_of_a_convolution_is_exported(form: str) -> None:
     (b,) = jax.export.symbolic_shape("b")
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=kernel_shape).astype(np.float32)
-    call = jax.jit(lambda x, kernel: convolution(x, kernel, stride))
-    exported = jax.export.export(call, platforms=PLATFORMS)(jax.ShapeDtypeStruct((b, *shape), np.float32), kernel)
-    text = exported.mlir_module()
+    call = jax.jit(lambda x, kernel: convolve(x, kernel, stride))
+    travelling = jax.export.export(call, platforms=PLATFORMS)(jax.ShapeDtypeStruct((b, *shape), np.float32), kernel)
+    text = travelling.mlir_module()
     forms = tuple(
         re.search(rf"stablehlo\.({op})\b", text) is not None for op in ("dot_general", "convolution|dynamic_conv")
     )
-    assert forms == {"product": (True, False), "plain": (False, True)}.get(form, (True, True))
+    assert forms == {"plain": (False, True)}.get(form, (True, True))
     x = rng.normal(size=(3, *shape)).astype(np.float32)
     found = jax.export.deserialize(exported.serialize()).call(x, kernel)
     np.testing.assert_allclose(found, call(x, kernel), rtol=1e-5, atol=1e-4)

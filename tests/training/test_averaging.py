@@ -22,7 +22,7 @@ from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.opening import open_run
 from retina_jax.training.parallel import Driver
 from retina_jax.training.state import TrainState, parameters_sha256
-from retina_jax.training.step import Inputs, averaging_decay
+from retina_jax.training.step import Inputs, ema_decay
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 Make = Callable[..., Inputs]
@@ -56,7 +56,7 @@ def assert_near(one: Any, other: Any) -> None:
 @settings(max_examples=50, deadline=None)
 @given(updates=st.integers(0, 10**6), decay=st.floats(0.001, 0.99999))
 def test_the_decay_warms_up(updates: int, decay: float) -> None:
-    got = float(averaging_decay(jnp.int32(updates), decay))
+    got = float(ema_decay(jnp.int32(updates), decay))
     assert got == pytest.approx(min(decay, (1 + updates) / (10 + updates)), rel=1e-6)
 
 
@@ -83,7 +83,7 @@ def test_the_mean_is_the_plain_recurrence(tiny: Config, make_floats: Make, own: 
     mean = jax.tree.map(np.float64, learnt(state))
     assert_equal(state.ema, learnt(state))
     for step in range(4):
-        state, _ = driver.step(state, driver.place(make_floats(step)))
+        state, _ = driver.step(state, driver.shard_batch(make_floats(step)))
         d = min(DECAY, (1 + step) / (10 + step))
         mean = jax.tree.map(lambda m, x, d=d: d * m + (1 - d) * np.float64(x), mean, learnt(state))
     assert_near(state.ema, mean)
@@ -96,12 +96,12 @@ def test_the_mean_is_the_plain_recurrence(tiny: Config, make_floats: Make, own: 
 def test_a_step_that_is_left_out_leaves_the_mean_and_its_warm_up(tiny: Config, make_floats: Make) -> None:
     driver = driver_of(averaged(tiny, **IN_PARTS))
     poisoned = make_floats(0)._replace(images=make_floats(0).images * np.float32(np.nan))
-    state, _ = driver.step(driver.init_state(), driver.place(make_floats(0)))
+    state, _ = driver.step(driver.init_state(), driver.shard_batch(make_floats(0)))
     before = jax.device_get(state.ema)
-    state, _ = driver.step(state, driver.place(poisoned))
+    state, _ = driver.step(state, driver.shard_batch(poisoned))
     assert int(state.skipped) == 1
     assert_equal(state.ema, before)
-    state, _ = driver.step(state, driver.place(make_floats(1)))
+    state, _ = driver.step(state, driver.shard_batch(make_floats(1)))
     second = 2 / 11  # the second update, of three steps
     assert_near(state.ema, jax.tree.map(lambda m, x: second * m + (1 - second) * x, before, learnt(state)))
 
@@ -111,7 +111,7 @@ def test_a_resumed_mean_is_the_unbroken_one_to_the_bit(tiny: Config, make_floats
 
     def go_on(state: TrainState, steps: range) -> TrainState:
         for step in steps:
-            state, _ = driver.step(state, driver.place(make_floats(step)))
+            state, _ = driver.step(state, driver.shard_batch(make_floats(step)))
         return state
 
     unbroken = jax.device_get(go_on(driver.init_state(), range(4)))

@@ -30,12 +30,10 @@ from retina_jax.training.state import TrainState, parameters_sha256
 ROOT = Path(__file__).parents[2]
 
 
-def state_of(config: Config, devices: int, step: int = 0) -> TrainState:
+def init_state(config: Config, devices: int, step: int = 0) -> TrainState:
     driver = Driver(override(config, {"devices": devices}), 3)
     state = driver.init_state()
-    return driver.place_state(
-        state.replace(step=np.asarray(step, np.int32), normaliser=np.asarray(step / 7, np.float32))
-    )
+    return driver.replicate(state.replace(step=np.asarray(step, np.int32), normaliser=np.asarray(step / 7, np.float32)))
 
 
 def small(step: int, devices: int = 1) -> dict:
@@ -70,10 +68,10 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_a_state_comes_back_to_the_bit_on_other_devices(tiny: Config, tmp_path: Path) -> None:
-    saved = state_of(tiny, 8, step=5)
+    saved = init_state(tiny, 8, step=5)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(5, saved)
-    other = state_of(override(tiny, {"seed": 1}), 2)
+    other = init_state(override(tiny, {"seed": 1}), 2)
     assert parameters_sha256(other.variables) != parameters_sha256(saved.variables)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         restored = checkpoints.restore(other)

@@ -201,7 +201,7 @@ def test_a_driver_compiles_each_canvas_once(tiny: Config, make_inputs: Callable[
     step, state = CompiledStep(driver.step, canvases=2, announce=said.append), driver.init_state()
     for number, canvas in enumerate([(64, 64), (64, 64), (64, 96), (64, 64), (64, 96)]):
         before = state
-        state, measured = step(state, driver.place(make_inputs(number, canvas=canvas)))
+        state, measured = step(state, driver.shard_batch(make_inputs(number, canvas=canvas)))
         jax.block_until_ready(measured)
         assert all(array.is_deleted() for array in jax.tree.leaves(before)), "its memory is the new state's"
     assert [line[:15] for line in said] == ["step for 64x64 ", "step for 64x96 "]
@@ -218,11 +218,11 @@ def test_canvases_ahead_are_compiled_with_the_first_one(
     said: list[str] = []
     canvases = [(64, 64), (64, 96), (96, 64)]
     step, state = CompiledStep(driver.step, 3, said.append, ahead=canvases), driver.init_state()
-    state, _ = step(state, driver.place(make_inputs(0, canvas=(64, 96))))
+    state, _ = step(state, driver.shard_batch(make_inputs(0, canvas=(64, 96))))
     assert [line.split()[2] for line in said] == ["64x96", "64x64", "96x64"]
     with compilation.compile_events() as events:
         for number, canvas in enumerate(canvases, start=1):
-            state, measured = step(state, driver.place(make_inputs(number, canvas=canvas)))
+            state, measured = step(state, driver.shard_batch(make_inputs(number, canvas=canvas)))
             jax.block_until_ready(measured)
     assert events[compilation.COMPILED] == 0 and len(said) == 3
     assert int(state.step) == 4

@@ -24,7 +24,7 @@ def run(config: Config, batches: list[Inputs]) -> tuple[list[dict[str, float]], 
     driver = Driver(config, config.model.num_classes)
     state, metrics = driver.init_state(), []
     for inputs in batches:
-        state, measured = driver.step(state, driver.place(inputs))
+        state, measured = driver.step(state, driver.shard_batch(inputs))
         metrics.append({k: float(v) for k, v in measured.items()})
     return metrics, jax.device_get(state.variables)
 
@@ -101,9 +101,9 @@ def test_a_step_that_is_not_finite_is_left_out(tiny: Config, make_inputs: Make, 
     batches = [inputs._replace(images=inputs.images.astype(np.float32)) for inputs in batches]
     poisoned = batches[1]._replace(images=batches[1].images * np.float32(np.nan))
     driver = Driver(config, 3)
-    state, _ = driver.step(driver.init_state(), driver.place(batches[0]))
+    state, _ = driver.step(driver.init_state(), driver.shard_batch(batches[0]))
     before = jax.device_get(state)
-    state, measured = driver.step(state, driver.place(poisoned))
+    state, measured = driver.step(state, driver.shard_batch(poisoned))
     after = jax.device_get(state)
     assert not np.isfinite(measured["loss"]) and measured["skipped"] == 1
     assert after.step == 2 and after.skipped == 1
@@ -111,7 +111,7 @@ def test_a_step_that_is_not_finite_is_left_out(tiny: Config, make_inputs: Make, 
     kept = (*before.opt_state[:-1], after.opt_state[-1])
     before = before.replace(step=after.step, skipped=after.skipped, opt_state=kept)
     jax.tree.map(np.testing.assert_array_equal, after, before)
-    state, measured = driver.step(state, driver.place(batches[2]))
+    state, measured = driver.step(state, driver.shard_batch(batches[2]))
     assert np.isfinite(measured["loss"]) and measured["skipped"] == 1 and int(state.step) == 3
     assert parameters_sha256(jax.device_get(state.variables)) != parameters_sha256(after.variables)
     _, lost = run(override(config, {"training.skip_non_finite": 0}), [batches[0], poisoned])
@@ -134,7 +134,7 @@ def test_batch_norm_statistics_are_of_the_whole_batch(tiny: Config, make_inputs:
 
 def compiled_step(config: Config, inputs: Inputs) -> str:
     driver = Driver(config, config.model.num_classes)
-    return driver.step.lower(driver.init_state(), driver.place(inputs)).compile().as_text()
+    return driver.step.lower(driver.init_state(), driver.shard_batch(inputs)).compile().as_text()
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -194,7 +194,7 @@ def test_one_program_a_canvas_shape(tiny: Config, make_inputs: Make) -> None:
     for round_ in range(3):
         for number, canvas in enumerate(canvases):
             inputs = make_inputs(10 * round_ + number, canvas=canvas)
-            state, _ = driver.step(state, driver.place(inputs))
+            state, _ = driver.step(state, driver.shard_batch(inputs))
     assert driver.step._cache_size() == len(canvases)
 
 

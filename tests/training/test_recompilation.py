@@ -67,7 +67,7 @@ def test_as_many_programs_as_buckets_whatever_the_sizes(tiny: Config, number: in
     def placed(batch: Batch) -> Inputs:
         used.add(batch.images.shape[1:3])
         seen.update(batch.indices.tolist())
-        return driver.place(Inputs(batch.images, batch.image_sizes, batch.boxes_xyxy, batch.labels, batch.valid))
+        return driver.shard_batch(Inputs(batch.images, batch.image_sizes, batch.boxes_xyxy, batch.labels, batch.valid))
 
     for batch in train_batches(source, data, seed=0):
         state, metrics = driver.step(state, placed(batch))

@@ -50,7 +50,7 @@ def test_the_strong_recipe_takes_two_finite_steps(make_inputs: Callable[..., Inp
     assert isinstance(state, AveragedState)
     before = jax.device_get(state)
     for seed in range(2):
-        state, measured = driver.step(state, driver.place(make_inputs(seed, batch_size=4)))
+        state, measured = driver.step(state, driver.shard_batch(make_inputs(seed, batch_size=4)))
         assert all(np.isfinite(value) for value in measured.values())
         assert measured["loss"] > 0 and measured["gradient_norm"] > 0
     after = jax.device_get(state)

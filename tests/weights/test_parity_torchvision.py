@@ -23,7 +23,7 @@ from retina_jax.model.resnet import ResNet
 from retina_jax.ops.anchors import anchor_grid
 from retina_jax.training.parallel import Driver
 from retina_jax.training.restore import flat
-from retina_jax.training.state import new_state
+from retina_jax.training.state import state_from
 from retina_jax.training.step import Inputs, train_step
 from retina_jax.weights.converted import renamed
 from retina_jax.weights.filling import fill
@@ -160,9 +160,9 @@ def test_loss_gradients_and_five_steps_of_sgd_are_torchvisions(version: str, rat
         lambda params: jax.tree.map(jnp.zeros_like, params), lambda gradients, _, __=None: (gradients, gradients)
     )
     optimizer = optax.chain(recorder, driver.optimizer)
-    step = partial(train_step, model=driver.model, config=driver.config, schedule=driver.schedule, shards=1)
+    step = partial(train_step, model=driver.model, config=driver.config, schedule=driver.schedule, num_devices=1)
     step = jax.jit(partial(step, optimizer=optimizer))
-    state = new_state(jax.device_get(detector.variables), optimizer)
+    state = state_from(jax.device_get(detector.variables), optimizer)
 
     # What torchvision freezes still normalises by its batch; here it does not.
     model.train()

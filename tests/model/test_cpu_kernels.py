@@ -1,0 +1,77 @@
+"""The switch of the CPU kernels: it is read when a program is traced, and programs without kernels have no branch."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from retina_jax import cpu
+from retina_jax.config import Config
+from retina_jax.config_io import from_dict, override, to_dict
+from retina_jax.model.layers import convolve
+from retina_jax.training.parallel import Driver
+from retina_jax.training.step import Inputs
+
+TINY = override(
+    Config(),
+    {
+        "model.backbone": "resnet18", "model.base_width": 4, "model.stage_blocks": (1, 1, 1, 1), "model.max_level": 5,
+        "model.fpn_channels": 8, "model.head_channels": 8, "model.head_convs": 1, "data.batch_size": 1, "devices": 1,
+    },
+)  # fmt: skip
+X, KERNEL = jnp.ones((1, 4, 4, 32)), jnp.ones((1, 1, 32, 32))
+
+
+def branches(function: Callable, *arguments: object) -> int:
+    """Number of choices by platform in a traced program."""
+    return str(jax.make_jaxpr(function)(*arguments)).count("platform_index")
+
+
+def gradients(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jax.grad(lambda x, kernel: convolve(x, kernel).sum(), (0, 1))(x, kernel)
+
+
+def test_the_switch_decides_while_a_program_is_traced() -> None:
+    program = jax.jit(convolve)
+    assert cpu.enabled()  # the tests' backend is the CPU
+    for on in (True, False, True):
+        with cpu.kernels(on):
+            assert cpu.enabled() == on
+            assert ("dot_general" in str(program.trace(X, KERNEL).jaxpr)) == on
+            assert (branches(gradients, X, KERNEL) > 0) == on
+    with cpu.kernels(None):
+        assert cpu.enabled()
+
+
+def test_on_another_backend_no_program_has_a_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not cpu.enabled()
+    assert branches(lambda x, kernel: convolve(x, kernel), X, KERNEL) == 0
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_step_without_kernels_has_no_branch_and_the_same_result() -> None:
+    inputs = Inputs(
+        images=np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3)).astype(np.uint8),
+        image_sizes=np.full((1, 2), 64, np.int32),
+        boxes_xyxy=np.array([[[8, 8, 40, 40]]], np.float32),
+        labels=np.zeros((1, 1), np.int32),
+        valid=np.ones(1, bool),
+    )
+    losses = {}
+    for on in (True, False):
+        driver = Driver(override(TINY, {"cpu_kernels": on}), 2)
+        state, batch = driver.init_state(), driver.shard_batch(inputs)
+        assert (branches(driver.step, state, batch) > 0) == on
+        _, metrics = driver.step(state, batch)
+        losses[on] = [float(metrics[name]) for name in ("loss", "gradient_norm")]
+    assert losses[False] == pytest.approx(losses[True], rel=1e-5)
+
+
+def test_configs_without_the_field_have_the_kernels() -> None:
+    saved = to_dict(override(Config(), {"cpu_kernels": False}))
+    assert not from_dict(saved).cpu_kernels
+    del saved["cpu_kernels"]
+    assert from_dict(saved).cpu_kernels
