@@ -1,85 +1,77 @@
-"""A COCO JSON in memory to columns: every entry checked, sizes and files of its images found, its boxes in pixels."""
+"""A COCO JSON file as arrays: its entries checked, its images located, their sizes known, its boxes in pixels."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
+import msgspec
 import numpy as np
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Float64, Int64
 
-from retina_jax.data.box_formats import (
-    BoxFormat,
-    Guess,
-    are_fractions,
-    guess_format,
-    guess_fractions,
-    guess_other,
-    to_xywh,
-)
+from retina_jax.data.box_formats import BoxFormat, boxes_in_pixels
 from retina_jax.data.classes import Category, placeholders, unique_names
 from retina_jax.data.coco_entries import (
-    WITHOUT_BOX,
-    Box,
-    Image,
+    AnnotationEntry,
+    CategoryEntry,
+    CocoFile,
+    Entry,
+    ImageEntry,
     Mistake,
-    annotation_parser,
-    category_parser,
+    box_of,
+    decode_segmentation,
     escapes,
-    image_parser,
-    outside,
+    parse_entry,
     short,
 )
 from retina_jax.data.conventions import Orientation
 from retina_jax.data.image_paths import find_images
 from retina_jax.data.image_sizes import Size, read_sizes
-from retina_jax.data.source import DataError
+from retina_jax.data.source import DataError, Image
 from retina_jax.data.survey import read_votes
 
-T = TypeVar("T")
 Crowds = Literal["ignore", "objects"]
+Columns = Float64[np.ndarray, "M 7"]  # row of the image, label, crowd, and x, y, width, height in pixels
+Refuse = Callable[[str, int, str], None]  # reports that an entry, by its list and position, cannot be used, and why
+
+
+class CocoOptions(TypedDict, total=False):
+    """How a COCO JSON file is read; the fields of DataConfig explain the first four."""
+
+    box_format: BoxFormat
+    crowds: Crowds
+    orientation: Literal["auto", "stored", "turned"]
+    undecided_orientation: Orientation
+    known: Sequence[Category]  # classes that stay classes without a box (`classes.placeholders`)
+    empty_parents: Literal["drop", "keep"]
 
 
 class Note(NamedTuple):
     """What a person should know of how a file was read."""
 
-    kind: str
-    """One of the kinds of `data_check.findings`."""
-    text: str
-    """One line."""
-    refused: bool = False
-    """Whether the data set cannot be used so."""
+    kind: str  # one of the kinds of `data_check.findings`
+    text: str  # one line
+    refused: bool = False  # whether training refuses the data set
 
 
 class Content(NamedTuple):
-    """What a COCO JSON holds."""
+    """What a COCO JSON file holds."""
 
-    categories: list[Category]
-    """The classes, in the order of the file: label k is the k-th."""
-    annotated: frozenset[int]
-    """Ids of the categories that a box has, crowds included."""
-    left_out: dict[Category, str]
-    """Categories that are no classes, each with the reason, as from `classes.placeholders`."""
-    images: list[tuple[int, str, int, int]]
-    """Id, file name, width, height."""
-    boxes: Float64[np.ndarray, "M 7"]
-    """Row of the image, label, crowd, and x, y, width, height in pixels."""
-    areas: Float64[np.ndarray, " M"]
-    """Square pixels; width times height where the file has none."""
-    ids: Int64[np.ndarray, " M"]
-    """Of the annotations; 0 where missing."""
-    rows: Int64[np.ndarray, " M"]
-    """Place of each box in the file's list of annotations."""
-    without_box: list[int]
-    """Places of the annotations that have no box: points and keypoints."""
-    paths: list[str]
-    """File of each image, or where it should be; empty where the folder was not given."""
-    missing: dict[int, str]
-    """Rows of the images without a file; where files of that base name are, if anywhere."""
-    unsized: frozenset[int]
-    """Rows of the images whose entries have no size: it is that of the file."""
+    categories: list[Category]  # the classes in the order of the file: label k is the k-th
+    annotated: frozenset[int]  # ids of the categories with a box, crowds included
+    left_out: dict[Category, str]  # categories that are no classes, each with the reason (`classes.placeholders`)
+    images: list[Image]
+    boxes: Columns
+    areas: Float64[np.ndarray, " M"]  # square pixels; width times height where the file has no area
+    ids: Int64[np.ndarray, " M"]  # ids of the annotations; 0 where missing
+    rows: Int64[np.ndarray, " M"]  # position of each box in the file's list of annotations
+    without_box: list[int]  # positions of the annotations without a box: points and keypoints
+    paths: list[str]  # file of each image, or where it should be; empty if the folder was not given
+    missing: dict[int, str]  # rows of the images without a file; where files of that base name are, if anywhere
+    unsized: frozenset[int]  # rows of the images whose entries have no size: it is that of the file
     notes: list[Note]
 
 
@@ -89,43 +81,56 @@ def parse_document(
     mistakes: list[Mistake] | None = None,
     *,
     folder: Path | None = None,
-    box_format: BoxFormat = "auto",
-    crowds: Crowds = "ignore",
-    orientation: Literal["auto", "stored", "turned"] = "auto",
-    undecided_orientation: Orientation = "turned",
-    known: Sequence[Category] = (),
-    empty_parents: Literal["drop", "keep"] = "drop",
+    **options: Unpack[CocoOptions],
 ) -> Content:
-    """The content of what `coco.load_json` gave.
+    """Returns the content of `document`: a CocoFile, or any JSON value.
 
     With a list of `mistakes`, entries that cannot be used are added to it and left out, refused notes are kept, and only a
-    file without the three lists raises DataError; without one, the first of them raises it. Without a `folder`, images are
-    not looked for, and sizes that are missing stay 0.
+    file without its three lists raises DataError. Without one, the first mistake raises DataError. Without a `folder`,
+    images are not located, and missing sizes stay 0.
     """
-    if not isinstance(document, dict):
+    if not isinstance(document, CocoFile | dict):
         raise DataError(f"{path}: must be an object with images, annotations and categories, not {short(document)}")
     texts: Counter[str] = Counter()
     notes: list[Note] = []
-    listed = _parse_all(path, document, "categories", category_parser(texts), mistakes)
-    categories = [(entry.id, entry.name) for _, entry in listed]
-    images = _parse_all(path, document, "images", image_parser(texts, rooted=folder is not None), mistakes)
+    lists = document if isinstance(document, dict) else msgspec.structs.asdict(document)
+
+    def refuse(key: str, index: int, text: str) -> None:
+        mistake = Mistake(key, index, lists[key][index], text)
+        if mistakes is None:
+            raise DataError(f"{path}: {mistake.place}: {text}")
+        mistakes.append(mistake)
+
+    def entries(key: str, kind: type[Entry]) -> list[tuple[int, Entry]]:
+        if not isinstance(lists.get(key), list):
+            found = short(lists[key]) if key in lists else "missing"
+            if key == "annotations" and key not in lists:
+                found += "; only evaluate.py accepts a file without it, such as COCO's image_info of test images"
+            raise DataError(f"{path}: {key} must be a list of objects, but is {found}")
+        parsed = []
+        for index, entry in enumerate(lists[key]):
+            try:
+                parsed.append((index, entry if isinstance(entry, kind) else parse_entry(entry, kind, texts)))
+            except DataError as error:
+                refuse(key, index, str(error))
+        return parsed
+
+    listed = [entry for _, entry in _unique("categories", entries("categories", CategoryEntry), refuse)]
+    categories = [(entry.id, entry.name) for entry in listed]
+    images = _unique("images", entries("images", ImageEntry), refuse)
     if not mistakes and not (categories and images):
         raise DataError(f"{path}: {'images' if categories else 'categories'} is empty; it must list at least one")
-    images, paths, missing, unsized = _located(
-        path, document, images, folder, orientation, undecided_orientation, notes, mistakes
-    )
-    label_of = {category_id: label for label, (category_id, _) in enumerate(categories)}
-    parser = annotation_parser(images, label_of, texts)
-    found = _parse_all(path, document, "annotations", parser, mistakes)
-    boxes = [(row, box) for row, box in found if box is not WITHOUT_BOX]
+    located, paths, missing, unsized = _locate(path, images, folder, options, notes, refuse)
+    annotations = entries("annotations", AnnotationEntry)
+    columns, areas, ids, rows, without_box = _find_boxes(annotations, located, categories, options, notes, refuse)
     if texts:
         counted = ", ".join(f"{count} {key}" for key, count in texts.items())
         notes.append(Note("text_numbers", f"numbers are written as text ({counted}); they are read as numbers"))
-    sizes_wh = np.array([image[2:] for image in images], np.int64).reshape(-1, 2)
-    columns, areas = _columns([box for _, box in boxes], sizes_wh, box_format, crowds, notes)
     annotated = frozenset(categories[label][0] for label in np.unique(columns[:, 1]).astype(int))
-    above = [entry.supercategory for _, entry in listed]
-    left_out = placeholders(categories, above, annotated, known, empty_parents)
+    above = [entry.supercategory if isinstance(entry.supercategory, str) else None for entry in listed]
+    left_out = placeholders(
+        categories, above, annotated, options.get("known", ()), options.get("empty_parents", "drop")
+    )
     is_class = np.array([category not in left_out for category in categories], bool)
     columns[:, 1] = (np.cumsum(is_class) - 1)[columns[:, 1].astype(int)]
     classes = [category for category in categories if category not in left_out]
@@ -137,12 +142,12 @@ def parse_document(
         categories=classes,
         annotated=annotated,
         left_out=left_out,
-        images=[tuple(image) for image in images],
+        images=located,
         boxes=columns,
         areas=areas,
-        ids=np.array([box.id for _, box in boxes], np.int64),
-        rows=np.array([row for row, _ in boxes], np.int64),
-        without_box=[row for row, box in found if box is WITHOUT_BOX],
+        ids=ids,
+        rows=rows,
+        without_box=without_box,
         paths=paths,
         missing=missing,
         unsized=unsized,
@@ -150,150 +155,143 @@ def parse_document(
     )
 
 
-def _located(
+def _unique(key: str, entries: list[tuple[int, Entry]], refuse: Refuse) -> list[tuple[int, Entry]]:
+    """The entries but those with the id of one before them, which are refused."""
+    seen: dict[int, int] = {}
+    for index, entry in entries:
+        if seen.setdefault(entry.id, index) != index:
+            refuse(key, index, "id is used twice; every entry must have its own")
+    return [(index, entry) for index, entry in entries if seen[entry.id] == index]
+
+
+def _locate(
     path: Path,
-    document: dict,
-    entries: list[tuple[int, Image]],
+    entries: list[tuple[int, ImageEntry]],
     folder: Path | None,
-    orientation: Literal["auto", "stored", "turned"],
-    undecided: Orientation,
+    options: CocoOptions,
     notes: list[Note],
-    mistakes: list[Mistake] | None,
+    refuse: Refuse,
 ) -> tuple[list[Image], list[str], dict[int, str], frozenset[int]]:
-    """The images with their files, the rows of those that have none, and the rows of those whose entries have no size: it is
-    that of the file, turned or not as the other images show (`conventions.Votes`).
-    Images whose names lead out of the folder and those without a size become `mistakes`."""
+    """Returns the images, their files, and the rows of those without a file and of those without a size in their entries.
+
+    A missing size is that of the file, turned or not as the other images show (`conventions.Votes`). Images whose names
+    lead out of the folder and those without a size are refused.
+    """
+    images = [(e.id, e.file_name, *((e.width, e.height) if e.width and e.height else (0, 0))) for _, e in entries]
+    names = [entry.file_name for _, entry in entries]
     if folder is None:
-        return [image for _, image in entries], [], {}, frozenset()
-    names = [image.file_name for _, image in entries]
+        inside = [row for row, name in enumerate(names) if not escapes(name)]
+        for row in sorted({*range(len(names))} - {*inside}):
+            refuse("images", entries[row][0], _outside(names[row]))
+        return [images[row] for row in inside], [], {}, frozenset()
     places = find_images(folder, names)
     if places.moved:
         first = places.moved[0]
-        notes.append(
-            Note(
-                "moved",
-                f"{len(places.moved)} of {len(names)} images are not where their file_name says: {short(names[first])} "
-                f"is read from {places.paths[first]}",
-            )
-        )
-    unknown = [row for row, (_, image) in enumerate(entries) if not image.width]
+        text = f"{len(places.moved)} of {len(names)} images are not where their file_name says: {short(names[first])} "
+        notes.append(Note("moved", f"{text}is read from {places.paths[first]}"))
+    unknown = [row for row, image in enumerate(images) if not image[2]]
     sizes = dict(zip(unknown, read_sizes(path, [places.paths[row] for row in unknown]), strict=True)) if unknown else {}
+    orientation, undecided = options.get("orientation", "auto"), options.get("undecided_orientation", "turned")
     if orientation == "auto":
         orientation = undecided
         if any(isinstance(size, Size) and size.turned for size in sizes.values()):
-            sized = [row for row in range(len(entries)) if row not in sizes]
-            annotated = [(image.width, image.height) for _, image in (entries[row] for row in sized)]
-            votes, _ = read_votes([names[row] for row in sized], [Path(places.paths[row]) for row in sized], annotated)
+            sized = [row for row in range(len(images)) if row not in sizes]
+            files = [Path(places.paths[row]) for row in sized]
+            votes, _ = read_votes([names[row] for row in sized], files, [images[row][2:] for row in sized])
             orientation = votes.convention(undecided)
     kept, missing = [], {}
-    for row, (index, image) in enumerate(entries):
-        size, wrong = sizes.get(row), None
+    for row, (index, _) in enumerate(entries):
+        size = sizes.get(row)
         place = f"; {places.missing[row]}" if places.missing.get(row) else ""
-        if row in places.missing and escapes(image.file_name):
-            wrong = outside(image.file_name) + place
-        elif isinstance(size, str):
+        if row in places.missing and escapes(names[row]):
+            refuse("images", index, _outside(names[row]) + place)
+            continue
+        if isinstance(size, str):
             wrong = f"width and height are missing, and {places.paths[row]} cannot be read: {size}{place}"
-        if wrong is not None:
-            _mistaken(path, Mistake("images", index, document["images"][index], wrong), mistakes)
+            refuse("images", index, wrong)
             continue
         if row in places.missing:
             missing[len(kept)] = places.missing[row]
-        if isinstance(size, Size):
-            image = Image(image.id, image.file_name, *size.shown(orientation))
-        kept.append((row, image))
-    unsized = frozenset(index for index, (row, _) in enumerate(kept) if row in sizes)
-    return [image for _, image in kept], [places.paths[row] for row, _ in kept], missing, unsized
+        if size is not None:
+            images[row] = (*images[row][:2], *size.shown(orientation))
+        kept.append(row)
+    unsized = frozenset(place for place, row in enumerate(kept) if row in sizes)
+    return [images[row] for row in kept], [places.paths[row] for row in kept], missing, unsized
 
 
-def _columns(
-    boxes: list[Box],
-    sizes_wh: np.ndarray,
-    box_format: BoxFormat,
-    crowds: Crowds,
+def _outside(name: str) -> str:
+    return f"file_name must be a path inside the image folder, not {short(name)}"
+
+
+def _find_boxes(
+    entries: list[tuple[int, AnnotationEntry]],
+    images: list[Image],
+    categories: list[Category],
+    options: CocoOptions,
     notes: list[Note],
-) -> tuple[Float64[np.ndarray, "M 7"], Float64[np.ndarray, " M"]]:
-    """`Content.boxes` and `Content.areas`; notes what the boxes look like."""
-    owners = np.array([box.image for box in boxes], np.int64)
-    sizes = sizes_wh[owners] if len(boxes) else np.zeros((0, 2), np.int64)
-    numbers = np.array([box.numbers for box in boxes], np.float64).reshape(-1, 4)
-    areas = np.array([box.area for box in boxes], np.float64)
-    given, polygons = (np.array([box.origin == origin for box in boxes], bool) for origin in ("bbox", "polygons"))
-    for guess in _guesses(numbers, areas, sizes, given, polygons, box_format):
+    refuse: Refuse,
+) -> tuple[Columns, Float64[np.ndarray, " M"], Int64[np.ndarray, " M"], Int64[np.ndarray, " M"], list[int]]:
+    """Returns `Content`'s boxes, with rows of `categories` as labels, areas, ids, rows and without_box; notes what the boxes
+    look like.
+
+    Only annotations without image, category or a bbox of positive size are examined one by one: COCO has 860,000 others.
+    """
+    row_of = {image[0]: row for row, image in enumerate(images)}
+    label_of = {category_id: label for label, (category_id, _) in enumerate(categories)}
+    found = [entry for _, entry in entries]
+    owners = np.array([row_of.get(entry.image_id, -1) for entry in found], np.int64)
+    labels = np.array([label_of.get(entry.category_id, -1) for entry in found], np.int64)
+    flat = chain.from_iterable(entry.bbox or (0.0, 0.0, 0.0, 0.0) for entry in found)
+    numbers = np.fromiter(flat, np.float64, 4 * len(found)).reshape(-1, 4)
+    areas = np.array([np.nan if entry.area is None else entry.area for entry in found], np.float64)
+    origin, kept = np.full(len(found), "bbox", "U8"), np.ones(len(found), bool)
+    without_box: list[int] = []
+    for m in np.flatnonzero((owners < 0) | (labels < 0) | (numbers[:, 2:] <= 0).any(1)).tolist():
+        index, entry = entries[m]
+        wrong, around = "", None
+        if owners[m] < 0:
+            wrong = f"image_id must be the id of one of the images, not {entry.image_id}"
+        elif labels[m] < 0:
+            wrong = f"category_id must be one of {short(sorted(label_of))}, not {entry.category_id}"
+        else:
+            try:
+                segmentation = decode_segmentation(entry.segmentation)
+                around = box_of(segmentation, images[owners[m]][2:])
+            except DataError as error:
+                wrong = str(error) if entry.bbox is None else ""  # a bbox without area is dropped later, with a count
+        if around is not None:
+            numbers[m], origin[m] = around, "mask" if isinstance(segmentation, dict) else "polygons"
+            areas[m] = areas[m] or np.nan  # 0 was the area of the bbox
+        elif wrong:
+            kept[m] = False
+            refuse("annotations", index, wrong)
+        elif entry.bbox is None:
+            kept[m] = False
+            without_box.append(index)
+    owners, labels, numbers, areas, origin = (part[kept] for part in (owners, labels, numbers, areas, origin))
+    sizes_wh = np.array([image[2:] for image in images], np.int64).reshape(-1, 2)[owners]
+    box_format = options.get("box_format", "auto")
+    boxes_xywh, areas, guesses = boxes_in_pixels(numbers, areas, sizes_wh, origin, box_format)
+    for guess in guesses:
         notes.append(Note("box_format" if guess.sure else "likely_format", guess.text(box_format), guess.sure))
-    # A polygon has no layout, and a mask has pixels.
-    fractions = box_format.endswith("_fractions")
-    scaled = polygons & (fractions and are_fractions(numbers[polygons], sizes[polygons]))
-    xywh = np.where(scaled[:, None], to_xywh(numbers, "xywh_fractions", sizes), numbers)
-    xywh = np.where(given[:, None], to_xywh(numbers, box_format, sizes), xywh)
-    products = xywh[:, 2:].prod(1)
-    # The area of a box in another format is its own, or that of a smaller mask in pixels.
-    converted = scaled | (given & (box_format not in ("auto", "xywh")) & (fractions | (areas > products)))
-    areas = np.where(np.isnan(areas) | converted, products, areas)
-    crowd = np.array([box.crowd and crowds == "ignore" for box in boxes], np.float64)
-    labels = np.array([box.label for box in boxes], np.float64)
-    return np.column_stack([owners, labels, crowd, xywh]).astype(np.float64).reshape(-1, 7), areas
+    crowd = np.array([bool(entry.iscrowd) for entry in found], bool)[kept] & (
+        options.get("crowds", "ignore") == "ignore"
+    )
+    ids = np.array([entry.id or 0 for entry in found], np.int64)[kept]
+    rows = np.array([index for index, _ in entries], np.int64)[kept]
+    return np.column_stack([owners, labels, crowd, boxes_xywh]), areas, ids, rows, without_box
 
 
-def _guesses(
-    numbers: Float64[np.ndarray, "M 4"],
-    areas: Float64[np.ndarray, " M"],
-    sizes: Int64[np.ndarray, "M 2"],
-    given: Bool[np.ndarray, " M"],
-    polygons: Bool[np.ndarray, " M"],
-    box_format: BoxFormat,
-) -> list[Guess]:
-    """What the given boxes look like, and the polygons in place of others, if not like what they are read as."""
-    if box_format == "xywh":
-        return []
-    columns = numbers[given], areas[given], sizes[given]
-    guesses = [guess_format(*columns) if box_format == "auto" else guess_other(*columns, box_format)]
-    known = (guesses[0] is not None and guesses[0].formats) or box_format.endswith("_fractions")
-    if not known and (guess := guess_fractions(numbers[polygons], sizes[polygons], "polygons", ("xywh",))) is not None:
-        if given.any() and guess.formats:
-            guess = guess._replace(formats=(), why=f"{guess.why}, those of the boxes do not; write all in pixels")
-        guesses.append(guess._replace(sure=guess.sure and box_format == "auto"))
-    return [guess for guess in guesses if guess is not None]
-
-
-def _note_crowds(boxes: Float64[np.ndarray, "M 7"], names: Sequence[str], notes: list[Note]) -> None:
-    """Notes the classes that have crowds and nothing else."""
-    labels, crowd = boxes[:, 1].astype(np.int64), boxes[:, 2] > 0
+def _note_crowds(boxes: Columns, names: Sequence[str], notes: list[Note]) -> None:
+    """Notes the classes whose annotations are all crowds."""
+    labels = boxes[:, 1].astype(np.int64)
     total = np.bincount(labels, minlength=len(names))
-    alone = np.flatnonzero((total > 0) & (np.bincount(labels[crowd], minlength=len(names)) == total)).tolist()
+    objects = np.bincount(labels[boxes[:, 2] == 0], minlength=len(names))
+    alone = np.flatnonzero((total > 0) & (objects == 0)).tolist()
     if alone:
         shown = ", ".join(short(names[k]) for k in alone[:5]) + (", ..." if len(alone) > 5 else "")
-        notes.append(
-            Note(
-                "all_crowds",
-                f"every annotation of {shown} ({total[alone].sum()} in all) has iscrowd 1, as CVAT and Datumaro write "
-                "masks: they are regions to ignore; data.crowds objects takes them as objects",
-            )
+        text = (
+            f"every annotation of {shown} ({total[alone].sum()} in all) has iscrowd 1, as CVAT and Datumaro write masks: "
+            "they are regions to ignore; data.crowds objects takes them as objects"
         )
-
-
-def _parse_all(
-    path: Path, document: dict, key: str, parse: Callable[[dict], T], mistakes: list[Mistake] | None
-) -> list[tuple[int, T]]:
-    """`parse` of every entry of a list in the file, with its place; its DataErrors become `mistakes` or are raised."""
-    entries = document.get(key)
-    if not isinstance(entries, list):
-        found = short(entries) if key in document else "missing"
-        if key == "annotations" and key not in document:
-            found += "; only evaluate.py takes a file without it, such as COCO's image_info of test images"
-        raise DataError(f"{path}: {key} must be a list of objects, but is {found}")
-    parsed = []
-    for i, entry in enumerate(entries):
-        try:
-            if not isinstance(entry, dict):
-                raise DataError(f"must be an object, not {short(entry)}")
-            parsed.append((i, parse(entry)))
-        except DataError as error:
-            _mistaken(path, Mistake(key, i, entry, str(error)), mistakes)
-    return parsed
-
-
-def _mistaken(path: Path, mistake: Mistake, mistakes: list[Mistake] | None) -> None:
-    """Adds to `mistakes`, or raises a DataError with the file, the entry's position and id."""
-    if mistakes is None:
-        raise DataError(f"{path}: {mistake.place}: {mistake.text}")
-    mistakes.append(mistake)
+        notes.append(Note("all_crowds", text))

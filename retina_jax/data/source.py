@@ -15,6 +15,9 @@ from retina_jax.data.classes import Category, differ, match
 from retina_jax.data.conventions import AS_VIEWERS, Decoding, Orientation
 from retina_jax.errors import PlainError
 
+Image = tuple[int, str, int, int]
+"""Id, file name, width and height in pixels (0, 0 if unknown)."""
+
 
 class DataError(PlainError, ValueError):
     """Annotations that cannot be meant; the message is one line that names the file, the field and what would be right."""
@@ -165,7 +168,7 @@ def clean_boxes(
 
 
 def make_records(
-    images: list[tuple[int, str, int, int]],
+    images: list[Image],
     owners: Int64[np.ndarray, " M"],
     boxes_xyxy: Float64[np.ndarray, "M 4"],
     labels: Int64[np.ndarray, " M"],
@@ -189,3 +192,33 @@ def make_records(
             kept.append(i)
     counts["images_without_boxes"] = int((np.bincount(owners[rows], minlength=len(images)) == 0).sum())
     return records, kept, counts
+
+
+def coco_truth(
+    images: list[Image],
+    categories: Sequence[Category],
+    owners: Int64[np.ndarray, " M"],
+    labels: Int64[np.ndarray, " M"],
+    crowd: Bool[np.ndarray, " M"],
+    boxes_xywh: Float64[np.ndarray, "M 4"],
+    areas: Float64[np.ndarray, " M"],
+    ids: Int64[np.ndarray, " M"],
+) -> dict[str, Any]:
+    """Makes `Source.truth`. Ids that repeat or are below 1 become 1, 2, ...: pycocotools takes 0 for unmatched."""
+    if len(np.unique(ids)) < len(ids) or (ids < 1).any():
+        ids = np.arange(1, len(ids) + 1)
+    keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+    columns = (
+        ids.tolist(),
+        [images[row][0] for row in owners.tolist()],
+        [categories[label][0] for label in labels.tolist()],
+        boxes_xywh.tolist(),
+        areas.tolist(),
+        crowd.astype(int).tolist(),
+    )
+    return {
+        "info": {},
+        "images": [dict(zip(("id", "file_name", "width", "height"), image, strict=True)) for image in images],
+        "annotations": [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)],
+        "categories": [{"id": category_id, "name": name} for category_id, name in categories],
+    }

@@ -16,7 +16,7 @@ from retina_jax.config import DataConfig
 from retina_jax.data.classes import Category, unique_names
 from retina_jax.data.coco import check_folder, load_json
 from retina_jax.data.coco_document import Note, parse_document
-from retina_jax.data.coco_entries import Mistake, as_integer
+from retina_jax.data.coco_entries import Mistake, as_number
 from retina_jax.data.image_faults import NO_BOXES
 from retina_jax.data.source import Record, make_records, sort_boxes
 from retina_jax.data_check.findings import Finding
@@ -204,7 +204,8 @@ def _id(entry: Any) -> Any:
 
 def _hashed(value: Any) -> Any:
     """The value where it can be an id, text as a number, else None."""
-    return as_integer(value) if isinstance(value, str) else value if isinstance(value, int | float) else None
+    value = as_number(value)
+    return value if isinstance(value, int | float) else None
 
 
 def _annotation_name(row: int, annotation_id: Any) -> str:

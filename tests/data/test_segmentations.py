@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from retina_jax.data.segmentations import box_of
+from retina_jax.data.coco_entries import box_of
 from retina_jax.data.source import DataError
 
 
