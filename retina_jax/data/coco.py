@@ -6,21 +6,17 @@ meets a missing key, text in place of a number, or a box outside its image.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
 import msgspec
-import numpy as np
 
 from retina_jax.data.coco_document import CocoOptions, Content, parse_document
 from retina_jax.data.coco_entries import CocoFile
 from retina_jax.data.decoding import largest_file
 from retina_jax.data.reading import read_again, read_file
-from retina_jax.data.source import BadImage, DataError, Source, coco_truth, make_records
+from retina_jax.data.source import BadImage, DataError, Source, paused_collector
 from retina_jax.errors import reason
 
 LARGEST_JSON = 2**33  # bytes of an annotation file; the largest of COCO has half a gigabyte
@@ -54,15 +50,7 @@ def read_coco(
     with paused_collector():
         content = parse_document(path, document, folder=folder, **options)
     del document
-    columns = content.boxes
-    records, rows, counts = make_records(
-        content.images,
-        columns[:, 0].astype(np.int64),
-        np.concatenate([columns[:, 3:5], columns[:, 3:5] + columns[:, 5:7]], axis=1),
-        columns[:, 1].astype(np.int64),
-        columns[:, 2] > 0,
-        images_without_boxes,
-    )
+    records, rows, counts = content.table.records(images_without_boxes)
     if content.without_box:
         counts["without_box"] = len(content.without_box)
     if not records:
@@ -84,12 +72,12 @@ def read_coco(
     return Source(
         name=str(path),
         records=records,
-        class_names=tuple(name for _, name in content.categories),
-        category_ids=tuple(category_id for category_id, _ in content.categories),
+        class_names=tuple(name for _, name in content.table.categories),
+        category_ids=tuple(category_id for category_id, _ in content.table.categories),
         counts=counts,
         read=read,
         where=paths.__getitem__,
-        make_truth=lambda: make_truth(content),
+        make_truth=content.table.truth,
         notes=tuple(note.text for note in content.notes),
         missing=missing,
         unsized=frozenset(index for index, row in enumerate(rows) if row in content.unsized),
@@ -109,18 +97,6 @@ def read_image(path: Path, width: int, height: int) -> bytes:
     """Reads the file of an image that has this size in its annotations; raises OSError if it cannot be read."""
     largest = largest_file(width * height)
     return read_again(lambda: read_file(path, largest), str(path))
-
-
-@contextlib.contextmanager
-def paused_collector() -> Iterator[None]:
-    """A large file becomes millions of objects, none of them garbage: the collector would visit them again and again."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 @paused_collector()
@@ -154,20 +130,4 @@ def load_json(path: Path, expected: Any = Any) -> Any:
 
 def read_truth(path: Path) -> dict[str, Any]:
     """Returns the ground truth of a file for pycocotools; raises DataError as `read_coco` does."""
-    return make_truth(parse_coco(path))
-
-
-@paused_collector()
-def make_truth(content: Content) -> dict[str, Any]:
-    """`Source.truth` of a COCO file."""
-    columns = content.boxes
-    return coco_truth(
-        content.images,
-        content.categories,
-        columns[:, 0].astype(np.int64),
-        columns[:, 1].astype(np.int64),
-        columns[:, 2] > 0,
-        columns[:, 3:],
-        content.areas,
-        content.ids,
-    )
+    return parse_coco(path).table.truth()

@@ -18,7 +18,7 @@ from retina_jax.data.coco import check_folder, load_json
 from retina_jax.data.coco_document import Note, parse_document
 from retina_jax.data.coco_entries import Mistake, as_number
 from retina_jax.data.image_faults import NO_BOXES
-from retina_jax.data.source import Record, make_records, sort_boxes
+from retina_jax.data.source import Record, sort_boxes
 from retina_jax.data_check.findings import Finding
 
 READ_AS_COCO = DataConfig()
@@ -127,29 +127,25 @@ def read_split(
         empty_parents=data.empty_parents,
     )
     entries = document["annotations"]
-    columns = content.boxes
-    owners, labels = columns[:, 0].astype(np.int64), columns[:, 1].astype(np.int64)
-    boxes_xyxy = np.concatenate([columns[:, 3:5], columns[:, 3:5] + columns[:, 5:7]], axis=1)
-    crowd = columns[:, 2] > 0
-    sizes_wh = np.array([image[2:] for image in content.images], np.int64).reshape(-1, 2)
-    clipped, rules = sort_boxes(boxes_xyxy, crowd, sizes_wh[owners])
-    records, record_images, _ = make_records(content.images, owners, boxes_xyxy, labels, crowd, images_without_boxes)
+    table = content.table
+    clipped, rules = sort_boxes(table.boxes_xyxy, table.crowd, table.sizes_wh)
+    records, record_images, _ = table.records(images_without_boxes)
     return Split(
         name=name,
         annotations=annotations,
         folder=folder,
-        categories=content.categories,
+        categories=table.categories,
         annotated=content.annotated,
         left_out=content.left_out,
-        images=content.images,
+        images=table.images,
         paths=content.paths,
         missing=content.missing,
         unsized=content.unsized,
         box_ids=[entries[i].get("id") for i in content.rows],
         box_rows=content.rows.tolist(),
-        owners=owners,
-        labels=labels,
-        boxes_xyxy=boxes_xyxy,
+        owners=table.owners,
+        labels=table.labels,
+        boxes_xyxy=table.boxes_xyxy,
         clipped_xyxy=clipped,
         rules=rules,
         records=records,

@@ -15,7 +15,7 @@ from retina_jax.data.classes import COCO_CATEGORIES
 from retina_jax.data.coco import parse_coco, read_coco
 from retina_jax.data.coco_document import parse_document
 from retina_jax.data.coco_entries import Mistake
-from retina_jax.data.source import BadImage, DataError, clean_boxes
+from retina_jax.data.source import BadImage, DataError, sort_boxes
 
 
 def edited(**changes: Any) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def test_every_mistake_is_collected_where_they_are_wanted(tmp_path: Path) -> Non
     named = [(m.key, m.index, m.entry) for m in mistakes]
     assert named == [(key, i, content[key][i]) for key, i in
                      [("categories", 0), ("images", 1), ("annotations", 0), ("annotations", 1)]]  # fmt: skip
-    assert (found.categories, found.ids.tolist(), found.rows.tolist()) == ([(3, "cat")], [3], [2])
+    assert (found.table.categories, found.table.ids.tolist(), found.rows.tolist()) == ([(3, "cat")], [3], [2])
 
 
 VALUES_AS_TEXT = {"id": "1", "image_id": "1", "category_id": "7.0", "bbox": ["4", "5.0", "2e1", 10], "area": "200"}
@@ -216,9 +216,10 @@ def test_a_correct_file_is_decoded_at_once(tmp_path: Path, monkeypatch: pytest.M
     expected = parse_document(tmp_path, content)
     monkeypatch.setattr("retina_jax.data.coco_document.parse_entry", None)
     found = parse_coco(write_coco(tmp_path, content)[0])
-    for field, value in expected._asdict().items():
-        assert np.array_equal(getattr(found, field), value), field
-    assert found.boxes[1, 3:].tolist() == [1.5, 2, 3, 4.25]
+    for field, value in vars(expected.table).items():
+        assert np.array_equal(getattr(found.table, field), value), field
+    assert found._replace(table=None, rows=None) == expected._replace(table=None, rows=None)
+    assert found.table.boxes_xywh[1].tolist() == [1.5, 2, 3, 4.25]
 
 
 def test_not_text_is_refused(tmp_path: Path) -> None:
@@ -262,8 +263,10 @@ coordinate = st.floats(-100, 200, width=32) | st.integers(-2, 110)
 def test_every_box_is_kept_or_counted(found: list[tuple]) -> None:
     columns = np.array(found, np.float64).reshape(-1, 5)
     sizes = np.tile(np.array([[100, 60]]), (len(columns), 1))
-    cleaned, usable, counts = clean_boxes(columns[:, :4], columns[:, 4] > 0, sizes)
-    assert usable.sum() + counts["crowd"] + counts["zero_size"] + counts["outside"] == len(columns)
+    cleaned, kinds = sort_boxes(columns[:, :4], columns[:, 4] > 0, sizes)
+    usable = kinds["usable"]
+    assert (sum(kinds[kind].astype(int) for kind in ("usable", "crowd", "zero_size", "outside")) == 1).all()
+    assert not (kinds["clipped"] & ~usable).any()
     kept = cleaned[usable]
     assert (kept[:, :2] >= 0).all() and (kept[:, 2:] <= [100, 60]).all() and (kept[:, :2] < kept[:, 2:]).all()
     whole = columns[usable, :4]
@@ -320,9 +323,9 @@ def test_coco_subset_has_coco_classes_and_crowds(shared_data: Path) -> None:
     )
     content = parse_coco(folder / "annotations/instances_train2017.json")
     assert tuple(zip(source.category_ids, source.class_names, strict=True)) == COCO_CATEGORIES
-    assert source.counts["crowd"] == int(content.boxes[:, 2].sum()) > 0
+    assert source.counts["crowd"] == int(content.table.crowd.sum()) > 0
     dropped = sum(source.counts[kind] for kind in ("crowd", "zero_size", "outside"))
-    assert sum(len(record.labels) for record in source.records) == len(content.boxes) - dropped
-    assert len(source) == len(content.images) - source.counts["images_without_boxes"]
+    assert sum(len(record.labels) for record in source.records) == len(content.table.ids) - dropped
+    assert len(source) == len(content.table.images) - source.counts["images_without_boxes"]
     assert np.diff([category for category, _ in COCO_CATEGORIES]).min() > 0
     assert source.read(0)[:2] == b"\xff\xd8"

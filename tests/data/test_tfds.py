@@ -19,8 +19,7 @@ from retina_jax.data.coco import read_coco
 from retina_jax.data.datasets import open_source, open_sources
 from retina_jax.data.pipeline import eval_batches
 from retina_jax.data.source import BadImage, DataError, Source
-from retina_jax.data.tfds import read_tfds
-from retina_jax.data.tfrecords import TFRecordExamples
+from retina_jax.data.tfds import TFRecordExamples, read_tfds
 
 SIZES = [(96, 72), (72, 96), (61, 60), (60, 45)]
 
