@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 from jaxtyping import Int64
 
+from retina_jax.config import DataConfig
 from retina_jax.data import coco_entries
 from retina_jax.data.box_formats import BoxFormat, boxes_in_pixels
 from retina_jax.data.classes import Category, placeholders, unique_names
@@ -37,14 +38,12 @@ class CocoOptions(TypedDict, total=False):
     empty_parents: Literal["drop", "keep"]
 
 
-DEFAULTS: CocoOptions = {
-    "box_format": "auto",
-    "crowds": "ignore",
-    "orientation": "auto",
-    "undecided_orientation": "turned",
-    "known": (),
-    "empty_parents": "drop",
-}
+def configured(data: DataConfig) -> CocoOptions:
+    """The options of a config."""
+    return {key: getattr(data, key) for key in CocoOptions.__annotations__ if key != "known"}
+
+
+DEFAULTS: CocoOptions = {"known": ()} | configured(DataConfig())
 
 
 class Note(NamedTuple):

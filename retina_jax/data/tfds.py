@@ -13,9 +13,10 @@ import os
 import uuid
 import zipfile
 from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -32,16 +33,8 @@ from retina_jax.data.source import BadImage, BoxTable, DataError, Source
 FORMAT = 1  # of the index file; increase it when the columns change
 HEADER, FOOTER = 12, 4  # bytes around the data of a TFRecord
 READ_ERRORS = (OSError, ValueError, IndexError, RuntimeError)
+Examples = Sequence[dict[str, Any]]  # of a split by index, their images encoded
 SKIP_DECODING = {"image": tfds.decode.SkipDecoding()}
-
-
-@runtime_checkable
-class Examples(Protocol):
-    """The examples of a split by index, with encoded images."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int) -> dict[str, Any]: ...
 
 
 class Index(NamedTuple):
@@ -79,24 +72,12 @@ def read_tfds(
     called = f"{name} [{split}]"
     builder = _open_builder(name, folder)
     label = _check_features(builder, called)
-    try:
-        images = _open_examples(builder, split)
-    except NotImplementedError:
-        raise DataError(
-            f"{called}: {builder.data_dir} is stored as {builder.info.file_format.value}, which has no random access; "
-            "prepare it as tfrecord or array_record"
-        ) from None
-    except ValueError as error:
-        known = ", ".join(sorted(builder.info.splits))
-        raise DataError(f"{called}: no such split; there are {known} ({_first_line(error)})") from None
+    images = _open_examples(builder, split, called)
     index = _load_index(builder, split, images, called)
-    outside = np.flatnonzero((index.labels < 0) | (index.labels >= label.num_classes))
-    if len(outside):
-        raise DataError(
-            f"{called}: example {index.owners[outside[0]]}: objects/label is {index.labels[outside[0]]}; it must be 0 to "
-            f"{label.num_classes - 1}"
-        )
     image_ids, labels, categories = index.image_ids.tolist(), index.labels, _categories(builder, label)
+    for m in np.flatnonzero((labels < 0) | (labels >= len(categories))):
+        wrong = f"objects/label is {labels[m]}; it must be 0 to {len(categories) - 1}"
+        raise DataError(f"{called}: example {index.owners[m]}: {wrong}")
     annotated, left_out, content = frozenset(categories[k][0] for k in set(labels.tolist())), {}, None
     if truth_annotations:
         content = parse_coco(Path(truth_annotations), known=categories, empty_parents=empty_parents)
@@ -157,10 +138,9 @@ def _open_builder(name: str, folder: str) -> tfds.core.DatasetBuilder:
         wrong = f"neither a TensorFlow data set nor a prepared folder: {_first_line(error)}"
         raise DataError(f"data.tfds_name {name}: {wrong}") from None
     if not builder.info.splits:
-        raise DataError(
-            f'data.tfds_name {name}: not prepared under {builder.data_dir}; prepare it with `python -c "import '
-            f'tensorflow_datasets as tfds; tfds.builder({name!r}, data_dir={folder or "DIR"!r}).download_and_prepare()"`'
-        )
+        prepare = f"tfds.builder({name!r}, data_dir={folder or 'DIR'!r}).download_and_prepare()"
+        command = f'python -c "import tensorflow_datasets as tfds; {prepare}"'
+        raise DataError(f"data.tfds_name {name}: not prepared under {builder.data_dir}; prepare it with `{command}`")
     return builder
 
 
@@ -218,7 +198,7 @@ def _match_truth(
 
 
 def _load_index(builder: tfds.core.DatasetBuilder, split: str, images: Examples, called: str) -> Index:
-    """Reads the index from its file; makes and writes it first if it is missing or damaged."""
+    """Reads the index from its file; makes and writes it if the file is missing or damaged."""
     stored = [(name, info.num_bytes, info.shard_lengths) for name, info in sorted(builder.info.splits.items())]
     key = json.dumps([FORMAT, builder.info.full_name, split, len(images), stored])
     file_name = f"retina_jax_index_{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
@@ -241,46 +221,46 @@ def _load_index(builder: tfds.core.DatasetBuilder, split: str, images: Examples,
 
 
 def _make_index(images: Examples, called: str) -> Index:
-    image_ids, file_names, sizes, owners, boxes, labels, crowd, areas = [], [], [], [], [], [], [], []
+    columns: dict[str, list] = {field: [] for field in Index._fields}
     for row in range(len(images)):
         try:
             example = images[row]
         except READ_ERRORS as error:
             raise DataError(f"{called} example {row}: cannot be read: {_first_line(error)}") from None
         try:
-            sizes.append(open_image(bytes(example["image"])).size)
+            columns["sizes_wh"].append(open_image(bytes(example["image"])).size)
         except BadImage as error:
             raise BadImage(f"{called} example {row}: {error}") from None
-        image_ids.append(int(example.get("image/id", row)))
+        columns["image_ids"].append(int(example.get("image/id", row)))
         name = example.get("image/filename", b"")
-        file_names.append(name.decode(errors="backslashreplace") if isinstance(name, bytes) else str(name))
-        objects = example["objects"]
-        n = len(objects["label"])
-        owners.extend([row] * n)
-        boxes.extend(objects["bbox"])
-        labels.extend(objects["label"])
-        crowd.extend(objects.get("is_crowd", [False] * n))
-        areas.extend(objects.get("area", [np.nan] * n))
-    return Index(
-        np.array(image_ids, np.int64),
-        np.array(file_names, np.str_),
-        np.array(sizes, np.int64).reshape(-1, 2),
-        np.array(owners, np.int64),
-        np.array(boxes, np.float64).reshape(-1, 4),
-        np.array(labels, np.int64),
-        np.array(crowd, np.bool_),
-        np.array(areas, np.float64),
-    )
+        columns["file_names"].append(name.decode(errors="backslashreplace") if isinstance(name, bytes) else str(name))
+        objects, n = example["objects"], len(example["objects"]["label"])
+        columns["owners"] += [row] * n
+        columns["boxes_yxyx_normalised"] += list(objects["bbox"])
+        columns["labels"] += list(objects["label"])
+        columns["crowd"] += list(objects.get("is_crowd", [False] * n))
+        columns["areas"] += list(objects.get("area", [np.nan] * n))
+    kinds = (np.int64, np.str_, np.int64, np.int64, np.float64, np.int64, np.bool_, np.float64)
+    arrays = {key: np.array(columns[key], kind) for key, kind in zip(Index._fields, kinds, strict=True)}
+    for key, width in (("sizes_wh", 2), ("boxes_yxyx_normalised", 4)):
+        arrays[key] = arrays[key].reshape(-1, width)
+    return Index(**arrays)
 
 
-def _open_examples(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
-    """Raises NotImplementedError for a format without random access, ValueError if there is no such split."""
-    if builder.info.file_format == tfds.core.FileFormat.TFRECORD:
-        return TFRecordExamples(builder.info, split)
-    return builder.as_data_source(split, decoders=SKIP_DECODING)
+def _open_examples(builder: tfds.core.DatasetBuilder, split: str, called: str) -> Examples:
+    try:
+        if builder.info.file_format == tfds.core.FileFormat.TFRECORD:
+            return TFRecordExamples(builder.info, split)
+        return builder.as_data_source(split, decoders=SKIP_DECODING)
+    except NotImplementedError:
+        stored = f"{builder.data_dir} is stored as {builder.info.file_format.value}, which has no random access"
+        raise DataError(f"{called}: {stored}; prepare it as tfrecord or array_record") from None
+    except ValueError as error:
+        known = ", ".join(sorted(builder.info.splits))
+        raise DataError(f"{called}: no such split; there are {known} ({_first_line(error)})") from None
 
 
-class TFRecordExamples:
+class TFRecordExamples(Examples):
     """The examples of a split in TFRecord files, TFDS's default format, by index. Threads may read at once.
 
     A record is its length (8 bytes, little-endian), 4 bytes of checksum, the data, 4 bytes of checksum. The offsets in a

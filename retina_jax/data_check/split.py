@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float32, Float64, Int64
 from retina_jax.config import DataConfig
 from retina_jax.data.classes import Category, unique_names
 from retina_jax.data.coco import check_folder, load_json
-from retina_jax.data.coco_document import Note, parse_document
+from retina_jax.data.coco_document import Note, configured, parse_document
 from retina_jax.data.coco_entries import Mistake, as_number
 from retina_jax.data.image_faults import NO_BOXES
 from retina_jax.data.source import Record, sort_boxes
@@ -114,18 +114,8 @@ def read_split(
     document = load_json(annotations)
     check_folder(annotations, folder)
     mistakes: list[Mistake] = []
-    content = parse_document(
-        annotations,
-        document,
-        mistakes,
-        folder=folder,
-        box_format=data.box_format,
-        crowds=data.crowds,
-        orientation=data.orientation,
-        undecided_orientation=data.undecided_orientation,
-        known=known,
-        empty_parents=data.empty_parents,
-    )
+    options = configured(data) | {"known": known}
+    content = parse_document(annotations, document, mistakes, folder=folder, **options)
     entries = document["annotations"]
     table = content.table
     clipped, rules = sort_boxes(table.boxes_xyxy, table.crowd, table.sizes_wh)
