@@ -11,11 +11,7 @@ BoxFormat = Literal["auto", "xywh", "xyxy", "cxcywh", "xywh_fractions", "xyxy_fr
 Numbers = Float64[np.ndarray, "M 4"]
 Areas = Float64[np.ndarray, " M"]  # NaN where missing
 Sizes = Int64[np.ndarray, "M 2"]  # width and height of each box's image; 0 if unknown
-LAYOUTS = {
-    "xywh": "x, y, width, height",
-    "xyxy": "x1, y1, x2, y2",
-    "cxcywh": "centre x, centre y, width, height",
-}
+LAYOUTS = {"xywh": "x, y, width, height", "xyxy": "x1, y1, x2, y2", "cxcywh": "centre x, centre y, width, height"}
 # Formats that no option converts.
 SCALES = {100: "percent of the image's sides", 1000: "thousandths of the image's sides"}
 NEARLY_ALL = 0.95  # share of the boxes that must agree with a format
@@ -54,12 +50,11 @@ def boxes_in_pixels(
 ) -> tuple[Numbers, Areas, list[Guess]]:
     """Returns boxes (x, y, width, height) and areas in pixels, and what the numbers look like.
 
-    `origin` is bbox, or polygons or mask where the numbers are x, y, width, height of a segmentation: those have no layout,
-    but polygons may be fractions. `areas` are NaN where missing.
+    `origin` is bbox, or polygons or mask: the numbers are those of a segmentation, which has no layout.
     """
     given, polygons = origin == "bbox", origin == "polygons"
-    guesses: list[Guess | None] = []
     fractions = box_format.endswith("_fractions")
+    guesses: list[Guess | None] = []
     if box_format != "xywh":
         columns = [column[given][:: 1 + int(given.sum()) // SAMPLE] for column in (numbers, areas, sizes_wh)]
         guess = guess_format(*columns) if box_format == "auto" else guess_other(*columns, box_format)
@@ -82,20 +77,19 @@ def boxes_in_pixels(
 def to_xywh(numbers: Numbers, format: BoxFormat, sizes_wh: Sizes) -> Numbers:
     """Converts boxes in `format` to x, y, width, height in pixels; `auto` is xywh."""
     layout, _, fractions = format.partition("_")
-    if layout in ("auto", "xywh"):
-        boxes = numbers
-    else:
-        corners = _corners(numbers, layout)
-        boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+    boxes = numbers
+    if layout not in ("auto", "xywh"):
+        first, second = np.split(_corners(numbers, layout), 2, axis=1)
+        boxes = np.concatenate([first, second - first], axis=1)
     return boxes * np.tile(sizes_wh, 2) if fractions else boxes
 
 
 def guess_format(numbers: Numbers, areas: Areas, sizes_wh: Sizes) -> Guess | None:
     """Returns the format of boxes that are probably not xywh in pixels, else None.
 
-    Fractions: nearly all numbers are between 0 and 1, or those of some boxes are. Another layout: it places nearly all
-    boxes inside their images while xywh places many far outside, or `areas` (NaN where missing) are those of two corners
-    and not those of a size. If all boxes are in the upper left of their images and have no areas, nothing can be seen.
+    Fractions: all numbers, or those of some boxes, are between 0 and 1. Another layout: it places nearly all boxes inside
+    their images while xywh places many far outside, or `areas` are those of two corners and not those of a size. Boxes in
+    the upper left of their images and without areas show nothing.
     """
     fractions = guess_fractions(numbers, sizes_wh)
     if fractions is not None and fractions.formats:

@@ -106,8 +106,8 @@ class _Parser:
             raise DataError(f"{self.path}: {empty} is empty; it must list at least one")
         images, paths, missing, unsized = self.locate(entries, folder)
         table, rows, without_box = self.boxes(images, categories)
-        if self.texts:
-            counted = ", ".join(f"{count} {key}" for key, count in self.texts.items())
+        if texts := +self.texts:
+            counted = ", ".join(f"{count} {key}" for key, count in texts.items())
             self.note("text_numbers", f"numbers are written as text ({counted}); they are read as numbers")
         annotated = frozenset(categories[label][0] for label in np.unique(table.labels))
         above = [entry.supercategory if isinstance(entry.supercategory, str) else None for entry in listed]

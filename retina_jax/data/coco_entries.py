@@ -36,9 +36,7 @@ Text = Annotated[str, Meta(min_length=1, max_length=LONGEST, pattern=rf"\A[^{UNS
 # What the value of a field must be.
 EXPECTED = {
     **dict.fromkeys(("id", "image_id", "category_id"), "an integer"),
-    **dict.fromkeys(
-        ("name", "file_name"), f"text on one line of at most {LONGEST} characters, none a control character"
-    ),
+    **dict.fromkeys(("name", "file_name"), f"text on one line, at most {LONGEST} characters, no control characters"),
     **dict.fromkeys(("width", "height"), "a positive number of pixels, an integer"),
     "bbox": "four finite numbers, [x, y, width, height] in pixels",
     "area": "a number of pixels",
@@ -47,15 +45,13 @@ EXPECTED = {
 
 
 class CategoryEntry(msgspec.Struct, gc=False):
-    """An entry of `categories`."""
-
     id: Integer
     name: Text
     supercategory: Any = None
 
 
 class ImageEntry(msgspec.Struct, gc=False):
-    """An entry of `images`. A size may be missing, null or 0."""
+    """A size may be missing, null or 0."""
 
     id: Integer
     file_name: Text
@@ -64,8 +60,6 @@ class ImageEntry(msgspec.Struct, gc=False):
 
 
 class AnnotationEntry(msgspec.Struct, gc=False):
-    """An entry of `annotations`."""
-
     image_id: Integer
     category_id: Integer
     bbox: tuple[Number, Number, Number, Number] | None = None
@@ -113,12 +107,9 @@ def parse_entry(entry: Any, kind: type[Entry], texts: Counter[str]) -> Entry:
     values = {}
     for field in fields(kind):
         key, value = field.name, entry.get(field.name)
+        parts = value if key == "bbox" and isinstance(value, list) else [value]
         if key not in ("name", "file_name", "supercategory", "segmentation"):
-            parts = value if key == "bbox" and isinstance(value, list) else [value]
             numbers = [as_number(part) for part in parts]
-            texts.update(
-                key for part, number in zip(parts, numbers, strict=True) if type(part) is str is not type(number)
-            )
             value = numbers[0] if parts is not value else numbers or None
         if value is None and not field.required:
             continue
@@ -127,6 +118,8 @@ def parse_entry(entry: Any, kind: type[Entry], texts: Counter[str]) -> Entry:
         except msgspec.ValidationError:
             wrong = f"not {short(entry[key])}" if key in entry else "but is missing"
             raise DataError(f"{key} must be {EXPECTED[key]}, {wrong}") from None
+        if not isinstance(value, str):
+            texts[key] += sum(isinstance(part, str) for part in parts)
     return kind(**values)
 
 

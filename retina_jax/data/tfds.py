@@ -62,12 +62,9 @@ def read_tfds(
     """Returns the data set `name` under `folder` ("": TFDS's own), or the one prepared in the folder `name` itself.
 
     The first call reads every image's header and saves the index in the data set's folder, or in ~/.cache/retina_jax if
-    that cannot be written. `truth_annotations` is the original COCO JSON to evaluate against: images are found in it by id
-    (by file name if the data set has no ids), its categories give names and ids (`_match_truth`), and `empty_parents` is
-    as in `read_coco`. Without it the ground truth is made from the features, whose areas are COCO's truncated to integers.
-
-    Raises DataError if the data set is unknown, not prepared, stored without random access, has no such split, lacks a
-    feature, has labels outside its classes, or if its images or classes are not those of `truth_annotations`.
+    that cannot be written. `truth_annotations` is the original COCO JSON to evaluate against, see `_match_truth`. Without
+    it the ground truth is made from the features, whose areas are COCO's truncated to integers. Raises DataError if the
+    data set, the split, a feature, or the images or classes in `truth_annotations` are missing or not as expected.
     """
     called = f"{name} [{split}]"
     builder = _open_builder(name, folder)
@@ -147,12 +144,11 @@ def _open_builder(name: str, folder: str) -> tfds.core.DatasetBuilder:
 def _check_features(builder: tfds.core.DatasetBuilder, called: str) -> tfds.features.ClassLabel:
     """Returns the label feature; raises DataError if one of the necessary features is missing."""
     features = builder.info.features
-    missing = [key for key in ("image", "objects") if key not in features]
-    if not missing:
-        objects = features["objects"].feature
-        missing = [f"objects/{key}" for key in ("bbox", "label") if key not in objects]
-    if missing:
-        raise DataError(f"{called}: has no feature {missing[0]}; it must have image, objects/bbox and objects/label")
+    objects = features["objects"].feature if "objects" in features else {}
+    present = {*features, *(f"objects/{key}" for key in objects)}
+    for key in ("image", "objects/bbox", "objects/label"):
+        if key not in present:
+            raise DataError(f"{called}: has no feature {key}; it must have image, objects/bbox and objects/label")
     return objects["label"]
 
 
@@ -171,9 +167,9 @@ def _match_truth(
     """Returns the ids of the images in the JSON `content` of `path`, the categories there of `classes`, and the labels
     among them.
 
-    Classes are matched as in `classes.match`; those without names, which TFDS calls "0", "1" and so on, by ascending id. A
-    class or category that the other side lacks is left out if it has no box. Raises DataError for one with a box, and for
-    an image that the JSON lacks.
+    Images are matched by file name, without names by id; classes as in `classes.match`, without names (TFDS calls them
+    "0", "1", ...) by ascending id. Classes that one side lacks are left out if they have no box. Raises DataError for one
+    with a box, and for an image that the JSON lacks.
     """
     images, categories = content.table.images, content.table.categories
     unnamed = [name for _, name in classes] == [str(k) for k in range(len(classes))]
@@ -203,14 +199,13 @@ def _load_index(builder: tfds.core.DatasetBuilder, split: str, images: Examples,
     key = json.dumps([FORMAT, builder.info.full_name, split, len(images), stored])
     file_name = f"retina_jax_index_{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     own, home = Path(builder.data_dir), Path.home() / ".cache" / "retina_jax"
-    for path in (own / file_name, home / file_name):
-        if path.is_file():
-            try:
-                # From memory: numpy leaves a file open that it cannot decode.
-                with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as columns:
-                    return Index(**columns)
-            except (ValueError, TypeError, OSError, KeyError, EOFError, zipfile.BadZipFile):
-                continue  # damaged: made again below
+    for path in filter(Path.is_file, (own / file_name, home / file_name)):
+        try:
+            # From memory: numpy leaves a file open that it cannot decode.
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as columns:
+                return Index(**columns)
+        except (ValueError, TypeError, OSError, KeyError, EOFError, zipfile.BadZipFile):
+            continue  # damaged: made again below
     index = _make_index(images, called)
     target = own if os.access(own, os.W_OK) else home
     target.mkdir(parents=True, exist_ok=True)
@@ -241,10 +236,9 @@ def _make_index(images: Examples, called: str) -> Index:
         columns["crowd"] += list(objects.get("is_crowd", [False] * n))
         columns["areas"] += list(objects.get("area", [np.nan] * n))
     kinds = (np.int64, np.str_, np.int64, np.int64, np.float64, np.int64, np.bool_, np.float64)
-    arrays = {key: np.array(columns[key], kind) for key, kind in zip(Index._fields, kinds, strict=True)}
-    for key, width in (("sizes_wh", 2), ("boxes_yxyx_normalised", 4)):
-        arrays[key] = arrays[key].reshape(-1, width)
-    return Index(**arrays)
+    index = Index(*[np.array(column, kind) for column, kind in zip(columns.values(), kinds, strict=True)])
+    boxes = index.boxes_yxyx_normalised.reshape(-1, 4)
+    return index._replace(sizes_wh=index.sizes_wh.reshape(-1, 2), boxes_yxyx_normalised=boxes)
 
 
 def _open_examples(builder: tfds.core.DatasetBuilder, split: str, called: str) -> Examples:
@@ -263,8 +257,8 @@ def _open_examples(builder: tfds.core.DatasetBuilder, split: str, called: str) -
 class TFRecordExamples(Examples):
     """The examples of a split in TFRecord files, TFDS's default format, by index. Threads may read at once.
 
-    A record is its length (8 bytes, little-endian), 4 bytes of checksum, the data, 4 bytes of checksum. The offsets in a
-    file are found by one pass over the lengths when the file is first read. Checksums are not verified.
+    A record is its length (8 bytes, little-endian), 4 bytes of checksum, the data, 4 bytes of checksum. One pass over the
+    lengths finds the offsets when a file is first read. Checksums are not verified.
     """
 
     def __init__(self, info: tfds.core.DatasetInfo, split: str) -> None:

@@ -214,7 +214,7 @@ def test_a_correct_file_is_decoded_at_once(tmp_path: Path, monkeypatch: pytest.M
     content["annotations"][0]["segmentation"] = [[4, 5, 24, 5, 24, 15, 4, 15]]
     content["annotations"][1] |= {"bbox": [0, 0, 0, 0], "segmentation": [[1.5, 2, 4.5, 6.25]]}
     expected = parse_document(tmp_path, content)
-    monkeypatch.setattr("retina_jax.data.coco_document.parse_entry", None)
+    monkeypatch.setattr("retina_jax.data.coco_entries.parse_entry", None)
     found = parse_coco(write_coco(tmp_path, content)[0])
     for field, value in vars(expected.table).items():
         assert np.array_equal(getattr(found.table, field), value), field
