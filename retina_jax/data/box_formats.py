@@ -42,11 +42,7 @@ class Guess(NamedTuple):
 
 
 def boxes_in_pixels(
-    numbers: Numbers,
-    areas: Areas,
-    sizes_wh: Sizes,
-    origin: Shaped[np.ndarray, " M"],
-    box_format: BoxFormat,
+    numbers: Numbers, areas: Areas, sizes_wh: Sizes, origin: Shaped[np.ndarray, " M"], box_format: BoxFormat
 ) -> tuple[Numbers, Areas, list[Guess]]:
     """Returns boxes (x, y, width, height) and areas in pixels, and what the numbers look like.
 

@@ -19,17 +19,11 @@ SHOWN = 5  # classes that a message names
 
 @runtime_checkable
 class HasClasses(Protocol):
-    """A data set: its classes by label, the ids that an annotation has (crowds included), and the categories that are no
-    classes, each with the reason (`placeholders`)."""
+    """A data set."""
 
-    @property
-    def categories(self) -> list[Category]: ...
-
-    @property
-    def annotated(self) -> frozenset[int]: ...
-
-    @property
-    def left_out(self) -> dict[Category, str]: ...
+    categories: list[Category]  # its classes, by label
+    annotated: frozenset[int]  # ids of the categories with an annotation, crowds included
+    left_out: dict[Category, str]  # categories that are no classes, each with the reason (`placeholders`)
 
 
 Opened = TypeVar("Opened", bound=HasClasses)

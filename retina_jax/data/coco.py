@@ -110,7 +110,7 @@ def load_json(path: Path, expected: Any = Any) -> Any:
     """Decodes a file as `expected`, or as any JSON value if it is not that. Raises DataError with the line and column of
     malformed JSON.
 
-    On train2017 (118,000 images, 860,000 annotations) the type CocoFile takes 1 s of CPU, json.loads 20 s.
+    A file of the size of train2017 (118,000 images, 860,000 annotations) takes 1 s of CPU as CocoFile, 20 s in json.loads.
     """
     try:
         encoded = read_file(path, LARGEST_JSON)
@@ -118,7 +118,7 @@ def load_json(path: Path, expected: Any = Any) -> Any:
         raise DataError(f"{path}: cannot be read: {reason(error)}; it must be a COCO JSON") from None
     try:
         return msgspec.json.decode(encoded, type=expected)
-    except (msgspec.DecodeError, RecursionError):
+    except (ValueError, RecursionError):
         # json reads more (NaN, other encodings), and names the place of a mistake.
         try:
             return json.loads(encoded)

@@ -143,9 +143,8 @@ class _Parser:
         parsed = []
         for index, entry in enumerate(listed):
             try:
-                parsed.append(
-                    (index, entry if isinstance(entry, kind) else coco_entries.parse_entry(entry, kind, self.texts))
-                )
+                right = entry if isinstance(entry, kind) else coco_entries.parse_entry(entry, kind, self.texts)
+                parsed.append((index, right))
             except DataError as error:
                 self.refuse(key, index, str(error))
         return parsed
@@ -184,12 +183,12 @@ class _Parser:
         for row, (index, _) in enumerate(entries):
             size = sizes.get(row)
             place = f"; {places.missing[row]}" if places.missing.get(row) else ""
+            wrong = ""
             if row in places.missing and escapes(names[row]):
                 wrong = f"file_name must be a path inside the image folder, not {short(names[row])}{place}"
-                self.refuse("images", index, wrong)
-                continue
-            if isinstance(size, str):
+            elif isinstance(size, str):
                 wrong = f"width and height are missing, and {places.paths[row]} cannot be read: {size}{place}"
+            if wrong:
                 self.refuse("images", index, wrong)
                 continue
             if row in places.missing:

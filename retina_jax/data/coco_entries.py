@@ -148,7 +148,7 @@ def decode_segmentation(segmentation: Any) -> Any:
         return segmentation
     try:
         return msgspec.json.decode(segmentation) if bytes(segmentation) else None
-    except (msgspec.DecodeError, RecursionError):
+    except (ValueError, RecursionError):
         raise DataError(NOT_POLYGONS) from None
 
 

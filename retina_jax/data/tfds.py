@@ -33,7 +33,7 @@ from retina_jax.data.source import BadImage, BoxTable, DataError, Source
 FORMAT = 1  # of the index file; increase it when the columns change
 HEADER, FOOTER = 12, 4  # bytes around the data of a TFRecord
 READ_ERRORS = (OSError, ValueError, IndexError, RuntimeError)
-Examples = Sequence[dict[str, Any]]  # of a split by index, their images encoded
+Examples = Sequence[Any]  # the examples of a split (dicts) by index, their images encoded
 SKIP_DECODING = {"image": tfds.decode.SkipDecoding()}
 
 

@@ -1,4 +1,4 @@
-"""Boxes of segmentations: the smallest around polygons and masks, and an error for what is neither."""
+"""Boxes of segmentations: the smallest around polygons and masks, and an error for anything else."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ BAD: list[Any] = [
 
 
 @pytest.mark.parametrize("segmentation", BAD)
-def test_what_is_no_segmentation_is_refused(segmentation: Any) -> None:
+def test_anything_else_is_refused(segmentation: Any) -> None:
     with pytest.raises(DataError) as raised:
         box_of(segmentation)
-    assert_named(raised.value, "has no bbox, and its segmentation is not")
+    assert_named(raised.value, "bbox", "segmentation")
 
 
 def test_a_mask_has_the_size_of_its_image() -> None:
