@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal
 
 import msgspec
 
-from retina_jax.data.coco_document import CocoOptions, Content, parse_document
+from retina_jax.data.coco_document import Content, parse_document
 from retina_jax.data.coco_entries import CocoFile
 from retina_jax.data.decoding import largest_file
 from retina_jax.data.reading import read_again, read_file
@@ -28,13 +28,14 @@ def read_coco(
     *,
     images_without_boxes: Literal["keep", "drop"] = "keep",
     unlabelled: bool = False,
-    **options: Unpack[CocoOptions],
+    **options: Any,
 ) -> Source:
     """Returns the data set of a COCO JSON file. "drop" (for training) leaves out images without a usable box.
 
-    With `unlabelled`, the key `annotations` may be missing. Raises DataError, one line that names the file, the entry and
-    what would be right: for anything in the file that cannot be used, for boxes that look as if in another format, for no
-    images at all, and with "drop" for no usable box at all. Images are opened only if their sizes are missing.
+    With `unlabelled`, the key `annotations` may be missing. `options` are those of CocoOptions. Raises DataError, one line
+    that names the file, the entry and what would be right: for anything in the file that cannot be used, for boxes that look
+    as if in another format, for no images at all, and with "drop" for no usable box at all. Images are opened only if their
+    sizes are missing.
 
     A `file_name` is a path inside `images`. An absolute one or one with `..` is not followed, but a file of that base name
     inside is taken if it is the only one (`find_images`); otherwise the name is refused. A folder, pipe or device in place
@@ -100,7 +101,7 @@ def read_image(path: Path, width: int, height: int) -> bytes:
 
 
 @paused_collector()
-def parse_coco(path: Path, **options: Unpack[CocoOptions]) -> Content:
+def parse_coco(path: Path, **options: Any) -> Content:
     """Returns the content of a file, every entry checked, without looking for its images; raises as `read_coco` does."""
     return parse_document(path, load_json(path, CocoFile), **options)
 

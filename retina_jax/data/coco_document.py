@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -24,26 +24,21 @@ from retina_jax.data.image_sizes import Size, read_sizes
 from retina_jax.data.source import BoxTable, DataError, Image
 from retina_jax.data.survey import read_votes
 
-Crowds = Literal["ignore", "objects"]
+
+class CocoOptions(NamedTuple):
+    """How a COCO JSON file is read; DataConfig explains all but `known`."""
+
+    box_format: BoxFormat = "auto"
+    crowds: Literal["ignore", "objects"] = "ignore"
+    orientation: Literal["auto", "stored", "turned"] = "auto"
+    undecided_orientation: Orientation = "turned"
+    empty_parents: Literal["drop", "keep"] = "drop"
+    known: Sequence[Category] = ()  # classes that stay classes without a box (`classes.placeholders`)
 
 
-class CocoOptions(TypedDict, total=False):
-    """How a COCO JSON file is read; the fields of DataConfig explain the first four."""
-
-    box_format: BoxFormat
-    crowds: Crowds
-    orientation: Literal["auto", "stored", "turned"]
-    undecided_orientation: Orientation
-    known: Sequence[Category]  # classes that stay classes without a box (`classes.placeholders`)
-    empty_parents: Literal["drop", "keep"]
-
-
-def configured(data: DataConfig) -> CocoOptions:
-    """The options of a config."""
-    return {key: getattr(data, key) for key in CocoOptions.__annotations__ if key != "known"}
-
-
-DEFAULTS: CocoOptions = {"known": ()} | configured(DataConfig())
+def configured(data: DataConfig, known: Sequence[Category]) -> dict[str, Any]:
+    """The CocoOptions of a config, by name."""
+    return {"known": known} | {key: getattr(data, key) for key in CocoOptions._fields if key != "known"}
 
 
 class Note(NamedTuple):
@@ -74,9 +69,9 @@ def parse_document(
     mistakes: list[Mistake] | None = None,
     *,
     folder: Path | None = None,
-    **options: Unpack[CocoOptions],
+    **options: Any,
 ) -> Content:
-    """Returns the content of `document`: a CocoFile, or any JSON value.
+    """Returns the content of `document`: a CocoFile, or any JSON value. `options` are those of CocoOptions.
 
     With a list of `mistakes`, entries that cannot be used are added to it and left out, refused notes are kept, and only a
     file without its three lists raises DataError. Without one, the first mistake raises DataError. Without a `folder`,
@@ -85,15 +80,14 @@ def parse_document(
     if not isinstance(document, CocoFile | dict):
         raise DataError(f"{path}: must be an object with images, annotations and categories, not {short(document)}")
     lists = document if isinstance(document, dict) else msgspec.structs.asdict(document)
-    return _Parser(path, lists, mistakes, options).parse(folder)
+    return _Parser(path, lists, mistakes, CocoOptions(**options)).parse(folder)
 
 
 class _Parser:
     """Parses one file; collects notes, and mistakes where they are wanted."""
 
     def __init__(self, path: Path, lists: dict, mistakes: list[Mistake] | None, options: CocoOptions) -> None:
-        self.path, self.lists, self.mistakes = path, lists, mistakes
-        self.options = DEFAULTS | options
+        self.path, self.lists, self.mistakes, self.options = path, lists, mistakes, options
         self.notes: list[Note] = []
         self.texts: Counter[str] = Counter()
 
@@ -111,8 +105,7 @@ class _Parser:
             self.note("text_numbers", f"numbers are written as text ({counted}); they are read as numbers")
         annotated = frozenset(categories[label][0] for label in np.unique(table.labels))
         above = [entry.supercategory if isinstance(entry.supercategory, str) else None for entry in listed]
-        known, empty_parents = self.options["known"], self.options["empty_parents"]
-        left_out = placeholders(categories, above, annotated, known, empty_parents)
+        left_out = placeholders(categories, above, annotated, self.options.known, self.options.empty_parents)
         is_class = np.array([category not in left_out for category in categories], bool)
         classes = [category for category in categories if category not in left_out]
         table = replace(table, categories=classes, labels=(np.cumsum(is_class) - 1)[table.labels])
@@ -201,7 +194,7 @@ class _Parser:
 
     def orientation(self, images: list[Image], places: Places, sizes: dict[int, Size | str]) -> Orientation:
         """The convention for the files whose `sizes` are not annotated, as the other images show it."""
-        chosen, undecided = self.options["orientation"], self.options["undecided_orientation"]
+        chosen, undecided = self.options.orientation, self.options.undecided_orientation
         if chosen != "auto":
             return chosen
         if not any(isinstance(size, Size) and size.turned for size in sizes.values()):
@@ -256,11 +249,11 @@ class _Parser:
                 without_box.append(index)
         owners, labels, numbers, areas, origin = (part[kept] for part in (owners, labels, numbers, areas, origin))
         sizes_wh = np.array([image[2:] for image in images], np.int64).reshape(-1, 2)[owners]
-        box_format = self.options["box_format"]
+        box_format = self.options.box_format
         boxes, areas, guesses = boxes_in_pixels(numbers, areas, sizes_wh, origin, box_format)
         for guess in guesses:
             self.note("box_format" if guess.sure else "likely_format", guess.text(box_format), guess.sure)
-        crowd = np.array([bool(entry.iscrowd) for entry in found], bool)[kept] & (self.options["crowds"] == "ignore")
+        crowd = np.array([bool(entry.iscrowd) for entry in found], bool)[kept] & (self.options.crowds == "ignore")
         ids = np.array([entry.id or 0 for entry in found], np.int64)[kept]
         boxes_xyxy = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
         table = BoxTable(images, categories, owners, labels, crowd, boxes_xyxy, boxes, areas, ids)

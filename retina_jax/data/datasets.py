@@ -42,8 +42,8 @@ def open_source(
         for field, path in paths.items():
             if not path:
                 raise ConfigError(f"data.{field} is empty; with data.source coco it must be a path")
-        options = configured(data) | {"known": known}
-        source = read_coco(*paths.values(), images_without_boxes=without_boxes, unlabelled=unlabelled, **options)
+        options = configured(data, known) | {"images_without_boxes": without_boxes, "unlabelled": unlabelled}
+        source = read_coco(*paths.values(), **options)
     if split == "train" and not any(len(record.labels) for record in source.records):
         raise DataError(f"{source.name}: has no usable box ({source.counts}); training needs at least one")
     for (category_id, name), why in source.left_out.items():

@@ -114,8 +114,7 @@ def read_split(
     document = load_json(annotations)
     check_folder(annotations, folder)
     mistakes: list[Mistake] = []
-    options = configured(data) | {"known": known}
-    content = parse_document(annotations, document, mistakes, folder=folder, **options)
+    content = parse_document(annotations, document, mistakes, folder=folder, **configured(data, known))
     entries = document["annotations"]
     table = content.table
     clipped, rules = sort_boxes(table.boxes_xyxy, table.crowd, table.sizes_wh)
