@@ -157,14 +157,14 @@ def test_classes_meet_by_id_and_name_or_by_a_name_that_is_unique() -> None:
 
 
 @pytest.mark.parametrize(
-    ("boxes_of", "says"),
+    ("boxes_of", "named"),
     [((3, "c"), "detector lacks: c \\(3\\)"), ((3, "a"), "boxes of a \\(3\\) .* a \\(1\\), a \\(2\\)")],
 )
-def test_boxes_of_no_class_are_refused_and_named(boxes_of: Category, says: str) -> None:
+def test_boxes_of_no_class_are_refused_and_named(boxes_of: Category, named: str) -> None:
     data = Source(
         "data", [], (boxes_of[1], "z"), (boxes_of[0], 9), {}, str.encode, str, dict, annotated=frozenset([boxes_of[0]])
     )
-    with pytest.raises(ConfigError, match=f"^here: .*{says}"):
+    with pytest.raises(ConfigError, match=f"^here: .*{named}"):
         category_ids([(1, "a"), (2, "a")], data, "here")
 
 
@@ -242,7 +242,7 @@ def test_both_splits_decide_what_a_class_is_and_a_run_keeps_its_own(tmp_path: Pa
     order = [listed[k] for k in (2, 0, 1)]
     train = open_sources(config_of(tmp_path, content(1, 2), content(1, 2)), order)[0]
     assert train.categories == order and train.records[0].labels.tolist() == [2, 0]
-    with pytest.raises(ConfigError, match=r"RUN: its run has 1 classes \(red\), the data has 2 \(red, blue\)"):
+    with pytest.raises(ConfigError, match=r"RUN: .*1 .*\(red\).* 2 \(red, blue\)"):
         open_sources(config_of(tmp_path, content(1, 2), content(1)), [(1, "red")], "RUN")
 
 

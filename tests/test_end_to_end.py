@@ -382,7 +382,7 @@ def test_predict_never_writes_over_the_photographs(run: Path, folder: Path) -> N
     photos.mkdir()
     Image.fromarray(np.full((40, 50, 3), 120, np.uint8)).save(photos / "a.png")
     before = (photos / "a.png").read_bytes()
-    refused("predict", photos, "--workdir", run, "--out", photos, says="written over")
+    refused("predict", photos, "--workdir", run, "--out", photos, says="overwrite")
     assert (photos / "a.png").read_bytes() == before
     (photos / "b.jpg").write_bytes(b"no image")
     refused("predict", photos, "--workdir", run, "--out", photos / "out", says="b.jpg")

@@ -5,38 +5,31 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Bool, Float64, Int64, Shaped
 
 BoxFormat = Literal["auto", "xywh", "xyxy", "cxcywh", "xywh_fractions", "xyxy_fractions", "cxcywh_fractions"]
-LAYOUTS = ("xywh", "xyxy", "cxcywh")
-"""Corner and size; two corners; centre and size."""
-PIXELS, FRACTIONS = LAYOUTS, tuple(f"{layout}_fractions" for layout in LAYOUTS)
+Numbers = Float64[np.ndarray, "M 4"]
+Areas = Float64[np.ndarray, " M"]  # NaN where missing
+Sizes = Int64[np.ndarray, "M 2"]  # width and height of each box's image; 0 if unknown
+LAYOUTS = {"xywh": "x, y, width, height", "xyxy": "x1, y1, x2, y2", "cxcywh": "centre x, centre y, width, height"}
+# Formats that no option converts.
 SCALES = {100: "percent of the image's sides", 1000: "thousandths of the image's sides"}
-"""Formats that no option converts."""
-NEARLY_ALL = 0.95
-"""Share of the boxes that must agree with a format."""
-MOST = 0.5
-"""Share of boxes outside of their images at which they are refused, whatever they are; at least SEVERAL."""
-MANY = 0.2
-"""Share of boxes that stick far out of their image when read as xywh at which they are refused, at least SEVERAL."""
+NEARLY_ALL = 0.95  # share of the boxes that must agree with a format
+MOST = 0.5  # share of boxes outside their images from which on they are refused in any format; at least SEVERAL
+MANY = 0.2  # share of boxes far outside their images, read as xywh, from which on they are refused; at least SEVERAL
 SEVERAL = 3
-SOME = 0.05
-"""Share at which they are warned of."""
-MIXED = (0.02, 5)
-"""Share and number of fractions among pixels that are warned of."""
-SCALED = 20
-"""Boxes that must agree before SCALES are warned of in images at least twice as large."""
-LEAST_SIDE = 8
-"""Pixels of an image's sides below which a box is no evidence of fractions."""
+SAMPLE = 100_000  # larger files are judged by some 50,000 to 100,000 boxes, evenly spread (860,000 take 1.4 s)
+SOME = 0.05  # share from which on there is a warning
+MIXED = (0.02, 5)  # share and number of fractions among pixels from which on there is a warning
+SCALED = 20  # boxes that must agree with SCALES for a warning; their images must be at least twice as large
+LEAST_SIDE = 8  # boxes in images with a smaller side, in pixels, are no evidence of fractions
 
 
 class Guess(NamedTuple):
-    """What the boxes look like, if not like what they are read as."""
+    """What the boxes look like, if they do not look like what they are read as."""
 
-    formats: tuple[str, ...]
-    """Those that fit; none where no option converts the boxes."""
-    sure: bool
-    """Whether the boxes cannot be what they are read as."""
+    formats: tuple[str, ...]  # those that fit; none if no option converts the boxes
+    sure: bool  # whether the boxes cannot be what they are read as
     why: str
 
     def text(self, read_as: BoxFormat) -> str:
@@ -48,24 +41,51 @@ class Guess(NamedTuple):
         return self.why + todo
 
 
-def to_xywh(
-    numbers: Float64[np.ndarray, "M 4"], format: BoxFormat, sizes_wh: Int64[np.ndarray, "M 2"]
-) -> Float64[np.ndarray, "M 4"]:
-    """x, y, width, height in pixels of boxes in `format`; `sizes_wh` are those of their images."""
+def boxes_in_pixels(
+    numbers: Numbers, areas: Areas, sizes_wh: Sizes, origin: Shaped[np.ndarray, " M"], box_format: BoxFormat
+) -> tuple[Numbers, Areas, list[Guess]]:
+    """Returns boxes (x, y, width, height) and areas in pixels, and what the numbers look like.
+
+    `origin` is bbox, or polygons or mask: the numbers are those of a segmentation, which has no layout.
+    """
+    given, polygons = origin == "bbox", origin == "polygons"
+    fractions = box_format.endswith("_fractions")
+    guesses: list[Guess | None] = []
+    if box_format != "xywh":
+        columns = [column[given][:: 1 + int(given.sum()) // SAMPLE] for column in (numbers, areas, sizes_wh)]
+        guess = guess_format(*columns) if box_format == "auto" else guess_other(*columns, box_format)
+        guesses.append(guess)
+        if not fractions and not (guess and guess.formats):
+            of_polygons = guess_fractions(numbers[polygons], sizes_wh[polygons], "polygons", ("xywh",))
+            if of_polygons and given.any() and of_polygons.formats:
+                why = f"{of_polygons.why}, those of the boxes do not; write all in pixels"
+                of_polygons = of_polygons._replace(formats=(), why=why)
+            guesses.append(of_polygons and of_polygons._replace(sure=of_polygons.sure and box_format == "auto"))
+    scaled = polygons & (fractions and are_fractions(numbers[polygons], sizes_wh[polygons]))
+    boxes = np.where(scaled[:, None], to_xywh(numbers, "xywh_fractions", sizes_wh), numbers)
+    boxes = np.where(given[:, None], to_xywh(numbers, box_format, sizes_wh), boxes)
+    products = boxes[:, 2:].prod(1)
+    # The area of a box in another format is in that format too, or that of a smaller mask in pixels.
+    converted = scaled | (given & (box_format not in ("auto", "xywh")) & (fractions | (areas > products)))
+    return boxes, np.where(np.isnan(areas) | converted, products, areas), [guess for guess in guesses if guess]
+
+
+def to_xywh(numbers: Numbers, format: BoxFormat, sizes_wh: Sizes) -> Numbers:
+    """Converts boxes in `format` to x, y, width, height in pixels; `auto` is xywh."""
     layout, _, fractions = format.partition("_")
-    x, y, right, lower = _corners(numbers, "xywh" if layout == "auto" else layout).T
-    boxes = numbers if layout in ("auto", "xywh") else np.stack([x, y, right - x, lower - y], axis=1)
+    boxes = numbers
+    if layout not in ("auto", "xywh"):
+        first, second = np.split(_corners(numbers, layout), 2, axis=1)
+        boxes = np.concatenate([first, second - first], axis=1)
     return boxes * np.tile(sizes_wh, 2) if fractions else boxes
 
 
-def guess_format(
-    numbers: Float64[np.ndarray, "M 4"], areas: Float64[np.ndarray, " M"], sizes_wh: Int64[np.ndarray, "M 2"]
-) -> Guess | None:
-    """Another format than xywh in pixels that the boxes are in, None where nothing speaks for one. Sizes of 0 are unknown.
+def guess_format(numbers: Numbers, areas: Areas, sizes_wh: Sizes) -> Guess | None:
+    """Returns the format of boxes that are probably not xywh in pixels, else None.
 
-    Fractions: nearly all numbers lie in 0 to 1, or those of some boxes do. Another layout: it places nearly all boxes
-    inside their images, while xywh places many far outside, or `areas` (NaN where missing) are those of two corners and not
-    those of a size. Where all boxes lie in the upper left of their images and no areas are given, nothing can be seen.
+    Fractions: all numbers, or those of some boxes, are between 0 and 1. Another layout: it places nearly all boxes inside
+    their images while xywh places many far outside, or `areas` are those of two corners and not those of a size. Boxes in
+    the upper left of their images and without areas show nothing.
     """
     fractions = guess_fractions(numbers, sizes_wh)
     if fractions is not None and fractions.formats:
@@ -76,77 +96,60 @@ def guess_format(
 
 
 def guess_fractions(
-    numbers: Float64[np.ndarray, "M 4"],
-    sizes_wh: Int64[np.ndarray, "M 2"],
-    what: str = "boxes",
-    layouts: tuple[str, ...] = LAYOUTS,
+    numbers: Numbers, sizes_wh: Sizes, what: str = "boxes", layouts: tuple[str, ...] = tuple(LAYOUTS)
 ) -> Guess | None:
-    """Whether all `what`, or some, are fractions of their image in one of `layouts`."""
+    """Returns the `layouts` of which all `what`, or some, are fractions of their image; None if they are not."""
     units = _units(numbers, sizes_wh)
     if are_fractions(numbers, sizes_wh):
         ones = np.ones((units.sum(), 2))
-        inside = {f"{layout}_fractions": _inside(numbers[units], layout, ones, 0.01).mean() for layout in layouts}
+        inside = {f"{layout}_fractions": _inside(numbers[units], layout, ones).mean() for layout in layouts}
         formats = tuple(name for name, share in inside.items() if share >= min(NEARLY_ALL, max(inside.values())))
         why = f"the {what} look like fractions of the image: their numbers lie between 0 and 1"
         return Guess(formats, int(units.sum()) >= SEVERAL, why)
     share = units.sum() / max(1, _solid(numbers, sizes_wh, LEAST_SIDE).sum())
     if share < MIXED[0] or (units & (numbers % 1 > 0).any(1)).sum() < MIXED[1]:
         return None
-    return Guess(
-        (), False, f"{share:.0%} of the {what} look like fractions of the image, the others do not; write all in pixels"
-    )
+    why = f"{share:.0%} of the {what} look like fractions of the image, the others do not; write all in pixels"
+    return Guess((), False, why)
 
 
-def are_fractions(numbers: Float64[np.ndarray, "M 4"], sizes_wh: Int64[np.ndarray, "M 2"]) -> bool:
-    """Whether nearly all boxes are fractions of their image; some may stick out of it."""
+def are_fractions(numbers: Numbers, sizes_wh: Sizes) -> bool:
+    """Whether nearly all boxes are fractions of their image; some may extend beyond it."""
     large = _solid(numbers, sizes_wh, LEAST_SIDE)
     near = (np.abs(numbers[large] - 0.5) < 1.5).all(1)
     return bool(large.any() and near.mean() >= NEARLY_ALL and _units(numbers, sizes_wh)[large].mean() >= MOST)
 
 
-def guess_other(
-    numbers: Float64[np.ndarray, "M 4"],
-    areas: Float64[np.ndarray, " M"],
-    sizes_wh: Int64[np.ndarray, "M 2"],
-    chosen: BoxFormat,
-) -> Guess | None:
-    """Formats that fit the boxes where the `chosen` one does not; None where it fits, or nothing else does."""
+def guess_other(numbers: Numbers, areas: Areas, sizes_wh: Sizes, chosen: BoxFormat) -> Guess | None:
+    """Returns the formats that fit the boxes if the `chosen` one does not; None if it fits, or no other does."""
     large = _solid(numbers, sizes_wh, LEAST_SIDE)
     if not large.any():
         return None
     numbers, areas, sizes_wh = numbers[large], areas[large], sizes_wh[large]
     fractions = are_fractions(numbers, sizes_wh)
-    units = np.ones_like(sizes_wh) if fractions else sizes_wh
-    fit = {
-        name: float(_inside(numbers, layout, units, 0.01).mean())
-        for name, layout in zip(FRACTIONS if fractions else PIXELS, LAYOUTS, strict=True)
-    }
+    ending, units = ("_fractions", np.ones_like(sizes_wh)) if fractions else ("", sizes_wh)
+    fit = {layout + ending: float(_inside(numbers, layout, units).mean()) for layout in LAYOUTS}
     good = tuple(name for name, share in fit.items() if share >= NEARLY_ALL)
+    why = f"data.box_format {chosen} does not fit the boxes"
     if chosen == "xyxy" and "xywh" in good and _areas_of_corners(numbers, areas) == -1:
-        return Guess(
-            ("xywh",), False, "data.box_format xyxy does not fit the boxes: their areas are width times height"
-        )
+        return Guess(("xywh",), False, f"{why}: their areas are width times height")
     if good and fit.get(chosen, 0.0) < NEARLY_ALL:
-        read = f"read so, {fit.get(chosen, 0.0):.0%} of them lie in their images, read as {' or '.join(good)} nearly all do"
-        return Guess(good, False, f"data.box_format {chosen} does not fit the boxes: {read}")
+        share = f"{fit.get(chosen, 0.0):.0%} of them lie in their images"
+        return Guess(good, False, f"{why}: read so, {share}, read as {' or '.join(good)} nearly all do")
     return None if fractions else guess_fractions(numbers, sizes_wh)
 
 
-def _guess_layout(
-    numbers: Float64[np.ndarray, "M 4"], areas: Float64[np.ndarray, " M"], sizes_wh: Int64[np.ndarray, "M 2"]
-) -> Guess | None:
-    """`guess_format` of boxes with an area that are no fractions."""
+def _guess_layout(numbers: Numbers, areas: Areas, sizes_wh: Sizes) -> Guess | None:
+    """`guess_format` for boxes with an area that are no fractions."""
     far = float((~_inside(numbers, "xywh", sizes_wh, 0.05)).mean())
+    many = far >= MANY and far * len(numbers) >= SEVERAL
     by_area = _areas_of_corners(numbers, areas)
-    formats = tuple(name for name in LAYOUTS[1:] if _inside(numbers, name, sizes_wh, 0.01).mean() >= NEARLY_ALL)
+    others = ("xyxy", "cxcywh") if by_area >= 0 or many else ("cxcywh",)
+    formats = tuple(name for name in others if _inside(numbers, name, sizes_wh).mean() >= NEARLY_ALL)
     if by_area == 1 and "xyxy" in formats:
         return Guess(("xyxy",), True, "the boxes look like x1, y1, x2, y2: their areas are (x2 - x1) (y2 - y1)")
-    many = far >= MANY and far * len(numbers) >= SEVERAL
-    if by_area == -1 and not many:
-        formats = tuple(name for name in formats if name != "xyxy")
     if formats and far >= SOME:
-        looks = {"xyxy": "x1, y1, x2, y2", "cxcywh": "centre x, centre y, width, height"}
-        kinds = " or ".join(looks[layout] for layout in formats)
+        kinds = " or ".join(LAYOUTS[layout] for layout in formats)
         read = f"read as x, y, width, height {far:.0%} of them reach far out of their images, read so almost none does"
         return Guess(formats, many, f"the boxes look like {kinds}: {read}")
     scaled = [scale for scale in SCALES if _fit_scaled(numbers, scale)]
@@ -163,44 +166,40 @@ def _guess_layout(
     return None
 
 
-def _fit_scaled(numbers: Float64[np.ndarray, "M 4"], scale: int) -> bool:
-    """Whether the boxes lie in an image of `scale` by `scale`, not all of them in a corner of it."""
-    shares = [_inside(numbers / scale, layout, np.ones((len(numbers), 2)), 0.01).mean() for layout in LAYOUTS]
+def _fit_scaled(numbers: Numbers, scale: int) -> bool:
+    """Whether the boxes lie in an image of `scale` by `scale`, and not all of them in its upper left."""
+    shares = [_inside(numbers / scale, layout, np.ones((len(numbers), 2))).mean() for layout in LAYOUTS]
     return bool(max(shares) >= NEARLY_ALL and numbers.max() >= scale / 2)
 
 
-def _solid(
-    numbers: Float64[np.ndarray, "M 4"], sizes_wh: Int64[np.ndarray, "M 2"], least_side: int = 1
-) -> Bool[np.ndarray, " M"]:
-    """Boxes with an area, in images with sides of at least `least_side`: from LEAST_SIDE they speak for or against
-    fractions."""
+def _solid(numbers: Numbers, sizes_wh: Sizes, least_side: int = 1) -> Bool[np.ndarray, " M"]:
+    """Which boxes have an area and lie in images with sides of at least `least_side`."""
     return (numbers[:, 2:] > 0).all(1) & (sizes_wh >= least_side).all(1)
 
 
-def _units(numbers: Float64[np.ndarray, "M 4"], sizes_wh: Int64[np.ndarray, "M 2"]) -> Bool[np.ndarray, " M"]:
-    """Boxes that speak for fractions: their numbers lie between 0 and 1."""
+def _units(numbers: Numbers, sizes_wh: Sizes) -> Bool[np.ndarray, " M"]:
+    """Which boxes are evidence of fractions: their numbers are between 0 and 1."""
     return _solid(numbers, sizes_wh, LEAST_SIDE) & ((numbers > -0.01) & (numbers < 1.01)).all(1)
 
 
-def _corners(numbers: Float64[np.ndarray, "M 4"], layout: str) -> Float64[np.ndarray, "M 4"]:
+def _corners(numbers: Numbers, layout: str) -> Numbers:
     first, second = numbers[:, :2], numbers[:, 2:]
     if layout == "cxcywh":
         return np.concatenate([first - second / 2, first + second / 2], axis=1)
     return np.concatenate([first, first + second if layout == "xywh" else second], axis=1)
 
 
-def _inside(
-    numbers: Float64[np.ndarray, "M 4"], layout: str, sizes_wh: np.ndarray, tolerance: float
-) -> Bool[np.ndarray, " M"]:
-    """Boxes with an area, inside their image to a share `tolerance` of its sides and two pixels (of more than one)."""
+def _inside(numbers: Numbers, layout: str, sizes_wh: np.ndarray, tolerance: float = 0.01) -> Bool[np.ndarray, " M"]:
+    """Which boxes have an area and lie in their image, give or take a share `tolerance` of its sides and two pixels (unless
+    its sides are 1)."""
     corners = _corners(numbers, layout)
     margin = tolerance * sizes_wh + 2 * (sizes_wh > 1)
     inside = (corners[:, :2] >= -margin).all(1) & (corners[:, 2:] <= sizes_wh + margin).all(1)
     return inside & (corners[:, 2:] > corners[:, :2]).all(1)
 
 
-def _areas_of_corners(numbers: Float64[np.ndarray, "M 4"], areas: Float64[np.ndarray, " M"]) -> int:
-    """1 where the areas are those of two corners, -1 where they are those of a size, 0 where they are neither."""
+def _areas_of_corners(numbers: Numbers, areas: Areas) -> int:
+    """1 if the areas are those of two corners, -1 if they are those of a size, 0 if they are neither."""
     of_size = numbers[:, 2:].prod(1)
     of_corners = (numbers[:, 2:] - numbers[:, :2]).prod(1)
     differ = (areas > 0) & (np.abs(of_size - of_corners) > 0.05 * of_size)

@@ -1,9 +1,8 @@
-"""Classes of runs and data sets: which are the same, which are left out, and how they are shown.
+"""Classes of runs and data sets: which of them are the same, which are left out, and how they are shown.
 
-A class of a data set is a category id; its name is a label, which several categories may share. Label k of a data set is
-its k-th class in the order of the file, so that training does not depend on the ids: the same list under other ids gives
-the same parameters, bit for bit. COCO's files list their categories by ascending id, which was the order of earlier
-versions; a run keeps the order that it was started with (`Source.arranged`).
+A class of a data set is a category id; its name is a label, which several categories may share. Label k is the k-th class
+in the order of the file, so training does not depend on the ids: the same list with other ids gives the same parameters,
+bit for bit. A resumed run keeps the order that it started with (`Source.arranged`).
 """
 
 from __future__ import annotations
@@ -14,37 +13,24 @@ from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 from retina_jax.config import ConfigError
 
-Category = tuple[int, str]
-"""Id and name."""
-SHOWN = 5
-"""Classes that a message names."""
+Category = tuple[int, str]  # id and name
+SHOWN = 5  # classes that a message names
 
 
 @runtime_checkable
 class HasClasses(Protocol):
     """A data set."""
 
-    @property
-    def categories(self) -> list[Category]:
-        """Its classes, by label."""
-        ...
-
-    @property
-    def annotated(self) -> frozenset[int]:
-        """Ids of the categories that an annotation has, crowds included."""
-        ...
-
-    @property
-    def left_out(self) -> dict[Category, str]:
-        """Categories that are no classes, each with the reason, as from `placeholders`."""
-        ...
+    categories: list[Category]  # its classes, by label
+    annotated: frozenset[int]  # ids of the categories with an annotation, crowds included
+    left_out: dict[Category, str]  # categories that are no classes, each with the reason (`placeholders`)
 
 
 Opened = TypeVar("Opened", bound=HasClasses)
 
 
 def match(classes: Sequence[Category], categories: Sequence[Category]) -> list[int | None]:
-    """For each of `classes`, the index of the same one in `categories`; None: there is none, or it is ambiguous.
+    """Returns, for each of `classes`, the index of the same one in `categories`; None: missing or ambiguous.
 
     Two are the same if their name occurs once on each side, whatever their ids, or if both id and name agree.
     """
@@ -55,10 +41,10 @@ def match(classes: Sequence[Category], categories: Sequence[Category]) -> list[i
 
 
 def category_ids(classes: Sequence[Category], data: HasClasses, where: str) -> list[int | None]:
-    """The category id in `data` of each of a detector's `classes`; None: the data lacks it.
+    """Returns the category id in `data` of each of a detector's `classes`; None if the data lacks it.
 
     Raises ConfigError, which begins with `where`, if the data has boxes of a category that is none of `classes`, or that
-    several of them could be.
+    could be several of them.
     """
     categories = data.categories
     found = match(classes, categories)
@@ -72,7 +58,7 @@ def category_ids(classes: Sequence[Category], data: HasClasses, where: str) -> l
             own = ", ".join(f"{name} ({category_id})" for category_id, name in classes if name in repeated)
             raise ConfigError(
                 f"{where}: boxes of {shown} cannot be assigned to a class: the name occurs more than once, and the id is "
-                f"not that of the detector's {own}; use its ids, or give each category a name of its own"
+                f"not that of the detector's {own}; use its ids, or give each category a unique name"
             )
         raise ConfigError(
             f"{where}: has boxes of categories that the detector lacks: {shown}; its classes are {listed(classes)}; "
@@ -85,12 +71,12 @@ def differ(classes: Sequence[Category], categories: Sequence[Category], where: s
     """The error of a run of `classes` that cannot be resumed on data of `categories`."""
     return ConfigError(
         f"{where}: its run has {len(classes)} classes ({listed(classes)}), the data has {len(categories)} "
-        f"({listed(categories)}); take the same data or another --workdir"
+        f"({listed(categories)}); use the same data or another --workdir"
     )
 
 
 def unique_names(categories: Sequence[Category]) -> tuple[str, ...]:
-    """The names as they are shown: those that repeat carry their id, "wheel (1)" and "wheel (2)"."""
+    """Names for people: those that repeat carry their id, "wheel (1)" and "wheel (2)"."""
     shown = [name for _, name in categories]
     while len(counts := Counter(shown)) < len(shown):  # "wheel (1)" may itself be the name of another category
         pairs = zip(categories, shown, strict=True)
@@ -99,7 +85,7 @@ def unique_names(categories: Sequence[Category]) -> tuple[str, ...]:
 
 
 def listed(categories: Sequence[Category]) -> str:
-    """The first SHOWN of them, as they are shown."""
+    """The first SHOWN of them, with `unique_names`."""
     return ", ".join(unique_names(categories)[:SHOWN]) + (", ..." if len(categories) > SHOWN else "")
 
 
@@ -110,13 +96,13 @@ def placeholders(
     known: Sequence[Category] = (),
     empty_parents: Literal["drop", "keep"] = "drop",
 ) -> dict[Category, str]:
-    """The categories that are no classes, each with the reason. None of them has an annotation.
+    """Returns the categories that are no classes, each with the reason. None of them has an annotation.
 
-    An empty parent category is the supercategory of another category; or it is Roboflow's, which has id 0 and, alone of
-    all, the supercategory "none": exports of Roboflow list the project or group so, then its classes. It is a class if it
-    is one of `known`; where classes are known, `empty_parents` changes nothing. A category with the name of an annotated
-    one is left out too, unless it is one of `known` that share the name: nothing but the name could be learnt of it. Every
-    other category without annotations is a class, because another split may have boxes of it.
+    An empty parent category is the supercategory of another category, or is Roboflow's: it has id 0 and is the only one
+    with the supercategory "none" (exports list the project so, then its classes). It is a class if it is one of `known`,
+    the classes of a run or of the other split; with `known`, `empty_parents` changes nothing. A category with the name of
+    an annotated one is left out too, unless several of `known` share the name: only its name could be learned. Every other
+    category without annotations is a class, because another split may have boxes of it.
     """
     parents = Counter(supercategories)
     names = {name for category_id, name in categories if category_id in annotated}
@@ -142,10 +128,10 @@ def open_both(
     val: Callable[[Sequence[Category]], Opened],
     known: Sequence[Category] = (),
 ) -> tuple[Opened, Opened]:
-    """The training and the evaluation data with one decision on which categories are classes.
+    """Opens the training and the evaluation data with one decision on which categories are classes.
 
     `train` and `val` open them with the classes that they must keep. A category that training alone would leave out is a
-    class if evaluation has boxes of it, unless `known`, the classes of a run to be resumed, settle it.
+    class if evaluation has boxes of it, unless `known`, the classes of a run to be resumed, decide.
     """
     first = train(known)
     second = val(first.categories)
@@ -156,87 +142,16 @@ def open_both(
     return (train([*first.categories, *missing]), second) if missing and not known else (first, second)
 
 
-# COCO's 80 classes and the category ids they have in its JSON files (1 to 90 with gaps; Lin et al., 2014).
-
-COCO_CATEGORIES: tuple[tuple[int, str], ...] = (
-    (1, "person"),
-    (2, "bicycle"),
-    (3, "car"),
-    (4, "motorcycle"),
-    (5, "airplane"),
-    (6, "bus"),
-    (7, "train"),
-    (8, "truck"),
-    (9, "boat"),
-    (10, "traffic light"),
-    (11, "fire hydrant"),
-    (13, "stop sign"),
-    (14, "parking meter"),
-    (15, "bench"),
-    (16, "bird"),
-    (17, "cat"),
-    (18, "dog"),
-    (19, "horse"),
-    (20, "sheep"),
-    (21, "cow"),
-    (22, "elephant"),
-    (23, "bear"),
-    (24, "zebra"),
-    (25, "giraffe"),
-    (27, "backpack"),
-    (28, "umbrella"),
-    (31, "handbag"),
-    (32, "tie"),
-    (33, "suitcase"),
-    (34, "frisbee"),
-    (35, "skis"),
-    (36, "snowboard"),
-    (37, "sports ball"),
-    (38, "kite"),
-    (39, "baseball bat"),
-    (40, "baseball glove"),
-    (41, "skateboard"),
-    (42, "surfboard"),
-    (43, "tennis racket"),
-    (44, "bottle"),
-    (46, "wine glass"),
-    (47, "cup"),
-    (48, "fork"),
-    (49, "knife"),
-    (50, "spoon"),
-    (51, "bowl"),
-    (52, "banana"),
-    (53, "apple"),
-    (54, "sandwich"),
-    (55, "orange"),
-    (56, "broccoli"),
-    (57, "carrot"),
-    (58, "hot dog"),
-    (59, "pizza"),
-    (60, "donut"),
-    (61, "cake"),
-    (62, "chair"),
-    (63, "couch"),
-    (64, "potted plant"),
-    (65, "bed"),
-    (67, "dining table"),
-    (70, "toilet"),
-    (72, "tv"),
-    (73, "laptop"),
-    (74, "mouse"),
-    (75, "remote"),
-    (76, "keyboard"),
-    (77, "cell phone"),
-    (78, "microwave"),
-    (79, "oven"),
-    (80, "toaster"),
-    (81, "sink"),
-    (82, "refrigerator"),
-    (84, "book"),
-    (85, "clock"),
-    (86, "vase"),
-    (87, "scissors"),
-    (88, "teddy bear"),
-    (89, "hair drier"),
-    (90, "toothbrush"),
-)
+# COCO's 80 classes; their ids in its JSON files are 1 to 90 with gaps (Lin et al., 2014).
+_COCO_NAMES = """
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
+parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag,
+tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard,
+tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot,
+hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote,
+keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
+hair drier, toothbrush
+"""
+_COCO_GAPS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+_COCO_IDS = [category_id for category_id in range(1, 91) if category_id not in _COCO_GAPS]
+COCO_CATEGORIES: tuple[Category, ...] = tuple(zip(_COCO_IDS, map(str.strip, _COCO_NAMES.split(",")), strict=True))

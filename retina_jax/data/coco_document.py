@@ -1,84 +1,64 @@
-"""A COCO JSON in memory to columns: every entry checked, sizes and files of its images found, its boxes in pixels."""
+"""A COCO JSON file as columns: its entries checked, its images located, their sizes known, its boxes in pixels."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
+import msgspec
 import numpy as np
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Int64
 
-from retina_jax.data.box_formats import (
-    BoxFormat,
-    Guess,
-    are_fractions,
-    guess_format,
-    guess_fractions,
-    guess_other,
-    to_xywh,
-)
+from retina_jax.config import DataConfig
+from retina_jax.data import coco_entries
+from retina_jax.data.box_formats import BoxFormat, boxes_in_pixels
 from retina_jax.data.classes import Category, placeholders, unique_names
-from retina_jax.data.coco_entries import (
-    WITHOUT_BOX,
-    Box,
-    Image,
-    Mistake,
-    annotation_parser,
-    category_parser,
-    escapes,
-    image_parser,
-    outside,
-    short,
-)
+from retina_jax.data.coco_entries import CocoFile, Entry, Mistake, escapes, short
 from retina_jax.data.conventions import Orientation
-from retina_jax.data.image_paths import find_images
-from retina_jax.data.source import DataError
+from retina_jax.data.image_paths import Places, find_images
+from retina_jax.data.source import BoxTable, DataError, Image
 from retina_jax.data.survey import Size, read_sizes, read_votes
 
-T = TypeVar("T")
-Crowds = Literal["ignore", "objects"]
+
+class CocoOptions(NamedTuple):
+    """How a COCO JSON file is read; DataConfig explains all but `known`."""
+
+    box_format: BoxFormat = "auto"
+    crowds: Literal["ignore", "objects"] = "ignore"
+    orientation: Literal["auto", "stored", "turned"] = "auto"
+    undecided_orientation: Orientation = "turned"
+    empty_parents: Literal["drop", "keep"] = "drop"
+    known: Sequence[Category] = ()  # classes that stay classes without a box (`classes.placeholders`)
+
+
+def configured(data: DataConfig, known: Sequence[Category]) -> dict[str, Any]:
+    """The CocoOptions of a config, by name."""
+    return {"known": known} | {key: getattr(data, key) for key in CocoOptions._fields if key != "known"}
 
 
 class Note(NamedTuple):
     """What a person should know of how a file was read."""
 
-    kind: str
-    """One of the kinds of `data_check.findings`."""
-    text: str
-    """One line."""
-    refused: bool = False
-    """Whether the data set cannot be used so."""
+    kind: str  # one of the kinds of `data_check.findings`
+    text: str  # one line
+    refused: bool = False  # whether training refuses the data set
 
 
 class Content(NamedTuple):
-    """What a COCO JSON holds."""
+    """What a COCO JSON file holds."""
 
-    categories: list[Category]
-    """The classes, in the order of the file: label k is the k-th."""
-    annotated: frozenset[int]
-    """Ids of the categories that a box has, crowds included."""
-    left_out: dict[Category, str]
-    """Categories that are no classes, each with the reason, as from `classes.placeholders`."""
-    images: list[tuple[int, str, int, int]]
-    """Id, file name, width, height."""
-    boxes: Float64[np.ndarray, "M 7"]
-    """Row of the image, label, crowd, and x, y, width, height in pixels."""
-    areas: Float64[np.ndarray, " M"]
-    """Square pixels; width times height where the file has none."""
-    ids: Int64[np.ndarray, " M"]
-    """Of the annotations; 0 where missing."""
-    rows: Int64[np.ndarray, " M"]
-    """Place of each box in the file's list of annotations."""
-    without_box: list[int]
-    """Places of the annotations that have no box: points and keypoints."""
-    paths: list[str]
-    """File of each image, or where it should be; empty where the folder was not given."""
-    missing: dict[int, str]
-    """Rows of the images without a file; where files of that base name are, if anywhere."""
-    unsized: frozenset[int]
-    """Rows of the images whose entries have no size: it is that of the file."""
+    table: BoxTable  # its categories are the classes in the order of the file
+    annotated: frozenset[int]  # ids of the categories with a box, crowds included
+    left_out: dict[Category, str]  # categories that are no classes, each with the reason (`classes.placeholders`)
+    rows: Int64[np.ndarray, " M"]  # position of each box in the file's list of annotations
+    without_box: list[int]  # positions of the annotations without a box: points and keypoints
+    paths: list[str]  # file of each image, or where it should be; empty if the folder was not given
+    missing: dict[int, str]  # rows of the images without a file; where files of that base name are, if anywhere
+    unsized: frozenset[int]  # rows of the images whose entries have no size: it is that of the file
     notes: list[Note]
 
 
@@ -88,211 +68,206 @@ def parse_document(
     mistakes: list[Mistake] | None = None,
     *,
     folder: Path | None = None,
-    box_format: BoxFormat = "auto",
-    crowds: Crowds = "ignore",
-    orientation: Literal["auto", "stored", "turned"] = "auto",
-    undecided_orientation: Orientation = "turned",
-    known: Sequence[Category] = (),
-    empty_parents: Literal["drop", "keep"] = "drop",
+    **options: Any,
 ) -> Content:
-    """The content of what `coco.load_json` gave.
+    """Returns the content of `document`: a CocoFile, or any JSON value. `options` are those of CocoOptions.
 
     With a list of `mistakes`, entries that cannot be used are added to it and left out, refused notes are kept, and only a
-    file without the three lists raises DataError; without one, the first of them raises it. Without a `folder`, images are
-    not looked for, and sizes that are missing stay 0.
+    file without its three lists raises DataError. Without one, the first mistake raises DataError. Without a `folder`,
+    images are not located, and missing sizes stay 0.
     """
-    if not isinstance(document, dict):
+    if not isinstance(document, CocoFile | dict):
         raise DataError(f"{path}: must be an object with images, annotations and categories, not {short(document)}")
-    texts: Counter[str] = Counter()
-    notes: list[Note] = []
-    listed = _parse_all(path, document, "categories", category_parser(texts), mistakes)
-    categories = [(entry.id, entry.name) for _, entry in listed]
-    images = _parse_all(path, document, "images", image_parser(texts, rooted=folder is not None), mistakes)
-    if not mistakes and not (categories and images):
-        raise DataError(f"{path}: {'images' if categories else 'categories'} is empty; it must list at least one")
-    images, paths, missing, unsized = _located(
-        path, document, images, folder, orientation, undecided_orientation, notes, mistakes
-    )
-    label_of = {category_id: label for label, (category_id, _) in enumerate(categories)}
-    parser = annotation_parser(images, label_of, texts)
-    found = _parse_all(path, document, "annotations", parser, mistakes)
-    boxes = [(row, box) for row, box in found if box is not WITHOUT_BOX]
-    if texts:
-        counted = ", ".join(f"{count} {key}" for key, count in texts.items())
-        notes.append(Note("text_numbers", f"numbers are written as text ({counted}); they are read as numbers"))
-    sizes_wh = np.array([image[2:] for image in images], np.int64).reshape(-1, 2)
-    columns, areas = _columns([box for _, box in boxes], sizes_wh, box_format, crowds, notes)
-    annotated = frozenset(categories[label][0] for label in np.unique(columns[:, 1]).astype(int))
-    above = [entry.supercategory for _, entry in listed]
-    left_out = placeholders(categories, above, annotated, known, empty_parents)
-    is_class = np.array([category not in left_out for category in categories], bool)
-    columns[:, 1] = (np.cumsum(is_class) - 1)[columns[:, 1].astype(int)]
-    classes = [category for category in categories if category not in left_out]
-    _note_crowds(columns, unique_names(classes), notes)
-    for note in notes:
-        if note.refused and mistakes is None:
-            raise DataError(f"{path}: {note.text}")
-    return Content(
-        categories=classes,
-        annotated=annotated,
-        left_out=left_out,
-        images=[tuple(image) for image in images],
-        boxes=columns,
-        areas=areas,
-        ids=np.array([box.id for _, box in boxes], np.int64),
-        rows=np.array([row for row, _ in boxes], np.int64),
-        without_box=[row for row, box in found if box is WITHOUT_BOX],
-        paths=paths,
-        missing=missing,
-        unsized=unsized,
-        notes=notes,
-    )
+    lists = document if isinstance(document, dict) else msgspec.structs.asdict(document)
+    return _Parser(path, lists, mistakes, CocoOptions(**options)).parse(folder)
 
 
-def _located(
-    path: Path,
-    document: dict,
-    entries: list[tuple[int, Image]],
-    folder: Path | None,
-    orientation: Literal["auto", "stored", "turned"],
-    undecided: Orientation,
-    notes: list[Note],
-    mistakes: list[Mistake] | None,
-) -> tuple[list[Image], list[str], dict[int, str], frozenset[int]]:
-    """The images with their files, the rows of those that have none, and the rows of those whose entries have no size: it is
-    that of the file, turned or not as the other images show (`conventions.Votes`).
-    Images whose names lead out of the folder and those without a size become `mistakes`."""
-    if folder is None:
-        return [image for _, image in entries], [], {}, frozenset()
-    names = [image.file_name for _, image in entries]
-    places = find_images(folder, names)
-    if places.moved:
-        first = places.moved[0]
-        notes.append(
-            Note(
-                "moved",
-                f"{len(places.moved)} of {len(names)} images are not where their file_name says: {short(names[first])} "
-                f"is read from {places.paths[first]}",
-            )
-        )
-    unknown = [row for row, (_, image) in enumerate(entries) if not image.width]
-    sizes = dict(zip(unknown, read_sizes(path, [places.paths[row] for row in unknown]), strict=True)) if unknown else {}
-    if orientation == "auto":
-        orientation = undecided
-        if any(isinstance(size, Size) and size.turned for size in sizes.values()):
-            sized = [row for row in range(len(entries)) if row not in sizes]
-            annotated = [(image.width, image.height) for _, image in (entries[row] for row in sized)]
-            votes, _ = read_votes([names[row] for row in sized], [Path(places.paths[row]) for row in sized], annotated)
-            orientation = votes.convention(undecided)
-    kept, missing = [], {}
-    for row, (index, image) in enumerate(entries):
-        size, wrong = sizes.get(row), None
-        place = f"; {places.missing[row]}" if places.missing.get(row) else ""
-        if row in places.missing and escapes(image.file_name):
-            wrong = outside(image.file_name) + place
-        elif isinstance(size, str):
-            wrong = f"width and height are missing, and {places.paths[row]} cannot be read: {size}{place}"
-        if wrong is not None:
-            _mistaken(path, Mistake("images", index, document["images"][index], wrong), mistakes)
-            continue
-        if row in places.missing:
-            missing[len(kept)] = places.missing[row]
-        if isinstance(size, Size):
-            image = Image(image.id, image.file_name, *size.shown(orientation))
-        kept.append((row, image))
-    unsized = frozenset(index for index, (row, _) in enumerate(kept) if row in sizes)
-    return [image for _, image in kept], [places.paths[row] for row, _ in kept], missing, unsized
+class _Parser:
+    """Parses one file; collects notes, and mistakes where they are wanted."""
 
+    def __init__(self, path: Path, lists: dict, mistakes: list[Mistake] | None, options: CocoOptions) -> None:
+        self.path, self.lists, self.mistakes, self.options = path, lists, mistakes, options
+        self.notes: list[Note] = []
+        self.texts: Counter[str] = Counter()
 
-def _columns(
-    boxes: list[Box],
-    sizes_wh: np.ndarray,
-    box_format: BoxFormat,
-    crowds: Crowds,
-    notes: list[Note],
-) -> tuple[Float64[np.ndarray, "M 7"], Float64[np.ndarray, " M"]]:
-    """`Content.boxes` and `Content.areas`; notes what the boxes look like."""
-    owners = np.array([box.image for box in boxes], np.int64)
-    sizes = sizes_wh[owners] if len(boxes) else np.zeros((0, 2), np.int64)
-    numbers = np.array([box.numbers for box in boxes], np.float64).reshape(-1, 4)
-    areas = np.array([box.area for box in boxes], np.float64)
-    given, polygons = (np.array([box.origin == origin for box in boxes], bool) for origin in ("bbox", "polygons"))
-    for guess in _guesses(numbers, areas, sizes, given, polygons, box_format):
-        notes.append(Note("box_format" if guess.sure else "likely_format", guess.text(box_format), guess.sure))
-    # A polygon has no layout, and a mask has pixels.
-    fractions = box_format.endswith("_fractions")
-    scaled = polygons & (fractions and are_fractions(numbers[polygons], sizes[polygons]))
-    xywh = np.where(scaled[:, None], to_xywh(numbers, "xywh_fractions", sizes), numbers)
-    xywh = np.where(given[:, None], to_xywh(numbers, box_format, sizes), xywh)
-    products = xywh[:, 2:].prod(1)
-    # The area of a box in another format is its own, or that of a smaller mask in pixels.
-    converted = scaled | (given & (box_format not in ("auto", "xywh")) & (fractions | (areas > products)))
-    areas = np.where(np.isnan(areas) | converted, products, areas)
-    crowd = np.array([box.crowd and crowds == "ignore" for box in boxes], np.float64)
-    labels = np.array([box.label for box in boxes], np.float64)
-    return np.column_stack([owners, labels, crowd, xywh]).astype(np.float64).reshape(-1, 7), areas
+    def parse(self, folder: Path | None) -> Content:
+        listed = [entry for _, entry in self.unique("categories", coco_entries.CategoryEntry)]
+        categories = [(entry.id, entry.name) for entry in listed]
+        entries = self.unique("images", coco_entries.ImageEntry)
+        if not self.mistakes and not (categories and entries):
+            empty = "images" if categories else "categories"
+            raise DataError(f"{self.path}: {empty} is empty; it must list at least one")
+        images, paths, missing, unsized = self.locate(entries, folder)
+        table, rows, without_box = self.boxes(images, categories)
+        if texts := +self.texts:
+            counted = ", ".join(f"{count} {key}" for key, count in texts.items())
+            self.note("text_numbers", f"numbers are written as text ({counted}); they are read as numbers")
+        annotated = frozenset(categories[label][0] for label in np.unique(table.labels))
+        above = [entry.supercategory if isinstance(entry.supercategory, str) else None for entry in listed]
+        left_out = placeholders(categories, above, annotated, self.options.known, self.options.empty_parents)
+        is_class = np.array([category not in left_out for category in categories], bool)
+        classes = [category for category in categories if category not in left_out]
+        table = replace(table, categories=classes, labels=(np.cumsum(is_class) - 1)[table.labels])
+        self.note_crowds(table)
+        for note in self.notes:
+            if note.refused and self.mistakes is None:
+                raise DataError(f"{self.path}: {note.text}")
+        return Content(table, annotated, left_out, rows, without_box, paths, missing, unsized, self.notes)
 
+    def note(self, kind: str, text: str, refused: bool = False) -> None:
+        self.notes.append(Note(kind, text, refused))
 
-def _guesses(
-    numbers: Float64[np.ndarray, "M 4"],
-    areas: Float64[np.ndarray, " M"],
-    sizes: Int64[np.ndarray, "M 2"],
-    given: Bool[np.ndarray, " M"],
-    polygons: Bool[np.ndarray, " M"],
-    box_format: BoxFormat,
-) -> list[Guess]:
-    """What the given boxes look like, and the polygons in place of others, if not like what they are read as."""
-    if box_format == "xywh":
-        return []
-    columns = numbers[given], areas[given], sizes[given]
-    guesses = [guess_format(*columns) if box_format == "auto" else guess_other(*columns, box_format)]
-    known = (guesses[0] is not None and guesses[0].formats) or box_format.endswith("_fractions")
-    if not known and (guess := guess_fractions(numbers[polygons], sizes[polygons], "polygons", ("xywh",))) is not None:
-        if given.any() and guess.formats:
-            guess = guess._replace(formats=(), why=f"{guess.why}, those of the boxes do not; write all in pixels")
-        guesses.append(guess._replace(sure=guess.sure and box_format == "auto"))
-    return [guess for guess in guesses if guess is not None]
+    def refuse(self, key: str, index: int, text: str) -> None:
+        """An entry that cannot be used, and why."""
+        mistake = Mistake(key, index, self.lists[key][index], text)
+        if self.mistakes is None:
+            raise DataError(f"{self.path}: {mistake.place}: {text}")
+        self.mistakes.append(mistake)
 
+    def entries(self, key: str, kind: type[Entry]) -> list[tuple[int, Entry]]:
+        """The entries of a list that have the right types, with their positions."""
+        listed = self.lists.get(key)
+        if not isinstance(listed, list):
+            found = short(listed) if key in self.lists else "missing"
+            if key == "annotations" and key not in self.lists:
+                found += "; only evaluate.py accepts a file without it, such as COCO's image_info of test images"
+            raise DataError(f"{self.path}: {key} must be a list of objects, but is {found}")
+        parsed = []
+        for index, entry in enumerate(listed):
+            try:
+                right = entry if isinstance(entry, kind) else coco_entries.parse_entry(entry, kind, self.texts)
+                parsed.append((index, right))
+            except DataError as error:
+                self.refuse(key, index, str(error))
+        return parsed
 
-def _note_crowds(boxes: Float64[np.ndarray, "M 7"], names: Sequence[str], notes: list[Note]) -> None:
-    """Notes the classes that have crowds and nothing else."""
-    labels, crowd = boxes[:, 1].astype(np.int64), boxes[:, 2] > 0
-    total = np.bincount(labels, minlength=len(names))
-    alone = np.flatnonzero((total > 0) & (np.bincount(labels[crowd], minlength=len(names)) == total)).tolist()
-    if alone:
-        shown = ", ".join(short(names[k]) for k in alone[:5]) + (", ..." if len(alone) > 5 else "")
-        notes.append(
-            Note(
-                "all_crowds",
+    def unique(self, key: str, kind: type[Entry]) -> list[tuple[int, Entry]]:
+        """`entries` without those that have the id of one before them."""
+        entries, seen = self.entries(key, kind), {}
+        for index, entry in entries:
+            if seen.setdefault(entry.id, index) != index:
+                self.refuse(key, index, "id is used twice; every entry must have its own")
+        return [(index, entry) for index, entry in entries if seen[entry.id] == index]
+
+    def locate(
+        self, entries: list[tuple[int, coco_entries.ImageEntry]], folder: Path | None
+    ) -> tuple[list[Image], list[str], dict[int, str], frozenset[int]]:
+        """Returns the images and their `Content.paths`, `missing` and `unsized`.
+
+        A missing size is that of the file, turned or not as the other images show (`conventions.Votes`). Images whose
+        names lead out of the folder and those without a size are refused.
+        """
+        images = [(e.id, e.file_name, *((e.width, e.height) if e.width and e.height else (0, 0))) for _, e in entries]
+        names = [entry.file_name for _, entry in entries]
+        places = Places([], {row: "" for row, name in enumerate(names) if escapes(name)}, [])
+        sizes: dict[int, Size | str] = {}
+        if folder is not None:
+            places = find_images(folder, names)
+            unknown = [row for row, image in enumerate(images) if not image[2]]
+            if unknown:
+                sizes = dict(zip(unknown, read_sizes(self.path, [places.paths[row] for row in unknown]), strict=True))
+        if places.moved:
+            first = places.moved[0]
+            text = f"{len(places.moved)} of {len(names)} images are not where their file_name says: "
+            self.note("moved", f"{text}{short(names[first])} is read from {places.paths[first]}")
+        orientation = self.orientation(images, places, sizes)
+        kept, missing = [], {}
+        for row, (index, _) in enumerate(entries):
+            size = sizes.get(row)
+            place = f"; {places.missing[row]}" if places.missing.get(row) else ""
+            wrong = ""
+            if row in places.missing and escapes(names[row]):
+                wrong = f"file_name must be a path inside the image folder, not {short(names[row])}{place}"
+            elif isinstance(size, str):
+                wrong = f"width and height are missing, and {places.paths[row]} cannot be read: {size}{place}"
+            if wrong:
+                self.refuse("images", index, wrong)
+                continue
+            if row in places.missing:
+                missing[len(kept)] = places.missing[row]
+            if size is not None:
+                images[row] = (*images[row][:2], *size.shown(orientation))
+            kept.append(row)
+        unsized = frozenset(place for place, row in enumerate(kept) if row in sizes)
+        return [images[row] for row in kept], [places.paths[row] for row in kept if folder], missing, unsized
+
+    def orientation(self, images: list[Image], places: Places, sizes: dict[int, Size | str]) -> Orientation:
+        """The convention for the files whose `sizes` are not annotated, as the other images show it."""
+        chosen, undecided = self.options.orientation, self.options.undecided_orientation
+        if chosen != "auto":
+            return chosen
+        if not any(isinstance(size, Size) and size.turned for size in sizes.values()):
+            return undecided
+        sized = [row for row in range(len(images)) if row not in sizes]
+        files = [Path(places.paths[row]) for row in sized]
+        votes, _ = read_votes([images[row][1] for row in sized], files, [images[row][2:] for row in sized])
+        return votes.convention(undecided)
+
+    def boxes(
+        self, images: list[Image], categories: list[Category]
+    ) -> tuple[BoxTable, Int64[np.ndarray, " M"], list[int]]:
+        """Returns the boxes of `categories`, and `Content.rows` and `without_box`; notes what the boxes look like.
+
+        Only annotations without image, category or a bbox of positive size are examined one by one: COCO has 860,000
+        others.
+        """
+        entries = self.entries("annotations", coco_entries.AnnotationEntry)
+        row_of = {image[0]: row for row, image in enumerate(images)}
+        label_of = {category_id: label for label, (category_id, _) in enumerate(categories)}
+        found = [entry for _, entry in entries]
+        owners = np.array([row_of.get(entry.image_id, -1) for entry in found], np.int64)
+        labels = np.array([label_of.get(entry.category_id, -1) for entry in found], np.int64)
+        flat = chain.from_iterable(entry.bbox or (0.0, 0.0, 0.0, 0.0) for entry in found)
+        numbers = np.fromiter(flat, np.float64, 4 * len(found)).reshape(-1, 4)
+        areas = np.array([np.nan if entry.area is None else entry.area for entry in found], np.float64)
+        origin, kept = np.full(len(found), "bbox", "U8"), np.ones(len(found), bool)
+        without_box: list[int] = []
+        for m in np.flatnonzero((owners < 0) | (labels < 0) | (numbers[:, 2:] <= 0).any(1)).tolist():
+            index, entry = entries[m]
+            wrong, around = "", None
+            if owners[m] < 0:
+                wrong = f"image_id must be the id of one of the images, not {entry.image_id}"
+            elif labels[m] < 0:
+                wrong = f"category_id must be one of {short(sorted(label_of))}, not {entry.category_id}"
+            else:
+                try:
+                    segmentation = coco_entries.decode_segmentation(entry.segmentation)
+                    around = coco_entries.box_of(segmentation, images[owners[m]][2:])
+                except DataError as error:
+                    wrong = (
+                        str(error) if entry.bbox is None else ""
+                    )  # a bbox without area is dropped later, and counted
+            if around is not None:
+                numbers[m], origin[m] = around, "mask" if isinstance(segmentation, dict) else "polygons"
+                areas[m] = areas[m] or np.nan  # 0 was the area of the bbox
+            elif wrong:
+                kept[m] = False
+                self.refuse("annotations", index, wrong)
+            elif entry.bbox is None:
+                kept[m] = False
+                without_box.append(index)
+        owners, labels, numbers, areas, origin = (part[kept] for part in (owners, labels, numbers, areas, origin))
+        sizes_wh = np.array([image[2:] for image in images], np.int64).reshape(-1, 2)[owners]
+        box_format = self.options.box_format
+        boxes, areas, guesses = boxes_in_pixels(numbers, areas, sizes_wh, origin, box_format)
+        for guess in guesses:
+            self.note("box_format" if guess.sure else "likely_format", guess.text(box_format), guess.sure)
+        crowd = np.array([bool(entry.iscrowd) for entry in found], bool)[kept] & (self.options.crowds == "ignore")
+        ids = np.array([entry.id or 0 for entry in found], np.int64)[kept]
+        boxes_xyxy = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+        table = BoxTable(images, categories, owners, labels, crowd, boxes_xyxy, boxes, areas, ids)
+        return table, np.array([index for index, _ in entries], np.int64)[kept], without_box
+
+    def note_crowds(self, table: BoxTable) -> None:
+        """Notes the classes whose annotations are all crowds."""
+        names = unique_names(table.categories)
+        total = np.bincount(table.labels, minlength=len(names))
+        objects = np.bincount(table.labels[~table.crowd], minlength=len(names))
+        alone = np.flatnonzero((total > 0) & (objects == 0)).tolist()
+        if alone:
+            shown = ", ".join(short(names[k]) for k in alone[:5]) + (", ..." if len(alone) > 5 else "")
+            text = (
                 f"every annotation of {shown} ({total[alone].sum()} in all) has iscrowd 1, as CVAT and Datumaro write "
-                "masks: they are regions to ignore; data.crowds objects takes them as objects",
+                "masks: they are regions to ignore; data.crowds objects takes them as objects"
             )
-        )
-
-
-def _parse_all(
-    path: Path, document: dict, key: str, parse: Callable[[dict], T], mistakes: list[Mistake] | None
-) -> list[tuple[int, T]]:
-    """`parse` of every entry of a list in the file, with its place; its DataErrors become `mistakes` or are raised."""
-    entries = document.get(key)
-    if not isinstance(entries, list):
-        found = short(entries) if key in document else "missing"
-        if key == "annotations" and key not in document:
-            found += "; only evaluate.py takes a file without it, such as COCO's image_info of test images"
-        raise DataError(f"{path}: {key} must be a list of objects, but is {found}")
-    parsed = []
-    for i, entry in enumerate(entries):
-        try:
-            if not isinstance(entry, dict):
-                raise DataError(f"must be an object, not {short(entry)}")
-            parsed.append((i, parse(entry)))
-        except DataError as error:
-            _mistaken(path, Mistake(key, i, entry, str(error)), mistakes)
-    return parsed
-
-
-def _mistaken(path: Path, mistake: Mistake, mistakes: list[Mistake] | None) -> None:
-    """Adds to `mistakes`, or raises a DataError with the file, the entry's position and id."""
-    if mistakes is None:
-        raise DataError(f"{path}: {mistake.place}: {mistake.text}")
-    mistakes.append(mistake)
+            self.note("all_crowds", text)

@@ -1,240 +1,231 @@
-"""Entries of a COCO JSON, each checked on its own: what they hold, or one line that says what is wrong with them."""
+"""Entries of a COCO JSON file: their types, the check of each entry, and the boxes of segmentations.
+
+msgspec decodes a file without mistakes into these types at once (`CocoFile`). For any other file `parse_entry` checks
+one entry after the other: it accepts numbers written as text, and it reports which field of which entry is wrong.
+"""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from retina_jax.data.segmentations import box_of
+import msgspec
+import numpy as np
+from msgspec import Meta, Raw
+
 from retina_jax.data.source import DataError
 
-LARGEST = 1e9
-"""No size, coordinate or area in pixels is larger."""
-LARGEST_ID = 2**53
-"""Ids stay below, where every JSON writer keeps integers exact."""
-LONGEST = 4096
-"""No file name has more characters."""
-UNSHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-"""Control characters, line ends and halves of characters: they break file names, log lines and terminals."""
-DRIVE = re.compile(r"[A-Za-z]:[\\/]")
-"""Start of an absolute path of Windows."""
-DIGITS = re.compile(r"[+-]?[0-9]{1,16}", re.ASCII)
-"""Text that is read as an integer."""
-DECIMAL = re.compile(r"[+-]?[0-9]{1,20}(\.[0-9]{0,40})?([eE][+-]?[0-9]{1,3})?", re.ASCII)
-"""Text that is read as a number."""
-WITHOUT_BOX = None
-"""What an annotation without a box is parsed to, such as a point or keypoints."""
+LARGEST = 1e9  # size, coordinate or area, in pixels
+LARGEST_ID = 2**53  # every id is smaller: JSON writers keep such integers exact
+LONGEST = 4096  # characters of a name
+LARGEST_SIDE = 2**15  # pixels of a mask's side
+# Control characters, line ends and lone surrogates break file names, log lines and terminals.
+UNSHOWN = r"\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"
+DRIVE = re.compile(r"[A-Za-z]:[\\/]")  # start of an absolute path of Windows
+DECIMAL = re.compile(r"[+-]?[0-9]{1,20}(\.[0-9]{0,40})?([eE][+-]?[0-9]{1,3})?", re.ASCII)  # text read as a number
+
+Integer = Annotated[int, Meta(gt=-LARGEST_ID, lt=LARGEST_ID)]
+Side = Annotated[int, Meta(ge=0, le=int(LARGEST))]
+Number = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
+Text = Annotated[str, Meta(min_length=1, max_length=LONGEST, pattern=rf"\A[^{UNSHOWN}]*\Z")]
+# What the value of a field must be.
+EXPECTED = {
+    **dict.fromkeys(("id", "image_id", "category_id"), "an integer"),
+    **dict.fromkeys(("name", "file_name"), f"text on one line, at most {LONGEST} characters, no control characters"),
+    **dict.fromkeys(("width", "height"), "a positive number of pixels, an integer"),
+    "bbox": "four finite numbers, [x, y, width, height] in pixels",
+    "area": "a number of pixels",
+    "iscrowd": "0 or 1",
+}
+
+
+class CategoryEntry(msgspec.Struct, gc=False):
+    id: Integer
+    name: Text
+    supercategory: Any = None
+
+
+class ImageEntry(msgspec.Struct, gc=False):
+    """A size may be missing, null or 0."""
+
+    id: Integer
+    file_name: Text
+    width: Side | None = None
+    height: Side | None = None
+
+
+class AnnotationEntry(msgspec.Struct, gc=False):
+    image_id: Integer
+    category_id: Integer
+    bbox: tuple[Number, Number, Number, Number] | None = None
+    area: Number | None = None
+    iscrowd: Literal[0, 1] | bool | None = None
+    id: Integer | None = None
+    segmentation: Raw = Raw()  # from `parse_entry` the decoded value; `decode_segmentation` accepts both
+
+
+class CocoFile(msgspec.Struct):
+    """A COCO JSON file in which every field has its type."""
+
+    categories: list[CategoryEntry]
+    images: list[ImageEntry]
+    annotations: list[AnnotationEntry]
 
 
 class Mistake(NamedTuple):
     """An entry of the file that cannot be used."""
 
-    key: str
-    """List that it stands in: categories, images or annotations."""
+    key: str  # list that holds it: categories, images or annotations
     index: int
     entry: Any
-    text: str
-    """What is wrong and what would be right, one line."""
+    text: str  # what is wrong and what would be right, one line
 
     @property
     def place(self) -> str:
-        """Where it stands, and its id where it has one."""
-        named = f" (id {short(self.entry['id'])})" if isinstance(self.entry, dict) and "id" in self.entry else ""
-        return f"{self.key}[{self.index}]{named}"
+        """Its position, and its id if it has one."""
+        entry = self.entry
+        identity = entry.get("id") if isinstance(entry, dict) else getattr(entry, "id", None)
+        return f"{self.key}[{self.index}]" + ("" if identity is None else f" (id {short(identity)})")
 
 
-class CategoryEntry(NamedTuple):
-    """An entry of `categories`."""
-
-    id: int
-    name: str
-    supercategory: str | None
+Entry = TypeVar("Entry", CategoryEntry, ImageEntry, AnnotationEntry)
+fields = functools.cache(msgspec.structs.fields)
 
 
-class Image(NamedTuple):
-    """An entry of `images`."""
+def parse_entry(entry: Any, kind: type[Entry], texts: Counter[str]) -> Entry:
+    """Converts one JSON value, and counts in `texts`, by field, the numbers that are written as text.
 
-    id: int
-    file_name: str
-    width: int
-    """Pixels; 0 where the entry has no size."""
-    height: int
-
-
-class Box(NamedTuple):
-    """An entry of `annotations`."""
-
-    image: int
-    """Row of its image."""
-    label: int
-    crowd: int
-    numbers: tuple[float, float, float, float]
-    """`bbox` as found; x, y, width, height of the segmentation where there is none, or none with an area."""
-    origin: Literal["bbox", "polygons", "mask"]
-    """What `numbers` are those of."""
-    area: float
-    """NaN where missing."""
-    id: int
-    """0 where missing."""
-
-
-def category_parser(texts: Counter[str]) -> Callable[[dict], CategoryEntry]:
-    """Parses a category; counts in `texts` the numbers that are text, by key."""
-    seen: set[int] = set()
-
-    def parse(entry: dict) -> CategoryEntry:
-        above = entry.get("supercategory")
-        identity = new(seen, integer(entry, "id", texts))
-        return CategoryEntry(identity, text(entry, "name"), above if isinstance(above, str) else None)
-
-    return parse
+    Numbers may be text, integers 3.0; null is a missing value, and [] a missing bbox. Raises DataError.
+    """
+    if not isinstance(entry, dict):
+        raise DataError(f"must be an object, not {short(entry)}")
+    values = {}
+    for field in fields(kind):
+        key, value = field.name, entry.get(field.name)
+        parts = value if key == "bbox" and isinstance(value, list) else [value]
+        if key not in ("name", "file_name", "supercategory", "segmentation"):
+            numbers = [as_number(part) for part in parts]
+            value = numbers[0] if parts is not value else numbers or None
+        if value is None and not field.required:
+            continue
+        try:
+            values[key] = value if field.type is Raw else msgspec.convert(value, field.type)
+        except msgspec.ValidationError:
+            wrong = f"not {short(entry[key])}" if key in entry else "but is missing"
+            raise DataError(f"{key} must be {EXPECTED[key]}, {wrong}") from None
+        if not isinstance(value, str):
+            texts[key] += sum(isinstance(part, str) for part in parts)
+    return kind(**values)
 
 
-def image_parser(texts: Counter[str], *, rooted: bool) -> Callable[[dict], Image]:
-    """Parses an image. With `rooted`, a file name may be absolute or climb out of the folder: whoever opens files must not
-    follow it there."""
-    seen: set[int] = set()
-
-    def parse(entry: dict) -> Image:
-        width, height = (0 if entry.get(key) is None else integer(entry, key, texts) for key in ("width", "height"))
-        for key, side in (("width", width), ("height", height)):
-            if not 0 <= side <= LARGEST:
-                raise DataError(f"{key} must be a positive number of pixels, not {side}")
-        name = text(entry, "file_name")
-        if not rooted and escapes(name):
-            raise DataError(outside(name))
-        known = width and height
-        return Image(new(seen, integer(entry, "id", texts)), name, width if known else 0, height if known else 0)
-
-    return parse
+def as_number(value: Any) -> Any:
+    """Returns the number that a text is, and integers for 3.0 and "3"; any other value unchanged."""
+    if isinstance(value, str) and DECIMAL.fullmatch(value):
+        value = float(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def escapes(name: str) -> bool:
-    """Whether a file name leads out of the folder that it is in: it is absolute, has a drive, or climbs out with .. ."""
+    """Whether a file name leads out of the folder that it is relative to: it is absolute, has a drive, or has `..`."""
     if name.startswith(("/", "\\")) or DRIVE.match(name) or os.path.splitdrive(name)[0]:
         return True
     return ".." in name and ".." in name.replace("\\", "/").split("/")
 
 
-def outside(name: str) -> str:
-    """Why a file name that `escapes` is refused."""
-    return f"file_name must be a path inside the image folder, not {short(name)}"
-
-
-def annotation_parser(
-    images: Sequence[Image], label_of: dict[int, int], texts: Counter[str]
-) -> Callable[[dict], Box | None]:
-    """Parses an annotation to a Box, or to WITHOUT_BOX where it has neither a bbox nor a segmentation."""
-    row_of = {image.id: row for row, image in enumerate(images)}
-
-    def parse(entry: dict) -> Box | None:
-        row = row_of.get(integer(entry, "image_id", texts))
-        if row is None:
-            raise DataError(f"image_id must be the id of one of the images, not {entry['image_id']}")
-        label = label_of.get(integer(entry, "category_id", texts))
-        if label is None:
-            raise DataError(f"category_id must be one of {short(sorted(label_of))}, not {entry['category_id']}")
-        crowd = number(entry, "iscrowd", 0, texts)
-        if crowd not in (0, 1):
-            raise DataError(f"iscrowd must be 0 or 1, not {short(crowd)}")
-        identity = 0 if entry.get("id") is None else integer(entry, "id", texts)
-        area = number(entry, "area", None, texts)
-        if area is not None and not is_number(area):
-            raise DataError(f"area must be a number of pixels, not {short(area)}")
-        box, origin = entry.get("bbox"), "bbox"
-        given = box is not None and box != []
-        if given and not (right := is_box(box)) and isinstance(box, list):
-            box = [as_number(value, "bbox", texts) for value in box]
-            right = is_box(box)
-        if given and not right:
-            raise DataError(f"bbox must be four finite numbers, [x, y, width, height] in pixels, not {short(box)}")
-        if not given or min(box[2:]) <= 0:
-            segmentation = entry.get("segmentation")
-            try:
-                around = box_of(segmentation, images[row][2:])
-            except DataError:
-                if not given:
-                    raise
-                around = None  # a bbox without area stays one
-            if around is not None:
-                box, origin = around, "mask" if isinstance(segmentation, dict) else "polygons"
-                area = area or None  # 0 was that of the bbox
-            elif not given:
-                return WITHOUT_BOX
-        return Box(row, label, int(crowd), tuple(box), origin, float("nan") if area is None else area, identity)
-
-    return parse
-
-
-def is_box(value: object) -> bool:
-    """Whether a JSON value is a list of four numbers."""
-    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
-
-
-def number(entry: dict, key: str, default: int | None, texts: Counter[str]) -> Any:
-    """What is under `key`, as from `as_number`; `default` where it is absent or null."""
-    value = entry.get(key)
-    return default if value is None else as_number(value, key, texts)
-
-
-def as_number(value: object, key: str, texts: Counter[str]) -> Any:
-    """The number that a text is, which is counted in `texts` under `key`; any other value as it is."""
-    if not isinstance(value, str) or not DECIMAL.fullmatch(value):
-        return value
-    texts[key] += 1
-    return float(value)
-
-
-def integer(entry: dict, key: str, texts: Counter[str]) -> int:
-    """The integer under `key`, which may be a float without a fraction, or text of digits, which is counted in `texts`."""
-    value = entry.get(key)
-    if type(value) is int and -LARGEST_ID < value < LARGEST_ID:
-        return value  # as nearly all are
-    value = as_integer(value)
-    if value is None:
-        raise DataError(f"{key} must be an integer, {'not ' + short(entry[key]) if key in entry else 'but is missing'}")
-    if isinstance(entry[key], str):
-        texts[key] += 1
-    return value
-
-
-def as_integer(value: object) -> int | None:
-    """The integer that a JSON value is, 3, 3.0 or "3"; None where it is none."""
-    if (isinstance(value, str) and DIGITS.fullmatch(value)) or (type(value) is float and value.is_integer()):
-        value = int(value)
-    # `type`, because True is an instance of int.
-    return value if type(value) is int and abs(value) < LARGEST_ID else None
-
-
-def text(entry: dict, key: str) -> str:
-    """The text under `key`, which a terminal can show."""
-    value = entry.get(key)
-    if not isinstance(value, str) or not value:
-        raise DataError(f"{key} must be text, {'not ' + short(value) if key in entry else 'but is missing'}")
-    if UNSHOWN.search(value) or len(value) > LONGEST:
-        wanted = f"text on one line of at most {LONGEST} characters, none of them a control character"
-        raise DataError(f"{key} must be {wanted}, not {short(value)}")
-    return value
-
-
-def is_number(value: object) -> bool:
-    """Whether a JSON value is a number of at most LARGEST."""
-    # A comparison with NaN is false, one with an infinity or an integer of a thousand digits is too, without overflow.
-    return type(value) in (int, float) and abs(value) <= LARGEST
-
-
-def new(seen: set[int], identity: int) -> int:
-    """`identity`, which is added to `seen`; DataError where it is there already."""
-    if identity in seen:
-        raise DataError("id is used twice; every entry must have its own")
-    seen.add(identity)
-    return identity
-
-
 def short(value: object) -> str:
     """The value on one line, however long or deep it is."""
     return "null" if value is None else reprlib.repr(value)
+
+
+def decode_segmentation(segmentation: Any) -> Any:
+    """Decodes the `segmentation` of an AnnotationEntry, None if it is missing; raises DataError for malformed JSON."""
+    if not isinstance(segmentation, Raw):
+        return segmentation
+    try:
+        return msgspec.json.decode(segmentation) if bytes(segmentation) else None
+    except (ValueError, RecursionError):
+        raise DataError(NOT_POLYGONS) from None
+
+
+def box_of(segmentation: Any, size_wh: tuple[int, int] = (0, 0)) -> tuple[float, float, float, float] | None:
+    """Returns x, y, width, height of the smallest box around a segmentation; None if it is missing or empty.
+
+    A segmentation is a list of polygons [x1, y1, x2, y2, ...], one such polygon, or run lengths: an object with `size` and
+    `counts`, a list or COCO's compressed text. Raises DataError for anything else, and for run lengths of another size
+    than `size_wh`, the width and height of the image (0: unknown).
+    """
+    if segmentation is None or (isinstance(segmentation, list) and all(part == [] for part in segmentation)):
+        return None
+    return _box_of_runs(segmentation, size_wh) if isinstance(segmentation, dict) else _box_of_polygons(segmentation)
+
+
+NOT_POLYGONS = (
+    "has no bbox, and its segmentation is not polygons [[x1, y1, x2, y2, ...], ...] of finite numbers in pixels"
+)
+NOT_RUNS = "has no bbox, and its segmentation is not run lengths: size [height, width] and counts that fill it"
+
+
+def _box_of_polygons(polygons: Any) -> tuple[float, float, float, float]:
+    if isinstance(polygons, list) and not isinstance(polygons[0], list):
+        polygons = [polygons]
+    if not isinstance(polygons, list) or not all(isinstance(part, list) and len(part) % 2 == 0 for part in polygons):
+        raise DataError(NOT_POLYGONS)
+    points = list(itertools.chain.from_iterable(polygons))
+    # A comparison with NaN is false; with an integer of a thousand digits it does not overflow.
+    if not points or not all(type(number) in (int, float) and abs(number) <= LARGEST for number in points):
+        raise DataError(NOT_POLYGONS)
+    x, y = points[::2], points[1::2]
+    return float(min(x)), float(min(y)), float(max(x) - min(x)), float(max(y) - min(y))
+
+
+def _box_of_runs(mask: dict[str, Any], size_wh: tuple[int, int]) -> tuple[float, float, float, float] | None:
+    """The box of runs of background and object in turn, down the columns of the mask.
+
+    Malformed runs are refused in Python: pycocotools decodes them in C without checking where they end.
+    """
+    size, counts = mask.get("size"), mask.get("counts")
+    if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and 0 < n <= LARGEST_SIDE for n in size):
+        raise DataError(NOT_RUNS)
+    if size_wh[0] and tuple(size) != size_wh[::-1]:
+        wrong = f"has size {size}, but the image has height {size_wh[1]} and width {size_wh[0]}"
+        raise DataError(f"has no bbox, and its segmentation {wrong}; a mask must have one pixel per pixel of its image")
+    height, pixels = size[0], size[0] * size[1]
+    if isinstance(counts, str):
+        counts = _decompressed(counts)
+    if not isinstance(counts, list) or not all(type(n) is int and 0 <= n <= pixels for n in counts):
+        raise DataError(NOT_RUNS)
+    ends = np.cumsum(np.array(counts, np.int64))
+    if not len(ends) or ends[-1] != pixels:
+        raise DataError(NOT_RUNS)
+    starts, ends = ends[0:-1:2], ends[1::2]
+    starts, last = starts[ends > starts], ends[ends > starts] - 1
+    if not len(starts):
+        return None
+    left, right = starts[0] // height, last[-1] // height + 1
+    across = (starts // height != last // height).any()  # a run from the foot of a column to the head of the next
+    top, bottom = (0, height) if across else ((starts % height).min(), (last % height).max() + 1)
+    return float(left), float(top), float(right - left), float(bottom - top)
+
+
+def _decompressed(text: str) -> list[int] | None:
+    """Decodes COCO's text: five bits per character, a sixth for "more follows"; each number from the third on is a
+    difference to the last but one. None for malformed text."""
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 40:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            if bits & 16:
+                value -= 1 << shift
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    return None if shift else counts

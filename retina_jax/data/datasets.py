@@ -1,4 +1,4 @@
-"""The configured data set, whichever kind it is."""
+"""Opens the configured data set, whichever kind it is."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from retina_jax.config_io import override, with_classes
 from retina_jax.console import tell, warn
 from retina_jax.data.classes import Category, category_ids, listed, open_both
 from retina_jax.data.coco import read_coco
+from retina_jax.data.coco_document import configured
 from retina_jax.data.pipeline import overflow
 from retina_jax.data.scenes import write_scenes
 from retina_jax.data.source import DataError, Source
@@ -22,55 +23,27 @@ from retina_jax.data.survey import with_decoding
 def open_source(
     data: DataConfig, split: Literal["train", "val"], known: Sequence[Category] = (), *, unlabelled: bool = False
 ) -> Source:
-    """Opens the training or the evaluation images; evaluation always keeps images without boxes. `known` are classes that
-    stay classes of the data although it has no box of them (`classes.placeholders`). With `unlabelled` a COCO file without
-    `annotations` is accepted (`Source.labelled`).
+    """Opens the training or the evaluation images; evaluation always keeps images without boxes.
 
-    Raises ConfigError for a field that is missing, DataError for annotations that cannot be used (and, in training, for
-    annotations without any usable box). Prints the source's notes as warnings.
+    `known` are classes that remain classes although the data has no box of them (`classes.placeholders`). With
+    `unlabelled`, a COCO file without `annotations` is accepted (`Source.labelled`). Raises ConfigError for a missing
+    field, DataError for annotations that cannot be used and, in training, for annotations without a usable box. Logs the
+    source's notes as warnings.
     """
     without_boxes = data.images_without_boxes if split == "train" else "keep"
     if data.source == "tfds":
-        # TensorFlow Datasets takes seconds to import: only those who use it wait.
-        from retina_jax.data.tfds import read_tfds
-
-        name = data.tfds_train_split if split == "train" else data.tfds_val_split
-        truth = "" if split == "train" else data.val_annotations
-        if truth and not os.path.exists(truth):
-            warn(
-                f"data.val_annotations: {truth} does not exist; evaluating against the features of {data.tfds_name}, in "
-                "which areas are truncated to integers"
-            )
-            truth = ""
-        source = read_tfds(
-            data.tfds_name,
-            data.tfds_folder,
-            name,
-            images_without_boxes=without_boxes,
-            truth_annotations=truth,
-            empty_parents=data.empty_parents,
-        )
+        source = _open_tfds(data, split, without_boxes)
+    elif data.source == "scenes":
+        paths = write_scenes(data.scenes)
+        paths = paths[:2] if split == "train" else paths[2:]
+        source = read_coco(*paths, images_without_boxes=without_boxes, known=known, box_format="xywh")
     else:
-        if data.source == "scenes":
-            paths = write_scenes(data.scenes)
-            annotations, images = paths[:2] if split == "train" else paths[2:]
-        else:
-            annotations, images = getattr(data, f"{split}_annotations"), getattr(data, f"{split}_images")
-            for field, value in ((f"{split}_annotations", annotations), (f"{split}_images", images)):
-                if not value:
-                    raise ConfigError(f"data.{field} is empty; with data.source coco it must be a path")
-        source = read_coco(
-            annotations,
-            images,
-            images_without_boxes=without_boxes,
-            box_format=data.box_format if data.source == "coco" else "xywh",
-            crowds=data.crowds,
-            orientation=data.orientation,
-            undecided_orientation=data.undecided_orientation,
-            unlabelled=unlabelled,
-            known=known,
-            empty_parents=data.empty_parents,
-        )
+        paths = {f"{split}_{what}": getattr(data, f"{split}_{what}") for what in ("annotations", "images")}
+        for field, path in paths.items():
+            if not path:
+                raise ConfigError(f"data.{field} is empty; with data.source coco it must be a path")
+        options = configured(data, known) | {"images_without_boxes": without_boxes, "unlabelled": unlabelled}
+        source = read_coco(*paths.values(), **options)
     if split == "train" and not any(len(record.labels) for record in source.records):
         raise DataError(f"{source.name}: has no usable box ({source.counts}); training needs at least one")
     for (category_id, name), why in source.left_out.items():
@@ -80,22 +53,41 @@ def open_source(
     source = with_decoding(source, data)
     if split == "val" and data.bits == "auto" and source.decoding.bits:
         warn(
-            f"{source.name}: has 16-bit images, and no range of 16-bit training images is known: the range found here, "
-            f"{source.decoding.bits} bits, is used; data.bits sets another"
+            f"{source.name}: has 16-bit images, and the range of 16-bit training images is not known: the range found "
+            f"here, {source.decoding.bits} bits, is used; data.bits sets another"
         )
     return source
+
+
+def _open_tfds(data: DataConfig, split: str, without_boxes: Literal["keep", "drop"]) -> Source:
+    from retina_jax.data.tfds import read_tfds  # imports TensorFlow Datasets, which takes seconds
+
+    truth = "" if split == "train" else data.val_annotations
+    if truth and not os.path.exists(truth):
+        warn(
+            f"data.val_annotations: {truth} does not exist; evaluating against the features of {data.tfds_name}, whose "
+            "areas are truncated to integers"
+        )
+        truth = ""
+    return read_tfds(
+        data.tfds_name,
+        data.tfds_folder,
+        getattr(data, f"tfds_{split}_split"),
+        images_without_boxes=without_boxes,
+        truth_annotations=truth,
+        empty_parents=data.empty_parents,
+    )
 
 
 def open_sources(
     config: Config, known: Sequence[Category] = (), workdir: str | Path = ""
 ) -> tuple[Source, Source, Config]:
-    """What a run trains on, what it is evaluated on (the same where it never is), and its config with their classes, the
-    range of their 16-bit images and the orientation that they show. `known` are the classes of the run in `workdir` that is
-    to be resumed: the training data gets its labels.
+    """Opens the training and the evaluation data of a run (the same if it is never evaluated).
 
-    Says what is there and what was left out of it. Raises as `open_source` and `with_classes` do, ConfigError where
-    classes do not fit each other or several hosts have different data, and DataError where an image file is missing and
-    data.bad_images would stop at it.
+    Also returns the config with their classes, the range of their 16-bit images and the orientation that they show.
+    `known` are the classes of the run in `workdir` that is to be resumed: the training data gets its labels. Logs a
+    summary. Raises as `open_source` and `with_classes` do, ConfigError if classes do not fit each other or hosts have
+    different data, and DataError if an image file is missing and data.bad_images is stop.
     """
 
     def open_train(known: Sequence[Category]) -> Source:
@@ -125,36 +117,35 @@ def open_sources(
         train = train.arranged(known, f"--workdir {workdir}")
     check_classes(train.categories, val)
     if config.data.source == "coco" and config.data.bad_images == "stop":
-        check_images_are_there(train, len(train))
-        check_images_are_there(val, config.training.eval_images or len(val))
+        _check_images_exist(train, len(train))
+        _check_images_exist(val, config.training.eval_images or len(val))
     config = with_classes(config, len(train.class_names))
     facts = {"training": train.sha256, "evaluation": val.sha256, "images": [len(train), len(val)]}
     facts |= {"decoding": [str(train.decoding), str(val.decoding)]}
     distributed.check_same("data", {**facts, "classes": list(train.class_names), "ids": list(val.category_ids)})
     tell(f"train: {train}\nval: {val}")
-    if (left_out := overflow(train, config.data))[1]:
-        warn(f"data.max_boxes leaves out boxes: of {left_out[0]} images, {left_out[1]} boxes")
+    images, boxes = overflow(train, config.data)
+    if boxes:
+        warn(f"data.max_boxes leaves out {boxes} boxes of {images} images")
     return train, val, config
 
 
 def check_classes(classes: Sequence[Category], val: Source) -> None:
-    """Raises ConfigError if a detector of `classes` cannot be scored on `val`, as `category_ids` does; warns of the
-    classes that are not scored."""
+    """Raises ConfigError if a detector of `classes` cannot be scored on `val` (`category_ids`); warns of the classes that
+    are not scored."""
     ids = category_ids(classes, val, f"data.val_annotations {val.name}")
     if lacking := [category for category, same in zip(classes, ids, strict=True) if same is None]:
         warn(f"{val.name}: has no category for {listed(lacking)}: {len(lacking)} of {len(ids)} classes are not scored")
 
 
-def check_images_are_there(source: Source, number: int) -> None:
-    """DataError where one of the first `number` image files is missing, before anything is trained; what is in the files is
-    seen when they are read."""
+def _check_images_exist(source: Source, number: int) -> None:
+    """Raises DataError if one of the first `number` image files is missing; their content is checked when they are read."""
     missing = [index for index in source.missing if index < number]
     if missing:
-        first = missing[0]
+        first = source.records[missing[0]]
         known = next((f"; {place}" for index in missing if (place := source.missing[index])), "")
         raise DataError(
             f"{source.name}: {len(missing)} of {min(number, len(source))} images are missing: file_name "
-            f"{source.records[first].file_name!r} of image id {source.records[first].image_id} is not "
-            f"{source.where(first)}{known}; put the files there, name the folder that file_name is relative to, or leave "
-            "these images out with data.bad_images skip"
+            f"{first.file_name!r} of image id {first.image_id} is not {source.where(missing[0])}{known}; put the files "
+            "there, name the folder that file_name is relative to, or leave these images out with data.bad_images skip"
         )

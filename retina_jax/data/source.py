@@ -1,9 +1,11 @@
-"""What every data set becomes: records (sizes, boxes, labels) in memory, and encoded images read one by one."""
+"""What every data set becomes: records (sizes, boxes, labels) in memory, and encoded images that are read one by one."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -15,9 +17,12 @@ from retina_jax.data.classes import Category, differ, match
 from retina_jax.data.conventions import AS_VIEWERS, Decoding, Orientation
 from retina_jax.errors import PlainError
 
+Image = tuple[int, str, int, int]
+"""Id, file name, width and height in pixels (0, 0 if unknown)."""
+
 
 class DataError(PlainError, ValueError):
-    """Annotations that cannot be meant; the message is one line that names the file, the field and what would be right."""
+    """Invalid annotations; the message is one line that names the file, the field and what would be right."""
 
 
 class BadImage(DataError):
@@ -28,60 +33,47 @@ class BadImage(DataError):
 class Record:
     """One image and the boxes that can be trained on."""
 
-    image_id: int
-    """Id in the ground truth that evaluation compares with."""
+    image_id: int  # in the ground truth of the evaluation
     file_name: str
-    width: int
-    """Pixels, as the boxes count them."""
+    width: int  # pixels, as the boxes count them
     height: int
-    boxes_xyxy: Float32[np.ndarray, "n 4"]
-    """Pixels of the original image, inside it, without crowds, every side longer than 0."""
-    labels: Int32[np.ndarray, " n"]
-    """0 to K-1."""
+    boxes_xyxy: Float32[
+        np.ndarray, "n 4"
+    ]  # pixels of the original image, inside it, no crowds, every side longer than 0
+    labels: Int32[np.ndarray, " n"]  # 0 to K-1
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
     """A data set. Label k is category `category_ids[k]`, called `class_names[k]`; names may repeat."""
 
-    name: str
-    """What messages call it: the path of its JSON, or the TFDS name and split."""
+    name: str  # for messages: the path of its JSON, or the TFDS name and split
     records: list[Record]
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
     counts: dict[str, int]
-    """What cleaning found, by kind of box (`crowd`, `zero_size`, `outside`: dropped; `clipped`: cut to the image), and
+    """Boxes by what was done with them (`crowd`, `zero_size`, `outside`: dropped; `clipped`: cut to the image), and
     `images_without_boxes`, dropped or kept as configured; of a COCO JSON also `without_box`: points and such, dropped."""
     read: Callable[[int], bytes]
-    """Encoded image of a record; BadImage where it cannot be read. Called from many threads at once."""
-    where: Callable[[int], str]
-    """What messages call the image of a record."""
-    make_truth: Callable[[], dict[str, Any]]
-    """Makes `truth`."""
-    labelled: bool = True
-    """False: images without annotations (COCO's test images), in which there is nothing to score."""
-    annotated: frozenset[int] = frozenset()
-    """Ids of the categories that an annotation has, crowds included."""
-    left_out: dict[Category, str] = field(default_factory=dict)
-    """Categories that are no classes, each with the reason, as from `classes.placeholders`."""
-    notes: tuple[str, ...] = ()
-    """What a person should know of how the data set was read, one line each; `open_source` prints them as warnings."""
+    """Reads the encoded image of a record, BadImage if that fails. Called from many threads at once."""
+    where: Callable[[int], str]  # what messages call the image of a record
+    make_truth: Callable[[], dict[str, Any]]  # makes `truth`
+    labelled: bool = True  # False: images without annotations (COCO's test images), which cannot be scored
+    annotated: frozenset[int] = frozenset()  # ids of the categories with an annotation, crowds included
+    left_out: dict[Category, str] = field(default_factory=dict)  # as from `classes.placeholders`
+    notes: tuple[str, ...] = ()  # how the data set was read, one line each; `open_source` logs them as warnings
     missing: Mapping[int, str] = field(default_factory=dict)
-    """Records whose image file is missing, as far as that is known, with where files of that name are, if anywhere."""
-    decoding: Decoding = AS_VIEWERS
-    """How its image files are decoded; `survey.with_decoding` finds it."""
-    unsized: frozenset[int] = frozenset()
-    """Records whose annotations have no size: it is that of the file."""
-    shown: Orientation | Literal["open"] | None = None
-    """What its annotated sizes show of the orientation: `conventions.Votes.shown`, found by `survey.with_decoding`."""
+    """Records whose image file is known to be missing, with where files of that name are ("": unknown)."""
+    decoding: Decoding = AS_VIEWERS  # how its image files are decoded; set by `survey.with_decoding`
+    unsized: frozenset[int] = frozenset()  # records whose annotations have no size: it is that of the file
+    shown: Orientation | Literal["open"] | None = None  # `conventions.Votes.shown`; set by `survey.with_decoding`
 
     @cached_property
     def truth(self) -> dict[str, Any]:
-        """Ground truth in COCO's format for pycocotools: every box as it was read, uncut, crowds included.
+        """Ground truth in COCO's format for pycocotools: every box as annotated, uncut, crowds included.
 
-        It holds what comparing boxes needs: `iscrowd` and `area` also where the file has none, ids from 1 where ids are
-        missing, repeated or below 1 (pycocotools takes id 0 for "unmatched"), no `segmentation`, and the classes alone as
-        categories.
+        It has `iscrowd` and `area` also where the file has not, unique ids from 1 on, no `segmentation`, and the classes
+        alone as categories.
         """
         return self.make_truth()
 
@@ -112,7 +104,7 @@ class Source:
         return len(self.records)
 
     def __str__(self) -> str:
-        """Images, classes, and what cleaning found."""
+        """Images, classes, and `counts`."""
         found = ", ".join(f"{count} {what}" for what, count in self.counts.items() if count) or "nothing unusual"
         return f"{len(self)} images, {len(self.class_names)} classes; {found}"
 
@@ -129,12 +121,11 @@ class Source:
 def sort_boxes(
     boxes_xyxy: Float64[np.ndarray, "M 4"], crowd: Bool[np.ndarray, " M"], sizes_wh: Int64[np.ndarray, "M 2"]
 ) -> tuple[Float32[np.ndarray, "M 4"], dict[str, Bool[np.ndarray, " M"]]]:
-    """Boxes cut to their images, and which of them fall to which rule.
+    """Returns the boxes cut to their images, and which of them each rule applies to.
 
-    A box is dropped by one rule at most, the first of: crowd, zero_size (a side of 0 or less), outside (touches
-    its image's edge from outside at most), or zero_size again where nothing is left of it in float32. The others are
-    `usable`. `clipped` are usable boxes that stuck out by more than 0.01 pixel; what is less is the rounding of two-decimal
-    annotations.
+    A box is dropped by the first rule that applies: crowd, zero_size (a side of 0 or less), outside (at most touches the
+    edge of its image from outside), or zero_size again if nothing is left of it in float32. The others are `usable`. Those
+    of them that extend beyond the image by more than 0.01 pixel are `clipped`; less is the rounding of two decimals.
     """
     limits = np.concatenate([sizes_wh, sizes_wh], axis=1)
     clipped = np.clip(boxes_xyxy, 0, limits).astype(np.float32)
@@ -145,47 +136,83 @@ def sort_boxes(
     inside = (boxes_xyxy[:, :2] < sizes_wh).all(1) & (boxes_xyxy[:, 2:] > 0).all(1)
     solid = has_area(boxes_xyxy)
     usable = ~crowd & solid & inside & has_area(clipped)
-    sticks_out = np.abs(clipped - boxes_xyxy).max(1, initial=0) > 0.01
     return clipped, {
         "crowd": crowd,
         "zero_size": ~crowd & (~solid | (inside & ~has_area(clipped))),
         "outside": ~crowd & solid & ~inside,
-        "clipped": usable & sticks_out,
+        "clipped": usable & (np.abs(clipped - boxes_xyxy).max(1, initial=0) > 0.01),
         "usable": usable,
     }
 
 
-def clean_boxes(
-    boxes_xyxy: Float64[np.ndarray, "M 4"], crowd: Bool[np.ndarray, " M"], sizes_wh: Int64[np.ndarray, "M 2"]
-) -> tuple[Float32[np.ndarray, "M 4"], Bool[np.ndarray, " M"], dict[str, int]]:
-    """Boxes cut to their images, which of them can be trained on, and how many fell to which rule of `sort_boxes`."""
-    clipped, kinds = sort_boxes(boxes_xyxy, crowd, sizes_wh)
-    usable = kinds.pop("usable")
-    return clipped, usable, {kind: int(boxes.sum()) for kind, boxes in kinds.items()}
+@contextlib.contextmanager
+def paused_collector() -> Iterator[None]:
+    """Pauses garbage collection: a large file becomes millions of objects, which it would visit again and again."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
-def make_records(
-    images: list[tuple[int, str, int, int]],
-    owners: Int64[np.ndarray, " M"],
-    boxes_xyxy: Float64[np.ndarray, "M 4"],
-    labels: Int64[np.ndarray, " M"],
-    crowd: Bool[np.ndarray, " M"],
-    images_without_boxes: str,
-) -> tuple[list[Record], list[int], dict[str, int]]:
-    """Records of `images` (id, file name, width, height) from flat columns of boxes; box m lies in image `owners[m]`.
+@dataclass(frozen=True, eq=False)
+class BoxTable:
+    """The annotations of a data set as columns of M boxes."""
 
-    Also the position in `images` that each record came from, and the counts. Boxes keep their order within an image.
-    """
-    sizes_wh = np.array([image[2:] for image in images], np.int64).reshape(-1, 2)
-    boxes, usable, counts = clean_boxes(boxes_xyxy, crowd, sizes_wh[owners])
-    rows = np.flatnonzero(usable)
-    rows = rows[np.argsort(owners[rows], kind="stable")]
-    ends = np.cumsum(np.bincount(owners[rows], minlength=len(images)))
-    records, kept = [], []
-    for i, (image_id, file_name, width, height) in enumerate(images):
-        mine = rows[(ends[i - 1] if i else 0) : ends[i]]
-        if len(mine) or images_without_boxes == "keep":
-            records.append(Record(image_id, file_name, width, height, boxes[mine], labels[mine].astype(np.int32)))
-            kept.append(i)
-    counts["images_without_boxes"] = int((np.bincount(owners[rows], minlength=len(images)) == 0).sum())
-    return records, kept, counts
+    images: list[Image]
+    categories: list[Category]  # the class of label k
+    owners: Int64[np.ndarray, " M"]  # row in `images`
+    labels: Int64[np.ndarray, " M"]
+    crowd: Bool[np.ndarray, " M"]
+    boxes_xyxy: Float64[np.ndarray, "M 4"]  # pixels, as annotated
+    boxes_xywh: Float64[np.ndarray, "M 4"]
+    areas: Float64[np.ndarray, " M"]  # square pixels
+    ids: Int64[np.ndarray, " M"]  # 0 where missing
+
+    @property
+    def sizes_wh(self) -> Int64[np.ndarray, "M 2"]:
+        """Width and height of each box's image."""
+        return np.array([image[2:] for image in self.images], np.int64).reshape(-1, 2)[self.owners]
+
+    def records(self, images_without_boxes: str) -> tuple[list[Record], list[int], dict[str, int]]:
+        """Returns the records, the row in `images` that each came from, and `Source.counts`.
+
+        Boxes keep their order within an image. "drop" leaves out images without a usable box.
+        """
+        boxes, kinds = sort_boxes(self.boxes_xyxy, self.crowd, self.sizes_wh)
+        rows = np.flatnonzero(kinds.pop("usable"))
+        rows = rows[np.argsort(self.owners[rows], kind="stable")]
+        number = np.bincount(self.owners[rows], minlength=len(self.images))
+        records, kept, start = [], [], 0
+        for i, (image, count) in enumerate(zip(self.images, number.tolist(), strict=True)):
+            if count or images_without_boxes == "keep":
+                mine = rows[start : start + count]
+                records.append(Record(*image, boxes[mine], self.labels[mine].astype(np.int32)))
+                kept.append(i)
+            start += count
+        counts = {kind: int(which.sum()) for kind, which in kinds.items()}
+        return records, kept, counts | {"images_without_boxes": int((number == 0).sum())}
+
+    @paused_collector()
+    def truth(self) -> dict[str, Any]:
+        """Makes `Source.truth`. Ids that repeat or are below 1 become 1, 2, ...: pycocotools takes 0 for unmatched."""
+        ids = self.ids
+        if len(np.unique(ids)) < len(ids) or (ids < 1).any():
+            ids = np.arange(1, len(ids) + 1)
+        columns = {
+            "id": ids.tolist(),
+            "image_id": [self.images[row][0] for row in self.owners.tolist()],
+            "category_id": [self.categories[label][0] for label in self.labels.tolist()],
+            "bbox": self.boxes_xywh.tolist(),
+            "area": self.areas.tolist(),
+            "iscrowd": self.crowd.astype(int).tolist(),
+        }
+        keys = ("id", "file_name", "width", "height")
+        return {
+            "info": {},
+            "images": [dict(zip(keys, image, strict=True)) for image in self.images],
+            "annotations": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
+            "categories": [{"id": category_id, "name": name} for category_id, name in self.categories],
+        }

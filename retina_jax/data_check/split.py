@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float64, Int64
 from retina_jax.config import DataConfig
 from retina_jax.data.classes import Category, unique_names
 from retina_jax.data.coco import check_folder, load_json
-from retina_jax.data.coco_document import Note, parse_document
-from retina_jax.data.coco_entries import Mistake, as_integer
-from retina_jax.data.source import Record, make_records, sort_boxes
+from retina_jax.data.coco_document import Note, configured, parse_document
+from retina_jax.data.coco_entries import Mistake, as_number
+from retina_jax.data.source import Record, sort_boxes
 from retina_jax.data_check.findings import Finding
 
 READ_AS_COCO = DataConfig()
@@ -96,33 +96,32 @@ def read_split(
     document = load_json(annotations)
     check_folder(annotations, folder)
     mistakes: list[Mistake] = []
-    content = parse_document(
-        annotations,
-        document,
-        mistakes,
-        folder=folder,
-        box_format=data.box_format,
-        crowds=data.crowds,
-        orientation=data.orientation,
-        undecided_orientation=data.undecided_orientation,
-        known=known,
-        empty_parents=data.empty_parents,
-    )
+    content = parse_document(annotations, document, mistakes, folder=folder, **configured(data, known))
     entries = document["annotations"]
-    columns = content.boxes
-    owners, labels = columns[:, 0].astype(np.int64), columns[:, 1].astype(np.int64)
-    boxes_xyxy = np.concatenate([columns[:, 3:5], columns[:, 3:5] + columns[:, 5:7]], axis=1)
-    crowd = columns[:, 2] > 0
-    sizes_wh = np.array([image[2:] for image in content.images], np.int64).reshape(-1, 2)
-    _, rules = sort_boxes(boxes_xyxy, crowd, sizes_wh[owners])
-    records, record_images, _ = make_records(content.images, owners, boxes_xyxy, labels, crowd, images_without_boxes)
+    table = content.table
+    _, rules = sort_boxes(table.boxes_xyxy, table.crowd, table.sizes_wh)
+    records, record_images, _ = table.records(images_without_boxes)
     return Split(
-        name, annotations, folder, content.categories, content.annotated, content.left_out, content.images, content.paths,
-        content.missing, content.unsized,
+        name=name,
+        annotations=annotations,
+        folder=folder,
+        categories=table.categories,
+        annotated=content.annotated,
+        left_out=content.left_out,
+        images=table.images,
+        paths=content.paths,
+        missing=content.missing,
+        unsized=content.unsized,
         box_ids=[entries[i].get("id") for i in content.rows],
         box_rows=content.rows.tolist(),
-        owners=owners, labels=labels, boxes_xyxy=boxes_xyxy, rules=rules,
-        records=records, record_images=record_images, mistakes=mistakes, notes=content.notes,
+        owners=table.owners,
+        labels=table.labels,
+        boxes_xyxy=table.boxes_xyxy,
+        rules=rules,
+        records=records,
+        record_images=record_images,
+        mistakes=mistakes,
+        notes=content.notes,
         without_box=[_annotation_name(i, entries[i].get("id")) for i in content.without_box],
     )  # fmt: skip
 
@@ -171,7 +170,8 @@ def _id(entry: Any) -> Any:
 
 def _hashed(value: Any) -> Any:
     """The value if it can be an id (text is converted to a number), else None."""
-    return as_integer(value) if isinstance(value, str) else value if isinstance(value, int | float) else None
+    value = as_number(value)
+    return value if isinstance(value, int | float) else None
 
 
 def _annotation_name(row: int, annotation_id: Any) -> str:

@@ -1,4 +1,4 @@
-"""Data sets made by accident or on purpose to break a run: sizes, numbers of boxes, paths, and what is no file."""
+"""Data sets made by accident or on purpose to break a run: sizes, numbers of boxes, paths, and what is not a file."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def of_every_size(folder: Path) -> tuple[Source, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("changes", [{}, {"buckets": 1, "pixels": "float32", "resize": "antialias"}, {"buckets": 2}])
-def test_every_size_from_1x1_to_20000x200_reaches_its_canvas_with_its_boxes(
+def test_every_size_from_1x1_to_20000x200_reaches_its_padded_shape_with_its_boxes(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     source, annotations = of_every_size(tmp_path)
@@ -67,15 +67,15 @@ def test_every_size_from_1x1_to_20000x200_reaches_its_canvas_with_its_boxes(
     evaluation = eval_batches(source, data, batch_size=3)
     exact = eval_batches(source, dataclasses.replace(data, buckets=0), batch_size=3)
     for kind, batch in [("t", b) for b in training] + [("e", b) for b in evaluation] + [("x", b) for b in exact]:
-        canvas = batch.images.shape[1:3]
-        assert kind == "x" or canvas in shapes
+        padded = batch.images.shape[1:3]
+        assert kind == "x" or padded in shapes
         for row, index in enumerate(batch.indices.tolist()):
             width, height = SIZES[index]
             w, h = plain_size(width, height, 64, 128)
-            assert batch.image_sizes[row].tolist() == [h, w] and h <= canvas[0] and w <= canvas[1]
+            assert batch.image_sizes[row].tolist() == [h, w] and h <= padded[0] and w <= padded[1]
             fitting = [shape for shape in shapes if h <= shape[0] and w <= shape[1]]
             smallest = min(a * b for a, b in fitting) if kind != "x" else -(-h // 32) * 32 * (-(-w // 32) * 32)
-            assert canvas[0] * canvas[1] == smallest
+            assert padded[0] * padded[1] == smallest
             image = batch.images[row]
             assert np.abs(image[:h, :w].astype(int) - [40 + 10 * index, 200 - 10 * index, 120]).max() <= 3
             assert not image[h:].any() and not image[:, w:].any()
@@ -152,26 +152,26 @@ def make_huge(path: Path) -> None:
 
 NO_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a folder": (Path.mkdir, "Is a directory"),
-    "a pipe": (make_pipe, "must be a regular file"),
+    "a pipe": (make_pipe, "regular file"),
     "a socket": (make_socket, "No such device"),
-    "a device without end": (lambda path: path.symlink_to("/dev/zero"), "must be a regular file"),
+    "a device without end": (lambda path: path.symlink_to("/dev/zero"), "regular file"),
     "a terminal": (lambda path: path.symlink_to("/dev/tty"), "regular file|No such device"),
     "a link to itself": (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
     "a link to nothing": (lambda path: path.symlink_to("nowhere"), "No such file"),
-    "of 20 GiB": (make_huge, f"it has {20 * 2**30} bytes; at most {largest_file(64 * 48)} are read"),
+    "of 20 GiB": (make_huge, f"{20 * 2**30} .*{largest_file(64 * 48)}"),
 }
 
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("what", NO_FILES)
-def test_what_is_no_image_file_is_named_and_not_waited_for(tmp_path: Path, what: str) -> None:
-    make, says = NO_FILES[what]
+def test_anything_but_a_file_is_named_and_not_waited_for(tmp_path: Path, what: str) -> None:
+    make, named_in_it = NO_FILES[what]
     source = named(tmp_path, "sub/one.jpg")
     (tmp_path / "images" / "sub").mkdir()
     make(tmp_path / "images" / "sub" / "one.jpg")
-    with pytest.raises(BadImage, match=says) as raised:
+    with pytest.raises(BadImage, match=named_in_it) as raised:
         source.read(0)
-    assert_named(raised.value, f"{tmp_path / 'images' / 'sub' / 'one.jpg'}: cannot be read: ")
+    assert_named(raised.value, f"{tmp_path / 'images' / 'sub' / 'one.jpg'}: ")
 
 
 @pytest.mark.parametrize("name", ["a" * 300, "b/" * 2000 + "c", "one.jpg/two.jpg", "no such", "con", "~/x", "%s.jpg"])
@@ -180,12 +180,12 @@ def test_names_that_no_file_has_are_bad_images(tmp_path: Path, name: str) -> Non
     (tmp_path / "images" / "one.jpg").write_bytes(b"")
     with pytest.raises(BadImage) as raised:
         source.read(0)
-    assert_named(raised.value, ": cannot be read: ")
+    assert_named(raised.value, f"{tmp_path / 'images'}")
 
 
 @pytest.mark.parametrize("name", ["\ud800", "a\0b"])
 def test_names_beyond_the_file_system_are_os_errors(tmp_path: Path, name: str) -> None:
-    with pytest.raises(OSError, match="no file can have this name"):
+    with pytest.raises(OSError, match="name"):
         read_file(tmp_path / name, 10)
 
 
@@ -207,7 +207,7 @@ def test_symbolic_links_lead_where_they_lead(tmp_path: Path) -> None:
 def test_exactly_the_largest_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x" * 100)
     assert read_file(tmp_path / "file", 100) == b"x" * 100
-    with pytest.raises(OSError, match="it has 100 bytes; at most 99 are read"):
+    with pytest.raises(OSError, match=r"100 .*99"):
         read_file(tmp_path / "file", 99)
 
 

@@ -1,4 +1,4 @@
-"""Where images are found whose names were written on another machine, and what is never taken for them."""
+"""Where images are found whose names were written on another machine, and what is never mistaken for them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_file_is_found_where_it_is_beyond_doubt(tmp_path: Path, case: str) -> None:
+def test_a_file_is_found_where_there_is_no_doubt(tmp_path: Path, case: str) -> None:
     files, names, expected, moved = CASES[case]
     folder = tree(tmp_path / "images", *files)
     folder.mkdir(exist_ok=True)
@@ -90,11 +90,11 @@ def test_places_of_missing_files_are_named(tmp_path: Path) -> None:
     tree(tmp_path, "images/a/1.png", "images/b/1.png", "images/2.png", "others/3.png", "images/Five.JPG")
     folder = tmp_path / "images"
     names = ["1.png", "0123abcd-2.png", "c/3.png", "4.png", "five.jpeg"]
-    said = find_images(folder, names).missing
-    assert "a/1.png" in said[0] and "b/1.png" in said[0]
-    assert str(folder / "2.png") in said[1] and "0123abcd-" in said[1]
-    assert str(tmp_path / "others/3.png") in said[2] and said[3] == ""
-    assert str(folder / "Five.JPG") in said[4]
+    places = find_images(folder, names).missing
+    assert "a/1.png" in places[0] and "b/1.png" in places[0]
+    assert str(folder / "2.png") in places[1] and "0123abcd-" in places[1]
+    assert str(tmp_path / "others/3.png") in places[2] and places[3] == ""
+    assert str(folder / "Five.JPG") in places[4]
 
 
 def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:

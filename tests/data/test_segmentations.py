@@ -1,4 +1,4 @@
-"""Boxes of segmentations: the smallest around polygons and masks, and an error for what is neither."""
+"""Boxes of segmentations: the smallest around polygons and masks, and an error for anything else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from retina_jax.data.segmentations import box_of
+from retina_jax.data.coco_entries import box_of
 from retina_jax.data.source import DataError
 
 
@@ -49,10 +49,10 @@ BAD: list[Any] = [
 
 
 @pytest.mark.parametrize("segmentation", BAD)
-def test_what_is_no_segmentation_is_refused(segmentation: Any) -> None:
+def test_anything_else_is_refused(segmentation: Any) -> None:
     with pytest.raises(DataError) as raised:
         box_of(segmentation)
-    assert_named(raised.value, "has no bbox, and its segmentation is not")
+    assert_named(raised.value, "bbox", "segmentation")
 
 
 def test_a_mask_has_the_size_of_its_image() -> None:

@@ -16,7 +16,7 @@ from retina_jax.data.source import DataError
 def test_empty_path_is_named(tmp_path: Path, split: str, field: str) -> None:
     path, images = write_coco(tmp_path, document())
     paths = {f"{split}_annotations": str(path), f"{split}_images": str(images), f"{split}_{field}": ""}
-    with pytest.raises(ConfigError, match=rf"^data\.{split}_{field} is empty"):
+    with pytest.raises(ConfigError, match=rf"^data\.{split}_{field} "):
         open_source(DataConfig(**paths), split)
 
 
@@ -35,7 +35,7 @@ def test_training_without_any_box_is_refused(tmp_path: Path, kept: str) -> None:
     data = DataConfig(
         train_annotations=path, train_images=images, val_annotations=path, val_images=images, images_without_boxes=kept
     )
-    with pytest.raises(DataError, match=r"has no usable box"):
+    with pytest.raises(DataError, match=path):
         open_source(data, "train")
     assert len(open_source(data, "val")) == 2
 
@@ -51,9 +51,7 @@ def test_a_missing_image_is_named_before_training(tmp_path: Path, split: str) ->
     config = override(Config(), fields)
     open_sources(config)
     (folders[split] / "images" / "001.jpeg").unlink()
-    line = (
-        rf"{split}/annotations.json: 1 of 3 images are missing: file_name '001.jpeg' of image id 11 is not .*/{split}/"
-    )
+    line = rf"{split}/annotations.json: 1 of 3 .*'001.jpeg'.* 11 .*/{split}/"
     with pytest.raises(DataError, match=line):
         open_sources(config)
     open_sources(override(config, {"data.bad_images": "skip"}))
