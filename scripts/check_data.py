@@ -21,7 +21,7 @@ import tyro
 
 from retina_jax.cli import config_of, one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_checks import validate
+from retina_jax.config_io import validate
 from retina_jax.console import tell
 from retina_jax.data_check.check import Check, check_data, facts_of
 from retina_jax.reports.check_page import to_html, verdict

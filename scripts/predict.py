@@ -18,7 +18,7 @@ from PIL import Image
 
 from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax, settings_of
 from retina_jax.config import ConfigError, DetectionConfig
-from retina_jax.config_checks import validate
+from retina_jax.config_io import validate
 from retina_jax.data.decoding import MAX_PIXELS, largest_file, to_rgb
 from retina_jax.data.image_paths import image_files
 from retina_jax.data.reading import read_file

@@ -17,8 +17,8 @@ import tyro
 
 from retina_jax import distributed
 from retina_jax.cli import config_of, one_line_errors, parse_command_line, set_up_jax
-from retina_jax.config import Config
-from retina_jax.config_checks import parse_window, validate
+from retina_jax.config import Config, parse_window
+from retina_jax.config_io import validate
 from retina_jax.console import tell, warn
 from retina_jax.data.datasets import open_sources
 from retina_jax.data.pipeline import train_batches

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from retina_jax.cli import config_of, parse_command_line
 from retina_jax.config import Config, ConfigError, LossConfig
-from retina_jax.config_checks import validate
-from retina_jax.config_io import flatten, from_dict, load_config, meaning_changes, override, to_dict
+from retina_jax.config_io import flatten, from_dict, load_config, meaning_changes, override, to_dict, validate
 
 ROOT = Path(__file__).parents[1]
 

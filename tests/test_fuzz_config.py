@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from test_config_files import parse
 
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_checks import validate
-from retina_jax.config_io import flatten, from_dict, load_config, override, to_dict
+from retina_jax.config_io import flatten, from_dict, load_config, override, to_dict, validate
 
 SCALARS = [
     None, True, False, 0, 1, 2, -1, 3, 7, 32, 10**6, 2**31, 2**53 + 1, 2**63 - 1, 2**63, -(2**63), 10**30, 10**400, 0.0,

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from retina_jax import distributed
-from retina_jax.config import Config, ConfigError
+from retina_jax.config import Config, ConfigError, options
 from retina_jax.config_io import flatten, meaning_changes, to_dict, unknown_name
 from retina_jax.console import processor
 from retina_jax.data.classes import differ, match
@@ -27,10 +27,6 @@ PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "tensorflow", "tensorflow-datasets",
     "pycocotools", "numpy", "Pillow",
 )  # fmt: skip
-
-# Where a host keeps its own data may differ from host to host.
-OF_A_HOST = ("data.train_annotations", "data.train_images", "data.val_annotations", "data.val_images", "data.tfds_folder",
-             "data.scenes.folder", "data.workers", "model.backbone_weights")  # fmt: skip
 
 SECONDS_TO_SHOW = 30
 OF_PARTS = ("per_device", "ema")
@@ -50,14 +46,14 @@ def open_run(
 
     Raises ConfigError when the folder cannot be written, when the hosts do not share it, or when the run in it was started
     with other classes or with a config that computes something else, but for the fields in `allow_changes`
-    (`FREE_TO_CHANGE` in config_files.py lists what may always change), or on other training data: `data_sha256` is
+    (those with `resume` in config.py may always change), or on other training data: `data_sha256` is
     `Source.sha256` of it, None where there is none yet. `parts` must stay where the loss depends on it.
     """
     run = Run(folder, config, tuple(class_names), tuple(category_ids), data_sha256, parts)
     if unknown := sorted(set(allow_changes) - set(flatten(config))):
         raise ConfigError(f"--allow-changes {unknown[0]}: {unknown_name(unknown[0], flatten(config))}")
-    facts = {"class_names": list(class_names), "data": data_sha256, **flatten(config)}
-    distributed.check_same(f"--workdir {folder}", {name: v for name, v in facts.items() if name not in OF_A_HOST})
+    shared = {name: value for name, value in flatten(config).items() if not options(Config)[name].per_host}
+    distributed.check_same(f"--workdir {folder}", {"class_names": list(class_names), "data": data_sha256, **shared})
     if distributed.first():
         make_writable(folder)
         changed = _changes(run, allow_changes)
