@@ -88,8 +88,8 @@ def validate(config: Config) -> Config:
         numbers = value if isinstance(value, tuple) else (value,)
         finite = all(math.isfinite(v) for v in numbers if isinstance(v, float))
         if not finite or not known[name].accepts(value):
-            right = f"{known[name].bounds} {known[name].unit}".strip() if finite else "finite"
-            raise ConfigError(f"{name}: invalid value {value}; must be {right}")
+            right = known[name].bounds if finite else "finite"
+            raise ConfigError(f"{name}: invalid value {value}; must be {right} {known[name].unit}".rstrip())
     for prefix, part in _groups(config):
         for name, right in part.conflicts() if hasattr(part, "conflicts") else ():
             raise ConfigError(f"{prefix}{name}: invalid value {values[prefix + name]}; must be {right}")

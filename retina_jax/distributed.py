@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from retina_jax.config import ConfigError
-from retina_jax.errors import Stopped
+from retina_jax.errors import Stopped, ending, reason
 
 HEARTBEAT_SECONDS = 30
 """JAX's runtime ends all hosts where one has not been heard of for so long: a machine without power, a cut cable."""
@@ -75,8 +75,6 @@ def joined(options: Hosts) -> Iterator[None]:
     if options == ALONE:
         yield
         return
-    from retina_jax.cli import ending  # which needs this module
-
     _connect(options)
     if not several():
         yield
@@ -165,7 +163,7 @@ def _connect(options: Hosts) -> None:
         )
     except (ValueError, RuntimeError) as error:
         how = "--distributed" if options.distributed else f"--coordinator {options.coordinator}"
-        print(f"error: {how}: the hosts did not find each other: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {how}: the hosts did not find each other: {reason(error)}", file=sys.stderr)
         end_at_once(
             LOST
         )  # they may the next time; and JAX's runtime, half begun, would only complain at an orderly exit

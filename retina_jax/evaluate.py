@@ -15,7 +15,7 @@ from PIL import Image
 
 from retina_jax import detector as tta
 from retina_jax import distributed
-from retina_jax.console import tell, warn
+from retina_jax.console import log, warn
 from retina_jax.data.classes import category_ids
 from retina_jax.data.decoding import image_of
 from retina_jax.data.pipeline import Batch, eval_batches
@@ -99,7 +99,7 @@ def assess(
         _write_pictures(run, detector, source, found, unread, step, variant)
     compiled = f", {events[seconds(COMPILED)]:.1f} of them to compile detection" if events[COMPILED] else ""
     speed = f"{len(image_ids) / max(elapsed, 1e-9):.1f} img/s"
-    tell(f"evaluated {len(image_ids)} images in {elapsed:.1f} s ({speed}{compiled})")
+    log(f"evaluated {len(image_ids)} images in {elapsed:.1f} s ({speed}{compiled})")
     return scores
 
 

@@ -19,14 +19,15 @@ from typing import Annotated
 
 import tyro
 
-from retina_jax.cli import config_of, one_line_errors, parse_command_line, set_up_jax
+from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import validate
-from retina_jax.console import tell
+from retina_jax.console import log
 from retina_jax.data_check.check import Check, check_data, facts_of
 from retina_jax.reports.check_page import to_html, verdict
 from retina_jax.reports.coverage_pictures import worst_pictures
 from retina_jax.runs.folder import write_json
+from retina_jax.runs.settings import config_of
 
 OWN_DATA = Path(__file__).parents[1] / "configs" / "own_data.py"
 SENSELESS = 3
@@ -80,23 +81,23 @@ def main() -> None:
         raise ConfigError(f"{page}: cannot be written: {error.strerror}") from None
     write_json(facts, facts_of(check))
     say(check)
-    tell(f"page: {page}\nfacts: {facts}\n{verdict(check)}")
+    log(f"page: {page}\nfacts: {facts}\n{verdict(check)}")
     sys.exit(0 if check.makes_sense else SENSELESS)
 
 
 def say(check: Check) -> None:
     """One line a kind of finding, and the anchors."""
     for group in check.groups:
-        tell(group.line())
+        log(group.line())
     shares, total = check.shares, check.shares.total
     if not total.boxes:
         return
-    tell(
+    log(
         f"anchors: {total.part('by_iou'):.1%} of {total.boxes} boxes by IoU, {total.part('by_low_quality'):.1%} by the "
         f"low-quality rule only, {total.part('uncovered'):.1%} none; {shares.positives_per_image:.1f} positives an image"
     )
     if check.suggestion is not None:
-        tell(check.suggestion.line())
+        log(check.suggestion.line())
 
 
 if __name__ == "__main__":

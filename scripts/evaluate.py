@@ -20,7 +20,7 @@ import jax
 import tyro
 
 from retina_jax import distributed
-from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax, settings_of
+from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import flatten, meaning_changes, override, validate
 from retina_jax.console import warn
@@ -29,6 +29,7 @@ from retina_jax.detector import load_detector
 from retina_jax.evaluate import assess, write_submission
 from retina_jax.evaluation.coco_scores import coco_table
 from retina_jax.runs.folder import Run
+from retina_jax.runs.settings import settings_of
 from retina_jax.training.checkpoints import Step
 
 # These, and what a resumed run may change, may differ from training.

@@ -17,9 +17,10 @@ import tyro
 from miniature.crops import ACROSS, draw_crops
 from miniature.pretraining import pretrain
 
-from retina_jax.cli import config_of, one_line_errors, parse_command_line, set_up_jax
+from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import validate
+from retina_jax.runs.settings import config_of
 from retina_jax.weights.safetensors import write_safetensors
 from retina_jax.weights.torchvision import backbone_state_dict
 

@@ -16,10 +16,10 @@ from typing import Annotated
 import tyro
 
 from retina_jax import distributed
-from retina_jax.cli import config_of, one_line_errors, parse_command_line, set_up_jax
+from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config, parse_window
 from retina_jax.config_io import validate
-from retina_jax.console import tell, warn
+from retina_jax.console import log, warn
 from retina_jax.data.datasets import open_sources
 from retina_jax.data.pipeline import train_batches
 from retina_jax.detector import Detector
@@ -27,6 +27,7 @@ from retina_jax.evaluate import assess
 from retina_jax.evaluation.coco_scores import number
 from retina_jax.model.summary import parameter_table
 from retina_jax.runs.folder import Clock, alone_in, finish_run, is_due, started_run
+from retina_jax.runs.settings import config_of
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.compilation import CompiledStep
 from retina_jax.training.interruption import Interruption
@@ -78,7 +79,7 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
     with Interruption() as interruption, alone_in(workdir), Checkpoints(workdir / "checkpoints", keep) as checkpoints:
         run = open_run(workdir, config, source.class_names, source.category_ids, source.sha256, driver.parts, changes)
         state, told = first_state(driver, run, checkpoints, missing)
-        tell(f"{parameter_table(state.variables)}\n{told}")
+        log(f"{parameter_table(state.variables)}\n{told}")
         if short := unreached(config):
             warn(short)
         step = start = int(state.step)
@@ -92,7 +93,7 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
                 with checkpoints.saved_if_it_fails(step, state):
                     scores = assess(run, detector, val_source, step, check=partial(interruption.checked, step)).summary
                 metrics.evaluated(step, scores)
-                tell(f"step {step}: AP {number(scores['AP'])}, AP50 {number(scores['AP50'])}")
+                log(f"step {step}: AP {number(scores['AP'])}, AP50 {number(scores['AP50'])}")
                 return scores["AP"]
 
             if metrics.evaluation_is_missing():
@@ -111,7 +112,7 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
                 evaluating = is_due(step, training.eval_every, last)
                 saving = evaluating or is_due(step, training.checkpoint_every, last)
                 if saving or step % training.log_every == 0:
-                    metrics.flush(end_line=evaluating or last)
+                    metrics.flush()
                 if saving:
                     checkpoints.save(step, state, ap=evaluate() if evaluating else None)
                     clock.save()

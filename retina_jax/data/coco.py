@@ -148,7 +148,7 @@ def load_json(path: Path) -> Any:
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is not JSON: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{path}: is not JSON: {reason(error)}") from None
     finally:
         if collecting:
             gc.enable()

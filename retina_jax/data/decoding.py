@@ -16,6 +16,7 @@ from PIL import Image, ImageMode, UnidentifiedImageError
 from retina_jax.data.conventions import AS_VIEWERS, Decoding, Header
 from retina_jax.data.sixteen_bits import is_deep, samples, to_eight_bits
 from retina_jax.data.source import BadImage, Source
+from retina_jax.errors import reason
 
 # A bound on what threads hold at once.
 
@@ -107,7 +108,7 @@ def to_rgb(
         raise
     except Exception as error:
         # A broken file can make PIL's decoders raise nearly anything: OSError, SyntaxError, struct.error, IndexError.
-        raise BadImage(f"cannot be decoded: {_one_line(error)}") from None
+        raise BadImage(f"cannot be decoded: {reason(error)}") from None
 
 
 def image_of(source: Source, index: int) -> UInt8[np.ndarray, "h w 3"]:
@@ -175,8 +176,8 @@ def open_image(encoded: bytes) -> Image.Image:
     except Image.DecompressionBombError:
         raise BadImage(f"has more than {MAX_PIXELS} pixels") from None
     except Exception as error:
-        reason = "" if isinstance(error, UnidentifiedImageError) else f": {_one_line(error)}"
-        raise BadImage(f"is not an image in one of the formats {', '.join(FORMATS)}{reason}") from None
+        why = "" if isinstance(error, UnidentifiedImageError) else f": {reason(error)}"
+        raise BadImage(f"is not an image in one of the formats {', '.join(FORMATS)}{why}") from None
     if image.width * image.height > MAX_PIXELS:
         raise BadImage(f"has {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
     return image
@@ -240,7 +241,3 @@ def _eight_bit_rgb(image: Image.Image) -> Image.Image:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return image.convert("RGB")
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from retina_jax.console import tell
+from retina_jax.console import log
 from retina_jax.data.conventions import Orientation
 from retina_jax.data.decoding import FORMATS, MAX_PIXELS, read_header
 from retina_jax.data.reading import open_file
@@ -53,7 +53,7 @@ def read_sizes(annotations: Path, paths: Sequence[str]) -> list[Size | str]:
     stamps = {name: _stamp(name) for name in paths}
     unread = [name for name in stamps if known.get(name, [None])[0] != stamps[name] or stamps[name] is None]
     if len(unread) >= MANY:
-        tell(f"reading the sizes of {len(unread)} images, which their annotations lack ...")
+        log(f"reading the sizes of {len(unread)} images, which their annotations lack ...")
     with ThreadPoolExecutor(THREADS) as pool:
         read = dict(zip(unread, pool.map(_read_size, unread), strict=True))
     fresh = {name: [stamps[name], *size] for name, size in read.items() if isinstance(size, Size)}

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from retina_jax.config import DataConfig
-from retina_jax.console import tell, warn
+from retina_jax.console import log, warn
 from retina_jax.data.conventions import Decoding, Header, Votes
 from retina_jax.data.decoding import FORMATS, MAX_PIXELS, largest_file, open_image, read_header
 from retina_jax.data.reading import open_file, read_again, read_file
@@ -63,7 +63,7 @@ def read_votes(
     """What the headers show of the orientation, and the rows of the 16-bit images; arguments as of `survey_files`."""
     votes, deep = Votes(), []
     if len(paths) > MANY:
-        tell(f"reading the headers of {len(paths)} images ...")
+        log(f"reading the headers of {len(paths)} images ...")
     with ThreadPoolExecutor(READERS) as pool:
         for row, header in enumerate(pool.map(_header_of_file, paths)):
             if header is not None:
@@ -95,7 +95,7 @@ def decoding_of_files(paths: Sequence[Path], data: DataConfig) -> Decoding:
     found = survey_files([path.name for path in paths], paths, [(0, 0)] * len(paths))
     decoding, lines = found.decide(replace(data, orientation=orientation))
     for line, in_doubt in lines:
-        (warn if in_doubt else tell)(line)
+        (warn if in_doubt else log)(line)
     return decoding
 
 
@@ -125,7 +125,7 @@ def with_decoding(source: Source, data: DataConfig) -> Source:
         decoding, lines = survey.decide(data)
         shown = survey.votes.shown
     for line, in_doubt in lines:
-        (warn if in_doubt else tell)(f"{source.name}: {line}")
+        (warn if in_doubt else log)(f"{source.name}: {line}")
     return replace(source, decoding=decoding, shown=shown)
 
 

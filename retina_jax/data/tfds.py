@@ -26,6 +26,7 @@ from retina_jax.data.decoding import open_image
 from retina_jax.data.reading import read_again
 from retina_jax.data.source import BadImage, DataError, Source, make_records
 from retina_jax.data.tfrecords import Examples, TFRecordExamples
+from retina_jax.errors import reason
 
 FORMAT = 1
 """Of the index file; raised when its columns change."""
@@ -79,7 +80,7 @@ def read_tfds(
         ) from None
     except ValueError as error:
         known = ", ".join(sorted(builder.info.splits))
-        raise DataError(f"{called}: no such split; there are {known} ({str(error).splitlines()[0]})") from None
+        raise DataError(f"{called}: no such split; there are {known} ({reason(error)})") from None
     index = _load_index(builder, split, images, called)
 
     classes = label.num_classes
@@ -114,7 +115,7 @@ def read_tfds(
         try:
             return read_again(lambda: bytes(images[rows[i]]["image"]), where(i))
         except (OSError, ValueError, IndexError, RuntimeError) as error:
-            raise BadImage(f"{where(i)}: cannot be read: {_first_line(error)}") from None
+            raise BadImage(f"{where(i)}: cannot be read: {reason(error)}") from None
 
     def make_truth() -> dict[str, Any]:
         return coco.make_truth(content) if truth_annotations else _truth(index, parsed, categories)
@@ -147,9 +148,8 @@ def _open_builder(name: str, folder: str) -> tfds.core.DatasetBuilder:
             return tfds.builder_from_directory(name)
         builder = tfds.builder(name, data_dir=folder or None)
     except (tfds.core.DatasetNotFoundError, FileNotFoundError, ValueError, AssertionError) as error:
-        first = str(error).strip().splitlines()[0]
         raise DataError(
-            f"data.tfds_name {name}: neither a TensorFlow data set nor a prepared folder: {first}"
+            f"data.tfds_name {name}: neither a TensorFlow data set nor a prepared folder: {reason(error)}"
         ) from None
     if not builder.info.splits:
         raise DataError(
@@ -268,17 +268,13 @@ def _load_index(builder: tfds.core.DatasetBuilder, split: str, images: Examples,
     return index
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 def _make_index(images: Examples, called: str) -> Index:
     image_ids, file_names, sizes, owners, boxes, labels, crowd, areas = [], [], [], [], [], [], [], []
     for row in range(len(images)):
         try:
             example = images[row]
         except (OSError, ValueError, IndexError, RuntimeError) as error:
-            raise DataError(f"{called} example {row}: cannot be read: {_first_line(error)}") from None
+            raise DataError(f"{called} example {row}: cannot be read: {reason(error)}") from None
         try:
             sizes.append(open_image(bytes(example["image"])).size)
         except BadImage as error:

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int64
 
 from retina_jax.config import Config
+from retina_jax.console import track
 from retina_jax.data_check.findings import Finding
-from retina_jax.data_check.passes import Progress
 from retina_jax.data_check.views import ASPECTS, SIDES, Views
 from retina_jax.ops.anchors import anchor_grid
 from retina_jax.ops.boxes import iou_matrix
@@ -72,7 +72,7 @@ def cover(views: Views, config: Config, what: str = "anchors") -> Coverage:
 
     filled = np.flatnonzero(counts).tolist()
     with ThreadPoolExecutor(THREADS) as pool:
-        for v, iou, won in Progress(f"{what}: images", pool.map(look, filled), len(filled)):
+        for v, iou, won in track(f"{what}: images", pool.map(look, filled), len(filled)):
             mine = slice(views.ends[v], views.ends[v + 1])
             best[mine], anchors[mine] = iou, won
     return Coverage(best, anchors, config.matching.positive_iou)

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 from retina_jax import distributed
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import from_dict
-from retina_jax.console import tell, warn
+from retina_jax.console import log, warn
 from retina_jax.data.classes import Category
 from retina_jax.errors import reason
 from retina_jax.evaluation.coco_scores import SUMMARY, Scores, coco_table
@@ -166,7 +166,7 @@ def finish_run(
     }
     write_json(run.folder / "summary.json", summary)
     if evaluation is not None:
-        tell(coco_table(Scores({name: evaluation[name] for name in SUMMARY}, evaluation["per_class"])))
+        log(coco_table(Scores({name: evaluation[name] for name in SUMMARY}, evaluation["per_class"])))
     for what, names in (
         ("unreadable images were skipped", skipped),
         ("images have one colour, wholly or nearly", one_colour),
@@ -176,7 +176,7 @@ def finish_run(
         )
         if of_hosts:
             warn(f"{len(of_hosts)} {what}: {', '.join(of_hosts)}")
-    tell(f"{step} steps in {seconds:.0f} s; everything is in {run.folder}")
+    log(f"{step} steps in {seconds:.0f} s; everything is in {run.folder}")
     return summary
 
 
