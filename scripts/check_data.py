@@ -26,8 +26,8 @@ from retina_jax.console import log
 from retina_jax.data_check.check import Check, check_data, facts_of
 from retina_jax.reports.check_page import to_html, verdict
 from retina_jax.reports.coverage_pictures import worst_pictures
+from retina_jax.runs.base_config import config_of
 from retina_jax.runs.folder import write_json
-from retina_jax.runs.settings import config_of
 
 OWN_DATA = Path(__file__).parents[1] / "configs" / "own_data.py"
 SENSELESS = 3
@@ -61,7 +61,7 @@ def main() -> None:
     arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__)
     config = validate(arguments.settings)
     if arguments.pictures < 0:
-        raise ConfigError(f"--pictures: {arguments.pictures} cannot be; 0 is none")
+        raise ConfigError(f"--pictures: invalid value {arguments.pictures}; must be at least 0")
     pairs = {"train": (arguments.annotations, arguments.images)}
     if arguments.val_annotations is not None:
         pairs["val"] = arguments.val_annotations, arguments.val_images or arguments.images

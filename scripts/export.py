@@ -22,7 +22,7 @@ from retina_jax.config_io import validate
 from retina_jax.detector import load_detector
 from retina_jax.export.agreement import images_for
 from retina_jax.export.programs import ship
-from retina_jax.runs.settings import settings_of
+from retina_jax.runs.base_config import settings_of
 from retina_jax.training.checkpoints import Step
 
 REFUSED = {
@@ -70,7 +70,7 @@ def main() -> None:
             f"--format {arguments.format}: {REFUSED[arguments.format]}; docs/export.md has what was tried"
         )
     if arguments.count < 1:
-        raise ConfigError(f"--count: {arguments.count} cannot be; compare on 1 image at least")
+        raise ConfigError(f"--count: invalid value {arguments.count}; must be at least 1")
     if arguments.out.is_dir():
         raise ConfigError(f"--out {arguments.out}: is a folder; name a file")
     set_up_jax()

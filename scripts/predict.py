@@ -27,8 +27,8 @@ from retina_jax.data.survey import decoding_of_files
 from retina_jax.detector import load_detector
 from retina_jax.errors import reason
 from retina_jax.evaluation.drawing import draw
+from retina_jax.runs.base_config import settings_of
 from retina_jax.runs.folder import write_json
-from retina_jax.runs.settings import settings_of
 from retina_jax.training.checkpoints import Step
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     if (arguments.workdir is None) == (not arguments.weights):
         raise ConfigError("--workdir: give the folder of a run, or --weights KIND:FILE, and not both")
     if not 0 <= arguments.score <= 1:
-        raise ConfigError(f"--score: {arguments.score} cannot be; it must be from 0 to 1")
+        raise ConfigError(f"--score: invalid value {arguments.score}; must be from 0 to 1")
     set_up_jax()
     files = image_files(arguments.images, arguments.out)
     detector = load_detector(

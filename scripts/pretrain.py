@@ -20,7 +20,7 @@ from miniature.pretraining import pretrain
 from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import validate
-from retina_jax.runs.settings import config_of
+from retina_jax.runs.base_config import config_of
 from retina_jax.weights.safetensors import write_safetensors
 from retina_jax.weights.torchvision import backbone_state_dict
 
@@ -54,7 +54,7 @@ def main() -> None:
         raise ConfigError(f"model.backbone_weights: {path} has not {config.model.backbone} in its name; name it so")
     for field, least in (("steps", 1), ("batch", 2), ("crops", arguments.batch)):
         if getattr(arguments, field) < least:
-            raise ConfigError(f"--{field}: {getattr(arguments, field)}; it must be at least {least}")
+            raise ConfigError(f"--{field}: invalid value {getattr(arguments, field)}; must be at least {least}")
     if config.model.input_normalisation != "imagenet":
         raise ConfigError("model.input_normalisation: backbones in torchvision's naming need imagenet")
     if path.exists():

@@ -26,8 +26,8 @@ from retina_jax.detector import Detector
 from retina_jax.evaluate import assess
 from retina_jax.evaluation.coco_scores import number
 from retina_jax.model.summary import parameter_table
+from retina_jax.runs.base_config import config_of
 from retina_jax.runs.folder import Clock, alone_in, finish_run, is_due, started_run
-from retina_jax.runs.settings import config_of
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.compilation import CompiledStep
 from retina_jax.training.interruption import Interruption

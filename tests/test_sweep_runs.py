@@ -224,7 +224,7 @@ def test_what_cannot_be_meant_is_one_line(folder: Path, sweep: Sweep, monkeypatc
         (["--only", "gamma_7"], "--only gamma_7: no such point"),
         (["--launcher", "slurm"], "there is no sbatch on this machine"),
         (["--launcher", "slurm", "--slurm", "cluster=here"], "--slurm cluster=here: give slurm or local"),
-        (["--jobs", 0], "--jobs: 0 cannot be"),
+        (["--jobs", 0], "--jobs: invalid value 0"),
         (["--sweep", folder / "own.py"], "give all files after one --sweep"),
     ):
         error = sweep(*arguments, code=2)

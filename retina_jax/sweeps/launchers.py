@@ -44,7 +44,7 @@ def launch_local(rows: Sequence[Row], command: Sequence[str], workdir: Path, job
     ended, or that another worker holds, are left alone. Ended by Ctrl-C or SIGTERM, the running points are ended too.
     """
     if jobs < 1:
-        raise ConfigError(f"--jobs: {jobs} cannot be; it must be at least 1")
+        raise ConfigError(f"--jobs: invalid value {jobs}; must be at least 1")
     waiting, children, failed = distinct(rows), [], 0
     cores = _core_slots(jobs)
     with _sigterm_as_interrupt():

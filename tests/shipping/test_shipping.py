@@ -410,7 +410,7 @@ def test_a_damaged_file_is_refused_in_one_line(
         (("--workdir", "RUN", "--format", "savedmodel"), r"--format savedmodel: .*docs/export\.md"),
         (("--workdir", "RUN", "--format", "onnx"), r"--format onnx: .*docs/export\.md"),
         (("--workdir", "RUN", "--format", "other"), "other"),
-        (("--workdir", "RUN", "--count", "0"), "--count: 0"),
+        (("--workdir", "RUN", "--count", "0"), "--count: invalid value 0"),
         (("--workdir", "RUN", "--images", "/no/folder"), "/no/folder: no such file"),
     ],
 )
