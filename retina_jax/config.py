@@ -94,13 +94,13 @@ class ScenesConfig:
     """Side of the square images."""
     classes: int = option(6, ">= 2, <= 12")
     """Object classes; each is one shape in one hue."""
-    max_objects: int = 5
+    max_objects: int = option(5, ">= 0")
     """Most objects in an image; each image has 0 to this many."""
     min_side: float = option(8.0, ">= 4", unit="px")
     """Smallest object, square root of the box area."""
     max_side: float = option(56.0, ">= 4", unit="px")
     """Largest object, square root of the box area; at most 0.75 size."""
-    lookalikes: int = 4
+    lookalikes: int = option(4, ">= 0")
     """Most distractors per image: the right shape in a wrong hue or the right hue in a wrong shape."""
     seed: int = 0
     """Seed of the scenes."""

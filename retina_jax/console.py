@@ -50,7 +50,7 @@ class Progress:
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bar
 
-        self._console = Console(force_terminal=True)
+        self._console = Console(force_terminal=True, soft_wrap=True)  # other lines stay as they are
         # A killed process would leave the terminal without a cursor.
         self._console.show_cursor = lambda show=True: False
         counted, detail = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[detail]}"))

@@ -105,7 +105,7 @@ def test_booleans_both_ways(argv: tuple[str, ...]) -> None:
         (("stray",), "stray"),
     ],
 )
-def test_a_wrong_override_is_one_line_that_says_what_exists(argv: tuple[str, ...], says: str) -> None:
+def test_a_wrong_override_is_one_line_that_names_what_exists(argv: tuple[str, ...], says: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse(*argv)
     assert says in str(error.value) and "\n" not in str(error.value)
@@ -134,13 +134,13 @@ def test_a_wrong_override_is_one_line_that_says_what_exists(argv: tuple[str, ...
         ("training.profile_steps", "5:3"),
     ],
 )
-def test_a_value_that_cannot_be_names_its_field(name: str, value: object) -> None:
+def test_an_invalid_value_names_its_field(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=name) as error:
         validate(override(Config(), {name: value}))
     assert "\n" not in str(error.value)
 
 
-def test_unknown_override_in_code_says_what_exists() -> None:
+def test_unknown_override_in_code_names_what_exists() -> None:
     with pytest.raises(ConfigError, match=r"loss\.gama: no such field; did you mean loss\.gamma"):
         override(Config(), {"loss.gama": 1.0})
 

@@ -138,3 +138,13 @@ def test_the_time_left_excludes_the_first_window_which_compiles(monkeypatch: pyt
     for step in (10, 20, 30):
         progress.update(step)
     assert re.findall(r"ETA (\S+)", log.getvalue()) == ["0:06:40", "0:00:30", "0:00:30"]
+
+
+def test_a_long_line_above_the_bar_is_not_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal(monkeypatch, columns=50)
+    progress = Progress("step", 4)
+    progress.update(1, DETAIL)
+    console.log(f"written to [bold] {'folder/' * 20}")
+    progress.close()
+    assert f"written to [bold] {'folder/' * 20}\r\n" in plain(terminal.read())
+    terminal.close()

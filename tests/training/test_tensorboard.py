@@ -50,7 +50,7 @@ def test_numbers_and_the_pictures_of_the_step_can_be_seen(tmp_path: Path) -> Non
     assert [event.session_log.status for event in found if event.HasField("session_log")] == [1], "START: a resumed run"
 
 
-def test_a_picture_that_cannot_be_read_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_picture_that_cannot_be_read_gives_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = open_run(tmp_path, Config(), ("cat",), (1,))
     draw(run, 20, "_3", 1)
     run.path("pictures", 20, "_5.png").write_bytes(b"no picture")
