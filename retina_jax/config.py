@@ -450,11 +450,6 @@ class TrainingConfig:
     profile_steps: str = ""
     """FIRST:LAST, steps to record with the profiler, both included, in RUN/profile; empty: none."""
 
-    def conflicts(self) -> Conflicts:
-        """Yields no field; raises ConfigError for a malformed profile_steps."""
-        parse_window(self.profile_steps)
-        yield from ()
-
 
 @dataclass(frozen=True)
 class Config:

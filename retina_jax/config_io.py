@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from retina_jax.config import Config, ConfigError, options
+from retina_jax.config import Config, ConfigError, Conflicts, options, parse_window
 from retina_jax.errors import one_line
 
 T = TypeVar("T")
@@ -90,18 +90,19 @@ def validate(config: Config) -> Config:
         if not finite or not known[name].accepts(value):
             right = known[name].bounds if finite else "finite"
             raise ConfigError(f"{name}: invalid value {value}; must be {right} {known[name].unit}".rstrip())
-    for prefix, part in _groups(config):
-        for name, right in part.conflicts() if hasattr(part, "conflicts") else ():
-            raise ConfigError(f"{prefix}{name}: invalid value {values[prefix + name]}; must be {right}")
+    for name, right in _conflicts(config):
+        raise ConfigError(f"{name}: invalid value {values[name]}; must be {right}")
+    parse_window(config.training.profile_steps)
     return config
 
 
-def _groups(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the dotted prefix and the dataclass of each group in `config`."""
+def _conflicts(config: Any, prefix: str = "") -> Conflicts:
+    """Yields the conflicts in `config` and its groups, by dotted name."""
+    for name, right in config.conflicts() if hasattr(config, "conflicts") else ():
+        yield prefix + name, right
     for field in dataclasses.fields(config):
         if dataclasses.is_dataclass(part := getattr(config, field.name)):
-            yield f"{prefix}{field.name}.", part
-            yield from _groups(part, f"{prefix}{field.name}.")
+            yield from _conflicts(part, f"{prefix}{field.name}.")
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -222,6 +223,7 @@ def meaning_changes(old: Config, new: Config) -> list[str]:
 
 def with_classes(config: Config, classes: int) -> Config:
     """Returns `config` with the number of classes in the data; ConfigError if it has another one."""
-    if config.model.num_classes not in (None, classes):
-        raise ConfigError(f"model.num_classes: {config.model.num_classes}, but the data has {classes} classes")
+    own = config.model.num_classes
+    if own not in (None, classes):
+        raise ConfigError(f"model.num_classes: {own}, but the data has {classes} classes; leave it out, or use {classes}")
     return override(config, {"model.num_classes": classes})

@@ -6,9 +6,9 @@ and `perfetto_trace.json.gz` (https://ui.perfetto.dev, chrome://tracing).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 
 import jax
 from jaxtyping import PyTree
@@ -35,16 +35,14 @@ class Profiler:
         """The first step traced, while tracing."""
         self._last = 0
         """The last step traced so far."""
-        self._step: jax.profiler.StepTraceAnnotation | None = None
+        self._step = contextlib.ExitStack()
 
     def __enter__(self) -> Profiler:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._first is not None:
-            self._leave_step()
+            self._step.close()
             self._stop(", where the run ended")
         elif self._window is not None:
             self._give_up("the run ended before these steps")
@@ -61,15 +59,14 @@ class Profiler:
                 self._start(step)
             if self._first is not None:
                 self._last = step
-                self._step = jax.profiler.StepTraceAnnotation("train", step_num=step)
-                self._step.__enter__()
+                self._step.enter_context(jax.profiler.StepTraceAnnotation("train", step_num=step))
 
     def end(self, step: int, results: PyTree) -> None:
         """Call this after `step` was dispatched; `results` are arrays that it computes."""
         if self._window is None:
             return
         first, last = self._window
-        self._leave_step()
+        self._step.close()
         if step == first - 1:
             jax.block_until_ready(results)  # or the trace would begin with earlier steps
         elif step == last and self._first is not None:
@@ -87,11 +84,6 @@ class Profiler:
         options.python_tracer_level = 0
         jax.profiler.start_trace(self._folder, create_perfetto_trace=True, profiler_options=options)
         self._first = step
-
-    def _leave_step(self) -> None:
-        if self._step is not None:
-            self._step.__exit__(None, None, None)
-            self._step = None
 
     def _stop(self, ended: str = "") -> None:
         steps = f"steps {self._first} to {self._last}" if self._first < self._last else f"step {self._last}"
