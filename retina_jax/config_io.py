@@ -225,5 +225,7 @@ def with_classes(config: Config, classes: int) -> Config:
     """Returns `config` with the number of classes in the data; ConfigError if it has another one."""
     own = config.model.num_classes
     if own not in (None, classes):
-        raise ConfigError(f"model.num_classes: {own}, but the data has {classes} classes; leave it out, or use {classes}")
+        raise ConfigError(
+            f"model.num_classes: {own}, but the data has {classes} classes; leave it out, or use {classes}"
+        )
     return override(config, {"model.num_classes": classes})
