@@ -1,183 +1,267 @@
-"""The whole vocabulary of an experiment, as frozen dataclasses.
+"""All options of an experiment, as frozen dataclasses.
 
-A config file (`configs/*.py`) is a Python file with a function `get_config() -> Config`; every field can be overridden
-on the command line by its dotted name (`--loss.gamma 5 --data.batch-size 16`). Defaults are the paper's (RetinaNet-50-600,
-Table 1): its text first, and where the text is silent, its authors' code (Detectron).
+A config file (`configs/*.py`) is a Python file with a function `get_config() -> Config`. Every field can be overridden on
+the command line by its dotted name (`--loss.gamma 5 --data.batch-size 16`). Defaults are the paper's (RetinaNet-50-600,
+Table 1) and, where the paper is silent, those of its authors' code (Detectron).
+
+`option` holds what is known about a field besides its type; `options` reads it back for validation, `--help`, resumed runs,
+digests and several hosts. A dataclass whose fields depend on each other has a method `conflicts`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import functools
+import operator
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal
 
 from retina_jax.errors import PlainError
 
+COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+
 
 class ConfigError(PlainError, ValueError):
-    """A config that cannot be meant; the message is one line that names the field and what would be right."""
+    """An invalid option or config; the message is one line that names the field and what would be valid."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known about a config field besides its type, default and docstring."""
+
+    bounds: str = ""
+    """Valid numbers, such as ">= 0, < 1"; for a tuple, of its elements."""
+    unit: str = ""
+    resume: bool = False
+    """A resumed run may change it, because it does not change what a training step computes."""
+    outcome: bool | Literal["file name"] = True
+    """Whether it changes a run's result and digest; "file name": only the name of the file does. False implies `resume`."""
+    per_host: bool = False
+    """Whether it may differ between the hosts of a run."""
+    basic: bool = False
+    """Whether `--help` lists it; `--help-all` lists every field."""
+    first_default: Any = None
+    """The field's first default, if it has changed since: digests are relative to it."""
+
+    def accepts(self, value: Any) -> bool:
+        """Returns whether a value is within the bounds; values that are not numbers are."""
+        limits = [
+            (COMPARISONS[sign], float(limit)) for sign, limit in re.findall(r"([<>]=?) (\S+?)(?:,|$)", self.bounds)
+        ]
+        numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, int | float)]
+        return all(holds(number, limit) for holds, limit in limits for number in numbers)
+
+
+def option(default: Any, bounds: str = "", **known: Any) -> Any:
+    """Returns a dataclass field with a default; `known` are fields of `Option`."""
+    return field(default=default, metadata={"option": Option(bounds, **known)})
+
+
+@functools.cache
+def options(kind: type, resume: bool = False) -> Mapping[str, Option]:
+    """Returns the Option of every field of the dataclass `kind` and its groups, by dotted name.
+
+    Args:
+      resume: whether a resumed run may change all of them.
+    """
+    found: dict[str, Option] = {}
+    for item in fields(kind):
+        known = item.metadata.get("option", Option())
+        known = replace(known, resume=resume or known.resume or known.outcome is False)
+        if is_dataclass(item.default_factory):
+            found |= {f"{item.name}.{name}": o for name, o in options(item.default_factory, known.resume).items()}
+        else:
+            found[item.name] = known
+    return found
+
+
+Conflicts = Iterator[tuple[str, str]]
+"""Names of fields that contradict other fields, and what their values must be."""
 
 
 @dataclass(frozen=True)
 class ScenesConfig:
-    """Generated scenes (`data.source scenes`), written once as JPEGs and COCO JSONs."""
+    """Generated scenes (`data.source scenes`), written once as JPEG files and COCO JSON files."""
 
-    folder: str = "data/scenes"
-    """Folder the scenes are written under; each setting gets its own sub-folder and is reused when it is there."""
-    train_images: int = 3000
+    folder: str = option("data/scenes", outcome=False, per_host=True)
+    """Folder for the scenes; each setting has its own sub-folder, which is reused if it exists."""
+    train_images: int = option(3000, ">= 1")
     """Images in the training split."""
-    val_images: int = 400
+    val_images: int = option(400, ">= 1")
     """Images in the validation split, drawn from other seeds than the training split."""
-    size: int = 128
-    """Side of the square images, pixels."""
-    classes: int = 6
-    """Object classes, 2 to 12: each is one shape in one hue."""
-    max_objects: int = 5
+    size: int = option(128, ">= 32, <= 4096", unit="px")
+    """Side of the square images."""
+    classes: int = option(6, ">= 2, <= 12")
+    """Object classes; each is one shape in one hue."""
+    max_objects: int = option(5, ">= 0")
     """Most objects in an image; each image has 0 to this many."""
-    min_side: float = 8.0
-    """Smallest object, square root of the box area, pixels."""
-    max_side: float = 56.0
-    """Largest object, square root of the box area, pixels."""
-    lookalikes: int = 4
-    """Most distractors an image: the right shape in a wrong hue or the right hue in a wrong shape."""
+    min_side: float = option(8.0, ">= 4", unit="px")
+    """Smallest object, square root of the box area."""
+    max_side: float = option(56.0, ">= 4", unit="px")
+    """Largest object, square root of the box area; at most 0.75 size."""
+    lookalikes: int = option(4, ">= 0")
+    """Most distractors per image: the right shape in a wrong hue or the right hue in a wrong shape."""
     seed: int = 0
-    """Seed of the scenes themselves."""
+    """Seed of the scenes."""
+
+    def conflicts(self) -> Conflicts:
+        """Yields the fields that contradict each other."""
+        if not self.min_side <= self.max_side <= 0.75 * self.size:
+            yield "min_side", f"at most max_side ({self.max_side}), and max_side at most 0.75 size ({0.75 * self.size})"
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained and evaluated on, and how an image becomes a network input."""
+    """Training and evaluation data, and how an image becomes a network input."""
 
     source: Literal["coco", "tfds", "scenes"] = "coco"
     """coco: a COCO-format JSON and an image folder; tfds: a TensorFlow dataset with COCO's features; scenes: generated."""
-    train_annotations: str = ""
+    train_annotations: str = option("", resume=True, outcome="file name", per_host=True, basic=True)
     """COCO JSON of the training images (source coco). Paper: trainval35k, which is instances_train2017.json."""
-    train_images: str = ""
+    train_images: str = option("", outcome=False, per_host=True, basic=True)
     """Folder of the training images (source coco)."""
-    val_annotations: str = ""
-    """COCO JSON of the evaluation images. Paper: minival, which is instances_val2017.json. With source tfds it may be empty
-    or missing: the ground truth is then taken from the dataset's own features (areas truncated to integers)."""
-    val_images: str = ""
+    val_annotations: str = option("", resume=True, outcome="file name", per_host=True, basic=True)
+    """COCO JSON of the evaluation images. Paper: minival, which is instances_val2017.json. With source tfds it may be
+    empty: the ground truth is then taken from the dataset's own features (areas truncated to integers)."""
+    val_images: str = option("", outcome=False, per_host=True, basic=True)
     """Folder of the evaluation images (source coco)."""
     tfds_name: str = "coco/2017"
     """TensorFlow dataset (source tfds), or the folder of a prepared one."""
-    tfds_folder: str = ""
-    """TFDS data_dir; empty: TFDS's own default."""
+    tfds_folder: str = option("", outcome=False, per_host=True)
+    """TFDS data_dir; empty: TFDS's default."""
     tfds_train_split: str = "train"
-    """TFDS split trained on."""
-    tfds_val_split: str = "validation"
-    """TFDS split evaluated on."""
+    """TFDS split for training."""
+    tfds_val_split: str = option("validation", resume=True)
+    """TFDS split for evaluation."""
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
     """Generated scenes (source scenes)."""
-    batch_size: int = 16
-    """Images a training step, over all devices and hosts. Paper: 16 (2 on each of 8 GPUs)."""
-    short_side: int = 600
-    """Length the shorter image side is resized to, pixels. Paper: 600 for the ablations, 400 to 800 in Table 1e."""
-    long_side: int = 1000
-    """Most the longer side may be after the resize, pixels. Detectron: 1000 with 600, 1333 with 800; the paper gives the
-    short side alone."""
-    jitter_short_sides: tuple[int, ...] = ()
-    """Short sides of multi-scale training (scale jitter, Table 2), drawn anew for each image and visit, all equally often;
-    empty: short_side alone. Canvases are those of the largest, which the smaller images do not fill: as many programs, and a
-    step costs what the largest does. Evaluation stays at short_side."""
+    batch_size: int = option(16, ">= 1", unit="images", basic=True)
+    """Images per training step, over all devices and hosts. Paper: 16 (2 on each of 8 GPUs)."""
+    short_side: int = option(600, ">= 1", unit="px", basic=True)
+    """Length that the shorter image side is resized to. Paper: 600 for the ablations, 400 to 800 in Table 1e."""
+    long_side: int = option(1000, ">= 1", unit="px", basic=True)
+    """Largest length of the longer side after the resize. Detectron: 1000 with 600, 1333 with 800; the paper gives the short
+    side only."""
+    jitter_short_sides: tuple[int, ...] = option((), ">= 1", unit="px")
+    """Short sides of multi-scale training (scale jitter, Table 2), drawn for each image and epoch with equal probability;
+    empty: short_side only. Padded shapes are those of the largest, so the number of programs and the cost of a step are too.
+    Evaluation uses short_side."""
     flip: bool = True
     """Flip half of the training images left to right. Paper: the only augmentation."""
     resize: Literal["bilinear", "antialias", "pillow"] = "bilinear"
-    """bilinear: without antialiasing (cv2, Detectron, torchvision); antialias: with it; pillow: with it, equal to the last
-    bit to Pillow's, which has integer weights and rounds twice (detectron2). pillow needs data.pixels uint8."""
+    """bilinear: without antialiasing (cv2, Detectron, torchvision); antialias: with it; pillow: with it, bit-exact with
+    Pillow, which has integer weights and rounds twice (detectron2). pillow needs data.pixels uint8."""
     size_rounding: Literal["nearest", "floor"] = "nearest"
-    """Sides of a resized image to whole pixels: nearest (Detectron, detectron2) or floor (torchvision)."""
+    """Rounding of a resized image's sides: nearest (Detectron, detectron2) or floor (torchvision)."""
     pixels: Literal["uint8", "float32"] = "uint8"
-    """What a resize leaves: pixels rounded to uint8 (PIL, detectron2), or float32 ones, four times the bytes to the
-    device (Detectron, torchvision)."""
+    """Pixels after the resize: rounded to uint8 (PIL, detectron2), or float32, four times the bytes to the device
+    (Detectron, torchvision)."""
     box_ends: Literal["half_open", "inclusive"] = "half_open"
-    """How the right and lower ends of boxes are resized: as edges, x2 s; or as the last pixels that Detectron takes them
-    for, (x2 - 1) s + 1."""
+    """How the right and lower ends of boxes are resized: as edges, x2 s; or as Detectron does, which takes them for the last
+    pixels, (x2 - 1) s + 1."""
     buckets: Literal[0, 1, 2, 4] = 4
-    """Canvas shapes that images are padded to: 4 = 2 orientations x 2 long sides, 2 = orientations, 1 = one square.
-    As many programs are compiled. 0: in detection and evaluation the smallest canvas that holds the images, as torchvision,
-    detectron2 and Detectron have it, and a program for each shape met; training then has 4."""
-    pad_multiple: int = 32
-    """Canvas sides are multiples of this, pixels; itself a multiple of 32."""
+    """Padded shapes of the images, each compiled once: 4 = 2 orientations x 2 long sides, 2 = orientations, 1 = one square.
+    0: detection and evaluation pad each batch to its largest image, as torchvision, detectron2 and Detectron do, and compile
+    a program for each new shape; training then uses 4."""
+    pad_multiple: int = option(32, ">= 32", unit="px")
+    """Sides of padded shapes are multiples of this, which is itself a multiple of 32."""
     box_format: Literal["auto", "xywh", "xyxy", "cxcywh", "xywh_fractions", "xyxy_fractions", "cxcywh_fractions"] = (
-        "auto"
+        option("auto", resume=True)
     )
     """Numbers of a bbox (source coco): xywh, COCO's corner and size in pixels; xyxy, two corners; cxcywh, centre and size;
-    or the same as fractions of the image's sides. auto: xywh, refused where they look like another format."""
-    crowds: Literal["ignore", "objects"] = "ignore"
-    """Annotations with iscrowd 1 (source coco): ignore, as COCO does (not trained on; detections on them count neither way),
-    or take them as objects, for tools that mark every mask as a crowd."""
-    max_boxes: int = 100
-    """Ground-truth boxes an image can hold; what overflows is counted and logged. COCO's fullest image has 93."""
+    or the same as fractions of the image's sides. auto: xywh, refused if the boxes look like another format."""
+    crowds: Literal["ignore", "objects"] = option("ignore", resume=True)
+    """Annotations with iscrowd 1 (source coco): ignore, as COCO does (no training; detections on them do not count), or
+    objects, for tools that mark every mask as a crowd."""
+    max_boxes: int = option(100, ">= 1")
+    """Most ground-truth boxes per image; further ones are dropped, counted and logged. COCO's largest number is 93."""
     images_without_boxes: Literal["drop", "keep"] = "drop"
-    """Training images without a box: drop (Detectron) or keep as pure background."""
+    """Training images without a box: drop (Detectron) or keep as background."""
     empty_parents: Literal["drop", "keep"] = "drop"
     """A category without boxes that groups others, such as the first one of Roboflow's exports: drop it from the classes,
-    or keep it. A run that is resumed keeps its classes. Which ones are recognised: retina_jax/data/classes.py."""
-    bad_images: Literal["stop", "skip"] = "stop"
-    """An image that is missing, broken or of another size than the JSON says: stop naming it, or skip (named, counted)."""
+    or keep it. A resumed run keeps its classes. The rule is in retina_jax/data/classes.py."""
+    bad_images: Literal["stop", "skip"] = option("stop", resume=True)
+    """An image that is missing, broken or of another size than the JSON says: stop with its name, or skip and count it."""
     orientation: Literal["auto", "stored", "turned"] = "auto"
-    """Pixels that boxes lie on where an image has an EXIF orientation and its annotated size is that of both: as stored, or
-    turned as viewers show them. auto: as the images whose size shows it have it."""
+    """Pixels that the boxes refer to if an image has an EXIF orientation and its annotated size fits both: as stored, or
+    turned as viewers show them. auto: as in those images whose size shows it."""
     undecided_orientation: Literal["turned", "stored"] = "turned"
-    """What auto is where no image shows it. Training sets it to what its training or evaluation images show."""
+    """The choice of auto if no image shows it. Training sets it to what its training or evaluation images show."""
     bits: Literal["auto", 8, 10, 12, 14, 16] = "auto"
     """Bits that 16-bit images use: 2^bits - 1 is white. auto: found on a sample of the training images."""
-    workers: int = 0
-    """Images decoded at once on a host; 0: as many as there are cores. More where files are slow to come."""
-    prefetch: int = 2
-    """Batches made ready ahead of the device."""
+    workers: int = option(0, ">= 0", outcome=False, per_host=True)
+    """Images decoded in parallel on a host; 0: one per core. Use more if files arrive slowly."""
+    prefetch: int = option(2, ">= 1", unit="batches", outcome=False)
+    """Batches prepared ahead of the device."""
+
+    def conflicts(self) -> Conflicts:
+        """Yields the fields that contradict each other."""
+        for name, sides in (("short_side", (self.short_side,)), ("jitter_short_sides", self.jitter_short_sides)):
+            if any(side > self.long_side for side in sides):
+                yield name, f"at most data.long_side ({self.long_side})"
+        if self.pad_multiple % 32:
+            yield "pad_multiple", "a multiple of 32"
+        if self.resize == "pillow" and self.pixels != "uint8":
+            yield "pixels", "uint8 with data.resize pillow"
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The network (Section 4, Figure 3)."""
 
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d"] = "resnet50"
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d"] = option(
+        "resnet50", basic=True
+    )
     """Backbone. Paper: resnet50 for the ablations, resnet101 in Tables 1d, 1e and 2, resnext101_32x8d in Table 2."""
-    base_width: int = 64
-    """Channels of the backbone's stem; all stages scale with it. ResNet's own: 64."""
-    stage_blocks: tuple[int, ...] = ()
+    base_width: int = option(64, ">= 1")
+    """Channels of the backbone's stem; all stages scale with it. ResNet: 64."""
+    stage_blocks: tuple[int, ...] = option((), ">= 1")
     """Blocks of the four stages C2 to C5; empty: the backbone's own (resnet50: 3 4 6 3)."""
-    num_classes: int | None = None
-    """Object classes K; None: as many as the dataset has categories. COCO: 80."""
+    num_classes: int | None = option(None, ">= 1")
+    """Object classes K; None: the number of categories in the data. COCO: 80."""
     stride_position: Literal["1x1", "3x3"] = "1x1"
-    """Convolution that carries a bottleneck's stride. 1x1: the MSRA weights that the paper starts from, Detectron; 3x3:
-    torchvision."""
+    """Convolution with the stride of a bottleneck. 1x1: the paper's MSRA weights, Detectron; 3x3: torchvision."""
     norm: Literal["frozen", "group", "batch"] = "frozen"
-    """Backbone normalisation: frozen BatchNorm (an affine that is never trained), GroupNorm, or BatchNorm with statistics
-    over the complete batch of all devices. Detectron: frozen; the paper does not mention BatchNorm."""
-    norm_groups: int = 32
-    """Groups of GroupNorm; lowered to a divisor of the channels where they are fewer."""
-    frozen_stages: int = 2
-    """Backbone parts never trained, counted from the stem: 0 none, 1 stem, 2 stem and C2, ... 5 all. Detectron: 2."""
-    min_level: int = 3
+    """Backbone normalisation: frozen BatchNorm (a fixed affine), GroupNorm, or BatchNorm with statistics over the complete
+    batch of all devices. Detectron: frozen; the paper does not mention BatchNorm."""
+    norm_groups: int = option(32, ">= 1")
+    """Groups of GroupNorm; lowered to a divisor of the channels if there are fewer channels."""
+    frozen_stages: int = option(2, ">= 0, <= 5")
+    """Number of fixed backbone stages, counted from the stem: 0 none, 1 stem, 2 stem and C2, ... 5 all. Detectron: 2."""
+    min_level: int = option(3, ">= 2, <= 5")
     """Finest pyramid level (stride 2^level). Paper: 3."""
-    max_level: int = 7
+    max_level: int = option(7, ">= 5, <= 8")
     """Coarsest pyramid level. Paper: 7."""
     p6_from: Literal["c5", "p5"] = "c5"
-    """Map that P6 is convolved from. Paper: c5; torchvision v1: p5."""
-    fpn_channels: int = 256
+    """Input of the convolution that makes P6. Paper: c5; torchvision v1: p5."""
+    fpn_channels: int = option(256, ">= 1")
     """Channels of every pyramid level. Paper: 256."""
-    head_convs: int = 4
+    head_convs: int = option(4, ">= 0")
     """3x3 convolutions before the last one in each head. Paper: 4."""
-    head_channels: int = 256
+    head_channels: int = option(256, ">= 1")
     """Channels of the heads. Paper: 256."""
     head_norm: Literal["none", "group"] = "none"
     """Normalisation in the heads. Paper: none; torchvision v2: group."""
-    head_std: float = 0.01
+    head_std: float = option(0.01, "> 0")
     """Standard deviation of the heads' initial weights. Paper: 0.01."""
-    prior: float = 0.01
-    """Probability of foreground an anchor starts with, pi: class bias = -log((1 - pi) / pi). Paper: 0.01."""
+    prior: float = option(0.01, "> 0, < 1")
+    """Initial foreground probability of an anchor, pi: class bias = -log((1 - pi) / pi). Paper: 0.01."""
     input_normalisation: Literal["detectron", "detectron2", "imagenet"] = "detectron"
     """detectron: BGR 0-255 minus (102.9801, 115.9465, 122.7717); detectron2: BGR minus (103.53, 116.28, 123.675);
     imagenet: RGB 0-1 minus mean over standard deviation (torchvision)."""
-    backbone_weights: str = ""
-    """Weights the backbone starts from: imagenet (fetched, those that fit the backbone and input_normalisation), a file of
-    torchvision, timm, detectron2 or Detectron, KIND:NAME, or empty: random. Read at step 0 alone. Paper: ImageNet."""
+    backbone_weights: str = option("", per_host=True, basic=True)
+    """Initial weights of the backbone: imagenet (downloaded, those that fit backbone and input_normalisation), a file of
+    torchvision, timm, detectron2 or Detectron, KIND:NAME, or empty: random. Read at step 0 only. Paper: ImageNet."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the convolutions; parameters, losses and decoding are float32 always."""
+    """Precision of the convolutions; parameters, losses and decoding are always float32."""
     remat: bool = False
     """Recompute the backbone's blocks in the backward pass: less memory, about a third more time."""
+
+    def conflicts(self) -> Conflicts:
+        """Yields the field with the wrong number of values."""
+        if len(self.stage_blocks) not in (0, 4):
+            yield "stage_blocks", "four numbers, or none"
 
 
 @dataclass(frozen=True)
@@ -188,26 +272,37 @@ class AnchorConfig:
     """paper: exact sizes, centred on the cell, scale-major; detectron: its rounded sizes, pixel convention and order;
     detectron2: the paper's, centred on the cell's upper left corner; torchvision: its truncated sizes and rounded cells,
     ratio-major, strides from the map sizes."""
-    size_factor: float = 4.0
+    size_factor: float = option(4.0, "> 0")
     """Side of a level's square base anchor over its stride: 32 px on P3 to 512 px on P7. Paper: 4."""
-    scales: tuple[float, ...] = (1.0, 2.0 ** (1 / 3), 2.0 ** (2 / 3))
+    scales: tuple[float, ...] = option((1.0, 2.0 ** (1 / 3), 2.0 ** (2 / 3)), "> 0")
     """Sub-octave scales of the base anchor. Paper: 2^0, 2^(1/3), 2^(2/3)."""
-    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    ratios: tuple[float, ...] = option((0.5, 1.0, 2.0), "> 0")
     """Height over width. Paper: 1:2, 1:1, 2:1."""
+
+    def conflicts(self) -> Conflicts:
+        """Yields the fields without values."""
+        for name in ("scales", "ratios"):
+            if not getattr(self, name):
+                yield name, "at least one number"
 
 
 @dataclass(frozen=True)
 class MatchingConfig:
-    """Anchors to ground truth (Section 4, Anchors)."""
+    """Assignment of anchors to ground truth (Section 4, Anchors)."""
 
-    positive_iou: float = 0.5
-    """IoU from which an anchor is foreground, the threshold itself included. Paper: 0.5."""
-    negative_iou: float = 0.4
+    positive_iou: float = option(0.5, "> 0, <= 1")
+    """IoU from which an anchor is foreground, the threshold included. Paper: 0.5."""
+    negative_iou: float = option(0.4, "> 0, <= 1")
     """IoU below which an anchor is background; between the two it is ignored. Paper: 0.4."""
     low_quality: Literal["none", "band", "all"] = "band"
-    """A box's best anchor below positive_iou: none leaves it (Section 4's thresholds alone); band takes it where its IoU is
-    at least negative_iou (Detectron); all takes it always (RPN's rule, which the paper adopts with other thresholds;
-    detectron2, torchvision)."""
+    """A ground-truth box's best anchor below positive_iou. none: no match (Section 4's thresholds only); band: a match if
+    its IoU is at least negative_iou (Detectron); all: always a match (RPN's rule, which the paper adopts with other
+    thresholds; detectron2, torchvision)."""
+
+    def conflicts(self) -> Conflicts:
+        """Yields the fields that contradict each other."""
+        if self.negative_iou > self.positive_iou:
+            yield "positive_iou", f"at least matching.negative_iou ({self.negative_iou})"
 
 
 @dataclass(frozen=True)
@@ -216,35 +311,44 @@ class LossConfig:
 
     kind: Literal["cross_entropy", "balanced_cross_entropy", "focal", "focal_star", "hinge"] = "focal"
     """Classification loss: equation 1, 3, 5 or 8, or the hinge on p_t of Section 5.1. Paper: focal."""
-    alpha: float = 0.25
+    alpha: float = option(0.25, ">= 0, <= 1")
     """Weight of the foreground, 1 - alpha of the background (not used by cross_entropy). Paper: 0.25 with gamma 2."""
-    gamma: float = 2.0
-    """Focusing parameter of focal, >= 0 (0 is cross entropy); steepness of focal_star, > 0. Paper: 2."""
+    gamma: float = option(2.0, ">= 0", basic=True)
+    """Focusing parameter of focal (0 is cross entropy); steepness of focal_star, above 0. Paper: 2."""
     star_beta: float = 0.0
     """Shift of focal_star, equation 7's beta. Paper: 1 with gamma 2, 0 with gamma 4."""
-    hinge_margin: float = 0.5
-    """p_t from which on the hinge loss is 0. The paper does not give its own."""
+    hinge_margin: float = option(0.5, "> 0, <= 1")
+    """p_t from which the hinge loss is 0. The paper does not give its value."""
     mining: Literal["none", "ohem", "ohem_1_3", "ohem_1_3_strict"] = "none"
-    """Anchors whose classification loss is summed (Table 1d): none takes all; ohem the hardest mining_batch of an image
-    after NMS; ohem_1_3 the hardest positives, at most a quarter of mining_batch, and fills it with the hardest negatives;
-    ohem_1_3_strict takes 3 negatives per positive taken, however few those are. Paper: none."""
-    mining_batch: int = 128
+    """Anchors whose classification loss is summed (Table 1d): none: all; ohem: the hardest mining_batch of an image after
+    NMS; ohem_1_3: the hardest positives, at most a quarter of mining_batch, the rest filled with the hardest negatives;
+    ohem_1_3_strict: exactly 3 negatives per positive. Paper: none."""
+    mining_batch: int = option(128, ">= 1")
     """Anchors mined per image (the minibatch). Paper: 128, 256, 512."""
-    mining_nms_iou: float = 0.5
-    """An anchor is not mined next to a harder one with an IoU above this. Paper: 0.5, 0.7."""
+    mining_nms_iou: float = option(0.5, "> 0, <= 1")
+    """An anchor is not mined if a harder one has an IoU with it above this. Paper: 0.5, 0.7."""
     mining_normaliser: Literal["assigned", "minibatch"] = "assigned"
     """Count that divides the mined classification loss: anchors assigned to a box, as without mining, or anchors in the
-    minibatch (Shrivastava et al., 2016, whose OHEM averages over it). Paper: none but the first."""
+    minibatch (Shrivastava et al., 2016, whose OHEM averages over it). The paper gives only the first."""
     box: Literal["smooth_l1", "l1", "giou"] = "smooth_l1"
     """Box regression loss. Paper: smooth_l1."""
-    beta: float = 0.11
+    beta: float = option(0.11, ">= 0")
     """Smooth L1 is quadratic below this, in units of the box deltas. Detectron: 0.11."""
-    box_weight: float = 1.0
+    box_weight: float = option(1.0, ">= 0")
     """Weight of the box loss in the sum. Paper: 1."""
-    normaliser: Literal["per_image", "per_device", "global", "ema"] = "per_image"
-    """Number of positive anchors that divides the loss, at least 1: per_image that of each image, then the mean over images;
-    per_device that of each device, then the mean (Detectron); global that of the batch; ema a running mean of the devices'
-    counts (detectron2: momentum 0.9 from 100). Paper: per_image."""
+    normaliser: Literal["per_image", "per_device", "global", "ema"] = option("per_image", first_default="global")
+    """Number of positive anchors, at least 1, that divides the loss: per_image: of each image, then the mean over images;
+    per_device: of each device, then the mean (Detectron); global: of the batch; ema: a running mean of the devices' counts
+    (detectron2: momentum 0.9 from 100). Paper: per_image."""
+
+    def conflicts(self) -> Conflicts:
+        """Yields the fields that contradict each other."""
+        if self.gamma == 0 and self.kind == "focal_star":
+            yield "gamma", "above 0 with loss.kind focal_star"
+        if self.mining_batch < 4 and self.mining.startswith("ohem_1_3"):
+            yield "mining_batch", "at least 4 with loss.mining ohem_1_3"
+        if self.mining != "none" and self.mining_normaliser != "assigned" and self.normaliser in ("global", "ema"):
+            yield "mining_normaliser", f"assigned: loss.normaliser {self.normaliser} divides both losses by one number"
 
 
 @dataclass(frozen=True)
@@ -253,95 +357,98 @@ class OptimizerConfig:
 
     name: Literal["sgd", "adamw"] = "sgd"
     """sgd with momentum, weight decay added to the gradient before it; or adamw. Paper: sgd."""
-    learning_rate: float = 0.01
-    """Peak learning rate. Paper: 0.01 for 16 images a step."""
+    learning_rate: float = option(0.01, ">= 0", basic=True)
+    """Peak learning rate. Paper: 0.01 for 16 images per step."""
     scale_learning_rate: bool = False
     """Multiply the learning rate by data.batch_size / 16."""
-    momentum: float = 0.9
+    momentum: float = option(0.9, ">= 0, < 1")
     """Momentum of sgd, beta 1 of adamw. Paper: 0.9."""
-    weight_decay: float = 1e-4
+    weight_decay: float = option(1e-4, ">= 0")
     """Weight decay. Paper: 0.0001."""
-    bias_learning_rate_factor: float = 2.0
+    bias_learning_rate_factor: float = option(2.0, ">= 0")
     """Learning rate of biases over that of weights. Detectron: 2; detectron2 and torchvision: 1."""
     decay_biases: bool = False
-    """Weight decay on the biases of convolutions too; normalisation parameters never decay. Detectron: no; detectron2 and
-    torchvision: yes."""
-    warmup_steps: int = 500
+    """Decay the biases of convolutions too; normalisation parameters never decay. Detectron: no; detectron2 and torchvision:
+    yes."""
+    warmup_steps: int = option(500, ">= 0", unit="steps")
     """Steps of linear warm-up; it replaces the start of the schedule and does not shift it. Detectron: 500."""
-    warmup_factor: float = 1 / 3
+    warmup_factor: float = option(1 / 3, ">= 0, <= 1")
     """Learning rate at step 0 over the peak. Detectron: 1/3."""
-    boundaries: tuple[int, ...] = (60_000, 80_000)
-    """Steps from which on, themselves included, the rate is multiplied by decay_factor. Paper: 60000 80000."""
-    decay_factor: float = 0.1
-    """What each boundary multiplies the learning rate by. Paper: 0.1."""
-    clip_norm: float = 0.0
+    boundaries: tuple[int, ...] = option((60_000, 80_000), ">= 1", unit="steps")
+    """First steps whose learning rate is multiplied by decay_factor once more. Paper: 60000 80000."""
+    decay_factor: float = option(0.1, "> 0")
+    """Factor of the learning rate at each boundary. Paper: 0.1."""
+    clip_norm: float = option(0.0, ">= 0")
     """Largest global norm of the gradient; 0: no clipping. Paper: none."""
-    ema_decay: float = 0.0
-    """Keep running means of the parameters (and statistics of model.norm batch), which evaluation and detection then take:
-    each step mean = d mean + (1 - d) new, d = min(ema_decay, (1 + t) / (10 + t)) after t steps. 0: none. Paper: none."""
+    ema_decay: float = option(0.0, ">= 0, < 1")
+    """Average the parameters (and statistics of model.norm batch) and use the average in evaluation and detection: each step
+    mean = d mean + (1 - d) new, d = min(ema_decay, (1 + t) / (10 + t)) after t steps. 0: no average. Paper: none."""
+
+    def conflicts(self) -> Conflicts:
+        """Yields the field whose values are out of order."""
+        if list(self.boundaries) != sorted(set(self.boundaries)):
+            yield "boundaries", "in increasing order"
 
 
 @dataclass(frozen=True)
 class DetectionConfig:
     """Logits to boxes (Section 4.1, Inference)."""
 
-    score_threshold: float = 0.05
+    score_threshold: float = option(0.05, ">= 0, < 1", basic=True)
     """Scores at or below this are dropped. Paper: 0.05."""
     threshold_coarsest: bool = True
     """Drop them on the coarsest level too. Detectron keeps all scores above 0 there."""
-    top_k: int = 1000
-    """Best scores decoded a pyramid level. Paper: 1000."""
-    nms_iou: float = 0.5
+    top_k: int = option(1000, ">= 1")
+    """Number of best scores per pyramid level that are decoded. Paper: 1000."""
+    nms_iou: float = option(0.5, "> 0, <= 1", basic=True)
     """A box is suppressed by a better one of its class with an IoU above this. Paper: 0.5."""
     clip: Literal["before_nms", "after_nms"] = "before_nms"
-    """When boxes are cut to the image: before the suppression (Detectron, torchvision), or after it and those left without
-    area are dropped (detectron2)."""
-    max_detections: int = 100
-    """Detections an image. COCO: 100."""
+    """When boxes are clipped to the image: before NMS (Detectron, torchvision), or after it, and boxes left without area are
+    dropped (detectron2)."""
+    max_detections: int = option(100, ">= 1")
+    """Most detections per image. COCO: 100."""
     parameters: Literal["ema", "raw"] = "ema"
-    """What detects: the running means of the parameters, where the run keeps some (optimizer.ema_decay), or the parameters
-    themselves."""
+    """Parameters for detection: their average if the run has one (optimizer.ema_decay), or the parameters themselves."""
     tta_flip: bool = False
-    """Test-time augmentation: ask the mirrored image as well. Answers are merged by nms_iou, class by class, as detectron2
-    merges them, and cut to max_detections. Paper: none."""
-    tta_short_sides: tuple[int, ...] = ()
-    """Test-time augmentation: short sides asked beside data.short_side, pixels; data.long_side grows in proportion."""
+    """Test-time augmentation: also detect on the mirrored image. Boxes are merged by nms_iou per class, as in detectron2,
+    and cut to max_detections. Paper: none."""
+    tta_short_sides: tuple[int, ...] = option((), ">= 1", unit="px")
+    """Test-time augmentation: short sides in addition to data.short_side; data.long_side grows in proportion."""
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The loop."""
+    """The training loop."""
 
-    steps: int = 90_000
+    steps: int = option(90_000, ">= 0", unit="steps", basic=True)
     """Training steps. Paper: 90000."""
-    log_every: int = 20
+    log_every: int = option(20, ">= 1", unit="steps", outcome=False)
     """Steps between two lines of metrics."""
-    eval_every: int = 10_000
+    eval_every: int = option(10_000, ">= -1", unit="steps", outcome=False)
     """Steps between evaluations; the last step is always evaluated. 0: only the last; -1: never."""
-    eval_images: int = 0
-    """Images evaluated, the first ones of the split; 0: all."""
-    eval_batch_size: int = 0
-    """Images an evaluation step; 0: data.batch_size."""
+    eval_images: int = option(0, ">= 0")
+    """Number of evaluation images, the first of the split; 0: all."""
+    eval_batch_size: int = option(0, ">= 0", unit="images", outcome=False)
+    """Images per evaluation step; 0: data.batch_size."""
     evaluator: Literal["arrays", "pycocotools"] = "arrays"
     """Computes the COCO scores: arrays (evaluation/precision_recall.py) or pycocotools. Both give the same numbers."""
-    checkpoint_every: int = 1000
+    checkpoint_every: int = option(1000, ">= 1", unit="steps", outcome=False)
     """Steps between checkpoints; the last step is always saved."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints kept; the best by AP is kept beside them."""
-    pictures: int = 8
+    keep_checkpoints: int = option(2, ">= 1", outcome=False)
+    """Number of newest checkpoints to keep; the best by AP is kept in addition."""
+    pictures: int = option(8, ">= 0", outcome=False)
     """Evaluation images drawn with their detections at each evaluation."""
-    tensorboard: bool = True
-    """Write TensorBoard files beside metrics.jsonl, with the pictures of each evaluation."""
-    wandb: str = ""
-    """Weights & Biases project that metrics and pictures go to as well (pip install wandb); empty: none."""
-    accumulate: int = 1
-    """Parts in which a device takes its images of a step, one after the other: as much less memory, the same step. To
-    normalisers per_device and ema each part is a device of its own; norm batch takes statistics of a part at a time."""
-    skip_non_finite: int = 0
-    """Steps in all that may come out with a loss, gradient or parameters that are not finite, and are left out; one more
-    stops the run. 0: the first one does."""
+    tensorboard: bool = option(True, outcome=False)
+    """Write TensorBoard files in addition to metrics.jsonl, with the pictures of each evaluation."""
+    wandb: str = option("", outcome=False)
+    """Weights & Biases project that receives metrics and pictures (pip install wandb); empty: none."""
+    accumulate: int = option(1, ">= 1")
+    """Micro-batches per step and device (gradient accumulation): less memory, the same step. With normalisers per_device and
+    ema each micro-batch counts as a device; norm batch computes statistics per micro-batch."""
+    skip_non_finite: int = option(0, ">= 0", unit="steps")
+    """Most steps in a run that are skipped because of a non-finite loss, gradient or parameter; one more stops the run."""
     profile_steps: str = ""
-    """FIRST:LAST, steps to record with the profiler, both included, into RUN/profile; empty: none."""
+    """FIRST:LAST, steps to record with the profiler, both included, in RUN/profile; empty: none."""
 
 
 @dataclass(frozen=True)
@@ -355,21 +462,37 @@ class Config:
     anchors: AnchorConfig = field(default_factory=AnchorConfig)
     """Anchor boxes."""
     matching: MatchingConfig = field(default_factory=MatchingConfig)
-    """Anchors to ground truth."""
+    """Assignment of anchors to ground truth."""
     loss: LossConfig = field(default_factory=LossConfig)
     """Training loss."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and schedule."""
-    detection: DetectionConfig = field(default_factory=DetectionConfig)
+    detection: DetectionConfig = field(default_factory=DetectionConfig, metadata={"option": Option(resume=True)})
     """Inference."""
-    training: TrainingConfig = field(default_factory=TrainingConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig, metadata={"option": Option(resume=True)})
     """Loop."""
-    parallel: Literal["jit", "pmap"] = "jit"
-    """Driver of the step over the devices: jit over a data mesh, or pmap."""
-    devices: int = 0
-    """Devices used, over all hosts; 0: all there are. data.batch_size is a multiple of it."""
-    cpu_kernels: bool = True
-    """Use the convolutions and the loss written for XLA's CPU backend (retina_jax/cpu), where the backend is the CPU. They
-    are faster, and equal to the plain ones up to rounding."""
-    seed: int = 0
+    cpu_kernels: bool = option(True, outcome=False)
+    """Use the faster convolutions and loss written for XLA's CPU backend (retina_jax/cpu), if the backend is the CPU. Their
+    results equal the plain ones up to rounding."""
+    parallel: Literal["jit", "pmap"] = option("jit", outcome=False)
+    """How a step is spread over the devices: jit over a data mesh, or pmap."""
+    devices: int = option(0, ">= 0", outcome=False, basic=True)
+    """Devices to use, over all hosts; 0: all. data.batch_size must be a multiple of it."""
+    seed: int = option(0, ">= 0")
     """Seed of the initial weights, the data order and the augmentation."""
+
+
+def parse_window(text: str) -> tuple[int, int] | None:
+    """Returns the first and last step of `training.profile_steps`, both included and counted from 1; None if it is empty.
+
+    Raises ConfigError for anything but FIRST:LAST with 1 <= FIRST <= LAST.
+    """
+    if not text:
+        return None
+    match = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", text)
+    first, last = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise ConfigError(
+            f"training.profile_steps: invalid value {text!r}; must be FIRST:LAST, with 1 <= FIRST <= LAST, such as 10:15"
+        )
+    return first, last

@@ -1,40 +1,107 @@
-"""What a run says while it runs: one line an event, on the standard output."""
+"""Lines for the person who watches a run: messages, warnings and progress on the standard output; and names of hardware."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import sys
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from retina_jax.errors import one_line
 
+T = TypeVar("T")
+BAR = 20
+"""Columns of a progress bar."""
+SECONDS_IN_TERMINAL, SECONDS_IN_LOG = 0.2, 15.0
+"""Time between two reports of `track`, on a terminal and in a log file."""
 
-def tell(line: str, end: str = "\n") -> None:
-    """Print `line` at once. A log that cannot be written (a full disk takes those too) ends nothing."""
-    try:
-        print(line, end=end, flush=True)
-    except OSError:
-        return
+
+def log(line: str) -> None:
+    """Prints `line` at once. A log that cannot be written, as on a full disk, ends nothing."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
 
 
 def warn(line: str) -> None:
-    """Print a warning on a line of its own, from whatever thread, as `one_line` gives it."""
-    tell(("\n" if sys.stdout is not None and sys.stdout.isatty() else "") + one_line(f"warning: {line}"))
+    """Prints a warning as one line."""
+    log(one_line(f"warning: {line}"))
+
+
+class Progress:
+    """Shows how much of a task is done: a line with a bar on a terminal, which is rewritten; plain lines in a log file.
+
+    rich draws the bar, but only in `update`: a thread would draw between the lines of other threads. Other lines, such as
+    warnings, appear above the bar.
+    """
+
+    def __init__(self, task: str, total: int, done: int = 0, transient: bool = False) -> None:
+        """`done` steps of `total` are done already. A `transient` bar disappears at the end."""
+        self._task, self._total = task, total
+        self._since = done, time.monotonic()
+        self._first = True
+        self._bar = None
+        if sys.stdout is None or not sys.stdout.isatty():
+            return
+        from rich.console import Console  # 60 ms that most commands do not need
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        self._console = Console(force_terminal=True, soft_wrap=True)  # other lines stay as they are
+        # A killed process would leave the terminal without a cursor.
+        self._console.show_cursor = lambda show=True: False
+        counted, detail = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[detail]}"))
+        columns = counted, BarColumn(BAR), detail
+        self._bar = Bar(*columns, console=self._console, auto_refresh=False, transient=transient)
+        self._row = self._bar.add_task(task, total=max(total, 1), detail="")
+
+    def update(self, done: int, detail: str = "") -> None:
+        """Reports that `done` steps are done. A terminal that is too narrow shows the beginning of `detail`."""
+        first, begun = self._since
+        now = time.monotonic()
+        left = (now - begun) / max(done - first, 1) * max(self._total - done, 0)
+        if self._first:  # before the first report programs compile: the time left is estimated from the steps after it
+            self._first, self._since = False, (done, now)
+        counted, eta = f"{self._task} {done}/{self._total}", f"ETA {duration(left)}"
+        if self._bar is None:
+            log("  ".join(filter(None, (counted, detail, eta))))
+            return
+        room = max(self._console.width - len(counted) - BAR - 2, 0)
+        text = f"{eta}  {detail}".rstrip()[:room]
+        self._bar.update(self._row, completed=done, description=counted, detail=text)
+        self._bar.refresh() if self._bar.live.is_started else self._bar.start()
+
+    def close(self) -> None:
+        """Leaves the terminal on a line of its own."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def track(task: str, items: Iterable[T], total: int) -> Iterator[T]:
+    """Yields `items` and shows how many of `total` came; a task of less than one interval shows nothing."""
+    progress = Progress(task, total, transient=True)
+    with contextlib.closing(progress):
+        interval = SECONDS_IN_LOG if progress._bar is None else SECONDS_IN_TERMINAL
+        reported = time.monotonic()
+        for done, item in enumerate(items, 1):
+            yield item
+            if (now := time.monotonic()) - reported >= interval:
+                progress.update(done)
+                reported = now
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, 0:00:07."""
+    """Returns hours, minutes and seconds: 0:00:07."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
-# What a figure was measured on, said in words.
-
-
 def hardware() -> str:
-    """JAX's device: the accelerator's name, or the processor's with the cores at hand."""
+    """Returns the name of JAX's device: of the accelerator, or of the processor with the number of available cores."""
     import jax
 
     device = jax.devices()[0]
@@ -42,17 +109,13 @@ def hardware() -> str:
 
 
 def processor() -> str:
-    """The processor's name as Linux gives it, else its architecture, with the cores at hand."""
+    """Returns the processor's name, on Linux, or its architecture, with the number of available cores."""
     cpuinfo = Path("/proc/cpuinfo")
-    name = platform.processor() or platform.machine()
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    return f"{name}, {cores()} cores"
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.processor() or platform.machine()])[0]}, {cores()} cores"
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """Returns the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -20,8 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int, PyTree, UInt8
 
 from retina_jax.config import Config, ConfigError, DataConfig, DetectionConfig
-from retina_jax.config_checks import validate
-from retina_jax.config_io import override
+from retina_jax.config_io import override, validate
 from retina_jax.data.classes import unique_names
 from retina_jax.data.pipeline import LARGE, Batch
 from retina_jax.data.transforms import (

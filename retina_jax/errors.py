@@ -1,34 +1,45 @@
-"""What ends a run in one line: the errors that a person can mend, and being asked to stop; and any error in one line."""
+"""Errors that end a script with one line instead of a traceback, and how any error becomes one line."""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
-"""What libraries bury in a page of their own."""
-
-
-LONGEST_LINE = 1000
-"""Characters of a line for a person."""
+"""Errors that libraries wrap in long messages of their own."""
+LONGEST_LINE, LONGEST_REASON, LONGEST_NAME = 1000, 200, 120
+"""Most characters of a message, of a reason in it, and of a name in it."""
+# The code RESOURCE_EXHAUSTED does not suffice: a message that is too long for the network has it too.
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|CUDA_ERROR_OUT_OF_MEMORY|failed to allocate|attempting to (allocate|reserve)", re.IGNORECASE
+)
 
 
 class PlainError(Exception):
-    """Ends a script with its message, one line that names what is wrong and what would be right, and no traceback."""
+    """Ends a script with its message and no traceback: one line that names what is wrong and what would be right."""
+
+
+class WeightsError(PlainError, ValueError):
+    """Weights that cannot be used; the message names the file, what is wrong and what would be right."""
+
+
+class OutOfMemory(PlainError, RuntimeError):
+    """A device has less memory than a program needs; the message has both sizes and what would help."""
 
 
 class Stopped(Exception):
-    """The run was asked to stop, by the signal `number`, after `step`, which is saved."""
+    """The run was stopped by the signal `number`, after `step`, which is saved."""
 
     def __init__(self, number: int, step: int) -> None:
         after = f"after step {step}, which is saved" if step else "before the first step"
-        super().__init__(f"stopped by {signal.Signals(number).name} {after}; the same command goes on from there")
+        super().__init__(f"stopped by {signal.Signals(number).name} {after}; the same command resumes from there")
         self.number = number
 
 
 def ending(error: BaseException) -> tuple[str | None, int]:
-    """The last line of a script that ends by `error`, as `one_line` gives it, and its exit status; None: the traceback."""
+    """Returns the last line and the exit status of a script that `error` ends; None for the line: show the traceback."""
     if isinstance(error, PlainError):
         return one_line(f"error: {error}"), 2
     if isinstance(error, Stopped):
@@ -36,59 +47,83 @@ def ending(error: BaseException) -> tuple[str | None, int]:
     if isinstance(error, OSError) and error.filename is not None:
         return one_line(f"error: {error.filename}: {error.strerror}"), 2
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; what was saved before is whole", 130
-    if type(error).__name__ == "JaxRuntimeError":
-        from retina_jax.training.compilation import out_of_memory
-
-        if (line := out_of_memory(error)) is not None:
-            return one_line(f"error: {line}"), 2
+        return "interrupted; everything saved before is intact", 130
+    if isinstance(error, RuntimeError) and (line := out_of_memory(error)) is not None:
+        return one_line(f"error: {line}"), 2
     if isinstance(error, SystemExit):
         return None, error.code if isinstance(error.code, int) else int(error.code is not None)
     return None, 1
 
 
+def out_of_memory(
+    error: BaseException, needed: object = None, padded_shape: tuple[int, int] | None = None
+) -> str | None:
+    """Returns one line about an error of JAX's runtime that means a device's memory is full; None for any other error.
+
+    Args:
+      needed: the memory that the step needs, as a text, if known.
+      padded_shape: height and width of its images, pixels.
+    """
+    import jax  # costs 0.5 s, and such an error comes from it
+
+    if not isinstance(error, jax.errors.JaxRuntimeError) or not OUT_OF_MEMORY.search(str(error)):
+        return None
+    limit = device_memory()
+    program = f"the step for {padded_shape[0]}x{padded_shape[1]}" if padded_shape else "a program"
+    detail = re.sub(r"^.*?RESOURCE_EXHAUSTED: ", "", str(error).strip().splitlines()[0])
+    detail = re.sub(r"\b([0-9]{7,}) bytes", lambda match: size(int(match[1])), detail).rstrip(".: ")
+    has = f"; a device has {size(limit)}" if limit else ""
+    helps = "use a smaller data.batch_size, or keep it with training.accumulate, model.remat True, model.dtype bfloat16"
+    if jax.default_backend() == "gpu":
+        helps += ", or, if nothing else runs on this GPU, XLA_PYTHON_CLIENT_MEM_FRACTION=0.92"
+    return f"out of memory: {program} needs {needed or 'more than there is'}{has} ({detail}); {helps}"
+
+
+def device_memory() -> int | None:
+    """Returns the bytes that JAX may use of the smallest local device; None if devices do not report it (CPU)."""
+    import jax
+
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    return min((s["bytes_limit"] for s in stats if s and "bytes_limit" in s), default=None)
+
+
+def size(number: int) -> str:
+    """Returns a number of bytes in words: "4.4 GiB"."""
+    unit, name = (2**30, "GiB") if number >= 2**30 else (2**20, "MiB")
+    return f"{number / unit:.1f} {name}"
+
+
 def reason(error: BaseException) -> str:
-    """What an error says, in at most 200 characters on one line."""
-    said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    """Returns what an error says, on one line: the operating system's name of a disk's error, or its own first line."""
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     for name in map(os.strerror, DISK_ERRORS):
-        if name in said:
+        if name in text:
             return name
-    return said.splitlines()[0][:200]
+    return text.splitlines()[0][:LONGEST_REASON]
 
 
 def one_line(message: object) -> str:
-    """A message on one line of at most LONGEST_LINE characters, all of which a terminal can show: others are escaped.
+    """Returns a message on one line of at most LONGEST_LINE printable characters.
 
-    A longer one loses its middle: it begins with where the error is, and ends with what to do.
+    A longer one loses its middle: it begins with the place of the error and ends with what to do.
     """
     try:
-        text = " ".join(str(message).split())
+        text = printable(" ".join(str(message).split()))
     except Exception:
         return "an error that cannot be shown"
-    shown = printable(text)
-    if len(shown) <= LONGEST_LINE:
-        return shown
+    if len(text) <= LONGEST_LINE:
+        return text
     end = LONGEST_LINE * 3 // 10
-    return f"{shown[: LONGEST_LINE - end - 5]} ... {shown[-end:]}"
+    return f"{text[: LONGEST_LINE - end - 5]} ... {text[-end:]}"
 
 
 def printable(text: str) -> str:
-    """The text with control characters, which a terminal would obey, as escapes."""
+    """Returns the text with control characters, which a terminal would obey, as escapes."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-# What every reader and converter of weights ends in when it cannot go on.
-
-LONGEST_NAME = 120
-"""Characters of a name in a message."""
-
-
-class WeightsError(PlainError, ValueError):
-    """Weights that cannot be used; the message is one line that names the file, what is wrong and what would be right."""
-
-
 def shortened(name: object) -> str:
-    """A name from a file, as a message shows it: without control characters, a long one without its middle."""
+    """Returns a name from a file as messages show it: printable, a long one without its middle."""
     text = str(name)
     if len(text) > LONGEST_NAME:
         half = LONGEST_NAME // 2 - 2
@@ -97,5 +132,5 @@ def shortened(name: object) -> str:
 
 
 def quoted(name: object) -> str:
-    """`shortened`, in quotes."""
+    """Returns `shortened` in quotes."""
     return f"'{shortened(name)}'"

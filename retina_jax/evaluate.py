@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from retina_jax import distributed
-from retina_jax.console import tell, warn
+from retina_jax.console import log, warn
 from retina_jax.data.classes import category_ids
 from retina_jax.data.decoding import image_of
 from retina_jax.data.pipeline import Batch, eval_batches
@@ -91,7 +91,7 @@ def evaluate(
         _write_pictures(run, detector, source, readable, lambda suffix: run.path("pictures", step, variant + suffix))
     compiled = f", {events[seconds(COMPILED)]:.1f} of them to compile detection" if events[COMPILED] else ""
     speed = f"{len(image_ids) / max(elapsed, 1e-9):.1f} img/s"
-    tell(f"evaluated {len(image_ids)} images in {elapsed:.1f} s ({speed}{compiled})")
+    log(f"evaluated {len(image_ids)} images in {elapsed:.1f} s ({speed}{compiled})")
     return scores
 
 

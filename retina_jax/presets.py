@@ -1,21 +1,21 @@
-"""Where public RetinaNets differ, as config: a preset is what to set, over any config, to do as one of them does.
+"""Presets: config fields that make this project behave like another public RetinaNet.
 
     config = override(config, PRESETS["detectron2"])
 
-Every preset names the same fields, so that one can be laid over another. They hold the conventions and the optimizer; data,
-backbone and number of classes stay as they are, and the schedule's length is in the recipes, `configs/*_r50_800.py`.
-Weights that come from one of these systems bring its preset along (`retina_jax.weights`).
+All presets set the same fields, so that one can replace another. They hold the conventions and the optimizer; data, backbone
+and number of classes stay as they are, and the length of the schedule is in `configs/*_r50_800.py`. Weights that come from
+one of these systems select its preset (`retina_jax.weights`).
 
-What each leaves different from its system:
+Differences that remain:
 
-- detectron, detectron2, torchvision: they pad a training batch to its largest image, where here it gets one of four shapes;
+- detectron, detectron2, torchvision: they pad a training batch to its largest image; here it gets one of four shapes, and
   `data.buckets` 0 pads as they do in detection and evaluation only.
-- detectron: its normaliser adds 1 an image and counts the weak anchors that become background; it suppresses in original
-  pixels and resizes by one factor for both axes, where here each axis has its own (at most half a pixel at the far edge).
-- detectron2: each process has a running mean of its own, where here there is their common one; its NMS is torchvision's.
+- detectron: its normaliser adds 1 per image and counts low-quality anchors that become background; it runs NMS in original
+  pixels and resizes both axes by one factor; here each axis has its own (at most half a pixel at the far edge).
+- detectron2: each process has its own running mean of the normaliser; here there is one. Its NMS is torchvision's.
 - torchvision: its NMS separates classes by large offsets, which round the boxes of the last classes to 1/128 pixel; on the
-  CPU, with more than 1000 candidates, it handles the classes one by one. v2 updates the BatchNorm statistics of frozen
-  stages too. v1 would decay normalisation parameters if it trained any.
+  CPU, with more than 1000 candidates, it handles the classes one by one. v2 also updates the BatchNorm statistics of frozen
+  stages. v1 would decay normalisation parameters if it trained any.
 """
 
 from __future__ import annotations
@@ -96,9 +96,9 @@ _DIFFERENT: Mapping[str, Mapping[str, Any]] = {
 }
 
 FIELDS = tuple(name for name in flatten(Config()) if any(name in preset for preset in _DIFFERENT.values()))
-"""Dotted names of the fields in which any two presets differ."""
+"""Dotted names of the fields that any preset sets."""
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     name: {field: (flatten(Config()) | dict(preset))[field] for field in FIELDS} for name, preset in _DIFFERENT.items()
 }
-"""Name of a preset to dotted config fields and their values; `paper` has the defaults of `Config`."""
+"""Dotted config fields and values of each preset; `paper` has the defaults of `Config`."""

@@ -19,12 +19,13 @@ from typing import Annotated
 
 import tyro
 
-from retina_jax.cli import config_of, one_line_errors, parse_command_line, set_up_jax
+from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_checks import validate
-from retina_jax.console import tell
+from retina_jax.config_io import validate
+from retina_jax.console import log
 from retina_jax.data_check.check import Check, check_data, facts_of
 from retina_jax.reports.check_page import check_page, worst_pictures
+from retina_jax.runs.base_config import config_of
 from retina_jax.runs.folder import write_json
 
 OWN_DATA = Path(__file__).parents[1] / "configs" / "own_data.py"
@@ -79,23 +80,23 @@ def main() -> None:
         raise ConfigError(f"{page}: cannot be written: {error.strerror}") from None
     write_json(facts, facts_of(check))
     summarise(check)
-    tell(f"page: {page}\nfacts: {facts}\n{check.verdict()}")
+    log(f"page: {page}\nfacts: {facts}\n{check.verdict()}")
     sys.exit(0 if check.ready else NOT_READY)
 
 
 def summarise(check: Check) -> None:
     """Prints one line per kind of finding, the anchor coverage and the suggestion."""
     for group in check.groups:
-        tell(group.line())
+        log(group.line())
     shares, total = check.shares, check.shares.total
     if not total.boxes:
         return
-    tell(
+    log(
         f"anchors: {total.part('by_iou'):.1%} of {total.boxes} boxes by IoU, {total.part('by_low_quality'):.1%} by the "
         f"low-quality rule only, {total.part('uncovered'):.1%} none; {shares.positives_per_image:.1f} positives per image"
     )
     if check.suggestion is not None:
-        tell(check.suggestion.line())
+        log(check.suggestion.line())
 
 
 if __name__ == "__main__":

@@ -19,20 +19,20 @@ import jax
 import tyro
 
 from retina_jax import distributed
-from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax, settings_of
+from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_checks import validate
-from retina_jax.config_io import flatten, meaning_changes, override
+from retina_jax.config_io import flatten, meaning_changes, override, validate
 from retina_jax.console import warn
 from retina_jax.data.datasets import check_classes, open_source
 from retina_jax.detector import load_detector
 from retina_jax.evaluate import evaluate, write_submission
 from retina_jax.evaluation.coco_scores import coco_table
+from retina_jax.runs.base_config import settings_of
 from retina_jax.runs.folder import Run
 from retina_jax.training.checkpoints import Step
 
-# What may be another than in training: what is evaluated on and how its boxes are read off.
-INFERENCE = ("data.", "training.", "detection.", "devices", "parallel")
+# These, and what a resumed run may change, may differ from training.
+INFERENCE = ("data.", "training.")
 
 
 @dataclass(frozen=True)

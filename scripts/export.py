@@ -16,11 +16,12 @@ from typing import Literal
 
 import tyro
 
-from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax, settings_of
+from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import ConfigError, DetectionConfig
-from retina_jax.config_checks import validate
+from retina_jax.config_io import validate
 from retina_jax.detector import load_detector
 from retina_jax.export.agreement import export_detector, images_for
+from retina_jax.runs.base_config import settings_of
 from retina_jax.training.checkpoints import Step
 
 REFUSED = {

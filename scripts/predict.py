@@ -15,9 +15,9 @@ from typing import Annotated
 import tyro
 from PIL import Image
 
-from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax, settings_of
+from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import ConfigError, DetectionConfig
-from retina_jax.config_checks import validate
+from retina_jax.config_io import validate
 from retina_jax.data.decoding import MAX_PIXELS, largest_file, to_rgb
 from retina_jax.data.image_paths import image_files
 from retina_jax.data.reading import read_file
@@ -26,6 +26,7 @@ from retina_jax.data.survey import decoding_of_files
 from retina_jax.detector import load_detector
 from retina_jax.errors import reason
 from retina_jax.evaluation.drawing import draw
+from retina_jax.runs.base_config import settings_of
 from retina_jax.runs.files import write_json
 from retina_jax.training.checkpoints import Step
 

@@ -17,9 +17,10 @@ from miniature.crops import ACROSS, draw_crops
 from miniature.pretraining import backbone_state_dict, pretrain
 from safetensors.numpy import save
 
-from retina_jax.cli import config_of, one_line_errors, parse_command_line, set_up_jax
+from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_checks import validate
+from retina_jax.config_io import validate
+from retina_jax.runs.base_config import config_of
 
 MINI = Path(__file__).parents[1] / "configs" / "mini.py"
 

@@ -16,10 +16,10 @@ from typing import Annotated
 import tyro
 
 from retina_jax import distributed
-from retina_jax.cli import config_of, one_line_errors, parse_command_line, set_up_jax
-from retina_jax.config import Config
-from retina_jax.config_checks import parse_window, validate
-from retina_jax.console import tell, warn
+from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
+from retina_jax.config import Config, parse_window
+from retina_jax.config_io import validate
+from retina_jax.console import log, warn
 from retina_jax.data.datasets import open_sources
 from retina_jax.data.pipeline import Batches, train_batches
 from retina_jax.data.source import Source
@@ -27,6 +27,7 @@ from retina_jax.detector import Detector
 from retina_jax.evaluate import evaluate
 from retina_jax.evaluation.coco_scores import SUMMARY, Scores, coco_table, number
 from retina_jax.model.summary import parameter_table
+from retina_jax.runs.base_config import config_of
 from retina_jax.runs.folder import Clock, Run, finish_run, is_due, started_run, training_lock
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.compilation import CompiledStep
@@ -85,7 +86,7 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
             workdir, config, source.class_names, source.category_ids, source.sha256, driver.num_microbatches, changes
         )
         state, origin = restore_or_init(driver, run, checkpoints, missing)
-        tell(f"{parameter_table(state.variables)}\n{origin}")
+        log(f"{parameter_table(state.variables)}\n{origin}")
         if short := unreached(config):
             warn(short)
         start = int(state.step)
@@ -110,7 +111,7 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
                 evaluating = is_due(step, training.eval_every, last)
                 saving = evaluating or is_due(step, training.checkpoint_every, last)
                 if saving or step % training.log_every == 0:
-                    metrics.flush(end_line=evaluating or last)
+                    metrics.flush()
                 if saving:
                     checkpoints.save(step, state)
                     if evaluating:
@@ -135,21 +136,21 @@ def score_step(
     scores = evaluate(run, detector, source, step, check=partial(interruption.checked, step))
     checkpoints.score(step, scores.summary["AP"])
     metrics.evaluated(step, scores.summary)
-    tell(f"step {step}: AP {number(scores.summary['AP'])}, AP50 {number(scores.summary['AP50'])}")
+    log(f"step {step}: AP {number(scores.summary['AP'])}, AP50 {number(scores.summary['AP50'])}")
 
 
 def report_end(run: Run, state: TrainState, clock: Clock, batches: Batches) -> None:
     """Write summary.json; log the last evaluation and the images of all hosts that were skipped or have one colour."""
     summary = finish_run(run, int(state.step), clock.seconds(), parameters_sha256(state.everything))
     if (evaluation := summary["evaluation"]) is not None:
-        tell(coco_table(Scores({name: evaluation[name] for name in SUMMARY}, evaluation["per_class"])))
+        log(coco_table(Scores({name: evaluation[name] for name in SUMMARY}, evaluation["per_class"])))
     for what, names in (
         ("unreadable images were skipped", batches.skipped),
         ("images have one colour, wholly or nearly", batches.one_colour.names),
     ):
         if merged := sorted(set().union(*distributed.exchange(set(names)))):
             warn(f"{len(merged)} {what}: {', '.join(merged)}")
-    tell(f"{summary['steps']} steps in {summary['seconds']:.0f} s; everything is in {run.folder}")
+    log(f"{summary['steps']} steps in {summary['seconds']:.0f} s; everything is in {run.folder}")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retina_jax.cli import config_of, parse_command_line
-from retina_jax.config import Config, ConfigError, LossConfig
-from retina_jax.config_checks import validate
-from retina_jax.config_io import flatten, from_dict, load_config, meaning_changes, override, to_dict
+from retina_jax.cli import parse_command_line
+from retina_jax.config import Config, ConfigError, LossConfig, options
+from retina_jax.config_io import flatten, from_dict, load_config, meaning_changes, override, to_dict, validate
+from retina_jax.runs.base_config import config_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,11 +49,24 @@ def test_every_config_file_is_valid_and_documented(path: Path) -> None:
     assert any(command in path.read_text() for command in commands)
 
 
-def test_every_field_is_documented_in_help(capsys: pytest.CaptureFixture[str]) -> None:
+def help_text(capsys: pytest.CaptureFixture[str], option: str) -> str:
     with pytest.raises(SystemExit) as end:
-        parse("--help")
+        parse(option)
     assert end.value.code == 0
-    shown = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_help_lists_the_scripts_own_options_and_the_basic_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = help_text(capsys, "--help").split()
+    listed = {name for name in flatten(Config()) if f"--{name.replace('_', '-')}" in shown}
+    assert listed == {name for name, known in options(Config).items() if known.basic} and 10 <= len(listed) <= 15
+    assert {"--workdir", "--help-all"} <= {word.rstrip(":") for word in shown}
+
+
+def test_every_field_is_documented_with_its_bounds_in_the_long_help(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = help_text(capsys, "--help-all")
+    words = " ".join(shown.replace("│", " ").split())
+    assert "Peak learning rate" in words and "(>= 0) (default: 0.01)" in words and "(px, >= 1) (default: 600)" in words
     for name in flatten(Config()):
         option = f"--{name.replace('_', '-')}"
         assert option in shown
@@ -92,7 +105,7 @@ def test_booleans_both_ways(argv: tuple[str, ...]) -> None:
         (("stray",), "stray"),
     ],
 )
-def test_a_wrong_override_is_one_line_that_says_what_exists(argv: tuple[str, ...], says: str) -> None:
+def test_a_wrong_override_is_one_line_that_names_what_exists(argv: tuple[str, ...], says: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse(*argv)
     assert says in str(error.value) and "\n" not in str(error.value)
@@ -114,15 +127,20 @@ def test_a_wrong_override_is_one_line_that_says_what_exists(argv: tuple[str, ...
         ("optimizer.learning_rate", float("inf")),
         ("optimizer.ema_decay", 1.0),
         ("detection.tta_short_sides", (600, 0)),
+        ("data.jitter_short_sides", (600, 2000)),
+        ("data.scenes.max_side", 3.0),
+        ("data.scenes.min_side", 60.0),
+        ("model.num_classes", 0),
+        ("training.profile_steps", "5:3"),
     ],
 )
-def test_a_value_that_cannot_be_names_its_field(name: str, value: object) -> None:
+def test_an_invalid_value_names_its_field(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=name) as error:
         validate(override(Config(), {name: value}))
     assert "\n" not in str(error.value)
 
 
-def test_unknown_override_in_code_says_what_exists() -> None:
+def test_unknown_override_in_code_names_what_exists() -> None:
     with pytest.raises(ConfigError, match=r"loss\.gama: no such field; did you mean loss\.gamma"):
         override(Config(), {"loss.gama": 1.0})
 

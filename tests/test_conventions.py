@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retina_jax.config import AnchorConfig, Config, ConfigError, DataConfig, DetectionConfig, ModelConfig
-from retina_jax.config_checks import validate
-from retina_jax.config_io import from_dict, override, to_dict
+from retina_jax.config_io import from_dict, override, to_dict, validate
 from retina_jax.data.transforms import buckets, exact_canvas, resize, resized_size, to_canvas_pixels, to_original_pixels
 from retina_jax.detector import to_canvas
 from retina_jax.model.retinanet import normalise

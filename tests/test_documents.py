@@ -21,8 +21,7 @@ import pytest
 
 from retina_jax import cli
 from retina_jax.config import Config, ScenesConfig
-from retina_jax.config_checks import validate
-from retina_jax.config_io import flatten
+from retina_jax.config_io import flatten, validate
 from retina_jax.data.scenes import write_scenes
 from retina_jax.distributed import Hosts
 from retina_jax.errors import PlainError

@@ -1,4 +1,4 @@
-"""Any config, as a dict, a file or a command line, is taken with exactly its fields' types or refused in one line."""
+"""Any config, as a dict, a file or a command line, is accepted with exactly its fields' types or refused in one line."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from test_config_files import parse
 
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_checks import validate
-from retina_jax.config_io import flatten, from_dict, load_config, override, to_dict
+from retina_jax.config_io import flatten, from_dict, load_config, override, to_dict, validate
 
 SCALARS = [
     None, True, False, 0, 1, 2, -1, 3, 7, 32, 10**6, 2**31, 2**53 + 1, 2**63 - 1, 2**63, -(2**63), 10**30, 10**400, 0.0,
@@ -78,7 +77,7 @@ def is_of(value: Any, hint: Any) -> bool:
 
 
 def check_accepted(config: Config) -> str:
-    """Its types, its round trip through JSON, and what `validate` says to it."""
+    """Checks its types and its round trip through JSON; returns what `validate` does with it."""
     assert type(config) is Config and has_types(config)
     assert repr(from_dict(json.loads(json.dumps(to_dict(config))))) == repr(config)  # repr, because NaN is not NaN.
     try:
@@ -127,7 +126,7 @@ def same_values(read: Any, given: Any) -> bool:
 
 
 @both_shares
-def test_any_dict_is_taken_whole_or_refused_by_name(share: int) -> None:
+def test_any_dict_is_accepted_completely_or_refused_by_name(share: int) -> None:
     def case(values: Any) -> str:
         try:
             config = from_dict(values, "run.json")
@@ -143,7 +142,7 @@ def test_any_dict_is_taken_whole_or_refused_by_name(share: int) -> None:
 
 @st.composite
 def sources(draw: st.DrawFn) -> bytes:
-    """Config files: whole, with tokens put in, with bytes lost or changed, or with any value in a field."""
+    """Config files: complete, with inserted tokens, with lost or changed bytes, or with any value in a field."""
     how = draw(st.sampled_from(["value", "tokens", "bytes"]))
     encoded = FILE.encode()
     if how == "tokens":
@@ -174,7 +173,7 @@ def sources(draw: st.DrawFn) -> bytes:
 
 
 @both_shares
-def test_any_file_is_taken_or_refused_by_name(tmp_path: Path, share: int) -> None:
+def test_any_file_is_accepted_or_refused_by_name(tmp_path: Path, share: int) -> None:
     path = tmp_path / "config.py"
 
     def case(encoded: bytes) -> str:
@@ -225,7 +224,7 @@ def text_of(value: Any) -> str:
 
 
 @both_shares
-def test_any_command_line_is_taken_or_refused_by_name(share: int) -> None:
+def test_any_command_line_is_accepted_or_refused_by_name(share: int) -> None:
     def case(words: list[str]) -> str:
         try:
             # `validate`, which every script calls next, knows that integers end; the command line does not.

@@ -144,7 +144,7 @@ def told(life: Life) -> int:
     """The step after which it says it stopped; everything else that it should leave then is there too."""
     line = life.said.splitlines()[-1]
     found = re.fullmatch(
-        r"stopped by SIG(TERM|INT) after step (\d+), which is saved; the same command goes on from there", line
+        r"stopped by SIG(TERM|INT) after step (\d+), which is saved; the same command resumes from there", line
     )
     assert found, line
     step = int(found[2])
@@ -171,7 +171,7 @@ def test_sigterm_saves_the_step_it_comes_at_and_exits_0(
     _, workdir, lives = unbroken_and_lives
     first = lives["SIGTERM before a step"]
     assert first.status == 0 and not first.metrics and not first.checkpoints
-    assert "stopped by SIGTERM before the first step; the same command goes on from there" in first.said
+    assert "stopped by SIGTERM before the first step; the same command resumes from there" in first.said
     assert lives["SIGTERM in training"].status == 0
     step = told(lives["SIGTERM in training"])
     assert f"resuming {workdir} at step {step}\n" in lives["SIGTERM in evaluating"].said
@@ -196,7 +196,7 @@ def test_ctrl_c_saves_and_exits_130_and_twice_ends_at_once(
     once, twice = lives["SIGINT"], lives["SIGINT twice"]
     assert once.status == 130 and twice.status == 130
     assert f"resuming {workdir} at step {told(once)}\n" in twice.said
-    assert twice.said.splitlines()[-1] == "interrupted; what was saved before is whole"
+    assert twice.said.splitlines()[-1] == "interrupted; everything saved before is intact"
     assert twice.seconds < 30
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 from retina_jax import distributed
 from retina_jax.config import Config, ConfigError, DataConfig
 from retina_jax.config_io import override, with_classes
-from retina_jax.console import tell, warn
+from retina_jax.console import log, warn
 from retina_jax.data.classes import Category, category_ids, listed, open_both
 from retina_jax.data.coco import read_coco
 from retina_jax.data.coco_document import configured
@@ -47,7 +47,7 @@ def open_source(
     if split == "train" and not any(len(record.labels) for record in source.records):
         raise DataError(f"{source.name}: has no usable box ({source.counts}); training needs at least one")
     for (category_id, name), why in source.left_out.items():
-        tell(f"{source.name}: category {name} ({category_id}) is left out: {why}")
+        log(f"{source.name}: category {name} ({category_id}) is left out: {why}")
     for note in source.notes:
         warn(f"{source.name}: {note}")
     source = with_decoding(source, data)
@@ -110,7 +110,7 @@ def open_sources(
     else:
         train, val = open_both(open_train, open_val, known)
         if config.data.orientation == "auto" and (train.shown, val.shown) == ("open", "stored"):
-            tell(f"reading the training images as stored, as the evaluation images show it: {train.name} ...")
+            log(f"reading the training images as stored, as the evaluation images show it: {train.name} ...")
             inherit_orientation(val)
             train = open_train(train.categories)
     if known:
@@ -123,7 +123,7 @@ def open_sources(
     facts = {"training": train.sha256, "evaluation": val.sha256, "images": [len(train), len(val)]}
     facts |= {"decoding": [str(train.decoding), str(val.decoding)]}
     distributed.check_same("data", {**facts, "classes": list(train.class_names), "ids": list(val.category_ids)})
-    tell(f"train: {train}\nval: {val}")
+    log(f"train: {train}\nval: {val}")
     images, boxes = overflow(train, config.data)
     if boxes:
         warn(f"data.max_boxes leaves out {boxes} boxes of {images} images")

@@ -16,6 +16,7 @@ from PIL import Image, ImageMode, UnidentifiedImageError
 from retina_jax.data.conventions import AS_VIEWERS, Decoding, Header
 from retina_jax.data.sixteen_bits import is_deep, samples, to_eight_bits
 from retina_jax.data.source import BadImage, Source
+from retina_jax.errors import reason
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
 """Supported file formats. PIL has more; some of them start other programs."""
@@ -104,7 +105,7 @@ def to_rgb(
         raise
     except Exception as error:
         # PIL's decoders raise nearly anything for a broken file: OSError, SyntaxError, struct.error, IndexError.
-        raise BadImage(f"cannot be decoded: {_one_line(error)}") from None
+        raise BadImage(f"cannot be decoded: {reason(error)}") from None
 
 
 def image_of(source: Source, index: int) -> UInt8[np.ndarray, "h w 3"]:
@@ -172,8 +173,8 @@ def open_image(encoded: bytes) -> Image.Image:
     except Image.DecompressionBombError:
         raise BadImage(f"has more than {MAX_PIXELS} pixels") from None
     except Exception as error:
-        reason = "" if isinstance(error, UnidentifiedImageError) else f": {_one_line(error)}"
-        raise BadImage(f"is not an image in one of the formats {', '.join(FORMATS)}{reason}") from None
+        why = "" if isinstance(error, UnidentifiedImageError) else f": {reason(error)}"
+        raise BadImage(f"is not an image in one of the formats {', '.join(FORMATS)}{why}") from None
     if image.width * image.height > MAX_PIXELS:
         raise BadImage(f"has {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
     return image
@@ -220,7 +221,7 @@ def is_turned_by_pil(image: Image.Image, header: Header) -> bool:
 def _has_late_exif(image: Image.Image) -> bool:
     """Whether a PNG has an EXIF chunk after its pixels."""
     file, found = image.fp, False
-    before = file.tell()
+    before = file.log()
     file.seek(8)
     while len(head := file.read(8)) == 8 and not found:
         length, kind = struct.unpack(">I4s", head)
@@ -237,7 +238,3 @@ def _eight_bit_rgb(image: Image.Image) -> Image.Image:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return image.convert("RGB")
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

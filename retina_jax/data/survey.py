@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from retina_jax.config import DataConfig
-from retina_jax.console import tell, warn
+from retina_jax.console import log, warn
 from retina_jax.data.conventions import Decoding, Header, Orientation, Votes
 from retina_jax.data.decoding import FORMATS, MAX_PIXELS, largest_file, open_image, read_header
 from retina_jax.data.reading import open_file, read_again, read_file
@@ -91,7 +91,7 @@ def with_decoding(source: Source, data: DataConfig) -> Source:
         decoding, lines = survey.decide(data)
         shown = survey.votes.shown
     for line, in_doubt in lines:
-        (warn if in_doubt else tell)(f"{source.name}: {line}")
+        (warn if in_doubt else log)(f"{source.name}: {line}")
     return replace(source, decoding=decoding, shown=shown)
 
 
@@ -105,7 +105,7 @@ def decoding_of_files(paths: Sequence[Path], data: DataConfig) -> Decoding:
     found = survey_files([path.name for path in paths], paths, [(0, 0)] * len(paths))
     decoding, lines = found.decide(replace(data, orientation=orientation))
     for line, in_doubt in lines:
-        (warn if in_doubt else tell)(line)
+        (warn if in_doubt else log)(line)
     return decoding
 
 
@@ -121,7 +121,7 @@ def read_votes(
     """The orientation that the headers show, and the rows of the 16-bit images. Arguments as in `survey_files`."""
     votes, deep = Votes(), []
     if len(paths) > MANY:
-        tell(f"reading the headers of {len(paths)} images ...")
+        log(f"reading the headers of {len(paths)} images ...")
     with ThreadPoolExecutor(READERS) as pool:
         for row, header in enumerate(pool.map(_header_of_file, paths)):
             if header is not None:
@@ -161,7 +161,7 @@ def read_sizes(annotations: Path, paths: Sequence[str]) -> list[Size | str]:
     stamps = {name: _stamp(name) for name in paths}
     unread = [name for name in stamps if known.get(name, [None])[0] != stamps[name] or stamps[name] is None]
     if len(unread) > MANY:
-        tell(f"reading the sizes of {len(unread)} images, which are missing from their annotations ...")
+        log(f"reading the sizes of {len(unread)} images, which are missing from their annotations ...")
     with ThreadPoolExecutor(READERS) as pool:
         read = dict(zip(unread, pool.map(_read_size, unread), strict=True))
     entries = known | {name: [stamps[name], *size] for name, size in read.items() if isinstance(size, Size)}

@@ -12,7 +12,7 @@ import numpy as np
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import flatten, override, with_classes
-from retina_jax.console import tell
+from retina_jax.console import log
 from retina_jax.data.classes import Category, category_ids, open_both
 from retina_jax.data.conventions import Decoding
 from retina_jax.data.survey import Survey, survey_files
@@ -100,7 +100,7 @@ def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
     found: list[Finding] = []
     digests, decodings = [], {}
     for split in splits:
-        tell(f"{split.name}: {len(split.images)} images, {len(split.labels)} boxes, {len(split.class_names)} classes")
+        log(f"{split.name}: {len(split.images)} images, {len(split.labels)} boxes, {len(split.class_names)} classes")
         decodings[split.name], config, of_files = decide_decoding(split, surveys[split.name], config)
         bad_images, of_images = check_images(split, decodings[split.name], config.data.workers)
         digests.append(of_images)

@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int64
 
 from retina_jax.config import Config, DataConfig
+from retina_jax.console import track
 from retina_jax.data.source import Record
 from retina_jax.data.transforms import assign_bucket, buckets, resized_size, to_canvas_pixels, train_short_sides
 from retina_jax.data_check.findings import Finding
-from retina_jax.data_check.passes import Progress
 from retina_jax.ops.anchors import anchor_grid
 from retina_jax.ops.boxes import iou_matrix
 from retina_jax.ops.matching import match
@@ -132,7 +132,7 @@ def cover(views: Views, config: Config, what: str = "anchors") -> Coverage:
 
     filled = np.flatnonzero(counts).tolist()
     with ThreadPoolExecutor(THREADS) as pool:
-        for v, iou, won in Progress(f"{what}: images", pool.map(cover_view, filled), len(filled)):
+        for v, iou, won in track(f"{what}: images", pool.map(cover_view, filled), len(filled)):
             of_view = slice(views.ends[v], views.ends[v + 1])
             best[of_view], anchors[of_view] = iou, won
     return Coverage(best, anchors, config.matching.positive_iou)

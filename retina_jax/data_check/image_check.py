@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
+from retina_jax.console import track
 from retina_jax.data.coco import read_image
 from retina_jax.data.conventions import Decoding
 from retina_jax.data.decoding import DECODING, open_image, read_header, to_rgb, upright
 from retina_jax.data.image_faults import NO_BOXES, is_one_colour, missing_part
 from retina_jax.data.source import BadImage
 from retina_jax.data_check.findings import Finding
-from retina_jax.data_check.passes import Progress
 from retina_jax.data_check.split import Split
 from retina_jax.errors import reason
 
@@ -44,7 +44,7 @@ def check_images(split: Split, decoding: Decoding, workers: int) -> tuple[list[F
 
     found, digests = [], {}
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        checks = Progress(f"{split.name}: images", pool.map(check, range(len(split.images))), len(split.images))
+        checks = track(f"{split.name}: images", pool.map(check, range(len(split.images))), len(split.images))
         for (_, file_name, _, _), (finding, digest) in zip(split.images, checks, strict=True):
             if finding is not None:
                 found.append(finding)

@@ -15,40 +15,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from retina_jax.config import Config, ConfigError
-from retina_jax.config_checks import validate
-from retina_jax.config_io import flatten, load_module, named_errors, override
+from retina_jax.config import Config, ConfigError, options
+from retina_jax.config_io import flatten, load_module, named_errors, override, validate
 
 ROOT = Path(__file__).parents[2]
 
-# Fields that change how a run is carried out and watched, and nothing of what it ends in. The number of devices is one of
-# them although the normalisers per_device and ema divide by what each device holds: 0 stands for all there are anyway.
-NO_OUTCOME = frozenset(
-    {
-        "data.train_images",
-        "data.val_images",
-        "data.tfds_folder",
-        "data.scenes.folder",
-        "data.workers",
-        "data.prefetch",
-        "training.log_every",
-        "training.eval_every",
-        "training.eval_batch_size",
-        "training.checkpoint_every",
-        "training.keep_checkpoints",
-        "training.pictures",
-        "training.tensorboard",
-        "training.wandb",
-        "parallel",
-        "devices",
-        "cpu_kernels",
-    }
-)
-FILES = frozenset({"data.train_annotations", "data.val_annotations"})
-"""Of these the file's name counts, not where it lies."""
-FIRST_DEFAULTS = {"loss.normaliser": "global"}
-"""Defaults that have changed since folders were first named: a folder's digest is relative to the first ones, so that no
-run of an earlier version passes for one of today's."""
 SLUG_LENGTH = 96
 """Most characters of a folder's name before its hash."""
 
@@ -123,21 +94,22 @@ def expand(path: Path, module: ModuleType, base: Config, seeds: Sequence[int]) -
 
 
 def outcome(config: Config) -> dict[str, Any]:
-    """The fields that decide what a run ends in: 2 for a float is 2.0, and a file is its name, wherever it lies."""
-    defaults = flatten(Config())
-    values = {name: _typed(value, defaults[name]) for name, value in flatten(config).items() if name not in NO_OUTCOME}
-    return {name: Path(value).name if name in FILES else value for name, value in values.items()}
+    """Returns the fields that change a run's result: 2 for a float is 2.0, and a file is its name, in whatever folder."""
+    defaults, known = flatten(Config()), options(Config)
+    values = {k: _typed(value, defaults[k]) for k, value in flatten(config).items() if known[k].outcome}
+    return {k: Path(value).name if known[k].outcome == "file name" else value for k, value in values.items()}
 
 
 def digest(config: Config) -> str:
-    """Eight hex digits of the outcome: equal ones are the same run.
+    """Returns eight hex digits of the outcome; runs with equal digests are the same.
 
-    Only what differs from the first defaults of `Config` is in it. A field added later, with a default that changes
-    nothing, so changes no folder's name.
+    It holds only what differs from the first defaults of `Config`: a new field whose default changes nothing changes no
+    folder's name, and no run of an earlier version passes for one of today's.
     """
-    defaults = outcome(Config()) | FIRST_DEFAULTS
-    telling = {name: value for name, value in outcome(config).items() if value != defaults[name]}
-    return hashlib.sha256(json.dumps(telling, sort_keys=True).encode()).hexdigest()[:8]
+    changed_since = {k: known.first_default for k, known in options(Config).items() if known.first_default is not None}
+    defaults = outcome(Config()) | changed_since
+    differing = {name: value for name, value in outcome(config).items() if value != defaults[name]}
+    return hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def folder_name(config: Config, base: Config) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from retina_jax import distributed
-from retina_jax.config import Config, ConfigError
+from retina_jax.config import Config, ConfigError, options
 from retina_jax.config_io import flatten, meaning_changes, to_dict, unknown_name
 from retina_jax.console import processor
 from retina_jax.data.classes import differ, match
@@ -27,10 +27,6 @@ PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "tensorflow", "tensorflow-datasets",
     "pycocotools", "numpy", "Pillow",
 )  # fmt: skip
-
-# Where a host keeps its own data may differ from host to host.
-OF_A_HOST = ("data.train_annotations", "data.train_images", "data.val_annotations", "data.val_images", "data.tfds_folder",
-             "data.scenes.folder", "data.workers", "model.backbone_weights")  # fmt: skip
 
 SECONDS_TO_APPEAR = 30
 """A network file system may show a file to other hosts this late."""
@@ -61,8 +57,9 @@ def open_run(
     run = Run(folder, config, tuple(class_names), tuple(category_ids), data_sha256, num_microbatches)
     if unknown := sorted(set(allow_changes) - set(flatten(config))):
         raise ConfigError(f"--allow-changes {unknown[0]}: {unknown_name(unknown[0], flatten(config))}")
+    per_host = {name for name, option in options(Config).items() if option.per_host}
     facts = {"class_names": list(class_names), "data": data_sha256, **flatten(config)}
-    distributed.check_same(f"--workdir {folder}", {name: v for name, v in facts.items() if name not in OF_A_HOST})
+    distributed.check_same(f"--workdir {folder}", {name: v for name, v in facts.items() if name not in per_host})
     if distributed.is_primary():
         make_writable(folder)
         before = started_run(folder)

@@ -1,18 +1,16 @@
-"""TensorBoard's files of a run: the numbers of every line of metrics, and the pictures of every evaluation."""
+"""Writes metrics and pictures to TensorBoard and to Weights & Biases; metrics.jsonl has all numbers as well."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import secrets
-import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from retina_jax.config import ConfigError
@@ -21,146 +19,135 @@ from retina_jax.console import warn
 from retina_jax.errors import one_line, reason
 from retina_jax.runs.folder import Run, note_fact
 
+FACT = "wandb_id"
+"""Name in config.json's facts of the id by which a resumed run continues the same curves."""
+
 
 class Board:
-    """TensorBoard's view of the metrics. It is written in the open, not by a thread that a full disk would silence and
-    leave the run waiting for; where it cannot be written, it ends with a warning and the run goes on."""
+    """TensorBoard's event file. If it cannot be written, it ends with a warning and the run continues.
+
+    It is written by tensorboardX's EventsWriter and not by its SummaryWriter, whose thread ends at the first write error: a
+    few values later, once its queue is full, the run would wait for ever (tried with tensorboardX 2.6.5).
+    """
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        from tensorboardX.proto.event_pb2 import Event, SessionLog  # imports torch where it is installed: seconds
-        from tensorboardX.record_writer import RecordWriter
+        from tensorboardX.event_file_writer import EventsWriter  # imports torch if it is installed, which takes seconds
+        from tensorboardX.proto.event_pb2 import SessionLog
 
         self._folder = folder
-        self._writer: RecordWriter | None = None
+        self._writer: EventsWriter | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._writer = RecordWriter(str(folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"))
+            self._writer = EventsWriter(str(folder / "events"))
         except OSError as error:
             self._give_up(error)
-        # What an earlier start wrote of the steps from here on is to be forgotten.
-        forget = Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
-        self._write([Event(file_version="brain.Event:2"), forget])
+        # TensorBoard drops what an earlier start wrote for later steps.
+        self._write(start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
-        """The numbers among `values`, under the name of their event."""
-        from tensorboardX.proto.event_pb2 import Event
+        """Writes the floats among `values` as EVENT/NAME."""
         from tensorboardX.summary import scalar
 
-        group = values.get("event", "train")
-        scalars = [scalar(f"{group}/{name}", value) for name, value in values.items() if isinstance(value, float)]
-        self._write([Event(step=step, summary=summary) for summary in scalars])
+        for name, value in values.items():
+            if isinstance(value, float):
+                self._write(step, summary=scalar(f"{values.get('event', 'train')}/{name}", value))
 
     def add_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
-        """Image files by name, as predictions/NAME, their bytes as they are; one that cannot be read is warned of."""
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.proto.summary_pb2 import Summary
+        """Writes image files by name, as predictions/NAME; warns of one that cannot be read."""
+        from tensorboardX.summary import image
 
         for name, path in pictures.items():
             try:
-                encoded = path.read_bytes()
-                with Image.open(io.BytesIO(encoded)) as image:
-                    width, height = image.size
+                pixels = np.asarray(Image.open(path).convert("RGB"))
             except OSError as error:
                 warn(f"{path}: cannot be read ({reason(error)}), and is not in TensorBoard")
                 continue
-            picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
-            value = Summary.Value(tag=f"predictions/{name}", image=picture)
-            self._write([Event(step=step, summary=Summary(value=[value]))])
+            self._write(step, summary=image(f"predictions/{name}", pixels, dataformats="HWC"))
 
     def close(self) -> None:
-        """Nothing is written any more."""
+        """Closes the file; later calls write nothing."""
         writer, self._writer = self._writer, None
         if writer is not None:
-            with contextlib.suppress(OSError):  # it was flushed after every line, or was warned of
+            with contextlib.suppress(OSError):  # each event was flushed, or a warning was given
                 writer.close()
 
-    def _write(self, events: list[Any]) -> None:
+    def _write(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
         if self._writer is None:
             return
         try:
-            for event in events:
-                event.wall_time = time.time()
-                self._writer.write(event.SerializeToString())
+            self._writer.write_event(Event(step=step, wall_time=time.time(), **content))
             self._writer.flush()
         except OSError as error:
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        warn(f"{self._folder}: cannot be written ({reason(error)}), and is left; metrics.jsonl holds all of it")
+        warn(f"{self._folder}: cannot be written ({reason(error)}); the rest is only in metrics.jsonl")
         self.close()
 
 
-# Weights & Biases, where a project is named (`training.wandb`) and the package is there: `pip install wandb`.
-#
-# Nothing of it is imported otherwise. Its own switches hold: WANDB_MODE=offline writes RUN/wandb alone, to be sent later by
-# `wandb sync`; WANDB_ENTITY, WANDB_API_KEY and others are wandb's.
-
-FACT = "wandb_id"
-"""Where config.json keeps the id, by which a resumed run goes on in the same curves."""
-
-
 class WeightsAndBiases:
-    """A run's curves and pictures there. What fails while the run is under way is warned of once, and the run goes on."""
+    """The run's curves and pictures in the project `training.wandb`. After an error it ends with a warning.
+
+    wandb is imported only here, and its own settings hold: WANDB_MODE=offline writes RUN/wandb, to be sent later by
+    `wandb sync`; WANDB_ENTITY and WANDB_API_KEY are wandb's.
+    """
 
     def __init__(self, run: Run) -> None:
-        """Raises ConfigError, one line, where the package is missing or refuses to begin."""
-        self._wandb = _package()
+        """Raises ConfigError if the package is missing or does not start."""
+        project = run.config.training.wandb
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError(f"training.wandb: {project}: pip install wandb, or leave the field empty") from None
         facts = json.loads((run.folder / "config.json").read_text()).get("facts", {})
         if FACT not in facts:
             facts = {FACT: secrets.token_hex(8)}
             note_fact(run, FACT, facts[FACT])
+        self._wandb = wandb
         try:
-            self._run: Any = self._wandb.init(
-                project=run.config.training.wandb,
+            self._run: Any = wandb.init(
+                project=project,
                 id=facts[FACT],
                 name=run.folder.resolve().name,
                 dir=str(run.folder),
                 resume="allow",
                 config=to_dict(run.config),
-                settings=self._wandb.Settings(console="off", silent=True),
+                settings=wandb.Settings(console="off", silent=True),
             )
-        except (self._wandb.Error, OSError) as error:
+        except (wandb.Error, OSError) as error:
             raise ConfigError(
-                f"training.wandb: wandb cannot begin: {one_line(error)}; `wandb login`, WANDB_MODE=offline, or leave the "
-                "field empty"
+                f"training.wandb: {project}: wandb does not start: {one_line(error)}; use `wandb login`, "
+                "WANDB_MODE=offline, or leave the field empty"
             ) from error
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
-        """The numbers among `values`, under the name of their event. Steps that it has already, of before a resume, are
-        passed over there: they are the same."""
+        """Sends the numbers among `values` as EVENT/NAME. wandb ignores steps that it has from before a resume."""
         group = values.get("event", "train")
-        self._log(step, lambda: {f"{group}/{name}": v for name, v in values.items() if isinstance(v, int | float)})
+        numbers = {f"{group}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+        self._try(lambda run: run.log(numbers, step=step))
 
     def add_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
-        """Image files by name, as `predictions`."""
-        if pictures and self._run is not None:
-            make = self._wandb.Image
-            self._log(step, lambda: {"predictions": [make(str(path), caption=n) for n, path in pictures.items()]})
+        """Sends image files by name, as `predictions`."""
+
+        def send(run: Any) -> None:
+            images = [self._wandb.Image(str(path), caption=name) for name, path in pictures.items()]
+            run.log({"predictions": images}, step=step)
+
+        if pictures:
+            self._try(send)
 
     def close(self, failed: bool = False) -> None:
-        """Waits until all of it is sent; `failed` marks the run so."""
-        run, self._run = self._run, None
-        if run is not None:
-            self._try(lambda: run.finish(exit_code=int(failed)))
+        """Waits until everything is sent; `failed` marks the run as failed."""
+        self._try(lambda run: run.finish(exit_code=int(failed)))
+        self._run = None
 
-    def _log(self, step: int, values: Callable[[], dict[str, Any]]) -> None:
-        run = self._run
-        if run is not None:
-            self._try(lambda: run.log(values(), step=step))
-
-    def _try(self, action: Callable[[], object]) -> None:
+    def _try(self, action: Callable[[Any], object]) -> None:
+        if self._run is None:
+            return
         try:
-            action()
+            action(self._run)
         except (self._wandb.Error, OSError) as error:
-            warn(f"training.wandb: {one_line(error)}; it is left, metrics.jsonl holds all of it")
+            warn(f"training.wandb: {one_line(error)}; the rest is only in metrics.jsonl")
             self._run = None
-
-
-def _package() -> ModuleType:
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError(
-            "training.wandb: the package is missing; pip install wandb, or leave the field empty"
-        ) from None
-    return wandb

@@ -10,8 +10,7 @@ from PIL import Image
 from small_sets import encode, write_coco
 
 from retina_jax.config import Config, ConfigError, DataConfig
-from retina_jax.config_checks import validate
-from retina_jax.config_io import override
+from retina_jax.config_io import override, validate
 from retina_jax.data import pipeline
 from retina_jax.data.coco import read_coco
 from retina_jax.data.pipeline import Batches, eval_batches, train_batches

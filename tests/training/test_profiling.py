@@ -1,9 +1,10 @@
-"""The profiler's window: these steps, whole, and no others, however the run ends."""
+"""The profiler's window: exactly these steps, however the run ends."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from retina_jax.config import ConfigError
-from retina_jax.config_checks import parse_window
+from retina_jax.config import ConfigError, parse_window
 from retina_jax.training.profiling import Profiler
 
 
@@ -22,7 +22,7 @@ def small_step(x: jax.Array) -> jax.Array:
 
 
 @pytest.fixture
-def said() -> Iterator[list[str]]:
+def logged() -> Iterator[list[str]]:
     yield []
     with pytest.raises(RuntimeError, match="No profile started"):  # every test leaves the profiler at rest
         jax.profiler.stop_trace()
@@ -59,28 +59,30 @@ def test_a_window_is_its_first_and_last_step(text: str, window: tuple[int, int] 
 @pytest.mark.parametrize(
     "text", ["15:10", "0:3", "-1:3", "10", "10:", ":15", "10:15:20", "a:b", "10-15", " 10:15", "1.5:2"]
 )
-def test_what_is_no_window_is_named(text: str) -> None:
+def test_an_invalid_window_is_named(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_window(text)
-    assert str(caught.value).startswith(f"training.profile_steps: {text!r} cannot be; it must be FIRST:LAST")
+    assert str(caught.value).startswith("training.profile_steps: ") and f"{text!r}; must be FIRST:LAST" in str(
+        caught.value
+    )
     assert "\n" not in str(caught.value)
 
 
-def test_the_trace_holds_the_windows_steps_and_no_others(tmp_path: Path, said: list[str]) -> None:
-    run_steps(Profiler(tmp_path, (10, 15), said.append), 1, 20)
+def test_the_trace_holds_the_windows_steps_and_no_others(tmp_path: Path, logged: list[str]) -> None:
+    run_steps(Profiler(tmp_path, (10, 15), logged.append), 1, 20)
     folder = tmp_path / "profile"
     assert traced_steps(folder) == [10, 11, 12, 13, 14, 15]
     calls = [event for event in events(folder) if event.get("name") == "PjitFunction(small_step)"]
     assert len({event["ts"] for event in calls if event.get("dur", 0) > 0}) >= 6
-    (line,) = said
+    (line,) = logged
     assert line.startswith(f"profile of steps 10 to 15: {folder}/plugins/profile/") and "ui.perfetto.dev" in line
     assert Path(line.split(": ", 1)[1].split(" for ")[0]).is_file()
     assert f"tensorboard --logdir {folder}" in line
 
 
-def test_the_work_of_the_last_step_is_whole(tmp_path: Path, said: list[str]) -> None:
+def test_the_work_of_the_last_step_is_complete(tmp_path: Path, logged: list[str]) -> None:
     """The device's own events are there for every step of the window: it was waited for."""
-    run_steps(Profiler(tmp_path, (3, 4), said.append), 1, 6)
+    run_steps(Profiler(tmp_path, (3, 4), logged.append), 1, 6)
     (file,) = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")
     names = [
         event.name
@@ -92,71 +94,73 @@ def test_the_work_of_the_last_step_is_whole(tmp_path: Path, said: list[str]) -> 
     assert names.count("train") == 2 and len(begun) == 2
 
 
-def test_one_step_is_a_window(tmp_path: Path, said: list[str]) -> None:
-    run_steps(Profiler(tmp_path, (1, 1), said.append), 1, 3)
+def test_one_step_is_a_window(tmp_path: Path, logged: list[str]) -> None:
+    run_steps(Profiler(tmp_path, (1, 1), logged.append), 1, 3)
     assert traced_steps(tmp_path / "profile") == [1]
-    assert said[0].startswith("profile of step 1: ")
+    assert logged[0].startswith("profile of step 1: ")
 
 
-def test_no_window_writes_and_says_nothing(tmp_path: Path, said: list[str]) -> None:
-    run_steps(Profiler(tmp_path, None, said.append), 1, 3)
-    assert said == [] and list(tmp_path.iterdir()) == []
+def test_without_a_window_nothing_is_written_or_logged(tmp_path: Path, logged: list[str]) -> None:
+    run_steps(Profiler(tmp_path, None, logged.append), 1, 3)
+    assert logged == [] and list(tmp_path.iterdir()) == []
 
 
-def test_a_run_resumed_inside_the_window_traces_the_rest(tmp_path: Path, said: list[str]) -> None:
-    run_steps(Profiler(tmp_path, (10, 15), said.append), 13, 20)
+def test_a_run_resumed_inside_the_window_traces_the_rest(tmp_path: Path, logged: list[str]) -> None:
+    run_steps(Profiler(tmp_path, (10, 15), logged.append), 13, 20)
     assert traced_steps(tmp_path / "profile") == [13, 14, 15]
-    assert said[0].startswith("profile of steps 13 to 15: ")
+    assert logged[0].startswith("profile of steps 13 to 15: ")
 
 
-def test_a_run_resumed_after_the_window_says_so_once(tmp_path: Path, said: list[str]) -> None:
-    run_steps(Profiler(tmp_path, (10, 15), said.append), 16, 20)
-    assert said == ["warning: training.profile_steps 10:15: the run is at step 16 already"]
+def test_a_run_resumed_after_the_window_logs_that_once(tmp_path: Path, logged: list[str]) -> None:
+    run_steps(Profiler(tmp_path, (10, 15), logged.append), 16, 20)
+    assert len(logged) == 1 and re.match(r"warning: training.profile_steps 10:15: .*step 16", logged[0])
     assert not (tmp_path / "profile").exists()
 
 
-def test_a_run_that_ends_before_the_window_says_so(tmp_path: Path, said: list[str]) -> None:
-    run_steps(Profiler(tmp_path, (10, 15), said.append), 1, 9)
-    assert said == ["warning: training.profile_steps 10:15: the run ended and took none of these steps"]
+def test_a_run_that_ends_before_the_window_logs_that(tmp_path: Path, logged: list[str]) -> None:
+    run_steps(Profiler(tmp_path, (10, 15), logged.append), 1, 9)
+    assert len(logged) == 1 and re.match("warning: training.profile_steps 10:15: .*the run ended", logged[0])
 
 
-def test_a_run_that_ends_inside_the_window_keeps_its_steps(tmp_path: Path, said: list[str]) -> None:
-    run_steps(Profiler(tmp_path, (10, 15), said.append), 8, 12)
+def test_a_run_that_ends_inside_the_window_keeps_its_steps(tmp_path: Path, logged: list[str]) -> None:
+    run_steps(Profiler(tmp_path, (10, 15), logged.append), 8, 12)
     assert traced_steps(tmp_path / "profile") == [10, 11, 12]
-    assert said[0].startswith("profile of steps 10 to 12, where the run ended: ")
+    assert logged[0].startswith("profile of steps 10 to 12, where the run ended: ")
 
 
-def test_an_exception_inside_the_window_closes_the_trace(tmp_path: Path, said: list[str]) -> None:
+def test_an_exception_inside_the_window_closes_the_trace(tmp_path: Path, logged: list[str]) -> None:
     with pytest.raises(ZeroDivisionError, match="a bad image"):
-        run_steps(Profiler(tmp_path, (2, 9), said.append), 1, 20, fail_at=4)
+        run_steps(Profiler(tmp_path, (2, 9), logged.append), 1, 20, fail_at=4)
     assert traced_steps(tmp_path / "profile") == [2, 3, 4]
-    assert len(said) == 1
+    assert len(logged) == 1
 
 
-def test_a_folder_that_cannot_be_made_costs_a_line_and_not_the_run(tmp_path: Path, said: list[str]) -> None:
+def test_a_folder_that_cannot_be_made_costs_a_line_and_not_the_run(tmp_path: Path, logged: list[str]) -> None:
     (tmp_path / "profile").write_text("in the way")
-    run_steps(Profiler(tmp_path, (2, 3), said.append), 1, 5)
-    (line,) = said
-    assert line.startswith(f"warning: {tmp_path / 'profile'}: the profile cannot be written: ") and "\n" not in line
+    run_steps(Profiler(tmp_path, (2, 3), logged.append), 1, 5)
+    (line,) = logged
+    assert line.startswith("warning: ") and f"{tmp_path / 'profile'} cannot be written: " in line and "\n" not in line
 
 
-def test_a_trace_that_cannot_be_written_costs_a_line_and_not_the_run(tmp_path: Path, said: list[str]) -> None:
-    profiler = Profiler(tmp_path, (1, 1), said.append)
+def test_a_trace_that_cannot_be_written_costs_a_line_and_not_the_run(tmp_path: Path, logged: list[str]) -> None:
+    profiler = Profiler(tmp_path, (1, 1), logged.append)
     profiler.begin(1)
     (tmp_path / "profile").rmdir()
     (tmp_path / "profile").write_text("in the way")  # as good as a full disk
     try:
         run_steps(profiler, 1, 3)
-        (line,) = said
-        assert line.startswith(f"warning: {tmp_path / 'profile'}: the profile cannot be written: ") and "\n" not in line
+        (line,) = logged
+        assert (
+            line.startswith("warning: ") and f"{tmp_path / 'profile'} cannot be written: " in line and "\n" not in line
+        )
     finally:
         jax._src.profiler._profile_state.reset()  # JAX holds on to a trace that it failed to write
 
 
 def test_hosts_write_into_folders_of_their_own(
-    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, logged: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     monkeypatch.setattr(jax, "process_index", lambda: 2)
-    run_steps(Profiler(tmp_path, (1, 2), said.append), 1, 3)
+    run_steps(Profiler(tmp_path, (1, 2), logged.append), 1, 3)
     assert traced_steps(tmp_path / "profile" / "host_2") == [1, 2]

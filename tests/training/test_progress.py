@@ -1,4 +1,4 @@
-"""The progress line: on a terminal one line written over, in a log plain lines."""
+"""Progress: on a terminal one line with a bar that is rewritten, in a log file plain lines."""
 
 from __future__ import annotations
 
@@ -10,16 +10,10 @@ import time
 
 import pytest
 
-from retina_jax.console import duration, warn
-from retina_jax.training.progress import BAR, Progress
+from retina_jax import console
+from retina_jax.console import BAR, Progress, duration, track, warn
 
-MEAN = {
-    "loss": 1.5, "classification_loss": 1.0, "box_loss": 0.5, "learning_rate": 0.01, "gradient_norm": 2.0,
-    "positives_per_image": 3.0, "images_per_second": 4.0, "data_wait_percent": 5.0, "peak_memory_mib": 1024.0,
-}  # fmt: skip
-SAID = (
-    "loss 1.5000 (class 1.0000 box 0.5000)  rate 0.01  gradient 2.00  positives 3.0  4.0 img/s  data wait 5%  1.0 GiB"
-)
+DETAIL = "loss 1.5000 (class 1.0000 box 0.5000)  [rate] 0.01"
 
 
 class Terminal:
@@ -27,20 +21,21 @@ class Terminal:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, encoding: str = "utf-8", columns: int = 200) -> None:
         self.master, slave = os.openpty()
-        monkeypatch.setattr(sys, "stdout", os.fdopen(slave, "w", encoding=encoding))
+        self.stream = os.fdopen(slave, "w", encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", self.stream)
         monkeypatch.setenv("COLUMNS", str(columns))
         monkeypatch.setenv("TERM", "xterm-256color")
 
     def read(self) -> str:
         """All that was written since: it comes in pieces, up to a mark written after it."""
-        print("\0", end="", flush=True)
+        print("\0", end="", flush=True, file=self.stream)
         written = b""
         while not written.endswith(b"\0"):
             written += os.read(self.master, 65536)
         return written[:-1].decode()
 
     def close(self) -> None:
-        sys.stdout.close()
+        self.stream.close()
         os.close(self.master)
 
 
@@ -49,72 +44,107 @@ def plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
-def test_a_log_gets_a_plain_line_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_file_gets_a_plain_line_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     log = io.StringIO()
     monkeypatch.setattr(sys, "stdout", log)
-    progress = Progress(0, 4)
+    progress = Progress("step", 4)
     for step in (2, 4):
-        progress.show(step, MEAN)
+        progress.update(step, DETAIL)
     progress.close()
-    first, second = log.getvalue().splitlines()
-    assert re.fullmatch(rf"step 2/4  {re.escape(SAID)}  ETA 0:00:00", first) and second.startswith("step 4/4  loss")
-    assert "\x1b" not in log.getvalue() and "\r" not in log.getvalue()
+    assert log.getvalue() == f"step 2/4  {DETAIL}  ETA 0:00:00\nstep 4/4  {DETAIL}  ETA 0:00:00\n"
 
 
-def test_a_terminal_gets_one_line_with_a_bar_that_is_written_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_gets_one_line_with_a_bar_that_is_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal(monkeypatch)
-    progress = Progress(0, 4)
-    progress.show(1, MEAN)
+    progress = Progress("step", 4)
+    progress.update(1, DETAIL)
     first = terminal.read()
-    progress.show(4, MEAN, end_line=True)
+    progress.update(4, DETAIL)
+    second = terminal.read()
+    progress.close()
     last = terminal.read()
     terminal.close()
-    for written, step in ((first, 1), (last, 4)):
-        assert written.startswith("\r\x1b[K") and f"step {step}/4  {'━' * BAR}  ETA 0:00:00  {SAID}" in plain(written)
-        assert "\x1b[?25l" not in written, "the cursor is never hidden: a kill would leave it so"
-    assert "\n" not in first and last.endswith("\n")
-    done = re.search(r"\x1b\[[0-9;]*m(━+)\x1b\[0m\x1b\[2m(━+)", first)
-    assert (len(done[1]), len(done[2])) == (BAR // 4, BAR - BAR // 4)
+    for written, step in ((first, 1), (second, 4)):
+        assert re.fullmatch(
+            rf"(\r\x1b\[2K)?step {step}/4 [━╺]{{{BAR}}} ETA 0:00:00  {re.escape(DETAIL)} *", plain(written)
+        )
+        assert "\n" not in written
+    assert second.startswith("\r\x1b[2K") and last.endswith("\n")
+    assert "\x1b[?25l" not in first, "the cursor is never hidden: a kill would leave it so"
+    assert re.search(rf"m━{{{BAR // 4}}}\x1b\[0m\x1b\[[0-9;]*m╺", first), "a quarter of the bar"
 
 
 def test_a_line_never_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal(monkeypatch, columns=50)
-    Progress(0, 4).show(2, MEAN)
-    written = plain(terminal.read()).removeprefix("\r\x1b[K")
+    Progress("step", 4).update(2, DETAIL)
+    assert plain(terminal.read()) == f"step 2/4 {'━' * 10}╺{'━' * 9} ETA 0:00:00  {DETAIL}"[:50]
     terminal.close()
-    assert written == f"step 2/4  {'━' * BAR}  ETA 0:00:00  loss"[:49]
 
 
 def test_a_warning_in_between_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal(monkeypatch)
-    progress = Progress(0, 4)
-    progress.show(1, MEAN)
+    progress = Progress("step", 4)
+    progress.update(1, DETAIL)
     warn("the disk is full")
-    progress.show(2, MEAN)
-    lines = plain(terminal.read()).replace("\r\n", "\n").split("\n")
+    progress.update(2, DETAIL)
+    progress.close()
+    lines = [line.rsplit("\x1b[2K", 1)[-1] for line in terminal.read().replace("\r\n", "\n").split("\n")]
     terminal.close()
-    assert lines[1] == "warning: the disk is full" and "step 1/4" in lines[0] and "step 2/4" in lines[2]
+    assert plain(lines[0]) == "warning: the disk is full" and plain(lines[1]).startswith("step 2/4 ")
 
 
 def test_a_terminal_without_utf8_gets_what_it_can_show(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal(monkeypatch, encoding="ascii")
-    Progress(0, 4).show(2, MEAN)
-    assert f"step 2/4  {'-' * BAR}  ETA" in plain(terminal.read())
+    Progress("step", 4).update(2, DETAIL)
+    assert "step 2/4 ----------" in plain(terminal.read())
     terminal.close()
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_tracked_items_are_reported_now_and_then_and_short_tasks_never(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    shown, interval = Terminal(monkeypatch), console.SECONDS_IN_TERMINAL
+    if not terminal:
+        shown.close()
+        interval = console.SECONDS_IN_LOG
+        monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert list(track("short", range(3), 3)) == [0, 1, 2]
+    for _ in track("long", range(9), 9):
+        clock[0] += 0.4 * interval
+    written = plain(shown.read() if terminal else sys.stdout.getvalue())
+    assert re.findall(r"long \d/9", written) == (["long 3/9", "long 6/9", "long 9/9"] + ["long 9/9"] * terminal), (
+        "a transient bar is drawn and removed at the end"
+    )
+    assert ("━" in written) == terminal and "short" not in written
+    if terminal:
+        shown.close()
+
+
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(0.4, "0:00:00"), (59.6, "0:01:00"), (3599.6, "1:00:00"), (90061.0, "25:01:01")]
+    ("seconds", "text"), [(0.4, "0:00:00"), (59.6, "0:01:00"), (3599.6, "1:00:00"), (90061.0, "25:01:01")]
 )
-def test_durations_carry(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+def test_durations_carry(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
-def test_the_time_left_leaves_out_the_first_window_which_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_excludes_the_first_window_which_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     log, clock = io.StringIO(), iter([0.0, 100.0, 110.0, 130.0])
     monkeypatch.setattr(sys, "stdout", log)
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    progress = Progress(0, 50)
+    progress = Progress("step", 50)
     for step in (10, 20, 30):
-        progress.show(step, MEAN)
+        progress.update(step)
     assert re.findall(r"ETA (\S+)", log.getvalue()) == ["0:06:40", "0:00:30", "0:00:30"]
+
+
+def test_a_long_line_above_the_bar_is_not_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal(monkeypatch, columns=50)
+    progress = Progress("step", 4)
+    progress.update(1, DETAIL)
+    console.log(f"written to [bold] {'folder/' * 20}")
+    progress.close()
+    assert f"written to [bold] {'folder/' * 20}\r\n" in plain(terminal.read())
+    terminal.close()

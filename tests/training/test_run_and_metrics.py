@@ -182,8 +182,8 @@ def test_a_line_is_the_mean_of_its_window(tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
-def test_steps_left_out_are_reported_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two may be left out: they enter no mean; the third ends the run, whatever stood in the window before it."""
+def test_skipped_steps_are_reported_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two may be skipped and are in no mean; the third ends the run, whatever is in the window before it."""
     run = open_run(tmp_path, override(Config(), {"training.skip_non_finite": 2}), NAMES, IDS)
     with Metrics(run, 0) as metrics:
         metrics.add(1, step_metrics(2.0), [1], 0.0)
@@ -192,12 +192,14 @@ def test_steps_left_out_are_reported_and_counted(tmp_path: Path, capsys: pytest.
         metrics.flush()
         metrics.add(4, step_metrics(1.0, np.inf, skipped=2), [9], 0.0)
         metrics.flush()
-        assert "gradient_norm is inf at step 4, images 9: left out (2 of 2 that may be)" in capsys.readouterr().out
+        assert "gradient_norm is inf at step 4, images 9: step skipped (2 of at most 2)" in capsys.readouterr().out
         metrics.add(5, step_metrics(np.nan, skipped=3), [10], 0.0)
-        with pytest.raises(NonFiniteLoss, match=r"step 5 .*images 10, after 2 such steps were left out"):
+        with pytest.raises(
+            NonFiniteLoss, match=r"step 5 .*images 10, after 2 skipped steps \(training.skip_non_finite\)"
+        ):
             metrics.flush()
-    told = [(line["step"], line["event"], line["skipped"]) for line in lines(tmp_path)]
-    assert told == [(2, "left_out", 1), (3, "train", 1), (4, "left_out", 2)]
+    events = [(line["step"], line["event"], line["skipped"]) for line in lines(tmp_path)]
+    assert events == [(2, "left_out", 1), (3, "train", 1), (4, "left_out", 2)]
     assert lines(tmp_path)[0]["images"] == [7, 8] and lines(tmp_path)[1]["loss"] == pytest.approx(3.0)
 
 
@@ -212,7 +214,7 @@ def test_steps_left_out_are_reported_and_counted(tmp_path: Path, capsys: pytest.
         (190, 200, None, 0),  # the rest of a longer one
     ],
 )
-def test_a_run_without_a_positive_anchor_in_its_first_steps_is_warned_of(
+def test_a_run_without_a_positive_anchor_in_its_first_steps_gives_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], start: int, steps: int, positive: int | None, warned: int
 ) -> None:
     run = open_run(tmp_path, override(Config(), {"training.steps": steps}), NAMES, IDS)
@@ -237,7 +239,7 @@ def test_resuming_drops_the_lines_that_will_be_written_again(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("values", [(np.nan, 1.0), (np.inf, 1.0), (1.0, np.nan), (1.0, 1.0, np.inf)])
-def test_a_loss_that_is_no_number_names_step_window_and_images(tmp_path: Path, values: tuple) -> None:
+def test_a_non_finite_loss_names_step_window_and_images(tmp_path: Path, values: tuple) -> None:
     run = open_run(tmp_path, Config(), NAMES, IDS)
     with Metrics(run, 10) as metrics:
         metrics.add(11, step_metrics(1.0), [100, 101], 0.0)

@@ -9,8 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from retina_jax.config_checks import validate
-from retina_jax.config_io import load_config, override
+from retina_jax.config_io import load_config, override, validate
 from retina_jax.presets import PRESETS
 from retina_jax.training.parallel import Driver
 from retina_jax.training.state import AveragedState

@@ -16,8 +16,7 @@ from weight_files import safetensors
 
 from retina_jax import load_detector
 from retina_jax.config import Config, ConfigError, ModelConfig
-from retina_jax.config_checks import validate
-from retina_jax.config_io import load_config, override
+from retina_jax.config_io import load_config, override, validate
 from retina_jax.errors import WeightsError
 from retina_jax.model.initialisation import initialise
 from retina_jax.model.retinanet import RetinaNet
