@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
+import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,21 +27,22 @@ FACT = "wandb_id"
 class Board:
     """TensorBoard's event file. If it cannot be written, it ends with a warning and the run continues.
 
-    It is written by tensorboardX's EventsWriter and not by its SummaryWriter, whose thread ends at the first write error: a
+    It is written by tensorboardX's RecordWriter and not by its SummaryWriter, whose thread ends at the first write error: a
     few values later, once its queue is full, the run would wait for ever (tried with tensorboardX 2.6.5).
     """
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        from tensorboardX.event_file_writer import EventsWriter  # imports torch if it is installed, which takes seconds
-        from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.proto.event_pb2 import SessionLog  # imports torch if it is installed, which takes seconds
+        from tensorboardX.record_writer import RecordWriter
 
         self._folder = folder
-        self._writer: EventsWriter | None = None
+        self._writer: RecordWriter | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._writer = EventsWriter(str(folder / "events"))
+            self._writer = RecordWriter(str(folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"))
         except OSError as error:
             self._give_up(error)
+        self._write(0, file_version="brain.Event:2")
         # TensorBoard drops what an earlier start wrote for later steps.
         self._write(start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
@@ -77,7 +79,7 @@ class Board:
         if self._writer is None:
             return
         try:
-            self._writer.write_event(Event(step=step, wall_time=time.time(), **content))
+            self._writer.write(Event(step=step, wall_time=time.time(), **content).SerializeToString())
             self._writer.flush()
         except OSError as error:
             self._give_up(error)
