@@ -323,7 +323,7 @@ class TrainingConfig:
     eval_batch_size: int = 0
     """Images an evaluation step; 0: data.batch_size."""
     evaluator: Literal["arrays", "pycocotools"] = "arrays"
-    """Computes the COCO scores: arrays (evaluation/precision_recall.py) or pycocotools. Both give the same numbers."""
+    """Who counts the COCO scores: arrays (retina_jax/evaluation/precision_recall.py) or pycocotools. Both give the same numbers."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2

@@ -80,13 +80,10 @@ def view_boxes(records: list[Record], data: DataConfig) -> Views:
     )
 
 
-# The best IoU that any anchor has with each of many boxes, without a look at all anchors: for the search of better
-# ones.
+# The best IoU that any anchor has with each of many boxes, without a look at all anchors: for the search of better ones.
 #
-# Anchors of one shape on one level differ only in where they stand, and two boxes of given sizes overlap the more,
-# the closer
-# their centres are along x and along y. So the best of them is the one whose centre is nearest, and A candidates a
-# box become
+# Anchors of one shape on one level differ only in where they stand, and two boxes of given sizes overlap the more, the closer
+# their centres are along x and along y. So the best of them is the one whose centre is nearest, and A candidates a box become
 # one for each level and shape.
 
 

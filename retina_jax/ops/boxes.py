@@ -131,8 +131,7 @@ def _along_last(four: Array, ndim: int) -> Array:
 # Float operations that round alike in every program.
 #
 # A compiler may contract a product and the sum that takes it into one fused multiply-add, which rounds once instead of
-# twice, or rewrite a quotient of quotients. Whether it does depends on what else is in the program, so the last bit
-# does too:
+# twice, or rewrite a quotient of quotients. Whether it does depends on what else is in the program, so the last bit does too:
 # alone, `match` then gave other labels than inside the loss program.
 
 

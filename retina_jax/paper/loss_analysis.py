@@ -67,22 +67,17 @@ def _of_logits(loss: ClassificationLoss, x_t: Float32[Array, " N"]) -> Float32[A
 
 # Where the loss of a trained detector lies (Section 5.1, Analysis of the Focal Loss; Figure 4).
 #
-# "We apply this model to a large number of random images and sample the predicted probability for ~10^7 negative
-# windows and
-# ~10^5 positive windows. Next, separately for positives and negatives, we compute FL for these samples, and normalize
-# the
+# "We apply this model to a large number of random images and sample the predicted probability for ~10^7 negative windows and
+# ~10^5 positive windows. Next, separately for positives and negatives, we compute FL for these samples, and normalize the
 # loss such that it sums to one. Given the normalized loss, we can sort the loss from lowest to highest and plot its
 # cumulative distribution function."
 #
-# A window is an anchor, matched as in training; ignored ones are no samples. One window gives one probability, as the
-# paper
+# A window is an anchor, matched as in training; ignored ones are no samples. One window gives one probability, as the paper
 # counts: of a positive that of its own class; of a negative that of its likeliest class, the one by which it would be
-# detected. With all K probabilities of a negative the sample would mostly be of classes that no one would mistake it
-# for, and
+# detected. With all K probabilities of a negative the sample would mostly be of classes that no one would mistake it for, and
 # steep whatever gamma is.
 #
-# Samples are kept as x_t, the logit on the side of the truth (equation 6): p_t itself rounds to 1 in float32 where
-# negatives
+# Samples are kept as x_t, the logit on the side of the truth (equation 6): p_t itself rounds to 1 in float32 where negatives
 # are easy.
 
 GAMMAS = (0.0, 0.5, 1.0, 2.0)

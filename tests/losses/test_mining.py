@@ -228,7 +228,6 @@ def test_ohem_over_a_mesh_needs_no_collective() -> None:
         assert f"{collective}(" not in text
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_mined_step_is_the_same_on_one_device_and_on_eight() -> None:
     config = override(
         Config(optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=0)),
@@ -278,7 +277,7 @@ def test_a_mined_step_is_the_same_on_one_device_and_on_eight() -> None:
 
 def test_minibatches_that_cannot_be_and_unknown_kinds_are_refused_by_name() -> None:
     case = (jnp.ones(6), jnp.asarray(~ALL), jnp.asarray(ALL), jnp.asarray(SIX))
-    with pytest.raises(ConfigError, match=r"loss\.mining_batch is 0: it must be at least 1 with loss\.mining ohem"):
+    with pytest.raises(ConfigError, match=r"loss\.mining_batch\b.*\b0\b.*\b1\b.*loss\.mining\b.*\bohem\b"):
         mine(*case, kind="ohem", batch=0, iou_threshold=0.5)
-    with pytest.raises(ConfigError, match=r"loss\.mining_batch is 3: it must be at least 4 with loss\.mining ohem_1_3"):
+    with pytest.raises(ConfigError, match=r"loss\.mining_batch\b.*\b3\b.*\b4\b.*loss\.mining\b.*\bohem_1_3\b"):
         mine(*case, kind="ohem_1_3", batch=3, iou_threshold=0.5)
