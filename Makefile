@@ -18,7 +18,7 @@ demo: setup
 test: setup
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 SWEEP := $(PY) scripts/sweep.py --base configs/mini.py --workdir runs/mini --jobs $(JOBS)

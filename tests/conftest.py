@@ -1,8 +1,17 @@
-"""Every test runs strict: shapes and types checked by machine, no silent promotion, 8 CPU devices, warnings are errors."""
+"""Every test runs strict: shapes and types are checked, no silent promotion, 8 CPU devices, warnings are errors.
+
+Programs are compiled quickly, without the compiler's costly passes, unless a test uses `optimised` or slow tests are among
+those selected. They are cached outside the checkout. Processes that tests start inherit both through the environment.
+"""
+
+from __future__ import annotations
 
 import contextlib
+import gc
+import mmap
 import os
 from collections.abc import Iterator
+from importlib.metadata import files
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -10,18 +19,34 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from jax._src import compiler
 from jaxtyping import install_import_hook
-
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "xla"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-install_import_hook("retina_jax", "beartype.beartype").__enter__()
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "retina_jax_tests"
+QUICK = {"xla_cpu_use_fusion_emitters": "false", "xla_cpu_parallel_codegen_split_count": "1"}
+"""A tiny training step compiles in 1.4 s of processor time with these and without LLVM's passes, in 9.2 s as users' do."""
+SHARES = 16
+LONGEST = ("test_several_hosts", "test_parallel", "test_end_to_end", "test_kills", "test_sweep_runs", "test_mining")
+"""Files, by the time that their tests take."""
+
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update(
+    "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
+)
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+install_import_hook("retina_jax", "beartype.beartype").__enter__()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--share COMMIT."""
+    parser.addoption("--share", metavar="COMMIT", help=f"run one of {SHARES} shares of the tests, chosen by the commit")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,20 +58,59 @@ def pytest_configure(config: pytest.Config) -> None:
             import torchvision  # noqa: F401
 
             torch.set_num_threads(2)
+    if "not slow" in chosen:
+        compile_quickly()
 
 
-@pytest.fixture
-def quick_compilation() -> Iterator[None]:
-    """A test's programs are compiled for speed of compiling, where that is most of its time: LLVM's passes are left out,
-    XLA's own (fusion, partitioning, copies) are as ever."""
+def compile_quickly() -> None:
+    """From here on and in all processes started, with those flags that jaxlib has: an unknown one ends the process."""
+    library = next(file.locate() for file in files("jaxlib") if file.name.startswith("libjax_common"))
+    with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        known = [f"--{name}={value}" for name, value in QUICK.items() if content.find(name.encode()) >= 0]
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *known])
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.hookimpl(trylast=True)  # after -m has deselected
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the share of the commit: every test is in one share, and neighbours are in different ones. The files that take
+    longest come first, so that the workers end together."""
+    if commit := config.option.share:
+        items.sort(key=lambda item: item.nodeid)
+        items[:] = items[int(commit[:8], 16) % SHARES :: SHARES]
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    """Tracing makes many objects: the garbage collector would be a fifth of its time with Python's thresholds."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 50)
+
+
+@pytest.fixture(scope="module")
+def optimised() -> Iterator[None]:
+    """From this test to the end of the module, programs are compiled as users' are."""
+    options_of, emitters = compiler.get_compile_options, {}
+    if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
+        emitters["xla_cpu_use_fusion_emitters"] = True
+
+    def as_users(*args: object, env_options_overrides: dict | None = None, **kwargs: object) -> object:
+        return options_of(*args, env_options_overrides={**emitters, **(env_options_overrides or {})}, **kwargs)
+
+    quickly = jax.config.read("jax_disable_most_optimizations")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", as_users)
+        jax.config.update("jax_disable_most_optimizations", False)
+        jax.clear_caches()  # a test before may have compiled the same function quickly
+        yield
+        jax.config.update("jax_disable_most_optimizations", quickly)
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of real images that stands beside some checkouts; the test is skipped where it does not."""
+    """Folder of real images next to some checkouts; the test is skipped where there is none."""
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is absent: this test needs the real images there")
     return SHARED

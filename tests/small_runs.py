@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+import processes
+from processes import Process
+
 OF_THE_MOMENT = ("images_per_second", "data_wait_percent", "peak_memory_mib")
 """What metrics hold that depends on the machine and its mood."""
 LEARNS = """
@@ -40,35 +39,18 @@ def write_config(folder: Path) -> Path:
     return path
 
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    # These tests run in a shell's background: a run started so would, rightly, not hear Ctrl-C.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def start(
     config: Path,
     workdir: Path,
     *options: object,
     devices: int,
     log: Path | None = None,
-    inside: Sequence[str] = (),
-) -> subprocess.Popen[bytes]:
-    """scripts/train.py on so many CPU devices; what it says goes to `log`, by default WORKDIR.log. `inside` is a command
-    that runs another in a mount namespace."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "xla"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-        "PYTHONUNBUFFERED": "1",
-    }
-    script = [sys.executable, str(ROOT / "scripts" / "train.py")]
-    command = [*inside, *script, "--config", str(config), "--workdir", str(workdir)]
+    namespaces_of: int | None = None,
+) -> Process:
+    """Starts scripts/train.py on so many CPU devices. It prints to `log`, by default WORKDIR.log."""
     with (log or workdir.with_suffix(".log")).open("ab") as file:
-        return subprocess.Popen(
-            [*command, *map(str, options)], env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
-        )
+        arguments = ("--config", config, "--workdir", workdir, *options)
+        return processes.start("train", *arguments, stdout=file, devices=devices, namespaces_of=namespaces_of)
 
 
 class Pair:
@@ -105,7 +87,7 @@ class Pair:
         return "\n".join(log.read_text(errors="replace") for log in self.logs)
 
 
-def wait_for_step(workdir: Path, step: int, *processes: subprocess.Popen[bytes], within: float = 240) -> None:
+def wait_for_step(workdir: Path, step: int, *processes: Process, within: float = 240) -> None:
     """Until the run's metrics hold `step`; fails where a process ends before."""
     until = time.monotonic() + within
     while not any(line["step"] >= step for line in metrics(workdir)):
@@ -115,7 +97,7 @@ def wait_for_step(workdir: Path, step: int, *processes: subprocess.Popen[bytes],
 
 
 @contextlib.contextmanager
-def stopped_when(process: subprocess.Popen[bytes], what: Callable[[], bool], within: float = 240) -> Iterator[None]:
+def stopped_when(process: Process, what: Callable[[], bool], within: float = 240) -> Iterator[None]:
     """The process stands still (SIGSTOP) in the block, at a moment at which `what` holds."""
     until = time.monotonic() + within
     while True:
@@ -161,7 +143,7 @@ def summary(workdir: Path) -> dict:
     return json.loads((workdir / "summary.json").read_text())
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
+def kill(process: Process) -> None:
     """SIGKILL."""
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from retina_jax.ops.boxes import MAX_LOG_SCALE, clip, decode, encode, giou, iou_matrix
 
+pytestmark = pytest.mark.usefixtures("optimised")  # numerics, as users' programs compute them
+
 DEGENERATE = [
     [0.0, 0.0, 0.0, 0.0],  # padding
     [5.0, 5.0, 5.0, 9.0],  # no width

@@ -261,7 +261,6 @@ def script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> No
     runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_one_training_under_any_ids_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same parameters, detections and scores; detections of classes with one name are told apart by id."""
     source = rectangles(tmp_path, [(64, 64)] * 4)

@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import processes
 import pytest
 
 from retina_jax import cli
@@ -262,8 +262,8 @@ RUN = """
 import importlib.util, json, sys
 from pathlib import Path
 
-scripts, commands, codes = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
-sys.path.insert(0, str(scripts))
+scripts, commands, codes = Path(sys.argv[1]), *map(json.loads, sys.argv[3:])
+sys.path[:0] = sys.argv[1:3]
 for name, words in commands:
     spec = importlib.util.spec_from_file_location(f"script_{name[:-3]}", scripts / name)
     module = importlib.util.module_from_spec(spec)
@@ -309,15 +309,9 @@ def test_the_guide_to_own_data_can_be_followed_and_all_python_runs_after_it(tmp_
                 name = Path(path).name
                 given.append((name, [*words, *shlex.split(SMALL.get(name, ""))]))
     codes = {block.named: AT_HAND + block.text for block in PYTHON_BLOCKS}
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "retina_jax" / "export")]),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the time here
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "xla"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    }
-    command = [sys.executable, "-c", RUN, str(ROOT / "scripts"), json.dumps(given), json.dumps(codes)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    (tmp_path / "run.py").write_text(RUN)
+    arguments = (ROOT / "scripts", ROOT / "retina_jax" / "export", json.dumps(given), json.dumps(codes))
+    done = processes.run(tmp_path / "run.py", *arguments, folder=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert re.findall(r"^running (.*)$", done.stdout, re.MULTILINE) == list(codes) and len(codes) >= 4
     written = set(re.findall(r"`((?:runs|checks|found)/[\w./]+)`", GUIDE))

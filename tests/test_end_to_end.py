@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from PIL import Image
 
 from retina_jax.runs.folder import training_lock
-
-ROOT = Path(__file__).parents[1]
 
 # A network of a few seconds' compilation, in a config file as a person would write one.
 TINY = """
@@ -42,31 +39,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def environment(devices: int = 2) -> dict[str, str]:
-    return {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "xla"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-        "PYTHONUNBUFFERED": "1",
-    }
-
-
-def script(name: str, *arguments: object, ok: bool = True, **kwargs: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment(), cwd=ROOT, **kwargs)
+def script(name: str, *arguments: object, ok: bool = True) -> subprocess.CompletedProcess[str]:
+    done = processes.run(name, *arguments, devices=2)
     if ok:
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == 0, f"{done.args}\n{done.stdout}\n{done.stderr}"
     return done
 
 
-def refused(name: str, *arguments: object, says: str) -> str:
-    """The one line with which the script refuses, which holds `says`."""
+def refused(name: str, *arguments: object, names: str) -> str:
+    """The one line with which the script refuses, which holds `names`."""
     done = script(name, *arguments, ok=False)
     lines = [line for line in done.stderr.splitlines() if line]
     assert done.returncode == 2, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
-    assert says in lines[0], lines[0]
+    assert names in lines[0], lines[0]
     return lines[0]
 
 
@@ -116,9 +102,7 @@ def test_a_run_that_another_process_trains_is_left_as_it_is(run: Path, folder: P
     before = (run / "config.json").read_bytes()
     with training_lock(run):
         change = ("--loss.gamma", 5, "--allow-changes", "loss.gamma", "--training.steps", 20)
-        refused(
-            "train", "--config", folder / "tiny.py", "--workdir", run, *change, says="another process is training there"
-        )
+        refused("train", "--config", folder / "tiny.py", "--workdir", run, *change, names=str(run))
     assert (run / "config.json").read_bytes() == before and (run / "summary.json").exists()
 
 
@@ -165,7 +149,7 @@ def test_evaluate_repeats_the_runs_own_scores(run: Path, folder: Path) -> None:
     assert {k: v for k, v in again.items() if k.startswith("A")} == pytest.approx(
         {k: v for k, v in expected.items() if k.startswith("A")}, abs=1e-3, nan_ok=True
     )
-    assert "holds" in refused("evaluate", "--workdir", copy, "--step", 3, says="--step 3")
+    refused("evaluate", "--workdir", copy, "--step", 3, names="--step 3")
 
 
 def test_predict_writes_boxes_in_original_pixels_and_pictures(run: Path, folder: Path) -> None:
@@ -192,15 +176,15 @@ def test_predict_writes_boxes_in_original_pixels_and_pictures(run: Path, folder:
         assert entry["scores"] == sorted(entry["scores"], reverse=True)
     assert len(list((folder / "out").glob("*.png"))) == 3
     (images / "broken.jpg").write_bytes((images / "a.jpg").read_bytes()[:600])
-    refused("predict", images / "broken.jpg", "--workdir", run, "--out", folder / "out2", says="broken.jpg")
-    refused("predict", images / "absent.jpg", "--workdir", run, "--out", folder / "out2", says="absent.jpg")
+    refused("predict", images / "broken.jpg", "--workdir", run, "--out", folder / "out2", names="broken.jpg")
+    refused("predict", images / "absent.jpg", "--workdir", run, "--out", folder / "out2", names="absent.jpg")
 
 
 def test_a_loss_that_explodes_stops_and_keeps_the_last_good_checkpoint(folder: Path) -> None:
     work = folder / "explodes"
     line = refused("train", "--config", folder / "tiny.py", "--workdir", work, "--optimizer.learning-rate", 1e9,
                    "--optimizer.clip-norm", 0, "--optimizer.warmup-steps", 0, "--training.eval-every", -1,
-                   "--training.checkpoint-every", 1, says="images")  # fmt: skip
+                   "--training.checkpoint-every", 1, names="images")  # fmt: skip
     assert "is nan" in line or "is inf" in line
     step = int(line.split(" at step ")[1].split()[0])
     saved = sorted(int(p.name) for p in (work / "checkpoints").iterdir() if p.name.isdigit())
@@ -211,28 +195,24 @@ def test_a_loss_that_explodes_stops_and_keeps_the_last_good_checkpoint(folder: P
 def test_a_resumed_run_keeps_its_config_and_classes(run: Path, folder: Path) -> None:
     same = ("--config", folder / "tiny.py", "--workdir", run)
     before = (run / "config.json").read_text()
-    refused("train", *same, "--loss.gamma", 5, says="loss.gamma: 2.0 -> 5.0")
-    refused("train", *same, "--data.scenes.classes", 4, says="3 classes")
-    refused("train", *same, "--model.num-classes", 7, says="model.num_classes: 7, but the data has 3")
+    refused("train", *same, "--loss.gamma", 5, names="loss.gamma: 2.0 -> 5.0")
+    refused("train", *same, "--data.scenes.classes", 4, names="classes")
+    refused("train", *same, "--model.num-classes", 7, names="model.num_classes: 7")
     assert (run / "config.json").read_text() == before
 
 
 def test_bad_input_is_one_line_that_names_it(folder: Path) -> None:
     tiny = ("--config", folder / "tiny.py", "--workdir", folder / "bad")
-    refused("train", "--config", folder / "absent.py", "--workdir", folder / "bad", says="absent.py")
-    refused("train", *tiny, "--loss.gama", 2, says="did you mean loss.gamma")
-    refused(
-        "train", *tiny, "--data.batch-size", 3, says="data.batch_size: 3 images cannot be split evenly over 2 devices"
-    )
-    refused("train", *tiny, "--model.prior", 2, says="model.prior")
-    refused("train", *tiny, "--data.source", "coco", says="data.train_annotations")
-    refused("evaluate", "--workdir", folder / "nowhere", says="no run there")
+    refused("train", "--config", folder / "absent.py", "--workdir", folder / "bad", names="absent.py")
+    refused("train", *tiny, "--loss.gama", 2, names="loss.gamma")
+    refused("train", *tiny, "--data.batch-size", 3, names="data.batch_size: 3 ")
+    refused("train", *tiny, "--model.prior", 2, names="model.prior")
+    refused("train", *tiny, "--data.source", "coco", names="data.train_annotations")
+    refused("evaluate", "--workdir", folder / "nowhere", names=str(folder / "nowhere"))
     (folder / "typed.py").write_text((folder / "tiny.py").read_text().replace("steps=12", "steps='12'"))
-    refused(
-        "train", "--config", folder / "typed.py", "--workdir", folder / "bad", says="training.steps: '12' is not int"
-    )
+    refused("train", "--config", folder / "typed.py", "--workdir", folder / "bad", names="training.steps: '12'")
     (folder / "is_a_file").write_text("")
-    refused("train", "--config", folder / "tiny.py", "--workdir", folder / "is_a_file", says="cannot be written")
+    refused("train", "--config", folder / "tiny.py", "--workdir", folder / "is_a_file", names=str(folder / "is_a_file"))
     assert not (folder / "bad" / "checkpoints").exists()
 
 
@@ -271,12 +251,19 @@ def own_data(folder: Path, work: Path, annotations: Path, images: Path) -> tuple
     )  # fmt: skip
 
 
-def test_own_coco_data_trains_and_a_bad_image_is_named_or_skipped(folder: Path) -> None:
+@pytest.fixture(scope="session")
+def own_run(folder: Path) -> tuple[Path, Path, Path]:
+    """A run of two steps on data of one's own, its annotations and its images."""
     annotations, images = coco(folder / "own")
     script("train", *own_data(folder, folder / "own_run", annotations, images))
-    assert read(folder / "own_run/summary.json")["evaluation"]["images"] == 4
+    return folder / "own_run", annotations, images
+
+
+def test_own_coco_data_trains_and_a_bad_image_is_named_or_skipped(folder: Path, own_run: tuple[Path, ...]) -> None:
+    assert read(own_run[0] / "summary.json")["evaluation"]["images"] == 4
+    annotations, images = coco(folder / "broken")
     (images / "2.png").write_bytes((images / "2.png").read_bytes()[:1000])
-    line = refused("train", *own_data(folder, folder / "own_bad", annotations, images), says="2.png")
+    line = refused("train", *own_data(folder, folder / "own_bad", annotations, images), names="2.png")
     assert str(images) in line
     done = script("train", *own_data(folder, folder / "own_skip", annotations, images), "--data.bad-images", "skip")
     assert "2.png" in done.stderr + done.stdout
@@ -286,24 +273,23 @@ def test_own_coco_data_trains_and_a_bad_image_is_named_or_skipped(folder: Path) 
 def test_an_annotation_of_nothing_is_named(folder: Path) -> None:
     box = {"id": 9, "image_id": 99, "category_id": 1, "bbox": [1, 1, 5, 5], "area": 25, "iscrowd": 0}
     annotations, images = coco(folder / "unknown", annotations=[box])
-    refused("train", *own_data(folder, folder / "unknown_run", annotations, images), says="image_id")
+    refused("train", *own_data(folder, folder / "unknown_run", annotations, images), names="image_id")
     annotations, images = coco(folder / "own")
-    refused("train", *own_data(folder, folder / "no_folder", annotations, folder / "nowhere"), says="nowhere")
+    refused("train", *own_data(folder, folder / "no_folder", annotations, folder / "nowhere"), names="nowhere")
 
 
-def test_a_tensorflow_dataset_trains_as_its_coco_files_do(folder: Path) -> None:
-    """The same images through TFDS: the same losses, step by step, and the same truth."""
+def test_a_tensorflow_dataset_trains_as_its_coco_files_do(folder: Path, own_run: tuple[Path, ...]) -> None:
+    """The same images through TFDS: the same losses, step by step, and the same ground truth."""
     from tfds_sets import example, store
 
     from retina_jax.data.coco import read_coco
 
-    annotations, images = coco(folder / "for_tfds")
+    one, annotations, images = own_run
     source = read_coco(str(annotations), str(images))
     prepared = store(
         folder / "sets", [example(source, i) for i in range(4)], names=tuple(f"thing {i}" for i in (1, 2, 3))
     )
-    one, two = folder / "from_coco", folder / "from_tfds"
-    script("train", *own_data(folder, one, annotations, images))
+    two = folder / "from_tfds"
     script(
         "train", "--config", folder / "tiny.py", "--workdir", two, "--data.source", "tfds", "--data.tfds-name", prepared,
         "--data.tfds-val-split", "train", "--training.steps", 2, "--training.eval-every", 2,
@@ -323,7 +309,7 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(folder: Path)
     command = list(own_data(folder, folder / "late_run", annotations, images))
     command[-3], command[-1] = val_annotations, val_images
     command += ["--training.checkpoint-every", 100]
-    refused("train", *command, says="1.png")
+    refused("train", *command, names="1.png")
     assert (folder / "late_run/checkpoints/2").is_dir()
     coco(folder / "late_val")
     done = script("train", *command)
@@ -331,16 +317,18 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(folder: Path)
     assert read(folder / "late_run/summary.json")["evaluation"]["images"] == 4
 
 
-def test_training_data_that_changed_under_a_run_is_refused(folder: Path) -> None:
-    annotations, images = coco(folder / "changing")
-    command = own_data(folder, folder / "changing_run", annotations, images)
-    script("train", *command)
-    document = read(annotations)
+def test_training_data_that_changed_under_a_run_is_refused(folder: Path, own_run: tuple[Path, ...]) -> None:
+    workdir = shutil.copytree(own_run[0], folder / "changing_run")
+    _, annotations, images = own_run
+    command = own_data(folder, workdir, annotations, images)
+    before = annotations.read_text()
+    document = json.loads(before)
     document["annotations"][0]["bbox"][2] = 30
     annotations.write_text(json.dumps(document))
-    refused("train", *command, "--training.steps", 3, says="other images or boxes")
-    (folder / "changing_run" / "config.json").unlink()
-    refused("train", *command, says="no config.json")
+    refused("train", *command, "--training.steps", 3, names="other images or boxes")
+    annotations.write_text(before)
+    (workdir / "config.json").unlink()
+    refused("train", *command, names="config.json")
 
 
 def test_evaluate_with_other_settings_leaves_the_runs_own_score(run: Path) -> None:
@@ -349,7 +337,7 @@ def test_evaluate_with_other_settings_leaves_the_runs_own_score(run: Path) -> No
     assert read(run / "evaluation/step_00000012.json") == before
     (other,) = (path for path in (run / "evaluation").glob("step_00000012_*.json"))
     assert read(other)["images"] == 2 and read(other)["settings"] == {"training.eval_images": 2}
-    refused("evaluate", "--workdir", run, "--anchors.size-factor", 8, says="anchors.size_factor: 2.0 -> 8.0")
+    refused("evaluate", "--workdir", run, "--anchors.size-factor", 8, names="anchors.size_factor: 2.0 -> 8.0")
 
 
 def test_images_without_annotations_become_a_submission_and_are_refused_in_training(run: Path, folder: Path) -> None:
@@ -363,9 +351,9 @@ def test_images_without_annotations_become_a_submission_and_are_refused_in_train
     before = set((run / "detections").iterdir())
     done = script("evaluate", "--workdir", run, "--data.source", "coco", "--data.val-annotations", test_dev,
                   "--data.val-images", images, "--training.eval-images", 2)  # fmt: skip
-    assert "training.eval_images 2 is ignored" in done.stdout + done.stderr
+    assert "training.eval_images 2" in done.stdout + done.stderr
     submission = run / "detections" / "detections_test-dev2017_mine_results.json"
-    assert "nothing to score" in done.stdout and str(submission) in done.stdout and "AP of" not in done.stdout
+    assert str(submission) in done.stdout and "AP of" not in done.stdout
     (found,) = set((run / "detections").glob("step_00000012_*.json")) - before
     for one, other in zip(read(submission), read(found), strict=True):
         assert set(one) == {"image_id", "category_id", "bbox", "score"} and one["image_id"] == other["image_id"]
@@ -374,7 +362,7 @@ def test_images_without_annotations_become_a_submission_and_are_refused_in_train
     assert not list((run / "evaluation").glob(found.name)), "no scores"
     command = list(own_data(folder, folder / "unlabelled", *coco(folder / "labelled")))
     command[-3], command[-1] = test_dev, images
-    refused("train", *command, says=f"{test_dev}: annotations must be a list")
+    refused("train", *command, names=f"{test_dev}: annotations")
 
 
 def test_predict_never_writes_over_the_photographs(run: Path, folder: Path) -> None:
@@ -382,9 +370,9 @@ def test_predict_never_writes_over_the_photographs(run: Path, folder: Path) -> N
     photos.mkdir()
     Image.fromarray(np.full((40, 50, 3), 120, np.uint8)).save(photos / "a.png")
     before = (photos / "a.png").read_bytes()
-    refused("predict", photos, "--workdir", run, "--out", photos, says="overwrite")
+    refused("predict", photos, "--workdir", run, "--out", photos, names=str(photos))
     assert (photos / "a.png").read_bytes() == before
     (photos / "b.jpg").write_bytes(b"no image")
-    refused("predict", photos, "--workdir", run, "--out", photos / "out", says="b.jpg")
+    refused("predict", photos, "--workdir", run, "--out", photos / "out", names="b.jpg")
     assert len(read(photos / "out" / "detections.json")["images"]) == 1
-    refused("predict", "--workdir", run, "--out", photos / "out", says="no image")
+    refused("predict", "--workdir", run, "--out", photos / "out", names="image")

@@ -13,6 +13,8 @@ from retina_jax.config import MatchingConfig
 from retina_jax.ops.boxes import iou_matrix
 from retina_jax.ops.matching import BACKGROUND, IGNORED, Matches, match
 
+pytestmark = pytest.mark.usefixtures("optimised")  # numerics, as users' programs compute them
+
 MODES = ("none", "band", "all")
 A, G = 60, 6
 

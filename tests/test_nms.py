@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from retina_jax.ops.boxes import iou_matrix
 from retina_jax.ops.nms import nms
 
+pytestmark = pytest.mark.usefixtures("optimised")  # numerics, as users' programs compute them
+
 N, D = 24, 10
 
 

@@ -28,18 +28,18 @@ def begun(config: Path) -> Path:
 
 
 MORE, LONG = (
-    ("--training.steps", 160, "--detection.tta-flip", "--detection.tta-short-sides", 48),
+    ("--training.steps", 130, "--detection.tta-flip", "--detection.tta-short-sides", 48),
     ("--training.steps", 10**6),
 )
 
 
 @pytest.fixture(scope="module")
 def alone(config: Path, begun: Path) -> Path:
-    """The same, 60 steps further."""
+    """The same, 30 steps further."""
     workdir = shutil.copytree(begun, config.parent / "alone")
     process = start(config, workdir, *MORE, "--training.profile-steps", "110:112", devices=4)
     assert process.wait(300) == 0, workdir.with_suffix(".log").read_text()
-    assert "profile of steps 110 to 112: " in workdir.with_suffix(".log").read_text()
+    assert re.search(r"profile.* 110 .*112", workdir.with_suffix(".log").read_text())
     assert list((workdir / "profile").rglob("perfetto_trace.json.gz"))
     return workdir
 
@@ -52,13 +52,14 @@ def shared(config: Path, begun: Path) -> tuple[Path, Path]:
         wait_for_step(workdir, 105, *pair.hosts)
         pair.hosts[1].send_signal(signal.SIGTERM)
         assert pair.ended() == [0, 0], pair.said()
-        assert "stopped by SIGTERM after step" in pair.said() and "Traceback" not in pair.said()
+        assert "Traceback" not in pair.said()
     saved = max(line["step"] for line in metrics(workdir))
+    assert re.search(rf"^stopped.*\bSIGTERM\b.*\bstep {saved}\b", pair.said(), re.MULTILINE), pair.said()
     assert (workdir / "checkpoints" / str(saved)).is_dir() and not (workdir / "summary.json").exists()
     stopped = shutil.copytree(workdir, config.parent / "stopped")
     with Pair(config, workdir, *LONG) as pair:
         wait_for_step(workdir, saved + 5, *pair.hosts)
-        assert f"resuming {workdir} at step {saved}" in pair.said()
+        assert resumed(pair.said(), workdir, saved)
         kill(pair.hosts[1])
         killed = time.monotonic()
         status = pair.hosts[0].wait(60)
@@ -71,10 +72,15 @@ def shared(config: Path, begun: Path) -> tuple[Path, Path]:
     return workdir, stopped
 
 
+def resumed(said: str, workdir: Path, step: int) -> bool:
+    """Whether a line tells that this run resumes at this step."""
+    return re.search(rf"^resum.*{re.escape(str(workdir))}.*\bstep {step}$", said, re.MULTILINE) is not None
+
+
 def test_two_hosts_are_one_process_with_as_many_devices(alone: Path, shared: tuple[Path, Path]) -> None:
     """The same losses, step by step, and the same AP, whatever happened to the hosts on the way."""
     expected, got = losses(alone), losses(shared[0])
-    assert got.keys() == expected.keys() and len(got) == 160
+    assert got.keys() == expected.keys() and len(got) == 130
     assert list(got.values()) == pytest.approx(list(expected.values()), rel=1e-3)
     first, second = summary(alone)["evaluation"], summary(shared[0])["evaluation"]
     assert first["AP"] > 0.1 and first["images"] == second["images"] == 11
@@ -82,16 +88,16 @@ def test_two_hosts_are_one_process_with_as_many_devices(alone: Path, shared: tup
         assert second[name] == pytest.approx(first[name], abs=0.01), name
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_a_run_of_two_hosts_goes_on_alone(config: Path, alone: Path, shared: tuple[Path, Path], devices: int) -> None:
     """Saved on 2 x 2 devices, resumed on 1 x 1 and on 1 x 8."""
     workdir = shutil.copytree(shared[1], config.parent / f"on_{devices}")
     before = len(losses(workdir))
-    process = start(config, workdir, "--training.steps", before + 20, devices=devices)
+    process = start(config, workdir, "--training.steps", before + 5, devices=devices)
     assert process.wait(300) == 0, workdir.with_suffix(".log").read_text()
-    assert f"resuming {workdir} at step {before}" in workdir.with_suffix(".log").read_text()
+    assert resumed(workdir.with_suffix(".log").read_text(), workdir, before)
     got = losses(workdir)
-    assert len(got) == before + 20
+    assert len(got) == before + 5
     assert list(got.values()) == pytest.approx(list(losses(alone).values())[: len(got)], rel=1e-3)
 
 
@@ -134,5 +140,5 @@ def test_an_image_that_is_skipped_on_one_host_is_skipped_by_all(config: Path, be
     workdir = config.parent / "skips"
     with Pair(config, workdir, *broken(config, begun), "--data.bad-images", "skip") as pair:
         assert pair.ended() == [0, 0], pair.said()
-        assert "warning: 1 unreadable images were skipped" in pair.said()
+        assert re.search(r"^warning: 1 .*image", pair.said(), re.MULTILINE)
     assert len(losses(workdir)) == 20

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_sets import rectangles
@@ -24,7 +23,6 @@ from retina_jax.evaluate import evaluate
 from retina_jax.training.opening import open_run
 from retina_jax.training.parallel import Driver
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 FLIPPED_AND_SMALLER = {"detection__tta_flip": True, "detection__tta_short_sides": (32,)}
 
 

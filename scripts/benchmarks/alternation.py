@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -11,14 +10,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from benchmarks.work import BenchmarkError, Task
 from retina_jax.console import processor
 
-SCRIPTS = Path(__file__).parents[1]
-"""Folder that a worker imports `benchmarks` from."""
 REST = 0.1
 """Seconds between two repetitions: threads of the previous one may still free memory on the same core."""
 
@@ -62,10 +58,7 @@ def measure(
 @contextmanager
 def _worker(name: str, module: str, task: Task, python: str) -> Iterator[subprocess.Popen[str]]:
     command = [python, "-m", "benchmarks.worker", module, json.dumps(asdict(task))]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(SCRIPTS), os.environ.get("PYTHONPATH", "")))}
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process
         finally:

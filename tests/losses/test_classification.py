@@ -15,6 +15,8 @@ from retina_jax.config import LossConfig
 from retina_jax.losses.focal import balanced_cross_entropy, classification_loss, cross_entropy, focal, focal_star, hinge
 from retina_jax.ops.matching import BACKGROUND, IGNORED
 
+pytestmark = pytest.mark.usefixtures("optimised")  # numerics, as users' programs compute them
+
 GAMMAS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 LOGITS = np.array([0.0, -0.0, 1e-3, -1e-3, 0.5, -0.5, 2.0, -2.0, 20.0, -20.0, 60.0, -60.0, 100.0, -100.0, 1e4, -1e4])
 # Each logit twice, as an anchor of its own with K = 1: as the class it is labelled, and as background.

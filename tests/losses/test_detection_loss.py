@@ -15,6 +15,8 @@ from retina_jax.losses.mining import mine
 from retina_jax.losses.total import EMA_START, ImageLosses, denominator, image_losses, image_weights
 from retina_jax.ops.matching import BACKGROUND, IGNORED, match
 
+pytestmark = pytest.mark.usefixtures("optimised")  # numerics, as users' programs compute them
+
 SCOPES = ("global", "per_image", "per_device", "ema")
 B, A, G, K = 3, 12, 4, 3
 

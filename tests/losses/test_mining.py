@@ -228,7 +228,6 @@ def test_ohem_over_a_mesh_needs_no_collective() -> None:
         assert f"{collective}(" not in text
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_mined_step_is_the_same_on_one_device_and_on_eight() -> None:
     config = override(
         Config(optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=0)),

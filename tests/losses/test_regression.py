@@ -11,6 +11,8 @@ from retina_jax.config import LossConfig
 from retina_jax.losses.regression import box_loss, l1, smooth_l1
 from retina_jax.ops.boxes import encode
 
+pytestmark = pytest.mark.usefixtures("optimised")  # numerics, as users' programs compute them
+
 ANCHORS = jnp.array([[0, 0, 10, 10], [0, 0, 20, 10], [5, 5, 9, 25]], jnp.float32)
 
 

@@ -411,8 +411,8 @@ def test_a_damaged_file_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ((), "--workdir: give"),
-        (("--workdir", "RUN", "--weights", "torchvision:FILE"), "--workdir: give"),
+        ((), "--workdir: "),
+        (("--workdir", "RUN", "--weights", "torchvision:FILE"), "--workdir: "),
         (("--workdir", "RUN", "--format", "savedmodel"), r"--format savedmodel: .*docs/export\.md"),
         (("--workdir", "RUN", "--format", "onnx"), r"--format onnx: .*docs/export\.md"),
         (("--workdir", "RUN", "--format", "other"), "other"),

@@ -24,7 +24,6 @@ from retina_jax.training.parallel import Driver
 from retina_jax.training.state import TrainState, parameters_sha256
 from retina_jax.training.step import Inputs, ema_decay
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 Make = Callable[..., Inputs]
 DECAY = 0.2  # above the warm-up's .1 and .18, below its .25: both sides of the minimum are met
 

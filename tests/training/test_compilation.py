@@ -83,12 +83,9 @@ def test_two_hundred_batches_of_four_shapes_are_four_programs_and_four_lines(unc
     batches = [pixels(canvas=canvases[i]) for i in [0, 1, 2, 3, *rng.integers(4, size=196)]]
     state = take(step, new_state(), *batches)
     assert int(state.step) == 200 and jitted._cache_size() == 4
-    assert [line.split(" compiled in ")[0] for line in said] == [f"step for {h}x{w}" for h, w in canvases]
-    assert re.fullmatch(
-        r"step for 32x48 compiled in \d+\.\d s: \d+\.\d\d MiB on each device "
-        r"\(arguments \d+\.\d\d, results \d+\.\d\d, temporaries \d+\.\d\d, code \d+\.\d\d\)",
-        said[0],
-    )
+    assert [re.search(r"\b\d+x\d+\b", line)[0] for line in said] == [f"{h}x{w}" for h, w in canvases]
+    sizes = ", ".join(rf"{name} \d+\.\d\d" for name in ("arguments", "results", "temporaries", "code"))
+    assert re.search(rf"32x48 .*\d+\.\d s: \d+\.\d\d MiB .*\({sizes}\)$", said[0])
 
 
 def test_the_program_announced_is_the_one_that_runs(uncached: None) -> None:
@@ -149,9 +146,9 @@ def test_a_recompilation_is_named_by_what_differs(
     state = take(step, new_state(), *[pixels()] * 6)
     assert len(said) == 1
     step(*other(state))
-    assert said[1].startswith("step for 32x48 compiled in ")
+    assert "32x48" in said[1]
     pattern = differing if ".*" in differing else re.escape(differing)
-    assert re.fullmatch(f"warning: step 7 recompiled: {pattern}", said[2])
+    assert re.fullmatch(rf"warning: step 7\b.*: {pattern}", said[2])
     take(step, state, pixels())  # back to the first program, which is still there
     assert len(said) == 3
 
@@ -160,7 +157,7 @@ def test_a_difference_that_comes_with_a_new_padded_shape_is_named_too(uncached: 
     said: list[str] = []
     step = CompiledStep(fresh(), canvases=2, announce=said.append)
     take(step, new_state(), pixels(), pixels(canvas=(48, 32), dtype=np.int16))
-    assert said[2] == "warning: step 2 recompiled: inputs.sizes int32 -> int16"
+    assert re.fullmatch(r"warning: step 2\b.*: inputs\.sizes int32 -> int16", said[2])
 
 
 def test_a_padded_shape_beyond_the_expected_number_is_a_warning(uncached: None) -> None:
@@ -168,7 +165,7 @@ def test_a_padded_shape_beyond_the_expected_number_is_a_warning(uncached: None) 
     step = CompiledStep(fresh(), canvases=2, announce=said.append)
     take(step, new_state(), pixels(), pixels(canvas=(48, 32)), pixels(), pixels(canvas=(64, 64)))
     assert len(said) == 4
-    assert re.match("warning: step 4 .*64x64, but 2 are expected: .*32x48, 48x32", said[3])
+    assert re.fullmatch(r"warning: step 4\b.*\b3, 64x64\b.*\b2\b.* 32x48, 48x32", said[3])
 
 
 def test_a_program_from_the_cache_is_reported_as_such(tmp_path: object) -> None:
@@ -190,11 +187,10 @@ def test_a_program_from_the_cache_is_reported_as_such(tmp_path: object) -> None:
         for name, value in before.items():
             jax.config.update(name, value)
         jax._src.compilation_cache.reset_cache()
-    assert "step for 32x48 compiled in" in said[0]
-    assert "step for 32x48 found in the compilation cache in" in said[1]
+    assert "32x48" in said[0] and "cache" not in said[0]
+    assert "32x48" in said[1] and "cache" in said[1]
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
 def test_a_driver_compiles_each_canvas_once(tiny: Config, make_inputs: Callable[..., Inputs], parallel: str) -> None:
     """Also at the second step, whose state is a result of the first one: nothing else is logged."""
@@ -206,28 +202,27 @@ def test_a_driver_compiles_each_canvas_once(tiny: Config, make_inputs: Callable[
         state, measured = step(state, driver.shard_batch(make_inputs(number, canvas=canvas)))
         jax.block_until_ready(measured)
         assert all(array.is_deleted() for array in jax.tree.leaves(before)), "its memory is the new state's"
-    assert [line[:15] for line in said] == ["step for 64x64 ", "step for 64x96 "]
-    assert all(" MiB on each device (arguments " in line for line in said)
+    assert [re.search(r"\b\d+x\d+\b", line)[0] for line in said] == ["64x64", "64x96"]
+    assert all(re.search(r" MiB .*\(arguments ", line) for line in said)
     assert int(state.step) == 5
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
 def test_canvases_ahead_are_compiled_with_the_first_one(
     tiny: Config, make_inputs: Callable[..., Inputs], parallel: str, uncached: None
 ) -> None:
     driver = Driver(override(tiny, {"parallel": parallel, "devices": 2}), 3)
     said: list[str] = []
-    canvases = [(64, 64), (64, 96), (96, 64)]
-    step, state = CompiledStep(driver.step, 3, said.append, ahead=canvases), driver.init_state()
+    canvases = [(64, 64), (64, 96)]
+    step, state = CompiledStep(driver.step, 2, said.append, ahead=canvases), driver.init_state()
     state, _ = step(state, driver.shard_batch(make_inputs(0, canvas=(64, 96))))
-    assert [line.split()[2] for line in said] == ["64x96", "64x64", "96x64"]
+    assert [re.search(r"\b\d+x\d+\b", line)[0] for line in said] == ["64x96", "64x64"]
     with compilation.compile_events() as events:
         for number, canvas in enumerate(canvases, start=1):
             state, measured = step(state, driver.shard_batch(make_inputs(number, canvas=canvas)))
             jax.block_until_ready(measured)
-    assert events[compilation.COMPILED] == 0 and len(said) == 3
-    assert int(state.step) == 4
+    assert events[compilation.COMPILED] == 0 and len(said) == 2
+    assert int(state.step) == 3
 
 
 def test_memory_is_counted_per_device_and_not_twice_where_donated() -> None:
@@ -288,12 +283,19 @@ def test_out_of_memory_is_one_line_with_what_would_help(
 ) -> None:
     monkeypatch.setattr(errors, "device_memory", lambda: 16 * GIB)
     line = out_of_memory(JaxRuntimeError(message), Memory(GIB, 0, 20 * GIB, 0), (640, 1024))
-    assert line.startswith(
-        "out of memory: the step for 640x1024 needs 21.00 GiB on each device (arguments 1.00, results"
+    named = (
+        "640x1024",
+        "21.00 GiB",
+        "arguments 1.00",
+        "results 0.00",
+        "temporaries 20.00",
+        "code 0.00",
+        "16.0 GiB",
+        f"({kept})",
     )
-    assert f"a device has 16.0 GiB ({kept}); " in line and "\n" not in line
-    for option in ("data.batch_size", "training.accumulate", "model.remat", "model.dtype"):
-        assert option in line
+    options = ("data.batch_size", "training.accumulate", "model.remat", "model.dtype bfloat16")
+    assert line is not None and "\n" not in line
+    assert [name for name in (*named, *options) if name not in line] == []
 
 
 @pytest.mark.parametrize(
@@ -332,11 +334,8 @@ def test_a_real_out_of_memory_error_names_what_the_step_needed() -> None:
     with pytest.raises(OutOfMemory) as caught:
         step_that_calls(huge)(new_state(), pixels())
     assert isinstance(caught.value.__cause__, JaxRuntimeError)
-    assert re.fullmatch(
-        r"out of memory: the step for 32x48 needs .* MiB on each device \(.*\) \(Out of memory allocating 65536.0 GiB\); "
-        r".*data.batch_size.*training.accumulate, .*",
-        str(caught.value),
-    )
+    named = r"32x48 .* MiB .*\(Out of memory allocating 65536\.0 GiB\).*data\.batch_size.*training\.accumulate"
+    assert re.search(named, str(caught.value))
 
 
 def test_out_of_memory_in_compiling_is_named() -> None:
@@ -345,9 +344,7 @@ def test_out_of_memory_in_compiling_is_named() -> None:
 
     step = partial(fresh())
     step.lower = fail
-    with pytest.raises(
-        OutOfMemory, match=r"the step for 32x48 needs more than there is \(Ran out of memory in memory space hbm"
-    ):
+    with pytest.raises(OutOfMemory, match=r"32x48 .*\(Ran out of memory in memory space hbm"):
         CompiledStep(step, 1)(new_state(), pixels())
 
 
@@ -363,7 +360,7 @@ def test_out_of_memory_in_compiling_ahead_names_the_padded_shape(uncached: None)
 
     step = partial(whole)
     step.lower = lower
-    with pytest.raises(OutOfMemory, match="the step for 64x32 needs more than there is"):
+    with pytest.raises(OutOfMemory, match=r"\b64x32\b"):
         CompiledStep(step, 2, announce=lambda line: None, ahead=((64, 32),))(new_state(), pixels())
 
 

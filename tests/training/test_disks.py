@@ -107,7 +107,7 @@ def test_a_disk_that_cannot_be_asked_passes_and_one_that_fails_is_reported(
         monkeypatch.setattr(os, "fsync", lambda _, number=number: fail(number))
         write_checksums(tmp_path)
     monkeypatch.setattr(os, "fsync", lambda _: fail(errno.EIO))
-    failed = pytest.raises(DiskError, match="step 3 could not be saved: Input/output error")
+    failed = pytest.raises(DiskError, match=r"step 3 .*Input/output error")
     with failed, Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(3, {"weights": jax.device_put(np.ones(3, np.float32))})
     assert list((tmp_path / "checkpoints").iterdir()) == [] and "Input/output error" in capsys.readouterr().out
@@ -165,7 +165,7 @@ def test_metrics_report_which_evaluations_they_hold(tmp_path: Path) -> None:
 def test_metrics_that_cannot_be_written_are_one_line_that_names_the_file(tmp_path: Path) -> None:
     with Metrics(run_in(tmp_path), 0) as metrics:
         (tmp_path / "metrics.jsonl").mkdir()
-        with pytest.raises(DiskError, match=r"metrics.jsonl: cannot be written: Is a directory"):
+        with pytest.raises(DiskError, match=r"metrics\.jsonl: .*Is a directory"):
             metrics.write(1, {"event": "train", "loss": 1.0})
 
 
@@ -263,7 +263,7 @@ with Metrics(run, 0) as metrics:
         try:
             metrics.write(2, {"event": "train", "loss": 2.0, "note": "x" * 5000})
         except DiskError as error:
-            assert str(error) == f"{disk / 'metrics.jsonl'}: cannot be written: No space left on device"
+            assert str(error).startswith(f"{disk / 'metrics.jsonl'}: ") and "No space left on device" in str(error)
         else:
             raise SystemExit("written to a full disk")
         assert (disk / "metrics.jsonl").read_bytes() == before

@@ -40,8 +40,7 @@ def of_random_sizes(count: int) -> Source:
     return Source("random sizes", records, ("a", "b", "c"), (1, 2, 3), {}, read, str, dict)
 
 
-@pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("number", [*(pytest.param(number, marks=pytest.mark.slow) for number in (1, 2)), 4])
 def test_as_many_programs_as_buckets_whatever_the_sizes(tiny: Config, number: int) -> None:
     config = override(
         tiny,
@@ -51,7 +50,7 @@ def test_as_many_programs_as_buckets_whatever_the_sizes(tiny: Config, number: in
             "data.jitter_short_sides": (48, 64),
             "data.buckets": number,
             "data.batch_size": 4,
-            "devices": 1,
+            "devices": 2,
         },
     )
     data, source = config.data, of_random_sizes(200)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pytest
 
 from retina_jax.config_io import load_config, override, validate
 from retina_jax.presets import PRESETS
@@ -15,7 +14,6 @@ from retina_jax.training.parallel import Driver
 from retina_jax.training.state import AveragedState
 from retina_jax.training.step import Inputs
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = Path(__file__).parents[2] / "configs" / "strong_r50_800.py"
 OWN = (
     "anchors.style",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -60,7 +61,8 @@ def test_a_detector_is_imported_evaluated_and_trained_on_other_classes(
     run, data = tmp_path / "run", scenes(tmp_path)
     source = f"torchvision:{weights}"
     script(monkeypatch, "import_weights", "--weights", source, "--workdir", run, "--class-names", *CLASSES)
-    assert f"4 classes; {source} is step 0 of {run}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "4 classes" in said and source in said and f"step 0 of {run}" in said
     detector = load_detector(run, short_side=64, long_side=96)
     assert detector.class_names == ("__background__", *CLASSES) and detector.step == 0
     image = photographs([(70, 90)], 1)
@@ -84,17 +86,15 @@ def test_a_detector_is_imported_evaluated_and_trained_on_other_classes(
     entry = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert entry["detector"] == source and set(entry["images"][0]["labels"]) <= {f"class {k}" for k in range(4)}
 
-    # Other classes: a new class head, said so; and started again before a step is saved, the same.
+    # Other classes: a new class head, which is reported; and the same if started again before a step is saved.
     with pytest.raises(SystemExit):
         script(monkeypatch, "evaluate", "--workdir", run, *data)
-    assert (
-        "the detector lacks: red disc (1), blue square (2); its classes are __background__, square"
-        in capsys.readouterr().err
-    )
+    error = capsys.readouterr().err
+    assert "red disc (1), blue square (2)" in error and "__background__, square" in error
     for steps in (0, 2):
         script(monkeypatch, "train", "--workdir", run, *data, "--training.steps", steps, "--training.pictures", 0,
                "--optimizer.warmup-steps", 0, "--optimizer.learning-rate", 0.0)  # fmt: skip
-        assert "a new class head for 2 classes, each with the prior 0.01" in capsys.readouterr().out
+        assert re.search(r"class head.*\b2 classes.*\b0\.01\b", capsys.readouterr().out)
     trained = load_detector(run)
     assert trained.step == 2 and len(trained.class_names) == 2
     before, after = flat(detector.variables), flat(trained.variables)
@@ -113,7 +113,7 @@ def test_a_detector_is_imported_evaluated_and_trained_on_other_classes(
     assert "Average Precision" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         script(monkeypatch, "import_weights", "--weights", source, "--workdir", run)
-    assert "holds a run already; import into another folder" in capsys.readouterr().err
+    assert str(run) in capsys.readouterr().err
 
 
 def test_known_classes_keep_their_columns(weights: Path) -> None:
@@ -124,7 +124,7 @@ def test_known_classes_keep_their_columns(weights: Path) -> None:
     made, line = adapt_classes(
         Driver(config, 2), run, before, list(zip(imported.category_ids, imported.class_names, strict=True))
     )
-    assert line == "its class head kept, 2 of 4 classes"
+    assert "2 of 4 classes" in line
     bias = before["class_head/output/bias"].reshape(9, 4)
     np.testing.assert_array_equal(flat(made)["class_head/output/bias"].reshape(9, 2), bias[:, [3, 1]])
     kernel = before["class_head/output/kernel"].reshape(3, 3, -1, 9, 4)
@@ -144,7 +144,7 @@ def test_a_backbone_fills_the_backbone_alone_and_what_it_lacks_is_told(tmp_path:
     start = initialise(RetinaNet(config, 3, 9), 0)
     made, line = with_backbone(start, config)
     before, after = flat(start), flat(made)
-    assert line == f"backbone: {len(torchvision_shapes(0, detector=False))} arrays from {path}"
+    assert re.search(rf"\b{len(torchvision_shapes(0, detector=False))} arrays.*{re.escape(str(path))}$", line)
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed == {name for name in before if name.startswith("backbone/")}
 
@@ -153,25 +153,23 @@ def test_a_backbone_fills_the_backbone_alone_and_what_it_lacks_is_told(tmp_path:
     assert flat(again).keys() == after.keys()
 
     part = write(tmp_path / "part", {name: s for name, s in shapes.items() if not name.startswith("layer4")})
-    with pytest.raises(WeightsError, match=r"15 missing: backbone/c5/block1/conv1/kernel"):
+    with pytest.raises(WeightsError, match=r"\b15 .*backbone/c5/block1/conv1/kernel"):
         with_backbone(start, backbone_config(part))
-    _, line = with_backbone(start, backbone_config(part), ["backbone/c5"])
-    assert "15 missing and left random: backbone/c5/block1/conv1/kernel" in line
+    _, told = with_backbone(start, backbone_config(part), ["backbone/c5"])
+    assert re.search(r"\b15 .*: backbone/c5/block1/conv1/kernel", told)
 
 
 def test_weights_of_another_convention_are_refused_by_field(tmp_path: Path) -> None:
     path = write(tmp_path / "w", torchvision_shapes(0, detector=False))
     for field, value in (("input_normalisation", "detectron"), ("norm", "group")):
         config = backbone_config(path, **{field: value})
-        with pytest.raises(ConfigError, match=rf"^model\.{field}: {value}, but the weights in .*w need "):
+        with pytest.raises(ConfigError, match=rf"^model\.{field}: {value}\b.*/w\b"):
             with_backbone(initialise(RetinaNet(config, 3, 9), 0), config)
-    with pytest.raises(ConfigError, match=r"no ImageNet weights of resnet18 are known; take imagenet"):
+    with pytest.raises(ConfigError, match=r"\bresnet18\b"):
         with_backbone({}, ModelConfig(backbone="resnet18", backbone_weights="imagenet"))
-    with pytest.raises(
-        WeightsError, match=r"holds a backbone and no heads; train a detector from it with --model\.backb"
-    ):
+    with pytest.raises(WeightsError, match=r"--model\.backbone"):
         import_detector(f"torchvision:{path}")
-    with pytest.raises(WeightsError, match=r"^absent: no such file$"):
+    with pytest.raises(WeightsError, match=r"^absent: "):
         with_backbone({}, backbone_config(Path("absent")))
 
 
@@ -182,7 +180,7 @@ def test_a_detector_says_how_its_images_may_be_sized(weights: Path) -> None:
     assert (detector.config.data.short_side, detector.config.data.long_side) == (400, 666)
     with pytest.raises(ConfigError, match=r"data\.short_side"):
         load_detector(f"torchvision:{weights}", short_side=400, long_side=300)
-    with pytest.raises(ConfigError, match=r"no run there"):
+    with pytest.raises(ConfigError, match=r"onnx:file"):
         load_detector("onnx:file")
 
 
