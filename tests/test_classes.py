@@ -262,7 +262,7 @@ def script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> No
 
 
 def test_one_training_under_any_ids_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same parameters, detections and scores; detections of classes with one name are told apart by id."""
+    """The same parameters, detections and scores; detections of classes with one name are distinguished by id."""
     source = rectangles(tmp_path, [(64, 64)] * 4)
     plain, ids = json.loads(Path(source.name).read_text()), {1: LARGEST_ID - 1, 2: -1}
     messy = {

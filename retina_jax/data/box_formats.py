@@ -104,7 +104,7 @@ def guess_fractions(
         ones = np.ones((units.sum(), 2))
         inside = {f"{layout}_fractions": _inside(numbers[units], layout, ones).mean() for layout in layouts}
         formats = tuple(name for name, share in inside.items() if share >= min(NEARLY_ALL, max(inside.values())))
-        why = f"the {what} look like fractions of the image: their numbers lie between 0 and 1"
+        why = f"the {what} look like fractions of the image: their numbers are between 0 and 1"
         return Guess(formats, int(units.sum()) >= SEVERAL, why)
     share = units.sum() / max(1, _solid(numbers, sizes_wh, LEAST_SIDE).sum())
     if share < MIXED[0] or (units & (numbers % 1 > 0).any(1)).sum() < MIXED[1]:
@@ -134,7 +134,7 @@ def guess_other(numbers: Numbers, areas: Areas, sizes_wh: Sizes, chosen: BoxForm
     if chosen == "xyxy" and "xywh" in good and _areas_of_corners(numbers, areas) == -1:
         return Guess(("xywh",), False, f"{why}: their areas are width times height")
     if good and fit.get(chosen, 0.0) < NEARLY_ALL:
-        share = f"{fit.get(chosen, 0.0):.0%} of them lie in their images"
+        share = f"{fit.get(chosen, 0.0):.0%} of them are inside their images"
         return Guess(good, False, f"{why}: read so, {share}, read as {' or '.join(good)} nearly all do")
     return None if fractions else guess_fractions(numbers, sizes_wh)
 
@@ -150,7 +150,7 @@ def _guess_layout(numbers: Numbers, areas: Areas, sizes_wh: Sizes) -> Guess | No
         return Guess(("xyxy",), True, "the boxes look like x1, y1, x2, y2: their areas are (x2 - x1) (y2 - y1)")
     if formats and far >= SOME:
         kinds = " or ".join(LAYOUTS[layout] for layout in formats)
-        read = f"read as x, y, width, height {far:.0%} of them reach far out of their images, read so almost none does"
+        read = f"read as x, y, width, height {far:.0%} of them extend far beyond their images, read so almost none does"
         return Guess(formats, many, f"the boxes look like {kinds}: {read}")
     scaled = [scale for scale in SCALES if _fit_scaled(numbers, scale)]
     convert = "no other format fits them; check the sizes of the images"
@@ -158,22 +158,22 @@ def _guess_layout(numbers: Numbers, areas: Areas, sizes_wh: Sizes) -> Guess | No
         convert = f"they may be {' or '.join(map(SCALES.__getitem__, scaled))}; if so, convert them to pixels"
     outside = (numbers[:, :2] >= sizes_wh).any(1) | (numbers[:, :2] + numbers[:, 2:] <= 0).any(1)
     if outside.mean() >= MOST and outside.sum() >= SEVERAL:
-        return Guess((), True, f"{outside.mean():.0%} of the boxes lie outside of their images: {convert}")
+        return Guess((), True, f"{outside.mean():.0%} of the boxes are outside their images: {convert}")
     if many:
-        return Guess((), False, f"{far:.0%} of the boxes reach far out of their images: {convert}")
+        return Guess((), False, f"{far:.0%} of the boxes extend far beyond their images: {convert}")
     if scaled and len(numbers) >= SCALED and sizes_wh.min() >= 2 * scaled[0]:
-        return Guess((), False, f"all boxes lie in the upper left of their images: {convert}")
+        return Guess((), False, f"all boxes are in the upper left of their images: {convert}")
     return None
 
 
 def _fit_scaled(numbers: Numbers, scale: int) -> bool:
-    """Whether the boxes lie in an image of `scale` by `scale`, and not all of them in its upper left."""
+    """Whether the boxes are in an image of `scale` by `scale`, and not all of them in its upper left."""
     shares = [_inside(numbers / scale, layout, np.ones((len(numbers), 2))).mean() for layout in LAYOUTS]
     return bool(max(shares) >= NEARLY_ALL and numbers.max() >= scale / 2)
 
 
 def _solid(numbers: Numbers, sizes_wh: Sizes, least_side: int = 1) -> Bool[np.ndarray, " M"]:
-    """Which boxes have an area and lie in images with sides of at least `least_side`."""
+    """Which boxes have an area and are in images with sides of at least `least_side`."""
     return (numbers[:, 2:] > 0).all(1) & (sizes_wh >= least_side).all(1)
 
 
@@ -190,7 +190,7 @@ def _corners(numbers: Numbers, layout: str) -> Numbers:
 
 
 def _inside(numbers: Numbers, layout: str, sizes_wh: np.ndarray, tolerance: float = 0.01) -> Bool[np.ndarray, " M"]:
-    """Which boxes have an area and lie in their image, give or take a share `tolerance` of its sides and two pixels (unless
+    """Which boxes have an area and are in their image, give or take a share `tolerance` of its sides and two pixels (unless
     its sides are 1)."""
     corners = _corners(numbers, layout)
     margin = tolerance * sizes_wh + 2 * (sizes_wh > 1)

@@ -130,7 +130,7 @@ def open_both(
 ) -> tuple[Opened, Opened]:
     """Opens the training and the evaluation data with one decision on which categories are classes.
 
-    `train` and `val` open them with the classes that they must keep. A category that training alone would leave out is a
+    `train` and `val` open them with the classes that they must keep. A category that training would leave out is a
     class if evaluation has boxes of it, unless `known`, the classes of a run to be resumed, decide.
     """
     first = train(known)

@@ -168,7 +168,7 @@ class _Parser:
                 sizes = dict(zip(unknown, read_sizes(self.path, [places.paths[row] for row in unknown]), strict=True))
         if places.moved:
             first = places.moved[0]
-            text = f"{len(places.moved)} of {len(names)} images are not where their file_name says: "
+            text = f"{len(places.moved)} of {len(names)} images are not at the path in file_name: "
             self.note("moved", f"{text}{short(names[first])} is read from {places.paths[first]}")
         orientation = self.orientation(images, places, sizes)
         kept, missing = [], {}

@@ -72,8 +72,8 @@ class Source:
     def truth(self) -> dict[str, Any]:
         """Ground truth in COCO's format for pycocotools: every box as annotated, uncut, crowds included.
 
-        It has `iscrowd` and `area` also where the file has not, unique ids from 1 on, no `segmentation`, and the classes
-        alone as categories.
+        It has `iscrowd` and `area` even if the file has not, unique ids from 1 on, no `segmentation`, and as categories only
+        the classes.
         """
         return self.make_truth()
 

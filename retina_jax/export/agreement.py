@@ -139,16 +139,16 @@ class Comparison:
         )
 
 
-def check(live: Detector, exported: ExportedDetector, images: Images) -> str:
+def check(original: Detector, exported: ExportedDetector, images: Images) -> str:
     """Returns how the detections of both on the images differ, and how fast both are, in two lines.
 
     Raises ExportError if they differ, or if there are none, since then nothing was compared.
     """
     made = for_other_shapes(exported, images)
     tried = [*images, *made]
-    rule = live.config.detection
+    rule = original.config.detection
     threshold = rule.score_threshold if rule.threshold_coarsest else 0.0
-    found, expected = ([detector.detect([image])[0] for image in tried] for detector in (exported, live))
+    found, expected = ([detector.detect([image])[0] for image in tried] for detector in (exported, original))
     compared = compare(expected, found, tried, threshold, rule.max_detections)
     if not compared.agrees:
         raise ExportError(f"the exported detector gives other detections than the original and is not kept: {compared}")
@@ -160,9 +160,9 @@ def check(live: Detector, exported: ExportedDetector, images: Images) -> str:
     shapes = len(exported.about["canvases"])
     if untried := shapes - len({_shape_of(exported, image) for image in tried}):
         text += f"; {untried} of {shapes} padded shapes were not tried"
-    own, its = seconds_of_each((live, exported), images)
+    before, after = (1e3 * seconds for seconds in seconds_of_each((original, exported), images))
     device = jax.devices()[0].device_kind
-    return f"{text}\nmedian time per image: {1e3 * own:.1f} ms original, {1e3 * its:.1f} ms exported ({device})"
+    return f"{text}\nmedian time per image: {before:.1f} ms original, {after:.1f} ms exported ({device})"
 
 
 def _shape_of(exported: ExportedDetector, image: UInt8[np.ndarray, "_ _ 3"]) -> tuple[int, int]:
@@ -184,7 +184,11 @@ def for_other_shapes(exported: ExportedDetector, images: Images) -> Images:
 
 
 def compare(
-    live: Sequence[ImageDetections], exported: Sequence[Found], images: Images, threshold: float, max_detections: int
+    original: Sequence[ImageDetections],
+    exported: Sequence[Found],
+    images: Images,
+    threshold: float,
+    max_detections: int,
 ) -> Comparison:
     """Matches the detections of each image one to one: same label, box and score within their tolerances.
 
@@ -192,7 +196,7 @@ def compare(
     detector drops it: the threshold, or its last score if it has `max_detections`.
     """
     unmatched, box_difference, score_difference = 0, 0.0, 0.0
-    for one, other, image in zip(live, exported, images, strict=True):
+    for one, other, image in zip(original, exported, images, strict=True):
         tolerance = BOX_TOLERANCE * max(image.shape[:2])
         boxes = np.abs(one.boxes_xyxy[:, None] - other.boxes_xyxy[None]).max(axis=2, initial=0.0)
         scores = np.abs(one.scores[:, None] - other.scores[None])
@@ -208,7 +212,7 @@ def compare(
         for mine, left, others in ((one.scores, alone, other.scores), (other.scores, free, one.scores)):
             limit = others.min() if len(others) >= max_detections else threshold
             unmatched += int((mine[left] > limit + SCORE_TOLERANCE).sum())
-    detections = sum(len(one.labels) for one in live)
+    detections = sum(len(one.labels) for one in original)
     return Comparison(len(images), detections, unmatched, box_difference, score_difference)
 
 

@@ -269,9 +269,9 @@ def test_every_box_is_kept_or_counted(found: list[tuple]) -> None:
     assert not (kinds["clipped"] & ~usable).any()
     kept = cleaned[usable]
     assert (kept[:, :2] >= 0).all() and (kept[:, 2:] <= [100, 60]).all() and (kept[:, :2] < kept[:, 2:]).all()
-    whole = columns[usable, :4]
-    untouched = (whole[:, :2] >= 0).all(1) & (whole[:, 2:] <= [100, 60]).all(1)
-    assert np.array_equal(kept[untouched], whole[untouched].astype(np.float32))
+    original = columns[usable, :4]
+    untouched = (original[:, :2] >= 0).all(1) & (original[:, 2:] <= [100, 60]).all(1)
+    assert np.array_equal(kept[untouched], original[untouched].astype(np.float32))
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)

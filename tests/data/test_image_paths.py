@@ -25,7 +25,7 @@ def found(folder: Path, places: Places) -> list[str | None]:
 
 
 CASES = {
-    "as it says": (["1.png", "a/2.png"], ["1.png", "a/2.png"], ["1.png", "a/2.png"], 0),
+    "as named": (["1.png", "a/2.png"], ["1.png", "a/2.png"], ["1.png", "a/2.png"], 0),
     "a backslash between folders": (["a/1.png"], ["a\\1.png"], ["a/1.png"], 1),
     "a backslash that is part of the name": (["a\\1.png", "a/1.png"], ["a\\1.png"], ["a\\1.png"], 0),
     "a folder too many": (["1.png", "2.png"], ["images\\1.png", "images/2.png"], ["1.png", "2.png"], 2),
