@@ -42,7 +42,7 @@ class Metrics:
         evaluated = _drop_after(self._file, start_step) if self._speaks else []
         self._evaluated = distributed.from_primary(evaluated)
         training = run.config.training
-        self._writes = distributed.first()
+        self._writes = distributed.is_primary()
         evaluated = _drop_after(self._file, start_step) if self._writes else []
         self._evaluated = json.loads(distributed.exchange(json.dumps(evaluated))[0])
         self._progress = Progress("step", training.steps, start_step)
