@@ -38,13 +38,11 @@ class Metrics:
 
     def __init__(self, run: Run, start_step: int) -> None:
         self._run, self._file = run, run.folder / "metrics.jsonl"
-        self._speaks = distributed.is_primary()
-        evaluated = _drop_after(self._file, start_step) if self._speaks else []
-        self._evaluated = distributed.from_primary(evaluated)
-        training = run.config.training
-        self._writes = distributed.first()
+        self._writes = distributed.is_primary()
         evaluated = _drop_after(self._file, start_step) if self._writes else []
-        self._evaluated = json.loads(distributed.exchange(json.dumps(evaluated))[0])
+        self._evaluated = distributed.from_primary(evaluated)
+        self._first = start_step
+        training = run.config.training
         self._progress = Progress("step", training.steps, start_step)
         self._wandb = WeightsAndBiases(run) if self._writes and training.wandb else None
         self._board = Board(run.folder / "tensorboard", start_step) if self._writes and training.tensorboard else None
