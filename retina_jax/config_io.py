@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from retina_jax.config import Config, ConfigError, Conflicts, options, parse_window
+from retina_jax.config import Config, ConfigError, options, parse_window
 from retina_jax.errors import one_line
 
 T = TypeVar("T")
@@ -40,9 +40,7 @@ def load_config(path: str | Path) -> Config:
 def load_module(path: Path, option: str, function: str, described: str) -> ModuleType:
     """Runs the Python file at `path` and returns it as a module; ConfigError if that fails or it lacks `function`.
 
-    Args:
-      option: the command-line option that named the file.
-      described: the function as the error describes it.
+    `option` is the command-line option that named the file, and `described` the function as the error describes it.
     """
     try:
         is_file = path.is_file()
@@ -90,19 +88,40 @@ def validate(config: Config) -> Config:
         if not finite or not known[name].accepts(value):
             right = known[name].bounds if finite else "finite"
             raise ConfigError(f"{name}: invalid value {value}; must be {right} {known[name].unit}".rstrip())
-    for name, right in _conflicts(config):
+    for name, right in conflicts(config):
         raise ConfigError(f"{name}: invalid value {values[name]}; must be {right}")
     parse_window(config.training.profile_steps)
     return config
 
 
-def _conflicts(config: Any, prefix: str = "") -> Conflicts:
-    """Yields the conflicts in `config` and its groups, by dotted name."""
-    for name, right in config.conflicts() if hasattr(config, "conflicts") else ():
-        yield prefix + name, right
-    for field in dataclasses.fields(config):
-        if dataclasses.is_dataclass(part := getattr(config, field.name)):
-            yield from _conflicts(part, f"{prefix}{field.name}.")
+def conflicts(config: Config) -> Iterator[tuple[str, str]]:
+    """Yields the name of each field that contradicts another one, and what its value must be."""
+    data, scenes, anchors, loss = config.data, config.data.scenes, config.anchors, config.loss
+    for name, sides in (("short_side", (data.short_side,)), ("jitter_short_sides", data.jitter_short_sides)):
+        if max(sides, default=0) > data.long_side:
+            yield f"data.{name}", f"at most data.long_side ({data.long_side})"
+    if data.pad_multiple % 32:
+        yield "data.pad_multiple", "a multiple of 32"
+    if data.resize == "pillow" and data.pixels != "uint8":
+        yield "data.pixels", "uint8 with data.resize pillow"
+    most = 0.75 * scenes.size
+    if not scenes.min_side <= scenes.max_side <= most:
+        yield "data.scenes.min_side", f"at most max_side ({scenes.max_side}), and max_side at most 0.75 size ({most})"
+    if len(config.model.stage_blocks) not in (0, 4):
+        yield "model.stage_blocks", "four numbers, or none"
+    for name, values in (("scales", anchors.scales), ("ratios", anchors.ratios)):
+        if not values:
+            yield f"anchors.{name}", "at least one number"
+    if (negative := config.matching.negative_iou) > config.matching.positive_iou:
+        yield "matching.positive_iou", f"at least matching.negative_iou ({negative})"
+    if loss.gamma == 0 and loss.kind == "focal_star":
+        yield "loss.gamma", "above 0 with loss.kind focal_star"
+    if loss.mining_batch < 4 and loss.mining.startswith("ohem_1_3"):
+        yield "loss.mining_batch", "at least 4 with loss.mining ohem_1_3"
+    if loss.mining != "none" and loss.mining_normaliser != "assigned" and loss.normaliser in ("global", "ema"):
+        yield "loss.mining_normaliser", f"assigned: loss.normaliser {loss.normaliser} divides both losses by one number"
+    if list(boundaries := config.optimizer.boundaries) != sorted(set(boundaries)):
+        yield "optimizer.boundaries", "in increasing order"
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

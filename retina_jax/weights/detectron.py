@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from retina_jax.data.classes import COCO_CATEGORIES
+from retina_jax.errors import WeightsError
+from retina_jax.presets import PRESETS
 from retina_jax.weights.converted import (
     CONV,
     LEAF,
@@ -20,8 +23,6 @@ from retina_jax.weights.converted import (
     Rule,
     architecture,
     class_count,
-    contiguous_classes,
-    detector_changes,
     is_detector,
     renamed,
     with_statistics,
@@ -122,5 +123,12 @@ def _converted(weights: dict[str, np.ndarray], system: str, source: str, class_n
     changes |= {"model.stride_position": stride, "model.input_normalisation": system, "model.norm": "frozen"}
     if not is_detector(weights):
         return Converted(weights, changes, (), ())
-    names, ids = contiguous_classes(class_count(weights, source), class_names, source)
-    return Converted(weights, detector_changes(system, changes), names, ids)
+    count = class_count(weights, source)
+    if class_names and len(class_names) != count:
+        raise WeightsError(f"{source}: has {count} classes, but {len(class_names)} class names are given")
+    categories = tuple((k, class_names[k - 1] if class_names else f"class {k}") for k in range(1, count + 1))
+    if not class_names and count == len(COCO_CATEGORIES):
+        categories = COCO_CATEGORIES
+    ids, names = zip(*categories, strict=True)
+    # Detection and evaluation need no scale jitter, which belongs to the training of the preset.
+    return Converted(weights, {**PRESETS[system], "data.jitter_short_sides": (), **changes}, names, ids)
