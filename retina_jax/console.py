@@ -34,8 +34,7 @@ def warn(line: str) -> None:
 class Progress:
     """Shows how much of a task is done: a line with a bar on a terminal, which is rewritten; plain lines in a log file.
 
-    rich draws the bar, but only in `update`: a thread would draw between the lines of other threads. Other lines, such as
-    warnings, appear above the bar.
+    rich draws the bar, but only in `update`: a thread would draw between the lines of others. Warnings appear above it.
     """
 
     def __init__(self, task: str, total: int, done: int = 0, transient: bool = False) -> None:

@@ -11,14 +11,15 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from retina_jax import distributed
+from retina_jax.cli import option_value
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_io import from_dict
+from retina_jax.config_io import from_dict, load_config, override
 from retina_jax.data.classes import Category
 from retina_jax.runs.files import DiskError, exclusive_lock, read_json, write_json
 
@@ -70,6 +71,24 @@ def read_run(folder: Path, name: str = "config.json") -> Run:
         raise ConfigError(f"{path}: cannot be read: {type(error).__name__}: {error}") from None
     config = from_dict(saved.get("config"), str(path))
     return Run(folder, config, classes, ids, saved.get("data_sha256"), saved.get("parts"))
+
+
+def config_of(argv: Sequence[str], default: str) -> Config:
+    """Returns the config for training: of the file in `--config`, else of the run in `--workdir`, else of `default`."""
+    workdir, file = option_value(argv, "--workdir"), option_value(argv, "--config")
+    if file is None and workdir and (Path(workdir) / "config.json").is_file():
+        return read_run(Path(workdir)).config
+    return load_config(file or default)
+
+
+def settings_of(argv: Sequence[str]) -> Config:
+    """Returns the config of a detector: of the file in `--weights`, else of the run in `--workdir`."""
+    workdir, weights = option_value(argv, "--workdir"), option_value(argv, "--weights")
+    if weights:
+        from retina_jax.weights.importing import convert  # only a named file needs the readers
+
+        return override(Config(), convert(weights).changes)
+    return read_run(Path(workdir)).config if workdir else Config()
 
 
 def fresh_import(folder: Path) -> Run | None:

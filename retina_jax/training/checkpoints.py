@@ -246,18 +246,12 @@ def save_arrays(folder: Path, arrays: PyTree) -> None:
     """
     alone = orbax.options.MultiprocessingOptions(primary_host=0, active_processes={0})
     items = orbax.CompositeCheckpointHandler(composite_options=orbax.CompositeOptions(multiprocessing_options=alone))
-    with _quiet_failure(), orbax.Checkpointer(items, multiprocessing_options=alone) as checkpointer:
-        checkpointer.save(folder.resolve(), orbax.args.Composite(state=orbax.args.PyTreeSave(arrays)))
-
-
-@contextlib.contextmanager
-def _quiet_failure() -> Iterator[None]:
-    """Orbax raises at the first array that fails. This waits a second for the others, and drops their tracebacks."""
     hook = sys.unraisablehook
     sys.unraisablehook = lambda event: None if str(event.exc_value) == "Event loop is closed" else hook(event)
     try:
-        yield
-    except Exception:
+        with orbax.Checkpointer(items, multiprocessing_options=alone) as checkpointer:
+            checkpointer.save(folder.resolve(), orbax.args.Composite(state=orbax.args.PyTreeSave(arrays)))
+    except Exception:  # orbax raises at the first array that fails; the tracebacks of the others are dropped
         time.sleep(1)
         raise
     finally:

@@ -44,9 +44,11 @@ class Metrics:
         self._first = start_step
         training = run.config.training
         self._progress = Progress("step", training.steps, start_step)
-        self._wandb = WeightsAndBiases(run) if self._writes and training.wandb else None
-        self._board = Board(run.folder / "tensorboard", start_step) if self._writes and training.tensorboard else None
-        self._views = [view for view in (self._board, self._wandb) if view is not None]
+        self._views: list[Board | WeightsAndBiases] = []
+        if self._writes and training.wandb:
+            self._views.append(WeightsAndBiases(run))
+        if self._writes and training.tensorboard:
+            self._views.append(Board(run.folder / "tensorboard", start_step))
         self._pending: list[tuple[int, dict[str, Array], list[int]]] = []
         self._seeks_positives = True
         self.restart_window()
@@ -56,20 +58,14 @@ class Metrics:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._progress.close()
-        if self._board is not None:
-            self._board.close()
-        if self._wandb is not None:
-            self._wandb.close(failed=not isinstance(error, Stopped | None))
-
-    def has_evaluation(self, step: int) -> bool:
-        """Returns whether metrics.jsonl had an evaluation of `step` when it was opened; the same on all hosts."""
-        return step in self._evaluated
+        for view in self._views:
+            view.close(failed=not isinstance(error, Stopped | None))
 
     def evaluation_is_missing(self) -> bool:
-        """Returns whether the run resumes from a step whose evaluation was due and is missing."""
+        """Returns whether the run resumes from a step whose evaluation was due and is missing; the same on all hosts."""
         training = self._run.config.training
         due = is_due(self._first, training.eval_every, self._first >= training.steps)
-        return self._first > 0 and due and not self.has_evaluation(self._first)
+        return self._first > 0 and due and self._first not in self._evaluated
 
     def add(self, step: int, metrics: dict[str, Array], image_ids: list[int], waited: float) -> None:
         """Adds a step: its metrics, still on the device, its images, and the seconds that it waited for data."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 import socket
 import time
@@ -18,6 +17,7 @@ from retina_jax.config import ConfigError
 from retina_jax.config_io import to_dict
 from retina_jax.console import warn
 from retina_jax.errors import one_line, reason
+from retina_jax.runs.files import read_json
 from retina_jax.runs.folder import Run, note_fact
 
 FACT = "wandb_id"
@@ -66,7 +66,7 @@ class Board:
                 continue
             self._write(step, summary=image(f"predictions/{name}", pixels, dataformats="HWC"))
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Closes the file; later calls write nothing."""
         writer, self._writer = self._writer, None
         if writer is not None:
@@ -103,15 +103,14 @@ class WeightsAndBiases:
             import wandb
         except ImportError:
             raise ConfigError(f"training.wandb: {project}: pip install wandb, or leave the field empty") from None
-        facts = json.loads((run.folder / "config.json").read_text()).get("facts", {})
-        if FACT not in facts:
-            facts = {FACT: secrets.token_hex(8)}
-            note_fact(run, FACT, facts[FACT])
+        identity = read_json(run.folder / "config.json").get("facts", {}).get(FACT)
+        if identity is None:
+            note_fact(run, FACT, identity := secrets.token_hex(8))
         self._wandb = wandb
         try:
             self._run: Any = wandb.init(
                 project=project,
-                id=facts[FACT],
+                id=identity,
                 name=run.folder.resolve().name,
                 dir=str(run.folder),
                 resume="allow",
