@@ -168,8 +168,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(values: Any, where: str = "config") -> Config:
     """Returns the Config that `to_dict` was called with, with values of exactly their fields' types.
 
-    An integer is valid for a float and a list for a tuple; nothing else is converted. Integers must lie within -2^63 and
-    2^63. Unknown fields and wrong types raise ConfigError with one line that names `where` and the field.
+    An integer is valid for a float and a list for a tuple; nothing else is converted. Unknown fields, wrong types and
+    integers of 2^63 and more raise ConfigError with one line that names `where` and the field.
     """
     loss = values.get("loss") if isinstance(values, Mapping) else None
     if isinstance(loss, Mapping) and loss.get("mining") == "ohem_1_3" and "mining_normaliser" not in loss:
@@ -201,9 +201,12 @@ def _build(kind: type, values: Any, where: str, prefix: str) -> Any:
         if dataclasses.is_dataclass(hints[name]):
             made[name] = _build(hints[name], value, where, f"{prefix}{name}.")
             continue
-        made[name] = _typed(value, hints[name])
+        made[name] = _typed(value, hint := hints[name])
         if made[name] is INVALID:
-            raise ConfigError(f"{where}: {prefix}{name}: {reprlib.repr(value)} is not {_describe(hints[name])}")
+            right = "int below 2^63" if hint is int else str(hint) if typing.get_args(hint) else hint.__name__
+            if typing.get_origin(hint) is typing.Literal:
+                right = "one of " + ", ".join(map(str, typing.get_args(hint)))
+            raise ConfigError(f"{where}: {prefix}{name}: {reprlib.repr(value)} is not {right}")
     return kind(**made)
 
 
@@ -221,14 +224,6 @@ def _typed(value: Any, hint: Any) -> Any:
         # Larger integers would not fit into an array; NumPy's floats become Python's.
         return INVALID if isinstance(value, int) and abs(value) >= 2**63 else hint(value)
     return value if type(value) is hint else INVALID
-
-
-def _describe(hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    if hint is int:
-        return "int below 2^63"
-    return str(hint) if typing.get_args(hint) else hint.__name__
 
 
 def meaning_changes(old: Config, new: Config) -> list[str]:

@@ -92,10 +92,7 @@ def settings_of(argv: Sequence[str]) -> Config:
 
 
 def fresh_import(folder: Path) -> Run | None:
-    """Returns what `import_weights.py` put into `folder` until a trained step is saved, else None.
-
-    Training may start from it with other classes and another config.
-    """
+    """Returns what `import_weights.py` put into `folder`, from which any training may start; None once a step is saved."""
     fresh = (folder / "imported.json").is_file() and not any(saved_steps(folder / "checkpoints"))
     return read_run(folder, "imported.json") if fresh else None
 
@@ -142,8 +139,7 @@ def make_writable(folder: Path) -> None:
 def training_lock(folder: Path) -> Iterator[None]:
     """Lets no second process train in `folder` during the block, and removes temporary files of a killed one. On host 0.
 
-    After a KeyboardInterrupt, which may leave a thread that still writes a checkpoint, the lock is held until the process
-    ends.
+    After a KeyboardInterrupt a thread may still write a checkpoint: the lock is held until the process ends.
     """
     if not distributed.is_primary():
         yield
@@ -207,7 +203,7 @@ class Clock:
         self.save()
 
     def seconds(self) -> float:
-        """Seconds so far."""
+        """Returns the seconds so far."""
         return time.monotonic() - self._start
 
     def save(self) -> None:

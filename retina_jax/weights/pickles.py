@@ -165,16 +165,11 @@ def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any)
     return Array(read)
 
 
-def encode(text: Any, encoding: Any) -> bytes:
-    """In place of `_codecs.encode`, which protocol 2 calls for bytes."""
-    if encoding != "latin1":
-        raise ValueError("malformed pickle: bytes that are not latin1 text")
-    return text.encode("latin1")
-
-
 FUNCTIONS: dict[str, Callable[..., Any] | None] = {
     "collections.OrderedDict": Dict,
-    "_codecs.encode": encode,
+    "_codecs.encode": lambda text, encoding: text.encode(
+        {"latin1": "latin1"}[encoding]
+    ),  # protocol 2 calls it for bytes
     "numpy.dtype": Dtype,
     "torch.Size": tuple,
     "torch.device": lambda *_: None,
