@@ -50,9 +50,7 @@ def open_run(
       num_microbatches: devices times training.accumulate; must not change if the loss depends on it.
       allow_changes: fields (loss.gamma) in which a resumed run may differ.
 
-    Raises:
-      ConfigError: the folder cannot be written, hosts do not share it, or its run has other classes, other training data,
-        or a config that computes something else.
+    Raises ConfigError if the folder cannot be written, hosts do not share it, or its run is another experiment.
     """
     run = Run(folder, config, tuple(class_names), tuple(category_ids), data_sha256, num_microbatches)
     if unknown := sorted(set(allow_changes) - set(flatten(config))):

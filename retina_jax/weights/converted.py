@@ -42,8 +42,7 @@ class Converted:
 def renamed(weights: Mapping[str, np.ndarray], rules: Sequence[Rule], source: str) -> dict[str, np.ndarray]:
     """Renames the arrays by the first rule whose expression matches the full name; kernels OIHW become HWIO.
 
-    Raises:
-      WeightsError: names that no rule matches, or several that get the same path; all are listed in one line.
+    Raises WeightsError for names that no rule matches, and for several that get the same path.
     """
     paths: dict[str, np.ndarray] = {}
     unknown, duplicate = [], []
@@ -95,8 +94,7 @@ def with_statistics(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def architecture(weights: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
     """The fields `model.*` implied by the names and shapes of converted `weights`.
 
-    Raises:
-      WeightsError: there is no stem, or a detector lacks a stage, its FPN, or heads with nine anchors per cell.
+    Raises WeightsError if there is no stem, or a detector lacks a stage, its FPN, or heads with nine anchors per cell.
     """
     if "backbone/stem/conv/kernel" not in weights:
         raise WeightsError(f"{source}: has no stem convolution; give a complete backbone or detector")

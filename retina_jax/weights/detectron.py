@@ -92,11 +92,7 @@ def convert_detectron(
     """Converts a RetinaNet of Detectron, or one of its ImageNet backbones (MSRA R-50 and R-101, X-101-32x8d).
 
     Detectron has folded its BatchNorms into affines. The bias of a backbone convolution is folded into the affine's mean.
-
-    Args:
-      blobs: names to arrays.
-      source: what errors call the weights.
-      class_names: one per class; empty: COCO's if there are 80 classes, else "class 1" and so on.
+    Errors call the weights `source`. `class_names`: one per class; empty: COCO's if there are 80 classes, else "class 1" ...
     """
     weights = with_statistics(renamed(blobs, DETECTRON, source))
     for path in list(weights):

@@ -21,8 +21,7 @@ def fill(
       template: {"params": ..., "frozen": ..., "stats": ...}, as from `initialisation.initialise`.
       weights: path without its collection ("backbone/stem/conv/kernel") to array of floats, kernels HWIO.
       source: what errors call the weights.
-      allow_missing: parts of the tree that may keep the template's value: a path or its first complete components, so
-        "backbone/c4/block1" does not include block10. Weights that exist for them are used and checked.
+      allow_missing: parts that may keep the template's value: paths or their first complete components ("backbone/c4").
 
     Returns:
       Variables of the template's structure and dtypes, and the sorted paths of the leaves that kept the template's value.

@@ -50,10 +50,9 @@ def kind_of(source: str) -> str | None:
 def convert(
     source: str, *, class_names: Sequence[str] = (), batchnorm_eps: float | None = None, folder: Path | None = None
 ) -> Converted:
-    """Reads the weights of `KIND:FILE` or `KIND:NAME` and gives them this package's names.
+    """Reads the weights of `KIND:FILE` or `KIND:NAME` (`named.NAMED`, downloaded once) under this package's names.
 
     Args:
-      source: KIND is one of KINDS; NAME is one of `named.NAMED`, downloaded once.
       class_names: one per class; empty: COCO's if the number fits, else placeholders.
       batchnorm_eps: epsilon of the source's BatchNorms (torchvision only); None: 1e-5, or that of the published file.
       folder: cache for downloaded files; None: `named.CACHE`.
@@ -82,8 +81,7 @@ def import_detector(
 ) -> Imported:
     """Builds the detector of `KIND:FILE` or `KIND:NAME`; arguments as in `convert` and `filling.fill`.
 
-    Raises:
-      WeightsError: the file contains only a backbone, or does not fit the network; one line that names the tensors.
+    Raises WeightsError if the file contains only a backbone, or does not fit the network.
     """
     converted = convert(source, class_names=class_names, batchnorm_eps=batchnorm_eps, folder=folder)
     if not is_detector(converted.weights):

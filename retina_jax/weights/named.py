@@ -120,10 +120,8 @@ def find_weights(kind: str, name_or_file: str, folder: Path | None = None) -> tu
 def fetch(named: Named, folder: Path | None = None) -> Path:
     """Returns the file in the cache `folder` (CACHE), downloaded if it is not there. The hash is checked each time.
 
-    One process at a time downloads a file; others wait. An interrupted download leaves FILE.part, to be resumed.
-
-    Raises:
-      WeightsError: no network, an interrupted download, or a wrong hash; one line that says where to put the file.
+    One process at a time downloads a file; others wait. An interrupted download leaves FILE.part, to be resumed. Without a
+    network and for a wrong hash, WeightsError says where to put the file.
     """
     path = (folder or CACHE) / named.file
     if not path.is_file():
@@ -139,19 +137,15 @@ def fetch(named: Named, folder: Path | None = None) -> Path:
                     part.replace(path)
         except (OSError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", None) or reason(error)
-            raise WeightsError(
-                f"{named.url}: cannot be downloaded ({cause}); put the file at {path}, or try again to resume the download"
-            ) from error
+            how = f"put the file at {path}, or try again to resume the download"
+            raise WeightsError(f"{named.url}: cannot be downloaded ({cause}); {how}") from error
     check_hash(path, named, sha256_of(path) if named.sha256 else "")
     return path
 
 
 @contextlib.contextmanager
 def _locked(path: Path, url: str) -> Iterator[Path]:
-    """Yields the file to download to, which no other process uses: FILE.part, protected by a lock on FILE.lock.
-
-    On a file system without locks it is a temporary file, deleted at the end.
-    """
+    """Yields the file to download to: FILE.part, protected by FILE.lock; without locks, a temporary file."""
     lock, part = FileLock(f"{path}.lock"), path.with_name(f"{path.name}.part")
     with contextlib.ExitStack() as stack:
         try:
@@ -171,10 +165,8 @@ def _locked(path: Path, url: str) -> Iterator[Path]:
 def check_hash(path: Path, named: Named, digest: str) -> None:
     """Raises WeightsError if `digest` is not the published one."""
     if not digest.startswith(named.sha256):
-        raise WeightsError(
-            f"{path}: SHA-256 is {digest[:8]}..., expected {named.sha256}...: damaged or a different file; delete it, or "
-            f"replace it by {named.url}"
-        )
+        found = f"SHA-256 is {digest[:8]}..., expected {named.sha256}...: damaged or a different file"
+        raise WeightsError(f"{path}: {found}; delete it, or replace it by {named.url}")
 
 
 def download(url: str, part: Path) -> None:

@@ -34,17 +34,15 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     """Returns the arrays of a weight file by name, neither renamed nor transposed.
 
     Formats, recognised by content: safetensors; torch's zip and legacy formats (`.pth`, `.pt`); pickles of numpy arrays
-    (`.pkl` of detectron2, and of Detectron and MSRA with their momentum left out), those of Python 2 included.
+    (`.pkl` of detectron2, and of Detectron and MSRA without their momentum), those of Python 2 included. A checkpoint is
+    unwrapped: the first dict with arrays under one of WRAPPERS, up to DEEPEST deep, replaces it. Other objects are left out.
 
-    A checkpoint is unwrapped: the first dict that contains arrays under one of WRAPPERS, in this order and up to DEEPEST
-    deep, replaces it. What is not an array (an epoch, a config) is left out.
-
-    The arrays are in native byte order. bf16 becomes float32, other dtypes stay. Arrays may be read-only and strided, and
-    share memory as the tensors in the file do.
+    The arrays are in native byte order, bf16 as float32. They may be read-only and strided, and share memory as the tensors
+    in the file do.
 
     Raises:
-      WeightsError: the file cannot be read, is truncated or damaged, has none of the formats, refers to anything but
-        tensors, numpy arrays and containers, or contains no arrays. One line with the file's name.
+      WeightsError: the file cannot be read, is damaged, has none of the formats, refers to anything but tensors, numpy
+        arrays and containers, or contains no arrays. One line with the file's name.
     """
     path = Path(path)
     try:
@@ -69,10 +67,8 @@ def parse(data: bytes) -> dict[str, np.ndarray]:
         blobs = arrays_of(unpickle(io.BytesIO(data))[0])
         weights = {name: blob for name, blob in blobs.items() if not name.endswith("_momentum")}
     else:
-        raise ValueError(
-            f"not a weight file: it starts with {data[:16]!r}; supported are safetensors, files of torch.save (.pth, .pt) "
-            "and pickles of numpy arrays (.pkl)"
-        )
+        supported = "safetensors, files of torch.save (.pth, .pt) and pickles of numpy arrays (.pkl)"
+        raise ValueError(f"not a weight file: it starts with {data[:16]!r}; supported are {supported}")
     if not weights:
         raise ValueError("contains no arrays")
     return weights
@@ -86,9 +82,8 @@ def read_safetensors(data: bytes) -> dict[str, np.ndarray]:
         raise ValueError(f"truncated or damaged safetensors file: {error}") from error
     for name, tensor in tensors:
         if tensor["dtype"] not in SAFETENSORS:
-            raise ValueError(
-                f"tensor {quoted(name)} of dtype {tensor['dtype']}; supported are {', '.join(SAFETENSORS)}"
-            )
+            supported = ", ".join(SAFETENSORS)
+            raise ValueError(f"tensor {quoted(name)} of dtype {tensor['dtype']}; supported are {supported}")
     return {name: decode(t["data"], np.dtype(SAFETENSORS[t["dtype"]])).reshape(t["shape"]) for name, t in tensors}
 
 
@@ -140,8 +135,7 @@ def read_zip(data: bytes) -> Any:
 def read_legacy(data: bytes) -> Any:
     """The object in a file of torch's legacy format (before torch 1.6).
 
-    Five pickles: LEGACY_MAGIC, LEGACY_PROTOCOL, the system that wrote the file, the object, the keys of the storages; then
-    each storage after its count in eight bytes.
+    Five pickles: LEGACY_MAGIC, LEGACY_PROTOCOL, system, object, keys of storages. Then each storage after its 8-byte count.
     """
     file = io.BytesIO(data)
     magic, protocol, _ = (unpickle(file)[0] for _ in range(3))

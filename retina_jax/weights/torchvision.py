@@ -73,7 +73,6 @@ def convert_torchvision(
     """Converts `retinanet_resnet50_fpn`, its v2, or an ImageNet ResNet or ResNeXt with torchvision's names.
 
     Args:
-      state_dict: names to arrays.
       source: what errors call the weights.
       eps: epsilon of the source's BatchNorms: 1e-5, but 0 for the COCO weights of v1.
       class_names: one per column, or one per column except the first, which then is the background. Empty: COCO's if there
