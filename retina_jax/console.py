@@ -39,10 +39,8 @@ class Progress:
 
     def __init__(self, task: str, total: int, done: int = 0, transient: bool = False) -> None:
         """`done` steps of `total` are done already. A `transient` bar disappears at the end."""
-        self._task, self._total = task, total
+        self._task, self._total, self._first, self._bar = task, total, True, None
         self._since = done, time.monotonic()
-        self._first = True
-        self._bar = None
         if sys.stdout is None or not sys.stdout.isatty():
             return
         from rich.console import Console  # 60 ms that most commands do not need

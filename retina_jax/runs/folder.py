@@ -185,7 +185,7 @@ def is_due(step: int, every: int, last: bool) -> bool:
     return every >= 0 and (last or (every > 0 and step % every == 0))
 
 
-class Clock:
+class Clock(contextlib.AbstractContextManager):
     """Seconds that a run has taken over all its starts; saved when the `with` block ends, however it ends."""
 
     def __init__(self, folder: Path, resumed: bool) -> None:
@@ -195,9 +195,6 @@ class Clock:
         except (OSError, ValueError, TypeError):  # only the time of earlier starts is lost
             before = 0.0
         self._start = time.monotonic() - before
-
-    def __enter__(self) -> Clock:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.save()

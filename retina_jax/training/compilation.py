@@ -52,8 +52,7 @@ class CompiledStep:
     The shapes in `ahead` are compiled with the first one, so that a rare shape does not interrupt the run later; not in
     parallel with steps, which would disturb the measurements by which XLA chooses programs on GPUs.
 
-    Raises OutOfMemory in compiling and in running. If the device reports that late, the error is raised where results are
-    waited for: `errors.ending` handles it there.
+    Raises OutOfMemory in compiling and in running; `errors.ending` handles what the device reports later.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -33,7 +34,7 @@ class NonFiniteLoss(PlainError, RuntimeError):
     """The loss or the gradient is not finite; the message names the step and its images."""
 
 
-class Metrics:
+class Metrics(contextlib.AbstractContextManager):
     """Keeps the steps' metrics on the device and writes their means once per window, so that the loop never waits."""
 
     def __init__(self, run: Run, start_step: int) -> None:
@@ -52,9 +53,6 @@ class Metrics:
         self._pending: list[tuple[int, dict[str, Array], list[int]]] = []
         self._seeks_positives = True
         self.restart_window()
-
-    def __enter__(self) -> Metrics:
-        return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._progress.close()

@@ -17,7 +17,7 @@ from retina_jax.console import log
 from retina_jax.errors import reason
 
 
-class Profiler:
+class Profiler(contextlib.AbstractContextManager):
     """Traces the steps of one window; other steps cost nothing. The loop calls `begin` and `end` around each step.
 
     It waits for the device before the first step and after the last one, so that the trace holds exactly these steps. A run
@@ -33,9 +33,6 @@ class Profiler:
         self._first: int | None = None  # step traced, while tracing
         self._last = 0  # step traced so far
         self._step = contextlib.ExitStack()
-
-    def __enter__(self) -> Profiler:
-        return self
 
     def __exit__(self, *error: object) -> None:
         if self._first is not None:
