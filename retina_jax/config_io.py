@@ -19,8 +19,7 @@ from retina_jax.config import Config, ConfigError, options, parse_window
 from retina_jax.errors import one_line
 
 T = TypeVar("T")
-INVALID = object()
-"""Result of `_typed` for a value of the wrong type."""
+INVALID = object()  # result of `_typed` for a value of the wrong type
 
 
 def load_config(path: str | Path) -> Config:
@@ -239,7 +238,6 @@ def with_classes(config: Config, classes: int) -> Config:
     """Returns `config` with the number of classes in the data; ConfigError if it has another one."""
     own = config.model.num_classes
     if own not in (None, classes):
-        raise ConfigError(
-            f"model.num_classes: {own}, but the data has {classes} classes; leave it out, or use {classes}"
-        )
+        how = f"leave it out, or use {classes}"
+        raise ConfigError(f"model.num_classes: {own}, but the data has {classes} classes; {how}")
     return override(config, {"model.num_classes": classes})

@@ -5,8 +5,7 @@ hosts take the same decisions from the same values, so that no host waits for a 
 
 If a host ends, the others end by JAX's heartbeat or by an error of the network library. Measured with two processes on one
 machine (JAX 0.10.2, gloo): after a kill -9, an exception or Ctrl-C of host 1, host 0 ended within 2 seconds inside a
-collective, and within 30 seconds outside one; host 1 ended within a second of host 0. Each printed a line and ended with a
-non-zero status: LOST, or SIGABRT where JAX ended it.
+collective, and within 30 outside one; host 1 within a second of host 0. The status was LOST, or SIGABRT where JAX ended it.
 """
 
 from __future__ import annotations
@@ -74,10 +73,9 @@ def is_multihost() -> bool:
 
 @contextlib.contextmanager
 def joined(options: Hosts) -> Iterator[None]:
-    """Connects all hosts while the `with` block runs; on one host it does nothing.
+    """Connects all hosts while the `with` block runs; on one host it does nothing. ConfigError for invalid options.
 
-    An error ends this host's process at once, and thereby the others, which would wait for it in a collective. Raises
-    ConfigError for options that contradict each other.
+    An error ends this host's process at once, and thereby the others, which would wait for it in a collective.
     """
     if options != ALONE:
         _connect(options)
@@ -136,10 +134,8 @@ def check_same(what: str, facts: dict[str, object]) -> None:
     for host, other in enumerate(of_hosts):
         for name, value in of_hosts[0].items():
             if other.get(name) != value:
-                raise ConfigError(
-                    f"{what}: {name} is {value} on host 0 and {other.get(name)} on host {host}; "
-                    "it must be the same on all hosts"
-                )
+                found = f"{value} on host 0 and {other.get(name)} on host {host}"
+                raise ConfigError(f"{what}: {name} is {found}; it must be the same on all hosts")
 
 
 def end_at_once(status: int) -> NoReturn:

@@ -27,8 +27,7 @@ TEMPORARY = re.compile(r"\.(.+\.jsonl?\.[0-9]+|write_test_[0-9]+|metrics\.jsonl)
 """Names of files that a killed process was writing."""
 SECONDS_TO_WRITE = 5
 """A temporary file younger than this may belong to a running process, such as evaluate.py."""
-_HELD: list[contextlib.ExitStack] = []
-"""Locks that are held until the process ends."""
+_HELD: list[contextlib.ExitStack] = []  # locks that are held until the process ends
 
 
 @dataclass(frozen=True)

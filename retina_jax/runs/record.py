@@ -123,7 +123,6 @@ def read_test_dev(folder: Path) -> dict[str, float]:
         if len({*given.values()}) > 1:
             raise ConfigError(f"{file}: {name} and {server_name} differ; keep one of them")
     if "AP" not in scores:
-        raise ConfigError(
-            f'{file}: AP is missing; it must hold the server\'s scores, as in {{"AP": 0.391, "AP50": 0.591}}'
-        )
+        example = '{"AP": 0.391, "AP50": 0.591}'
+        raise ConfigError(f"{file}: AP is missing; it must hold the server's scores, as in {example}")
     return scores

@@ -105,9 +105,9 @@ class CompiledStep:
             self._announce(f"warning: step {step} recompiled: {differing}")
         if shape not in self._signatures and (number := len(self._signatures) + 1) > self._expected:
             known = ", ".join(f"{height}x{width}" for height, width in self._signatures)
+            found = f"padded shape number {number}, {shape[0]}x{shape[1]}"
             self._announce(
-                f"warning: step {step} has padded shape number {number}, {shape[0]}x{shape[1]}, but {self._expected} are "
-                f"expected: before it came {known}"
+                f"warning: step {step} has {found}, but {self._expected} are expected: before it came {known}"
             )
 
     def _make(self, shape: Shape, state: PyTree, inputs: PyTree) -> bool:

@@ -131,13 +131,13 @@ class Metrics(contextlib.AbstractContextManager):
         mean["peak_memory_mib"] = peak_memory_bytes() / 2**20
         self.write(step, {"event": "train", **mean})
         if self._writes:
-            self._progress.update(
-                step,
+            shown = (
                 f"loss {mean['loss']:.4f} (class {mean['classification_loss']:.4f} box {mean['box_loss']:.4f})  "
                 f"rate {mean['learning_rate']:.2g}  gradient {mean['gradient_norm']:.2f}  "
                 f"positives {mean['positives_per_image']:.1f}  {mean['images_per_second']:.1f} img/s  "
-                f"data wait {mean['data_wait_percent']:.0f}%  {mean['peak_memory_mib'] / 1024:.1f} GiB",
+                f"data wait {mean['data_wait_percent']:.0f}%  {mean['peak_memory_mib'] / 1024:.1f} GiB"
             )
+            self._progress.update(step, shown)
 
     def restart_window(self) -> None:
         """Starts a window, so that the time since the last step (an evaluation, a save) does not count in its speed."""

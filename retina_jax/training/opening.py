@@ -94,10 +94,8 @@ def _check_shared(folder: Path) -> None:
         time.sleep(0.5)
     same = distributed.exchange(_token(folder) == expected)
     if others := [str(host) for host in range(len(same)) if not same[host]]:
-        raise ConfigError(
-            f"--workdir {folder}: host {', '.join(others)} sees another folder there than host 0; it must be on a disk "
-            "that all hosts share"
-        )
+        found = f"host {', '.join(others)} sees another folder there than host 0"
+        raise ConfigError(f"--workdir {folder}: {found}; it must be on a disk that all hosts share")
 
 
 def _token(folder: Path) -> str:
@@ -121,15 +119,13 @@ def _changes(before: Run, run: Run, allowed: Sequence[str]) -> list[str]:
     changes = meaning_changes(old, new)
     refused = [change for change in changes if change.partition(":")[0] not in allowed]
     if refused:
+        how = f"--allow-changes {' '.join(change.partition(':')[0] for change in refused)}"
         raise ConfigError(
-            f"{where}: a resumed run keeps its config, but {'; '.join(refused)} (if this is intended: "
-            f"--allow-changes {' '.join(change.partition(':')[0] for change in refused)})"
+            f"{where}: a resumed run keeps its config, but {'; '.join(refused)} (if this is intended: {how})"
         )
     if run.data_sha256 and before.data_sha256 not in (None, run.data_sha256):
-        raise ConfigError(
-            f"{where}: its run was trained on other images or boxes than the training data has now; "
-            "restore them, or use another --workdir"
-        )
+        found = "its run was trained on other images or boxes than the training data has now"
+        raise ConfigError(f"{where}: {found}; restore them, or use another --workdir")
     counts = {before.num_microbatches, run.num_microbatches} - {None}
     norm = new.model.norm == "batch" and new.training.accumulate > 1
     if len(counts) > 1 and (norm or new.loss.normaliser in PER_MICROBATCH):

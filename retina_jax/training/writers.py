@@ -108,20 +108,12 @@ class WeightsAndBiases:
             note_fact(run, FACT, identity := secrets.token_hex(8))
         self._wandb = wandb
         try:
-            self._run: Any = wandb.init(
-                project=project,
-                id=identity,
-                name=run.folder.resolve().name,
-                dir=str(run.folder),
-                resume="allow",
-                config=to_dict(run.config),
-                settings=wandb.Settings(console="off", silent=True),
-            )
+            settings = wandb.Settings(console="off", silent=True)
+            shown = {"name": run.folder.resolve().name, "dir": str(run.folder), "config": to_dict(run.config)}
+            self._run: Any = wandb.init(project=project, id=identity, resume="allow", settings=settings, **shown)
         except (wandb.Error, OSError) as error:
-            raise ConfigError(
-                f"training.wandb: {project}: wandb does not start: {one_line(error)}; use `wandb login`, "
-                "WANDB_MODE=offline, or leave the field empty"
-            ) from error
+            how = "use `wandb login`, WANDB_MODE=offline, or leave the field empty"
+            raise ConfigError(f"training.wandb: {project}: wandb does not start: {one_line(error)}; {how}") from error
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
         """Sends the numbers among `values` as EVENT/NAME. wandb ignores steps that it has from before a resume."""

@@ -106,10 +106,8 @@ def with_backbone(
     if model.backbone_weights == "imagenet":
         key = model.backbone, model.input_normalisation == "imagenet"
         if key not in IMAGENET:
-            raise ConfigError(
-                f"model.input_normalisation: {model.input_normalisation}, for which no ImageNet weights of "
-                f"{model.backbone} are published; use imagenet"
-            )
+            found = f"{model.input_normalisation}, for which no ImageNet weights of {model.backbone} are published"
+            raise ConfigError(f"model.input_normalisation: {found}; use imagenet")
         kind, _ = IMAGENET[key]
         path, eps = fetch(NAMED[IMAGENET[key]], folder), NAMED[IMAGENET[key]].eps
     else:
