@@ -14,8 +14,7 @@ from typing import TypeVar
 from retina_jax.errors import one_line
 
 T = TypeVar("T")
-BAR = 20
-"""Columns of a progress bar."""
+BAR = 20  # columns of a progress bar
 SECONDS_IN_TERMINAL, SECONDS_IN_LOG = 0.2, 15.0
 """Time between two reports of `track`, on a terminal and in a log file."""
 

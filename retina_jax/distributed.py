@@ -33,14 +33,12 @@ from retina_jax.errors import PlainError, Stopped, ending, one_line, reason
 
 T = TypeVar("T")
 
-HEARTBEAT_SECONDS = 30
-"""JAX's runtime ends all hosts if one of them has sent no heartbeat for this long."""
+HEARTBEAT_SECONDS = 30  # JAX's runtime ends all hosts if one of them has sent no heartbeat for this long
 LOST = 75
 """Exit status if another host is gone (EX_TEMPFAIL of sysexits.h): the same command on all hosts resumes the run."""
 PRIMARY_GRACE_SECONDS = 2.0
 """Time for the others to report their own error before host 0 ends: JAX's coordinator runs in it, and they end with it."""
-NETWORK = re.compile(r"\b(Gloo|NCCL|coordination service)\b", re.IGNORECASE)
-"""In the message of a collective that failed."""
+NETWORK = re.compile(r"\b(Gloo|NCCL|coordination service)\b", re.IGNORECASE)  # in the message of a failed collective
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,7 @@ from retina_jax.runs.files import DiskError, exclusive_lock, read_json, write_js
 
 TEMPORARY = re.compile(r"\.(.+\.jsonl?\.[0-9]+|write_test_[0-9]+|metrics\.jsonl)")
 """Names of files that a killed process was writing."""
-SECONDS_TO_WRITE = 5
-"""A temporary file younger than this may belong to a running process, such as evaluate.py."""
+SECONDS_TO_WRITE = 5  # a younger temporary file may belong to a running process, such as evaluate.py
 _HELD: list[contextlib.ExitStack] = []  # locks that are held until the process ends
 
 

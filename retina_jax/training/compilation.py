@@ -20,10 +20,8 @@ from retina_jax.errors import OutOfMemory, device_memory, out_of_memory, size
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 CACHE_HIT = "/jax/compilation_cache/cache_hits"
-SETTLED_AFTER = 3
-"""Number of steps after which the buffers of the initial state have been freed."""
-Shape = tuple[int, int]
-"""Padded shape of a batch's images: height and width, pixels."""
+SETTLED_AFTER = 3  # steps after which the buffers of the initial state have been freed
+Shape = tuple[int, int]  # padded shape of a batch's images: height and width, pixels
 Kinds = dict[str, tuple[Any, Any]]
 """What a program depends on, by the name of the array: shape, dtype and weak type; sharding."""
 

@@ -28,10 +28,8 @@ PACKAGES = (
     "pycocotools", "numpy", "Pillow",
 )  # fmt: skip
 
-SECONDS_TO_APPEAR = 30
-"""A network file system may show a file to other hosts this late."""
-PER_MICROBATCH = ("per_device", "ema")
-"""Values of loss.normaliser that count positive anchors in each micro-batch."""
+SECONDS_TO_APPEAR = 30  # a network file system may show a file to other hosts this late
+PER_MICROBATCH = ("per_device", "ema")  # values of loss.normaliser that count positive anchors in each micro-batch
 
 
 def open_run(

@@ -22,8 +22,7 @@ from filelock import FileLock, Timeout
 from retina_jax.errors import WeightsError, reason
 
 CACHE = Path.home() / ".cache" / "retina_jax" / "weights"
-TIMEOUT = 30.0
-"""Seconds without a byte after which a download fails."""
+TIMEOUT = 30.0  # seconds without a byte after which a download fails
 NO_LOCKS = (errno.EOPNOTSUPP, errno.ENOLCK)
 
 

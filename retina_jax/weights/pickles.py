@@ -43,8 +43,7 @@ OPCODES = frozenset((
     "INST", "OBJ", "NEWOBJ",
 ))  # fmt: skip
 """Allowed besides those above and MARK. The last three only ever fail, after `find_class` has named what they refer to."""
-LARGEST_KEY = 2**61 - 1
-"""Integer keys of dicts are smaller: Python hashes integers modulo this number, so that larger ones could all collide."""
+LARGEST_KEY = 2**61 - 1  # Python hashes integers modulo this number, so that larger keys of a dict could all collide
 ERRORS = (pickle.UnpicklingError, AttributeError, EOFError, LookupError, OverflowError, RecursionError, TypeError)
 
 
@@ -87,12 +86,10 @@ class Dict(dict):
 class Dtype(StandIn):
     """In place of `numpy.dtype`."""
 
-    big_endian = False
-
     def __init__(self, kind: Any, *_: Any) -> None:
         if not isinstance(kind, str) or kind not in NUMPY_KINDS:
             raise ValueError(f"numpy array of dtype {reprlib.repr(kind)}; only arrays of numbers are read")
-        self.dtype = np.dtype(kind)
+        self.dtype, self.big_endian = np.dtype(kind), False
 
     def __setstate__(self, state: Any) -> None:
         if state[1] not in ("<", ">", "|"):

@@ -16,10 +16,8 @@ from retina_jax.weights.pickles import BFLOAT16, Array, Buffer, decode, unpickle
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "blobs")
 """Keys under which checkpoints keep the weights: detectron2 and torchvision, Lightning and timm, many, Detectron."""
-DEEPEST = 3
-"""Largest number of nested wrappers."""
-LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-"""The first two pickles of a file in torch's legacy format."""
+DEEPEST = 3  # nested wrappers
+LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles of torch's legacy format
 PICKLE = re.compile(rb"\x80[\x02-\x05]|\(|c[\w.]+\n")
 """How a pickle starts: with its protocol, or in protocols 0 and 1 with a mark or a name."""
 SAFETENSORS = {
