@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from retina_jax.errors import WeightsError, shortened
 
-NAMED = 10
+MOST_NAMES = 10
 """Largest number of names per kind in an error; the others are counted."""
 
 
@@ -67,6 +67,6 @@ def is_within(path: str, part: str) -> bool:
 
 
 def report(kind: str, names: Sequence[str]) -> str:
-    """ "2 missing: a, b", with at most NAMED names."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{len(names)} {kind}: {', '.join(map(shortened, names[:NAMED]))}{more}"
+    """ "2 missing: a, b", with at most MOST_NAMES names."""
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return f"{len(names)} {kind}: {', '.join(map(shortened, names[:MOST_NAMES]))}{more}"
