@@ -5,7 +5,7 @@ from typing import Any
 
 __all__ = ["load_detector"]
 
-# TensorFlow only reads images here: its start-up banner is no news.
+# TensorFlow only reads images here: its start-up messages are hidden.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 

@@ -74,7 +74,11 @@ def parse_command_line(arguments: type[T], defaults: T, argv: Sequence[str], des
         if hidden := len(flatten(defaults)) - len(flatten(shown)):
             description += f"\n{hidden} more options are fields of the config: --help-all lists them too."
         tyro.cli(type(shown), default=shown, args=["--help"], description=description)
-    known = dict(_options(defaults))
+    known: dict[str, Any] = {}  # a Config and Hosts in `defaults` have no prefix, other groups have one
+    for field in dataclasses.fields(defaults):
+        value = getattr(defaults, field.name)
+        prefix = "" if isinstance(value, Config | Hosts) else f"{field.name}."
+        known |= flatten(value, prefix) if dataclasses.is_dataclass(value) else {field.name: value}
     words = _booleans_as_flags(argv, known)
     for word in words:
         name = word.split("=")[0]
@@ -85,17 +89,11 @@ def parse_command_line(arguments: type[T], defaults: T, argv: Sequence[str], des
         with contextlib.redirect_stderr(printed):
             return tyro.cli(arguments, default=defaults, args=words, description=description)
     except SystemExit:
-        raise ConfigError(one_line(_first_message(printed.getvalue()))) from None
-
-
-def _options(defaults: Any) -> Iterator[tuple[str, Any]]:
-    """Yields the options that tyro makes of `defaults`. A Config and Hosts in it have no prefix, other groups do."""
-    for field in dataclasses.fields(defaults):
-        value = getattr(defaults, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from flatten(value, "" if isinstance(value, Config | Hosts) else f"{field.name}.").items()
-        else:
-            yield field.name, value
+        # The first sentence in the box that tyro draws around an error.
+        lines = [line.strip("│ ").strip() for line in printed.getvalue().splitlines() if line[:1] not in "╭╰"]
+        sentence = itertools.takewhile(lambda line: set(line) != {"─"}, filter(None, lines))
+        text = " ".join(sentence) or "the command line cannot be read; --help lists the options"
+        raise ConfigError(one_line(text)) from None
 
 
 def _for_help(value: Any, all_fields: bool) -> Any:
@@ -119,11 +117,8 @@ def _for_help(value: Any, all_fields: bool) -> Any:
 
 
 def _docstrings(kind: type) -> dict[str, str]:
-    """Returns the docstrings below the fields of a dataclass; none if its source is not available."""
-    try:
-        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body
-    except OSError:
-        return {}
+    """Returns the docstrings below the fields of a dataclass."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body
     return {
         field.target.id: " ".join(str(doc.value.value).split())
         for field, doc in itertools.pairwise(body)
@@ -151,10 +146,3 @@ def _booleans_as_flags(argv: Sequence[str], known: Mapping[str, Any]) -> list[st
         else:
             words.append(word)
     return words
-
-
-def _first_message(box: str) -> str:
-    """Returns the first sentence in the box that tyro draws around an error, on one line."""
-    lines = [line.strip("│ ").strip() for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    sentence = itertools.takewhile(lambda line: set(line) != {"─"}, filter(None, lines))
-    return " ".join(sentence) or "the command line cannot be read; --help lists the options"

@@ -5,7 +5,7 @@ the command line by its dotted name (`--loss.gamma 5 --data.batch-size 16`). Def
 Table 1) and, where the paper is silent, those of its authors' code (Detectron).
 
 `option` holds what is known about a field besides its type; `options` reads it back for validation, `--help`, resumed runs,
-digests and several hosts. A dataclass whose fields depend on each other has a method `conflicts`.
+digests and several hosts. `config_io.conflicts` has the rules between fields.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
@@ -46,11 +46,9 @@ class Option:
 
     def accepts(self, value: Any) -> bool:
         """Returns whether a value is within the bounds; values that are not numbers are."""
-        limits = [
-            (COMPARISONS[sign], float(limit)) for sign, limit in re.findall(r"([<>]=?) (\S+?)(?:,|$)", self.bounds)
-        ]
+        limits = re.findall(r"([<>]=?) (\S+?)(?:,|$)", self.bounds)
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, int | float)]
-        return all(holds(number, limit) for holds, limit in limits for number in numbers)
+        return all(COMPARISONS[sign](number, float(limit)) for sign, limit in limits for number in numbers)
 
 
 def option(default: Any, bounds: str = "", **known: Any) -> Any:
@@ -62,8 +60,7 @@ def option(default: Any, bounds: str = "", **known: Any) -> Any:
 def options(kind: type, resume: bool = False) -> Mapping[str, Option]:
     """Returns the Option of every field of the dataclass `kind` and its groups, by dotted name.
 
-    Args:
-      resume: whether a resumed run may change all of them.
+    `resume`: a resumed run may change all of them.
     """
     found: dict[str, Option] = {}
     for item in fields(kind):
@@ -74,10 +71,6 @@ def options(kind: type, resume: bool = False) -> Mapping[str, Option]:
         else:
             found[item.name] = known
     return found
-
-
-Conflicts = Iterator[tuple[str, str]]
-"""Names of fields that contradict other fields, and what their values must be."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +98,6 @@ class ScenesConfig:
     seed: int = 0
     """Seed of the scenes."""
 
-    def conflicts(self) -> Conflicts:
-        """Yields the fields that contradict each other."""
-        if not self.min_side <= self.max_side <= 0.75 * self.size:
-            yield "min_side", f"at most max_side ({self.max_side}), and max_side at most 0.75 size ({0.75 * self.size})"
-
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -122,8 +110,8 @@ class DataConfig:
     train_images: str = option("", outcome=False, per_host=True, basic=True)
     """Folder of the training images (source coco)."""
     val_annotations: str = option("", resume=True, outcome="file name", per_host=True, basic=True)
-    """COCO JSON of the evaluation images. Paper: minival, which is instances_val2017.json. With source tfds it may be
-    empty: the ground truth is then taken from the dataset's own features (areas truncated to integers)."""
+    """COCO JSON of the evaluation images. Paper: minival, which is instances_val2017.json. Empty with source tfds: the
+    ground truth is that of the dataset's own features (areas truncated to integers)."""
     val_images: str = option("", outcome=False, per_host=True, basic=True)
     """Folder of the evaluation images (source coco)."""
     tfds_name: str = "coco/2017"
@@ -141,12 +129,10 @@ class DataConfig:
     short_side: int = option(600, ">= 1", unit="px", basic=True)
     """Length that the shorter image side is resized to. Paper: 600 for the ablations, 400 to 800 in Table 1e."""
     long_side: int = option(1000, ">= 1", unit="px", basic=True)
-    """Largest length of the longer side after the resize. Detectron: 1000 with 600, 1333 with 800; the paper gives the short
-    side only."""
+    """Largest length of the longer side after the resize. Detectron: 1000 with 600, 1333 with 800; not in the paper."""
     jitter_short_sides: tuple[int, ...] = option((), ">= 1", unit="px")
     """Short sides of multi-scale training (scale jitter, Table 2), drawn for each image and epoch with equal probability;
-    empty: short_side only. Padded shapes are those of the largest, so the number of programs and the cost of a step are too.
-    Evaluation uses short_side."""
+    empty: short_side only, as evaluation uses. The largest decides the padded shapes, and so the cost of every step."""
     flip: bool = True
     """Flip half of the training images left to right. Paper: the only augmentation."""
     resize: Literal["bilinear", "antialias", "pillow"] = "bilinear"
@@ -155,22 +141,19 @@ class DataConfig:
     size_rounding: Literal["nearest", "floor"] = "nearest"
     """Rounding of a resized image's sides: nearest (Detectron, detectron2) or floor (torchvision)."""
     pixels: Literal["uint8", "float32"] = "uint8"
-    """Pixels after the resize: rounded to uint8 (PIL, detectron2), or float32, four times the bytes to the device
-    (Detectron, torchvision)."""
+    """Pixels after the resize: rounded to uint8 (PIL, detectron2), or float32, 4 times larger (Detectron, torchvision)."""
     box_ends: Literal["half_open", "inclusive"] = "half_open"
-    """How the right and lower ends of boxes are resized: as edges, x2 s; or as Detectron does, which takes them for the last
-    pixels, (x2 - 1) s + 1."""
+    """How the right and lower ends of boxes are resized: as edges, x2 s; or as last pixels, (x2 - 1) s + 1 (Detectron)."""
     buckets: Literal[0, 1, 2, 4] = 4
     """Padded shapes of the images, each compiled once: 4 = 2 orientations x 2 long sides, 2 = orientations, 1 = one square.
-    0: detection and evaluation pad each batch to its largest image, as torchvision, detectron2 and Detectron do, and compile
-    a program for each new shape; training then uses 4."""
+    0: training uses 4; detection and evaluation pad each batch to its largest image (torchvision, detectron2, Detectron)."""
     pad_multiple: int = option(32, ">= 32", unit="px")
     """Sides of padded shapes are multiples of this, which is itself a multiple of 32."""
     box_format: Literal["auto", "xywh", "xyxy", "cxcywh", "xywh_fractions", "xyxy_fractions", "cxcywh_fractions"] = (
         option("auto", resume=True)
     )
     """Numbers of a bbox (source coco): xywh, COCO's corner and size in pixels; xyxy, two corners; cxcywh, centre and size;
-    or the same as fractions of the image's sides. auto: xywh, refused if the boxes look like another format."""
+    or fractions of the image's sides. auto: xywh, refused if the boxes look like another format."""
     crowds: Literal["ignore", "objects"] = option("ignore", resume=True)
     """Annotations with iscrowd 1 (source coco): ignore, as COCO does (no training; detections on them do not count), or
     objects, for tools that mark every mask as a crowd."""
@@ -180,12 +163,12 @@ class DataConfig:
     """Training images without a box: drop (Detectron) or keep as background."""
     empty_parents: Literal["drop", "keep"] = "drop"
     """A category without boxes that groups others, such as the first one of Roboflow's exports: drop it from the classes,
-    or keep it. A resumed run keeps its classes. The rule is in retina_jax/data/classes.py."""
+    or keep it. A resumed run keeps its classes."""
     bad_images: Literal["stop", "skip"] = option("stop", resume=True)
     """An image that is missing, broken or of another size than the JSON says: stop with its name, or skip and count it."""
     orientation: Literal["auto", "stored", "turned"] = "auto"
-    """Pixels that the boxes refer to if an image has an EXIF orientation and its annotated size fits both: as stored, or
-    turned as viewers show them. auto: as in those images whose size shows it."""
+    """Pixels that boxes refer to if an image has an EXIF orientation and its annotated size fits both: as stored, or turned,
+    as viewers show them. auto: as in those images whose size shows it."""
     undecided_orientation: Literal["turned", "stored"] = "turned"
     """The choice of auto if no image shows it. Training sets it to what its training or evaluation images show."""
     bits: Literal["auto", 8, 10, 12, 14, 16] = "auto"
@@ -194,16 +177,6 @@ class DataConfig:
     """Images decoded in parallel on a host; 0: one per core. Use more if files arrive slowly."""
     prefetch: int = option(2, ">= 1", unit="batches", outcome=False)
     """Batches prepared ahead of the device."""
-
-    def conflicts(self) -> Conflicts:
-        """Yields the fields that contradict each other."""
-        for name, sides in (("short_side", (self.short_side,)), ("jitter_short_sides", self.jitter_short_sides)):
-            if any(side > self.long_side for side in sides):
-                yield name, f"at most data.long_side ({self.long_side})"
-        if self.pad_multiple % 32:
-            yield "pad_multiple", "a multiple of 32"
-        if self.resize == "pillow" and self.pixels != "uint8":
-            yield "pixels", "uint8 with data.resize pillow"
 
 
 @dataclass(frozen=True)
@@ -223,8 +196,8 @@ class ModelConfig:
     stride_position: Literal["1x1", "3x3"] = "1x1"
     """Convolution with the stride of a bottleneck. 1x1: the paper's MSRA weights, Detectron; 3x3: torchvision."""
     norm: Literal["frozen", "group", "batch"] = "frozen"
-    """Backbone normalisation: frozen BatchNorm (a fixed affine), GroupNorm, or BatchNorm with statistics over the complete
-    batch of all devices. Detectron: frozen; the paper does not mention BatchNorm."""
+    """Backbone normalisation: frozen BatchNorm (a fixed affine; Detectron), GroupNorm, or BatchNorm with statistics over the
+    batch of all devices. Not in the paper."""
     norm_groups: int = option(32, ">= 1")
     """Groups of GroupNorm; lowered to a divisor of the channels if there are fewer channels."""
     frozen_stages: int = option(2, ">= 0, <= 5")
@@ -258,32 +231,20 @@ class ModelConfig:
     remat: bool = False
     """Recompute the backbone's blocks in the backward pass: less memory, about a third more time."""
 
-    def conflicts(self) -> Conflicts:
-        """Yields the field with the wrong number of values."""
-        if len(self.stage_blocks) not in (0, 4):
-            yield "stage_blocks", "four numbers, or none"
-
 
 @dataclass(frozen=True)
 class AnchorConfig:
     """Anchor boxes (Section 4, Anchors)."""
 
     style: Literal["paper", "detectron", "detectron2", "torchvision"] = "paper"
-    """paper: exact sizes, centred on the cell, scale-major; detectron: its rounded sizes, pixel convention and order;
-    detectron2: the paper's, centred on the cell's upper left corner; torchvision: its truncated sizes and rounded cells,
-    ratio-major, strides from the map sizes."""
+    """paper: exact sizes, centred on the cell, scale-major; detectron: rounded sizes, its pixel convention and order;
+    detectron2: the paper's, centred on the cell's corner; torchvision: truncated sizes, rounded cells, ratio-major."""
     size_factor: float = option(4.0, "> 0")
     """Side of a level's square base anchor over its stride: 32 px on P3 to 512 px on P7. Paper: 4."""
     scales: tuple[float, ...] = option((1.0, 2.0 ** (1 / 3), 2.0 ** (2 / 3)), "> 0")
     """Sub-octave scales of the base anchor. Paper: 2^0, 2^(1/3), 2^(2/3)."""
     ratios: tuple[float, ...] = option((0.5, 1.0, 2.0), "> 0")
     """Height over width. Paper: 1:2, 1:1, 2:1."""
-
-    def conflicts(self) -> Conflicts:
-        """Yields the fields without values."""
-        for name in ("scales", "ratios"):
-            if not getattr(self, name):
-                yield name, "at least one number"
 
 
 @dataclass(frozen=True)
@@ -296,13 +257,7 @@ class MatchingConfig:
     """IoU below which an anchor is background; between the two it is ignored. Paper: 0.4."""
     low_quality: Literal["none", "band", "all"] = "band"
     """A ground-truth box's best anchor below positive_iou. none: no match (Section 4's thresholds only); band: a match if
-    its IoU is at least negative_iou (Detectron); all: always a match (RPN's rule, which the paper adopts with other
-    thresholds; detectron2, torchvision)."""
-
-    def conflicts(self) -> Conflicts:
-        """Yields the fields that contradict each other."""
-        if self.negative_iou > self.positive_iou:
-            yield "positive_iou", f"at least matching.negative_iou ({self.negative_iou})"
+    its IoU is at least negative_iou (Detectron); all: always a match (RPN's rule; detectron2, torchvision)."""
 
 
 @dataclass(frozen=True)
@@ -320,16 +275,16 @@ class LossConfig:
     hinge_margin: float = option(0.5, "> 0, <= 1")
     """p_t from which the hinge loss is 0. The paper does not give its value."""
     mining: Literal["none", "ohem", "ohem_1_3", "ohem_1_3_strict"] = "none"
-    """Anchors whose classification loss is summed (Table 1d): none: all; ohem: the hardest mining_batch of an image after
-    NMS; ohem_1_3: the hardest positives, at most a quarter of mining_batch, the rest filled with the hardest negatives;
-    ohem_1_3_strict: exactly 3 negatives per positive. Paper: none."""
+    """Anchors whose classification loss is summed (Table 1d): none: all; ohem: an image's hardest mining_batch after NMS;
+    ohem_1_3: at most a quarter of them positive, the rest negative; ohem_1_3_strict: exactly 3 negatives per positive.
+    Paper: none."""
     mining_batch: int = option(128, ">= 1")
     """Anchors mined per image (the minibatch). Paper: 128, 256, 512."""
     mining_nms_iou: float = option(0.5, "> 0, <= 1")
     """An anchor is not mined if a harder one has an IoU with it above this. Paper: 0.5, 0.7."""
     mining_normaliser: Literal["assigned", "minibatch"] = "assigned"
-    """Count that divides the mined classification loss: anchors assigned to a box, as without mining, or anchors in the
-    minibatch (Shrivastava et al., 2016, whose OHEM averages over it). The paper gives only the first."""
+    """Count that divides the mined classification loss: anchors assigned to a box (paper), or anchors in the minibatch
+    (OHEM; Shrivastava et al., 2016)."""
     box: Literal["smooth_l1", "l1", "giou"] = "smooth_l1"
     """Box regression loss. Paper: smooth_l1."""
     beta: float = option(0.11, ">= 0")
@@ -337,18 +292,9 @@ class LossConfig:
     box_weight: float = option(1.0, ">= 0")
     """Weight of the box loss in the sum. Paper: 1."""
     normaliser: Literal["per_image", "per_device", "global", "ema"] = option("per_image", first_default="global")
-    """Number of positive anchors, at least 1, that divides the loss: per_image: of each image, then the mean over images;
-    per_device: of each device, then the mean (Detectron); global: of the batch; ema: a running mean of the devices' counts
-    (detectron2: momentum 0.9 from 100). Paper: per_image."""
-
-    def conflicts(self) -> Conflicts:
-        """Yields the fields that contradict each other."""
-        if self.gamma == 0 and self.kind == "focal_star":
-            yield "gamma", "above 0 with loss.kind focal_star"
-        if self.mining_batch < 4 and self.mining.startswith("ohem_1_3"):
-            yield "mining_batch", "at least 4 with loss.mining ohem_1_3"
-        if self.mining != "none" and self.mining_normaliser != "assigned" and self.normaliser in ("global", "ema"):
-            yield "mining_normaliser", f"assigned: loss.normaliser {self.normaliser} divides both losses by one number"
+    """Number of positive anchors, at least 1, that divides the loss: per_image: of each image, then the mean over images
+    (paper); per_device: of each device, then the mean (Detectron); global: of the batch; ema: a running mean of the
+    devices' counts (detectron2: momentum 0.9 from 100)."""
 
 
 @dataclass(frozen=True)
@@ -368,8 +314,7 @@ class OptimizerConfig:
     bias_learning_rate_factor: float = option(2.0, ">= 0")
     """Learning rate of biases over that of weights. Detectron: 2; detectron2 and torchvision: 1."""
     decay_biases: bool = False
-    """Decay the biases of convolutions too; normalisation parameters never decay. Detectron: no; detectron2 and torchvision:
-    yes."""
+    """Decay the biases of convolutions too (detectron2, torchvision: yes); normalisation parameters never decay."""
     warmup_steps: int = option(500, ">= 0", unit="steps")
     """Steps of linear warm-up; it replaces the start of the schedule and does not shift it. Detectron: 500."""
     warmup_factor: float = option(1 / 3, ">= 0, <= 1")
@@ -381,13 +326,8 @@ class OptimizerConfig:
     clip_norm: float = option(0.0, ">= 0")
     """Largest global norm of the gradient; 0: no clipping. Paper: none."""
     ema_decay: float = option(0.0, ">= 0, < 1")
-    """Average the parameters (and statistics of model.norm batch) and use the average in evaluation and detection: each step
-    mean = d mean + (1 - d) new, d = min(ema_decay, (1 + t) / (10 + t)) after t steps. 0: no average. Paper: none."""
-
-    def conflicts(self) -> Conflicts:
-        """Yields the field whose values are out of order."""
-        if list(self.boundaries) != sorted(set(self.boundaries)):
-            yield "boundaries", "in increasing order"
+    """Average the parameters (and statistics of model.norm batch) for evaluation and detection: after t steps,
+    mean = d mean + (1 - d) new with d = min(ema_decay, (1 + t) / (10 + t)). 0: no average. Paper: none."""
 
 
 @dataclass(frozen=True)
@@ -403,15 +343,13 @@ class DetectionConfig:
     nms_iou: float = option(0.5, "> 0, <= 1", basic=True)
     """A box is suppressed by a better one of its class with an IoU above this. Paper: 0.5."""
     clip: Literal["before_nms", "after_nms"] = "before_nms"
-    """When boxes are clipped to the image: before NMS (Detectron, torchvision), or after it, and boxes left without area are
-    dropped (detectron2)."""
+    """When boxes are clipped to the image: before NMS (Detectron, torchvision), or after it; empty ones go (detectron2)."""
     max_detections: int = option(100, ">= 1")
     """Most detections per image. COCO: 100."""
     parameters: Literal["ema", "raw"] = "ema"
     """Parameters for detection: their average if the run has one (optimizer.ema_decay), or the parameters themselves."""
     tta_flip: bool = False
-    """Test-time augmentation: also detect on the mirrored image. Boxes are merged by nms_iou per class, as in detectron2,
-    and cut to max_detections. Paper: none."""
+    """Test-time augmentation: also detect on the mirrored image; NMS merges the boxes, as in detectron2. Paper: none."""
     tta_short_sides: tuple[int, ...] = option((), ">= 1", unit="px")
     """Test-time augmentation: short sides in addition to data.short_side; data.long_side grows in proportion."""
 
@@ -443,8 +381,8 @@ class TrainingConfig:
     wandb: str = option("", outcome=False)
     """Weights & Biases project that receives metrics and pictures (pip install wandb); empty: none."""
     accumulate: int = option(1, ">= 1")
-    """Micro-batches per step and device (gradient accumulation): less memory, the same step. With normalisers per_device and
-    ema each micro-batch counts as a device; norm batch computes statistics per micro-batch."""
+    """Micro-batches per step and device (gradient accumulation): less memory, the same step. Each counts as a device for
+    normalisers per_device and ema; norm batch computes statistics per micro-batch."""
     skip_non_finite: int = option(0, ">= 0", unit="steps")
     """Most steps in a run that are skipped because of a non-finite loss, gradient or parameter; one more stops the run."""
     profile_steps: str = ""
@@ -472,8 +410,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig, metadata={"option": Option(resume=True)})
     """Loop."""
     cpu_kernels: bool = option(True, outcome=False)
-    """Use the faster convolutions and loss written for XLA's CPU backend (retina_jax/cpu), if the backend is the CPU. Their
-    results equal the plain ones up to rounding."""
+    """On the CPU, use the faster convolutions and loss of retina_jax/cpu; equal to the plain ones up to rounding."""
     parallel: Literal["jit", "pmap"] = option("jit", outcome=False)
     """How a step is spread over the devices: jit over a data mesh, or pmap."""
     devices: int = option(0, ">= 0", outcome=False, basic=True)

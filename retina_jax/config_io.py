@@ -15,12 +15,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from retina_jax.config import Config, ConfigError, Conflicts, options, parse_window
+from retina_jax.config import Config, ConfigError, options, parse_window
 from retina_jax.errors import one_line
 
 T = TypeVar("T")
-INVALID = object()
-"""Result of `_typed` for a value of the wrong type."""
+INVALID = object()  # result of `_typed` for a value of the wrong type
 
 
 def load_config(path: str | Path) -> Config:
@@ -40,9 +39,7 @@ def load_config(path: str | Path) -> Config:
 def load_module(path: Path, option: str, function: str, described: str) -> ModuleType:
     """Runs the Python file at `path` and returns it as a module; ConfigError if that fails or it lacks `function`.
 
-    Args:
-      option: the command-line option that named the file.
-      described: the function as the error describes it.
+    `option` is the command-line option that named the file, and `described` the function as the error describes it.
     """
     try:
         is_file = path.is_file()
@@ -90,19 +87,40 @@ def validate(config: Config) -> Config:
         if not finite or not known[name].accepts(value):
             right = known[name].bounds if finite else "finite"
             raise ConfigError(f"{name}: invalid value {value}; must be {right} {known[name].unit}".rstrip())
-    for name, right in _conflicts(config):
+    for name, right in conflicts(config):
         raise ConfigError(f"{name}: invalid value {values[name]}; must be {right}")
     parse_window(config.training.profile_steps)
     return config
 
 
-def _conflicts(config: Any, prefix: str = "") -> Conflicts:
-    """Yields the conflicts in `config` and its groups, by dotted name."""
-    for name, right in config.conflicts() if hasattr(config, "conflicts") else ():
-        yield prefix + name, right
-    for field in dataclasses.fields(config):
-        if dataclasses.is_dataclass(part := getattr(config, field.name)):
-            yield from _conflicts(part, f"{prefix}{field.name}.")
+def conflicts(config: Config) -> Iterator[tuple[str, str]]:
+    """Yields the name of each field that contradicts another one, and what its value must be."""
+    data, scenes, anchors, loss = config.data, config.data.scenes, config.anchors, config.loss
+    for name, sides in (("short_side", (data.short_side,)), ("jitter_short_sides", data.jitter_short_sides)):
+        if max(sides, default=0) > data.long_side:
+            yield f"data.{name}", f"at most data.long_side ({data.long_side})"
+    if data.pad_multiple % 32:
+        yield "data.pad_multiple", "a multiple of 32"
+    if data.resize == "pillow" and data.pixels != "uint8":
+        yield "data.pixels", "uint8 with data.resize pillow"
+    most = 0.75 * scenes.size
+    if not scenes.min_side <= scenes.max_side <= most:
+        yield "data.scenes.min_side", f"at most max_side ({scenes.max_side}), and max_side at most 0.75 size ({most})"
+    if len(config.model.stage_blocks) not in (0, 4):
+        yield "model.stage_blocks", "four numbers, or none"
+    for name, values in (("scales", anchors.scales), ("ratios", anchors.ratios)):
+        if not values:
+            yield f"anchors.{name}", "at least one number"
+    if (negative := config.matching.negative_iou) > config.matching.positive_iou:
+        yield "matching.positive_iou", f"at least matching.negative_iou ({negative})"
+    if loss.gamma == 0 and loss.kind == "focal_star":
+        yield "loss.gamma", "above 0 with loss.kind focal_star"
+    if loss.mining_batch < 4 and loss.mining.startswith("ohem_1_3"):
+        yield "loss.mining_batch", "at least 4 with loss.mining ohem_1_3"
+    if loss.mining != "none" and loss.mining_normaliser != "assigned" and loss.normaliser in ("global", "ema"):
+        yield "loss.mining_normaliser", f"assigned: loss.normaliser {loss.normaliser} divides both losses by one number"
+    if list(boundaries := config.optimizer.boundaries) != sorted(set(boundaries)):
+        yield "optimizer.boundaries", "in increasing order"
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -149,8 +167,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(values: Any, where: str = "config") -> Config:
     """Returns the Config that `to_dict` was called with, with values of exactly their fields' types.
 
-    An integer is valid for a float and a list for a tuple; nothing else is converted. Integers must lie within -2^63 and
-    2^63. Unknown fields and wrong types raise ConfigError with one line that names `where` and the field.
+    An integer is valid for a float and a list for a tuple; nothing else is converted. Unknown fields, wrong types and
+    integers of 2^63 and more raise ConfigError with one line that names `where` and the field.
     """
     loss = values.get("loss") if isinstance(values, Mapping) else None
     if isinstance(loss, Mapping) and loss.get("mining") == "ohem_1_3" and "mining_normaliser" not in loss:
@@ -182,9 +200,12 @@ def _build(kind: type, values: Any, where: str, prefix: str) -> Any:
         if dataclasses.is_dataclass(hints[name]):
             made[name] = _build(hints[name], value, where, f"{prefix}{name}.")
             continue
-        made[name] = _typed(value, hints[name])
+        made[name] = _typed(value, hint := hints[name])
         if made[name] is INVALID:
-            raise ConfigError(f"{where}: {prefix}{name}: {reprlib.repr(value)} is not {_describe(hints[name])}")
+            right = "int below 2^63" if hint is int else str(hint) if typing.get_args(hint) else hint.__name__
+            if typing.get_origin(hint) is typing.Literal:
+                right = "one of " + ", ".join(map(str, typing.get_args(hint)))
+            raise ConfigError(f"{where}: {prefix}{name}: {reprlib.repr(value)} is not {right}")
     return kind(**made)
 
 
@@ -204,14 +225,6 @@ def _typed(value: Any, hint: Any) -> Any:
     return value if type(value) is hint else INVALID
 
 
-def _describe(hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    if hint is int:
-        return "int below 2^63"
-    return str(hint) if typing.get_args(hint) else hint.__name__
-
-
 def meaning_changes(old: Config, new: Config) -> list[str]:
     """Returns "field: old -> new" for each difference that changes what a training step computes."""
     before, after, known = flatten(old), flatten(new), options(Config)
@@ -225,7 +238,6 @@ def with_classes(config: Config, classes: int) -> Config:
     """Returns `config` with the number of classes in the data; ConfigError if it has another one."""
     own = config.model.num_classes
     if own not in (None, classes):
-        raise ConfigError(
-            f"model.num_classes: {own}, but the data has {classes} classes; leave it out, or use {classes}"
-        )
+        how = f"leave it out, or use {classes}"
+        raise ConfigError(f"model.num_classes: {own}, but the data has {classes} classes; {how}")
     return override(config, {"model.num_classes": classes})

@@ -14,8 +14,7 @@ from typing import TypeVar
 from retina_jax.errors import one_line
 
 T = TypeVar("T")
-BAR = 20
-"""Columns of a progress bar."""
+BAR = 20  # columns of a progress bar
 SECONDS_IN_TERMINAL, SECONDS_IN_LOG = 0.2, 15.0
 """Time between two reports of `track`, on a terminal and in a log file."""
 
@@ -34,16 +33,13 @@ def warn(line: str) -> None:
 class Progress:
     """Shows how much of a task is done: a line with a bar on a terminal, which is rewritten; plain lines in a log file.
 
-    rich draws the bar, but only in `update`: a thread would draw between the lines of other threads. Other lines, such as
-    warnings, appear above the bar.
+    rich draws the bar, but only in `update`: a thread would draw between the lines of others. Warnings appear above it.
     """
 
     def __init__(self, task: str, total: int, done: int = 0, transient: bool = False) -> None:
         """`done` steps of `total` are done already. A `transient` bar disappears at the end."""
-        self._task, self._total = task, total
+        self._task, self._total, self._first, self._bar = task, total, True, None
         self._since = done, time.monotonic()
-        self._first = True
-        self._bar = None
         if sys.stdout is None or not sys.stdout.isatty():
             return
         from rich.console import Console  # 60 ms that most commands do not need

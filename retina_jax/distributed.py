@@ -1,12 +1,11 @@
-"""Several hosts that train one run together, through JAX's distributed runtime.
+"""Several hosts that train one run together, through JAX's distributed runtime; SIGTERM and Ctrl-C stop all at one step.
 
 Every host runs the same command. Host 0, the primary, writes the run's folder and the log; the others print errors only. All
 hosts take the same decisions from the same values, so that no host waits for a collective that another never enters.
 
 If a host ends, the others end by JAX's heartbeat or by an error of the network library. Measured with two processes on one
 machine (JAX 0.10.2, gloo): after a kill -9, an exception or Ctrl-C of host 1, host 0 ended within 2 seconds inside a
-collective, and within 30 seconds outside one; host 1 ended within a second of host 0. Each printed a line and ended with a
-non-zero status: LOST, or SIGABRT where JAX ended it.
+collective, and within 30 outside one; host 1 within a second of host 0. The status was LOST, or SIGABRT where JAX ended it.
 """
 
 from __future__ import annotations
@@ -15,11 +14,14 @@ import contextlib
 import os
 import pickle
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -31,14 +33,12 @@ from retina_jax.errors import PlainError, Stopped, ending, one_line, reason
 
 T = TypeVar("T")
 
-HEARTBEAT_SECONDS = 30
-"""JAX's runtime ends all hosts if one of them has sent no heartbeat for this long."""
+HEARTBEAT_SECONDS = 30  # JAX's runtime ends all hosts if one of them has sent no heartbeat for this long
 LOST = 75
 """Exit status if another host is gone (EX_TEMPFAIL of sysexits.h): the same command on all hosts resumes the run."""
 PRIMARY_GRACE_SECONDS = 2.0
 """Time for the others to report their own error before host 0 ends: JAX's coordinator runs in it, and they end with it."""
-NETWORK = re.compile(r"\b(Gloo|NCCL|coordination service)\b", re.IGNORECASE)
-"""In the message of a collective that failed."""
+NETWORK = re.compile(r"\b(Gloo|NCCL|coordination service)\b", re.IGNORECASE)  # in the message of a failed collective
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,13 @@ def is_multihost() -> bool:
 
 @contextlib.contextmanager
 def joined(options: Hosts) -> Iterator[None]:
-    """Connects all hosts while the `with` block runs; on one host it does nothing.
+    """Connects all hosts while the `with` block runs; on one host it does nothing. ConfigError for invalid options.
 
-    An error ends this host's process at once, and thereby the others, which would wait for it in a collective. Raises
-    ConfigError for options that contradict each other.
+    An error ends this host's process at once, and thereby the others, which would wait for it in a collective.
     """
-    if options == ALONE:
-        yield
-        return
-    _connect(options)
-    if not is_multihost():
+    if options != ALONE:
+        _connect(options)
+    if options == ALONE or not is_multihost():
         yield
         return
     if not is_primary():
@@ -91,27 +88,20 @@ def joined(options: Hosts) -> Iterator[None]:
         _leave()
         raise
     except BaseException as error:
-        line, status = _lost(error) or ending(error)
+        line, status = ending(error)
+        foreign = isinstance(error, ValueError | RuntimeError) and not isinstance(error, PlainError)
+        if foreign and NETWORK.search(str(error)):
+            how = "start all hosts again with the same command, and the run resumes from its newest checkpoint"
+            line = f"error: the connection to another host failed ({reason(error)}); its log has the cause; {how}"
+            status = LOST
         if line is None:
             traceback.print_exc()
         else:
-            print(line, file=sys.stderr, flush=True)
+            print(one_line(line), file=sys.stderr, flush=True)
         if is_primary():
             time.sleep(PRIMARY_GRACE_SECONDS)
         end_at_once(status)
     _leave()
-
-
-def _lost(error: BaseException) -> tuple[str, int] | None:
-    """The line and exit status for a collective that failed because another host is gone; None for any other error."""
-    if isinstance(error, PlainError) or not isinstance(error, ValueError | RuntimeError):
-        return None
-    if not NETWORK.search(str(error)):
-        return None
-    return one_line(
-        f"error: the connection to another host failed ({reason(error)}); its log has the cause; start all hosts again "
-        "with the same command, and the run resumes from its newest checkpoint"
-    ), LOST
 
 
 def share() -> dict[str, int]:
@@ -142,10 +132,8 @@ def check_same(what: str, facts: dict[str, object]) -> None:
     for host, other in enumerate(of_hosts):
         for name, value in of_hosts[0].items():
             if other.get(name) != value:
-                raise ConfigError(
-                    f"{what}: {name} is {value} on host 0 and {other.get(name)} on host {host}; "
-                    "it must be the same on all hosts"
-                )
+                found = f"{value} on host 0 and {other.get(name)} on host {host}"
+                raise ConfigError(f"{what}: {name} is {found}; it must be the same on all hosts")
 
 
 def end_at_once(status: int) -> NoReturn:
@@ -195,3 +183,46 @@ def _connect(options: Hosts) -> None:
 def _leave() -> None:
     multihost_utils.sync_global_devices("retina_jax: the end")
     jax.distributed.shutdown()
+
+
+class Interruption:
+    """In the `with` block, SIGTERM and Ctrl-C make the next `check` raise Stopped; a second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._before: dict[int, object] = {}
+        self._checks = 0
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():  # only there may Python handle signals
+            # On several hosts JAX handles SIGTERM: it notifies the others and agrees with them on where to stop.
+            for number in (signal.SIGINT,) if is_multihost() else (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def check(self, step: int) -> None:
+        """Raises Stopped after `step` if a signal has come. All hosts call it equally often and stop at the same call."""
+        self._checks += 1
+        if is_multihost():
+            if multihost_utils.reached_preemption_sync_point(self._checks):
+                raise Stopped(self._number or signal.SIGTERM, step)
+        elif self._number:
+            raise Stopped(self._number, step)
+
+    def checked(self, step: int, items: Iterable[T]) -> Iterator[T]:
+        """Yields `items`, and calls `check(step)` before each."""
+        for item in items:
+            self.check(step)
+            yield item
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._number == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self._number = number
+        if is_multihost():
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -60,9 +60,7 @@ def out_of_memory(
 ) -> str | None:
     """Returns one line about an error of JAX's runtime that means a device's memory is full; None for any other error.
 
-    Args:
-      needed: the memory that the step needs, as a text, if known.
-      padded_shape: height and width of its images, pixels.
+    `needed`: the memory that the step needs, if known. `padded_shape`: height and width of its images, pixels.
     """
     import jax  # costs 0.5 s, and such an error comes from it
 

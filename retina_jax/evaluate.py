@@ -25,7 +25,7 @@ from retina_jax.evaluation.coco_scores import Scores, coco_results, evaluate_coc
 from retina_jax.evaluation.drawing import contact_sheet, draw
 from retina_jax.runs.files import write_bytes, write_json
 from retina_jax.runs.folder import Run
-from retina_jax.training.compilation import COMPILED, compile_events, seconds
+from retina_jax.training.compilation import COMPILED, compile_events
 
 NOTHING = ImageDetections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
 
@@ -89,7 +89,7 @@ def evaluate(
             write_json(run.path("evaluation", step, f"{variant}.json"), values)
         readable = {index: detections for index, detections in sorted(found.items()) if index not in unread}
         _write_pictures(run, detector, source, readable, lambda suffix: run.path("pictures", step, variant + suffix))
-    compiled = f", {events[seconds(COMPILED)]:.1f} of them to compile detection" if events[COMPILED] else ""
+    compiled = f", {events[COMPILED + ' seconds']:.1f} of them to compile detection" if events[COMPILED] else ""
     speed = f"{len(image_ids) / max(elapsed, 1e-9):.1f} img/s"
     log(f"evaluated {len(image_ids)} images in {elapsed:.1f} s ({speed}{compiled})")
     return scores

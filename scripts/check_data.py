@@ -25,8 +25,7 @@ from retina_jax.config_io import validate
 from retina_jax.console import log
 from retina_jax.data_check.check import Check, check_data, facts_of
 from retina_jax.reports.check_page import check_page, worst_pictures
-from retina_jax.runs.base_config import config_of
-from retina_jax.runs.folder import write_json
+from retina_jax.runs.folder import config_of, write_json
 
 OWN_DATA = Path(__file__).parents[1] / "configs" / "own_data.py"
 NOT_READY = 3

@@ -27,8 +27,7 @@ from retina_jax.data.datasets import check_classes, open_source
 from retina_jax.detector import load_detector
 from retina_jax.evaluate import evaluate, write_submission
 from retina_jax.evaluation.coco_scores import coco_table
-from retina_jax.runs.base_config import settings_of
-from retina_jax.runs.folder import Run
+from retina_jax.runs.folder import Run, settings_of
 from retina_jax.training.checkpoints import Step
 
 # These, and what a resumed run may change, may differ from training.

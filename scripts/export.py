@@ -21,7 +21,7 @@ from retina_jax.config import ConfigError, DetectionConfig
 from retina_jax.config_io import validate
 from retina_jax.detector import load_detector
 from retina_jax.export.agreement import export_detector, images_for
-from retina_jax.runs.base_config import settings_of
+from retina_jax.runs.folder import settings_of
 from retina_jax.training.checkpoints import Step
 
 REFUSED = {

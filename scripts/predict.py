@@ -26,8 +26,8 @@ from retina_jax.data.survey import decoding_of_files
 from retina_jax.detector import load_detector
 from retina_jax.errors import reason
 from retina_jax.evaluation.drawing import draw
-from retina_jax.runs.base_config import settings_of
 from retina_jax.runs.files import write_json
+from retina_jax.runs.folder import settings_of
 from retina_jax.training.checkpoints import Step
 
 

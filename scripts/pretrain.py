@@ -20,7 +20,7 @@ from safetensors.numpy import save
 from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import validate
-from retina_jax.runs.base_config import config_of
+from retina_jax.runs.folder import config_of
 
 MINI = Path(__file__).parents[1] / "configs" / "mini.py"
 

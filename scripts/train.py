@@ -24,14 +24,13 @@ from retina_jax.data.datasets import open_sources
 from retina_jax.data.pipeline import Batches, train_batches
 from retina_jax.data.source import Source
 from retina_jax.detector import Detector
+from retina_jax.distributed import Interruption
 from retina_jax.evaluate import evaluate
 from retina_jax.evaluation.coco_scores import SUMMARY, Scores, coco_table, number
 from retina_jax.model.summary import parameter_table
-from retina_jax.runs.base_config import config_of
-from retina_jax.runs.folder import Clock, Run, finish_run, is_due, started_run, training_lock
+from retina_jax.runs.folder import Clock, Run, config_of, finish_run, is_due, started_run, training_lock
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.compilation import CompiledStep
-from retina_jax.training.interruption import Interruption
 from retina_jax.training.metrics import Metrics
 from retina_jax.training.opening import open_run
 from retina_jax.training.optimizer import unreached

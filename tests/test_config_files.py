@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from retina_jax.cli import parse_command_line
 from retina_jax.config import Config, ConfigError, LossConfig, options
 from retina_jax.config_io import flatten, from_dict, load_config, meaning_changes, override, to_dict, validate
-from retina_jax.runs.base_config import config_of
+from retina_jax.runs.folder import config_of
 
 ROOT = Path(__file__).parents[1]
 

@@ -29,8 +29,7 @@ class DiskError(PlainError, RuntimeError):
 def exclusive_lock(path: Path, timeout: float = -1.0) -> Iterator[bool]:
     """Yields whether this process got the lock on `path` within `timeout` seconds (-1: waits without limit), and holds it.
 
-    The lock is the kernel's (flock): it ends with the process, however that ends. Raises ConfigError if `path` cannot be
-    written or locked.
+    The kernel's lock (flock) ends with the process, however that ends. ConfigError if `path` cannot be locked.
     """
     lock = filelock.FileLock(path, timeout=timeout, poll_interval=0.02, fallback_to_soft=False)
     with contextlib.ExitStack() as stack:
@@ -45,10 +44,7 @@ def exclusive_lock(path: Path, timeout: float = -1.0) -> Iterator[bool]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file atomically: to a temporary file in its folder, then renamed. Of several hosts only host 0 writes.
-
-    Raises DiskError if it cannot be written.
-    """
+    """Writes a file atomically, by renaming a temporary one; only on host 0. Raises DiskError if it cannot be written."""
     if not distributed.is_primary():
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -79,10 +75,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_checksums(folder: Path) -> None:
-    """Writes size and SHA-256 of every file in `folder` to FOLDER/checksums.json, and syncs all of it to the disk.
+    """Writes size and SHA-256 of every file in `folder` to FOLDER/checksums.json, and syncs all to the disk; or OSError.
 
-    The sums are of what the system holds in memory; `damage` compares them with what the disk returns later. Raises OSError
-    if the disk fails.
+    The sums are of what the system holds in memory; `damage` compares them with what the disk returns later.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sums = {path.relative_to(folder).as_posix(): _size_and_sum(path) for path in files}

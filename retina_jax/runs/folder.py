@@ -11,23 +11,22 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from retina_jax import distributed
+from retina_jax.cli import option_value
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_io import from_dict
+from retina_jax.config_io import from_dict, load_config, override
 from retina_jax.data.classes import Category
 from retina_jax.runs.files import DiskError, exclusive_lock, read_json, write_json
 
 TEMPORARY = re.compile(r"\.(.+\.jsonl?\.[0-9]+|write_test_[0-9]+|metrics\.jsonl)")
 """Names of files that a killed process was writing."""
-SECONDS_TO_WRITE = 5
-"""A temporary file younger than this may belong to a running process, such as evaluate.py."""
-_HELD: list[contextlib.ExitStack] = []
-"""Locks that are held until the process ends."""
+SECONDS_TO_WRITE = 5  # a younger temporary file may belong to a running process, such as evaluate.py
+_HELD: list[contextlib.ExitStack] = []  # locks that are held until the process ends
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,26 @@ def read_run(folder: Path, name: str = "config.json") -> Run:
     return Run(folder, config, classes, ids, saved.get("data_sha256"), saved.get("parts"))
 
 
-def fresh_import(folder: Path) -> Run | None:
-    """Returns what `import_weights.py` put into `folder` until a trained step is saved, else None.
+def config_of(argv: Sequence[str], default: str) -> Config:
+    """Returns the config for training: of the file in `--config`, else of the run in `--workdir`, else of `default`."""
+    workdir, file = option_value(argv, "--workdir"), option_value(argv, "--config")
+    if file is None and workdir and (Path(workdir) / "config.json").is_file():
+        return read_run(Path(workdir)).config
+    return load_config(file or default)
 
-    Training may start from it with other classes and another config.
-    """
+
+def settings_of(argv: Sequence[str]) -> Config:
+    """Returns the config of a detector: of the file in `--weights`, else of the run in `--workdir`."""
+    workdir, weights = option_value(argv, "--workdir"), option_value(argv, "--weights")
+    if weights:
+        from retina_jax.weights.importing import convert  # only a named file needs the readers
+
+        return override(Config(), convert(weights).changes)
+    return read_run(Path(workdir)).config if workdir else Config()
+
+
+def fresh_import(folder: Path) -> Run | None:
+    """Returns what `import_weights.py` put into `folder`, from which any training may start; None once a step is saved."""
     fresh = (folder / "imported.json").is_file() and not any(saved_steps(folder / "checkpoints"))
     return read_run(folder, "imported.json") if fresh else None
 
@@ -123,8 +137,7 @@ def make_writable(folder: Path) -> None:
 def training_lock(folder: Path) -> Iterator[None]:
     """Lets no second process train in `folder` during the block, and removes temporary files of a killed one. On host 0.
 
-    After a KeyboardInterrupt, which may leave a thread that still writes a checkpoint, the lock is held until the process
-    ends.
+    After a KeyboardInterrupt a thread may still write a checkpoint: the lock is held until the process ends.
     """
     if not distributed.is_primary():
         yield
@@ -170,7 +183,7 @@ def is_due(step: int, every: int, last: bool) -> bool:
     return every >= 0 and (last or (every > 0 and step % every == 0))
 
 
-class Clock:
+class Clock(contextlib.AbstractContextManager):
     """Seconds that a run has taken over all its starts; saved when the `with` block ends, however it ends."""
 
     def __init__(self, folder: Path, resumed: bool) -> None:
@@ -181,14 +194,11 @@ class Clock:
             before = 0.0
         self._start = time.monotonic() - before
 
-    def __enter__(self) -> Clock:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.save()
 
     def seconds(self) -> float:
-        """Seconds so far."""
+        """Returns the seconds so far."""
         return time.monotonic() - self._start
 
     def save(self) -> None:

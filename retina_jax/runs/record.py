@@ -61,7 +61,11 @@ def read_record(folder: Path) -> Record:
             else:
                 evaluations[step] = scores
     windows = [line for line in read_metrics(folder) if line.get("event") == "train"]
-    saved, summary = read_json(folder / "config.json"), read_summary(folder)
+    path = folder / "summary.json"
+    summary = read_json(path) if path.is_file() else None
+    if summary is not None and not isinstance(summary.get("steps"), int):
+        raise ConfigError(f"{path}: steps: invalid value {summary.get('steps')!r}; must be an integer")
+    saved = read_json(folder / "config.json")
     return Record(folder, run.config, run.categories, saved, windows, evaluations, variants, summary)
 
 
@@ -81,17 +85,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise ConfigError(f"{path}, line {number}: cannot be read: {type(error).__name__}: {error}") from None
     return found
-
-
-def read_summary(folder: Path) -> dict[str, Any] | None:
-    """Returns summary.json; None if the run has not ended."""
-    path = folder / "summary.json"
-    if not path.is_file():
-        return None
-    summary = read_json(path)
-    if not isinstance(summary.get("steps"), int):
-        raise ConfigError(f"{path}: steps: invalid value {summary.get('steps')!r}; must be a whole number")
-    return summary
 
 
 def _evaluation(path: Path) -> dict[str, Any]:
@@ -130,7 +123,6 @@ def read_test_dev(folder: Path) -> dict[str, float]:
         if len({*given.values()}) > 1:
             raise ConfigError(f"{file}: {name} and {server_name} differ; keep one of them")
     if "AP" not in scores:
-        raise ConfigError(
-            f'{file}: AP is missing; it must hold the server\'s scores, as in {{"AP": 0.391, "AP50": 0.591}}'
-        )
+        example = '{"AP": 0.391, "AP50": 0.591}'
+        raise ConfigError(f"{file}: AP is missing; it must hold the server's scores, as in {example}")
     return scores

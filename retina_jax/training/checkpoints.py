@@ -70,10 +70,9 @@ class Checkpoints:
             self.wait()
 
     def save(self, step: int, state: PyTree) -> None:
-        """Starts saving `state` as `step`; returns once the arrays may be overwritten. Does nothing for a saved step.
+        """Starts saving `state` as `step`, unless it is saved; returns once the arrays may be overwritten. On host 0.
 
-        A failing disk is a warning, and the next save tries again; `wait` raises the failure of the last save. Waits for the
-        save before, never for other hosts; all hosts but host 0 do nothing.
+        A failing disk is a warning, and the next save tries again; `wait` raises the failure of the last save.
         """
         if not distributed.is_primary():
             return
@@ -84,10 +83,7 @@ class Checkpoints:
         self._pending = self._writer.submit(self._write, step, own)
 
     def score(self, step: int, ap: float | None) -> None:
-        """Notes the AP of a saved `step`, then deletes old steps. On host 0; waits for the save before.
-
-        Does nothing if `ap` is None, or the step is not saved or has an AP already. A failing disk is a warning.
-        """
+        """Notes the AP of a saved `step` that has none, then deletes old steps. On host 0. A failing disk is a warning."""
         if ap is None or not distributed.is_primary():
             return
         self._join()
@@ -104,15 +100,15 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def save_on_error(self, step: int, state: PyTree, first: Callable[[], object] = lambda: None) -> Iterator[None]:
-        """If the block raises, calls `first` and saves `state` as `step`, unless `first` fails or no step was taken.
+        """If the block raises, except KeyboardInterrupt, calls `first` and saves `state` as `step`, if a step was taken.
 
-        After a KeyboardInterrupt nothing is saved. A failing disk is a warning; the block's error is raised.
+        If `first` fails, nothing is saved. A failing disk is a warning; the block's error is raised.
         """
         try:
             yield
-        except KeyboardInterrupt:
-            raise
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
             try:
                 first()
                 if step > 0:
@@ -138,15 +134,13 @@ class Checkpoints:
     def restore(self, like: T, step: Step = None, *, partial: bool = False) -> T:
         """Returns the state saved at `step`, with the types and shardings of `like`. Called by all hosts together.
 
-        If `step` is None, damaged steps are skipped with a warning until an intact one is found; unless read_only, they are
-        renamed to `damaged-STEP`.
+        If `step` is None, damaged steps are skipped with a warning and, unless read_only, renamed to `damaged-STEP`.
 
         Args:
           like: arrays, or shapes with shardings.
           partial: `like` is a dict with some of the state's fields; the others are not read.
 
-        Raises:
-          ConfigError: there is no such step, none is intact, or an intact one is of another network.
+        Raises ConfigError if there is no such step, none is intact, or an intact one is of another network.
         """
         if step == "best":
             step = distributed.from_primary(best_step(self.folder))
@@ -185,11 +179,11 @@ class Checkpoints:
 
     def _set_aside(self, damaged: dict[int, str], taken: int) -> None:
         for step, wrong in damaged.items():
-            folder, moved = self.folder / str(step), ""
+            folder, aside, moved = self.folder / str(step), self.folder / f"damaged-{step}", ""
             if folder.exists() and not self._read_only:
-                moved = f"; moved to damaged-{step}"
-                shutil.rmtree(self.folder / f"damaged-{step}", ignore_errors=True)
-                folder.rename(self.folder / f"damaged-{step}")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+                moved = f"; moved to {aside.name}"
             if folder.exists() or moved:
                 warn(f"{folder}: is damaged ({wrong}), step {taken} is used instead{moved}")
 
@@ -246,18 +240,12 @@ def save_arrays(folder: Path, arrays: PyTree) -> None:
     """
     alone = orbax.options.MultiprocessingOptions(primary_host=0, active_processes={0})
     items = orbax.CompositeCheckpointHandler(composite_options=orbax.CompositeOptions(multiprocessing_options=alone))
-    with _quiet_failure(), orbax.Checkpointer(items, multiprocessing_options=alone) as checkpointer:
-        checkpointer.save(folder.resolve(), orbax.args.Composite(state=orbax.args.PyTreeSave(arrays)))
-
-
-@contextlib.contextmanager
-def _quiet_failure() -> Iterator[None]:
-    """Orbax raises at the first array that fails. This waits a second for the others, and drops their tracebacks."""
     hook = sys.unraisablehook
     sys.unraisablehook = lambda event: None if str(event.exc_value) == "Event loop is closed" else hook(event)
     try:
-        yield
-    except Exception:
+        with orbax.Checkpointer(items, multiprocessing_options=alone) as checkpointer:
+            checkpointer.save(folder.resolve(), orbax.args.Composite(state=orbax.args.PyTreeSave(arrays)))
+    except Exception:  # orbax raises at the first array that fails; the tracebacks of the others are dropped
         time.sleep(1)
         raise
     finally:
@@ -267,8 +255,7 @@ def _quiet_failure() -> Iterator[None]:
 def load_arrays(folder: Path, like: T, partial: bool = False) -> T:
     """Returns this host's part of the arrays in `folder`, with the types and shardings of `like`.
 
-    `partial`: `like` may lack arrays of the folder. Raises ValueError, of one line, if they cannot be read or differ in
-    shape.
+    `partial`: `like` may lack arrays of the folder. Raises ValueError if they cannot be read or differ in shape.
     """
     context = ocp.Context()
     context.multiprocessing.primary_host = jax.process_index()

@@ -20,10 +20,8 @@ from retina_jax.errors import OutOfMemory, device_memory, out_of_memory, size
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 CACHE_HIT = "/jax/compilation_cache/cache_hits"
-SETTLED_AFTER = 3
-"""Number of steps after which the buffers of the initial state have been freed."""
-Shape = tuple[int, int]
-"""Padded shape of a batch's images: height and width, pixels."""
+SETTLED_AFTER = 3  # steps after which the buffers of the initial state have been freed
+Shape = tuple[int, int]  # padded shape of a batch's images: height and width, pixels
 Kinds = dict[str, tuple[Any, Any]]
 """What a program depends on, by the name of the array: shape, dtype and weak type; sharding."""
 
@@ -37,15 +35,10 @@ class Memory(NamedTuple):
     temporaries: int
     code: int
 
-    @property
-    def total(self) -> int:
-        """The sum."""
-        return sum(self)
-
     def __str__(self) -> str:
-        unit, name = (2**30, "GiB") if self.total >= 2**30 else (2**20, "MiB")
+        unit, name = (2**30, "GiB") if sum(self) >= 2**30 else (2**20, "MiB")
         parts = ", ".join(f"{part} {number / unit:.2f}" for part, number in self._asdict().items())
-        return f"{self.total / unit:.2f} {name} on each device ({parts})"
+        return f"{sum(self) / unit:.2f} {name} on each device ({parts})"
 
 
 class CompiledStep:
@@ -57,22 +50,18 @@ class CompiledStep:
     The shapes in `ahead` are compiled with the first one, so that a rare shape does not interrupt the run later; not in
     parallel with steps, which would disturb the measurements by which XLA chooses programs on GPUs.
 
-    Raises OutOfMemory in compiling and in running. If the device reports that late, the error is raised where results are
-    waited for: `errors.ending` handles it there.
+    Raises OutOfMemory in compiling and in running; `errors.ending` handles what the device reports later.
     """
 
     def __init__(
-        self, step: Any, canvases: int, announce: Callable[[str], None] = log, ahead: Sequence[Shape] = ()
+        self, step: Any, num_shapes: int, announce: Callable[[str], None] = log, ahead: Sequence[Shape] = ()
     ) -> None:
-        """`step` is a jax.jit or jax.pmap of (state, inputs) to (state, metrics); `canvases` padded shapes are expected."""
-        self._step, self._expected, self._announce, self._ahead = step, canvases, announce, ahead
-        self._signatures: dict[Shape, list[Any]] = {}
-        """The latest signature of each padded shape."""
+        """`step`: a jax.jit or jax.pmap of (state, inputs) to (state, metrics). `num_shapes` padded shapes are expected."""
+        self._step, self._expected, self._announce, self._ahead = step, num_shapes, announce, ahead
+        self._signatures: dict[Shape, list[Any]] = {}  # the latest of each padded shape
         self._memory: dict[Shape, Memory | None] = {}
-        self._kinds: Kinds = {}
-        """Of the latest program."""
-        self._settles_in = 0
-        """Steps until the buffers of the initial state have been freed."""
+        self._kinds: Kinds = {}  # of the latest program
+        self._settles_in = 0  # steps until the buffers of the initial state have been freed
 
     def __call__(self, state: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
         """Runs a step; `state` has the field `step`, the number of steps taken, and `inputs` has `images` [..., H, W, 3]."""
@@ -95,12 +84,11 @@ class CompiledStep:
         """Compiles the programs of the other padded shapes, whose arrays differ only in the sides of the images."""
         images = next(i for i, leaf in enumerate(jax.tree.leaves((state, inputs))) if leaf is inputs.images)
         aval, sharding = signature[images]
-        structs = jax.tree.map(_struct, inputs)
         for shape in self._ahead:
             if shape not in self._signatures:
                 full = (*aval.shape[:-3], *shape, aval.shape[-1])
                 changed = jax.ShapeDtypeStruct(full, aval.dtype, sharding=sharding)
-                self._make(shape, state, structs._replace(images=changed))
+                self._make(shape, state, inputs._replace(images=changed))
                 own = (aval.update(shape=full), sharding)
                 self._signatures[shape] = [*signature[:images], own, *signature[images + 1 :]]
         self._ahead = ()
@@ -115,9 +103,9 @@ class CompiledStep:
             self._announce(f"warning: step {step} recompiled: {differing}")
         if shape not in self._signatures and (number := len(self._signatures) + 1) > self._expected:
             known = ", ".join(f"{height}x{width}" for height, width in self._signatures)
+            found = f"padded shape number {number}, {shape[0]}x{shape[1]}"
             self._announce(
-                f"warning: step {step} has padded shape number {number}, {shape[0]}x{shape[1]}, but {self._expected} are "
-                f"expected: before it came {known}"
+                f"warning: step {step} has {found}, but {self._expected} are expected: before it came {known}"
             )
 
     def _make(self, shape: Shape, state: PyTree, inputs: PyTree) -> bool:
@@ -130,12 +118,11 @@ class CompiledStep:
         elapsed = time.monotonic() - started
         give_back_freed_memory()
         self._memory[shape] = memory = memory_of(program)
-        if not events[COMPILED]:
-            return False
-        done = "found in the compilation cache" if events[CACHE_HIT] else "compiled"
-        needed = f": {memory}{_share(memory)}" if memory else ""
-        self._announce(f"step for {shape[0]}x{shape[1]} {done} in {elapsed:.1f} s{needed}")
-        return True
+        if events[COMPILED]:
+            done = "found in the compilation cache" if events[CACHE_HIT] else "compiled"
+            needed = f": {memory}{_share(memory)}" if memory else ""
+            self._announce(f"step for {shape[0]}x{shape[1]} {done} in {elapsed:.1f} s{needed}")
+        return events[COMPILED] > 0
 
 
 @contextmanager
@@ -161,7 +148,7 @@ def memory_of(program: jax.stages.Compiled) -> Memory | None:
 
 def _share(memory: Memory) -> str:
     limit = device_memory()
-    return f", {100 * memory.total / limit:.0f}% of its {size(limit)}" if limit else ""
+    return f", {100 * sum(memory) / limit:.0f}% of its {size(limit)}" if limit else ""
 
 
 def give_back_freed_memory() -> None:
@@ -173,19 +160,14 @@ def give_back_freed_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def seconds(event: str) -> str:
-    """Returns the key of the total time of `event` in `compile_events`."""
-    return f"{event} seconds"
-
-
 @contextmanager
 def compile_events() -> Iterator[Counter[str]]:
-    """Counts JAX's compilation events in the `with` block, and adds up their times under `seconds(event)`."""
+    """Counts JAX's compilation events in the `with` block, and adds up their times as "EVENT seconds"."""
     events: Counter[str] = Counter()
 
     def hear(event: str, *duration: float, **kwargs: str | int) -> None:
         events[event] += 1
-        events[seconds(event)] += sum(duration)
+        events[f"{event} seconds"] += sum(duration)
 
     jax.monitoring.register_event_listener(hear)
     jax.monitoring.register_event_duration_secs_listener(hear)
@@ -199,12 +181,6 @@ def compile_events() -> Iterator[Counter[str]]:
 def _kind(leaf: Any) -> tuple[Any, Any]:
     """Returns what the choice of a program depends on: shape, dtype and weak type; sharding."""
     return getattr(leaf, "aval", None) or jax.typeof(leaf), getattr(leaf, "sharding", None)
-
-
-def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Returns what a program can be compiled for in the place of an array."""
-    weak = getattr(leaf, "weak_type", False)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None), weak_type=weak)
 
 
 def _kinds(state: PyTree, inputs: PyTree) -> Kinds:

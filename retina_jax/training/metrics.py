@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -25,53 +26,43 @@ from retina_jax.training.writers import Board, WeightsAndBiases
 
 AHEAD_ON_CPU = 16
 """Most steps that CPU devices have in flight: with some hundreds they wait for each other until XLA aborts."""
-FIRST_STEPS = 50
-"""Number of steps without a positive anchor after which a warning is given."""
+FIRST_STEPS = 50  # without a positive anchor, after which a warning is given
 
 
 class NonFiniteLoss(PlainError, RuntimeError):
     """The loss or the gradient is not finite; the message names the step and its images."""
 
 
-class Metrics:
+class Metrics(contextlib.AbstractContextManager):
     """Keeps the steps' metrics on the device and writes their means once per window, so that the loop never waits."""
 
     def __init__(self, run: Run, start_step: int) -> None:
         self._run, self._file = run, run.folder / "metrics.jsonl"
-        self._speaks = distributed.is_primary()
-        evaluated = _drop_after(self._file, start_step) if self._speaks else []
-        self._evaluated = distributed.from_primary(evaluated)
-        training = run.config.training
         self._writes = distributed.is_primary()
         evaluated = _drop_after(self._file, start_step) if self._writes else []
-        self._evaluated = json.loads(distributed.exchange(json.dumps(evaluated))[0])
+        self._evaluated = distributed.from_primary(evaluated)
+        self._first = start_step
+        training = run.config.training
         self._progress = Progress("step", training.steps, start_step)
-        self._wandb = WeightsAndBiases(run) if self._writes and training.wandb else None
-        self._board = Board(run.folder / "tensorboard", start_step) if self._writes and training.tensorboard else None
-        self._views = [view for view in (self._board, self._wandb) if view is not None]
+        self._views: list[Board | WeightsAndBiases] = []
+        if self._writes and training.wandb:
+            self._views.append(WeightsAndBiases(run))
+        if self._writes and training.tensorboard:
+            self._views.append(Board(run.folder / "tensorboard", start_step))
         self._pending: list[tuple[int, dict[str, Array], list[int]]] = []
         self._seeks_positives = True
         self.restart_window()
 
-    def __enter__(self) -> Metrics:
-        return self
-
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._progress.close()
-        if self._board is not None:
-            self._board.close()
-        if self._wandb is not None:
-            self._wandb.close(failed=not isinstance(error, Stopped | None))
-
-    def has_evaluation(self, step: int) -> bool:
-        """Returns whether metrics.jsonl had an evaluation of `step` when it was opened; the same on all hosts."""
-        return step in self._evaluated
+        for view in self._views:
+            view.close(failed=not isinstance(error, Stopped | None))
 
     def evaluation_is_missing(self) -> bool:
-        """Returns whether the run resumes from a step whose evaluation was due and is missing."""
+        """Returns whether the run resumes from a step whose evaluation was due and is missing; the same on all hosts."""
         training = self._run.config.training
         due = is_due(self._first, training.eval_every, self._first >= training.steps)
-        return self._first > 0 and due and not self.has_evaluation(self._first)
+        return self._first > 0 and due and self._first not in self._evaluated
 
     def add(self, step: int, metrics: dict[str, Array], image_ids: list[int], waited: float) -> None:
         """Adds a step: its metrics, still on the device, its images, and the seconds that it waited for data."""
@@ -139,13 +130,13 @@ class Metrics:
         mean["peak_memory_mib"] = peak_memory_bytes() / 2**20
         self.write(step, {"event": "train", **mean})
         if self._writes:
-            self._progress.update(
-                step,
+            shown = (
                 f"loss {mean['loss']:.4f} (class {mean['classification_loss']:.4f} box {mean['box_loss']:.4f})  "
                 f"rate {mean['learning_rate']:.2g}  gradient {mean['gradient_norm']:.2f}  "
                 f"positives {mean['positives_per_image']:.1f}  {mean['images_per_second']:.1f} img/s  "
-                f"data wait {mean['data_wait_percent']:.0f}%  {mean['peak_memory_mib'] / 1024:.1f} GiB",
+                f"data wait {mean['data_wait_percent']:.0f}%  {mean['peak_memory_mib'] / 1024:.1f} GiB"
             )
+            self._progress.update(step, shown)
 
     def restart_window(self) -> None:
         """Starts a window, so that the time since the last step (an evaluation, a save) does not count in its speed."""

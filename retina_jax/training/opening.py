@@ -28,10 +28,8 @@ PACKAGES = (
     "pycocotools", "numpy", "Pillow",
 )  # fmt: skip
 
-SECONDS_TO_APPEAR = 30
-"""A network file system may show a file to other hosts this late."""
-PER_MICROBATCH = ("per_device", "ema")
-"""Values of loss.normaliser that count positive anchors in each micro-batch."""
+SECONDS_TO_APPEAR = 30  # a network file system may show a file to other hosts this late
+PER_MICROBATCH = ("per_device", "ema")  # values of loss.normaliser that count positive anchors in each micro-batch
 
 
 def open_run(
@@ -50,9 +48,7 @@ def open_run(
       num_microbatches: devices times training.accumulate; must not change if the loss depends on it.
       allow_changes: fields (loss.gamma) in which a resumed run may differ.
 
-    Raises:
-      ConfigError: the folder cannot be written, hosts do not share it, or its run has other classes, other training data,
-        or a config that computes something else.
+    Raises ConfigError if the folder cannot be written, hosts do not share it, or its run is another experiment.
     """
     run = Run(folder, config, tuple(class_names), tuple(category_ids), data_sha256, num_microbatches)
     if unknown := sorted(set(allow_changes) - set(flatten(config))):
@@ -96,10 +92,8 @@ def _check_shared(folder: Path) -> None:
         time.sleep(0.5)
     same = distributed.exchange(_token(folder) == expected)
     if others := [str(host) for host in range(len(same)) if not same[host]]:
-        raise ConfigError(
-            f"--workdir {folder}: host {', '.join(others)} sees another folder there than host 0; it must be on a disk "
-            "that all hosts share"
-        )
+        found = f"host {', '.join(others)} sees another folder there than host 0"
+        raise ConfigError(f"--workdir {folder}: {found}; it must be on a disk that all hosts share")
 
 
 def _token(folder: Path) -> str:
@@ -123,15 +117,13 @@ def _changes(before: Run, run: Run, allowed: Sequence[str]) -> list[str]:
     changes = meaning_changes(old, new)
     refused = [change for change in changes if change.partition(":")[0] not in allowed]
     if refused:
+        how = f"--allow-changes {' '.join(change.partition(':')[0] for change in refused)}"
         raise ConfigError(
-            f"{where}: a resumed run keeps its config, but {'; '.join(refused)} (if this is intended: "
-            f"--allow-changes {' '.join(change.partition(':')[0] for change in refused)})"
+            f"{where}: a resumed run keeps its config, but {'; '.join(refused)} (if this is intended: {how})"
         )
     if run.data_sha256 and before.data_sha256 not in (None, run.data_sha256):
-        raise ConfigError(
-            f"{where}: its run was trained on other images or boxes than the training data has now; "
-            "restore them, or use another --workdir"
-        )
+        found = "its run was trained on other images or boxes than the training data has now"
+        raise ConfigError(f"{where}: {found}; restore them, or use another --workdir")
     counts = {before.num_microbatches, run.num_microbatches} - {None}
     norm = new.model.norm == "batch" and new.training.accumulate > 1
     if len(counts) > 1 and (norm or new.loss.normaliser in PER_MICROBATCH):

@@ -17,13 +17,12 @@ from retina_jax.console import log
 from retina_jax.errors import reason
 
 
-class Profiler:
+class Profiler(contextlib.AbstractContextManager):
     """Traces the steps of one window; other steps cost nothing. The loop calls `begin` and `end` around each step.
 
     It waits for the device before the first step and after the last one, so that the trace holds exactly these steps. A run
-    resumed inside the window traces the rest of it; one that ends inside it, also by an exception, keeps what it traced. If
-    the trace cannot be written, the run continues with a warning. The first step of a padded shape compiles, and its trace
-    shows the compiler: choose later steps.
+    that resumes or ends inside the window, also by an exception, traces its part. If the trace cannot be written, the run
+    continues with a warning. The first step of a padded shape compiles, and its trace shows the compiler: choose later ones.
     """
 
     def __init__(self, run_folder: Path, window: tuple[int, int] | None, announce: Callable[[str], None] = log) -> None:
@@ -31,14 +30,9 @@ class Profiler:
         host = f"host_{jax.process_index()}" if jax.process_count() > 1 else ""
         self._folder = run_folder / "profile" / host
         self._window, self._announce = window, announce
-        self._first: int | None = None
-        """The first step traced, while tracing."""
-        self._last = 0
-        """The last step traced so far."""
+        self._first: int | None = None  # step traced, while tracing
+        self._last = 0  # step traced so far
         self._step = contextlib.ExitStack()
-
-    def __enter__(self) -> Profiler:
-        return self
 
     def __exit__(self, *error: object) -> None:
         if self._first is not None:
@@ -56,10 +50,18 @@ class Profiler:
             self._give_up(f"the run is at step {step} already")
         elif step >= first:
             if self._first is None:
-                self._start(step)
-            if self._first is not None:
-                self._last = step
-                self._step.enter_context(jax.profiler.StepTraceAnnotation("train", step_num=step))
+                try:
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    self._give_up(f"{self._folder} cannot be written: {reason(error)}")
+                    return
+                # Without Python's calls, which slow the loop down and fill the trace.
+                options = jax.profiler.ProfileOptions()
+                options.python_tracer_level = 0
+                jax.profiler.start_trace(self._folder, create_perfetto_trace=True, profiler_options=options)
+                self._first = step
+            self._last = step
+            self._step.enter_context(jax.profiler.StepTraceAnnotation("train", step_num=step))
 
     def end(self, step: int, results: PyTree) -> None:
         """Call this after `step` was dispatched; `results` are arrays that it computes."""
@@ -72,18 +74,6 @@ class Profiler:
         elif step == last and self._first is not None:
             jax.block_until_ready(results)
             self._stop()
-
-    def _start(self, step: int) -> None:
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            self._give_up(f"{self._folder} cannot be written: {reason(error)}")
-            return
-        # Without Python's calls, which slow the loop down and fill the trace.
-        options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0
-        jax.profiler.start_trace(self._folder, create_perfetto_trace=True, profiler_options=options)
-        self._first = step
 
     def _stop(self, ended: str = "") -> None:
         steps = f"steps {self._first} to {self._last}" if self._first < self._last else f"step {self._last}"

@@ -38,8 +38,7 @@ def restore_or_init(
 ) -> tuple[TrainState, str]:
     """Returns the state that training starts from, on the devices, and one line about its origin.
 
-    `allow_missing` are parts of the backbone that `model.backbone_weights` may lack. Every host makes its own state;
-    ConfigError if they differ.
+    `allow_missing`: parts of the backbone that `model.backbone_weights` may lack. ConfigError if the hosts' states differ.
     """
     imported = fresh_import(run.folder)
     if checkpoints.steps() and imported is None:
@@ -47,7 +46,8 @@ def restore_or_init(
         origin = f"resuming {run.folder} at step {int(state.step)}"
     elif imported is not None:
         variables, _ = load_variables(Driver(imported.config, len(imported.class_names)), checkpoints, 0)
-        variables, head = adapt_classes(driver, run, flat(variables), imported.categories)
+        weights = {path: leaf for tree in variables.values() for path, leaf in flatten_dict(tree, sep="/").items()}
+        variables, head = adapt_classes(driver, run, jax.device_get(weights), imported.categories)
         state = driver.init_state(variables)
         origin = f"starting from the detector imported into {run.folder}: {head}"
     elif driver.config.model.backbone_weights:
@@ -89,9 +89,8 @@ def adapt_classes(
 ) -> tuple[dict[str, Any], str]:
     """Returns the variables of a run that starts from a detector of other `classes`, and one line about its class head.
 
-    If every class of the run is one of the detector's (`classes.match`), their columns are kept, in the run's order.
-    Otherwise the last convolution of the class head is initialised: small random weights, and the prior in its bias
-    (Section 3.3).
+    `weights` are by path, as in `filling.fill`. If every class of the run is one of the detector's, their columns are kept,
+    in the run's order. Otherwise the last convolution of the class head is initialised (Section 3.3).
     """
     from retina_jax.weights.filling import fill, is_within
 
@@ -123,12 +122,3 @@ def make_run(imported: Imported, folder: Path) -> Run:
     saved = read_json(folder / "config.json")
     write_json(folder / "imported.json", {**saved, "source": imported.source, "missing": list(imported.missing)})
     return run
-
-
-def flat(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns arrays by path without the collection ("backbone/stem/conv/kernel"), as `filling.fill` takes them."""
-    return {
-        path: np.asarray(jax.device_get(leaf))
-        for tree in variables.values()
-        for path, leaf in flatten_dict(tree, sep="/").items()
-    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 import socket
 import time
@@ -18,6 +17,7 @@ from retina_jax.config import ConfigError
 from retina_jax.config_io import to_dict
 from retina_jax.console import warn
 from retina_jax.errors import one_line, reason
+from retina_jax.runs.files import read_json
 from retina_jax.runs.folder import Run, note_fact
 
 FACT = "wandb_id"
@@ -66,7 +66,7 @@ class Board:
                 continue
             self._write(step, summary=image(f"predictions/{name}", pixels, dataformats="HWC"))
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Closes the file; later calls write nothing."""
         writer, self._writer = self._writer, None
         if writer is not None:
@@ -103,26 +103,17 @@ class WeightsAndBiases:
             import wandb
         except ImportError:
             raise ConfigError(f"training.wandb: {project}: pip install wandb, or leave the field empty") from None
-        facts = json.loads((run.folder / "config.json").read_text()).get("facts", {})
-        if FACT not in facts:
-            facts = {FACT: secrets.token_hex(8)}
-            note_fact(run, FACT, facts[FACT])
+        identity = read_json(run.folder / "config.json").get("facts", {}).get(FACT)
+        if identity is None:
+            note_fact(run, FACT, identity := secrets.token_hex(8))
         self._wandb = wandb
         try:
-            self._run: Any = wandb.init(
-                project=project,
-                id=facts[FACT],
-                name=run.folder.resolve().name,
-                dir=str(run.folder),
-                resume="allow",
-                config=to_dict(run.config),
-                settings=wandb.Settings(console="off", silent=True),
-            )
+            settings = wandb.Settings(console="off", silent=True)
+            shown = {"name": run.folder.resolve().name, "dir": str(run.folder), "config": to_dict(run.config)}
+            self._run: Any = wandb.init(project=project, id=identity, resume="allow", settings=settings, **shown)
         except (wandb.Error, OSError) as error:
-            raise ConfigError(
-                f"training.wandb: {project}: wandb does not start: {one_line(error)}; use `wandb login`, "
-                "WANDB_MODE=offline, or leave the field empty"
-            ) from error
+            how = "use `wandb login`, WANDB_MODE=offline, or leave the field empty"
+            raise ConfigError(f"training.wandb: {project}: wandb does not start: {one_line(error)}; {how}") from error
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
         """Sends the numbers among `values` as EVENT/NAME. wandb ignores steps that it has from before a resume."""

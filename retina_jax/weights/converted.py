@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 
 from retina_jax.config import AnchorConfig
-from retina_jax.data.classes import COCO_CATEGORIES
 from retina_jax.errors import WeightsError
 from retina_jax.model.layers import EPSILON
 from retina_jax.model.resnet import ARCHITECTURES
-from retina_jax.presets import PRESETS
 from retina_jax.weights.filling import report
 
 ANCHORS_PER_CELL = len(AnchorConfig().scales) * len(AnchorConfig().ratios)
@@ -44,8 +42,7 @@ class Converted:
 def renamed(weights: Mapping[str, np.ndarray], rules: Sequence[Rule], source: str) -> dict[str, np.ndarray]:
     """Renames the arrays by the first rule whose expression matches the full name; kernels OIHW become HWIO.
 
-    Raises:
-      WeightsError: names that no rule matches, or several that get the same path; all are listed in one line.
+    Raises WeightsError for names that no rule matches, and for several that get the same path.
     """
     paths: dict[str, np.ndarray] = {}
     unknown, duplicate = [], []
@@ -97,8 +94,7 @@ def with_statistics(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def architecture(weights: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
     """The fields `model.*` implied by the names and shapes of converted `weights`.
 
-    Raises:
-      WeightsError: there is no stem, or a detector lacks a stage, its FPN, or heads with nine anchors per cell.
+    Raises WeightsError if there is no stem, or a detector lacks a stage, its FPN, or heads with nine anchors per cell.
     """
     if "backbone/stem/conv/kernel" not in weights:
         raise WeightsError(f"{source}: has no stem convolution; give a complete backbone or detector")
@@ -138,11 +134,6 @@ def architecture(weights: Mapping[str, np.ndarray], source: str) -> dict[str, An
     }
 
 
-def detector_changes(preset: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a preset, without scale jitter of its training, and those `found`."""
-    return {**PRESETS[preset], "data.jitter_short_sides": (), **found}
-
-
 def is_detector(weights: Mapping[str, np.ndarray]) -> bool:
     """Whether converted `weights` have heads."""
     return any(path.startswith(("class_head/", "box_head/")) for path in weights)
@@ -152,20 +143,9 @@ def class_count(weights: Mapping[str, np.ndarray], source: str) -> int:
     """Number of columns of the class head. Raises WeightsError if it does not have nine anchors per cell."""
     outputs = _shape(weights, "class_head/output/bias", source)[0]
     if outputs % ANCHORS_PER_CELL:
-        raise WeightsError(
-            f"{source}: its class head has {outputs} outputs per cell; expected a multiple of {ANCHORS_PER_CELL}"
-        )
+        expected = f"a multiple of {ANCHORS_PER_CELL}"
+        raise WeightsError(f"{source}: its class head has {outputs} outputs per cell; expected {expected}")
     return outputs // ANCHORS_PER_CELL
-
-
-def contiguous_classes(count: int, given: Sequence[str], source: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Names and category ids of `count` classes: those given, COCO's if there are 80, else "class 1" and so on."""
-    if given and len(given) != count:
-        raise WeightsError(f"{source}: has {count} classes, but {len(given)} class names are given")
-    if not given and count == len(COCO_CATEGORIES):
-        return tuple(name for _, name in COCO_CATEGORIES), tuple(number for number, _ in COCO_CATEGORIES)
-    ids = tuple(range(1, count + 1))
-    return tuple(given) or tuple(f"class {k}" for k in ids), ids
 
 
 def _largest(weights: Mapping[str, np.ndarray], pattern: str) -> int:

@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from retina_jax.data.classes import COCO_CATEGORIES
+from retina_jax.errors import WeightsError
+from retina_jax.presets import PRESETS
 from retina_jax.weights.converted import (
     CONV,
     LEAF,
@@ -20,8 +23,6 @@ from retina_jax.weights.converted import (
     Rule,
     architecture,
     class_count,
-    contiguous_classes,
-    detector_changes,
     is_detector,
     renamed,
     with_statistics,
@@ -91,11 +92,7 @@ def convert_detectron(
     """Converts a RetinaNet of Detectron, or one of its ImageNet backbones (MSRA R-50 and R-101, X-101-32x8d).
 
     Detectron has folded its BatchNorms into affines. The bias of a backbone convolution is folded into the affine's mean.
-
-    Args:
-      blobs: names to arrays.
-      source: what errors call the weights.
-      class_names: one per class; empty: COCO's if there are 80 classes, else "class 1" and so on.
+    Errors call the weights `source`. `class_names`: one per class; empty: COCO's if there are 80 classes, else "class 1" ...
     """
     weights = with_statistics(renamed(blobs, DETECTRON, source))
     for path in list(weights):
@@ -122,5 +119,12 @@ def _converted(weights: dict[str, np.ndarray], system: str, source: str, class_n
     changes |= {"model.stride_position": stride, "model.input_normalisation": system, "model.norm": "frozen"}
     if not is_detector(weights):
         return Converted(weights, changes, (), ())
-    names, ids = contiguous_classes(class_count(weights, source), class_names, source)
-    return Converted(weights, detector_changes(system, changes), names, ids)
+    count = class_count(weights, source)
+    if class_names and len(class_names) != count:
+        raise WeightsError(f"{source}: has {count} classes, but {len(class_names)} class names are given")
+    categories = tuple((k, class_names[k - 1] if class_names else f"class {k}") for k in range(1, count + 1))
+    if not class_names and count == len(COCO_CATEGORIES):
+        categories = COCO_CATEGORIES
+    ids, names = zip(*categories, strict=True)
+    # Detection and evaluation need no scale jitter, which belongs to the training of the preset.
+    return Converted(weights, {**PRESETS[system], "data.jitter_short_sides": (), **changes}, names, ids)

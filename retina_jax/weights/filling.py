@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from retina_jax.errors import WeightsError, shortened
 
-NAMED = 10
+MOST_NAMES = 10
 """Largest number of names per kind in an error; the others are counted."""
 
 
@@ -21,8 +21,7 @@ def fill(
       template: {"params": ..., "frozen": ..., "stats": ...}, as from `initialisation.initialise`.
       weights: path without its collection ("backbone/stem/conv/kernel") to array of floats, kernels HWIO.
       source: what errors call the weights.
-      allow_missing: parts of the tree that may keep the template's value: a path or its first complete components, so
-        "backbone/c4/block1" does not include block10. Weights that exist for them are used and checked.
+      allow_missing: parts that may keep the template's value: paths or their first complete components ("backbone/c4").
 
     Returns:
       Variables of the template's structure and dtypes, and the sorted paths of the leaves that kept the template's value.
@@ -68,6 +67,6 @@ def is_within(path: str, part: str) -> bool:
 
 
 def report(kind: str, names: Sequence[str]) -> str:
-    """ "2 missing: a, b", with at most NAMED names."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{len(names)} {kind}: {', '.join(map(shortened, names[:NAMED]))}{more}"
+    """ "2 missing: a, b", with at most MOST_NAMES names."""
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return f"{len(names)} {kind}: {', '.join(map(shortened, names[:MOST_NAMES]))}{more}"

@@ -50,10 +50,9 @@ def kind_of(source: str) -> str | None:
 def convert(
     source: str, *, class_names: Sequence[str] = (), batchnorm_eps: float | None = None, folder: Path | None = None
 ) -> Converted:
-    """Reads the weights of `KIND:FILE` or `KIND:NAME` and gives them this package's names.
+    """Reads the weights of `KIND:FILE` or `KIND:NAME` (`named.NAMED`, downloaded once) under this package's names.
 
     Args:
-      source: KIND is one of KINDS; NAME is one of `named.NAMED`, downloaded once.
       class_names: one per class; empty: COCO's if the number fits, else placeholders.
       batchnorm_eps: epsilon of the source's BatchNorms (torchvision only); None: 1e-5, or that of the published file.
       folder: cache for downloaded files; None: `named.CACHE`.
@@ -82,19 +81,16 @@ def import_detector(
 ) -> Imported:
     """Builds the detector of `KIND:FILE` or `KIND:NAME`; arguments as in `convert` and `filling.fill`.
 
-    Raises:
-      WeightsError: the file contains only a backbone, or does not fit the network; one line that names the tensors.
+    Raises WeightsError if the file contains only a backbone, or does not fit the network.
     """
     converted = convert(source, class_names=class_names, batchnorm_eps=batchnorm_eps, folder=folder)
     if not is_detector(converted.weights):
-        raise WeightsError(
-            f"{source}: a backbone without heads; train a detector from it with --model.backbone-weights FILE"
-        )
+        how = "train a detector from it with --model.backbone-weights FILE"
+        raise WeightsError(f"{source}: a backbone without heads; {how}")
     config = override(Config(), converted.changes)
     model = RetinaNet(config.model, len(converted.class_names), anchors_per_cell(config.anchors))
-    variables, missing = fill(
-        initialise(model, config.seed), converted.weights, source=source, allow_missing=allow_missing
-    )
+    template = initialise(model, config.seed)
+    variables, missing = fill(template, converted.weights, source=source, allow_missing=allow_missing)
     return Imported(source, config, variables, converted.class_names, converted.category_ids, tuple(missing))
 
 
@@ -107,7 +103,17 @@ def with_backbone(
       ConfigError: the weights need another stride_position, input_normalisation or norm than `model` has.
       WeightsError: the file is not a backbone of this shape. Parts in `allow_missing` may be missing and stay random.
     """
-    path, converted = _backbone(model, folder)
+    if model.backbone_weights == "imagenet":
+        key = model.backbone, model.input_normalisation == "imagenet"
+        if key not in IMAGENET:
+            found = f"{model.input_normalisation}, for which no ImageNet weights of {model.backbone} are published"
+            raise ConfigError(f"model.input_normalisation: {found}; use imagenet")
+        kind, _ = IMAGENET[key]
+        path, eps = fetch(NAMED[IMAGENET[key]], folder), NAMED[IMAGENET[key]].eps
+    else:
+        kind = kind_of(model.backbone_weights) or ""
+        path, eps = find_weights(kind, model.backbone_weights.removeprefix(f"{kind}:"), folder)
+    converted = convert_backbone(read_weights(path), source=str(path), eps=eps, kind=kind)
     weights = {name: array for name, array in converted.weights.items() if name.startswith("backbone/")}
     pixels, stride = (converted.changes[f"model.{name}"] for name in ("input_normalisation", "stride_position"))
     # The means of Detectron and detectron2 differ by less than one grey level, and both start from the same files.
@@ -126,22 +132,6 @@ def with_backbone(
     missing = [name for name in missing if name.partition("/")[0] not in others]
     random = "; " + report("missing and left random", missing) if missing else ""
     return filled, f"backbone: {len(weights)} arrays from {path}{random}"
-
-
-def _backbone(model: ModelConfig, folder: Path | None) -> tuple[Path, Converted]:
-    if model.backbone_weights == "imagenet":
-        key = (model.backbone, model.input_normalisation == "imagenet")
-        if key not in IMAGENET:
-            raise ConfigError(
-                f"model.input_normalisation: {model.input_normalisation}, for which no ImageNet weights of "
-                f"{model.backbone} are published; use imagenet"
-            )
-        named = NAMED[IMAGENET[key]]
-        path, eps, kind = fetch(named, folder), named.eps, IMAGENET[key][0]
-    else:
-        kind = kind_of(model.backbone_weights) or ""
-        path, eps = find_weights(kind, model.backbone_weights.removeprefix(f"{kind}:"), folder)
-    return path, convert_backbone(read_weights(path), source=str(path), eps=eps, kind=kind)
 
 
 def convert_backbone(state: Mapping[str, np.ndarray], *, source: str, eps: float = 1e-5, kind: str = "") -> Converted:

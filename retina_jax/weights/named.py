@@ -22,8 +22,7 @@ from filelock import FileLock, Timeout
 from retina_jax.errors import WeightsError, reason
 
 CACHE = Path.home() / ".cache" / "retina_jax" / "weights"
-TIMEOUT = 30.0
-"""Seconds without a byte after which a download fails."""
+TIMEOUT = 30.0  # seconds without a byte after which a download fails
 NO_LOCKS = (errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -40,8 +39,8 @@ class Named:
     """Epsilon of its BatchNorms."""
 
 
-_DETECTRON = "https://dl.fbaipublicfiles.com/detectron/"
-_TRAINED = "/output/train/coco_2014_train%3Acoco_2014_valminusminival/retinanet/model_final.pkl"
+_FACEBOOK = "https://dl.fbaipublicfiles.com"
+_TRAINED = "output/train/coco_2014_train%3Acoco_2014_valminusminival/retinanet/model_final.pkl"
 
 
 def _torchvision(name: str, sha256: str, eps: float = 1e-5) -> Named:
@@ -50,13 +49,16 @@ def _torchvision(name: str, sha256: str, eps: float = 1e-5) -> Named:
 
 
 def _detectron2(name: str, run: int, tag: str) -> Named:
-    url = f"https://dl.fbaipublicfiles.com/detectron2/COCO-Detection/{name}/{run}/model_final_{tag}.pkl"
-    return Named(url, f"d2_{name}_{tag}.pkl")
+    return Named(f"{_FACEBOOK}/detectron2/COCO-Detection/{name}/{run}/model_final_{tag}.pkl", f"d2_{name}_{tag}.pkl")
 
 
 def _detectron(name: str, run: int, started: str) -> Named:
-    url = f"{_DETECTRON}{run}/12_2017_baselines/{name}.yaml.{started}{_TRAINED}"
+    url = f"{_FACEBOOK}/detectron/{run}/12_2017_baselines/{name}.yaml.{started}/{_TRAINED}"
     return Named(url, f"detectron_{name}.pkl")
+
+
+def _imagenet(folder: str, name: str, system: str) -> Named:
+    return Named(f"{_FACEBOOK}/detectron/ImageNetPretrained/{folder}/{name}.pkl", f"{system}_{name}.pkl")
 
 
 NAMED: dict[tuple[str, str], Named] = {
@@ -70,16 +72,17 @@ NAMED: dict[tuple[str, str], Named] = {
     ("detectron2", "retinanet_R_50_FPN_1x"): _detectron2("retinanet_R_50_FPN_1x", 190397773, "bfca0b"),
     ("detectron2", "retinanet_R_50_FPN_3x"): _detectron2("retinanet_R_50_FPN_3x", 190397829, "5bd44e"),
     ("detectron2", "retinanet_R_101_FPN_3x"): _detectron2("retinanet_R_101_FPN_3x", 190397697, "971ab9"),
-    ("detectron", "retinanet_R-50-FPN_1x"): _detectron("retinanet_R-50-FPN_1x", 36768636, "08_29_48.t4zc9clc"),
-    ("detectron", "retinanet_R-101-FPN_1x"): _detectron("retinanet_R-101-FPN_1x", 36768744, "08_31_38.5poQe1ZB"),
-    ("detectron", "retinanet_X-101-32x8d-FPN_1x"): _detectron(
-        "retinanet_X-101-32x8d-FPN_1x", 36769563, "08_42_05.06JTK6vJ"
-    ),
-    ("detectron", "R-50"): Named(_DETECTRON + "ImageNetPretrained/MSRA/R-50.pkl", "msra_R-50.pkl"),
-    ("detectron", "R-101"): Named(_DETECTRON + "ImageNetPretrained/MSRA/R-101.pkl", "msra_R-101.pkl"),
-    ("detectron", "X-101-32x8d"): Named(
-        _DETECTRON + "ImageNetPretrained/20171220/X-101-32x8d.pkl", "detectron_X-101-32x8d.pkl"
-    ),
+    **{
+        ("detectron", f"retinanet_{name}-FPN_1x"): _detectron(f"retinanet_{name}-FPN_1x", run, started)
+        for name, run, started in (
+            ("R-50", 36768636, "08_29_48.t4zc9clc"),
+            ("R-101", 36768744, "08_31_38.5poQe1ZB"),
+            ("X-101-32x8d", 36769563, "08_42_05.06JTK6vJ"),
+        )
+    },
+    ("detectron", "R-50"): _imagenet("MSRA", "R-50", "msra"),
+    ("detectron", "R-101"): _imagenet("MSRA", "R-101", "msra"),
+    ("detectron", "X-101-32x8d"): _imagenet("20171220", "X-101-32x8d", "detectron"),
 }
 """(kind, name) to file."""
 
@@ -103,9 +106,8 @@ def find_weights(kind: str, name_or_file: str, folder: Path | None = None) -> tu
         named = NAMED.get((kind, name_or_file))
         if named is None:
             known = ", ".join(name for k, name in NAMED if k == kind)
-            raise WeightsError(
-                f"{path}: no such file" + (f", and no name; the names of {kind} are {known}" if known else "")
-            )
+            names = f", and no name; the names of {kind} are {known}" if known else ""
+            raise WeightsError(f"{path}: no such file{names}")
         return fetch(named, folder), named.eps
     digest = sha256_of(path)
     for named in NAMED.values():
@@ -117,10 +119,8 @@ def find_weights(kind: str, name_or_file: str, folder: Path | None = None) -> tu
 def fetch(named: Named, folder: Path | None = None) -> Path:
     """Returns the file in the cache `folder` (CACHE), downloaded if it is not there. The hash is checked each time.
 
-    One process at a time downloads a file; others wait. An interrupted download leaves FILE.part, to be resumed.
-
-    Raises:
-      WeightsError: no network, an interrupted download, or a wrong hash; one line that says where to put the file.
+    One process at a time downloads a file; others wait. An interrupted download leaves FILE.part, to be resumed. Without a
+    network and for a wrong hash, WeightsError says where to put the file.
     """
     path = (folder or CACHE) / named.file
     if not path.is_file():
@@ -131,54 +131,41 @@ def fetch(named: Named, folder: Path | None = None) -> Path:
                     download(named.url, part)
                     if not sha256_of(part).startswith(named.sha256):
                         part.unlink()
-                        raise WeightsError(
-                            f"{named.url}: SHA-256 is not {named.sha256}...; the download was deleted, try again"
-                        )
+                        wrong = f"SHA-256 is not {named.sha256}...; the download was deleted, try again"
+                        raise WeightsError(f"{named.url}: {wrong}")
                     part.replace(path)
         except (OSError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", None) or reason(error)
-            raise WeightsError(
-                f"{named.url}: cannot be downloaded ({cause}); put the file at {path}, or try again to resume the download"
-            ) from error
+            how = f"put the file at {path}, or try again to resume the download"
+            raise WeightsError(f"{named.url}: cannot be downloaded ({cause}); {how}") from error
     check_hash(path, named, sha256_of(path) if named.sha256 else "")
     return path
 
 
 @contextlib.contextmanager
 def _locked(path: Path, url: str) -> Iterator[Path]:
-    """Yields the file to download to, which no other process uses: FILE.part, protected by a lock on FILE.lock.
-
-    On a file system without locks it is a temporary file, deleted at the end.
-    """
-    lock = FileLock(f"{path}.lock")
-    try:
+    """Yields the file to download to: FILE.part, protected by FILE.lock; without locks, a temporary file."""
+    lock, part = FileLock(f"{path}.lock"), path.with_name(f"{path.name}.part")
+    with contextlib.ExitStack() as stack:
         try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            print(f"waiting for another process that downloads {url}", file=sys.stderr, flush=True)
-            lock.acquire()
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-        try:
-            yield part
-        finally:
-            part.unlink(missing_ok=True)
-    else:
-        try:
-            yield path.with_name(f"{path.name}.part")
-        finally:
-            lock.release()
+            try:
+                stack.enter_context(lock.acquire(blocking=False))
+            except Timeout:
+                print(f"waiting for another process that downloads {url}", file=sys.stderr, flush=True)
+                stack.enter_context(lock.acquire())
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+            stack.callback(part.unlink, missing_ok=True)
+        yield part
 
 
 def check_hash(path: Path, named: Named, digest: str) -> None:
     """Raises WeightsError if `digest` is not the published one."""
     if not digest.startswith(named.sha256):
-        raise WeightsError(
-            f"{path}: SHA-256 is {digest[:8]}..., expected {named.sha256}...: damaged or a different file; delete it, or "
-            f"replace it by {named.url}"
-        )
+        found = f"SHA-256 is {digest[:8]}..., expected {named.sha256}...: damaged or a different file"
+        raise WeightsError(f"{path}: {found}; delete it, or replace it by {named.url}")
 
 
 def download(url: str, part: Path) -> None:

@@ -31,33 +31,19 @@ TORCH_KINDS |= {"Short": "i2", "Char": "i1", "Byte": "u1", "Bool": "b1"}
 STORAGES = {f"torch.{d}{name}Storage": np.dtype(kind) for d in ("", "cuda.") for name, kind in TORCH_KINDS.items()}
 TORCH_DTYPES = "float64 float32 float16 bfloat16 double float half int64 int32 int16 int8 uint8 bool long int short"
 
-LITERALS = frozenset(
-    {
-        "NONE",
-        "NEWTRUE",
-        "NEWFALSE",
-        "INT",
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "LONG",
-        "LONG1",
-        "LONG4",
-        "FLOAT",
-        "BINFLOAT",
-    }
-    | {"STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
-    | {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
-)
-PUTS, GETS = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}), frozenset({"GET", "BINGET", "LONG_BINGET"})
-OPCODES = frozenset(
-    {"PROTO", "FRAME", "STOP", "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "EMPTY_LIST", "LIST", "APPEND"}
-    | {"APPENDS", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "BINPERSID"}
-    | {"INST", "OBJ", "NEWOBJ"}
-)
+LITERALS = frozenset((
+    "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
+    "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES",
+    "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
+))  # fmt: skip
+PUTS, GETS = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), ("GET", "BINGET", "LONG_BINGET")
+OPCODES = frozenset((
+    "PROTO", "FRAME", "STOP", "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "EMPTY_LIST", "LIST", "APPEND",
+    "APPENDS", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "BINPERSID",
+    "INST", "OBJ", "NEWOBJ",
+))  # fmt: skip
 """Allowed besides those above and MARK. The last three only ever fail, after `find_class` has named what they refer to."""
-LARGEST_KEY = 2**61 - 1
-"""Integer keys of dicts are smaller: Python hashes integers modulo this number, so that larger ones could all collide."""
+LARGEST_KEY = 2**61 - 1  # Python hashes integers modulo this number, so that larger keys of a dict could all collide
 ERRORS = (pickle.UnpicklingError, AttributeError, EOFError, LookupError, OverflowError, RecursionError, TypeError)
 
 
@@ -73,15 +59,12 @@ def decode(buffer: Buffer, dtype: np.dtype, big_endian: bool = False) -> Shaped[
 
 def are_sizes(numbers: Any) -> bool:
     """Whether this is a list or tuple of at most 64 integers in [0, 2^63), small enough to multiply and to print."""
-    return (
-        isinstance(numbers, list | tuple)
-        and len(numbers) <= 64
-        and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
-    )
+    short = isinstance(numbers, list | tuple) and len(numbers) <= 64
+    return short and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
 
 
 class StandIn:
-    """Base of the objects made in place of torch's and numpy's; without `__setstate__`, a pickle could set attributes."""
+    """Base of what replaces torch's and numpy's objects; without `__setstate__`, a pickle could set attributes."""
 
     def __setstate__(self, state: Any) -> None:
         raise ValueError(f"malformed pickle: a state for a {type(self).__name__}")
@@ -103,12 +86,10 @@ class Dict(dict):
 class Dtype(StandIn):
     """In place of `numpy.dtype`."""
 
-    big_endian = False
-
     def __init__(self, kind: Any, *_: Any) -> None:
         if not isinstance(kind, str) or kind not in NUMPY_KINDS:
             raise ValueError(f"numpy array of dtype {reprlib.repr(kind)}; only arrays of numbers are read")
-        self.dtype = np.dtype(kind)
+        self.dtype, self.big_endian = np.dtype(kind), False
 
     def __setstate__(self, state: Any) -> None:
         if state[1] not in ("<", ">", "|"):
@@ -117,24 +98,24 @@ class Dtype(StandIn):
 
 
 class Array(StandIn):
-    """A tensor or numpy array: `read` returns its numbers."""
+    """In place of a tensor or a numpy array."""
 
     charge: Callable[[Any], None]
 
     def __init__(self, read: Callable[[], Shaped[np.ndarray, "..."]] | None = None) -> None:
-        self.read = read
+        self.contents = read
+
+    def read(self) -> Shaped[np.ndarray, "..."]:
+        """Returns the numbers."""
+        if self.contents is None:
+            raise ValueError("malformed pickle: a numpy array without contents")
+        return self.contents()
 
     def __setstate__(self, state: Any) -> None:
         """Takes the contents of a `numpy.ndarray`: version (since numpy 1.0), shape, dtype, is column-major, bytes."""
         self.charge(state)
         shape, dtype, column_major, buffer = state[-4:]
-        self.read = numpy_array(buffer, dtype, shape, "F" if column_major else "C").read
-
-    def array(self) -> Shaped[np.ndarray, "..."]:
-        """The numbers. Raises ValueError for a numpy array whose contents never came."""
-        if self.read is None:
-            raise ValueError("malformed pickle: a numpy array without contents")
-        return self.read()
+        self.contents = numpy_array(buffer, dtype, shape, "F" if column_major else "C").contents
 
 
 def numpy_array(buffer: Any, dtype: Any, shape: Any, order: Any) -> Array:
@@ -181,16 +162,11 @@ def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any)
     return Array(read)
 
 
-def encode(text: Any, encoding: Any) -> bytes:
-    """In place of `_codecs.encode`, which protocol 2 calls for bytes."""
-    if encoding != "latin1":
-        raise ValueError("malformed pickle: bytes that are not latin1 text")
-    return text.encode("latin1")
-
-
 FUNCTIONS: dict[str, Callable[..., Any] | None] = {
     "collections.OrderedDict": Dict,
-    "_codecs.encode": encode,
+    "_codecs.encode": lambda text, encoding: text.encode(
+        {"latin1": "latin1"}[encoding]
+    ),  # protocol 2 calls it for bytes
     "numpy.dtype": Dtype,
     "torch.Size": tuple,
     "torch.device": lambda *_: None,
@@ -304,15 +280,10 @@ class Unpickler(pickle.Unpickler):
 def unpickle(
     file: io.BytesIO, read: ReadStorage | None = None, big_endian: bool = False
 ) -> tuple[Any, dict[str, Storage]]:
-    """Reads the pickle at the file's position, and leaves the position after it.
+    """Returns the object in the pickle at the file's position, with an `Array` for each array; and the storages by key.
 
-    Args:
-      file: a BytesIO, which allocates nothing for an opcode with a wrong length.
-      read: returns the bytes of the storage with a key; None: there are no storages.
-      big_endian: byte order of the storages.
-
-    Returns:
-      The object, with an `Array` in place of each array, and the storages by key.
+    `file` is a BytesIO, which allocates nothing for an opcode with a wrong length; its position is left after the pickle.
+    `read` returns the bytes of the storage with a key, and `big_endian` is their byte order; None: there are no storages.
     """
     start = file.tell()
     try:

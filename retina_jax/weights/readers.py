@@ -16,10 +16,8 @@ from retina_jax.weights.pickles import BFLOAT16, Array, Buffer, decode, unpickle
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "blobs")
 """Keys under which checkpoints keep the weights: detectron2 and torchvision, Lightning and timm, many, Detectron."""
-DEEPEST = 3
-"""Largest number of nested wrappers."""
-LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-"""The first two pickles of a file in torch's legacy format."""
+DEEPEST = 3  # nested wrappers
+LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles of torch's legacy format
 PICKLE = re.compile(rb"\x80[\x02-\x05]|\(|c[\w.]+\n")
 """How a pickle starts: with its protocol, or in protocols 0 and 1 with a mark or a name."""
 SAFETENSORS = {
@@ -34,17 +32,15 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     """Returns the arrays of a weight file by name, neither renamed nor transposed.
 
     Formats, recognised by content: safetensors; torch's zip and legacy formats (`.pth`, `.pt`); pickles of numpy arrays
-    (`.pkl` of detectron2, and of Detectron and MSRA with their momentum left out), those of Python 2 included.
+    (`.pkl` of detectron2, and of Detectron and MSRA without their momentum), those of Python 2 included. A checkpoint is
+    unwrapped: the first dict with arrays under one of WRAPPERS, up to DEEPEST deep, replaces it. Other objects are left out.
 
-    A checkpoint is unwrapped: the first dict that contains arrays under one of WRAPPERS, in this order and up to DEEPEST
-    deep, replaces it. What is not an array (an epoch, a config) is left out.
-
-    The arrays are in native byte order. bf16 becomes float32, other dtypes stay. Arrays may be read-only and strided, and
-    share memory as the tensors in the file do.
+    The arrays are in native byte order, bf16 as float32. They may be read-only and strided, and share memory as the tensors
+    in the file do.
 
     Raises:
-      WeightsError: the file cannot be read, is truncated or damaged, has none of the formats, refers to anything but
-        tensors, numpy arrays and containers, or contains no arrays. One line with the file's name.
+      WeightsError: the file cannot be read, is damaged, has none of the formats, refers to anything but tensors, numpy
+        arrays and containers, or contains no arrays. One line with the file's name.
     """
     path = Path(path)
     try:
@@ -69,10 +65,8 @@ def parse(data: bytes) -> dict[str, np.ndarray]:
         blobs = arrays_of(unpickle(io.BytesIO(data))[0])
         weights = {name: blob for name, blob in blobs.items() if not name.endswith("_momentum")}
     else:
-        raise ValueError(
-            f"not a weight file: it starts with {data[:16]!r}; supported are safetensors, files of torch.save (.pth, .pt) "
-            "and pickles of numpy arrays (.pkl)"
-        )
+        supported = "safetensors, files of torch.save (.pth, .pt) and pickles of numpy arrays (.pkl)"
+        raise ValueError(f"not a weight file: it starts with {data[:16]!r}; supported are {supported}")
     if not weights:
         raise ValueError("contains no arrays")
     return weights
@@ -86,9 +80,8 @@ def read_safetensors(data: bytes) -> dict[str, np.ndarray]:
         raise ValueError(f"truncated or damaged safetensors file: {error}") from error
     for name, tensor in tensors:
         if tensor["dtype"] not in SAFETENSORS:
-            raise ValueError(
-                f"tensor {quoted(name)} of dtype {tensor['dtype']}; supported are {', '.join(SAFETENSORS)}"
-            )
+            supported = ", ".join(SAFETENSORS)
+            raise ValueError(f"tensor {quoted(name)} of dtype {tensor['dtype']}; supported are {supported}")
     return {name: decode(t["data"], np.dtype(SAFETENSORS[t["dtype"]])).reshape(t["shape"]) for name, t in tensors}
 
 
@@ -100,7 +93,7 @@ def arrays_of(root: Any) -> dict[str, np.ndarray]:
     if not weights:
         keys = ", ".join(repr(key)[:40] for key in list(root)[:10]) or "none"
         raise ValueError(f"contains no arrays by name at its top or under {', '.join(WRAPPERS)}; its keys: {keys}")
-    return {name: array.array() for name, array in weights.items()}
+    return {name: array.read() for name, array in weights.items()}
 
 
 def unwrap(root: dict[Any, Any], deepest: int) -> dict[str, Array]:
@@ -140,8 +133,7 @@ def read_zip(data: bytes) -> Any:
 def read_legacy(data: bytes) -> Any:
     """The object in a file of torch's legacy format (before torch 1.6).
 
-    Five pickles: LEGACY_MAGIC, LEGACY_PROTOCOL, the system that wrote the file, the object, the keys of the storages; then
-    each storage after its count in eight bytes.
+    Five pickles: LEGACY_MAGIC, LEGACY_PROTOCOL, system, object, keys of storages. Then each storage after its 8-byte count.
     """
     file = io.BytesIO(data)
     magic, protocol, _ = (unpickle(file)[0] for _ in range(3))

@@ -14,6 +14,7 @@ import numpy as np
 
 from retina_jax.data.classes import COCO_CATEGORIES
 from retina_jax.errors import WeightsError
+from retina_jax.presets import PRESETS
 from retina_jax.weights.converted import (
     CONV,
     LEAF,
@@ -23,7 +24,6 @@ from retina_jax.weights.converted import (
     Rule,
     architecture,
     class_count,
-    detector_changes,
     is_detector,
     renamed,
     with_epsilon,
@@ -73,7 +73,6 @@ def convert_torchvision(
     """Converts `retinanet_resnet50_fpn`, its v2, or an ImageNet ResNet or ResNeXt with torchvision's names.
 
     Args:
-      state_dict: names to arrays.
       source: what errors call the weights.
       eps: epsilon of the source's BatchNorms: 1e-5, but 0 for the COCO weights of v1.
       class_names: one per column, or one per column except the first, which then is the background. Empty: COCO's if there
@@ -86,7 +85,7 @@ def convert_torchvision(
         return Converted(weights, changes | kind, (), ())
     preset = "torchvision_v2" if changes["model.head_norm"] == "group" else "torchvision_v1"
     names, ids = classes(class_count(weights, source), class_names, source)
-    return Converted(weights, detector_changes(preset, changes), names, ids)
+    return Converted(weights, {**PRESETS[preset], "data.jitter_short_sides": (), **changes}, names, ids)
 
 
 def classes(count: int, given: Sequence[str], source: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -94,9 +93,8 @@ def classes(count: int, given: Sequence[str], source: str) -> tuple[tuple[str, .
     if given:
         names = tuple(given) if len(given) == count else (BACKGROUND, *given)
         if len(names) != count:
-            raise WeightsError(
-                f"{source}: {count} class outputs, but {len(given)} class names; give {count} or {count - 1}"
-            )
+            needed = f"give {count} or {count - 1}"
+            raise WeightsError(f"{source}: {count} class outputs, but {len(given)} class names; {needed}")
     elif count == COCO_OUTPUTS:
         coco = dict(COCO_CATEGORIES)
         names = (BACKGROUND, *(coco.get(number, f"N/A {number}") for number in range(1, count)))

@@ -70,7 +70,7 @@ def step(task: Task, driver: Driver, inputs: Inputs) -> Work:
     state = driver.init_state()
     flops = jaxpr_flops(jax.make_jaxpr(driver.step)(state, inputs).jaxpr)
     jax.clear_caches()  # of programs that training does not trace
-    compiled = CompiledStep(driver.step, canvases=1, announce=lambda line: None)
+    compiled = CompiledStep(driver.step, num_shapes=1, announce=lambda line: None)
 
     def run() -> None:
         nonlocal state

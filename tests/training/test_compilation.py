@@ -77,7 +77,7 @@ def take(step: CompiledStep, state: State, *batches: Pixels) -> State:
 
 def test_two_hundred_batches_of_four_shapes_are_four_programs_and_four_lines(uncached: None) -> None:
     jitted, said = fresh(donate_argnums=0), []
-    step = CompiledStep(jitted, canvases=4, announce=said.append)
+    step = CompiledStep(jitted, num_shapes=4, announce=said.append)
     rng = np.random.default_rng(0)
     canvases = [(32, 48), (48, 32), (32, 64), (64, 32)]
     batches = [pixels(canvas=canvases[i]) for i in [0, 1, 2, 3, *rng.integers(4, size=196)]]
@@ -142,7 +142,7 @@ def test_a_recompilation_is_named_by_what_differs(
     uncached: None, other: Callable[[State], tuple[State, Pixels]], differing: str
 ) -> None:
     said: list[str] = []
-    step = CompiledStep(fresh(), canvases=1, announce=said.append)
+    step = CompiledStep(fresh(), num_shapes=1, announce=said.append)
     state = take(step, new_state(), *[pixels()] * 6)
     assert len(said) == 1
     step(*other(state))
@@ -155,14 +155,14 @@ def test_a_recompilation_is_named_by_what_differs(
 
 def test_a_difference_that_comes_with_a_new_padded_shape_is_named_too(uncached: None) -> None:
     said: list[str] = []
-    step = CompiledStep(fresh(), canvases=2, announce=said.append)
+    step = CompiledStep(fresh(), num_shapes=2, announce=said.append)
     take(step, new_state(), pixels(), pixels(canvas=(48, 32), dtype=np.int16))
     assert re.fullmatch(r"warning: step 2\b.*: inputs\.sizes int32 -> int16", said[2])
 
 
 def test_a_padded_shape_beyond_the_expected_number_is_a_warning(uncached: None) -> None:
     said: list[str] = []
-    step = CompiledStep(fresh(), canvases=2, announce=said.append)
+    step = CompiledStep(fresh(), num_shapes=2, announce=said.append)
     take(step, new_state(), pixels(), pixels(canvas=(48, 32)), pixels(), pixels(canvas=(64, 64)))
     assert len(said) == 4
     assert re.fullmatch(r"warning: step 4\b.*\b3, 64x64\b.*\b2\b.* 32x48, 48x32", said[3])
@@ -221,7 +221,7 @@ def test_memory_is_counted_per_device_and_not_twice_where_donated() -> None:
     assert plain is not None and donated is not None
     assert (plain.arguments, plain.results) == (mib, mib)
     assert (donated.arguments, donated.results) == (mib, 0)
-    assert plain.total == 2 * mib + plain.temporaries + plain.code
+    assert sum(plain) == 2 * mib + plain.temporaries + plain.code
     over = jax.NamedSharding(jax.make_mesh((8,), ("data",)), jax.P("data"))
     split = memory_of(jax.jit(lambda x: x + 1).lower(jax.device_put(x, over)).compile())
     assert split is not None and split.arguments == mib // 8
@@ -368,7 +368,7 @@ def test_memory_is_given_back_after_compiling_and_once_the_initial_state_is_free
 ) -> None:
     given_back = []
     monkeypatch.setattr(compilation, "give_back_freed_memory", lambda: given_back.append(steps))
-    step, state, steps = CompiledStep(fresh(), canvases=1, announce=lambda line: None), new_state(), 0
+    step, state, steps = CompiledStep(fresh(), num_shapes=1, announce=lambda line: None), new_state(), 0
     for steps in range(6):  # noqa: B007  what the list above gets
         state, _ = step(state, pixels())
     assert given_back == [0, compilation.SETTLED_AFTER - 1]

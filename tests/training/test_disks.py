@@ -159,7 +159,7 @@ def test_metrics_report_which_evaluations_they_hold(tmp_path: Path) -> None:
             metrics.write(step, {"event": "train", "loss": 1.0})
             metrics.write(step, {"event": "evaluation", "AP": 0.5})
     with Metrics(run_in(tmp_path), 3) as metrics:
-        assert metrics.has_evaluation(2) and not metrics.has_evaluation(3) and not metrics.has_evaluation(4)
+        assert metrics._evaluated == [2]
 
 
 def test_metrics_that_cannot_be_written_are_one_line_that_names_the_file(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ with Metrics(run, 0) as metrics:
         assert (disk / "metrics.jsonl").read_bytes() == before
     with contextlib.redirect_stdout(output):  # its last block has room for short lines, TensorBoard's file has not
         for step in range(2, 300):
-            metrics._board.add(step, {"loss": 2.0})
+            metrics._views[0].add(step, {"loss": 2.0})
     assert output.getvalue().count("warning: ") == 1 and "tensorboard: cannot be written" in output.getvalue()
 with Metrics(run, 1) as metrics:  # nothing to fix: a full disk does not stop a resumed run from looking
     (disk / "ballast").unlink()

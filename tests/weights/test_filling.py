@@ -9,7 +9,7 @@ from retina_jax.config import ModelConfig
 from retina_jax.errors import WeightsError
 from retina_jax.model.initialisation import initialise
 from retina_jax.model.retinanet import RetinaNet
-from retina_jax.weights.filling import NAMED, fill
+from retina_jax.weights.filling import MOST_NAMES, fill
 
 CONFIG = ModelConfig(backbone="resnet18", base_width=4, fpn_channels=8, head_convs=1, head_channels=8)
 
@@ -72,8 +72,8 @@ def test_many_missing_are_named_up_to_ten_and_counted(template: dict) -> None:
         fill(template, {}, source="file.pth")
     names = [path for tree in template.values() for path in flatten_dict(tree, sep="/")]
     message = str(caught.value)
-    assert message.startswith(f"file.pth: {len(names)} missing: ") and f"and {len(names) - NAMED} more" in message
-    assert sum(f" {path}" in message for path in names) == NAMED and "\n" not in message
+    assert message.startswith(f"file.pth: {len(names)} missing: ") and f"and {len(names) - MOST_NAMES} more" in message
+    assert sum(f" {path}" in message for path in names) == MOST_NAMES and "\n" not in message
 
 
 def test_what_may_be_missing_keeps_its_start_and_is_listed(template: dict, weights: dict[str, np.ndarray]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from recipes import drawn, photographs, torchvision_shapes
-from weight_files import safetensors
+from weight_files import flat, safetensors
 
 from retina_jax import load_detector
 from retina_jax.config import Config, ConfigError, ModelConfig
@@ -24,7 +24,7 @@ from retina_jax.model.retinanet import RetinaNet
 from retina_jax.presets import FIELDS, PRESETS
 from retina_jax.runs.folder import Run
 from retina_jax.training.parallel import Driver
-from retina_jax.training.restore import adapt_classes, flat
+from retina_jax.training.restore import adapt_classes
 from retina_jax.weights.importing import import_detector, with_backbone
 
 ROOT = Path(__file__).parents[2]

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from recipes import photographs
+from weight_files import flat
 
 from retina_jax import load_detector
 from retina_jax.config import Config
@@ -22,7 +23,6 @@ from retina_jax.detector import Detector, ImageDetections, to_canvas
 from retina_jax.model.resnet import ResNet
 from retina_jax.ops.anchors import anchor_grid
 from retina_jax.training.parallel import Driver
-from retina_jax.training.restore import flat
 from retina_jax.training.state import state_from
 from retina_jax.training.step import Inputs, train_step
 from retina_jax.weights.converted import renamed

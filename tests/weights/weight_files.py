@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -82,3 +83,9 @@ def python2_pickle(arrays: Mapping[str, np.ndarray]) -> bytes:
 
     blobs = b"}" + b"".join(text(name.encode()) + array(values) + b"s" for name, values in arrays.items())
     return b"\x80\x02}" + text(b"blobs") + blobs + b"s" + text(b"cfg") + text("Größe: 1\n".encode()) + b"s."
+
+
+def flat(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays of variables by path without the collection ("backbone/stem/conv/kernel")."""
+    trees = [flatten_dict(tree, sep="/") for tree in variables.values()]
+    return {path: np.asarray(leaf) for tree in trees for path, leaf in tree.items()}
