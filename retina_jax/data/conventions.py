@@ -27,12 +27,9 @@ class Decoding:
 class Header(NamedTuple):
     """Header of an image file."""
 
-    size: tuple[int, int]
-    """Width and height as stored."""
-    orientation: int
-    """EXIF orientation, 1 to 8; 1 without one."""
-    deep: bool
-    """Whether it has 16 bits per value."""
+    size: tuple[int, int]  # width and height as stored
+    orientation: int  # EXIF orientation, 1 to 8; 1 without one
+    deep: bool  # whether it has 16 bits per value
 
     @property
     def turned_size(self) -> tuple[int, int]:
@@ -105,5 +102,4 @@ class Votes:
         return found, f"EXIF orientation: {line}{doubt}", bool(against)
 
 
-AS_VIEWERS = Decoding()
-"""As image viewers: turned by the EXIF orientation; 16-bit images use all bits."""
+AS_VIEWERS = Decoding()  # as image viewers: turned by the EXIF orientation; 16-bit images use all bits

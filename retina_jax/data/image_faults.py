@@ -13,16 +13,13 @@ from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 from PIL import Image
 
 log = logging.getLogger(__name__)
-NAMED = 5
-"""Number of images of one colour that are logged; all are counted."""
+NAMED = 5  # number of images of one colour that are logged; all are counted
 
-GRID = 64
-"""Largest number of rows and columns that are checked, evenly spread."""
+GRID = 64  # largest number of rows and columns that are checked, evenly spread
 NO_BOXES = np.zeros((0, 4), np.float32)
 LEVELS, SHARE = 2, 0.999
 """An image has one colour if at least SHARE of its pixels are within LEVELS (of 255) of the median, in each channel."""
-FILLER = bytes(range(1, 255))
-"""Bytes in which no marker begins."""
+FILLER = bytes(range(1, 255))  # bytes in which no marker begins
 SCAN_END = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 """A marker that ends the data of a scan: neither an escaped byte nor a restart."""
 RESTART = re.compile(rb"\xff([\xd0-\xd7])")

@@ -43,28 +43,21 @@ log = logging.getLogger(__name__)
 LARGE = 2**22
 """Larger images (in pixels) are decoded and resized within the budget `DECODING`. So memory is bounded by this budget plus
 `workers` images of this size."""
-LOOK_AHEAD = 1000
-"""Largest number of batches that `Batches.canvases` checks."""
+LOOK_AHEAD = 1000  # largest number of batches that `Batches.canvases` checks
 NOTHING = np.zeros((0, 0, 3), np.uint8)
 
 
 class Batch(NamedTuple):
     """b images with padded shape H W: this host's rows of a global batch."""
 
-    images: UInt8[np.ndarray, "b H W 3"] | Float32[np.ndarray, "b H W 3"]
-    """RGB, in the upper left; the padding is 0."""
-    image_sizes: Int32[np.ndarray, "b 2"]
-    """Height and width without padding."""
-    boxes_xyxy: Float32[np.ndarray, "b G 4"]
-    """Pixels of the padded image; 0 for no box."""
-    labels: Int32[np.ndarray, "b G"]
-    """0 to K-1; -1 for no box."""
-    indices: Int64[np.ndarray, " b"]
-    """Rows in `source.records`."""
+    images: UInt8[np.ndarray, "b H W 3"] | Float32[np.ndarray, "b H W 3"]  # RGB, in the upper left; the padding is 0
+    image_sizes: Int32[np.ndarray, "b 2"]  # height and width without padding
+    boxes_xyxy: Float32[np.ndarray, "b G 4"]  # pixels of the padded image; 0 for no box
+    labels: Int32[np.ndarray, "b G"]  # 0 to K-1; -1 for no box
+    indices: Int64[np.ndarray, " b"]  # rows in `source.records`
     valid: Bool[np.ndarray, " b"]
     """False for an image repeated to fill an evaluation batch, and for a bad one (black, 1x1, without boxes)."""
-    scales: Float32[np.ndarray, "b 2"]
-    """Pixels per original pixel, along x and y."""
+    scales: Float32[np.ndarray, "b 2"]  # pixels per original pixel, along x and y
 
 
 class Rows(NamedTuple):
@@ -73,8 +66,7 @@ class Rows(NamedTuple):
     canvas: tuple[int, int]
     indices: Int64[np.ndarray, " b"]
     valid: Bool[np.ndarray, " b"]
-    positions: Int64[np.ndarray, " b"]
-    """Seeds for the augmentation."""
+    positions: Int64[np.ndarray, " b"]  # seeds for the augmentation
 
 
 def train_batches(

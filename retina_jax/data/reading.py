@@ -19,8 +19,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 NEVER_WAITS = getattr(os, "O_NONBLOCK", 0)
 """Makes opening a pipe without a writer return at once; reading a regular file is not affected."""
-PAUSES = (0.5, 2.0, 8.0)
-"""Seconds before each retry."""
+PAUSES = (0.5, 2.0, 8.0)  # seconds before each retry
 _TEMPORARY = "EIO ESTALE ETIMEDOUT EAGAIN EINTR EBUSY ECONNRESET EREMOTEIO"
 TEMPORARY = frozenset(getattr(errno, name) for name in _TEMPORARY.split() if hasattr(errno, name))
 """Possibly temporary errors of network file systems; some systems lack some of the names."""
@@ -67,10 +66,8 @@ def read_again(read: Callable[[], T], name: str) -> T:
     return read()
 
 
-PATIENCE = 60.0
-"""Seconds of waiting for a batch after which a line is logged."""
-CHECKS = 5.0
-"""Seconds between two checks of that time."""
+PATIENCE = 60.0  # seconds of waiting for a batch after which a line is logged
+CHECKS = 5.0  # seconds between two checks of that time
 
 
 class SlowReadMonitor:
@@ -78,13 +75,10 @@ class SlowReadMonitor:
 
     def __init__(self, where: Callable[[int], str]) -> None:
         self._where = where
-        self._reads: dict[int, tuple[int, float]] = {}
-        """Thread to the index that it reads and when it started."""
-        self._waits: tuple[int, float] | None = None
-        """The step whose batch is waited for, and since when."""
+        self._reads: dict[int, tuple[int, float]] = {}  # thread to the index that it reads and when it started
+        self._waits: tuple[int, float] | None = None  # the step whose batch is waited for, and since when
         self._watched = False
-        self._lock = threading.Lock()
-        """Protects `_waits` and `_watched`."""
+        self._lock = threading.Lock()  # protects `_waits` and `_watched`
 
     @contextlib.contextmanager
     def reading(self, index: int) -> Iterator[None]:

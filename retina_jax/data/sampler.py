@@ -18,8 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, Int64, UInt64
 
-ORDER, AUGMENTATION = 1, 2
-"""Independent random streams of a seed."""
+ORDER, AUGMENTATION = 1, 2  # independent random streams of a seed
 
 
 class BatchIndices(NamedTuple):
@@ -29,8 +28,7 @@ class BatchIndices(NamedTuple):
     indices: Int64[np.ndarray, " B"]
     positions: Int64[np.ndarray, " B"]
     """epoch × N + index, unique for each visit of an image; the seed of its augmentation."""
-    epoch: int
-    """Epoch that completed the batch; its first images may be from earlier epochs."""
+    epoch: int  # epoch that completed the batch; its first images may be from earlier epochs
 
 
 class EvalIndices(NamedTuple):
@@ -38,17 +36,13 @@ class EvalIndices(NamedTuple):
 
     bucket: int
     indices: Int64[np.ndarray, " B"]
-    valid: Bool[np.ndarray, " B"]
-    """False for an image repeated to fill the batch."""
+    valid: Bool[np.ndarray, " B"]  # False for an image repeated to fill the batch
 
 
 class _Epoch(NamedTuple):
-    queues: list[np.ndarray]
-    """Images of each bucket in the order of this epoch."""
-    buckets: np.ndarray
-    """Bucket of each batch completed in this epoch, in order."""
-    ends: np.ndarray
-    """End of each of these batches (exclusive) in the sequence of its bucket over all epochs."""
+    queues: list[np.ndarray]  # images of each bucket in the order of this epoch
+    buckets: np.ndarray  # bucket of each batch completed in this epoch, in order
+    ends: np.ndarray  # end of each of these batches (exclusive) in the sequence of its bucket over all epochs
 
 
 class BucketSampler:

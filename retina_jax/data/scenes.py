@@ -22,22 +22,17 @@ from PIL import Image, ImageDraw
 
 from retina_jax.config import ConfigError, ScenesConfig
 
-VERSION = 1
-"""Incremented whenever the same settings give other pixels or boxes."""
+VERSION = 1  # incremented whenever the same settings give other pixels or boxes
 HUES = {
     **{"red": 0.0, "blue": 228.0, "yellow": 53.0, "green": 128.0, "violet": 270.0, "cyan": 184.0, "orange": 27.0},
     **{"pink": 332.0, "lime": 83.0, "azure": 206.0, "magenta": 301.0, "teal": 160.0},
-}
-"""Degrees. Class k is the k-th shape in the k-th hue; the first classes are the easiest to distinguish."""
-EMPTY_SHARE = 0.05
-"""Share of images without objects."""
+}  # degrees. Class k is the k-th shape in the k-th hue; the first classes are the easiest to distinguish
+EMPTY_SHARE = 0.05  # share of images without objects
 LEAST_VISIBLE = 0.4
 """Smallest visible share of an object's pixels; a shape that would hide more is placed elsewhere or left out."""
 PLACES_TRIED = 20
-TRAIN, VAL = 1, 2
-"""Random streams of the seed."""
-SUPERSAMPLING = 4
-"""Shapes are drawn this many times larger and averaged."""
+TRAIN, VAL = 1, 2  # random streams of the seed
+SUPERSAMPLING = 4  # shapes are drawn this many times larger and averaged
 
 
 def _around(radii: list[float], start: float = 0.0) -> Float[np.ndarray, "n 2"]:
@@ -77,10 +72,8 @@ SHAPES: dict[str, tuple[Float[np.ndarray, "n 2"], ...]] = {
     "crescent": (_crescent(),),
     "arrow": (np.array([[0, -2], [2, 0.2], [0.8, 0.2], [0.8, 2], [-0.8, 2], [-0.8, 0.2], [-2, 0.2]]),),
     "bolt": (np.array([[0.5, -2], [-1.3, 0.4], [-0.2, 0.4], [-0.6, 2], [1.3, -0.6], [0.2, -0.6], [1.2, -2]]),),
-}
-"""Polygons, in any unit, y down; the second one is the hole of the ring."""
-CLASSES = tuple(zip(SHAPES, HUES.values(), strict=True))
-"""Shape and hue of each class."""
+}  # polygons, in any unit, y down; the second one is the hole of the ring
+CLASSES = tuple(zip(SHAPES, HUES.values(), strict=True))  # shape and hue of each class
 
 
 class Scene(NamedTuple):
@@ -89,8 +82,7 @@ class Scene(NamedTuple):
     image: UInt8[np.ndarray, "size size 3"]
     labels: list[int]
     boxes_xywh: list[tuple[float, float, float, float]]
-    visible: list[float]
-    """Visible share of each object's pixels."""
+    visible: list[float]  # visible share of each object's pixels
 
 
 class ScenePaths(NamedTuple):

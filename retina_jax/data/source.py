@@ -17,8 +17,7 @@ from retina_jax.data.classes import Category, differ, match
 from retina_jax.data.conventions import AS_VIEWERS, Decoding, Orientation
 from retina_jax.errors import PlainError
 
-Image = tuple[int, str, int, int]
-"""Id, file name, width and height in pixels (0, 0 if unknown)."""
+Image = tuple[int, str, int, int]  # id, file name, width and height in pixels (0, 0 if unknown)
 
 
 class DataError(PlainError, ValueError):

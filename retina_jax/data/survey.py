@@ -7,18 +7,13 @@ All headers, not a sample, because a single image can decide, and it may be any.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from retina_jax.config import DataConfig
@@ -26,16 +21,13 @@ from retina_jax.console import log, warn
 from retina_jax.data.conventions import Decoding, Header, Orientation, Votes
 from retina_jax.data.decoding import FORMATS, MAX_PIXELS, largest_file, open_image, read_header
 from retina_jax.data.reading import open_file, read_again, read_file
-from retina_jax.data.sixteen_bits import Range, colours, find_range, from_bytes
+from retina_jax.data.sixteen_bits import Range, Values, colours, find_range, is_deep, samples
 from retina_jax.data.source import Source
 from retina_jax.errors import reason
 
-SAMPLE = 64
-"""Number of 16-bit images that are decoded to find their range, spread evenly over the data set."""
-MANY = 5_000
-"""Number of images from which on a line is logged before their headers are read."""
-READERS = 16
-"""Threads, which mostly wait for files."""
+SAMPLE = 64  # number of 16-bit images that are decoded to find their range, spread evenly over the data set
+MANY = 5_000  # number of images from which on a line is logged before their headers are read
+READERS = 16  # threads, which mostly wait for files
 
 
 @dataclass(frozen=True)
@@ -43,8 +35,7 @@ class Survey:
     """What the headers of a data set's image files show."""
 
     votes: Votes
-    range: Range | None
-    """Range of its 16-bit images; None without such images."""
+    range: Range | None  # range of its 16-bit images; None without such images
 
     def decide(self, data: DataConfig) -> tuple[Decoding, list[tuple[str, bool]]]:
         """How to decode the files, and log lines, each with whether it is a warning."""
@@ -61,8 +52,7 @@ class Size(NamedTuple):
 
     width: int
     height: int
-    turned: bool
-    """Whether its EXIF orientation swaps width and height."""
+    turned: bool  # whether its EXIF orientation swaps width and height
 
     def shown(self, orientation: Orientation) -> tuple[int, int]:
         """Width and height of the pixels that boxes lie on."""
@@ -118,12 +108,12 @@ def survey_files(names: Sequence[str], paths: Sequence[Path], sizes_wh: Sequence
 def read_votes(
     names: Sequence[str], paths: Sequence[Path], sizes_wh: Sequence[tuple[int, int] | None]
 ) -> tuple[Votes, list[int]]:
-    """The orientation that the headers show, and the rows of the 16-bit images. Arguments as in `survey_files`."""
+    """The orientation that the headers show, and the rows of the 16-bit images; see `survey_files`."""
     votes, deep = Votes(), []
     if len(paths) > MANY:
         log(f"reading the headers of {len(paths)} images ...")
     with ThreadPoolExecutor(READERS) as pool:
-        for row, header in enumerate(pool.map(_header_of_file, paths)):
+        for row, header in enumerate(pool.map(_header_or_none, paths)):
             if header is not None:
                 votes.add(names[row], header, sizes_wh[row])
                 if header.deep:
@@ -133,15 +123,13 @@ def read_votes(
 
 def range_of(reads: Iterable[Callable[[], bytes]]) -> Range | None:
     """The range of the 16-bit images among encoded images, without those that cannot be read or decoded."""
-
-    def values() -> Iterator[np.ndarray]:
-        for read in reads:
-            with contextlib.suppress(Exception):  # training reports what is wrong with the image
-                found = from_bytes(read(), open_image)
-                if found is not None:
-                    yield colours(found)
-
-    return find_range(values())
+    found = []
+    for read in reads:
+        with contextlib.suppress(Exception):  # training reports what is wrong with the image
+            image = open_image(encoded := read())
+            if is_deep(image):
+                found.append(Values.of(colours(samples(image, partial(open_image, encoded)))))
+    return find_range(found)
 
 
 def spread(rows: Sequence[int]) -> list[int]:
@@ -149,44 +137,32 @@ def spread(rows: Sequence[int]) -> list[int]:
     return [rows[i * len(rows) // min(SAMPLE, len(rows))] for i in range(min(SAMPLE, len(rows)))]
 
 
-def read_sizes(annotations: Path, paths: Sequence[str]) -> list[Size | str]:
-    """The size of each image, or in one line why it cannot be read.
-
-    Sizes are cached in ~/.cache/retina_jax, in one file per annotation file, by an image's path, length and time of change.
-    """
-    cache = Path.home() / ".cache" / "retina_jax" / "image_sizes"
-    digest = hashlib.sha256(str(annotations.absolute()).encode(errors="surrogatepass")).hexdigest()
-    path = cache / f"{digest[:24]}.json"
-    known = _load_sizes(path)
-    stamps = {name: _stamp(name) for name in paths}
-    unread = [name for name in stamps if known.get(name, [None])[0] != stamps[name] or stamps[name] is None]
-    if len(unread) > MANY:
-        log(f"reading the sizes of {len(unread)} images, which are missing from their annotations ...")
+def read_sizes(paths: Sequence[Path]) -> list[Size | str]:
+    """The size of each image file, or in one line why it cannot be read."""
+    if len(paths) > MANY:
+        log(f"reading the sizes of {len(paths)} images, which are missing from their annotations ...")
     with ThreadPoolExecutor(READERS) as pool:
-        read = dict(zip(unread, pool.map(_read_size, unread), strict=True))
-    entries = known | {name: [stamps[name], *size] for name, size in read.items() if isinstance(size, Size)}
-    if entries != known:
-        _save_sizes(path, {name: entry for name, entry in entries.items() if name in stamps})
-    sizes = {name: Size(*entry[1:]) for name, entry in entries.items()} | read
-    return [sizes[name] for name in paths]
-
-
-def _header_of_file(path: Path) -> Header | None:
-    """None if the file cannot be read or is not an image; training reports why."""
-    try:
-        return read_again(lambda: _read_header(path), str(path))
-    except Exception:
-        return None
+        return list(pool.map(_read_size, paths))
 
 
 def _read_header(path: Path) -> Header:
-    with open_file(path) as file:
-        return read_header(Image.open(file, formats=FORMATS))
+    def read() -> Header:
+        with open_file(path) as file:
+            return read_header(Image.open(file, formats=FORMATS))
+
+    return read_again(read, str(path))
 
 
-def _read_size(path: str) -> Size | str:
+def _header_or_none(path: Path) -> Header | None:
+    """None if the file cannot be read or is not an image; training reports why."""
+    with contextlib.suppress(Exception):
+        return _read_header(path)
+    return None
+
+
+def _read_size(path: Path) -> Size | str:
     try:
-        header = _read_header(Path(path))
+        header = _read_header(path)
     except UnidentifiedImageError:
         return f"it is not an image in one of the formats {', '.join(FORMATS)}"
     except Exception as error:  # PIL raises nearly anything for a broken header
@@ -195,30 +171,3 @@ def _read_size(path: str) -> Size | str:
     if not 0 < width * height <= MAX_PIXELS:
         return f"it has {width} x {height} pixels"
     return Size(width, height, header.orientation >= 5)
-
-
-def _stamp(path: str) -> list[int] | None:
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _load_sizes(path: Path) -> dict[str, list]:
-    """The entries of the cache, path to [[bytes, time of change], width, height, turned]; empty if it is damaged."""
-    try:
-        entries = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    valid = isinstance(entries, dict) and all(isinstance(e, list) and len(e) == 4 for e in entries.values())
-    return entries if valid else {}
-
-
-def _save_sizes(path: Path, entries: dict[str, list]) -> None:
-    """Writes the cache. Without it the sizes are read again, so a failure is ignored."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        temporary.write_text(json.dumps(entries))
-        temporary.replace(path)
