@@ -33,14 +33,12 @@ def read_coco(
     """Returns the data set of a COCO JSON file. "drop" (for training) leaves out images without a usable box.
 
     With `unlabelled`, the key `annotations` may be missing. `options` are those of CocoOptions. Raises DataError, one line
-    that names the file, the entry and what would be right: for anything in the file that cannot be used, for boxes that look
-    as if in another format, for no images at all, and with "drop" for no usable box at all. Images are opened only if their
-    sizes are missing.
+    that names the file, the entry and what would be right: for anything in the file that cannot be used, boxes that look
+    as if in another format, no images at all, and with "drop" no usable box. Only images without a size are opened.
 
     A `file_name` is a path inside `images`. An absolute one or one with `..` is not followed, but a file of that base name
-    inside is taken if it is the only one (`find_images`); otherwise the name is refused. A folder, pipe or device in place
-    of an image is a BadImage when it is read. Symbolic links are followed wherever they lead, because data sets are often
-    made of them: whoever can write into the folder is trusted, whoever wrote the JSON is not.
+    inside is taken if it is the only one (`find_images`). A folder, pipe or device in place of an image is a BadImage when
+    it is read. Symbolic links are followed: whoever can write into the folder is trusted, whoever wrote the JSON is not.
     """
     path, folder = Path(annotations), Path(images)
     document = load_json(path, CocoFile)
@@ -120,15 +118,10 @@ def load_json(path: Path, expected: Any = Any) -> Any:
     try:
         return msgspec.json.decode(encoded, type=expected)
     except (ValueError, RecursionError):
-        # json reads more (NaN, other encodings), and names the place of a mistake.
+        # json reads more (NaN, other encodings), and names the line and column of a mistake.
         try:
             return json.loads(encoded)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}: is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: is not JSON: {str(error).splitlines()[0]}") from None
-
-
-def read_truth(path: Path) -> dict[str, Any]:
-    """Returns the ground truth of a file for pycocotools; raises DataError as `read_coco` does."""
-    return parse_coco(path).table.truth()
+            known = isinstance(error, json.JSONDecodeError)
+            why = f"line {error.lineno}, column {error.colno}: {error.msg}" if known else reason(error)
+            raise DataError(f"{path}: is not JSON: {why}") from None

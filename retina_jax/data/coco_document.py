@@ -91,9 +91,9 @@ class _Parser:
         self.texts: Counter[str] = Counter()
 
     def parse(self, folder: Path | None) -> Content:
-        listed = [entry for _, entry in self.unique("categories", coco_entries.CategoryEntry)]
+        listed = [entry for _, entry in self.entries("categories", coco_entries.CategoryEntry)]
         categories = [(entry.id, entry.name) for entry in listed]
-        entries = self.unique("images", coco_entries.ImageEntry)
+        entries = self.entries("images", coco_entries.ImageEntry)
         if not self.mistakes and not (categories and entries):
             empty = "images" if categories else "categories"
             raise DataError(f"{self.path}: {empty} is empty; it must list at least one")
@@ -101,7 +101,8 @@ class _Parser:
         table, rows, without_box = self.boxes(images, categories)
         if texts := +self.texts:
             counted = ", ".join(f"{count} {key}" for key, count in texts.items())
-            self.note("text_numbers", f"numbers are written as text ({counted}); they are read as numbers")
+            text = f"numbers are written as text ({counted}); they are read as numbers"
+            self.notes.append(Note("text_numbers", text))
         annotated = frozenset(categories[label][0] for label in np.unique(table.labels))
         above = [entry.supercategory if isinstance(entry.supercategory, str) else None for entry in listed]
         left_out = placeholders(categories, above, annotated, self.options.known, self.options.empty_parents)
@@ -114,9 +115,6 @@ class _Parser:
                 raise DataError(f"{self.path}: {note.text}")
         return Content(table, annotated, left_out, rows, without_box, paths, missing, unsized, self.notes)
 
-    def note(self, kind: str, text: str, refused: bool = False) -> None:
-        self.notes.append(Note(kind, text, refused))
-
     def refuse(self, key: str, index: int, text: str) -> None:
         """An entry that cannot be used, and why."""
         mistake = Mistake(key, index, self.lists[key][index], text)
@@ -125,7 +123,7 @@ class _Parser:
         self.mistakes.append(mistake)
 
     def entries(self, key: str, kind: type[Entry]) -> list[tuple[int, Entry]]:
-        """The entries of a list that have the right types, with their positions."""
+        """The entries of a list that have the right types, with their positions; ids of images and categories are unique."""
         listed = self.lists.get(key)
         if not isinstance(listed, list):
             found = short(listed) if key in self.lists else "missing"
@@ -139,15 +137,13 @@ class _Parser:
                 parsed.append((index, right))
             except DataError as error:
                 self.refuse(key, index, str(error))
-        return parsed
-
-    def unique(self, key: str, kind: type[Entry]) -> list[tuple[int, Entry]]:
-        """`entries` without those that have the id of one before them."""
-        entries, seen = self.entries(key, kind), {}
-        for index, entry in entries:
+        if key == "annotations":
+            return parsed
+        seen: dict[int, int] = {}
+        for index, entry in parsed:
             if seen.setdefault(entry.id, index) != index:
                 self.refuse(key, index, "id is used twice; every entry must have its own")
-        return [(index, entry) for index, entry in entries if seen[entry.id] == index]
+        return [(index, entry) for index, entry in parsed if seen[entry.id] == index]
 
     def locate(
         self, entries: list[tuple[int, coco_entries.ImageEntry]], folder: Path | None
@@ -164,23 +160,22 @@ class _Parser:
         if folder is not None:
             places = find_images(folder, names)
             unknown = [row for row, image in enumerate(images) if not image[2]]
-            if unknown:
-                sizes = dict(zip(unknown, read_sizes(self.path, [places.paths[row] for row in unknown]), strict=True))
+            sizes = dict(zip(unknown, read_sizes([Path(places.paths[row]) for row in unknown]), strict=True))
         if places.moved:
-            first = places.moved[0]
-            text = f"{len(places.moved)} of {len(names)} images are not at the path in file_name: "
-            self.note("moved", f"{text}{short(names[first])} is read from {places.paths[first]}")
+            first = f"{short(names[places.moved[0]])} is read from {places.paths[places.moved[0]]}"
+            text = f"{len(places.moved)} of {len(names)} images are not at the path in file_name: {first}"
+            self.notes.append(Note("moved", text))
         orientation = self.orientation(images, places, sizes)
         kept, missing = [], {}
         for row, (index, _) in enumerate(entries):
             size = sizes.get(row)
             place = f"; {places.missing[row]}" if places.missing.get(row) else ""
-            wrong = ""
             if row in places.missing and escapes(names[row]):
                 wrong = f"file_name must be a path inside the image folder, not {short(names[row])}{place}"
-            elif isinstance(size, str):
+                self.refuse("images", index, wrong)
+                continue
+            if isinstance(size, str):
                 wrong = f"width and height are missing, and {places.paths[row]} cannot be read: {size}{place}"
-            if wrong:
                 self.refuse("images", index, wrong)
                 continue
             if row in places.missing:
@@ -194,10 +189,8 @@ class _Parser:
     def orientation(self, images: list[Image], places: Places, sizes: dict[int, Size | str]) -> Orientation:
         """The convention for the files whose `sizes` are not annotated, as the other images show it."""
         chosen, undecided = self.options.orientation, self.options.undecided_orientation
-        if chosen != "auto":
-            return chosen
-        if not any(isinstance(size, Size) and size.turned for size in sizes.values()):
-            return undecided
+        if chosen != "auto" or not any(isinstance(size, Size) and size.turned for size in sizes.values()):
+            return undecided if chosen == "auto" else chosen
         sized = [row for row in range(len(images)) if row not in sizes]
         files = [Path(places.paths[row]) for row in sized]
         votes, _ = read_votes([images[row][1] for row in sized], files, [images[row][2:] for row in sized])
@@ -206,11 +199,7 @@ class _Parser:
     def boxes(
         self, images: list[Image], categories: list[Category]
     ) -> tuple[BoxTable, Int64[np.ndarray, " M"], list[int]]:
-        """Returns the boxes of `categories`, and `Content.rows` and `without_box`; notes what the boxes look like.
-
-        Only annotations without image, category or a bbox of positive size are examined one by one: COCO has 860,000
-        others.
-        """
+        """Returns the boxes of `categories`, and `Content.rows` and `without_box`; notes what the boxes look like."""
         entries = self.entries("annotations", coco_entries.AnnotationEntry)
         row_of = {image[0]: row for row, image in enumerate(images)}
         label_of = {category_id: label for label, (category_id, _) in enumerate(categories)}
@@ -222,6 +211,7 @@ class _Parser:
         areas = np.array([np.nan if entry.area is None else entry.area for entry in found], np.float64)
         origin, kept = np.full(len(found), "bbox", "U8"), np.ones(len(found), bool)
         without_box: list[int] = []
+        # Only annotations without image, category or a bbox of positive size, one by one: COCO has 860,000 others.
         for m in np.flatnonzero((owners < 0) | (labels < 0) | (numbers[:, 2:] <= 0).any(1)).tolist():
             index, entry = entries[m]
             wrong, around = "", None
@@ -234,9 +224,8 @@ class _Parser:
                     segmentation = coco_entries.decode_segmentation(entry.segmentation)
                     around = coco_entries.box_of(segmentation, images[owners[m]][2:])
                 except DataError as error:
-                    wrong = (
-                        str(error) if entry.bbox is None else ""
-                    )  # a bbox without area is dropped later, and counted
+                    # A bbox without area is dropped later, and counted.
+                    wrong = str(error) if entry.bbox is None else ""
             if around is not None:
                 numbers[m], origin[m] = around, "mask" if isinstance(segmentation, dict) else "polygons"
                 areas[m] = areas[m] or np.nan  # 0 was the area of the bbox
@@ -251,7 +240,8 @@ class _Parser:
         box_format = self.options.box_format
         boxes, areas, guesses = boxes_in_pixels(numbers, areas, sizes_wh, origin, box_format)
         for guess in guesses:
-            self.note("box_format" if guess.sure else "likely_format", guess.text(box_format), guess.sure)
+            kind = "box_format" if guess.sure else "likely_format"
+            self.notes.append(Note(kind, guess.text(box_format), refused=guess.sure))
         crowd = np.array([bool(entry.iscrowd) for entry in found], bool)[kept] & (self.options.crowds == "ignore")
         ids = np.array([entry.id or 0 for entry in found], np.int64)[kept]
         boxes_xyxy = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
@@ -263,11 +253,10 @@ class _Parser:
         names = unique_names(table.categories)
         total = np.bincount(table.labels, minlength=len(names))
         objects = np.bincount(table.labels[~table.crowd], minlength=len(names))
-        alone = np.flatnonzero((total > 0) & (objects == 0)).tolist()
-        if alone:
+        if alone := np.flatnonzero((total > 0) & (objects == 0)).tolist():
             shown = ", ".join(short(names[k]) for k in alone[:5]) + (", ..." if len(alone) > 5 else "")
             text = (
                 f"every annotation of {shown} ({total[alone].sum()} in all) has iscrowd 1, as CVAT and Datumaro write "
-                "masks: they are regions to ignore; data.crowds objects takes them as objects"
             )
-            self.note("all_crowds", text)
+            text += "masks: they are regions to ignore; data.crowds objects takes them as objects"
+            self.notes.append(Note("all_crowds", text))

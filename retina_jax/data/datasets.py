@@ -32,11 +32,19 @@ def open_source(
     """
     without_boxes = data.images_without_boxes if split == "train" else "keep"
     if data.source == "tfds":
-        source = _open_tfds(data, split, without_boxes)
+        from retina_jax.data.tfds import read_tfds  # imports TensorFlow Datasets, which takes seconds
+
+        truth = "" if split == "train" else data.val_annotations
+        if truth and not os.path.exists(truth):
+            features = f"the features of {data.tfds_name}, whose areas are truncated to integers"
+            warn(f"data.val_annotations: {truth} does not exist; evaluating against {features}")
+            truth = ""
+        name, folder, of_split = data.tfds_name, data.tfds_folder, getattr(data, f"tfds_{split}_split")
+        options = {"truth_annotations": truth, "empty_parents": data.empty_parents}
+        source = read_tfds(name, folder, of_split, images_without_boxes=without_boxes, **options)
     elif data.source == "scenes":
-        paths = write_scenes(data.scenes)
-        paths = paths[:2] if split == "train" else paths[2:]
-        source = read_coco(*paths, images_without_boxes=without_boxes, known=known, box_format="xywh")
+        folder, options = write_scenes(data.scenes), {"known": known, "box_format": "xywh"}
+        source = read_coco(folder / f"{split}.json", folder / split, images_without_boxes=without_boxes, **options)
     else:
         paths = {f"{split}_{what}": getattr(data, f"{split}_{what}") for what in ("annotations", "images")}
         for field, path in paths.items():
@@ -57,26 +65,6 @@ def open_source(
             f"here, {source.decoding.bits} bits, is used; data.bits sets another"
         )
     return source
-
-
-def _open_tfds(data: DataConfig, split: str, without_boxes: Literal["keep", "drop"]) -> Source:
-    from retina_jax.data.tfds import read_tfds  # imports TensorFlow Datasets, which takes seconds
-
-    truth = "" if split == "train" else data.val_annotations
-    if truth and not os.path.exists(truth):
-        warn(
-            f"data.val_annotations: {truth} does not exist; evaluating against the features of {data.tfds_name}, whose "
-            "areas are truncated to integers"
-        )
-        truth = ""
-    return read_tfds(
-        data.tfds_name,
-        data.tfds_folder,
-        getattr(data, f"tfds_{split}_split"),
-        images_without_boxes=without_boxes,
-        truth_annotations=truth,
-        empty_parents=data.empty_parents,
-    )
 
 
 def open_sources(

@@ -14,14 +14,12 @@ from PIL import Image
 
 log = logging.getLogger(__name__)
 NAMED = 5  # number of images of one colour that are logged; all are counted
-
 GRID = 64  # largest number of rows and columns that are checked, evenly spread
 NO_BOXES = np.zeros((0, 4), np.float32)
+# An image has one colour if at least SHARE of its pixels are within LEVELS (of 255) of the median, in each channel.
 LEVELS, SHARE = 2, 0.999
-"""An image has one colour if at least SHARE of its pixels are within LEVELS (of 255) of the median, in each channel."""
 FILLER = bytes(range(1, 255))  # bytes in which no marker begins
-SCAN_END = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-"""A marker that ends the data of a scan: neither an escaped byte nor a restart."""
+SCAN_END = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # ends the data of a scan: neither an escaped byte nor a restart
 RESTART = re.compile(rb"\xff([\xd0-\xd7])")
 START_OF_SCAN, END = 0xDA, 0xD9
 
@@ -68,11 +66,10 @@ class OneColourImages:
     ) -> None:
         """Adds the images of one colour in a batch, with boxes as in `Batch`, and logs the first NAMED."""
         for row in np.flatnonzero(valid & ~self._seen[indices]).tolist():
-            index, (height, width) = int(indices[row]), sizes_hw[row]
+            index, (height, width), boxes = int(indices[row]), sizes_hw[row], boxes_xyxy[row]
             if self._seen[index]:
                 continue
             self._seen[index] = True
-            boxes = boxes_xyxy[row]
             if is_one_colour(images[row, :height, :width], boxes[boxes[:, 2] > boxes[:, 0]]):
                 self.names.append(self._where(index))
                 if len(self.names) <= NAMED:
@@ -101,14 +98,12 @@ def missing_part(encoded: bytes) -> str:
             at = end.start()
             ends.append(at)
     filled = FILLER.join(encoded[start:end] for start, end in itertools.pairwise([0, *ends, len(encoded)]))
-    # The mean of a block is enough, unless the data are missing in a scan that refines it.
-    if ends and _pixels(encoded, means=len(ends) == 1) != _pixels(filled, means=len(ends) == 1):
-        return "data are missing: it ends before its last row"
-    return ""
 
+    def pixels(encoded: bytes) -> bytes:
+        image = Image.open(io.BytesIO(encoded), formats=["JPEG"])
+        # The mean of a block, in a quarter of the time, is enough unless the data are missing in a scan that refines it.
+        if len(ends) == 1:
+            image.draft("L", (1, 1))
+        return image.tobytes()
 
-def _pixels(encoded: bytes, means: bool) -> bytes:
-    image = Image.open(io.BytesIO(encoded), formats=["JPEG"])
-    if means:
-        image.draft("L", (1, 1))  # one pixel per block, in a quarter of the time
-    return image.tobytes()
+    return "data are missing: it ends before its last row" if ends and pixels(encoded) != pixels(filled) else ""

@@ -21,7 +21,14 @@ from retina_jax.config import DataConfig
 from retina_jax.data.decoding import DECODING, is_plain_jpeg, to_rgb
 from retina_jax.data.image_faults import OneColourImages
 from retina_jax.data.reading import SlowReadMonitor, read_again
-from retina_jax.data.sampler import AUGMENTATION, BucketSampler, eval_order, host_rows, random_bits
+from retina_jax.data.sampler import (
+    AUGMENTATION,
+    BatchIndices,
+    BucketSampler,
+    eval_order,
+    host_rows,
+    random_bits,
+)
 from retina_jax.data.source import BadImage, Source
 from retina_jax.data.transforms import (
     assign_bucket,
@@ -40,9 +47,9 @@ from retina_jax.data.transforms import (
 from retina_jax.errors import reason
 
 log = logging.getLogger(__name__)
+# Larger images (in pixels) are decoded and resized within the budget `DECODING`. So memory is bounded by this budget plus
+# `workers` images of this size.
 LARGE = 2**22
-"""Larger images (in pixels) are decoded and resized within the budget `DECODING`. So memory is bounded by this budget plus
-`workers` images of this size."""
 LOOK_AHEAD = 1000  # largest number of batches that `Batches.canvases` checks
 NOTHING = np.zeros((0, 0, 3), np.uint8)
 
@@ -55,18 +62,9 @@ class Batch(NamedTuple):
     boxes_xyxy: Float32[np.ndarray, "b G 4"]  # pixels of the padded image; 0 for no box
     labels: Int32[np.ndarray, "b G"]  # 0 to K-1; -1 for no box
     indices: Int64[np.ndarray, " b"]  # rows in `source.records`
+    # False for an image repeated to fill an evaluation batch, and for a bad one (black, 1x1, without boxes).
     valid: Bool[np.ndarray, " b"]
-    """False for an image repeated to fill an evaluation batch, and for a bad one (black, 1x1, without boxes)."""
     scales: Float32[np.ndarray, "b 2"]  # pixels per original pixel, along x and y
-
-
-class Rows(NamedTuple):
-    """The images that a host reads at a step."""
-
-    canvas: tuple[int, int]
-    indices: Int64[np.ndarray, " b"]
-    valid: Bool[np.ndarray, " b"]
-    positions: Int64[np.ndarray, " b"]  # seeds for the augmentation
 
 
 def train_batches(
@@ -82,16 +80,11 @@ def train_batches(
     order = BucketSampler(_image_buckets(source, data, max(short_sides), shapes), data.batch_size, seed)
     mine = host_rows(data.batch_size, host, hosts)
 
-    def rows_at(step: int) -> Rows:
-        batch = order.batch(step)
-        indices = batch.indices[mine]
-        return Rows(shapes[batch.bucket], indices, np.ones(len(indices), bool), batch.positions[mine])
-
     def augment(position: int) -> tuple[int, bool]:
         coin, die = random_bits(AUGMENTATION, seed, position, count=2)
         return short_sides[int(die) % len(short_sides)], data.flip and int(coin) % 2 == 1
 
-    return Batches(source, data, rows_at, augment, mine.stop - mine.start, start_step, None)
+    return Batches(source, data, shapes, order.batch, augment, mine, start_step, None)
 
 
 def eval_batches(
@@ -109,15 +102,7 @@ def eval_batches(
         shapes = tuple(sorted({exact_canvas(resized_size(*size, *rule), data) for size in sizes}))
     batches = eval_order(_image_buckets(source, data, data.short_side, shapes)[: limit or None], batch_size)
     mine = host_rows(batch_size, host, hosts)
-
-    def rows_at(step: int) -> Rows:
-        batch = batches[step]
-        return Rows(shapes[batch.bucket], batch.indices[mine], batch.valid[mine], batch.indices[mine])
-
-    def augment(position: int) -> tuple[int, bool]:
-        return data.short_side, False
-
-    return Batches(source, data, rows_at, augment, mine.stop - mine.start, 0, len(batches))
+    return Batches(source, data, shapes, batches.__getitem__, lambda _: (data.short_side, False), mine, 0, len(batches))
 
 
 def overflow(source: Source, data: DataConfig) -> tuple[int, int]:
@@ -127,30 +112,33 @@ def overflow(source: Source, data: DataConfig) -> tuple[int, int]:
 
 
 class Batches(Iterator[Batch]):
-    """Iterator over the batches of steps `start` to `stop` (None: infinite), with `local` images each.
+    """Iterator over the batches of steps `start` to `stop` (None: infinite), with the rows `mine` of each global batch.
 
-    A bad image raises BadImage at its own step. With `data.bad_images` skip, its row is not valid instead; it is logged
-    once, and counted in `skipped` each time its batch is returned. Slow files are waited for, and named in a log line.
+    `augment` returns the short side and whether to flip, from `BatchIndices.positions`. A bad image raises BadImage at its
+    own step. With `data.bad_images` skip, its row is not valid instead; it is logged once, and counted in `skipped` each
+    time its batch is returned. Slow files are waited for, and named in a log line.
     """
 
     def __init__(
         self,
         source: Source,
         data: DataConfig,
-        rows_at: Callable[[int], Rows],
+        shapes: tuple[tuple[int, int], ...],
+        batch_at: Callable[[int], BatchIndices],
         augment: Callable[[int], tuple[int, bool]],
-        local: int,
+        mine: slice,
         start: int,
         stop: int | None,
     ) -> None:
         load()
-        self.skipped: Counter[str] = Counter()
-        """Number of times that each bad image was in a returned batch (`data.bad_images skip`)."""
+        self.skipped: Counter[str] = (
+            Counter()
+        )  # bad image to the number of its returned batches (`data.bad_images skip`)
         self.one_colour = OneColourImages(source.where, len(source))
         self._source, self._data = source, data
-        self._rows_at = functools.lru_cache(maxsize=64)(rows_at)
-        self._augment = augment
-        self._local, self._step, self._stop = local, start, stop
+        self._shapes, self._augment, self._mine = shapes, augment, mine
+        self._batch_at = functools.lru_cache(maxsize=64)(batch_at)
+        self._local, self._step, self._stop = mine.stop - mine.start, start, stop
         self._bad: dict[int, BadImage] = {}
         self._doubted: set[int] = set()
         self._reads = SlowReadMonitor(source.where)
@@ -158,7 +146,8 @@ class Batches(Iterator[Batch]):
 
     def canvases(self, steps: int) -> list[tuple[int, int]]:
         """Padded shapes of the next `steps` batches (at most LOOK_AHEAD), each once, in order of first use."""
-        return list(dict.fromkeys(self._rows_at(self._step + i).canvas for i in range(min(steps, LOOK_AHEAD))))
+        buckets = (self._batch_at(self._step + i).bucket for i in range(min(steps, LOOK_AHEAD)))
+        return list(dict.fromkeys(self._shapes[bucket] for bucket in buckets))
 
     def __next__(self) -> Batch:
         while True:
@@ -170,18 +159,12 @@ class Batches(Iterator[Batch]):
                 break
             except tf.errors.OpError:
                 # TensorFlow does not report which image failed: make the batch again, decoding its images one by one.
-                suspects = set(self._rows_at(self._step).indices.tolist())
+                suspects = set(self._batch_at(self._step).indices[self._mine].tolist())
                 if suspects <= self._doubted:
                     raise
                 self._doubted |= suspects
                 self._iterator = None
-        self._report_bad_images(batch)
-        self.one_colour.look(batch.images, batch.image_sizes, batch.boxes_xyxy, batch.indices, batch.valid)
-        self._step += 1
-        return batch
-
-    def _report_bad_images(self, batch: Batch) -> None:
-        for index in batch.indices[self._rows_at(self._step).valid & ~batch.valid].tolist():
+        for index in batch.indices[self._batch_at(self._step).valid[self._mine] & ~batch.valid].tolist():
             if self._data.bad_images == "stop":
                 self._iterator = None  # so that the next call returns this step again
                 raise self._bad[index]
@@ -189,6 +172,9 @@ class Batches(Iterator[Batch]):
             if name not in self.skipped:
                 log.warning("skipped: %s", self._bad[index])
             self.skipped[name] += 1
+        self.one_colour.look(batch.images, batch.image_sizes, batch.boxes_xyxy, batch.indices, batch.valid)
+        self._step += 1
+        return batch
 
     def _dataset(self) -> tf.data.Dataset:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -228,10 +214,10 @@ class Batches(Iterator[Batch]):
     def _load(self, i: np.int64) -> tuple:
         """Element i without work on pixels: the image from `_read`, flip, padded shape, then the fields of Batch."""
         step, row = divmod(int(i), self._local)
-        rows, data = self._rows_at(step), self._data
+        rows, data, row = self._batch_at(step), self._data, self._mine.start + row
         index = int(rows.indices[row])
         record = self._source.records[index]
-        canvas = np.array(rows.canvas, np.int32)
+        canvas = np.array(self._shapes[rows.bucket], np.int32)
         boxes, labels = np.zeros((data.max_boxes, 4), np.float32), np.full(data.max_boxes, -1, np.int32)
         short_side, flip = self._augment(int(rows.positions[row]))
         height, width = resized_size(record.height, record.width, short_side, data.long_side, data.size_rounding)

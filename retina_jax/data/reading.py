@@ -17,12 +17,14 @@ from retina_jax.errors import reason
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+# Makes opening a pipe without a writer return at once; reading a regular file is not affected.
 NEVER_WAITS = getattr(os, "O_NONBLOCK", 0)
-"""Makes opening a pipe without a writer return at once; reading a regular file is not affected."""
+PATIENCE = 60.0  # seconds of waiting for a batch after which a line is logged
+CHECKS = 5.0  # seconds between two checks of that time
 PAUSES = (0.5, 2.0, 8.0)  # seconds before each retry
 _TEMPORARY = "EIO ESTALE ETIMEDOUT EAGAIN EINTR EBUSY ECONNRESET EREMOTEIO"
+# Possibly temporary errors of network file systems; some systems lack some of the names.
 TEMPORARY = frozenset(getattr(errno, name) for name in _TEMPORARY.split() if hasattr(errno, name))
-"""Possibly temporary errors of network file systems; some systems lack some of the names."""
 
 
 @contextlib.contextmanager
@@ -64,10 +66,6 @@ def read_again(read: Callable[[], T], name: str) -> T:
             log.warning("%s: cannot be read: %s; trying again in %g s", name, reason(error), pause)
         time.sleep(pause)
     return read()
-
-
-PATIENCE = 60.0  # seconds of waiting for a batch after which a line is logged
-CHECKS = 5.0  # seconds between two checks of that time
 
 
 class SlowReadMonitor:
@@ -119,6 +117,5 @@ class SlowReadMonitor:
                 reported = waits
                 longest = sorted(self._reads.copy().values(), key=lambda read: read[1])[:3]
                 files = ", ".join(f"{self._where(index)} ({now - since:.0f} s)" for index, since in longest)
-                log.warning(
-                    "batch %d: waited %.0f s for its images; reading %s", waits[0], now - waits[1], files or "none"
-                )
+                waited = f"batch {waits[0]}: waited {now - waits[1]:.0f} s for its images"
+                log.warning("%s; reading %s", waited, files or "none")

@@ -26,17 +26,10 @@ class BatchIndices(NamedTuple):
 
     bucket: int
     indices: Int64[np.ndarray, " B"]
+    valid: Bool[np.ndarray, " B"]  # False for an image repeated to fill an evaluation batch
+    # In training epoch × N + index, unique for each visit of an image; the seed of its augmentation.
     positions: Int64[np.ndarray, " B"]
-    """epoch × N + index, unique for each visit of an image; the seed of its augmentation."""
-    epoch: int  # epoch that completed the batch; its first images may be from earlier epochs
-
-
-class EvalIndices(NamedTuple):
-    """The images of a global evaluation batch of B."""
-
-    bucket: int
-    indices: Int64[np.ndarray, " B"]
-    valid: Bool[np.ndarray, " B"]  # False for an image repeated to fill the batch
+    epoch: int = 0  # epoch that completed the batch; its first images may be from earlier epochs
 
 
 class _Epoch(NamedTuple):
@@ -46,13 +39,9 @@ class _Epoch(NamedTuple):
 
 
 class BucketSampler:
-    """The global training batches.
+    """The global training batches of images with these buckets. `batch_size` counts images over all hosts.
 
-    Args:
-      buckets: bucket of each image.
-      batch_size: images per batch over all hosts. If a bucket has fewer, a batch contains an image several times, from
-        different epochs.
-      seed: any integer.
+    If a bucket has fewer images than a batch, a batch contains an image several times, from different epochs.
     """
 
     def __init__(self, buckets: Int[np.ndarray, " N"], batch_size: int, seed: int) -> None:
@@ -81,7 +70,7 @@ class BucketSampler:
         for e in np.unique(epochs):
             now = epochs == e
             indices[now] = self._epoch(int(e)).queues[bucket][ranks[now]]
-        return BatchIndices(bucket, indices, epochs * len(self._of_image) + indices, number)
+        return BatchIndices(bucket, indices, np.ones(size, bool), epochs * len(self._of_image) + indices, number)
 
     def _batches_before(self, epoch: int) -> int:
         return sum(epoch * n // self._batch_size for n in self._sizes)
@@ -103,7 +92,7 @@ class BucketSampler:
         return _Epoch(queues, np.concatenate(buckets)[in_turn], np.concatenate(ends)[in_turn])
 
 
-def eval_order(buckets: Int[np.ndarray, " N"], batch_size: int) -> list[EvalIndices]:
+def eval_order(buckets: Int[np.ndarray, " N"], batch_size: int) -> list[BatchIndices]:
     """Global evaluation batches: each image once, bucket by bucket; the last batch of a bucket repeats its last image."""
     batches = []
     for bucket in np.unique(buckets):
@@ -111,7 +100,7 @@ def eval_order(buckets: Int[np.ndarray, " N"], batch_size: int) -> list[EvalIndi
         for start in range(0, len(images), batch_size):
             rows = np.arange(start, start + batch_size)
             indices = images[np.minimum(rows, len(images) - 1)]
-            batches.append(EvalIndices(int(bucket), indices, rows < len(images)))
+            batches.append(BatchIndices(int(bucket), indices, rows < len(images), indices))
     return batches
 
 

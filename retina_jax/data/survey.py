@@ -114,10 +114,10 @@ def read_votes(
         log(f"reading the headers of {len(paths)} images ...")
     with ThreadPoolExecutor(READERS) as pool:
         for row, header in enumerate(pool.map(_header_or_none, paths)):
-            if header is not None:
-                votes.add(names[row], header, sizes_wh[row])
-                if header.deep:
-                    deep.append(row)
+            if header is not None and (shown := header.shown_by(sizes_wh[row])):
+                getattr(votes, shown).append(names[row])
+            if header is not None and header.deep:
+                deep.append(row)
     return votes, deep
 
 
