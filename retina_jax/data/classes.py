@@ -43,8 +43,7 @@ def match(classes: Sequence[Category], categories: Sequence[Category]) -> list[i
 def category_ids(classes: Sequence[Category], data: HasClasses, where: str) -> list[int | None]:
     """Returns the category id in `data` of each of a detector's `classes`; None if the data lacks it.
 
-    Raises ConfigError, which begins with `where`, if the data has boxes of a category that is none of `classes`, or that
-    could be several of them.
+    Raises ConfigError, which begins with `where`, if the data has boxes of a category that is none or several of `classes`.
     """
     categories = data.categories
     found = match(classes, categories)
@@ -98,11 +97,10 @@ def placeholders(
 ) -> dict[Category, str]:
     """Returns the categories that are no classes, each with the reason. None of them has an annotation.
 
-    An empty parent category is the supercategory of another category, or is Roboflow's: it has id 0 and is the only one
-    with the supercategory "none" (exports list the project so, then its classes). It is a class if it is one of `known`,
-    the classes of a run or of the other split; with `known`, `empty_parents` changes nothing. A category with the name of
-    an annotated one is left out too, unless several of `known` share the name: only its name could be learned. Every other
-    category without annotations is a class, because another split may have boxes of it.
+    An empty parent category is the supercategory of another category, or Roboflow's entry of the project: it has id 0 and
+    is the only one with the supercategory "none". It is a class if it is one of `known`, the classes of a run or of the
+    other split; with `known`, `empty_parents` changes nothing. A category with the name of an annotated one is left out
+    too, unless several of `known` share the name. Every other category is a class: another split may have boxes of it.
     """
     parents = Counter(supercategories)
     names = {name for category_id, name in categories if category_id in annotated}
@@ -128,10 +126,10 @@ def open_both(
     val: Callable[[Sequence[Category]], Opened],
     known: Sequence[Category] = (),
 ) -> tuple[Opened, Opened]:
-    """Opens the training and the evaluation data with one decision on which categories are classes.
+    """Opens the training and the evaluation data, each by a function of the classes that it must keep.
 
-    `train` and `val` open them with the classes that they must keep. A category that training would leave out is a
-    class if evaluation has boxes of it, unless `known`, the classes of a run to be resumed, decide.
+    A category that training would leave out is a class if evaluation has boxes of it, unless `known`, the classes of a run
+    to be resumed, decide.
     """
     first = train(known)
     second = val(first.categories)

@@ -25,13 +25,6 @@ WIDTH, HEIGHT = 128, 96
 Edit = Callable[[dict[str, Any]], None]
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the cache of image sizes is written."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
-
-
 def plain() -> dict[str, Any]:
     """Four images, 0.png to 3.png, with a box of either class in each."""
     rng = np.random.default_rng(0)
