@@ -221,11 +221,13 @@ class _Parser:
                 wrong = f"category_id must be one of {short(sorted(label_of))}, not {entry.category_id}"
             else:
                 try:
-                    segmentation = coco_entries.decode_segmentation(entry.segmentation)
+                    segmentation = entry.segmentation
+                    if isinstance(segmentation, msgspec.Raw):
+                        segmentation = msgspec.json.decode(segmentation) if bytes(segmentation) else None
                     around = coco_entries.box_of(segmentation, images[owners[m]][2:])
-                except DataError as error:
-                    # A bbox without area is dropped later, and counted.
-                    wrong = str(error) if entry.bbox is None else ""
+                except (ValueError, RecursionError) as error:
+                    if entry.bbox is None:  # a bbox without area is dropped later, and counted
+                        wrong = str(error) if isinstance(error, DataError) else coco_entries.NOT_POLYGONS
             if around is not None:
                 numbers[m], origin[m] = around, "mask" if isinstance(segmentation, dict) else "polygons"
                 areas[m] = areas[m] or np.nan  # 0 was the area of the bbox

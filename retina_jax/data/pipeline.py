@@ -18,32 +18,12 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 
 from retina_jax.config import DataConfig
+from retina_jax.data import sampler, transforms
 from retina_jax.data.decoding import DECODING, is_plain_jpeg, to_rgb
 from retina_jax.data.image_faults import OneColourImages
 from retina_jax.data.reading import SlowReadMonitor, read_again
-from retina_jax.data.sampler import (
-    AUGMENTATION,
-    BatchIndices,
-    BucketSampler,
-    eval_order,
-    host_rows,
-    random_bits,
-)
 from retina_jax.data.source import BadImage, Source
-from retina_jax.data.transforms import (
-    assign_bucket,
-    buckets,
-    exact_canvas,
-    flip_boxes,
-    load,
-    pad,
-    resize,
-    resize_large,
-    resized_size,
-    tf,
-    to_canvas_pixels,
-    train_short_sides,
-)
+from retina_jax.data.transforms import tf
 from retina_jax.errors import reason
 
 log = logging.getLogger(__name__)
@@ -74,14 +54,14 @@ def train_batches(
 
     At each step all hosts get the same padded shape, and together the images that a single host would get.
     """
-    short_sides = train_short_sides(data)
-    shapes = buckets(data, short_sides)
+    short_sides = transforms.train_short_sides(data)
+    shapes = transforms.buckets(data, short_sides)
     # A padded shape for the largest short side also fits the others.
-    order = BucketSampler(_image_buckets(source, data, max(short_sides), shapes), data.batch_size, seed)
-    mine = host_rows(data.batch_size, host, hosts)
+    order = sampler.BucketSampler(_image_buckets(source, data, max(short_sides), shapes), data.batch_size, seed)
+    mine = sampler.host_rows(data.batch_size, host, hosts)
 
     def augment(position: int) -> tuple[int, bool]:
-        coin, die = random_bits(AUGMENTATION, seed, position, count=2)
+        coin, die = sampler.random_bits(sampler.AUGMENTATION, seed, position, count=2)
         return short_sides[int(die) % len(short_sides)], data.flip and int(coin) % 2 == 1
 
     return Batches(source, data, shapes, order.batch, augment, mine, start_step, None)
@@ -95,13 +75,13 @@ def eval_batches(
     All hosts get as many batches, with the same shapes; rows that only fill a batch are not `valid`. With `data.buckets` 0
     the images of a batch have their exact padded shape.
     """
-    shapes = buckets(data, (data.short_side,))
+    shapes = transforms.buckets(data, (data.short_side,))
     if data.buckets == 0:
         sizes = {(record.height, record.width) for record in source.records}
         rule = data.short_side, data.long_side, data.size_rounding
-        shapes = tuple(sorted({exact_canvas(resized_size(*size, *rule), data) for size in sizes}))
-    batches = eval_order(_image_buckets(source, data, data.short_side, shapes)[: limit or None], batch_size)
-    mine = host_rows(batch_size, host, hosts)
+        shapes = tuple(sorted({transforms.exact_canvas(transforms.resized_size(*size, *rule), data) for size in sizes}))
+    batches = sampler.eval_order(_image_buckets(source, data, data.short_side, shapes)[: limit or None], batch_size)
+    mine = sampler.host_rows(batch_size, host, hosts)
     return Batches(source, data, shapes, batches.__getitem__, lambda _: (data.short_side, False), mine, 0, len(batches))
 
 
@@ -124,13 +104,13 @@ class Batches(Iterator[Batch]):
         source: Source,
         data: DataConfig,
         shapes: tuple[tuple[int, int], ...],
-        batch_at: Callable[[int], BatchIndices],
+        batch_at: Callable[[int], sampler.BatchIndices],
         augment: Callable[[int], tuple[int, bool]],
         mine: slice,
         start: int,
         stop: int | None,
     ) -> None:
-        load()
+        transforms.load()
         self.skipped: Counter[str] = (
             Counter()
         )  # bad image to the number of its returned batches (`data.bad_images skip`)
@@ -200,7 +180,7 @@ class Batches(Iterator[Batch]):
         image = tf.cond(
             tf.size(resized) > 0,
             lambda: resized,
-            lambda: resize(
+            lambda: transforms.resize(
                 tf.cond(tf.strings.length(encoded) > 0, lambda: decode_jpeg(encoded), lambda: decoded),
                 size,
                 self._data.resize,
@@ -209,7 +189,7 @@ class Batches(Iterator[Batch]):
         )
         # Flipped last, so that a flipped image has exactly the pixels of the original.
         image = tf.cond(flip, lambda: tf.reverse(image, axis=[1]), lambda: image)
-        return pad(image, canvas), size, *others
+        return transforms.pad(image, canvas), size, *others
 
     def _load(self, i: np.int64) -> tuple:
         """Element i without work on pixels: the image from `_read`, flip, padded shape, then the fields of Batch."""
@@ -220,7 +200,9 @@ class Batches(Iterator[Batch]):
         canvas = np.array(self._shapes[rows.bucket], np.int32)
         boxes, labels = np.zeros((data.max_boxes, 4), np.float32), np.full(data.max_boxes, -1, np.int32)
         short_side, flip = self._augment(int(rows.positions[row]))
-        height, width = resized_size(record.height, record.width, short_side, data.long_side, data.size_rounding)
+        height, width = transforms.resized_size(
+            record.height, record.width, short_side, data.long_side, data.size_rounding
+        )
         try:
             inputs = self._read(index, (height, width))
         except BadImage as error:
@@ -231,8 +213,8 @@ class Batches(Iterator[Batch]):
         scales = np.array([width / record.width, height / record.height])
         n = min(len(record.labels), data.max_boxes)
         # In float64, so that a box that ends at the image's edge still does after the resize.
-        scaled = to_canvas_pixels(record.boxes_xyxy[:n], scales, data.box_ends).astype(np.float32)
-        boxes[:n] = flip_boxes(scaled, width) if flip else scaled
+        scaled = transforms.to_canvas_pixels(record.boxes_xyxy[:n], scales, data.box_ends).astype(np.float32)
+        boxes[:n] = transforms.flip_boxes(scaled, width) if flip else scaled
         labels[:n] = record.labels[:n]
         size, valid = np.array([height, width], np.int32), bool(rows.valid[row])
         return *inputs, flip, canvas, size, boxes, labels, np.int64(index), valid, scales.astype(np.float32)
@@ -254,7 +236,7 @@ class Batches(Iterator[Batch]):
             if pixels > LARGE:
                 with DECODING.share(pixels):
                     image = to_rgb(encoded, decoding, **annotated)
-                    return b"", NOTHING, resize_large(image, size_hw, data.resize, data.pixels)
+                    return b"", NOTHING, transforms.resize_large(image, size_hw, data.resize, data.pixels)
             if is_plain_jpeg(encoded, decoding, **annotated):
                 if index not in self._doubted:
                     return encoded, NOTHING, not_resized
@@ -277,6 +259,8 @@ def _image_buckets(
 ) -> Int64[np.ndarray, " N"]:
     @functools.cache
     def bucket(height: int, width: int) -> int:
-        return assign_bucket(resized_size(height, width, short_side, data.long_side, data.size_rounding), shapes)
+        return transforms.assign_bucket(
+            transforms.resized_size(height, width, short_side, data.long_side, data.size_rounding), shapes
+        )
 
     return np.array([bucket(record.height, record.width) for record in source.records], np.int64)
