@@ -98,8 +98,6 @@ def read_tfds(
         ids=np.arange(1, len(labels) + 1),
     )
     records, rows, counts = table.records(images_without_boxes)
-    if not records:
-        raise DataError(f"{called}: objects has no usable box in any image ({counts}); training needs at least one")
 
     def where(i: int) -> str:
         return f"{called} example {rows[i]} ({records[i].file_name or records[i].image_id})"
@@ -160,12 +158,11 @@ def _categories(builder: tfds.core.DatasetBuilder, called: str) -> list[Category
 def _match_truth(
     index: Index, content: Content, path: str, classes: list[Category], called: str
 ) -> tuple[list[int], list[Category], Int64[np.ndarray, " M"]]:
-    """Returns the ids of the images in the JSON `content` of `path`, the categories there of `classes`, and the labels
-    among them.
+    """Returns the ids of the images in the JSON `content` of `path`, its categories of `classes`, and the labels there.
 
     Images are matched by file name, without names by id; classes as in `classes.match`, without names (TFDS calls them
-    "0", "1", ...) by ascending id. Classes that one side lacks are left out if they have no box. Raises DataError for one
-    with a box, and for an image that the JSON lacks.
+    "0", "1", ...) by ascending id. Raises DataError for a class with a box that one side lacks, and for an image that the
+    JSON lacks.
     """
     images, categories = content.table.images, content.table.categories
     unnamed = [name for _, name in classes] == [str(k) for k in range(len(classes))]
@@ -250,8 +247,7 @@ class TFRecordExamples(Examples):
     """The examples of a split in TFRecord files, TFDS's default format, by index. Threads may read at once.
 
     `split` is a name or an instruction such as train[:10%]; ValueError if there is no such split. A record is its length
-    (8 bytes, little-endian), 4 bytes of checksum, the data, 4 bytes of checksum. One pass over the lengths finds the
-    offsets when a file is first read. Checksums are not verified.
+    (8 bytes, little-endian), 4 bytes of checksum, the data, 4 bytes of checksum. Checksums are not verified.
     """
 
     def __init__(self, info: tfds.core.DatasetInfo, split: str) -> None:
