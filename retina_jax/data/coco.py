@@ -31,9 +31,9 @@ def read_coco(
 ) -> Source:
     """Returns the data set of a COCO JSON file. "drop" (for training) leaves out images without a usable box.
 
-    With `unlabelled`, the key `annotations` may be missing. `options` are those of CocoOptions. Raises DataError, one line
-    that names the file, the entry and what would be right: for anything in the file that cannot be used, boxes that look
-    as if in another format, and no images at all. Only images without a size are opened.
+    With `unlabelled`, the key `annotations` may be missing. `options` are those of `parse_document`. Raises DataError, which
+    names the file, the entry and what would be right, for anything in the file that cannot be used, boxes that look as if
+    in another format, and no images at all. Only images without a size are opened.
 
     A `file_name` is a path inside `images`. An absolute one or one with `..` is not followed, but a file of that base name
     inside is taken if it is the only one (`find_images`). A folder, pipe or device in place of an image is a BadImage when

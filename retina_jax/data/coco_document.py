@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -15,29 +15,20 @@ from jaxtyping import Int64
 
 from retina_jax.config import DataConfig
 from retina_jax.data import coco_entries
-from retina_jax.data.box_formats import BoxFormat, boxes_in_pixels
+from retina_jax.data.box_formats import boxes_in_pixels
 from retina_jax.data.classes import Category, placeholders, unique_names
 from retina_jax.data.coco_entries import CocoFile, Entry, Mistake, escapes, short
-from retina_jax.data.conventions import Orientation
+from retina_jax.data.conventions import Header, Orientation
 from retina_jax.data.image_paths import Places, find_images
 from retina_jax.data.source import BoxTable, DataError, Image
-from retina_jax.data.survey import Size, read_sizes, read_votes
+from retina_jax.data.survey import read_headers, read_votes
 
-
-class CocoOptions(NamedTuple):
-    """How a COCO JSON file is read; DataConfig explains all but `known`."""
-
-    box_format: BoxFormat = "auto"
-    crowds: Literal["ignore", "objects"] = "ignore"
-    orientation: Literal["auto", "stored", "turned"] = "auto"
-    undecided_orientation: Orientation = "turned"
-    empty_parents: Literal["drop", "keep"] = "drop"
-    known: Sequence[Category] = ()  # classes that stay classes without a box (`classes.placeholders`)
+OPTIONS = ("box_format", "crowds", "orientation", "undecided_orientation", "empty_parents")  # fields of DataConfig
 
 
 def configured(data: DataConfig, known: Sequence[Category]) -> dict[str, Any]:
-    """The CocoOptions of a config, by name."""
-    return {"known": known} | {key: getattr(data, key) for key in CocoOptions._fields if key != "known"}
+    """The options of `parse_document` from a config."""
+    return {"known": known} | {key: getattr(data, key) for key in OPTIONS}
 
 
 class Note(NamedTuple):
@@ -68,10 +59,12 @@ def parse_document(
     mistakes: list[Mistake] | None = None,
     *,
     folder: Path | None = None,
+    known: Sequence[Category] = (),
     **options: Any,
 ) -> Content:
-    """Returns the content of `document`: a CocoFile, or any JSON value. `options` are those of CocoOptions.
+    """Returns the content of `document`: a CocoFile, or any JSON value. `options` are the fields OPTIONS of DataConfig.
 
+    `known` are classes that stay classes without a box (`classes.placeholders`).
     With a list of `mistakes`, entries that cannot be used are added to it and left out, refused notes are kept, and only a
     file without its three lists raises DataError. Without one, the first mistake raises DataError. Without a `folder`,
     images are not located, and missing sizes stay 0.
@@ -79,18 +72,18 @@ def parse_document(
     if not isinstance(document, CocoFile | dict):
         raise DataError(f"{path}: must be an object with images, annotations and categories, not {short(document)}")
     lists = document if isinstance(document, dict) else msgspec.structs.asdict(document)
-    return _Parser(path, lists, mistakes, CocoOptions(**options)).parse(folder)
+    return _Parser(path, lists, mistakes, DataConfig(**options)).parse(folder, known)
 
 
 class _Parser:
     """Parses one file; collects notes, and mistakes where they are wanted."""
 
-    def __init__(self, path: Path, lists: dict, mistakes: list[Mistake] | None, options: CocoOptions) -> None:
+    def __init__(self, path: Path, lists: dict, mistakes: list[Mistake] | None, options: DataConfig) -> None:
         self.path, self.lists, self.mistakes, self.options = path, lists, mistakes, options
         self.notes: list[Note] = []
         self.texts: Counter[str] = Counter()
 
-    def parse(self, folder: Path | None) -> Content:
+    def parse(self, folder: Path | None, known: Sequence[Category]) -> Content:
         listed = [entry for _, entry in self.entries("categories", coco_entries.CategoryEntry)]
         categories = [(entry.id, entry.name) for entry in listed]
         entries = self.entries("images", coco_entries.ImageEntry)
@@ -105,7 +98,7 @@ class _Parser:
             self.notes.append(Note("text_numbers", text))
         annotated = frozenset(categories[label][0] for label in np.unique(table.labels))
         above = [entry.supercategory if isinstance(entry.supercategory, str) else None for entry in listed]
-        left_out = placeholders(categories, above, annotated, self.options.known, self.options.empty_parents)
+        left_out = placeholders(categories, above, annotated, known, self.options.empty_parents)
         is_class = np.array([category not in left_out for category in categories], bool)
         classes = [category for category in categories if category not in left_out]
         table = replace(table, categories=classes, labels=(np.cumsum(is_class) - 1)[table.labels])
@@ -156,11 +149,11 @@ class _Parser:
         images = [(e.id, e.file_name, *((e.width, e.height) if e.width and e.height else (0, 0))) for _, e in entries]
         names = [entry.file_name for _, entry in entries]
         places = Places([], {row: "" for row, name in enumerate(names) if escapes(name)}, [])
-        sizes: dict[int, Size | str] = {}
+        sizes: dict[int, Header | str] = {}
         if folder is not None:
             places = find_images(folder, names)
             unknown = [row for row, image in enumerate(images) if not image[2]]
-            sizes = dict(zip(unknown, read_sizes([Path(places.paths[row]) for row in unknown]), strict=True))
+            sizes = dict(zip(unknown, read_headers([Path(places.paths[row]) for row in unknown]), strict=True))
         if places.moved:
             first = f"{short(names[places.moved[0]])} is read from {places.paths[places.moved[0]]}"
             text = f"{len(places.moved)} of {len(names)} images are not at the path in file_name: {first}"
@@ -181,15 +174,15 @@ class _Parser:
             if row in places.missing:
                 missing[len(kept)] = places.missing[row]
             if size is not None:
-                images[row] = (*images[row][:2], *size.shown(orientation))
+                images[row] = (*images[row][:2], *(size.turned_size if orientation == "turned" else size.size))
             kept.append(row)
         unsized = frozenset(place for place, row in enumerate(kept) if row in sizes)
         return [images[row] for row in kept], [places.paths[row] for row in kept if folder], missing, unsized
 
-    def orientation(self, images: list[Image], places: Places, sizes: dict[int, Size | str]) -> Orientation:
+    def orientation(self, images: list[Image], places: Places, sizes: dict[int, Header | str]) -> Orientation:
         """The convention for the files whose `sizes` are not annotated, as the other images show it."""
         chosen, undecided = self.options.orientation, self.options.undecided_orientation
-        if chosen != "auto" or not any(isinstance(size, Size) and size.turned for size in sizes.values()):
+        if chosen != "auto" or not any(isinstance(size, Header) and size.orientation >= 5 for size in sizes.values()):
             return undecided if chosen == "auto" else chosen
         sized = [row for row in range(len(images)) if row not in sizes]
         files = [Path(places.paths[row]) for row in sized]

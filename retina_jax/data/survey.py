@@ -12,13 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
 from retina_jax.config import DataConfig
 from retina_jax.console import log, warn
-from retina_jax.data.conventions import Decoding, Header, Orientation, Votes
+from retina_jax.data.conventions import Decoding, Header, Votes
 from retina_jax.data.decoding import FORMATS, MAX_PIXELS, largest_file, open_image, read_header
 from retina_jax.data.reading import open_file, read_again, read_file
 from retina_jax.data.sixteen_bits import Range, Values, colours, find_range, is_deep, samples
@@ -45,19 +44,6 @@ class Survey:
         if self.range is None:
             return Decoding(orientation, bits), lines
         return Decoding(orientation, bits or self.range.bits), lines + self.range.lines(bits)
-
-
-class Size(NamedTuple):
-    """Size of an image as stored."""
-
-    width: int
-    height: int
-    turned: bool  # whether its EXIF orientation swaps width and height
-
-    def shown(self, orientation: Orientation) -> tuple[int, int]:
-        """Width and height of the pixels that boxes lie on."""
-        swapped = self.turned and orientation == "turned"
-        return (self.height, self.width) if swapped else (self.width, self.height)
 
 
 def with_decoding(source: Source, data: DataConfig) -> Source:
@@ -110,15 +96,35 @@ def read_votes(
 ) -> tuple[Votes, list[int]]:
     """The orientation that the headers show, and the rows of the 16-bit images; see `survey_files`."""
     votes, deep = Votes(), []
+    for row, header in enumerate(read_headers(paths)):
+        if isinstance(header, Header) and (shown := header.shown_by(sizes_wh[row])):
+            getattr(votes, shown).append(names[row])
+        if isinstance(header, Header) and header.deep:
+            deep.append(row)
+    return votes, deep
+
+
+def read_headers(paths: Sequence[Path]) -> list[Header | str]:
+    """The header of each image file, or in one line why it cannot be read."""
     if len(paths) > MANY:
         log(f"reading the headers of {len(paths)} images ...")
+
+    def read(path: Path) -> Header:
+        with open_file(path) as file:
+            return read_header(Image.open(file, formats=FORMATS))
+
+    def header_or_reason(path: Path) -> Header | str:
+        try:
+            header = read_again(partial(read, path), str(path))
+        except UnidentifiedImageError:
+            return f"it is not an image in one of the formats {', '.join(FORMATS)}"
+        except Exception as error:  # PIL raises nearly anything for a broken header
+            return reason(error)
+        width, height = header.size
+        return header if 0 < width * height <= MAX_PIXELS else f"it has {width} x {height} pixels"
+
     with ThreadPoolExecutor(READERS) as pool:
-        for row, header in enumerate(pool.map(_header_or_none, paths)):
-            if header is not None and (shown := header.shown_by(sizes_wh[row])):
-                getattr(votes, shown).append(names[row])
-            if header is not None and header.deep:
-                deep.append(row)
-    return votes, deep
+        return list(pool.map(header_or_reason, paths))
 
 
 def range_of(reads: Iterable[Callable[[], bytes]]) -> Range | None:
@@ -135,39 +141,3 @@ def range_of(reads: Iterable[Callable[[], bytes]]) -> Range | None:
 def spread(rows: Sequence[int]) -> list[int]:
     """At most SAMPLE of the rows, evenly spread."""
     return [rows[i * len(rows) // min(SAMPLE, len(rows))] for i in range(min(SAMPLE, len(rows)))]
-
-
-def read_sizes(paths: Sequence[Path]) -> list[Size | str]:
-    """The size of each image file, or in one line why it cannot be read."""
-    if len(paths) > MANY:
-        log(f"reading the sizes of {len(paths)} images, which are missing from their annotations ...")
-    with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(_read_size, paths))
-
-
-def _read_header(path: Path) -> Header:
-    def read() -> Header:
-        with open_file(path) as file:
-            return read_header(Image.open(file, formats=FORMATS))
-
-    return read_again(read, str(path))
-
-
-def _header_or_none(path: Path) -> Header | None:
-    """None if the file cannot be read or is not an image; training reports why."""
-    with contextlib.suppress(Exception):
-        return _read_header(path)
-    return None
-
-
-def _read_size(path: Path) -> Size | str:
-    try:
-        header = _read_header(path)
-    except UnidentifiedImageError:
-        return f"it is not an image in one of the formats {', '.join(FORMATS)}"
-    except Exception as error:  # PIL raises nearly anything for a broken header
-        return reason(error)
-    width, height = header.size
-    if not 0 < width * height <= MAX_PIXELS:
-        return f"it has {width} x {height} pixels"
-    return Size(width, height, header.orientation >= 5)
