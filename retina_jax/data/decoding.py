@@ -75,8 +75,8 @@ def to_rgb(
     (width, height); not if only the stored size is, because the boxes then lie on the stored pixels. If both are, or it is
     None (prediction), `decoding.orientation` decides.
 
-    Raises BadImage, one line without the file's name, if the file is not an image of FORMATS, is truncated or broken, has
-    more than MAX_PIXELS, or has neither of the two sizes.
+    Raises BadImage, without the file's name, if the file is not an image of FORMATS, is truncated or broken, has more than
+    MAX_PIXELS, or has neither of the two sizes.
     """
     image = open_image(encoded)
     try:
@@ -91,7 +91,13 @@ def to_rgb(
         if image.format == "TIFF" and header.orientation in TURNS and ORIENTATION_TAG not in image.getexif():
             # Newer versions of PIL turn TIFFs when they load them.
             turn = None if turn is not None else UNDO[header.orientation]
-        return np.asarray(_eight_bit_rgb(eight if turn is None else eight.transpose(turn)))
+        shown = eight if turn is None else eight.transpose(turn)
+        if ImageMode.getmode(shown.mode).basetype == "F":
+            raise BadImage("has floating-point pixels of unknown range; 8 or 16 bits are supported")
+        if shown.has_transparency_data:
+            layer = shown.convert("RGBA")
+            shown = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+        return np.asarray(shown.convert("RGB"))
     except BadImage:
         raise
     except Exception as error:
@@ -214,12 +220,3 @@ def _has_late_exif(image: Image.Image) -> bool:
         file.seek(length + 4, io.SEEK_CUR)
     file.seek(before)
     return found
-
-
-def _eight_bit_rgb(image: Image.Image) -> Image.Image:
-    if ImageMode.getmode(image.mode).basetype == "F":
-        raise BadImage("has floating-point pixels of unknown range; 8 or 16 bits are supported")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")

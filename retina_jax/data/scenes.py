@@ -119,7 +119,10 @@ def draw_scene(config: ScenesConfig, stream: int, index: int) -> Scene:
     labels, boxes, areas, visible = [], [], np.zeros(0, int), np.zeros(0, int)
     for is_object in rng.permutation(wanted):
         label = int(rng.integers(config.classes))
-        shape, hue = CLASSES[label] if is_object else _lookalike(rng, label)
+        shape, hue = CLASSES[label]
+        if not is_object:  # the class's shape in another hue, or its hue in another shape
+            other = CLASSES[int((label + rng.integers(1, len(SHAPES))) % len(SHAPES))]
+            shape, hue = (shape, other[1]) if rng.random() < 0.5 else (other[0], hue)
         for _ in range(PLACES_TRIED):
             box = _draw_box(rng, config)
             side = float(np.sqrt(box[2] * box[3]))
@@ -190,29 +193,14 @@ def draw_shape(
         # PIL's coordinates are pixel centres, ours are corners.
         pen.polygon((pixels * SUPERSAMPLING - 0.5).ravel().tolist(), fill=ink)
     mask = np.asarray(drawing)
-    return (left, top), _averaged(mask), _averaged(_eroded(mask, round(outline * SUPERSAMPLING)))
-
-
-def _eroded(mask: np.ndarray, radius: int) -> np.ndarray:
-    """The minimum of the mask at `radius` pixels in eight directions."""
-    height, width = mask.shape
-    padded = np.pad(mask, radius)
-    diagonal = round(radius / 2**0.5)
+    radius = round(outline * SUPERSAMPLING)
+    padded, diagonal = np.pad(mask, radius), round(radius / 2**0.5)
     steps = [(0, radius), (0, -radius), (radius, 0), (-radius, 0)]
     steps += [(a * diagonal, b * diagonal) for a in (-1, 1) for b in (-1, 1)]
-    shifted = [padded[radius + down :, radius + right :][:height, :width] for down, right in steps]
-    return np.minimum.reduce([mask, *shifted])
-
-
-def _averaged(mask: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.fromarray(mask).reduce(SUPERSAMPLING), np.float32) / 255
-
-
-def _lookalike(rng: np.random.Generator, label: int) -> tuple[str, float]:
-    """The class's shape in another hue, or its hue in another shape; not a class."""
-    shape, hue = CLASSES[label]
-    other = CLASSES[int((label + rng.integers(1, len(SHAPES))) % len(SHAPES))]
-    return (shape, other[1]) if rng.random() < 0.5 else (other[0], hue)
+    shifted = [padded[radius + y :, radius + x :][: mask.shape[0], : mask.shape[1]] for y, x in steps]
+    eroded = np.minimum.reduce([mask, *shifted])
+    cover, inside = (np.asarray(Image.fromarray(m).reduce(SUPERSAMPLING), np.float32) / 255 for m in (mask, eroded))
+    return (left, top), cover, inside
 
 
 def _draw_box(rng: np.random.Generator, config: ScenesConfig) -> tuple[float, float, float, float]:

@@ -39,12 +39,19 @@ def samples(image: Image.Image, reopen: Callable[[], Image.Image]) -> UInt16[np.
     """All 16 bits of an image that `is_deep` and is not loaded, oriented as PIL loads it. Negative values become 0.
 
     c is 1 for grey, 2 for grey and alpha, 3 for RGB, 4 for RGB and alpha. `reopen` opens the file again, to read the lower
-    bytes of colours with the byte order exchanged. Raises BadImage for values above 65535 and for TIFFs with separate planes
-    or with white as 0, and what PIL raises.
+    bytes of colours with the byte order exchanged. Raises BadImage for what is not supported, and what PIL raises.
     """
     raw = _raw_mode(image)
     if image.format == "TIFF":
-        _check_layout(image)
+        tags = image.tag_v2
+        if tags.get(PLANES_TAG, 1) != 1 and tags.get(CHANNELS_TAG, 1) > 1:
+            wrong = "with separate planes; save it with interleaved channels (planar configuration 1)"
+            raise BadImage(f"is a 16-bit TIFF {wrong}")
+        if tags.get(PHOTOMETRIC_TAG) == 0:
+            wrong = "in which 0 is white; save it with 0 as black (photometric interpretation 1)"
+            raise BadImage(f"is a 16-bit TIFF {wrong}")
+        if not image.mode.startswith("I") and raw not in {*COLOURS, GREY_ALPHA}:
+            raise BadImage(f"is a 16-bit TIFF with an unsupported layout ({image.mode}); save it as grey or RGB")
     image.load()
     if image.mode.startswith("I"):
         values = np.asarray(image)[..., None]
@@ -83,18 +90,6 @@ def to_eight_bits(values: UInt16[np.ndarray, "h w c"], bits: int) -> Image.Image
 @functools.cache
 def _warn_once(bits: int) -> None:
     log.warning("a 16-bit image has values above the range of %d bits, which become white; set data.bits", bits)
-
-
-def _check_layout(image: Image.Image) -> None:
-    tags = image.tag_v2
-    if tags.get(PLANES_TAG, 1) != 1 and tags.get(CHANNELS_TAG, 1) > 1:
-        raise BadImage(
-            "is a 16-bit TIFF with separate planes; save it with interleaved channels (planar configuration 1)"
-        )
-    if tags.get(PHOTOMETRIC_TAG) == 0:
-        raise BadImage("is a 16-bit TIFF in which 0 is white; save it with 0 as black (photometric interpretation 1)")
-    if not image.mode.startswith("I") and _raw_mode(image) not in {*COLOURS, GREY_ALPHA}:
-        raise BadImage(f"is a 16-bit TIFF with an unsupported layout ({image.mode}); save it as grey or RGB")
 
 
 def _combined(high: UInt8[np.ndarray, "h w c"], low: UInt8[np.ndarray, "h w c"]) -> UInt16[np.ndarray, "h w c"]:
