@@ -1,8 +1,7 @@
 """Classes of runs and data sets: which of them are the same, which are left out, and how they are shown.
 
-A class of a data set is a category id; its name is a label, which several categories may share. Label k is the k-th class
-in the order of the file, so training does not depend on the ids: the same list with other ids gives the same parameters,
-bit for bit. A resumed run keeps the order that it started with (`Source.arranged`).
+A class of a data set is a category id; several may share a name. Label k is the k-th class in the order of the file, so
+training does not depend on the ids. A resumed run keeps the order that it started with (`Source.arranged`).
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ class HasClasses(Protocol):
 
 
 Opened = TypeVar("Opened", bound=HasClasses)
+Opener = Callable[[Sequence[Category]], Opened]
 
 
 def match(classes: Sequence[Category], categories: Sequence[Category]) -> list[int | None]:
@@ -52,26 +52,23 @@ def category_ids(classes: Sequence[Category], data: HasClasses, where: str) -> l
         names = {name for _, name in classes}
         ambiguous = [category for category in unknown if category[1] in names]
         shown = ", ".join(f"{name} ({category_id})" for category_id, name in (ambiguous or unknown)[:SHOWN])
+        wrong = f"has boxes of categories that the detector lacks: {shown}; its classes are {listed(classes)}; "
+        wrong += "remove these boxes, or list these categories in the training data too"
         if ambiguous:
             repeated = {name for _, name in ambiguous}
             own = ", ".join(f"{name} ({category_id})" for category_id, name in classes if name in repeated)
-            raise ConfigError(
-                f"{where}: boxes of {shown} cannot be assigned to a class: the name occurs more than once, and the id is "
-                f"not that of the detector's {own}; use its ids, or give each category a unique name"
+            wrong = (
+                f"boxes of {shown} cannot be assigned to a class: the name occurs more than once, and the id is not "
             )
-        raise ConfigError(
-            f"{where}: has boxes of categories that the detector lacks: {shown}; its classes are {listed(classes)}; "
-            "remove these boxes, or list these categories in the training data too"
-        )
+            wrong += f"that of the detector's {own}; use its ids, or give each category a unique name"
+        raise ConfigError(f"{where}: {wrong}")
     return [None if i is None else categories[i][0] for i in found]
 
 
 def differ(classes: Sequence[Category], categories: Sequence[Category], where: str) -> ConfigError:
     """The error of a run of `classes` that cannot be resumed on data of `categories`."""
-    return ConfigError(
-        f"{where}: its run has {len(classes)} classes ({listed(classes)}), the data has {len(categories)} "
-        f"({listed(categories)}); use the same data or another --workdir"
-    )
+    sides = f"{len(classes)} classes ({listed(classes)}), the data has {len(categories)} ({listed(categories)})"
+    return ConfigError(f"{where}: its run has {sides}; use the same data or another --workdir")
 
 
 def unique_names(categories: Sequence[Category]) -> tuple[str, ...]:
@@ -121,11 +118,7 @@ def placeholders(
     return found if len(found) < len(categories) else {}
 
 
-def open_both(
-    train: Callable[[Sequence[Category]], Opened],
-    val: Callable[[Sequence[Category]], Opened],
-    known: Sequence[Category] = (),
-) -> tuple[Opened, Opened]:
+def open_both(train: Opener, val: Opener, known: Sequence[Category] = ()) -> tuple[Opened, Opened]:
     """Opens the training and the evaluation data, each by a function of the classes that it must keep.
 
     A category that training would leave out is a class if evaluation has boxes of it, unless `known`, the classes of a run

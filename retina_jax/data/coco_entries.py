@@ -1,7 +1,7 @@
 """Entries of a COCO JSON file: their types, the check of each entry, and the boxes of segmentations.
 
 msgspec decodes a file without mistakes into these types at once (`CocoFile`). For any other file `parse_entry` checks
-one entry after the other: it accepts numbers written as text, and it reports which field of which entry is wrong.
+one entry after the other: it accepts numbers written as text, and reports which field is wrong.
 """
 
 from __future__ import annotations
@@ -202,8 +202,8 @@ def _box_of_runs(mask: dict[str, Any], size_wh: tuple[int, int]) -> tuple[float,
 
 
 def _decompressed(text: str) -> list[int] | None:
-    """Decodes COCO's text: five bits per character, a sixth for "more follows"; each number from the third on is a
-    difference to the last but one. None for malformed text."""
+    """Decodes COCO's text; None if malformed. Five bits per character, a sixth for "more follows"; from the third number on,
+    differences to the last but one."""
     counts: list[int] = []
     value = shift = 0
     for character in text:

@@ -1,8 +1,8 @@
 """Decoding choices that image files leave open and that are made once per data set: orientation, and the range of 16 bits.
 
-A file with an EXIF orientation shows other pixels stored than turned. Annotations belong to one of the two; their sizes show
-which if turning swaps two different sides (orientations 5 to 8). These images decide for the others of the data set
-(orientations 2 to 4, and squares). A 16-bit file may contain values of a sensor with 8, 10, 12 or 14 bits.
+Annotations of a file with an EXIF orientation belong to the pixels as stored or as turned; their sizes show which if turning
+swaps two different sides (orientations 5 to 8). These images decide for the others of the data set (orientations 2 to 4,
+and squares). A 16-bit file may contain values of a sensor with 8, 10, 12 or 14 bits.
 """
 
 from __future__ import annotations

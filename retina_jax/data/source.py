@@ -69,8 +69,7 @@ class Source:
     def truth(self) -> dict[str, Any]:
         """Ground truth in COCO's format for pycocotools: every box as annotated, uncut, crowds included.
 
-        It has `iscrowd` and `area` even if the file has not, unique ids from 1 on, no `segmentation`, and as categories only
-        the classes.
+        It always has `iscrowd`, `area` and unique ids from 1 on, no `segmentation`, and as categories only the classes.
         """
         return self.make_truth()
 
@@ -123,15 +122,12 @@ def sort_boxes(
     """
     clipped = np.clip(boxes_xyxy, 0, np.tile(sizes_wh, 2)).astype(np.float32)
 
-    def has_area(boxes: np.ndarray) -> np.ndarray:
-        return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-
     inside = (boxes_xyxy[:, :2] < sizes_wh).all(1) & (boxes_xyxy[:, 2:] > 0).all(1)
-    solid = has_area(boxes_xyxy)
-    usable = ~crowd & solid & inside & has_area(clipped)
+    solid, left = ((boxes[:, 2:] > boxes[:, :2]).all(1) for boxes in (boxes_xyxy, clipped))
+    usable = ~crowd & solid & inside & left
     return clipped, {
         "crowd": crowd,
-        "zero_size": ~crowd & (~solid | (inside & ~has_area(clipped))),
+        "zero_size": ~crowd & (~solid | (inside & ~left)),
         "outside": ~crowd & solid & ~inside,
         "clipped": usable & (np.abs(clipped - boxes_xyxy).max(1, initial=0) > 0.01),
         "usable": usable,
@@ -170,10 +166,7 @@ class BoxTable:
         return np.array([image[2:] for image in self.images], np.int64).reshape(-1, 2)[self.owners]
 
     def records(self, images_without_boxes: str) -> tuple[list[Record], list[int], dict[str, int]]:
-        """Returns the records, the row in `images` that each came from, and `Source.counts`.
-
-        Boxes keep their order within an image. "drop" leaves out images without a usable box.
-        """
+        """Returns the records, each one's row in `images`, and `Source.counts`; "drop" leaves out images without a box."""
         boxes, kinds = sort_boxes(self.boxes_xyxy, self.crowd, self.sizes_wh)
         rows = np.flatnonzero(kinds.pop("usable"))
         rows = rows[np.argsort(self.owners[rows], kind="stable")]

@@ -225,9 +225,9 @@ def _make_index(images: Examples, called: str) -> Index:
         columns["crowd"] += list(objects.get("is_crowd", [False] * n))
         columns["areas"] += list(objects.get("area", [np.nan] * n))
     kinds = (np.int64, np.str_, np.int64, np.int64, np.float64, np.int64, np.bool_, np.float64)
-    index = Index(*[np.array(column, kind) for column, kind in zip(columns.values(), kinds, strict=True)])
-    boxes = index.boxes_yxyx_normalised.reshape(-1, 4)
-    return index._replace(sizes_wh=index.sizes_wh.reshape(-1, 2), boxes_yxyx_normalised=boxes)
+    shapes = (-1, -1, (-1, 2), -1, (-1, 4), -1, -1, -1)
+    columns_of = zip(columns.values(), kinds, shapes, strict=True)
+    return Index(*[np.array(column, kind).reshape(shape) for column, kind, shape in columns_of])
 
 
 def _open_examples(builder: tfds.core.DatasetBuilder, split: str, called: str) -> Examples:
