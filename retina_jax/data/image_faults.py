@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import io
 import itertools
-import logging
 import re
-from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, Int64, UInt8
+from jaxtyping import Float32, UInt8
 from PIL import Image
 
-log = logging.getLogger(__name__)
-NAMED = 5  # number of images of one colour that are logged; all are counted
 GRID = 64  # largest number of rows and columns that are checked, evenly spread
 NO_BOXES = np.zeros((0, 4), np.float32)
 # An image has one colour if at least SHARE of its pixels are within LEVELS (of 255) of the median, in each channel.
@@ -27,8 +23,7 @@ START_OF_SCAN, END = 0xDA, 0xD9
 def is_one_colour(
     image: UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w c"], boxes_xyxy: Float32[np.ndarray, "n 4"] = NO_BOXES
 ) -> bool:
-    """Whether the pixels (0 to 255) have one colour: a grid of GRID x GRID of the image, and one of each box with a margin
-    of one pixel."""
+    """Whether the pixels (0 to 255) have one colour: a grid of the image, and one of each box and a pixel around it."""
     if not _is_flat(image):
         return False
     starts = np.maximum(np.floor(boxes_xyxy[:, :2]).astype(int) - 1, 0).tolist()
@@ -46,34 +41,6 @@ def _is_flat(image: UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w c"]) -
         if upto[min(median + LEVELS, 255)] - below < SHARE * len(values):
             return False
     return True
-
-
-class OneColourImages:
-    """Collects the names of a data set's images of one colour. Checks each image once."""
-
-    def __init__(self, where: Callable[[int], str], images: int) -> None:
-        self._where = where
-        self._seen = np.zeros(images, bool)
-        self.names: list[str] = []
-
-    def look(
-        self,
-        images: UInt8[np.ndarray, "b H W 3"] | Float32[np.ndarray, "b H W 3"],
-        sizes_hw: Int32[np.ndarray, "b 2"],
-        boxes_xyxy: Float32[np.ndarray, "b G 4"],
-        indices: Int64[np.ndarray, " b"],
-        valid: Bool[np.ndarray, " b"],
-    ) -> None:
-        """Adds the images of one colour in a batch, with boxes as in `Batch`, and logs the first NAMED."""
-        for row in np.flatnonzero(valid & ~self._seen[indices]).tolist():
-            index, (height, width), boxes = int(indices[row]), sizes_hw[row], boxes_xyxy[row]
-            if self._seen[index]:
-                continue
-            self._seen[index] = True
-            if is_one_colour(images[row, :height, :width], boxes[boxes[:, 2] > boxes[:, 0]]):
-                self.names.append(self._where(index))
-                if len(self.names) <= NAMED:
-                    log.warning("image of (nearly) one colour: %s", self.names[-1])
 
 
 def missing_part(encoded: bytes) -> str:

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 from retina_jax.config import DataConfig
 from retina_jax.data import sampler, transforms
 from retina_jax.data.decoding import DECODING, is_plain_jpeg, to_rgb
-from retina_jax.data.image_faults import OneColourImages
+from retina_jax.data.image_faults import is_one_colour
 from retina_jax.data.reading import SlowReadMonitor, read_again
 from retina_jax.data.source import BadImage, Source
 from retina_jax.data.transforms import tf
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 # Larger images (in pixels) are decoded and resized within the budget `DECODING`. So memory is bounded by this budget plus
 # `workers` images of this size.
 LARGE = 2**22
+NAMED = 5  # number of images of one colour that are logged; all are counted
 LOOK_AHEAD = 1000  # largest number of batches that `Batches.canvases` checks
 NOTHING = np.zeros((0, 0, 3), np.uint8)
 
@@ -114,7 +115,8 @@ class Batches(Iterator[Batch]):
         self.skipped: Counter[str] = (
             Counter()
         )  # bad image to the number of its returned batches (`data.bad_images skip`)
-        self.one_colour = OneColourImages(source.where, len(source))
+        self.one_colour: list[str] = []  # images of (nearly) one colour
+        self._seen = np.zeros(len(source), bool)  # whether an image's colours were checked
         self._source, self._data = source, data
         self._shapes, self._augment, self._mine = shapes, augment, mine
         self._batch_at = functools.lru_cache(maxsize=64)(batch_at)
@@ -152,9 +154,21 @@ class Batches(Iterator[Batch]):
             if name not in self.skipped:
                 log.warning("skipped: %s", self._bad[index])
             self.skipped[name] += 1
-        self.one_colour.look(batch.images, batch.image_sizes, batch.boxes_xyxy, batch.indices, batch.valid)
+        self._check_colours(batch)
         self._step += 1
         return batch
+
+    def _check_colours(self, batch: Batch) -> None:
+        """Checks each image of the data set once; logs the first NAMED of one colour."""
+        for row in np.flatnonzero(batch.valid & ~self._seen[batch.indices]).tolist():
+            index, (height, width), boxes = int(batch.indices[row]), batch.image_sizes[row], batch.boxes_xyxy[row]
+            if self._seen[index]:
+                continue
+            self._seen[index] = True
+            if is_one_colour(batch.images[row, :height, :width], boxes[boxes[:, 2] > boxes[:, 0]]):
+                self.one_colour.append(self._source.where(index))
+                if len(self.one_colour) <= NAMED:
+                    log.warning("image of (nearly) one colour: %s", self.one_colour[-1])
 
     def _dataset(self) -> tf.data.Dataset:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

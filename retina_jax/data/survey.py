@@ -46,15 +46,12 @@ class Survey:
 
 
 def with_decoding(source: Source, data: DataConfig) -> Source:
-    """Returns the source with the decoding of its images, and logs what decided it.
-
-    Boxes of TensorFlow data sets are relative to the sides as stored, and TensorFlow does not turn images, so their sizes
-    decide nothing, and data.orientation auto is stored.
-    """
+    """Returns the source with the decoding of its images, and logs what decided it."""
     if data.source == "scenes":
         return source
     shown = None
     if data.source == "tfds":
+        # Its boxes are relative to the sides as stored, and TensorFlow does not turn images.
         orientation = "stored" if data.orientation == "auto" else data.orientation
         decoding, lines = Survey(Votes(), range_of(source.read, range(len(source)))).decide(
             replace(data, orientation=orientation)
@@ -72,11 +69,8 @@ def with_decoding(source: Source, data: DataConfig) -> Source:
 
 
 def decoding_of_files(paths: Sequence[Path], data: DataConfig) -> Decoding:
-    """How a detector of this config decodes image files without annotations.
-
-    They are turned as in image viewers, unless data.orientation is stored. 16-bit images have the range of the training
-    images, or without one their own.
-    """
+    """How a detector of this config decodes image files without annotations: turned as in image viewers, unless
+    data.orientation is stored; 16-bit images with the range of the training images, or without one their own."""
     orientation = "turned" if data.orientation == "auto" else data.orientation
     found = survey_files([path.name for path in paths], paths, [(0, 0)] * len(paths))
     decoding, lines = found.decide(replace(data, orientation=orientation))

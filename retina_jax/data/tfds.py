@@ -283,9 +283,8 @@ def _record_offsets(path: str, expected: int) -> list[tuple[int, int]]:
     with open(path, "rb") as stream:
         while place + HEADER <= size:
             stream.seek(place)
-            length = int.from_bytes(stream.read(8), "little")
-            offsets.append((place + HEADER, length))
-            place += HEADER + length + FOOTER
+            offsets.append((place + HEADER, int.from_bytes(stream.read(8), "little")))
+            place = sum(offsets[-1]) + FOOTER
     if place != size or len(offsets) != expected:
         found = f"{len(offsets)} records in {size} bytes, not the {expected} of dataset_info.json"
         raise ValueError(f"{path}: {found}; damaged")

@@ -396,7 +396,7 @@ def test_training_counts_images_of_one_colour_once(tmp_path: Path) -> None:
     batches = train_batches(source, DataConfig(short_side=24, long_side=32, batch_size=4), seed=0)
     for _ in range(3):
         next(batches)
-    assert batches.one_colour.names == [source.where(2)]
+    assert batches.one_colour == [source.where(2)]
 
 
 @pytest.mark.parametrize("options", [{}, {"restart_marker_rows": 1}, {"progressive": True}])
