@@ -18,7 +18,7 @@ from retina_jax.data import coco_entries
 from retina_jax.data.box_formats import boxes_in_pixels
 from retina_jax.data.classes import Category, placeholders, unique_names
 from retina_jax.data.coco_entries import CocoFile, Entry, Mistake, escapes, short
-from retina_jax.data.conventions import Header, Orientation
+from retina_jax.data.conventions import Header
 from retina_jax.data.image_paths import Places, find_images
 from retina_jax.data.source import BoxTable, DataError, Image
 from retina_jax.data.survey import read_headers, read_votes
@@ -102,7 +102,17 @@ class _Parser:
         is_class = np.array([category not in left_out for category in categories], bool)
         classes = [category for category in categories if category not in left_out]
         table = replace(table, categories=classes, labels=(np.cumsum(is_class) - 1)[table.labels])
-        self.note_crowds(table)
+        names = unique_names(classes)
+        total, objects = (
+            np.bincount(part, minlength=len(names)) for part in (table.labels, table.labels[~table.crowd])
+        )
+        if alone := np.flatnonzero((total > 0) & (objects == 0)).tolist():
+            shown = ", ".join(short(names[k]) for k in alone[:5]) + (", ..." if len(alone) > 5 else "")
+            text = (
+                f"every annotation of {shown} ({total[alone].sum()} in all) has iscrowd 1, as CVAT and Datumaro write "
+            )
+            text += "masks: they are regions to ignore; data.crowds objects takes them as objects"
+            self.notes.append(Note("all_crowds", text))
         for note in self.notes:
             if note.refused and self.mistakes is None:
                 raise DataError(f"{self.path}: {note.text}")
@@ -158,7 +168,14 @@ class _Parser:
             first = f"{short(names[places.moved[0]])} is read from {places.paths[places.moved[0]]}"
             text = f"{len(places.moved)} of {len(names)} images are not at the path in file_name: {first}"
             self.notes.append(Note("moved", text))
-        orientation = self.orientation(images, places, sizes)
+        chosen, orientation = self.options.orientation, self.options.undecided_orientation
+        if chosen != "auto":
+            orientation = chosen
+        elif any(isinstance(size, Header) and size.orientation >= 5 for size in sizes.values()):
+            sized = [row for row in range(len(images)) if row not in sizes]
+            files = [Path(places.paths[row]) for row in sized]
+            votes, _ = read_votes([names[row] for row in sized], files, [images[row][2:] for row in sized])
+            orientation = votes.convention(orientation)
         kept, missing = [], {}
         for row, (index, _) in enumerate(entries):
             size = sizes.get(row)
@@ -178,16 +195,6 @@ class _Parser:
             kept.append(row)
         unsized = frozenset(place for place, row in enumerate(kept) if row in sizes)
         return [images[row] for row in kept], [places.paths[row] for row in kept if folder], missing, unsized
-
-    def orientation(self, images: list[Image], places: Places, sizes: dict[int, Header | str]) -> Orientation:
-        """The convention for the files whose `sizes` are not annotated, as the other images show it."""
-        chosen, undecided = self.options.orientation, self.options.undecided_orientation
-        if chosen != "auto" or not any(isinstance(size, Header) and size.orientation >= 5 for size in sizes.values()):
-            return undecided if chosen == "auto" else chosen
-        sized = [row for row in range(len(images)) if row not in sizes]
-        files = [Path(places.paths[row]) for row in sized]
-        votes, _ = read_votes([images[row][1] for row in sized], files, [images[row][2:] for row in sized])
-        return votes.convention(undecided)
 
     def boxes(
         self, images: list[Image], categories: list[Category]
@@ -242,16 +249,3 @@ class _Parser:
         boxes_xyxy = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
         table = BoxTable(images, categories, owners, labels, crowd, boxes_xyxy, boxes, areas, ids)
         return table, np.array([index for index, _ in entries], np.int64)[kept], without_box
-
-    def note_crowds(self, table: BoxTable) -> None:
-        """Notes the classes whose annotations are all crowds."""
-        names = unique_names(table.categories)
-        total = np.bincount(table.labels, minlength=len(names))
-        objects = np.bincount(table.labels[~table.crowd], minlength=len(names))
-        if alone := np.flatnonzero((total > 0) & (objects == 0)).tolist():
-            shown = ", ".join(short(names[k]) for k in alone[:5]) + (", ..." if len(alone) > 5 else "")
-            text = (
-                f"every annotation of {shown} ({total[alone].sum()} in all) has iscrowd 1, as CVAT and Datumaro write "
-            )
-            text += "masks: they are regions to ignore; data.crowds objects takes them as objects"
-            self.notes.append(Note("all_crowds", text))

@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -58,7 +58,17 @@ def find_images(folder: Path, names: Sequence[str]) -> Places:
         return Places(paths, {}, [])
     found = {row: path for row in lost if inside[row] and exists(path := os.path.join(root, inside[row]))}
     below = _files_below(root) if len(found) < len(lost) else {}
-    ends_of = cache(lambda base: _by_end(below.get(base, ())))
+
+    @cache
+    def ends_of(base: str) -> dict[str, str | None]:
+        """Each end of the paths of a base name, from that up, to the only path with it; None if several have it."""
+        ends: dict[str, str | None] = {}
+        for path in below.get(base, ()):
+            parts = path.split(os.sep)
+            for end in ("/".join(parts[start:]) for start in range(len(parts))):
+                ends[end] = None if end in ends else path
+        return ends
+
     filled = {os.path.dirname(inside[row]) for row in range(len(names)) if row not in lost or row in found}
     for row in lost - set(found):
         parent = os.path.dirname(inside[row])
@@ -112,17 +122,6 @@ def _files_below(root: str) -> dict[str, list[str]]:
             found[name].append(name if below == os.curdir else os.path.join(below, name))
             count += 1
     return found
-
-
-def _by_end(paths: Iterable[str]) -> dict[str, str | None]:
-    """Each end of a path, from its base name up, to the only path with it; None if several have it."""
-    ends: dict[str, str | None] = {}
-    for path in paths:
-        parts = path.split(os.sep)
-        for start in range(len(parts)):
-            end = "/".join(parts[start:])
-            ends[end] = None if end in ends else path
-    return ends
 
 
 def _stem(base: str) -> str:

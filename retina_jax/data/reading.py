@@ -29,10 +29,7 @@ TEMPORARY = frozenset(getattr(errno, name) for name in _TEMPORARY.split() if has
 
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a regular file for reading, through symbolic links.
-
-    Raises OSError with a strerror of one line, also for a folder, pipe, socket or device, and for an invalid name.
-    """
+    """Opens a regular file for reading, through symbolic links; OSError for anything else and for an invalid name."""
     try:
         descriptor = os.open(path, os.O_RDONLY | NEVER_WAITS | getattr(os, "O_BINARY", 0))
     except ValueError:  # a NUL, or a character outside the file system's encoding
@@ -53,10 +50,7 @@ def read_file(path: Path, largest: int) -> bytes:
 
 
 def read_again(read: Callable[[], T], name: str) -> T:
-    """Returns `read()`, retried after each of PAUSES for TEMPORARY errors, with a log line each time.
-
-    Raises any other OSError at once, and a temporary one after the last retry.
-    """
+    """Returns `read()`, retried after each of PAUSES for TEMPORARY errors, with a log line; raises others at once."""
     for pause in PAUSES:
         try:
             return read()

@@ -1,13 +1,9 @@
 """The order of images in training and evaluation: a pure function of (seed, step), without state, the same on every host.
 
 Each image has a bucket (its padded shape), and a global batch has images of one bucket, so that all hosts run the same
-compiled program at a step. Two rules define the order:
-
-    Epoch e goes through all N images in a random order. Each image joins the queue of its bucket.
-    When a queue has B images, they leave it as the next batch.
-
-Images left in the queues at the end of an epoch stay there, so each epoch visits every image once. After e epochs bucket b
-with n_b images has given floor(e n_b / B) batches, which gives the epoch of any step without replaying earlier ones.
+compiled program at a step. Epoch e goes through all N images in a random order. Each image joins the queue of its bucket.
+When a queue has B images, they leave it as the next batch. Images left in the queues at the end of an epoch stay there. So
+after e epochs bucket b with n_b images has given floor(e n_b / B) batches: the epoch of a step follows without replay.
 """
 
 from __future__ import annotations

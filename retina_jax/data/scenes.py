@@ -90,18 +90,18 @@ def write_scenes(config: ScenesConfig) -> Path:
     setting = {key: value for key, value in dataclasses.asdict(config).items() if key != "folder"}
     digest = hashlib.sha256(json.dumps([VERSION, setting], sort_keys=True).encode()).hexdigest()[:10]
     folder = Path(config.folder) / f"{config.size}px_{config.classes}classes_{digest}"
-    if not folder.is_dir():
-        unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-        try:
-            _write_split(unfinished, "train", config, TRAIN, config.train_images)
-            _write_split(unfinished, "val", config, VAL, config.val_images)
-            try:
-                unfinished.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # otherwise another process was first
-                    raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+    if folder.is_dir():
+        return folder
+    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        _write_split(unfinished, "train", config, TRAIN, config.train_images)
+        _write_split(unfinished, "val", config, VAL, config.val_images)
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # otherwise another process was first
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
