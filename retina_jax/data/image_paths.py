@@ -130,6 +130,10 @@ def _stem(base: str) -> str:
 
 def _elsewhere(root: str, name: str, below: dict[str, list[str]], alike: dict[str, str]) -> str:
     """Describes where files with a missing one's base name are; `alike` has a file for each `_stem`."""
+
+    def shortened(path: str) -> str:
+        return path if len(path) <= 120 else f"...{path[-117:]}"
+
     base = os.path.basename(name)
     plain = PREFIX.sub("", base)
     found = [os.path.join(root, path) for path in below.get(base, [])]
@@ -142,13 +146,9 @@ def _elsewhere(root: str, name: str, below: dict[str, list[str]], alike: dict[st
         return f"{os.path.join(root, below[plain][0])} has that name without the prefix {short(base[: -len(plain)])}"
     if not found and _stem(base) in alike:
         path = os.path.join(root, alike[_stem(base)])
-        return f"{_short_path(path)} differs from that name only in case or extension"
-    shown = ", ".join(map(_short_path, found[:3])) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        return f"{shortened(path)} differs from that name only in case or extension"
+    shown = ", ".join(map(shortened, found[:3])) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
     return f"files of that name: {shown}" if found else ""
-
-
-def _short_path(path: str) -> str:
-    return path if len(path) <= 120 else f"...{path[-117:]}"
 
 
 def image_files(paths: Sequence[Path], out: Path) -> dict[Path, str]:

@@ -108,9 +108,8 @@ def _raw_mode(image: Image.Image) -> str:
 
 
 def _loaded_as(image: Image.Image, raw: str) -> np.ndarray:
-    image.tile = [
-        tile._replace(args=raw if isinstance(tile.args, str) else (raw, *tile.args[1:])) for tile in image.tile
-    ]
+    arguments = [raw if isinstance(tile.args, str) else (raw, *tile.args[1:]) for tile in image.tile]
+    image.tile = [tile._replace(args=args) for tile, args in zip(image.tile, arguments, strict=True)]
     return np.asarray(image)
 
 

@@ -144,9 +144,8 @@ def _categories(builder: tfds.core.DatasetBuilder, called: str) -> list[Category
     """
     features = builder.info.features
     objects = features["objects"].feature if "objects" in features else {}
-    present = {*features, *(f"objects/{key}" for key in objects)}
     for key in ("image", "objects/bbox", "objects/label"):
-        if key not in present:
+        if key not in {*features, *(f"objects/{part}" for part in objects)}:
             raise DataError(f"{called}: has no feature {key}; it must have image, objects/bbox and objects/label")
     names = [objects["label"].int2str(k) for k in range(objects["label"].num_classes)]
     of_coco = builder.name == "coco" and len(names) == len(COCO_CATEGORIES)
