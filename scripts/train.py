@@ -145,7 +145,7 @@ def report_end(run: Run, state: TrainState, clock: Clock, batches: Batches) -> N
         log(coco_table(Scores({name: evaluation[name] for name in SUMMARY}, evaluation["per_class"])))
     for what, names in (
         ("unreadable images were skipped", batches.skipped),
-        ("images have one colour, wholly or nearly", batches.one_colour.names),
+        ("images have one colour, wholly or nearly", batches.one_colour),
     ):
         if merged := sorted(set().union(*distributed.exchange(set(names)))):
             warn(f"{len(merged)} {what}: {', '.join(merged)}")

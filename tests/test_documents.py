@@ -287,15 +287,15 @@ def write_own_data(folder: Path) -> None:
     scenes = write_scenes(
         ScenesConfig(folder=str(folder / "scenes"), train_images=6, val_images=3, size=64, min_side=24.0, max_side=40.0)
     )
-    shutil.copytree(scenes.train_images, folder / "images")
-    shutil.copy(scenes.train_annotations, folder / "train.json")
-    truth = json.loads(Path(scenes.val_annotations).read_text())
+    shutil.copytree(scenes / "train", folder / "images")
+    shutil.copy(scenes / "train.json", folder / "train.json")
+    truth = json.loads((scenes / "val.json").read_text())
     for entry in truth["images"]:
         own = f"val_{entry['file_name']}"
-        shutil.copy(Path(scenes.val_images) / entry["file_name"], folder / "images" / own)
+        shutil.copy(scenes / "val" / entry["file_name"], folder / "images" / own)
         entry["file_name"] = own
     (folder / "val.json").write_text(json.dumps(truth))
-    (folder / "PHOTOS").symlink_to(scenes.val_images)
+    (folder / "PHOTOS").symlink_to(scenes / "val")
     (folder / "configs").symlink_to(ROOT / "configs")
 
 

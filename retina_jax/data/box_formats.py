@@ -84,8 +84,7 @@ def guess_format(numbers: Numbers, areas: Areas, sizes_wh: Sizes) -> Guess | Non
     """Returns the format of boxes that are probably not xywh in pixels, else None.
 
     Fractions: all numbers, or those of some boxes, are between 0 and 1. Another layout: it places nearly all boxes inside
-    their images while xywh places many far outside, or `areas` are those of two corners and not those of a size. Boxes in
-    the upper left of their images and without areas show nothing.
+    their images while xywh places many far outside, or `areas` are those of two corners and not those of a size.
     """
     fractions = guess_fractions(numbers, sizes_wh)
     if fractions is not None and fractions.formats:
@@ -152,7 +151,9 @@ def _guess_layout(numbers: Numbers, areas: Areas, sizes_wh: Sizes) -> Guess | No
         kinds = " or ".join(LAYOUTS[layout] for layout in formats)
         read = f"read as x, y, width, height {far:.0%} of them extend far beyond their images, read so almost none does"
         return Guess(formats, many, f"the boxes look like {kinds}: {read}")
-    scaled = [scale for scale in SCALES if _fit_scaled(numbers, scale)]
+    # Whether the boxes are in an image of `scale` by `scale`, and not all of them in its upper left.
+    shares = {s: max(_inside(numbers / s, layout, np.ones_like(sizes_wh)).mean() for layout in LAYOUTS) for s in SCALES}
+    scaled = [scale for scale, share in shares.items() if share >= NEARLY_ALL and numbers.max() >= scale / 2]
     convert = "no other format fits them; check the sizes of the images"
     if scaled:
         convert = f"they may be {' or '.join(map(SCALES.__getitem__, scaled))}; if so, convert them to pixels"
@@ -164,12 +165,6 @@ def _guess_layout(numbers: Numbers, areas: Areas, sizes_wh: Sizes) -> Guess | No
     if scaled and len(numbers) >= SCALED and sizes_wh.min() >= 2 * scaled[0]:
         return Guess((), False, f"all boxes are in the upper left of their images: {convert}")
     return None
-
-
-def _fit_scaled(numbers: Numbers, scale: int) -> bool:
-    """Whether the boxes are in an image of `scale` by `scale`, and not all of them in its upper left."""
-    shares = [_inside(numbers / scale, layout, np.ones((len(numbers), 2))).mean() for layout in LAYOUTS]
-    return bool(max(shares) >= NEARLY_ALL and numbers.max() >= scale / 2)
 
 
 def _solid(numbers: Numbers, sizes_wh: Sizes, least_side: int = 1) -> Bool[np.ndarray, " M"]:
@@ -190,8 +185,7 @@ def _corners(numbers: Numbers, layout: str) -> Numbers:
 
 
 def _inside(numbers: Numbers, layout: str, sizes_wh: np.ndarray, tolerance: float = 0.01) -> Bool[np.ndarray, " M"]:
-    """Which boxes have an area and are in their image, give or take a share `tolerance` of its sides and two pixels (unless
-    its sides are 1)."""
+    """Which boxes have an area and are in their image, up to `tolerance` of its sides and two pixels (sides of 1: none)."""
     corners = _corners(numbers, layout)
     margin = tolerance * sizes_wh + 2 * (sizes_wh > 1)
     inside = (corners[:, :2] >= -margin).all(1) & (corners[:, 2:] <= sizes_wh + margin).all(1)

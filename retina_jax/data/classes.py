@@ -1,8 +1,7 @@
 """Classes of runs and data sets: which of them are the same, which are left out, and how they are shown.
 
-A class of a data set is a category id; its name is a label, which several categories may share. Label k is the k-th class
-in the order of the file, so training does not depend on the ids: the same list with other ids gives the same parameters,
-bit for bit. A resumed run keeps the order that it started with (`Source.arranged`).
+A class of a data set is a category id; several may share a name. Label k is the k-th class in the order of the file, so
+training does not depend on the ids. A resumed run keeps the order that it started with (`Source.arranged`).
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ class HasClasses(Protocol):
 
 
 Opened = TypeVar("Opened", bound=HasClasses)
+Opener = Callable[[Sequence[Category]], Opened]
 
 
 def match(classes: Sequence[Category], categories: Sequence[Category]) -> list[int | None]:
@@ -43,8 +43,7 @@ def match(classes: Sequence[Category], categories: Sequence[Category]) -> list[i
 def category_ids(classes: Sequence[Category], data: HasClasses, where: str) -> list[int | None]:
     """Returns the category id in `data` of each of a detector's `classes`; None if the data lacks it.
 
-    Raises ConfigError, which begins with `where`, if the data has boxes of a category that is none of `classes`, or that
-    could be several of them.
+    Raises ConfigError, which begins with `where`, if the data has boxes of a category that is none or several of `classes`.
     """
     categories = data.categories
     found = match(classes, categories)
@@ -53,26 +52,23 @@ def category_ids(classes: Sequence[Category], data: HasClasses, where: str) -> l
         names = {name for _, name in classes}
         ambiguous = [category for category in unknown if category[1] in names]
         shown = ", ".join(f"{name} ({category_id})" for category_id, name in (ambiguous or unknown)[:SHOWN])
+        wrong = f"has boxes of categories that the detector lacks: {shown}; its classes are {listed(classes)}; "
+        wrong += "remove these boxes, or list these categories in the training data too"
         if ambiguous:
             repeated = {name for _, name in ambiguous}
             own = ", ".join(f"{name} ({category_id})" for category_id, name in classes if name in repeated)
-            raise ConfigError(
-                f"{where}: boxes of {shown} cannot be assigned to a class: the name occurs more than once, and the id is "
-                f"not that of the detector's {own}; use its ids, or give each category a unique name"
+            wrong = (
+                f"boxes of {shown} cannot be assigned to a class: the name occurs more than once, and the id is not "
             )
-        raise ConfigError(
-            f"{where}: has boxes of categories that the detector lacks: {shown}; its classes are {listed(classes)}; "
-            "remove these boxes, or list these categories in the training data too"
-        )
+            wrong += f"that of the detector's {own}; use its ids, or give each category a unique name"
+        raise ConfigError(f"{where}: {wrong}")
     return [None if i is None else categories[i][0] for i in found]
 
 
 def differ(classes: Sequence[Category], categories: Sequence[Category], where: str) -> ConfigError:
     """The error of a run of `classes` that cannot be resumed on data of `categories`."""
-    return ConfigError(
-        f"{where}: its run has {len(classes)} classes ({listed(classes)}), the data has {len(categories)} "
-        f"({listed(categories)}); use the same data or another --workdir"
-    )
+    sides = f"{len(classes)} classes ({listed(classes)}), the data has {len(categories)} ({listed(categories)})"
+    return ConfigError(f"{where}: its run has {sides}; use the same data or another --workdir")
 
 
 def unique_names(categories: Sequence[Category]) -> tuple[str, ...]:
@@ -98,11 +94,10 @@ def placeholders(
 ) -> dict[Category, str]:
     """Returns the categories that are no classes, each with the reason. None of them has an annotation.
 
-    An empty parent category is the supercategory of another category, or is Roboflow's: it has id 0 and is the only one
-    with the supercategory "none" (exports list the project so, then its classes). It is a class if it is one of `known`,
-    the classes of a run or of the other split; with `known`, `empty_parents` changes nothing. A category with the name of
-    an annotated one is left out too, unless several of `known` share the name: only its name could be learned. Every other
-    category without annotations is a class, because another split may have boxes of it.
+    An empty parent category is the supercategory of another category, or Roboflow's entry of the project: it has id 0 and
+    is the only one with the supercategory "none". It is a class if it is one of `known`, the classes of a run or of the
+    other split; with `known`, `empty_parents` changes nothing. A category with the name of an annotated one is left out
+    too, unless several of `known` share the name. Every other category is a class: another split may have boxes of it.
     """
     parents = Counter(supercategories)
     names = {name for category_id, name in categories if category_id in annotated}
@@ -123,15 +118,11 @@ def placeholders(
     return found if len(found) < len(categories) else {}
 
 
-def open_both(
-    train: Callable[[Sequence[Category]], Opened],
-    val: Callable[[Sequence[Category]], Opened],
-    known: Sequence[Category] = (),
-) -> tuple[Opened, Opened]:
-    """Opens the training and the evaluation data with one decision on which categories are classes.
+def open_both(train: Opener, val: Opener, known: Sequence[Category] = ()) -> tuple[Opened, Opened]:
+    """Opens the training and the evaluation data, each by a function of the classes that it must keep.
 
-    `train` and `val` open them with the classes that they must keep. A category that training would leave out is a
-    class if evaluation has boxes of it, unless `known`, the classes of a run to be resumed, decide.
+    A category that training would leave out is a class if evaluation has boxes of it, unless `known`, the classes of a run
+    to be resumed, decide.
     """
     first = train(known)
     second = val(first.categories)

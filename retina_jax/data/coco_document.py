@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -15,29 +15,20 @@ from jaxtyping import Int64
 
 from retina_jax.config import DataConfig
 from retina_jax.data import coco_entries
-from retina_jax.data.box_formats import BoxFormat, boxes_in_pixels
+from retina_jax.data.box_formats import boxes_in_pixels
 from retina_jax.data.classes import Category, placeholders, unique_names
 from retina_jax.data.coco_entries import CocoFile, Entry, Mistake, escapes, short
-from retina_jax.data.conventions import Orientation
+from retina_jax.data.conventions import Header
 from retina_jax.data.image_paths import Places, find_images
 from retina_jax.data.source import BoxTable, DataError, Image
-from retina_jax.data.survey import Size, read_sizes, read_votes
+from retina_jax.data.survey import read_headers, read_votes
 
-
-class CocoOptions(NamedTuple):
-    """How a COCO JSON file is read; DataConfig explains all but `known`."""
-
-    box_format: BoxFormat = "auto"
-    crowds: Literal["ignore", "objects"] = "ignore"
-    orientation: Literal["auto", "stored", "turned"] = "auto"
-    undecided_orientation: Orientation = "turned"
-    empty_parents: Literal["drop", "keep"] = "drop"
-    known: Sequence[Category] = ()  # classes that stay classes without a box (`classes.placeholders`)
+OPTIONS = ("box_format", "crowds", "orientation", "undecided_orientation", "empty_parents")  # fields of DataConfig
 
 
 def configured(data: DataConfig, known: Sequence[Category]) -> dict[str, Any]:
-    """The CocoOptions of a config, by name."""
-    return {"known": known} | {key: getattr(data, key) for key in CocoOptions._fields if key != "known"}
+    """The options of `parse_document` from a config."""
+    return {"known": known} | {key: getattr(data, key) for key in OPTIONS}
 
 
 class Note(NamedTuple):
@@ -68,10 +59,12 @@ def parse_document(
     mistakes: list[Mistake] | None = None,
     *,
     folder: Path | None = None,
+    known: Sequence[Category] = (),
     **options: Any,
 ) -> Content:
-    """Returns the content of `document`: a CocoFile, or any JSON value. `options` are those of CocoOptions.
+    """Returns the content of `document`: a CocoFile, or any JSON value. `options` are the fields OPTIONS of DataConfig.
 
+    `known` are classes that stay classes without a box (`classes.placeholders`).
     With a list of `mistakes`, entries that cannot be used are added to it and left out, refused notes are kept, and only a
     file without its three lists raises DataError. Without one, the first mistake raises DataError. Without a `folder`,
     images are not located, and missing sizes stay 0.
@@ -79,21 +72,21 @@ def parse_document(
     if not isinstance(document, CocoFile | dict):
         raise DataError(f"{path}: must be an object with images, annotations and categories, not {short(document)}")
     lists = document if isinstance(document, dict) else msgspec.structs.asdict(document)
-    return _Parser(path, lists, mistakes, CocoOptions(**options)).parse(folder)
+    return _Parser(path, lists, mistakes, DataConfig(**options)).parse(folder, known)
 
 
 class _Parser:
     """Parses one file; collects notes, and mistakes where they are wanted."""
 
-    def __init__(self, path: Path, lists: dict, mistakes: list[Mistake] | None, options: CocoOptions) -> None:
+    def __init__(self, path: Path, lists: dict, mistakes: list[Mistake] | None, options: DataConfig) -> None:
         self.path, self.lists, self.mistakes, self.options = path, lists, mistakes, options
         self.notes: list[Note] = []
         self.texts: Counter[str] = Counter()
 
-    def parse(self, folder: Path | None) -> Content:
-        listed = [entry for _, entry in self.unique("categories", coco_entries.CategoryEntry)]
+    def parse(self, folder: Path | None, known: Sequence[Category]) -> Content:
+        listed = [entry for _, entry in self.entries("categories", coco_entries.CategoryEntry)]
         categories = [(entry.id, entry.name) for entry in listed]
-        entries = self.unique("images", coco_entries.ImageEntry)
+        entries = self.entries("images", coco_entries.ImageEntry)
         if not self.mistakes and not (categories and entries):
             empty = "images" if categories else "categories"
             raise DataError(f"{self.path}: {empty} is empty; it must list at least one")
@@ -101,21 +94,29 @@ class _Parser:
         table, rows, without_box = self.boxes(images, categories)
         if texts := +self.texts:
             counted = ", ".join(f"{count} {key}" for key, count in texts.items())
-            self.note("text_numbers", f"numbers are written as text ({counted}); they are read as numbers")
+            text = f"numbers are written as text ({counted}); they are read as numbers"
+            self.notes.append(Note("text_numbers", text))
         annotated = frozenset(categories[label][0] for label in np.unique(table.labels))
         above = [entry.supercategory if isinstance(entry.supercategory, str) else None for entry in listed]
-        left_out = placeholders(categories, above, annotated, self.options.known, self.options.empty_parents)
+        left_out = placeholders(categories, above, annotated, known, self.options.empty_parents)
         is_class = np.array([category not in left_out for category in categories], bool)
         classes = [category for category in categories if category not in left_out]
         table = replace(table, categories=classes, labels=(np.cumsum(is_class) - 1)[table.labels])
-        self.note_crowds(table)
+        names = unique_names(classes)
+        total, objects = (
+            np.bincount(part, minlength=len(names)) for part in (table.labels, table.labels[~table.crowd])
+        )
+        if alone := np.flatnonzero((total > 0) & (objects == 0)).tolist():
+            shown = ", ".join(short(names[k]) for k in alone[:5]) + (", ..." if len(alone) > 5 else "")
+            text = (
+                f"every annotation of {shown} ({total[alone].sum()} in all) has iscrowd 1, as CVAT and Datumaro write "
+            )
+            text += "masks: they are regions to ignore; data.crowds objects takes them as objects"
+            self.notes.append(Note("all_crowds", text))
         for note in self.notes:
             if note.refused and self.mistakes is None:
                 raise DataError(f"{self.path}: {note.text}")
         return Content(table, annotated, left_out, rows, without_box, paths, missing, unsized, self.notes)
-
-    def note(self, kind: str, text: str, refused: bool = False) -> None:
-        self.notes.append(Note(kind, text, refused))
 
     def refuse(self, key: str, index: int, text: str) -> None:
         """An entry that cannot be used, and why."""
@@ -125,7 +126,7 @@ class _Parser:
         self.mistakes.append(mistake)
 
     def entries(self, key: str, kind: type[Entry]) -> list[tuple[int, Entry]]:
-        """The entries of a list that have the right types, with their positions."""
+        """The entries of a list that have the right types, with their positions; ids of images and categories are unique."""
         listed = self.lists.get(key)
         if not isinstance(listed, list):
             found = short(listed) if key in self.lists else "missing"
@@ -139,15 +140,13 @@ class _Parser:
                 parsed.append((index, right))
             except DataError as error:
                 self.refuse(key, index, str(error))
-        return parsed
-
-    def unique(self, key: str, kind: type[Entry]) -> list[tuple[int, Entry]]:
-        """`entries` without those that have the id of one before them."""
-        entries, seen = self.entries(key, kind), {}
-        for index, entry in entries:
+        if key == "annotations":
+            return parsed
+        seen: dict[int, int] = {}
+        for index, entry in parsed:
             if seen.setdefault(entry.id, index) != index:
                 self.refuse(key, index, "id is used twice; every entry must have its own")
-        return [(index, entry) for index, entry in entries if seen[entry.id] == index]
+        return [(index, entry) for index, entry in parsed if seen[entry.id] == index]
 
     def locate(
         self, entries: list[tuple[int, coco_entries.ImageEntry]], folder: Path | None
@@ -160,57 +159,47 @@ class _Parser:
         images = [(e.id, e.file_name, *((e.width, e.height) if e.width and e.height else (0, 0))) for _, e in entries]
         names = [entry.file_name for _, entry in entries]
         places = Places([], {row: "" for row, name in enumerate(names) if escapes(name)}, [])
-        sizes: dict[int, Size | str] = {}
+        sizes: dict[int, Header | str] = {}
         if folder is not None:
             places = find_images(folder, names)
             unknown = [row for row, image in enumerate(images) if not image[2]]
-            if unknown:
-                sizes = dict(zip(unknown, read_sizes(self.path, [places.paths[row] for row in unknown]), strict=True))
+            sizes = dict(zip(unknown, read_headers([Path(places.paths[row]) for row in unknown]), strict=True))
         if places.moved:
-            first = places.moved[0]
-            text = f"{len(places.moved)} of {len(names)} images are not at the path in file_name: "
-            self.note("moved", f"{text}{short(names[first])} is read from {places.paths[first]}")
-        orientation = self.orientation(images, places, sizes)
+            first = f"{short(names[places.moved[0]])} is read from {places.paths[places.moved[0]]}"
+            text = f"{len(places.moved)} of {len(names)} images are not at the path in file_name: {first}"
+            self.notes.append(Note("moved", text))
+        chosen, orientation = self.options.orientation, self.options.undecided_orientation
+        if chosen != "auto":
+            orientation = chosen
+        elif any(isinstance(size, Header) and size.orientation >= 5 for size in sizes.values()):
+            sized = [row for row in range(len(images)) if row not in sizes]
+            files = [Path(places.paths[row]) for row in sized]
+            votes, _ = read_votes([names[row] for row in sized], files, [images[row][2:] for row in sized])
+            orientation = votes.convention(orientation)
         kept, missing = [], {}
         for row, (index, _) in enumerate(entries):
             size = sizes.get(row)
             place = f"; {places.missing[row]}" if places.missing.get(row) else ""
-            wrong = ""
             if row in places.missing and escapes(names[row]):
                 wrong = f"file_name must be a path inside the image folder, not {short(names[row])}{place}"
-            elif isinstance(size, str):
+                self.refuse("images", index, wrong)
+                continue
+            if isinstance(size, str):
                 wrong = f"width and height are missing, and {places.paths[row]} cannot be read: {size}{place}"
-            if wrong:
                 self.refuse("images", index, wrong)
                 continue
             if row in places.missing:
                 missing[len(kept)] = places.missing[row]
             if size is not None:
-                images[row] = (*images[row][:2], *size.shown(orientation))
+                images[row] = (*images[row][:2], *(size.turned_size if orientation == "turned" else size.size))
             kept.append(row)
         unsized = frozenset(place for place, row in enumerate(kept) if row in sizes)
         return [images[row] for row in kept], [places.paths[row] for row in kept if folder], missing, unsized
 
-    def orientation(self, images: list[Image], places: Places, sizes: dict[int, Size | str]) -> Orientation:
-        """The convention for the files whose `sizes` are not annotated, as the other images show it."""
-        chosen, undecided = self.options.orientation, self.options.undecided_orientation
-        if chosen != "auto":
-            return chosen
-        if not any(isinstance(size, Size) and size.turned for size in sizes.values()):
-            return undecided
-        sized = [row for row in range(len(images)) if row not in sizes]
-        files = [Path(places.paths[row]) for row in sized]
-        votes, _ = read_votes([images[row][1] for row in sized], files, [images[row][2:] for row in sized])
-        return votes.convention(undecided)
-
     def boxes(
         self, images: list[Image], categories: list[Category]
     ) -> tuple[BoxTable, Int64[np.ndarray, " M"], list[int]]:
-        """Returns the boxes of `categories`, and `Content.rows` and `without_box`; notes what the boxes look like.
-
-        Only annotations without image, category or a bbox of positive size are examined one by one: COCO has 860,000
-        others.
-        """
+        """Returns the boxes of `categories`, and `Content.rows` and `without_box`; notes what the boxes look like."""
         entries = self.entries("annotations", coco_entries.AnnotationEntry)
         row_of = {image[0]: row for row, image in enumerate(images)}
         label_of = {category_id: label for label, (category_id, _) in enumerate(categories)}
@@ -222,6 +211,7 @@ class _Parser:
         areas = np.array([np.nan if entry.area is None else entry.area for entry in found], np.float64)
         origin, kept = np.full(len(found), "bbox", "U8"), np.ones(len(found), bool)
         without_box: list[int] = []
+        # Only annotations without image, category or a bbox of positive size, one by one: COCO has 860,000 others.
         for m in np.flatnonzero((owners < 0) | (labels < 0) | (numbers[:, 2:] <= 0).any(1)).tolist():
             index, entry = entries[m]
             wrong, around = "", None
@@ -231,12 +221,13 @@ class _Parser:
                 wrong = f"category_id must be one of {short(sorted(label_of))}, not {entry.category_id}"
             else:
                 try:
-                    segmentation = coco_entries.decode_segmentation(entry.segmentation)
+                    segmentation = entry.segmentation
+                    if isinstance(segmentation, msgspec.Raw):
+                        segmentation = msgspec.json.decode(segmentation) if bytes(segmentation) else None
                     around = coco_entries.box_of(segmentation, images[owners[m]][2:])
-                except DataError as error:
-                    wrong = (
-                        str(error) if entry.bbox is None else ""
-                    )  # a bbox without area is dropped later, and counted
+                except (ValueError, RecursionError) as error:
+                    if entry.bbox is None:  # a bbox without area is dropped later, and counted
+                        wrong = str(error) if isinstance(error, DataError) else coco_entries.NOT_POLYGONS
             if around is not None:
                 numbers[m], origin[m] = around, "mask" if isinstance(segmentation, dict) else "polygons"
                 areas[m] = areas[m] or np.nan  # 0 was the area of the bbox
@@ -251,23 +242,10 @@ class _Parser:
         box_format = self.options.box_format
         boxes, areas, guesses = boxes_in_pixels(numbers, areas, sizes_wh, origin, box_format)
         for guess in guesses:
-            self.note("box_format" if guess.sure else "likely_format", guess.text(box_format), guess.sure)
+            kind = "box_format" if guess.sure else "likely_format"
+            self.notes.append(Note(kind, guess.text(box_format), refused=guess.sure))
         crowd = np.array([bool(entry.iscrowd) for entry in found], bool)[kept] & (self.options.crowds == "ignore")
         ids = np.array([entry.id or 0 for entry in found], np.int64)[kept]
         boxes_xyxy = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
         table = BoxTable(images, categories, owners, labels, crowd, boxes_xyxy, boxes, areas, ids)
         return table, np.array([index for index, _ in entries], np.int64)[kept], without_box
-
-    def note_crowds(self, table: BoxTable) -> None:
-        """Notes the classes whose annotations are all crowds."""
-        names = unique_names(table.categories)
-        total = np.bincount(table.labels, minlength=len(names))
-        objects = np.bincount(table.labels[~table.crowd], minlength=len(names))
-        alone = np.flatnonzero((total > 0) & (objects == 0)).tolist()
-        if alone:
-            shown = ", ".join(short(names[k]) for k in alone[:5]) + (", ..." if len(alone) > 5 else "")
-            text = (
-                f"every annotation of {shown} ({total[alone].sum()} in all) has iscrowd 1, as CVAT and Datumaro write "
-                "masks: they are regions to ignore; data.crowds objects takes them as objects"
-            )
-            self.note("all_crowds", text)

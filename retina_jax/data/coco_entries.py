@@ -1,7 +1,7 @@
 """Entries of a COCO JSON file: their types, the check of each entry, and the boxes of segmentations.
 
 msgspec decodes a file without mistakes into these types at once (`CocoFile`). For any other file `parse_entry` checks
-one entry after the other: it accepts numbers written as text, and it reports which field of which entry is wrong.
+one entry after the other: it accepts numbers written as text, and reports which field is wrong.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class AnnotationEntry(msgspec.Struct, gc=False):
     area: Number | None = None
     iscrowd: Literal[0, 1] | bool | None = None
     id: Integer | None = None
-    segmentation: Raw = Raw()  # from `parse_entry` the decoded value; `decode_segmentation` accepts both
+    segmentation: Raw = Raw()  # from `parse_entry` the decoded value
 
 
 class CocoFile(msgspec.Struct):
@@ -142,14 +142,10 @@ def short(value: object) -> str:
     return "null" if value is None else reprlib.repr(value)
 
 
-def decode_segmentation(segmentation: Any) -> Any:
-    """Decodes the `segmentation` of an AnnotationEntry, None if it is missing; raises DataError for malformed JSON."""
-    if not isinstance(segmentation, Raw):
-        return segmentation
-    try:
-        return msgspec.json.decode(segmentation) if bytes(segmentation) else None
-    except (ValueError, RecursionError):
-        raise DataError(NOT_POLYGONS) from None
+NOT_POLYGONS = (
+    "has no bbox, and its segmentation is not polygons [[x1, y1, x2, y2, ...], ...] of finite numbers in pixels"
+)
+NOT_RUNS = "has no bbox, and its segmentation is not run lengths: size [height, width] and counts that fill it"
 
 
 def box_of(segmentation: Any, size_wh: tuple[int, int] = (0, 0)) -> tuple[float, float, float, float] | None:
@@ -161,16 +157,9 @@ def box_of(segmentation: Any, size_wh: tuple[int, int] = (0, 0)) -> tuple[float,
     """
     if segmentation is None or (isinstance(segmentation, list) and all(part == [] for part in segmentation)):
         return None
-    return _box_of_runs(segmentation, size_wh) if isinstance(segmentation, dict) else _box_of_polygons(segmentation)
-
-
-NOT_POLYGONS = (
-    "has no bbox, and its segmentation is not polygons [[x1, y1, x2, y2, ...], ...] of finite numbers in pixels"
-)
-NOT_RUNS = "has no bbox, and its segmentation is not run lengths: size [height, width] and counts that fill it"
-
-
-def _box_of_polygons(polygons: Any) -> tuple[float, float, float, float]:
+    if isinstance(segmentation, dict):
+        return _box_of_runs(segmentation, size_wh)
+    polygons = segmentation
     if isinstance(polygons, list) and not isinstance(polygons[0], list):
         polygons = [polygons]
     if not isinstance(polygons, list) or not all(isinstance(part, list) and len(part) % 2 == 0 for part in polygons):
@@ -213,8 +202,8 @@ def _box_of_runs(mask: dict[str, Any], size_wh: tuple[int, int]) -> tuple[float,
 
 
 def _decompressed(text: str) -> list[int] | None:
-    """Decodes COCO's text: five bits per character, a sixth for "more follows"; each number from the third on is a
-    difference to the last but one. None for malformed text."""
+    """Decodes COCO's text; None if malformed. Five bits per character, a sixth for "more follows"; from the third number on,
+    differences to the last but one."""
     counts: list[int] = []
     value = shift = 0
     for character in text:

@@ -1,8 +1,8 @@
 """Decoding choices that image files leave open and that are made once per data set: orientation, and the range of 16 bits.
 
-A file with an EXIF orientation shows other pixels stored than turned. Annotations belong to one of the two; their sizes show
-which if turning swaps two different sides (orientations 5 to 8). These images decide for the others of the data set
-(orientations 2 to 4, and squares). A 16-bit file may contain values of a sensor with 8, 10, 12 or 14 bits.
+Annotations of a file with an EXIF orientation belong to the pixels as stored or as turned; their sizes show which if turning
+swaps two different sides (orientations 5 to 8). These images decide for the others of the data set (orientations 2 to 4,
+and squares). A 16-bit file may contain values of a sensor with 8, 10, 12 or 14 bits.
 """
 
 from __future__ import annotations
@@ -17,22 +17,17 @@ Orientation = Literal["stored", "turned"]
 class Decoding:
     """How to decode the image files of a data set if the files and the annotated sizes leave it open."""
 
+    # Pixels that boxes lie on: stored, or turned by the EXIF orientation. Images follow annotated sizes that show it.
     orientation: Orientation = "turned"
-    """Pixels that boxes lie on: as stored, or turned by the EXIF orientation. Images whose annotated sizes show it follow
-    these."""
-    bits: int | None = None
-    """Bits that 16-bit images use: 2^bits - 1 is white. None: 16; the data set has no such image."""
+    bits: int | None = None  # that 16-bit images use: 2^bits - 1 is white. None: 16; the data set has no such image
 
 
 class Header(NamedTuple):
     """Header of an image file."""
 
-    size: tuple[int, int]
-    """Width and height as stored."""
-    orientation: int
-    """EXIF orientation, 1 to 8; 1 without one."""
-    deep: bool
-    """Whether it has 16 bits per value."""
+    size: tuple[int, int]  # width and height as stored
+    orientation: int  # EXIF orientation, 1 to 8; 1 without one
+    deep: bool  # whether it has 16 bits per value
 
     @property
     def turned_size(self) -> tuple[int, int]:
@@ -40,8 +35,7 @@ class Header(NamedTuple):
         return self.size[::-1] if self.orientation >= 5 else self.size
 
     def shown_by(self, annotated: tuple[int, int] | None) -> Orientation | Literal["open"] | None:
-        """The pixels that an annotated (width, height) belongs to. "open": both, or there is none; None: neither, or
-        there is nothing to turn."""
+        """The pixels of an annotated (width, height). "open": both, or none is given; None: neither, or nothing to turn."""
         if self.orientation == 1 or annotated not in (None, self.size, self.turned_size):
             return None
         if annotated is None or self.size == self.turned_size:
@@ -64,12 +58,6 @@ class Votes:
             return "open" if self.open else None
         return "stored" if len(self.stored) > len(self.turned) else "turned"
 
-    def add(self, name: str, header: Header, annotated: tuple[int, int] | None) -> None:
-        """Adds an image."""
-        shown = header.shown_by(annotated)
-        if shown is not None:
-            getattr(self, shown).append(name)
-
     def convention(self, undecided: Orientation) -> Orientation:
         """The convention that the images show; `undecided` if they do not."""
         return undecided if self.shown in ("open", None) else self.shown
@@ -87,10 +75,8 @@ class Votes:
         if not stored + turned + unknown:
             return found, "", False
         some = f" ({self.open[0]}{', ...' if unknown > 1 else ''}), read as {found}" if unknown else ""
-        line = (
-            f"images annotated as stored: {stored}, as turned: {turned}, of the same size either way or without one: "
-            f"{unknown}{some}"
-        )
+        either = f"of the same size either way or without one: {unknown}{some}"
+        line = f"images annotated as stored: {stored}, as turned: {turned}, {either}"
         if stored and turned:
             named = f"{self.stored[0]} is annotated as stored, {self.turned[0]} as turned"
             ask = "; check the boxes of the others, and set data.orientation stored or turned" if unknown else ""
@@ -105,5 +91,4 @@ class Votes:
         return found, f"EXIF orientation: {line}{doubt}", bool(against)
 
 
-AS_VIEWERS = Decoding()
-"""As image viewers: turned by the EXIF orientation; 16-bit images use all bits."""
+AS_VIEWERS = Decoding()  # as image viewers: turned by the EXIF orientation; 16-bit images use all bits

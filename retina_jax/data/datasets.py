@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from retina_jax import distributed
 from retina_jax.config import Config, ConfigError, DataConfig
@@ -26,17 +26,24 @@ def open_source(
     """Opens the training or the evaluation images; evaluation always keeps images without boxes.
 
     `known` are classes that remain classes although the data has no box of them (`classes.placeholders`). With
-    `unlabelled`, a COCO file without `annotations` is accepted (`Source.labelled`). Raises ConfigError for a missing
-    field, DataError for annotations that cannot be used and, in training, for annotations without a usable box. Logs the
-    source's notes as warnings.
+    `unlabelled`, a COCO file without `annotations` is accepted (`Source.labelled`). Raises ConfigError for a missing field,
+    DataError for annotations that cannot be used and, in training, without a usable box. Logs the source's notes.
     """
     without_boxes = data.images_without_boxes if split == "train" else "keep"
     if data.source == "tfds":
-        source = _open_tfds(data, split, without_boxes)
+        from retina_jax.data.tfds import read_tfds  # imports TensorFlow Datasets, which takes seconds
+
+        truth = "" if split == "train" else data.val_annotations
+        if truth and not os.path.exists(truth):
+            features = f"the features of {data.tfds_name}, whose areas are truncated to integers"
+            warn(f"data.val_annotations: {truth} does not exist; evaluating against {features}")
+            truth = ""
+        name, folder, of_split = data.tfds_name, data.tfds_folder, getattr(data, f"tfds_{split}_split")
+        options = {"truth_annotations": truth, "empty_parents": data.empty_parents}
+        source = read_tfds(name, folder, of_split, images_without_boxes=without_boxes, **options)
     elif data.source == "scenes":
-        paths = write_scenes(data.scenes)
-        paths = paths[:2] if split == "train" else paths[2:]
-        source = read_coco(*paths, images_without_boxes=without_boxes, known=known, box_format="xywh")
+        folder, options = write_scenes(data.scenes), {"known": known, "box_format": "xywh"}
+        source = read_coco(folder / f"{split}.json", folder / split, images_without_boxes=without_boxes, **options)
     else:
         paths = {f"{split}_{what}": getattr(data, f"{split}_{what}") for what in ("annotations", "images")}
         for field, path in paths.items():
@@ -44,39 +51,18 @@ def open_source(
                 raise ConfigError(f"data.{field} is empty; with data.source coco it must be a path")
         options = configured(data, known) | {"images_without_boxes": without_boxes, "unlabelled": unlabelled}
         source = read_coco(*paths.values(), **options)
-    if split == "train" and not any(len(record.labels) for record in source.records):
-        raise DataError(f"{source.name}: has no usable box ({source.counts}); training needs at least one")
     for (category_id, name), why in source.left_out.items():
         log(f"{source.name}: category {name} ({category_id}) is left out: {why}")
     for note in source.notes:
         warn(f"{source.name}: {note}")
+    if split == "train" and not any(len(record.labels) for record in source.records):
+        hint = "; data.crowds objects takes crowds as objects" if source.counts["crowd"] else ""
+        raise DataError(f"{source.name}: has no usable box ({source.counts}); training needs at least one{hint}")
     source = with_decoding(source, data)
     if split == "val" and data.bits == "auto" and source.decoding.bits:
-        warn(
-            f"{source.name}: has 16-bit images, and the range of 16-bit training images is not known: the range found "
-            f"here, {source.decoding.bits} bits, is used; data.bits sets another"
-        )
+        used = f"the range found here, {source.decoding.bits} bits, is used; data.bits sets another"
+        warn(f"{source.name}: has 16-bit images, and the range of 16-bit training images is not known: {used}")
     return source
-
-
-def _open_tfds(data: DataConfig, split: str, without_boxes: Literal["keep", "drop"]) -> Source:
-    from retina_jax.data.tfds import read_tfds  # imports TensorFlow Datasets, which takes seconds
-
-    truth = "" if split == "train" else data.val_annotations
-    if truth and not os.path.exists(truth):
-        warn(
-            f"data.val_annotations: {truth} does not exist; evaluating against the features of {data.tfds_name}, whose "
-            "areas are truncated to integers"
-        )
-        truth = ""
-    return read_tfds(
-        data.tfds_name,
-        data.tfds_folder,
-        getattr(data, f"tfds_{split}_split"),
-        images_without_boxes=without_boxes,
-        truth_annotations=truth,
-        empty_parents=data.empty_parents,
-    )
 
 
 def open_sources(
@@ -85,33 +71,27 @@ def open_sources(
     """Opens the training and the evaluation data of a run (the same if it is never evaluated).
 
     Also returns the config with their classes, the range of their 16-bit images and the orientation that they show.
-    `known` are the classes of the run in `workdir` that is to be resumed: the training data gets its labels. Logs a
-    summary. Raises as `open_source` and `with_classes` do, ConfigError if classes do not fit each other or hosts have
-    different data, and DataError if an image file is missing and data.bad_images is stop.
+    `known` are the classes of the run in `workdir` that is to be resumed: the training data gets its labels. Raises as
+    `open_source` and `with_classes` do, ConfigError if classes do not fit each other or hosts have different data, and
+    DataError if an image file is missing and data.bad_images is stop.
     """
 
     def open_train(known: Sequence[Category]) -> Source:
         nonlocal config
         source = open_source(config.data, "train", known)
-        config = override(config, {"data.bits": source.decoding.bits or config.data.bits})
-        inherit_orientation(source)
-        return source
-
-    def inherit_orientation(source: Source) -> None:
-        nonlocal config
+        changes: dict[str, Any] = {"data.bits": source.decoding.bits or config.data.bits}
         if config.data.orientation == "auto" and source.shown in ("stored", "turned"):
-            config = override(config, {"data.undecided_orientation": source.shown})
-
-    def open_val(known: Sequence[Category]) -> Source:
-        return open_source(config.data, "val", known)
+            changes["data.undecided_orientation"] = source.shown
+        config = override(config, changes)
+        return source
 
     if config.training.eval_every < 0:
         train = val = open_train(known)
     else:
-        train, val = open_both(open_train, open_val, known)
+        train, val = open_both(open_train, lambda known: open_source(config.data, "val", known), known)
         if config.data.orientation == "auto" and (train.shown, val.shown) == ("open", "stored"):
             log(f"reading the training images as stored, as the evaluation images show it: {train.name} ...")
-            inherit_orientation(val)
+            config = override(config, {"data.undecided_orientation": "stored"})
             train = open_train(train.categories)
     if known:
         train = train.arranged(known, f"--workdir {workdir}")

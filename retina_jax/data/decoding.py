@@ -18,10 +18,9 @@ from retina_jax.data.sixteen_bits import is_deep, samples, to_eight_bits
 from retina_jax.data.source import BadImage, Source
 from retina_jax.errors import reason
 
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
-"""Supported file formats. PIL has more; some of them start other programs."""
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")  # PIL has more; some of them start other programs
+# PIL's own limit. Larger images are refused before they are decoded: a file of kilobytes can ask for gigabytes.
 MAX_PIXELS = 178_956_970
-"""Larger images are refused before they are decoded: a file of kilobytes can ask for gigabytes. PIL's own limit."""
 # PIL warns of images that it reads nevertheless (broken EXIF, many pixels); what matters raises an exception here.
 # `catch_warnings` is not safe with several decoding threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -50,27 +49,18 @@ class Budget:
                 self._returned.notify_all()
 
 
+# Pixels that threads decode and resize at once. Each takes 14 to 24 bytes (16 bits with transparency): 3 to 4 GB.
 DECODING = Budget(MAX_PIXELS)
-"""Pixels that threads decode and resize at once. Each takes 14 to 24 bytes (16 bits with transparency): 3 to 4 GB."""
 ORIENTATION_TAG = 0x0112
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""The transposition that turns an image of an EXIF orientation upright; from 5 on it swaps width and height."""
-UNDO = {**TURNS, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
-"""The inverse transpositions."""
+# The transposition that turns an image of an EXIF orientation upright; from 5 on it swaps width and height.
+_NAMES = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+TURNS = {orientation: Image.Transpose[name] for orientation, name in enumerate(_NAMES.split(), 2)}
+UNDO = {**TURNS, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}  # the inverse transpositions
+# JPEG markers; frames are baseline or progressive.
 START_OF_FRAME, START_OF_SCAN, QUANTISATION, HUFFMAN, RESTARTS, COMMENT = (0xC0, 0xC2), 0xDA, 0xDB, 0xC4, 0xDD, 0xFE
-"""JPEG markers; frames are baseline or progressive."""
+# Markers of application segments that do not affect the pixels, with the segments' first bytes.
 NAMED = {0xE0: b"JFIF\0", 0xE2: b"ICC_PROFILE\0"}
-"""JPEG markers of application segments that do not affect the pixels, with the segments' first bytes."""
-HEAD, FRAME = struct.Struct(">BBH"), struct.Struct(">BHHB")
-"""Head of a JPEG segment, and of a frame after it."""
+HEAD, FRAME = struct.Struct(">BBH"), struct.Struct(">BHHB")  # head of a JPEG segment, and of a frame after it
 
 
 def to_rgb(
@@ -82,11 +72,10 @@ def to_rgb(
     first of several frames is used. Colour profiles are not applied.
 
     An EXIF orientation (in a TIFF, its orientation tag) is applied if only the turned size is `expected_size`, the annotated
-    (width, height); not if only the stored size is, because the boxes then lie on the stored pixels. If both are, or it is
-    None (prediction), `decoding.orientation` decides.
+    (width, height), and not if only the stored size is. If both are, or it is None, `decoding.orientation` decides.
 
-    Raises BadImage, one line without the file's name, if the file is not an image of FORMATS, is truncated or broken, has
-    more than MAX_PIXELS, or has neither of the two sizes.
+    Raises BadImage, without the file's name, if the file is not an image of FORMATS, is truncated or broken, has more than
+    MAX_PIXELS, or has neither of the two sizes.
     """
     image = open_image(encoded)
     try:
@@ -98,9 +87,16 @@ def to_rgb(
             image.load()
             eight = image
         turn = upright(header, expected_size, decoding)
-        if is_turned_by_pil(image, header):
+        if image.format == "TIFF" and header.orientation in TURNS and ORIENTATION_TAG not in image.getexif():
+            # Newer versions of PIL turn TIFFs when they load them.
             turn = None if turn is not None else UNDO[header.orientation]
-        return np.asarray(_eight_bit_rgb(eight if turn is None else eight.transpose(turn)))
+        shown = eight if turn is None else eight.transpose(turn)
+        if ImageMode.getmode(shown.mode).basetype == "F":
+            raise BadImage("has floating-point pixels of unknown range; 8 or 16 bits are supported")
+        if shown.has_transparency_data:
+            layer = shown.convert("RGBA")
+            shown = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+        return np.asarray(shown.convert("RGB"))
     except BadImage:
         raise
     except Exception as error:
@@ -129,16 +125,12 @@ def is_plain_jpeg(
     if _is_plainest_jpeg(encoded, expected_size):
         return True
     image = open_image(encoded)
-    if image.format != "JPEG" or image.mode not in ("RGB", "L") or not encoded.endswith(b"\xff\xd9"):
-        return False
-    return upright(read_header(image), expected_size, decoding) is None
+    complete = image.format == "JPEG" and image.mode in ("RGB", "L") and encoded.endswith(b"\xff\xd9")
+    return complete and upright(read_header(image), expected_size, decoding) is None
 
 
 def _is_plainest_jpeg(encoded: bytes, expected_size: tuple[int, int] | None) -> bool:
-    """Whether a JPEG's header has only the segments of every plain JPEG, as most have. If not, PIL must decide.
-
-    PIL takes 0.5 ms for it, since its code leaves the processor's caches between images.
-    """
+    """Whether a JPEG's header has only the segments of every plain JPEG, as most have. If not, PIL decides, in 0.5 ms."""
     if not (encoded.startswith(b"\xff\xd8") and encoded.endswith(b"\xff\xd9")):
         return False
     at, size = 2, None
@@ -213,11 +205,6 @@ def upright(
     raise BadImage(f"is {width}x{height} pixels, but {expected_size[0]}x{expected_size[1]} in the annotations")
 
 
-def is_turned_by_pil(image: Image.Image, header: Header) -> bool:
-    """Whether PIL turned the image while loading it, as newer versions do with TIFFs."""
-    return image.format == "TIFF" and header.orientation in TURNS and ORIENTATION_TAG not in image.getexif()
-
-
 def _has_late_exif(image: Image.Image) -> bool:
     """Whether a PNG has an EXIF chunk after its pixels."""
     file, found = image.fp, False
@@ -229,12 +216,3 @@ def _has_late_exif(image: Image.Image) -> bool:
         file.seek(length + 4, io.SEEK_CUR)
     file.seek(before)
     return found
-
-
-def _eight_bit_rgb(image: Image.Image) -> Image.Image:
-    if ImageMode.getmode(image.mode).basetype == "F":
-        raise BadImage("has floating-point pixels of unknown range; 8 or 16 bits are supported")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")

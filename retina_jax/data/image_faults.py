@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import io
 import itertools
-import logging
 import re
-from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, Int64, UInt8
+from jaxtyping import Float32, UInt8
 from PIL import Image
 
-log = logging.getLogger(__name__)
-NAMED = 5
-"""Number of images of one colour that are logged; all are counted."""
-
-GRID = 64
-"""Largest number of rows and columns that are checked, evenly spread."""
+GRID = 64  # largest number of rows and columns that are checked, evenly spread
 NO_BOXES = np.zeros((0, 4), np.float32)
+# An image has one colour if at least SHARE of its pixels are within LEVELS (of 255) of the median, in each channel.
 LEVELS, SHARE = 2, 0.999
-"""An image has one colour if at least SHARE of its pixels are within LEVELS (of 255) of the median, in each channel."""
-FILLER = bytes(range(1, 255))
-"""Bytes in which no marker begins."""
-SCAN_END = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-"""A marker that ends the data of a scan: neither an escaped byte nor a restart."""
+FILLER = bytes(range(1, 255))  # bytes in which no marker begins
+SCAN_END = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # ends the data of a scan: neither an escaped byte nor a restart
 RESTART = re.compile(rb"\xff([\xd0-\xd7])")
 START_OF_SCAN, END = 0xDA, 0xD9
 
@@ -32,8 +23,7 @@ START_OF_SCAN, END = 0xDA, 0xD9
 def is_one_colour(
     image: UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w c"], boxes_xyxy: Float32[np.ndarray, "n 4"] = NO_BOXES
 ) -> bool:
-    """Whether the pixels (0 to 255) have one colour: a grid of GRID x GRID of the image, and one of each box with a margin
-    of one pixel."""
+    """Whether the pixels (0 to 255) have one colour: a grid of the image, and one of each box and a pixel around it."""
     if not _is_flat(image):
         return False
     starts = np.maximum(np.floor(boxes_xyxy[:, :2]).astype(int) - 1, 0).tolist()
@@ -53,45 +43,13 @@ def _is_flat(image: UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w c"]) -
     return True
 
 
-class OneColourImages:
-    """Collects the names of a data set's images of one colour. Checks each image once."""
-
-    def __init__(self, where: Callable[[int], str], images: int) -> None:
-        self._where = where
-        self._seen = np.zeros(images, bool)
-        self.names: list[str] = []
-
-    def look(
-        self,
-        images: UInt8[np.ndarray, "b H W 3"] | Float32[np.ndarray, "b H W 3"],
-        sizes_hw: Int32[np.ndarray, "b 2"],
-        boxes_xyxy: Float32[np.ndarray, "b G 4"],
-        indices: Int64[np.ndarray, " b"],
-        valid: Bool[np.ndarray, " b"],
-    ) -> None:
-        """Adds the images of one colour in a batch, with boxes as in `Batch`, and logs the first NAMED."""
-        for row in np.flatnonzero(valid & ~self._seen[indices]).tolist():
-            index, (height, width) = int(indices[row]), sizes_hw[row]
-            if self._seen[index]:
-                continue
-            self._seen[index] = True
-            boxes = boxes_xyxy[row]
-            if is_one_colour(images[row, :height, :width], boxes[boxes[:, 2] > boxes[:, 0]]):
-                self.names.append(self._where(index))
-                if len(self.names) <= NAMED:
-                    log.warning("image of (nearly) one colour: %s", self.names[-1])
-
-
 def missing_part(encoded: bytes) -> str:
     """Describes what is missing in a JPEG that can be decoded; empty for complete files and other formats.
 
-    libjpeg fills missing blocks with grey and only writes a warning to standard error. Two things show it. Bytes inserted
-    before the next marker are skipped if the image is complete, but change pixels if blocks are missing. Restart markers
-    are numbered 0 to 7 in turn, so a missing one breaks the order.
-
-    With 2 to 15 % of the data cut out, this finds 59 of 60 baseline files, 57 of 60 with restart markers and 42 of 60
-    progressive ones, and none of 254 intact photographs of COCO. Data that happen to decode to enough blocks, and missing
-    complete scans of a progressive file, are not found.
+    libjpeg fills missing blocks with grey. Two things show it. Bytes inserted before the next marker are skipped if the
+    image is complete, but change pixels if blocks are missing. Restart markers are numbered 0 to 7 in turn, so a missing
+    one breaks the order. With 2 to 15 % of the data cut out, this finds 59 of 60 baseline files, 57 of 60 with restart
+    markers and 42 of 60 progressive ones, and none of 254 intact photographs of COCO.
     """
     ends = []
     at = 2 if encoded.startswith(b"\xff\xd8") else len(encoded)
@@ -104,14 +62,12 @@ def missing_part(encoded: bytes) -> str:
             at = end.start()
             ends.append(at)
     filled = FILLER.join(encoded[start:end] for start, end in itertools.pairwise([0, *ends, len(encoded)]))
-    # The mean of a block is enough, unless the data are missing in a scan that refines it.
-    if ends and _pixels(encoded, means=len(ends) == 1) != _pixels(filled, means=len(ends) == 1):
-        return "data are missing: it ends before its last row"
-    return ""
 
+    def pixels(encoded: bytes) -> bytes:
+        image = Image.open(io.BytesIO(encoded), formats=["JPEG"])
+        # The mean of a block, in a quarter of the time, is enough unless the data are missing in a scan that refines it.
+        if len(ends) == 1:
+            image.draft("L", (1, 1))
+        return image.tobytes()
 
-def _pixels(encoded: bytes, means: bool) -> bytes:
-    image = Image.open(io.BytesIO(encoded), formats=["JPEG"])
-    if means:
-        image.draft("L", (1, 1))  # one pixel per block, in a quarter of the time
-    return image.tobytes()
+    return "data are missing: it ends before its last row" if ends and pixels(encoded) != pixels(filled) else ""

@@ -1,4 +1,4 @@
-"""Finds the image files of a data set: where their names say, or elsewhere below the folder if there is no doubt.
+"""Finds the image files of a data set: at the paths in file_name, or elsewhere below the folder if there is no doubt.
 
 Annotations are often made on another machine: with `\\` between folders, absolute paths, a folder more or less than here.
 """
@@ -6,10 +6,11 @@ Annotations are often made on another machine: with `\\` between folders, absolu
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -40,15 +41,34 @@ def find_images(folder: Path, names: Sequence[str]) -> Places:
     below `folder`: the only file of that base name, or of several the one that shares most of the path. A file that two
     names would share belongs to neither. Paths leave `folder` and its parent through symbolic links only.
     """
-    exists, root = _make_exists(), str(folder)
-    inside = [_relative(name) for name in names]
+    root, inside = str(folder), [_relative(name) for name in names]
+
+    @cache
+    def names_in(folder: str) -> set[str]:  # each folder is listed once (118,000 files: 0.2 s on a local disk)
+        with contextlib.suppress(OSError, ValueError):  # absent, or a name that no folder can have
+            return set(os.listdir(folder))
+        return set()
+
+    def exists(path: str) -> bool:  # some systems ignore case: a name that is not listed may exist
+        return os.path.basename(path) in names_in(os.path.dirname(path)) or os.path.exists(path)
+
     paths = [os.path.join(root, part if escapes(name) else name) for name, part in zip(names, inside, strict=True)]
     lost = {row for row, path in enumerate(paths) if escapes(names[row]) or not (inside[row] and exists(path))}
     if not lost:
         return Places(paths, {}, [])
     found = {row: path for row in lost if inside[row] and exists(path := os.path.join(root, inside[row]))}
     below = _files_below(root) if len(found) < len(lost) else {}
-    ends_of = cache(lambda base: _by_end(below.get(base, ())))
+
+    @cache
+    def ends_of(base: str) -> dict[str, str | None]:
+        """Each end of the paths of a base name, from that up, to the only path with it; None if several have it."""
+        ends: dict[str, str | None] = {}
+        for path in below.get(base, ()):
+            parts = path.split(os.sep)
+            for end in ("/".join(parts[start:]) for start in range(len(parts))):
+                ends[end] = None if end in ends else path
+        return ends
+
     filled = {os.path.dirname(inside[row]) for row in range(len(names)) if row not in lost or row in found}
     for row in lost - set(found):
         parent = os.path.dirname(inside[row])
@@ -57,14 +77,17 @@ def find_images(folder: Path, names: Sequence[str]) -> Places:
         above = os.path.join(os.path.dirname(os.path.abspath(root)), inside[row])
         if not escapes(names[row]) and exists(above):
             found[row] = above
-        elif (match := _best(inside[row], ends_of(os.path.basename(inside[row])))) is not None:
-            found[row] = os.path.join(root, match)
+            continue
+        ends, parts = ends_of(os.path.basename(inside[row])), inside[row].split("/")
+        shared = itertools.takewhile(ends.__contains__, ("/".join(parts[-n:]) for n in range(1, len(parts) + 1)))
+        best = [ends[end] for end in shared]
+        if best and best[-1] is not None:
+            found[row] = os.path.join(root, best[-1])
     users = defaultdict(set)
     for row, name in enumerate(names):
         users[found.get(row, paths[row])].add(name)
     found = {row: path for row, path in found.items() if len(users[path]) == 1}
-    for row, path in found.items():
-        paths[row] = path
+    paths = [found.get(row, path) for row, path in enumerate(paths)]
     missing = dict.fromkeys(sorted(lost - set(found)), "")
     alike = {_stem(base): files[0] for base, files in below.items()} if missing else {}
     for row in list(missing)[:NAMED]:
@@ -76,19 +99,6 @@ def find_images(folder: Path, names: Sequence[str]) -> Places:
         return base == os.path.basename(path) and real(head) == real(os.path.dirname(path))
 
     return Places(paths, missing, [row for row in sorted(found) if not leads_to(names[row], found[row])])
-
-
-def _make_exists() -> Callable[[str], bool]:
-    """Returns a test whether a file exists that lists each folder once (118,000 files: 0.2 s on a local disk)."""
-
-    @cache
-    def names_in(folder: str) -> set[str]:
-        with contextlib.suppress(OSError, ValueError):  # absent, or a name that no folder can have
-            return set(os.listdir(folder))
-        return set()
-
-    # Some systems ignore case: a name that is not listed may exist.
-    return lambda path: os.path.basename(path) in names_in(os.path.dirname(path)) or os.path.exists(path)
 
 
 def _relative(name: str) -> str:
@@ -114,34 +124,16 @@ def _files_below(root: str) -> dict[str, list[str]]:
     return found
 
 
-def _by_end(paths: Iterable[str]) -> dict[str, str | None]:
-    """Each end of a path, from its base name up, to the only path with it; None if several have it."""
-    ends: dict[str, str | None] = {}
-    for path in paths:
-        parts = path.split(os.sep)
-        for start in range(len(parts)):
-            end = "/".join(parts[start:])
-            ends[end] = None if end in ends else path
-    return ends
-
-
-def _best(name: str, ends: dict[str, str | None]) -> str | None:
-    """The only path, or the only one that shares most of the end of the name, at least a folder."""
-    parts = name.split("/")
-    best = None
-    for start in range(len(parts) - 1, -1, -1):
-        if (end := "/".join(parts[start:])) not in ends:
-            break
-        best = ends[end]
-    return best
-
-
 def _stem(base: str) -> str:
     return os.path.splitext(base)[0].casefold()
 
 
 def _elsewhere(root: str, name: str, below: dict[str, list[str]], alike: dict[str, str]) -> str:
     """Describes where files with a missing one's base name are; `alike` has a file for each `_stem`."""
+
+    def shortened(path: str) -> str:
+        return path if len(path) <= 120 else f"...{path[-117:]}"
+
     base = os.path.basename(name)
     plain = PREFIX.sub("", base)
     found = [os.path.join(root, path) for path in below.get(base, [])]
@@ -154,20 +146,16 @@ def _elsewhere(root: str, name: str, below: dict[str, list[str]], alike: dict[st
         return f"{os.path.join(root, below[plain][0])} has that name without the prefix {short(base[: -len(plain)])}"
     if not found and _stem(base) in alike:
         path = os.path.join(root, alike[_stem(base)])
-        return f"{_short_path(path)} differs from that name only in case or extension"
-    shown = ", ".join(map(_short_path, found[:3])) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        return f"{shortened(path)} differs from that name only in case or extension"
+    shown = ", ".join(map(shortened, found[:3])) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
     return f"files of that name: {shown}" if found else ""
 
 
-def _short_path(path: str) -> str:
-    return path if len(path) <= 120 else f"...{path[-117:]}"
-
-
 def image_files(paths: Sequence[Path], out: Path) -> dict[Path, str]:
-    """Returns the image files that a person names, alone or by folder, each with the name of its picture in `out`.
+    """Returns the image files at these paths and in these folders, each with the name of its picture in `out`.
 
-    Folders are searched with all below them, except `out`; pictures of one name get a number. Raises ConfigError if a path
-    does not exist, a folder has no image, no path is given, or a picture would overwrite one of the files.
+    Folders are searched recursively, except `out`; pictures of one name get a number. Raises ConfigError if a path does not
+    exist, a folder has no image, no path is given, or a picture would overwrite one of the files.
     """
     files: list[Path] = []
     for path in paths:

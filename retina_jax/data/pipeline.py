@@ -18,63 +18,34 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 
 from retina_jax.config import DataConfig
+from retina_jax.data import sampler, transforms
 from retina_jax.data.decoding import DECODING, is_plain_jpeg, to_rgb
-from retina_jax.data.image_faults import OneColourImages
+from retina_jax.data.image_faults import is_one_colour
 from retina_jax.data.reading import SlowReadMonitor, read_again
-from retina_jax.data.sampler import AUGMENTATION, BucketSampler, eval_order, host_rows, random_bits
 from retina_jax.data.source import BadImage, Source
-from retina_jax.data.transforms import (
-    assign_bucket,
-    buckets,
-    exact_canvas,
-    flip_boxes,
-    load,
-    pad,
-    resize,
-    resize_large,
-    resized_size,
-    tf,
-    to_canvas_pixels,
-    train_short_sides,
-)
+from retina_jax.data.transforms import tf
 from retina_jax.errors import reason
 
 log = logging.getLogger(__name__)
+# Larger images (in pixels) are decoded and resized within the budget `DECODING`. So memory is bounded by this budget plus
+# `workers` images of this size.
 LARGE = 2**22
-"""Larger images (in pixels) are decoded and resized within the budget `DECODING`. So memory is bounded by this budget plus
-`workers` images of this size."""
-LOOK_AHEAD = 1000
-"""Largest number of batches that `Batches.canvases` checks."""
+NAMED = 5  # number of images of one colour that are logged; all are counted
+LOOK_AHEAD = 1000  # largest number of batches that `Batches.canvases` checks
 NOTHING = np.zeros((0, 0, 3), np.uint8)
 
 
 class Batch(NamedTuple):
     """b images with padded shape H W: this host's rows of a global batch."""
 
-    images: UInt8[np.ndarray, "b H W 3"] | Float32[np.ndarray, "b H W 3"]
-    """RGB, in the upper left; the padding is 0."""
-    image_sizes: Int32[np.ndarray, "b 2"]
-    """Height and width without padding."""
-    boxes_xyxy: Float32[np.ndarray, "b G 4"]
-    """Pixels of the padded image; 0 for no box."""
-    labels: Int32[np.ndarray, "b G"]
-    """0 to K-1; -1 for no box."""
-    indices: Int64[np.ndarray, " b"]
-    """Rows in `source.records`."""
+    images: UInt8[np.ndarray, "b H W 3"] | Float32[np.ndarray, "b H W 3"]  # RGB, in the upper left; the padding is 0
+    image_sizes: Int32[np.ndarray, "b 2"]  # height and width without padding
+    boxes_xyxy: Float32[np.ndarray, "b G 4"]  # pixels of the padded image; 0 for no box
+    labels: Int32[np.ndarray, "b G"]  # 0 to K-1; -1 for no box
+    indices: Int64[np.ndarray, " b"]  # rows in `source.records`
+    # False for an image repeated to fill an evaluation batch, and for a bad one (black, 1x1, without boxes).
     valid: Bool[np.ndarray, " b"]
-    """False for an image repeated to fill an evaluation batch, and for a bad one (black, 1x1, without boxes)."""
-    scales: Float32[np.ndarray, "b 2"]
-    """Pixels per original pixel, along x and y."""
-
-
-class Rows(NamedTuple):
-    """The images that a host reads at a step."""
-
-    canvas: tuple[int, int]
-    indices: Int64[np.ndarray, " b"]
-    valid: Bool[np.ndarray, " b"]
-    positions: Int64[np.ndarray, " b"]
-    """Seeds for the augmentation."""
+    scales: Float32[np.ndarray, "b 2"]  # pixels per original pixel, along x and y
 
 
 def train_batches(
@@ -84,22 +55,17 @@ def train_batches(
 
     At each step all hosts get the same padded shape, and together the images that a single host would get.
     """
-    short_sides = train_short_sides(data)
-    shapes = buckets(data, short_sides)
+    short_sides = transforms.train_short_sides(data)
+    shapes = transforms.buckets(data, short_sides)
     # A padded shape for the largest short side also fits the others.
-    order = BucketSampler(_image_buckets(source, data, max(short_sides), shapes), data.batch_size, seed)
-    mine = host_rows(data.batch_size, host, hosts)
-
-    def rows_at(step: int) -> Rows:
-        batch = order.batch(step)
-        indices = batch.indices[mine]
-        return Rows(shapes[batch.bucket], indices, np.ones(len(indices), bool), batch.positions[mine])
+    order = sampler.BucketSampler(_image_buckets(source, data, max(short_sides), shapes), data.batch_size, seed)
+    mine = sampler.host_rows(data.batch_size, host, hosts)
 
     def augment(position: int) -> tuple[int, bool]:
-        coin, die = random_bits(AUGMENTATION, seed, position, count=2)
+        coin, die = sampler.random_bits(sampler.AUGMENTATION, seed, position, count=2)
         return short_sides[int(die) % len(short_sides)], data.flip and int(coin) % 2 == 1
 
-    return Batches(source, data, rows_at, augment, mine.stop - mine.start, start_step, None)
+    return Batches(source, data, shapes, order.batch, augment, mine, start_step, None)
 
 
 def eval_batches(
@@ -110,22 +76,14 @@ def eval_batches(
     All hosts get as many batches, with the same shapes; rows that only fill a batch are not `valid`. With `data.buckets` 0
     the images of a batch have their exact padded shape.
     """
-    shapes = buckets(data, (data.short_side,))
+    shapes = transforms.buckets(data, (data.short_side,))
     if data.buckets == 0:
         sizes = {(record.height, record.width) for record in source.records}
         rule = data.short_side, data.long_side, data.size_rounding
-        shapes = tuple(sorted({exact_canvas(resized_size(*size, *rule), data) for size in sizes}))
-    batches = eval_order(_image_buckets(source, data, data.short_side, shapes)[: limit or None], batch_size)
-    mine = host_rows(batch_size, host, hosts)
-
-    def rows_at(step: int) -> Rows:
-        batch = batches[step]
-        return Rows(shapes[batch.bucket], batch.indices[mine], batch.valid[mine], batch.indices[mine])
-
-    def augment(position: int) -> tuple[int, bool]:
-        return data.short_side, False
-
-    return Batches(source, data, rows_at, augment, mine.stop - mine.start, 0, len(batches))
+        shapes = tuple(sorted({transforms.exact_canvas(transforms.resized_size(*size, *rule), data) for size in sizes}))
+    batches = sampler.eval_order(_image_buckets(source, data, data.short_side, shapes)[: limit or None], batch_size)
+    mine = sampler.host_rows(batch_size, host, hosts)
+    return Batches(source, data, shapes, batches.__getitem__, lambda _: (data.short_side, False), mine, 0, len(batches))
 
 
 def overflow(source: Source, data: DataConfig) -> tuple[int, int]:
@@ -135,30 +93,34 @@ def overflow(source: Source, data: DataConfig) -> tuple[int, int]:
 
 
 class Batches(Iterator[Batch]):
-    """Iterator over the batches of steps `start` to `stop` (None: infinite), with `local` images each.
+    """Iterator over the batches of steps `start` to `stop` (None: infinite), with the rows `mine` of each global batch.
 
-    A bad image raises BadImage at its own step. With `data.bad_images` skip, its row is not valid instead; it is logged
-    once, and counted in `skipped` each time its batch is returned. Slow files are waited for, and named in a log line.
+    `augment` returns the short side and whether to flip, from `BatchIndices.positions`. A bad image raises BadImage at its
+    own step. With `data.bad_images` skip, its row is not valid instead; it is logged once, and counted in `skipped` each
+    time its batch is returned. Slow files are waited for, and named in a log line.
     """
 
     def __init__(
         self,
         source: Source,
         data: DataConfig,
-        rows_at: Callable[[int], Rows],
+        shapes: tuple[tuple[int, int], ...],
+        batch_at: Callable[[int], sampler.BatchIndices],
         augment: Callable[[int], tuple[int, bool]],
-        local: int,
+        mine: slice,
         start: int,
         stop: int | None,
     ) -> None:
-        load()
-        self.skipped: Counter[str] = Counter()
-        """Number of times that each bad image was in a returned batch (`data.bad_images skip`)."""
-        self.one_colour = OneColourImages(source.where, len(source))
+        transforms.load()
+        self.skipped: Counter[str] = (
+            Counter()
+        )  # bad image to the number of its returned batches (`data.bad_images skip`)
+        self.one_colour: list[str] = []  # images of (nearly) one colour
+        self._seen = np.zeros(len(source), bool)  # whether an image's colours were checked
         self._source, self._data = source, data
-        self._rows_at = functools.lru_cache(maxsize=64)(rows_at)
-        self._augment = augment
-        self._local, self._step, self._stop = local, start, stop
+        self._shapes, self._augment, self._mine = shapes, augment, mine
+        self._batch_at = functools.lru_cache(maxsize=64)(batch_at)
+        self._local, self._step, self._stop = mine.stop - mine.start, start, stop
         self._bad: dict[int, BadImage] = {}
         self._doubted: set[int] = set()
         self._reads = SlowReadMonitor(source.where)
@@ -166,7 +128,8 @@ class Batches(Iterator[Batch]):
 
     def canvases(self, steps: int) -> list[tuple[int, int]]:
         """Padded shapes of the next `steps` batches (at most LOOK_AHEAD), each once, in order of first use."""
-        return list(dict.fromkeys(self._rows_at(self._step + i).canvas for i in range(min(steps, LOOK_AHEAD))))
+        buckets = (self._batch_at(self._step + i).bucket for i in range(min(steps, LOOK_AHEAD)))
+        return list(dict.fromkeys(self._shapes[bucket] for bucket in buckets))
 
     def __next__(self) -> Batch:
         while True:
@@ -178,18 +141,12 @@ class Batches(Iterator[Batch]):
                 break
             except tf.errors.OpError:
                 # TensorFlow does not report which image failed: make the batch again, decoding its images one by one.
-                suspects = set(self._rows_at(self._step).indices.tolist())
+                suspects = set(self._batch_at(self._step).indices[self._mine].tolist())
                 if suspects <= self._doubted:
                     raise
                 self._doubted |= suspects
                 self._iterator = None
-        self._report_bad_images(batch)
-        self.one_colour.look(batch.images, batch.image_sizes, batch.boxes_xyxy, batch.indices, batch.valid)
-        self._step += 1
-        return batch
-
-    def _report_bad_images(self, batch: Batch) -> None:
-        for index in batch.indices[self._rows_at(self._step).valid & ~batch.valid].tolist():
+        for index in batch.indices[self._batch_at(self._step).valid[self._mine] & ~batch.valid].tolist():
             if self._data.bad_images == "stop":
                 self._iterator = None  # so that the next call returns this step again
                 raise self._bad[index]
@@ -197,6 +154,21 @@ class Batches(Iterator[Batch]):
             if name not in self.skipped:
                 log.warning("skipped: %s", self._bad[index])
             self.skipped[name] += 1
+        self._check_colours(batch)
+        self._step += 1
+        return batch
+
+    def _check_colours(self, batch: Batch) -> None:
+        """Checks each image of the data set once; logs the first NAMED of one colour."""
+        for row in np.flatnonzero(batch.valid & ~self._seen[batch.indices]).tolist():
+            index, (height, width), boxes = int(batch.indices[row]), batch.image_sizes[row], batch.boxes_xyxy[row]
+            if self._seen[index]:
+                continue
+            self._seen[index] = True
+            if is_one_colour(batch.images[row, :height, :width], boxes[boxes[:, 2] > boxes[:, 0]]):
+                self.one_colour.append(self._source.where(index))
+                if len(self.one_colour) <= NAMED:
+                    log.warning("image of (nearly) one colour: %s", self.one_colour[-1])
 
     def _dataset(self) -> tf.data.Dataset:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -222,7 +194,7 @@ class Batches(Iterator[Batch]):
         image = tf.cond(
             tf.size(resized) > 0,
             lambda: resized,
-            lambda: resize(
+            lambda: transforms.resize(
                 tf.cond(tf.strings.length(encoded) > 0, lambda: decode_jpeg(encoded), lambda: decoded),
                 size,
                 self._data.resize,
@@ -231,18 +203,20 @@ class Batches(Iterator[Batch]):
         )
         # Flipped last, so that a flipped image has exactly the pixels of the original.
         image = tf.cond(flip, lambda: tf.reverse(image, axis=[1]), lambda: image)
-        return pad(image, canvas), size, *others
+        return transforms.pad(image, canvas), size, *others
 
     def _load(self, i: np.int64) -> tuple:
         """Element i without work on pixels: the image from `_read`, flip, padded shape, then the fields of Batch."""
         step, row = divmod(int(i), self._local)
-        rows, data = self._rows_at(step), self._data
+        rows, data, row = self._batch_at(step), self._data, self._mine.start + row
         index = int(rows.indices[row])
         record = self._source.records[index]
-        canvas = np.array(rows.canvas, np.int32)
+        canvas = np.array(self._shapes[rows.bucket], np.int32)
         boxes, labels = np.zeros((data.max_boxes, 4), np.float32), np.full(data.max_boxes, -1, np.int32)
         short_side, flip = self._augment(int(rows.positions[row]))
-        height, width = resized_size(record.height, record.width, short_side, data.long_side, data.size_rounding)
+        height, width = transforms.resized_size(
+            record.height, record.width, short_side, data.long_side, data.size_rounding
+        )
         try:
             inputs = self._read(index, (height, width))
         except BadImage as error:
@@ -253,8 +227,8 @@ class Batches(Iterator[Batch]):
         scales = np.array([width / record.width, height / record.height])
         n = min(len(record.labels), data.max_boxes)
         # In float64, so that a box that ends at the image's edge still does after the resize.
-        scaled = to_canvas_pixels(record.boxes_xyxy[:n], scales, data.box_ends).astype(np.float32)
-        boxes[:n] = flip_boxes(scaled, width) if flip else scaled
+        scaled = transforms.to_canvas_pixels(record.boxes_xyxy[:n], scales, data.box_ends).astype(np.float32)
+        boxes[:n] = transforms.flip_boxes(scaled, width) if flip else scaled
         labels[:n] = record.labels[:n]
         size, valid = np.array([height, width], np.int32), bool(rows.valid[row])
         return *inputs, flip, canvas, size, boxes, labels, np.int64(index), valid, scales.astype(np.float32)
@@ -276,7 +250,7 @@ class Batches(Iterator[Batch]):
             if pixels > LARGE:
                 with DECODING.share(pixels):
                     image = to_rgb(encoded, decoding, **annotated)
-                    return b"", NOTHING, resize_large(image, size_hw, data.resize, data.pixels)
+                    return b"", NOTHING, transforms.resize_large(image, size_hw, data.resize, data.pixels)
             if is_plain_jpeg(encoded, decoding, **annotated):
                 if index not in self._doubted:
                     return encoded, NOTHING, not_resized
@@ -299,6 +273,8 @@ def _image_buckets(
 ) -> Int64[np.ndarray, " N"]:
     @functools.cache
     def bucket(height: int, width: int) -> int:
-        return assign_bucket(resized_size(height, width, short_side, data.long_side, data.size_rounding), shapes)
+        return transforms.assign_bucket(
+            transforms.resized_size(height, width, short_side, data.long_side, data.size_rounding), shapes
+        )
 
     return np.array([bucket(record.height, record.width) for record in source.records], np.int64)

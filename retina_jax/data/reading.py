@@ -17,21 +17,19 @@ from retina_jax.errors import reason
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+# Makes opening a pipe without a writer return at once; reading a regular file is not affected.
 NEVER_WAITS = getattr(os, "O_NONBLOCK", 0)
-"""Makes opening a pipe without a writer return at once; reading a regular file is not affected."""
-PAUSES = (0.5, 2.0, 8.0)
-"""Seconds before each retry."""
+PATIENCE = 60.0  # seconds of waiting for a batch after which a line is logged
+CHECKS = 5.0  # seconds between two checks of that time
+PAUSES = (0.5, 2.0, 8.0)  # seconds before each retry
 _TEMPORARY = "EIO ESTALE ETIMEDOUT EAGAIN EINTR EBUSY ECONNRESET EREMOTEIO"
+# Possibly temporary errors of network file systems; some systems lack some of the names.
 TEMPORARY = frozenset(getattr(errno, name) for name in _TEMPORARY.split() if hasattr(errno, name))
-"""Possibly temporary errors of network file systems; some systems lack some of the names."""
 
 
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a regular file for reading, through symbolic links.
-
-    Raises OSError with a strerror of one line, also for a folder, pipe, socket or device, and for an invalid name.
-    """
+    """Opens a regular file for reading, through symbolic links; OSError for anything else and for an invalid name."""
     try:
         descriptor = os.open(path, os.O_RDONLY | NEVER_WAITS | getattr(os, "O_BINARY", 0))
     except ValueError:  # a NUL, or a character outside the file system's encoding
@@ -52,10 +50,7 @@ def read_file(path: Path, largest: int) -> bytes:
 
 
 def read_again(read: Callable[[], T], name: str) -> T:
-    """Returns `read()`, retried after each of PAUSES for TEMPORARY errors, with a log line each time.
-
-    Raises any other OSError at once, and a temporary one after the last retry.
-    """
+    """Returns `read()`, retried after each of PAUSES for TEMPORARY errors, with a log line; raises others at once."""
     for pause in PAUSES:
         try:
             return read()
@@ -67,24 +62,15 @@ def read_again(read: Callable[[], T], name: str) -> T:
     return read()
 
 
-PATIENCE = 60.0
-"""Seconds of waiting for a batch after which a line is logged."""
-CHECKS = 5.0
-"""Seconds between two checks of that time."""
-
-
 class SlowReadMonitor:
     """Logs which files are being read when a batch has been waited for too long; `where` returns their names."""
 
     def __init__(self, where: Callable[[int], str]) -> None:
         self._where = where
-        self._reads: dict[int, tuple[int, float]] = {}
-        """Thread to the index that it reads and when it started."""
-        self._waits: tuple[int, float] | None = None
-        """The step whose batch is waited for, and since when."""
+        self._reads: dict[int, tuple[int, float]] = {}  # thread to the index that it reads and when it started
+        self._waits: tuple[int, float] | None = None  # the step whose batch is waited for, and since when
         self._watched = False
-        self._lock = threading.Lock()
-        """Protects `_waits` and `_watched`."""
+        self._lock = threading.Lock()  # protects `_waits` and `_watched`
 
     @contextlib.contextmanager
     def reading(self, index: int) -> Iterator[None]:
@@ -125,6 +111,5 @@ class SlowReadMonitor:
                 reported = waits
                 longest = sorted(self._reads.copy().values(), key=lambda read: read[1])[:3]
                 files = ", ".join(f"{self._where(index)} ({now - since:.0f} s)" for index, since in longest)
-                log.warning(
-                    "batch %d: waited %.0f s for its images; reading %s", waits[0], now - waits[1], files or "none"
-                )
+                waited = f"batch {waits[0]}: waited {now - waits[1]:.0f} s for its images"
+                log.warning("%s; reading %s", waited, files or "none")

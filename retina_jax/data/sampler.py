@@ -1,13 +1,9 @@
 """The order of images in training and evaluation: a pure function of (seed, step), without state, the same on every host.
 
 Each image has a bucket (its padded shape), and a global batch has images of one bucket, so that all hosts run the same
-compiled program at a step. Two rules define the order:
-
-    Epoch e goes through all N images in a random order. Each image joins the queue of its bucket.
-    When a queue has B images, they leave it as the next batch.
-
-Images left in the queues at the end of an epoch stay there, so each epoch visits every image once. After e epochs bucket b
-with n_b images has given floor(e n_b / B) batches, which gives the epoch of any step without replaying earlier ones.
+compiled program at a step. Epoch e goes through all N images in a random order. Each image joins the queue of its bucket.
+When a queue has B images, they leave it as the next batch. Images left in the queues at the end of an epoch stay there. So
+after e epochs bucket b with n_b images has given floor(e n_b / B) batches: the epoch of a step follows without replay.
 """
 
 from __future__ import annotations
@@ -18,8 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, Int64, UInt64
 
-ORDER, AUGMENTATION = 1, 2
-"""Independent random streams of a seed."""
+ORDER, AUGMENTATION = 1, 2  # independent random streams of a seed
 
 
 class BatchIndices(NamedTuple):
@@ -27,38 +22,22 @@ class BatchIndices(NamedTuple):
 
     bucket: int
     indices: Int64[np.ndarray, " B"]
+    valid: Bool[np.ndarray, " B"]  # False for an image repeated to fill an evaluation batch
+    # In training epoch × N + index, unique for each visit of an image; the seed of its augmentation.
     positions: Int64[np.ndarray, " B"]
-    """epoch × N + index, unique for each visit of an image; the seed of its augmentation."""
-    epoch: int
-    """Epoch that completed the batch; its first images may be from earlier epochs."""
-
-
-class EvalIndices(NamedTuple):
-    """The images of a global evaluation batch of B."""
-
-    bucket: int
-    indices: Int64[np.ndarray, " B"]
-    valid: Bool[np.ndarray, " B"]
-    """False for an image repeated to fill the batch."""
+    epoch: int = 0  # epoch that completed the batch; its first images may be from earlier epochs
 
 
 class _Epoch(NamedTuple):
-    queues: list[np.ndarray]
-    """Images of each bucket in the order of this epoch."""
-    buckets: np.ndarray
-    """Bucket of each batch completed in this epoch, in order."""
-    ends: np.ndarray
-    """End of each of these batches (exclusive) in the sequence of its bucket over all epochs."""
+    queues: list[np.ndarray]  # images of each bucket in the order of this epoch
+    buckets: np.ndarray  # bucket of each batch completed in this epoch, in order
+    ends: np.ndarray  # end of each of these batches (exclusive) in the sequence of its bucket over all epochs
 
 
 class BucketSampler:
-    """The global training batches.
+    """The global training batches of images with these buckets. `batch_size` counts images over all hosts.
 
-    Args:
-      buckets: bucket of each image.
-      batch_size: images per batch over all hosts. If a bucket has fewer, a batch contains an image several times, from
-        different epochs.
-      seed: any integer.
+    If a bucket has fewer images than a batch, a batch contains an image several times, from different epochs.
     """
 
     def __init__(self, buckets: Int[np.ndarray, " N"], batch_size: int, seed: int) -> None:
@@ -87,7 +66,7 @@ class BucketSampler:
         for e in np.unique(epochs):
             now = epochs == e
             indices[now] = self._epoch(int(e)).queues[bucket][ranks[now]]
-        return BatchIndices(bucket, indices, epochs * len(self._of_image) + indices, number)
+        return BatchIndices(bucket, indices, np.ones(size, bool), epochs * len(self._of_image) + indices, number)
 
     def _batches_before(self, epoch: int) -> int:
         return sum(epoch * n // self._batch_size for n in self._sizes)
@@ -109,7 +88,7 @@ class BucketSampler:
         return _Epoch(queues, np.concatenate(buckets)[in_turn], np.concatenate(ends)[in_turn])
 
 
-def eval_order(buckets: Int[np.ndarray, " N"], batch_size: int) -> list[EvalIndices]:
+def eval_order(buckets: Int[np.ndarray, " N"], batch_size: int) -> list[BatchIndices]:
     """Global evaluation batches: each image once, bucket by bucket; the last batch of a bucket repeats its last image."""
     batches = []
     for bucket in np.unique(buckets):
@@ -117,7 +96,7 @@ def eval_order(buckets: Int[np.ndarray, " N"], batch_size: int) -> list[EvalIndi
         for start in range(0, len(images), batch_size):
             rows = np.arange(start, start + batch_size)
             indices = images[np.minimum(rows, len(images) - 1)]
-            batches.append(EvalIndices(int(bucket), indices, rows < len(images)))
+            batches.append(BatchIndices(int(bucket), indices, rows < len(images), indices))
     return batches
 
 

@@ -20,24 +20,19 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 from PIL import Image, ImageDraw
 
-from retina_jax.config import ConfigError, ScenesConfig
+from retina_jax.config import ScenesConfig
 
-VERSION = 1
-"""Incremented whenever the same settings give other pixels or boxes."""
+VERSION = 1  # incremented whenever the same settings give other pixels or boxes
+# Degrees. Class k is the k-th shape in the k-th hue; the first classes are the easiest to distinguish.
 HUES = {
     **{"red": 0.0, "blue": 228.0, "yellow": 53.0, "green": 128.0, "violet": 270.0, "cyan": 184.0, "orange": 27.0},
     **{"pink": 332.0, "lime": 83.0, "azure": 206.0, "magenta": 301.0, "teal": 160.0},
 }
-"""Degrees. Class k is the k-th shape in the k-th hue; the first classes are the easiest to distinguish."""
-EMPTY_SHARE = 0.05
-"""Share of images without objects."""
-LEAST_VISIBLE = 0.4
-"""Smallest visible share of an object's pixels; a shape that would hide more is placed elsewhere or left out."""
+EMPTY_SHARE = 0.05  # share of images without objects
+LEAST_VISIBLE = 0.4  # share of an object's pixels; a shape that would hide more is placed elsewhere or left out
 PLACES_TRIED = 20
-TRAIN, VAL = 1, 2
-"""Random streams of the seed."""
-SUPERSAMPLING = 4
-"""Shapes are drawn this many times larger and averaged."""
+TRAIN, VAL = 1, 2  # random streams of the seed
+SUPERSAMPLING = 4  # shapes are drawn this many times larger and averaged
 
 
 def _around(radii: list[float], start: float = 0.0) -> Float[np.ndarray, "n 2"]:
@@ -46,41 +41,30 @@ def _around(radii: list[float], start: float = 0.0) -> Float[np.ndarray, "n 2"]:
     return np.stack([np.sin(angles), -np.cos(angles)], axis=1) * np.array(radii)[:, None]
 
 
-def _heart() -> Float[np.ndarray, "n 2"]:
-    t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
-    down = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
-    return np.stack([16 * np.sin(t) ** 3, down], axis=1)
+def _arc(turns: Float[np.ndarray, " n"], radius: float, centre: float) -> Float[np.ndarray, "n 2"]:
+    return np.stack([centre + radius * np.cos(2 * np.pi * turns), radius * np.sin(2 * np.pi * turns)], axis=1)
 
 
-def _crescent() -> Float[np.ndarray, "n 2"]:
-    outer, inner = np.linspace(0.12, 0.88, 40), np.linspace(0.78, 0.22, 32)
-
-    def arc(turns: np.ndarray, radius: float, centre: float) -> np.ndarray:
-        return np.stack([centre + radius * np.cos(2 * np.pi * turns), radius * np.sin(2 * np.pi * turns)], axis=1)
-
-    return np.concatenate([arc(outer, 1.0, 0.0), arc(inner, 0.70, 0.62)])
-
-
+_T = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+_HEART_DOWN = -(13 * np.cos(_T) - 5 * np.cos(2 * _T) - 2 * np.cos(3 * _T) - np.cos(4 * _T))
+_CRESCENT = _arc(np.linspace(0.12, 0.88, 40), 1.0, 0.0), _arc(np.linspace(0.78, 0.22, 32), 0.70, 0.62)
+_CROSS = [[1, 0], [2, 0], [2, 1], [3, 1], [3, 2], [2, 2], [2, 3], [1, 3], [1, 2], [0, 2], [0, 1], [1, 1]]
+# Polygons, in any unit, y down; the second one is the hole of the ring.
 SHAPES: dict[str, tuple[Float[np.ndarray, "n 2"], ...]] = {
     "disc": (_around([1.0] * 48),),
     "square": (_around([1.0] * 4, 1 / 8),),
     "triangle": (_around([1.0] * 3),),
-    "cross": (
-        np.array([[1, 0], [2, 0], [2, 1], [3, 1], [3, 2], [2, 2], [2, 3], [1, 3], [1, 2], [0, 2], [0, 1], [1, 1]])
-        - 1.5,
-    ),
+    "cross": (np.array(_CROSS) - 1.5,),
     "ring": (_around([1.0] * 48), _around([0.52] * 48)),
     "star": (_around([1.0, 0.42] * 5),),
     "diamond": (_around([1.0, 0.75] * 2),),
-    "heart": (_heart(),),
+    "heart": (np.stack([16 * np.sin(_T) ** 3, _HEART_DOWN], axis=1),),
     "hexagon": (_around([1.0] * 6),),
-    "crescent": (_crescent(),),
+    "crescent": (np.concatenate(_CRESCENT),),
     "arrow": (np.array([[0, -2], [2, 0.2], [0.8, 0.2], [0.8, 2], [-0.8, 2], [-0.8, 0.2], [-2, 0.2]]),),
     "bolt": (np.array([[0.5, -2], [-1.3, 0.4], [-0.2, 0.4], [-0.6, 2], [1.3, -0.6], [0.2, -0.6], [1.2, -2]]),),
 }
-"""Polygons, in any unit, y down; the second one is the hole of the ring."""
-CLASSES = tuple(zip(SHAPES, HUES.values(), strict=True))
-"""Shape and hue of each class."""
+CLASSES = tuple(zip(SHAPES, HUES.values(), strict=True))  # shape and hue of each class
 
 
 class Scene(NamedTuple):
@@ -89,17 +73,7 @@ class Scene(NamedTuple):
     image: UInt8[np.ndarray, "size size 3"]
     labels: list[int]
     boxes_xywh: list[tuple[float, float, float, float]]
-    visible: list[float]
-    """Visible share of each object's pixels."""
-
-
-class ScenePaths(NamedTuple):
-    """Paths of the scenes, for `read_coco`."""
-
-    train_annotations: str
-    train_images: str
-    val_annotations: str
-    val_images: str
+    visible: list[float]  # visible share of each object's pixels
 
 
 def class_names(classes: int) -> tuple[str, ...]:
@@ -107,42 +81,48 @@ def class_names(classes: int) -> tuple[str, ...]:
     return tuple(f"{hue} {shape}" for hue, shape in zip(list(HUES)[:classes], SHAPES, strict=False))
 
 
-def write_scenes(config: ScenesConfig) -> ScenePaths:
-    """Writes the scenes as JPEGs and COCO JSONs, unless they exist.
+def write_scenes(config: ScenesConfig) -> Path:
+    """Writes the scenes as JPEGs and COCO JSONs, unless they exist. Returns the folder of train.json, train, val.json, val.
 
     The folder's name contains a hash of the settings. It is renamed to that when complete, so an existing folder is always
     complete, and several processes may write at the same time.
     """
-    _check(config)
     setting = {key: value for key, value in dataclasses.asdict(config).items() if key != "folder"}
     digest = hashlib.sha256(json.dumps([VERSION, setting], sort_keys=True).encode()).hexdigest()[:10]
     folder = Path(config.folder) / f"{config.size}px_{config.classes}classes_{digest}"
-    if not folder.is_dir():
-        unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-        try:
-            _write_split(unfinished, "train", config, TRAIN, config.train_images)
-            _write_split(unfinished, "val", config, VAL, config.val_images)
-            try:
-                unfinished.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # otherwise another process was first
-                    raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    return ScenePaths(str(folder / "train.json"), str(folder / "train"), str(folder / "val.json"), str(folder / "val"))
+    if folder.is_dir():
+        return folder
+    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        _write_split(unfinished, "train", config, TRAIN, config.train_images)
+        _write_split(unfinished, "val", config, VAL, config.val_images)
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # otherwise another process was first
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
 
 
 def draw_scene(config: ScenesConfig, stream: int, index: int) -> Scene:
     """Scene `index` of a stream (TRAIN or VAL), a pure function of its arguments."""
     rng = np.random.default_rng([config.seed % 2**64, stream, index])
     picture = draw_background(rng, config.size)
-    objects = 0 if rng.random() < EMPTY_SHARE else int(rng.integers(1, config.max_objects, endpoint=True))
+    objects = (
+        0
+        if rng.random() < EMPTY_SHARE
+        else int(rng.integers(min(1, config.max_objects), config.max_objects, endpoint=True))
+    )
     wanted = [True] * objects + [False] * int(rng.integers(0, config.lookalikes, endpoint=True))
     owner = np.full(picture.shape[:2], -1)
     labels, boxes, areas, visible = [], [], np.zeros(0, int), np.zeros(0, int)
     for is_object in rng.permutation(wanted):
         label = int(rng.integers(config.classes))
-        shape, hue = CLASSES[label] if is_object else _lookalike(rng, label)
+        shape, hue = CLASSES[label]
+        if not is_object:  # the class's shape in another hue, or its hue in another shape
+            other = CLASSES[int((label + rng.integers(1, len(SHAPES))) % len(SHAPES))]
+            shape, hue = (shape, other[1]) if rng.random() < 0.5 else (other[0], hue)
         for _ in range(PLACES_TRIED):
             box = _draw_box(rng, config)
             side = float(np.sqrt(box[2] * box[3]))
@@ -213,29 +193,14 @@ def draw_shape(
         # PIL's coordinates are pixel centres, ours are corners.
         pen.polygon((pixels * SUPERSAMPLING - 0.5).ravel().tolist(), fill=ink)
     mask = np.asarray(drawing)
-    return (left, top), _averaged(mask), _averaged(_eroded(mask, round(outline * SUPERSAMPLING)))
-
-
-def _eroded(mask: np.ndarray, radius: int) -> np.ndarray:
-    """The minimum of the mask at `radius` pixels in eight directions."""
-    height, width = mask.shape
-    padded = np.pad(mask, radius)
-    diagonal = round(radius / 2**0.5)
+    radius = round(outline * SUPERSAMPLING)
+    padded, diagonal = np.pad(mask, radius), round(radius / 2**0.5)
     steps = [(0, radius), (0, -radius), (radius, 0), (-radius, 0)]
     steps += [(a * diagonal, b * diagonal) for a in (-1, 1) for b in (-1, 1)]
-    shifted = [padded[radius + down :, radius + right :][:height, :width] for down, right in steps]
-    return np.minimum.reduce([mask, *shifted])
-
-
-def _averaged(mask: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.fromarray(mask).reduce(SUPERSAMPLING), np.float32) / 255
-
-
-def _lookalike(rng: np.random.Generator, label: int) -> tuple[str, float]:
-    """The class's shape in another hue, or its hue in another shape; not a class."""
-    shape, hue = CLASSES[label]
-    other = CLASSES[int((label + rng.integers(1, len(SHAPES))) % len(SHAPES))]
-    return (shape, other[1]) if rng.random() < 0.5 else (other[0], hue)
+    shifted = [padded[radius + y :, radius + x :][: mask.shape[0], : mask.shape[1]] for y, x in steps]
+    eroded = np.minimum.reduce([mask, *shifted])
+    cover, inside = (np.asarray(Image.fromarray(m).reduce(SUPERSAMPLING), np.float32) / 255 for m in (mask, eroded))
+    return (left, top), cover, inside
 
 
 def _draw_box(rng: np.random.Generator, config: ScenesConfig) -> tuple[float, float, float, float]:
@@ -288,13 +253,11 @@ def _write_split(folder: Path, split: str, config: ScenesConfig, stream: int, co
 
     with ThreadPoolExecutor() as pool:
         scenes = list(pool.map(write, range(count)))
-    images = [
-        {"id": i + 1, "file_name": f"{i:06d}.jpg", "width": config.size, "height": config.size} for i in range(count)
-    ]
+    size = {"width": config.size, "height": config.size}
     objects = [(i, *o) for i, scene in enumerate(scenes, 1) for o in zip(scene.labels, scene.boxes_xywh, strict=True)]
     document = {
         "info": {"description": "retina_jax generated scenes", "version": VERSION},
-        "images": images,
+        "images": [{"id": i + 1, "file_name": f"{i:06d}.jpg"} | size for i in range(count)],
         "annotations": [
             {"id": n, "image_id": i, "category_id": k + 1, "bbox": b, "area": round(b[2] * b[3], 2), "iscrowd": 0}
             for n, (i, k, b) in enumerate(objects, 1)
@@ -302,16 +265,3 @@ def _write_split(folder: Path, split: str, config: ScenesConfig, stream: int, co
         "categories": [{"id": k + 1, "name": name} for k, name in enumerate(class_names(config.classes))],
     }
     (folder / f"{split}.json").write_text(json.dumps(document))
-
-
-def _check(config: ScenesConfig) -> None:
-    if not 2 <= config.classes <= len(SHAPES):
-        raise ConfigError(f"data.scenes.classes: {config.classes}; must be 2 to {len(SHAPES)}")
-    if not 4 <= config.min_side <= config.max_side <= 0.75 * config.size:
-        raise ConfigError(
-            f"data.scenes: min_side {config.min_side:g}, max_side {config.max_side:g}, size {config.size}; "
-            "must be 4 <= min_side <= max_side <= 0.75 size"
-        )
-    for field, least in (("train_images", 1), ("val_images", 1), ("max_objects", 1), ("lookalikes", 0)):
-        if getattr(config, field) < least:
-            raise ConfigError(f"data.scenes.{field}: {getattr(config, field)}; must be at least {least}")

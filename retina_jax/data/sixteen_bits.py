@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,21 +15,17 @@ from PIL import Image
 from retina_jax.data.source import BadImage
 
 log = logging.getLogger(__name__)
-BITS_TAG, PHOTOMETRIC_TAG, CHANNELS_TAG, PLANES_TAG = 258, 262, 277, 284
-"""TIFF tags."""
+BITS_TAG, PHOTOMETRIC_TAG, CHANNELS_TAG, PLANES_TAG = 258, 262, 277, 284  # TIFF tags
 NATIVE = "L" if sys.byteorder == "little" else "B"
-GREY_ALPHA = "LA;16B"
-"""PIL's raw mode of 16-bit grey with transparency; read as four bytes per pixel instead."""
+GREY_ALPHA = "LA;16B"  # PIL's raw mode of 16-bit grey with transparency; read as four bytes per pixel instead
+# PIL's raw modes of 16-bit colours: low byte first, high byte first or native.
 COLOURS = {f"{mode};16{order}" for mode in ("RGB", "RGBA") for order in "LBN"}
-"""PIL's raw modes of 16-bit colours: low byte first, high byte first or native."""
-RANGES = (8, 10, 12, 14, 16)
-"""Possible numbers of bits that the 16-bit files of a data set use."""
-SATURATED = 65535
-"""Value that cameras and converters write for saturated and missing pixels, whatever the range of the others."""
-SHARE = 0.99
-"""Share of the values that must be in a range; up to 1 % are outliers."""
-DARK = 3
-"""Images are dark if their values need this many bits fewer than the range has: all are below 32 of 255."""
+RANGES = (8, 10, 12, 14, 16)  # possible numbers of bits that the 16-bit files of a data set use
+SATURATED = (
+    65535  # what cameras and converters write for saturated and missing pixels, whatever the range of the others
+)
+SHARE = 0.99  # share of the values that must be in a range; up to 1 % are outliers
+DARK = 3  # images are dark if their values need this many bits fewer than the range has: all are below 32 of 255
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -43,26 +39,30 @@ def samples(image: Image.Image, reopen: Callable[[], Image.Image]) -> UInt16[np.
     """All 16 bits of an image that `is_deep` and is not loaded, oriented as PIL loads it. Negative values become 0.
 
     c is 1 for grey, 2 for grey and alpha, 3 for RGB, 4 for RGB and alpha. `reopen` opens the file again, to read the lower
-    bytes of colours with the byte order exchanged. Raises BadImage for values above 65535 and for TIFFs with separate planes
-    or with white as 0, and what PIL raises.
+    bytes of colours with the byte order exchanged. Raises BadImage for what is not supported, and what PIL raises.
     """
     raw = _raw_mode(image)
     if image.format == "TIFF":
-        _check_layout(image)
+        tags = image.tag_v2
+        if tags.get(PLANES_TAG, 1) != 1 and tags.get(CHANNELS_TAG, 1) > 1:
+            wrong = "with separate planes; save it with interleaved channels (planar configuration 1)"
+            raise BadImage(f"is a 16-bit TIFF {wrong}")
+        if tags.get(PHOTOMETRIC_TAG) == 0:
+            wrong = "in which 0 is white; save it with 0 as black (photometric interpretation 1)"
+            raise BadImage(f"is a 16-bit TIFF {wrong}")
+        if not image.mode.startswith("I") and raw not in {*COLOURS, GREY_ALPHA}:
+            raise BadImage(f"is a 16-bit TIFF with an unsupported layout ({image.mode}); save it as grey or RGB")
+    image.load()
     if image.mode.startswith("I"):
-        image.load()
         values = np.asarray(image)[..., None]
         if values.max(initial=0) > 65535:
             raise BadImage(f"has values up to {values.max()}; 8 or 16 bits are supported")
         return values.clip(0).astype(np.uint16)
     if raw == GREY_ALPHA:
-        image.load()  # for its orientation only
-        high_low = np.asarray(_loaded_as(reopen(), "RGBA"))
+        high_low = _loaded_as(reopen(), "RGBA")
         return _combined(high_low[..., ::2], high_low[..., 1::2])
-    image.load()
     order = NATIVE if raw[-1] == "N" else raw[-1]
-    low = _loaded_as(reopen(), raw[:-1] + ("B" if order == "L" else "L"))
-    return _combined(np.asarray(image), np.asarray(low))
+    return _combined(np.asarray(image), _loaded_as(reopen(), raw[:-1] + ("B" if order == "L" else "L")))
 
 
 def colours(values: UInt16[np.ndarray, "h w c"]) -> UInt16[np.ndarray, "h w _"]:
@@ -87,32 +87,14 @@ def to_eight_bits(values: UInt16[np.ndarray, "h w c"], bits: int) -> Image.Image
     return Image.fromarray(eight[..., 0] if eight.shape[2] == 1 else eight)
 
 
-def from_bytes(encoded: bytes, open_image: Callable[[bytes], Image.Image]) -> UInt16[np.ndarray, "h w c"] | None:
-    """`samples` of a file; None if it has 8 bits."""
-    image = open_image(encoded)
-    return samples(image, lambda: open_image(encoded)) if is_deep(image) else None
-
-
 @functools.cache
 def _warn_once(bits: int) -> None:
     log.warning("a 16-bit image has values above the range of %d bits, which become white; set data.bits", bits)
 
 
-def _check_layout(image: Image.Image) -> None:
-    tags = image.tag_v2
-    if tags.get(PLANES_TAG, 1) != 1 and tags.get(CHANNELS_TAG, 1) > 1:
-        raise BadImage(
-            "is a 16-bit TIFF with separate planes; save it with interleaved channels (planar configuration 1)"
-        )
-    if tags.get(PHOTOMETRIC_TAG) == 0:
-        raise BadImage("is a 16-bit TIFF in which 0 is white; save it with 0 as black (photometric interpretation 1)")
-    if not image.mode.startswith("I") and _raw_mode(image) not in {*COLOURS, GREY_ALPHA}:
-        raise BadImage(f"is a 16-bit TIFF with an unsupported layout ({image.mode}); save it as grey or RGB")
-
-
 def _combined(high: UInt8[np.ndarray, "h w c"], low: UInt8[np.ndarray, "h w c"]) -> UInt16[np.ndarray, "h w c"]:
     values = high.astype(np.uint16)
-    values <<= 8
+    values <<= 8  # in place
     values |= low
     return values
 
@@ -125,24 +107,18 @@ def _raw_mode(image: Image.Image) -> str:
     return first if isinstance(first, str) else ""
 
 
-def _loaded_as(image: Image.Image, raw: str) -> Image.Image:
-    def replaced(arguments: str | tuple) -> str | tuple:
-        return raw if isinstance(arguments, str) else (raw, *arguments[1:])
-
-    image.tile = [tile._replace(args=replaced(tile.args)) for tile in image.tile]
-    image.load()
-    return image
+def _loaded_as(image: Image.Image, raw: str) -> np.ndarray:
+    arguments = [raw if isinstance(tile.args, str) else (raw, *tile.args[1:]) for tile in image.tile]
+    image.tile = [tile._replace(args=args) for tile, args in zip(image.tile, arguments, strict=True)]
+    return np.asarray(image)
 
 
 class Values(NamedTuple):
     """Statistics of one 16-bit image."""
 
-    below: Int64[np.ndarray, " 17"]
-    """Number of values below 2^k, for k from 0 to 16, without SATURATED ones."""
-    largest: int
-    """Largest value that is not SATURATED; 0 without one."""
-    saturated: int
-    """Number of SATURATED values."""
+    below: Int64[np.ndarray, " 17"]  # number of values below 2^k, for k from 0 to 16, without SATURATED ones
+    largest: int  # largest value that is not SATURATED; 0 without one
+    saturated: int  # number of SATURATED values
 
     @classmethod
     def of(cls, values: UInt16[np.ndarray, "h w c"]) -> Values:
@@ -155,22 +131,18 @@ class Range(NamedTuple):
     """The range of a sample of 16-bit images."""
 
     images: list[Values]
-    largest: int
-    """Largest value; SATURATED ones are ignored if they are fewer than 1 % and the others need fewer bits."""
-    bits: int
-    """Smallest of RANGES that contains `largest`."""
+    largest: int  # largest value; SATURATED ones are ignored if they are fewer than 1 % and the others need fewer bits
+    bits: int  # smallest of RANGES that contains `largest`
 
     def lines(self, configured: int | None) -> list[tuple[str, bool]]:
         """Log lines about images decoded with this range, or with `configured` bits, each with whether it is a warning."""
         bits = configured or self.bits
-        line = (
-            f"16-bit images: values up to {self.largest} in a sample of {len(self.images)}, a range of {self.bits} bits"
-        )
+        sample = f"a sample of {len(self.images)}, a range of {self.bits} bits"
+        line = f"16-bit images: values up to {self.largest} in {sample}"
         if configured and (self.bits > bits or self.bits <= bits - DARK):
             effect = "cut off at white" if self.bits > bits else "dark"
-            return [
-                (f"{line}, but data.bits is {bits} (set, or that of the training images): images are {effect}", True)
-            ]
+            line += f", but data.bits is {bits} (set, or that of the training images): images are {effect}"
+            return [(line, True)]
         doubts = []
         saturated = sum(image.saturated for image in self.images)
         if not configured and saturated and self.largest != SATURATED:
@@ -194,9 +166,8 @@ class Range(NamedTuple):
         return [(line, False), *((doubt, True) for doubt in doubts)]
 
 
-def find_range(images: Iterable[UInt16[np.ndarray, "h w c"]]) -> Range | None:
+def find_range(found: list[Values]) -> Range | None:
     """The range of these images; None without images."""
-    found = [Values.of(values) for values in images]
     if not found:
         return None
     largest = max(image.largest for image in found)

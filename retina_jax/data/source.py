@@ -17,8 +17,7 @@ from retina_jax.data.classes import Category, differ, match
 from retina_jax.data.conventions import AS_VIEWERS, Decoding, Orientation
 from retina_jax.errors import PlainError
 
-Image = tuple[int, str, int, int]
-"""Id, file name, width and height in pixels (0, 0 if unknown)."""
+Image = tuple[int, str, int, int]  # id, file name, width and height in pixels (0, 0 if unknown)
 
 
 class DataError(PlainError, ValueError):
@@ -37,9 +36,7 @@ class Record:
     file_name: str
     width: int  # pixels, as the boxes count them
     height: int
-    boxes_xyxy: Float32[
-        np.ndarray, "n 4"
-    ]  # pixels of the original image, inside it, no crowds, every side longer than 0
+    boxes_xyxy: Float32[np.ndarray, "n 4"]  # pixels of the original image, inside it, no crowds, sides longer than 0
     labels: Int32[np.ndarray, " n"]  # 0 to K-1
 
 
@@ -51,19 +48,19 @@ class Source:
     records: list[Record]
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
+    # Boxes by what was done with them (`crowd`, `zero_size`, `outside`: dropped; `clipped`: cut to the image), and
+    # `images_without_boxes`, dropped or kept as configured; of a COCO JSON also `without_box`: points and such, dropped.
     counts: dict[str, int]
-    """Boxes by what was done with them (`crowd`, `zero_size`, `outside`: dropped; `clipped`: cut to the image), and
-    `images_without_boxes`, dropped or kept as configured; of a COCO JSON also `without_box`: points and such, dropped."""
+    # Reads the encoded image of a record, BadImage if that fails. Called from many threads at once.
     read: Callable[[int], bytes]
-    """Reads the encoded image of a record, BadImage if that fails. Called from many threads at once."""
     where: Callable[[int], str]  # what messages call the image of a record
     make_truth: Callable[[], dict[str, Any]]  # makes `truth`
     labelled: bool = True  # False: images without annotations (COCO's test images), which cannot be scored
     annotated: frozenset[int] = frozenset()  # ids of the categories with an annotation, crowds included
     left_out: dict[Category, str] = field(default_factory=dict)  # as from `classes.placeholders`
     notes: tuple[str, ...] = ()  # how the data set was read, one line each; `open_source` logs them as warnings
+    # Records whose image file is known to be missing, with where files of that name are ("": unknown).
     missing: Mapping[int, str] = field(default_factory=dict)
-    """Records whose image file is known to be missing, with where files of that name are ("": unknown)."""
     decoding: Decoding = AS_VIEWERS  # how its image files are decoded; set by `survey.with_decoding`
     unsized: frozenset[int] = frozenset()  # records whose annotations have no size: it is that of the file
     shown: Orientation | Literal["open"] | None = None  # `conventions.Votes.shown`; set by `survey.with_decoding`
@@ -72,8 +69,7 @@ class Source:
     def truth(self) -> dict[str, Any]:
         """Ground truth in COCO's format for pycocotools: every box as annotated, uncut, crowds included.
 
-        It has `iscrowd` and `area` even if the file has not, unique ids from 1 on, no `segmentation`, and as categories only
-        the classes.
+        It always has `iscrowd`, `area` and unique ids from 1 on, no `segmentation`, and as categories only the classes.
         """
         return self.make_truth()
 
@@ -83,10 +79,7 @@ class Source:
         return list(zip(self.category_ids, self.class_names, strict=True))
 
     def arranged(self, classes: Sequence[Category], where: str) -> Source:
-        """The same data with the labels of `classes`, those of the run in the folder that `where` names.
-
-        Raises ConfigError if the classes are not the same ones, one to one.
-        """
+        """The same data with the labels of a run of `classes`; ConfigError, beginning with `where`, for other classes."""
         order = match(classes, self.categories)
         if None in order or len(order) != len(self.class_names):
             raise differ(classes, self.categories, where)
@@ -127,18 +120,14 @@ def sort_boxes(
     edge of its image from outside), or zero_size again if nothing is left of it in float32. The others are `usable`. Those
     of them that extend beyond the image by more than 0.01 pixel are `clipped`; less is the rounding of two decimals.
     """
-    limits = np.concatenate([sizes_wh, sizes_wh], axis=1)
-    clipped = np.clip(boxes_xyxy, 0, limits).astype(np.float32)
-
-    def has_area(boxes: np.ndarray) -> np.ndarray:
-        return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    clipped = np.clip(boxes_xyxy, 0, np.tile(sizes_wh, 2)).astype(np.float32)
 
     inside = (boxes_xyxy[:, :2] < sizes_wh).all(1) & (boxes_xyxy[:, 2:] > 0).all(1)
-    solid = has_area(boxes_xyxy)
-    usable = ~crowd & solid & inside & has_area(clipped)
+    solid, left = ((boxes[:, 2:] > boxes[:, :2]).all(1) for boxes in (boxes_xyxy, clipped))
+    usable = ~crowd & solid & inside & left
     return clipped, {
         "crowd": crowd,
-        "zero_size": ~crowd & (~solid | (inside & ~has_area(clipped))),
+        "zero_size": ~crowd & (~solid | (inside & ~left)),
         "outside": ~crowd & solid & ~inside,
         "clipped": usable & (np.abs(clipped - boxes_xyxy).max(1, initial=0) > 0.01),
         "usable": usable,
@@ -177,10 +166,7 @@ class BoxTable:
         return np.array([image[2:] for image in self.images], np.int64).reshape(-1, 2)[self.owners]
 
     def records(self, images_without_boxes: str) -> tuple[list[Record], list[int], dict[str, int]]:
-        """Returns the records, the row in `images` that each came from, and `Source.counts`.
-
-        Boxes keep their order within an image. "drop" leaves out images without a usable box.
-        """
+        """Returns the records, each one's row in `images`, and `Source.counts`; "drop" leaves out images without a box."""
         boxes, kinds = sort_boxes(self.boxes_xyxy, self.crowd, self.sizes_wh)
         rows = np.flatnonzero(kinds.pop("usable"))
         rows = rows[np.argsort(self.owners[rows], kind="stable")]

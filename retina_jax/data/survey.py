@@ -1,41 +1,31 @@
 """Reads the headers of all image files of a data set: their sizes, and what decides how they are decoded (`conventions`).
 
-All headers, not a sample, because a single image can decide, and it may be any. With 16 threads COCO's files take 0.06 to
-0.1 ms each from a local disk: about ten seconds for 118,000.
+All, because a single image can decide. With 16 threads COCO's take 0.06 to 0.1 ms each from a local disk: ten seconds.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from retina_jax.config import DataConfig
 from retina_jax.console import log, warn
-from retina_jax.data.conventions import Decoding, Header, Orientation, Votes
+from retina_jax.data.conventions import Decoding, Header, Votes
 from retina_jax.data.decoding import FORMATS, MAX_PIXELS, largest_file, open_image, read_header
 from retina_jax.data.reading import open_file, read_again, read_file
-from retina_jax.data.sixteen_bits import Range, colours, find_range, from_bytes
+from retina_jax.data.sixteen_bits import Range, Values, colours, find_range, is_deep, samples
 from retina_jax.data.source import Source
 from retina_jax.errors import reason
 
-SAMPLE = 64
-"""Number of 16-bit images that are decoded to find their range, spread evenly over the data set."""
-MANY = 5_000
-"""Number of images from which on a line is logged before their headers are read."""
-READERS = 16
-"""Threads, which mostly wait for files."""
+SAMPLE = 64  # number of 16-bit images that are decoded to find their range, spread evenly over the data set
+MANY = 5_000  # number of images from which on a line is logged before their headers are read
+READERS = 16  # threads, which mostly wait for files
 
 
 @dataclass(frozen=True)
@@ -43,8 +33,7 @@ class Survey:
     """What the headers of a data set's image files show."""
 
     votes: Votes
-    range: Range | None
-    """Range of its 16-bit images; None without such images."""
+    range: Range | None  # range of its 16-bit images; None without such images
 
     def decide(self, data: DataConfig) -> tuple[Decoding, list[tuple[str, bool]]]:
         """How to decode the files, and log lines, each with whether it is a warning."""
@@ -56,33 +45,17 @@ class Survey:
         return Decoding(orientation, bits or self.range.bits), lines + self.range.lines(bits)
 
 
-class Size(NamedTuple):
-    """Size of an image as stored."""
-
-    width: int
-    height: int
-    turned: bool
-    """Whether its EXIF orientation swaps width and height."""
-
-    def shown(self, orientation: Orientation) -> tuple[int, int]:
-        """Width and height of the pixels that boxes lie on."""
-        swapped = self.turned and orientation == "turned"
-        return (self.height, self.width) if swapped else (self.width, self.height)
-
-
 def with_decoding(source: Source, data: DataConfig) -> Source:
-    """Returns the source with the decoding of its images, and logs what decided it.
-
-    Boxes of TensorFlow data sets are relative to the sides as stored, and TensorFlow does not turn images, so their sizes
-    decide nothing, and data.orientation auto is stored.
-    """
+    """Returns the source with the decoding of its images, and logs what decided it."""
     if data.source == "scenes":
         return source
     shown = None
     if data.source == "tfds":
-        reads = (lambda row=row: source.read(row) for row in spread(range(len(source))))
+        # Its boxes are relative to the sides as stored, and TensorFlow does not turn images.
         orientation = "stored" if data.orientation == "auto" else data.orientation
-        decoding, lines = Survey(Votes(), range_of(reads)).decide(replace(data, orientation=orientation))
+        decoding, lines = Survey(Votes(), range_of(source.read, range(len(source)))).decide(
+            replace(data, orientation=orientation)
+        )
     else:
         names = [record.file_name for record in source.records]
         paths = [Path(source.where(row)) for row in range(len(source))]
@@ -96,11 +69,8 @@ def with_decoding(source: Source, data: DataConfig) -> Source:
 
 
 def decoding_of_files(paths: Sequence[Path], data: DataConfig) -> Decoding:
-    """How a detector of this config decodes image files without annotations.
-
-    They are turned as in image viewers, unless data.orientation is stored. 16-bit images have the range of the training
-    images, or without one their own.
-    """
+    """How a detector of this config decodes image files without annotations: turned as in image viewers, unless
+    data.orientation is stored; 16-bit images with the range of the training images, or without one their own."""
     orientation = "turned" if data.orientation == "auto" else data.orientation
     found = survey_files([path.name for path in paths], paths, [(0, 0)] * len(paths))
     decoding, lines = found.decide(replace(data, orientation=orientation))
@@ -112,113 +82,54 @@ def decoding_of_files(paths: Sequence[Path], data: DataConfig) -> Decoding:
 def survey_files(names: Sequence[str], paths: Sequence[Path], sizes_wh: Sequence[tuple[int, int] | None]) -> Survey:
     """Reads the headers of image files with these annotated sizes (None: without). Unreadable files are left out."""
     votes, deep = read_votes(names, paths, sizes_wh)
-    return Survey(votes, range_of(partial(read_file, paths[row], largest_file(MAX_PIXELS)) for row in spread(deep)))
+    return Survey(votes, range_of(lambda row: read_file(paths[row], largest_file(MAX_PIXELS)), deep))
 
 
 def read_votes(
     names: Sequence[str], paths: Sequence[Path], sizes_wh: Sequence[tuple[int, int] | None]
 ) -> tuple[Votes, list[int]]:
-    """The orientation that the headers show, and the rows of the 16-bit images. Arguments as in `survey_files`."""
+    """The orientation that the headers show, and the rows of the 16-bit images; see `survey_files`."""
     votes, deep = Votes(), []
-    if len(paths) > MANY:
-        log(f"reading the headers of {len(paths)} images ...")
-    with ThreadPoolExecutor(READERS) as pool:
-        for row, header in enumerate(pool.map(_header_of_file, paths)):
-            if header is not None:
-                votes.add(names[row], header, sizes_wh[row])
-                if header.deep:
-                    deep.append(row)
+    for row, header in enumerate(read_headers(paths)):
+        if isinstance(header, Header) and (shown := header.shown_by(sizes_wh[row])):
+            getattr(votes, shown).append(names[row])
+        if isinstance(header, Header) and header.deep:
+            deep.append(row)
     return votes, deep
 
 
-def range_of(reads: Iterable[Callable[[], bytes]]) -> Range | None:
-    """The range of the 16-bit images among encoded images, without those that cannot be read or decoded."""
+def read_headers(paths: Sequence[Path]) -> list[Header | str]:
+    """The header of each image file, or in one line why it cannot be read."""
+    if len(paths) > MANY:
+        log(f"reading the headers of {len(paths)} images ...")
 
-    def values() -> Iterator[np.ndarray]:
-        for read in reads:
-            with contextlib.suppress(Exception):  # training reports what is wrong with the image
-                found = from_bytes(read(), open_image)
-                if found is not None:
-                    yield colours(found)
+    def read(path: Path) -> Header:
+        with open_file(path) as file:
+            return read_header(Image.open(file, formats=FORMATS))
 
-    return find_range(values())
+    def header_or_reason(path: Path) -> Header | str:
+        try:
+            header = read_again(partial(read, path), str(path))
+        except UnidentifiedImageError:
+            return f"it is not an image in one of the formats {', '.join(FORMATS)}"
+        except Exception as error:  # PIL raises nearly anything for a broken header
+            return reason(error)
+        width, height = header.size
+        return header if 0 < width * height <= MAX_PIXELS else f"it has {width} x {height} pixels"
 
-
-def spread(rows: Sequence[int]) -> list[int]:
-    """At most SAMPLE of the rows, evenly spread."""
-    return [rows[i * len(rows) // min(SAMPLE, len(rows))] for i in range(min(SAMPLE, len(rows)))]
-
-
-def read_sizes(annotations: Path, paths: Sequence[str]) -> list[Size | str]:
-    """The size of each image, or in one line why it cannot be read.
-
-    Sizes are cached in ~/.cache/retina_jax, in one file per annotation file, by an image's path, length and time of change.
-    """
-    cache = Path.home() / ".cache" / "retina_jax" / "image_sizes"
-    digest = hashlib.sha256(str(annotations.absolute()).encode(errors="surrogatepass")).hexdigest()
-    path = cache / f"{digest[:24]}.json"
-    known = _load_sizes(path)
-    stamps = {name: _stamp(name) for name in paths}
-    unread = [name for name in stamps if known.get(name, [None])[0] != stamps[name] or stamps[name] is None]
-    if len(unread) > MANY:
-        log(f"reading the sizes of {len(unread)} images, which are missing from their annotations ...")
     with ThreadPoolExecutor(READERS) as pool:
-        read = dict(zip(unread, pool.map(_read_size, unread), strict=True))
-    entries = known | {name: [stamps[name], *size] for name, size in read.items() if isinstance(size, Size)}
-    if entries != known:
-        _save_sizes(path, {name: entry for name, entry in entries.items() if name in stamps})
-    sizes = {name: Size(*entry[1:]) for name, entry in entries.items()} | read
-    return [sizes[name] for name in paths]
+        return list(pool.map(header_or_reason, paths))
 
 
-def _header_of_file(path: Path) -> Header | None:
-    """None if the file cannot be read or is not an image; training reports why."""
-    try:
-        return read_again(lambda: _read_header(path), str(path))
-    except Exception:
-        return None
+def range_of(read: Callable[[int], bytes], rows: Sequence[int]) -> Range | None:
+    """The range of the 16-bit images among these rows, without those that cannot be read or decoded.
 
-
-def _read_header(path: Path) -> Header:
-    with open_file(path) as file:
-        return read_header(Image.open(file, formats=FORMATS))
-
-
-def _read_size(path: str) -> Size | str:
-    try:
-        header = _read_header(Path(path))
-    except UnidentifiedImageError:
-        return f"it is not an image in one of the formats {', '.join(FORMATS)}"
-    except Exception as error:  # PIL raises nearly anything for a broken header
-        return reason(error)
-    width, height = header.size
-    if not 0 < width * height <= MAX_PIXELS:
-        return f"it has {width} x {height} pixels"
-    return Size(width, height, header.orientation >= 5)
-
-
-def _stamp(path: str) -> list[int] | None:
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _load_sizes(path: Path) -> dict[str, list]:
-    """The entries of the cache, path to [[bytes, time of change], width, height, turned]; empty if it is damaged."""
-    try:
-        entries = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    valid = isinstance(entries, dict) and all(isinstance(e, list) and len(e) == 4 for e in entries.values())
-    return entries if valid else {}
-
-
-def _save_sizes(path: Path, entries: dict[str, list]) -> None:
-    """Writes the cache. Without it the sizes are read again, so a failure is ignored."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        temporary.write_text(json.dumps(entries))
-        temporary.replace(path)
+    Decodes at most SAMPLE of them, evenly spread.
+    """
+    found, number = [], min(SAMPLE, len(rows))
+    for row in (rows[i * len(rows) // number] for i in range(number)):
+        with contextlib.suppress(Exception):  # training reports what is wrong with the image
+            image = open_image(encoded := read(row))
+            if is_deep(image):
+                found.append(Values.of(colours(samples(image, partial(open_image, encoded)))))
+    return find_range(found)

@@ -6,6 +6,7 @@ Features: `image`, and `objects` with `bbox` (ymin, xmin, ymax, xmax as fraction
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -29,6 +30,7 @@ from retina_jax.data.coco_document import Content
 from retina_jax.data.decoding import open_image
 from retina_jax.data.reading import read_again
 from retina_jax.data.source import BadImage, BoxTable, DataError, Source
+from retina_jax.errors import reason
 
 FORMAT = 1  # of the index file; increase it when the columns change
 HEADER, FOOTER = 12, 4  # bytes around the data of a TFRecord
@@ -68,10 +70,10 @@ def read_tfds(
     """
     called = f"{name} [{split}]"
     builder = _open_builder(name, folder)
-    label = _check_features(builder, called)
+    categories = _categories(builder, called)
     images = _open_examples(builder, split, called)
     index = _load_index(builder, split, images, called)
-    image_ids, labels, categories = index.image_ids.tolist(), index.labels, _categories(builder, label)
+    image_ids, labels = index.image_ids.tolist(), index.labels
     for m in np.flatnonzero((labels < 0) | (labels >= len(categories))):
         wrong = f"objects/label is {labels[m]}; it must be 0 to {len(categories) - 1}"
         raise DataError(f"{called}: example {index.owners[m]}: {wrong}")
@@ -96,8 +98,6 @@ def read_tfds(
         ids=np.arange(1, len(labels) + 1),
     )
     records, rows, counts = table.records(images_without_boxes)
-    if not records:
-        raise DataError(f"{called}: objects has no usable box in any image ({counts}); training needs at least one")
 
     def where(i: int) -> str:
         return f"{called} example {rows[i]} ({records[i].file_name or records[i].image_id})"
@@ -106,7 +106,7 @@ def read_tfds(
         try:
             return read_again(lambda: bytes(images[rows[i]]["image"]), where(i))
         except READ_ERRORS as error:
-            raise BadImage(f"{where(i)}: cannot be read: {_first_line(error)}") from None
+            raise BadImage(f"{where(i)}: cannot be read: {reason(error)}") from None
 
     return Source(
         name=called,
@@ -122,17 +122,13 @@ def read_tfds(
     )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _open_builder(name: str, folder: str) -> tfds.core.DatasetBuilder:
     try:
         if (Path(name) / "dataset_info.json").is_file():
             return tfds.builder_from_directory(name)
         builder = tfds.builder(name, data_dir=folder or None)
     except (tfds.core.DatasetNotFoundError, FileNotFoundError, ValueError, AssertionError) as error:
-        wrong = f"neither a TensorFlow data set nor a prepared folder: {_first_line(error)}"
+        wrong = f"neither a TensorFlow data set nor a prepared folder: {reason(error)}"
         raise DataError(f"data.tfds_name {name}: {wrong}") from None
     if not builder.info.splits:
         prepare = f"tfds.builder({name!r}, data_dir={folder or 'DIR'!r}).download_and_prepare()"
@@ -141,20 +137,17 @@ def _open_builder(name: str, folder: str) -> tfds.core.DatasetBuilder:
     return builder
 
 
-def _check_features(builder: tfds.core.DatasetBuilder, called: str) -> tfds.features.ClassLabel:
-    """Returns the label feature; raises DataError if one of the necessary features is missing."""
+def _categories(builder: tfds.core.DatasetBuilder, called: str) -> list[Category]:
+    """Id and name of each label: COCO's own for COCO, whose TFDS names may be just "0" to "79"; otherwise ids from 1.
+
+    Raises DataError if one of the necessary features is missing.
+    """
     features = builder.info.features
     objects = features["objects"].feature if "objects" in features else {}
-    present = {*features, *(f"objects/{key}" for key in objects)}
     for key in ("image", "objects/bbox", "objects/label"):
-        if key not in present:
+        if key not in {*features, *(f"objects/{part}" for part in objects)}:
             raise DataError(f"{called}: has no feature {key}; it must have image, objects/bbox and objects/label")
-    return objects["label"]
-
-
-def _categories(builder: tfds.core.DatasetBuilder, label: tfds.features.ClassLabel) -> list[Category]:
-    """Id and name of each label: COCO's own for COCO, whose TFDS names may be just "0" to "79"; otherwise ids from 1."""
-    names = [label.int2str(k) for k in range(label.num_classes)]
+    names = [objects["label"].int2str(k) for k in range(objects["label"].num_classes)]
     of_coco = builder.name == "coco" and len(names) == len(COCO_CATEGORIES)
     if of_coco or names == [str(k) for k in range(len(COCO_CATEGORIES))]:
         return list(COCO_CATEGORIES)
@@ -164,12 +157,11 @@ def _categories(builder: tfds.core.DatasetBuilder, label: tfds.features.ClassLab
 def _match_truth(
     index: Index, content: Content, path: str, classes: list[Category], called: str
 ) -> tuple[list[int], list[Category], Int64[np.ndarray, " M"]]:
-    """Returns the ids of the images in the JSON `content` of `path`, the categories there of `classes`, and the labels
-    among them.
+    """Returns the ids of the images in the JSON `content` of `path`, its categories of `classes`, and the labels there.
 
     Images are matched by file name, without names by id; classes as in `classes.match`, without names (TFDS calls them
-    "0", "1", ...) by ascending id. Classes that one side lacks are left out if they have no box. Raises DataError for one
-    with a box, and for an image that the JSON lacks.
+    "0", "1", ...) by ascending id. Raises DataError for a class with a box that one side lacks, and for an image that the
+    JSON lacks.
     """
     images, categories = content.table.images, content.table.categories
     unnamed = [name for _, name in classes] == [str(k) for k in range(len(classes))]
@@ -200,12 +192,9 @@ def _load_index(builder: tfds.core.DatasetBuilder, split: str, images: Examples,
     file_name = f"retina_jax_index_{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     own, home = Path(builder.data_dir), Path.home() / ".cache" / "retina_jax"
     for path in filter(Path.is_file, (own / file_name, home / file_name)):
-        try:
-            # From memory: numpy leaves a file open that it cannot decode.
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as columns:
-                return Index(**columns)
-        except (ValueError, TypeError, OSError, KeyError, EOFError, zipfile.BadZipFile):
-            continue  # damaged: made again below
+        # A damaged index is made again. From memory: numpy leaves a file open that it cannot decode.
+        with contextlib.suppress(ValueError, TypeError, OSError, KeyError, EOFError, zipfile.BadZipFile):
+            return Index(**np.load(io.BytesIO(path.read_bytes()), allow_pickle=False))
     index = _make_index(images, called)
     target = own if os.access(own, os.W_OK) else home
     target.mkdir(parents=True, exist_ok=True)
@@ -220,12 +209,11 @@ def _make_index(images: Examples, called: str) -> Index:
     for row in range(len(images)):
         try:
             example = images[row]
-        except READ_ERRORS as error:
-            raise DataError(f"{called} example {row}: cannot be read: {_first_line(error)}") from None
-        try:
             columns["sizes_wh"].append(open_image(bytes(example["image"])).size)
         except BadImage as error:
             raise BadImage(f"{called} example {row}: {error}") from None
+        except READ_ERRORS as error:
+            raise DataError(f"{called} example {row}: cannot be read: {reason(error)}") from None
         columns["image_ids"].append(int(example.get("image/id", row)))
         name = example.get("image/filename", b"")
         columns["file_names"].append(name.decode(errors="backslashreplace") if isinstance(name, bytes) else str(name))
@@ -236,9 +224,9 @@ def _make_index(images: Examples, called: str) -> Index:
         columns["crowd"] += list(objects.get("is_crowd", [False] * n))
         columns["areas"] += list(objects.get("area", [np.nan] * n))
     kinds = (np.int64, np.str_, np.int64, np.int64, np.float64, np.int64, np.bool_, np.float64)
-    index = Index(*[np.array(column, kind) for column, kind in zip(columns.values(), kinds, strict=True)])
-    boxes = index.boxes_yxyx_normalised.reshape(-1, 4)
-    return index._replace(sizes_wh=index.sizes_wh.reshape(-1, 2), boxes_yxyx_normalised=boxes)
+    shapes = (-1, -1, (-1, 2), -1, (-1, 4), -1, -1, -1)
+    columns_of = zip(columns.values(), kinds, shapes, strict=True)
+    return Index(*[np.array(column, kind).reshape(shape) for column, kind, shape in columns_of])
 
 
 def _open_examples(builder: tfds.core.DatasetBuilder, split: str, called: str) -> Examples:
@@ -251,18 +239,17 @@ def _open_examples(builder: tfds.core.DatasetBuilder, split: str, called: str) -
         raise DataError(f"{called}: {stored}; prepare it as tfrecord or array_record") from None
     except ValueError as error:
         known = ", ".join(sorted(builder.info.splits))
-        raise DataError(f"{called}: no such split; there are {known} ({_first_line(error)})") from None
+        raise DataError(f"{called}: no such split; there are {known} ({reason(error)})") from None
 
 
 class TFRecordExamples(Examples):
     """The examples of a split in TFRecord files, TFDS's default format, by index. Threads may read at once.
 
-    A record is its length (8 bytes, little-endian), 4 bytes of checksum, the data, 4 bytes of checksum. One pass over the
-    lengths finds the offsets when a file is first read. Checksums are not verified.
+    `split` is a name or an instruction such as train[:10%]; ValueError if there is no such split. A record is its length
+    (8 bytes, little-endian), 4 bytes of checksum, the data, 4 bytes of checksum. Checksums are not verified.
     """
 
     def __init__(self, info: tfds.core.DatasetInfo, split: str) -> None:
-        """`split` is a name or an instruction such as train[:10%]; ValueError if there is no such split."""
         self._features = info.features
         self._files = info.splits[split].file_instructions
         self._ends = list(accumulate(file.take for file in self._files))
@@ -295,9 +282,8 @@ def _record_offsets(path: str, expected: int) -> list[tuple[int, int]]:
     with open(path, "rb") as stream:
         while place + HEADER <= size:
             stream.seek(place)
-            length = int.from_bytes(stream.read(8), "little")
-            offsets.append((place + HEADER, length))
-            place += HEADER + length + FOOTER
+            offsets.append((place + HEADER, int.from_bytes(stream.read(8), "little")))
+            place = sum(offsets[-1]) + FOOTER
     if place != size or len(offsets) != expected:
         found = f"{len(offsets)} records in {size} bytes, not the {expected} of dataset_info.json"
         raise ValueError(f"{path}: {found}; damaged")

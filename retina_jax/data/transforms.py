@@ -60,11 +60,10 @@ def train_short_sides(data: DataConfig) -> tuple[int, ...]:
 
 
 def buckets(data: DataConfig, short_sides: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Padded shapes (height, width) for images resized to any of `short_sides`; all sides are multiples of `pad_multiple`.
+    """Padded shapes (height, width) for images resized to any of `short_sides`; multiples of `pad_multiple`.
 
-    With S the largest short side and L the long side, 4 buckets are S by 4/3 S (enough for most photographs) and S by L,
-    landscape and portrait; 2 buckets are S by L and L by S; 1 bucket is L by L. Equal shapes are given once. `data.buckets`
-    0 means 4 in training.
+    With S the largest short side and L the long side, 4 buckets (and 0) are S by 4/3 S (enough for most photographs) and S
+    by L, landscape and portrait; 2 buckets are S by L and L by S; 1 bucket is L by L.
     """
     long = _padded(data.long_side, data)
     short = min(_padded(max(short_sides), data), long)
@@ -97,8 +96,8 @@ def resize(
     """Resizes uint8 [h w 3] to [h' w' 3] with half-pixel centres.
 
     `pixels` "uint8" is rounded to the nearest, halves up; "float32" is not rounded. `kind` is "bilinear" (2 x 2 neighbours:
-    cv2, Detectron, torchvision), "antialias" (a kernel that widens with the reduction, equal to bilinear for enlarging) or
-    "pillow" (`resize_by_pillow`, always uint8: detectron2).
+    cv2, Detectron, torchvision), "antialias" (a kernel that widens with the reduction) or "pillow" (`resize_by_pillow`,
+    always uint8: detectron2).
     """
     if kind == "pillow":
         resized = tf.numpy_function(resize_by_pillow, [image, size_hw], tf.uint8)
@@ -108,11 +107,8 @@ def resize(
     halves = plus_half(image) if pixels == "uint8" else tf.cast(image, tf.float32)
     # For enlarging, the antialiased kernel is the plain one, at a third of the speed.
     widen = tf.reduce_any(tf.shape(image)[:2] > size_hw) if kind == "antialias" else tf.constant(False)
-    resized = tf.cond(
-        widen,
-        lambda: tf.image.resize(halves, size_hw, method="bilinear", antialias=True),
-        lambda: tf.image.resize(halves, size_hw, method="bilinear"),
-    )
+    bilinear = functools.partial(tf.image.resize, halves, size_hw, method="bilinear")
+    resized = tf.cond(widen, functools.partial(bilinear, antialias=True), bilinear)
     return tf.cast(resized, tf.uint8 if pixels == "uint8" else tf.float32)
 
 
@@ -141,10 +137,8 @@ def resize_large(
     if kind == "pillow":
         return resize_by_pillow(image, size_hw)
     widen = kind == "antialias" and (image.shape[0] > size_hw[0] or image.shape[1] > size_hw[1])
-    resized = tf.image.resize(image, size_hw, method="bilinear", antialias=widen)
-    if pixels == "float32":
-        return tf.cast(resized, tf.float32).numpy()
-    return tf.cast(tf.cast(resized, tf.float32) + 0.5, tf.uint8).numpy()
+    resized = tf.cast(tf.image.resize(image, size_hw, method="bilinear", antialias=widen), tf.float32)
+    return (resized if pixels == "float32" else tf.cast(resized + 0.5, tf.uint8)).numpy()
 
 
 def pad(image: tf.Tensor, canvas: tf.Tensor | tuple[int, int]) -> tf.Tensor:

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from small_sets import document, write_coco
 
+from retina_jax.config import DataConfig
 from retina_jax.data.classes import COCO_CATEGORIES
 from retina_jax.data.coco import parse_coco, read_coco
 from retina_jax.data.coco_document import parse_document
 from retina_jax.data.coco_entries import Mistake
+from retina_jax.data.datasets import open_source
 from retina_jax.data.source import BadImage, DataError, sort_boxes
 
 
@@ -241,8 +243,9 @@ def test_missing_paths_are_named(tmp_path: Path) -> None:
 
 def test_training_on_no_box_is_refused(tmp_path: Path) -> None:
     paths = write_coco(tmp_path, edited(annotations=[]))
-    with pytest.raises(DataError, match="annotations"):
-        read_coco(*paths, images_without_boxes="drop")
+    data = DataConfig(train_annotations=str(paths[0]), train_images=str(paths[1]))
+    with pytest.raises(DataError, match=rf"{paths[0]}.*box"):
+        open_source(data, "train")
     assert len(read_coco(*paths)) == 2
 
 

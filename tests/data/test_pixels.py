@@ -23,7 +23,7 @@ from retina_jax.data.datasets import open_source, open_sources
 from retina_jax.data.decoding import image_of, is_plain_jpeg, open_image, read_header, to_rgb
 from retina_jax.data.image_faults import is_one_colour, missing_part
 from retina_jax.data.pipeline import eval_batches, train_batches
-from retina_jax.data.sixteen_bits import _warn_once, find_range, to_eight_bits
+from retina_jax.data.sixteen_bits import Values, _warn_once, find_range, to_eight_bits
 from retina_jax.data.source import BadImage, Source
 from retina_jax.data.survey import Survey, decoding_of_files, survey_files, with_decoding
 from retina_jax.data_check.check import check_data, decide_decoding, survey_split
@@ -256,7 +256,7 @@ def test_outliers_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 
 def lines_of(*images: np.ndarray, **changes: int) -> tuple[int | None, list[str]]:
     """Bits that 16-bit images of these values are decoded with, and the warnings."""
-    decoding, lines = Survey(Votes(), find_range(images)).decide(DataConfig(**changes))
+    decoding, lines = Survey(Votes(), find_range([Values.of(image) for image in images])).decide(DataConfig(**changes))
     return decoding.bits, [line for line, in_doubt in lines if in_doubt]
 
 
@@ -396,7 +396,7 @@ def test_training_counts_images_of_one_colour_once(tmp_path: Path) -> None:
     batches = train_batches(source, DataConfig(short_side=24, long_side=32, batch_size=4), seed=0)
     for _ in range(3):
         next(batches)
-    assert batches.one_colour.names == [source.where(2)]
+    assert batches.one_colour == [source.where(2)]
 
 
 @pytest.mark.parametrize("options", [{}, {"restart_marker_rows": 1}, {"progressive": True}])

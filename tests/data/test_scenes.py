@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from retina_jax.config import ConfigError, DataConfig, ScenesConfig
+from retina_jax.config import Config, ConfigError, DataConfig, ScenesConfig
+from retina_jax.config_io import validate
 from retina_jax.data.coco import read_coco
 from retina_jax.data.datasets import open_source
 from retina_jax.data.scenes import (
@@ -81,8 +82,8 @@ def test_object_has_its_hue_in_its_box() -> None:
 
 def test_written_scenes_are_read_as_drawn(tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, folder=str(tmp_path))
-    paths = write_scenes(config)
-    train, val = read_coco(*paths[:2]), read_coco(*paths[2:])
+    folder = write_scenes(config)
+    train, val = (read_coco(folder / f"{split}.json", folder / split) for split in ("train", "val"))
     assert (len(train), len(val)) == (6, 3) and train.class_names == class_names(6) == val.class_names
     assert train.class_names[:2] == ("red disc", "blue square") and train.category_ids == (1, 2, 3, 4, 5, 6)
     for source, stream in ((train, TRAIN), (val, VAL)):
@@ -107,12 +108,12 @@ def test_scenes_are_written_once_and_completely(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(OSError, match="disk full"):
             write_scenes(config)
     assert list(tmp_path.iterdir()) == []
-    paths = write_scenes(config)
+    folder = write_scenes(config)
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", lambda *_, **__: pytest.fail("written twice"))
-        assert write_scenes(config) == paths
+        assert write_scenes(config) == folder
     other = write_scenes(dataclasses.replace(config, seed=1))
-    assert other != paths and len(list(tmp_path.iterdir())) == 2
+    assert other != folder and len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize(
@@ -126,10 +127,9 @@ def test_scenes_are_written_once_and_completely(tmp_path: Path, monkeypatch: pyt
         ({"lookalikes": -1}, "lookalikes"),
     ],
 )
-def test_scenes_that_cannot_be_drawn_are_refused(tmp_path: Path, changes: dict, field: str) -> None:
+def test_scenes_that_cannot_be_drawn_are_refused(changes: dict, field: str) -> None:
     with pytest.raises(ConfigError, match=rf"data\.scenes.*{field}"):
-        write_scenes(dataclasses.replace(SMALL, folder=str(tmp_path / "none"), **changes))
-    assert not (tmp_path / "none").exists()
+        validate(Config(data=DataConfig(source="scenes", scenes=dataclasses.replace(SMALL, **changes))))
 
 
 def test_source_opens_scenes(tmp_path: Path) -> None:

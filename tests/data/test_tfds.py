@@ -278,8 +278,8 @@ def test_invalid_examples_are_named(
 def test_training_on_no_box_is_refused(pair: tuple[Source, str], tmp_path: Path) -> None:
     coco, _ = pair
     folder = store(tmp_path, [example(coco, 2)])
-    with pytest.raises(DataError, match="objects "):
-        read_tfds(folder, "", "train", images_without_boxes="drop")
+    with pytest.raises(DataError, match=rf"{folder}.*box"):
+        open_source(DataConfig(source="tfds", tfds_name=folder), "train")
 
 
 def test_unreadable_example_is_a_bad_image(pair: tuple[Source, str]) -> None:
