@@ -31,12 +31,9 @@ from retina_jax.export.loader import FORMAT, PILLOW_FORMAT, ExportedDetector, Fo
 from retina_jax.export.programs import PLATFORMS, padded_shapes, programs
 from retina_jax.training.opening import code_commit, package_versions
 
-BOX_TOLERANCE = 1e-4
-"""Maximum difference of a side of a box, as a share of the longer side of its image: 0.06 pixels of 640."""
-SCORE_TOLERANCE = 1e-3
-"""Maximum difference of a score."""
-MOST_SHAPES = 4
-"""Number of padded shapes up to which each one is tried; each takes time to compile."""
+BOX_TOLERANCE = 1e-4  # Of a side of a box, as a share of the longer side of its image: 0.06 pixels of 640
+SCORE_TOLERANCE = 1e-3  # Maximum difference of a score
+MOST_SHAPES = 4  # Number of padded shapes up to which each one is tried; each takes time to compile
 
 Images = list[UInt8[np.ndarray, "_ _ 3"]]
 
@@ -115,14 +112,10 @@ class Comparison:
     """The detections of two detectors in the same images, compared."""
 
     images: int
-    detections: int
-    """Of the original detector."""
-    unmatched: int
-    """Detections that only one of them has, except scores at the threshold."""
-    box_difference: float
-    """Largest difference of a side of a matched box, pixels."""
-    score_difference: float
-    """Largest difference of a matched score."""
+    detections: int  # of the original detector
+    unmatched: int  # detections that only one of them has, except scores at the threshold
+    box_difference: float  # largest difference of a side of a matched box, pixels
+    score_difference: float  # largest difference of a matched score
 
     @property
     def agrees(self) -> bool:

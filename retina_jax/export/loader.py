@@ -25,8 +25,7 @@ import jax
 import numpy as np
 
 FORMAT = "retina_jax detector 1"
-PILLOW_FORMAT = "retina_jax detector 2"
-"""Without programs that resize: Pillow does it."""
+PILLOW_FORMAT = "retina_jax detector 2"  # Without programs that resize: Pillow does it
 
 
 class LoadError(ValueError):
@@ -36,12 +35,9 @@ class LoadError(ValueError):
 class Found(NamedTuple):
     """Detections in one image, highest score first."""
 
-    boxes_xyxy: np.ndarray
-    """float32 [N, 4], pixels of the image."""
-    scores: np.ndarray
-    """float32 [N]."""
-    labels: np.ndarray
-    """int32 [N], indices into `class_names`."""
+    boxes_xyxy: np.ndarray  # float32 [N, 4], pixels of the image
+    scores: np.ndarray  # float32 [N]
+    labels: np.ndarray  # int32 [N], indices into `class_names`
 
 
 def load(path: str) -> ExportedDetector:

@@ -21,8 +21,7 @@ from retina_jax.ops.anchors import anchor_grid, level_counts
 from retina_jax.ops.boxes import rounded
 from retina_jax.ops.postprocess import detect
 
-PLATFORMS = ("cpu", "cuda", "tpu")
-"""Every program is lowered for all of them, on any device."""
+PLATFORMS = ("cpu", "cuda", "tpu")  # Every program is lowered for all of them, on any device
 
 
 def padded_shapes(data: DataConfig) -> tuple[tuple[int, int], ...]:
@@ -137,8 +136,7 @@ def resize_and_pad(
     return jnp.where((rows[:, None] & columns[None, :])[:, :, None], resized, 0)
 
 
-Axis = tuple[int, Int[Array, ""], Int[Array, ""]]
-"""Padded side, side of the image, side of the resized image."""
+Axis = tuple[int, Int[Array, ""], Int[Array, ""]]  # Padded side, side of the image, side of the resized image
 Rows = Callable[[Int[Array, " n"]], Float32[Array, "n m 3"]]
 
 
@@ -181,8 +179,7 @@ class _Spans(NamedTuple):
     first: Int[Array, " n"]
     last: Int[Array, " n"]
     centre: Float[Array, " n"]
-    reach: Float[Array, ""]
-    """Half the width of the triangle, in old pixels: 1 if the image is enlarged."""
+    reach: Float[Array, ""]  # half the width of the triangle, in old pixels: 1 if the image is enlarged
 
 
 def _spans(count: int, size: Int[Array, ""], resized: Int[Array, ""]) -> _Spans:

@@ -10,38 +10,27 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 from retina_jax.paper import wording
 from retina_jax.paper.published import AP, TABLES, Row
 from retina_jax.paper.results import PointResult, Side, SweepResult, sides_of, splits_of
 from retina_jax.runs.record import FILE
 
-OWN_TITLES = {"fig7": "Figure 7: FL* over γ and β"}
-"""Titles of sweeps of the paper for which it prints no numbers."""
+OWN_TITLES = {"fig7": "Figure 7: FL* over γ and β"}  # Titles of sweeps of the paper for which it prints no numbers
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A cell of a table."""
 
     text: str
     bold: bool = False
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A curve; lines with the same label look the same."""
-
-    label: str
-    points: Sequence[tuple[float, float]]
-    """(x, y), by rising x."""
-
-
-@dataclass(frozen=True)
-class Chart:
+class Chart(NamedTuple):
     """A line chart."""
 
-    lines: list[Curve]
+    lines: list[tuple[str, Sequence[tuple[float, float]]]]  # label and (x, y) by rising x; equal labels look the same
     x_label: str
     y_label: str
     log_y: bool = False
@@ -55,16 +44,11 @@ class Section:
     title: str
     notes: list[str]
     header: list[str]
-    rows: list[list[Cell]]
-    """A row of one cell is a heading above the rows that follow."""
-    summary: str
-    """The section in one line."""
-    charts: dict[str, Chart] = field(default_factory=dict)
-    """By what they show: ap, loss."""
-    footnotes: list[str] = field(default_factory=list)
-    """Notes under the table."""
-    runs: list[tuple[str, dict[str, str]]] = field(default_factory=list)
-    """Title and facts of each run."""
+    rows: list[list[Cell]]  # a row of one cell is a heading above the rows that follow
+    summary: str  # the section in one line
+    charts: dict[str, Chart] = field(default_factory=dict)  # by what they show: ap, loss
+    footnotes: list[str] = field(default_factory=list)  # notes under the table
+    runs: list[tuple[str, dict[str, str]]] = field(default_factory=list)  # title and facts of each run
 
 
 def build_report(sweeps: Sequence[SweepResult]) -> list[Section]:
@@ -125,7 +109,7 @@ class _Layout:
             summary=self._summary(),
             charts=_charts(sweep),
             footnotes=[*([paper.note] if paper and paper.note else []), *wording.origins(sweep)],
-            runs=[_facts(point) for point in sweep.points],
+            runs=[wording.facts(point) for point in sweep.points],
         )
 
     def _columns(self) -> Iterator[tuple[str, Callable[[Row], Cell]]]:
@@ -170,9 +154,8 @@ class _Layout:
         difference = _difference(metric, side, row).text
         if metric != "AP" and difference and not self.departures:
             text += f" ({difference})"
-        stable = [side.means.get(name, {}).get(metric) for name in self.stable]
-        best = max((round(other.value, 1) for other in stable if other), default=None)
-        return Cell(text, mean is not None and row.name in self.stable and round(mean.value, 1) == best)
+        stable = [round(means[metric].value, 1) for n in self.stable if metric in (means := side.means[n])]
+        return Cell(text, mean is not None and row.name in self.stable and round(mean.value, 1) == max(stable))
 
     def _time(self, row: Row) -> Cell:
         times = [p.result.latency["milliseconds"] for p in self._points(row) if p.result.latency]
@@ -183,7 +166,7 @@ class _Layout:
         reference = next(r for r in self.paper.rows if r.name == self.paper.reference)
         of_paper = wording.signed(row.scores["AP"] - reference.scores["AP"]) if "AP" in row.scores else "–"
         a, b = (
-            {p.seed: p.result.scores["AP"] for p in self._points(r) if "AP" in p.result.scores}
+            {point.seed: ap for point in self._points(r) if (ap := point.result.scores.get("AP")) is not None}
             for r in (row, reference)
         )
         both = sorted(a.keys() & b.keys())
@@ -219,10 +202,10 @@ def _difference(metric: str, side: Side, row: Row) -> Cell:
 def _charts(sweep: SweepResult) -> dict[str, Chart]:
     """Returns the AP of runs with several evaluations, and the smoothed classification loss of all runs."""
     runs = {(p.name, p.result.folder): p.result for p in sweep.points}
-    ap = [Curve(name, run.ap) for (name, _), run in runs.items() if len(run.ap) > 1]
-    loss = [Curve(name, smoothed(run.loss)) for (name, _), run in runs.items() if len(run.loss) > 1]
+    ap = [(name, run.ap) for (name, _), run in runs.items() if len(run.ap) > 1]
+    loss = [(name, smoothed(run.loss)) for (name, _), run in runs.items() if len(run.loss) > 1]
     charts = {"ap": Chart(ap, "step", f"AP, {splits_of(sweep)}")} if ap else {}
-    if any(y > 0 for line in loss for _, y in line.points):
+    if any(y > 0 for _, points in loss for _, y in points):
         charts["loss"] = Chart(loss, "step", "classification loss, smoothed", log_y=True)
     return charts
 
@@ -232,20 +215,7 @@ def smoothed(points: Sequence[tuple[float, float]], share: float = 0.05, most: i
 
     Windows are symmetric, hence shorter near the ends, so that the ends are not pulled inwards. The last point is kept.
     """
-    half = int(len(points) * share / 2)
-    values = [y for _, y in points]
-    means = []
-    for i, (x, _) in enumerate(points):
-        reach = min(half, i, len(points) - 1 - i)
-        means.append((x, statistics.fmean(values[i - reach : i + reach + 1])))
-    every = math.ceil(len(means) / most)
-    return means[::-every][::-1]
-
-
-def _facts(point: PointResult) -> tuple[str, dict[str, str]]:
-    result = point.result
-    overrides = wording.overrides_text(point.overrides) or "none"
-    facts = {"folder": str(result.folder), "overrides": overrides, **result.details}
-    if result.message:
-        facts["message"] = result.message
-    return f"{point.name}, seed {point.seed}: {wording.status(result)}", facts
+    half, last = int(len(points) * share / 2), len(points) - 1
+    kept = range(last, -1, -math.ceil(len(points) / most))[::-1]
+    reach = {i: min(half, i, last - i) for i in kept}
+    return [(points[i][0], statistics.fmean(y for _, y in points[i - n : i + n + 1])) for i, n in reach.items()]

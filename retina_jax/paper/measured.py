@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,44 +27,36 @@ from retina_jax.ops.matching import BACKGROUND, match
 from retina_jax.paper.published import EFFECTIVE_AP
 from retina_jax.paper.results import PointResult, SweepResult, read_latency, read_result, split_of, splits_of
 from retina_jax.paper.wording import departures, divergence, status
-from retina_jax.runs.folder import read_run, write_json
+from retina_jax.runs.files import write_json
+from retina_jax.runs.folder import read_run, saved_steps
 from retina_jax.training.step import Inputs
 
-TIMED_IMAGES = 5
-"""Number of evaluation images over which the median latency is taken."""
-NEGATIVES, POSITIVES = 10_000_000, 100_000
-"""Windows that the paper samples for Figure 4."""
+TIMED_IMAGES = 5  # Number of evaluation images over which the median latency is taken
+NEGATIVES, POSITIVES = 10_000_000, 100_000  # Windows that the paper samples for Figure 4
 
 
-@dataclass(frozen=True)
-class Timed:
+class Timed(NamedTuple):
     """A run of Table 1e in Figure 2."""
 
-    depth: str
-    """50 or 101, which choose colour and marker, or another name from your own sweep."""
-    network: str
-    """Name in the legend; a miniature's "50" is not a ResNet-50."""
-    scale: str
-    """Short side, pixels."""
+    depth: str  # 50 or 101, which choose colour and marker, or another name from your own sweep
+    network: str  # name in the legend; a miniature's "50" is not a ResNet-50
+    scale: str  # short side, pixels
     milliseconds: float
-    ap: float
-    """Percent."""
+    ap: float  # percent
 
 
-@dataclass(frozen=True)
-class StarRun:
+class StarRun(NamedTuple):
     """A run of FL* in Figure 7."""
 
     gamma: float
     beta: float
-    ap: float | None
-    """Percent; None: a seed diverged."""
+    ap: float | None  # percent; None: a seed diverged
 
 
 def star_runs(sweeps: Sequence[SweepResult]) -> tuple[list[StarRun], int]:
     """Returns the settings of the sweep fig7 that finished (mean AP over seeds) or diverged, and the number of the others.
 
-    A setting with a diverged seed counts as diverged. Raises ConfigError if there is no such sweep or no finished setting.
+    Raises ConfigError if there is no such sweep or no finished setting.
     """
     sweep = _sweep(sweeps, "fig7")
     runs = []
@@ -129,9 +122,9 @@ def run_latency(folder: Path) -> float:
 
     A latency of other hardware or of another checkpoint is replaced.
     """
-    here = {"hardware": hardware(), "step": _newest(folder)}
+    here = {"hardware": hardware(), "step": max(saved_steps(folder / "checkpoints"), default=None)}
     kept = read_latency(folder)
-    if kept and {key: kept.get(key) for key in here} == here:
+    if kept and kept.items() >= here.items():
         return float(kept["milliseconds"])
     # One device, however many the run was trained on: they cannot share an image.
     detector = load_detector(folder, config=override(read_run(folder).config, {"devices": 1}))
@@ -147,10 +140,8 @@ def latency(detector: Detector, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], *,
 
     It is the median over `repeats` runs of each image, each with its padded shape in evaluation, after one run that compiles
     and one that warms up. Network, decoding and NMS are timed until the device has finished; reading, resizing and the
-    transfer are not. The time of NMS grows with the number of detections, so give images of the detector's data.
-
-    Raises:
-      ValueError: the detector is on several devices, which cannot share one image.
+    transfer are not. The time of NMS grows with the number of detections, so give images of the detector's data. Raises
+    ValueError if the detector is on several devices, which cannot share one image.
     """
     if detector.driver.num_devices != 1:
         raise ValueError(f"detector: is on {detector.driver.num_devices} devices; latency is measured on one")
@@ -169,18 +160,14 @@ def _inputs(batch: Batch) -> Inputs:
     return Inputs(batch.images, batch.image_sizes, batch.boxes_xyxy, batch.labels, batch.valid)
 
 
-def _newest(folder: Path) -> int | None:
-    """Returns the step of the checkpoint that `load_detector` takes."""
-    return max((int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()), default=None)
-
-
 def finished_run(folder: Path) -> str:
     """Returns the run's folder, step and AP, for the title of Figure 4; ConfigError if it is not finished."""
     split, result = split_of(read_run(folder).config), read_result(folder)
     if result.status != "finished":
         raise ConfigError(f"--workdir {folder}: its run is {status(result)}; give a finished run")
     ap = f"AP {result.scores['AP']:.1f} on {split}" if "AP" in result.scores else status(result)
-    return f"{folder.resolve().parent.name}/{folder.resolve().name}, step {_newest(folder)}, {ap}"
+    step = max(saved_steps(folder / "checkpoints"), default=None)
+    return f"{folder.resolve().parent.name}/{folder.resolve().name}, step {step}, {ap}"
 
 
 # Where the loss of a trained detector lies (Section 5.1, "Analysis of the Focal Loss"; Figure 4).
@@ -200,8 +187,7 @@ class Sample:
 
     size: int
     seed: int = 0
-    seen: int = 0
-    """Number of values in the stream so far."""
+    seen: int = 0  # number of values in the stream so far
 
     def __post_init__(self) -> None:
         self._random = np.random.default_rng(self.seed)
@@ -276,9 +262,8 @@ def sample_windows(
 
     of_positives, of_negatives = Sample(positives, seed), Sample(negatives, seed + 1)
     for batch in batches:
-        x_t, positive, negative = jax.device_get(
-            of_batch(detector.variables, jax.tree.map(jnp.asarray, _inputs(batch)))
-        )
+        inputs = jax.tree.map(jnp.asarray, _inputs(batch))
+        x_t, positive, negative = jax.device_get(of_batch(detector.variables, inputs))
         of_positives.add(x_t[positive])
         of_negatives.add(x_t[negative])
     return of_positives, of_negatives

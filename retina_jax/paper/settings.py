@@ -13,14 +13,10 @@ from retina_jax.config import Config, ConfigError
 
 Overrides = dict[str, Any]
 
-DEEPER = {"resnet50": "resnet101", "resnet18": "resnet34"}
-"""The deeper backbone of each base: the roles of ResNet-50 and ResNet-101."""
-OTHER_NAMES = {"resnet50": "R-50", "resnet101": "R-101", "resnext101_32x8d": "X-101-32x8d"}
-"""Names of the backbones in Detectron's files."""
-PAPER_SHORT_SIDE = 600
-"""The paper's image scale that `data.short_side` of the base corresponds to."""
-JITTER = (640, 672, 704, 736, 768, 800)
-"""Short sides of Table 2's scale jitter. The paper does not state them: these are detectron2's."""
+DEEPER = {"resnet50": "resnet101", "resnet18": "resnet34"}  # The roles of ResNet-50 and ResNet-101
+OTHER_NAMES = {"resnet50": "R-50", "resnet101": "R-101", "resnext101_32x8d": "X-101-32x8d"}  # In Detectron's files
+PAPER_SHORT_SIDE = 600  # The paper's image scale that `data.short_side` of the base corresponds to
+JITTER = (640, 672, 704, 736, 768, 800)  # detectron2's short sides of scale jitter; the paper states none
 
 
 def deeper(base: Config) -> Overrides:

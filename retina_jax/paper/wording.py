@@ -13,10 +13,8 @@ from retina_jax.config_io import load_config, override
 from retina_jax.paper.results import PointResult, Result, SweepResult
 from retina_jax.sweeps.points import ROOT, load_sweep, outcome
 
-PAPER_CONFIG = "paper_ablations.py"
-"""Base of sweeps whose absolute values are comparable with the paper's."""
-MOST_FIELDS = 4
-"""Maximum number of differing config fields that are listed; more are counted."""
+PAPER_CONFIG = "paper_ablations.py"  # Base of sweeps whose absolute values are comparable with the paper's
+MOST_FIELDS = 4  # Maximum number of differing config fields that are listed; more are counted
 HOW_TO_READ = (
     "“Ours” is the mean over the finished seeds of a row; the last column gives their number, and ± is the sample standard "
     "deviation. A run that belongs to several tables counts in each of them, with all its seeds. The best score of a column "
@@ -28,8 +26,7 @@ HOW_TO_READ = (
     "seeds that both rows have (their number is given if one row has more).",
     "Loss curves show how a run trains. Their heights are not comparable: another α, γ or kind of loss gives the same "
     "errors another weight.",
-)
-"""Explains all tables."""
+)  # Explains all tables
 
 
 def signed(difference: float) -> str:
@@ -47,6 +44,14 @@ def status(result: Result) -> str:
     if result.status == "finished" and "AP" not in result.scores:
         return "AP undefined" if result.scores else "not evaluated"
     return result.status
+
+
+def facts(point: PointResult) -> tuple[str, dict[str, str]]:
+    """Returns the title of a run and what is known of it."""
+    result = point.result
+    facts = {"folder": str(result.folder), "overrides": overrides_text(point.overrides) or "none", **result.details}
+    message = {"message": result.message} if result.message else {}
+    return f"{point.name}, seed {point.seed}: {status(result)}", facts | message
 
 
 def started(points: Sequence[PointResult]) -> list[PointResult]:

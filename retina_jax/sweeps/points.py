@@ -20,8 +20,7 @@ from retina_jax.config_io import flatten, load_module, named_errors, override, v
 
 ROOT = Path(__file__).parents[2]
 
-SLUG_LENGTH = 96
-"""Most characters of a folder's name before its hash."""
+SLUG_LENGTH = 96  # Most characters of a folder's name before its hash
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,9 @@ class Point:
     """One run of a sweep."""
 
     name: str
-    overrides: dict[str, Any]
-    """Dotted fields of the base config and their values, without the seed."""
+    overrides: dict[str, Any]  # dotted fields of the base config and their values, without the seed
     seed: int
-    folder: str
-    """Name of the run's folder; points with the same outcome have the same name."""
+    folder: str  # name of the run's folder; points with the same outcome have the same name
     config: Config
 
 

@@ -20,33 +20,29 @@ import msgspec
 from retina_jax.config import Config, ConfigError
 from retina_jax.data.transforms import buckets
 from retina_jax.model.summary import forward_flops
-from retina_jax.runs.folder import write_json
-from retina_jax.sweeps.manifest import Task, exclusive_lock
+from retina_jax.runs.files import exclusive_lock, write_json
+from retina_jax.sweeps.manifest import Task
 from retina_jax.sweeps.points import Point
 from retina_jax.training.metrics import NonFiniteLoss
 
 T = TypeVar("T")
-ENDED = ("done", "diverged")
-"""Kinds of state in which a point is not trained again."""
-PAPER_CLASSES = 80
-"""Number of classes assumed for costs if `model.num_classes` is taken from the data."""
+ENDED = ("done", "diverged")  # Kinds of state in which a point is not trained again
+PAPER_CLASSES = 80  # Number of classes assumed for costs if `model.num_classes` is taken from the data
 
 
 @dataclass(frozen=True)
 class State:
-    """How far a point has come."""
+    """How far a point has come.
+
+    done: trained to its last step and evaluated, if its config evaluates; diverged: its loss became non-finite; running: a
+    worker holds its lock; interrupted: started and will be resumed; waiting: not started.
+    """
 
     kind: Literal["done", "diverged", "running", "interrupted", "waiting"]
-    """done: trained to its last step and evaluated, if its config evaluates; diverged: its loss became non-finite; running:
-    a worker holds its lock; interrupted: started and will be resumed; waiting: not started."""
-    ap: float | None = None
-    """In [0, 1]; None: not done, or not evaluated."""
-    step: int | None = None
-    """Step at which it diverged."""
-    seconds: float | None = None
-    """Training time of a done point."""
-    message: str = field(default="", compare=False)
-    """Why it diverged."""
+    ap: float | None = None  # in [0, 1]; None: not done, or not evaluated
+    step: int | None = None  # step at which it diverged
+    seconds: float | None = None  # training time of a done point
+    message: str = field(default="", compare=False)  # why it diverged
 
     def __str__(self) -> str:
         if self.kind == "done" and self.ap is not None:
@@ -79,11 +75,8 @@ def state_of(workdir: Path, point: Point) -> State:
 def run_point(workdir: Path, point: Point, train: Callable[[Config, Path], None]) -> State:
     """Trains or resumes the point, unless it has ended or another worker trains it; returns its state afterwards.
 
-    A non-finite loss is a result: it is written to FOLDER/diverged.json, and the point is not tried again while that file
-    exists. Every other error is raised.
-
-    Args:
-      train: trains a config in a folder, or resumes the run there (`scripts/train.py`).
+    `train` trains a config in a folder, or resumes the run there. A non-finite loss is a result: it is written to
+    FOLDER/diverged.json, and the point is not tried again while that file exists. Every other error is raised.
     """
     folder = workdir / point.folder
     with exclusive_lock(lock_file(workdir, point.folder), timeout=1.0) as locked:
@@ -152,12 +145,6 @@ def training_pflop(config: Config) -> float:
     return 3 * forward * config.data.batch_size * config.training.steps / 1e15
 
 
-def seconds_per_pflop(states: Sequence[State], costs: Sequence[float]) -> float | None:
-    """Returns the mean rate of the done points; None if there are none."""
-    done = [(s.seconds, cost) for s, cost in zip(states, costs, strict=True) if s.kind == "done" and s.seconds]
-    return sum(seconds for seconds, _ in done) / sum(cost for _, cost in done) if done else None
-
-
 def listing(workdir: Path | None, tasks: Sequence[Task]) -> str:
     """Returns one line per point and one for their sum; `workdir` None: nothing has started.
 
@@ -165,7 +152,10 @@ def listing(workdir: Path | None, tasks: Sequence[Task]) -> str:
     """
     states = {task.point.folder: state_of(workdir, task.point) if workdir else State("waiting") for task in tasks}
     costs = {task.point.folder: training_pflop(task.point.config) for task in tasks}
-    rate = seconds_per_pflop(list(states.values()), list(costs.values()))
+    done = [
+        (state.seconds, costs[folder]) for folder, state in states.items() if state.kind == "done" and state.seconds
+    ]
+    rate = sum(seconds for seconds, _ in done) / sum(cost for _, cost in done) if done else None
     several_seeds = len({task.point.seed for task in tasks}) > 1
     table = [["index", "point", "state", "PFLOP", *["hours"] * (rate is not None), "folder", "overrides"]]
     for task in tasks:
