@@ -63,6 +63,10 @@ SELECTED: dict[str, ClassificationLoss] = {
 }  # The losses of Figures 5 and 6 and of Table 3
 
 
+def _of_logits(loss: ClassificationLoss, x_t: Float32[Array, " N"]) -> Float32[Array, " N"]:
+    return loss(x_t[:, None], jnp.zeros(x_t.shape, jnp.int32))[:, 0]
+
+
 def loss_values(loss: ClassificationLoss, x_t: Float[np.ndarray, " N"]) -> Float32[np.ndarray, " N"]:
     """Returns the loss at each x_t; x_t > 0 is classified correctly."""
     return np.asarray(_of_logits(loss, jnp.asarray(x_t, jnp.float32)))
@@ -78,17 +82,10 @@ def x_of_p(p_t: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     return np.log(p_t) - np.log1p(-p_t)
 
 
-def _of_logits(loss: ClassificationLoss, x_t: Float32[Array, " N"]) -> Float32[Array, " N"]:
-    return loss(x_t[:, None], jnp.zeros(x_t.shape, jnp.int32))[:, 0]
-
-
 def cumulative_loss(x_t: Float32[np.ndarray, " N"], gamma: float) -> Float64[np.ndarray, " N"]:
     """Returns the share of the focal loss of the n + 1 samples with the lowest loss, n = 0 to N - 1; the last is exactly 1.
 
-    Alpha is a common factor of all samples of a kind and cancels.
-
-    Raises:
-      ValueError: there is no sample, or all of them have a loss of 0.
+    Alpha is a common factor of all samples of a kind and cancels. Raises ValueError without a sample with a loss above 0.
     """
     losses = np.sort(loss_values(fl(gamma), x_t)).astype(np.float64)
     if losses.sum() == 0:
@@ -103,11 +100,9 @@ def share_of_hardest(cumulative: Float64[np.ndarray, " N"], fraction: float) -> 
     return float(1.0 - np.interp(1.0 - fraction, samples, np.concatenate([[0.0], cumulative])))
 
 
-def shares_table(
-    samples: Mapping[str, Float32[np.ndarray, " N"]], fractions: tuple[float, ...] = (0.01, 0.05, 0.2)
-) -> str:
+def shares_table(samples: Mapping[str, Float32[np.ndarray, " N"]]) -> str:
     """Returns a table: the share of the loss of the hardest samples of each kind (x_t), one line per gamma."""
-    lines = ["share of the loss carried by the hardest"]
+    lines, fractions = ["share of the loss carried by the hardest"], (0.01, 0.05, 0.2)
     for kind, x_t in samples.items():
         heading = f"  of {len(x_t):,} {kind}"
         lines.append(heading + "".join(f"{f:>8.0%}" for f in fractions))
@@ -161,20 +156,13 @@ def _selected(
 
 @mpl.rc_context(LOOK)
 def figure7(runs: Sequence[StarRun], threshold: float, not_run: int = 0) -> Figure:
-    """Draws FL* of each run over x_t: blue if its AP is above `threshold` (percent), orange if it is lower or equal or if a
-    seed diverged.
-
-    Raises:
-      ValueError: there is no run.
-    """
-    if not runs:
-        raise ValueError("runs is empty: give at least one")
+    """Draws FL* of each run over x_t: blue if its AP is above `threshold` (percent), else, or if a seed diverged, orange."""
     figure, (axes,) = _figure(1, width=5.2, height=4.2)
     x_t = np.linspace(-5, 5, 501)
     effective = [run for run in runs if run.ap is not None and run.ap > threshold]
     for run in sorted(runs, key=lambda run: run.ap or 0.0):  # the effective ones on top
-        blue, orange = {"color": BLUE, "lw": 1.6, "ls": "-"}, {"color": ORANGE, "lw": 1.1, "ls": "--"}
-        axes.plot(x_t, loss_values(fl_star(run.gamma, run.beta), x_t), **(blue if run in effective else orange))
+        colour, width, style = (BLUE, 1.6, "-") if run in effective else (ORANGE, 1.1, "--")
+        axes.plot(x_t, loss_values(fl_star(run.gamma, run.beta), x_t), color=colour, lw=width, ls=style)
     axes.plot([], [], color=BLUE, label=f"AP above {threshold:.1f} ({len(effective)})")
     axes.plot([], [], color=ORANGE, ls="--", label=f"lower, or diverged ({len(runs) - len(effective)})")
     missing = f", {not_run} without a result left out" if not_run else ""
@@ -223,16 +211,12 @@ def _speed(axes: Axes, points: Sequence[Timed], hardware: str, split: str) -> No
 
 
 def _escaped(text: str) -> str:
-    """Escapes `text` so that matplotlib does not take it for a formula."""
-    return text.replace("$", r"\$")
+    return text.replace("$", r"\$")  # else matplotlib takes it for a formula
 
 
 @mpl.rc_context(LOOK)
 def figure4(samples: Mapping[str, Float32[np.ndarray, " N"]], run: str) -> Figure:
-    """Draws the cumulative loss of each kind of sample (x_t of positives and of negatives), one curve per gamma.
-
-    `run` is the title.
-    """
+    """Draws the cumulative loss of each kind of sample (x_t of positives, of negatives), a curve per gamma; `run`: title."""
     figure, all_axes = _figure(len(samples), width=4.2, height=3.8)
     # Finer near the hardest samples, where the curves of a large gamma rise steeply.
     fraction = np.unique(np.concatenate([np.linspace(0, 1, 501), 1 - np.logspace(-7, -2, 200)]))

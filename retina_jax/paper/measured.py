@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,11 +58,9 @@ def star_runs(sweeps: Sequence[SweepResult]) -> tuple[list[StarRun], int]:
 
     Raises ConfigError if there is no such sweep or no finished setting.
     """
-    sweep = _sweep(sweeps, "fig7")
-    runs = []
-    for name in sweep.names:
-        points = sweep.seeds(name)
-        scores, diverged = _aps(points), bool(divergence(points))
+    sweep, runs = _sweep(sweeps, "fig7"), []
+    for points in map(sweep.seeds, sweep.names):
+        scores, diverged = _aps(points), divergence(points)
         if scores or diverged:
             loss = next(p.result.config.loss for p in points if p.result.config)
             runs.append(StarRun(loss.gamma, loss.star_beta, None if diverged else statistics.fmean(scores)))
@@ -85,17 +83,16 @@ def effective_ap(sweeps: Sequence[SweepResult]) -> float:
     if not departures(sweep):
         return EFFECTIVE_AP
     for name, point in (("table3", "focal"), ("table1b", "gamma_2.0")):
-        scores = _aps([p for s in sweeps if s.name == name for p in s.seeds(point)])
-        if scores:
+        if scores := _aps([p for s in sweeps if s.name == name for p in s.seeds(point)]):
             return statistics.fmean(scores) - 0.5
     return max(run.ap for run in star_runs(sweeps)[0] if run.ap is not None) - 0.5
 
 
 def _sweep(sweeps: Sequence[SweepResult], name: str) -> SweepResult:
-    for sweep in sweeps:
-        if sweep.name == name:
-            return sweep
-    raise ConfigError(f"--workdir: no sweep {name} there; run scripts/sweep.py --sweep configs/sweeps/{name}.py")
+    named = {sweep.name: sweep for sweep in sweeps}
+    if name not in named:
+        raise ConfigError(f"--workdir: no sweep {name} there; run scripts/sweep.py --sweep configs/sweeps/{name}.py")
+    return named[name]
 
 
 def speeds(sweeps: Sequence[SweepResult]) -> tuple[list[Timed], str, str]:
@@ -103,11 +100,9 @@ def speeds(sweeps: Sequence[SweepResult]) -> tuple[list[Timed], str, str]:
 
     Seeds are averaged. Raises ConfigError if there is no such sweep or no finished run.
     """
-    sweep = _sweep(sweeps, "table1e")
-    found = []
+    sweep, found = _sweep(sweeps, "table1e"), []
     for name in sweep.names:
-        done = [p for p in sweep.seeds(name) if "AP" in p.result.scores]
-        if done:
+        if done := [p for p in sweep.seeds(name) if "AP" in p.result.scores]:
             config, ap = done[0].result.config, statistics.fmean(_aps(done))
             depth = name.split("_")[1] if name.startswith("depth_") else name
             times = statistics.fmean(run_latency(p.result.folder) for p in done)
@@ -118,10 +113,7 @@ def speeds(sweeps: Sequence[SweepResult]) -> tuple[list[Timed], str, str]:
 
 
 def run_latency(folder: Path) -> float:
-    """Returns the milliseconds per image of a run's newest checkpoint on this machine, and keeps them in RUN/latency.json.
-
-    A latency of other hardware or of another checkpoint is replaced.
-    """
+    """Returns the milliseconds per image of a run's newest checkpoint on this hardware; kept in RUN/latency.json."""
     here = {"hardware": hardware(), "step": max(saved_steps(folder / "checkpoints"), default=None)}
     kept = read_latency(folder)
     if kept and kept.items() >= here.items():
@@ -178,19 +170,15 @@ def finished_run(folder: Path) -> str:
 # would be steep for every gamma. Samples are x_t (equation 6), since p_t rounds to 1 in float32 for easy negatives.
 
 
-@dataclass
 class Sample:
     """A uniform sample without replacement of at most `size` values of a stream of any length.
 
     Each value gets a random key, and the `size` smallest keys are kept: every subset of that size is equally likely.
     """
 
-    size: int
-    seed: int = 0
-    seen: int = 0  # number of values in the stream so far
-
-    def __post_init__(self) -> None:
-        self._random = np.random.default_rng(self.seed)
+    def __init__(self, size: int, seed: int = 0) -> None:
+        self.size, self.seen = size, 0  # `seen`: number of values in the stream so far
+        self._random = np.random.default_rng(seed)
         self._values, self._keys = np.zeros(0, np.float32), np.zeros(0)
 
     def add(self, values: Float32[np.ndarray, " N"]) -> None:
@@ -210,18 +198,18 @@ class Sample:
 
 
 def val_windows(
-    folder: Path, images: int, positives: int, negatives: int, seed: int = 0
+    folder: Path, images: int, positives: int, negatives: int, seed: int
 ) -> dict[str, Float32[np.ndarray, " N"]]:
     """Returns x_t of windows of a run's evaluation images (`images` random ones; 0: all), by kind: positives, negatives.
 
     Raises ConfigError if its data have other classes, or no window of a kind.
     """
     run = read_run(folder)
-    detector = load_detector(folder)
     source = open_source(run.config.data, "val", run.categories).arranged(run.categories, f"--workdir {folder}")
+    source = random_images(source, images or len(source), seed)
     batch_size = min(run.config.training.eval_batch_size or run.config.data.batch_size, 8)
-    batches = eval_batches(random_images(source, images or len(source), seed), run.config.data, batch_size=batch_size)
-    samples = sample_windows(detector, batches, positives=positives, negatives=negatives, seed=seed)
+    batches = eval_batches(source, run.config.data, batch_size=batch_size)
+    samples = sample_windows(load_detector(folder), batches, positives=positives, negatives=negatives, seed=seed)
     kinds = {kind: sample.values() for kind, sample in zip(("positives", "negatives"), samples, strict=True)}
     for kind, x_t in kinds.items():
         if not len(x_t):

@@ -22,14 +22,13 @@ JITTER = (640, 672, 704, 736, 768, 800)  # detectron2's short sides of scale jit
 def deeper(base: Config) -> Overrides:
     """Returns ResNet-101 for a base with ResNet-50, ResNet-34 for one with ResNet-18.
 
-    If `model.stage_blocks` is given, C4 gets 23/6 as many blocks, the difference between ResNet-101 and ResNet-50. Raises
-    ConfigError if there is no deeper backbone, or if its weights cannot be found since the base's file of weights does not
-    have the backbone in its name.
+    If `model.stage_blocks` is given, C4 gets 23/6 as many blocks, as in ResNet-101. Raises ConfigError if there is no deeper
+    backbone, or if the name of the base's file of weights does not contain the backbone's.
     """
     backbone = DEEPER.get(base.model.backbone)
     if backbone is None:
         raise ConfigError(
-            f"model.backbone: the base's {base.model.backbone} has no deeper one; use {' or '.join(DEEPER)}"
+            f"model.backbone: {base.model.backbone} has no deeper one; use {' or '.join(DEEPER)} as the base"
         )
     changes: Overrides = {"model.backbone": backbone, **_weights(base, backbone)}
     if base.model.stage_blocks:
@@ -54,13 +53,9 @@ def at_scale(base: Config, short_side: int) -> Overrides:
 
     600 is the base itself; 800 on the paper's base is 800/1333. Halves are rounded to even.
     """
-    changes: Overrides = {
-        "data.short_side": _scaled(base.data.short_side, short_side),
-        "data.long_side": _scaled(base.data.long_side, short_side),
-    }
-    if base.data.jitter_short_sides:
-        changes["data.jitter_short_sides"] = tuple(_scaled(s, short_side) for s in base.data.jitter_short_sides)
-    return changes
+    sides = {f"data.{name}": _scaled(getattr(base.data, name), short_side) for name in ("short_side", "long_side")}
+    jittered = tuple(_scaled(side, short_side) for side in base.data.jitter_short_sides)
+    return sides | ({"data.jitter_short_sides": jittered} if jittered else {})
 
 
 def jitter(base: Config) -> Overrides:
