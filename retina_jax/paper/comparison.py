@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from retina_jax.paper import wording
 from retina_jax.paper.published import AP, TABLES, Row
-from retina_jax.paper.results import PointResult, Side, SweepResult, sides_of, splits_of
+from retina_jax.paper.results import Side, SweepResult, sides_of, splits_of
 from retina_jax.runs.record import FILE
 
 OWN_TITLES = {"fig7": "Figure 7: FL* over γ and β"}  # Titles of sweeps of the paper for which it prints no numbers
@@ -72,8 +72,8 @@ class _Layout:
                 self.rows.append(Row(name, (name, *rest)))
         self.metrics = self.paper.metrics if self.paper else AP
         self.sides = sides_of(sweep, self.paper, self.metrics)
+        # Points without a diverged seed; only these can be the best.
         self.stable = [name for name in sweep.names if not wording.divergence(sweep.seeds(name))]
-        """Points without a diverged seed; only these can be the best."""
         self.departures = wording.departures(sweep) if self.paper else []
         self.timed = self.paper is not None and all(row.milliseconds for row in self.paper.rows)
 
@@ -134,7 +134,7 @@ class _Layout:
             measured = dict.fromkeys(p.result.latency["hardware"] for p in self.sweep.points if p.result.latency)
             yield "ms per image, paper (M40)", lambda row: Cell(f"{row.milliseconds:.0f}" if row.milliseconds else "")
             yield f"ms per image, ours ({', '.join(measured) or 'not measured'})", self._time
-        yield "seeds", lambda row: Cell(wording.seeds_of(self._points(row)))
+        yield "seeds", lambda row: Cell(wording.seeds_of(self.sweep.seeds(row.name)))
 
     def _paper_cell(self, metric: str, side: Side, row: Row) -> Cell:
         """Returns the paper's score; its first column of AP also has the paper's note on the row."""
@@ -147,7 +147,7 @@ class _Layout:
 
     def _our_cell(self, metric: str, side: Side, row: Row) -> Cell:
         """Returns our score: for AP with the state of the seeds, else with the difference to the paper in brackets."""
-        points, mean = self._points(row), side.of_ours(row, metric)
+        points, mean = self.sweep.seeds(row.name), side.of_ours(row, metric)
         text = str(mean) if mean else ""
         if metric == "AP" and side.from_runs and row.name:
             text = "; ".join(filter(None, [text, wording.divergence(points)])) if mean else wording.state_of(points)
@@ -158,7 +158,7 @@ class _Layout:
         return Cell(text, mean is not None and row.name in self.stable and round(mean.value, 1) == max(stable))
 
     def _time(self, row: Row) -> Cell:
-        times = [p.result.latency["milliseconds"] for p in self._points(row) if p.result.latency]
+        times = [p.result.latency["milliseconds"] for p in self.sweep.seeds(row.name) if p.result.latency]
         return Cell(f"{statistics.fmean(times):.1f}" if times else "")
 
     def _to_reference(self, row: Row) -> Cell:
@@ -166,7 +166,7 @@ class _Layout:
         reference = next(r for r in self.paper.rows if r.name == self.paper.reference)
         of_paper = wording.signed(row.scores["AP"] - reference.scores["AP"]) if "AP" in row.scores else "–"
         a, b = (
-            {point.seed: ap for point in self._points(r) if (ap := point.result.scores.get("AP")) is not None}
+            {point.seed: ap for point in self.sweep.seeds(r.name) if (ap := point.result.scores.get("AP")) is not None}
             for r in (row, reference)
         )
         both = sorted(a.keys() & b.keys())
@@ -175,9 +175,6 @@ class _Layout:
         fewer = f" ({len(both)} {'seed' if len(both) == 1 else 'seeds'})" if len(both) < max(len(a), len(b)) else ""
         ours = wording.signed(statistics.fmean(a[seed] - b[seed] for seed in both))
         return Cell(f"{of_paper} / {ours}{fewer}")
-
-    def _points(self, row: Row) -> list[PointResult]:
-        return self.sweep.seeds(row.name) if row.name else []
 
     def _summary(self) -> str:
         paper, means = self.paper, self.sides[-1].means
@@ -211,9 +208,9 @@ def _charts(sweep: SweepResult) -> dict[str, Chart]:
 
 
 def smoothed(points: Sequence[tuple[float, float]], share: float = 0.05, most: int = 200) -> list[tuple[float, float]]:
-    """Returns the mean over a window of `share` of the points around each point; at most `most` points.
+    """Returns the means of `share` of the points around each of at most `most` points, the last one among them.
 
-    Windows are symmetric, hence shorter near the ends, so that the ends are not pulled inwards. The last point is kept.
+    Windows are symmetric, hence shorter near the ends, so that the ends are not pulled inwards.
     """
     half, last = int(len(points) * share / 2), len(points) - 1
     kept = range(last, -1, -math.ceil(len(points) / most))[::-1]

@@ -56,8 +56,8 @@ class SweepResult:
     points: tuple[PointResult, ...]  # the manifest's, then those with seeds of other sweeps
     overrides: Mapping[str, Any] = field(default_factory=dict)  # overrides of the base on the sweep's command line
 
-    def seeds(self, name: str) -> list[PointResult]:
-        """Returns the runs of the point `name`, by rising seed."""
+    def seeds(self, name: str | None) -> list[PointResult]:
+        """Returns the runs of the point `name`, by rising seed; none for a row of another system (None)."""
         return sorted((point for point in self.points if point.name == name), key=lambda point: point.seed)
 
     @property
@@ -202,8 +202,7 @@ class Mean(NamedTuple):
         return f"{self.value:.1f}" + ("" if self.deviation is None else f" ± {self.deviation:.1f}")
 
 
-@dataclass(frozen=True)
-class Side:
+class Side(NamedTuple):
     """The paper's scores and ours on one split; only scores on the same split are subtracted."""
 
     split: str  # split of the paper's scores: minival or test-dev

@@ -8,10 +8,9 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 from retina_jax.config import ConfigError
@@ -42,24 +41,23 @@ def launch_local(tasks: Sequence[Task], command: Sequence[str], workdir: Path, j
         raise ConfigError(f"--jobs: invalid value {jobs}; must be at least 1")
     waiting, children, failed = distinct(tasks), [], 0
     free = _core_slots(jobs) or [set() for _ in range(jobs)]
-    with _sigterm_as_interrupt():
-        try:
-            while waiting or children:
-                while waiting and free:
-                    task = waiting.pop(0)
-                    if (state := _startable(task, workdir)) is None:
-                        continue
+    with contextlib.ExitStack() as stack:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
+        stack.callback(signal.signal, signal.SIGTERM, before)
+        stack.callback(_end, children)
+        while waiting or children:
+            while waiting and free:
+                task = waiting.pop(0)
+                if state := _startable(task, workdir):
                     children.append(_start(task, command, workdir, free.pop(0)))
                     verb = "resumes" if state.kind == "interrupted" else "started"
                     _log(task, f"{verb}, log {children[-1].log}")
-                for child in [child for child in children if child.process.poll() is not None]:
-                    children.remove(child)
-                    free.append(child.cores)
-                    failed += not _succeeded(child, workdir)
-                if children:
-                    time.sleep(0.1)
-        finally:
-            _end(children)
+            for child in [child for child in children if child.process.poll() is not None]:
+                children.remove(child)
+                free.append(child.cores)
+                failed += not _succeeded(child, workdir)
+            if children:
+                time.sleep(0.1)
     return failed
 
 
@@ -117,20 +115,6 @@ def _end(children: Sequence[_Child]) -> None:
         for child in children:
             child.process.kill()
             child.process.wait()
-
-
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt in the block, so that it also ends the processes that the block started."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _core_slots(jobs: int) -> list[set[int]]:

@@ -40,7 +40,7 @@ def load_sweep(path: Path) -> ModuleType:
 
 
 def load_sweeps(files: Sequence[str]) -> dict[Path, ModuleType]:
-    """Returns the sweep files as modules, in their order."""
+    """Returns the sweep files as modules, in their order; ConfigError if two have the same name."""
     modules = {Path(file): load_sweep(Path(file)) for file in files}
     if len({path.stem for path in modules}) < len(modules):
         raise ConfigError("--sweep: two files have the same name; sweeps are identified by the name of their file")
@@ -68,9 +68,7 @@ def expand(path: Path, module: ModuleType, base: Config, seeds: Sequence[int]) -
     with named_errors(path):
         named = module.get_sweep(base)
     if not isinstance(named, Mapping) or not named:
-        raise ConfigError(
-            f"{path}: get_sweep(base) must return a dict of at least one name to overrides, not {named!r}"
-        )
+        raise ConfigError(f"{path}: get_sweep(base) must return a dict of names to overrides, not {named!r}")
     points = []
     for seed in seeds:
         for name, overrides in named.items():
@@ -91,7 +89,7 @@ def expand(path: Path, module: ModuleType, base: Config, seeds: Sequence[int]) -
 
 
 def outcome(config: Config) -> dict[str, Any]:
-    """Returns the fields that change a run's result: 2 for a float is 2.0, and a file is its name, in whatever folder."""
+    """Returns the fields that change a run's result: floats as floats (2 is 2.0), files as their names without folders."""
     defaults, known = flatten(Config()), options(Config)
     values = {k: _typed(value, defaults[k]) for k, value in flatten(config).items() if known[k].outcome}
     return {k: Path(value).name if known[k].outcome == "file name" else value for k, value in values.items()}
@@ -110,10 +108,7 @@ def digest(config: Config) -> str:
 
 
 def folder_name(config: Config, base: Config) -> str:
-    """Returns the name of a run's folder: its changes of `base`, shortened, and its digest.
-
-    For example "alpha_0.75-kind_balanced_cross_entropy-1a2b3c4d", or "base-..." without changes.
-    """
+    """Returns the name of a run's folder, its changes of `base` and its digest: "alpha_0.75-1a2b3c4d", "base-1a2b3c4d"."""
     old = outcome(base)
     changes = {name: value for name, value in outcome(config).items() if value != old[name] and name != "seed"}
     if "model.backbone" in changes:
@@ -125,10 +120,8 @@ def folder_name(config: Config, base: Config) -> str:
 
 
 def _typed(value: Any, default: Any) -> Any:
-    """2 and 2.0 are the same value of a field that is a float."""
     if isinstance(value, tuple):
-        floats = any(isinstance(d, float) for d in default)
-        return tuple(float(v) if floats else v for v in value)
+        return tuple(map(float, value)) if any(isinstance(d, float) for d in default) else value
     return float(value) if isinstance(default, float) else value
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -57,15 +57,15 @@ def lock_file(workdir: Path, folder: str) -> Path:
 
 def state_of(workdir: Path, point: Point) -> State:
     """Returns the state of a point, from its folder and its lock."""
-    end = ended(workdir / point.folder, point.config)
-    if end is not None:
+    if (end := ended(workdir / point.folder, point.config)) is not None:
         return end
     lock = lock_file(workdir, point.folder)
     if lock.exists():
         if not os.access(lock, os.W_OK):  # another user's sweep: unknown, and not free
             return State("running")
-        # Another process that looks at the state holds the lock for an instant, a worker for much longer.
-        with exclusive_lock(lock, timeout=0.2) as free:
+        with exclusive_lock(
+            lock, timeout=0.2
+        ) as free:  # a process that looks at the state holds it for an instant only
             if not free:
                 return State("running")
     started = any((workdir / point.folder / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoints"))
@@ -161,31 +161,28 @@ def listing(workdir: Path | None, tasks: Sequence[Task]) -> str:
     for task in tasks:
         name = " = ".join(task.labels) + (f" (seed {task.point.seed})" if several_seeds else "")
         folder = task.point.folder
-        numbers = [_number(costs[folder])]
+        took, hours = states[folder].seconds, []
         if rate is not None:
-            took = states[folder].seconds
-            numbers.append(f"~{costs[folder] * rate / 3600:.2f}" if took is None else f"{took / 3600:.2f}")
-        table.append([str(task.index), name, str(states[folder]), *numbers, folder, _words(task.point.overrides)])
+            hours = [f"~{costs[folder] * rate / 3600:.2f}" if took is None else f"{took / 3600:.2f}"]
+        overrides = " ".join(f"{k}={_value(v)}" for k, v in task.point.overrides.items()) or "none: the base itself"
+        table.append([str(task.index), name, str(states[folder]), _number(costs[folder]), *hours, folder, overrides])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    rows = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
     left = math.fsum(cost for folder, cost in costs.items() if states[folder].kind not in ENDED)
     counts = Counter(state.kind for state in states.values())
     expected = "" if rate is None else f", {left * rate / 3600:.2f} hours at the rate of the done points"
-    return (
-        f"{_aligned(table)}\n{len(states)} distinct runs: {', '.join(f'{n} {kind}' for kind, n in counts.items())}; "
+    rows.append(
+        f"{len(states)} distinct runs: {', '.join(f'{n} {kind}' for kind, n in counts.items())}; "
         f"{_number(math.fsum(costs.values()))} PFLOP, {_number(left)} left{expected}"
     )
+    return "\n".join(rows)
 
 
-def _words(overrides: Mapping[str, Any]) -> str:
-    def value(v: Any) -> str:
-        return ",".join(map(value, v)) if isinstance(v, tuple) else f"{v:.4g}" if isinstance(v, float) else str(v)
-
-    return " ".join(f"{name}={value(v)}" for name, v in overrides.items()) or "none: the base itself"
+def _value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(_value, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table)
