@@ -118,10 +118,7 @@ class Comparison(NamedTuple):
 
 
 def check(original: Detector, exported: ExportedDetector, images: Images) -> str:
-    """Returns how the detections of both on the images differ, and how fast both are, in two lines.
-
-    Raises ExportError if they differ, or if there are none, since then nothing was compared.
-    """
+    """Returns how the detections of both differ, and how fast both are; ExportError if they differ or if there are none."""
     made = for_other_shapes(exported, images)
     tried = [*images, *made]
     rule = original.config.detection
@@ -146,10 +143,7 @@ def _shapes_of(exported: ExportedDetector, images: Images) -> set[tuple[int, int
 
 
 def for_other_shapes(exported: ExportedDetector, images: Images) -> Images:
-    """Returns an image for each padded shape that none of `images` has: the first of them, repeated and cropped.
-
-    Returns none if there are more than MOST_SHAPES.
-    """
+    """Returns the first image, repeated and cropped, for each padded shape that none has; [] for more than MOST_SHAPES."""
     shapes, had = exported.about["canvases"], _shapes_of(exported, images)
     if not images or len(shapes) > MOST_SHAPES:
         return []
@@ -186,10 +180,7 @@ def compare(
 
 
 def seconds_of_each(detectors: Sequence[Detector | ExportedDetector], images: Images, times: int = 10) -> list[float]:
-    """Returns the median seconds per image of each detector, from pixels to boxes; they take turns on the same machine.
-
-    Both must have compiled their programs for the images.
-    """
+    """Returns each detector's median seconds per image, pixels to boxes; they take turns. Programs must be compiled."""
     taken: list[list[float]] = [[] for _ in detectors]
     for turn in range(max(times, len(images))):
         for detector, seconds in zip(detectors, taken, strict=True):
@@ -200,11 +191,7 @@ def seconds_of_each(detectors: Sequence[Detector | ExportedDetector], images: Im
 
 
 def images_for(detector: Detector, files: Path | None, count: int) -> tuple[Images, str]:
-    """Returns the first `count` images of `files`, else of the validation data, else generated scenes, with a description.
-
-    Raises ConfigError or BadImage if `files` cannot be read. Unreadable validation images are left out: a run may have moved
-    to another machine.
-    """
+    """Returns up to `count` images of `files`, else readable ones of the validation data, else scenes; and what they are."""
     if files is not None:
         found = list(image_files([files], out=Path(os.devnull)))[:count]  # nothing is drawn
         decoding = decoding_of_files(found, detector.config.data)

@@ -41,10 +41,7 @@ class Found(NamedTuple):
 
 
 def load(path: str) -> ExportedDetector:
-    """Returns the detector in the file.
-
-    Raises LoadError if the file is damaged or a package is missing, and OSError if it cannot be read.
-    """
+    """Returns the detector in the file; LoadError if it is damaged or a package is missing, OSError if it is unreadable."""
     try:
         with zipfile.ZipFile(path) as file:
             files = {name: file.read(name) for name in file.namelist()}

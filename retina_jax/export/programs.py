@@ -25,10 +25,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")  # Every program is lowered for all of them, 
 
 
 def padded_shapes(data: DataConfig) -> tuple[tuple[int, int], ...]:
-    """Returns every (height, width) that `detector.to_canvas` can choose for a single image, in the order of `buckets`.
-
-    With `data.buckets` 0 these are all shapes that the resize rule can lead to: 83 for sides of 800 and 1333 pixels.
-    """
+    """Returns every (height, width) that `detector.to_canvas` can choose for a single image, in the order of `buckets`."""
     if data.buckets:
         return buckets(data, (data.short_side,))
     short, long = min(data.short_side, data.long_side), data.long_side
@@ -111,11 +108,7 @@ def resize_and_pad(
     kind: Literal["bilinear", "antialias"],
     pixels: Literal["uint8", "float32"],
 ) -> UInt8[Array, "H W 3"] | Float32[Array, "H W 3"]:
-    """Resizes the image in the upper left `size_hw` of `image` to `resized_hw` and pads it with zeros to `shape`.
-
-    `kind` and `pixels` are those of DataConfig. Pixels beyond `size_hw` are ignored. Sizes must be at least 1, `resized_hw`
-    at most `shape`; this is not checked.
-    """
+    """Resizes the upper left `size_hw` of `image` to `resized_hw` (at least 1, at most `shape`) and pads it with zeros."""
     # `resize` adds the half that makes truncation round before the weights, `resize_large` after them.
     rounds = pixels == "uint8"
     small = size_hw[0] * size_hw[1] <= LARGE

@@ -1,7 +1,4 @@
-"""Sweeps next to the paper's tables: for each row the paper's scores, ours, and the differences.
-
-`build_report` computes tables of plain text and charts as data; `retina_jax.reports` draws them.
-"""
+"""Sweeps next to the paper's tables: scores, differences, notes and charts as data, which `retina_jax.reports` draws."""
 
 from __future__ import annotations
 
@@ -208,10 +205,7 @@ def _charts(sweep: SweepResult) -> dict[str, Chart]:
 
 
 def smoothed(points: Sequence[tuple[float, float]], share: float = 0.05, most: int = 200) -> list[tuple[float, float]]:
-    """Returns the means of `share` of the points around each of at most `most` points, the last one among them.
-
-    Windows are symmetric, hence shorter near the ends, so that the ends are not pulled inwards.
-    """
+    """Returns at most `most` of the points, with the last, each the mean of a symmetric window, of `share` if it fits."""
     half, last = int(len(points) * share / 2), len(points) - 1
     kept = range(last, -1, -math.ceil(len(points) / most))[::-1]
     reach = {i: min(half, i, last - i) for i in kept}

@@ -54,10 +54,7 @@ class StarRun(NamedTuple):
 
 
 def star_runs(sweeps: Sequence[SweepResult]) -> tuple[list[StarRun], int]:
-    """Returns the settings of the sweep fig7 that finished (mean AP over seeds) or diverged, and the number of the others.
-
-    Raises ConfigError if there is no such sweep or no finished setting.
-    """
+    """Returns fig7's finished (mean AP of seeds) or diverged settings, and the number of the others; at least one finished."""
     sweep, runs = _sweep(sweeps, "fig7"), []
     for points in map(sweep.seeds, sweep.names):
         scores, diverged = _aps(points), divergence(points)
@@ -96,10 +93,7 @@ def _sweep(sweeps: Sequence[SweepResult], name: str) -> SweepResult:
 
 
 def speeds(sweeps: Sequence[SweepResult]) -> tuple[list[Timed], str, str]:
-    """Returns (points, hardware, split) of the finished runs of the sweep table1e, and measures missing latencies.
-
-    Seeds are averaged. Raises ConfigError if there is no such sweep or no finished run.
-    """
+    """Returns (points, hardware, split) of table1e's finished runs, averaged over seeds; measures missing latencies."""
     sweep, found = _sweep(sweeps, "table1e"), []
     for name in sweep.names:
         if done := [p for p in sweep.seeds(name) if "AP" in p.result.scores]:
@@ -171,10 +165,7 @@ def finished_run(folder: Path) -> str:
 
 
 class Sample:
-    """A uniform sample without replacement of at most `size` values of a stream of any length.
-
-    Each value gets a random key, and the `size` smallest keys are kept: every subset of that size is equally likely.
-    """
+    """A uniform sample without replacement of a stream: the values with the `size` smallest of their random keys."""
 
     def __init__(self, size: int, seed: int = 0) -> None:
         self.size, self.seen = size, 0  # `seen`: number of values in the stream so far
@@ -200,10 +191,7 @@ class Sample:
 def val_windows(
     folder: Path, images: int, positives: int, negatives: int, seed: int
 ) -> dict[str, Float32[np.ndarray, " N"]]:
-    """Returns x_t of windows of a run's evaluation images (`images` random ones; 0: all), by kind: positives, negatives.
-
-    Raises ConfigError if its data have other classes, or no window of a kind.
-    """
+    """Returns x_t of the windows of `images` random evaluation images (0: all) of a run, by kind: positives, negatives."""
     run = read_run(folder)
     source = open_source(run.config.data, "val", run.categories).arranged(run.categories, f"--workdir {folder}")
     source = random_images(source, images or len(source), seed)
@@ -260,10 +248,7 @@ def sample_windows(
 def window_x_t(
     logits: Float32[Array, "B A K"], labels: Int[Array, "B A"], valid: Bool[Array, " B"]
 ) -> tuple[Float32[Array, "B A"], Bool[Array, "B A"], Bool[Array, "B A"]]:
-    """Returns x_t of every anchor, and which anchors are positive and negative; those of invalid images are neither.
-
-    labels [B A] are those of `match`. x_t is the logit of its class for a positive, minus the largest logit for others.
-    """
+    """Returns x_t of every anchor (of its class, or of the likeliest one), and masks of valid positives and negatives."""
     own = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
     positive, negative = (labels >= 0) & valid[:, None], (labels == BACKGROUND) & valid[:, None]
     return jnp.where(labels >= 0, own, -logits.max(axis=-1)), positive, negative

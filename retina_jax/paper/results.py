@@ -1,7 +1,4 @@
-"""The results of sweeps: the manifests in DIR/sweeps/ and the folders of the runs that they name.
-
-Locks are not looked at: a run that has started and not ended may be running or interrupted.
-"""
+"""The results of sweeps: the manifests in DIR/sweeps/ and the runs that they name. Locks are ignored."""
 
 from __future__ import annotations
 
@@ -72,11 +69,9 @@ class SweepResult:
 
 
 def read_sweeps(workdir: Path) -> list[SweepResult]:
-    """Returns all sweeps of `workdir`, sorted by name; a run that several of them name is read once.
+    """Returns all sweeps of `workdir`, sorted by name; ConfigError, with the file, if there is none or a file is invalid.
 
     Points of several sweeps with a run in common are the same experiment: each sweep gets the seeds of all of them.
-
-    Raises ConfigError, one line with the file, if there is no sweep or a file is invalid.
     """
     if (workdir / "config.json").is_file():
         raise ConfigError(f"--workdir {workdir}: is the folder of a single run; give the folder of a sweep")

@@ -38,10 +38,7 @@ def deeper(base: Config) -> Overrides:
 
 
 def resnext(base: Config) -> Overrides:
-    """Returns ResNeXt-101-32x8d with the stride in the 3x3 convolution (Detectron) and the depth of `deeper`.
-
-    For a base with ResNet-18 it has ResNet-34's blocks, 3 4 6 3.
-    """
+    """Returns ResNeXt-101-32x8d, stride in the 3x3 convolution (Detectron), with the blocks of `deeper` or ResNet-34's."""
     backbone = "resnext101_32x8d"
     blocks = deeper(base).get("model.stage_blocks", (3, 4, 6, 3) if base.model.backbone == "resnet18" else ())
     changes: Overrides = {"model.backbone": backbone, "model.stride_position": "3x3", **_weights(base, backbone)}
@@ -49,10 +46,7 @@ def resnext(base: Config) -> Overrides:
 
 
 def at_scale(base: Config, short_side: int) -> Overrides:
-    """Returns the paper's image scale `short_side`: both sides of the base, and its jitter, times short_side / 600.
-
-    600 is the base itself; 800 on the paper's base is 800/1333. Halves are rounded to even.
-    """
+    """Returns both sides of the base and its jitter times short_side / 600 (the paper's scale), halves rounded to even."""
     sides = {f"data.{name}": _scaled(getattr(base.data, name), short_side) for name in ("short_side", "long_side")}
     jittered = tuple(_scaled(side, short_side) for side in base.data.jitter_short_sides)
     return sides | ({"data.jitter_short_sides": jittered} if jittered else {})

@@ -123,10 +123,7 @@ def departures(sweep: SweepResult) -> list[str]:
 
 
 def _described(pairs: Iterable[tuple[Config, Config]]) -> list[str]:
-    """Describes the fields, except the seed, that affect the outcome and differ between ours and the paper's configs.
-
-    The most informative fields come first, in words.
-    """
+    """Describes how ours and the paper's configs differ in what affects the outcome, except the seed; in words first."""
     left: dict[str, list[str]] = {}
     for pair in pairs:
         ours, paper = (outcome(override(c, {"seed": 0, "model.num_classes": c.model.num_classes or 80})) for c in pair)

@@ -138,10 +138,7 @@ def tasks_of(sweeps: Mapping[str, Sequence[Point]]) -> list[Task]:
 
 
 def chosen(tasks: Sequence[Task], only: Sequence[str], seeds: Sequence[int] | None) -> list[Task]:
-    """Returns the tasks whose name is in `only` (empty: all) and whose seed is in `seeds` (None: all).
-
-    Raises ConfigError if a name is not the name of a point.
-    """
+    """Returns the tasks named in `only` (empty: all) with a seed in `seeds` (None: all); ConfigError for an unknown name."""
     names = {t.index: {n for label in t.labels for n in (label, label.partition("/")[2] or label)} for t in tasks}
     known = dict.fromkeys(name for task in tasks for name in sorted(names[task.index]))
     for name in only:

@@ -48,10 +48,7 @@ def load_sweeps(files: Sequence[str]) -> dict[Path, ModuleType]:
 
 
 def base_file(modules: Mapping[Path, ModuleType], default: Path) -> Path:
-    """Returns the config file that the sweeps override if the command line names none: their BASE, else `default`.
-
-    BASE is relative to the current folder or to this repository.
-    """
+    """Returns the sweeps' BASE, relative to the current folder or this repository, else `default`."""
     named = {path: str(module.BASE) for path, module in modules.items() if hasattr(module, "BASE")}
     if len(set(named.values())) > 1:
         files = " and ".join(f"{path} has {base}" for path, base in named.items())
@@ -61,10 +58,7 @@ def base_file(modules: Mapping[Path, ModuleType], default: Path) -> Path:
 
 
 def expand(path: Path, module: ModuleType, base: Config, seeds: Sequence[int]) -> list[Point]:
-    """Returns the points of a sweep over `base`: all of them with the first seed, then all with the next.
-
-    Raises ConfigError, with the file, the point and the field, if one of them is invalid.
-    """
+    """Returns the points, all with the first seed, then all with the next; ConfigError, with file, point and field."""
     with named_errors(path):
         named = module.get_sweep(base)
     if not isinstance(named, Mapping) or not named:

@@ -146,10 +146,7 @@ def training_pflop(config: Config) -> float:
 
 
 def listing(workdir: Path | None, tasks: Sequence[Task]) -> str:
-    """Returns one line per point and one for their sum; `workdir` None: nothing has started.
-
-    Hours are measured for done points, and estimated from their rate for the others.
-    """
+    """Returns a line per point and a sum (`workdir` None: nothing has started), with hours, which ~ marks as estimated."""
     states = {task.point.folder: state_of(workdir, task.point) if workdir else State("waiting") for task in tasks}
     costs = {task.point.folder: training_pflop(task.point.config) for task in tasks}
     done = [
