@@ -76,10 +76,7 @@ def write_file(path: Path, detector: Detector, source: str) -> None:
         "step": detector.step,
         "class_names": list(detector.shown_names),
         "category_ids": list(detector.category_ids),
-        **{
-            field: getattr(config.data, field)
-            for field in ("short_side", "long_side", "size_rounding", "resize", "pixels")
-        },
+        **{k: getattr(config.data, k) for k in ("short_side", "long_side", "size_rounding", "resize", "pixels")},
         "bits": None if config.data.bits == "auto" else config.data.bits,
         "canvases": padded_shapes(config.data),
         "max_detections": config.detection.max_detections,
@@ -108,13 +105,10 @@ class Comparison(NamedTuple):
     score_difference: float  # largest difference of a matched score
 
     def __str__(self) -> str:
-        text = f"{self.images} images, {self.detections} detections: "
-        if self.unmatched:
-            return text + f"{self.unmatched} found by only one of the two"
-        return text + (
-            f"all found by both, boxes differ by at most {self.box_difference:.2g} pixels, "
-            f"scores by at most {self.score_difference:.2g}"
-        )
+        boxes, scores = f"{self.box_difference:.2g} pixels", f"{self.score_difference:.2g}"
+        equal = f"all found by both, boxes differ by at most {boxes}, scores by at most {scores}"
+        result = f"{self.unmatched} found by only one of the two" if self.unmatched else equal
+        return f"{self.images} images, {self.detections} detections: {result}"
 
 
 def check(original: Detector, exported: ExportedDetector, images: Images) -> str:

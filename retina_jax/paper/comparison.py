@@ -162,10 +162,8 @@ class _Layout:
         """Returns the difference in AP to the reference row: the paper's / ours, the mean over the seeds of both rows."""
         reference = next(r for r in self.paper.rows if r.name == self.paper.reference)
         of_paper = wording.signed(row.scores["AP"] - reference.scores["AP"]) if "AP" in row.scores else "–"
-        a, b = (
-            {point.seed: ap for point in self.sweep.seeds(r.name) if (ap := point.result.scores.get("AP")) is not None}
-            for r in (row, reference)
-        )
+        scores = ({p.seed: p.result.scores.get("AP") for p in self.sweep.seeds(r.name)} for r in (row, reference))
+        a, b = ({seed: ap for seed, ap in aps.items() if ap is not None} for aps in scores)
         both = sorted(a.keys() & b.keys())
         if not both:
             return Cell(f"{of_paper} / –")

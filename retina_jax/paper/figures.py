@@ -232,8 +232,7 @@ def figure4(samples: Mapping[str, Float32[np.ndarray, " N"]], run: str) -> Figur
     return figure
 
 
-def _figure(panels: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """Returns a figure without display or global pyplot state; sizes are in inches per panel."""
+def _figure(panels: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:  # inches per panel
     figure = Figure(figsize=(width * panels, height), layout="constrained")
     return figure, list(np.atleast_1d(figure.subplots(1, panels)))
 

@@ -54,7 +54,7 @@ class StarRun(NamedTuple):
 
 
 def star_runs(sweeps: Sequence[SweepResult]) -> tuple[list[StarRun], int]:
-    """Returns fig7's finished (mean AP of seeds) or diverged settings, and the number of the others; at least one finished."""
+    """Returns the finished (mean AP of seeds) and diverged settings of fig7, and the number of others; one must have an AP."""
     sweep, runs = _sweep(sweeps, "fig7"), []
     for points in map(sweep.seeds, sweep.names):
         scores, diverged = _aps(points), divergence(points)
@@ -124,26 +124,21 @@ def run_latency(folder: Path) -> float:
 def latency(detector: Detector, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], *, repeats: int = 10) -> float:
     """Returns milliseconds per image at batch 1, as in Figure 2: from pixels on the device to boxes.
 
-    It is the median over `repeats` runs of each image, each with its padded shape in evaluation, after one run that compiles
-    and one that warms up. Network, decoding and NMS are timed until the device has finished; reading, resizing and the
-    transfer are not. The time of NMS grows with the number of detections, so give images of the detector's data. Raises
-    ValueError if the detector is on several devices, which cannot share one image.
+    It is the median over `repeats` runs of each image, in its padded shape, after one that compiles and one that warms up.
+    Network, decoding and NMS are timed; reading, resizing and the transfer are not. The time of NMS grows with the number of
+    detections, so give images of the detector's data. Raises ValueError if the detector is on several devices.
     """
     if detector.driver.num_devices != 1:
         raise ValueError(f"detector: is on {detector.driver.num_devices} devices; latency is measured on one")
     times = []
     for image in images:
-        inputs = detector.driver.shard_batch(_inputs(to_canvas([image], detector.config.data, 1)))
+        inputs = detector.driver.shard_batch(Inputs.of(to_canvas([image], detector.config.data, 1)))
         for turn in range(2 + repeats):
             started = time.perf_counter()
             jax.block_until_ready(detector.driver.detect(detector.variables, inputs))
             if turn >= 2:
                 times.append(1000 * (time.perf_counter() - started))
     return statistics.median(times)
-
-
-def _inputs(batch: Batch) -> Inputs:
-    return Inputs(batch.images, batch.image_sizes, batch.boxes_xyxy, batch.labels, batch.valid)
 
 
 def finished_run(folder: Path) -> str:
@@ -199,21 +194,16 @@ def val_windows(
     batches = eval_batches(source, run.config.data, batch_size=batch_size)
     samples = sample_windows(load_detector(folder), batches, positives=positives, negatives=negatives, seed=seed)
     kinds = {kind: sample.values() for kind, sample in zip(("positives", "negatives"), samples, strict=True)}
-    for kind, x_t in kinds.items():
-        if not len(x_t):
-            raise ConfigError(f"--workdir {folder}: its evaluation images have no {kind} among their anchors")
+    if empty := [kind for kind, x_t in kinds.items() if not len(x_t)]:
+        raise ConfigError(f"--workdir {folder}: its evaluation images have no {empty[0]} among their anchors")
     return kinds
 
 
 def random_images(source: Source, count: int, seed: int) -> Source:
     """Returns `count` different images of `source` (all, if it has no more), chosen uniformly from `seed`."""
     chosen = np.random.default_rng(seed).permutation(len(source))[:count].tolist()
-    return replace(
-        source,
-        records=[source.records[index] for index in chosen],
-        read=lambda place: source.read(chosen[place]),
-        where=lambda place: source.where(chosen[place]),
-    )
+    records, read, where = [source.records[index] for index in chosen], source.read, source.where
+    return replace(source, records=records, read=lambda i: read(chosen[i]), where=lambda i: where(chosen[i]))
 
 
 def sample_windows(
@@ -238,7 +228,7 @@ def sample_windows(
 
     of_positives, of_negatives = Sample(positives, seed), Sample(negatives, seed + 1)
     for batch in batches:
-        inputs = jax.tree.map(jnp.asarray, _inputs(batch))
+        inputs = jax.tree.map(jnp.asarray, Inputs.of(batch))
         x_t, positive, negative = jax.device_get(of_batch(detector.variables, inputs))
         of_positives.add(x_t[positive])
         of_negatives.add(x_t[negative])

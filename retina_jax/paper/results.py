@@ -77,7 +77,7 @@ def read_sweeps(workdir: Path) -> list[SweepResult]:
         raise ConfigError(f"--workdir {workdir}: is the folder of a single run; give the folder of a sweep")
     files = sorted((workdir / "sweeps").glob("*.json"))
     if not files:
-        raise ConfigError(f"--workdir {workdir}: no sweeps/*.json there; run scripts/sweep.py first")
+        raise ConfigError(f"--workdir {workdir}: no sweep there (sweeps/*.json); run scripts/sweep.py first")
     known: dict[str, Result] = {}
     sweeps = [_read_sweep(file, workdir, known) for file in files]
     # A folder's name covers all that decides the outcome, with the seed: points with a folder in common have the same

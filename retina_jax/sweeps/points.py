@@ -62,7 +62,7 @@ def expand(path: Path, module: ModuleType, base: Config, seeds: Sequence[int]) -
     with named_errors(path):
         named = module.get_sweep(base)
     if not isinstance(named, Mapping) or not named:
-        raise ConfigError(f"{path}: get_sweep(base) must return a dict of names to overrides, not {named!r}")
+        raise ConfigError(f"{path}: get_sweep(base) must return a dict of at least one name, not {named!r}")
     points = []
     for seed in seeds:
         for name, overrides in named.items():
