@@ -129,20 +129,11 @@ def figure1() -> Figure:
     return figure
 
 
-def figure5() -> Figure:
-    """Draws CE, FL and FL* over x_t."""
-    return _selected(loss_values, "loss", (0.0, 5.0), "upper right")
-
-
-def figure6() -> Figure:
-    """Draws their derivatives with respect to x_t."""
-    return _selected(loss_slopes, "derivative of the loss by $x_t$", (-1.5, 0.1), "lower right")
-
-
 @mpl.rc_context(LOOK)
 def _selected(
     curve: Callable[..., Float32[np.ndarray, " N"]], label: str, limits: tuple[float, float], legend: str
 ) -> Figure:
+    """Draws a curve over x_t for CE, FL and FL*."""
     figure, (axes,) = _figure(1, width=4.8, height=3.8)
     x_t = np.linspace(-5, 5, 501)
     axes.axvspan(0, 5, color="#000000", alpha=0.05, lw=0)
@@ -152,6 +143,10 @@ def _selected(
     axes.text(4.9, 0.4 * limits[0] + 0.6 * limits[1], "classified correctly", ha="right", fontsize=9)
     axes.legend(loc=legend)
     return figure
+
+
+figure5 = partial(_selected, loss_values, "loss", (0.0, 5.0), "upper right")
+figure6 = partial(_selected, loss_slopes, "derivative of the loss by $x_t$", (-1.5, 0.1), "lower right")
 
 
 @mpl.rc_context(LOOK)

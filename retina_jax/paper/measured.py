@@ -54,7 +54,7 @@ class StarRun(NamedTuple):
 
 
 def star_runs(sweeps: Sequence[SweepResult]) -> tuple[list[StarRun], int]:
-    """Returns the finished (mean AP of seeds) and diverged settings of fig7, and the number of others; one must have an AP."""
+    """Returns the finished (mean AP of seeds) and diverged settings of fig7, and how many others there are."""
     sweep, runs = _sweep(sweeps, "fig7"), []
     for points in map(sweep.seeds, sweep.names):
         scores, diverged = _aps(points), divergence(points)

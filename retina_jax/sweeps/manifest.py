@@ -30,9 +30,7 @@ class Task:
     labels: tuple[str, ...]  # its name in each sweep; with several sweeps "table1a/alpha_0.75"
 
 
-class SavedPoint(TypedDict):
-    """A point in a manifest."""
-
+class SavedPoint(TypedDict):  # a point in a manifest
     name: str
     overrides: dict[str, Any]
     seed: int
@@ -40,8 +38,6 @@ class SavedPoint(TypedDict):
 
 
 class Manifest(TypedDict):
-    """A manifest's contents."""
-
     sweep: str
     file: str
     base: str
@@ -56,7 +52,6 @@ def open_sweep(
     base_path: Path,
     base: Config,
     seeds: Sequence[int],
-    *,
     write: bool,
 ) -> list[Point]:
     """Returns the points of the sweep: those of its manifest under `workdir` (None: none), then those of new `seeds`.
@@ -95,9 +90,7 @@ def read_manifest(file: Path) -> Manifest:
     try:
         return msgspec.json.decode(file.read_bytes(), type=Manifest)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise ConfigError(
-            f"{file}: not a sweep's manifest: {error}; delete it, and the next call writes it again"
-        ) from None
+        raise ConfigError(f"{file}: not a sweep's manifest: {error}; delete it to write it again") from None
 
 
 def _difference(before: Manifest, now: Manifest, points: Sequence[SavedPoint]) -> str:
@@ -112,12 +105,9 @@ def _difference(before: Manifest, now: Manifest, points: Sequence[SavedPoint]) -
         one, other = next((a, b) for a, b in zip(before["points"], points, strict=True) if a != b)
         key = next(key for key in one if one[key] != other[key])
         return f"point {one['name']!r}: {key}: {one[key]} -> {other[key]}"
-    names = [list(dict.fromkeys(point["name"] for point in some)) for some in (before["points"], points)]
-    changes = (
-        ("gone", [n for n in names[0] if n not in names[1]]),
-        ("new", [n for n in names[1] if n not in names[0]]),
-    )
-    parts = [f"points {', '.join(some)} are {how}" for how, some in changes if some]
+    gone, new = (dict.fromkeys(point["name"] for point in some) for some in (before["points"], points))
+    changes = {"gone": [name for name in gone if name not in new], "new": [name for name in new if name not in gone]}
+    parts = [f"points {', '.join(names)} are {how}" for how, names in changes.items() if names]
     return " and ".join(parts) or "its points are in another order"
 
 
