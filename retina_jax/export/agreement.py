@@ -127,9 +127,15 @@ def check(original: Detector, exported: ExportedDetector, images: Images) -> str
     shapes = len(exported.about["canvases"])
     if untried := shapes - len(_shapes_of(exported, tried)):
         text += f"; {untried} of {shapes} padded shapes were not tried"
-    before, after = (1e3 * seconds for seconds in seconds_of_each((original, exported), images))
+    taken: list[tuple[Detector | ExportedDetector, list[float]]] = [(original, []), (exported, [])]
+    for turn in range(max(10, len(images))):
+        for detector, seconds in taken:  # in turns, since the machine's speed may change
+            start = time.perf_counter()
+            detector.detect([images[turn % len(images)]])
+            seconds.append(time.perf_counter() - start)
+    before, after = (f"{1e3 * statistics.median(seconds):.1f} ms" for _, seconds in taken)
     device = jax.devices()[0].device_kind
-    return f"{text}\nmedian time per image: {before:.1f} ms original, {after:.1f} ms exported ({device})"
+    return f"{text}\nmedian time per image: {before} original, {after} exported ({device})"
 
 
 def _shapes_of(exported: ExportedDetector, images: Images) -> set[tuple[int, int]]:
@@ -171,17 +177,6 @@ def compare(
             unmatched += int((mine[left] > limit + SCORE_TOLERANCE).sum())
     detections = sum(len(one.labels) for one in original)
     return Comparison(len(images), detections, unmatched, box_difference, score_difference)
-
-
-def seconds_of_each(detectors: Sequence[Detector | ExportedDetector], images: Images, times: int = 10) -> list[float]:
-    """Returns each detector's median seconds per image, pixels to boxes; they take turns. Programs must be compiled."""
-    taken: list[list[float]] = [[] for _ in detectors]
-    for turn in range(max(times, len(images))):
-        for detector, seconds in zip(detectors, taken, strict=True):
-            start = time.perf_counter()
-            detector.detect([images[turn % len(images)]])
-            seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds) for seconds in taken]
 
 
 def images_for(detector: Detector, files: Path | None, count: int) -> tuple[Images, str]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from retina_jax.config import Config, ConfigError
 from retina_jax.evaluation.coco_scores import SUMMARY
 from retina_jax.paper.published import Row, Table
-from retina_jax.runs.record import Record, read_json, read_record, read_test_dev
+from retina_jax.runs.record import read_json, read_record, read_test_dev
 from retina_jax.sweeps.manifest import read_manifest
 from retina_jax.sweeps.status import ended
 
@@ -121,13 +121,23 @@ def read_result(folder: Path) -> Result:
     if not (folder / "config.json").is_file():
         return Result(folder, "not run")
     record = read_record(folder)
+    saved, summary = record.saved, record.summary or {}
     ap = {step: scores["AP"] for step, scores in record.evaluations.items()}
+    seconds = summary.get("seconds")
+    details = {
+        "command": " ".join(map(str, saved.get("command") or ())),
+        "commit": saved.get("commit"),
+        "devices": (saved.get("versions") or {}).get("devices"),
+        **(saved.get("facts") or {}),
+        "seconds": f"{seconds:.0f}" if isinstance(seconds, int | float) else seconds,
+        "parameters_sha256": summary.get("parameters_sha256"),
+    }
     result = Result(
         folder,
         "unfinished",
         step=record.step,
         config=record.config,
-        details=_details(record),
+        details={key: str(value) for key, value in details.items() if value},
         ap=[(float(step), 100 * value) for step, value in ap.items() if value is not None],
         loss=[(float(w["step"]), w["classification_loss"]) for w in record.windows if "classification_loss" in w],
         latency=read_latency(folder),
@@ -137,7 +147,12 @@ def read_result(folder: Path) -> Result:
         return result
     if end.kind == "diverged":
         return replace(result, status="diverged", step=end.step, message=end.message)
-    return replace(result, status="finished", scores=_scores(record), test_dev=read_test_dev(folder))
+    evaluation = summary["evaluation"] or {}
+    fractions = {name: evaluation[name] for name in SUMMARY if evaluation.get(name) is not None}
+    if invalid := [name for name, value in fractions.items() if not isinstance(value, int | float)]:
+        raise ConfigError(f"{folder / 'summary.json'}: evaluation.{invalid[0]}: must be a number or null")
+    scores = {name: 100 * value for name, value in fractions.items()}
+    return replace(result, status="finished", scores=scores, test_dev=read_test_dev(folder))
 
 
 def read_latency(folder: Path) -> dict[str, Any] | None:
@@ -149,28 +164,6 @@ def read_latency(folder: Path) -> dict[str, Any] | None:
     if not isinstance(latency.get("milliseconds"), int | float) or not isinstance(latency.get("hardware"), str):
         raise ConfigError(f"{file}: must have milliseconds, a number, and hardware, a text; delete it to measure again")
     return latency
-
-
-def _scores(record: Record) -> dict[str, float]:
-    evaluation = record.summary["evaluation"] or {}
-    scores = {name: evaluation[name] for name in SUMMARY if evaluation.get(name) is not None}
-    if invalid := [name for name, value in scores.items() if not isinstance(value, int | float)]:
-        raise ConfigError(f"{record.folder / 'summary.json'}: evaluation.{invalid[0]}: must be a number or null")
-    return {name: 100 * value for name, value in scores.items()}
-
-
-def _details(record: Record) -> dict[str, str]:
-    saved, summary = record.saved, record.summary or {}
-    seconds = summary.get("seconds")
-    details = {
-        "command": " ".join(map(str, saved.get("command") or ())),
-        "commit": saved.get("commit"),
-        "devices": (saved.get("versions") or {}).get("devices"),
-        **(saved.get("facts") or {}),
-        "seconds": f"{seconds:.0f}" if isinstance(seconds, int | float) else seconds,
-        "parameters_sha256": summary.get("parameters_sha256"),
-    }
-    return {key: str(value) for key, value in details.items() if value}
 
 
 def splits_of(sweep: SweepResult) -> str:
