@@ -63,9 +63,7 @@ def state_of(workdir: Path, point: Point) -> State:
     if lock.exists():
         if not os.access(lock, os.W_OK):  # another user's sweep: unknown, and not free
             return State("running")
-        with exclusive_lock(
-            lock, timeout=0.2
-        ) as free:  # a process that looks at the state holds it for an instant only
+        with exclusive_lock(lock, timeout=0.2) as free:  # other processes that look at it hold it for an instant
             if not free:
                 return State("running")
     started = any((workdir / point.folder / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoints"))
@@ -149,9 +147,7 @@ def listing(workdir: Path | None, tasks: Sequence[Task]) -> str:
     """Returns a line per point and a sum (`workdir` None: nothing has started), with hours, which ~ marks as estimated."""
     states = {task.point.folder: state_of(workdir, task.point) if workdir else State("waiting") for task in tasks}
     costs = {task.point.folder: training_pflop(task.point.config) for task in tasks}
-    done = [
-        (state.seconds, costs[folder]) for folder, state in states.items() if state.kind == "done" and state.seconds
-    ]
+    done = [(state.seconds, costs[name]) for name, state in states.items() if state.kind == "done" and state.seconds]
     rate = sum(seconds for seconds, _ in done) / sum(cost for _, cost in done) if done else None
     several_seeds = len({task.point.seed for task in tasks}) > 1
     table = [["index", "point", "state", "PFLOP", *["hours"] * (rate is not None), "folder", "overrides"]]
