@@ -78,7 +78,7 @@ def main() -> int:
         raise ConfigError("--workdir: required unless you give --list")
     write = not arguments.list
     sweeps = {
-        path.stem: open_sweep(workdir, path, module, base, settings, seeds, write=write)
+        path.stem: open_sweep(workdir, path, module, base, settings, seeds or (), write=write)
         for path, module in modules.items()
     }
     every_task = tasks_of(sweeps)

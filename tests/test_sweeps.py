@@ -23,16 +23,9 @@ from retina_jax.config import (
     options,
 )
 from retina_jax.config_io import flatten, load_config, override
+from retina_jax.runs.files import exclusive_lock
 from retina_jax.sweeps.launchers import _core_slots, _settings
-from retina_jax.sweeps.manifest import (
-    Task,
-    chosen,
-    distinct,
-    exclusive_lock,
-    open_sweep,
-    read_manifest,
-    tasks_of,
-)
+from retina_jax.sweeps.manifest import Task, chosen, distinct, open_sweep, read_manifest, tasks_of
 from retina_jax.sweeps.points import (
     Point,
     _typed,
@@ -48,7 +41,6 @@ from retina_jax.sweeps.status import (
     lock_file,
     mean_padded_shape,
     run_point,
-    seconds_per_pflop,
     state_of,
     training_pflop,
 )
@@ -77,9 +69,7 @@ def own(tmp_path: Path) -> Path:
     return path
 
 
-def write(
-    own: Path, seeds: tuple[int, ...] | None = None, base: Config | None = None, base_path: Path = PAPER
-) -> list[Point]:
+def write(own: Path, seeds: tuple[int, ...] = (), base: Config | None = None, base_path: Path = PAPER) -> list[Point]:
     return open_sweep(
         own.parent / "runs", own, load_sweep(own), base_path, base or load_config(base_path), seeds, write=True
     )
@@ -245,7 +235,7 @@ def test_later_seeds_are_added_and_indices_stay(own: Path) -> None:
 
 
 def test_without_write_the_same_points_are_returned_and_nothing_is_written(own: Path) -> None:
-    def planned(workdir: Path | None, seeds: tuple[int, ...] | None = None, base_path: Path = PAPER) -> list[Point]:
+    def planned(workdir: Path | None, seeds: tuple[int, ...] = (), base_path: Path = PAPER) -> list[Point]:
         return open_sweep(workdir, own, load_sweep(own), base_path, load_config(base_path), seeds, write=False)
 
     runs = own.parent / "runs"
@@ -491,12 +481,6 @@ def test_training_costs_three_passes_an_image() -> None:
         == cost
         > training_pflop(override(base, {"model.num_classes": 3}))
     )
-
-
-def test_hours_come_from_the_points_that_are_done() -> None:
-    states = [State("done", seconds=60.0), State("waiting"), State("done", seconds=120.0), State("diverged")]
-    assert seconds_per_pflop(states, [2.0, 100.0, 4.0, 3.0]) == pytest.approx(30.0)
-    assert seconds_per_pflop(states[1:2], [1.0]) is None
 
 
 def test_the_list_shows_state_cost_and_sum(tmp_path: Path) -> None:

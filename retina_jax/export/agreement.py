@@ -9,9 +9,9 @@ import os
 import statistics
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -31,12 +31,9 @@ from retina_jax.export.loader import FORMAT, PILLOW_FORMAT, ExportedDetector, Fo
 from retina_jax.export.programs import PLATFORMS, padded_shapes, programs
 from retina_jax.training.opening import code_commit, package_versions
 
-BOX_TOLERANCE = 1e-4
-"""Maximum difference of a side of a box, as a share of the longer side of its image: 0.06 pixels of 640."""
-SCORE_TOLERANCE = 1e-3
-"""Maximum difference of a score."""
-MOST_SHAPES = 4
-"""Number of padded shapes up to which each one is tried; each takes time to compile."""
+BOX_TOLERANCE = 1e-4  # Of a side of a box, as a share of the longer side of its image: 0.06 pixels of 640
+SCORE_TOLERANCE = 1e-3  # Maximum difference of a score
+MOST_SHAPES = 4  # Number of padded shapes up to which each one is tried; each takes time to compile
 
 Images = list[UInt8[np.ndarray, "_ _ 3"]]
 
@@ -56,13 +53,22 @@ def export_detector(detector: Detector, path: Path, source: str, images: Images)
             "detection.tta_flip, detection.tta_short_sides: test-time augmentation cannot be exported; "
             "add --detection.no-tta-flip --detection.tta-short-sides"
         )
-    with replaced_on_success(path) as temporary:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_file(temporary, detector, source)
-        return check(detector, load(str(temporary)), images)
+        text = check(detector, load(str(temporary)), images)
+        temporary.replace(path)
+    except OSError as error:
+        raise ExportError(f"--out {path}: cannot be written: {reason(error)}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return text
 
 
 def write_file(path: Path, detector: Detector, source: str) -> None:
-    """Writes `detector`, which was loaded from `source`, for loader.py. Raises ExportError if the file cannot be written."""
+    """Writes `detector`, which was loaded from `source`, for loader.py."""
     config = detector.config
     about = {
         "format": PILLOW_FORMAT if config.data.resize == "pillow" else FORMAT,
@@ -70,10 +76,7 @@ def write_file(path: Path, detector: Detector, source: str) -> None:
         "step": detector.step,
         "class_names": list(detector.shown_names),
         "category_ids": list(detector.category_ids),
-        **{
-            name: getattr(config.data, name)
-            for name in ("short_side", "long_side", "size_rounding", "resize", "pixels")
-        },
+        **{k: getattr(config.data, k) for k in ("short_side", "long_side", "size_rounding", "resize", "pixels")},
         "bits": None if config.data.bits == "auto" else config.data.bits,
         "canvases": padded_shapes(config.data),
         "max_detections": config.detection.max_detections,
@@ -85,115 +88,76 @@ def write_file(path: Path, detector: Detector, source: str) -> None:
     arrays = io.BytesIO()
     # Numbered in the order of the programs' first argument.
     np.savez(arrays, **{f"{i:04d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(detector.variables))})
-    try:
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-            file.writestr("about.json", json.dumps(about, indent=1))
-            file.writestr("parameters.npz", arrays.getbuffer(), zipfile.ZIP_STORED)
-            for name, program in programs(detector):
-                file.writestr(f"programs/{name}", program)
-    except OSError as error:
-        raise ExportError(f"--out {path}: cannot be written: {reason(error)}") from None
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("about.json", json.dumps(about, indent=1))
+        file.writestr("parameters.npz", arrays.getbuffer(), zipfile.ZIP_STORED)
+        for name, program in programs(detector):
+            file.writestr(f"programs/{name}", program)
 
 
-@contextlib.contextmanager
-def replaced_on_success(path: Path) -> Iterator[Path]:
-    """Yields a temporary path that replaces `path` at the end of the block, and is removed after an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        raise ExportError(f"--out {path}: cannot be written: {reason(error)}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """The detections of two detectors in the same images, compared."""
 
     images: int
-    detections: int
-    """Of the original detector."""
-    unmatched: int
-    """Detections that only one of them has, except scores at the threshold."""
-    box_difference: float
-    """Largest difference of a side of a matched box, pixels."""
-    score_difference: float
-    """Largest difference of a matched score."""
-
-    @property
-    def agrees(self) -> bool:
-        """Returns whether both have the same detections."""
-        return self.unmatched == 0
+    detections: int  # of the original detector
+    unmatched: int  # detections that only one of them has, except scores at the threshold
+    box_difference: float  # largest difference of a side of a matched box, pixels
+    score_difference: float  # largest difference of a matched score
 
     def __str__(self) -> str:
-        text = f"{self.images} images, {self.detections} detections: "
-        if self.unmatched:
-            return text + f"{self.unmatched} found by only one of the two"
-        return text + (
-            f"all found by both, boxes differ by at most {self.box_difference:.2g} pixels, "
-            f"scores by at most {self.score_difference:.2g}"
-        )
+        boxes, scores = f"{self.box_difference:.2g} pixels", f"{self.score_difference:.2g}"
+        equal = f"all found by both, boxes differ by at most {boxes}, scores by at most {scores}"
+        result = f"{self.unmatched} found by only one of the two" if self.unmatched else equal
+        return f"{self.images} images, {self.detections} detections: {result}"
 
 
 def check(original: Detector, exported: ExportedDetector, images: Images) -> str:
-    """Returns how the detections of both on the images differ, and how fast both are, in two lines.
-
-    Raises ExportError if they differ, or if there are none, since then nothing was compared.
-    """
+    """Returns how the detections of both differ, and how fast both are; ExportError if they differ or if there are none."""
     made = for_other_shapes(exported, images)
     tried = [*images, *made]
     rule = original.config.detection
     threshold = rule.score_threshold if rule.threshold_coarsest else 0.0
     found, expected = ([detector.detect([image])[0] for image in tried] for detector in (exported, original))
     compared = compare(expected, found, tried, threshold, rule.max_detections)
-    if not compared.agrees:
+    if compared.unmatched:
         raise ExportError(f"the exported detector gives other detections than the original and is not kept: {compared}")
     if compared.detections == 0:
-        raise ExportError(
-            f"nothing was found in {len(tried)} images, so nothing was compared; give others with --images"
-        )
+        raise ExportError(f"nothing was found in {len(tried)} images and compared; give others with --images")
     text = f"{compared}" + (f"; {len(made)} images were made from the first, for other padded shapes" if made else "")
     shapes = len(exported.about["canvases"])
-    if untried := shapes - len({_shape_of(exported, image) for image in tried}):
+    if untried := shapes - len(_shapes_of(exported, tried)):
         text += f"; {untried} of {shapes} padded shapes were not tried"
-    before, after = (1e3 * seconds for seconds in seconds_of_each((original, exported), images))
+    taken: list[tuple[Detector | ExportedDetector, list[float]]] = [(original, []), (exported, [])]
+    for turn in range(max(10, len(images))):
+        for detector, seconds in taken:  # in turns, since the machine's speed may change
+            start = time.perf_counter()
+            detector.detect([images[turn % len(images)]])
+            seconds.append(time.perf_counter() - start)
+    before, after = (f"{1e3 * statistics.median(seconds):.1f} ms" for _, seconds in taken)
     device = jax.devices()[0].device_kind
-    return f"{text}\nmedian time per image: {before:.1f} ms original, {after:.1f} ms exported ({device})"
+    return f"{text}\nmedian time per image: {before} original, {after} exported ({device})"
 
 
-def _shape_of(exported: ExportedDetector, image: UInt8[np.ndarray, "_ _ 3"]) -> tuple[int, int]:
-    return exported.padded_shape(exported.resized_size(*image.shape[:2]))
+def _shapes_of(exported: ExportedDetector, images: Images) -> set[tuple[int, int]]:
+    return {exported.padded_shape(exported.resized_size(*image.shape[:2])) for image in images}
 
 
 def for_other_shapes(exported: ExportedDetector, images: Images) -> Images:
-    """Returns an image for each padded shape that none of `images` has: the first of them, repeated and cropped.
-
-    Returns none if there are more than MOST_SHAPES.
-    """
-    shapes = [(height, width) for height, width in exported.about["canvases"]]
+    """Returns the first image, repeated and cropped, for each padded shape that none has; [] for more than MOST_SHAPES."""
+    shapes, had = exported.about["canvases"], _shapes_of(exported, images)
     if not images or len(shapes) > MOST_SHAPES:
         return []
-    height, width, _ = images[0].shape
-    others = [shape for shape in shapes if shape not in {_shape_of(exported, image) for image in images}]
-    edges = {(h, w): [(0, max(0, h - height)), (0, max(0, w - width)), (0, 0)] for h, w in others}
-    return [np.pad(images[0], edges[h, w], "wrap")[:h, :w] for h, w in others]
+    others = [(height, width) for height, width in shapes if (height, width) not in had]
+    return [images[0][np.arange(h) % images[0].shape[0]][:, np.arange(w) % images[0].shape[1]] for h, w in others]
 
 
 def compare(
-    original: Sequence[ImageDetections],
-    exported: Sequence[Found],
-    images: Images,
-    threshold: float,
-    max_detections: int,
+    original: Sequence[ImageDetections], exported: Sequence[Found], images: Images, threshold: float, most: int
 ) -> Comparison:
     """Matches the detections of each image one to one: same label, box and score within their tolerances.
 
     A detection without a match is not counted if its score is within SCORE_TOLERANCE of the limit below which the other
-    detector drops it: the threshold, or its last score if it has `max_detections`.
+    detector drops it: the threshold, or its last score if it has `most` of them.
     """
     unmatched, box_difference, score_difference = 0, 0.0, 0.0
     for one, other, image in zip(original, exported, images, strict=True):
@@ -203,39 +167,20 @@ def compare(
         fits = (boxes <= tolerance) & (scores <= SCORE_TOLERANCE) & (one.labels[:, None] == other.labels[None])
         alone, free = np.ones(len(one.labels), bool), np.ones(len(other.labels), bool)
         for i in range(len(one.labels)):
-            candidates = np.flatnonzero(fits[i] & free)
-            if len(candidates):
+            if (candidates := np.flatnonzero(fits[i] & free)).size:
                 nearest = candidates[np.argmin(boxes[i, candidates])]
                 alone[i] = free[nearest] = False
                 box_difference = max(box_difference, float(boxes[i, nearest]))
                 score_difference = max(score_difference, float(scores[i, nearest]))
         for mine, left, others in ((one.scores, alone, other.scores), (other.scores, free, one.scores)):
-            limit = others.min() if len(others) >= max_detections else threshold
+            limit = others.min() if len(others) >= most else threshold
             unmatched += int((mine[left] > limit + SCORE_TOLERANCE).sum())
     detections = sum(len(one.labels) for one in original)
     return Comparison(len(images), detections, unmatched, box_difference, score_difference)
 
 
-def seconds_of_each(detectors: Sequence[Detector | ExportedDetector], images: Images, times: int = 10) -> list[float]:
-    """Returns the median seconds per image of each detector, from pixels to boxes; they take turns on the same machine.
-
-    Both must have compiled their programs for the images.
-    """
-    taken: list[list[float]] = [[] for _ in detectors]
-    for turn in range(max(times, len(images))):
-        for detector, seconds in zip(detectors, taken, strict=True):
-            start = time.perf_counter()
-            detector.detect([images[turn % len(images)]])
-            seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds) for seconds in taken]
-
-
 def images_for(detector: Detector, files: Path | None, count: int) -> tuple[Images, str]:
-    """Returns the first `count` images of `files`, else of the validation data, else generated scenes, with a description.
-
-    Raises ConfigError or BadImage if `files` cannot be read. Missing validation images are not an error: a detector from
-    elsewhere has none, and a run may have moved to another machine. Damaged ones are left out.
-    """
+    """Returns up to `count` images of `files`, else readable ones of the validation data, else scenes; and what they are."""
     if files is not None:
         found = list(image_files([files], out=Path(os.devnull)))[:count]  # nothing is drawn
         decoding = decoding_of_files(found, detector.config.data)
@@ -246,22 +191,19 @@ def images_for(detector: Detector, files: Path | None, count: int) -> tuple[Imag
             except (OSError, BadImage) as error:
                 raise BadImage(f"{file}: {reason(error)}") from None
         return images, f"{len(images)} images of {files}"
+    images, errors = [], []
     try:
         source = open_source(detector.config.data, "val")
+        for index in range(min(count, len(source))):
+            try:
+                images.append(image_of(source, index))
+            except (DataError, OSError) as error:
+                errors.append(reason(error))
+        left_out = f"{len(errors)} unreadable ones left out, the last one: {errors[-1]}" if errors else ""
+        missing = f"{source.name}: {left_out or 'no images'}"
     except (ConfigError, DataError, OSError) as error:
-        return _scenes(detector, count), f"{count} generated scenes ({reason(error)})"
-    images, errors = [], []
-    for index in range(min(count, len(source))):
-        try:
-            images.append(image_of(source, index))
-        except (DataError, OSError) as error:
-            errors.append(reason(error))
-    left_out = f"{len(errors)} unreadable ones left out, the last one: {errors[-1]}" if errors else ""
-    if not images:
-        return _scenes(detector, count), f"{count} generated scenes ({source.name}: {left_out or 'no images'})"
-    return images, f"the first {len(images)} images of {source.name}" + (f" ({left_out})" if left_out else "")
-
-
-def _scenes(detector: Detector, count: int) -> Images:
-    size = max(64, detector.config.data.short_side)
-    return [draw_scene(ScenesConfig(size=size), VAL, i).image for i in range(count)]
+        missing = reason(error)
+    if images:
+        return images, f"the first {len(images)} images of {source.name}" + (f" ({left_out})" if left_out else "")
+    scenes = ScenesConfig(size=max(64, detector.config.data.short_side))
+    return [draw_scene(scenes, VAL, i).image for i in range(count)], f"{count} generated scenes ({missing})"

@@ -25,8 +25,7 @@ import jax
 import numpy as np
 
 FORMAT = "retina_jax detector 1"
-PILLOW_FORMAT = "retina_jax detector 2"
-"""Without programs that resize: Pillow does it."""
+PILLOW_FORMAT = "retina_jax detector 2"  # Without programs that resize: Pillow does it
 
 
 class LoadError(ValueError):
@@ -36,19 +35,13 @@ class LoadError(ValueError):
 class Found(NamedTuple):
     """Detections in one image, highest score first."""
 
-    boxes_xyxy: np.ndarray
-    """float32 [N, 4], pixels of the image."""
-    scores: np.ndarray
-    """float32 [N]."""
-    labels: np.ndarray
-    """int32 [N], indices into `class_names`."""
+    boxes_xyxy: np.ndarray  # float32 [N, 4], pixels of the image
+    scores: np.ndarray  # float32 [N]
+    labels: np.ndarray  # int32 [N], indices into `class_names`
 
 
 def load(path: str) -> ExportedDetector:
-    """Returns the detector in the file.
-
-    Raises LoadError if the file is damaged or a package is missing, and OSError if it cannot be read.
-    """
+    """Returns the detector in the file; LoadError if it is damaged or a package is missing, OSError if it is unreadable."""
     try:
         with zipfile.ZipFile(path) as file:
             files = {name: file.read(name) for name in file.namelist()}
@@ -89,8 +82,10 @@ class ExportedDetector:
         Images with the same padded shape go through the network `batch_size` at a time; each batch size is compiled once.
         Every image has the padded shape that it has alone, so its detections do not depend on the others.
         """
-        images = [self._eight_bits(image) for image in images]
+        bits, images = self.about.get("bits"), list(images)
         for number, image in enumerate(images):
+            if bits is not None and getattr(image, "dtype", None) == np.uint16:
+                images[number] = image = np.minimum(image >> (bits - 8), 255).astype(np.uint8)
             kind, shape = getattr(image, "dtype", type(image).__name__), getattr(image, "shape", ())
             if kind != np.uint8 or len(shape) != 3 or shape[2] != 3 or min(shape) == 0:
                 raise LoadError(f"image {number}: {kind} of shape {tuple(shape)}; give uint8 arrays [h, w, 3]")
@@ -120,15 +115,7 @@ class ExportedDetector:
         fitting = [(h, w) for h, w in self.about["canvases"] if size[0] <= h and size[1] <= w]
         return min(fitting, key=lambda shape: shape[0] * shape[1])
 
-    def _eight_bits(self, image: np.ndarray) -> np.ndarray:
-        bits = self.about.get("bits")
-        if bits is None or getattr(image, "dtype", None) != np.uint16:
-            return image
-        return np.minimum(image >> (bits - 8), 255).astype(np.uint8)
-
-    def _batch(
-        self, shape: tuple[int, int], images: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]
-    ) -> list[Found]:
+    def _batch(self, shape: tuple[int, int], images: list[np.ndarray], sizes: list[tuple[int, int]]) -> list[Found]:
         original, resized = (np.array(s, np.int32) for s in ([image.shape[:2] for image in images], sizes))
         if self.about["format"] == PILLOW_FORMAT:
             pixels = [_by_pillow(image, size, shape) for image, size in zip(images, sizes, strict=True)]
@@ -136,10 +123,8 @@ class ExportedDetector:
             prepare = self._program("prepare", shape)
             pixels = [prepare(_stored(image), *both) for image, *both in zip(images, original, resized, strict=True)]
         detect = self._program("detect", shape)
-        boxes_xyxy, scores, labels = jax.device_get(
-            detect(self._parameters, jax.numpy.stack(pixels), resized, original)
-        )
-        return [Found(boxes_xyxy[i][kept], scores[i][kept], labels[i][kept]) for i, kept in enumerate(labels >= 0)]
+        found = jax.device_get(detect(self._parameters, jax.numpy.stack(pixels), resized, original))
+        return [Found(*(array[i][kept] for array in found)) for i, kept in enumerate(found[2] >= 0)]
 
     def _program(self, kind: str, shape: tuple[int, int]) -> Any:
         name = f"programs/{kind}_{shape[0]}x{shape[1]}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +21,11 @@ from retina_jax.ops.anchors import anchor_grid, level_counts
 from retina_jax.ops.boxes import rounded
 from retina_jax.ops.postprocess import detect
 
-PLATFORMS = ("cpu", "cuda", "tpu")
-"""Every program is lowered for all of them, on any device."""
+PLATFORMS = ("cpu", "cuda", "tpu")  # Every program is lowered for all of them, on any device
 
 
 def padded_shapes(data: DataConfig) -> tuple[tuple[int, int], ...]:
-    """Returns every (height, width) that `detector.to_canvas` can choose for a single image, in the order of `buckets`.
-
-    With `data.buckets` 0 these are all shapes that the resize rule can lead to: 83 for sides of 800 and 1333 pixels.
-    """
+    """Returns every (height, width) that `detector.to_canvas` can choose for a single image, in the order of `buckets`."""
     if data.buckets:
         return buckets(data, (data.short_side,))
     short, long = min(data.short_side, data.long_side), data.long_side
@@ -55,17 +51,17 @@ def programs(detector: Detector) -> Iterator[tuple[str, bytes]]:
     data, size = detector.config.data, jax.ShapeDtypeStruct((2,), np.int32)
     sizes = jax.ShapeDtypeStruct((b, 2), np.int32)
     parameters = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(detector.variables)]
+
+    def exported(program: Any, *arguments: Any) -> bytes:
+        return bytes(export.export(jax.jit(program), platforms=PLATFORMS)(*arguments).serialize())
+
     for shape in padded_shapes(data):
         name = f"{shape[0]}x{shape[1]}"
         if data.resize != "pillow":
             prepare = partial(resize_and_pad, shape=shape, kind=data.resize, pixels=data.pixels)
-            yield f"prepare_{name}", _exported(prepare, jax.ShapeDtypeStruct((h, w, 3), np.uint8), size, size)
+            yield f"prepare_{name}", exported(prepare, jax.ShapeDtypeStruct((h, w, 3), np.uint8), size, size)
         batch = jax.ShapeDtypeStruct((b, *shape, 3), data.pixels)
-        yield f"detect_{name}", _exported(_detect(detector, shape), parameters, batch, sizes, sizes)
-
-
-def _exported(program: Any, *arguments: Any) -> bytes:
-    return bytes(export.export(jax.jit(program), platforms=PLATFORMS)(*arguments).serialize())
+        yield f"detect_{name}", exported(_detect(detector, shape), parameters, batch, sizes, sizes)
 
 
 def _detect(detector: Detector, shape: tuple[int, int]) -> Any:
@@ -112,11 +108,7 @@ def resize_and_pad(
     kind: Literal["bilinear", "antialias"],
     pixels: Literal["uint8", "float32"],
 ) -> UInt8[Array, "H W 3"] | Float32[Array, "H W 3"]:
-    """Resizes the image in the upper left `size_hw` of `image` to `resized_hw` and pads it with zeros to `shape`.
-
-    `kind` and `pixels` are those of DataConfig. Pixels of `image` beyond `size_hw` are ignored. Sizes must be at least 1 and
-    `resized_hw` at most `shape`; this is not checked.
-    """
+    """Resizes the upper left `size_hw` of `image` to `resized_hw` (at least 1, at most `shape`) and pads it with zeros."""
     # `resize` adds the half that makes truncation round before the weights, `resize_large` after them.
     rounds = pixels == "uint8"
     small = size_hw[0] * size_hw[1] <= LARGE
@@ -137,8 +129,7 @@ def resize_and_pad(
     return jnp.where((rows[:, None] & columns[None, :])[:, :, None], resized, 0)
 
 
-Axis = tuple[int, Int[Array, ""], Int[Array, ""]]
-"""Padded side, side of the image, side of the resized image."""
+Axis = tuple[int, Int[Array, ""], Int[Array, ""]]  # Padded side, side of the image, side of the resized image
 Rows = Callable[[Int[Array, " n"]], Float32[Array, "n m 3"]]
 
 
@@ -146,11 +137,13 @@ def _bilinear(read: Rows, vertical: Axis, horizontal: Axis) -> Float32[Array, "H
     """TensorFlow's ResizeBilinear with half-pixel centres: along x, then along y."""
     (y0, y1, down), (x0, x1, right) = (_neighbours(*axis) for axis in (vertical, horizontal))
 
-    def along_x(y: Int[Array, " H"]) -> Float32[Array, "H W 3"]:
-        rows = read(y)
-        return _between(rows[:, x0], rows[:, x1], right[None, :, None])
+    def between(
+        a: Float[Array, "H W 3"], b: Float[Array, "H W 3"], share: Float[Array, "_ _ 1"]
+    ) -> Float[Array, "H W 3"]:
+        return a + rounded((b - a) * share)
 
-    return _between(along_x(y0), along_x(y1), down[:, None, None])
+    above, below = (between(rows[:, x0], rows[:, x1], right[None, :, None]) for rows in (read(y0), read(y1)))
+    return between(above, below, down[:, None, None])
 
 
 def _neighbours(
@@ -164,47 +157,27 @@ def _neighbours(
     return first, second, place - low
 
 
-def _between(a: Float[Array, "H W 3"], b: Float[Array, "H W 3"], share: Float[Array, "_ _ 1"]) -> Float[Array, "H W 3"]:
-    return a + rounded((b - a) * share)
-
-
 def _antialias(read: Rows, vertical: Axis, horizontal: Axis) -> Float32[Array, "H W 3"]:
     """TensorFlow's ScaleAndTranslate with the triangle kernel: along y, then along x."""
-    rows = _weighted_sum(_spans(*vertical), read, vertical[1])
-    columns = _weighted_sum(_spans(*horizontal), lambda x: rows[:, x].swapaxes(0, 1), horizontal[1])
-    return columns.swapaxes(0, 1)
+    rows = _weighted_sum(read, *vertical)
+    return _weighted_sum(lambda x: rows[:, x].swapaxes(0, 1), *horizontal).swapaxes(0, 1)
 
 
-class _Spans(NamedTuple):
-    """The old pixels in the weighted sum of each of n new pixels."""
-
-    first: Int[Array, " n"]
-    last: Int[Array, " n"]
-    centre: Float[Array, " n"]
-    reach: Float[Array, ""]
-    """Half the width of the triangle, in old pixels: 1 if the image is enlarged."""
-
-
-def _spans(count: int, size: Int[Array, ""], resized: Int[Array, ""]) -> _Spans:
+def _weighted_sum(read: Rows, count: int, size: Int[Array, ""], resized: Int[Array, ""]) -> Float32[Array, "n m 3"]:
+    """Returns, for each of `count` new pixels, the weighted sum of its old pixels in order; the weights sum to 1."""
     old = 1 / rounded(resized.astype(jnp.float32) / size.astype(jnp.float32))
-    reach = jnp.maximum(old, 1.0)
+    reach = jnp.maximum(old, 1.0)  # half the width of the triangle, in old pixels: 1 if the image is enlarged
     centre = rounded((jnp.arange(count, dtype=jnp.float32) + 0.5) * old)
     ends = jnp.ceil(centre - reach - 0.5), jnp.floor(centre + reach - 0.5)
-    return _Spans(*(jnp.clip(end.astype(jnp.int32), 0, size - 1) for end in ends), centre, reach)
-
-
-def _weighted_sum(spans: _Spans, read: Rows, size: Int[Array, ""]) -> Float32[Array, "n m 3"]:
-    """Returns, for each span, the sum of `read` over its pixels in order, with weights that sum to 1."""
-    most = (spans.last - spans.first).max() + 1
+    first, last = (jnp.clip(end.astype(jnp.int32), 0, size - 1) for end in ends)
+    most = (last - first).max() + 1
 
     def weight(k: Int[Array, ""]) -> Float[Array, " n"]:
-        from_centre = (spans.first + k).astype(jnp.float32) + 0.5 - spans.centre
-        inside = spans.first + k <= spans.last
-        return jnp.where(inside, 1 - jnp.minimum(jnp.abs(from_centre * (1 / spans.reach)), 1.0), 0.0)
+        from_centre = (first + k).astype(jnp.float32) + 0.5 - centre
+        return jnp.where(first + k <= last, 1 - jnp.minimum(jnp.abs(from_centre * (1 / reach)), 1.0), 0.0)
 
     def add(k: Int[Array, ""], total: Float32[Array, "n m 3"]) -> Float32[Array, "n m 3"]:
-        pixels = read(jnp.minimum(spans.first + k, size - 1))
-        return total + rounded((weight(k) * share)[:, None, None] * pixels)
+        return total + rounded((weight(k) * share)[:, None, None] * read(jnp.minimum(first + k, size - 1)))
 
-    share = 1 / lax.fori_loop(0, most, lambda k, total: total + weight(k), jnp.zeros_like(spans.centre))
-    return lax.fori_loop(0, most, add, jnp.zeros_like(jax.eval_shape(read, spans.first)))
+    share = 1 / lax.fori_loop(0, most, lambda k, total: total + weight(k), jnp.zeros_like(centre))
+    return lax.fori_loop(0, most, add, jnp.zeros_like(jax.eval_shape(read, first)))

@@ -1,7 +1,4 @@
-"""Sweeps next to the paper's tables: for each row the paper's scores, ours, and the differences.
-
-`build_report` computes tables of plain text and charts as data; `retina_jax.reports` draws them.
-"""
+"""Sweeps next to the paper's tables: scores, differences, notes and charts as data, which `retina_jax.reports` draws."""
 
 from __future__ import annotations
 
@@ -10,38 +7,27 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 from retina_jax.paper import wording
 from retina_jax.paper.published import AP, TABLES, Row
-from retina_jax.paper.results import PointResult, Side, SweepResult, sides_of, splits_of
+from retina_jax.paper.results import Side, SweepResult, sides_of, splits_of
 from retina_jax.runs.record import FILE
 
-OWN_TITLES = {"fig7": "Figure 7: FL* over γ and β"}
-"""Titles of sweeps of the paper for which it prints no numbers."""
+OWN_TITLES = {"fig7": "Figure 7: FL* over γ and β"}  # Titles of sweeps of the paper for which it prints no numbers
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A cell of a table."""
 
     text: str
     bold: bool = False
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A curve; lines with the same label look the same."""
-
-    label: str
-    points: Sequence[tuple[float, float]]
-    """(x, y), by rising x."""
-
-
-@dataclass(frozen=True)
-class Chart:
+class Chart(NamedTuple):
     """A line chart."""
 
-    lines: list[Curve]
+    lines: list[tuple[str, Sequence[tuple[float, float]]]]  # label and (x, y) by rising x; equal labels look the same
     x_label: str
     y_label: str
     log_y: bool = False
@@ -55,16 +41,11 @@ class Section:
     title: str
     notes: list[str]
     header: list[str]
-    rows: list[list[Cell]]
-    """A row of one cell is a heading above the rows that follow."""
-    summary: str
-    """The section in one line."""
-    charts: dict[str, Chart] = field(default_factory=dict)
-    """By what they show: ap, loss."""
-    footnotes: list[str] = field(default_factory=list)
-    """Notes under the table."""
-    runs: list[tuple[str, dict[str, str]]] = field(default_factory=list)
-    """Title and facts of each run."""
+    rows: list[list[Cell]]  # a row of one cell is a heading above the rows that follow
+    summary: str  # the section in one line
+    charts: dict[str, Chart] = field(default_factory=dict)  # by what they show: ap, loss
+    footnotes: list[str] = field(default_factory=list)  # notes under the table
+    runs: list[tuple[str, dict[str, str]]] = field(default_factory=list)  # title and facts of each run
 
 
 def build_report(sweeps: Sequence[SweepResult]) -> list[Section]:
@@ -88,8 +69,8 @@ class _Layout:
                 self.rows.append(Row(name, (name, *rest)))
         self.metrics = self.paper.metrics if self.paper else AP
         self.sides = sides_of(sweep, self.paper, self.metrics)
+        # Points without a diverged seed; only these can be the best.
         self.stable = [name for name in sweep.names if not wording.divergence(sweep.seeds(name))]
-        """Points without a diverged seed; only these can be the best."""
         self.departures = wording.departures(sweep) if self.paper else []
         self.timed = self.paper is not None and all(row.milliseconds for row in self.paper.rows)
 
@@ -125,7 +106,7 @@ class _Layout:
             summary=self._summary(),
             charts=_charts(sweep),
             footnotes=[*([paper.note] if paper and paper.note else []), *wording.origins(sweep)],
-            runs=[_facts(point) for point in sweep.points],
+            runs=[wording.facts(point) for point in sweep.points],
         )
 
     def _columns(self) -> Iterator[tuple[str, Callable[[Row], Cell]]]:
@@ -150,7 +131,7 @@ class _Layout:
             measured = dict.fromkeys(p.result.latency["hardware"] for p in self.sweep.points if p.result.latency)
             yield "ms per image, paper (M40)", lambda row: Cell(f"{row.milliseconds:.0f}" if row.milliseconds else "")
             yield f"ms per image, ours ({', '.join(measured) or 'not measured'})", self._time
-        yield "seeds", lambda row: Cell(wording.seeds_of(self._points(row)))
+        yield "seeds", lambda row: Cell(wording.seeds_of(self.sweep.seeds(row.name)))
 
     def _paper_cell(self, metric: str, side: Side, row: Row) -> Cell:
         """Returns the paper's score; its first column of AP also has the paper's note on the row."""
@@ -163,38 +144,32 @@ class _Layout:
 
     def _our_cell(self, metric: str, side: Side, row: Row) -> Cell:
         """Returns our score: for AP with the state of the seeds, else with the difference to the paper in brackets."""
-        points, mean = self._points(row), side.of_ours(row, metric)
+        points, mean = self.sweep.seeds(row.name), side.of_ours(row, metric)
         text = str(mean) if mean else ""
         if metric == "AP" and side.from_runs and row.name:
             text = "; ".join(filter(None, [text, wording.divergence(points)])) if mean else wording.state_of(points)
         difference = _difference(metric, side, row).text
         if metric != "AP" and difference and not self.departures:
             text += f" ({difference})"
-        stable = [side.means.get(name, {}).get(metric) for name in self.stable]
-        best = max((round(other.value, 1) for other in stable if other), default=None)
-        return Cell(text, mean is not None and row.name in self.stable and round(mean.value, 1) == best)
+        stable = [round(means[metric].value, 1) for n in self.stable if metric in (means := side.means[n])]
+        return Cell(text, mean is not None and row.name in self.stable and round(mean.value, 1) == max(stable))
 
     def _time(self, row: Row) -> Cell:
-        times = [p.result.latency["milliseconds"] for p in self._points(row) if p.result.latency]
+        times = [p.result.latency["milliseconds"] for p in self.sweep.seeds(row.name) if p.result.latency]
         return Cell(f"{statistics.fmean(times):.1f}" if times else "")
 
     def _to_reference(self, row: Row) -> Cell:
         """Returns the difference in AP to the reference row: the paper's / ours, the mean over the seeds of both rows."""
         reference = next(r for r in self.paper.rows if r.name == self.paper.reference)
         of_paper = wording.signed(row.scores["AP"] - reference.scores["AP"]) if "AP" in row.scores else "–"
-        a, b = (
-            {p.seed: p.result.scores["AP"] for p in self._points(r) if "AP" in p.result.scores}
-            for r in (row, reference)
-        )
+        scores = ({p.seed: p.result.scores.get("AP") for p in self.sweep.seeds(r.name)} for r in (row, reference))
+        a, b = ({seed: ap for seed, ap in aps.items() if ap is not None} for aps in scores)
         both = sorted(a.keys() & b.keys())
         if not both:
             return Cell(f"{of_paper} / –")
         fewer = f" ({len(both)} {'seed' if len(both) == 1 else 'seeds'})" if len(both) < max(len(a), len(b)) else ""
         ours = wording.signed(statistics.fmean(a[seed] - b[seed] for seed in both))
         return Cell(f"{of_paper} / {ours}{fewer}")
-
-    def _points(self, row: Row) -> list[PointResult]:
-        return self.sweep.seeds(row.name) if row.name else []
 
     def _summary(self) -> str:
         paper, means = self.paper, self.sides[-1].means
@@ -219,33 +194,17 @@ def _difference(metric: str, side: Side, row: Row) -> Cell:
 def _charts(sweep: SweepResult) -> dict[str, Chart]:
     """Returns the AP of runs with several evaluations, and the smoothed classification loss of all runs."""
     runs = {(p.name, p.result.folder): p.result for p in sweep.points}
-    ap = [Curve(name, run.ap) for (name, _), run in runs.items() if len(run.ap) > 1]
-    loss = [Curve(name, smoothed(run.loss)) for (name, _), run in runs.items() if len(run.loss) > 1]
+    ap = [(name, run.ap) for (name, _), run in runs.items() if len(run.ap) > 1]
+    loss = [(name, smoothed(run.loss)) for (name, _), run in runs.items() if len(run.loss) > 1]
     charts = {"ap": Chart(ap, "step", f"AP, {splits_of(sweep)}")} if ap else {}
-    if any(y > 0 for line in loss for _, y in line.points):
+    if any(y > 0 for _, points in loss for _, y in points):
         charts["loss"] = Chart(loss, "step", "classification loss, smoothed", log_y=True)
     return charts
 
 
 def smoothed(points: Sequence[tuple[float, float]], share: float = 0.05, most: int = 200) -> list[tuple[float, float]]:
-    """Returns the mean over a window of `share` of the points around each point; at most `most` points.
-
-    Windows are symmetric, hence shorter near the ends, so that the ends are not pulled inwards. The last point is kept.
-    """
-    half = int(len(points) * share / 2)
-    values = [y for _, y in points]
-    means = []
-    for i, (x, _) in enumerate(points):
-        reach = min(half, i, len(points) - 1 - i)
-        means.append((x, statistics.fmean(values[i - reach : i + reach + 1])))
-    every = math.ceil(len(means) / most)
-    return means[::-every][::-1]
-
-
-def _facts(point: PointResult) -> tuple[str, dict[str, str]]:
-    result = point.result
-    overrides = wording.overrides_text(point.overrides) or "none"
-    facts = {"folder": str(result.folder), "overrides": overrides, **result.details}
-    if result.message:
-        facts["message"] = result.message
-    return f"{point.name}, seed {point.seed}: {wording.status(result)}", facts
+    """Returns at most `most` of the points, with the last, each the mean of a symmetric window, of `share` if it fits."""
+    half, last = int(len(points) * share / 2), len(points) - 1
+    kept = range(last, -1, -math.ceil(len(points) / most))[::-1]
+    reach = {i: min(half, i, last - i) for i in kept}
+    return [(points[i][0], statistics.fmean(y for _, y in points[i - n : i + n + 1])) for i, n in reach.items()]

@@ -24,14 +24,11 @@ from retina_jax.losses.focal import ClassificationLoss, cross_entropy, focal, fo
 from retina_jax.paper.measured import StarRun, Timed
 from retina_jax.paper.published import OTHER_SYSTEMS, TABLES
 
-SUFFIXES = (".png", ".svg", ".pdf")
-"""Of the files that can be written."""
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-"""Distinguishable for colour-blind readers (Okabe and Ito)."""
+SUFFIXES = (".png", ".svg", ".pdf")  # Of the files that can be written
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's, for colour-blind readers
 BLUE, ORANGE, GREEN = COLOURS[:3]
 GREY = "#555555"
-GAMMAS = (0.0, 0.5, 1.0, 2.0)
-"""The curves of Figure 4."""
+GAMMAS = (0.0, 0.5, 1.0, 2.0)  # The curves of Figure 4
 LOOK = {
     "font.size": 10,
     "axes.grid": True,
@@ -63,8 +60,11 @@ SELECTED: dict[str, ClassificationLoss] = {
     "FL γ = 2": fl(2.0),
     "FL* γ = 2, β = 1": fl_star(2.0, 1.0),
     "FL* γ = 4, β = 0": fl_star(4.0, 0.0),
-}
-"""The losses of Figures 5 and 6 and of Table 3."""
+}  # The losses of Figures 5 and 6 and of Table 3
+
+
+def _of_logits(loss: ClassificationLoss, x_t: Float32[Array, " N"]) -> Float32[Array, " N"]:
+    return loss(x_t[:, None], jnp.zeros(x_t.shape, jnp.int32))[:, 0]
 
 
 def loss_values(loss: ClassificationLoss, x_t: Float[np.ndarray, " N"]) -> Float32[np.ndarray, " N"]:
@@ -82,17 +82,10 @@ def x_of_p(p_t: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     return np.log(p_t) - np.log1p(-p_t)
 
 
-def _of_logits(loss: ClassificationLoss, x_t: Float32[Array, " N"]) -> Float32[Array, " N"]:
-    return loss(x_t[:, None], jnp.zeros(x_t.shape, jnp.int32))[:, 0]
-
-
 def cumulative_loss(x_t: Float32[np.ndarray, " N"], gamma: float) -> Float64[np.ndarray, " N"]:
     """Returns the share of the focal loss of the n + 1 samples with the lowest loss, n = 0 to N - 1; the last is exactly 1.
 
-    Alpha is a common factor of all samples of a kind and cancels.
-
-    Raises:
-      ValueError: there is no sample, or all of them have a loss of 0.
+    Alpha is a common factor of all samples of a kind and cancels. Raises ValueError without a sample with a loss above 0.
     """
     losses = np.sort(loss_values(fl(gamma), x_t)).astype(np.float64)
     if losses.sum() == 0:
@@ -107,11 +100,9 @@ def share_of_hardest(cumulative: Float64[np.ndarray, " N"], fraction: float) -> 
     return float(1.0 - np.interp(1.0 - fraction, samples, np.concatenate([[0.0], cumulative])))
 
 
-def shares_table(
-    samples: Mapping[str, Float32[np.ndarray, " N"]], fractions: tuple[float, ...] = (0.01, 0.05, 0.2)
-) -> str:
+def shares_table(samples: Mapping[str, Float32[np.ndarray, " N"]]) -> str:
     """Returns a table: the share of the loss of the hardest samples of each kind (x_t), one line per gamma."""
-    lines = ["share of the loss carried by the hardest"]
+    lines, fractions = ["share of the loss carried by the hardest"], (0.01, 0.05, 0.2)
     for kind, x_t in samples.items():
         heading = f"  of {len(x_t):,} {kind}"
         lines.append(heading + "".join(f"{f:>8.0%}" for f in fractions))
@@ -122,89 +113,77 @@ def shares_table(
     return "\n".join(lines)
 
 
+@mpl.rc_context(LOOK)
 def figure1() -> Figure:
     """Draws the focal loss over the probability of the ground-truth class."""
-    with mpl.rc_context(LOOK):
-        figure, (axes,) = _figure(1, width=4.8, height=3.8)
-        p_t = np.linspace(0.002, 0.9999, 800)
-        for gamma, colour in zip((0.0, 0.5, 1.0, 2.0, 5.0), COLOURS, strict=True):
-            name = "γ = 0 (CE)" if gamma == 0 else f"γ = {gamma:g}"
-            axes.plot(p_t, loss_values(fl(gamma), x_of_p(p_t)), color=colour, label=name)
-        axes.axvspan(0.5, 1, color="#000000", alpha=0.05, lw=0)
-        axes.text(0.75, 2.05, "well-classified\nexamples", ha="center", fontsize=9)
-        axes.text(0.14, 4.45, r"$\mathrm{FL}(p_t) = -(1 - p_t)^\gamma \log(p_t)$", fontsize=9)
-        axes.set(xlabel="probability of the ground-truth class, $p_t$", ylabel="loss", xlim=(0, 1), ylim=(0, 5))
-        axes.legend()
+    figure, (axes,) = _figure(1, width=4.8, height=3.8)
+    p_t = np.linspace(0.002, 0.9999, 800)
+    for gamma, colour in zip((0.0, 0.5, 1.0, 2.0, 5.0), COLOURS, strict=True):
+        name = "γ = 0 (CE)" if gamma == 0 else f"γ = {gamma:g}"
+        axes.plot(p_t, loss_values(fl(gamma), x_of_p(p_t)), color=colour, label=name)
+    axes.axvspan(0.5, 1, color="#000000", alpha=0.05, lw=0)
+    axes.text(0.75, 2.05, "well-classified\nexamples", ha="center", fontsize=9)
+    axes.text(0.14, 4.45, r"$\mathrm{FL}(p_t) = -(1 - p_t)^\gamma \log(p_t)$", fontsize=9)
+    axes.set(xlabel="probability of the ground-truth class, $p_t$", ylabel="loss", xlim=(0, 1), ylim=(0, 5))
+    axes.legend()
     return figure
 
 
-def figure5() -> Figure:
-    """Draws CE, FL and FL* over x_t."""
-    return _selected(loss_values, "loss", (0.0, 5.0), "upper right")
-
-
-def figure6() -> Figure:
-    """Draws their derivatives with respect to x_t."""
-    return _selected(loss_slopes, "derivative of the loss by $x_t$", (-1.5, 0.1), "lower right")
-
-
+@mpl.rc_context(LOOK)
 def _selected(
     curve: Callable[..., Float32[np.ndarray, " N"]], label: str, limits: tuple[float, float], legend: str
 ) -> Figure:
-    with mpl.rc_context(LOOK):
-        figure, (axes,) = _figure(1, width=4.8, height=3.8)
-        x_t = np.linspace(-5, 5, 501)
-        axes.axvspan(0, 5, color="#000000", alpha=0.05, lw=0)
-        for (name, loss), colour in zip(SELECTED.items(), COLOURS, strict=False):
-            axes.plot(x_t, curve(loss, x_t), color=colour, label=name)
-        axes.set(xlabel="$x_t = yx$", ylabel=label, xlim=(-5, 5), ylim=limits)
-        axes.text(4.9, 0.4 * limits[0] + 0.6 * limits[1], "classified correctly", ha="right", fontsize=9)
-        axes.legend(loc=legend)
+    """Draws a curve over x_t for CE, FL and FL*."""
+    figure, (axes,) = _figure(1, width=4.8, height=3.8)
+    x_t = np.linspace(-5, 5, 501)
+    axes.axvspan(0, 5, color="#000000", alpha=0.05, lw=0)
+    for (name, loss), colour in zip(SELECTED.items(), COLOURS, strict=False):
+        axes.plot(x_t, curve(loss, x_t), color=colour, label=name)
+    axes.set(xlabel="$x_t = yx$", ylabel=label, xlim=(-5, 5), ylim=limits)
+    axes.text(4.9, 0.4 * limits[0] + 0.6 * limits[1], "classified correctly", ha="right", fontsize=9)
+    axes.legend(loc=legend)
     return figure
 
 
+figure5 = partial(_selected, loss_values, "loss", (0.0, 5.0), "upper right")
+figure6 = partial(_selected, loss_slopes, "derivative of the loss by $x_t$", (-1.5, 0.1), "lower right")
+
+
+@mpl.rc_context(LOOK)
 def figure7(runs: Sequence[StarRun], threshold: float, not_run: int = 0) -> Figure:
-    """Draws FL* of each run over x_t: blue if its AP is above `threshold` (percent), orange if it is lower or equal or if a
-    seed diverged.
-
-    Raises:
-      ValueError: there is no run.
-    """
-    if not runs:
-        raise ValueError("runs is empty: give at least one")
-    with mpl.rc_context(LOOK):
-        figure, (axes,) = _figure(1, width=5.2, height=4.2)
-        x_t = np.linspace(-5, 5, 501)
-        effective = [run for run in runs if run.ap is not None and run.ap > threshold]
-        for run in sorted(runs, key=lambda run: run.ap or 0.0):  # the effective ones on top
-            blue, orange = {"color": BLUE, "lw": 1.6, "ls": "-"}, {"color": ORANGE, "lw": 1.1, "ls": "--"}
-            axes.plot(x_t, loss_values(fl_star(run.gamma, run.beta), x_t), **(blue if run in effective else orange))
-        axes.plot([], [], color=BLUE, label=f"AP above {threshold:.1f} ({len(effective)})")
-        axes.plot([], [], color=ORANGE, ls="--", label=f"lower, or diverged ({len(runs) - len(effective)})")
-        missing = f", {not_run} without a result left out" if not_run else ""
-        axes.set_title(f"FL* with {len(runs)} settings of γ and β{missing}", fontsize=10)
-        axes.set(xlabel="$x_t = yx$", ylabel="loss", xlim=(-5, 5), ylim=(0, 8))
-        axes.legend()
+    """Draws FL* of each run over x_t: blue if its AP is above `threshold` (percent), else, or if a seed diverged, orange."""
+    figure, (axes,) = _figure(1, width=5.2, height=4.2)
+    x_t = np.linspace(-5, 5, 501)
+    effective = [run for run in runs if run.ap is not None and run.ap > threshold]
+    for run in sorted(runs, key=lambda run: run.ap or 0.0):  # the effective ones on top
+        colour, width, style = (BLUE, 1.6, "-") if run in effective else (ORANGE, 1.1, "--")
+        axes.plot(x_t, loss_values(fl_star(run.gamma, run.beta), x_t), color=colour, lw=width, ls=style)
+    axes.plot([], [], color=BLUE, label=f"AP above {threshold:.1f} ({len(effective)})")
+    axes.plot([], [], color=ORANGE, ls="--", label=f"lower, or diverged ({len(runs) - len(effective)})")
+    missing = f", {not_run} without a result left out" if not_run else ""
+    axes.set_title(f"FL* with {len(runs)} settings of γ and β{missing}", fontsize=10)
+    axes.set(xlabel="$x_t = yx$", ylabel="loss", xlim=(-5, 5), ylim=(0, 8))
+    axes.legend()
     return figure
 
 
+@mpl.rc_context(LOOK)
 def figure2(ours: Sequence[Timed] = (), hardware: str = "", split: str = "val") -> Figure:
     """Draws AP over milliseconds per image: the paper's panel, and with `ours` a second panel for the other hardware."""
-    with mpl.rc_context(LOOK):
-        figure, axes = _figure(2 if ours else 1, width=5.8, height=4.0)
-        paper = [
-            Timed(row.settings[0], f"RetinaNet-{row.settings[0]}", row.settings[1], row.milliseconds, row.scores["AP"])
-            for row in TABLES["table1e"].rows
-        ]
-        axes[0].plot(*zip(*OTHER_SYSTEMS.values(), strict=True), "s", color=GREY, markersize=5, label="other systems")
-        for name, place in OTHER_SYSTEMS.items():
-            text = name + (" (time extrapolated)" if name == "R-FCN" else "")
-            axes[0].annotate(text, place, (6, -3), textcoords="offset points", fontsize=7.5, color=GREY)
-        _speed(axes[0], paper, "Nvidia M40", "COCO test-dev")
-        axes[0].set_title("the paper", fontsize=10)
-        if ours:
-            _speed(axes[1], ours, hardware, split)
-            axes[1].set_title("ours", fontsize=10)
+    figure, axes = _figure(2 if ours else 1, width=5.8, height=4.0)
+    paper = [
+        Timed(row.settings[0], f"RetinaNet-{row.settings[0]}", row.settings[1], row.milliseconds, row.scores["AP"])
+        for row in TABLES["table1e"].rows
+    ]
+    axes[0].plot(*zip(*OTHER_SYSTEMS.values(), strict=True), "s", color=GREY, markersize=5, label="other systems")
+    for name, place in OTHER_SYSTEMS.items():
+        text = name + (" (time extrapolated)" if name == "R-FCN" else "")
+        axes[0].annotate(text, place, (6, -3), textcoords="offset points", fontsize=7.5, color=GREY)
+    _speed(axes[0], paper, "Nvidia M40", "COCO test-dev")
+    axes[0].set_title("the paper", fontsize=10)
+    if ours:
+        _speed(axes[1], ours, hardware, split)
+        axes[1].set_title("ours", fontsize=10)
     return figure
 
 
@@ -227,33 +206,28 @@ def _speed(axes: Axes, points: Sequence[Timed], hardware: str, split: str) -> No
 
 
 def _escaped(text: str) -> str:
-    """Escapes `text` so that matplotlib does not take it for a formula."""
-    return text.replace("$", r"\$")
+    return text.replace("$", r"\$")  # else matplotlib takes it for a formula
 
 
+@mpl.rc_context(LOOK)
 def figure4(samples: Mapping[str, Float32[np.ndarray, " N"]], run: str) -> Figure:
-    """Draws the cumulative loss of each kind of sample (x_t of positives and of negatives), one curve per gamma.
-
-    `run` is the title.
-    """
-    with mpl.rc_context(LOOK):
-        figure, all_axes = _figure(len(samples), width=4.2, height=3.8)
-        # Finer near the hardest samples, where the curves of a large gamma rise steeply.
-        fraction = np.unique(np.concatenate([np.linspace(0, 1, 501), 1 - np.logspace(-7, -2, 200)]))
-        for axes, (kind, x_t) in zip(all_axes, samples.items(), strict=True):
-            for gamma, colour in zip(GAMMAS, COLOURS, strict=False):
-                cumulative = np.concatenate([[0.0], cumulative_loss(x_t, gamma)])
-                drawn = np.interp(fraction, np.arange(len(cumulative)) / len(x_t), cumulative)
-                axes.plot(fraction, drawn, color=colour, label=f"γ = {gamma:g}")
-            axes.set(xlabel=f"fraction of {kind}", ylabel="cumulative normalised loss", xlim=(0, 1), ylim=(0, 1))
-            axes.set_title(f"{len(x_t):,} {kind}", fontsize=10)
-            axes.legend(loc="upper left")
-        figure.suptitle(_escaped(run), fontsize=10)
+    """Draws the cumulative loss of each kind of sample (x_t of positives, of negatives), a curve per gamma; `run`: title."""
+    figure, all_axes = _figure(len(samples), width=4.2, height=3.8)
+    # Finer near the hardest samples, where the curves of a large gamma rise steeply.
+    fraction = np.unique(np.concatenate([np.linspace(0, 1, 501), 1 - np.logspace(-7, -2, 200)]))
+    for axes, (kind, x_t) in zip(all_axes, samples.items(), strict=True):
+        for gamma, colour in zip(GAMMAS, COLOURS, strict=False):
+            cumulative = np.concatenate([[0.0], cumulative_loss(x_t, gamma)])
+            drawn = np.interp(fraction, np.arange(len(cumulative)) / len(x_t), cumulative)
+            axes.plot(fraction, drawn, color=colour, label=f"γ = {gamma:g}")
+        axes.set(xlabel=f"fraction of {kind}", ylabel="cumulative normalised loss", xlim=(0, 1), ylim=(0, 1))
+        axes.set_title(f"{len(x_t):,} {kind}", fontsize=10)
+        axes.legend(loc="upper left")
+    figure.suptitle(_escaped(run), fontsize=10)
     return figure
 
 
-def _figure(panels: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """Returns a figure without display or global pyplot state; sizes are in inches per panel."""
+def _figure(panels: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:  # inches per panel
     figure = Figure(figsize=(width * panels, height), layout="constrained")
     return figure, list(np.atleast_1d(figure.subplots(1, panels)))
 

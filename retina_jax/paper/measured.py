@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,50 +27,37 @@ from retina_jax.ops.matching import BACKGROUND, match
 from retina_jax.paper.published import EFFECTIVE_AP
 from retina_jax.paper.results import PointResult, SweepResult, read_latency, read_result, split_of, splits_of
 from retina_jax.paper.wording import departures, divergence, status
-from retina_jax.runs.folder import read_run, write_json
+from retina_jax.runs.files import write_json
+from retina_jax.runs.folder import read_run, saved_steps
 from retina_jax.training.step import Inputs
 
-TIMED_IMAGES = 5
-"""Number of evaluation images over which the median latency is taken."""
-NEGATIVES, POSITIVES = 10_000_000, 100_000
-"""Windows that the paper samples for Figure 4."""
+TIMED_IMAGES = 5  # Number of evaluation images over which the median latency is taken
+NEGATIVES, POSITIVES = 10_000_000, 100_000  # Windows that the paper samples for Figure 4
 
 
-@dataclass(frozen=True)
-class Timed:
+class Timed(NamedTuple):
     """A run of Table 1e in Figure 2."""
 
-    depth: str
-    """50 or 101, which choose colour and marker, or another name from your own sweep."""
-    network: str
-    """Name in the legend; a miniature's "50" is not a ResNet-50."""
-    scale: str
-    """Short side, pixels."""
+    depth: str  # 50 or 101, which choose colour and marker, or another name from your own sweep
+    network: str  # name in the legend; a miniature's "50" is not a ResNet-50
+    scale: str  # short side, pixels
     milliseconds: float
-    ap: float
-    """Percent."""
+    ap: float  # percent
 
 
-@dataclass(frozen=True)
-class StarRun:
+class StarRun(NamedTuple):
     """A run of FL* in Figure 7."""
 
     gamma: float
     beta: float
-    ap: float | None
-    """Percent; None: a seed diverged."""
+    ap: float | None  # percent; None: a seed diverged
 
 
 def star_runs(sweeps: Sequence[SweepResult]) -> tuple[list[StarRun], int]:
-    """Returns the settings of the sweep fig7 that finished (mean AP over seeds) or diverged, and the number of the others.
-
-    A setting with a diverged seed counts as diverged. Raises ConfigError if there is no such sweep or no finished setting.
-    """
-    sweep = _sweep(sweeps, "fig7")
-    runs = []
-    for name in sweep.names:
-        points = sweep.seeds(name)
-        scores, diverged = _aps(points), bool(divergence(points))
+    """Returns the finished (mean AP of seeds) and diverged settings of fig7, and how many others there are."""
+    sweep, runs = _sweep(sweeps, "fig7"), []
+    for points in map(sweep.seeds, sweep.names):
+        scores, diverged = _aps(points), divergence(points)
         if scores or diverged:
             loss = next(p.result.config.loss for p in points if p.result.config)
             runs.append(StarRun(loss.gamma, loss.star_beta, None if diverged else statistics.fmean(scores)))
@@ -92,29 +80,23 @@ def effective_ap(sweeps: Sequence[SweepResult]) -> float:
     if not departures(sweep):
         return EFFECTIVE_AP
     for name, point in (("table3", "focal"), ("table1b", "gamma_2.0")):
-        scores = _aps([p for s in sweeps if s.name == name for p in s.seeds(point)])
-        if scores:
+        if scores := _aps([p for s in sweeps if s.name == name for p in s.seeds(point)]):
             return statistics.fmean(scores) - 0.5
     return max(run.ap for run in star_runs(sweeps)[0] if run.ap is not None) - 0.5
 
 
 def _sweep(sweeps: Sequence[SweepResult], name: str) -> SweepResult:
-    for sweep in sweeps:
-        if sweep.name == name:
-            return sweep
-    raise ConfigError(f"--workdir: no sweep {name} there; run scripts/sweep.py --sweep configs/sweeps/{name}.py")
+    named = {sweep.name: sweep for sweep in sweeps}
+    if name not in named:
+        raise ConfigError(f"--workdir: no sweep {name} there; run scripts/sweep.py --sweep configs/sweeps/{name}.py")
+    return named[name]
 
 
 def speeds(sweeps: Sequence[SweepResult]) -> tuple[list[Timed], str, str]:
-    """Returns (points, hardware, split) of the finished runs of the sweep table1e, and measures missing latencies.
-
-    Seeds are averaged. Raises ConfigError if there is no such sweep or no finished run.
-    """
-    sweep = _sweep(sweeps, "table1e")
-    found = []
+    """Returns (points, hardware, split) of table1e's finished runs, averaged over seeds; measures missing latencies."""
+    sweep, found = _sweep(sweeps, "table1e"), []
     for name in sweep.names:
-        done = [p for p in sweep.seeds(name) if "AP" in p.result.scores]
-        if done:
+        if done := [p for p in sweep.seeds(name) if "AP" in p.result.scores]:
             config, ap = done[0].result.config, statistics.fmean(_aps(done))
             depth = name.split("_")[1] if name.startswith("depth_") else name
             times = statistics.fmean(run_latency(p.result.folder) for p in done)
@@ -125,13 +107,10 @@ def speeds(sweeps: Sequence[SweepResult]) -> tuple[list[Timed], str, str]:
 
 
 def run_latency(folder: Path) -> float:
-    """Returns the milliseconds per image of a run's newest checkpoint on this machine, and keeps them in RUN/latency.json.
-
-    A latency of other hardware or of another checkpoint is replaced.
-    """
-    here = {"hardware": hardware(), "step": _newest(folder)}
+    """Returns the milliseconds per image of a run's newest checkpoint on this hardware; kept in RUN/latency.json."""
+    here = {"hardware": hardware(), "step": max(saved_steps(folder / "checkpoints"), default=None)}
     kept = read_latency(folder)
-    if kept and {key: kept.get(key) for key in here} == here:
+    if kept and kept.items() >= here.items():
         return float(kept["milliseconds"])
     # One device, however many the run was trained on: they cannot share an image.
     detector = load_detector(folder, config=override(read_run(folder).config, {"devices": 1}))
@@ -145,18 +124,15 @@ def run_latency(folder: Path) -> float:
 def latency(detector: Detector, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], *, repeats: int = 10) -> float:
     """Returns milliseconds per image at batch 1, as in Figure 2: from pixels on the device to boxes.
 
-    It is the median over `repeats` runs of each image, each with its padded shape in evaluation, after one run that compiles
-    and one that warms up. Network, decoding and NMS are timed until the device has finished; reading, resizing and the
-    transfer are not. The time of NMS grows with the number of detections, so give images of the detector's data.
-
-    Raises:
-      ValueError: the detector is on several devices, which cannot share one image.
+    It is the median over `repeats` runs of each image, in its padded shape, after one that compiles and one that warms up.
+    Network, decoding and NMS are timed; reading, resizing and the transfer are not. The time of NMS grows with the number of
+    detections, so give images of the detector's data. Raises ValueError if the detector is on several devices.
     """
     if detector.driver.num_devices != 1:
         raise ValueError(f"detector: is on {detector.driver.num_devices} devices; latency is measured on one")
     times = []
     for image in images:
-        inputs = detector.driver.shard_batch(_inputs(to_canvas([image], detector.config.data, 1)))
+        inputs = detector.driver.shard_batch(Inputs.of(to_canvas([image], detector.config.data, 1)))
         for turn in range(2 + repeats):
             started = time.perf_counter()
             jax.block_until_ready(detector.driver.detect(detector.variables, inputs))
@@ -165,22 +141,14 @@ def latency(detector: Detector, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], *,
     return statistics.median(times)
 
 
-def _inputs(batch: Batch) -> Inputs:
-    return Inputs(batch.images, batch.image_sizes, batch.boxes_xyxy, batch.labels, batch.valid)
-
-
-def _newest(folder: Path) -> int | None:
-    """Returns the step of the checkpoint that `load_detector` takes."""
-    return max((int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()), default=None)
-
-
 def finished_run(folder: Path) -> str:
     """Returns the run's folder, step and AP, for the title of Figure 4; ConfigError if it is not finished."""
     split, result = split_of(read_run(folder).config), read_result(folder)
     if result.status != "finished":
         raise ConfigError(f"--workdir {folder}: its run is {status(result)}; give a finished run")
     ap = f"AP {result.scores['AP']:.1f} on {split}" if "AP" in result.scores else status(result)
-    return f"{folder.resolve().parent.name}/{folder.resolve().name}, step {_newest(folder)}, {ap}"
+    step = max(saved_steps(folder / "checkpoints"), default=None)
+    return f"{folder.resolve().parent.name}/{folder.resolve().name}, step {step}, {ap}"
 
 
 # Where the loss of a trained detector lies (Section 5.1, "Analysis of the Focal Loss"; Figure 4).
@@ -191,20 +159,12 @@ def finished_run(folder: Path) -> str:
 # would be steep for every gamma. Samples are x_t (equation 6), since p_t rounds to 1 in float32 for easy negatives.
 
 
-@dataclass
 class Sample:
-    """A uniform sample without replacement of at most `size` values of a stream of any length.
+    """A uniform sample without replacement of a stream: the values with the `size` smallest of their random keys."""
 
-    Each value gets a random key, and the `size` smallest keys are kept: every subset of that size is equally likely.
-    """
-
-    size: int
-    seed: int = 0
-    seen: int = 0
-    """Number of values in the stream so far."""
-
-    def __post_init__(self) -> None:
-        self._random = np.random.default_rng(self.seed)
+    def __init__(self, size: int, seed: int = 0) -> None:
+        self.size, self.seen = size, 0  # `seen`: number of values in the stream so far
+        self._random = np.random.default_rng(seed)
         self._values, self._keys = np.zeros(0, np.float32), np.zeros(0)
 
     def add(self, values: Float32[np.ndarray, " N"]) -> None:
@@ -224,34 +184,26 @@ class Sample:
 
 
 def val_windows(
-    folder: Path, images: int, positives: int, negatives: int, seed: int = 0
+    folder: Path, images: int, positives: int, negatives: int, seed: int
 ) -> dict[str, Float32[np.ndarray, " N"]]:
-    """Returns x_t of windows of a run's evaluation images (`images` random ones; 0: all), by kind: positives, negatives.
-
-    Raises ConfigError if its data have other classes, or no window of a kind.
-    """
+    """Returns x_t of the windows of `images` random evaluation images (0: all) of a run, by kind: positives, negatives."""
     run = read_run(folder)
-    detector = load_detector(folder)
     source = open_source(run.config.data, "val", run.categories).arranged(run.categories, f"--workdir {folder}")
+    source = random_images(source, images or len(source), seed)
     batch_size = min(run.config.training.eval_batch_size or run.config.data.batch_size, 8)
-    batches = eval_batches(random_images(source, images or len(source), seed), run.config.data, batch_size=batch_size)
-    samples = sample_windows(detector, batches, positives=positives, negatives=negatives, seed=seed)
+    batches = eval_batches(source, run.config.data, batch_size=batch_size)
+    samples = sample_windows(load_detector(folder), batches, positives=positives, negatives=negatives, seed=seed)
     kinds = {kind: sample.values() for kind, sample in zip(("positives", "negatives"), samples, strict=True)}
-    for kind, x_t in kinds.items():
-        if not len(x_t):
-            raise ConfigError(f"--workdir {folder}: its evaluation images have no {kind} among their anchors")
+    if empty := [kind for kind, x_t in kinds.items() if not len(x_t)]:
+        raise ConfigError(f"--workdir {folder}: its evaluation images have no {empty[0]} among their anchors")
     return kinds
 
 
 def random_images(source: Source, count: int, seed: int) -> Source:
     """Returns `count` different images of `source` (all, if it has no more), chosen uniformly from `seed`."""
     chosen = np.random.default_rng(seed).permutation(len(source))[:count].tolist()
-    return replace(
-        source,
-        records=[source.records[index] for index in chosen],
-        read=lambda place: source.read(chosen[place]),
-        where=lambda place: source.where(chosen[place]),
-    )
+    records, read, where = [source.records[index] for index in chosen], source.read, source.where
+    return replace(source, records=records, read=lambda i: read(chosen[i]), where=lambda i: where(chosen[i]))
 
 
 def sample_windows(
@@ -276,9 +228,8 @@ def sample_windows(
 
     of_positives, of_negatives = Sample(positives, seed), Sample(negatives, seed + 1)
     for batch in batches:
-        x_t, positive, negative = jax.device_get(
-            of_batch(detector.variables, jax.tree.map(jnp.asarray, _inputs(batch)))
-        )
+        inputs = jax.tree.map(jnp.asarray, Inputs.of(batch))
+        x_t, positive, negative = jax.device_get(of_batch(detector.variables, inputs))
         of_positives.add(x_t[positive])
         of_negatives.add(x_t[negative])
     return of_positives, of_negatives
@@ -287,10 +238,7 @@ def sample_windows(
 def window_x_t(
     logits: Float32[Array, "B A K"], labels: Int[Array, "B A"], valid: Bool[Array, " B"]
 ) -> tuple[Float32[Array, "B A"], Bool[Array, "B A"], Bool[Array, "B A"]]:
-    """Returns x_t of every anchor, and which anchors are positive and negative; those of invalid images are neither.
-
-    labels [B A] are those of `match`. x_t is the logit of its class for a positive, minus the largest logit for others.
-    """
+    """Returns x_t of every anchor (of its class, or of the likeliest one), and masks of valid positives and negatives."""
     own = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
     positive, negative = (labels >= 0) & valid[:, None], (labels == BACKGROUND) & valid[:, None]
     return jnp.where(labels >= 0, own, -logits.max(axis=-1)), positive, negative

@@ -5,52 +5,36 @@ labels are not public.
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-AP = ("AP", "AP50", "AP75")
-"""Scores of the ablations."""
+AP = ("AP", "AP50", "AP75")  # Scores of the ablations
 
 
 @dataclass(frozen=True)
 class Row:
     """A row of a table."""
 
-    name: str | None
-    """Point of the sweep that trains it; None: another system."""
-    settings: tuple[str, ...]
-    """As printed, one for each of the table's `columns`."""
-    scores: dict[str, float] = field(default_factory=dict)
-    """Percent, by the table's `metrics`; scores that the paper does not give are absent."""
-    minival: dict[str, float] = field(default_factory=dict)
-    """In a table on test-dev: scores of the same model on minival; empty: not in the paper."""
-    milliseconds: float | None = None
-    """Time per image on an Nvidia M40 (Table 1e)."""
-    group: str = ""
-    """Heading above the row."""
-    note: str = ""
-    """What the paper says about the row besides its numbers."""
-    derived: bool = False
-    """The scores follow from the text and are not printed in the paper."""
+    name: str | None  # point of the sweep that trains it; None: another system
+    settings: tuple[str, ...]  # as printed, one for each of the table's `columns`
+    scores: dict[str, float] = field(default_factory=dict)  # percent; only those that the paper gives
+    minival: dict[str, float] = field(default_factory=dict)  # for a table on test-dev: the paper's on minival
+    milliseconds: float | None = None  # time per image on an Nvidia M40 (Table 1e)
+    group: str = ""  # heading above the row
+    note: str = ""  # what the paper says about the row besides its numbers
+    derived: bool = False  # the scores follow from the text and are not printed in the paper
 
 
 @dataclass(frozen=True)
 class Table:
     """A table of the paper."""
 
-    name: str
-    """Name of its sweep."""
+    name: str  # name of its sweep
     title: str
-    split: str
-    """minival or test-dev."""
-    reference: str
-    """Point that the other rows are compared with."""
-    reference_label: str
-    """Name of the reference in a heading."""
-    note: str
-    """Remark about its rows, or empty."""
-    columns: tuple[str, ...]
-    """Headings of the rows' settings."""
+    split: str  # minival or test-dev
+    reference: str  # point that the other rows are compared with
+    reference_label: str  # name of the reference in a heading
+    note: str  # remark about its rows, or empty
+    columns: tuple[str, ...]  # headings of the rows' settings
     metrics: tuple[str, ...]
     rows: tuple[Row, ...]
 
@@ -154,9 +138,10 @@ focal_alpha_0.50 | FL, γ = 2, α = .5 | π = .01  | ≈ 33.6 “.4 AP lower” 
 hinge            | hinge on p_t      | π = .01  | unstable, no meaningful result
 """
 
-EFFECTIVE_AP = 33.5
-"""AP in percent above which Figure 7 calls a setting of FL* effective; it must also have converged."""
+EFFECTIVE_AP = 33.5  # AP in percent above which Figure 7 calls a setting of FL* effective; it must also have converged
 
+# Figure 2's other systems: milliseconds per image and AP on test-dev. The paper extrapolated the time of R-FCN; FPN FRCN is
+# Faster R-CNN with ResNet-101-FPN, measured on an M40 (Section 5.2).
 OTHER_SYSTEMS = {
     "YOLOv2": (25.0, 21.6),
     "SSD321": (61.0, 28.0),
@@ -166,46 +151,34 @@ OTHER_SYSTEMS = {
     "DSSD513": (156.0, 33.2),
     "FPN FRCN": (172.0, 36.2),
 }
-"""Figure 2's other systems: milliseconds per image and AP on test-dev. The paper extrapolated the time of R-FCN; FPN FRCN is
-Faster R-CNN with ResNet-101-FPN, measured on an M40 (Section 5.2)."""
 
 
-def _rows(lines: list[str], metrics: list[str]) -> Iterator[Row]:
-    group = ""
-    for line in lines:
-        if line.startswith("["):
-            group = line.strip("[]")
-            continue
-        name, *settings, results = (part.strip() for part in line.split("|"))
-        derived, numbers, note = re.fullmatch(r"(≈?) ?((?:\d+\.?\d* ?)*)(.*)", results).groups()
-        scores = dict(zip(metrics, map(float, numbers.split()), strict=bool(numbers)))
-        time = scores.pop("milliseconds", None)
-        point = None if name == "-" else name
-        yield Row(point, tuple(settings), scores, {}, time, group, note, derived=bool(derived))
+# Two models of Table 1e are also in ablations, on minival: the default of Table 1b and the focal loss of Table 1d.
+_ON_MINIVAL = {
+    "depth_50_scale_600": {"AP": 34.0, "AP50": 52.5, "AP75": 36.5},
+    "depth_101_scale_600": {"AP": 36.0, "AP50": 54.9, "AP75": 38.7},
+}
 
 
 def _table(text: str) -> Table:
     heading, reference, *lines = text.strip().splitlines()
     name, split, title = heading.removeprefix("# ").split(" | ")
-    point, label = reference.removeprefix("reference: ").split(" | ")
+    compared, label = reference.removeprefix("reference: ").split(" | ")
     note = lines.pop(0).removeprefix("note: ") if lines[0].startswith("note: ") else ""
-    _, *columns, scores = (part.strip() for part in lines[0].split("|"))
-    metrics = scores.split()
-    rows = tuple(_rows(lines[1:], metrics))
+    _, *columns, last = (part.strip() for part in lines[0].split("|"))
+    metrics, rows, group = last.split(), [], ""
+    for line in lines[1:]:
+        if line.startswith("["):
+            group = line.strip("[]")
+            continue
+        point, *settings, results = (part.strip() for part in line.split("|"))
+        derived, numbers, remark = re.fullmatch(r"(≈?) ?((?:\d+\.?\d* ?)*)(.*)", results).groups()
+        scores = dict(zip(metrics, map(float, numbers.split()), strict=bool(numbers)))
+        time, minival = scores.pop("milliseconds", None), _ON_MINIVAL.get(point, {})
+        named = None if point == "-" else point
+        rows.append(Row(named, tuple(settings), scores, minival, time, group, remark, bool(derived)))
     shown = tuple(name for name in metrics if name != "milliseconds")
-    return Table(name, title, split, point, label, note, tuple(columns), shown, rows)
+    return Table(name, title, split, compared, label, note, tuple(columns), shown, tuple(rows))
 
 
-def _tables() -> dict[str, Table]:
-    tables = {table.name: table for table in map(_table, _PUBLISHED.split("\n\n"))}
-    # Two models of Table 1e are also in ablations, on minival: the default of Table 1b and the focal loss of Table 1d.
-    on_minival = {
-        "depth_50_scale_600": tables["table1b"].rows[5].scores,
-        "depth_101_scale_600": tables["table1d"].rows[-1].scores,
-    }
-    rows = (replace(row, minival=on_minival.get(row.name, {})) for row in tables["table1e"].rows)
-    return {**tables, "table1e": replace(tables["table1e"], rows=tuple(rows))}
-
-
-TABLES = _tables()
-"""All tables by name, in the paper's order."""
+TABLES = {table.name: table for table in map(_table, _PUBLISHED.split("\n\n"))}  # In the paper's order

@@ -1,7 +1,4 @@
-"""The results of sweeps: the manifests in DIR/sweeps/ and the folders of the runs that they name.
-
-Locks are not looked at: a run that has started and not ended may be running or interrupted.
-"""
+"""The results of sweeps: the manifests in DIR/sweeps/ and the runs that they name. Locks are ignored."""
 
 from __future__ import annotations
 
@@ -9,12 +6,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.evaluation.coco_scores import SUMMARY
 from retina_jax.paper.published import Row, Table
-from retina_jax.runs.record import Record, read_json, read_record, read_test_dev
+from retina_jax.runs.record import read_json, read_record, read_test_dev
 from retina_jax.sweeps.manifest import read_manifest
 from retina_jax.sweeps.status import ended
 
@@ -25,24 +22,15 @@ class Result:
 
     folder: Path
     status: Literal["finished", "diverged", "unfinished", "not run"]
-    scores: dict[str, float] = field(default_factory=dict)
-    """Percent, of the last evaluation of a finished run; undefined scores are absent."""
-    step: int | None = None
-    """Last recorded step, or the step at which the run diverged; None: unknown."""
-    message: str = ""
-    """Why it diverged."""
-    config: Config | None = None
-    """None: not run."""
-    details: dict[str, str] = field(default_factory=dict)
-    """Command, commit, devices, facts of the start, seconds, parameters_sha256, as far as they are known."""
-    ap: list[tuple[float, float]] = field(default_factory=list)
-    """(step, AP in percent) of each evaluation."""
-    loss: list[tuple[float, float]] = field(default_factory=list)
-    """(step, classification loss) of each window of metrics."""
-    test_dev: dict[str, float] = field(default_factory=dict)
-    """Percent, scores from COCO's server on test-dev (`retina_jax.runs.record`), if given."""
-    latency: dict[str, Any] | None = None
-    """Measurement of `figures.py --figure 2`: milliseconds, hardware."""
+    scores: dict[str, float] = field(default_factory=dict)  # percent, of a finished run; only defined ones
+    step: int | None = None  # last recorded step, or the step at which the run diverged; None: unknown
+    message: str = ""  # why it diverged
+    config: Config | None = None  # none: not run
+    details: dict[str, str] = field(default_factory=dict)  # command, commit, devices, seconds, ... if known
+    ap: list[tuple[float, float]] = field(default_factory=list)  # (step, AP in percent) of each evaluation
+    loss: list[tuple[float, float]] = field(default_factory=list)  # (step, classification loss) of each metrics window
+    test_dev: dict[str, float] = field(default_factory=dict)  # percent, from COCO's server
+    latency: dict[str, Any] | None = None  # measurement of `figures.py --figure 2`: milliseconds, hardware
 
 
 @dataclass(frozen=True)
@@ -61,21 +49,18 @@ class SweepResult:
 
     name: str
     file: str
-    base: str
-    """Config file that all points override."""
-    points: tuple[PointResult, ...]
-    """The manifest's points, then the same points with seeds that only other sweeps have run."""
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    """Overrides of the base on the sweep's command line."""
+    base: str  # config file that all points override
+    points: tuple[PointResult, ...]  # the manifest's, then those with seeds of other sweeps
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # overrides of the base on the sweep's command line
 
-    def seeds(self, name: str) -> list[PointResult]:
-        """Returns the runs of the point `name`, by rising seed."""
+    def seeds(self, name: str | None) -> list[PointResult]:
+        """Returns the runs of the point `name`, by rising seed; none for a row of another system (None)."""
         return sorted((point for point in self.points if point.name == name), key=lambda point: point.seed)
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def names(self) -> list[str]:
         """Names of its points, in the manifest's order."""
-        return tuple(dict.fromkeys(point.name for point in self.points))
+        return list(dict.fromkeys(point.name for point in self.points))
 
     @property
     def configs(self) -> list[Config]:
@@ -84,29 +69,19 @@ class SweepResult:
 
 
 def read_sweeps(workdir: Path) -> list[SweepResult]:
-    """Returns all sweeps of `workdir`, sorted by name; a run that several of them name is read once.
+    """Returns all sweeps of `workdir`, sorted by name; ConfigError, with the file, if there is none or a file is invalid.
 
     Points of several sweeps with a run in common are the same experiment: each sweep gets the seeds of all of them.
-
-    Raises ConfigError, one line with the file, if there is no sweep or a file is invalid.
     """
     if (workdir / "config.json").is_file():
         raise ConfigError(f"--workdir {workdir}: is the folder of a single run; give the folder of a sweep")
     files = sorted((workdir / "sweeps").glob("*.json"))
     if not files:
-        raise ConfigError(
-            f"--workdir {workdir}: no sweep there ({workdir / 'sweeps'}/*.json); run scripts/sweep.py first"
-        )
+        raise ConfigError(f"--workdir {workdir}: no sweep there (sweeps/*.json); run scripts/sweep.py first")
     known: dict[str, Result] = {}
-    return _with_common_seeds([_read_sweep(file, workdir, known) for file in files])
-
-
-def _with_common_seeds(sweeps: Sequence[SweepResult]) -> list[SweepResult]:
-    """Adds to the points of each sweep the seeds that only other sweeps have run.
-
-    A folder's name covers all that decides the outcome, with the seed: points with a folder in common have the same
-    settings, so all their folders are seeds of one experiment.
-    """
+    sweeps = [_read_sweep(file, workdir, known) for file in files]
+    # A folder's name covers all that decides the outcome, with the seed: points with a folder in common have the same
+    # settings, so all their folders are seeds of one experiment.
     runs = {point.result.folder: point for sweep in sweeps for point in sweep.points}
     experiment: dict[Path, set[Path]] = {}
     for sweep in sweeps:
@@ -146,48 +121,8 @@ def read_result(folder: Path) -> Result:
     if not (folder / "config.json").is_file():
         return Result(folder, "not run")
     record = read_record(folder)
-    end = ended(folder, record.config)
-    result = Result(
-        folder,
-        "unfinished" if end is None else "finished" if end.kind == "done" else "diverged",
-        step=record.step,
-        config=record.config,
-        details=_details(record),
-        ap=[
-            (float(step), 100 * scores["AP"]) for step, scores in record.evaluations.items() if scores["AP"] is not None
-        ],
-        loss=[(float(w["step"]), w["classification_loss"]) for w in record.windows if "classification_loss" in w],
-        latency=read_latency(folder),
-    )
-    if end is None:
-        return result
-    if end.kind == "diverged":
-        return replace(result, step=end.step, message=end.message)
-    return replace(result, scores=_scores(record), test_dev=read_test_dev(folder))
-
-
-def read_latency(folder: Path) -> dict[str, Any] | None:
-    """Returns RUN/latency.json, or None if it does not exist."""
-    file = folder / "latency.json"
-    latency = read_json(file) if file.is_file() else None
-    if latency and not (
-        isinstance(latency.get("milliseconds"), int | float) and isinstance(latency.get("hardware"), str)
-    ):
-        raise ConfigError(f"{file}: must have milliseconds, a number, and hardware, a text; delete it to measure again")
-    return latency
-
-
-def _scores(record: Record) -> dict[str, float]:
-    evaluation = record.summary["evaluation"] or {}
-    scores = {name: evaluation[name] for name in SUMMARY if evaluation.get(name) is not None}
-    for name, value in scores.items():
-        if not isinstance(value, int | float):
-            raise ConfigError(f"{record.folder / 'summary.json'}: evaluation.{name}: {value!r} is not a number")
-    return {name: 100 * value for name, value in scores.items()}
-
-
-def _details(record: Record) -> dict[str, str]:
     saved, summary = record.saved, record.summary or {}
+    ap = {step: scores["AP"] for step, scores in record.evaluations.items()}
     seconds = summary.get("seconds")
     details = {
         "command": " ".join(map(str, saved.get("command") or ())),
@@ -197,7 +132,38 @@ def _details(record: Record) -> dict[str, str]:
         "seconds": f"{seconds:.0f}" if isinstance(seconds, int | float) else seconds,
         "parameters_sha256": summary.get("parameters_sha256"),
     }
-    return {key: str(value) for key, value in details.items() if value}
+    result = Result(
+        folder,
+        "unfinished",
+        step=record.step,
+        config=record.config,
+        details={key: str(value) for key, value in details.items() if value},
+        ap=[(float(step), 100 * value) for step, value in ap.items() if value is not None],
+        loss=[(float(w["step"]), w["classification_loss"]) for w in record.windows if "classification_loss" in w],
+        latency=read_latency(folder),
+    )
+    end = ended(folder, record.config)
+    if end is None:
+        return result
+    if end.kind == "diverged":
+        return replace(result, status="diverged", step=end.step, message=end.message)
+    evaluation = summary["evaluation"] or {}
+    fractions = {name: evaluation[name] for name in SUMMARY if evaluation.get(name) is not None}
+    if invalid := [name for name, value in fractions.items() if not isinstance(value, int | float)]:
+        raise ConfigError(f"{folder / 'summary.json'}: evaluation.{invalid[0]}: must be a number or null")
+    scores = {name: 100 * value for name, value in fractions.items()}
+    return replace(result, status="finished", scores=scores, test_dev=read_test_dev(folder))
+
+
+def read_latency(folder: Path) -> dict[str, Any] | None:
+    """Returns RUN/latency.json, or None if it does not exist."""
+    file = folder / "latency.json"
+    if not file.is_file():
+        return None
+    latency = read_json(file)
+    if not isinstance(latency.get("milliseconds"), int | float) or not isinstance(latency.get("hardware"), str):
+        raise ConfigError(f"{file}: must have milliseconds, a number, and hardware, a text; delete it to measure again")
+    return latency
 
 
 def splits_of(sweep: SweepResult) -> str:
@@ -214,32 +180,24 @@ def split_of(config: Config) -> str:
     return Path(config.data.val_annotations).stem or "val"
 
 
-@dataclass(frozen=True)
-class Mean:
+class Mean(NamedTuple):
     """Mean over the finished seeds of a point, percent."""
 
     value: float
-    deviation: float | None
-    """Sample standard deviation; None for a single seed."""
+    deviation: float | None  # sample standard deviation; None for a single seed
 
     def __str__(self) -> str:
         return f"{self.value:.1f}" + ("" if self.deviation is None else f" ± {self.deviation:.1f}")
 
 
-@dataclass(frozen=True)
-class Side:
+class Side(NamedTuple):
     """The paper's scores and ours on one split; only scores on the same split are subtracted."""
 
-    split: str
-    """Split of the paper's scores: minival or test-dev."""
-    ours: str
-    """Data that our scores were evaluated on."""
-    paper: Mapping[tuple[str, ...], Mapping[str, float]]
-    """The paper's scores, percent, by the settings of the row."""
-    means: Mapping[str | None, Mapping[str, Mean]]
-    """Our scores by point and metric."""
-    from_runs: bool
-    """Our scores are the runs' own evaluations; False: results of COCO's server."""
+    split: str  # split of the paper's scores: minival or test-dev
+    ours: str  # data that our scores were evaluated on
+    paper: Mapping[tuple[str, ...], Mapping[str, float]]  # the paper's scores, percent, by the settings of the row
+    means: Mapping[str | None, Mapping[str, Mean]]  # our scores by point and metric
+    from_runs: bool  # our scores are the runs' own evaluations; False: results of COCO's server
 
     def of_paper(self, row: Row, metric: str) -> float | None:
         """Returns the paper's score of `row`."""
@@ -251,27 +209,21 @@ class Side:
 
     def best_of_paper(self, rows: Sequence[Row], metric: str) -> float | None:
         """Returns the paper's highest score; None if there is none or a derived score is higher."""
-        scored = [(self.of_paper(row, metric), row.derived) for row in rows if self.of_paper(row, metric) is not None]
+        scored = [(value, row.derived) for row in rows if (value := self.of_paper(row, metric)) is not None]
         best, derived = max(scored, default=(None, False))
         return None if derived else best
 
 
 def sides_of(sweep: SweepResult, paper: Table | None, metrics: Sequence[str]) -> list[Side]:
-    """Returns one side for a table on minival or without the paper; for a table on test-dev first that side, then minival.
-
-    Our scores on test-dev come from COCO's server. On minival, the paper gives some of the same models.
-    """
+    """Returns minival for a table on it and for a user's own sweep; test-dev and minival for a table on test-dev."""
     means = {name: _means([p.result.scores for p in sweep.seeds(name)], metrics) for name in sweep.names}
-    rows = paper.rows if paper else ()
-    printed = {row.settings: row.scores for row in rows if row.scores}
+    printed = {row.settings: row.scores for row in paper.rows} if paper else {}
     if paper is None or paper.split == "minival":
         return [Side("minival", splits_of(sweep), printed, means, from_runs=True)]
     server = {name: _means([p.result.test_dev for p in sweep.seeds(name)], metrics) for name in sweep.names}
-    on_minival = {row.settings: row.minival for row in rows if row.minival}
-    return [
-        Side(paper.split, paper.split, printed, server, from_runs=False),
-        Side("minival", splits_of(sweep), on_minival, means, from_runs=True),
-    ]
+    on_test_dev = Side(paper.split, paper.split, printed, server, from_runs=False)
+    on_minival = {row.settings: row.minival for row in paper.rows}
+    return [on_test_dev, Side("minival", splits_of(sweep), on_minival, means, from_runs=True)]
 
 
 def _means(runs: Sequence[Mapping[str, float]], metrics: Sequence[str]) -> dict[str, Mean]:

@@ -13,27 +13,22 @@ from retina_jax.config import Config, ConfigError
 
 Overrides = dict[str, Any]
 
-DEEPER = {"resnet50": "resnet101", "resnet18": "resnet34"}
-"""The deeper backbone of each base: the roles of ResNet-50 and ResNet-101."""
-OTHER_NAMES = {"resnet50": "R-50", "resnet101": "R-101", "resnext101_32x8d": "X-101-32x8d"}
-"""Names of the backbones in Detectron's files."""
-PAPER_SHORT_SIDE = 600
-"""The paper's image scale that `data.short_side` of the base corresponds to."""
-JITTER = (640, 672, 704, 736, 768, 800)
-"""Short sides of Table 2's scale jitter. The paper does not state them: these are detectron2's."""
+DEEPER = {"resnet50": "resnet101", "resnet18": "resnet34"}  # The roles of ResNet-50 and ResNet-101
+OTHER_NAMES = {"resnet50": "R-50", "resnet101": "R-101", "resnext101_32x8d": "X-101-32x8d"}  # In Detectron's files
+PAPER_SHORT_SIDE = 600  # The paper's image scale that `data.short_side` of the base corresponds to
+JITTER = (640, 672, 704, 736, 768, 800)  # detectron2's short sides of scale jitter; the paper states none
 
 
 def deeper(base: Config) -> Overrides:
     """Returns ResNet-101 for a base with ResNet-50, ResNet-34 for one with ResNet-18.
 
-    If `model.stage_blocks` is given, C4 gets 23/6 as many blocks, the difference between ResNet-101 and ResNet-50. Raises
-    ConfigError if there is no deeper backbone, or if its weights cannot be found since the base's file of weights does not
-    have the backbone in its name.
+    If `model.stage_blocks` is given, C4 gets 23/6 as many blocks, as in ResNet-101. Raises ConfigError if there is no deeper
+    backbone, or if the name of the base's file of weights does not contain the backbone's.
     """
     backbone = DEEPER.get(base.model.backbone)
     if backbone is None:
         raise ConfigError(
-            f"model.backbone: the base's {base.model.backbone} has no deeper one; use {' or '.join(DEEPER)}"
+            f"model.backbone: {base.model.backbone} has no deeper one; use {' or '.join(DEEPER)} as the base"
         )
     changes: Overrides = {"model.backbone": backbone, **_weights(base, backbone)}
     if base.model.stage_blocks:
@@ -43,10 +38,7 @@ def deeper(base: Config) -> Overrides:
 
 
 def resnext(base: Config) -> Overrides:
-    """Returns ResNeXt-101-32x8d with the stride in the 3x3 convolution (Detectron) and the depth of `deeper`.
-
-    For a base with ResNet-18 it has ResNet-34's blocks, 3 4 6 3.
-    """
+    """Returns ResNeXt-101-32x8d, stride in the 3x3 convolution (Detectron), with the blocks of `deeper` or ResNet-34's."""
     backbone = "resnext101_32x8d"
     blocks = deeper(base).get("model.stage_blocks", (3, 4, 6, 3) if base.model.backbone == "resnet18" else ())
     changes: Overrides = {"model.backbone": backbone, "model.stride_position": "3x3", **_weights(base, backbone)}
@@ -54,17 +46,10 @@ def resnext(base: Config) -> Overrides:
 
 
 def at_scale(base: Config, short_side: int) -> Overrides:
-    """Returns the paper's image scale `short_side`: both sides of the base, and its jitter, times short_side / 600.
-
-    600 is the base itself; 800 on the paper's base is 800/1333. Halves are rounded to even.
-    """
-    changes: Overrides = {
-        "data.short_side": _scaled(base.data.short_side, short_side),
-        "data.long_side": _scaled(base.data.long_side, short_side),
-    }
-    if base.data.jitter_short_sides:
-        changes["data.jitter_short_sides"] = tuple(_scaled(s, short_side) for s in base.data.jitter_short_sides)
-    return changes
+    """Returns both sides of the base and its jitter times short_side / 600 (the paper's scale), halves rounded to even."""
+    sides = {f"data.{name}": _scaled(getattr(base.data, name), short_side) for name in ("short_side", "long_side")}
+    jittered = tuple(_scaled(side, short_side) for side in base.data.jitter_short_sides)
+    return sides | ({"data.jitter_short_sides": jittered} if jittered else {})
 
 
 def jitter(base: Config) -> Overrides:

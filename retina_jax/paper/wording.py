@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,8 @@ from retina_jax.config_io import load_config, override
 from retina_jax.paper.results import PointResult, Result, SweepResult
 from retina_jax.sweeps.points import ROOT, load_sweep, outcome
 
-PAPER_CONFIG = "paper_ablations.py"
-"""Base of sweeps whose absolute values are comparable with the paper's."""
-MOST_FIELDS = 4
-"""Maximum number of differing config fields that are listed; more are counted."""
+PAPER_CONFIG = "paper_ablations.py"  # Base of sweeps whose absolute values are comparable with the paper's
+MOST_FIELDS = 4  # Maximum number of differing config fields that are listed; more are counted
 HOW_TO_READ = (
     "“Ours” is the mean over the finished seeds of a row; the last column gives their number, and ± is the sample standard "
     "deviation. A run that belongs to several tables counts in each of them, with all its seeds. The best score of a column "
@@ -28,8 +26,7 @@ HOW_TO_READ = (
     "seeds that both rows have (their number is given if one row has more).",
     "Loss curves show how a run trains. Their heights are not comparable: another α, γ or kind of loss gives the same "
     "errors another weight.",
-)
-"""Explains all tables."""
+)  # Explains all tables
 
 
 def signed(difference: float) -> str:
@@ -47,6 +44,14 @@ def status(result: Result) -> str:
     if result.status == "finished" and "AP" not in result.scores:
         return "AP undefined" if result.scores else "not evaluated"
     return result.status
+
+
+def facts(point: PointResult) -> tuple[str, dict[str, str]]:
+    """Returns the title of a run and what is known of it."""
+    result = point.result
+    facts = {"folder": str(result.folder), "overrides": overrides_text(point.overrides) or "none", **result.details}
+    message = {"message": result.message} if result.message else {}
+    return f"{point.name}, seed {point.seed}: {status(result)}", facts | message
 
 
 def started(points: Sequence[PointResult]) -> list[PointResult]:
@@ -99,37 +104,32 @@ def departures(sweep: SweepResult) -> list[str]:
     paper = load_config(ROOT / "configs" / PAPER_CONFIG)
     file = ROOT / "configs" / "sweeps" / f"{sweep.name}.py"
     rows = load_sweep(file).get_sweep(paper) if file.is_file() else {}
-    differing: dict[str, dict[Any, None]] = {}
-    for point in sweep.points:
-        if point.result.config is not None:
-            row = _overridden(paper, rows.get(point.name, point.overrides), f"sweep {sweep.name}, point {point.name!r}")
-            for name, value in _differences(point.result.config, row).items():
-                differing.setdefault(name, {})[value] = None
+
+    def overridden(overrides: Mapping[str, Any], where: str) -> Config:
+        try:
+            return override(paper, {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()})
+        except ConfigError as error:
+            raise ConfigError(f"sweep {sweep.name}{where}: {error}") from None
+
     other_base = [] if Path(sweep.base).name == PAPER_CONFIG else [f"the base is {sweep.base}"]
-    if sweep.configs:
-        described = _described(differing)
-        return [*other_base, *described] if described else []
-    base = _overridden(paper, sweep.overrides, f"sweep {sweep.name}")
-    return other_base or _described({name: {value: None} for name, value in _differences(base, paper).items()})
+    if not sweep.configs:
+        return other_base or _described([(overridden(sweep.overrides, ""), paper)])
+    described = _described(
+        (p.result.config, overridden(rows.get(p.name, p.overrides), f", point {p.name!r}"))
+        for p in sweep.points
+        if p.result.config is not None
+    )
+    return [*other_base, *described] if described else []
 
 
-def _overridden(config: Config, overrides: Mapping[str, Any], where: str) -> Config:
-    try:
-        return override(config, {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()})
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def _differences(config: Config, paper: Config) -> dict[str, Any]:
-    """Returns the fields of `config` that affect the outcome and differ from `paper`, except the seed."""
-    config, paper = (override(c, {"seed": 0, "model.num_classes": c.model.num_classes or 80}) for c in (config, paper))
-    expected = outcome(paper)
-    return {name: value for name, value in outcome(config).items() if value != expected[name]}
-
-
-def _described(differing: Mapping[str, Mapping[Any, None]]) -> list[str]:
-    """Describes differing fields and their values, the most informative ones in words and first."""
-    left = {name: [_value(value) for value in values] for name, values in differing.items()}
+def _described(pairs: Iterable[tuple[Config, Config]]) -> list[str]:
+    """Describes how ours and the paper's configs differ in what affects the outcome, except the seed; in words first."""
+    left: dict[str, list[str]] = {}
+    for pair in pairs:
+        ours, paper = (outcome(override(c, {"seed": 0, "model.num_classes": c.model.num_classes or 80})) for c in pair)
+        for name in ours:
+            if ours[name] != paper[name] and (value := _value(ours[name])) not in left.setdefault(name, []):
+                left[name].append(value)
     words = []
     if "data.source" in left:  # makes the names of the annotation files irrelevant
         left = {name: values for name, values in left.items() if not name.endswith("_annotations")}
@@ -151,22 +151,19 @@ def origins(sweep: SweepResult) -> list[str]:
     done = list({p.result.folder: p.result for p in sweep.points if p.result.status == "finished"}.values())
     # "abc1234...+changes" is shortened to "abc1234+changes".
     commits = Counter(re.sub(r"(?<=^\w{7})\w+", "", run.details.get("commit", "no commit known")) for run in done)
-    weights: dict[tuple[str, str], Counter[str]] = {}
+    weights: dict[str, Counter[str]] = {}
     for run in done:
         if "backbone_sha256" in run.details:  # older runs do not have it
-            key = (run.config.model.backbone, Path(run.config.model.backbone_weights).name)
-            weights.setdefault(key, Counter())[run.details["backbone_sha256"][:12]] += 1
-    sentences = []
-    if len(commits) > 1 or any("+" in commit for commit in commits):
-        note = "; +changes means uncommitted changes" if any("+" in commit for commit in commits) else ""
-        sentences.append(f"Commits of the finished runs: {_counted(commits)}{note}.")
-    for (backbone, file), sums in weights.items():
-        if len(sums) > 1:
-            sentences.append(
-                f"The finished runs start from different weights of {backbone} ({file}): {_counted(sums)}."
-            )
-    return sentences
+            backbone = f"{run.config.model.backbone} ({Path(run.config.model.backbone_weights).name})"
+            weights.setdefault(backbone, Counter())[run.details["backbone_sha256"][:12]] += 1
 
+    def counted(counts: Counter[str]) -> str:
+        return ", ".join(f"{name} ({n} {'run' if n == 1 else 'runs'})" for name, n in counts.most_common())
 
-def _counted(counts: Counter[str]) -> str:
-    return ", ".join(f"{name} ({number} {'run' if number == 1 else 'runs'})" for name, number in counts.most_common())
+    changed = any("+" in commit for commit in commits)
+    note = "; +changes means uncommitted changes" if changed else ""
+    sentences = [f"Commits of the finished runs: {counted(commits)}{note}."] * (changed or len(commits) > 1)
+    different = {backbone: sums for backbone, sums in weights.items() if len(sums) > 1}.items()
+    return sentences + [
+        f"The finished runs start from different weights of {b}: {counted(sums)}." for b, sums in different
+    ]

@@ -19,7 +19,7 @@ def charts_of(section: Section) -> dict[str, Markup]:
     """The charts of a table by kind, as <svg> elements."""
     return {
         kind: line_chart(
-            [Line(curve.label, curve.points) for curve in chart.lines], chart.x_label, chart.y_label, log_y=chart.log_y
+            [Line(label, points) for label, points in chart.lines], chart.x_label, chart.y_label, log_y=chart.log_y
         )
         for kind, chart in section.charts.items()
     }

@@ -8,28 +8,22 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from retina_jax.config import ConfigError
 from retina_jax.sweeps.manifest import Task, distinct
 from retina_jax.sweeps.status import ENDED, State, state_of
 
-ACCELERATORS = ("nvidia[0-9]*", "accel[0-9]*", "kfd")
-"""Devices under /dev of a machine with NVIDIA, TPU or AMD accelerators."""
-HELD = 75
-"""Exit status of a point that another worker trains, or that was stopped and will be resumed (EX_TEMPFAIL)."""
-MOST_TIMEOUTS = 100
-"""Default number of times that a SLURM job may be queued again."""
-GRACE = 300.0
-"""Seconds in which a stopped process may save before it is killed; a second Ctrl-C kills it at once."""
+ACCELERATORS = ("nvidia[0-9]*", "accel[0-9]*", "kfd")  # Devices under /dev: NVIDIA, TPU, AMD
+HELD = 75  # Exit status of a point that another worker trains, or that was stopped and will be resumed (EX_TEMPFAIL)
+MOST_TIMEOUTS = 100  # Default number of times that a SLURM job may be queued again
+GRACE = 300.0  # Seconds in which a stopped process may save before it is killed; a second Ctrl-C kills it at once
 
 
-@dataclass
-class _Child:
+class _Child(NamedTuple):
     task: Task
     process: subprocess.Popen[bytes]
     log: Path
@@ -47,25 +41,23 @@ def launch_local(tasks: Sequence[Task], command: Sequence[str], workdir: Path, j
         raise ConfigError(f"--jobs: invalid value {jobs}; must be at least 1")
     waiting, children, failed = distinct(tasks), [], 0
     free = _core_slots(jobs) or [set() for _ in range(jobs)]
-    with _sigterm_as_interrupt():
-        try:
-            while waiting or children:
-                while waiting and free:
-                    task = waiting.pop(0)
-                    if (state := _startable(task, workdir)) is None:
-                        continue
+    with contextlib.ExitStack() as stack:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
+        stack.callback(signal.signal, signal.SIGTERM, before)
+        stack.callback(_end, children)
+        while waiting or children:
+            while waiting and free:
+                task = waiting.pop(0)
+                if state := _startable(task, workdir):
                     children.append(_start(task, command, workdir, free.pop(0)))
                     verb = "resumes" if state.kind == "interrupted" else "started"
                     _log(task, f"{verb}, log {children[-1].log}")
-                ended = [child for child in children if child.process.poll() is not None]
-                for child in ended:
-                    children.remove(child)
-                    free.append(child.cores)
-                    failed += not _succeeded(child, workdir)
-                if not ended and children:
-                    time.sleep(0.1)
-        finally:
-            _end(children)
+            for child in [child for child in children if child.process.poll() is not None]:
+                children.remove(child)
+                free.append(child.cores)
+                failed += not _succeeded(child, workdir)
+            if children:
+                time.sleep(0.1)
     return failed
 
 
@@ -81,15 +73,11 @@ def _startable(task: Task, workdir: Path) -> State | None:
 def _start(task: Task, command: Sequence[str], workdir: Path, cores: set[int]) -> _Child:
     log = workdir / "logs" / f"{task.point.folder}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as out:
-        before = os.sched_getaffinity(0) if cores else set()
-        try:
-            if cores:
-                os.sched_setaffinity(0, cores)  # the process inherits it
-            process = subprocess.Popen([*command, "--index", str(task.index)], stdout=out, stderr=subprocess.STDOUT)
-        finally:
-            if cores:
-                os.sched_setaffinity(0, before)
+    with log.open("ab") as out, contextlib.ExitStack() as stack:
+        if cores:
+            stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
+            os.sched_setaffinity(0, cores)  # the process inherits it
+        process = subprocess.Popen([*command, "--index", str(task.index)], stdout=out, stderr=subprocess.STDOUT)
     return _Child(task, process, log, cores, time.monotonic())
 
 
@@ -129,20 +117,6 @@ def _end(children: Sequence[_Child]) -> None:
             child.process.wait()
 
 
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt in the block, so that it also ends the processes that the block started."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _core_slots(jobs: int) -> list[set[int]]:
     """Returns the CPU cores of each slot; empty if all slots share them.
 
@@ -152,9 +126,8 @@ def _core_slots(jobs: int) -> list[set[int]]:
     if jobs == 1 or not hasattr(os, "sched_setaffinity") or any(any(Path("/dev").glob(d)) for d in ACCELERATORS):
         return []
     cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < jobs:
-        return []
-    return [set(cores[slot * len(cores) // jobs : (slot + 1) * len(cores) // jobs]) for slot in range(jobs)]
+    slots = [set(cores[slot * len(cores) // jobs : (slot + 1) * len(cores) // jobs]) for slot in range(jobs)]
+    return slots if all(slots) else []
 
 
 @dataclass(frozen=True)
@@ -187,10 +160,8 @@ def _leave_signals_to_submitit() -> None:
 def launch_slurm(tasks: Sequence[Task], command: Sequence[str], workdir: Path, options: Sequence[str]) -> int:
     """Queues the points that have not ended as one array of jobs and prints the job ids; returns how many failed.
 
-    Args:
-      options: KEY=VALUE for submitit's `update_parameters` (timeout_min=2880 gpus_per_node=8 slurm_partition=gpu
-        slurm_array_parallelism=8). cluster=local runs the jobs here with submitit's local executor and waits for them; else
-        this function does not wait and returns 0.
+    `options` are KEY=VALUE for submitit's `update_parameters` (timeout_min=2880 gpus_per_node=8 slurm_array_parallelism=8).
+    cluster=local runs the jobs here with submitit's local executor and waits for them; else the function returns 0 at once.
     """
     settings = _settings(options)
     cluster = settings.pop("cluster", "slurm")

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypedDict
 
-import filelock
 import msgspec
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import flatten, load_config
-from retina_jax.runs.folder import write_json
+from retina_jax.runs.files import exclusive_lock, write_json
 from retina_jax.sweeps.points import ROOT, Point, expand
 
 
@@ -28,13 +27,10 @@ class Task:
 
     index: int
     point: Point
-    labels: tuple[str, ...]
-    """Its name in each sweep; with several sweeps "table1a/alpha_0.75"."""
+    labels: tuple[str, ...]  # its name in each sweep; with several sweeps "table1a/alpha_0.75"
 
 
-class SavedPoint(TypedDict):
-    """A point in a manifest."""
-
+class SavedPoint(TypedDict):  # a point in a manifest
     name: str
     overrides: dict[str, Any]
     seed: int
@@ -42,8 +38,6 @@ class SavedPoint(TypedDict):
 
 
 class Manifest(TypedDict):
-    """A manifest's contents."""
-
     sweep: str
     file: str
     base: str
@@ -57,28 +51,20 @@ def open_sweep(
     module: ModuleType,
     base_path: Path,
     base: Config,
-    seeds: Sequence[int] | None,
-    *,
+    seeds: Sequence[int],
     write: bool,
 ) -> list[Point]:
-    """Returns the points of the sweep: those of its manifest under `workdir`, if it exists, then those of new `seeds`.
+    """Returns the points of the sweep: those of its manifest under `workdir` (None: none), then those of new `seeds`.
 
     New points come last, so existing indices do not change. With `write` the manifest is written or extended; several
-    processes may do so at once.
-
-    Args:
-      workdir: None: as in an empty folder.
-      base_path: the config file of `base`, which may have further overrides.
-      seeds: None: the base's own.
-
-    Raises:
-      ConfigError: the existing manifest has other points; the message names the difference.
+    processes may do so at once. `base` is the config of `base_path` with the command line's overrides; without `seeds` its
+    own seed is used. Raises ConfigError, with the difference, if the manifest has other points.
     """
     file = workdir / "sweeps" / f"{path.stem}.json" if workdir else None
     with exclusive_lock(file.parent / ".lock") if write else contextlib.nullcontext():
         before = read_manifest(file) if file and file.exists() else None
         old_seeds = [point["seed"] for point in before["points"]] if before else []
-        points = expand(path, module, base, tuple(dict.fromkeys([*old_seeds, *(seeds or (base.seed,))])))
+        points = expand(path, module, base, tuple(dict.fromkeys([*old_seeds, *(seeds or [base.seed])])))
         in_file = flatten(load_config(base_path))
         manifest: Manifest = {
             "sweep": path.stem,
@@ -99,32 +85,12 @@ def open_sweep(
     return points
 
 
-@contextlib.contextmanager
-def exclusive_lock(path: Path, timeout: float = -1.0) -> Iterator[bool]:
-    """Yields whether this process got the lock on `path` within `timeout` seconds (-1: waits without limit), and holds it.
-
-    The lock ends with the process, however it ends. Raises ConfigError if `path` cannot be written or locked.
-    """
-    lock = filelock.FileLock(path, timeout=timeout, poll_interval=0.02, fallback_to_soft=False)
-    with contextlib.ExitStack() as stack:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock)
-        except filelock.Timeout:
-            pass
-        except (OSError, NotImplementedError) as error:
-            raise ConfigError(f"{path}: cannot be locked: {error}; use a --workdir on another disk") from None
-        yield lock.is_locked
-
-
 def read_manifest(file: Path) -> Manifest:
     """Returns the manifest in `file`; ConfigError if it is damaged."""
     try:
         return msgspec.json.decode(file.read_bytes(), type=Manifest)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise ConfigError(
-            f"{file}: not a sweep's manifest: {error}; delete it, and the next call writes it again"
-        ) from None
+        raise ConfigError(f"{file}: not a sweep's manifest: {error}; delete it to write it again") from None
 
 
 def _difference(before: Manifest, now: Manifest, points: Sequence[SavedPoint]) -> str:
@@ -139,11 +105,9 @@ def _difference(before: Manifest, now: Manifest, points: Sequence[SavedPoint]) -
         one, other = next((a, b) for a, b in zip(before["points"], points, strict=True) if a != b)
         key = next(key for key in one if one[key] != other[key])
         return f"point {one['name']!r}: {key}: {one[key]} -> {other[key]}"
-    names = [list(dict.fromkeys(point["name"] for point in some)) for some in (before["points"], points)]
-    removed, added = ([n for n in a if n not in b] for a, b in (names, names[::-1]))
-    parts = [f"points {', '.join(removed)} are gone"] * bool(removed) + [f"points {', '.join(added)} are new"] * bool(
-        added
-    )
+    gone, new = (dict.fromkeys(point["name"] for point in some) for some in (before["points"], points))
+    changes = {"gone": [name for name in gone if name not in new], "new": [name for name in new if name not in gone]}
+    parts = [f"points {', '.join(names)} are {how}" for how, names in changes.items() if names]
     return " and ".join(parts) or "its points are in another order"
 
 
@@ -164,14 +128,9 @@ def tasks_of(sweeps: Mapping[str, Sequence[Point]]) -> list[Task]:
 
 
 def chosen(tasks: Sequence[Task], only: Sequence[str], seeds: Sequence[int] | None) -> list[Task]:
-    """Returns the tasks whose name is in `only` (empty: all) and whose seed is in `seeds` (None: all).
-
-    Raises ConfigError if a name is not the name of a point.
-    """
-    names = {
-        task.index: {n for label in task.labels for n in (label, label.partition("/")[2] or label)} for task in tasks
-    }
-    known: Mapping[str, None] = dict.fromkeys(name for task in tasks for name in sorted(names[task.index]))
+    """Returns the tasks named in `only` (empty: all) with a seed in `seeds` (None: all); ConfigError for an unknown name."""
+    names = {t.index: {n for label in t.labels for n in (label, label.partition("/")[2] or label)} for t in tasks}
+    known = dict.fromkeys(name for task in tasks for name in sorted(names[task.index]))
     for name in only:
         if name not in known:
             raise ConfigError(f"--only {name}: no such point; there are {', '.join(list(known)[:12])}")
@@ -181,10 +140,8 @@ def chosen(tasks: Sequence[Task], only: Sequence[str], seeds: Sequence[int] | No
 
 def distinct(tasks: Sequence[Task]) -> list[Task]:
     """Returns the first task of each folder."""
-    first: dict[str, Task] = {}
-    for task in tasks:
-        first.setdefault(task.point.folder, task)
-    return list(first.values())
+    first = {task.point.folder: task for task in reversed(tasks)}
+    return sorted(first.values(), key=lambda task: task.index)
 
 
 def _from_root(path: Path) -> str:

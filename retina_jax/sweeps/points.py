@@ -20,8 +20,7 @@ from retina_jax.config_io import flatten, load_module, named_errors, override, v
 
 ROOT = Path(__file__).parents[2]
 
-SLUG_LENGTH = 96
-"""Most characters of a folder's name before its hash."""
+SLUG_LENGTH = 96  # Most characters of a folder's name before its hash
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,9 @@ class Point:
     """One run of a sweep."""
 
     name: str
-    overrides: dict[str, Any]
-    """Dotted fields of the base config and their values, without the seed."""
+    overrides: dict[str, Any]  # dotted fields of the base config and their values, without the seed
     seed: int
-    folder: str
-    """Name of the run's folder; points with the same outcome have the same name."""
+    folder: str  # name of the run's folder; points with the same outcome have the same name
     config: Config
 
 
@@ -43,7 +40,7 @@ def load_sweep(path: Path) -> ModuleType:
 
 
 def load_sweeps(files: Sequence[str]) -> dict[Path, ModuleType]:
-    """Returns the sweep files as modules, in their order."""
+    """Returns the sweep files as modules, in their order; ConfigError if two have the same name."""
     modules = {Path(file): load_sweep(Path(file)) for file in files}
     if len({path.stem for path in modules}) < len(modules):
         raise ConfigError("--sweep: two files have the same name; sweeps are identified by the name of their file")
@@ -51,10 +48,7 @@ def load_sweeps(files: Sequence[str]) -> dict[Path, ModuleType]:
 
 
 def base_file(modules: Mapping[Path, ModuleType], default: Path) -> Path:
-    """Returns the config file that the sweeps override if the command line names none: their BASE, else `default`.
-
-    BASE is relative to the current folder or to this repository.
-    """
+    """Returns the sweeps' BASE, relative to the current folder or this repository, else `default`."""
     named = {path: str(module.BASE) for path, module in modules.items() if hasattr(module, "BASE")}
     if len(set(named.values())) > 1:
         files = " and ".join(f"{path} has {base}" for path, base in named.items())
@@ -64,16 +58,11 @@ def base_file(modules: Mapping[Path, ModuleType], default: Path) -> Path:
 
 
 def expand(path: Path, module: ModuleType, base: Config, seeds: Sequence[int]) -> list[Point]:
-    """Returns the points of a sweep over `base`: all of them with the first seed, then all with the next.
-
-    Raises ConfigError, with the file, the point and the field, if one of them is invalid.
-    """
+    """Returns the points, all with the first seed, then all with the next; ConfigError, with file, point and field."""
     with named_errors(path):
         named = module.get_sweep(base)
     if not isinstance(named, Mapping) or not named:
-        raise ConfigError(
-            f"{path}: get_sweep(base) must return a dict of at least one name to overrides, not {named!r}"
-        )
+        raise ConfigError(f"{path}: get_sweep(base) must return a dict of at least one name, not {named!r}")
     points = []
     for seed in seeds:
         for name, overrides in named.items():
@@ -94,7 +83,7 @@ def expand(path: Path, module: ModuleType, base: Config, seeds: Sequence[int]) -
 
 
 def outcome(config: Config) -> dict[str, Any]:
-    """Returns the fields that change a run's result: 2 for a float is 2.0, and a file is its name, in whatever folder."""
+    """Returns the fields that change a run's result: floats as floats (2 is 2.0), files as their names without folders."""
     defaults, known = flatten(Config()), options(Config)
     values = {k: _typed(value, defaults[k]) for k, value in flatten(config).items() if known[k].outcome}
     return {k: Path(value).name if known[k].outcome == "file name" else value for k, value in values.items()}
@@ -113,10 +102,7 @@ def digest(config: Config) -> str:
 
 
 def folder_name(config: Config, base: Config) -> str:
-    """Returns the name of a run's folder: its changes of `base`, shortened, and its digest.
-
-    For example "alpha_0.75-kind_balanced_cross_entropy-1a2b3c4d", or "base-..." without changes.
-    """
+    """Returns the name of a run's folder, its changes of `base` and its digest: "alpha_0.75-1a2b3c4d", "base-1a2b3c4d"."""
     old = outcome(base)
     changes = {name: value for name, value in outcome(config).items() if value != old[name] and name != "seed"}
     if "model.backbone" in changes:
@@ -128,10 +114,8 @@ def folder_name(config: Config, base: Config) -> str:
 
 
 def _typed(value: Any, default: Any) -> Any:
-    """2 and 2.0 are the same value of a field that is a float."""
     if isinstance(value, tuple):
-        floats = any(isinstance(d, float) for d in default)
-        return tuple(float(v) if floats else v for v in value)
+        return tuple(map(float, value)) if any(isinstance(d, float) for d in default) else value
     return float(value) if isinstance(default, float) else value
 
 

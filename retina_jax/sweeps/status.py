@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,33 +20,29 @@ import msgspec
 from retina_jax.config import Config, ConfigError
 from retina_jax.data.transforms import buckets
 from retina_jax.model.summary import forward_flops
-from retina_jax.runs.folder import write_json
-from retina_jax.sweeps.manifest import Task, exclusive_lock
+from retina_jax.runs.files import exclusive_lock, write_json
+from retina_jax.sweeps.manifest import Task
 from retina_jax.sweeps.points import Point
 from retina_jax.training.metrics import NonFiniteLoss
 
 T = TypeVar("T")
-ENDED = ("done", "diverged")
-"""Kinds of state in which a point is not trained again."""
-PAPER_CLASSES = 80
-"""Number of classes assumed for costs if `model.num_classes` is taken from the data."""
+ENDED = ("done", "diverged")  # Kinds of state in which a point is not trained again
+PAPER_CLASSES = 80  # Number of classes assumed for costs if `model.num_classes` is taken from the data
 
 
 @dataclass(frozen=True)
 class State:
-    """How far a point has come."""
+    """How far a point has come.
+
+    done: trained to its last step and evaluated, if its config evaluates; diverged: its loss became non-finite; running: a
+    worker holds its lock; interrupted: started and will be resumed; waiting: not started.
+    """
 
     kind: Literal["done", "diverged", "running", "interrupted", "waiting"]
-    """done: trained to its last step and evaluated, if its config evaluates; diverged: its loss became non-finite; running:
-    a worker holds its lock; interrupted: started and will be resumed; waiting: not started."""
-    ap: float | None = None
-    """In [0, 1]; None: not done, or not evaluated."""
-    step: int | None = None
-    """Step at which it diverged."""
-    seconds: float | None = None
-    """Training time of a done point."""
-    message: str = field(default="", compare=False)
-    """Why it diverged."""
+    ap: float | None = None  # in [0, 1]; None: not done, or not evaluated
+    step: int | None = None  # step at which it diverged
+    seconds: float | None = None  # training time of a done point
+    message: str = field(default="", compare=False)  # why it diverged
 
     def __str__(self) -> str:
         if self.kind == "done" and self.ap is not None:
@@ -61,15 +57,13 @@ def lock_file(workdir: Path, folder: str) -> Path:
 
 def state_of(workdir: Path, point: Point) -> State:
     """Returns the state of a point, from its folder and its lock."""
-    end = ended(workdir / point.folder, point.config)
-    if end is not None:
+    if (end := ended(workdir / point.folder, point.config)) is not None:
         return end
     lock = lock_file(workdir, point.folder)
     if lock.exists():
         if not os.access(lock, os.W_OK):  # another user's sweep: unknown, and not free
             return State("running")
-        # Another process that looks at the state holds the lock for an instant, a worker for much longer.
-        with exclusive_lock(lock, timeout=0.2) as free:
+        with exclusive_lock(lock, timeout=0.2) as free:  # other processes that look at it hold it for an instant
             if not free:
                 return State("running")
     started = any((workdir / point.folder / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoints"))
@@ -79,11 +73,8 @@ def state_of(workdir: Path, point: Point) -> State:
 def run_point(workdir: Path, point: Point, train: Callable[[Config, Path], None]) -> State:
     """Trains or resumes the point, unless it has ended or another worker trains it; returns its state afterwards.
 
-    A non-finite loss is a result: it is written to FOLDER/diverged.json, and the point is not tried again while that file
-    exists. Every other error is raised.
-
-    Args:
-      train: trains a config in a folder, or resumes the run there (`scripts/train.py`).
+    `train` trains a config in a folder, or resumes the run there. A non-finite loss is a result: it is written to
+    FOLDER/diverged.json, and the point is not tried again while that file exists. Every other error is raised.
     """
     folder = workdir / point.folder
     with exclusive_lock(lock_file(workdir, point.folder), timeout=1.0) as locked:
@@ -152,50 +143,39 @@ def training_pflop(config: Config) -> float:
     return 3 * forward * config.data.batch_size * config.training.steps / 1e15
 
 
-def seconds_per_pflop(states: Sequence[State], costs: Sequence[float]) -> float | None:
-    """Returns the mean rate of the done points; None if there are none."""
-    done = [(s.seconds, cost) for s, cost in zip(states, costs, strict=True) if s.kind == "done" and s.seconds]
-    return sum(seconds for seconds, _ in done) / sum(cost for _, cost in done) if done else None
-
-
 def listing(workdir: Path | None, tasks: Sequence[Task]) -> str:
-    """Returns one line per point and one for their sum; `workdir` None: nothing has started.
-
-    Hours are measured for done points, and estimated from their rate for the others.
-    """
+    """Returns a line per point and a sum (`workdir` None: nothing has started), with hours, which ~ marks as estimated."""
     states = {task.point.folder: state_of(workdir, task.point) if workdir else State("waiting") for task in tasks}
     costs = {task.point.folder: training_pflop(task.point.config) for task in tasks}
-    rate = seconds_per_pflop(list(states.values()), list(costs.values()))
+    done = [(state.seconds, costs[name]) for name, state in states.items() if state.kind == "done" and state.seconds]
+    rate = sum(seconds for seconds, _ in done) / sum(cost for _, cost in done) if done else None
     several_seeds = len({task.point.seed for task in tasks}) > 1
     table = [["index", "point", "state", "PFLOP", *["hours"] * (rate is not None), "folder", "overrides"]]
     for task in tasks:
         name = " = ".join(task.labels) + (f" (seed {task.point.seed})" if several_seeds else "")
         folder = task.point.folder
-        numbers = [_number(costs[folder])]
+        took, hours = states[folder].seconds, []
         if rate is not None:
-            took = states[folder].seconds
-            numbers.append(f"~{costs[folder] * rate / 3600:.2f}" if took is None else f"{took / 3600:.2f}")
-        table.append([str(task.index), name, str(states[folder]), *numbers, folder, _words(task.point.overrides)])
+            hours = [f"~{costs[folder] * rate / 3600:.2f}" if took is None else f"{took / 3600:.2f}"]
+        overrides = " ".join(f"{k}={_value(v)}" for k, v in task.point.overrides.items()) or "none: the base itself"
+        table.append([str(task.index), name, str(states[folder]), _number(costs[folder]), *hours, folder, overrides])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    rows = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
     left = math.fsum(cost for folder, cost in costs.items() if states[folder].kind not in ENDED)
     counts = Counter(state.kind for state in states.values())
     expected = "" if rate is None else f", {left * rate / 3600:.2f} hours at the rate of the done points"
-    return (
-        f"{_aligned(table)}\n{len(states)} distinct runs: {', '.join(f'{n} {kind}' for kind, n in counts.items())}; "
+    rows.append(
+        f"{len(states)} distinct runs: {', '.join(f'{n} {kind}' for kind, n in counts.items())}; "
         f"{_number(math.fsum(costs.values()))} PFLOP, {_number(left)} left{expected}"
     )
+    return "\n".join(rows)
 
 
-def _words(overrides: Mapping[str, Any]) -> str:
-    def value(v: Any) -> str:
-        return ",".join(map(value, v)) if isinstance(v, tuple) else f"{v:.4g}" if isinstance(v, float) else str(v)
-
-    return " ".join(f"{name}={value(v)}" for name, v in overrides.items()) or "none: the base itself"
+def _value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(_value, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table)

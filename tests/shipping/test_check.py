@@ -27,18 +27,18 @@ def compared(
 
 def test_equal_detections_agree() -> None:
     found = compared(BOXES, [0.9, 0.5, 0.0505], [0, 0, 0])
-    assert found.agrees and found == Comparison(1, 3, 0, 0.0, 0.0)
+    assert found.unmatched == 0 and found == Comparison(1, 3, 0, 0.0, 0.0)
 
 
 def test_the_largest_differences_are_reported() -> None:
     moved = [[10, 10, 20, 20.005], *BOXES[1:]]
     found = compared(moved, [0.9, 0.5006, 0.0505], [0, 0, 0])
-    assert found.agrees and found.box_difference == pytest.approx(0.005, abs=1e-5)
+    assert found.unmatched == 0 and found.box_difference == pytest.approx(0.005, abs=1e-5)
     assert found.score_difference == pytest.approx(0.0006, abs=1e-6)
 
 
 def test_order_does_not_matter() -> None:
-    assert compared(BOXES[::-1], [0.0505, 0.5, 0.9], [0, 0, 0]).agrees
+    assert compared(BOXES[::-1], [0.0505, 0.5, 0.9], [0, 0, 0]).unmatched == 0
 
 
 @pytest.mark.parametrize(
@@ -55,16 +55,16 @@ def test_order_does_not_matter() -> None:
 )
 def test_what_differs_is_counted(boxes: list, scores: list[float], labels: list[int], unmatched: int) -> None:
     found = compared(boxes, scores, labels)
-    assert not found.agrees and found.unmatched == unmatched and str(unmatched) in str(found)
+    assert found.unmatched == unmatched and str(unmatched) in str(found)
 
 
 def test_a_score_at_the_threshold_may_be_there_or_not() -> None:
-    assert compared(BOXES[:2], [0.9, 0.5], [0, 0]).agrees
-    assert not compared(BOXES[:2], [0.9, 0.5], [0, 0], threshold=0.01).agrees
+    assert compared(BOXES[:2], [0.9, 0.5], [0, 0]).unmatched == 0
+    assert compared(BOXES[:2], [0.9, 0.5], [0, 0], threshold=0.01).unmatched
 
 
 def test_the_last_place_of_a_full_list_may_be_taken_by_an_equal_one() -> None:
     others = [*BOXES[:2], [70, 10, 80, 20]]
-    assert compared(others, [0.9, 0.5, 0.0508], [0, 0, 0], most=3, threshold=0.0).agrees
-    assert not compared(others, [0.9, 0.5, 0.0508], [0, 0, 0], most=4, threshold=0.0).agrees
-    assert not compared(others, [0.9, 0.5, 0.0525], [0, 0, 0], most=3, threshold=0.0).agrees
+    assert compared(others, [0.9, 0.5, 0.0508], [0, 0, 0], most=3, threshold=0.0).unmatched == 0
+    assert compared(others, [0.9, 0.5, 0.0508], [0, 0, 0], most=4, threshold=0.0).unmatched
+    assert compared(others, [0.9, 0.5, 0.0525], [0, 0, 0], most=3, threshold=0.0).unmatched

@@ -252,14 +252,14 @@ def test_every_form_of_a_convolution_is_exported(form: str) -> None:
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=kernel_shape).astype(np.float32)
     call = jax.jit(lambda x, kernel: convolve(x, kernel, stride))
-    travelling = jax.export.export(call, platforms=PLATFORMS)(jax.ShapeDtypeStruct((b, *shape), np.float32), kernel)
-    text = travelling.mlir_module()
+    program = jax.export.export(call, platforms=PLATFORMS)(jax.ShapeDtypeStruct((b, *shape), np.float32), kernel)
+    text = program.mlir_module()
     forms = tuple(
         re.search(rf"stablehlo\.({op})\b", text) is not None for op in ("dot_general", "convolution|dynamic_conv")
     )
     assert forms == {"plain": (False, True)}.get(form, (True, True))
     x = rng.normal(size=(3, *shape)).astype(np.float32)
-    found = jax.export.deserialize(exported.serialize()).call(x, kernel)
+    found = jax.export.deserialize(program.serialize()).call(x, kernel)
     np.testing.assert_allclose(found, call(x, kernel), rtol=1e-5, atol=1e-4)
 
 
