@@ -27,16 +27,11 @@ SIDES = np.array([0.0, *(2.0 ** (np.arange(4, 21) / 2)), np.inf])
 """Ends of the bins of box sizes, the square root of the area in pixels: half octaves from 4 to 1024."""
 ASPECTS = np.array([0.0, *(2.0 ** (np.arange(-6, 7) / 2)), np.inf])
 """Ends of the bins of aspect ratios, height over width: half octaves from 1:8 to 8:1."""
-FEWEST = 8
-"""Rows that boxes are padded to at least, above that powers of two, so that few programs are compiled."""
-THREADS = 2
-"""Images matched at the same time."""
-POOR = 0.9
-"""A class with a smaller share of boxes with an anchor of sufficient IoU gets a warning."""
-HOPELESS = 0.5
-"""If a smaller share of all boxes has any anchor, the data is not ready to train."""
-CLASS_HOPELESS = 0.1
-"""The same for a class of MANY boxes: it would never be detected."""
+FEWEST = 8  # Rows that boxes are padded to at least, above that powers of two, so that few programs are compiled
+THREADS = 2  # Images matched at the same time
+POOR = 0.9  # A class with a smaller share of boxes with an anchor of sufficient IoU gets a warning
+HOPELESS = 0.5  # If a smaller share of all boxes has any anchor, the data is not ready to train
+CLASS_HOPELESS = 0.1  # The same for a class of MANY boxes: it would never be detected
 MANY = 10
 
 
@@ -44,19 +39,13 @@ class Views(NamedTuple):
     """V views, each an image at one of its sizes, with N boxes in all. If training draws the short side at random, every
     image has one view per short side. Nothing is flipped."""
 
-    padded_hw: list[tuple[int, int]]
-    """Padded shape (height, width) of each view."""
-    sizes_hw: list[tuple[int, int]]
-    """Size of each image within it."""
-    records: Int64[np.ndarray, " V"]
-    """Record of each view."""
-    ends: Int64[np.ndarray, " V+1"]
-    """View v has the boxes ends[v] to ends[v + 1]."""
-    boxes_xyxy: Float32[np.ndarray, "N 4"]
-    """Pixels of the padded image, exactly what training matches with the anchors."""
+    padded_hw: list[tuple[int, int]]  # Padded shape (height, width) of each view
+    sizes_hw: list[tuple[int, int]]  # Size of each image within it
+    records: Int64[np.ndarray, " V"]  # Record of each view
+    ends: Int64[np.ndarray, " V+1"]  # View v has the boxes ends[v] to ends[v + 1]
+    boxes_xyxy: Float32[np.ndarray, "N 4"]  # Pixels of the padded image, exactly what training matches with the anchors
     labels: Int64[np.ndarray, " N"]
-    boxes: Int64[np.ndarray, " N"]
-    """Index of each box among those of all records, one record after the other."""
+    boxes: Int64[np.ndarray, " N"]  # Index of each box among those of all records, one record after the other
 
     def bins(self) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " N"]]:
         """The bin of SIDES and the bin of ASPECTS of each box; a value on the border of two bins is in the upper one."""
@@ -97,10 +86,8 @@ def view_boxes(records: list[Record], data: DataConfig) -> Views:
 class Coverage(NamedTuple):
     """Anchors of N boxes."""
 
-    best_iou: Float32[np.ndarray, " N"]
-    """Largest IoU of any anchor with the box."""
-    anchors: Int64[np.ndarray, " N"]
-    """Positive anchors assigned to the box."""
+    best_iou: Float32[np.ndarray, " N"]  # Largest IoU of any anchor with the box
+    anchors: Int64[np.ndarray, " N"]  # Positive anchors assigned to the box
     positive_iou: float
 
     @property
@@ -163,8 +150,7 @@ class Share(NamedTuple):
     by_low_quality: int
     uncovered: int
     outbid: int
-    anchors: int
-    """Positive anchors of all of them."""
+    anchors: int  # Positive anchors of all of them
 
     def part(self, kind: str) -> float:
         """The share of one of the counts in all boxes; 1 if there are no boxes."""
@@ -181,12 +167,9 @@ class Shares(NamedTuple):
     """Coverage of a split."""
 
     total: Share
-    classes: list[Share]
-    """By label; classes without boxes included."""
-    sizes: list[Share]
-    """By bin of SIDES."""
-    aspects: list[Share]
-    """By bin of ASPECTS."""
+    classes: list[Share]  # By label; classes without boxes included
+    sizes: list[Share]  # By bin of SIDES
+    aspects: list[Share]  # By bin of ASPECTS
     positives_per_image: float
     """Mean number of positive anchors of a training image; times the batch size, the loss's normaliser."""
 

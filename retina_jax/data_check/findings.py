@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 Severity = Literal["error", "warning", "note"]
-SHOWN = 5
-"""Findings of a kind that its line on the terminal names."""
+SHOWN = 5  # Findings of a kind that its line on the terminal names
 
 
 class Kind(NamedTuple):
@@ -16,10 +15,8 @@ class Kind(NamedTuple):
     severity: Severity
     """error: training would refuse the data or could not learn from it; warning: training works, but look at it; note: known
     and handled."""
-    title: str
-    """What is counted, in the plural."""
-    meaning: str
-    """What training does with it, and what to do."""
+    title: str  # What is counted, in the plural
+    meaning: str  # What training does with it, and what to do
 
 
 FIRST = "Training stops at the first of them."
@@ -88,13 +85,10 @@ KINDS: dict[str, Kind] = {name: Kind(*kind) for name, *kind in (
 class Finding(NamedTuple):
     """One thing found."""
 
-    kind: str
-    """One of KINDS."""
+    kind: str  # One of KINDS
     split: str
-    name: str
-    """What it is about: `annotation 2288`, an image's file name, a class."""
-    text: str = ""
-    """Details; may be empty."""
+    name: str  # What it is about: `annotation 2288`, an image's file name, a class
+    text: str = ""  # Details; may be empty
 
 
 class Group(NamedTuple):

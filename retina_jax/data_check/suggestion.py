@@ -19,14 +19,11 @@ GOOD = 0.98
 """Share of the boxes, and mean share of the classes, with an anchor of sufficient IoU that needs no suggestion."""
 CLOSE = 0.01
 """If no setting is GOOD, the cheapest within this of the best is suggested; a smaller gain is not worth a change."""
-SEARCHED = 4000
-"""Approximate number of boxes used in the search."""
-ENLARGED = (1.0, 1.25, 1.5, 2.0)
-"""Short sides tried, as multiples of the config's."""
+SEARCHED = 4000  # Approximate number of boxes used in the search
+ENLARGED = (1.0, 1.25, 1.5, 2.0)  # Short sides tried, as multiples of the config's
 FACTORS = (1.0, 0.25, 0.375, 0.5, 0.625, 0.75, 1.5, 2.0)
 """Values of anchors.size_factor tried, as multiples of the config's."""
-OCTAVE = (1.0, 1.1892, 1.4142, 1.6818)
-"""Four scales per octave, tried besides the config's."""
+OCTAVE = (1.0, 1.1892, 1.4142, 1.6818)  # Four scales per octave, tried besides the config's
 QUANTILES = ((0.1, 0.5, 0.9), (0.03, 0.25, 0.5, 0.75, 0.97))
 """Ratios tried besides the config's: these quantiles of the boxes' aspect ratios."""
 
@@ -34,17 +31,12 @@ QUANTILES = ((0.1, 0.5, 0.9), (0.03, 0.25, 0.5, 0.75, 0.97))
 class Suggestion(NamedTuple):
     """Another setting, and its gain."""
 
-    changes: dict[str, Any]
-    """Config fields by dotted name."""
-    options: str
-    """The same as command-line options."""
+    changes: dict[str, Any]  # Config fields by dotted name
+    options: str  # The same as command-line options
     before: Shares
-    after: Shares
-    """Coverage of all boxes, by training's own matching."""
-    pixels: float
-    """Pixels of an image, relative to before."""
-    anchors: tuple[int, int]
-    """Anchors per cell, before and after."""
+    after: Shares  # Coverage of all boxes, by training's own matching
+    pixels: float  # Pixels of an image, relative to before
+    anchors: tuple[int, int]  # Anchors per cell, before and after
 
     def pairs(self) -> list[tuple[Share, Share]]:
         """Before and after, of all boxes and of each class with boxes."""

@@ -43,8 +43,7 @@ class EvaluationError(PlainError, ValueError):
 class Scores(NamedTuple):
     """COCO scores, each in [0, 1], or None where there is no ground truth to define it."""
 
-    summary: dict[str, float | None]
-    """The scores of SUMMARY, by name."""
+    summary: dict[str, float | None]  # The scores of SUMMARY, by name
     per_class: dict[str, float | None]
     """AP (IoU 0.50 to 0.95, all areas, 100 detections per image) of each class by its unique name
     (`classes.unique_names`), by ascending category id."""

@@ -39,8 +39,7 @@ RIGHT, LEFT_OUT = -1, -2
 """Not an error: a detection that found its object, an object that was found; and what counts neither way."""
 FOREGROUND, NOTHING = 0.5, 0.1
 """A detection finds an object from the first IoU on, and is on background up to the second; both included."""
-RESULT_KEYS = {"image_id", "category_id", "bbox", "score"}
-"""Keys of a detection in COCO's results format."""
+RESULT_KEYS = {"image_id", "category_id", "bbox", "score"}  # Keys of a detection in COCO's results format
 
 
 class Errors(NamedTuple):
@@ -53,8 +52,7 @@ class Errors(NamedTuple):
     of_truth: Int[np.ndarray, " G"]
     """RIGHT, MISSED, or the kind of the detection that finds it once that is fixed: CLASSIFICATION or LOCALISATION.
     LEFT_OUT: crowd regions."""
-    finds: Int[np.ndarray, " D"]
-    """The object that a detection finds (RIGHT), or finds once it is fixed; -1: none."""
+    finds: Int[np.ndarray, " D"]  # The object that a detection finds (RIGHT), or finds once it is fixed; -1: none
     target: Int[np.ndarray, " D"]
     """The object that a detection of the wrong class or place overlaps most, found or not; -1: of any other kind."""
 
@@ -233,11 +231,9 @@ class Analysis:
     source: Source
     names: tuple[str, ...]
     errors: Errors
-    precision: Float[np.ndarray, "10 101 K"]
-    """By IoU, recall and category; -1 where a category has no object."""
+    precision: Float[np.ndarray, "10 101 K"]  # By IoU, recall and category; -1 where a category has no object
     records: tuple[int, ...]
-    note: str
-    """Why the AP computed now may differ from that of the evaluation; empty if it does not."""
+    note: str  # Why the AP computed now may differ from that of the evaluation; empty if it does not
 
 
 def analyse(file: Path, scores: dict[str, Any], data: DataConfig, categories: Sequence[Category]) -> Analysis:

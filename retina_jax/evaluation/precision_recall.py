@@ -19,10 +19,8 @@ IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
 """Square pixels; both ends are included, so an area of 1024 is small and medium."""
-MAX_DETECTIONS = (1, 10, 100)
-"""Detections that count, per image and category."""
-PAIRS = 1 << 19
-"""Pairs of a detection and a box processed together: about 50 MiB."""
+MAX_DETECTIONS = (1, 10, 100)  # Detections that count, per image and category
+PAIRS = 1 << 19  # Pairs of a detection and a box processed together: about 50 MiB
 
 
 class GroundTruth(NamedTuple):
@@ -59,10 +57,8 @@ class Matches(NamedTuple):
 
     detections: Int[np.ndarray, " N"]
     """Indices of the 100 best detections of each category and image, by category, image and descending score."""
-    ranks: Int[np.ndarray, " N"]
-    """Rank of each in its category and image, from 0."""
-    boxes: Int[np.ndarray, "A T N"]
-    """Index of the box taken; -1 where there is none."""
+    ranks: Int[np.ndarray, " N"]  # Rank of each in its category and image, from 0
+    boxes: Int[np.ndarray, "A T N"]  # Index of the box taken; -1 where there is none
     ignored_boxes: Bool[np.ndarray, "A G"]
     """Crowd regions and boxes outside the area: no object to find, and who takes one counts neither way."""
     outside: Bool[np.ndarray, "A N"]
@@ -74,8 +70,7 @@ class Curves(NamedTuple):
 
     precision: Float[np.ndarray, "10 101 K 4 3"]
     """By IoU threshold, recall, category, area and number of detections: the highest at this recall or above, 0 if none."""
-    recall: Float[np.ndarray, "10 K 4 3"]
-    """The highest reached."""
+    recall: Float[np.ndarray, "10 K 4 3"]  # The highest reached
 
 
 def coco_curves(truth: GroundTruth, found: DetectedBoxes, categories: int) -> Curves:

@@ -16,32 +16,27 @@ from retina_jax.reports import render
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 """Distinct for colour-blind readers too (Okabe and Ito), readable on white and on black."""
-DASHES = ("", "7 3", "2 3")
-"""Beyond the colours lines are dashed, then dotted."""
+DASHES = ("", "7 3", "2 3")  # Beyond the colours lines are dashed, then dotted
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 520.0, 64.0, 498.0, 12.0, 216.0
 """Width of the picture and edges of the area for data; `LEFT` grows with the tick labels."""
 CHARACTER, Y_LABEL = 7.0, 26.0
 """Width of a character of a tick label; width of the y label and the gap next to it."""
-GAP = 2.0
-"""Pixels between two bars."""
+GAP = 2.0  # Pixels between two bars
 
 
 class Line(NamedTuple):
     """A curve. Lines with one label look alike and share an entry of the legend."""
 
     label: str
-    points: Sequence[tuple[float, float]]
-    """(x, y), by ascending x; at least two."""
+    points: Sequence[tuple[float, float]]  # (x, y), by ascending x; at least two
 
 
 class Stack(NamedTuple):
     """One part of every bar."""
 
     label: str
-    counts: Sequence[float]
-    """For each bin, 0 or more."""
-    colour: str
-    """#rrggbb."""
+    counts: Sequence[float]  # For each bin, 0 or more
+    colour: str  # #rrggbb
 
 
 def line_chart(lines: Sequence[Line], x_label: str, y_label: str, *, log_y: bool = False) -> Markup:
