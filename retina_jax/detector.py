@@ -79,7 +79,6 @@ class Detector:
 
     @property
     def config(self) -> Config:
-        """The config of the network."""
         return self.driver.config
 
     def detect(self, images: Iterable[np.ndarray], *, batch_size: int = 1) -> list[ImageDetections]:
@@ -94,9 +93,8 @@ class Detector:
         while group := list(itertools.islice(remaining, batch_size)):
             for number, image in enumerate(group, start=len(found)):
                 if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or min(image.shape) == 0:
-                    raise ValueError(
-                        f"image {number}: {image.dtype} of shape {image.shape}; detect takes uint8 arrays [h, w, 3]"
-                    )
+                    what = f"{image.dtype} of shape {image.shape}"
+                    raise ValueError(f"image {number}: {what}; detect takes uint8 arrays [h, w, 3]")
             rows = -(-len(group) // self.driver.num_devices) * self.driver.num_devices
             batches = (to_canvas(group, data, rows) for data in sizes(self.config))
             merged = self.merged(self.detect_batches(batches, [image.shape[:2] for image in group]))
@@ -115,32 +113,26 @@ class Detector:
         for plain in batches:
             for flipped in (False, True)[: 1 + self.config.detection.tta_flip]:
                 batch = mirrored(plain) if flipped else plain
-                running = (
-                    batch,
-                    self.driver.detect(self.variables, self.driver.shard_batch(Inputs.of(batch))),
-                    flipped,
-                )
+                running = self.driver.detect(self.variables, self.driver.shard_batch(Inputs.of(batch)))
                 if previous is not None:
                     yield from self._read(*previous, sizes_hw)
-                previous = running
+                previous = batch, running, flipped
         if previous is not None:
             yield from self._read(*previous, sizes_hw)
 
     def merged(self, found: Iterable[tuple[int, ImageDetections]]) -> dict[int, ImageDetections]:
         """Merges the detections of all versions of an image, by index; without augmentation there is one version."""
+        if (count := versions(self.config)) == 1:
+            return dict(found)
         of_image: dict[int, list[ImageDetections]] = {}
         for index, detections in found:
             of_image.setdefault(index, []).append(detections)
-        return {index: self._merge(group) for index, group in of_image.items()}
-
-    def _merge(self, group: Sequence[ImageDetections]) -> ImageDetections:
-        if (count := versions(self.config)) == 1:
-            (detections,) = group
-            return detections
-        names = "boxes_xyxy", "scores", "labels"
-        arrays = [np.concatenate([getattr(detections, name) for detections in group]) for name in names]
-        kept = merge(*arrays, self.config.detection, count * self.config.detection.max_detections)
-        return self._detections(*(array[kept] for array in arrays))
+        merged, names = {}, ("boxes_xyxy", "scores", "labels")
+        for index, group in of_image.items():
+            arrays = [np.concatenate([getattr(detections, name) for detections in group]) for name in names]
+            kept = merge(*arrays, self.config.detection, count * self.config.detection.max_detections)
+            merged[index] = self._detections(*(array[kept] for array in arrays))
+        return merged
 
     def _detections(
         self, boxes_xyxy: Float[np.ndarray, "N 4"], scores: Float[np.ndarray, " N"], labels: Int[np.ndarray, " N"]
@@ -168,7 +160,8 @@ def to_canvas(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], data: DataConfig, ro
     The padded shape is the smallest of the configured ones that holds all images. If none does, or `data.buckets` is 0, it
     is the smallest multiple of `data.pad_multiple` that does.
     """
-    resized = [resized_size(*image.shape[:2], data.short_side, data.long_side, data.size_rounding) for image in images]
+    rule = data.short_side, data.long_side, data.size_rounding
+    resized = [resized_size(*image.shape[:2], *rule) for image in images]
     largest = max(height for height, _ in resized), max(width for _, width in resized)
     shapes = buckets(data, (data.short_side,)) if data.buckets else ()
     fitting = [shape for shape in shapes if largest[0] <= shape[0] and largest[1] <= shape[1]]
@@ -217,10 +210,7 @@ def load_detector(
     Raises:
       ConfigError, WeightsError: one line that names the folder or file and what is wrong with it.
     """
-    from retina_jax.weights.importing import (
-        import_detector,
-        kind_of,
-    )  # reads foreign formats: training does not need it
+    from retina_jax.weights.importing import import_detector, kind_of  # training does not need these readers
 
     imported = None
     if kind_of(str(source)) is not None:
@@ -246,11 +236,8 @@ def load_detector(
 
 
 def sizes(config: Config) -> tuple[DataConfig, ...]:
-    """Returns `config.data` at each size of test-time augmentation: its own, then those of detection.tta_short_sides.
-
-    The long side grows in proportion, so that images of any shape grow by the same factor. Each size has its own padded
-    shapes, and one program per shape; mirrored images use the same programs.
-    """
+    """Returns `config.data` at each size of test-time augmentation: its own, then those of detection.tta_short_sides. The
+    long side grows in proportion. Each size has its own padded shapes, and one program per shape."""
     data = config.data
     others = dict.fromkeys(side for side in config.detection.tta_short_sides if side != data.short_side)
     longs = {side: max(side, round(data.long_side * side / data.short_side)) for side in others}
@@ -277,10 +264,8 @@ def merge(
     config: DetectionConfig,
     most: int,
 ) -> Int[np.ndarray, " M"]:
-    """Returns which of the detections of all versions remain, best first: M <= config.max_detections.
-
-    `most` is the largest possible N: arrays are padded to it, so that one program serves all images.
-    """
+    """Returns which of the detections of all versions remain, best first: M <= config.max_detections. Arrays are padded to
+    `most`, the largest possible N, so that one program serves all images."""
     room = most - len(scores)
     kept, real = _nms(
         np.pad(boxes_xyxy.astype(np.float32), ((0, room), (0, 0))),

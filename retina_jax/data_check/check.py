@@ -18,8 +18,8 @@ from retina_jax.data.conventions import Decoding
 from retina_jax.data.survey import Survey, survey_files
 from retina_jax.data_check.coverage import Coverage, Shares, Views, count_shares, cover, coverage_findings, view_boxes
 from retina_jax.data_check.findings import Finding, Group, grouped
-from retina_jax.data_check.image_check import check_images, duplicates, leaks
-from retina_jax.data_check.split import Split, box_findings, note_findings, read_split, refusals, repeated
+from retina_jax.data_check.image_check import check_images, duplicates
+from retina_jax.data_check.split import Split, read_split, split_findings
 from retina_jax.data_check.suggestion import Suggestion, suggest
 
 BAD_IMAGES = ("missing", "unreadable", "wrong_size")  # Kinds that data.bad_images skip tolerates
@@ -27,8 +27,6 @@ CONCERNED = ("data", "anchors", "matching")  # Sections of the config that the c
 
 
 class ClassCount(NamedTuple):
-    """Counts of a class in a split."""
-
     name: str
     boxes: int  # Boxes that can be trained on
     images: int  # Images with at least one of them
@@ -52,18 +50,15 @@ class Check:
     @property
     def ready(self) -> bool:
         """Whether training would start and could learn something: there is no error."""
-        return self.number("error") == 0
-
-    def number(self, severity: str) -> int:
-        """Number of findings of this severity."""
-        return sum(len(group.findings) for group in self.groups if group.severity == severity)
+        return all(group.severity != "error" for group in self.groups)
 
     def verdict(self) -> str:
         """One line: whether the data is ready, and the numbers of errors and warnings."""
-        errors, warnings = self.number("error"), self.number("warning")
-        return (
-            f"{'Not ready' if errors else 'Ready'} to train. Errors: {errors or 'none'}, warnings: {warnings or 'none'}"
-        )
+        numbers = [
+            sum(len(group.findings) for group in self.groups if group.severity == severity) or "none"
+            for severity in ("error", "warning")
+        ]
+        return f"{'Ready' if self.ready else 'Not ready'} to train. Errors: {numbers[0]}, warnings: {numbers[1]}"
 
 
 def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
@@ -72,14 +67,12 @@ def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
     Raises DataError as `read_split` does.
     """
 
-    def opened(name: str, known: Sequence[Category]) -> Split:
+    def opened(name: str, known: Sequence[Category] = ()) -> Split:
         without_boxes = config.data.images_without_boxes if name == "train" else "keep"
         return read_split(name, *pairs[name], without_boxes, known, config.data)
 
-    if "val" in pairs:
-        splits = list(open_both(partial(opened, "train"), partial(opened, "val")))
-    else:
-        splits = [opened("train", ())]
+    both = "val" in pairs
+    splits = list(open_both(partial(opened, "train"), partial(opened, "val"))) if both else [opened("train")]
     surveys = {split.name: survey_split(split) for split in splits}
     shown = [survey.votes.shown for survey in surveys.values()]
     if config.data.orientation == "auto" and set(shown) == {"open", "stored"}:
@@ -88,25 +81,34 @@ def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
         again = [bool(split.unsized) and one == "open" for split, one in zip(splits, shown, strict=True)]
         splits = [opened(s.name, s.categories) if late else s for s, late in zip(splits, again, strict=True)]
     found: list[Finding] = []
-    digests, decodings = [], {}
+    digests, decodings = {}, {}
     for split in splits:
         log(f"{split.name}: {len(split.images)} images, {len(split.labels)} boxes, {len(split.class_names)} classes")
         decodings[split.name], config, of_files = decide_decoding(split, surveys[split.name], config)
-        bad_images, of_images = check_images(split, decodings[split.name], config.data.workers)
-        digests.append(of_images)
-        found += [*of_files, *refusals(split), *note_findings(split), *repeated(split), *bad_images]
-        found += [*duplicates(split, of_images), *box_findings(split, config.data.max_boxes)]
-    found += leaks(*digests) if len(splits) == 2 else []
+        bad_images, digests[split.name] = check_images(split, decodings[split.name], config.data.workers)
+        found += [*of_files, *split_findings(split, config.data.max_boxes), *bad_images]
+    found += duplicates(digests, splits)
     train = splits[0]
     counts = {split.name: count_classes(split) for split in splits}
     found += [Finding("empty_class", name, c.name) for name, rows in counts.items() for c in rows if not c.boxes]
     found += [Finding("no_class", s.name, f"{c[1]} ({c[0]})", why) for s in splits for c, why in s.left_out.items()]
-    found += _refused_config(config, splits)
+    try:
+        category_ids(train.categories, splits[-1], "data.val_annotations")
+        with_classes(config, len(train.categories))
+    except ConfigError as error:
+        field, _, text = str(error).partition(": ")
+        found.append(Finding("refused_config", splits[-1].name, field, text))
     views = view_boxes(train.records, config.data)
     coverage = cover(views, config)
     shares = count_shares(views, coverage, train.class_names)
     if len(views.labels):
-        found += coverage_findings(shares) + _outbid(train, views, coverage, found)
+        # Boxes that duplicates outbid are reported already.
+        twins = {finding.name for finding in found if finding.kind in ("same_box", "other_class")}
+        outbid = train.trained_boxes()[np.unique(views.boxes[coverage.kinds["outbid"]])].tolist()
+        found += coverage_findings(shares)
+        found += [
+            Finding("outbid", "train", n, train.file_of(m)) for m in outbid if (n := train.box_name(m)) not in twins
+        ]
     else:
         found.append(Finding("nothing_to_learn", "train", str(train.annotations)))
     groups = grouped(found, BAD_IMAGES if config.data.bad_images == "skip" else ())
@@ -139,24 +141,6 @@ def count_classes(split: Split) -> list[ClassCount]:
         for labels in (split.labels[usable], pairs[1], split.labels[~usable])
     )
     return [ClassCount(*row) for row in zip(names, *columns, strict=True)]
-
-
-def _refused_config(config: Config, splits: Sequence[Split]) -> list[Finding]:
-    try:
-        category_ids(splits[0].categories, splits[-1], "data.val_annotations")
-        with_classes(config, len(splits[0].categories))
-    except ConfigError as error:
-        field, _, text = str(error).partition(": ")
-        return [Finding("refused_config", splits[-1].name, field, text)]
-    return []
-
-
-def _outbid(split: Split, views: Views, coverage: Coverage, found: Sequence[Finding]) -> list[Finding]:
-    """Boxes that are outbid at one of their sizes by others than their duplicates, which are reported already."""
-    twins = {finding.name for finding in found if finding.kind in ("same_box", "other_class")}
-    boxes = split.trained_boxes()[np.unique(views.boxes[coverage.kinds["outbid"]])]
-    named = {split.box_name(m): split.file_of(m) for m in boxes.tolist()}
-    return [Finding("outbid", split.name, name, file) for name, file in named.items() if name not in twins]
 
 
 def facts_of(check: Check) -> dict[str, Any]:

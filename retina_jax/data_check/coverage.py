@@ -23,10 +23,10 @@ from retina_jax.ops.anchors import anchor_grid
 from retina_jax.ops.boxes import iou_matrix
 from retina_jax.ops.matching import match
 
+# Ends of the bins of box sizes, the square root of the area in pixels (half octaves from 4 to 1024), and of aspect ratios,
+# height over width (half octaves from 1:8 to 8:1).
 SIDES = np.array([0.0, *(2.0 ** (np.arange(4, 21) / 2)), np.inf])
-"""Ends of the bins of box sizes, the square root of the area in pixels: half octaves from 4 to 1024."""
 ASPECTS = np.array([0.0, *(2.0 ** (np.arange(-6, 7) / 2)), np.inf])
-"""Ends of the bins of aspect ratios, height over width: half octaves from 1:8 to 8:1."""
 FEWEST = 8  # Rows that boxes are padded to at least, above that powers of two, so that few programs are compiled
 THREADS = 2  # Images matched at the same time
 POOR = 0.9  # A class with a smaller share of boxes with an anchor of sufficient IoU gets a warning
@@ -59,7 +59,7 @@ def view_boxes(records: list[Record], data: DataConfig) -> Views:
     short_sides = train_short_sides(data)
     shapes, rule = buckets(data, short_sides), (data.long_side, data.size_rounding)
     starts = np.cumsum([0, *(len(record.labels) for record in records)])
-    padded, sizes, rows, boxes, labels, places = [], [], [], [], [], []
+    padded, sizes, rows, boxes, labels, places = ([] for _ in range(6))
     for row, record in enumerate(records):
         n = min(len(record.labels), data.max_boxes)
         largest = resized_size(record.height, record.width, max(short_sides), *rule)
@@ -84,8 +84,6 @@ def view_boxes(records: list[Record], data: DataConfig) -> Views:
 
 
 class Coverage(NamedTuple):
-    """Anchors of N boxes."""
-
     best_iou: Float32[np.ndarray, " N"]  # Largest IoU of any anchor with the box
     anchors: Int64[np.ndarray, " N"]  # Positive anchors assigned to the box
     positive_iou: float
@@ -160,21 +158,17 @@ class Share(NamedTuple):
         """Counts and shares, for JSON; without boxes the shares are null."""
         kinds = ("by_iou", "by_low_quality", "uncovered")
         parts = {f"{kind}_share": round(self.part(kind), 6) if self.boxes else None for kind in kinds}
-        return {**self._asdict(), **parts}
+        return self._asdict() | parts
 
 
 class Shares(NamedTuple):
-    """Coverage of a split."""
-
     total: Share
     classes: list[Share]  # By label; classes without boxes included
     sizes: list[Share]  # By bin of SIDES
     aspects: list[Share]  # By bin of ASPECTS
-    positives_per_image: float
-    """Mean number of positive anchors of a training image; times the batch size, the loss's normaliser."""
+    positives_per_image: float  # mean number of positive anchors; times the batch size, the loss's normaliser
 
     def as_dict(self) -> dict[str, Any]:
-        """Counts and shares, for JSON."""
         return {
             "all": self.total.as_dict(),
             "positives_per_image": round(self.positives_per_image, 3),
@@ -210,14 +204,12 @@ def coverage_findings(shares: Shares) -> list[Finding]:
     """Hopeless coverage, and the classes with poor coverage, the worst first."""
     found = []
     for share in (shares.total, *sorted(shares.classes, key=lambda share: share.part("by_iou"))):
-        text = (
-            f"{share.part('by_iou'):.1%} by IoU, {share.part('by_low_quality'):.1%} by the low-quality rule only, "
-            f"{share.part('uncovered'):.1%} none, of {share.boxes} boxes"
-        )
-        name = "all boxes" if share is shares.total else share.name
-        least = HOPELESS if share is shares.total else CLASS_HOPELESS if share.boxes >= MANY else 0.0
-        if 1 - share.part("uncovered") < least:
-            found.append(Finding("hopeless", "train", name, text))
-        elif share is not shares.total and share.part("by_iou") < POOR:
-            found.append(Finding("poor", "train", name, text))
+        by_iou, by_low_quality, uncovered = map(share.part, ("by_iou", "by_low_quality", "uncovered"))
+        total = share is shares.total
+        least = HOPELESS if total else CLASS_HOPELESS if share.boxes >= MANY else 0.0
+        kind = "hopeless" if 1 - uncovered < least else "poor" if not total and by_iou < POOR else None
+        if kind is not None:
+            text = f"{by_iou:.1%} by IoU, {by_low_quality:.1%} by the low-quality rule only, {uncovered:.1%} none"
+            name = "all boxes" if total else share.name
+            found.append(Finding(kind, "train", name, f"{text}, of {share.boxes} boxes"))
     return found

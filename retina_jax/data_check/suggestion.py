@@ -29,8 +29,6 @@ QUANTILES = ((0.1, 0.5, 0.9), (0.03, 0.25, 0.5, 0.75, 0.97))
 
 
 class Suggestion(NamedTuple):
-    """Another setting, and its gain."""
-
     changes: dict[str, Any]  # Config fields by dotted name
     options: str  # The same as command-line options
     before: Shares
@@ -144,35 +142,26 @@ def best_iou(views: Views, config: Config) -> Float32[np.ndarray, " N"]:
     Anchors of one shape on one level differ only in position, and two boxes of given sizes overlap the more, the closer
     their centres are along x and along y. So only the anchor with the nearest centre counts, one per level and shape.
     """
-    best = np.zeros(len(views.labels), np.float32)
+    best, shapes = np.zeros(len(views.labels), np.float32), anchors_per_cell(config.anchors)
     padded_of = np.repeat(np.array(views.padded_hw, np.int64).reshape(-1, 2), np.diff(views.ends), axis=0)
-    for padded_hw in sorted(set(views.padded_hw)):
-        chosen = (padded_of == padded_hw).all(1)
-        best[chosen] = best_iou_on(padded_hw, views.boxes_xyxy[chosen], config)
-    return best
-
-
-def best_iou_on(
-    padded_hw: tuple[int, int], boxes_xyxy: Float32[np.ndarray, "n 4"], config: Config
-) -> Float32[np.ndarray, " n"]:
-    """The same for boxes in one padded shape."""
-    height, width = padded_hw
-    shapes = anchors_per_cell(config.anchors)
-    # The x of an anchor depends on its column alone and its y on its row: the grid's first row and first column are enough.
-    row, column = (
-        anchor_grid(hw, config.anchors, config.model).reshape(-1, shapes, 4) for hw in ((1, width), (height, 1))
-    )
-    best = np.zeros(len(boxes_xyxy), np.float32)
-    across = down = 0
-    for rows, columns in level_sizes(padded_hw, config.model):
-        x1, x2 = _nearest(row[across : across + columns, :, 0::2], boxes_xyxy[:, 0::2])
-        y1, y2 = _nearest(column[down : down + rows, :, 1::2], boxes_xyxy[:, 1::2])
-        across, down = across + columns, down + rows
-        overlap_x = np.minimum(x2, boxes_xyxy[:, 2, None]) - np.maximum(x1, boxes_xyxy[:, 0, None])
-        overlap_y = np.minimum(y2, boxes_xyxy[:, 3, None]) - np.maximum(y1, boxes_xyxy[:, 1, None])
-        shared = np.maximum(overlap_x, 0) * np.maximum(overlap_y, 0)
-        areas = ((boxes_xyxy[:, 2] - boxes_xyxy[:, 0]) * (boxes_xyxy[:, 3] - boxes_xyxy[:, 1]))[:, None]
-        np.maximum(best, (shared / (areas + (x2 - x1) * (y2 - y1) - shared)).max(1, initial=0), out=best)
+    for height, width in sorted(set(views.padded_hw)):
+        chosen = np.flatnonzero((padded_of == (height, width)).all(1))
+        boxes = views.boxes_xyxy[chosen]
+        sides = boxes[:, None, 2:] - boxes[:, None, :2]
+        # The x of an anchor depends on its column alone and its y on its row: the grid's first row and column are enough.
+        row, column = (
+            anchor_grid(hw, config.anchors, config.model).reshape(-1, shapes, 4) for hw in ((1, width), (height, 1))
+        )
+        across = down = 0
+        for rows, columns in level_sizes((height, width), config.model):
+            x1, x2 = _nearest(row[across : across + columns, :, 0::2], boxes[:, 0::2])
+            y1, y2 = _nearest(column[down : down + rows, :, 1::2], boxes[:, 1::2])
+            across, down = across + columns, down + rows
+            overlap_x = np.minimum(x2, boxes[:, 2, None]) - np.maximum(x1, boxes[:, 0, None])
+            overlap_y = np.minimum(y2, boxes[:, 3, None]) - np.maximum(y1, boxes[:, 1, None])
+            shared = np.maximum(overlap_x, 0) * np.maximum(overlap_y, 0)
+            ious = shared / (sides[..., 0] * sides[..., 1] + (x2 - x1) * (y2 - y1) - shared)
+            best[chosen] = np.maximum(best[chosen], ious.max(1, initial=0))
     return best
 
 

@@ -80,11 +80,18 @@ def draw_boxes(
         dashed_rectangle(canvas, place(box), dash=4 * line, width=max(1, line // 2))
     for box, colour in zip(boxes_xyxy, colours, strict=True):
         canvas.rectangle(place(box), outline=colour, width=line)
-    for box, colour, text in zip(
-        boxes_xyxy, colours, texts, strict=True
-    ):  # after all boxes, so that no line crosses one
+    # After all boxes, so that no line crosses a label: text on a filled plate above the box's upper left corner, moved to be
+    # inside the image.
+    for box, colour, text in zip(boxes_xyxy, colours, texts, strict=True):
         if text:
-            label(canvas, place(box)[:2], text, colour, font, picture.size)
+            left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
+            plate_width, plate_height = right - left + 6, bottom - top + 4
+            x, y = place(box)[:2]
+            x = max(0, min(x, picture.width - plate_width))
+            y = max(0, min(y - plate_height, picture.height - plate_height))
+            canvas.rectangle((x, y, x + plate_width - 1, y + plate_height - 1), fill=colour)
+            luminance = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+            canvas.text((x + 3 - left, y + 2 - top), text, fill="black" if luminance > 128 else "white", font=font)
     return np.asarray(picture)
 
 
@@ -93,29 +100,11 @@ def format_score(score: float) -> str:
     return "1.0" if score >= 0.995 else f"{score:.2f}".removeprefix("0")
 
 
-def label(
-    canvas: ImageDraw.ImageDraw,
-    corner: tuple[float, ...],
-    text: str,
-    colour: tuple[int, int, int],
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-    size: tuple[int, int],
-) -> None:
-    """Draws text on a filled plate above the box's upper left corner, moved to be inside an image of `size`."""
-    left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
-    plate_width, plate_height = right - left + 6, bottom - top + 4
-    x = max(0, min(corner[0], size[0] - plate_width))
-    y = max(0, min(corner[1] - plate_height, size[1] - plate_height))
-    canvas.rectangle((x, y, x + plate_width - 1, y + plate_height - 1), fill=colour)
-    luminance = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
-    canvas.text((x + 3 - left, y + 2 - top), text, fill="black" if luminance > 128 else "white", font=font)
-
-
 def dashed_rectangle(canvas: ImageDraw.ImageDraw, box_xyxy: tuple[float, ...], *, dash: int, width: int) -> None:
     """Draws white dashes on a black line, visible on any background."""
     x1, y1, x2, y2 = box_xyxy
     canvas.rectangle(box_xyxy, outline="black", width=width)
-    for (ax, ay), (bx, by) in (((x1, y1), (x2, y1)), ((x2, y1), (x2, y2)), ((x1, y2), (x2, y2)), ((x1, y1), (x1, y2))):
+    for ax, ay, bx, by in ((x1, y1, x2, y1), (x2, y1, x2, y2), (x1, y2, x2, y2), (x1, y1, x1, y2)):
         length = max(bx - ax, by - ay)
         for start in np.arange(0, length, 2 * dash):
             a, b = start / length, min(start + dash, length) / length

@@ -35,10 +35,8 @@ from retina_jax.evaluation.precision_recall import (
 
 KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
 CLASSIFICATION, LOCALISATION, BOTH, DUPLICATE, BACKGROUND, MISSED = range(len(KINDS))
-RIGHT, LEFT_OUT = -1, -2
-"""Not an error: a detection that found its object, an object that was found; and what counts neither way."""
-FOREGROUND, NOTHING = 0.5, 0.1
-"""A detection finds an object from the first IoU on, and is on background up to the second; both included."""
+RIGHT, LEFT_OUT = -1, -2  # a detection that found its object, or an object that was found; what counts neither way
+FOREGROUND, NOTHING = 0.5, 0.1  # IoU from which a detection finds an object, and up to which it is on background
 RESULT_KEYS = {"image_id", "category_id", "bbox", "score"}  # Keys of a detection in COCO's results format
 
 
@@ -53,8 +51,7 @@ class Errors(NamedTuple):
     """RIGHT, MISSED, or the kind of the detection that finds it once that is fixed: CLASSIFICATION or LOCALISATION.
     LEFT_OUT: crowd regions."""
     finds: Int[np.ndarray, " D"]  # The object that a detection finds (RIGHT), or finds once it is fixed; -1: none
-    target: Int[np.ndarray, " D"]
-    """The object that a detection of the wrong class or place overlaps most, found or not; -1: of any other kind."""
+    target: Int[np.ndarray, " D"]  # the object that one of wrong class or place overlaps most; -1: of any other kind
 
 
 def classify_errors(truth: GroundTruth, found: DetectedBoxes) -> Errors:
@@ -152,13 +149,9 @@ def _class_aps(
     for k in np.unique(of_truth[errors.of_truth != LEFT_OUT]):
         hits = right[order[moved[order] == k]]
         objects = int((counted & (of_truth == k)).sum())
-        values[k] = average_precision(hits, objects) if objects else float(not len(hits))
+        # COCO's AP at one IoU is the mean precision at 101 recalls.
+        values[k] = precision_curve(hits[None], ~hits[None], objects)[0].mean() if objects else float(not len(hits))
     return values
-
-
-def average_precision(right: Bool[np.ndarray, " D"], objects: int) -> float:
-    """COCO's AP at one IoU: the mean precision at 101 recalls. `right` is by descending score, `objects` at least 1."""
-    return float(precision_curve(right[None], ~right[None], objects)[0].mean())
 
 
 class OperatingPoint(NamedTuple):
@@ -195,9 +188,8 @@ def operating_point(errors: Errors) -> OperatingPoint | None:
     f1 = 2 * hits / (np.arange(1, len(rows) + 1) + objects)
     f1[:-1][scores[1:] == scores[:-1]] = -1  # detections of one score are dropped or kept together
     best = int(f1.argmax())
-    return OperatingPoint(
-        float(scores[best]), float(hits[best] / (best + 1)), float(hits[best] / objects), float(f1[best])
-    )
+    values = scores[best], hits[best] / (best + 1), hits[best] / objects, f1[best]
+    return OperatingPoint(*map(float, values))
 
 
 def count_by_image(errors: Errors, images: int, score: float) -> Counts:
@@ -258,15 +250,17 @@ def analyse(file: Path, scores: dict[str, Any], data: DataConfig, categories: Se
     truth, found, number = as_arrays(source.truth, detections, image_ids)
     curves = coco_curves(truth, found, number)
     now, then = float(coco_stats(curves)[0]), scores["AP"]
-    note = (
-        f"The saved detections now have AP {now:.4f}, the evaluation had {then}: the data has changed since, or the "
-        "detections are of another evaluation at this step."
-    )
+    note = ""
+    if abs(now - (-1.0 if then is None else then)) >= 1e-6:
+        note = (
+            f"The saved detections now have AP {now:.4f}, the evaluation had {then}: the data has changed since, or the "
+            "detections are of another evaluation at this step."
+        )
     return Analysis(
         source,
         unique_names(sorted(source.categories)),
         classify_errors(truth, found),
         curves.precision[..., 0, -1],
         tuple(records[image_id] for image_id in image_ids),
-        "" if abs(now - (-1.0 if then is None else then)) < 1e-6 else note,
+        note,
     )

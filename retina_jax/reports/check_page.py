@@ -24,13 +24,12 @@ from retina_jax.reports.charts import Stack, bar_chart
 
 MOST_LISTED = 200  # Findings of a kind on the page; the JSON has all
 OPEN_UP_TO = 10  # Lists of at most this many findings are open from the start
+# Boxes with an anchor of sufficient IoU, with one by the low-quality rule only, and without (Okabe and Ito).
 COVERED, RESCUED, UNCOVERED = "#009E73", "#E69F00", "#D55E00"
-"""Boxes with an anchor of sufficient IoU, with one by the low-quality rule only, and without (Okabe and Ito)."""
-ON_IMAGES = {COVERED: (0, 255, 0), RESCUED: (255, 190, 0), UNCOVERED: (255, 0, 0)}
-"""The same in colours that are visible on a photograph."""
+ON_IMAGES = {COVERED: (0, 255, 0), RESCUED: (255, 190, 0), UNCOVERED: (255, 0, 0)}  # visible on a photograph
 SIDE = 720  # Small images are enlarged to about this length of their longer side, pixels
 TAGGED = 12  # Boxes of an image that are labelled; more labels would hide it
-SHARES = ("by_iou", "by_low_quality", "uncovered")
+SHARES = {"by_iou": "sufficient IoU", "by_low_quality": "low-quality only", "uncovered": "no anchor"}
 
 
 def check_page(check: Check, pictures: Sequence[Worst], title: str) -> str:
@@ -64,17 +63,14 @@ def _histogram(shares: Sequence[Share], ends: Sequence[str], label: str) -> str:
     first, last = filled[0], filled[-1] + 1
     names = ["∞" if end == "inf" else end for end in ends[first : last + 1]]
     names = [name if len(names) <= 12 or i % 2 == 0 else "" for i, name in enumerate(names)]
-    texts = ("sufficient IoU", "low-quality only", "no anchor")
     stacks = [
         Stack(text, [getattr(share, kind) for share in shares[first:last]], colour)
-        for kind, text, colour in zip(SHARES, texts, ON_IMAGES, strict=True)
+        for (kind, text), colour in zip(SHARES.items(), ON_IMAGES, strict=True)
     ]
     return bar_chart(names, stacks, label, "boxes")
 
 
 class Worst(NamedTuple):
-    """An image with its boxes, and a caption."""
-
     pixels: UInt8[np.ndarray, "H W 3"]
     caption: str
 
@@ -122,10 +118,8 @@ def draw_coverage(
         for n in range(int(views.ends[v]), int(views.ends[v + 1]))
     }
     worst_last = sorted(colours, key=lambda n: list(ON_IMAGES).index(colours[n]))
-    few = sum(colour != COVERED for colour in colours.values()) <= TAGGED
-    texts = [
-        f"{class_names[views.labels[n]]} {coverage.best_iou[n]:.2f}" if few and colours[n] != COVERED else ""
-        for n in worst_last
-    ]
+    tagged = {n for n in worst_last if colours[n] != COVERED}
+    tagged = tagged if len(tagged) <= TAGGED else set()
+    texts = [f"{class_names[views.labels[n]]} {coverage.best_iou[n]:.2f}" if n in tagged else "" for n in worst_last]
     on_image = [ON_IMAGES[colours[n]] for n in worst_last]
     return draw_boxes(image, views.boxes_xyxy[worst_last], on_image, texts, side=SIDE)

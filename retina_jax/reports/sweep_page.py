@@ -17,20 +17,18 @@ from retina_jax.reports.charts import Line, line_chart
 
 def charts_of(section: Section) -> dict[str, Markup]:
     """The charts of a table by kind, as <svg> elements."""
-    return {
-        kind: line_chart(
-            [Line(curve.label, curve.points) for curve in chart.lines], chart.x_label, chart.y_label, log_y=chart.log_y
-        )
-        for kind, chart in section.charts.items()
-    }
+    charts = {}
+    for kind, chart in section.charts.items():
+        lines = [Line(curve.label, curve.points) for curve in chart.lines]
+        charts[kind] = line_chart(lines, chart.x_label, chart.y_label, log_y=chart.log_y)
+    return charts
 
 
 def to_html(sections: Sequence[Section], title: str) -> str:
     """The page."""
     names = [section.name for section in sections]
     tables = [(section, charts_of(section)) for section in sections]
-    page = render("sweep.html", title=title, sections=names, how_to_read=HOW_TO_READ, tables=tables)
-    return str(page)
+    return str(render("sweep.html", title=title, sections=names, how_to_read=HOW_TO_READ, tables=tables))
 
 
 def to_markdown(sections: Sequence[Section], title: str, charts: dict[tuple[str, str], str]) -> str:

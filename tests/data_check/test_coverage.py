@@ -27,7 +27,7 @@ from retina_jax.data_check.coverage import (
     coverage_findings,
     view_boxes,
 )
-from retina_jax.data_check.suggestion import GOOD, as_options, best_iou, best_iou_on, suggest
+from retina_jax.data_check.suggestion import GOOD, as_options, best_iou, suggest
 from retina_jax.ops.anchors import anchor_grid
 
 SMALL = override(Config(), {"data.short_side": 96, "data.long_side": 128})
@@ -130,7 +130,11 @@ def test_the_nearest_anchor_is_the_best_one_on_any_canvas(
     rng = np.random.default_rng(seed)
     ends = np.sort(rng.uniform(0, 1, (2, 15, 2)), axis=0) * canvas[::-1]
     boxes = np.concatenate([ends[0], np.maximum(ends[1], ends[0] + 0.5)], axis=1).astype(np.float32)
-    np.testing.assert_allclose(best_iou_on(canvas, boxes, config), ious(grid, boxes).max(0), atol=1e-4)
+    none = np.zeros(len(boxes), np.int64)
+    views = Views(
+        [canvas], [canvas], np.zeros(1, np.int64), np.array([0, len(boxes)]), boxes, none, np.arange(len(boxes))
+    )
+    np.testing.assert_allclose(best_iou(views, config), ious(grid, boxes).max(0), atol=1e-4)
 
 
 def test_a_box_that_is_an_anchor_and_one_of_a_quarter_of_it() -> None:

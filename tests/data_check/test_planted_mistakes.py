@@ -18,7 +18,7 @@ from retina_jax.data.coco import parse_coco, read_coco
 from retina_jax.data.source import DataError
 from retina_jax.data_check.check import Check, check_data
 from retina_jax.data_check.findings import KINDS, SHOWN, Finding, grouped
-from retina_jax.data_check.split import REFUSED, box_findings, read_split, refusals, repeated
+from retina_jax.data_check.split import REFUSED, read_split, split_findings
 
 ERRORS = {
     "refused_categories",
@@ -124,7 +124,7 @@ def test_any_value_anywhere_is_told_where_training_refuses_it(
     except DataError as error:
         assert refused == str(error)
         return
-    found = [*refusals(split), *repeated(split), *box_findings(split, 4)]
+    found = split_findings(split, 4)
     lines = [f"{path}: {f.name}: {f.text}" for f in found if f.kind in ("orphaned", *REFUSED.values())]
     assert refused in lines if refused else not lines
     assert all(finding.name.isprintable() and finding.text.isprintable() for finding in found)
