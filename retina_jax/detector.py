@@ -21,17 +21,9 @@ from jaxtyping import Float, Int, PyTree, UInt8
 
 from retina_jax.config import Config, ConfigError, DataConfig, DetectionConfig
 from retina_jax.config_io import override, validate
+from retina_jax.data import transforms
 from retina_jax.data.classes import unique_names
 from retina_jax.data.pipeline import LARGE, Batch
-from retina_jax.data.transforms import (
-    buckets,
-    exact_canvas,
-    flip_boxes,
-    resize,
-    resize_large,
-    resized_size,
-    to_original_pixels,
-)
 from retina_jax.ops.nms import nms
 from retina_jax.runs.folder import read_run
 from retina_jax.training.checkpoints import Checkpoints, Step
@@ -64,13 +56,11 @@ class Detector:
     step: int = 0  # Training steps of its weights in this project; 0 for imported weights
 
     @classmethod
-    def of(
-        cls, driver: Driver, state: TrainState, class_names: tuple[str, ...], category_ids: tuple[int, ...]
-    ) -> Detector:
+    def of(cls, driver: Driver, state: TrainState, names: tuple[str, ...], category_ids: tuple[int, ...]) -> Detector:
         """Returns the detector of a state: its averaged parameters (EMA) if it has them, unless detection.parameters is
         "raw"."""
         variables = state.detector(driver.config.detection.parameters)
-        return cls(driver, variables, class_names, category_ids, int(state.step))
+        return cls(driver, variables, names, category_ids, int(state.step))
 
     @cached_property
     def shown_names(self) -> tuple[str, ...]:
@@ -148,8 +138,8 @@ class Detector:
             height, width = sizes_hw[index]
             found = boxes[row][kept]
             if flipped:
-                found = flip_boxes(found, int(batch.image_sizes[row, 1]))
-            found = to_original_pixels(found, batch.scales[row], self.config.data.box_ends)
+                found = transforms.flip_boxes(found, int(batch.image_sizes[row, 1]))
+            found = transforms.to_original_pixels(found, batch.scales[row], self.config.data.box_ends)
             found = np.clip(found, 0, np.array([width, height, width, height], np.float32)[None])
             yield index, self._detections(found.astype(np.float32), scores[row][kept], labels[row][kept])
 
@@ -161,14 +151,15 @@ def to_canvas(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], data: DataConfig, ro
     is the smallest multiple of `data.pad_multiple` that does.
     """
     rule = data.short_side, data.long_side, data.size_rounding
-    resized = [resized_size(*image.shape[:2], *rule) for image in images]
+    resized = [transforms.resized_size(*image.shape[:2], *rule) for image in images]
     largest = max(height for height, _ in resized), max(width for _, width in resized)
-    shapes = buckets(data, (data.short_side,)) if data.buckets else ()
+    shapes = transforms.buckets(data, (data.short_side,)) if data.buckets else ()
     fitting = [shape for shape in shapes if largest[0] <= shape[0] and largest[1] <= shape[1]]
-    padded = min(fitting, key=lambda shape: shape[0] * shape[1], default=exact_canvas(largest, data))
+    padded = min(fitting, key=lambda shape: shape[0] * shape[1], default=transforms.exact_canvas(largest, data))
     pixels = np.zeros((rows, *padded, 3), data.pixels)
     for row, (image, size) in enumerate(zip(images, resized, strict=True)):
-        resize_image = resize_large if image.shape[0] * image.shape[1] > LARGE else resize
+        large = image.shape[0] * image.shape[1] > LARGE
+        resize_image = transforms.resize_large if large else transforms.resize
         pixels[row, : size[0], : size[1]] = np.asarray(resize_image(image, size, data.resize, data.pixels))
     pixels[len(images) :] = pixels[len(images) - 1]
     image_of_row = np.minimum(np.arange(rows), len(images) - 1)

@@ -104,11 +104,10 @@ def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
     if len(views.labels):
         # Boxes that duplicates outbid are reported already.
         twins = {finding.name for finding in found if finding.kind in ("same_box", "other_class")}
-        outbid = train.trained_boxes()[np.unique(views.boxes[coverage.kinds["outbid"]])].tolist()
+        boxes = train.trained_boxes()[np.unique(views.boxes[coverage.kinds["outbid"]])].tolist()
+        outbid = {train.box_name(m): train.file_of(m) for m in boxes}
         found += coverage_findings(shares)
-        found += [
-            Finding("outbid", "train", n, train.file_of(m)) for m in outbid if (n := train.box_name(m)) not in twins
-        ]
+        found += [Finding("outbid", "train", name, file) for name, file in outbid.items() if name not in twins]
     else:
         found.append(Finding("nothing_to_learn", "train", str(train.annotations)))
     groups = grouped(found, BAD_IMAGES if config.data.bad_images == "skip" else ())
@@ -133,7 +132,6 @@ def decide_decoding(split: Split, survey: Survey, config: Config) -> tuple[Decod
 
 
 def count_classes(split: Split) -> list[ClassCount]:
-    """Boxes and images of every class."""
     usable, names = split.rules["usable"], split.class_names
     pairs = np.unique(np.stack([split.owners[usable], split.labels[usable]]), axis=1)
     columns = (
@@ -165,7 +163,7 @@ def facts_of(check: Check) -> dict[str, Any]:
                 "severity": group.severity,
                 "title": group.title,
                 "count": len(group.findings),
-                "found": [{"split": f.split, "name": f.name, "text": f.text} for f in group.findings],
+                "found": [{key: getattr(f, key) for key in ("split", "name", "text")} for f in group.findings],
             }
             for group in check.groups
         ],

@@ -10,9 +10,8 @@ SHOWN = 5  # Findings of a kind that its line on the terminal names
 
 
 class Kind(NamedTuple):
+    # error: training would refuse the data or could not learn from it; warning: it works; note: known and handled.
     severity: Severity
-    """error: training would refuse the data or could not learn from it; warning: training works, but look at it; note: known
-    and handled."""
     title: str  # What is counted, in the plural
     meaning: str  # What training does with it, and what to do
 

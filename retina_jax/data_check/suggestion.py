@@ -15,17 +15,13 @@ from retina_jax.data.source import Record
 from retina_jax.data_check.coverage import Share, Shares, Views, count_shares, cover, view_boxes
 from retina_jax.ops.anchors import anchor_grid, anchors_per_cell, level_sizes
 
-GOOD = 0.98
-"""Share of the boxes, and mean share of the classes, with an anchor of sufficient IoU that needs no suggestion."""
-CLOSE = 0.01
-"""If no setting is GOOD, the cheapest within this of the best is suggested; a smaller gain is not worth a change."""
+GOOD = 0.98  # this share of the boxes, and mean share of the classes, with an anchor of sufficient IoU is enough
+CLOSE = 0.01  # if no setting is GOOD, the cheapest this near to the best is suggested; a smaller gain is no reason to
 SEARCHED = 4000  # Approximate number of boxes used in the search
 ENLARGED = (1.0, 1.25, 1.5, 2.0)  # Short sides tried, as multiples of the config's
-FACTORS = (1.0, 0.25, 0.375, 0.5, 0.625, 0.75, 1.5, 2.0)
-"""Values of anchors.size_factor tried, as multiples of the config's."""
+FACTORS = (1.0, 0.25, 0.375, 0.5, 0.625, 0.75, 1.5, 2.0)  # anchors.size_factor tried, as multiples of the config's
 OCTAVE = (1.0, 1.1892, 1.4142, 1.6818)  # Four scales per octave, tried besides the config's
-QUANTILES = ((0.1, 0.5, 0.9), (0.03, 0.25, 0.5, 0.75, 0.97))
-"""Ratios tried besides the config's: these quantiles of the boxes' aspect ratios."""
+QUANTILES = ((0.1, 0.5, 0.9), (0.03, 0.25, 0.5, 0.75, 0.97))  # of the aspect ratios: anchors.ratios tried
 
 
 class Suggestion(NamedTuple):

@@ -29,16 +29,10 @@ def draw(
     truth_boxes_xyxy: Float[np.ndarray, "G 4"] | None = None,
     notes: Sequence[str] = (),
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The image with its boxes, one colour per class, each labelled "name .87"; see `draw_boxes`.
+    """The RGB image with its boxes (in its pixels), one colour per class, each labelled "name .87"; see `draw_boxes`.
 
-    Args:
-      image: RGB.
-      boxes_xyxy: boxes in pixels of `image`.
-      labels: classes; a negative label is padding and is left out.
-      scores: if given, boxes are drawn from the lowest score to the highest, so that the best are on top.
-      class_names: name of class k; a class without one is labelled with its number.
-      truth_boxes_xyxy: ground truth, drawn dashed.
-      notes: text at the end of each box's label.
+    A negative label is padding and is left out; a class without a name is labelled with its number. With `scores`, boxes
+    with the highest are on top. Ground truth is drawn dashed. `notes` are added to the label of each box.
     """
     order = np.arange(len(labels)) if scores is None else np.argsort(scores, kind="stable")
     order = order[labels[order] >= 0]
@@ -114,11 +108,7 @@ def dashed_rectangle(canvas: ImageDraw.ImageDraw, box_xyxy: tuple[float, ...], *
 
 def contact_sheet(images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> UInt8[np.ndarray, "H W 3"]:
     """RGB images of any sizes in a grid, about as many rows as columns, with a dark grey gap of GAP pixels around each.
-    Columns are as wide as the widest image, each row as high as its highest.
-
-    Raises:
-      ValueError: there is no image.
-    """
+    Columns are as wide as the widest image, each row as high as its highest. Raises ValueError if there is no image."""
     if not images:
         raise ValueError("images is empty: give at least one image")
     columns = math.ceil(math.sqrt(len(images)))

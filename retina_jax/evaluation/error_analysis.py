@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,18 +20,9 @@ from retina_jax.config import DataConfig
 from retina_jax.data.classes import Category, unique_names
 from retina_jax.data.datasets import open_source
 from retina_jax.data.source import Source
+from retina_jax.evaluation import precision_recall
 from retina_jax.evaluation.coco_scores import EvaluationError, as_arrays, check_inputs
-from retina_jax.evaluation.precision_recall import (
-    AREAS,
-    DetectedBoxes,
-    GroundTruth,
-    Pairs,
-    coco_curves,
-    coco_stats,
-    match,
-    overlapping,
-    precision_curve,
-)
+from retina_jax.evaluation.precision_recall import AREAS, DetectedBoxes, GroundTruth, Pairs, match, precision_curve
 
 KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
 CLASSIFICATION, LOCALISATION, BOTH, DUPLICATE, BACKGROUND, MISSED = range(len(KINDS))
@@ -45,11 +36,10 @@ class Errors(NamedTuple):
 
     truth: GroundTruth
     found: DetectedBoxes
+    # Never MISSED. LEFT_OUT: took a crowd region, or is not among the 100 best of its image and category.
     of_found: Int[np.ndarray, " D"]
-    """Never MISSED. LEFT_OUT: took a crowd region, or is not among the 100 best of its image and category."""
+    # RIGHT, MISSED, CLASSIFICATION or LOCALISATION (of the detection that finds it once fixed); LEFT_OUT: crowd regions.
     of_truth: Int[np.ndarray, " G"]
-    """RIGHT, MISSED, or the kind of the detection that finds it once that is fixed: CLASSIFICATION or LOCALISATION.
-    LEFT_OUT: crowd regions."""
     finds: Int[np.ndarray, " D"]  # The object that a detection finds (RIGHT), or finds once it is fixed; -1: none
     target: Int[np.ndarray, " D"]  # the object that one of wrong class or place overlaps most; -1: of any other kind
 
@@ -69,7 +59,7 @@ def classify_errors(truth: GroundTruth, found: DetectedBoxes) -> Errors:
     """
     matches = match(truth, found, np.array([FOREGROUND]), {"all": AREAS["all"]})
     rows, took, ignored = matches.detections, matches.boxes[0, 0], matches.ignored_boxes[0]
-    pairs = overlapping(truth, found.boxes_xywh[rows], truth.images, found.images[rows], NOTHING)
+    pairs = precision_recall.overlapping(truth, found.boxes_xywh[rows], truth.images, found.images[rows], NOTHING)
     same = found.categories[rows][pairs.detections] == truth.categories[pairs.boxes]
     (s, own), (o, other) = (_best(pairs, of & ~ignored[pairs.boxes], len(rows)) for of in (same, ~same))
     conditions = (s >= NOTHING) & (s < FOREGROUND), o >= FOREGROUND, s >= FOREGROUND, np.maximum(s, o) <= NOTHING
@@ -109,7 +99,7 @@ def fixed_ap(errors: Errors, categories: int, kinds: Collection[int] = ()) -> Fl
 
     classification, localisation: the detection that then finds its object gets its class and box and keeps its score; the
     others with this target are removed. both, duplicate, background: the detection is removed. missed: the object does not
-    count. A category none of whose objects count any more has AP 1 if no detection is left, else 0.
+    count. A category without any counted object has AP 1 if no detection is left, else 0.
     """
     chosen = np.isin(errors.of_found, list(kinds))
     right = (errors.of_found == RIGHT) | (chosen & (errors.finds >= 0))
@@ -216,8 +206,7 @@ def best_and_worst(counts: Counts, most: int) -> tuple[list[int], list[int]]:
     return best[:most].tolist(), worst[:most].tolist()
 
 
-@dataclass(frozen=True, eq=False)
-class Analysis:
+class Analysis(NamedTuple):
     """A saved evaluation with its errors. Category k is `names[k]`, image i is record `records[i]` of the source."""
 
     source: Source
@@ -248,8 +237,8 @@ def analyse(file: Path, scores: dict[str, Any], data: DataConfig, categories: Se
     image_ids = sorted(records)
     check_inputs(source.truth, detections, image_ids, None)
     truth, found, number = as_arrays(source.truth, detections, image_ids)
-    curves = coco_curves(truth, found, number)
-    now, then = float(coco_stats(curves)[0]), scores["AP"]
+    curves = precision_recall.coco_curves(truth, found, number)
+    now, then = float(precision_recall.coco_stats(curves)[0]), scores["AP"]
     note = ""
     if abs(now - (-1.0 if then is None else then)) >= 1e-6:
         note = (

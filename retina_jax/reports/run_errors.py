@@ -11,21 +11,10 @@ from PIL import Image
 
 from retina_jax.data.decoding import image_of
 from retina_jax.data.source import BadImage
+from retina_jax.evaluation import error_analysis
 from retina_jax.evaluation.coco_scores import number
 from retina_jax.evaluation.drawing import draw
-from retina_jax.evaluation.error_analysis import (
-    CLASSIFICATION,
-    KINDS,
-    LEFT_OUT,
-    MISSED,
-    RIGHT,
-    Analysis,
-    ap_without,
-    best_and_worst,
-    count_by_image,
-    fixed_ap,
-    mean_ap,
-)
+from retina_jax.evaluation.error_analysis import CLASSIFICATION, KINDS, LEFT_OUT, MISSED, RIGHT, Analysis, mean_ap
 from retina_jax.evaluation.precision_recall import IOU_THRESHOLDS, RECALLS
 from retina_jax.reports import jpeg
 from retina_jax.reports.charts import Line, line_chart
@@ -33,8 +22,7 @@ from retina_jax.reports.charts import Line, line_chart
 MOST_LINES = 10  # Classes in one chart; with more classes each has a chart of its own
 IOUS = {f"{iou:.2f}": int(np.argmin(abs(IOU_THRESHOLDS - iou))) for iou in (0.5, 0.75)}
 MOST_CONFUSIONS = 12
-MOST_IMAGES, LONGEST = 6, 800
-"""Images drawn of the best and of the worst, and the length of their longer side at most, pixels."""
+MOST_IMAGES, LONGEST = 6, 800  # images drawn of the best and of the worst; their longer side at most, pixels
 
 
 def errors_section(analysis: Analysis, score: float) -> dict[str, Any]:
@@ -92,10 +80,10 @@ def _precision_recall(analysis: Analysis) -> dict[str, list[str]]:
 def _kinds(analysis: Analysis, score: float) -> dict[str, Any]:
     """AP50, AP50 without all errors of a side, and the rows (kind, gain, width of its bar, counts); the last is the sum."""
     errors, classes = analysis.errors, len(analysis.names)
-    base = mean_ap(fixed_ap(errors, classes))
+    base = mean_ap(error_analysis.fixed_ap(errors, classes))
     if base is None:
         return {"ap50": None}
-    gains = [mean_ap(fixed_ap(errors, classes, (k,))) - base for k in range(len(KINDS))]
+    gains = [mean_ap(error_analysis.fixed_ap(errors, classes, (k,))) - base for k in range(len(KINDS))]
     shown, widest = errors.found.scores >= score, max(1e-9, *gains)
 
     def counts(of_found: np.ndarray, of_truth: np.ndarray) -> list[int]:
@@ -109,15 +97,15 @@ def _kinds(analysis: Analysis, score: float) -> dict[str, Any]:
     for label, of in (("right", RIGHT), ("left out", LEFT_OUT)):
         rows.append((label, None, 0.0, counts(errors.of_found == of, errors.of_truth == of)))
     rows.append(("all", None, 0.0, [len(errors.of_found), int(shown.sum()), len(errors.of_truth)]))
-    without = {wrong: mean_ap(ap_without(wrong, errors, classes)) for wrong in ("found", "missed")}
+    without = {wrong: mean_ap(error_analysis.ap_without(wrong, errors, classes)) for wrong in ("found", "missed")}
     return {"ap50": base, "ap50_without": without, "kinds": rows}
 
 
 def _best_and_worst_images(analysis: Analysis, score: float) -> dict[str, Any]:
     """(caption, image with ground truth, image with detections) of the worst and the best images, and why some images
     could not be read; these have a caption alone."""
-    counts = count_by_image(analysis.errors, len(analysis.records), score)
-    best, worst = best_and_worst(counts, MOST_IMAGES)
+    counts = error_analysis.count_by_image(analysis.errors, len(analysis.records), score)
+    best, worst = error_analysis.best_and_worst(counts, MOST_IMAGES)
     groups, unreadable = {}, []
     for title, images in (("Worst", worst), ("Best", best)):
         groups[title] = []

@@ -50,6 +50,7 @@ def run_page(folder: Path) -> tuple[str, str]:
     point = operating_point(analysis.errors) if analysis else None
     score = point.score if point else record.config.detection.score_threshold
     sections = ["run", "learning", "evaluations", "classes", *(["errors", "images"] if analysis else [])]
+    changes = record.saved.get("changes") or []
     own, paper = flatten(record.config), flatten(Config())
     page = render(
         "run.html",
@@ -63,9 +64,7 @@ def run_page(folder: Path) -> tuple[str, str]:
             for name, value in own.items()
             if value != paper[name] and paper[name] is not None
         ],
-        changes=[
-            (c.get("after_step"), c.get("field")) for c in record.saved.get("changes") or [] if isinstance(c, dict)
-        ],
+        changes=[(c.get("after_step"), c.get("field")) for c in changes if isinstance(c, dict)],
         settings=[(name, show(value)) for name, value in own.items()],
         curves=learning_curves(record.windows),
         summary=SUMMARY,
@@ -169,9 +168,6 @@ def settings_of(scores: dict[str, Any]) -> str:
 
 def _ap_chart(record: Record) -> str:
     """The chart of AP by step; empty with fewer than two evaluations."""
-    lines = [
-        Line(name, [(float(step), s[name]) for step, s in record.evaluations.items() if s[name] is not None])
-        for name in AP_CHART
-    ]
-    lines = [line for line in lines if len(line.points) > 1]
+    of = {n: [(float(step), s[n]) for step, s in record.evaluations.items() if s[n] is not None] for n in AP_CHART}
+    lines = [Line(name, points) for name, points in of.items() if len(points) > 1]
     return line_chart(lines, "step", "AP") if lines else ""
