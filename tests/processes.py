@@ -6,6 +6,7 @@ signal handlers and exit, as one started by a shell has. Tests of another packag
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -26,7 +27,6 @@ from typing import IO
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
-PRELOADED = ("train", "evaluate", "predict", "sweep", "report", "check_data", "export", "benchmark", "figures")
 
 
 class Process:
@@ -81,10 +81,13 @@ def _server() -> socket.socket:
     with theirs:
         command = [sys.executable, "-u", __file__, str(theirs.fileno())]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        # Kept: a Popen that is forgotten while its process runs is a ResourceWarning.
-        _server.process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
-        )
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
+
+    def end() -> None:
+        ours.close()
+        process.wait()
+
+    atexit.register(end)
     return ours
 
 
@@ -181,6 +184,7 @@ def _become(request: dict, stdout: int, stderr: int) -> None:
         _enter(Path(f"/proc/{request['namespaces_of']}/ns/{kind}"))
     os.environ.clear()
     os.environ.update(request["environment"])
+    tempfile.tempdir = None  # which imports have set by TMPDIR as it was
     os.chdir(request["folder"])
     if request["devices"]:
         import jax
@@ -204,8 +208,8 @@ def _enter(namespace: Path) -> None:
 if __name__ == "__main__":
     # Named otherwise than `__main__`, the scripts only import what they need.
     sys.path.insert(1, str(SCRIPTS))
-    for name in PRELOADED:
-        runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="preloaded")
+    for path in SCRIPTS.glob("*.py"):
+        runpy.run_path(str(path), run_name="preloaded")
     for name in ("orbax.checkpoint", "pycocotools.cocoeval", "tensorboardX", "tensorflow"):
         importlib.import_module(name)
     sys.path.remove(str(SCRIPTS))

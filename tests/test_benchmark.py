@@ -143,8 +143,7 @@ def test_the_training_steps_work_is_counted_as_by_hand() -> None:
     """43.4 GMAC for R50 at 256 x 256, of which 15.3 forward: the table of what the network costs, stem and C2 frozen."""
     task = replace(TASK, name="step", size="256", backbone="resnet50", classes=80)
     driver = network.Driver(network.config_of(task), 80)
-    state = jax.eval_shape(driver.init_state)
-    step = network.jaxpr_flops(jax.make_jaxpr(driver.step)(state, network.inputs_of(task)).jaxpr)
+    step = network.jaxpr_flops(jax.make_jaxpr(driver.step)(driver.init_state(), network.inputs_of(task)).jaxpr)
     assert step / 2e9 == pytest.approx(43.4, rel=0.01)
     assert network.forward_flops(driver.config, 80, (256, 256)) / 2e9 == pytest.approx(15.3, rel=0.01)
 
@@ -163,7 +162,7 @@ def test_the_networks_benchmarks_run(name: str, narrow: None) -> None:
     assert work.images == 2 and work.flops > 1e7 and work.facts["matmul_tflops"] > 0
 
 
-def test_detection_finds_as_many_scores_as_it_says(narrow: None) -> None:
+def test_detection_finds_as_many_scores_as_it_says() -> None:
     task = replace(TASK, name="detect", size="128")
     driver = network.Driver(network.config_of(task), 3)
     variables = network.variables_with_scores(driver, driver.shard_batch(network.inputs_of(task)), 1)

@@ -221,7 +221,7 @@ def is_turned_by_pil(image: Image.Image, header: Header) -> bool:
 def _has_late_exif(image: Image.Image) -> bool:
     """Whether a PNG has an EXIF chunk after its pixels."""
     file, found = image.fp, False
-    before = file.log()
+    before = file.tell()
     file.seek(8)
     while len(head := file.read(8)) == 8 and not found:
         length, kind = struct.unpack(">I4s", head)

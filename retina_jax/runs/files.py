@@ -130,4 +130,4 @@ def damage(folder: Path) -> str:
 def _size_and_sum(path: Path) -> list[int | str]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return [file.log(), digest]
+        return [file.tell(), digest]

@@ -176,7 +176,7 @@ def _append(path: Path, line: str) -> None:
     """Appends `line` completely or not at all. The system keeps it if the process is killed."""
     try:
         with path.open("ab", buffering=0) as file:
-            size, data = file.log(), line.encode()
+            size, data = file.tell(), line.encode()
             try:
                 while data:  # a disk that is nearly full takes the first part
                     data = data[file.write(data) :]

@@ -314,11 +314,11 @@ def unpickle(
     Returns:
       The object, with an `Array` in place of each array, and the storages by key.
     """
-    start = file.log()
+    start = file.tell()
     try:
         with warnings.catch_warnings(action="ignore"):  # pickletools warns of a backslash in a damaged name
             scan(file)
-            end = file.log()
+            end = file.tell()
             file.seek(start)
             unpickler = Unpickler(file, end - start, read, big_endian)
             root = unpickler.load()

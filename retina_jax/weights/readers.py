@@ -152,7 +152,7 @@ def read_legacy(data: bytes) -> Any:
     keys = unpickle(file)[0]
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or set(keys) != set(storages):
         raise ValueError("damaged: the list of storages is inconsistent with the tensors")
-    position = file.log()
+    position = file.tell()
     for key in keys:
         storage = storages[key]
         start, end = position + 8, position + 8 + storage.count * storage.dtype.itemsize

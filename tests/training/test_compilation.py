@@ -192,37 +192,25 @@ def test_a_program_from_the_cache_is_reported_as_such(tmp_path: object) -> None:
 
 
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
-def test_a_driver_compiles_each_canvas_once(tiny: Config, make_inputs: Callable[..., Inputs], parallel: str) -> None:
-    """Also at the second step, whose state is a result of the first one: nothing else is logged."""
-    driver = Driver(override(tiny, {"parallel": parallel, "devices": 2}), 3)
-    said: list[str] = []
-    step, state = CompiledStep(driver.step, canvases=2, announce=said.append), driver.init_state()
-    for number, canvas in enumerate([(64, 64), (64, 64), (64, 96), (64, 64), (64, 96)]):
-        before = state
-        state, measured = step(state, driver.shard_batch(make_inputs(number, canvas=canvas)))
-        jax.block_until_ready(measured)
-        assert all(array.is_deleted() for array in jax.tree.leaves(before)), "its memory is the new state's"
-    assert [re.search(r"\b\d+x\d+\b", line)[0] for line in said] == ["64x64", "64x96"]
-    assert all(re.search(r" MiB .*\(arguments ", line) for line in said)
-    assert int(state.step) == 5
-
-
-@pytest.mark.parametrize("parallel", ["jit", "pmap"])
-def test_canvases_ahead_are_compiled_with_the_first_one(
+def test_a_driver_compiles_each_canvas_once_with_the_first_one(
     tiny: Config, make_inputs: Callable[..., Inputs], parallel: str, uncached: None
 ) -> None:
+    """Also at the second step, whose state comes out of the first one: nothing else is compiled or said."""
     driver = Driver(override(tiny, {"parallel": parallel, "devices": 2}), 3)
     said: list[str] = []
     canvases = [(64, 64), (64, 96)]
     step, state = CompiledStep(driver.step, 2, said.append, ahead=canvases), driver.init_state()
     state, _ = step(state, driver.shard_batch(make_inputs(0, canvas=(64, 96))))
     assert [re.search(r"\b\d+x\d+\b", line)[0] for line in said] == ["64x96", "64x64"]
+    assert all(re.search(r" MiB .*\(arguments ", line) for line in said)
     with compilation.compile_events() as events:
-        for number, canvas in enumerate(canvases, start=1):
+        for number, canvas in enumerate([*canvases, (64, 64), (64, 96)], start=1):
+            before = state
             state, measured = step(state, driver.shard_batch(make_inputs(number, canvas=canvas)))
             jax.block_until_ready(measured)
+            assert all(array.is_deleted() for array in jax.tree.leaves(before)), "its memory is the new state's"
     assert events[compilation.COMPILED] == 0 and len(said) == 2
-    assert int(state.step) == 3
+    assert int(state.step) == 5
 
 
 def test_memory_is_counted_per_device_and_not_twice_where_donated() -> None:

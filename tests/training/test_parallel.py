@@ -36,7 +36,7 @@ def driver_of(config: Config) -> Driver:
 @cache
 def initial_variables(model: ModelConfig) -> dict:
     """On the host, the same for every driver."""
-    return jax.device_get(Driver(Config(model=model), model.num_classes).first_state().variables)
+    return jax.device_get(Driver(Config(model=model), model.num_classes).init_state().variables)
 
 
 def first_state(driver: Driver) -> TrainState:
@@ -161,8 +161,7 @@ def test_winograds_convolutions_gather_no_batch(
     taken = []
     whole = winograd.convolution
     monkeypatch.setattr(winograd, "convolution", lambda x, kernel: taken.append(x.shape) or whole(x, kernel))
-    levels = {"model.min_level": 2, "model.max_level": 3}
-    large = override(tiny, {**levels, "model.fpn_channels": 32, "model.head_channels": 32})
+    large = override(tiny, {"model.min_level": 2, "model.fpn_channels": 32, "model.head_channels": 32})
     inputs = make_inputs(0, batch_size=4, canvas=(128, 128))
     text = compiled_step(with_drivers(large, "jit", 4, data__batch_size=4), inputs)
     assert taken and {shape[1:3] for shape in taken} == {(32, 32)}
