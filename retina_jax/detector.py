@@ -72,12 +72,9 @@ class Detector:
         return self.driver.config
 
     def detect(self, images: Iterable[np.ndarray], *, batch_size: int = 1) -> list[ImageDetections]:
-        """Returns the detections of uint8 images [h w 3] (RGB) of any sizes, each in its own pixels.
-
-        Images of a batch have the same padded shape, the smallest that holds them all. The padding can change detections a
-        little, as in torchvision and detectron2; with batch_size 1 each image has its own shape. Raises ValueError for any
-        other array.
-        """
+        """Returns the detections of uint8 images [h w 3] (RGB) of any sizes, each in its own pixels. Images of a batch have
+        one padded shape; the padding can change detections a little, as in torchvision and detectron2. Raises ValueError for
+        any other array."""
         found: list[ImageDetections] = []
         remaining = iter(images)
         while group := list(itertools.islice(remaining, batch_size)):
@@ -145,11 +142,9 @@ class Detector:
 
 
 def to_canvas(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], data: DataConfig, rows: int) -> Batch:
-    """Returns a batch of these images, resized and padded as in evaluation; the last image fills the remaining `rows`.
-
-    The padded shape is the smallest of the configured ones that holds all images. If none does, or `data.buckets` is 0, it
-    is the smallest multiple of `data.pad_multiple` that does.
-    """
+    """Returns a batch of these images, resized and padded as in evaluation; the last image fills the remaining `rows`. The
+    padded shape is the smallest of the configured ones that holds all images. If none does, or `data.buckets` is 0, it is
+    the smallest multiple of `data.pad_multiple` that does."""
     rule = data.short_side, data.long_side, data.size_rounding
     resized = [transforms.resized_size(*image.shape[:2], *rule) for image in images]
     largest = max(height for height, _ in resized), max(width for _, width in resized)

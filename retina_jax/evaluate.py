@@ -104,19 +104,16 @@ def evaluate(
 
 
 def write_picture(path: Path, picture: UInt8[np.ndarray, "H W 3"]) -> None:
-    """Writes an image in the format of its suffix. Raises DiskError if it cannot be written."""
+    """Writes an image in the format of its suffix. Raises DiskError."""
     encoded = io.BytesIO()
     Image.fromarray(picture).save(encoded, path.suffix.removeprefix("."))
     write_bytes(path, encoded.getvalue())
 
 
 def write_submission(run: Run, step: int, variant: str, annotations: str) -> Path:
-    """Writes the detections of `evaluate` as COCO's evaluation server takes them; returns the file's path.
-
-    The file is RUN/detections/detections_SPLIT_RUN_results.json; SPLIT is from the name of the file `annotations`
-    (image_info_test-dev2017.json: test-dev2017). Coordinates are rounded to hundredths of a pixel, scores to six digits. An
-    earlier submission of the run is replaced.
-    """
+    """Writes the detections of `evaluate` as COCO's evaluation server takes them; returns the file's path,
+    RUN/detections/detections_SPLIT_RUN_results.json, where SPLIT is from the name of the file `annotations`
+    (image_info_test-dev2017.json: test-dev2017). Coordinates are rounded to hundredths of a pixel, scores to six digits."""
     split = Path(annotations).stem.removeprefix("image_info_")
     path = run.folder / "detections" / f"detections_{split}_{run.folder.resolve().name}_results.json"
     if distributed.is_primary():

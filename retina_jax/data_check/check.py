@@ -62,10 +62,8 @@ class Check:
 
 
 def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
-    """Checks the splits `train` and, if given, `val`: each a COCO JSON and a folder of images.
-
-    Raises DataError as `read_split` does.
-    """
+    """Checks the splits `train` and, if given, `val`: each a COCO JSON and a folder of images. Raises DataError as
+    `read_split` does."""
 
     def opened(name: str, known: Sequence[Category] = ()) -> Split:
         without_boxes = config.data.images_without_boxes if name == "train" else "keep"
@@ -116,7 +114,6 @@ def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
 
 
 def survey_split(split: Split) -> Survey:
-    """What the headers of the split's image files show."""
     sizes = [None if row in split.unsized else image[2:] for row, image in enumerate(split.images)]
     return survey_files([image[1] for image in split.images], list(map(Path, split.paths)), sizes)
 
@@ -158,14 +155,9 @@ def facts_of(check: Check) -> dict[str, Any]:
             for split in check.splits
         },
         "findings": [
-            {
-                "kind": group.kind,
-                "severity": group.severity,
-                "title": group.title,
-                "count": len(group.findings),
-                "found": [{key: getattr(f, key) for key in ("split", "name", "text")} for f in group.findings],
-            }
-            for group in check.groups
+            {"kind": kind, "severity": severity, "title": title, "count": len(findings)}
+            | {"found": [{"split": f.split, "name": f.name, "text": f.text} for f in findings]}
+            for kind, severity, title, _, findings in check.groups
         ],
         "coverage": check.shares.as_dict(),
         "suggestion": suggestion

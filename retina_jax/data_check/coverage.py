@@ -59,19 +59,21 @@ def view_boxes(records: list[Record], data: DataConfig) -> Views:
     short_sides = train_short_sides(data)
     shapes, rule = buckets(data, short_sides), (data.long_side, data.size_rounding)
     starts = np.cumsum([0, *(len(record.labels) for record in records)])
-    padded, sizes, rows, boxes, labels, places = ([] for _ in range(6))
+    views = []
     for row, record in enumerate(records):
         n = min(len(record.labels), data.max_boxes)
         largest = resized_size(record.height, record.width, max(short_sides), *rule)
         for short_side in short_sides:
             height, width = resized_size(record.height, record.width, short_side, *rule)
             scale_xy = np.array([width / record.width, height / record.height])
-            padded.append(shapes[assign_bucket(largest, shapes)])
-            sizes.append((height, width))
-            rows.append(row)
-            boxes.append(to_canvas_pixels(record.boxes_xyxy[:n], scale_xy, data.box_ends).astype(np.float32))
-            labels.append(record.labels[:n])
-            places.append(np.arange(starts[row], starts[row] + n))
+            boxes = to_canvas_pixels(record.boxes_xyxy[:n], scale_xy, data.box_ends).astype(np.float32)
+            places = np.arange(starts[row], starts[row] + n)
+            views.append(
+                (shapes[assign_bucket(largest, shapes)], (height, width), row, boxes, record.labels[:n], places)
+            )
+    padded, sizes, rows, boxes, labels, places = (
+        map(list, zip(*views, strict=True)) if views else ([] for _ in range(6))
+    )
     return Views(
         padded_hw=padded,
         sizes_hw=sizes,

@@ -54,27 +54,32 @@ def suggest(records: Sequence[Record], config: Config, class_names: Sequence[str
     now = _score(best_iou(boxes, config), boxes, config)
     if not len(boxes.labels) or now >= GOOD:
         return None
-    tried, fields = [], flatten(config)
+    tried, best, fields, per_cell = [], 0.0, flatten(config), anchors_per_cell(config.anchors)
     for data in _sizes(some, config):
         views = view_boxes(some, override(config, data).data)
+        pixels = (data["data.short_side"] / config.data.short_side) ** 2
         for anchors in _anchors(boxes, config):
             other = override(config, data | anchors)
             changes = {name: value for name, value in flatten(other).items() if value != fields[name]}
-            tried.append((_cost(changes, config), _score(best_iou(views, other), views, other), changes))
-        if max(score for _, score, _ in tried) >= GOOD:
+            # A rule of thumb: time is proportional to the pixels; more anchors cost only channels of the last convolution
+            # and rows of the losses; of two equally costly settings the one with fewer changes is better.
+            more = max(0.0, anchors_per_cell(other.anchors) / per_cell - 1)
+            cost, score = pixels + 0.1 * more + 0.001 * len(changes), _score(best_iou(views, other), views, other)
+            tried.append((cost, -score, changes, pixels))
+            best = max(best, score)
+        if best >= GOOD:
             break
-    best = max(score for _, score, _ in tried)
-    enough = [entry for entry in tried if entry[1] >= min(GOOD, best - CLOSE)]
-    _, score, changes = min(enough, key=lambda entry: (entry[0], -entry[1]))
-    if score < now + CLOSE:
+    enough = [entry for entry in tried if -entry[1] >= min(GOOD, best - CLOSE)]
+    _, loss, changes, pixels = min(enough, key=lambda entry: entry[:2])
+    if -loss < now + CLOSE:
         return None
     other = override(config, changes)
     views = view_boxes(list(records), other.data)
     after = count_shares(views, cover(views, other, "suggested anchors"), class_names)
     if after.total.by_iou <= before.total.by_iou:
         return None
-    each = anchors_per_cell(config.anchors), anchors_per_cell(other.anchors)
-    return Suggestion(changes, as_options(changes), before, after, _pixels(changes, config), each)
+    each = per_cell, anchors_per_cell(other.anchors)
+    return Suggestion(changes, as_options(changes), before, after, pixels, each)
 
 
 def as_options(changes: dict[str, Any]) -> str:
@@ -118,18 +123,6 @@ def _score(iou: Float32[np.ndarray, " N"], views: Views, config: Config) -> floa
     counts = np.bincount(views.labels)
     of_classes = np.bincount(views.labels, weights=good)[counts > 0] / counts[counts > 0]
     return float(min(good.mean(), of_classes.mean())) if len(good) else 1.0
-
-
-def _cost(changes: dict[str, Any], config: Config) -> float:
-    """A rule of thumb: time is proportional to the pixels; more anchors cost only channels of the last convolution and rows
-    of the losses; of two equally costly settings the one with fewer changes is better."""
-    anchors = override(config, changes).anchors
-    more = anchors_per_cell(anchors) / anchors_per_cell(config.anchors) - 1
-    return _pixels(changes, config) + 0.1 * max(0.0, more) + 0.001 * len(changes)
-
-
-def _pixels(changes: dict[str, Any], config: Config) -> float:
-    return (changes.get("data.short_side", config.data.short_side) / config.data.short_side) ** 2
 
 
 def best_iou(views: Views, config: Config) -> Float32[np.ndarray, " N"]:

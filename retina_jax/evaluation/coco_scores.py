@@ -55,18 +55,9 @@ def coco_results(
     labels: Int[np.ndarray, " D"],
     category_ids: Sequence[int | None],
 ) -> list[dict[str, Any]]:
-    """One image's detections as COCO result records.
-
-    Args:
-      image_id: the image's id in the ground truth.
-      boxes_xyxy: boxes in pixels of the ORIGINAL image.
-      scores: their scores.
-      labels: classes 0 to K - 1; a negative label is padding and is left out.
-      category_ids: the category id of each of the K labels; None for a class without detections here.
-
-    Returns:
-      {"image_id", "category_id", "bbox": [x, y, width, height], "score"} for each detection, unrounded.
-    """
+    """One image's detections as COCO result records, {"image_id", "category_id", "bbox": [x, y, width, height], "score"},
+    unrounded. Boxes are in pixels of the ORIGINAL image; a negative label is padding and is left out. `category_ids` has the
+    category id of each label; None for a class without detections here."""
     real = labels >= 0
     boxes = boxes_xyxy[real].astype(np.float64)
     boxes_xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
@@ -90,8 +81,8 @@ def evaluate_coco(
       truth: a COCO annotation file as a dict.
       detections: COCO result records.
       image_ids: the images to score; the ground truth of others is left out.
-      evaluated_ids: the images that the detector was run on. If given, each of `image_ids` must be in it exactly once: an
-        image lost between hosts would otherwise only lower the AP.
+      evaluated_ids: the images that the detector was run on; if given, the same as `image_ids`, each once. An image lost
+        between hosts would otherwise only lower the AP.
       evaluator: "pycocotools", or "arrays" (`precision_recall`), which gives the same scores in a fortieth of the time.
 
     Raises:
@@ -121,9 +112,7 @@ def as_arrays(
     truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], image_ids: Sequence[int]
 ) -> tuple[GroundTruth, DetectedBoxes, int]:
     """The arguments of `coco_curves`: images by their index in `image_ids`, categories by ascending id, and their number.
-
-    Ground truth of other images is left out; the detections must have passed `check_inputs`.
-    """
+    Ground truth of other images is left out; the detections must have passed `check_inputs`."""
     images = {image_id: i for i, image_id in enumerate(image_ids)}
     categories = {k: i for i, k in enumerate(sorted({category["id"] for category in truth["categories"]}))}
     boxes = [a for a in truth["annotations"] if a["image_id"] in images and a["category_id"] in categories]

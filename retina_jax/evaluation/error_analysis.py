@@ -84,8 +84,7 @@ def classify_errors(truth: GroundTruth, found: DetectedBoxes) -> Errors:
 def _best(
     pairs: Pairs, chosen: Bool[np.ndarray, " P"], detections: int
 ) -> tuple[Float[np.ndarray, " D"], Int[np.ndarray, " D"]]:
-    """The highest IoU of each detection in the chosen pairs, and the box it is with (of equals the first); 0 and -1 if
-    there is no pair."""
+    """The highest IoU of each detection in the chosen pairs, and the box (of equals the first); 0 and -1 without a pair."""
     ious, boxes = np.zeros(detections), np.full(detections, -1)
     of, box, iou = (column[chosen] for column in pairs)
     order = np.lexsort((box, -iou, of))
@@ -118,7 +117,6 @@ def ap_without(wrong: Literal["found", "missed"], errors: Errors, categories: in
 
 
 def mean_ap(values: Float[np.ndarray, " K"]) -> float | None:
-    """Mean over the categories that have an object; None if none has."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if defined.size else None
 
@@ -192,11 +190,8 @@ def count_by_image(errors: Errors, images: int, score: float) -> Counts:
 
 
 def best_and_worst(counts: Counts, most: int) -> tuple[list[int], list[int]]:
-    """Up to `most` images each, the best and the worst first, by F1; no image is in both lists.
-
-    Of equal F1 the one with more right is better, the one with more errors is worse. Images without objects and detections
-    (F1 NaN) are in neither list.
-    """
+    """Up to `most` images each, the best and the worst first, by F1; no image is in both lists. Of equal F1 the one with
+    more right is better, the one with more errors is worse. Images without objects and detections are left out."""
     f1, errors = counts.f1, counts.wrong + counts.not_found
     order = np.lexsort((-errors, counts.right, f1))
     order = order[~np.isnan(f1[order])]

@@ -51,6 +51,8 @@ def run_page(folder: Path) -> tuple[str, str]:
     score = point.score if point else record.config.detection.score_threshold
     sections = ["run", "learning", "evaluations", "classes", *(["errors", "images"] if analysis else [])]
     changes = record.saved.get("changes") or []
+    aps = {n: [(float(step), s[n]) for step, s in record.evaluations.items() if s[n] is not None] for n in AP_CHART}
+    ap_lines = [Line(name, of_name) for name, of_name in aps.items() if len(of_name) > 1]
     own, paper = flatten(record.config), flatten(Config())
     page = render(
         "run.html",
@@ -69,7 +71,7 @@ def run_page(folder: Path) -> tuple[str, str]:
         curves=learning_curves(record.windows),
         summary=SUMMARY,
         evaluations=[_scores(step, scores) for step, scores in record.evaluations.items()],
-        ap_chart=_ap_chart(record),
+        ap_chart=line_chart(ap_lines, "step", "AP") if ap_lines else "",
         variants=[[*_scores(step, scores), settings_of(scores)] for step, scores in record.variants],
         why=why,
         per_class=[(name, number(value)) for name, value in newest.get("per_class", {}).items()],
@@ -141,7 +143,6 @@ def show(value: Any) -> str:
 
 
 def learning_curves(windows: Sequence[dict[str, Any]]) -> list[str]:
-    """The CHARTS for which there are points."""
     charts = []
     for label, log_y, curves in CHARTS if len(windows) > 1 else ():
         lines = [Line(legend, points(windows, metric)) for legend, metric in curves]
@@ -164,10 +165,3 @@ def _scores(step: int, scores: dict[str, Any]) -> list[str]:
 
 def settings_of(scores: dict[str, Any]) -> str:
     return ", ".join(f"{name} {show(value)}" for name, value in scores.get("settings", {}).items()) or "not known"
-
-
-def _ap_chart(record: Record) -> str:
-    """The chart of AP by step; empty with fewer than two evaluations."""
-    of = {n: [(float(step), s[n]) for step, s in record.evaluations.items() if s[n] is not None] for n in AP_CHART}
-    lines = [Line(name, points) for name, points in of.items() if len(points) > 1]
-    return line_chart(lines, "step", "AP") if lines else ""
