@@ -88,12 +88,9 @@ def evaluate(
         # The first images with detections and, thin, ground truth: one file each, and one with all.
         for index, detections in itertools.islice(readable.items(), training.pictures):
             record, good = source.records[index], detections.scores >= max(0.3, run.config.detection.score_threshold)
-            drawn.append(
-                draw(
-                    image_of(source, index), detections.boxes_xyxy[good], detections.labels[good],
-                    detections.scores[good], class_names=detector.shown_names, truth_boxes_xyxy=record.boxes_xyxy,
-                )
-            )  # fmt: skip
+            arrays = (of[good] for of in (detections.boxes_xyxy, detections.labels, detections.scores))
+            names, boxes = detector.shown_names, record.boxes_xyxy
+            drawn.append(draw(image_of(source, index), *arrays, class_names=names, truth_boxes_xyxy=boxes))
             write_picture(run.path("pictures", step, f"{variant}_{record.image_id}.png"), drawn[-1])
         if drawn:
             write_picture(run.path("pictures", step, f"{variant}.png"), contact_sheet(drawn))

@@ -68,15 +68,12 @@ def view_boxes(records: list[Record], data: DataConfig) -> Views:
             scale_xy = np.array([width / record.width, height / record.height])
             boxes = to_canvas_pixels(record.boxes_xyxy[:n], scale_xy, data.box_ends).astype(np.float32)
             places = np.arange(starts[row], starts[row] + n)
-            views.append(
-                (shapes[assign_bucket(largest, shapes)], (height, width), row, boxes, record.labels[:n], places)
-            )
-    padded, sizes, rows, boxes, labels, places = (
-        map(list, zip(*views, strict=True)) if views else ([] for _ in range(6))
-    )
+            shape = shapes[assign_bucket(largest, shapes)]
+            views.append((shape, (height, width), row, boxes, record.labels[:n], places))
+    padded, sizes, rows, boxes, labels, places = list(zip(*views, strict=True)) or [()] * 6
     return Views(
-        padded_hw=padded,
-        sizes_hw=sizes,
+        padded_hw=list(padded),
+        sizes_hw=list(sizes),
         records=np.array(rows, np.int64),
         ends=np.cumsum([0, *map(len, boxes)]),
         boxes_xyxy=np.concatenate([np.zeros((0, 4), np.float32), *boxes]),
@@ -153,7 +150,7 @@ class Share(NamedTuple):
     anchors: int  # Positive anchors of all of them
 
     def part(self, kind: str) -> float:
-        """The share of one of the counts in all boxes; 1 if there are no boxes."""
+        """The share of boxes of this kind; 1 if there are no boxes."""
         return getattr(self, kind) / self.boxes if self.boxes else 1.0
 
     def as_dict(self) -> dict[str, str | int | float | None]:

@@ -58,11 +58,9 @@ def fault_of(
     decoding: Decoding,
     boxes_xyxy: Float32[np.ndarray, "n 4"] = NO_BOXES,
 ) -> tuple[str, str] | None:
-    """The kind of finding that an image file is, and the details; None if it has no fault.
-
-    `expected_size` is the width and height in the annotations, `boxes_xyxy` are in the image's pixels. Training decodes
-    plain JPEGs with TensorFlow and falls back to `to_rgb`, so what `to_rgb` decodes is accepted here.
-    """
+    """The kind of finding that an image file is, and the details; None if it has no fault. `expected_size` is the width and
+    height in the annotations, `boxes_xyxy` are in the image's pixels. What `to_rgb` decodes is accepted, because training
+    falls back to it."""
     try:
         image = open_image(encoded)
     except BadImage as error:

@@ -76,11 +76,8 @@ def read_split(
     known: Sequence[Category] = (),
     data: DataConfig = DataConfig(),  # noqa: B008 (immutable)
 ) -> Split:
-    """Reads a COCO JSON as training with `data` does; `known` is as in `read_coco`.
-
-    Raises DataError, one line, only if nothing can be checked: the file is not JSON or lacks one of its three lists, or the
-    folder is missing.
-    """
+    """Reads a COCO JSON as training with `data` does; `known` is as in `read_coco`. Raises DataError only if nothing can be
+    checked: the file is not JSON or lacks one of its three lists, or the folder is missing."""
     document, mistakes = load_json(annotations), []
     check_folder(annotations, folder)
     content = parse_document(annotations, document, mistakes, folder=folder, **configured(data, known))

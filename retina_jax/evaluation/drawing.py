@@ -1,4 +1,4 @@
-"""Images with boxes drawn on them: small images are enlarged, and labels stay inside the image."""
+"""Images with boxes drawn on them."""
 
 import colorsys
 import math
@@ -74,8 +74,7 @@ def draw_boxes(
         dashed_rectangle(canvas, place(box), dash=4 * line, width=max(1, line // 2))
     for box, colour in zip(boxes_xyxy, colours, strict=True):
         canvas.rectangle(place(box), outline=colour, width=line)
-    # After all boxes, so that no line crosses a label: text on a filled plate above the box's upper left corner, moved to be
-    # inside the image.
+    # Labels after all boxes, so that no line crosses them: text on a plate above the box's upper left corner, moved inside.
     for box, colour, text in zip(boxes_xyxy, colours, texts, strict=True):
         if text:
             left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -32,7 +31,7 @@ TAGGED = 12  # Boxes of an image that are labelled; more labels would hide it
 SHARES = {"by_iou": "sufficient IoU", "by_low_quality": "low-quality only", "uncovered": "no anchor"}
 
 
-def check_page(check: Check, pictures: Sequence[Worst], title: str) -> str:
+def check_page(check: Check, pictures: Sequence[tuple[np.ndarray, str]], title: str) -> str:
     """The page; `pictures` as from `worst_pictures`."""
     shares, suggestion = check.shares, check.suggestion
     pairs = suggestion.pairs() if suggestion else []
@@ -52,7 +51,7 @@ def check_page(check: Check, pictures: Sequence[Worst], title: str) -> str:
         ],
         worst_first=sorted(shares.classes, key=lambda s: (not s.boxes, s.part("by_iou"), s.part("uncovered"))),
         pairs=pairs[:1] + sorted(pairs[1:], key=lambda pair: pair[0].part("by_iou")),
-        pictures=[(jpeg(picture.pixels), picture.caption) for picture in pictures],
+        pictures=[(jpeg(pixels), caption) for pixels, caption in pictures],
     )
     return str(page)
 
@@ -70,22 +69,17 @@ def _histogram(shares: Sequence[Share], ends: Sequence[str], label: str) -> str:
     return bar_chart(names, stacks, label, "boxes")
 
 
-class Worst(NamedTuple):
-    pixels: UInt8[np.ndarray, "H W 3"]
-    caption: str
-
-
 def worst_pictures(
     split: Split, data: DataConfig, decoding: Decoding, views: Views, coverage: Coverage, most: int
-) -> list[Worst]:
-    """At most `most` images, each once: those with the most boxes without an anchor first, then those with the most by the
-    low-quality rule only. Images without such boxes and unreadable images are left out."""
+) -> list[tuple[np.ndarray, str]]:
+    """At most `most` images with captions, each once: those with the most boxes without an anchor first, then those with
+    the most by the low-quality rule only. Images without such boxes and unreadable images are left out."""
     kinds = coverage.kinds
     without, rescued = (
         np.diff(np.concatenate([[0], np.cumsum(boxes)])[views.ends])
         for boxes in (kinds["uncovered"] | kinds["outbid"], kinds["by_low_quality"])
     )
-    pictures: dict[int, Worst] = {}
+    pictures: dict[int, tuple[np.ndarray, str]] = {}
     for v in np.lexsort([-rescued, -without]).tolist():
         if len(pictures) == most or not without[v] + rescued[v]:
             break
@@ -103,7 +97,7 @@ def worst_pictures(
         boxes = views.ends[v + 1] - views.ends[v]
         counts = f"{boxes} boxes, {without[v]} without an anchor, {rescued[v]} by the low-quality rule only"
         pixels = draw_coverage(image, split.class_names, views, coverage, v)
-        pictures[record] = Worst(pixels, f"{name}, at {width} x {height}: {counts}")
+        pictures[record] = pixels, f"{name}, at {width} x {height}: {counts}"
     return list(pictures.values())
 
 

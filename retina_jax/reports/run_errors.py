@@ -138,12 +138,7 @@ def _draw(analysis: Analysis, image: int, score: float) -> tuple[dict[str, Any],
     )
     crowds = ["crowd" if crowd else "" for crowd in truth.crowds[g]]
     kinds = ["" if kind == RIGHT else KINDS[kind] for kind in errors.of_found[d]]
-    return (
-        jpeg(draw(pixels, objects, truth.categories[g], class_names=analysis.names, notes=crowds)),
-        jpeg(
-            draw(
-                pixels, detected, found.categories[d], found.scores[d], class_names=analysis.names,
-                truth_boxes_xyxy=missed, notes=kinds,
-            )
-        ),
-    )  # fmt: skip
+    classes, scores, names = found.categories[d], found.scores[d], analysis.names
+    of_truth = draw(pixels, objects, truth.categories[g], class_names=names, notes=crowds)
+    of_found = draw(pixels, detected, classes, scores, class_names=names, truth_boxes_xyxy=missed, notes=kinds)
+    return jpeg(of_truth), jpeg(of_found)
