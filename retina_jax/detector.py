@@ -39,10 +39,10 @@ _nms = jax.jit(nms, static_argnames=("iou_threshold", "max_detections"))
 class ImageDetections:
     """The N detections of one image, best first."""
 
-    boxes_xyxy: Float[np.ndarray, "N 4"]  # Pixels of the original image
+    boxes_xyxy: Float[np.ndarray, "N 4"]  # pixels of the original image
     scores: Float[np.ndarray, " N"]
-    labels: Int[np.ndarray, " N"]  # Indices into the detector's `class_names`
-    class_names: tuple[str, ...] = ()  # Class name of each detection, as in the detector's `shown_names`
+    labels: Int[np.ndarray, " N"]  # indices into the detector's `class_names`
+    class_names: tuple[str, ...] = ()  # class name of each detection, as in the detector's `shown_names`
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Detector:
     """A network with weights and the names of its classes."""
 
     driver: Driver
-    variables: dict[str, PyTree]  # Collections `params`, `frozen`, `stats`, on the devices
-    class_names: tuple[str, ...]  # As in the training data, where names may repeat
-    category_ids: tuple[int, ...]  # Category id of each class in the training data
-    step: int = 0  # Training steps of its weights in this project; 0 for imported weights
+    variables: dict[str, PyTree]  # collections `params`, `frozen`, `stats`, on the devices
+    class_names: tuple[str, ...]  # as in the training data, where names may repeat
+    category_ids: tuple[int, ...]  # category id of each class in the training data
+    step: int = 0  # training steps of its weights in this project; 0 for imported weights
 
     @classmethod
     def of(cls, driver: Driver, state: TrainState, names: tuple[str, ...], category_ids: tuple[int, ...]) -> Detector:

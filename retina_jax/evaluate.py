@@ -85,7 +85,7 @@ def evaluate(
             write_json(run.path("evaluation", step, f"{variant}.json"), values)
         readable = {index: detections for index, detections in sorted(found.items()) if index not in unread}
         drawn = []
-        # The first images with detections and, thin, ground truth: one file each, and one with all.
+        # The first images with detections and dashed ground truth: one file each, and one with all.
         for index, detections in itertools.islice(readable.items(), training.pictures):
             record, good = source.records[index], detections.scores >= max(0.3, run.config.detection.score_threshold)
             arrays = (of[good] for of in (detections.boxes_xyxy, detections.labels, detections.scores))

@@ -22,15 +22,15 @@ from retina_jax.data_check.image_check import check_images, duplicates
 from retina_jax.data_check.split import Split, read_split, split_findings
 from retina_jax.data_check.suggestion import Suggestion, suggest
 
-BAD_IMAGES = ("missing", "unreadable", "wrong_size")  # Kinds that data.bad_images skip tolerates
-CONCERNED = ("data", "anchors", "matching")  # Sections of the config that the check depends on
+BAD_IMAGES = ("missing", "unreadable", "wrong_size")  # kinds that data.bad_images skip tolerates
+CONCERNED = ("data", "anchors", "matching")  # sections of the config that the check depends on
 
 
 class ClassCount(NamedTuple):
     name: str
-    boxes: int  # Boxes that can be trained on
-    images: int  # Images with at least one of them
-    dropped: int  # Crowd boxes, boxes without area and boxes outside their image
+    boxes: int  # boxes that can be trained on
+    images: int  # images with at least one of them
+    dropped: int  # crowd boxes, boxes without area and boxes outside their image
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +38,11 @@ class Check:
     """All results."""
 
     config: Config
-    decoding: Decoding  # How images of the training split are decoded
+    decoding: Decoding  # how images of the training split are decoded
     splits: list[Split]  # train, and val if it was given
-    counts: dict[str, list[ClassCount]]  # By split, then by label
-    groups: list[Group]  # Findings by kind, errors first
-    views: Views  # Boxes of the training split at the sizes of training
+    counts: dict[str, list[ClassCount]]  # by split, then by label
+    groups: list[Group]  # findings by kind, errors first
+    views: Views  # boxes of the training split at the sizes of training
     coverage: Coverage
     shares: Shares
     suggestion: Suggestion | None

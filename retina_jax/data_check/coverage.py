@@ -27,11 +27,11 @@ from retina_jax.ops.matching import match
 # height over width (half octaves from 1:8 to 8:1).
 SIDES = np.array([0.0, *(2.0 ** (np.arange(4, 21) / 2)), np.inf])
 ASPECTS = np.array([0.0, *(2.0 ** (np.arange(-6, 7) / 2)), np.inf])
-FEWEST = 8  # Rows that boxes are padded to at least, above that powers of two, so that few programs are compiled
-THREADS = 2  # Images matched at the same time
-POOR = 0.9  # A class with a smaller share of boxes with an anchor of sufficient IoU gets a warning
-HOPELESS = 0.5  # If a smaller share of all boxes has any anchor, the data is not ready to train
-CLASS_HOPELESS = 0.1  # The same for a class of MANY boxes: it would never be detected
+FEWEST = 8  # rows that boxes are padded to at least, above that powers of two, so that few programs are compiled
+THREADS = 2  # images matched at the same time
+POOR = 0.9  # a class with a smaller share of boxes with an anchor of sufficient IoU gets a warning
+HOPELESS = 0.5  # if a smaller share of all boxes has any anchor, the data is not ready to train
+CLASS_HOPELESS = 0.1  # the same for a class of MANY boxes: it would never be detected
 MANY = 10
 
 
@@ -39,13 +39,13 @@ class Views(NamedTuple):
     """V views, each an image at one of its sizes, with N boxes in all. If training draws the short side at random, every
     image has one view per short side. Nothing is flipped."""
 
-    padded_hw: list[tuple[int, int]]  # Padded shape (height, width) of each view
-    sizes_hw: list[tuple[int, int]]  # Size of each image within it
-    records: Int64[np.ndarray, " V"]  # Record of each view
-    ends: Int64[np.ndarray, " V+1"]  # View v has the boxes ends[v] to ends[v + 1]
-    boxes_xyxy: Float32[np.ndarray, "N 4"]  # Pixels of the padded image, exactly what training matches with the anchors
+    padded_hw: list[tuple[int, int]]  # padded shape (height, width) of each view
+    sizes_hw: list[tuple[int, int]]  # size of each image within it
+    records: Int64[np.ndarray, " V"]  # record of each view
+    ends: Int64[np.ndarray, " V+1"]  # view v has the boxes ends[v] to ends[v + 1]
+    boxes_xyxy: Float32[np.ndarray, "N 4"]  # pixels of the padded image, exactly what training matches with the anchors
     labels: Int64[np.ndarray, " N"]
-    boxes: Int64[np.ndarray, " N"]  # Index of each box among those of all records, one record after the other
+    boxes: Int64[np.ndarray, " N"]  # index of each box among those of all records, one record after the other
 
     def bins(self) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " N"]]:
         """The bin of SIDES and the bin of ASPECTS of each box; a value on the border of two bins is in the upper one."""
@@ -83,8 +83,8 @@ def view_boxes(records: list[Record], data: DataConfig) -> Views:
 
 
 class Coverage(NamedTuple):
-    best_iou: Float32[np.ndarray, " N"]  # Largest IoU of any anchor with the box
-    anchors: Int64[np.ndarray, " N"]  # Positive anchors assigned to the box
+    best_iou: Float32[np.ndarray, " N"]  # largest IoU of any anchor with the box
+    anchors: Int64[np.ndarray, " N"]  # positive anchors assigned to the box
     positive_iou: float
 
     @property
@@ -147,7 +147,7 @@ class Share(NamedTuple):
     by_low_quality: int
     uncovered: int
     outbid: int
-    anchors: int  # Positive anchors of all of them
+    anchors: int  # positive anchors of all of them
 
     def part(self, kind: str) -> float:
         """The share of boxes of this kind; 1 if there are no boxes."""
@@ -162,9 +162,9 @@ class Share(NamedTuple):
 
 class Shares(NamedTuple):
     total: Share
-    classes: list[Share]  # By label; classes without boxes included
-    sizes: list[Share]  # By bin of SIDES
-    aspects: list[Share]  # By bin of ASPECTS
+    classes: list[Share]  # by label; classes without boxes included
+    sizes: list[Share]  # by bin of SIDES
+    aspects: list[Share]  # by bin of ASPECTS
     positives_per_image: float  # mean number of positive anchors; times the batch size, the loss's normaliser
 
     def as_dict(self) -> dict[str, Any]:

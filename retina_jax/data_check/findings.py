@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 Severity = Literal["error", "warning", "note"]
-SHOWN = 5  # Findings of a kind that its line on the terminal names
+SHOWN = 5  # findings of a kind that its line on the terminal names
 
 
 class Kind(NamedTuple):
     # error: training would refuse the data or could not learn from it; warning: it works; note: known and handled.
     severity: Severity
-    title: str  # What is counted, in the plural
-    meaning: str  # What training does with it, and what to do
+    title: str  # what is counted, in the plural
+    meaning: str  # what training does with it, and what to do
 
 
 FIRST = "Training stops at the first of them."
@@ -80,10 +80,10 @@ KINDS: dict[str, Kind] = {name: Kind(*kind) for name, *kind in (
 
 
 class Finding(NamedTuple):
-    kind: str  # One of KINDS
+    kind: str  # one of KINDS
     split: str
-    name: str  # What it is about: `annotation 2288`, an image's file name, a class
-    text: str = ""  # Details; may be empty
+    name: str  # what it is about: `annotation 2288`, an image's file name, a class
+    text: str = ""  # details; may be empty
 
 
 class Group(NamedTuple):

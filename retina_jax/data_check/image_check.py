@@ -21,7 +21,7 @@ from retina_jax.data_check.findings import Finding
 from retina_jax.data_check.split import Split
 from retina_jax.errors import reason
 
-Digests = dict[str, str]  # File name to the SHA-256 of the file's bytes, for every file that could be read
+Digests = dict[str, str]  # file name to the SHA-256 of the file's bytes, for every file that could be read
 
 
 def check_images(split: Split, decoding: Decoding, workers: int) -> tuple[list[Finding], Digests]:

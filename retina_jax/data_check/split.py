@@ -33,21 +33,21 @@ class Split:
     categories: list[Category]
     annotated: frozenset[int]
     left_out: dict[Category, str]
-    images: list[tuple[int, str, int, int]]  # Id, file name, width, height
+    images: list[tuple[int, str, int, int]]  # id, file name, width, height
     paths: list[str]
     missing: dict[int, str]
     unsized: frozenset[int]
-    box_ids: list[Any]  # Id of each annotation as in the file; None without one
-    box_rows: list[int]  # Its index in the file's list of annotations
-    owners: Int64[np.ndarray, " M"]  # Row in `images`
+    box_ids: list[Any]  # id of each annotation as in the file; None without one
+    box_rows: list[int]  # its index in the file's list of annotations
+    owners: Int64[np.ndarray, " M"]  # row in `images`
     labels: Int64[np.ndarray, " M"]
-    boxes_xyxy: Float64[np.ndarray, "M 4"]  # As in the file, pixels
-    rules: dict[str, Bool[np.ndarray, " M"]]  # By rule of `sort_boxes`, the boxes it applies to
-    records: list[Record]  # The records of training (of evaluation for val)
-    record_images: list[int]  # Row in `images` of each record
+    boxes_xyxy: Float64[np.ndarray, "M 4"]  # as in the file, pixels
+    rules: dict[str, Bool[np.ndarray, " M"]]  # by rule of `sort_boxes`, the boxes it applies to
+    records: list[Record]  # the records of training (of evaluation for val)
+    record_images: list[int]  # row in `images` of each record
     mistakes: list[Mistake]
-    notes: list[Note]  # How the file was read; training refuses some of these
-    without_box: list[str]  # Names of the annotations without a box, as in `box_name`
+    notes: list[Note]  # how the file was read; training refuses some of these
+    without_box: list[str]  # names of the annotations without a box, as in `box_name`
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -17,20 +17,20 @@ from retina_jax.ops.anchors import anchor_grid, anchors_per_cell, level_sizes
 
 GOOD = 0.98  # this share of the boxes, and mean share of the classes, with an anchor of sufficient IoU is enough
 CLOSE = 0.01  # if no setting is GOOD, the cheapest this near to the best is suggested; a smaller gain is no reason to
-SEARCHED = 4000  # Approximate number of boxes used in the search
-ENLARGED = (1.0, 1.25, 1.5, 2.0)  # Short sides tried, as multiples of the config's
+SEARCHED = 4000  # approximate number of boxes used in the search
+ENLARGED = (1.0, 1.25, 1.5, 2.0)  # short sides tried, as multiples of the config's
 FACTORS = (1.0, 0.25, 0.375, 0.5, 0.625, 0.75, 1.5, 2.0)  # anchors.size_factor tried, as multiples of the config's
-OCTAVE = (1.0, 1.1892, 1.4142, 1.6818)  # Four scales per octave, tried besides the config's
+OCTAVE = (1.0, 1.1892, 1.4142, 1.6818)  # four scales per octave, tried besides the config's
 QUANTILES = ((0.1, 0.5, 0.9), (0.03, 0.25, 0.5, 0.75, 0.97))  # of the aspect ratios: anchors.ratios tried
 
 
 class Suggestion(NamedTuple):
-    changes: dict[str, Any]  # Config fields by dotted name
-    options: str  # The same as command-line options
+    changes: dict[str, Any]  # config fields by dotted name
+    options: str  # the same as command-line options
     before: Shares
-    after: Shares  # Coverage of all boxes, by training's own matching
-    pixels: float  # Pixels of an image, relative to before
-    anchors: tuple[int, int]  # Anchors per cell, before and after
+    after: Shares  # coverage of all boxes, by training's own matching
+    pixels: float  # pixels of an image, relative to before
+    anchors: tuple[int, int]  # anchors per cell, before and after
 
     def pairs(self) -> list[tuple[Share, Share]]:
         """Before and after, of all boxes and of each class with boxes."""

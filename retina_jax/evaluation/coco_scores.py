@@ -44,7 +44,7 @@ class EvaluationError(PlainError, ValueError):
 class Scores(NamedTuple):
     """COCO scores, each in [0, 1], or None where there is no ground truth to define it."""
 
-    summary: dict[str, float | None]  # The scores of SUMMARY, by name
+    summary: dict[str, float | None]  # the scores of SUMMARY, by name
     per_class: dict[str, float | None]  # AP of each class by its unique name, by ascending category id
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-READABLE_SIDE = 480  # Small images are enlarged to about this length of their longer side, pixels
-GAP = 6  # Pixels between the images of a contact sheet
+READABLE_SIDE = 480  # small images are enlarged to about this length of their longer side, pixels
+GAP = 6  # pixels between the images of a contact sheet
 
 
 def class_colour(label: int) -> tuple[int, int, int]:

@@ -28,7 +28,7 @@ KINDS = ("classification", "localisation", "both", "duplicate", "background", "m
 CLASSIFICATION, LOCALISATION, BOTH, DUPLICATE, BACKGROUND, MISSED = range(len(KINDS))
 RIGHT, LEFT_OUT = -1, -2  # a detection that found its object, or an object that was found; what counts neither way
 FOREGROUND, NOTHING = 0.5, 0.1  # IoU from which a detection finds an object, and up to which it is on background
-RESULT_KEYS = {"image_id", "category_id", "bbox", "score"}  # Keys of a detection in COCO's results format
+RESULT_KEYS = {"image_id", "category_id", "bbox", "score"}  # keys of a detection in COCO's results format
 
 
 class Errors(NamedTuple):
@@ -40,7 +40,7 @@ class Errors(NamedTuple):
     of_found: Int[np.ndarray, " D"]
     # RIGHT, MISSED, CLASSIFICATION or LOCALISATION (of the detection that finds it once fixed); LEFT_OUT: crowd regions.
     of_truth: Int[np.ndarray, " G"]
-    finds: Int[np.ndarray, " D"]  # The object that a detection finds (RIGHT), or finds once it is fixed; -1: none
+    finds: Int[np.ndarray, " D"]  # the object that a detection finds (RIGHT), or finds once it is fixed; -1: none
     target: Int[np.ndarray, " D"]  # the object that one of wrong class or place overlaps most; -1: of any other kind
 
 
@@ -207,9 +207,9 @@ class Analysis(NamedTuple):
     source: Source
     names: tuple[str, ...]
     errors: Errors
-    precision: Float[np.ndarray, "10 101 K"]  # By IoU, recall and category; -1 where a category has no object
+    precision: Float[np.ndarray, "10 101 K"]  # by IoU, recall and category; -1 where a category has no object
     records: tuple[int, ...]
-    note: str  # Why the AP computed now may differ from that of the evaluation; empty if it does not
+    note: str  # why the AP computed now may differ from that of the evaluation; empty if it does not
 
 
 def analyse(file: Path, scores: dict[str, Any], data: DataConfig, categories: Sequence[Category]) -> Analysis:

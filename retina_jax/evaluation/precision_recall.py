@@ -19,8 +19,8 @@ IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 # Square pixels; both ends are included, so an area of 1024 is small and medium.
 AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
-MAX_DETECTIONS = (1, 10, 100)  # Detections that count, per image and category
-PAIRS = 1 << 19  # Pairs of a detection and a box processed together: about 50 MiB
+MAX_DETECTIONS = (1, 10, 100)  # detections that count, per image and category
+PAIRS = 1 << 19  # pairs of a detection and a box processed together: about 50 MiB
 
 
 class GroundTruth(NamedTuple):
@@ -55,8 +55,8 @@ class Matches(NamedTuple):
     """The box that each detection takes, for A areas and T IoU thresholds."""
 
     detections: Int[np.ndarray, " N"]  # the 100 best of each category and image, by category, image, descending score
-    ranks: Int[np.ndarray, " N"]  # Rank of each in its category and image, from 0
-    boxes: Int[np.ndarray, "A T N"]  # Index of the box taken; -1 where there is none
+    ranks: Int[np.ndarray, " N"]  # rank of each in its category and image, from 0
+    boxes: Int[np.ndarray, "A T N"]  # index of the box taken; -1 where there is none
     # Crowd regions and boxes outside the area: no object to find, and a detection that takes one counts neither way.
     ignored_boxes: Bool[np.ndarray, "A G"]
     outside: Bool[np.ndarray, "A N"]  # detections whose own area is outside: without a box they do not count as wrong
@@ -67,7 +67,7 @@ class Curves(NamedTuple):
     category has no box of the area."""
 
     precision: Float[np.ndarray, "10 101 K 4 3"]  # the highest at this recall or above, 0 if none
-    recall: Float[np.ndarray, "10 K 4 3"]  # The highest reached
+    recall: Float[np.ndarray, "10 K 4 3"]  # the highest reached
 
 
 def coco_curves(truth: GroundTruth, found: DetectedBoxes, categories: int) -> Curves:

@@ -16,11 +16,11 @@ from retina_jax.reports import render
 
 # Distinct for colour-blind readers too (Okabe and Ito), readable on white and on black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-DASHES = ("", "7 3", "2 3")  # Beyond the colours lines are dashed, then dotted
+DASHES = ("", "7 3", "2 3")  # beyond the colours lines are dashed, then dotted
 # Width of the picture and edges of the area for data; `LEFT` grows with the tick labels.
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 520.0, 64.0, 498.0, 12.0, 216.0
 CHARACTER, Y_LABEL = 7.0, 26.0  # width of a character of a tick label; of the y label and the gap next to it
-GAP = 2.0  # Pixels between two bars
+GAP = 2.0  # pixels between two bars
 
 
 class Line(NamedTuple):
@@ -32,7 +32,7 @@ class Line(NamedTuple):
 
 class Stack(NamedTuple):
     label: str
-    counts: Sequence[float]  # For each bin, 0 or more
+    counts: Sequence[float]  # for each bin, 0 or more
     colour: str  # #rrggbb
 
 

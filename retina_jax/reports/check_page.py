@@ -21,13 +21,13 @@ from retina_jax.evaluation.drawing import draw_boxes
 from retina_jax.reports import jpeg, render
 from retina_jax.reports.charts import Stack, bar_chart
 
-MOST_LISTED = 200  # Findings of a kind on the page; the JSON has all
-OPEN_UP_TO = 10  # Lists of at most this many findings are open from the start
+MOST_LISTED = 200  # findings of a kind on the page; the JSON has all
+OPEN_UP_TO = 10  # lists of at most this many findings are open from the start
 # Boxes with an anchor of sufficient IoU, with one by the low-quality rule only, and without (Okabe and Ito).
 COVERED, RESCUED, UNCOVERED = "#009E73", "#E69F00", "#D55E00"
 ON_IMAGES = {COVERED: (0, 255, 0), RESCUED: (255, 190, 0), UNCOVERED: (255, 0, 0)}  # visible on a photograph
-SIDE = 720  # Small images are enlarged to about this length of their longer side, pixels
-TAGGED = 12  # Boxes of an image that are labelled; more labels would hide it
+SIDE = 720  # small images are enlarged to about this length of their longer side, pixels
+TAGGED = 12  # boxes of an image that are labelled; more labels would hide it
 SHARES = {"by_iou": "sufficient IoU", "by_low_quality": "low-quality only", "uncovered": "no anchor"}
 
 

@@ -19,7 +19,7 @@ from retina_jax.evaluation.precision_recall import IOU_THRESHOLDS, RECALLS
 from retina_jax.reports import jpeg
 from retina_jax.reports.charts import Line, line_chart
 
-MOST_LINES = 10  # Classes in one chart; with more classes each has a chart of its own
+MOST_LINES = 10  # classes in one chart; with more classes each has a chart of its own
 IOUS = {f"{iou:.2f}": int(np.argmin(abs(IOU_THRESHOLDS - iou))) for iou in (0.5, 0.75)}
 MOST_CONFUSIONS = 12
 MOST_IMAGES, LONGEST = 6, 800  # images drawn of the best and of the worst; their longer side at most, pixels

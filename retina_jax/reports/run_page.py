@@ -20,7 +20,7 @@ from retina_jax.reports.charts import Line, line_chart
 from retina_jax.reports.run_errors import errors_section
 from retina_jax.runs.record import Record, read_record
 
-MOST_POINTS = 400  # Points of a curve; in longer runs each point is the mean of neighbours
+MOST_POINTS = 400  # points of a curve; in longer runs each point is the mean of neighbours
 CHARTS = (
     # y label, logarithmic, curves: (legend, metric)
     ("loss", True, (("loss", "loss"), ("classification", "classification_loss"), ("box", "box_loss"))),
