@@ -108,7 +108,7 @@ def test_the_lenient_reader_takes_what_the_strict_one_takes(tmp_path: Path) -> N
 
 @settings(deadline=None, max_examples=150)
 @given(st.sampled_from(PLACES), anything)
-def test_any_value_anywhere_is_told_where_training_refuses_it(
+def test_any_value_anywhere_is_reported_where_training_refuses_it(
     tmp_path_factory: pytest.TempPathFactory, place: str, value: object
 ) -> None:
     """The strict reader raises exactly where the lenient one reports something, and its error is among the reports."""
@@ -152,7 +152,7 @@ def test_a_split_without_a_box_leaves_nothing_to_learn(tmp_path: Path) -> None:
     assert check.suggestion is None and check.shares.positives_per_image == 0
 
 
-def test_a_file_of_nothing_but_mistakes_is_told_to_the_end(tmp_path: Path) -> None:
+def test_a_file_of_nothing_but_mistakes_is_reported_to_the_end(tmp_path: Path) -> None:
     splits = clean()
     for entry in splits.documents["train"]["images"]:
         entry["width"] = -1
