@@ -21,17 +21,9 @@ from jaxtyping import Float, Int, PyTree, UInt8
 
 from retina_jax.config import Config, ConfigError, DataConfig, DetectionConfig
 from retina_jax.config_io import override, validate
+from retina_jax.data import transforms
 from retina_jax.data.classes import unique_names
 from retina_jax.data.pipeline import LARGE, Batch
-from retina_jax.data.transforms import (
-    buckets,
-    exact_canvas,
-    flip_boxes,
-    resize,
-    resize_large,
-    resized_size,
-    to_original_pixels,
-)
 from retina_jax.ops.nms import nms
 from retina_jax.runs.folder import read_run
 from retina_jax.training.checkpoints import Checkpoints, Step
@@ -47,13 +39,10 @@ _nms = jax.jit(nms, static_argnames=("iou_threshold", "max_detections"))
 class ImageDetections:
     """The N detections of one image, best first."""
 
-    boxes_xyxy: Float[np.ndarray, "N 4"]
-    """Pixels of the original image."""
+    boxes_xyxy: Float[np.ndarray, "N 4"]  # pixels of the original image
     scores: Float[np.ndarray, " N"]
-    labels: Int[np.ndarray, " N"]
-    """Indices into the detector's `class_names`."""
-    class_names: tuple[str, ...] = ()
-    """Class name of each detection, as in the detector's `shown_names`."""
+    labels: Int[np.ndarray, " N"]  # indices into the detector's `class_names`
+    class_names: tuple[str, ...] = ()  # class name of each detection, as in the detector's `shown_names`
 
 
 @dataclass(frozen=True)
@@ -61,23 +50,17 @@ class Detector:
     """A network with weights and the names of its classes."""
 
     driver: Driver
-    variables: dict[str, PyTree]
-    """Collections `params`, `frozen`, `stats`, on the devices."""
-    class_names: tuple[str, ...]
-    """As in the training data, where names may repeat."""
-    category_ids: tuple[int, ...]
-    """Category id of each class in the training data."""
-    step: int = 0
-    """Training steps of its weights in this project; 0 for imported weights."""
+    variables: dict[str, PyTree]  # collections `params`, `frozen`, `stats`, on the devices
+    class_names: tuple[str, ...]  # as in the training data, where names may repeat
+    category_ids: tuple[int, ...]  # category id of each class in the training data
+    step: int = 0  # training steps of its weights in this project; 0 for imported weights
 
     @classmethod
-    def of(
-        cls, driver: Driver, state: TrainState, class_names: tuple[str, ...], category_ids: tuple[int, ...]
-    ) -> Detector:
+    def of(cls, driver: Driver, state: TrainState, names: tuple[str, ...], category_ids: tuple[int, ...]) -> Detector:
         """Returns the detector of a state: its averaged parameters (EMA) if it has them, unless detection.parameters is
         "raw"."""
         variables = state.detector(driver.config.detection.parameters)
-        return cls(driver, variables, class_names, category_ids, int(state.step))
+        return cls(driver, variables, names, category_ids, int(state.step))
 
     @cached_property
     def shown_names(self) -> tuple[str, ...]:
@@ -86,24 +69,19 @@ class Detector:
 
     @property
     def config(self) -> Config:
-        """The config of the network."""
         return self.driver.config
 
     def detect(self, images: Iterable[np.ndarray], *, batch_size: int = 1) -> list[ImageDetections]:
-        """Returns the detections of uint8 images [h w 3] (RGB) of any sizes, each in its own pixels.
-
-        Images of a batch have the same padded shape, the smallest that holds them all. The padding can change detections a
-        little, as in torchvision and detectron2; with batch_size 1 each image has its own shape. Raises ValueError for any
-        other array.
-        """
+        """Returns the detections of uint8 images [h w 3] (RGB) of any sizes, each in its own pixels. Images of a batch have
+        one padded shape; the padding can change detections a little, as in torchvision and detectron2. Raises ValueError for
+        any other array."""
         found: list[ImageDetections] = []
         remaining = iter(images)
         while group := list(itertools.islice(remaining, batch_size)):
             for number, image in enumerate(group, start=len(found)):
                 if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or min(image.shape) == 0:
-                    raise ValueError(
-                        f"image {number}: {image.dtype} of shape {image.shape}; detect takes uint8 arrays [h, w, 3]"
-                    )
+                    what = f"{image.dtype} of shape {image.shape}"
+                    raise ValueError(f"image {number}: {what}; detect takes uint8 arrays [h, w, 3]")
             rows = -(-len(group) // self.driver.num_devices) * self.driver.num_devices
             batches = (to_canvas(group, data, rows) for data in sizes(self.config))
             merged = self.merged(self.detect_batches(batches, [image.shape[:2] for image in group]))
@@ -122,32 +100,26 @@ class Detector:
         for plain in batches:
             for flipped in (False, True)[: 1 + self.config.detection.tta_flip]:
                 batch = mirrored(plain) if flipped else plain
-                running = (
-                    batch,
-                    self.driver.detect(self.variables, self.driver.shard_batch(Inputs.of(batch))),
-                    flipped,
-                )
+                running = self.driver.detect(self.variables, self.driver.shard_batch(Inputs.of(batch)))
                 if previous is not None:
                     yield from self._read(*previous, sizes_hw)
-                previous = running
+                previous = batch, running, flipped
         if previous is not None:
             yield from self._read(*previous, sizes_hw)
 
     def merged(self, found: Iterable[tuple[int, ImageDetections]]) -> dict[int, ImageDetections]:
         """Merges the detections of all versions of an image, by index; without augmentation there is one version."""
+        if (count := versions(self.config)) == 1:
+            return dict(found)
         of_image: dict[int, list[ImageDetections]] = {}
         for index, detections in found:
             of_image.setdefault(index, []).append(detections)
-        return {index: self._merge(group) for index, group in of_image.items()}
-
-    def _merge(self, group: Sequence[ImageDetections]) -> ImageDetections:
-        if (count := versions(self.config)) == 1:
-            (detections,) = group
-            return detections
-        names = "boxes_xyxy", "scores", "labels"
-        arrays = [np.concatenate([getattr(detections, name) for detections in group]) for name in names]
-        kept = merge(*arrays, self.config.detection, count * self.config.detection.max_detections)
-        return self._detections(*(array[kept] for array in arrays))
+        merged, names = {}, ("boxes_xyxy", "scores", "labels")
+        for index, group in of_image.items():
+            arrays = [np.concatenate([getattr(detections, name) for detections in group]) for name in names]
+            kept = merge(*arrays, self.config.detection, count * self.config.detection.max_detections)
+            merged[index] = self._detections(*(array[kept] for array in arrays))
+        return merged
 
     def _detections(
         self, boxes_xyxy: Float[np.ndarray, "N 4"], scores: Float[np.ndarray, " N"], labels: Int[np.ndarray, " N"]
@@ -163,26 +135,26 @@ class Detector:
             height, width = sizes_hw[index]
             found = boxes[row][kept]
             if flipped:
-                found = flip_boxes(found, int(batch.image_sizes[row, 1]))
-            found = to_original_pixels(found, batch.scales[row], self.config.data.box_ends)
+                found = transforms.flip_boxes(found, int(batch.image_sizes[row, 1]))
+            found = transforms.to_original_pixels(found, batch.scales[row], self.config.data.box_ends)
             found = np.clip(found, 0, np.array([width, height, width, height], np.float32)[None])
             yield index, self._detections(found.astype(np.float32), scores[row][kept], labels[row][kept])
 
 
 def to_canvas(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], data: DataConfig, rows: int) -> Batch:
-    """Returns a batch of these images, resized and padded as in evaluation; the last image fills the remaining `rows`.
-
-    The padded shape is the smallest of the configured ones that holds all images. If none does, or `data.buckets` is 0, it
-    is the smallest multiple of `data.pad_multiple` that does.
-    """
-    resized = [resized_size(*image.shape[:2], data.short_side, data.long_side, data.size_rounding) for image in images]
+    """Returns a batch of these images, resized and padded as in evaluation; the last image fills the remaining `rows`. The
+    padded shape is the smallest of the configured ones that holds all images. If none does, or `data.buckets` is 0, it is
+    the smallest multiple of `data.pad_multiple` that does."""
+    rule = data.short_side, data.long_side, data.size_rounding
+    resized = [transforms.resized_size(*image.shape[:2], *rule) for image in images]
     largest = max(height for height, _ in resized), max(width for _, width in resized)
-    shapes = buckets(data, (data.short_side,)) if data.buckets else ()
+    shapes = transforms.buckets(data, (data.short_side,)) if data.buckets else ()
     fitting = [shape for shape in shapes if largest[0] <= shape[0] and largest[1] <= shape[1]]
-    padded = min(fitting, key=lambda shape: shape[0] * shape[1], default=exact_canvas(largest, data))
+    padded = min(fitting, key=lambda shape: shape[0] * shape[1], default=transforms.exact_canvas(largest, data))
     pixels = np.zeros((rows, *padded, 3), data.pixels)
     for row, (image, size) in enumerate(zip(images, resized, strict=True)):
-        resize_image = resize_large if image.shape[0] * image.shape[1] > LARGE else resize
+        large = image.shape[0] * image.shape[1] > LARGE
+        resize_image = transforms.resize_large if large else transforms.resize
         pixels[row, : size[0], : size[1]] = np.asarray(resize_image(image, size, data.resize, data.pixels))
     pixels[len(images) :] = pixels[len(images) - 1]
     image_of_row = np.minimum(np.arange(rows), len(images) - 1)
@@ -224,10 +196,7 @@ def load_detector(
     Raises:
       ConfigError, WeightsError: one line that names the folder or file and what is wrong with it.
     """
-    from retina_jax.weights.importing import (
-        import_detector,
-        kind_of,
-    )  # reads foreign formats: training does not need it
+    from retina_jax.weights.importing import import_detector, kind_of  # training does not need these readers
 
     imported = None
     if kind_of(str(source)) is not None:
@@ -253,11 +222,8 @@ def load_detector(
 
 
 def sizes(config: Config) -> tuple[DataConfig, ...]:
-    """Returns `config.data` at each size of test-time augmentation: its own, then those of detection.tta_short_sides.
-
-    The long side grows in proportion, so that images of any shape grow by the same factor. Each size has its own padded
-    shapes, and one program per shape; mirrored images use the same programs.
-    """
+    """Returns `config.data` at each size of test-time augmentation: its own, then those of detection.tta_short_sides. The
+    long side grows in proportion. Each size has its own padded shapes, and one program per shape."""
     data = config.data
     others = dict.fromkeys(side for side in config.detection.tta_short_sides if side != data.short_side)
     longs = {side: max(side, round(data.long_side * side / data.short_side)) for side in others}
@@ -284,10 +250,8 @@ def merge(
     config: DetectionConfig,
     most: int,
 ) -> Int[np.ndarray, " M"]:
-    """Returns which of the detections of all versions remain, best first: M <= config.max_detections.
-
-    `most` is the largest possible N: arrays are padded to it, so that one program serves all images.
-    """
+    """Returns which of the detections of all versions remain, best first: M <= config.max_detections. Arrays are padded to
+    `most`, the largest possible N, so that one program serves all images."""
     room = most - len(scores)
     kept, real = _nms(
         np.pad(boxes_xyxy.astype(np.float32), ((0, room), (0, 0))),

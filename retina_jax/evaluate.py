@@ -59,18 +59,14 @@ def evaluate(
     limit = min(training.eval_images or len(source), len(source))
     batch_size = -(-(training.eval_batch_size or run.config.data.batch_size) // shards) * shards
     original_sizes = [(record.height, record.width) for record in source.records]
-    inputs = [
-        eval_batches(source, data, batch_size=batch_size, limit=limit, **distributed.share())
-        for data in sizes(detector.config)
-    ]
     started, of_hosts = time.monotonic(), []
     with compile_events() as events:
-        for batches in inputs:
+        for data in sizes(detector.config):
+            batches = eval_batches(source, data, batch_size=batch_size, limit=limit, **distributed.share())
             of_hosts += distributed.exchange(list(detector.detect_batches(check(batches), original_sizes)))
     found = detector.merged(itertools.chain(*of_hosts))
     elapsed = time.monotonic() - started
-    unread = set(range(limit)) - set(found)
-    if unread:
+    if unread := set(range(limit)) - set(found):
         warn(f"{len(unread)} images could not be read and score as images without detections")
         found |= dict.fromkeys(unread, NOTHING)
     results = []
@@ -88,55 +84,38 @@ def evaluate(
             values |= {"settings": dict(settings)} if settings else {}
             write_json(run.path("evaluation", step, f"{variant}.json"), values)
         readable = {index: detections for index, detections in sorted(found.items()) if index not in unread}
-        _write_pictures(run, detector, source, readable, lambda suffix: run.path("pictures", step, variant + suffix))
+        drawn = []
+        # The first images with detections and dashed ground truth: one file each, and one with all.
+        for index, detections in itertools.islice(readable.items(), training.pictures):
+            record, good = source.records[index], detections.scores >= max(0.3, run.config.detection.score_threshold)
+            arrays = (of[good] for of in (detections.boxes_xyxy, detections.labels, detections.scores))
+            names, boxes = detector.shown_names, record.boxes_xyxy
+            drawn.append(draw(image_of(source, index), *arrays, class_names=names, truth_boxes_xyxy=boxes))
+            write_picture(run.path("pictures", step, f"{variant}_{record.image_id}.png"), drawn[-1])
+        if drawn:
+            write_picture(run.path("pictures", step, f"{variant}.png"), contact_sheet(drawn))
     compiled = f", {events[COMPILED + ' seconds']:.1f} of them to compile detection" if events[COMPILED] else ""
     speed = f"{len(image_ids) / max(elapsed, 1e-9):.1f} img/s"
     log(f"evaluated {len(image_ids)} images in {elapsed:.1f} s ({speed}{compiled})")
     return scores
 
 
-def _write_pictures(
-    run: Run, detector: Detector, source: Source, found: Mapping[int, ImageDetections], path: Callable[[str], Path]
-) -> None:
-    """Draws the first images with detections and, thin, ground truth: path("_ID.png") each, path(".png") with all."""
-    drawn = []
-    for index, detections in itertools.islice(found.items(), run.config.training.pictures):
-        record = source.records[index]
-        good = detections.scores >= max(0.3, run.config.detection.score_threshold)
-        picture = draw(
-            image_of(source, index),
-            detections.boxes_xyxy[good],
-            detections.labels[good],
-            detections.scores[good],
-            class_names=detector.shown_names,
-            truth_boxes_xyxy=record.boxes_xyxy,
-        )
-        write_picture(path(f"_{record.image_id}.png"), picture)
-        drawn.append(np.asarray(picture))
-    if drawn:
-        write_picture(path(".png"), contact_sheet(drawn))
-
-
 def write_picture(path: Path, picture: UInt8[np.ndarray, "H W 3"]) -> None:
-    """Writes an image in the format of its suffix. Raises DiskError if it cannot be written."""
+    """Writes an image in the format of its suffix. Raises DiskError."""
     encoded = io.BytesIO()
     Image.fromarray(picture).save(encoded, path.suffix.removeprefix("."))
     write_bytes(path, encoded.getvalue())
 
 
 def write_submission(run: Run, step: int, variant: str, annotations: str) -> Path:
-    """Writes the detections of `evaluate` as COCO's evaluation server takes them; returns the file's path.
-
-    The file is RUN/detections/detections_SPLIT_RUN_results.json; SPLIT is from the name of the file `annotations`
-    (image_info_test-dev2017.json: test-dev2017). Coordinates are rounded to hundredths of a pixel, scores to six digits. An
-    earlier submission of the run is replaced.
-    """
+    """Writes the detections of `evaluate` as COCO's evaluation server takes them; returns the file's path,
+    RUN/detections/detections_SPLIT_RUN_results.json, where SPLIT is from the name of the file `annotations`
+    (image_info_test-dev2017.json: test-dev2017). Coordinates are rounded to hundredths of a pixel, scores to six digits."""
     split = Path(annotations).stem.removeprefix("image_info_")
     path = run.folder / "detections" / f"detections_{split}_{run.folder.resolve().name}_results.json"
     if distributed.is_primary():
         results = json.loads(run.path("detections", step, f"{variant}.json").read_text())
-        rounded = [
-            {**r, "bbox": [round(side, 2) for side in r["bbox"]], "score": round(r["score"], 6)} for r in results
-        ]
-        write_json(path, rounded, indent=None)
+        for result in results:
+            result |= {"bbox": [round(side, 2) for side in result["bbox"]], "score": round(result["score"], 6)}
+        write_json(path, results, indent=None)
     return path

@@ -101,7 +101,7 @@ def test_no_detection_is_zero_with_truth_and_none_without(evaluator: str) -> Non
 
 
 @BOTH
-def test_classes_of_one_name_are_told_apart(evaluator: str) -> None:
+def test_classes_of_one_name_get_unique_names(evaluator: str) -> None:
     truth = TRUTH | {"categories": [{"id": i, "name": "cat"} for i in (3, 9)]}
     assert list(evaluate_coco(truth, [], [1], evaluator=evaluator).per_class) == ["cat (3)", "cat (9)"]
 

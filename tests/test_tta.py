@@ -47,8 +47,8 @@ def naive_merge(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, confi
         for j in kept:
             u1, v1, u2, v2 = boxes[j].astype(np.float64)
             common = max(0, min(x2, u2) - max(x1, u1)) * max(0, min(y2, v2) - max(y1, v1))
-            whole = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - common
-            if labels[j] == labels[i] and whole > 0 and common / whole > config.nms_iou:
+            union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - common
+            if labels[j] == labels[i] and union > 0 and common / union > config.nms_iou:
                 break
         else:
             kept.append(i)
@@ -68,7 +68,7 @@ def flipped_back(found: ImageDetections, width: int) -> ImageDetections:
     return dataclasses.replace(found, boxes_xyxy=np.stack([width - x2, y1, width - x1, y2], axis=1))
 
 
-def test_all_versions_are_asked_and_merged_as_by_a_plain_loop() -> None:
+def test_all_versions_are_run_and_merged_as_by_a_plain_loop() -> None:
     """Images of a short side of 32 are enlarged by 2 or not at all, in which float32 rounds nothing: an image mirrored and
     resized is to the bit the one resized and mirrored."""
     single = [detector(), detector(data__short_side=32, data__long_side=48)]
@@ -105,22 +105,22 @@ def test_merging_is_the_naive_suppression(seed: int, count: int, most: int, iou:
 def test_the_answer_for_a_mirrored_image_is_the_mirrored_answer() -> None:
     (image,) = pictures((64, 90))
     plain, augmented = detector(), detector(**FLIPPED_AND_SMALLER)
-    for asked, equal in ((augmented, True), (plain, False)):
-        one, other = asked.detect([image]), asked.detect([image[:, ::-1]])
+    for detecting, equal in ((augmented, True), (plain, False)):
+        one, other = detecting.detect([image]), detecting.detect([image[:, ::-1]])
         back = flipped_back(other[0], 90)
         assert np.allclose(np.sort(back.scores), np.sort(one[0].scores), atol=1e-6) == equal
         if equal:
             assert_same(back, one[0])
 
 
-def test_where_only_the_image_itself_is_asked_nothing_is_merged() -> None:
+def test_one_version_of_an_image_is_returned_and_nothing_is_merged() -> None:
     images = pictures((40, 60))
     (plain,), (same,) = detector().detect(images), detector(detection__tta_short_sides=(64, 64)).detect(images)
     for name in ("boxes_xyxy", "scores", "labels"):
         np.testing.assert_array_equal(getattr(same, name), getattr(plain, name))
 
 
-def test_sizes_are_asked_once_each_and_grow_in_proportion() -> None:
+def test_sizes_are_used_once_each_and_grow_in_proportion() -> None:
     config = override(Config(), {"detection.tta_short_sides": (800, 600, 400, 800), "data.jitter_short_sides": (500,)})
     found = tta.sizes(config)
     assert [(data.short_side, data.long_side) for data in found] == [(600, 1000), (800, 1333), (400, 667)]
@@ -129,7 +129,7 @@ def test_sizes_are_asked_once_each_and_grow_in_proportion() -> None:
     assert tta.versions(Config()) == 1
 
 
-def test_an_image_is_mirrored_in_its_place_on_the_canvas() -> None:
+def test_an_image_is_mirrored_in_its_place_in_the_padded_shape() -> None:
     images = pictures((30, 41), (17, 20))
     batch = to_canvas(images, dataclasses.replace(CONFIG.data, short_side=32, long_side=48), 3)
     mirrored = tta.mirrored(batch)
@@ -139,14 +139,14 @@ def test_an_image_is_mirrored_in_its_place_on_the_canvas() -> None:
     np.testing.assert_array_equal(tta.mirrored(mirrored).images, batch.images)
 
 
-def test_evaluation_over_devices_gives_what_detect_gives_and_compiles_a_program_a_canvas(tmp_path: Path) -> None:
+def test_evaluation_over_devices_gives_what_detect_gives_and_compiles_one_program_per_shape(tmp_path: Path) -> None:
     source = rectangles(tmp_path, [(48, 32), (40, 32), (44, 32), (48, 32), (40, 32)])
     config = override(detector(**FLIPPED_AND_SMALLER).config, {"devices": 2})
     driver = Driver(config, 2)
-    asked = Detector(driver, driver.init_state().variables, source.class_names, source.category_ids)
+    detecting = Detector(driver, driver.init_state().variables, source.class_names, source.category_ids)
     run = open_run(tmp_path / "run", config, source.class_names, source.category_ids)
     programs = tta._nms._cache_size()
-    evaluate(run, asked, source, 0)
+    evaluate(run, detecting, source, 0)
     wide = {shape for data in tta.sizes(config) for shape in buckets(data, (data.short_side,)) if shape[1] > shape[0]}
     assert driver.detect._cache_size() == len(wide) == 2 and tta._nms._cache_size() <= programs + 1
     results = json.loads((run.folder / "detections/step_00000000.json").read_text())

@@ -1,4 +1,4 @@
-"""Drawings: lines where the boxes are, tags inside the picture, fixed colours."""
+"""Drawings: lines where the boxes are, labels inside the picture, fixed colours."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def test_colours_are_fixed_and_distinct() -> None:
 
 
 @pytest.mark.parametrize(("side", "zoom"), [(40, 12), (128, 4), (480, 1), (900, 1)])
-def test_box_lines_lie_where_the_box_is_at_any_size(side: int, zoom: int) -> None:
+def test_box_lines_are_where_the_box_is_at_any_size(side: int, zoom: int) -> None:
     image = np.full((side, side, 3), 90, np.uint8)
     box = np.array([[0.25, 0.25, 0.75, 0.75]], np.float32) * side
     picture = draw(image, box, np.array([1]), class_names=NAMES)
@@ -33,7 +33,7 @@ def test_box_lines_lie_where_the_box_is_at_any_size(side: int, zoom: int) -> Non
     assert near(picture, class_colour(1))[side // 2].sum() >= 4  # both vertical lines, two pixels each
 
 
-def test_tags_stay_inside_and_boxes_outside_are_cut() -> None:
+def test_labels_stay_inside_and_boxes_outside_are_cut() -> None:
     image = np.full((60, 80, 3), 90, np.uint8)
     boxes = np.array([[-20, -20, 30, 30], [70, 0, 200, 200], [75, 55, 80, 60], [200, 200, 300, 300]], np.float32)
     scores = np.array([0.5, 0.6, 0.7, 1.0], np.float32)
@@ -52,7 +52,7 @@ def test_padding_draws_nothing_and_the_input_is_untouched() -> None:
     np.testing.assert_array_equal(image, before)
 
 
-def test_best_score_lies_on_top() -> None:
+def test_best_score_is_on_top() -> None:
     image = np.zeros((480, 480, 3), np.uint8)
     boxes = np.array([[100, 100, 300, 300]] * 2, np.float32)
     for scores, top in (((0.9, 0.1), 0), ((0.1, 0.9), 1)):
@@ -87,7 +87,7 @@ def test_contact_sheet_holds_every_picture_unchanged() -> None:
         contact_sheet([])
 
 
-def test_a_note_lengthens_the_tag_of_its_box_alone() -> None:
+def test_a_note_lengthens_the_label_of_its_box_alone() -> None:
     image = np.zeros((480, 480, 3), np.uint8)
     boxes, labels = np.array([[50, 100, 60, 110], [50, 300, 60, 310]], np.float32), np.array([0, 1])
     without = draw(image, boxes, labels, class_names=NAMES)

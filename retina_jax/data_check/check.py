@@ -18,26 +18,19 @@ from retina_jax.data.conventions import Decoding
 from retina_jax.data.survey import Survey, survey_files
 from retina_jax.data_check.coverage import Coverage, Shares, Views, count_shares, cover, coverage_findings, view_boxes
 from retina_jax.data_check.findings import Finding, Group, grouped
-from retina_jax.data_check.image_check import check_images, duplicates, leaks
-from retina_jax.data_check.split import Split, box_findings, note_findings, read_split, refusals, repeated
+from retina_jax.data_check.image_check import check_images, duplicates
+from retina_jax.data_check.split import Split, read_split, split_findings
 from retina_jax.data_check.suggestion import Suggestion, suggest
 
-BAD_IMAGES = ("missing", "unreadable", "wrong_size")
-"""Kinds that data.bad_images skip tolerates."""
-CONCERNED = ("data", "anchors", "matching")
-"""Sections of the config that the check depends on."""
+BAD_IMAGES = ("missing", "unreadable", "wrong_size")  # kinds that data.bad_images skip tolerates
+CONCERNED = ("data", "anchors", "matching")  # sections of the config that the check depends on
 
 
 class ClassCount(NamedTuple):
-    """Counts of a class in a split."""
-
     name: str
-    boxes: int
-    """Boxes that can be trained on."""
-    images: int
-    """Images with at least one of them."""
-    dropped: int
-    """Crowd boxes, boxes without area and boxes outside their image."""
+    boxes: int  # boxes that can be trained on
+    images: int  # images with at least one of them
+    dropped: int  # crowd boxes, boxes without area and boxes outside their image
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,16 +38,11 @@ class Check:
     """All results."""
 
     config: Config
-    decoding: Decoding
-    """How images of the training split are decoded."""
-    splits: list[Split]
-    """train, and val if it was given."""
-    counts: dict[str, list[ClassCount]]
-    """By split, then by label."""
-    groups: list[Group]
-    """Findings by kind, errors first."""
-    views: Views
-    """Boxes of the training split at the sizes of training."""
+    decoding: Decoding  # how images of the training split are decoded
+    splits: list[Split]  # train, and val if it was given
+    counts: dict[str, list[ClassCount]]  # by split, then by label
+    groups: list[Group]  # findings by kind, errors first
+    views: Views  # boxes of the training split at the sizes of training
     coverage: Coverage
     shares: Shares
     suggestion: Suggestion | None
@@ -62,34 +50,27 @@ class Check:
     @property
     def ready(self) -> bool:
         """Whether training would start and could learn something: there is no error."""
-        return self.number("error") == 0
-
-    def number(self, severity: str) -> int:
-        """Number of findings of this severity."""
-        return sum(len(group.findings) for group in self.groups if group.severity == severity)
+        return all(group.severity != "error" for group in self.groups)
 
     def verdict(self) -> str:
         """One line: whether the data is ready, and the numbers of errors and warnings."""
-        errors, warnings = self.number("error"), self.number("warning")
-        return (
-            f"{'Not ready' if errors else 'Ready'} to train. Errors: {errors or 'none'}, warnings: {warnings or 'none'}"
-        )
+        numbers = [
+            sum(len(group.findings) for group in self.groups if group.severity == severity) or "none"
+            for severity in ("error", "warning")
+        ]
+        return f"{'Ready' if self.ready else 'Not ready'} to train. Errors: {numbers[0]}, warnings: {numbers[1]}"
 
 
 def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
-    """Checks the splits `train` and, if given, `val`: each a COCO JSON and a folder of images.
+    """Checks the splits `train` and, if given, `val`: each a COCO JSON and a folder of images. Raises DataError as
+    `read_split` does."""
 
-    Raises DataError as `read_split` does.
-    """
-
-    def opened(name: str, known: Sequence[Category]) -> Split:
+    def opened(name: str, known: Sequence[Category] = ()) -> Split:
         without_boxes = config.data.images_without_boxes if name == "train" else "keep"
         return read_split(name, *pairs[name], without_boxes, known, config.data)
 
-    if "val" in pairs:
-        splits = list(open_both(partial(opened, "train"), partial(opened, "val")))
-    else:
-        splits = [opened("train", ())]
+    both = "val" in pairs
+    splits = list(open_both(partial(opened, "train"), partial(opened, "val"))) if both else [opened("train")]
     surveys = {split.name: survey_split(split) for split in splits}
     shown = [survey.votes.shown for survey in surveys.values()]
     if config.data.orientation == "auto" and set(shown) == {"open", "stored"}:
@@ -98,25 +79,33 @@ def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
         again = [bool(split.unsized) and one == "open" for split, one in zip(splits, shown, strict=True)]
         splits = [opened(s.name, s.categories) if late else s for s, late in zip(splits, again, strict=True)]
     found: list[Finding] = []
-    digests, decodings = [], {}
+    digests, decodings = {}, {}
     for split in splits:
         log(f"{split.name}: {len(split.images)} images, {len(split.labels)} boxes, {len(split.class_names)} classes")
         decodings[split.name], config, of_files = decide_decoding(split, surveys[split.name], config)
-        bad_images, of_images = check_images(split, decodings[split.name], config.data.workers)
-        digests.append(of_images)
-        found += [*of_files, *refusals(split), *note_findings(split), *repeated(split), *bad_images]
-        found += [*duplicates(split, of_images), *box_findings(split, config.data.max_boxes)]
-    found += leaks(*digests) if len(splits) == 2 else []
+        bad_images, digests[split.name] = check_images(split, decodings[split.name], config.data.workers)
+        found += [*of_files, *split_findings(split, config.data.max_boxes), *bad_images]
+    found += duplicates(digests, splits)
     train = splits[0]
     counts = {split.name: count_classes(split) for split in splits}
     found += [Finding("empty_class", name, c.name) for name, rows in counts.items() for c in rows if not c.boxes]
     found += [Finding("no_class", s.name, f"{c[1]} ({c[0]})", why) for s in splits for c, why in s.left_out.items()]
-    found += _refused_config(config, splits)
+    try:
+        category_ids(train.categories, splits[-1], "data.val_annotations")
+        with_classes(config, len(train.categories))
+    except ConfigError as error:
+        field, _, text = str(error).partition(": ")
+        found.append(Finding("refused_config", splits[-1].name, field, text))
     views = view_boxes(train.records, config.data)
     coverage = cover(views, config)
     shares = count_shares(views, coverage, train.class_names)
     if len(views.labels):
-        found += coverage_findings(shares) + _outbid(train, views, coverage, found)
+        # Boxes that duplicates outbid are reported already.
+        twins = {finding.name for finding in found if finding.kind in ("same_box", "other_class")}
+        boxes = train.trained_boxes()[np.unique(views.boxes[coverage.kinds["outbid"]])].tolist()
+        outbid = {train.box_name(m): train.file_of(m) for m in boxes}
+        found += coverage_findings(shares)
+        found += [Finding("outbid", "train", name, file) for name, file in outbid.items() if name not in twins]
     else:
         found.append(Finding("nothing_to_learn", "train", str(train.annotations)))
     groups = grouped(found, BAD_IMAGES if config.data.bad_images == "skip" else ())
@@ -125,7 +114,6 @@ def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
 
 
 def survey_split(split: Split) -> Survey:
-    """What the headers of the split's image files show."""
     sizes = [None if row in split.unsized else image[2:] for row, image in enumerate(split.images)]
     return survey_files([image[1] for image in split.images], list(map(Path, split.paths)), sizes)
 
@@ -141,7 +129,6 @@ def decide_decoding(split: Split, survey: Survey, config: Config) -> tuple[Decod
 
 
 def count_classes(split: Split) -> list[ClassCount]:
-    """Boxes and images of every class."""
     usable, names = split.rules["usable"], split.class_names
     pairs = np.unique(np.stack([split.owners[usable], split.labels[usable]]), axis=1)
     columns = (
@@ -149,24 +136,6 @@ def count_classes(split: Split) -> list[ClassCount]:
         for labels in (split.labels[usable], pairs[1], split.labels[~usable])
     )
     return [ClassCount(*row) for row in zip(names, *columns, strict=True)]
-
-
-def _refused_config(config: Config, splits: Sequence[Split]) -> list[Finding]:
-    try:
-        category_ids(splits[0].categories, splits[-1], "data.val_annotations")
-        with_classes(config, len(splits[0].categories))
-    except ConfigError as error:
-        field, _, text = str(error).partition(": ")
-        return [Finding("refused_config", splits[-1].name, field, text)]
-    return []
-
-
-def _outbid(split: Split, views: Views, coverage: Coverage, found: Sequence[Finding]) -> list[Finding]:
-    """Boxes that are outbid at one of their sizes by others than their duplicates, which are reported already."""
-    twins = {finding.name for finding in found if finding.kind in ("same_box", "other_class")}
-    boxes = split.trained_boxes()[np.unique(views.boxes[coverage.kinds["outbid"]])]
-    named = {split.box_name(m): split.file_of(m) for m in boxes.tolist()}
-    return [Finding("outbid", split.name, name, file) for name, file in named.items() if name not in twins]
 
 
 def facts_of(check: Check) -> dict[str, Any]:
@@ -186,14 +155,9 @@ def facts_of(check: Check) -> dict[str, Any]:
             for split in check.splits
         },
         "findings": [
-            {
-                "kind": group.kind,
-                "severity": group.severity,
-                "title": group.title,
-                "count": len(group.findings),
-                "found": [{"split": f.split, "name": f.name, "text": f.text} for f in group.findings],
-            }
-            for group in check.groups
+            {"kind": kind, "severity": severity, "title": title, "count": len(findings)}
+            | {"found": [{"split": f.split, "name": f.name, "text": f.text} for f in findings]}
+            for kind, severity, title, _, findings in check.groups
         ],
         "coverage": check.shares.as_dict(),
         "suggestion": suggestion

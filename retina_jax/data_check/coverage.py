@@ -23,20 +23,15 @@ from retina_jax.ops.anchors import anchor_grid
 from retina_jax.ops.boxes import iou_matrix
 from retina_jax.ops.matching import match
 
+# Ends of the bins of box sizes, the square root of the area in pixels (half octaves from 4 to 1024), and of aspect ratios,
+# height over width (half octaves from 1:8 to 8:1).
 SIDES = np.array([0.0, *(2.0 ** (np.arange(4, 21) / 2)), np.inf])
-"""Ends of the bins of box sizes, the square root of the area in pixels: half octaves from 4 to 1024."""
 ASPECTS = np.array([0.0, *(2.0 ** (np.arange(-6, 7) / 2)), np.inf])
-"""Ends of the bins of aspect ratios, height over width: half octaves from 1:8 to 8:1."""
-FEWEST = 8
-"""Rows that boxes are padded to at least, above that powers of two, so that few programs are compiled."""
-THREADS = 2
-"""Images matched at the same time."""
-POOR = 0.9
-"""A class with a smaller share of boxes with an anchor of sufficient IoU gets a warning."""
-HOPELESS = 0.5
-"""If a smaller share of all boxes has any anchor, the data is not ready to train."""
-CLASS_HOPELESS = 0.1
-"""The same for a class of MANY boxes: it would never be detected."""
+FEWEST = 8  # rows that boxes are padded to at least, above that powers of two, so that few programs are compiled
+THREADS = 2  # images matched at the same time
+POOR = 0.9  # a class with a smaller share of boxes with an anchor of sufficient IoU gets a warning
+HOPELESS = 0.5  # if a smaller share of all boxes has any anchor, the data is not ready to train
+CLASS_HOPELESS = 0.1  # the same for a class of MANY boxes: it would never be detected
 MANY = 10
 
 
@@ -44,19 +39,13 @@ class Views(NamedTuple):
     """V views, each an image at one of its sizes, with N boxes in all. If training draws the short side at random, every
     image has one view per short side. Nothing is flipped."""
 
-    padded_hw: list[tuple[int, int]]
-    """Padded shape (height, width) of each view."""
-    sizes_hw: list[tuple[int, int]]
-    """Size of each image within it."""
-    records: Int64[np.ndarray, " V"]
-    """Record of each view."""
-    ends: Int64[np.ndarray, " V+1"]
-    """View v has the boxes ends[v] to ends[v + 1]."""
-    boxes_xyxy: Float32[np.ndarray, "N 4"]
-    """Pixels of the padded image, exactly what training matches with the anchors."""
+    padded_hw: list[tuple[int, int]]  # padded shape (height, width) of each view
+    sizes_hw: list[tuple[int, int]]  # size of each image within it
+    records: Int64[np.ndarray, " V"]  # record of each view
+    ends: Int64[np.ndarray, " V+1"]  # view v has the boxes ends[v] to ends[v + 1]
+    boxes_xyxy: Float32[np.ndarray, "N 4"]  # pixels of the padded image, exactly what training matches with the anchors
     labels: Int64[np.ndarray, " N"]
-    boxes: Int64[np.ndarray, " N"]
-    """Index of each box among those of all records, one record after the other."""
+    boxes: Int64[np.ndarray, " N"]  # index of each box among those of all records, one record after the other
 
     def bins(self) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " N"]]:
         """The bin of SIDES and the bin of ASPECTS of each box; a value on the border of two bins is in the upper one."""
@@ -70,22 +59,21 @@ def view_boxes(records: list[Record], data: DataConfig) -> Views:
     short_sides = train_short_sides(data)
     shapes, rule = buckets(data, short_sides), (data.long_side, data.size_rounding)
     starts = np.cumsum([0, *(len(record.labels) for record in records)])
-    padded, sizes, rows, boxes, labels, places = [], [], [], [], [], []
+    views = []
     for row, record in enumerate(records):
         n = min(len(record.labels), data.max_boxes)
         largest = resized_size(record.height, record.width, max(short_sides), *rule)
         for short_side in short_sides:
             height, width = resized_size(record.height, record.width, short_side, *rule)
             scale_xy = np.array([width / record.width, height / record.height])
-            padded.append(shapes[assign_bucket(largest, shapes)])
-            sizes.append((height, width))
-            rows.append(row)
-            boxes.append(to_canvas_pixels(record.boxes_xyxy[:n], scale_xy, data.box_ends).astype(np.float32))
-            labels.append(record.labels[:n])
-            places.append(np.arange(starts[row], starts[row] + n))
+            boxes = to_canvas_pixels(record.boxes_xyxy[:n], scale_xy, data.box_ends).astype(np.float32)
+            places = np.arange(starts[row], starts[row] + n)
+            shape = shapes[assign_bucket(largest, shapes)]
+            views.append((shape, (height, width), row, boxes, record.labels[:n], places))
+    padded, sizes, rows, boxes, labels, places = list(zip(*views, strict=True)) or [()] * 6
     return Views(
-        padded_hw=padded,
-        sizes_hw=sizes,
+        padded_hw=list(padded),
+        sizes_hw=list(sizes),
         records=np.array(rows, np.int64),
         ends=np.cumsum([0, *map(len, boxes)]),
         boxes_xyxy=np.concatenate([np.zeros((0, 4), np.float32), *boxes]),
@@ -95,12 +83,8 @@ def view_boxes(records: list[Record], data: DataConfig) -> Views:
 
 
 class Coverage(NamedTuple):
-    """Anchors of N boxes."""
-
-    best_iou: Float32[np.ndarray, " N"]
-    """Largest IoU of any anchor with the box."""
-    anchors: Int64[np.ndarray, " N"]
-    """Positive anchors assigned to the box."""
+    best_iou: Float32[np.ndarray, " N"]  # largest IoU of any anchor with the box
+    anchors: Int64[np.ndarray, " N"]  # positive anchors assigned to the box
     positive_iou: float
 
     @property
@@ -163,35 +147,27 @@ class Share(NamedTuple):
     by_low_quality: int
     uncovered: int
     outbid: int
-    anchors: int
-    """Positive anchors of all of them."""
+    anchors: int  # positive anchors of all of them
 
     def part(self, kind: str) -> float:
-        """The share of one of the counts in all boxes; 1 if there are no boxes."""
+        """The share of boxes of this kind; 1 if there are no boxes."""
         return getattr(self, kind) / self.boxes if self.boxes else 1.0
 
     def as_dict(self) -> dict[str, str | int | float | None]:
         """Counts and shares, for JSON; without boxes the shares are null."""
         kinds = ("by_iou", "by_low_quality", "uncovered")
         parts = {f"{kind}_share": round(self.part(kind), 6) if self.boxes else None for kind in kinds}
-        return {**self._asdict(), **parts}
+        return self._asdict() | parts
 
 
 class Shares(NamedTuple):
-    """Coverage of a split."""
-
     total: Share
-    classes: list[Share]
-    """By label; classes without boxes included."""
-    sizes: list[Share]
-    """By bin of SIDES."""
-    aspects: list[Share]
-    """By bin of ASPECTS."""
-    positives_per_image: float
-    """Mean number of positive anchors of a training image; times the batch size, the loss's normaliser."""
+    classes: list[Share]  # by label; classes without boxes included
+    sizes: list[Share]  # by bin of SIDES
+    aspects: list[Share]  # by bin of ASPECTS
+    positives_per_image: float  # mean number of positive anchors; times the batch size, the loss's normaliser
 
     def as_dict(self) -> dict[str, Any]:
-        """Counts and shares, for JSON."""
         return {
             "all": self.total.as_dict(),
             "positives_per_image": round(self.positives_per_image, 3),
@@ -227,14 +203,12 @@ def coverage_findings(shares: Shares) -> list[Finding]:
     """Hopeless coverage, and the classes with poor coverage, the worst first."""
     found = []
     for share in (shares.total, *sorted(shares.classes, key=lambda share: share.part("by_iou"))):
-        text = (
-            f"{share.part('by_iou'):.1%} by IoU, {share.part('by_low_quality'):.1%} by the low-quality rule only, "
-            f"{share.part('uncovered'):.1%} none, of {share.boxes} boxes"
-        )
-        name = "all boxes" if share is shares.total else share.name
-        least = HOPELESS if share is shares.total else CLASS_HOPELESS if share.boxes >= MANY else 0.0
-        if 1 - share.part("uncovered") < least:
-            found.append(Finding("hopeless", "train", name, text))
-        elif share is not shares.total and share.part("by_iou") < POOR:
-            found.append(Finding("poor", "train", name, text))
+        by_iou, by_low_quality, uncovered = map(share.part, ("by_iou", "by_low_quality", "uncovered"))
+        total = share is shares.total
+        least = HOPELESS if total else CLASS_HOPELESS if share.boxes >= MANY else 0.0
+        kind = "hopeless" if 1 - uncovered < least else "poor" if not total and by_iou < POOR else None
+        if kind is not None:
+            text = f"{by_iou:.1%} by IoU, {by_low_quality:.1%} by the low-quality rule only, {uncovered:.1%} none"
+            name = "all boxes" if total else share.name
+            found.append(Finding(kind, "train", name, f"{text}, of {share.boxes} boxes"))
     return found

@@ -6,20 +6,14 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 Severity = Literal["error", "warning", "note"]
-SHOWN = 5
-"""Findings of a kind that its line on the terminal names."""
+SHOWN = 5  # findings of a kind that its line on the terminal names
 
 
 class Kind(NamedTuple):
-    """A kind of finding."""
-
+    # error: training would refuse the data or could not learn from it; warning: it works; note: known and handled.
     severity: Severity
-    """error: training would refuse the data or could not learn from it; warning: training works, but look at it; note: known
-    and handled."""
-    title: str
-    """What is counted, in the plural."""
-    meaning: str
-    """What training does with it, and what to do."""
+    title: str  # what is counted, in the plural
+    meaning: str  # what training does with it, and what to do
 
 
 FIRST = "Training stops at the first of them."
@@ -86,15 +80,10 @@ KINDS: dict[str, Kind] = {name: Kind(*kind) for name, *kind in (
 
 
 class Finding(NamedTuple):
-    """One thing found."""
-
-    kind: str
-    """One of KINDS."""
+    kind: str  # one of KINDS
     split: str
-    name: str
-    """What it is about: `annotation 2288`, an image's file name, a class."""
-    text: str = ""
-    """Details; may be empty."""
+    name: str  # what it is about: `annotation 2288`, an image's file name, a class
+    text: str = ""  # details; may be empty
 
 
 class Group(NamedTuple):
@@ -116,12 +105,9 @@ class Group(NamedTuple):
 
 def grouped(findings: Sequence[Finding], tolerated: Sequence[str] = ()) -> list[Group]:
     """Findings by kind, errors first, in the order of KINDS; errors of the `tolerated` kinds become warnings."""
-    by_kind: dict[str, list[Finding]] = {name: [] for name in KINDS}
-    for finding in findings:
-        by_kind[finding.kind].append(finding)
     groups = []
     for name, (severity, title, meaning) in KINDS.items():
-        if by_kind[name]:
+        if of_kind := [finding for finding in findings if finding.kind == name]:
             severity = "warning" if name in tolerated and severity == "error" else severity
-            groups.append(Group(name, severity, title, meaning, by_kind[name]))
+            groups.append(Group(name, severity, title, meaning, of_kind))
     return sorted(groups, key=lambda group: ("error", "warning", "note").index(group.severity))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,14 +21,12 @@ from retina_jax.data_check.findings import Finding
 from retina_jax.data_check.split import Split
 from retina_jax.errors import reason
 
-Digests = dict[str, str]
-"""File name to the SHA-256 of the file's bytes, for every file that could be read."""
+Digests = dict[str, str]  # file name to the SHA-256 of the file's bytes, for every file that could be read
 
 
 def check_images(split: Split, decoding: Decoding, workers: int) -> tuple[list[Finding], Digests]:
     """Images that are missing, cannot be read, differ in size from their annotations, are incomplete or have one colour, in
     the order of the annotations. `workers`: number of threads; 0: one per core."""
-
     boxes = {row: record.boxes_xyxy for row, record in zip(split.record_images, split.records, strict=True)}
 
     def check(row: int) -> tuple[Finding | None, str | None]:
@@ -39,8 +38,8 @@ def check_images(split: Split, decoding: Decoding, workers: int) -> tuple[list[F
         except OSError as error:
             return Finding("unreadable", split.name, file_name, f"cannot be read: {reason(error)}"), None
         fault = fault_of(encoded, (width, height), decoding, boxes.get(row, NO_BOXES))
-        finding = Finding(fault[0], split.name, file_name, fault[1]) if fault else None
-        return finding, hashlib.sha256(encoded).hexdigest()
+        digest = hashlib.sha256(encoded).hexdigest()
+        return Finding(fault[0], split.name, file_name, fault[1]) if fault else None, digest
 
     found, digests = [], {}
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
@@ -59,11 +58,9 @@ def fault_of(
     decoding: Decoding,
     boxes_xyxy: Float32[np.ndarray, "n 4"] = NO_BOXES,
 ) -> tuple[str, str] | None:
-    """The kind of finding that an image file is, and the details; None if it has no fault.
-
-    `expected_size` is the width and height in the annotations, `boxes_xyxy` are in the image's pixels. Training decodes
-    plain JPEGs with TensorFlow and falls back to `to_rgb`, so what `to_rgb` decodes is accepted here.
-    """
+    """The kind of finding that an image file is, and the details; None if it has no fault. `expected_size` is the width and
+    height in the annotations, `boxes_xyxy` are in the image's pixels. What `to_rgb` decodes is accepted, because training
+    falls back to it."""
     try:
         image = open_image(encoded)
     except BadImage as error:
@@ -84,24 +81,21 @@ def fault_of(
     return None
 
 
-def duplicates(split: Split, digests: Digests) -> list[Finding]:
-    """Images of a split with the bytes of an earlier one, or the same file."""
-    first: dict[str, str] = {}
-    found = []
-    for _, file_name, _, _ in split.images:
-        digest = digests.get(file_name)
-        if digest in first:
-            found.append(Finding("same_image", split.name, file_name, f"as {first[digest]}"))
-        elif digest is not None:
-            first[digest] = file_name
+def duplicates(digests: dict[str, Digests], splits: Sequence[Split]) -> list[Finding]:
+    """Images of a split with the bytes of an earlier one, or the same file; and images of val that are trained on too."""
+    found: list[Finding] = []
+    first: dict[str, dict[str, str]] = {split.name: {} for split in splits}
+    for split in splits:
+        for _, file_name, _, _ in split.images:
+            if (digest := digests[split.name].get(file_name)) is None:
+                continue
+            if digest in first[split.name]:
+                earlier = first[split.name][digest]
+                found.append(Finding("same_image", split.name, file_name, f"as {earlier}"))
+            else:
+                first[split.name][digest] = file_name
+    if len(splits) == 2:
+        for name, digest in digests["val"].items():
+            if digest in first["train"]:
+                found.append(Finding("leakage", "val", name, f"the same bytes as {first['train'][digest]} in train"))
     return found
-
-
-def leaks(train: Digests, val: Digests) -> list[Finding]:
-    """Images of the evaluation that are also trained on."""
-    trained = {digest: name for name, digest in reversed(train.items())}
-    return [
-        Finding("leakage", "val", name, f"the same bytes as {trained[digest]} in train")
-        for name, digest in val.items()
-        if digest in trained
-    ]

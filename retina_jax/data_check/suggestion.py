@@ -15,36 +15,22 @@ from retina_jax.data.source import Record
 from retina_jax.data_check.coverage import Share, Shares, Views, count_shares, cover, view_boxes
 from retina_jax.ops.anchors import anchor_grid, anchors_per_cell, level_sizes
 
-GOOD = 0.98
-"""Share of the boxes, and mean share of the classes, with an anchor of sufficient IoU that needs no suggestion."""
-CLOSE = 0.01
-"""If no setting is GOOD, the cheapest within this of the best is suggested; a smaller gain is not worth a change."""
-SEARCHED = 4000
-"""Approximate number of boxes used in the search."""
-ENLARGED = (1.0, 1.25, 1.5, 2.0)
-"""Short sides tried, as multiples of the config's."""
-FACTORS = (1.0, 0.25, 0.375, 0.5, 0.625, 0.75, 1.5, 2.0)
-"""Values of anchors.size_factor tried, as multiples of the config's."""
-OCTAVE = (1.0, 1.1892, 1.4142, 1.6818)
-"""Four scales per octave, tried besides the config's."""
-QUANTILES = ((0.1, 0.5, 0.9), (0.03, 0.25, 0.5, 0.75, 0.97))
-"""Ratios tried besides the config's: these quantiles of the boxes' aspect ratios."""
+GOOD = 0.98  # this share of the boxes, and mean share of the classes, with an anchor of sufficient IoU is enough
+CLOSE = 0.01  # if no setting is GOOD, the cheapest this near to the best is suggested; a smaller gain is no reason to
+SEARCHED = 4000  # approximate number of boxes used in the search
+ENLARGED = (1.0, 1.25, 1.5, 2.0)  # short sides tried, as multiples of the config's
+FACTORS = (1.0, 0.25, 0.375, 0.5, 0.625, 0.75, 1.5, 2.0)  # anchors.size_factor tried, as multiples of the config's
+OCTAVE = (1.0, 1.1892, 1.4142, 1.6818)  # four scales per octave, tried besides the config's
+QUANTILES = ((0.1, 0.5, 0.9), (0.03, 0.25, 0.5, 0.75, 0.97))  # of the aspect ratios: anchors.ratios tried
 
 
 class Suggestion(NamedTuple):
-    """Another setting, and its gain."""
-
-    changes: dict[str, Any]
-    """Config fields by dotted name."""
-    options: str
-    """The same as command-line options."""
+    changes: dict[str, Any]  # config fields by dotted name
+    options: str  # the same as command-line options
     before: Shares
-    after: Shares
-    """Coverage of all boxes, by training's own matching."""
-    pixels: float
-    """Pixels of an image, relative to before."""
-    anchors: tuple[int, int]
-    """Anchors per cell, before and after."""
+    after: Shares  # coverage of all boxes, by training's own matching
+    pixels: float  # pixels of an image, relative to before
+    anchors: tuple[int, int]  # anchors per cell, before and after
 
     def pairs(self) -> list[tuple[Share, Share]]:
         """Before and after, of all boxes and of each class with boxes."""
@@ -68,27 +54,32 @@ def suggest(records: Sequence[Record], config: Config, class_names: Sequence[str
     now = _score(best_iou(boxes, config), boxes, config)
     if not len(boxes.labels) or now >= GOOD:
         return None
-    tried, fields = [], flatten(config)
+    tried, best, fields, per_cell = [], 0.0, flatten(config), anchors_per_cell(config.anchors)
     for data in _sizes(some, config):
         views = view_boxes(some, override(config, data).data)
+        pixels = (data["data.short_side"] / config.data.short_side) ** 2
         for anchors in _anchors(boxes, config):
             other = override(config, data | anchors)
             changes = {name: value for name, value in flatten(other).items() if value != fields[name]}
-            tried.append((_cost(changes, config), _score(best_iou(views, other), views, other), changes))
-        if max(score for _, score, _ in tried) >= GOOD:
+            # A rule of thumb: time is proportional to the pixels; more anchors cost only channels of the last convolution
+            # and rows of the losses; of two equally costly settings the one with fewer changes is better.
+            more = max(0.0, anchors_per_cell(other.anchors) / per_cell - 1)
+            cost, score = pixels + 0.1 * more + 0.001 * len(changes), _score(best_iou(views, other), views, other)
+            tried.append((cost, -score, changes, pixels))
+            best = max(best, score)
+        if best >= GOOD:
             break
-    best = max(score for _, score, _ in tried)
-    enough = [entry for entry in tried if entry[1] >= min(GOOD, best - CLOSE)]
-    _, score, changes = min(enough, key=lambda entry: (entry[0], -entry[1]))
-    if score < now + CLOSE:
+    enough = [entry for entry in tried if -entry[1] >= min(GOOD, best - CLOSE)]
+    _, loss, changes, pixels = min(enough, key=lambda entry: entry[:2])
+    if -loss < now + CLOSE:
         return None
     other = override(config, changes)
     views = view_boxes(list(records), other.data)
     after = count_shares(views, cover(views, other, "suggested anchors"), class_names)
     if after.total.by_iou <= before.total.by_iou:
         return None
-    each = anchors_per_cell(config.anchors), anchors_per_cell(other.anchors)
-    return Suggestion(changes, as_options(changes), before, after, _pixels(changes, config), each)
+    each = per_cell, anchors_per_cell(other.anchors)
+    return Suggestion(changes, as_options(changes), before, after, pixels, each)
 
 
 def as_options(changes: dict[str, Any]) -> str:
@@ -134,53 +125,32 @@ def _score(iou: Float32[np.ndarray, " N"], views: Views, config: Config) -> floa
     return float(min(good.mean(), of_classes.mean())) if len(good) else 1.0
 
 
-def _cost(changes: dict[str, Any], config: Config) -> float:
-    """A rule of thumb: time is proportional to the pixels; more anchors cost only channels of the last convolution and rows
-    of the losses; of two equally costly settings the one with fewer changes is better."""
-    anchors = override(config, changes).anchors
-    more = anchors_per_cell(anchors) / anchors_per_cell(config.anchors) - 1
-    return _pixels(changes, config) + 0.1 * max(0.0, more) + 0.001 * len(changes)
-
-
-def _pixels(changes: dict[str, Any], config: Config) -> float:
-    return (changes.get("data.short_side", config.data.short_side) / config.data.short_side) ** 2
-
-
 def best_iou(views: Views, config: Config) -> Float32[np.ndarray, " N"]:
     """The largest IoU of each box with any anchor of `anchor_grid`, without looking at all anchors.
 
     Anchors of one shape on one level differ only in position, and two boxes of given sizes overlap the more, the closer
     their centres are along x and along y. So only the anchor with the nearest centre counts, one per level and shape.
     """
-    best = np.zeros(len(views.labels), np.float32)
+    best, shapes = np.zeros(len(views.labels), np.float32), anchors_per_cell(config.anchors)
     padded_of = np.repeat(np.array(views.padded_hw, np.int64).reshape(-1, 2), np.diff(views.ends), axis=0)
-    for padded_hw in sorted(set(views.padded_hw)):
-        chosen = (padded_of == padded_hw).all(1)
-        best[chosen] = best_iou_on(padded_hw, views.boxes_xyxy[chosen], config)
-    return best
-
-
-def best_iou_on(
-    padded_hw: tuple[int, int], boxes_xyxy: Float32[np.ndarray, "n 4"], config: Config
-) -> Float32[np.ndarray, " n"]:
-    """The same for boxes in one padded shape."""
-    height, width = padded_hw
-    shapes = anchors_per_cell(config.anchors)
-    # The x of an anchor depends on its column alone and its y on its row: the grid's first row and first column are enough.
-    row, column = (
-        anchor_grid(hw, config.anchors, config.model).reshape(-1, shapes, 4) for hw in ((1, width), (height, 1))
-    )
-    best = np.zeros(len(boxes_xyxy), np.float32)
-    across = down = 0
-    for rows, columns in level_sizes(padded_hw, config.model):
-        x1, x2 = _nearest(row[across : across + columns, :, 0::2], boxes_xyxy[:, 0::2])
-        y1, y2 = _nearest(column[down : down + rows, :, 1::2], boxes_xyxy[:, 1::2])
-        across, down = across + columns, down + rows
-        overlap_x = np.minimum(x2, boxes_xyxy[:, 2, None]) - np.maximum(x1, boxes_xyxy[:, 0, None])
-        overlap_y = np.minimum(y2, boxes_xyxy[:, 3, None]) - np.maximum(y1, boxes_xyxy[:, 1, None])
-        shared = np.maximum(overlap_x, 0) * np.maximum(overlap_y, 0)
-        areas = ((boxes_xyxy[:, 2] - boxes_xyxy[:, 0]) * (boxes_xyxy[:, 3] - boxes_xyxy[:, 1]))[:, None]
-        np.maximum(best, (shared / (areas + (x2 - x1) * (y2 - y1) - shared)).max(1, initial=0), out=best)
+    for height, width in sorted(set(views.padded_hw)):
+        chosen = np.flatnonzero((padded_of == (height, width)).all(1))
+        boxes = views.boxes_xyxy[chosen]
+        sides = boxes[:, None, 2:] - boxes[:, None, :2]
+        # The x of an anchor depends on its column alone and its y on its row: the grid's first row and column are enough.
+        row, column = (
+            anchor_grid(hw, config.anchors, config.model).reshape(-1, shapes, 4) for hw in ((1, width), (height, 1))
+        )
+        across = down = 0
+        for rows, columns in level_sizes((height, width), config.model):
+            x1, x2 = _nearest(row[across : across + columns, :, 0::2], boxes[:, 0::2])
+            y1, y2 = _nearest(column[down : down + rows, :, 1::2], boxes[:, 1::2])
+            across, down = across + columns, down + rows
+            overlap_x = np.minimum(x2, boxes[:, 2, None]) - np.maximum(x1, boxes[:, 0, None])
+            overlap_y = np.minimum(y2, boxes[:, 3, None]) - np.maximum(y1, boxes[:, 1, None])
+            shared = np.maximum(overlap_x, 0) * np.maximum(overlap_y, 0)
+            ious = shared / (sides[..., 0] * sides[..., 1] + (x2 - x1) * (y2 - y1) - shared)
+            best[chosen] = np.maximum(best[chosen], ious.max(1, initial=0))
     return best
 
 

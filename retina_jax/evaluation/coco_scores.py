@@ -19,6 +19,7 @@ from retina_jax.data.classes import unique_names
 from retina_jax.errors import PlainError
 from retina_jax.evaluation.precision_recall import DetectedBoxes, GroundTruth, coco_curves, coco_stats
 
+EVALUATORS = ("arrays", "pycocotools")
 SUMMARY = {
     # score: (kind, its abbreviation, IoU, area, detections per image), in pycocotools' order
     "AP": ("Average Precision", "(AP)", "0.50:0.95", "all", 100),
@@ -43,11 +44,8 @@ class EvaluationError(PlainError, ValueError):
 class Scores(NamedTuple):
     """COCO scores, each in [0, 1], or None where there is no ground truth to define it."""
 
-    summary: dict[str, float | None]
-    """The scores of SUMMARY, by name."""
-    per_class: dict[str, float | None]
-    """AP (IoU 0.50 to 0.95, all areas, 100 detections per image) of each class by its unique name
-    (`classes.unique_names`), by ascending category id."""
+    summary: dict[str, float | None]  # the scores of SUMMARY, by name
+    per_class: dict[str, float | None]  # AP of each class by its unique name, by ascending category id
 
 
 def coco_results(
@@ -57,18 +55,9 @@ def coco_results(
     labels: Int[np.ndarray, " D"],
     category_ids: Sequence[int | None],
 ) -> list[dict[str, Any]]:
-    """One image's detections as COCO result records.
-
-    Args:
-      image_id: the image's id in the ground truth.
-      boxes_xyxy: boxes in pixels of the ORIGINAL image.
-      scores: their scores.
-      labels: classes 0 to K - 1; a negative label is padding and is left out.
-      category_ids: the category id of each of the K labels; None for a class without detections here.
-
-    Returns:
-      {"image_id", "category_id", "bbox": [x, y, width, height], "score"} for each detection, unrounded.
-    """
+    """One image's detections as COCO result records, {"image_id", "category_id", "bbox": [x, y, width, height], "score"},
+    unrounded. Boxes are in pixels of the ORIGINAL image; a negative label is padding and is left out. `category_ids` has the
+    category id of each label; None for a class without detections here."""
     real = labels >= 0
     boxes = boxes_xyxy[real].astype(np.float64)
     boxes_xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
@@ -89,11 +78,11 @@ def evaluate_coco(
     """Scores bounding boxes as COCO does. Without any detection AP is 0 if there is a box to find, else None.
 
     Args:
-      truth: a COCO annotation file as a dict: images, annotations, categories.
-      detections: COCO result records, as from `coco_results`.
+      truth: a COCO annotation file as a dict.
+      detections: COCO result records.
       image_ids: the images to score; the ground truth of others is left out.
-      evaluated_ids: the images that the detector was run on. If given, each of `image_ids` must be in it exactly once: an
-        image lost between hosts would otherwise only lower the AP.
+      evaluated_ids: the images that the detector was run on; if given, the same as `image_ids`, each once. An image lost
+        between hosts would otherwise only lower the AP.
       evaluator: "pycocotools", or "arrays" (`precision_recall`), which gives the same scores in a fortieth of the time.
 
     Raises:
@@ -103,7 +92,11 @@ def evaluate_coco(
     if evaluator not in EVALUATORS:
         raise EvaluationError(f"evaluator must be one of {', '.join(EVALUATORS)}, not {evaluator}")
     check_inputs(truth, detections, image_ids, evaluated_ids)
-    stats, precision = EVALUATORS[evaluator](truth, detections, sorted(set(image_ids)))
+    if evaluator == "arrays":
+        curves = coco_curves(*as_arrays(truth, detections, sorted(image_ids)))
+        stats, precision = coco_stats(curves), curves.precision
+    else:
+        stats, precision = _by_pycocotools(truth, detections, sorted(image_ids))
 
     categories = sorted((category["id"], str(category.get("name", category["id"]))) for category in truth["categories"])
     per_class = {}
@@ -115,21 +108,11 @@ def evaluate_coco(
     return Scores(dict(zip(SUMMARY, summary, strict=True)), per_class)
 
 
-def _by_arrays(
-    truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], image_ids: Sequence[int]
-) -> tuple[Float[np.ndarray, " 12"], Float[np.ndarray, "10 101 K 4 3"]]:
-    """The twelve scores and the precisions of `precision_recall`; `image_ids` ascend."""
-    curves = coco_curves(*as_arrays(truth, detections, image_ids))
-    return coco_stats(curves), curves.precision
-
-
 def as_arrays(
     truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], image_ids: Sequence[int]
 ) -> tuple[GroundTruth, DetectedBoxes, int]:
     """The arguments of `coco_curves`: images by their index in `image_ids`, categories by ascending id, and their number.
-
-    Ground truth of other images is left out; the detections must have passed `check_inputs`.
-    """
+    Ground truth of other images is left out; the detections must have passed `check_inputs`."""
     images = {image_id: i for i, image_id in enumerate(image_ids)}
     categories = {k: i for i, k in enumerate(sorted({category["id"] for category in truth["categories"]}))}
     boxes = [a for a in truth["annotations"] if a["image_id"] in images and a["category_id"] in categories]
@@ -143,9 +126,8 @@ def as_arrays(
     areas = np.array([_area(a) for a in boxes], np.float64)
     crowds = np.array([bool(a.get("iscrowd", 0)) for a in boxes], bool)
     scores = np.array([d["score"] for d in detections], np.float64)
-    return (
-        GroundTruth(*columns(boxes), areas, crowds), DetectedBoxes(*columns(detections), scores), len(categories),
-    )  # fmt: skip
+    found = DetectedBoxes(*columns(detections), scores)
+    return GroundTruth(*columns(boxes), areas, crowds), found, len(categories)
 
 
 def _area(record: Mapping[str, Any]) -> float:
@@ -165,15 +147,9 @@ def _by_pycocotools(
             "categories": [dict(category) for category in truth["categories"]],
             # pycocotools writes into its records and takes id 0 for "no match": it gets copies, numbered from 1.
             "annotations": [
-                {
-                    "id": number,
-                    "image_id": record["image_id"],
-                    "category_id": record["category_id"],
-                    "bbox": list(record["bbox"]),
-                    "area": _area(record),
-                    "iscrowd": record.get("iscrowd", 0),
-                    "score": record.get("score"),
-                }
+                {key: record[key] for key in ("image_id", "category_id")}
+                | {"id": number, "bbox": list(record["bbox"]), "area": _area(record)}
+                | {"iscrowd": record.get("iscrowd", 0), "score": record.get("score")}
                 for number, record in enumerate(records, start=1)
             ],
         }
@@ -188,9 +164,6 @@ def _by_pycocotools(
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation.stats, evaluation.eval["precision"]
-
-
-EVALUATORS = {"arrays": _by_arrays, "pycocotools": _by_pycocotools}
 
 
 def check_inputs(
@@ -231,23 +204,19 @@ def check_inputs(
                 raise EvaluationError(f"{where} has bbox {record['bbox']}{scored}: give finite numbers")
 
 
-class _Muted(io.TextIOBase):
-    """Standard output without what one thread writes to it."""
-
-    def __init__(self, stream: Any):
-        self.stream, self.thread = stream, threading.get_ident()
-
-    def write(self, text: str) -> int:
-        return len(text) if threading.get_ident() == self.thread else self.stream.write(text)
-
-    def flush(self) -> None:
-        self.stream.flush()
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Drops what this thread prints. Other threads, such as a training loop during an evaluation, still print."""
-    with contextlib.redirect_stdout(_Muted(sys.stdout)):
+    stream, muted = sys.stdout, threading.get_ident()
+
+    class Others(io.TextIOBase):
+        def write(self, text: str) -> int:
+            return len(text) if threading.get_ident() == muted else stream.write(text)
+
+        def flush(self) -> None:
+            stream.flush()
+
+    with contextlib.redirect_stdout(Others()):
         yield
 
 

@@ -1,4 +1,4 @@
-"""Images with boxes drawn on them: small images are enlarged, and labels stay inside the image."""
+"""Images with boxes drawn on them."""
 
 import colorsys
 import math
@@ -8,10 +8,8 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-READABLE_SIDE = 480
-"""Small images are enlarged to about this length of their longer side, pixels."""
-GAP = 6
-"""Pixels between the images of a contact sheet."""
+READABLE_SIDE = 480  # small images are enlarged to about this length of their longer side, pixels
+GAP = 6  # pixels between the images of a contact sheet
 
 
 def class_colour(label: int) -> tuple[int, int, int]:
@@ -31,16 +29,10 @@ def draw(
     truth_boxes_xyxy: Float[np.ndarray, "G 4"] | None = None,
     notes: Sequence[str] = (),
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The image with its boxes, one colour per class, each labelled "name .87"; see `draw_boxes`.
+    """The RGB image with its boxes (in its pixels), one colour per class, each labelled "name .87"; see `draw_boxes`.
 
-    Args:
-      image: RGB.
-      boxes_xyxy: boxes in pixels of `image`.
-      labels: classes; a negative label is padding and is left out.
-      scores: if given, boxes are drawn from the lowest score to the highest, so that the best are on top.
-      class_names: name of class k; a class without one is labelled with its number.
-      truth_boxes_xyxy: ground truth, drawn dashed.
-      notes: text at the end of each box's label.
+    A negative label is padding and is left out; a class without a name is labelled with its number. With `scores`, boxes
+    with the highest are on top. Ground truth is drawn dashed. `notes` are added to the label of each box.
     """
     order = np.arange(len(labels)) if scores is None else np.argsort(scores, kind="stable")
     order = order[labels[order] >= 0]
@@ -82,11 +74,17 @@ def draw_boxes(
         dashed_rectangle(canvas, place(box), dash=4 * line, width=max(1, line // 2))
     for box, colour in zip(boxes_xyxy, colours, strict=True):
         canvas.rectangle(place(box), outline=colour, width=line)
-    for box, colour, text in zip(
-        boxes_xyxy, colours, texts, strict=True
-    ):  # after all boxes, so that no line crosses one
+    # Labels after all boxes, so that no line crosses them: text on a plate above the box's upper left corner, moved inside.
+    for box, colour, text in zip(boxes_xyxy, colours, texts, strict=True):
         if text:
-            label(canvas, place(box)[:2], text, colour, font, picture.size)
+            left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
+            plate_width, plate_height = right - left + 6, bottom - top + 4
+            x, y = place(box)[:2]
+            x = max(0, min(x, picture.width - plate_width))
+            y = max(0, min(y - plate_height, picture.height - plate_height))
+            canvas.rectangle((x, y, x + plate_width - 1, y + plate_height - 1), fill=colour)
+            luminance = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+            canvas.text((x + 3 - left, y + 2 - top), text, fill="black" if luminance > 128 else "white", font=font)
     return np.asarray(picture)
 
 
@@ -95,29 +93,11 @@ def format_score(score: float) -> str:
     return "1.0" if score >= 0.995 else f"{score:.2f}".removeprefix("0")
 
 
-def label(
-    canvas: ImageDraw.ImageDraw,
-    corner: tuple[float, ...],
-    text: str,
-    colour: tuple[int, int, int],
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-    size: tuple[int, int],
-) -> None:
-    """Draws text on a filled plate above the box's upper left corner, moved to be inside an image of `size`."""
-    left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
-    plate_width, plate_height = right - left + 6, bottom - top + 4
-    x = max(0, min(corner[0], size[0] - plate_width))
-    y = max(0, min(corner[1] - plate_height, size[1] - plate_height))
-    canvas.rectangle((x, y, x + plate_width - 1, y + plate_height - 1), fill=colour)
-    luminance = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
-    canvas.text((x + 3 - left, y + 2 - top), text, fill="black" if luminance > 128 else "white", font=font)
-
-
 def dashed_rectangle(canvas: ImageDraw.ImageDraw, box_xyxy: tuple[float, ...], *, dash: int, width: int) -> None:
     """Draws white dashes on a black line, visible on any background."""
     x1, y1, x2, y2 = box_xyxy
     canvas.rectangle(box_xyxy, outline="black", width=width)
-    for (ax, ay), (bx, by) in (((x1, y1), (x2, y1)), ((x2, y1), (x2, y2)), ((x1, y2), (x2, y2)), ((x1, y1), (x1, y2))):
+    for ax, ay, bx, by in ((x1, y1, x2, y1), (x2, y1, x2, y2), (x1, y2, x2, y2), (x1, y1, x1, y2)):
         length = max(bx - ax, by - ay)
         for start in np.arange(0, length, 2 * dash):
             a, b = start / length, min(start + dash, length) / length
@@ -127,11 +107,7 @@ def dashed_rectangle(canvas: ImageDraw.ImageDraw, box_xyxy: tuple[float, ...], *
 
 def contact_sheet(images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> UInt8[np.ndarray, "H W 3"]:
     """RGB images of any sizes in a grid, about as many rows as columns, with a dark grey gap of GAP pixels around each.
-    Columns are as wide as the widest image, each row as high as its highest.
-
-    Raises:
-      ValueError: there is no image.
-    """
+    Columns are as wide as the widest image, each row as high as its highest. Raises ValueError if there is no image."""
     if not images:
         raise ValueError("images is empty: give at least one image")
     columns = math.ceil(math.sqrt(len(images)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,27 +20,15 @@ from retina_jax.config import DataConfig
 from retina_jax.data.classes import Category, unique_names
 from retina_jax.data.datasets import open_source
 from retina_jax.data.source import Source
+from retina_jax.evaluation import precision_recall
 from retina_jax.evaluation.coco_scores import EvaluationError, as_arrays, check_inputs
-from retina_jax.evaluation.precision_recall import (
-    AREAS,
-    DetectedBoxes,
-    GroundTruth,
-    Pairs,
-    coco_curves,
-    coco_stats,
-    match,
-    overlapping,
-    precision_curve,
-)
+from retina_jax.evaluation.precision_recall import AREAS, DetectedBoxes, GroundTruth, Pairs, match, precision_curve
 
 KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
 CLASSIFICATION, LOCALISATION, BOTH, DUPLICATE, BACKGROUND, MISSED = range(len(KINDS))
-RIGHT, LEFT_OUT = -1, -2
-"""Not an error: a detection that found its object, an object that was found; and what counts neither way."""
-FOREGROUND, NOTHING = 0.5, 0.1
-"""A detection finds an object from the first IoU on, and is on background up to the second; both included."""
-RESULT_KEYS = {"image_id", "category_id", "bbox", "score"}
-"""Keys of a detection in COCO's results format."""
+RIGHT, LEFT_OUT = -1, -2  # a detection that found its object, or an object that was found; what counts neither way
+FOREGROUND, NOTHING = 0.5, 0.1  # IoU from which a detection finds an object, and up to which it is on background
+RESULT_KEYS = {"image_id", "category_id", "bbox", "score"}  # keys of a detection in COCO's results format
 
 
 class Errors(NamedTuple):
@@ -48,15 +36,12 @@ class Errors(NamedTuple):
 
     truth: GroundTruth
     found: DetectedBoxes
+    # Never MISSED. LEFT_OUT: took a crowd region, or is not among the 100 best of its image and category.
     of_found: Int[np.ndarray, " D"]
-    """Never MISSED. LEFT_OUT: took a crowd region, or is not among the 100 best of its image and category."""
+    # RIGHT, MISSED, CLASSIFICATION or LOCALISATION (of the detection that finds it once fixed); LEFT_OUT: crowd regions.
     of_truth: Int[np.ndarray, " G"]
-    """RIGHT, MISSED, or the kind of the detection that finds it once that is fixed: CLASSIFICATION or LOCALISATION.
-    LEFT_OUT: crowd regions."""
-    finds: Int[np.ndarray, " D"]
-    """The object that a detection finds (RIGHT), or finds once it is fixed; -1: none."""
-    target: Int[np.ndarray, " D"]
-    """The object that a detection of the wrong class or place overlaps most, found or not; -1: of any other kind."""
+    finds: Int[np.ndarray, " D"]  # the object that a detection finds (RIGHT), or finds once it is fixed; -1: none
+    target: Int[np.ndarray, " D"]  # the object that one of wrong class or place overlaps most; -1: of any other kind
 
 
 def classify_errors(truth: GroundTruth, found: DetectedBoxes) -> Errors:
@@ -74,7 +59,7 @@ def classify_errors(truth: GroundTruth, found: DetectedBoxes) -> Errors:
     """
     matches = match(truth, found, np.array([FOREGROUND]), {"all": AREAS["all"]})
     rows, took, ignored = matches.detections, matches.boxes[0, 0], matches.ignored_boxes[0]
-    pairs = overlapping(truth, found.boxes_xywh[rows], truth.images, found.images[rows], NOTHING)
+    pairs = precision_recall.overlapping(truth, found.boxes_xywh[rows], truth.images, found.images[rows], NOTHING)
     same = found.categories[rows][pairs.detections] == truth.categories[pairs.boxes]
     (s, own), (o, other) = (_best(pairs, of & ~ignored[pairs.boxes], len(rows)) for of in (same, ~same))
     conditions = (s >= NOTHING) & (s < FOREGROUND), o >= FOREGROUND, s >= FOREGROUND, np.maximum(s, o) <= NOTHING
@@ -99,8 +84,7 @@ def classify_errors(truth: GroundTruth, found: DetectedBoxes) -> Errors:
 def _best(
     pairs: Pairs, chosen: Bool[np.ndarray, " P"], detections: int
 ) -> tuple[Float[np.ndarray, " D"], Int[np.ndarray, " D"]]:
-    """The highest IoU of each detection in the chosen pairs, and the box it is with (of equals the first); 0 and -1 if
-    there is no pair."""
+    """The highest IoU of each detection in the chosen pairs, and the box (of equals the first); 0 and -1 without a pair."""
     ious, boxes = np.zeros(detections), np.full(detections, -1)
     of, box, iou = (column[chosen] for column in pairs)
     order = np.lexsort((box, -iou, of))
@@ -114,7 +98,7 @@ def fixed_ap(errors: Errors, categories: int, kinds: Collection[int] = ()) -> Fl
 
     classification, localisation: the detection that then finds its object gets its class and box and keeps its score; the
     others with this target are removed. both, duplicate, background: the detection is removed. missed: the object does not
-    count. A category none of whose objects count any more has AP 1 if no detection is left, else 0.
+    count. A category without any counted object has AP 1 if no detection is left, else 0.
     """
     chosen = np.isin(errors.of_found, list(kinds))
     right = (errors.of_found == RIGHT) | (chosen & (errors.finds >= 0))
@@ -133,7 +117,6 @@ def ap_without(wrong: Literal["found", "missed"], errors: Errors, categories: in
 
 
 def mean_ap(values: Float[np.ndarray, " K"]) -> float | None:
-    """Mean over the categories that have an object; None if none has."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if defined.size else None
 
@@ -154,13 +137,9 @@ def _class_aps(
     for k in np.unique(of_truth[errors.of_truth != LEFT_OUT]):
         hits = right[order[moved[order] == k]]
         objects = int((counted & (of_truth == k)).sum())
-        values[k] = average_precision(hits, objects) if objects else float(not len(hits))
+        # COCO's AP at one IoU is the mean precision at 101 recalls.
+        values[k] = precision_curve(hits[None], ~hits[None], objects)[0].mean() if objects else float(not len(hits))
     return values
-
-
-def average_precision(right: Bool[np.ndarray, " D"], objects: int) -> float:
-    """COCO's AP at one IoU: the mean precision at 101 recalls. `right` is by descending score, `objects` at least 1."""
-    return float(precision_curve(right[None], ~right[None], objects)[0].mean())
 
 
 class OperatingPoint(NamedTuple):
@@ -197,9 +176,8 @@ def operating_point(errors: Errors) -> OperatingPoint | None:
     f1 = 2 * hits / (np.arange(1, len(rows) + 1) + objects)
     f1[:-1][scores[1:] == scores[:-1]] = -1  # detections of one score are dropped or kept together
     best = int(f1.argmax())
-    return OperatingPoint(
-        float(scores[best]), float(hits[best] / (best + 1)), float(hits[best] / objects), float(f1[best])
-    )
+    values = scores[best], hits[best] / (best + 1), hits[best] / objects, f1[best]
+    return OperatingPoint(*map(float, values))
 
 
 def count_by_image(errors: Errors, images: int, score: float) -> Counts:
@@ -212,11 +190,8 @@ def count_by_image(errors: Errors, images: int, score: float) -> Counts:
 
 
 def best_and_worst(counts: Counts, most: int) -> tuple[list[int], list[int]]:
-    """Up to `most` images each, the best and the worst first, by F1; no image is in both lists.
-
-    Of equal F1 the one with more right is better, the one with more errors is worse. Images without objects and detections
-    (F1 NaN) are in neither list.
-    """
+    """Up to `most` images each, the best and the worst first, by F1; no image is in both lists. Of equal F1 the one with
+    more right is better, the one with more errors is worse. Images without objects and detections are left out."""
     f1, errors = counts.f1, counts.wrong + counts.not_found
     order = np.lexsort((-errors, counts.right, f1))
     order = order[~np.isnan(f1[order])]
@@ -226,18 +201,15 @@ def best_and_worst(counts: Counts, most: int) -> tuple[list[int], list[int]]:
     return best[:most].tolist(), worst[:most].tolist()
 
 
-@dataclass(frozen=True, eq=False)
-class Analysis:
+class Analysis(NamedTuple):
     """A saved evaluation with its errors. Category k is `names[k]`, image i is record `records[i]` of the source."""
 
     source: Source
     names: tuple[str, ...]
     errors: Errors
-    precision: Float[np.ndarray, "10 101 K"]
-    """By IoU, recall and category; -1 where a category has no object."""
+    precision: Float[np.ndarray, "10 101 K"]  # by IoU, recall and category; -1 where a category has no object
     records: tuple[int, ...]
-    note: str
-    """Why the AP computed now may differ from that of the evaluation; empty if it does not."""
+    note: str  # why the AP computed now may differ from that of the evaluation; empty if it does not
 
 
 def analyse(file: Path, scores: dict[str, Any], data: DataConfig, categories: Sequence[Category]) -> Analysis:
@@ -260,17 +232,19 @@ def analyse(file: Path, scores: dict[str, Any], data: DataConfig, categories: Se
     image_ids = sorted(records)
     check_inputs(source.truth, detections, image_ids, None)
     truth, found, number = as_arrays(source.truth, detections, image_ids)
-    curves = coco_curves(truth, found, number)
-    now, then = float(coco_stats(curves)[0]), scores["AP"]
-    note = (
-        f"The saved detections now have AP {now:.4f}, the evaluation had {then}: the data has changed since, or the "
-        "detections are of another evaluation at this step."
-    )
+    curves = precision_recall.coco_curves(truth, found, number)
+    now, then = float(precision_recall.coco_stats(curves)[0]), scores["AP"]
+    note = ""
+    if abs(now - (-1.0 if then is None else then)) >= 1e-6:
+        note = (
+            f"The saved detections now have AP {now:.4f}, the evaluation had {then}: the data has changed since, or the "
+            "detections are of another evaluation at this step."
+        )
     return Analysis(
         source,
         unique_names(sorted(source.categories)),
         classify_errors(truth, found),
         curves.precision[..., 0, -1],
         tuple(records[image_id] for image_id in image_ids),
-        "" if abs(now - (-1.0 if then is None else then)) < 1e-6 else note,
+        note,
     )

@@ -17,12 +17,10 @@ from jaxtyping import Bool, Float, Int
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
+# Square pixels; both ends are included, so an area of 1024 is small and medium.
 AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
-"""Square pixels; both ends are included, so an area of 1024 is small and medium."""
-MAX_DETECTIONS = (1, 10, 100)
-"""Detections that count, per image and category."""
-PAIRS = 1 << 19
-"""Pairs of a detection and a box processed together: about 50 MiB."""
+MAX_DETECTIONS = (1, 10, 100)  # detections that count, per image and category
+PAIRS = 1 << 19  # pairs of a detection and a box processed together: about 50 MiB
 
 
 class GroundTruth(NamedTuple):
@@ -32,8 +30,7 @@ class GroundTruth(NamedTuple):
     images: Int[np.ndarray, " G"]
     categories: Int[np.ndarray, " G"]
     boxes_xywh: Float[np.ndarray, "G 4"]
-    areas: Float[np.ndarray, " G"]
-    """The annotation's area (in COCO that of the object's outline, not of the box), compared with AREAS."""
+    areas: Float[np.ndarray, " G"]  # as annotated (in COCO that of the object's outline, not of the box)
     crowds: Bool[np.ndarray, " G"]
 
 
@@ -57,25 +54,20 @@ class Pairs(NamedTuple):
 class Matches(NamedTuple):
     """The box that each detection takes, for A areas and T IoU thresholds."""
 
-    detections: Int[np.ndarray, " N"]
-    """Indices of the 100 best detections of each category and image, by category, image and descending score."""
-    ranks: Int[np.ndarray, " N"]
-    """Rank of each in its category and image, from 0."""
-    boxes: Int[np.ndarray, "A T N"]
-    """Index of the box taken; -1 where there is none."""
+    detections: Int[np.ndarray, " N"]  # the 100 best of each category and image, by category, image, descending score
+    ranks: Int[np.ndarray, " N"]  # rank of each in its category and image, from 0
+    boxes: Int[np.ndarray, "A T N"]  # index of the box taken; -1 where there is none
+    # Crowd regions and boxes outside the area: no object to find, and a detection that takes one counts neither way.
     ignored_boxes: Bool[np.ndarray, "A G"]
-    """Crowd regions and boxes outside the area: no object to find, and who takes one counts neither way."""
-    outside: Bool[np.ndarray, "A N"]
-    """Detections whose own area is outside: they do not count as wrong where they take no box."""
+    outside: Bool[np.ndarray, "A N"]  # detections whose own area is outside: without a box they do not count as wrong
 
 
 class Curves(NamedTuple):
-    """The results of COCOeval.accumulate; -1 where a category has no box of the area."""
+    """The results of COCOeval.accumulate by IoU threshold, recall, category, area and number of detections; -1 where a
+    category has no box of the area."""
 
-    precision: Float[np.ndarray, "10 101 K 4 3"]
-    """By IoU threshold, recall, category, area and number of detections: the highest at this recall or above, 0 if none."""
-    recall: Float[np.ndarray, "10 K 4 3"]
-    """The highest reached."""
+    precision: Float[np.ndarray, "10 101 K 4 3"]  # the highest at this recall or above, 0 if none
+    recall: Float[np.ndarray, "10 K 4 3"]  # the highest reached
 
 
 def coco_curves(truth: GroundTruth, found: DetectedBoxes, categories: int) -> Curves:
@@ -98,10 +90,8 @@ def coco_curves(truth: GroundTruth, found: DetectedBoxes, categories: int) -> Cu
             of_class = slice(bounds[k], bounds[k + 1])
             for m, most in enumerate(MAX_DETECTIONS):
                 counted = ranks[of_class] < most
-                curves = precision_curve(
-                    hits[:, of_class][:, counted], misses[:, of_class][:, counted], int(objects[k])
-                )
-                precision[:, :, k, a, m], recall[:, k, a, m] = curves
+                right, wrong = hits[:, of_class][:, counted], misses[:, of_class][:, counted]
+                precision[:, :, k, a, m], recall[:, k, a, m] = precision_curve(right, wrong, int(objects[k]))
     return Curves(precision, recall)
 
 
@@ -141,18 +131,13 @@ def match(
     images = 1 + max(truth.images.max(initial=-1), found.images.max(initial=-1))
     box_groups, groups = (boxes.categories * images + boxes.images for boxes in (truth, found))
     order = np.lexsort((-found.scores, groups))
-    ranks = _ranks(groups[order])
+    ranks = np.arange(len(order)) - np.searchsorted(groups[order], groups[order])
     kept, ranks = order[ranks < MAX_DETECTIONS[-1]], ranks[ranks < MAX_DETECTIONS[-1]]
     found = DetectedBoxes(*(column[kept] for column in found))
     ignored = truth.crowds[None] | _outside(truth.areas, areas)
     pairs = overlapping(truth, found.boxes_xywh, box_groups, groups[kept], float(thresholds[0]))
     taken = _take_boxes(pairs, ranks, ignored, truth.crowds, thresholds)
     return Matches(kept, ranks, taken, ignored, _outside(found.boxes_xywh[:, 2] * found.boxes_xywh[:, 3], areas))
-
-
-def _ranks(groups: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
-    """The rank of each element within its group, from 0; groups are ascending."""
-    return np.arange(len(groups)) - np.searchsorted(groups, groups)
 
 
 def _outside(values: Float[np.ndarray, " N"], areas: Mapping[str, tuple[float, float]]) -> Bool[np.ndarray, "A N"]:
@@ -243,12 +228,8 @@ def _take_boxes(
 def precision_curve(
     hits: Bool[np.ndarray, "T D"], misses: Bool[np.ndarray, "T D"], objects: int
 ) -> tuple[Float[np.ndarray, "T 101"], Float[np.ndarray, " T"]]:
-    """Precision at RECALLS, each the highest at this recall or above (0 if none), and the highest recall.
-
-    Args:
-      hits, misses: which detections are right and wrong, by descending score.
-      objects: boxes to find, at least 1.
-    """
+    """Precision at RECALLS, each the highest at this recall or above (0 if none), and the highest recall. `hits` and
+    `misses` are the right and wrong detections by descending score, `objects` is the number of boxes to find, at least 1."""
     # Recall and precision rise at hits alone, so only these points of the curve are computed.
     level, at = np.nonzero(hits)
     numbers = np.bincount(level, minlength=len(hits))

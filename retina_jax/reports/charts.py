@@ -1,7 +1,7 @@
 """Line charts and histograms as SVG text that follows the reader's light or dark mode.
 
-Not matplotlib's SVG backend: that needs as many lines here, because its ids, fonts, colours and style sheet must be
-rewritten, and 30 to 60 ms of CPU time per chart instead of 0.2 ms; a page may have 90 charts.
+matplotlib's SVG backend would need as many lines to rewrite its ids, fonts, colours and style sheet, and 30 to 60 ms of CPU
+time per chart instead of 0.2 ms; a page may have 90 charts.
 """
 
 from __future__ import annotations
@@ -14,57 +14,47 @@ from markupsafe import Markup
 
 from retina_jax.reports import render
 
+# Distinct for colour-blind readers too (Okabe and Ito), readable on white and on black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-"""Distinct for colour-blind readers too (Okabe and Ito), readable on white and on black."""
-DASHES = ("", "7 3", "2 3")
-"""Beyond the colours lines are dashed, then dotted."""
+DASHES = ("", "7 3", "2 3")  # beyond the colours lines are dashed, then dotted
+# Width of the picture and edges of the area for data; `LEFT` grows with the tick labels.
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 520.0, 64.0, 498.0, 12.0, 216.0
-"""Width of the picture and edges of the area for data; `LEFT` grows with the tick labels."""
-CHARACTER, Y_LABEL = 7.0, 26.0
-"""Width of a character of a tick label; width of the y label and the gap next to it."""
-GAP = 2.0
-"""Pixels between two bars."""
+CHARACTER, Y_LABEL = 7.0, 26.0  # width of a character of a tick label; of the y label and the gap next to it
+GAP = 2.0  # pixels between two bars
 
 
 class Line(NamedTuple):
     """A curve. Lines with one label look alike and share an entry of the legend."""
 
     label: str
-    points: Sequence[tuple[float, float]]
-    """(x, y), by ascending x; at least two."""
+    points: Sequence[tuple[float, float]]  # (x, y), by ascending x; at least two
 
 
 class Stack(NamedTuple):
-    """One part of every bar."""
-
     label: str
-    counts: Sequence[float]
-    """For each bin, 0 or more."""
-    colour: str
-    """#rrggbb."""
+    counts: Sequence[float]  # for each bin, 0 or more
+    colour: str  # #rrggbb
 
 
 def line_chart(lines: Sequence[Line], x_label: str, y_label: str, *, log_y: bool = False) -> Markup:
-    """An <svg> element with axes, lines and a legend. With `log_y`, points with y <= 0 are left out.
-
-    Raises:
-      ValueError: there is no point to draw.
-    """
+    """An <svg> element with axes, lines and a legend. With `log_y`, points with y <= 0 are left out. Raises ValueError if
+    there is no point to draw."""
     kept = [Line(line.label, [p for p in line.points if not log_y or p[1] > 0]) for line in lines]
     xs, ys = ([p[axis] for line in kept for p in line.points] for axis in (0, 1))
     if not xs:
         raise ValueError("lines have no point to draw")
     scaled = math.log10 if log_y else float
     low, high = scaled(min(ys)), scaled(max(ys))
-    x_ends, y_ends = _widened(min(0.0, *xs), max(xs)), _widened(low if log_y else min(0.0, low), high)
+    x_ends, y_ends = (
+        (first, last) if last > first else (first - 0.5, last + 0.5)  # an empty range is widened
+        for first, last in ((min(0.0, *xs), max(xs)), (low if log_y else min(0.0, low), high))
+    )
     y_ticks = log_ticks(*y_ends) if log_y else ticks(*y_ends)
     left = max(LEFT, Y_LABEL + CHARACTER * max(len(f"{tick:g}") for tick in y_ticks))
     x_at, y_at = _scale(*x_ends, left, RIGHT), _scale(*y_ends, BOTTOM, TOP)
 
     labels = list(dict.fromkeys(line.label for line in kept))
-    looks = [
-        (label, COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]) for i, label in enumerate(labels)
-    ]
+    looks = [(name, COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % 3]) for i, name in enumerate(labels)]
     return _chart(
         x_label=x_label, y_label=y_label, left=left,
         x_ticks=[(x_at(tick), f"{tick:g}") for tick in ticks(*x_ends)],
@@ -79,11 +69,8 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str, *, log_y: bool
 
 def bar_chart(ends: Sequence[str], stacks: Sequence[Stack], x_label: str, y_label: str) -> Markup:
     """An <svg> element: one bar per bin, its parts stacked from the first on, and a legend. A pointer on a part shows its
-    count. `ends` are the labels of the ends of the bins, one more than bins; "" for none.
-
-    Raises:
-      ValueError: there is no bin, or a stack has another number of bins.
-    """
+    count. `ends` are the labels of the ends of the bins, one more than bins; "" for none. Raises ValueError if there is no
+    bin, or if a stack has another number of bins."""
     bins = len(ends) - 1
     if bins < 1 or any(len(stack.counts) != bins for stack in stacks):
         raise ValueError(f"{len(ends)} ends need {bins} counts in each stack, and at least one")
@@ -136,8 +123,3 @@ def log_ticks(low: float, high: float) -> list[float]:
     marks = [m * 10.0**e for e in exponents for m in ((1, 2, 5) if high - low < 3 else (1,))]
     inside = [mark for mark in marks if low - 1e-9 <= math.log10(mark) <= high + 1e-9]
     return inside if len(inside) > 2 else ticks(10**low, 10**high)
-
-
-def _widened(low: float, high: float) -> tuple[float, float]:
-    """The range, widened if it is empty."""
-    return (low, high) if high > low else (low - 0.5, high + 0.5)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -22,22 +21,17 @@ from retina_jax.evaluation.drawing import draw_boxes
 from retina_jax.reports import jpeg, render
 from retina_jax.reports.charts import Stack, bar_chart
 
-MOST_LISTED = 200
-"""Findings of a kind on the page; the JSON has all."""
-OPEN_UP_TO = 10
-"""Lists of at most this many findings are open from the start."""
+MOST_LISTED = 200  # findings of a kind on the page; the JSON has all
+OPEN_UP_TO = 10  # lists of at most this many findings are open from the start
+# Boxes with an anchor of sufficient IoU, with one by the low-quality rule only, and without (Okabe and Ito).
 COVERED, RESCUED, UNCOVERED = "#009E73", "#E69F00", "#D55E00"
-"""Boxes with an anchor of sufficient IoU, with one by the low-quality rule only, and without (Okabe and Ito)."""
-ON_IMAGES = {COVERED: (0, 255, 0), RESCUED: (255, 190, 0), UNCOVERED: (255, 0, 0)}
-"""The same in colours that are visible on a photograph."""
-SIDE = 720
-"""Small images are enlarged to about this length of their longer side, pixels."""
-TAGGED = 12
-"""Boxes of an image that are labelled; more labels would hide it."""
-SHARES = ("by_iou", "by_low_quality", "uncovered")
+ON_IMAGES = {COVERED: (0, 255, 0), RESCUED: (255, 190, 0), UNCOVERED: (255, 0, 0)}  # visible on a photograph
+SIDE = 720  # small images are enlarged to about this length of their longer side, pixels
+TAGGED = 12  # boxes of an image that are labelled; more labels would hide it
+SHARES = {"by_iou": "sufficient IoU", "by_low_quality": "low-quality only", "uncovered": "no anchor"}
 
 
-def check_page(check: Check, pictures: Sequence[Worst], title: str) -> str:
+def check_page(check: Check, pictures: Sequence[tuple[np.ndarray, str]], title: str) -> str:
     """The page; `pictures` as from `worst_pictures`."""
     shares, suggestion = check.shares, check.suggestion
     pairs = suggestion.pairs() if suggestion else []
@@ -57,7 +51,7 @@ def check_page(check: Check, pictures: Sequence[Worst], title: str) -> str:
         ],
         worst_first=sorted(shares.classes, key=lambda s: (not s.boxes, s.part("by_iou"), s.part("uncovered"))),
         pairs=pairs[:1] + sorted(pairs[1:], key=lambda pair: pair[0].part("by_iou")),
-        pictures=[(jpeg(picture.pixels), picture.caption) for picture in pictures],
+        pictures=[(jpeg(pixels), caption) for pixels, caption in pictures],
     )
     return str(page)
 
@@ -68,32 +62,24 @@ def _histogram(shares: Sequence[Share], ends: Sequence[str], label: str) -> str:
     first, last = filled[0], filled[-1] + 1
     names = ["∞" if end == "inf" else end for end in ends[first : last + 1]]
     names = [name if len(names) <= 12 or i % 2 == 0 else "" for i, name in enumerate(names)]
-    texts = ("sufficient IoU", "low-quality only", "no anchor")
     stacks = [
         Stack(text, [getattr(share, kind) for share in shares[first:last]], colour)
-        for kind, text, colour in zip(SHARES, texts, ON_IMAGES, strict=True)
+        for (kind, text), colour in zip(SHARES.items(), ON_IMAGES, strict=True)
     ]
     return bar_chart(names, stacks, label, "boxes")
 
 
-class Worst(NamedTuple):
-    """An image with its boxes, and a caption."""
-
-    pixels: UInt8[np.ndarray, "H W 3"]
-    caption: str
-
-
 def worst_pictures(
     split: Split, data: DataConfig, decoding: Decoding, views: Views, coverage: Coverage, most: int
-) -> list[Worst]:
-    """At most `most` images, each once: those with the most boxes without an anchor first, then those with the most by the
-    low-quality rule only. Images without such boxes and unreadable images are left out."""
+) -> list[tuple[np.ndarray, str]]:
+    """At most `most` images with captions, each once: those with the most boxes without an anchor first, then those with
+    the most by the low-quality rule only. Images without such boxes and unreadable images are left out."""
     kinds = coverage.kinds
     without, rescued = (
         np.diff(np.concatenate([[0], np.cumsum(boxes)])[views.ends])
         for boxes in (kinds["uncovered"] | kinds["outbid"], kinds["by_low_quality"])
     )
-    pictures: dict[int, Worst] = {}
+    pictures: dict[int, tuple[np.ndarray, str]] = {}
     for v in np.lexsort([-rescued, -without]).tolist():
         if len(pictures) == most or not without[v] + rescued[v]:
             break
@@ -111,7 +97,7 @@ def worst_pictures(
         boxes = views.ends[v + 1] - views.ends[v]
         counts = f"{boxes} boxes, {without[v]} without an anchor, {rescued[v]} by the low-quality rule only"
         pixels = draw_coverage(image, split.class_names, views, coverage, v)
-        pictures[record] = Worst(pixels, f"{name}, at {width} x {height}: {counts}")
+        pictures[record] = pixels, f"{name}, at {width} x {height}: {counts}"
     return list(pictures.values())
 
 
@@ -126,10 +112,8 @@ def draw_coverage(
         for n in range(int(views.ends[v]), int(views.ends[v + 1]))
     }
     worst_last = sorted(colours, key=lambda n: list(ON_IMAGES).index(colours[n]))
-    few = sum(colour != COVERED for colour in colours.values()) <= TAGGED
-    texts = [
-        f"{class_names[views.labels[n]]} {coverage.best_iou[n]:.2f}" if few and colours[n] != COVERED else ""
-        for n in worst_last
-    ]
+    tagged = {n for n in worst_last if colours[n] != COVERED}
+    tagged = tagged if len(tagged) <= TAGGED else set()
+    texts = [f"{class_names[views.labels[n]]} {coverage.best_iou[n]:.2f}" if n in tagged else "" for n in worst_last]
     on_image = [ON_IMAGES[colours[n]] for n in worst_last]
     return draw_boxes(image, views.boxes_xyxy[worst_last], on_image, texts, side=SIDE)

@@ -11,61 +11,50 @@ from PIL import Image
 
 from retina_jax.data.decoding import image_of
 from retina_jax.data.source import BadImage
+from retina_jax.evaluation import error_analysis
 from retina_jax.evaluation.coco_scores import number
 from retina_jax.evaluation.drawing import draw
-from retina_jax.evaluation.error_analysis import (
-    CLASSIFICATION,
-    KINDS,
-    LEFT_OUT,
-    MISSED,
-    RIGHT,
-    Analysis,
-    ap_without,
-    best_and_worst,
-    count_by_image,
-    fixed_ap,
-    mean_ap,
-)
+from retina_jax.evaluation.error_analysis import CLASSIFICATION, KINDS, LEFT_OUT, MISSED, RIGHT, Analysis, mean_ap
 from retina_jax.evaluation.precision_recall import IOU_THRESHOLDS, RECALLS
 from retina_jax.reports import jpeg
 from retina_jax.reports.charts import Line, line_chart
 
-MOST_LINES = 10
-"""Classes in one chart; with more classes each has a chart of its own."""
+MOST_LINES = 10  # classes in one chart; with more classes each has a chart of its own
 IOUS = {f"{iou:.2f}": int(np.argmin(abs(IOU_THRESHOLDS - iou))) for iou in (0.5, 0.75)}
 MOST_CONFUSIONS = 12
-MOST_IMAGES, LONGEST = 6, 800
-"""Images drawn of the best and of the worst, and the length of their longer side at most, pixels."""
+MOST_IMAGES, LONGEST = 6, 800  # images drawn of the best and of the worst; their longer side at most, pixels
 
 
 def errors_section(analysis: Analysis, score: float) -> dict[str, Any]:
     """What the page shows of the evaluation; detections with `score` or more are drawn."""
+    errors, names = analysis.errors, analysis.names
+    of = np.flatnonzero(errors.of_found == CLASSIFICATION)
+    pairs = zip(errors.found.categories[of].tolist(), errors.truth.categories[errors.target[of]].tolist(), strict=True)
+    confusions = Counter(pairs).most_common(MOST_CONFUSIONS)  # (detected class, true class)
     return {
         "note": analysis.note,
-        "classes": _classes(analysis),
         "kind_names": list(KINDS),
-        "by_class": _by_class(analysis),
-        "confusions": _confusions(analysis),
+        "confusions": [(names[a], names[b], count) for (a, b), count in confusions],
+        **_by_class(analysis),
         **_precision_recall(analysis),
         **_kinds(analysis, score),
         **_best_and_worst_images(analysis, score),
     }
 
 
-def _classes(analysis: Analysis) -> list[list[str]]:
-    """Rows of name, objects, detections, AP, AP50 and AP75 of each class."""
-    classes = len(analysis.names)
-    objects = np.bincount(analysis.errors.truth.categories[analysis.errors.of_truth != LEFT_OUT], minlength=classes)
-    found = np.bincount(analysis.errors.found.categories, minlength=classes)
-
-    def mean(precision: Float[np.ndarray, "*N"]) -> float | None:
-        return float(precision.mean()) if (precision > -1).all() else None
-
-    levels = slice(None), *IOUS.values()
-    return [
-        [name, str(objects[k]), str(found[k]), *(number(mean(analysis.precision[t, :, k])) for t in levels)]
-        for k, name in enumerate(analysis.names)
-    ]
+def _by_class(analysis: Analysis) -> dict[str, list[list[str]]]:
+    """`classes`: rows of name, objects, detections, AP, AP50 and AP75. `by_class`: rows of name, right detections, and
+    errors of each kind: detections of the class, or for missed objects of it."""
+    truth, found, of_found, of_truth, *_ = analysis.errors
+    scores, kinds = [], []
+    for k, name in enumerate(analysis.names):
+        objects, detections = of_truth[truth.categories == k], of_found[found.categories == k]
+        levels = (analysis.precision[t, :, k] for t in (slice(None), *IOUS.values()))
+        aps = [number(float(p.mean()) if (p > -1).all() else None) for p in levels]
+        scores.append([name, str((objects != LEFT_OUT).sum()), str(len(detections)), *aps])
+        counts = [((objects if kind == MISSED else detections) == kind).sum() for kind in (RIGHT, *range(len(KINDS)))]
+        kinds.append([name, *map(str, counts)])
+    return {"classes": scores, "by_class": kinds}
 
 
 def _precision_recall(analysis: Analysis) -> dict[str, list[str]]:
@@ -91,10 +80,10 @@ def _precision_recall(analysis: Analysis) -> dict[str, list[str]]:
 def _kinds(analysis: Analysis, score: float) -> dict[str, Any]:
     """AP50, AP50 without all errors of a side, and the rows (kind, gain, width of its bar, counts); the last is the sum."""
     errors, classes = analysis.errors, len(analysis.names)
-    base = mean_ap(fixed_ap(errors, classes))
+    base = mean_ap(error_analysis.fixed_ap(errors, classes))
     if base is None:
         return {"ap50": None}
-    gains = [mean_ap(fixed_ap(errors, classes, (k,))) - base for k in range(len(KINDS))]
+    gains = [mean_ap(error_analysis.fixed_ap(errors, classes, (k,))) - base for k in range(len(KINDS))]
     shown, widest = errors.found.scores >= score, max(1e-9, *gains)
 
     def counts(of_found: np.ndarray, of_truth: np.ndarray) -> list[int]:
@@ -108,51 +97,27 @@ def _kinds(analysis: Analysis, score: float) -> dict[str, Any]:
     for label, of in (("right", RIGHT), ("left out", LEFT_OUT)):
         rows.append((label, None, 0.0, counts(errors.of_found == of, errors.of_truth == of)))
     rows.append(("all", None, 0.0, [len(errors.of_found), int(shown.sum()), len(errors.of_truth)]))
-    without = {wrong: mean_ap(ap_without(wrong, errors, classes)) for wrong in ("found", "missed")}
+    without = {wrong: mean_ap(error_analysis.ap_without(wrong, errors, classes)) for wrong in ("found", "missed")}
     return {"ap50": base, "ap50_without": without, "kinds": rows}
-
-
-def _by_class(analysis: Analysis) -> list[list[str]]:
-    """Per class its name, right detections, and errors of each kind: detections of it, or for missed objects of it."""
-    rows = []
-    for k, name in enumerate(analysis.names):
-        of_found = analysis.errors.of_found[analysis.errors.found.categories == k]
-        of_truth = analysis.errors.of_truth[analysis.errors.truth.categories == k]
-        counts = [((of_truth if kind == MISSED else of_found) == kind).sum() for kind in range(len(KINDS))]
-        rows.append([name, str((of_found == RIGHT).sum()), *map(str, counts)])
-    return rows
-
-
-def _confusions(analysis: Analysis) -> list[tuple[str, str, int]]:
-    """Detected class, true class and number of detections, the most frequent first."""
-    rows = np.flatnonzero(analysis.errors.of_found == CLASSIFICATION)
-    detected, true = (
-        analysis.errors.found.categories[rows],
-        analysis.errors.truth.categories[analysis.errors.target[rows]],
-    )
-    pairs = Counter(zip(detected.tolist(), true.tolist(), strict=True)).most_common(MOST_CONFUSIONS)
-    return [(analysis.names[a], analysis.names[b], count) for (a, b), count in pairs]
 
 
 def _best_and_worst_images(analysis: Analysis, score: float) -> dict[str, Any]:
     """(caption, image with ground truth, image with detections) of the worst and the best images, and why some images
     could not be read; these have a caption alone."""
-    counts = count_by_image(analysis.errors, len(analysis.records), score)
-    best, worst = best_and_worst(counts, MOST_IMAGES)
+    counts = error_analysis.count_by_image(analysis.errors, len(analysis.records), score)
+    best, worst = error_analysis.best_and_worst(counts, MOST_IMAGES)
     groups, unreadable = {}, []
     for title, images in (("Worst", worst), ("Best", best)):
         groups[title] = []
         for image in images:
             record = analysis.source.records[analysis.records[image]]
-            caption = (
-                f"{record.file_name or record.image_id}: {counts.right[image]} right, {counts.wrong[image]} wrong, "
-                f"{counts.not_found[image]} not found"
-            )
+            right, wrong, not_found = (of[image] for of in counts)
             try:
                 pair = _draw(analysis, image, score)
             except BadImage as error:
                 unreadable.append(str(error))
                 pair = (None, None)
+            caption = f"{record.file_name or record.image_id}: {right} right, {wrong} wrong, {not_found} not found"
             groups[title].append((caption, *pair))
     return {"images": groups, "unreadable": unreadable}
 
@@ -167,24 +132,13 @@ def _draw(analysis: Analysis, image: int, score: float) -> tuple[dict[str, Any],
     g = np.flatnonzero(truth.images == image)
     d = np.flatnonzero((found.images == image) & (found.scores >= score) & (errors.of_found != LEFT_OUT))
     not_found = np.setdiff1d(g[errors.of_truth[g] != LEFT_OUT], errors.finds[d[errors.of_found[d] == RIGHT]])
-    ground_truth = draw(
-        pixels,
-        _xyxy(truth.boxes_xywh[g]) * scale,
-        truth.categories[g],
-        class_names=analysis.names,
-        notes=["crowd" if crowd else "" for crowd in truth.crowds[g]],
+    objects, detected, missed = (
+        scale * np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1)
+        for boxes_xywh in (truth.boxes_xywh[g], found.boxes_xywh[d], truth.boxes_xywh[not_found])
     )
-    detections = draw(
-        pixels,
-        _xyxy(found.boxes_xywh[d]) * scale,
-        found.categories[d],
-        found.scores[d],
-        class_names=analysis.names,
-        truth_boxes_xyxy=_xyxy(truth.boxes_xywh[not_found]) * scale,
-        notes=["" if kind == RIGHT else KINDS[kind] for kind in errors.of_found[d]],
-    )
-    return jpeg(ground_truth), jpeg(detections)
-
-
-def _xyxy(boxes_xywh: Float[np.ndarray, "N 4"]) -> Float[np.ndarray, "N 4"]:
-    return np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1)
+    crowds = ["crowd" if crowd else "" for crowd in truth.crowds[g]]
+    kinds = ["" if kind == RIGHT else KINDS[kind] for kind in errors.of_found[d]]
+    classes, scores, names = found.categories[d], found.scores[d], analysis.names
+    of_truth = draw(pixels, objects, truth.categories[g], class_names=names, notes=crowds)
+    of_found = draw(pixels, detected, classes, scores, class_names=names, truth_boxes_xyxy=missed, notes=kinds)
+    return jpeg(of_truth), jpeg(of_found)

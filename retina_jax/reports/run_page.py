@@ -13,15 +13,14 @@ from retina_jax.config_io import flatten
 from retina_jax.console import duration
 from retina_jax.data.classes import unique_names
 from retina_jax.errors import PlainError
-from retina_jax.evaluation.coco_scores import SUMMARY, EvaluationError, number
-from retina_jax.evaluation.error_analysis import Analysis, analyse, operating_point
+from retina_jax.evaluation.coco_scores import SUMMARY, number
+from retina_jax.evaluation.error_analysis import analyse, operating_point
 from retina_jax.reports import render
 from retina_jax.reports.charts import Line, line_chart
 from retina_jax.reports.run_errors import errors_section
 from retina_jax.runs.record import Record, read_record
 
-MOST_POINTS = 400
-"""Points of a curve; in longer runs each point is the mean of neighbours."""
+MOST_POINTS = 400  # points of a curve; in longer runs each point is the mean of neighbours
 CHARTS = (
     # y label, logarithmic, curves: (legend, metric)
     ("loss", True, (("loss", "loss"), ("classification", "classification_loss"), ("box", "box_loss"))),
@@ -38,15 +37,22 @@ def run_page(folder: Path) -> tuple[str, str]:
     Raises ConfigError, one line that names the file, if a file of the run itself is malformed.
     """
     record = read_record(folder)
-    analysis, why = None, ""
-    try:
-        analysis = newest_analysis(record)
-    except PlainError as error:
-        why = str(error)
+    analysis, why, newest = None, "", {}
+    if not record.evaluations:
+        why = f"{folder / 'evaluation'}: there is no evaluation yet"
+    else:
+        step, newest = max(record.evaluations.items())
+        file = folder / "detections" / f"step_{step:08d}.json"
+        try:
+            analysis = analyse(file, newest, record.config.data, record.categories)
+        except PlainError as error:
+            why = str(error)
     point = operating_point(analysis.errors) if analysis else None
     score = point.score if point else record.config.detection.score_threshold
-    newest = record.evaluations[max(record.evaluations)] if record.evaluations else {}
     sections = ["run", "learning", "evaluations", "classes", *(["errors", "images"] if analysis else [])]
+    changes = record.saved.get("changes") or []
+    aps = {n: [(float(step), s[n]) for step, s in record.evaluations.items() if s[n] is not None] for n in AP_CHART}
+    ap_lines = [Line(name, of_name) for name, of_name in aps.items() if len(of_name) > 1]
     own, paper = flatten(record.config), flatten(Config())
     page = render(
         "run.html",
@@ -60,15 +66,13 @@ def run_page(folder: Path) -> tuple[str, str]:
             for name, value in own.items()
             if value != paper[name] and paper[name] is not None
         ],
-        changes=[
-            (c.get("after_step"), c.get("field")) for c in record.saved.get("changes") or [] if isinstance(c, dict)
-        ],
+        changes=[(c.get("after_step"), c.get("field")) for c in changes if isinstance(c, dict)],
         settings=[(name, show(value)) for name, value in own.items()],
         curves=learning_curves(record.windows),
         summary=SUMMARY,
         evaluations=[_scores(step, scores) for step, scores in record.evaluations.items()],
-        ap_chart=_ap_chart(record),
-        variants=[[*_scores(step, scores), _settings(scores)] for step, scores in record.variants],
+        ap_chart=line_chart(ap_lines, "step", "AP") if ap_lines else "",
+        variants=[[*_scores(step, scores), settings_of(scores)] for step, scores in record.variants],
         why=why,
         per_class=[(name, number(value)) for name, value in newest.get("per_class", {}).items()],
         point=point,
@@ -76,15 +80,6 @@ def run_page(folder: Path) -> tuple[str, str]:
         errors=errors_section(analysis, score) if analysis else None,
     )
     return str(page), headline(record)
-
-
-def newest_analysis(record: Record) -> Analysis:
-    """The errors of the newest evaluation. Raises PlainError as `analyse` does, and if there is no evaluation."""
-    if not record.evaluations:
-        raise EvaluationError(f"{record.folder / 'evaluation'}: there is no evaluation yet")
-    step, scores = max(record.evaluations.items())
-    file = record.folder / "detections" / f"step_{step:08d}.json"
-    return analyse(file, scores, record.config.data, record.categories)
 
 
 def headline(record: Record) -> str:
@@ -108,8 +103,8 @@ def facts(record: Record) -> list[tuple[str, str]]:
     first, summary = saved.get("first_start") or {}, record.summary or {}
     names = unique_names(record.categories)
     named = {
-        "command": _command(saved.get("command")),
-        "first command": _command(first.get("command")) if first.get("command") != saved.get("command") else None,
+        "command": _command(saved),
+        "first command": _command(first) if first.get("command") != saved.get("command") else None,
         "git commit": saved.get("commit"),
         "first commit": first.get("commit") if first.get("commit") != saved.get("commit") else None,
         "devices": versions.pop("devices", None),
@@ -122,22 +117,22 @@ def facts(record: Record) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in named.items() if value]
 
 
-def _command(words: Any) -> str | None:
+def _command(start: dict[str, Any]) -> str | None:
+    words = start.get("command")
     return "python " + shlex.join(map(str, words)) if isinstance(words, list) else None
 
 
 def _speed(windows: Sequence[dict[str, Any]]) -> str | None:
     """Medians: the first windows include compilation."""
     metrics = {"images_per_second": "{:.1f} images/s", "data_wait_percent": "{:.0f} % of the time waiting for data"}
-    values = {name: _numbers(windows, name) for name in (*metrics, "peak_memory_mib")}
+    values = {
+        name: [window[name] for window in windows if isinstance(window.get(name), int | float)]
+        for name in (*metrics, "peak_memory_mib")
+    }
     parts = [text.format(median(values[name])) for name, text in metrics.items() if values[name]]
     if peak := max(values["peak_memory_mib"], default=0):
         parts.append(f"peak memory {peak / 1024:.1f} GiB")
     return ", ".join(parts) + " (medians of the windows)" if parts else None
-
-
-def _numbers(windows: Sequence[dict[str, Any]], metric: str) -> list[float]:
-    return [window[metric] for window in windows if isinstance(window.get(metric), int | float)]
 
 
 def show(value: Any) -> str:
@@ -148,7 +143,6 @@ def show(value: Any) -> str:
 
 
 def learning_curves(windows: Sequence[dict[str, Any]]) -> list[str]:
-    """Charts of the losses, the learning rate, the gradient norm and the positive anchors, as far as there are points."""
     charts = []
     for label, log_y, curves in CHARTS if len(windows) > 1 else ():
         lines = [Line(legend, points(windows, metric)) for legend, metric in curves]
@@ -169,15 +163,5 @@ def _scores(step: int, scores: dict[str, Any]) -> list[str]:
     return [str(step), str(scores["images"]), *(number(scores[name]) for name in SUMMARY)]
 
 
-def _settings(scores: dict[str, Any]) -> str:
+def settings_of(scores: dict[str, Any]) -> str:
     return ", ".join(f"{name} {show(value)}" for name, value in scores.get("settings", {}).items()) or "not known"
-
-
-def _ap_chart(record: Record) -> str:
-    """The chart of AP by step; empty with fewer than two evaluations."""
-    lines = [
-        Line(name, [(float(step), s[name]) for step, s in record.evaluations.items() if s[name] is not None])
-        for name in AP_CHART
-    ]
-    lines = [line for line in lines if len(line.points) > 1]
-    return line_chart(lines, "step", "AP") if lines else ""

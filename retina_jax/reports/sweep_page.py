@@ -29,8 +29,7 @@ def to_html(sections: Sequence[Section], title: str) -> str:
     """The page."""
     names = [section.name for section in sections]
     tables = [(section, charts_of(section)) for section in sections]
-    page = render("sweep.html", title=title, sections=names, how_to_read=HOW_TO_READ, tables=tables)
-    return str(page)
+    return str(render("sweep.html", title=title, sections=names, how_to_read=HOW_TO_READ, tables=tables))
 
 
 def to_markdown(sections: Sequence[Section], title: str, charts: dict[tuple[str, str], str]) -> str:

@@ -157,5 +157,5 @@ def test_what_cannot_be_checked_ends_in_one_line(
     assert run(monkeypatch, {"train": pairs["train"]}, tmp_path / "file") == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
     assert len(lines) == 4 and all(line.startswith("error: ") for line in lines)
-    for line, said in zip(lines, ("absent.json", "no such folder", "--val-images", "File exists"), strict=True):
-        assert said in line
+    for line, name in zip(lines, ("absent.json", "no such folder", "--val-images", "File exists"), strict=True):
+        assert name in line

@@ -27,7 +27,7 @@ from retina_jax.data_check.coverage import (
     coverage_findings,
     view_boxes,
 )
-from retina_jax.data_check.suggestion import GOOD, as_options, best_iou, best_iou_on, suggest
+from retina_jax.data_check.suggestion import GOOD, as_options, best_iou, suggest
 from retina_jax.ops.anchors import anchor_grid
 
 SMALL = override(Config(), {"data.short_side": 96, "data.long_side": 128})
@@ -63,11 +63,11 @@ def random_boxes(rng: np.random.Generator, n: int, sides: tuple[float, float] = 
 def by_hand(views: Views, config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Best IoU and number of positive anchors of each box, straight from Section 4 and Detectron's low-quality rule."""
     best, won = [], []
-    for v, canvas in enumerate(views.padded_hw):
+    for v, padded_hw in enumerate(views.padded_hw):
         boxes = views.boxes_xyxy[views.ends[v] : views.ends[v + 1]]
         if not len(boxes):
             continue
-        iou = ious(anchor_grid(canvas, config.anchors, config.model), boxes)
+        iou = ious(anchor_grid(padded_hw, config.anchors, config.model), boxes)
         largest, owner = iou.max(1), iou.argmax(1)
         rescued = (iou >= iou.max(0) - 1e-12).any(1)  # the largest that a box has
         floor = {"none": 2.0, "band": config.matching.negative_iou, "all": 1e-9}[config.matching.low_quality]
@@ -80,9 +80,9 @@ def by_hand(views: Views, config: Config) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("low_quality", ["none", "band", "all"])
 def test_coverage_is_that_of_all_anchors_counted_by_hand(low_quality: str) -> None:
     rng = np.random.default_rng(1)
-    # Whole pixels: which anchors tie for the best of a box is then the same in any precision.
-    whole = {"anchors.scales": (1.0, 1.5), "anchors.ratios": (1.0,)}
-    config = override(SMALL, {"matching.low_quality": low_quality, **whole})
+    # Integer pixels: which anchors tie for the best of a box is then the same in any precision.
+    integer = {"anchors.scales": (1.0, 1.5), "anchors.ratios": (1.0,)}
+    config = override(SMALL, {"matching.low_quality": low_quality, **integer})
     images = (np.round(random_boxes(rng, n)).reshape(-1, 4).tolist() for n in (5, 0, 12, 1, 9))
     views = view_boxes(records_of(*images), config.data)
     coverage = cover(views, config)
@@ -114,23 +114,27 @@ def test_the_nearest_anchor_is_the_best_one(style: str) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    canvas=st.tuples(st.integers(1, 20), st.integers(1, 20)).map(lambda hw: (32 * hw[0], 32 * hw[1])),
+    padded_hw=st.tuples(st.integers(1, 20), st.integers(1, 20)).map(lambda hw: (32 * hw[0], 32 * hw[1])),
     factor=st.floats(0.5, 8),
     ratio=st.floats(0.1, 10),
     style=st.sampled_from(STYLES),
     seed=st.integers(0, 10**6),
 )
-def test_the_nearest_anchor_is_the_best_one_on_any_canvas(
-    canvas: tuple[int, int], factor: float, ratio: float, style: str, seed: int
+def test_the_nearest_anchor_is_the_best_one_in_any_padded_shape(
+    padded_hw: tuple[int, int], factor: float, ratio: float, style: str, seed: int
 ) -> None:
     config = Config(anchors=AnchorConfig(style=style, size_factor=factor, ratios=(1.0, ratio), scales=(1.0, 1.3)))
-    grid = anchor_grid(canvas, config.anchors, config.model)
+    grid = anchor_grid(padded_hw, config.anchors, config.model)
     if style in ("detectron", "torchvision") and (grid[:, 2:] - grid[:, :2]).min() <= 0:
         return  # these styles round, extreme ratios to nothing
     rng = np.random.default_rng(seed)
-    ends = np.sort(rng.uniform(0, 1, (2, 15, 2)), axis=0) * canvas[::-1]
+    ends = np.sort(rng.uniform(0, 1, (2, 15, 2)), axis=0) * padded_hw[::-1]
     boxes = np.concatenate([ends[0], np.maximum(ends[1], ends[0] + 0.5)], axis=1).astype(np.float32)
-    np.testing.assert_allclose(best_iou_on(canvas, boxes, config), ious(grid, boxes).max(0), atol=1e-4)
+    none = np.zeros(len(boxes), np.int64)
+    views = Views(
+        [padded_hw], [padded_hw], np.zeros(1, np.int64), np.array([0, len(boxes)]), boxes, none, np.arange(len(boxes))
+    )
+    np.testing.assert_allclose(best_iou(views, config), ious(grid, boxes).max(0), atol=1e-4)
 
 
 def test_a_box_that_is_an_anchor_and_one_of_a_quarter_of_it() -> None:

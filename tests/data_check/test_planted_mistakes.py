@@ -18,7 +18,7 @@ from retina_jax.data.coco import parse_coco, read_coco
 from retina_jax.data.source import DataError
 from retina_jax.data_check.check import Check, check_data
 from retina_jax.data_check.findings import KINDS, SHOWN, Finding, grouped
-from retina_jax.data_check.split import REFUSED, box_findings, read_split, refusals, repeated
+from retina_jax.data_check.split import REFUSED, read_split, split_findings
 
 ERRORS = {
     "refused_categories",
@@ -108,7 +108,7 @@ def test_the_lenient_reader_takes_what_the_strict_one_takes(tmp_path: Path) -> N
 
 @settings(deadline=None, max_examples=150)
 @given(st.sampled_from(PLACES), anything)
-def test_any_value_anywhere_is_told_where_training_refuses_it(
+def test_any_value_anywhere_is_reported_where_training_refuses_it(
     tmp_path_factory: pytest.TempPathFactory, place: str, value: object
 ) -> None:
     """The strict reader raises exactly where the lenient one reports something, and its error is among the reports."""
@@ -124,7 +124,7 @@ def test_any_value_anywhere_is_told_where_training_refuses_it(
     except DataError as error:
         assert refused == str(error)
         return
-    found = [*refusals(split), *repeated(split), *box_findings(split, 4)]
+    found = split_findings(split, 4)
     lines = [f"{path}: {f.name}: {f.text}" for f in found if f.kind in ("orphaned", *REFUSED.values())]
     assert refused in lines if refused else not lines
     assert all(finding.name.isprintable() and finding.text.isprintable() for finding in found)
@@ -152,7 +152,7 @@ def test_a_split_without_a_box_leaves_nothing_to_learn(tmp_path: Path) -> None:
     assert check.suggestion is None and check.shares.positives_per_image == 0
 
 
-def test_a_file_of_nothing_but_mistakes_is_told_to_the_end(tmp_path: Path) -> None:
+def test_a_file_of_nothing_but_mistakes_is_reported_to_the_end(tmp_path: Path) -> None:
     splits = clean()
     for entry in splits.documents["train"]["images"]:
         entry["width"] = -1

@@ -30,12 +30,12 @@ def test_images_with_most_boxes_without_anchors_come_first(tmp_path: Path) -> No
     # Two boxes an image: image 1 lacks two, image 4 one by being outbid, image 3 has two rescued, image 0 one.
     states = {2: "none", 3: "none", 8: "outbid", 6: "low", 7: "low", 0: "low"}
     coverage = coverage_of(views, states)
-    captions = [worst.caption for worst in worst_pictures(split, CONFIG.data, AS_VIEWERS, views, coverage, 8)]
+    captions = [caption for _, caption in worst_pictures(split, CONFIG.data, AS_VIEWERS, views, coverage, 8)]
     assert [caption.split(",")[0] for caption in captions] == ["001.jpg", "004.jpg", "003.jpg", "000.jpg"]
     assert captions[0] == "001.jpg, at 128 x 96: 2 boxes, 2 without an anchor, 0 by the low-quality rule only"
     assert len(worst_pictures(split, CONFIG.data, AS_VIEWERS, views, coverage, 2)) == 2
     (split.folder / "001.jpg").unlink()
-    assert worst_pictures(split, CONFIG.data, AS_VIEWERS, views, coverage, 1)[0].caption.startswith("004.jpg")
+    assert worst_pictures(split, CONFIG.data, AS_VIEWERS, views, coverage, 1)[0][1].startswith("004.jpg")
 
 
 def test_where_all_boxes_are_covered_there_is_no_worst_picture(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def rectangles(text: str) -> list[tuple[str, float, float, str]]:
     return found
 
 
-def test_parts_stand_on_each_other_in_proportion() -> None:
+def test_parts_are_stacked_in_proportion() -> None:
     bars = rectangles(bar_chart(["0", "8", "16", "∞"], STACKS, "pixels", "boxes"))
     assert [(colour, title) for colour, _, _, title in bars] == [
         ("#009e73", "good: 4"),

@@ -24,12 +24,11 @@ from retina_jax.evaluation.error_analysis import (
     RIGHT,
     Errors,
     ap_without,
-    average_precision,
     classify_errors,
     fixed_ap,
     mean_ap,
 )
-from retina_jax.evaluation.precision_recall import DetectedBoxes, GroundTruth, coco_curves, coco_stats
+from retina_jax.evaluation.precision_recall import DetectedBoxes, GroundTruth, coco_curves, coco_stats, precision_curve
 
 ALL = range(len(KINDS))
 CAT, DOG = 0, 1
@@ -141,7 +140,8 @@ def test_only_the_best_hundred_of_an_image_and_class_count() -> None:
 
 def test_average_precision_of_hits_in_between() -> None:
     """Right, wrong, right of two: precision 1 up to recall 1/2 (51 of the 101 recalls), 2/3 beyond."""
-    ap = average_precision(np.array([True, False, True]), 2)
+    right = np.array([[True, False, True]])
+    ap = precision_curve(right, ~right, 2)[0].mean()
     assert ap == pytest.approx((51 + 50 * 2 / 3) / 101)
 
 

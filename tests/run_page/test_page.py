@@ -33,12 +33,12 @@ def edit(path: Path, change: object) -> None:
 
 
 def test_the_page_has_the_content_of_the_runs_files(tiny_run: Path) -> None:
-    page, said = run_page(tiny_run)
+    page, line = run_page(tiny_run)
     shown = text(page)
     scores = json.loads((tiny_run / "evaluation/step_00000040.json").read_text())
-    assert said.startswith("Finished after 40 steps in ") and said in shown
+    assert line.startswith("Finished after 40 steps in ") and line in shown
     assert (
-        f"AP {scores['AP']:.3f}, AP50 {scores['AP50']:.3f}, AP75 {scores['AP75']:.3f} on 8 images at step 40." in said
+        f"AP {scores['AP']:.3f}, AP50 {scores['AP50']:.3f}, AP75 {scores['AP75']:.3f} on 8 images at step 40." in line
     )
     for step in (20, 40):
         evaluation = json.loads((tiny_run / f"evaluation/step_{step:08d}.json").read_text())
@@ -64,10 +64,10 @@ def test_evaluations_with_other_settings_are_listed_with_them(tiny_run: Path) ->
     other = {**own, "AP": 0.123, "settings": {"detection.tta_flip": True, "detection.tta_short_sides": [64, 96]}}
     (tiny_run / "evaluation/step_00000040_0123abcd.json").write_text(json.dumps(other))
     assert read_record(tiny_run).evaluations[40] == own
-    page, said = run_page(tiny_run)
+    page, line = run_page(tiny_run)
     shown = text(page).split("With other settings")[1]
     assert re.search(r"40 +8 +0\.123 .* detection\.tta_flip True, detection\.tta_short_sides 64 96 ", shown)
-    assert "0.123" not in said
+    assert "0.123" not in line
 
     untold = {name: value for name, value in other.items() if name != "settings"}
     (tiny_run / "evaluation/step_00000040_0123abcd.json").write_text(json.dumps(untold))
@@ -149,12 +149,12 @@ def test_a_run_that_has_only_begun_has_a_page(tiny_run: Path) -> None:
         shutil.rmtree(tiny_run / what)
     (tiny_run / "summary.json").unlink()
     (tiny_run / "metrics.jsonl").write_text((tiny_run / "metrics.jsonl").read_text()[:700])  # in the middle of a line
-    page, said = run_page(tiny_run)
-    assert said == "Not finished: step 10 of 40."
+    page, line = run_page(tiny_run)
+    assert line == "Not finished: step 10 of 40."
     assert "The run has not been evaluated yet." in page and "<svg" in page
     (tiny_run / "metrics.jsonl").unlink()
-    page, said = run_page(tiny_run)
-    assert said == "Not finished: step 0 of 40." and "no curve to draw" in page
+    page, line = run_page(tiny_run)
+    assert line == "Not finished: step 0 of 40." and "no curve to draw" in page
 
 
 def test_broken_files_end_in_one_line_that_names_them(tiny_run: Path) -> None:

@@ -46,7 +46,7 @@ def test_the_operating_point_is_where_f1_is_highest() -> None:
     assert point == pytest.approx((0.6, 2 / 3, 2 / 3, 2 / 3))
 
 
-def test_detections_of_one_score_stand_or_fall_together() -> None:
+def test_detections_of_one_score_are_kept_or_dropped_together() -> None:
     errors = images_of([(1, [0.5], [0.5, 0.5])])
     assert operating_point(errors) == pytest.approx((0.5, 1 / 3, 1.0, 0.5))
 
