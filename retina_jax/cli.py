@@ -92,7 +92,7 @@ def parse_command_line(arguments: type[T], defaults: T, argv: Sequence[str], des
         # The first sentence in the box that tyro draws around an error.
         lines = [line.strip("│ ").strip() for line in printed.getvalue().splitlines() if line[:1] not in "╭╰"]
         sentence = itertools.takewhile(lambda line: set(line) != {"─"}, filter(None, lines))
-        text = " ".join(sentence) or "the command line cannot be read; --help lists the options"
+        text = " ".join(sentence) or "invalid command line; --help lists the options"
         raise ConfigError(one_line(text)) from None
 
 

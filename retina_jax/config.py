@@ -4,7 +4,7 @@ A config file (`configs/*.py`) is a Python file with a function `get_config() ->
 the command line by its dotted name (`--loss.gamma 5 --data.batch-size 16`). Defaults are the paper's (RetinaNet-50-600,
 Table 1) and, where the paper is silent, those of its authors' code (Detectron).
 
-`option` holds what is known about a field besides its type; `options` reads it back for validation, `--help`, resumed runs,
+`option` holds what is known about a field in addition to its type; `options` reads it back for validation, `--help`, resumed runs,
 digests and several hosts. `config_io.conflicts` has the rules between fields.
 """
 
@@ -101,7 +101,7 @@ class ScenesConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Training and evaluation data, and how an image becomes a network input."""
+    """Data sets and preprocessing."""
 
     source: Literal["coco", "tfds", "scenes"] = "coco"
     """coco: a COCO-format JSON and an image folder; tfds: a TensorFlow dataset with COCO's features; scenes: generated."""
@@ -115,7 +115,7 @@ class DataConfig:
     val_images: str = option("", outcome=False, per_host=True, basic=True)
     """Folder of the evaluation images (source coco)."""
     tfds_name: str = "coco/2017"
-    """TensorFlow dataset (source tfds), or the folder of a prepared one."""
+    """Name of the TensorFlow dataset (source tfds), or the folder of a prepared dataset."""
     tfds_folder: str = option("", outcome=False, per_host=True)
     """TFDS data_dir; empty: TFDS's default."""
     tfds_train_split: str = "train"
@@ -162,15 +162,15 @@ class DataConfig:
     images_without_boxes: Literal["drop", "keep"] = "drop"
     """Training images without a box: drop (Detectron) or keep as background."""
     empty_parents: Literal["drop", "keep"] = "drop"
-    """A category without boxes that groups others, such as the first one of Roboflow's exports: drop it from the classes,
-    or keep it. A resumed run keeps its classes."""
+    """Parent categories without boxes, such as the first one of Roboflow's exports: drop them from the classes, or keep
+    them. A resumed run keeps its classes."""
     bad_images: Literal["stop", "skip"] = option("stop", resume=True)
-    """An image that is missing, broken or of another size than the JSON says: stop with its name, or skip and count it."""
+    """An image that is missing, broken or whose size differs from the JSON: stop with its name, or skip and count it."""
     orientation: Literal["auto", "stored", "turned"] = "auto"
     """Pixels that boxes refer to if an image has an EXIF orientation and its annotated size fits both: as stored, or turned,
     as viewers show them. auto: as in those images whose size shows it."""
     undecided_orientation: Literal["turned", "stored"] = "turned"
-    """The choice of auto if no image shows it. Training sets it to what its training or evaluation images show."""
+    """Used by auto if no image decides. Training sets it from its training or evaluation images."""
     bits: Literal["auto", 8, 10, 12, 14, 16] = "auto"
     """Bits that 16-bit images use: 2^bits - 1 is white. auto: found on a sample of the training images."""
     workers: int = option(0, ">= 0", outcome=False, per_host=True)
@@ -256,7 +256,7 @@ class MatchingConfig:
     negative_iou: float = option(0.4, "> 0, <= 1")
     """IoU below which an anchor is background; between the two it is ignored. Paper: 0.4."""
     low_quality: Literal["none", "band", "all"] = "band"
-    """A ground-truth box's best anchor below positive_iou. none: no match (Section 4's thresholds only); band: a match if
+    """What happens to a ground-truth box whose best anchor is below positive_iou. none: no match (Section 4's thresholds only); band: a match if
     its IoU is at least negative_iou (Detectron); all: always a match (RPN's rule; detectron2, torchvision)."""
 
 
@@ -320,7 +320,7 @@ class OptimizerConfig:
     warmup_factor: float = option(1 / 3, ">= 0, <= 1")
     """Learning rate at step 0 over the peak. Detectron: 1/3."""
     boundaries: tuple[int, ...] = option((60_000, 80_000), ">= 1", unit="steps")
-    """First steps whose learning rate is multiplied by decay_factor once more. Paper: 60000 80000."""
+    """Steps at which the learning rate is multiplied by decay_factor. Paper: 60000 80000."""
     decay_factor: float = option(0.1, "> 0")
     """Factor of the learning rate at each boundary. Paper: 0.1."""
     clip_norm: float = option(0.0, ">= 0")

@@ -32,7 +32,9 @@ def load_config(path: str | Path) -> Config:
     with named_errors(path):
         config = module.get_config()
     if not isinstance(config, Config):
-        raise ConfigError(f"{path}: get_config() returned a {type(config).__name__}, not a retina_jax.config.Config")
+        raise ConfigError(
+            f"{path}: get_config() returned a {type(config).__name__}; it must return a retina_jax.config.Config"
+        )
     return typed(config, str(path))
 
 

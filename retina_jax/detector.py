@@ -215,7 +215,9 @@ def load_detector(
         return Detector(driver, driver.replicate(imported.variables), imported.class_names, imported.category_ids)
     folder = Path(source) / "checkpoints"
     if not folder.is_dir():
-        raise ConfigError(f"--workdir {source}: its run has saved no checkpoint yet")
+        raise ConfigError(
+            f"--workdir {source}: its run has saved no checkpoint yet; wait for the first one, or train it"
+        )
     with Checkpoints(folder, keep=None, read_only=True) as checkpoints:
         variables, number = load_variables(driver, checkpoints, step)
     return Detector(driver, variables, saved.class_names, saved.category_ids, number)

@@ -164,7 +164,7 @@ def _connect(options: Hosts) -> None:
             raise ConfigError(f"--host {options.host}: must be the number of this host, 0 to {options.hosts - 1}")
     coordinator, number, own = (None, None, None) if options.distributed else explicit
     if number and own == 0:
-        print(f"host 0: waiting for {number - 1} more at {coordinator}", flush=True)
+        print(f"host 0: waiting for {number - 1} more hosts at {coordinator}", flush=True)
     try:
         jax.distributed.initialize(
             coordinator,

@@ -3,7 +3,7 @@
 python scripts/check_data.py --annotations FILE --images DIR --out DIR [--config FILE --data.short-side 300 ...]
     [--val-annotations FILE --val-images DIR]
 
-Reads it as training with this config would, but to the end: all mistakes are reported, not only the first. Writes
+Reads the data as training with this config does, but reports all mistakes, not only the first. Writes
 DIR/data_check.html, a single file, and DIR/data_check.json with the same facts and all names.
 
 Exit status: 0, ready to train (there may be warnings); 3, not ready: training would refuse the data, or the anchors miss

@@ -41,7 +41,7 @@ class Arguments:
     weights: str = ""
     """KIND:FILE or KIND:NAME of a detector from elsewhere; KIND is torchvision, detectron2 or detectron."""
     format: Literal["stablehlo", "savedmodel", "onnx"] = "stablehlo"
-    """Format of the file; the last two are refused, since no converter works yet (docs/export.md)."""
+    """Format of the file; savedmodel and onnx are refused, because no converter works yet (docs/export.md)."""
     step: Step = None
     """Saved step, or best: the step with the highest AP; default: the newest."""
     short_side: int | None = None

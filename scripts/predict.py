@@ -1,7 +1,7 @@
 """Detect on your own images: scripts/predict.py (--workdir RUN | --weights KIND:FILE) IMAGE_OR_FOLDER... --out DIR
 
 Writes DIR/detections.json (for each image: boxes in its pixels, scores, class names and ids) and one picture per image.
-Options of inference: --detection.nms-iou 0.6; test-time augmentation: --detection.tta-flip, --detection.tta-short-sides 500
+Inference options: --detection.nms-iou 0.6; test-time augmentation: --detection.tta-flip, --detection.tta-short-sides 500
 700.
 """
 

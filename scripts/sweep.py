@@ -55,7 +55,7 @@ class Arguments:
     list: bool = False
     """Print the points and run nothing."""
     index: int | None = None
-    """Run this point in this process."""
+    """Run only the point with this index, in this process."""
     launcher: Literal["local", "slurm"] = "local"
     """Where the points run."""
     jobs: int = 1

@@ -51,11 +51,12 @@ class Arguments:
     """Folder of the run; created if missing, resumed if it holds a run."""
     settings: Annotated[Config, tyro.conf.arg(name="")]
     config: Path = PAPER
-    """Config file whose fields the other options override; if not given, the config of the run in the folder."""
+    """Config file; the other options override its fields. Default: the config of the run in --workdir, or
+    configs/paper_r50_600.py for a new run."""
     allow_missing: tuple[str, ...] = ()
     """Parts of the backbone (backbone/c5) that model.backbone_weights may lack; they start random."""
     allow_changes: tuple[str, ...] = ()
-    """Fields (loss.gamma) in which a resumed run may differ from its start; noted in its config.json."""
+    """Config fields, such as loss.gamma, that may differ from the run's config; each change is recorded in config.json."""
     together: Annotated[distributed.Hosts, tyro.conf.arg(name="")] = distributed.ALONE
     """Several hosts."""
 
@@ -145,7 +146,7 @@ def report_end(run: Run, state: TrainState, clock: Clock, batches: Batches) -> N
         log(coco_table(Scores({name: evaluation[name] for name in SUMMARY}, evaluation["per_class"])))
     for what, names in (
         ("unreadable images were skipped", batches.skipped),
-        ("images have one colour, wholly or nearly", batches.one_colour),
+        ("images have (nearly) one colour", batches.one_colour),
     ):
         if merged := sorted(set().union(*distributed.exchange(set(names)))):
             warn(f"{len(merged)} {what}: {', '.join(merged)}")

@@ -36,7 +36,7 @@ class Guess(NamedTuple):
         """What is wrong and what to do, one line; `read_as` is data.box_format."""
         todo = "; set " + " or ".join(f"data.box_format {name}" for name in self.formats) if self.formats else ""
         if read_as == "auto":
-            kept = "xywh if they are right as they are"
+            kept = "xywh if the boxes are correct as they are"
             todo += f" ({kept})" if todo else f"; set data.box_format {kept}"
         return self.why + todo
 
@@ -58,7 +58,7 @@ def boxes_in_pixels(
         if not fractions and not (guess and guess.formats):
             of_polygons = guess_fractions(numbers[polygons], sizes_wh[polygons], "polygons", ("xywh",))
             if of_polygons and given.any() and of_polygons.formats:
-                why = f"{of_polygons.why}, those of the boxes do not; write all in pixels"
+                why = f"{of_polygons.why}, but those of the boxes do not; convert all of them to pixels"
                 of_polygons = of_polygons._replace(formats=(), why=why)
             guesses.append(of_polygons and of_polygons._replace(sure=of_polygons.sure and box_format == "auto"))
     scaled = polygons & (fractions and are_fractions(numbers[polygons], sizes_wh[polygons]))
@@ -108,7 +108,9 @@ def guess_fractions(
     share = units.sum() / max(1, _solid(numbers, sizes_wh, LEAST_SIDE).sum())
     if share < MIXED[0] or (units & (numbers % 1 > 0).any(1)).sum() < MIXED[1]:
         return None
-    why = f"{share:.0%} of the {what} look like fractions of the image, the others do not; write all in pixels"
+    why = (
+        f"{share:.0%} of the {what} look like fractions of the image, the others do not; convert all of them to pixels"
+    )
     return Guess((), False, why)
 
 

@@ -60,7 +60,7 @@ def category_ids(classes: Sequence[Category], data: HasClasses, where: str) -> l
             wrong = (
                 f"boxes of {shown} cannot be assigned to a class: the name occurs more than once, and the id is not "
             )
-            wrong += f"that of the detector's {own}; use its ids, or give each category a unique name"
+            wrong += f"that of the detector's {own}; use the detector's ids, or give each category a unique name"
         raise ConfigError(f"{where}: {wrong}")
     return [None if i is None else categories[i][0] for i in found]
 

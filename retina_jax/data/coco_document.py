@@ -89,7 +89,7 @@ class _Parser:
         entries = self.entries("images", coco_entries.ImageEntry)
         if not self.mistakes and not (categories and entries):
             empty = "images" if categories else "categories"
-            raise DataError(f"{self.path}: {empty} is empty; it must list at least one")
+            raise DataError(f"{self.path}: {empty} is empty; it must contain at least one entry")
         images, paths, missing, unsized = self.locate(entries, folder)
         table, rows, without_box = self.boxes(images, categories)
         if texts := +self.texts:
@@ -145,7 +145,7 @@ class _Parser:
         seen: dict[int, int] = {}
         for index, entry in parsed:
             if seen.setdefault(entry.id, index) != index:
-                self.refuse(key, index, "id is used twice; every entry must have its own")
+                self.refuse(key, index, "id is used twice; ids must be unique")
         return [(index, entry) for index, entry in parsed if seen[entry.id] == index]
 
     def locate(

@@ -85,7 +85,7 @@ class Votes:
             if undecided == "stored":
                 return found, f"EXIF orientation: {line}, as the other images of the run are", False
             ask = "if their boxes lie on the pixels as stored, set data.orientation stored"
-            return found, f"EXIF orientation is undecidable: {line}, as image viewers show them; {ask}", True
+            return found, f"EXIF orientation is undecided: {line}, as image viewers show them; {ask}", True
         against = self.turned if found == "stored" else self.stored
         doubt = f"; {against[0]} is annotated otherwise and follows its own size" if against else ""
         return found, f"EXIF orientation: {line}{doubt}", bool(against)

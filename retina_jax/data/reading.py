@@ -33,10 +33,10 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
     try:
         descriptor = os.open(path, os.O_RDONLY | NEVER_WAITS | getattr(os, "O_BINARY", 0))
     except ValueError:  # a NUL, or a character outside the file system's encoding
-        raise OSError(errno.EINVAL, "no file can have this name", repr(path)) from None
+        raise OSError(errno.EINVAL, "invalid file name", repr(path)) from None
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "it must be a regular file", str(path))
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         yield file
 
 

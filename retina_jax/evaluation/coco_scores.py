@@ -183,11 +183,11 @@ def check_inputs(
 
     if not wanted:
         raise EvaluationError("image_ids is empty: give at least one image to score")
-    refuse((i for i, n in Counter(image_ids).items() if n > 1), "image_ids has duplicates, give each image once")
+    refuse((i for i, n in Counter(image_ids).items() if n > 1), "image_ids has duplicates; give each image once")
     refuse(wanted - {image["id"] for image in truth["images"]}, "image_ids has images that are not in the ground truth")
     if evaluated_ids is not None:
         counts = Counter(evaluated_ids)
-        refuse(wanted - counts.keys(), "evaluated_ids lacks images to score, run the detector on them")
+        refuse(wanted - counts.keys(), "evaluated_ids lacks images to score; run the detector on them")
         refuse((i for i, n in counts.items() if n > 1), "evaluated_ids has duplicates, evaluate each image once")
         refuse(counts.keys() - wanted, "evaluated_ids has images that are not in image_ids")
     refuse({d["image_id"] for d in detections} - wanted, "detections are of images that are not in image_ids")

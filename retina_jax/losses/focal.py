@@ -1,9 +1,9 @@
 """Classification losses as the paper writes them: equations 1 to 8 (Section 3, Appendix A) and the hinge of Section 5.1.
 
-Training computes the same losses in a faster form, `retina_jax.losses.fused`; tests compare it with this file. Each
+Training uses a faster form, `retina_jax.losses.fused`, which the tests compare with this file. Each
 function returns the loss of every logit, float32 [... K], not yet summed. Its gradient is JAX's derivative of the formula.
 
-A label k >= 0 makes y = 1 for class k and y = -1 for the other classes. BACKGROUND (-1) makes y = -1 for all K classes.
+An anchor with label k >= 0 has y = 1 for class k and y = -1 for the other classes. BACKGROUND (-1) means y = -1 for all K classes.
 IGNORED (-2) makes alpha_t = 0, so the loss and its gradient are 0. The division by the number of positive anchors is in
 `retina_jax.losses.total`.
 
@@ -41,7 +41,7 @@ def classification_loss(config: LossConfig) -> ClassificationLoss:
 
 def targets(logits: Logits, labels: Labels, foreground: float = 1.0, background: float = 1.0) -> tuple[Losses, Losses]:
     """(y, alpha_t) of each logit: y is 1 or -1, alpha_t is `foreground` for y = 1 and `background` for y = -1."""
-    # A comparison with a counter, which XLA fuses: the one-hot array [... K] is never in memory.
+    # XLA fuses this comparison, so the one-hot array [... K] is never stored.
     is_class = lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1) == labels[..., None]
     alpha_t = jnp.where(is_class, foreground, jnp.where(labels == IGNORED, 0.0, background)[..., None])
     return jnp.where(is_class, 1.0, -1.0), alpha_t
@@ -81,7 +81,7 @@ def focal_star(logits: Logits, labels: Labels, *, alpha: float, gamma: float, be
 def hinge(logits: Logits, labels: Labels, *, alpha: float, margin: float) -> Losses:
     """alpha_t max(0, margin - p_t). At p_t = margin the loss and its derivative are 0.
 
-    Section 5.1 says only that the hinge loss on p_t "sets loss to 0 above a certain value of p_t" and was unstable. The
+    Section 5.1 states only that the hinge loss on p_t "sets loss to 0 above a certain value of p_t" and was unstable. The
     slope of 1, the margin and alpha_t are choices of this project. The derivative by x_t, -alpha_t p_t (1 - p_t) below the
     margin, vanishes where an example is most wrong: a foreground that starts at p_t = pi hardly moves.
     """

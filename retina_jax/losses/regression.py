@@ -22,7 +22,7 @@ def smooth_l1(error: Float[Array, "*N"], *, beta: float) -> Float[Array, "*N"]:
 
 def l1(error: Float[Array, "*N"]) -> Float[Array, "*N"]:
     """|error|, elementwise; its gradient at 0 is 0."""
-    return jnp.maximum(error, -error)  # the gradient of jnp.abs at 0 is 1: a perfect box would be pushed away
+    return jnp.maximum(error, -error)  # jnp.abs would have gradient 1 at 0 and move a perfect box
 
 
 def box_loss(

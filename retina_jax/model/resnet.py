@@ -16,7 +16,7 @@ from retina_jax.model.layers import Conv, Norm, largest_divisor, relu
 
 
 class Architecture(NamedTuple):
-    """What distinguishes the backbones."""
+    """The settings in which the backbones differ."""
 
     blocks: tuple[int, int, int, int]
     """Blocks of C2, C3, C4, C5."""

@@ -37,7 +37,8 @@ def match(
         IoU <  negative_iou (0.4)    BACKGROUND
         otherwise                    IGNORED
 
-    So an IoU of exactly 0.5 is positive, and one of exactly 0.4 is ignored. Of boxes with equal IoU the first wins.
+    So an IoU of exactly 0.5 is positive, and one of exactly 0.4 is ignored
+    unless low_quality makes it positive. Of boxes with equal IoU the first wins.
 
     low_quality also makes anchors positive whose largest IoU is below positive_iou, if no anchor has a larger IoU with
     some box (all anchors that tie): `none` does not, `band` if the anchor's IoU is at least negative_iou (Detectron, which

@@ -37,7 +37,7 @@ def nms(
     D = max_detections boxes are kept or none remains. Entries past the last kept box have index 0 and are not valid.
 
     The boxes are processed in order of their scores, BLOCK at a time, against the boxes kept so far, until D are kept. So
-    there is no N x N matrix, and mostly only a part of the N boxes is looked at.
+    there is no N x N matrix, and usually only some of the N boxes are compared.
 
     A score of -inf (or NaN) marks an absent box, which is neither kept nor suppresses others. Classes are compared by
     label: offsets added to the coordinates would cost float32 digits.

@@ -145,7 +145,9 @@ def training_lock(folder: Path) -> Iterator[None]:
     make_writable(folder)
     with contextlib.ExitStack() as stack:
         if not stack.enter_context(exclusive_lock(folder / ".lock", timeout=0.0)):
-            raise ConfigError(f"--workdir {folder}: another process is training there")
+            raise ConfigError(
+                f"--workdir {folder}: another process is training there; wait for it, or use another --workdir"
+            )
         for path in [path for kind in ("", "evaluation", "detections") for path in (folder / kind).glob(".*")]:
             with contextlib.suppress(OSError):  # they are useless but harmless
                 if TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > SECONDS_TO_WRITE:

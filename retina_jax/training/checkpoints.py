@@ -185,7 +185,7 @@ class Checkpoints:
                 folder.rename(aside)
                 moved = f"; moved to {aside.name}"
             if folder.exists() or moved:
-                warn(f"{folder}: is damaged ({wrong}), step {taken} is used instead{moved}")
+                warn(f"{folder}: is damaged ({wrong}); step {taken} is used instead{moved}")
 
     def _write(self, step: int, state: PyTree) -> None:
         temporary = self.folder / "saving" / str(step)

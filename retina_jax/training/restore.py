@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 CLASS_OUTPUT = "class_head/output"
 RANDOM = "starting from random weights"
 RANDOM_FROZEN = (
-    "warning: frozen parts start from random weights and stay random; give --model.backbone-weights, or train with "
+    "warning: frozen layers start from random weights and are never trained; set --model.backbone-weights, or train with "
     "--model.norm group --model.frozen-stages 0"
 )
 

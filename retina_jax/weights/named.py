@@ -131,7 +131,7 @@ def fetch(named: Named, folder: Path | None = None) -> Path:
                     download(named.url, part)
                     if not sha256_of(part).startswith(named.sha256):
                         part.unlink()
-                        wrong = f"SHA-256 is not {named.sha256}...; the download was deleted, try again"
+                        wrong = f"SHA-256 is not {named.sha256}...; the download was deleted; try again"
                         raise WeightsError(f"{named.url}: {wrong}")
                     part.replace(path)
         except (OSError, http.client.HTTPException) as error:

@@ -6,7 +6,7 @@
 #SBATCH --job-name=retina_jax
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=8
-# One task a GPU: under SLURM, JAX gives each process the one GPU of its number on the node.
+# One task per GPU: under SLURM, JAX gives each process the one GPU of its number on the node.
 #SBATCH --ntasks-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
