@@ -4,8 +4,8 @@ A config file (`configs/*.py`) is a Python file with a function `get_config() ->
 the command line by its dotted name (`--loss.gamma 5 --data.batch-size 16`). Defaults are the paper's (RetinaNet-50-600,
 Table 1) and, where the paper is silent, those of its authors' code (Detectron).
 
-`option` holds what is known about a field in addition to its type; `options` reads it back for validation, `--help`, resumed runs,
-digests and several hosts. `config_io.conflicts` has the rules between fields.
+`option` holds what is known about a field in addition to its type; `options` reads it back for validation, `--help`,
+resumed runs, digests and several hosts. `config_io.conflicts` has the rules between fields.
 """
 
 from __future__ import annotations
@@ -256,8 +256,8 @@ class MatchingConfig:
     negative_iou: float = option(0.4, "> 0, <= 1")
     """IoU below which an anchor is background; between the two it is ignored. Paper: 0.4."""
     low_quality: Literal["none", "band", "all"] = "band"
-    """What happens to a ground-truth box whose best anchor is below positive_iou. none: no match (Section 4's thresholds only); band: a match if
-    its IoU is at least negative_iou (Detectron); all: always a match (RPN's rule; detectron2, torchvision)."""
+    """A ground-truth box whose best anchor is below positive_iou. none: no match (Section 4's thresholds only); band: a
+    match if its IoU is at least negative_iou (Detectron); all: always a match (RPN's rule; detectron2, torchvision)."""
 
 
 @dataclass(frozen=True)

@@ -259,7 +259,7 @@ class TFRecordExamples(Examples):
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """Raises OSError if the file cannot be read, ValueError if the file is damaged; prepare the dataset again, IndexError from `len` on."""
+        """Raises OSError if the file cannot be read, ValueError if it is damaged, IndexError from `len` on."""
         if not 0 <= row < len(self):
             raise IndexError(f"example {row} of {len(self)}")
         place = bisect_right(self._ends, row)

@@ -1,4 +1,4 @@
-"""Convolution, ReLU and normalisation. The collection of a weight determines whether it is trained (`params`) or `frozen`."""
+"""Convolution, ReLU and normalisation. The collection of a weight decides whether it is trained (`params`) or `frozen`."""
 
 from collections.abc import Callable
 from typing import Literal

@@ -103,7 +103,7 @@ class Metrics(contextlib.AbstractContextManager):
             after = f", after {allowed} skipped steps (training.skip_non_finite)" if allowed else ""
             raise NonFiniteLoss(
                 f"{found} (seen in the window {window}), images {images}{after}; lower optimizer.learning_rate, set "
-                f"optimizer.clip_norm, or look at these images; {self._run.folder / 'checkpoints'} holds the last finite state"
+                f"optimizer.clip_norm, or check these images; {self._run.folder / 'checkpoints'} holds the last finite state"
             )
         self.write(step, {"event": "left_out", "reason": found, "images": image_ids, "skipped": skipped})
         warn(f"{found}, images {images}: step skipped ({skipped} of at most {allowed})")
