@@ -109,13 +109,15 @@ class Detector:
 
     def merged(self, found: Iterable[tuple[int, ImageDetections]]) -> dict[int, ImageDetections]:
         """Merges the detections of all versions of an image, by index; without augmentation there is one version."""
-        if (count := versions(self.config)) == 1:
-            return dict(found)
+        count = versions(self.config)
         of_image: dict[int, list[ImageDetections]] = {}
         for index, detections in found:
             of_image.setdefault(index, []).append(detections)
         merged, names = {}, ("boxes_xyxy", "scores", "labels")
         for index, group in of_image.items():
+            if count == 1:
+                (merged[index],) = group  # an image that several hosts evaluated is an error
+                continue
             arrays = [np.concatenate([getattr(detections, name) for detections in group]) for name in names]
             kept = merge(*arrays, self.config.detection, count * self.config.detection.max_detections)
             merged[index] = self._detections(*(array[kept] for array in arrays))
