@@ -177,7 +177,7 @@ def test_the_local_launcher_goes_on_after_a_failure_and_runs_only_what_is_missin
 
     (folder / "runs" / "mended").touch()
     said = sweep()
-    assert re.search(r"gamma_0\.5\b.*resumes", said) and "diverged" in line_of("gamma_9.0", said)
+    assert "resumes" in line_of("gamma_0.5", said) and "diverged" in line_of("gamma_9.0", said)
     assert calls(folder).count(named["gamma_0.5"]) == 2 and len(calls(folder)) == 5
 
 
