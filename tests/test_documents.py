@@ -194,8 +194,8 @@ def known_options() -> set[str]:
     return names
 
 
-OF_OTHERS = {"nodes", "ntasks_per_node", "signal", "zone", "worker", "command"}
-"""Options of sbatch and gcloud."""
+OF_OTHERS = {"help_all", "nodes", "ntasks_per_node", "signal", "zone", "worker", "command"}
+"""Options of every script, of sbatch and of gcloud."""
 
 
 def named_in_text(path: Path) -> set[str]:

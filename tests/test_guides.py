@@ -68,7 +68,7 @@ def test_the_rate_of_the_cpu_is_that_of_the_measured_step() -> None:
         r"^\| training step, 256² \| (\d+) ms", (DOCS / "results/performance.md").read_text(), re.MULTILINE
     )
     named = re.search(
-        r"(\d*\.\d+) s for a step of one image at 256 × 256.*is (\.\d+) TFLOP", (DOCS / "reproducing.md").read_text()
+        r"(\d*\.\d+) s for a step of one image at 256 × 256.*is (\d*\.\d+) TFLOP", (DOCS / "reproducing.md").read_text()
     )
     assert float(named[1]) == pytest.approx(int(measured[1]) / 1000, abs=5e-4)
     assert float(named[2]) == pytest.approx(3 * forward_flops(BASE, 80, (256, 256)) / 1e12, abs=5e-5)
