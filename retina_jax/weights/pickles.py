@@ -162,11 +162,16 @@ def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any)
     return Array(read)
 
 
+def encode(text: Any, encoding: Any) -> bytes:
+    """In place of `_codecs.encode`, which protocol 2 calls for bytes."""
+    if not isinstance(text, str) or not isinstance(encoding, str) or encoding != "latin1":
+        raise ValueError("malformed pickle: a call of _codecs.encode other than for bytes")
+    return text.encode("latin1")
+
+
 FUNCTIONS: dict[str, Callable[..., Any] | None] = {
     "collections.OrderedDict": Dict,
-    "_codecs.encode": lambda text, encoding: text.encode(
-        {"latin1": "latin1"}[encoding]
-    ),  # protocol 2 calls it for bytes
+    "_codecs.encode": encode,
     "numpy.dtype": Dtype,
     "torch.Size": tuple,
     "torch.device": lambda *_: None,
