@@ -98,12 +98,12 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
             if metrics.evaluation_is_missing():  # it failed or was interrupted before
                 score(state, start)
             for step in range(start + 1, training.steps + 1):
-                asked = time.monotonic()
+                started = time.monotonic()
                 profiler.begin(step)
                 with checkpoints.save_on_error(step - 1, state, first=metrics.flush):
                     interruption.check(step - 1)
                     batch = next(batches)
-                waited = time.monotonic() - asked
+                waited = time.monotonic() - started
                 state, measured = take_step(state, driver.shard_batch(Inputs.of(batch)))
                 profiler.end(step, measured)
                 metrics.add(step, measured, [source.records[i].image_id for i in batch.indices], waited)

@@ -22,7 +22,7 @@ def make(task: Task) -> Work:
     """The work of `task`."""
     makers = {"step": step, "forward": forward}
     if task.name not in makers or task.backbone not in STACKS:
-        raise BenchmarkError(f"KerasHub has nothing to set beside {task.name} of {task.backbone}")
+        raise BenchmarkError(f"KerasHub has no benchmark {task.name} of {task.backbone}")
     keras.utils.set_random_seed(task.seed)
     keras.mixed_precision.set_dtype_policy("mixed_bfloat16" if task.dtype == "bfloat16" else "float32")
     made = scene(task.batch, task.canvas, task.boxes, task.classes, task.seed)

@@ -14,7 +14,7 @@ from benchmarks.work import BenchmarkError, Task, Work
 def make(task: Task) -> Work:
     """Focal loss of precomputed one-hot targets, and its gradient."""
     if task.name != "loss":
-        raise BenchmarkError(f"optax has nothing to set beside {task.name}; take --peer torchvision")
+        raise BenchmarkError(f"optax has no benchmark {task.name}; use --peer torchvision")
     logits, labels = class_outputs(task.rows, task.classes, task.seed)
     taking_part = labels != -2
     logits = jnp.asarray(logits[taking_part], task.dtype)

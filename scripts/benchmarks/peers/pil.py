@@ -18,7 +18,7 @@ from benchmarks.work import BenchmarkError, Task, Work
 def make(task: Task) -> Work:
     """Open, convert, resize, flip half of the time, pad, batch."""
     if task.name != "input":
-        raise BenchmarkError(f"PIL has nothing to set beside {task.name}; take --peer torchvision")
+        raise BenchmarkError(f"PIL has no benchmark {task.name}; use --peer torchvision")
     stream = itertools.cycle(in_batches(photographs(task), task.batch))
     coin = random.Random(task.seed)
     count = batches_a_repetition(task.batch)

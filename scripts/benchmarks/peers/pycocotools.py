@@ -9,5 +9,5 @@ from benchmarks.work import BenchmarkError, Task, Work
 def make(task: Task) -> Work:
     """The work of `task`."""
     if task.name != "evaluate":
-        raise BenchmarkError(f"pycocotools has nothing to set beside {task.name}")
+        raise BenchmarkError(f"pycocotools has no benchmark {task.name}")
     return scored(task, "pycocotools")

@@ -11,7 +11,7 @@ from benchmarks.work import BenchmarkError, Task, Work
 def make(task: Task) -> Work:
     """Read, decode, resize, flip, pad, batch."""
     if task.name != "input":
-        raise BenchmarkError(f"tf.data has nothing to set beside {task.name}; take --peer torchvision")
+        raise BenchmarkError(f"tf.data has no benchmark {task.name}; use --peer torchvision")
     columns = tuple(map(list, zip(*in_batches(photographs(task), task.batch), strict=True)))
     dataset = tf.data.Dataset.from_tensor_slices(columns).repeat()
     dataset = dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE).batch(task.batch).prefetch(2)

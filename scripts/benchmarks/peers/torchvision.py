@@ -22,7 +22,7 @@ def make(task: Task) -> Work:
     """The work of `task`."""
     makers = {"step": step, "forward": forward, "detect": detect, "loss": loss, "match": match, "nms": nms}
     if task.name not in makers:
-        raise BenchmarkError(f"torchvision has nothing to set beside {task.name}")
+        raise BenchmarkError(f"torchvision has no benchmark {task.name}")
     if task.device == "cpu":
         torch.set_num_threads(task.cores or torch.get_num_threads())
     torch.manual_seed(task.seed)
