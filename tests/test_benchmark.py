@@ -105,7 +105,7 @@ def test_a_variant_that_cannot_run_is_named(folder: Path, body: str, line: str) 
 def test_every_benchmark_has_a_module_and_every_module_is_there() -> None:
     assert set(OURS) == set(BENCHMARKS)
     for module in {*OURS.values(), *PEERS.values()}:
-        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+        assert (ROOT / "scripts" / f"{module.replace('.', '/')}.py").is_file(), module
 
 
 def test_the_script_prints_an_object_a_line_with_the_figures() -> None:

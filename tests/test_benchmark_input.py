@@ -91,7 +91,7 @@ def test_a_repetition_makes_its_images(
 
 @pytest.mark.parametrize("variant", [tf_data, pil])
 def test_peers_of_input_do_nothing_else(task: Task, variant: object) -> None:
-    with pytest.raises(BenchmarkError, match="has nothing to set beside nms"):
+    with pytest.raises(BenchmarkError, match="has no benchmark nms"):
         variant.make(dataclasses.replace(task, name="nms"))
 
 

@@ -42,7 +42,7 @@ class Answers(Detector):
     """A detector that finds what it is given."""
 
     def __init__(self, found: dict[int, ImageDetections]) -> None:
-        object.__setattr__(self, "driver", SimpleNamespace(shards=1, config=CONFIG))
+        object.__setattr__(self, "driver", SimpleNamespace(num_devices=1, config=CONFIG))
         object.__setattr__(self, "found", found)
 
     def detect_batches(self, batches: Any, sizes_hw: Any) -> Iterator[tuple[int, ImageDetections]]:

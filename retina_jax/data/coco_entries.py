@@ -115,7 +115,7 @@ def parse_entry(entry: Any, kind: type[Entry], texts: Counter[str]) -> Entry:
             continue
         try:
             values[key] = value if field.type is Raw else msgspec.convert(value, field.type)
-        except msgspec.ValidationError:
+        except (msgspec.ValidationError, UnicodeEncodeError):  # the latter for a lone surrogate
             wrong = f"not {short(entry[key])}" if key in entry else "but is missing"
             raise DataError(f"{key} must be {EXPECTED[key]}, {wrong}") from None
         if not isinstance(value, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -10,11 +11,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from benchmarks.work import BenchmarkError, Task
 from retina_jax.console import processor
 
+SCRIPTS = Path(__file__).parents[1]
+"""Folder from which a worker imports `benchmarks`; the package is next to it."""
 REST = 0.1
 """Seconds between two repetitions: threads of the previous one may still free memory on the same core."""
 
@@ -58,7 +62,12 @@ def measure(
 @contextmanager
 def _worker(name: str, module: str, task: Task, python: str) -> Iterator[subprocess.Popen[str]]:
     command = [python, "-m", "benchmarks.worker", module, json.dumps(asdict(task))]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(SCRIPTS), str(SCRIPTS.parent), os.environ.get("PYTHONPATH", ""))),
+    }
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, env=environment) as process:
         try:
             yield process
         finally:

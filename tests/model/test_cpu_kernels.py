@@ -51,7 +51,6 @@ def test_on_another_backend_no_program_has_a_branch(monkeypatch: pytest.MonkeyPa
     assert branches(lambda x, kernel: convolve(x, kernel), X, KERNEL) == 0
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_step_without_kernels_has_no_branch_and_the_same_result() -> None:
     inputs = Inputs(
         images=np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3)).astype(np.uint8),
