@@ -21,7 +21,7 @@ from retina_jax.data.coco_entries import CocoFile, Entry, Mistake, escapes, shor
 from retina_jax.data.conventions import Header
 from retina_jax.data.image_paths import Places, find_images
 from retina_jax.data.source import BoxTable, DataError, Image
-from retina_jax.data.survey import read_headers, read_votes
+from retina_jax.data.survey import read_sizes, read_votes
 
 OPTIONS = ("box_format", "crowds", "orientation", "undecided_orientation", "empty_parents")  # fields of DataConfig
 
@@ -163,7 +163,7 @@ class _Parser:
         if folder is not None:
             places = find_images(folder, names)
             unknown = [row for row, image in enumerate(images) if not image[2]]
-            sizes = dict(zip(unknown, read_headers([Path(places.paths[row]) for row in unknown]), strict=True))
+            sizes = dict(zip(unknown, read_sizes(self.path, [places.paths[row] for row in unknown]), strict=True))
         if places.moved:
             first = f"{short(names[places.moved[0]])} is read from {places.paths[places.moved[0]]}"
             text = f"{len(places.moved)} of {len(names)} images are not at the path in file_name: {first}"
