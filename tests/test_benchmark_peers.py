@@ -71,6 +71,7 @@ def test_optax_stands_beside_the_loss() -> None:
 @pytest.mark.parity
 @pytest.mark.parametrize("name", SMALL)
 def test_torchvision_stands_beside(name: str) -> None:
+    pytest.importorskip("torchvision", reason="needs torchvision")
     rows = rows_of(name, "torchvision")
     assert_beside(rows, "torchvision")
     assert len({row.get("kept") for row in rows}) == 1
