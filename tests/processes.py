@@ -1,6 +1,6 @@
 """Scripts as real processes, forked from one that has imported JAX, TensorFlow and the package.
 
-A start costs some 0.1 s of processor time in place of 5. The forked process has a fresh JAX backend, its own environment,
+A start takes about 0.1 s of processor time instead of 5. The forked process has a fresh JAX backend, its own environment,
 signal handlers and exit, as one started by a shell has. Tests of another package than this one start a process plainly.
 """
 
@@ -174,7 +174,7 @@ def _serve(requests: socket.socket) -> None:
 
 
 def _become(request: dict, stdout: int, stderr: int) -> None:
-    """Turns this process into the one asked for and runs its script."""
+    """Sets up this forked process as requested and runs its script."""
     if request["own_session"]:
         os.setsid()
     os.dup2(stdout, 1), os.dup2(stderr, 2)
@@ -196,7 +196,7 @@ def _become(request: dict, stdout: int, stderr: int) -> None:
 
 
 def _enter(namespace: Path) -> None:
-    """os.setns, which Python has from 3.12 on. To enter one's own user namespace again is an error."""
+    """os.setns, which Python has from 3.12 on. Entering the user namespace that a process is already in is an error."""
     if os.readlink(namespace) == os.readlink(f"/proc/self/ns/{namespace.name}"):
         return
     libc = ctypes.CDLL(None, use_errno=True)

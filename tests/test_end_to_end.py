@@ -253,7 +253,7 @@ def own_data(folder: Path, work: Path, annotations: Path, images: Path) -> tuple
 
 @pytest.fixture(scope="session")
 def own_run(folder: Path) -> tuple[Path, Path, Path]:
-    """A run of two steps on data of one's own, its annotations and its images."""
+    """Returns a run of two steps on a small COCO data set, its annotations and its images."""
     annotations, images = coco(folder / "own")
     script("train", *own_data(folder, folder / "own_run", annotations, images))
     return folder / "own_run", annotations, images

@@ -1,4 +1,4 @@
-"""Disks that fill up, turn read-only or give back other bytes under a real run: told in one line, and no step lost."""
+"""Disks that fill up, turn read-only or give back other bytes under a real run: reported in one line, and no step lost."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ def unbroken_and_lives(tmp_path_factory: pytest.TempPathFactory, disk: SmallDisk
         lines = [line for line in log.read_text().splitlines() if not line.startswith("step ")]
         lives[name] = Life(status, lines, newest(workdir), max(saved(workdir)))
 
-    with start(config, unbroken, *OPTIONS, devices=2) as beside:
-        wait_for_step(unbroken, 1, beside)  # it writes the scenes for both
+    with start(config, unbroken, *OPTIONS, devices=2) as process:
+        wait_for_step(unbroken, 1, process)  # it writes the scenes for both
         live("full in a save", lambda: any(workdir.glob("checkpoints/saving/20*")), lambda: disk.fill(150_000))
         disk.empty()
         live("full", lambda: 30 in saved(workdir) and newest(workdir) >= 32)
@@ -133,12 +133,12 @@ def unbroken_and_lives(tmp_path_factory: pytest.TempPathFactory, disk: SmallDisk
         damaged = workdir / "checkpoints" / str(lives["read-only"].saved)
         flip(max((path for path in damaged.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
         live("damaged")
-        assert beside.wait(240) == 0, unbroken.with_suffix(".log").read_text()
+        assert process.wait(240) == 0, unbroken.with_suffix(".log").read_text()
     return unbroken, workdir, lives
 
 
 def saved(workdir: Path) -> list[int]:
-    """Steps of the whole checkpoints, oldest first."""
+    """Steps of the complete checkpoints, oldest first."""
     return sorted(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
 
 
@@ -156,7 +156,7 @@ def flip(file: Path) -> None:
 
 
 def resumed_at(life: Life, disk: SmallDisk) -> int:
-    """The step that the line names which tells that the run resumes."""
+    """Returns the step in the line that reports that the run resumes."""
     (line,) = (line for line in life.lines if line.startswith("resum"))
     return int(re.search(rf"{re.escape(str(disk.mounted))}/run.*\bstep (\d+)$", line)[1])
 
@@ -167,13 +167,13 @@ def test_a_disk_that_fills_in_a_save_costs_checkpoints_and_not_the_run(
     life = unbroken_and_lives[2]["full in a save"]
     assert life.status == 2 and life.step == 50
     steps = range(life.saved + 10, 51, 10)
-    told = [line for line in life.lines if line.startswith("warning: ")]
-    assert life.saved in (10, 20)  # 20 where it was whole before the disk was full
-    assert len(told) == len(steps)
-    for line, step in zip(told, steps, strict=True):
+    warnings = [line for line in life.lines if line.startswith("warning: ")]
+    assert life.saved in (10, 20)  # 20 if it was complete before the disk was full
+    assert len(warnings) == len(steps)
+    for line, step in zip(warnings, steps, strict=True):
         assert line.startswith(f"warning: {disk.mounted}/run/checkpoints: step {step} ")
         assert "No space left on device" in line and line.endswith(f"step {life.saved}")
-    assert life.lines[-1] == told[-1].replace("warning: ", "error: ")
+    assert life.lines[-1] == warnings[-1].replace("warning: ", "error: ")
 
 
 def test_a_full_disk_stops_the_run_in_one_line(

@@ -1,4 +1,4 @@
-"""Runs killed and told to stop at any moment, started again by the same command: the same run in the end, to the bit."""
+"""Runs that are killed or stopped by a signal at any moment and restarted by the same command end bit for bit the same."""
 
 from __future__ import annotations
 
@@ -117,11 +117,11 @@ def unbroken_and_lives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
         return lambda _, log: setting.phase(workdir, log) == phase
 
     def early_in_evaluating(process: Process, log: Path) -> bool:
-        """Also where the save of the step before goes on beside it."""
+        """Also while the step before is still being saved."""
         return setting.phase(workdir, log) != "starting" and setting.awaits_evaluation(workdir)
 
-    with setting.start(unbroken) as beside:
-        wait_for_step(unbroken, 1, beside)  # it writes the scenes for both
+    with setting.start(unbroken) as process:
+        wait_for_step(unbroken, 1, process)  # it writes the scenes for both
         live("SIGTERM before a step", lambda process, _: catches(process, signal.SIGTERM), signal.SIGTERM)
         for phase in ("training", "saving", "evaluating"):
             live(f"SIGKILL in {phase}", in_phase(phase), signal.SIGKILL)
@@ -130,7 +130,7 @@ def unbroken_and_lives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
         live("SIGINT", in_phase("training"), signal.SIGINT)
         live("SIGINT twice", in_phase("training"), signal.SIGINT, signal.SIGINT)
         live("to its end", in_phase("training"))
-        assert beside.wait(240) == 0, unbroken.with_suffix(".log").read_text()
+        assert process.wait(240) == 0, unbroken.with_suffix(".log").read_text()
     return unbroken, workdir, lives
 
 
@@ -140,7 +140,7 @@ def catches(process: Process, number: signal.Signals) -> bool:
     return bool(int(status.split("SigCgt:")[1].split()[0], 16) >> (number - 1) & 1)
 
 
-def told(life: Life, number: str) -> int:
+def stopped_at(life: Life, number: str) -> int:
     """The step that its last line names, with the signal; everything else that it should leave then is there too."""
     line = life.said.splitlines()[-1]
     found = re.search(rf"\b{number}\b.*\bstep (\d+)\b", line)
@@ -151,7 +151,7 @@ def told(life: Life, number: str) -> int:
 
 
 def resumed_at(life: Life, workdir: Path) -> int:
-    """The step that the line names which tells that it resumes."""
+    """Returns the step in the line that reports that the run resumes."""
     (step,) = re.findall(rf"^resum.*{re.escape(str(workdir))}.*\bstep (\d+)$", life.said, re.MULTILINE)
     return int(step)
 
@@ -177,7 +177,7 @@ def test_sigterm_saves_the_step_it_comes_at_and_exits_0(
     assert first.status == 0 and not first.metrics and not first.checkpoints
     assert "SIGTERM" in first.said.splitlines()[-1]
     assert lives["SIGTERM in training"].status == 0
-    step = told(lives["SIGTERM in training"], "SIGTERM")
+    step = stopped_at(lives["SIGTERM in training"], "SIGTERM")
     assert resumed_at(lives["SIGTERM in evaluating"], workdir) == step
 
 
@@ -187,7 +187,7 @@ def test_sigterm_in_an_evaluation_gives_it_up_until_the_next_start(
     _, workdir, lives = unbroken_and_lives
     life, after = lives["SIGTERM in evaluating"], lives["SIGINT"]
     assert life.status == 0 and life.seconds < 30
-    step = told(life, "SIGTERM")
+    step = stopped_at(life, "SIGTERM")
     assert step % SHORT.eval_every == 0 and life.metrics[-1]["event"] == "train"
     assert resumed_at(after, workdir) == step
     assert [line["event"] for line in after.metrics if line["step"] == step] == ["train", "evaluation"]
@@ -199,7 +199,7 @@ def test_ctrl_c_saves_and_exits_130_and_twice_ends_at_once(
     _, workdir, lives = unbroken_and_lives
     once, twice = lives["SIGINT"], lives["SIGINT twice"]
     assert once.status == 130 and twice.status == 130
-    assert resumed_at(twice, workdir) == told(once, "SIGINT")
+    assert resumed_at(twice, workdir) == stopped_at(once, "SIGINT")
     assert twice.said.splitlines()[-1].startswith("interrupted")
     assert twice.seconds < 30
 
