@@ -45,6 +45,8 @@ EXPECTED = {
 
 
 class CategoryEntry(msgspec.Struct, gc=False):
+    """An entry of `categories`."""
+
     id: Integer
     name: Text
     supercategory: Any = None
@@ -60,6 +62,8 @@ class ImageEntry(msgspec.Struct, gc=False):
 
 
 class AnnotationEntry(msgspec.Struct, gc=False):
+    """An entry of `annotations`. Fields with a default may be missing or null."""
+
     image_id: Integer
     category_id: Integer
     bbox: tuple[Number, Number, Number, Number] | None = None

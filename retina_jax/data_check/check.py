@@ -27,6 +27,8 @@ CONCERNED = ("data", "anchors", "matching")  # sections of the config that the c
 
 
 class ClassCount(NamedTuple):
+    """Numbers of boxes and images of a class."""
+
     name: str
     boxes: int  # boxes that can be trained on
     images: int  # images with at least one of them
@@ -114,6 +116,7 @@ def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
 
 
 def survey_split(split: Split) -> Survey:
+    """Reads the headers of the image files of a split."""
     sizes = [None if row in split.unsized else image[2:] for row, image in enumerate(split.images)]
     return survey_files([image[1] for image in split.images], list(map(Path, split.paths)), sizes)
 
@@ -129,6 +132,7 @@ def decide_decoding(split: Split, survey: Survey, config: Config) -> tuple[Decod
 
 
 def count_classes(split: Split) -> list[ClassCount]:
+    """Counts the boxes and images of each class, by label."""
     usable, names = split.rules["usable"], split.class_names
     pairs = np.unique(np.stack([split.owners[usable], split.labels[usable]]), axis=1)
     columns = (

@@ -83,6 +83,8 @@ def view_boxes(records: list[Record], data: DataConfig) -> Views:
 
 
 class Coverage(NamedTuple):
+    """How well the anchors cover N boxes."""
+
     best_iou: Float32[np.ndarray, " N"]  # largest IoU of any anchor with the box
     anchors: Int64[np.ndarray, " N"]  # positive anchors assigned to the box
     positive_iou: float
@@ -161,6 +163,8 @@ class Share(NamedTuple):
 
 
 class Shares(NamedTuple):
+    """Shares of covered boxes, in total and by class, size and aspect."""
+
     total: Share
     classes: list[Share]  # by label; classes without boxes included
     sizes: list[Share]  # by bin of SIDES

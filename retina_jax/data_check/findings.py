@@ -10,6 +10,8 @@ SHOWN = 5  # findings of a kind that its line on the terminal names
 
 
 class Kind(NamedTuple):
+    """A kind of finding."""
+
     # error: training would refuse the data or could not learn from it; warning: it works; note: known and handled.
     severity: Severity
     title: str  # what is counted, in the plural
@@ -81,6 +83,8 @@ KINDS: dict[str, Kind] = {name: Kind(*kind) for name, *kind in (
 
 
 class Finding(NamedTuple):
+    """One observation about a data set."""
+
     kind: str  # one of KINDS
     split: str
     name: str  # what it is about: `annotation 2288`, an image's file name, a class

@@ -25,6 +25,8 @@ QUANTILES = ((0.1, 0.5, 0.9), (0.03, 0.25, 0.5, 0.75, 0.97))  # of the aspect ra
 
 
 class Suggestion(NamedTuple):
+    """Config changes that improve the coverage, with the coverage before and after."""
+
     changes: dict[str, Any]  # config fields by dotted name
     options: str  # the same as command-line options
     before: Shares

@@ -117,6 +117,7 @@ def ap_without(wrong: Literal["found", "missed"], errors: Errors, categories: in
 
 
 def mean_ap(values: Float[np.ndarray, " K"]) -> float | None:
+    """Returns the mean AP over the classes with ground truth (not NaN); None without such classes."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if defined.size else None
 

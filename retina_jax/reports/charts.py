@@ -31,6 +31,8 @@ class Line(NamedTuple):
 
 
 class Stack(NamedTuple):
+    """One part of every bar of a bar chart."""
+
     label: str
     counts: Sequence[float]  # for each bin, 0 or more
     colour: str  # #rrggbb

@@ -72,7 +72,7 @@ def run_page(folder: Path) -> tuple[str, str]:
         summary=SUMMARY,
         evaluations=[_scores(step, scores) for step, scores in record.evaluations.items()],
         ap_chart=line_chart(ap_lines, "step", "AP") if ap_lines else "",
-        variants=[[*_scores(step, scores), settings_of(scores)] for step, scores in record.variants],
+        variants=[[*_scores(step, scores), settings_text(scores)] for step, scores in record.variants],
         why=why,
         per_class=[(name, number(value)) for name, value in newest.get("per_class", {}).items()],
         point=point,
@@ -143,6 +143,7 @@ def show(value: Any) -> str:
 
 
 def learning_curves(windows: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns the charts of the metrics over the steps; none for fewer than two windows."""
     charts = []
     for label, log_y, curves in CHARTS if len(windows) > 1 else ():
         lines = [Line(legend, points(windows, metric)) for legend, metric in curves]
@@ -163,5 +164,6 @@ def _scores(step: int, scores: dict[str, Any]) -> list[str]:
     return [str(step), str(scores["images"]), *(number(scores[name]) for name in SUMMARY)]
 
 
-def settings_of(scores: dict[str, Any]) -> str:
+def settings_text(scores: dict[str, Any]) -> str:
+    """Returns the inference settings of an evaluation as text."""
     return ", ".join(f"{name} {show(value)}" for name, value in scores.get("settings", {}).items()) or "not known"

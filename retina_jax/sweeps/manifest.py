@@ -30,7 +30,9 @@ class Task:
     labels: tuple[str, ...]  # its name in each sweep; with several sweeps "table1a/alpha_0.75"
 
 
-class SavedPoint(TypedDict):  # a point in a manifest
+class SavedPoint(TypedDict):
+    """A point in a manifest."""
+
     name: str
     overrides: dict[str, Any]
     seed: int
@@ -38,6 +40,8 @@ class SavedPoint(TypedDict):  # a point in a manifest
 
 
 class Manifest(TypedDict):
+    """The file in DIR/sweeps/ that lists the points of a sweep."""
+
     sweep: str
     file: str
     base: str
