@@ -4,8 +4,8 @@ Every host runs the same command. Host 0, the primary, writes the run's folder a
 hosts take the same decisions from the same values, so that no host waits for a collective that another never enters.
 
 If a host ends, the others end by JAX's heartbeat or by an error of the network library. Measured with two processes on one
-machine (JAX 0.10.2, gloo): after a kill -9, an exception or Ctrl-C of host 1, host 0 ended within 2 seconds inside a
-collective, and within 30 outside one; host 1 within a second of host 0. The status was LOST, or SIGABRT where JAX ended it.
+machine (JAX 0.10.2, gloo): host 0 ended within 2 seconds of host 1 inside a collective, and within 30 outside one; host 1
+within a second of host 0. The status was LOST, or SIGABRT where JAX ended it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from retina_jax.config import ConfigError
-from retina_jax.errors import PlainError, Stopped, ending, one_line, reason
+from retina_jax.errors import Stopped, ending, one_line, reason
 
 T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 30  # JAX's runtime ends all hosts if one of them has sent no heartbeat for this long
-LOST = 75
-"""Exit status if another host is gone (EX_TEMPFAIL of sysexits.h): the same command on all hosts resumes the run."""
-PRIMARY_GRACE_SECONDS = 2.0
-"""Time for the others to report their own error before host 0 ends: JAX's coordinator runs in it, and they end with it."""
+LOST = 75  # exit status if another host is gone (EX_TEMPFAIL): the same command on all hosts resumes the run
+PRIMARY_GRACE_SECONDS = 2.0  # for the others to report their own error before host 0, JAX's coordinator, ends
 NETWORK = re.compile(r"\b(Gloo|NCCL|coordination service)\b", re.IGNORECASE)  # in the message of a failed collective
 
 
@@ -88,8 +86,7 @@ def joined(options: Hosts) -> Iterator[None]:
         raise
     except BaseException as error:
         line, status = ending(error)
-        foreign = isinstance(error, ValueError | RuntimeError) and not isinstance(error, PlainError)
-        if foreign and NETWORK.search(str(error)):
+        if isinstance(error, ValueError | RuntimeError) and line is None and NETWORK.search(str(error)):
             how = "start all hosts again with the same command, and the run resumes from its newest checkpoint"
             line = f"error: the connection to another host failed ({reason(error)}); its log has the cause; {how}"
             status = LOST
@@ -151,16 +148,15 @@ def _state() -> Any:
 
 def _connect(options: Hosts) -> None:
     explicit = options.coordinator, options.hosts, options.host
-    if options.distributed and explicit != ("", 0, -1):
-        raise ConfigError("--distributed: finds the hosts itself; leave out --coordinator, --hosts and --host")
-    if not options.distributed:
-        address, _, port = options.coordinator.rpartition(":")
-        if not address or not port.isdigit():
-            raise ConfigError(f"--coordinator {options.coordinator or '(missing)'}: must be ADDRESS:PORT of host 0")
-        if options.hosts < 1:
-            raise ConfigError(f"--hosts {options.hosts}: must be the number of hosts")
-        if not 0 <= options.host < options.hosts:
-            raise ConfigError(f"--host {options.host}: must be the number of this host, 0 to {options.hosts - 1}")
+    if options.distributed:
+        if explicit != ("", 0, -1):
+            raise ConfigError("--distributed: finds the hosts itself; leave out --coordinator, --hosts and --host")
+    elif not re.fullmatch(r".+:[0-9]+", options.coordinator):
+        raise ConfigError(f"--coordinator {options.coordinator or '(missing)'}: must be ADDRESS:PORT of host 0")
+    elif options.hosts < 1:
+        raise ConfigError(f"--hosts {options.hosts}: must be the number of hosts")
+    elif not 0 <= options.host < options.hosts:
+        raise ConfigError(f"--host {options.host}: must be the number of this host, 0 to {options.hosts - 1}")
     if options.host == 0:
         print(f"host 0: waiting for {options.hosts - 1} more hosts at {options.coordinator}", flush=True)
     given = (None, None, None) if options.distributed else explicit

@@ -6,16 +6,7 @@ All presets set the same fields, so that one can replace another. They hold the 
 and number of classes stay as they are, and the length of the schedule is in `configs/*_r50_800.py`. Weights that come from
 one of these systems select its preset (`retina_jax.weights`).
 
-Differences that remain:
-
-- detectron, detectron2, torchvision: they pad a training batch to its largest image; here it gets one of four shapes, and
-  `data.buckets` 0 pads as they do in detection and evaluation only.
-- detectron: its normaliser adds 1 per image and counts low-quality anchors that become background; it runs NMS in original
-  pixels and resizes both axes by one factor; here each axis has its own (at most half a pixel at the far edge).
-- detectron2: each process has its own running mean of the normaliser; here there is one. Its NMS is torchvision's.
-- torchvision: its NMS separates classes by large offsets, which round the boxes of the last classes to 1/128 pixel; on the
-  CPU, with more than 1000 candidates, it handles the classes one by one. v2 also updates the BatchNorm statistics of frozen
-  stages. v1 would decay normalisation parameters if it trained any.
+docs/conventions.md has the differences that remain.
 """
 
 from __future__ import annotations

@@ -3,6 +3,10 @@
 The method is written for every device. A function that has a faster form on the CPU is decorated with `on_cpu(kernel)`.
 With the switch on, a traced program holds both forms, and XLA is given one of them when the program is lowered for a
 device. With the switch off, the program is the plain one. The results are equal up to rounding.
+
+Here is the classification loss in tiles: XLA makes several loops of the loss and its gradient on the CPU. Over all logits
+each would read and write main memory; a tile fits into the second-level cache. The gradient overwrites the logits tile by
+tile, so a training step needs no second array of their size.
 """
 
 import functools
@@ -10,6 +14,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int
+
+TILE = 2**15  # logits per tile: 128 KiB in float32
+
+ValueAndGradient = Callable[
+    [Float[Array, "*N K"], Int[Array, "*N"]], tuple[Float32[Array, "*N K"], Float[Array, "*N K"]]
+]
 
 kernels = jax.make_user_context(None)
 """The switch. `with kernels(False):` traces programs without CPU kernels, `kernels(True)` with them. None, the default:
@@ -17,7 +30,7 @@ with them if the default backend is the CPU. It is read when a program is traced
 
 
 def enabled() -> bool:
-    """Whether a program that is traced now gets CPU kernels."""
+    """Returns whether a program that is traced now gets CPU kernels."""
     return jax.default_backend() == "cpu" if kernels.value is None else kernels.value
 
 
@@ -32,3 +45,36 @@ def on_cpu(kernel: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callabl
         return chosen
 
     return decorate
+
+
+def tiled_sums_and_gradient(
+    plain: Callable[..., Any], loss: ValueAndGradient, logits: Float[Array, "B A K"], labels: Int[Array, "B A"]
+) -> tuple[Float32[Array, " B"], Float[Array, "B A K"]]:
+    """Computes `plain(loss, logits, labels)`, in tiles on the CPU."""
+    tiled, by_xla = functools.partial(in_tiles, loss), functools.partial(plain, loss)
+    return lax.platform_dependent(logits, labels, cpu=tiled, default=by_xla)
+
+
+def in_tiles(
+    loss: ValueAndGradient, logits: Float[Array, "B A K"], labels: Int[Array, "B A"]
+) -> tuple[Float32[Array, " B"], Float[Array, "B A K"]]:
+    """Returns (loss summed over the anchors and classes of each image, gradient by the logits)."""
+    images, anchors, classes = logits.shape
+    rows = max(1, TILE // max(1, classes))
+    full_tiles, rest = divmod(anchors, rows)
+
+    def add_tile(image: Int[Array, ""], start: int | Int[Array, ""], rows: int, done: tuple[Array, Array]) -> tuple:
+        sums, logits = done
+        tile = lax.dynamic_slice(logits, (image, start, 0), (1, rows, classes))
+        values, gradient = loss(tile, lax.dynamic_slice(labels, (image, start), (1, rows)))
+        return sums.at[image].add(values.sum()), lax.dynamic_update_slice(logits, gradient, (image, start, 0))
+
+    def add_image(image: Int[Array, ""], done: tuple[Array, Array]) -> tuple[Array, Array]:
+        if rest:  # before the loop: after it XLA would copy the result of the loop
+            done = add_tile(image, full_tiles * rows, rest, done)
+        if not full_tiles:
+            return done
+        return lax.fori_loop(0, full_tiles, lambda tile, done: add_tile(image, tile * rows, rows, done), done)
+
+    # zeros_like instead of zeros: inside a shard_map the sums must vary over the devices as the logits do.
+    return lax.fori_loop(0, images, add_image, (jnp.zeros_like(logits, jnp.float32, shape=images), logits))

@@ -1,10 +1,9 @@
 """Convolution as matrix products, which are often faster than XLA's own convolution on the CPU.
 
 A convolution is a sum over the k * k taps of its kernel; each tap is a matrix product with a shifted map. It can be
-computed tap by tap, or as one product with the shifted maps side by side in columns. For gradients, XLA on the CPU first
-transposes kernels and maps element by element, and walks through the kernel gradient of groups in the same way; the sums
-themselves take less time. Large maps with 3x3 kernels use Winograd's method, which needs fewer products. The choice
-depends on shapes alone. docs/results/performance.md has the measurements.
+computed tap by tap, or as one product with the shifted maps in columns. For gradients, XLA on the CPU first transposes
+kernels and maps element by element, which takes longer than the sums. Large maps with 3x3 kernels use Winograd's method,
+which needs fewer products. The choice depends on shapes alone. docs/results/performance.md has the measurements.
 """
 
 from collections.abc import Callable
@@ -25,7 +24,7 @@ Convolution = Callable[[Array, Array, int, int], Array]
 def convolve(
     plain: Convolution, x: Float[Array, "B H W C"], kernel: Float[Array, "k k c D"], stride: int = 1, groups: int = 1
 ) -> Float[Array, "B h w D"]:
-    """`plain(x, kernel, stride, groups)`, which is `layers.convolve`, in the form that is fastest on the CPU.
+    """Computes `plain(x, kernel, stride, groups)`, which is `layers.convolve`, in the form that is fastest on the CPU.
 
     On other devices it is `plain`. Only reverse-mode differentiation is defined, once.
     """
@@ -38,7 +37,7 @@ def convolve(
 
 
 def by_columns(x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"], stride: int) -> Float[Array, "B h w D"]:
-    """The convolution of one group as one matrix product."""
+    """Computes the convolution of one group as one matrix product."""
     columns = _columns(x, len(kernel), stride)
     y = _flat(columns) @ kernel.reshape(-1, kernel.shape[-1])
     return y.reshape(*columns.shape[:3], kernel.shape[-1])
@@ -47,7 +46,7 @@ def by_columns(x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"], stri
 def map_gradient(
     dy: Float[Array, "B h w D"], kernel: Float[Array, "k k c D"], stride: int, groups: int, size_hw: tuple[int, int]
 ) -> Float32[Array, "B H W C"]:
-    """The gradient by the map, whose size is `size_hw`, without transposing the kernel; float32, like its sums."""
+    """Computes the gradient by the map of size `size_hw`, without transposing the kernel; float32, like its sums."""
     (batch, h, w, features), (k, _, c, _) = dy.shape, kernel.shape
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     if groups > 1:
@@ -63,7 +62,7 @@ def map_gradient(
 def kernel_gradient(
     x: Float[Array, "B H W C"], dy: Float[Array, "B h w D"], k: int, stride: int, groups: int
 ) -> Float32[Array, "{k} {k} c D"]:
-    """The gradient by the kernel without transposing the maps; float32, like its sums."""
+    """Computes the gradient by the kernel without transposing the maps; float32, like its sums."""
     c, features = x.shape[-1] // groups, dy.shape[-1]
     x, dy = lax.optimization_barrier((x, dy))  # else XLA computes x and dy again for every tap
 
@@ -77,22 +76,22 @@ def kernel_gradient(
         return product(_columns(x, k, stride), dy).reshape(k, k, c, features)
     taps = [(i, j) for i in range(k) for j in range(k)]
     if stride == 1:  # shifting dy costs less than shifting x, whose channels are the contiguous ones of the product
-        products = [product(x, _seen(dy, k, 1, k - 1 - i, k - 1 - j)) for i, j in taps]
+        products = [product(x, _shifted(dy, k, 1, k - 1 - i, k - 1 - j)) for i, j in taps]
     else:
-        products = [product(_seen(x, k, stride, i, j), dy) for i, j in taps]
+        products = [product(_shifted(x, k, stride, i, j), dy) for i, j in taps]
     return jnp.stack(products).reshape(k, k, c, features)
 
 
 def _columns(x: Array, k: int, stride: int) -> Array:
-    """The inputs of all taps at each place, in the order of the kernel: [B, h, w, k * k * C]."""
+    """Returns the inputs of all taps at each place, in the order of the kernel: [B, h, w, k * k * C]."""
     height, width = x.shape[1:3]
     x = _padded(x, k)
     x = jnp.concatenate([x[:, :, j : j + width : stride] for j in range(k)], axis=-1)
     return jnp.concatenate([x[:, i : i + height : stride] for i in range(k)], axis=-1)
 
 
-def _seen(x: Array, k: int, stride: int, i: int, j: int) -> Array:
-    """The input of tap (i, j) at each place."""
+def _shifted(x: Array, k: int, stride: int, i: int, j: int) -> Array:
+    """Returns the input of tap (i, j) at each place."""
     height, width = x.shape[1:3]
     return _padded(x, k)[:, i : i + height : stride, j : j + width : stride]
 
@@ -102,30 +101,29 @@ def _padded(x: Array, k: int) -> Array:
 
 
 def _flat(x: Array) -> Array:
-    """[B, h, w, C] as [B * h * w, C]: XLA takes factors of two axes as they are, and copies others to a new layout."""
+    """Reshapes to [B * h * w, C]: XLA takes factors of two axes as they are, and copies others to a new layout."""
     return x.reshape(-1, x.shape[-1])
 
 
 def _grouped(x: Array, groups: int) -> Array:
-    """[B, h, w, C] as [B * h * w, groups, C / groups]."""
+    """Reshapes to [B * h * w, groups, C / groups]."""
     return x.reshape(-1, groups, x.shape[-1] // groups)
 
 
 def _places(x: Array, stride: int = 1) -> int:
-    """Number of output places; a symbolic batch size (`jax.export`) counts as one image."""
+    """Returns the number of output places; a symbolic batch size (`jax.export`) counts as one image."""
     batch, height, width, _ = x.shape
-    batch = 1 if is_symbolic_dim(batch) else batch
-    return batch * -(-height // stride) * -(-width // stride)
+    return (1 if is_symbolic_dim(batch) else batch) * -(-height // stride) * -(-width // stride)
 
 
 def _wide(kernel: Array) -> bool:
-    """Whether a tap fills a matrix product; the three channels of an image do not."""
+    """Returns whether a tap fills a matrix product; the three channels of an image do not."""
     return min(kernel.shape[2:]) >= 32
 
 
 def _for_winograd(x: Array, kernel: Array, stride: int, groups: int) -> bool:
-    """Whether the saved products outweigh the transformations, above all of the kernel. It depends on the size of one
-    image, so a batch is computed in the same way on one device and on several."""
+    """Returns whether the saved products outweigh the transformations, above all of the kernel. It depends on the size of
+    one image, so a batch is computed in the same way on one device and on several."""
     fits = len(kernel) == 3 and stride == groups == 1 and x.dtype == jnp.float32
     return fits and _wide(kernel) and x.shape[1] * x.shape[2] >= 1024
 

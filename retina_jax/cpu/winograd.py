@@ -27,13 +27,13 @@ ROTATED = (3, 1, 2, 0)
 
 
 def convolution(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
-    """The convolution of `x` with `kernel`."""
+    """Convolves `x` with `kernel`."""
     products = [patch @ tap for patch, tap in zip(_of_patches(x), _of_kernel(kernel), strict=True)]
     return _outputs(products, x)
 
 
 def map_gradient(dy: Float[Array, "B H W D"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W C"]:
-    """The gradient of `convolution` by its map."""
+    """Computes the gradient of `convolution` by its map."""
     taps = _of_kernel(kernel)
     rotated = [taps[4 * u + v] for u in ROTATED for v in ROTATED]
     products = [jnp.einsum("nd,cd->nc", patch, tap) for patch, tap in zip(_of_patches(dy), rotated, strict=True)]
@@ -41,7 +41,7 @@ def map_gradient(dy: Float[Array, "B H W D"], kernel: Float[Array, "3 3 C D"]) -
 
 
 def kernel_gradient(x: Float[Array, "B H W C"], dy: Float[Array, "B H W D"]) -> Float[Array, "3 3 C D"]:
-    """The gradient of `convolution` by its kernel."""
+    """Computes the gradient of `convolution` by its kernel."""
     # x must not be transformed before dy is known. Otherwise XLA keeps the numbers of the forward pass, or computes them
     # long before they are needed; either takes four times the memory of the map. (It removes a barrier too early.)
     x, dy = x + 0.0 * dy[:, :1, :1, :1], _evened(dy)
@@ -52,7 +52,7 @@ def kernel_gradient(x: Float[Array, "B H W C"], dy: Float[Array, "B H W D"]) -> 
 
 
 def _of_patches(x: Float[Array, "B H W C"]) -> list[Float[Array, "N C"]]:
-    """The 16 numbers of the 4x4 patch around every block of 2x2, blocks row by row."""
+    """Returns the 16 numbers of the 4x4 patch around every block of 2x2, blocks row by row."""
     x = jnp.pad(_evened(x), ((0, 0), (1, 1), (1, 1), (0, 0)))
     height, width = x.shape[1] - 3, x.shape[2] - 3
     patches = [x[:, i : i + height : 2, j : j + width : 2] for i in range(4) for j in range(4)]
@@ -64,7 +64,7 @@ def _of_kernel(kernel: Float[Array, "3 3 C D"]) -> list[Float[Array, "C D"]]:
 
 
 def _outputs(products: list[Float[Array, "N D"]], like: Float[Array, "B H W _"]) -> Float[Array, "B H W D"]:
-    """The blocks of 2x2 outputs, assembled to a map of the size of `like`."""
+    """Assembles the blocks of 2x2 outputs to a map of the size of `like`."""
     batch, height, width, _ = like.shape
     rows, columns, features = -(-height // 2), -(-width // 2), products[0].shape[-1]
     blocks = [block.reshape(batch, rows, columns, features) for block in _transform(TO_OUTPUT, products)]
@@ -74,19 +74,17 @@ def _outputs(products: list[Float[Array, "N D"]], like: Float[Array, "B H W _"])
 
 
 def _transform(matrix: Matrix, parts: Sequence[Array]) -> list[Array]:
-    """`matrix` times the square array `parts` (row by row) times `matrix` transposed."""
+    """Computes `matrix` times the square array `parts` (row by row) times `matrix` transposed."""
     side = len(matrix[0])
     columns = [_combined(matrix, parts[j::side]) for j in range(side)]
     return [number for i in range(len(matrix)) for number in _combined(matrix, [column[i] for column in columns])]
 
 
 def _combined(matrix: Matrix, parts: Sequence[Array]) -> list[Array]:
-    """`matrix` times the column `parts`, without multiplications by 0 and 1."""
+    """Computes `matrix` times the column `parts`, without multiplications by 0 and 1."""
     combined = []
     for row in matrix:
-        first, *others = [
-            part if factor == 1 else factor * part for factor, part in zip(row, parts, strict=True) if factor
-        ]
+        first, *others = [part if n == 1 else n * part for n, part in zip(row, parts, strict=True) if n]
         combined.append(sum(others, start=first))
     return combined
 

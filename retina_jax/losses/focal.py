@@ -28,7 +28,7 @@ ClassificationLoss = Callable[[Logits, Labels], Losses]
 
 
 def classification_loss(config: LossConfig) -> ClassificationLoss:
-    """The loss named by `loss.kind`, with the parameters of `config`."""
+    """Returns the loss named by `loss.kind`, with the parameters of `config`."""
     losses = {
         "cross_entropy": cross_entropy,
         "balanced_cross_entropy": partial(balanced_cross_entropy, alpha=config.alpha),
@@ -40,7 +40,7 @@ def classification_loss(config: LossConfig) -> ClassificationLoss:
 
 
 def targets(logits: Logits, labels: Labels, foreground: float = 1.0, background: float = 1.0) -> tuple[Losses, Losses]:
-    """(y, alpha_t) of each logit: y is 1 or -1, alpha_t is `foreground` for y = 1 and `background` for y = -1."""
+    """Returns (y, alpha_t) of each logit: y is 1 or -1, alpha_t is `foreground` for y = 1, `background` for y = -1."""
     # XLA fuses this comparison, so the one-hot array [... K] is never stored.
     is_class = lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1) == labels[..., None]
     alpha_t = jnp.where(is_class, foreground, jnp.where(labels == IGNORED, 0.0, background)[..., None])
@@ -48,19 +48,19 @@ def targets(logits: Logits, labels: Labels, foreground: float = 1.0, background:
 
 
 def cross_entropy(logits: Logits, labels: Labels) -> Losses:
-    """CE = -log(p_t) (equation 1), with p_t = sigmoid(y x) (equation 2)."""
+    """Computes CE = -log(p_t) (equation 1), with p_t = sigmoid(y x) (equation 2)."""
     y, weight = targets(logits, labels)  # 1, and 0 for ignored anchors
     return -weight * jax.nn.log_sigmoid(y * logits.astype(jnp.float32))
 
 
 def balanced_cross_entropy(logits: Logits, labels: Labels, *, alpha: float) -> Losses:
-    """CE = -alpha_t log(p_t) (equation 3)."""
+    """Computes CE = -alpha_t log(p_t) (equation 3)."""
     y, alpha_t = targets(logits, labels, alpha, 1.0 - alpha)
     return -alpha_t * jax.nn.log_sigmoid(y * logits.astype(jnp.float32))
 
 
 def focal(logits: Logits, labels: Labels, *, alpha: float, gamma: float) -> Losses:
-    """FL = -alpha_t (1 - p_t)^gamma log(p_t) (equation 5; equation 4 without alpha_t). gamma = 0 is equation 3."""
+    """Computes FL = -alpha_t (1 - p_t)^gamma log(p_t) (equation 5; 4 without alpha_t). gamma = 0 is equation 3."""
     y, alpha_t = targets(logits, labels, alpha, 1.0 - alpha)
     x_t = y * logits.astype(jnp.float32)
     log_p_t = jax.nn.log_sigmoid(x_t)
@@ -69,7 +69,7 @@ def focal(logits: Logits, labels: Labels, *, alpha: float, gamma: float) -> Loss
 
 
 def focal_star(logits: Logits, labels: Labels, *, alpha: float, gamma: float, beta: float) -> Losses:
-    """FL* = -alpha_t log(p_t*) / gamma (equation 8), with p_t* = sigmoid(gamma x_t + beta) (equation 7), gamma > 0.
+    """Computes FL* = -alpha_t log(p_t*) / gamma (equation 8), p_t* = sigmoid(gamma x_t + beta) (equation 7), gamma > 0.
 
     gamma = 1 with beta = 0 is equation 3. gamma x_t + beta must be finite.
     """
@@ -79,7 +79,7 @@ def focal_star(logits: Logits, labels: Labels, *, alpha: float, gamma: float, be
 
 
 def hinge(logits: Logits, labels: Labels, *, alpha: float, margin: float) -> Losses:
-    """alpha_t max(0, margin - p_t). At p_t = margin the loss and its derivative are 0.
+    """Computes alpha_t max(0, margin - p_t). At p_t = margin the loss and its derivative are 0.
 
     Section 5.1 states only that the hinge loss on p_t "sets loss to 0 above a certain value of p_t" and was unstable. The
     slope of 1, the margin and alpha_t are choices of this project. The derivative by x_t, -alpha_t p_t (1 - p_t) below the

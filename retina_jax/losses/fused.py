@@ -2,7 +2,7 @@
 
 The derivatives are written out (Appendix B), and sigmoid and logarithms share one exponential. The losses are summed
 over each image at once, so the only array of the logits' size in memory is their gradient, in their precision. Sums are
-float32. On the CPU the pass runs in tiles (`retina_jax.cpu.tiles`).
+float32. On the CPU the pass runs in tiles (`retina_jax.cpu`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from retina_jax.config import LossConfig
-from retina_jax.cpu import on_cpu, tiles
+from retina_jax.cpu import ValueAndGradient, on_cpu, tiled_sums_and_gradient
 from retina_jax.losses.focal import Labels, Logits, classification_loss, targets
 
 SummedLoss = Callable[[Float[Array, "B A K"], Int[Array, "B A"]], Float32[Array, " B"]]
@@ -28,7 +28,7 @@ e from 0 to 1 (least squares with higher weights where the error is largest)."""
 
 
 def summed(config: LossConfig) -> SummedLoss:
-    """The loss named by `loss.kind`, summed over the anchors and classes of each image: [B A K], [B A] -> [B].
+    """Returns the loss named by `loss.kind`, summed over the anchors and classes of each image: [B A K], [B A] -> [B].
 
     Value and gradient equal those of the plain sum except for the order of the additions. It can be differentiated once,
     in reverse mode.
@@ -49,17 +49,17 @@ def summed(config: LossConfig) -> SummedLoss:
     return total
 
 
-@on_cpu(tiles.sums_and_gradient)
+@on_cpu(tiled_sums_and_gradient)
 def sums_and_gradient(
-    loss: tiles.ValueAndGradient, logits: Float[Array, "B A K"], labels: Int[Array, "B A"]
+    loss: ValueAndGradient, logits: Float[Array, "B A K"], labels: Int[Array, "B A"]
 ) -> tuple[Float32[Array, " B"], Float[Array, "B A K"]]:
-    """(loss summed over the anchors and classes of each image, gradient of the sum by the logits)."""
+    """Returns (loss summed over the anchors and classes of each image, gradient of the sum by the logits)."""
     values, gradient = loss(logits, labels)
     return values.sum(axis=(1, 2)), gradient
 
 
-def value_and_gradient(config: LossConfig) -> tiles.ValueAndGradient:
-    """The loss of every logit and its gradient: [... K], [...] -> float32 [... K], [... K] in the logits' precision.
+def value_and_gradient(config: LossConfig) -> ValueAndGradient:
+    """Returns the loss and gradient of every logit: [... K], [...] -> float32 [... K], [... K] in the logits' precision.
 
     A kind without a fast form takes the formula of `focal.py` and JAX's derivative of it.
     """
@@ -80,7 +80,7 @@ def value_and_gradient(config: LossConfig) -> tiles.ValueAndGradient:
 
 
 def _curve(config: LossConfig) -> Callable[[Numbers, Numbers, Numbers], tuple[Numbers, Numbers]] | None:
-    """(x_t, |x_t|, alpha_t) -> (loss, its derivative by x_t). |x_t| = |x| is known without the labels."""
+    """Returns (x_t, |x_t|, alpha_t) -> (loss, its derivative by x_t). |x_t| = |x| is known without the labels."""
     return {
         "cross_entropy": partial(_focal, gamma=0.0),
         "balanced_cross_entropy": partial(_focal, gamma=0.0),
@@ -91,7 +91,7 @@ def _curve(config: LossConfig) -> Callable[[Numbers, Numbers, Numbers], tuple[Nu
 
 
 def _focal(x_t: Numbers, magnitude: Numbers, alpha_t: Numbers, *, gamma: float) -> tuple[Numbers, Numbers]:
-    """Equations 5 and 10, with q_t = 1 - p_t: dFL/dx_t = alpha_t q_t^gamma (gamma p_t log(p_t) - q_t)."""
+    """Computes equations 5 and 10, with q_t = 1 - p_t: dFL/dx_t = alpha_t q_t^gamma (gamma p_t log(p_t) - q_t)."""
     positive, e = x_t >= 0, jnp.exp(-magnitude)  # e <= 1: it cannot overflow
     log_sum = _log1p(e)
     q_t = jnp.where(positive, e, 1.0) / (1.0 + e)
@@ -105,14 +105,14 @@ def _focal(x_t: Numbers, magnitude: Numbers, alpha_t: Numbers, *, gamma: float) 
 
 
 def _focal_star(x_t: Numbers, _: Numbers, alpha_t: Numbers, *, gamma: float, beta: float) -> tuple[Numbers, Numbers]:
-    """Equations 8 and 11: cross entropy of gamma x_t + beta, divided by gamma."""
+    """Computes equations 8 and 11: cross entropy of gamma x_t + beta, divided by gamma."""
     shifted = gamma * x_t + beta
     value, slope = _focal(shifted, jnp.abs(shifted), alpha_t / gamma, gamma=0.0)
     return value, slope * gamma
 
 
 def _hinge(x_t: Numbers, magnitude: Numbers, alpha_t: Numbers, *, margin: float) -> tuple[Numbers, Numbers]:
-    """alpha_t max(0, margin - p_t). p_t is a / (1 + e) with e = exp(-|x_t|) and a = 1 or e."""
+    """Computes alpha_t max(0, margin - p_t). p_t is a / (1 + e) with e = exp(-|x_t|) and a = 1 or e."""
     positive, e = x_t >= 0, jnp.exp(-magnitude)
     a = jnp.where(positive, 1.0, e)
     p_t = a / (1.0 + e)
@@ -123,6 +123,6 @@ def _hinge(x_t: Numbers, magnitude: Numbers, alpha_t: Numbers, *, margin: float)
 
 
 def _log1p(e: Numbers) -> Numbers:
-    """log(1 + e) for e from 0 to 1. XLA's log1p, which serves all e, takes three times as long on the CPU."""
+    """Computes log(1 + e) for e from 0 to 1. XLA's log1p, for all e, takes three times as long on the CPU."""
     numerator, denominator = (functools.reduce(lambda sum, c: sum * e + c, reversed(part)) for part in LOG1P_OVER_E)
     return e * numerator / denominator

@@ -53,13 +53,10 @@ def mine(
     batch: int,
     iou_threshold: float,
 ) -> Bool[Array, " A"]:
-    """Mask of the mined anchors of one image: at most `batch` of them, plus those without a finite loss.
+    """Returns the mask of the mined anchors of one image: at most `batch` of them, plus those without a finite loss.
 
-    Args:
-      loss: of each anchor over all classes, >= 0. No gradient passes through the choice.
-      positive: anchors assigned to a box.
-      taking_part: anchors that are not ignored.
-      batch: at least 1, at least 4 for the 1:3 kinds, which need room for a positive and its negatives.
+    `loss` is that of each anchor over all classes, >= 0; no gradient passes through the choice. `positive` are the anchors
+    assigned to a box, `taking_part` those that are not ignored. `batch` is at least 1, and 4 for the 1:3 kinds.
     """
     loss = lax.stop_gradient(loss)
     finite = jnp.isfinite(loss)
@@ -71,10 +68,8 @@ def mine(
         boxes_xyxy=jnp.pad(jnp.asarray(anchors), ((0, padding), (0, 0))),
         iou_threshold=iou_threshold,
     )
-    if kind == "ohem":
-        mined = _hardest_survivors(examples, batch)
-    else:
-        mined = _one_to_three(examples, batch, filled=kind == "ohem_1_3")
+    one_to_three = kind != "ohem"
+    mined = _one_to_three(examples, batch, kind == "ohem_1_3") if one_to_three else _hardest_survivors(examples, batch)
     return mined[: loss.shape[0]] | (taking_part & ~finite)
 
 
@@ -86,15 +81,15 @@ class _Examples(NamedTuple):
     iou_threshold: float
 
     def suppressed_by(self, at: Int[Array, ""]) -> Bool[Array, " N"]:
-        """The anchors that overlap anchor `at`, including itself."""
+        """Returns the anchors that overlap anchor `at`, including itself."""
         overlaps = iou_matrix(self.boxes_xyxy[at][None], self.boxes_xyxy)[0] > self.iou_threshold
         # Including itself by index, because an anchor without area has IoU 0 with itself. A scatter would not be fused.
         return overlaps | (lax.iota(jnp.int32, overlaps.shape[0]) == at)
 
 
 def _hardest_survivors(examples: _Examples, batch: int) -> Bool[Array, " N"]:
-    """The `batch` hardest survivors. It always takes `batch` steps: with a number of steps that depends on the data, images
-    would wait for each other under vmap or over a mesh."""
+    """Returns the `batch` hardest survivors. It always takes `batch` steps: if the number of steps depended on the data,
+    images would wait for each other under vmap or over a mesh."""
 
     def take(_: Int[Array, ""], state: tuple[Array, Array]) -> tuple[Array, Array]:
         remaining, mined = state
@@ -113,11 +108,11 @@ class _Walk(NamedTuple):
     taken: Int[Array, ""]  # number of anchors mined by this loop
 
 
-def _one_to_three(examples: _Examples, batch: int, *, filled: bool) -> Bool[Array, " N"]:
+def _one_to_three(examples: _Examples, batch: int, filled: bool) -> Bool[Array, " N"]:
     positive = examples.positive
     index = lax.iota(jnp.int32, positive.shape[0])
 
-    def go(remaining: Array, pool: Array | bool, mined: Array, taken: Array) -> _Walk:
+    def move(remaining: Array, pool: Array | bool, mined: Array, taken: Array) -> _Walk:
         """Moves to the hardest remaining anchor of the pool."""
         return _Walk(*_hardest(jnp.where(pool, remaining, -jnp.inf)), remaining, mined, taken)
 
@@ -129,7 +124,7 @@ def _one_to_three(examples: _Examples, batch: int, *, filled: bool) -> Bool[Arra
         take = survives & positive[at]
         # A surviving negative remains: it is taken among the negatives later.
         gone = survives & near & (positive | (index != at))
-        return go(
+        return move(
             jnp.where(gone, -jnp.inf, remaining),
             jnp.where(survives, positive, harder),
             walk.mined.at[at].set(walk.mined[at] | take),
@@ -139,7 +134,7 @@ def _one_to_three(examples: _Examples, batch: int, *, filled: bool) -> Bool[Arra
     def step(walk: _Walk) -> _Walk:
         at = walk.at
         take = ~positive[at]  # the positives are already mined
-        return go(
+        return move(
             jnp.where(examples.suppressed_by(at), -jnp.inf, walk.remaining),
             True,
             walk.mined.at[at].set(walk.mined[at] | take),
@@ -147,15 +142,15 @@ def _one_to_three(examples: _Examples, batch: int, *, filled: bool) -> Bool[Arra
         )
 
     # zeros_like instead of zeros: inside a shard_map the state must vary over the devices as the examples do.
-    start = go(examples.hardness, positive, jnp.zeros_like(positive), jnp.zeros_like(positive, jnp.int32, ()))
+    start = move(examples.hardness, positive, jnp.zeros_like(positive), jnp.zeros_like(positive, jnp.int32, ()))
     positives = lax.while_loop(lambda walk: walk.found & (walk.taken < batch // (1 + NEGATIVES)), climb, start)
     wanted = batch - positives.taken if filled else NEGATIVES * jnp.maximum(positives.taken, 1)
-    start = go(positives.remaining, True, positives.mined, jnp.zeros_like(positives.taken))
+    start = move(positives.remaining, True, positives.mined, jnp.zeros_like(positives.taken))
     return lax.while_loop(lambda walk: walk.found & (walk.taken < wanted), step, start).mined
 
 
 def _hardest(remaining: Float[Array, " N"]) -> tuple[Int[Array, ""], Bool[Array, ""]]:
-    """(index of the maximum, the first of equal ones; whether it is above -inf).
+    """Returns (index of the maximum, the first of equal ones; whether it is above -inf).
 
     `jnp.argmax` over rows first: XLA vectorises this on the CPU, over ten times as fast for 100k anchors.
     """

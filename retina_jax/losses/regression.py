@@ -9,7 +9,7 @@ from retina_jax.ops.boxes import decode, encode, giou
 
 
 def smooth_l1(error: Float[Array, "*N"], *, beta: float) -> Float[Array, "*N"]:
-    """error^2 / (2 beta) where |error| < beta, |error| - beta / 2 elsewhere; elementwise, beta >= 0.
+    """Computes error^2 / (2 beta) where |error| < beta, |error| - beta / 2 elsewhere; elementwise, beta >= 0.
 
     At |error| = beta the two pieces agree in value (beta / 2) and slope (1). beta = 0 is exactly `l1`. Detectron's beta
     is 0.11 in units of the box deltas; Fast R-CNN's is 1.
@@ -21,7 +21,7 @@ def smooth_l1(error: Float[Array, "*N"], *, beta: float) -> Float[Array, "*N"]:
 
 
 def l1(error: Float[Array, "*N"]) -> Float[Array, "*N"]:
-    """|error|, elementwise; its gradient at 0 is 0."""
+    """Computes |error|, elementwise; its gradient at 0 is 0."""
     return jnp.maximum(error, -error)  # jnp.abs would have gradient 1 at 0 and move a perfect box
 
 
@@ -32,7 +32,7 @@ def box_loss(
     *,
     config: LossConfig,
 ) -> Float[Array, " A"]:
-    """The loss named by `loss.box`, per anchor.
+    """Computes the loss named by `loss.box`, per anchor.
 
     smooth_l1 and l1 compare deltas with the encoded target and sum over the 4 coordinates. giou is 1 - GIoU of the decoded
     box with the target, in [0, 2]. Value and gradient are finite on padded targets; the caller masks them.

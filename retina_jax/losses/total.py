@@ -21,8 +21,7 @@ sum, adds gradients, sums and N over the devices in one all-reduce, and divides 
 
 With mining (`retina_jax.losses.mining`) the classification loss is summed over the minibatch only. N, n_i and the box loss
 still count all anchors assigned to a box, as in SSD; the paper names no other divisor. OHEM averages over the minibatch:
-with `loss.mining_normaliser minibatch` the n_i of the classification loss are the sizes of the minibatches. global and ema
-have a single D, so they have no `minibatch`.
+with `loss.mining_normaliser minibatch` the n_i of the classification loss are the sizes of the minibatches.
 """
 
 from functools import partial
@@ -42,14 +41,12 @@ from retina_jax.ops.matching import IGNORED, Matches, match
 
 Normaliser = Literal["per_image", "per_device", "global", "ema"]
 
-EMA_START = 100.0
-"""Positive anchors per shard that the running mean of normaliser `ema` starts from (detectron2)."""
-EMA_MOMENTUM = 0.9
-"""Weight of the old mean in each step of `ema` (detectron2)."""
+EMA_START, EMA_MOMENTUM = 100.0, 0.9
+"""Start of the running mean of normaliser `ema`, in positive anchors per shard, and weight of the old mean (detectron2)."""
 
 
 class ImageLosses(NamedTuple):
-    """Sums over the anchors (and classes) of each image, before any division."""
+    """The sums over the anchors (and classes) of each image, before any division."""
 
     classification: Float32[Array, " B"]
     """Classification loss, over all classes and all anchors that are not ignored; with mining, over the mined anchors."""
@@ -71,7 +68,7 @@ def image_losses(
     matching: MatchingConfig,
     loss: LossConfig,
 ) -> ImageLosses:
-    """Loss sums of each image: matching, classification loss of all (or the mined) anchors, box loss of the positive ones.
+    """Matches the anchors of each image and sums the classification loss of all (or the mined) anchors, and the box loss.
 
     labels is -1 on padded boxes. Images are independent of each other. An image without boxes is all background: its box
     loss and positives are 0. The sums are float32 in any dtype of logits and deltas.
@@ -101,34 +98,26 @@ def image_losses(
 def _mined_labels(
     logits: Float[Array, "A K"], labels: Int[Array, " A"], *, anchors: Float[Array, "A 4"], config: LossConfig
 ) -> Int[Array, " A"]:
-    """`labels`, with IGNORED for the anchors that are not mined."""
+    """Returns `labels`, with IGNORED for the anchors that are not mined."""
     values, _ = value_and_gradient(config)(logits, labels)
-    mined = mine(
-        values.sum(axis=-1),
-        labels >= 0,
-        labels != IGNORED,
-        anchors,
-        kind=config.mining,
-        batch=config.mining_batch,
-        iou_threshold=config.mining_nms_iou,
-    )
+    settings = {"kind": config.mining, "batch": config.mining_batch, "iou_threshold": config.mining_nms_iou}
+    mined = mine(values.sum(axis=-1), labels >= 0, labels != IGNORED, anchors, **settings)
     return jnp.where(mined, labels, IGNORED)
 
 
 def image_weights(
     counts: Float32[Array, " B"], scope: Normaliser, *, batch_size: int, shards: int
 ) -> Float32[Array, " B"]:
-    """w_i of the given images for normaliser `scope`, from their `counts` n_i.
+    """Returns w_i of the given images for normaliser `scope`, from their `counts` n_i.
 
-    The images are the global batch (B = batch_size) or one or more complete shards of it (B = batch_size / shards); the
-    images of a shard are consecutive. batch_size and shards are always the global numbers. A shard or image whose count is
-    0 counts as having one anchor. ConfigError: the batch or the images do not divide evenly into shards.
+    The images are the global batch or some complete shards of it; the images of a shard are consecutive. batch_size and
+    shards are always the global numbers. A shard or image whose count is 0 counts as having one anchor. ConfigError: the
+    batch or the images do not divide evenly into shards.
     """
     images = counts.shape[0]
     if batch_size % shards or images % (batch_size // shards):
-        raise ConfigError(
-            f"data.batch_size: {batch_size} ({images} images here) does not divide evenly into {shards} shards"
-        )
+        found = f"{batch_size} ({images} images here) does not divide evenly into {shards} shards"
+        raise ConfigError(f"data.batch_size: {found}")
     if scope == "per_image":
         return 1.0 / (jnp.maximum(counts, 1.0) * batch_size)
     if scope == "per_device":
@@ -141,7 +130,7 @@ def image_weights(
 def denominator(
     total_positives: Float32[Array, ""], scope: Normaliser, ema: Float32[Array, ""], *, shards: int
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
-    """(D, new ema) for normaliser `scope`, from the positive anchors of the global batch over all devices.
+    """Returns (D, new ema) for normaliser `scope`, from the positive anchors of the global batch over all devices.
 
     ema is the running mean of positive anchors per shard, EMA_START before the first step. The mean that includes this
     step divides it, as in detectron2 (which keeps one mean per process; this is their common mean). The other scopes

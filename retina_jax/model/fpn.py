@@ -10,11 +10,7 @@ from retina_jax.model.layers import Conv, relu
 
 
 def upsample(x: Float[Array, "B h w C"], size_hw: tuple[int, int]) -> Float[Array, "B H W C"]:
-    """Doubles the sides by nearest neighbour and crops to `size_hw`.
-
-    The finer map of a side n has the side 2n or 2n - 1. For 2n - 1 the crop equals nearest-neighbour resizing. Other sides
-    raise an error when the two maps are added.
-    """
+    """Doubles the sides by nearest neighbour and crops to `size_hw`: the finer map of a side n has the side 2n or 2n - 1."""
     height, width = size_hw
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)[:, :height, :width]
 
@@ -37,13 +33,11 @@ class FPN(nn.Module):
             return Conv(channels, kernel_size, stride, bias=True, dtype=np.dtype(self.config.dtype), name=name)
 
         levels: dict[int, Array] = {}
-        above = None
+        merged = None
         for level in range(5, low - 1, -1):
-            merged = conv(1, 1, f"lateral{level}")(maps[level - 2])
-            if above is not None:
-                merged = merged + upsample(above, merged.shape[1:3])
+            lateral = conv(1, 1, f"lateral{level}")(maps[level - 2])
+            merged = lateral if merged is None else lateral + upsample(merged, lateral.shape[1:3])
             levels[level] = conv(3, 1, f"output{level}")(merged)
-            above = merged
         top = maps[-1] if self.config.p6_from == "c5" else levels[5]
         for level in range(6, high + 1):
             top = conv(3, 2, f"output{level}")(top if level == 6 else relu(top))

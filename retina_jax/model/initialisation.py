@@ -21,10 +21,10 @@ COLLECTIONS = ("params", "frozen", "stats")
 
 
 def initialise(model: RetinaNet, seed: int) -> dict[str, Any]:
-    """Random variables of a network as float32 numpy arrays: {"params": ..., "frozen": ..., "stats": ...}, each a dict.
+    """Draws the variables of a network, float32 numpy arrays: {"params": ..., "frozen": ..., "stats": ...}, each a dict.
 
-    Each array is drawn from a generator of its own, seeded by (seed, its path): its values do not depend on the other parts
-    of the network, nor on whether it is trained or frozen. seed is >= 0.
+    Each array has a generator of its own, seeded by (seed, its path): its values do not depend on the other parts of the
+    network, nor on whether it is trained or frozen. seed is >= 0.
 
     A backbone of norm "frozen" is expected to receive imported weights. From this start its activations have a normal size
     and it trains, but poorly: to train from scratch use norm "group" or "batch" and frozen_stages 0.
@@ -32,22 +32,22 @@ def initialise(model: RetinaNet, seed: int) -> dict[str, Any]:
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)  # the shapes of weights do not depend on the image size
     image_sizes = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images, image_sizes)
-    flat = {collection: flatten_dict(shapes.get(collection, {}), sep="/") for collection in COLLECTIONS}
-    return {
-        collection: unflatten_dict(
-            {path: draw(path, a.shape, model.config, seed) for path, a in leaves.items()}, sep="/"
-        )
-        for collection, leaves in flat.items()
-    }
+    variables = {}
+    for collection in COLLECTIONS:
+        leaves = flatten_dict(shapes.get(collection, {}), sep="/")
+        drawn = {path: draw(path, leaf.shape, model.config, seed) for path, leaf in leaves.items()}
+        variables[collection] = unflatten_dict(drawn, sep="/")
+    return variables
 
 
 def draw(path: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> np.ndarray:
-    """The random start of the weight at `path` (for example "class_head/output/bias", without its collection)."""
+    """Draws the weight at `path` (for example "class_head/output/bias", without its collection)."""
     generator = np.random.default_rng((seed, zlib.crc32(path.encode())))
     part, leaf = path.split("/")[0], path.split("/")[-1]
     if leaf == "kernel":
         return _kernel(part, shape, config, generator)
     value = 1.0 if leaf in ("scale", "var") else 0.0
+    last_norm = "norm3" if ARCHITECTURES[config.backbone].bottleneck else "norm2"  # of a block, before the addition
     if path == "class_head/output/bias":
         # Every anchor starts as foreground of each class with probability pi = config.prior (Section 3.3).
         value = -math.log((1 - config.prior) / config.prior)
@@ -55,23 +55,17 @@ def draw(path: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> n
         # The variance of the stem's output on photographs, so that the frozen norm returns variance 1.
         of_pixels = np.array(STATISTICS["imagenet"][2]) / np.array(STATISTICS[config.input_normalisation][2])
         value = 2 * np.square(of_pixels).sum() / config.base_width
-    elif config.norm == "frozen" and path.startswith("backbone/c") and path.endswith(f"{_last_norm(config)}/scale"):
-        # A norm that is trained bounds the sum of the branches; a frozen one does not, and branches as large as what they
-        # are added to would double the variance with every block.
+    elif config.norm == "frozen" and path.startswith("backbone/c") and path.endswith(f"{last_norm}/scale"):
+        # A frozen norm does not bound the sum: branches as large as what they are added to would double the variance.
         value = sum(config.stage_blocks or ARCHITECTURES[config.backbone].blocks) ** -0.5
     return np.full(shape, value, np.float32)
 
 
 def _kernel(part: str, shape: tuple[int, ...], config: ModelConfig, generator: np.random.Generator) -> np.ndarray:
-    """A kernel [k, k, inputs, outputs] of the class_head, box_head, fpn or backbone."""
+    """Draws a kernel [k, k, inputs, outputs] of the class_head, box_head, fpn or backbone."""
     if part in ("class_head", "box_head"):  # N(0, head_std^2) (Section 4.1)
         return generator.standard_normal(shape, np.float32) * np.float32(config.head_std)
     if part == "fpn":  # uniform with variance 1 / fan_in: Caffe2's XavierFill, as in Detectron
         return (2 * generator.random(shape, np.float32) - 1) * np.float32(math.sqrt(3 / math.prod(shape[:-1])))
     fan_out = shape[0] * shape[1] * shape[3]  # N(0, 2 / fan_out) (He et al. 2015)
     return generator.standard_normal(shape, np.float32) * np.float32(math.sqrt(2 / fan_out))
-
-
-def _last_norm(config: ModelConfig) -> str:
-    """Name of the last norm of a residual block, the one before the addition."""
-    return "norm3" if ARCHITECTURES[config.backbone].bottleneck else "norm2"

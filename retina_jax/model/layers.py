@@ -20,14 +20,14 @@ MOMENTUM = 0.9
 
 
 def largest_divisor(number: int, at_most: int) -> int:
-    """Largest divisor of `number` that is <= `at_most`, both >= 1."""
+    """Returns the largest divisor of `number` that is <= `at_most`, both >= 1."""
     return next(d for d in range(min(number, at_most), 0, -1) if number % d == 0)
 
 
 def weight(
     module: nn.Module, name: str, shape: tuple[int, ...], fill: Callable[..., Array], frozen: bool
 ) -> Float[Array, "..."]:
-    """A float32 weight of `module`, in the collection `frozen` or `params`.
+    """Makes a float32 weight of `module`, in the collection `frozen` or `params`.
 
     `fill` (jnp.zeros or jnp.ones) only serves to get shapes: `initialisation.initialise` draws the values.
     """
@@ -40,7 +40,7 @@ def weight(
 
 @jax.custom_vjp
 def relu(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
-    """max(x, 0). Its gradient is computed from the result, which the next layer stores anyway, so x is not stored."""
+    """Computes max(x, 0), and its gradient from the result, which the next layer stores anyway, so x is not stored."""
     return jnp.maximum(x, 0)
 
 
@@ -55,7 +55,7 @@ relu.defvjp(lambda x: (relu(x),) * 2, _relu_backward)
 def convolve(
     x: Float[Array, "B H W C"], kernel: Float[Array, "k k c D"], stride: int = 1, groups: int = 1
 ) -> Float[Array, "B h w D"]:
-    """Convolution with k // 2 zeros of padding on all four sides, k odd: h = ceil(H / stride), w = ceil(W / stride).
+    """Convolves x with k // 2 zeros of padding on all four sides, k odd: h = ceil(H / stride), w = ceil(W / stride).
 
     Each of the groups maps c = C / groups neighbouring channels to D / groups. The padding is that of Caffe2 and PyTorch.
     XLA's "SAME" pads an even side by (0, 1) for stride 2, which shifts the map by a pixel against imported weights.
@@ -93,9 +93,8 @@ class Norm(nn.Module):
 
     kind "frozen": mean and var are weights, and none of the four weights is trained (collection `frozen`).
     kind "group": mean and var of each image over groups of channels; `groups` is lowered to a divisor of the channels.
-    kind "batch": with `train`, mean and var of the global batch, and the running statistics in `stats` move a tenth of the
-    way to them (this needs `mutable=["stats"]`); without `train`, the running statistics. Under jit the batch is global by
-    construction, under pmap through `axis_name`. The running variance is the biased one.
+    kind "batch": with `train`, mean and var of the global batch (under pmap through `axis_name`), and the running statistics
+    in `stats` move a tenth of the way to them; without `train`, the running statistics. The running variance is biased.
 
     In a frozen stage (`frozen=True`) scale and bias move to `frozen`, and "batch" becomes "frozen".
     """
@@ -131,11 +130,8 @@ class Norm(nn.Module):
         return ((x - mean) * gain + bias[None, None, None]).astype(self.dtype)
 
 
-# Both moments come from mean(x) and mean(x^2): one pass over the activations and one all-reduce between devices.
-
-
 def group_moments(x: Float[Array, "B H W C"], groups: int) -> tuple[Float[Array, "B 1 1 C"], Float[Array, "B 1 1 C"]]:
-    """Mean and variance of each image and group of neighbouring channels, repeated over the group's channels."""
+    """Returns mean and variance of each image and group of neighbouring channels, repeated over the group's channels."""
     size = x.shape[-1] // groups
     sums = jnp.stack([x.mean((1, 2)), jnp.square(x).mean((1, 2))])
     mean, square = jnp.repeat(sums.reshape(2, x.shape[0], groups, size).mean(-1), size, axis=-1)[:, :, None, None]
@@ -145,7 +141,10 @@ def group_moments(x: Float[Array, "B H W C"], groups: int) -> tuple[Float[Array,
 def batch_moments(
     x: Float[Array, "B H W C"], axis_name: str | None
 ) -> tuple[Float[Array, "1 1 1 C"], Float[Array, "1 1 1 C"]]:
-    """Mean and variance of each channel over the batch, and over the devices of `axis_name` if it is given."""
+    """Returns mean and variance of each channel over the batch, and over the devices of `axis_name` if it is given.
+
+    Both come from mean(x) and mean(x^2): one pass over the activations and one all-reduce between devices.
+    """
     sums = jnp.stack([x.mean((0, 1, 2)), jnp.square(x).mean((0, 1, 2))])
     if axis_name is not None:
         sums = jax.lax.pmean(sums, axis_name)

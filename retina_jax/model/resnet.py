@@ -47,7 +47,7 @@ class Layer(NamedTuple):
 
 
 def block_layers(config: ModelConfig, width: int, stride: int) -> tuple[Layer, ...]:
-    """The convolutions of a block in a stage of `width`.
+    """Returns the convolutions of a block in a stage of `width`.
 
     `config.stride_position` places a bottleneck's stride in the 1x1 (the paper's MSRA weights) or the 3x3 (torchvision;
     Detectron for ResNeXt). A basic block's stride is in its first 3x3. The number of groups is lowered to a divisor if a

@@ -40,12 +40,10 @@ class RetinaNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Images, image_sizes: Int[Array, "B 2"], train: bool = False) -> Outputs:
-        """Logits and deltas of all anchors, in the precision of the convolutions.
+        """Computes logits and deltas of all anchors, in the precision of the convolutions.
 
-        Args:
-          images: RGB, 0 to 255, padded to H x W. Level l has ceil(H / 2^l) x ceil(W / 2^l) cells.
-          image_sizes: (height, width) of the image in the upper left corner; the content of the padding has no effect.
-          train: norm "batch" takes its statistics from this batch. Nothing else depends on it.
+        `images` are RGB, 0 to 255, padded to H x W; `image_sizes` is (height, width) of the image in the upper left corner,
+        and the content of the padding has no effect. With `train`, norm "batch" takes its statistics from this batch.
         """
         config = self.config
         x = normalise(images, image_sizes, config.input_normalisation)
@@ -59,8 +57,8 @@ class RetinaNet(nn.Module):
 
 
 class Head(nn.Module):
-    """Class or box subnet (Section 4): `head_convs` 3x3 convolutions with ReLU, then a 3x3 convolution to `outputs` numbers
-    per anchor.
+    """The class or box subnet (Section 4): `head_convs` 3x3 convolutions with ReLU, then a 3x3 convolution to `outputs`
+    numbers per anchor.
 
     One instance is applied to every level, so the levels share its weights; the two subnets share none. With `head_norm`
     "group" a GroupNorm precedes each ReLU and replaces the convolution's bias; its statistics are per level. The channels
@@ -95,10 +93,10 @@ STATISTICS = {
 def normalise(
     images: Images, image_sizes: Int[Array, "B 2"], kind: Literal["detectron", "detectron2", "imagenet"]
 ) -> Float[Array, "B H W 3"]:
-    """RGB images, 0 to 255, to float32 network input: (x - mean) / std per channel, in the channel order of `kind`.
+    """Turns RGB images, 0 to 255, into float32 network input: (x - mean) / std per channel, in the order of `kind`.
 
     The padding (row >= height or column >= width of `image_sizes`) is 0 after the normalisation, as in Detectron and
-    torchvision, whatever its content. This runs on the device, because uint8 images are a quarter of the bytes.
+    torchvision. This runs on the device, because uint8 images are a quarter of the bytes.
     """
     order, mean, std = STATISTICS[kind]
     x = images[..., np.array(order)].astype(jnp.float32)

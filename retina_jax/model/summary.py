@@ -17,26 +17,26 @@ from retina_jax.model.retinanet import RetinaNet
 from retina_jax.ops.anchors import anchors_per_cell
 
 
-def forward_flops(config: Config, num_classes: int, canvas: tuple[int, int]) -> int:
-    """Operations of the forward pass of one image, padded to `canvas` = (height, width) pixels.
+def forward_flops(config: Config, num_classes: int, padded_hw: tuple[int, int]) -> int:
+    """Counts the operations of the forward pass of one image, padded to `padded_hw` = (height, width) pixels.
 
     A multiply-add counts as two. Taps on the padding of a convolution are counted. Normalisation, activations and sums are
     not: they are below a hundredth of the total.
     """
-    return _network_flops(config.model, num_classes, anchors_per_cell(config.anchors), canvas)
+    return _network_flops(config.model, num_classes, anchors_per_cell(config.anchors), padded_hw)
 
 
 @functools.cache
-def _network_flops(config: ModelConfig, num_classes: int, cell: int, canvas: tuple[int, int]) -> int:
+def _network_flops(config: ModelConfig, num_classes: int, cell: int, padded_hw: tuple[int, int]) -> int:
     model = RetinaNet(config, num_classes, cell)
-    images = jax.ShapeDtypeStruct((1, *canvas, 3), jnp.uint8)
+    images = jax.ShapeDtypeStruct((1, *padded_hw, 3), jnp.uint8)
     image_sizes = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images, image_sizes)
     return jaxpr_flops(jax.make_jaxpr(model.apply)(variables, images, image_sizes).jaxpr)
 
 
 def jaxpr_flops(jaxpr: core.Jaxpr) -> int:
-    """Operations of the convolutions and matrix products in a program, including its sub-programs.
+    """Counts the operations of the convolutions and matrix products in a program, including its sub-programs.
 
     The body of a loop is counted once. Of the branches of a conditional the most expensive one is counted.
     """
@@ -68,19 +68,13 @@ def _parts(value: Any) -> Iterator[core.Jaxpr]:
 
 
 PARTS = {
-    "backbone/stem": "stem",
-    "backbone/c2": "C2",
-    "backbone/c3": "C3",
-    "backbone/c4": "C4",
-    "backbone/c5": "C5",
-    "fpn": "FPN",
-    "class_head": "class head",
-    "box_head": "box head",
+    **{"backbone/stem": "stem", "backbone/c2": "C2", "backbone/c3": "C3", "backbone/c4": "C4", "backbone/c5": "C5"},
+    **{"fpn": "FPN", "class_head": "class head", "box_head": "box head"},
 }
 
 
 def parameter_counts(variables: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Part of the network -> (trained, frozen) numbers of parameters, in the order of the forward pass.
+    """Returns the (trained, frozen) numbers of parameters of each part, in the order of the forward pass.
 
     `variables` are the collections of the network, as arrays or shapes. Means and variances of frozen BatchNorm count as
     frozen; running statistics (`stats`) are not parameters.
@@ -94,7 +88,7 @@ def parameter_counts(variables: Mapping[str, Any]) -> dict[str, tuple[int, int]]
 
 
 def parameter_table(variables: Mapping[str, Any]) -> str:
-    """`parameter_counts` as a table with a last line for the complete network, without a trailing newline."""
+    """Returns `parameter_counts` as a table with a last line for the complete network, without a trailing newline."""
     counts = parameter_counts(variables)
     counts["total"] = tuple(sum(column) for column in zip(*counts.values(), strict=True))
     header = f"{'part':<12}{'trained':>14}{'frozen':>14}"

@@ -17,29 +17,29 @@ from retina_jax.config import AnchorConfig, ModelConfig
 
 
 def levels(model: ModelConfig) -> range:
-    """Pyramid levels, finest first. Paper: 3 to 7."""
+    """Returns the pyramid levels, finest first. Paper: 3 to 7."""
     return range(model.min_level, model.max_level + 1)
 
 
 def level_sizes(padded_hw: tuple[int, int], model: ModelConfig) -> tuple[tuple[int, int], ...]:
-    """(height, width) of each level's map, in cells: ceil(side / 2^level), the size after padded strided convolutions."""
+    """Returns (height, width) of each level's map, in cells: ceil(side / 2^level), as of padded strided convolutions."""
     height, width = padded_hw
     return tuple((-(-height // 2**level), -(-width // 2**level)) for level in levels(model))
 
 
 def anchors_per_cell(config: AnchorConfig) -> int:
-    """Number of anchors per cell of a map. Paper: 9."""
+    """Returns the number of anchors per cell of a map. Paper: 9."""
     return len(config.scales) * len(config.ratios)
 
 
 def level_counts(padded_hw: tuple[int, int], anchors: AnchorConfig, model: ModelConfig) -> tuple[int, ...]:
-    """Number of anchors of each level, finest first; their sum is A."""
+    """Returns the number of anchors of each level, finest first; their sum is A."""
     return tuple(height * width * anchors_per_cell(anchors) for height, width in level_sizes(padded_hw, model))
 
 
 @functools.lru_cache(maxsize=64)
 def anchor_grid(padded_hw: tuple[int, int], anchors: AnchorConfig, model: ModelConfig) -> Float32[np.ndarray, "A 4"]:
-    """Anchors of a padded image (height, width), xyxy in its pixels, in the order of the logits. Read-only, cached.
+    """Returns the anchors of a padded image, xyxy in its pixels, in the order of the logits. Read-only, cached.
 
     A checkpoint needs the style it was trained with. s = size_factor * 2^level is the side of a level's base square;
     ratios are height over width.
@@ -48,9 +48,8 @@ def anchor_grid(padded_hw: tuple[int, int], anchors: AnchorConfig, model: ModelC
       exactly (s * scale)^2. Centred on the cell, at (column + 0.5, row + 0.5) * 2^level.
     - detectron: as its generate_anchors. The sides of a stride-sized box of each ratio are rounded to integers (half to
       even) and then multiplied; for each scale, for each ratio from 1 upwards, then the ratios below 1: (1, 2, 0.5) by
-      default. Centred on the cell. Detectron's boxes have inclusive ends, x2 = x1 + width - 1; here the same box has
-      x2 = x1 + width: its [-12, -12, 19, 19] is [-12, -12, 20, 20]. Its formulas (IoU, encoding, decoding), which add 1 to
-      every width, then become those of `retina_jax.ops.boxes`.
+      default. Centred on the cell. Detectron's boxes have inclusive ends; here its [-12, -12, 19, 19] is
+      [-12, -12, 20, 20], so that its formulas, which add 1 to every width, become those of `retina_jax.ops.boxes`.
     - detectron2: the anchors of the paper, centred on the cell's upper left corner, at (column, row) * 2^level.
     - torchvision: sides s * scale truncated to integers (32, 40, 50), corners of each anchor rounded (half to even); for
       each ratio, for each scale. Centred on the cell's upper left corner; the step between cells is the padded side divided
@@ -91,14 +90,12 @@ def _torchvision_cell(stride: int, anchors: AnchorConfig) -> Float64[np.ndarray,
     # In float32, as in torchvision, so that the rounding below sees the same halves.
     height_ratios = np.sqrt(np.array(anchors.ratios, np.float32))
     width_ratios = np.float32(1) / height_ratios
-    sizes = [
-        (float(w * side), float(h * side)) for w, h in zip(width_ratios, height_ratios, strict=True) for side in sides
-    ]
-    return np.round(_around_origin(sizes))
+    pairs = zip(width_ratios, height_ratios, strict=True)
+    return np.round(_around_origin([(float(w * side), float(h * side)) for w, h in pairs for side in sides]))
 
 
 def _around_origin(sizes: list[tuple[float, float]]) -> Float64[np.ndarray, "a 4"]:
-    """Boxes of these (width, height), centred on (0, 0)."""
+    """Returns boxes of these (width, height), centred on (0, 0)."""
     return np.array([(-width / 2, -height / 2, width / 2, height / 2) for width, height in sizes], np.float64)
 
 

@@ -20,7 +20,7 @@ MAX_LOG_SCALE = math.log(1000 / 16)
 def iou_matrix(
     a_xyxy: Float[Array | np.ndarray, "N 4"], b_xyxy: Float[Array | np.ndarray, "M 4"]
 ) -> Float[Array, "N M"]:
-    """Intersection over union of every a with every b, in [0, 1].
+    """Returns the intersection over union of every a with every b, in [0, 1].
 
     Boxes that only touch have IoU 0, and so do two boxes without area (x2 <= x1 or y2 <= y1). Every operation is rounded
     to the dtype, as in numpy and detectron2, in every program: which anchors tie for the largest IoU depends on the last
@@ -35,7 +35,7 @@ def iou_matrix(
 
 
 def giou(a_xyxy: Boxes, b_xyxy: Boxes) -> Float[Array, "*N"]:
-    """Generalised IoU of each a with its b, in [-1, 1]: IoU - (hull - union) / hull (Rezatofighi et al. 2019).
+    """Returns the generalised IoU of each a with its b, in [-1, 1]: IoU - (hull - union) / hull (Rezatofighi et al. 2019).
 
     The hull is the smallest box around both. Value and gradient are finite for boxes without area: a ratio over an area of
     0 counts as 0, so two equal points have GIoU 0.
@@ -49,7 +49,7 @@ def giou(a_xyxy: Boxes, b_xyxy: Boxes) -> Float[Array, "*N"]:
 
 
 def encode(boxes_xyxy: Boxes, anchors_xyxy: Boxes) -> Float[Array, "*N 4"]:
-    """Box deltas (dx, dy, dw, dh) from each anchor to its box (R-CNN, Girshick et al. 2014, appendix C; weights 1).
+    """Returns box deltas (dx, dy, dw, dh) from anchors to boxes (R-CNN, Girshick et al. 2014, appendix C; weights 1).
 
     dx = (box centre - anchor centre) / anchor width, dw = log(box width / anchor width); dy, dh alike.
     Anchors must have positive sides. A box side <= 0 (padding) counts as the anchor's side, so its logarithm is 0: value
@@ -65,7 +65,7 @@ def encode(boxes_xyxy: Boxes, anchors_xyxy: Boxes) -> Float[Array, "*N 4"]:
 
 
 def decode(deltas: Boxes, anchors_xyxy: Boxes) -> Float[Array, "*N 4"]:
-    """Boxes from box deltas; the inverse of `encode` while dw, dh <= log(1000 / 16).
+    """Returns boxes from box deltas; the inverse of `encode` while dw, dh <= log(1000 / 16).
 
     Larger dw and dh count as log(1000 / 16), with gradient 0 (Detectron), so an untrained network cannot overflow the
     exponential. There is no lower bound: a side can be arbitrarily close to 0.
@@ -79,10 +79,7 @@ def decode(deltas: Boxes, anchors_xyxy: Boxes) -> Float[Array, "*N 4"]:
 
 
 def clip(boxes_xyxy: Boxes, size_hw: Num[Array | np.ndarray, "2"]) -> Float[Array, "*N 4"]:
-    """Boxes clipped to an image of (height, width): x in [0, width], y in [0, height].
-
-    A box completely outside becomes a box without area on the border.
-    """
+    """Clips boxes to an image of (height, width); one completely outside becomes a box without area on the border."""
     boxes_xyxy = jnp.asarray(boxes_xyxy)
     height, width = jnp.asarray(size_hw).astype(boxes_xyxy.dtype)
     limits = jnp.stack([width, height, width, height]).reshape((1,) * (boxes_xyxy.ndim - 1) + (4,))
@@ -94,7 +91,7 @@ def _area(x1: Array, y1: Array, x2: Array, y2: Array) -> Array:
 
 
 def _ratio(numerator: Array, denominator: Array) -> Array:
-    """numerator / denominator, and 0 with gradient 0 where the denominator is 0."""
+    """Returns numerator / denominator, and 0 with gradient 0 where the denominator is 0."""
     positive = denominator > 0
     return jnp.where(positive, numerator / jnp.where(positive, denominator, 1.0), 0.0)
 
@@ -105,12 +102,11 @@ def _centre_and_size(boxes_xyxy: Array | np.ndarray) -> tuple[Array, Array, Arra
 
 
 def rounded(numbers: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """`numbers`, rounded to their dtype before anything else is computed from them. Infinity becomes the largest number.
+    """Rounds numbers to their dtype before anything else is computed from them. Infinity becomes the largest number.
 
     A compiler may contract a product and a sum into one fused multiply-add, which rounds once instead of twice, or rewrite
     a quotient of quotients. Whether it does depends on the rest of the program, and so does the last bit: `match` alone
     gave other labels than inside the loss program. A bound that no finite number exceeds separates the two operations,
-    because the compiler cannot prove that a product does not overflow. (XLA on the CPU removes `lax.reduce_precision` to
-    the same precision.)
+    as the compiler cannot rule out an overflow. (XLA on the CPU removes `lax.reduce_precision` to the same precision.)
     """
     return jnp.minimum(numbers, jnp.finfo(numbers.dtype).max)

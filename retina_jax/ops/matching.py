@@ -37,8 +37,8 @@ def match(
         IoU <  negative_iou (0.4)    BACKGROUND
         otherwise                    IGNORED
 
-    So an IoU of exactly 0.5 is positive, and one of exactly 0.4 is ignored
-    unless low_quality makes it positive. Of boxes with equal IoU the first wins.
+    So an IoU of exactly 0.5 is positive, and one of exactly 0.4 is ignored unless low_quality makes it positive. Of boxes
+    with equal IoU the first wins.
 
     low_quality also makes anchors positive whose largest IoU is below positive_iou, if no anchor has a larger IoU with
     some box (all anchors that tie): `none` does not, `band` if the anchor's IoU is at least negative_iou (Detectron, which
@@ -68,9 +68,8 @@ def match(
             is_best | ((iou == largest) & (largest > 0)),
         )
 
-    size = anchors.shape[0]
     # zeros_like instead of zeros: inside a shard_map the state must vary over the devices as the labels do.
-    start = tuple(jnp.zeros_like(labels, shape=size, dtype=dtype) for dtype in (jnp.float32, jnp.int32, jnp.bool_))
+    start = tuple(jnp.zeros_like(labels, dtype, len(anchors)) for dtype in (jnp.float32, jnp.int32, jnp.bool_))
     best, box_index, is_best = lax.fori_loop(0, boxes_xyxy.shape[0], add_box, start)
 
     background = best < config.negative_iou

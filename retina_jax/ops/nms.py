@@ -30,7 +30,7 @@ def nms(
     iou_threshold: float,
     max_detections: int,
 ) -> tuple[Int[Array, " D"], Bool[Array, " D"]]:
-    """Exact greedy suppression within each class: (indices of the kept boxes, valid), best first.
+    """Suppresses boxes within each class, exactly and greedily; returns (indices of the kept boxes, valid), best first.
 
     Repeat: keep the box with the best remaining score (the lowest index of equal ones), and drop every box of its class
     whose IoU with it is above iou_threshold. A box with an IoU of exactly iou_threshold stays. It ends when
@@ -46,40 +46,17 @@ def nms(
     if size == 0 or max_detections == 0:
         return jnp.zeros(max_detections, jnp.int32), jnp.zeros(max_detections, jnp.bool_)
     chunk = min(CHUNK, size)
-    block = min(BLOCK, chunk)
-    blocks = -(-chunk // block)
-    number = lax.iota(jnp.int32, max_detections)
-
-    def suppressed(kept: _Kept, boxes: Float[Array, "b 4"], labels: Int[Array, " b"]) -> Bool[Array, " b"]:
-        overlaps = iou_matrix(kept.boxes_xyxy, boxes) > iou_threshold
-        of_class = (kept.labels[:, None] == labels[None]) & (number < kept.number)[:, None]
-        return (overlaps & of_class).any(axis=0)
-
-    def add_block(state: tuple[Array, _Kept], at: Int[Array, " c"], real: Bool[Array, " c"]) -> tuple[Array, _Kept]:
-        start, kept = state
-        at = lax.dynamic_slice_in_dim(at, start * block, block)
-        boxes, of_class = boxes_xyxy[at], labels[at]
-        candidate = lax.dynamic_slice_in_dim(real, start * block, block) & ~suppressed(kept, boxes, of_class)
-        stays = _survivors(
-            candidate, (iou_matrix(boxes, boxes) > iou_threshold) & (of_class[:, None] == of_class[None])
-        )
-        place = jnp.where(stays, kept.number + jnp.cumsum(stays) - 1, max_detections)
-        return start + 1, _Kept(
-            kept.number + stays.sum(),
-            *(old.at[place].set(new, mode="drop") for old, new in zip(kept[1:], (at, boxes, of_class), strict=True)),
-        )
+    padding = 0, -chunk % min(BLOCK, chunk)
 
     def add_chunk(state: tuple[Array, _Kept]) -> tuple[Array, _Kept]:
         """Processes the best `chunk` of the remaining boxes."""
         remaining, kept = state
         best, at = lax.top_k(remaining, chunk)  # equal scores: lowest index first
-        padding = (0, blocks * block - chunk)
-        real = jnp.pad(best > -jnp.inf, padding)
-        ranked = jnp.pad(at, padding)
+        real, ranked = jnp.pad(best > -jnp.inf, padding), jnp.pad(at, padding)
         count = real.sum()
         _, kept = lax.while_loop(
-            lambda state: (state[0] * block < count) & (state[1].number < max_detections),
-            lambda state: add_block(state, ranked, real),
+            lambda state: (state[0] < count) & (state[1].number < max_detections),
+            lambda state: _add_block(state, ranked, real, boxes_xyxy, labels, iou_threshold, min(BLOCK, chunk)),
             (jnp.zeros_like(count), kept),
         )
         return remaining.at[at].set(-jnp.inf), kept
@@ -96,11 +73,34 @@ def nms(
         add_chunk,
         (jnp.where(scores > -jnp.inf, scores, -jnp.inf), none),
     )
-    return kept.index, number < kept.number
+    return kept.index, lax.iota(jnp.int32, max_detections) < kept.number
+
+
+def _add_block(
+    state: tuple[Array, _Kept],
+    ranked: Array,
+    real: Array,
+    boxes: Array,
+    labels: Array,
+    iou_threshold: float,
+    block: int,
+) -> tuple[Array, _Kept]:
+    """Adds those of the next `block` boxes, by rank, that neither a kept box nor a better one of the block suppresses."""
+    start, kept = state
+    at = lax.dynamic_slice_in_dim(ranked, start, block)
+    boxes, labels = boxes[at], labels[at]
+    is_kept = lax.iota(jnp.int32, kept.labels.shape[0]) < kept.number
+    of_class = (kept.labels[:, None] == labels[None]) & is_kept[:, None]
+    suppressed = ((iou_matrix(kept.boxes_xyxy, boxes) > iou_threshold) & of_class).any(axis=0)
+    overlaps = (iou_matrix(boxes, boxes) > iou_threshold) & (labels[:, None] == labels[None])
+    stays = _survivors(lax.dynamic_slice_in_dim(real, start, block) & ~suppressed, overlaps)
+    place = jnp.where(stays, kept.number + jnp.cumsum(stays) - 1, kept.labels.shape[0])
+    added = (old.at[place].set(new, mode="drop") for old, new in zip(kept[1:], (at, boxes, labels), strict=True))
+    return start + block, _Kept(kept.number + stays.sum(), *added)
 
 
 def _survivors(candidate: Bool[Array, " b"], overlaps: Bool[Array, "b b"]) -> Bool[Array, " b"]:
-    """Which of these boxes, in order of their scores, are not overlapped by an earlier survivor.
+    """Returns which of these boxes, in order of their scores, are not overlapped by an earlier survivor.
 
     Iterates to the fixed point. The first i + 1 boxes are right after i rounds; without long chains of overlaps, all are
     right after two or three.

@@ -35,7 +35,7 @@ def detect(
     image_sizes: Int[Array, "B 2"],
     config: DetectionConfig,
 ) -> Detections:
-    """Detections of each image: at most D = config.max_detections.
+    """Detects the objects of each image: at most D = config.max_detections.
 
     On each pyramid level: take the top_k best scores over all anchors and classes, drop those at or below score_threshold,
     decode the boxes and clip them to the image. Then merge the levels and suppress class by class (`nms`). An anchor can
@@ -44,37 +44,29 @@ def detect(
     Without config.threshold_coarsest the coarsest level keeps every score above 0. With config.clip "after_nms" unclipped
     boxes are suppressed, then clipped, and those without area are dropped, so there may be fewer than D.
 
-    Args:
-      level_counts: anchors of each level (`anchors.level_counts`).
-      image_sizes: (height, width) of the image in the upper left corner of the padded one.
+    level_counts are the anchors of each level; image_sizes is (height, width) of the image in the upper left corner of the
+    padded one.
     """
-    if sum(level_counts) != logits.shape[1]:
-        raise ValueError(
-            f"level_counts {level_counts} add up to {sum(level_counts)}, but there are {logits.shape[1]} anchors"
-        )
+    if (total := sum(level_counts)) != logits.shape[1]:
+        raise ValueError(f"level_counts {level_counts} add up to {total}, but there are {logits.shape[1]} anchors")
     anchors = jnp.asarray(anchors)
-    starts = [sum(level_counts[:level]) for level in range(len(level_counts))]
     thresholds = [config.score_threshold] * len(level_counts)
     if not config.threshold_coarsest:
         thresholds[-1] = 0.0
 
     def of_image(logits: Float[Array, "A K"], deltas: Float[Array, "A 4"], size_hw: Int[Array, "2"]) -> tuple:
-        found = []  # per level
-        for start, count, threshold in zip(starts, level_counts, thresholds, strict=True):
+        found, start = [], 0  # per level
+        for count, threshold in zip(level_counts, thresholds, strict=True):
             values, anchor, label = best_logits(logits[start : start + count], config.top_k)
             found.append((values, anchor + start, label, jnp.full(values.shape, threshold, jnp.float32)))
+            start += count
         best, anchor, label, threshold = (jnp.concatenate(parts) for parts in zip(*found, strict=True))
         scores = jax.nn.sigmoid(best.astype(jnp.float32))
         boxes_xyxy = decode(deltas[anchor].astype(jnp.float32), anchors[anchor])
         if config.clip == "before_nms":
             boxes_xyxy = clip(boxes_xyxy, size_hw)
-        kept, valid = nms(
-            boxes_xyxy,
-            jnp.where(scores > threshold, scores, -jnp.inf),
-            label,
-            iou_threshold=config.nms_iou,
-            max_detections=config.max_detections,
-        )
+        limits = {"iou_threshold": config.nms_iou, "max_detections": config.max_detections}
+        kept, valid = nms(boxes_xyxy, jnp.where(scores > threshold, scores, -jnp.inf), label, **limits)
         if config.clip == "after_nms":
             boxes_xyxy = clip(boxes_xyxy, size_hw)
             valid = valid & (boxes_xyxy[kept, 2:] > boxes_xyxy[kept, :2]).all(axis=1)
@@ -92,7 +84,7 @@ def detect(
 def best_logits(
     logits: Float[Array, "A K"], top_k: int
 ) -> tuple[Float[Array, " k"], Int[Array, " k"], Int[Array, " k"]]:
-    """(logits, anchors, classes) of the k = min(top_k, A * K) largest logits of a level, largest first.
+    """Returns (logits, anchors, classes) of the k = min(top_k, A * K) largest logits of a level, largest first.
 
     Equals `lax.top_k` of the flattened logits, including the order of equal ones (by anchor, then class), without sorting
     all A * K: sort the A anchors by their best class, keep the first k anchors, and sort their k * K logits.

@@ -59,8 +59,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     """Writes `value` as JSON, as `write_bytes` does. Raises ValueError for NaN and infinity, which JSON does not have."""
-    if distributed.is_primary():
-        write_bytes(path, (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode())
+    write_bytes(path, (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -82,8 +81,7 @@ def write_checksums(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sums = {path.relative_to(folder).as_posix(): _size_and_sum(path) for path in files}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
-    folders = sorted(path for path in folder.rglob("*") if path.is_dir())
-    for path in [*files, folder / CHECKSUMS, *reversed(folders), folder]:
+    for path in [*sorted(folder.rglob("*"), reverse=True), folder]:  # the contents of a folder before the folder
         sync(path)
 
 
@@ -105,14 +103,14 @@ def damage(folder: Path) -> str:
     Files that were added later are ignored. A folder without checksums.json passes.
     """
     try:
-        sums = json.loads((folder / CHECKSUMS).read_bytes())
-        for name, expected in sums.items():
+        for name, expected in json.loads((folder / CHECKSUMS).read_bytes()).items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
             found = _size_and_sum(folder / name)
+            if found[0] < expected[0]:
+                return f"{name} holds {found[0]} of {expected[0]} bytes"
             if found != expected:
-                short = found[0] < expected[0]
-                return f"{name} holds {found[0]} of {expected[0]} bytes" if short else f"{name} holds other bytes"
+                return f"{name} holds other bytes"
     except FileNotFoundError:
         return "" if folder.is_dir() else "it is gone"
     except OSError as error:

@@ -1,8 +1,4 @@
-"""A run's folder: its config, its lock, its list of checkpoints, and the summary that training writes at the end.
-
-config.json holds the resolved config, the classes, package versions, git commit and command; metrics.jsonl one line per
-`log_every` steps; checkpoints/ the saved steps; evaluation/, detections/ and pictures/ the results of evaluations.
-"""
+"""A run's folder: its config, its lock, its list of checkpoints, and the summary that training writes at the end."""
 
 from __future__ import annotations
 
@@ -124,9 +120,9 @@ def best_step(checkpoints: Path) -> int | None:
 
 def make_writable(folder: Path) -> None:
     """Makes the folder; ConfigError if nothing can be written in it."""
+    probe = folder / f".write_test_{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write_test_{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -145,10 +141,9 @@ def training_lock(folder: Path) -> Iterator[None]:
     make_writable(folder)
     with contextlib.ExitStack() as stack:
         if not stack.enter_context(exclusive_lock(folder / ".lock", timeout=0.0)):
-            raise ConfigError(
-                f"--workdir {folder}: another process is training there; wait for it, or use another --workdir"
-            )
-        for path in [path for kind in ("", "evaluation", "detections") for path in (folder / kind).glob(".*")]:
+            how = "wait for it, or use another --workdir"
+            raise ConfigError(f"--workdir {folder}: another process is training there; {how}")
+        for path in [*folder.glob(".*"), *folder.glob("evaluation/.*"), *folder.glob("detections/.*")]:
             with contextlib.suppress(OSError):  # they are useless but harmless
                 if TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > SECONDS_TO_WRITE:
                     path.unlink()
@@ -186,7 +181,7 @@ def is_due(step: int, every: int, last: bool) -> bool:
 
 
 class Clock(contextlib.AbstractContextManager):
-    """Seconds that a run has taken over all its starts; saved when the `with` block ends, however it ends."""
+    """The seconds that a run has taken over all its starts; saved when the `with` block ends, however it ends."""
 
     def __init__(self, folder: Path, resumed: bool) -> None:
         self._path = folder / "seconds.json"

@@ -1,4 +1,4 @@
-"""What a run has measured, read from its folder: metrics, evaluations, summary; whether it has ended or not."""
+"""What a run has measured, read from its folder: metrics, evaluations, summary."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SERVER_NAMES = {"AP": "AP", "AP50": "AP_50", "AP75": "AP_75", "APs": "AP_small",
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a run so far."""
+    """The measurements of a run so far."""
 
     folder: Path
     config: Config
@@ -45,7 +45,7 @@ class Record:
     @property
     def step(self) -> int:
         """The last step that is known of."""
-        ended = [int(self.summary["steps"])] if self.summary else []
+        ended = [self.summary["steps"]] if self.summary else []
         return max([*ended, *(window["step"] for window in self.windows[-1:]), *self.evaluations, 0])
 
 

@@ -14,19 +14,8 @@ import numpy as np
 from retina_jax.data.classes import COCO_CATEGORIES
 from retina_jax.errors import WeightsError
 from retina_jax.presets import PRESETS
-from retina_jax.weights.converted import (
-    CONV,
-    LEAF,
-    NORM,
-    STATISTIC,
-    Converted,
-    Rule,
-    architecture,
-    class_count,
-    is_detector,
-    renamed,
-    with_statistics,
-)
+from retina_jax.weights import converted
+from retina_jax.weights.converted import CONV, LEAF, NORM, STATISTIC, Converted, Rule
 
 HEADS = {"cls": "class_head", "bbox": "box_head"}
 BLOB = {"w": "kernel", "b": "bias"}
@@ -34,6 +23,7 @@ AFFINE = {"s": "scale", "b": "bias"}
 BRANCHES = {"1": "shortcut", "2a": "conv1", "2b": "conv2", "2c": "conv3"}
 NORMS = {"1": "shortcut_norm", "2a": "norm1", "2b": "norm2", "2c": "norm3"}
 
+HEAD, CAFFE2_LEAF = r"(?P<head>cls|bbox)", r"(?P<leaf>[wb])"
 CAFFE2_BLOCK = r"res(?P<stage>\d)_(?P<block>\d+)_branch(?P<branch>1|2a|2b|2c)"
 BODY = r"(?:backbone\.)?(?:bottom_up\.)?"
 BLOCK = rf"{BODY}res(?P<stage>\d)\.(?P<block>\d+)\."
@@ -43,21 +33,23 @@ def _block(place: re.Match[str]) -> str:
     return f"backbone/c{place['stage']}/block{int(place['block']) + 1}"
 
 
+def _head_conv(place: re.Match[str], step: int) -> str:
+    """Returns the path of a convolution; its number, from 0, counts in steps of `step`."""
+    return f"{HEADS[place['head']]}/conv{int(place['n']) // step + 1}"
+
+
 DETECTRON: tuple[Rule, ...] = (
-    (r"conv1_(?P<leaf>[wb])", lambda m: f"backbone/stem/conv/{BLOB[m['leaf']]}"),
+    (rf"conv1_{CAFFE2_LEAF}", lambda m: f"backbone/stem/conv/{BLOB[m['leaf']]}"),
     (r"res_conv1_bn_(?P<leaf>[sb])", lambda m: f"backbone/stem/norm/{AFFINE[m['leaf']]}"),
-    (rf"{CAFFE2_BLOCK}_(?P<leaf>[wb])", lambda m: f"{_block(m)}/{BRANCHES[m['branch']]}/{BLOB[m['leaf']]}"),
+    (rf"{CAFFE2_BLOCK}_{CAFFE2_LEAF}", lambda m: f"{_block(m)}/{BRANCHES[m['branch']]}/{BLOB[m['leaf']]}"),
     (rf"{CAFFE2_BLOCK}_bn_(?P<leaf>[sb])", lambda m: f"{_block(m)}/{NORMS[m['branch']]}/{AFFINE[m['leaf']]}"),
     # Named after the last block of the stage; the top one lacks "lateral".
-    (r"fpn_inner_res(?P<n>\d)_\d+_sum(_lateral)?_(?P<leaf>[wb])", lambda m: f"fpn/lateral{m['n']}/{BLOB[m['leaf']]}"),
-    (r"fpn_res(?P<n>\d)_\d+_sum_(?P<leaf>[wb])", lambda m: f"fpn/output{m['n']}/{BLOB[m['leaf']]}"),
-    (r"fpn_(?P<n>\d)_(?P<leaf>[wb])", lambda m: f"fpn/output{m['n']}/{BLOB[m['leaf']]}"),
+    (rf"fpn_inner_res(?P<n>\d)_\d+_sum(_lateral)?_{CAFFE2_LEAF}", lambda m: f"fpn/lateral{m['n']}/{BLOB[m['leaf']]}"),
+    (rf"fpn_res(?P<n>\d)_\d+_sum_{CAFFE2_LEAF}", lambda m: f"fpn/output{m['n']}/{BLOB[m['leaf']]}"),
+    (rf"fpn_(?P<n>\d)_{CAFFE2_LEAF}", lambda m: f"fpn/output{m['n']}/{BLOB[m['leaf']]}"),
     # All levels share the weights of the finest one.
-    (
-        r"retnet_(?P<head>cls|bbox)_conv_n(?P<n>\d)_fpn3_(?P<leaf>[wb])",
-        lambda m: f"{HEADS[m['head']]}/conv{int(m['n']) + 1}/{BLOB[m['leaf']]}",
-    ),
-    (r"retnet_(?P<head>cls|bbox)_pred_fpn3_(?P<leaf>[wb])", lambda m: f"{HEADS[m['head']]}/output/{BLOB[m['leaf']]}"),
+    (rf"retnet_{HEAD}_conv_n(?P<n>\d)_fpn3_{CAFFE2_LEAF}", lambda m: f"{_head_conv(m, 1)}/{BLOB[m['leaf']]}"),
+    (rf"retnet_{HEAD}_pred_fpn3_{CAFFE2_LEAF}", lambda m: f"{HEADS[m['head']]}/output/{BLOB[m['leaf']]}"),
     (r"(pred|fc1000|fc|last_out_L\d+)_[wb]|lr|__preserve__/.*|.*_momentum", None),
 )
 """Detectron's Caffe2 blobs."""
@@ -75,11 +67,8 @@ DETECTRON2: tuple[Rule, ...] = (
     ),
     (rf"backbone\.top_block\.p(?P<n>\d)\.{LEAF}", lambda m: f"fpn/output{m['n']}/{CONV[m['leaf']]}"),
     # ReLUs are numbered too: the convolutions are 0, 2, 4, 6.
-    (
-        rf"head\.(?P<head>cls|bbox)_subnet\.(?P<n>\d+)\.{LEAF}",
-        lambda m: f"{HEADS[m['head']]}/conv{int(m['n']) // 2 + 1}/{CONV[m['leaf']]}",
-    ),
-    (rf"head\.(?P<head>cls|bbox)_(score|pred)\.{LEAF}", lambda m: f"{HEADS[m['head']]}/output/{CONV[m['leaf']]}"),
+    (rf"head\.{HEAD}_subnet\.(?P<n>\d+)\.{LEAF}", lambda m: f"{_head_conv(m, 2)}/{CONV[m['leaf']]}"),
+    (rf"head\.{HEAD}_(score|pred)\.{LEAF}", lambda m: f"{HEADS[m['head']]}/output/{CONV[m['leaf']]}"),
     # Buffers that repeat the config, and the ImageNet classifier.
     (r"anchor_generator\..*|pixel_mean|pixel_std|.*num_batches_tracked|.*\b(linear|fc|fc1000)\.(weight|bias)", None),
 )
@@ -94,7 +83,7 @@ def convert_detectron(
     Detectron has folded its BatchNorms into affines. The bias of a backbone convolution is folded into the affine's mean.
     Errors call the weights `source`. `class_names`: one per class; empty: COCO's if there are 80 classes, else "class 1" ...
     """
-    weights = with_statistics(renamed(blobs, DETECTRON, source))
+    weights = converted.with_statistics(converted.renamed(blobs, DETECTRON, source))
     for path in list(weights):
         mean = re.sub(r"conv(\d?)/bias$", r"norm\1/mean", path).replace("shortcut/bias", "shortcut_norm/mean")
         if mean != path and mean in weights:
@@ -109,17 +98,19 @@ def convert_detectron2(
 
     A FrozenBatchNorm without running statistics, as in files converted from Caffe2, is an affine.
     """
-    return _converted(with_statistics(renamed(state_dict, DETECTRON2, source)), "detectron2", source, class_names)
+    return _converted(
+        converted.with_statistics(converted.renamed(state_dict, DETECTRON2, source)), "detectron2", source, class_names
+    )
 
 
 def _converted(weights: dict[str, np.ndarray], system: str, source: str, class_names: Sequence[str]) -> Converted:
     """Adds the config. The MSRA weights have the stride of a bottleneck in the 1x1, ResNeXts in the 3x3."""
-    changes = architecture(weights, source)
+    changes = converted.architecture(weights, source)
     stride = "3x3" if changes["model.backbone"].startswith("resnext") else "1x1"
     changes |= {"model.stride_position": stride, "model.input_normalisation": system, "model.norm": "frozen"}
-    if not is_detector(weights):
+    if not converted.is_detector(weights):
         return Converted(weights, changes, (), ())
-    count = class_count(weights, source)
+    count = converted.class_count(weights, source)
     if class_names and len(class_names) != count:
         raise WeightsError(f"{source}: has {count} classes, but {len(class_names)} class names are given")
     categories = tuple((k, class_names[k - 1] if class_names else f"class {k}") for k in range(1, count + 1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,27 +45,24 @@ def kind_of(source: str) -> str | None:
     return kind if colon and kind in KINDS else None
 
 
-def convert(
-    source: str, *, class_names: Sequence[str] = (), batchnorm_eps: float | None = None, folder: Path | None = None
-) -> Converted:
+def convert(source: str, *, class_names: Sequence[str] = (), batchnorm_eps: float | None = None) -> Converted:
     """Reads the weights of `KIND:FILE` or `KIND:NAME` (`named.NAMED`, downloaded once) under this package's names.
 
     Without `class_names`, one per class, they are COCO's if the number fits, else placeholders. `batchnorm_eps` is the
-    epsilon of the source's BatchNorms (torchvision only); None: 1e-5, or that of the published file. `folder` is the cache
-    for downloaded files; None: `named.CACHE`.
+    epsilon of the source's BatchNorms (torchvision only); None: 1e-5, or that of the published file.
     """
     kind = kind_of(source)
     if kind is None:
         raise WeightsError(f"{source}: give KIND:FILE; KIND is one of {', '.join(KINDS)}")
-    path, eps = find_weights(kind, source.partition(":")[2], folder)
+    path, eps = find_weights(kind, source.partition(":")[2])
     state = read_weights(path)
     if kind in ("torchvision", "timm"):
         eps = eps if batchnorm_eps is None else batchnorm_eps
         return convert_torchvision(state, source=str(path), eps=eps, class_names=class_names)
     if batchnorm_eps is not None:
         raise WeightsError(f"{source}: batchnorm_eps applies to torchvision weights only")
-    converter = convert_detectron2 if kind == "detectron2" else convert_detectron
-    return converter(state, source=str(path), class_names=class_names)
+    convert_state = convert_detectron2 if kind == "detectron2" else convert_detectron
+    return convert_state(state, source=str(path), class_names=class_names)
 
 
 def import_detector(
@@ -75,13 +71,12 @@ def import_detector(
     class_names: Sequence[str] = (),
     batchnorm_eps: float | None = None,
     allow_missing: Sequence[str] = (),
-    folder: Path | None = None,
 ) -> Imported:
     """Builds the detector of `KIND:FILE` or `KIND:NAME`; arguments as in `convert` and `fill`.
 
     Raises WeightsError if the file contains only a backbone, or does not fit the network.
     """
-    converted = convert(source, class_names=class_names, batchnorm_eps=batchnorm_eps, folder=folder)
+    converted = convert(source, class_names=class_names, batchnorm_eps=batchnorm_eps)
     if not is_detector(converted.weights):
         how = "train a detector from it with --model.backbone-weights FILE"
         raise WeightsError(f"{source}: a backbone without heads; {how}")
@@ -93,7 +88,7 @@ def import_detector(
 
 
 def with_backbone(
-    variables: Mapping[str, Any], model: ModelConfig, allow_missing: Sequence[str] = (), folder: Path | None = None
+    variables: Mapping[str, Any], model: ModelConfig, allow_missing: Sequence[str] = ()
 ) -> tuple[dict[str, Any], str]:
     """Replaces the backbone in `variables` by `model.backbone_weights`; also returns a log line about it.
 
@@ -106,10 +101,10 @@ def with_backbone(
             found = f"{model.input_normalisation}, for which no ImageNet weights of {model.backbone} are published"
             raise ConfigError(f"model.input_normalisation: {found}; use imagenet")
         kind, name = IMAGENET[key]
-        path, eps = fetch(NAMED[kind, name], folder), NAMED[kind, name].eps
+        path, eps = fetch(NAMED[kind, name]), NAMED[kind, name].eps
     else:
         kind = kind_of(model.backbone_weights) or ""
-        path, eps = find_weights(kind, model.backbone_weights.removeprefix(f"{kind}:"), folder)
+        path, eps = find_weights(kind, model.backbone_weights.removeprefix(f"{kind}:"))
     converted = convert_backbone(read_weights(path), source=str(path), eps=eps, kind=kind)
     weights = {name: array for name, array in converted.weights.items() if name.startswith("backbone/")}
     pixels, stride = (converted.changes[f"model.{name}"] for name in ("input_normalisation", "stride_position"))

@@ -95,7 +95,7 @@ IMAGENET = {(name, True): ("torchvision", name) for name in ARCHITECTURES} | {
 """(backbone, whether model.input_normalisation is "imagenet") to (kind, name)."""
 
 
-def find_weights(kind: str, name_or_file: str, folder: Path | None = None) -> tuple[Path, float]:
+def find_weights(kind: str, name_or_file: str) -> tuple[Path, float]:
     """Returns a weight file and the epsilon of its BatchNorms; downloads the file if it is a name of this kind.
 
     An existing file takes precedence over a name. Published files are recognised by their hash; one with the name of a
@@ -108,7 +108,7 @@ def find_weights(kind: str, name_or_file: str, folder: Path | None = None) -> tu
             known = ", ".join(name for k, name in NAMED if k == kind)
             names = f", and no name; the names of {kind} are {known}" if known else ""
             raise WeightsError(f"{path}: no such file{names}")
-        return fetch(named, folder), named.eps
+        return fetch(named), named.eps
     digest = sha256_of(path)
     for named in NAMED.values():
         if path.name == named.file:

@@ -15,19 +15,8 @@ import numpy as np
 from retina_jax.data.classes import COCO_CATEGORIES
 from retina_jax.errors import WeightsError
 from retina_jax.presets import PRESETS
-from retina_jax.weights.converted import (
-    CONV,
-    LEAF,
-    NORM,
-    STATISTIC,
-    Converted,
-    Rule,
-    architecture,
-    class_count,
-    is_detector,
-    renamed,
-    with_epsilon,
-)
+from retina_jax.weights import converted
+from retina_jax.weights.converted import CONV, LEAF, NORM, STATISTIC, Converted, Rule
 
 BACKGROUND = "__background__"
 COCO_OUTPUTS = 91
@@ -76,13 +65,13 @@ def convert_torchvision(
     `class_names`: one per column, or one per column except the first, which then is the background. Empty: COCO's if there
     are 91 columns, else "class 0" and so on.
     """
-    weights = with_epsilon(renamed(state_dict, RULES, source), eps)
-    changes = architecture(weights, source)
-    if not is_detector(weights):
+    weights = converted.with_epsilon(converted.renamed(state_dict, RULES, source), eps)
+    changes = converted.architecture(weights, source)
+    if not converted.is_detector(weights):
         kind = {"model.stride_position": "3x3", "model.input_normalisation": "imagenet", "model.norm": "frozen"}
         return Converted(weights, changes | kind, (), ())
     preset = "torchvision_v2" if changes["model.head_norm"] == "group" else "torchvision_v1"
-    names, ids = classes(class_count(weights, source), class_names, source)
+    names, ids = classes(converted.class_count(weights, source), class_names, source)
     return Converted(weights, {**PRESETS[preset], "data.jitter_short_sides": (), **changes}, names, ids)
 
 

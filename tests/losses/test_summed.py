@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retina_jax import cpu
 from retina_jax.config import LossConfig
-from retina_jax.cpu import tiles
 from retina_jax.losses import fused
 from retina_jax.losses.focal import classification_loss
 from retina_jax.losses.fused import summed, sums_and_gradient, value_and_gradient
@@ -52,10 +52,10 @@ def plainly(loss: LossConfig, logits: jax.Array, labels: jax.Array, weights: jax
 def test_tiles_and_one_pass_give_the_plain_sum_and_gradient(
     kind: str, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiles, "TILE", 64)  # tiles of a few anchors, the last one mostly incomplete
+    monkeypatch.setattr(cpu, "TILE", 64)  # tiles of a few anchors, the last one mostly incomplete
     logits, labels = case(*shape)
     sums, gradient = plainly(KINDS[kind], logits, labels, jnp.ones(shape[0]))
-    for form in (tiles.in_tiles, sums_and_gradient.__wrapped__):
+    for form in (cpu.in_tiles, sums_and_gradient.__wrapped__):
         found = jax.jit(functools.partial(form, value_and_gradient(KINDS[kind])))(logits, labels)
         np.testing.assert_allclose(found[0], sums, rtol=1e-5)
         np.testing.assert_allclose(found[1], gradient, rtol=1e-5, atol=1e-8)
@@ -112,7 +112,7 @@ def test_every_anchor_counts_once_whatever_the_tile(
     weights = jnp.arange(1.0, images + 1)
     sums, gradient = plainly(LossConfig(), logits, labels, weights)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "TILE", tile)
+        patch.setattr(cpu, "TILE", tile)
         of_images = summed(LossConfig())
         value, pull_back = jax.vjp(lambda logits: of_images(logits, labels), logits)
     np.testing.assert_allclose(value, sums, rtol=1e-5)
