@@ -1,7 +1,5 @@
 """The command line that all scripts share: options read by tyro, one line for every error, JAX's compilation cache."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import dataclasses

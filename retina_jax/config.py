@@ -7,8 +7,6 @@ Table 1) and, where the paper is silent, those of its authors' code (Detectron).
 `option` holds what is known about a field besides its type; `config_io` reads it, and has the rules between fields.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, Literal
 

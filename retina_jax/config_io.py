@@ -1,7 +1,5 @@
 """Reads, checks, changes and writes configs: Python files, dotted overrides, JSON; and what a resumed run may change."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import difflib

@@ -1,7 +1,5 @@
 """Lines for the person who watches a run: messages, warnings and progress on the standard output; and names of hardware."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform
@@ -15,8 +13,7 @@ from retina_jax.errors import one_line
 
 T = TypeVar("T")
 BAR = 20  # columns of a progress bar
-SECONDS_IN_TERMINAL, SECONDS_IN_LOG = 0.2, 15.0
-"""Time between two reports of `track`, on a terminal and in a log file."""
+SECONDS_IN_TERMINAL, SECONDS_IN_LOG = 0.2, 15.0  # time between two reports of `track`, on a terminal and in a log file
 
 
 def log(line: str) -> None:

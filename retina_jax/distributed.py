@@ -8,8 +8,6 @@ machine (JAX 0.10.2, gloo): host 0 ended within 2 seconds of host 1 inside a col
 within a second of host 0. The status was LOST, or SIGABRT where JAX ended it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pickle
@@ -22,7 +20,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 import jax
 import numpy as np
@@ -182,7 +180,7 @@ class Interruption:
         self._number, self._checks = 0, 0
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # only there may Python handle signals
             # On several hosts JAX handles SIGTERM: it notifies the others and agrees with them on where to stop.
             for number in (signal.SIGINT,) if is_multihost() else (signal.SIGINT, signal.SIGTERM):

@@ -1,7 +1,5 @@
 """Errors that end a script with one line instead of a traceback, and how any error becomes one line."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

@@ -9,8 +9,6 @@ one of these systems select its preset (`retina_jax.weights`).
 docs/conventions.md has the differences that remain.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -10,8 +10,6 @@ Maps are padded by one zero on all sides, the stride is 1. Both gradients use th
 convolution with the rotated kernel, the kernel's a product over all blocks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -22,8 +20,7 @@ Matrix = Sequence[Sequence[float]]
 OF_MAP: Matrix = ((1.0, 0.0, -1.0, 0.0), (0.0, 1.0, 1.0, 0.0), (0.0, -1.0, 1.0, 0.0), (0.0, 1.0, 0.0, -1.0))
 OF_KERNEL: Matrix = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 TO_OUTPUT: Matrix = ((1.0, 1.0, 1.0, 0.0), (0.0, 1.0, -1.0, -1.0))
-ROTATED = (3, 1, 2, 0)
-"""Order of a kernel's four numbers along a side after rotating the kernel by 180 degrees."""
+ROTATED = (3, 1, 2, 0)  # order of a kernel's four numbers along a side after rotating the kernel by 180 degrees
 
 
 def convolution(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:

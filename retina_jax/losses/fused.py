@@ -5,8 +5,6 @@ over each image at once, so the only array of the logits' size in memory is thei
 float32. On the CPU the pass runs in tiles (`retina_jax.cpu`).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from functools import partial

@@ -37,10 +37,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from retina_jax.ops.boxes import iou_matrix
 
-NEGATIVES = 3
-"""Negatives per positive in ohem_1_3 and ohem_1_3_strict (SSD)."""
-ROW = 512
-"""Anchors are padded to a multiple of this, for `_hardest`."""
+NEGATIVES = 3  # negatives per positive in ohem_1_3 and ohem_1_3_strict (SSD)
+ROW = 512  # anchors are padded to a multiple of this, for `_hardest`
 
 
 def mine(
@@ -74,8 +72,7 @@ def mine(
 
 
 class _Examples(NamedTuple):
-    hardness: Float[Array, " N"]
-    """Loss, or -inf for an anchor that is no example."""
+    hardness: Float[Array, " N"]  # loss, or -inf for an anchor that is no example
     positive: Bool[Array, " N"]
     boxes_xyxy: Float[Array, "N 4"]
     iou_threshold: float

@@ -50,10 +50,8 @@ class ImageLosses(NamedTuple):
 
     classification: Float32[Array, " B"]
     """Classification loss, over all classes and all anchors that are not ignored; with mining, over the mined anchors."""
-    box: Float32[Array, " B"]
-    """Box loss over the positive anchors and 4 coordinates, not yet multiplied by box_weight."""
-    positives: Float32[Array, " B"]
-    """Number of positive anchors."""
+    box: Float32[Array, " B"]  # box loss over the positive anchors and 4 coordinates, not yet multiplied by box_weight
+    positives: Float32[Array, " B"]  # number of positive anchors
     averaged_over: Float32[Array, " B"]
     """n_i of the classification loss: number of positive anchors or, with mining_normaliser minibatch, of mined anchors."""
 

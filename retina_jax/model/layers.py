@@ -13,10 +13,8 @@ from jaxtyping import Array, Float
 from retina_jax.cpu import convolution, on_cpu
 
 FLOAT32 = np.dtype("float32")
-EPSILON = 1e-5
-"""Added to every variance, as in the systems whose weights are imported."""
-MOMENTUM = 0.9
-"""Weight of the old running statistics in each step."""
+EPSILON = 1e-5  # added to every variance, as in the systems whose weights are imported
+MOMENTUM = 0.9  # weight of the old running statistics in each step
 
 
 def largest_divisor(number: int, at_most: int) -> int:

@@ -18,12 +18,9 @@ from retina_jax.model.layers import Conv, Norm, largest_divisor, relu
 class Architecture(NamedTuple):
     """The settings in which the backbones differ."""
 
-    blocks: tuple[int, int, int, int]
-    """Blocks of C2, C3, C4, C5."""
-    bottleneck: bool
-    """1x1, 3x3, 1x1 convolutions, the last with four times the channels; otherwise 3x3, 3x3."""
-    groups: int = 1
-    """Groups of the bottleneck's 3x3 convolution."""
+    blocks: tuple[int, int, int, int]  # blocks of C2, C3, C4, C5
+    bottleneck: bool  # 1x1, 3x3, 1x1 convolutions, the last with four times the channels; otherwise 3x3, 3x3
+    groups: int = 1  # groups of the bottleneck's 3x3 convolution
     inner: int = 1
     """Channels of the bottleneck's 3x3 convolution divided by the stage's width: 32 groups of 8 are 4 times 64."""
 

@@ -20,8 +20,7 @@ class Outputs(NamedTuple):
 
     logits: Float[Array, "B A K"]
     """Class logits: the sigmoid of each is an independent probability; there is no background class."""
-    deltas: Float[Array, "B A 4"]
-    """Box deltas (dx, dy, dw, dh) relative to the anchor."""
+    deltas: Float[Array, "B A 4"]  # box deltas (dx, dy, dw, dh) relative to the anchor
 
 
 class RetinaNet(nn.Module):

@@ -1,7 +1,5 @@
 """The cost of a network in operations, counted without running it, and its numbers of trained and frozen parameters."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterator, Mapping

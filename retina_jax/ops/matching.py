@@ -10,17 +10,14 @@ from jaxtyping import Array, Float, Int
 from retina_jax.config import MatchingConfig
 from retina_jax.ops.boxes import iou_matrix
 
-BACKGROUND = -1
-"""Label of a background anchor: all K targets are 0."""
-IGNORED = -2
-"""Label of an anchor that is not trained."""
+BACKGROUND = -1  # label of a background anchor: all K targets are 0
+IGNORED = -2  # label of an anchor that is not trained
 
 
 class Matches(NamedTuple):
     """The training target of each anchor of an image."""
 
-    labels: Int[Array, " A"]
-    """Class k >= 0 of a positive anchor, or BACKGROUND, or IGNORED."""
+    labels: Int[Array, " A"]  # class k >= 0 of a positive anchor, or BACKGROUND, or IGNORED
     box_index: Int[Array, " A"]
     """Box with the largest IoU, the first of equal ones. Only valid where labels >= 0."""
 

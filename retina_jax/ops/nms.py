@@ -10,13 +10,11 @@ from retina_jax.ops.boxes import iou_matrix
 
 CHUNK = 1024
 """Boxes sorted at once. Sorting all would cost more than everything else, and is seldom needed."""
-BLOCK = 64
-"""Boxes compared with the kept ones at once."""
+BLOCK = 64  # boxes compared with the kept ones at once
 
 
 class _Kept(NamedTuple):
-    number: Int[Array, ""]
-    """May exceed D in the last block; boxes beyond D are dropped."""
+    number: Int[Array, ""]  # may exceed D in the last block; boxes beyond D are dropped
     index: Int[Array, " D"]
     boxes_xyxy: Float[Array, "D 4"]
     labels: Int[Array, " D"]

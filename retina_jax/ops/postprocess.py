@@ -12,19 +12,15 @@ from retina_jax.config import DetectionConfig
 from retina_jax.ops.boxes import clip, decode
 from retina_jax.ops.nms import nms
 
-PADDING = -1
-"""Label of the empty rows of `Detections`."""
+PADDING = -1  # label of the empty rows of `Detections`
 
 
 class Detections(NamedTuple):
     """Detected objects of each image, best first; the rows after the last one are padding."""
 
-    boxes_xyxy: Float32[Array, "B D 4"]
-    """Pixels of the padded image, inside the image; 0 on padding."""
-    scores: Float32[Array, "B D"]
-    """Probability of the class, above the threshold; 0 on padding."""
-    labels: Int[Array, "B D"]
-    """Class 0 to K - 1; PADDING (-1) on padding."""
+    boxes_xyxy: Float32[Array, "B D 4"]  # pixels of the padded image, inside the image; 0 on padding
+    scores: Float32[Array, "B D"]  # probability of the class, above the threshold; 0 on padding
+    labels: Int[Array, "B D"]  # class 0 to K - 1; PADDING (-1) on padding
 
 
 def detect(

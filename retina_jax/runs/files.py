@@ -1,7 +1,5 @@
 """Files of a run: atomic writes, a lock, and checksums that find what a faulty disk has changed."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

@@ -1,7 +1,5 @@
 """A run's folder: its config, its lock, its list of checkpoints, and the summary that training writes at the end."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -32,10 +30,8 @@ class Run:
     folder: Path
     config: Config
     class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    """COCO category id of each class."""
-    data_sha256: str | None = None
-    """Checksum of the training data's sizes, boxes and labels."""
+    category_ids: tuple[int, ...]  # COCO category id of each class
+    data_sha256: str | None = None  # checksum of the training data's sizes, boxes and labels
     num_microbatches: int | None = None
     """Number of micro-batches that a batch is split into: devices times training.accumulate."""
 

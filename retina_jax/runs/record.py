@@ -1,7 +1,5 @@
 """What a run has measured, read from its folder: metrics, evaluations, summary."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass
@@ -29,18 +27,13 @@ class Record:
 
     folder: Path
     config: Config
-    categories: list[Category]
-    """Id and name of each class."""
-    saved: dict[str, Any]
-    """The contents of config.json: command, commit, versions, facts, changes."""
-    windows: list[dict[str, Any]]
-    """The training lines of metrics.jsonl, by step."""
-    evaluations: dict[int, dict[str, Any]]
-    """By step, the evaluations with the run's own settings."""
+    categories: list[Category]  # id and name of each class
+    saved: dict[str, Any]  # the contents of config.json: command, commit, versions, facts, changes
+    windows: list[dict[str, Any]]  # the training lines of metrics.jsonl, by step
+    evaluations: dict[int, dict[str, Any]]  # by step, the evaluations with the run's own settings
     variants: list[tuple[int, dict[str, Any]]]
     """(step, scores) of evaluations with other settings, by step; `settings` of the scores are those that differ."""
-    summary: dict[str, Any] | None
-    """summary.json; None: the run has not ended."""
+    summary: dict[str, Any] | None  # summary.json; None: the run has not ended
 
     @property
     def step(self) -> int:

@@ -5,8 +5,6 @@ The state is the same on every device, so one host can write it all. A step is w
 renamed once the disk has it: a kill or a power cut leaves it complete or absent.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import shutil
@@ -15,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, Self, TypeVar
 
 import jax
 import numpy as np
@@ -31,8 +29,7 @@ from retina_jax.runs.files import CHECKSUMS, DiskError, damage, sync, write_chec
 from retina_jax.runs.folder import best_step, saved_ap, saved_steps
 
 T = TypeVar("T")
-Step = int | Literal["best"] | None
-"""A saved step: its number, "best" by AP, or None, the newest."""
+Step = int | Literal["best"] | None  # A saved step: its number, "best" by AP, or None, the newest
 
 LEFTOVERS = ("saving", "deleting-*", "*.orbax-checkpoint-tmp*")
 """What a kill may leave behind. None of it is named by a number, so it is never read as a checkpoint."""
@@ -53,7 +50,7 @@ class Checkpoints:
         self._failure = ""
         self._interrupted = False
 
-    def __enter__(self) -> Checkpoints:
+    def __enter__(self) -> Self:
         if not self._read_only and distributed.is_primary():
             self._clear()
         return self

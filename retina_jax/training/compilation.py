@@ -1,7 +1,5 @@
 """Compiles the training step: reports time and memory of each program, and warns of programs that should not be needed."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import sys
@@ -29,8 +27,7 @@ class Memory(NamedTuple):
     """Bytes that a program occupies on each device while it runs, as XLA reports them."""
 
     arguments: int
-    results: int
-    """Without those in the buffer of an argument (donated)."""
+    results: int  # without those in the buffer of an argument (donated)
     temporaries: int
     code: int
 

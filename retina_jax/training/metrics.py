@@ -1,7 +1,5 @@
 """Collects the metrics of training steps, writes them to metrics.jsonl, and stops a run whose loss is not finite."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Opens a run's folder: writes config.json, and checks that a run that is already there is the same experiment."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import platform

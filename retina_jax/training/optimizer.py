@@ -1,7 +1,5 @@
 """The paper's optimizer (Section 4.1, Optimization) in optax."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

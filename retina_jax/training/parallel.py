@@ -5,8 +5,6 @@ construction. Under pmap it is written for the images of one device, and sums go
 replicated, images are split over the one axis `data`. Inference has no sums over images: each device processes its own.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Callable

@@ -4,8 +4,6 @@ RUN/profile/plugins/profile/TIME/ then holds `*.xplane.pb` (TensorBoard with the
 and `perfetto_trace.json.gz` (https://ui.perfetto.dev, chrome://tracing).
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from pathlib import Path

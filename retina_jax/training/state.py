@@ -1,7 +1,5 @@
 """What a training step changes, and its checksum."""
 
-from __future__ import annotations
-
 import hashlib
 from typing import Any, Literal
 
@@ -18,19 +16,13 @@ from retina_jax.losses.total import EMA_START
 class TrainState:
     """State of a run after `step` steps. The data order is a function of the step, so nothing else is needed to resume."""
 
-    step: Any
-    """Steps taken, int32 []."""
-    params: PyTree
-    """Trained parameters, float32."""
-    frozen: PyTree
-    """Parameters never trained: frozen BatchNorm and frozen stages."""
-    stats: PyTree
-    """Running statistics of model.norm "batch"; empty otherwise."""
+    step: Any  # steps taken, int32 []
+    params: PyTree  # trained parameters, float32
+    frozen: PyTree  # parameters never trained: frozen BatchNorm and frozen stages
+    stats: PyTree  # running statistics of model.norm "batch"; empty otherwise
     opt_state: optax.OptState
-    normaliser: Any
-    """float32 []: running mean of positive anchors per shard (loss.normaliser "ema")."""
-    skipped: Any
-    """int32 []: steps skipped so far because they were not finite (training.skip_non_finite)."""
+    normaliser: Any  # float32 []: running mean of positive anchors per shard (loss.normaliser "ema")
+    skipped: Any  # int32 []: steps skipped so far because they were not finite (training.skip_non_finite)
 
     @property
     def variables(self) -> dict[str, PyTree]:
@@ -51,8 +43,7 @@ class TrainState:
 class AveragedState(TrainState):
     """A state that also averages parameters and statistics (optimizer.ema_decay). Other checkpoints lack the field."""
 
-    ema: PyTree
-    """Exponential moving averages of `params` and `stats`, by these names."""
+    ema: PyTree  # exponential moving averages of `params` and `stats`, by these names
 
     @property
     def everything(self) -> dict[str, PyTree]:

@@ -1,10 +1,8 @@
 """One training step as a pure function. `parallel.py` compiles it and runs it over many devices."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +35,7 @@ class Inputs(NamedTuple):
     """False for an image that could not be read: it adds nothing to the loss (its black pixels do enter BatchNorm)."""
 
     @classmethod
-    def of(cls, batch: Any) -> Inputs:
+    def of(cls, batch: Any) -> Self:
         """Returns the fields of a `data.pipeline.Batch` that are sent."""
         return cls(*(getattr(batch, name) for name in cls._fields))
 

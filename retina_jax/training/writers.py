@@ -1,7 +1,5 @@
 """Writes metrics and pictures to TensorBoard and to Weights & Biases; metrics.jsonl has all numbers as well."""
 
-from __future__ import annotations
-
 import contextlib
 import secrets
 import socket
@@ -20,8 +18,7 @@ from retina_jax.errors import one_line, reason
 from retina_jax.runs.files import read_json
 from retina_jax.runs.folder import Run, record_fact
 
-FACT = "wandb_id"
-"""Name in config.json's facts of the id by which a resumed run continues the same curves."""
+FACT = "wandb_id"  # name in config.json's facts of the id by which a resumed run continues the same curves
 
 
 class Board:

@@ -1,7 +1,5 @@
 """What the converters share: renaming, BatchNorms, and the config that a network's tensors imply."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +20,7 @@ CONV = {"weight": "kernel", "bias": "bias"}
 NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
 LEAF = r"(?P<leaf>weight|bias)"
 STATISTIC = r"(?P<leaf>weight|bias|running_mean|running_var)"
-MOST_NAMES = 10
-"""Largest number of names per kind in an error; the others are counted."""
+MOST_NAMES = 10  # largest number of names per kind in an error; the others are counted
 
 
 @dataclass(frozen=True)
@@ -32,12 +29,9 @@ class Converted:
 
     weights: dict[str, np.ndarray]
     """Path without its collection ("backbone/stem/conv/kernel") to array; kernels are HWIO."""
-    changes: dict[str, Any]
-    """Dotted config fields that the weights need, relative to the defaults."""
-    class_names: tuple[str, ...]
-    """One per column of the class head; empty for a backbone."""
-    category_ids: tuple[int, ...]
-    """COCO category id of each class."""
+    changes: dict[str, Any]  # dotted config fields that the weights need, relative to the defaults
+    class_names: tuple[str, ...]  # one per column of the class head; empty for a backbone
+    category_ids: tuple[int, ...]  # COCO category id of each class
 
 
 def renamed(weights: Mapping[str, np.ndarray], rules: Sequence[Rule], source: str) -> dict[str, np.ndarray]:

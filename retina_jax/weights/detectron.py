@@ -4,8 +4,6 @@ Head channels keep each system's order, which `anchors.style` reproduces: Detect
 octave, detectron2 the ratios within each size.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 

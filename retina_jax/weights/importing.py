@@ -1,7 +1,5 @@
 """Turns `KIND:FILE` into a config and variables: detectors trained by other systems, and backbones to start from."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,15 +26,13 @@ KINDS = ("torchvision", "timm", "detectron2", "detectron")  # timm's ResNets hav
 class Imported:
     """A detector trained by another system, as this package runs it."""
 
-    source: str
-    """KIND:FILE."""
+    source: str  # KIND:FILE
     config: Config
     """All fields that the weights need; `model.num_classes` is None, so that it can be trained on other classes."""
     variables: dict[str, Any]
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
-    missing: tuple[str, ...]
-    """Paths that were allowed to be missing from the file, with random values."""
+    missing: tuple[str, ...]  # paths that were allowed to be missing from the file, with random values
 
 
 def kind_of(source: str) -> str | None:

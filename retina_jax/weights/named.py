@@ -3,8 +3,6 @@
 They are downloaded once, to ~/.cache/retina_jax/weights. No other file is ever loaded from the network.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib
@@ -32,12 +30,9 @@ class Named:
     """A published file."""
 
     url: str
-    file: str
-    """Its name in the cache."""
-    sha256: str = ""
-    """First hex digits of its hash; empty if its publisher gives none."""
-    eps: float = 1e-5
-    """Epsilon of its BatchNorms."""
+    file: str  # its name in the cache
+    sha256: str = ""  # first hex digits of its hash; empty if its publisher gives none
+    eps: float = 1e-5  # epsilon of its BatchNorms
 
 
 _FACEBOOK = "https://dl.fbaipublicfiles.com"

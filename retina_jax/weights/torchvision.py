@@ -5,8 +5,6 @@ class head keeps all its columns, and a label is a column, as in torchvision. Th
 from 0: the background, which no box has, and ten ids that COCO does not use.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 
