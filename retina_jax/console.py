@@ -34,7 +34,7 @@ class Progress:
     """
 
     def __init__(self, task: str, total: int, done: int = 0, transient: bool = False) -> None:
-        """`done` steps of `total` are done already. A `transient` bar disappears at the end."""
+        """Starts with `done` steps of `total`. A `transient` bar disappears at the end."""
         self._task, self._total, self._first, self._bar = task, total, True, None
         self._since = done, time.monotonic()
         if sys.stdout is None or not sys.stdout.isatty():

@@ -16,7 +16,7 @@ import tyro
 from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.model.summary import parameter_table
 from retina_jax.training.restore import make_run
-from retina_jax.weights.filling import report
+from retina_jax.weights.converted import report
 from retina_jax.weights.importing import import_detector
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     run = make_run(imported, arguments.workdir)
     print(parameter_table(imported.variables))
     if imported.missing:
-        print("warning: " + report("missing and left random", imported.missing))
+        print("warning: " + report({"missing and left random": imported.missing}))
     print(f"{len(imported.class_names)} classes; {arguments.weights} is step 0 of {run.folder}")
 
 

@@ -45,7 +45,7 @@ PAPER = Path(__file__).parents[1] / "configs" / "paper_r50_600.py"
 
 @dataclass(frozen=True)
 class Arguments:
-    """Options of this script; all others are fields of the config."""
+    """The options of this script; all others are fields of the config."""
 
     workdir: Path
     """Folder of the run; created if missing, resumed if it holds a run."""
@@ -62,7 +62,7 @@ class Arguments:
 
 
 def main() -> None:
-    """Read the command line and train."""
+    """Reads the command line and trains."""
     defaults = Arguments(workdir=tyro.MISSING, settings=config_of(sys.argv[1:], str(PAPER)))
     arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__)
     set_up_jax()
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: Sequence[str] = ()) -> None:
-    """The training loop. `step` counts the steps taken, including the current one; files are named after it."""
+    """Runs the training loop. `step` counts the steps taken, including the current one; files are named after it."""
     before = started_run(workdir)
     source, val_source, config = open_sources(config, before.categories if before else (), workdir)
     driver = Driver(config, config.model.num_classes)
@@ -131,7 +131,7 @@ def score_step(
     state: TrainState,
     step: int,
 ) -> None:
-    """Evaluate `state`, which is saved as `step`, and note its AP in the checkpoint and its scores in the metrics."""
+    """Evaluates `state`, which is saved as `step`; saves its AP with the checkpoint and its scores in the metrics."""
     detector = Detector.of(driver, state, run.class_names, run.category_ids)
     scores = evaluate(run, detector, source, step, check=partial(interruption.checked, step))
     checkpoints.score(step, scores.summary["AP"])
@@ -140,7 +140,7 @@ def score_step(
 
 
 def report_end(run: Run, state: TrainState, clock: Clock, batches: Batches) -> None:
-    """Write summary.json; log the last evaluation and the images of all hosts that were skipped or have one colour."""
+    """Writes summary.json; logs the last evaluation and the images of all hosts that were skipped or have one colour."""
     summary = finish_run(run, int(state.step), clock.seconds(), parameters_sha256(state.everything))
     if (evaluation := summary["evaluation"]) is not None:
         log(coco_table(Scores({name: evaluation[name] for name in SUMMARY}, evaluation["per_class"])))

@@ -128,10 +128,6 @@ def _for_winograd(x: Array, kernel: Array, stride: int, groups: int) -> bool:
     return fits and _wide(kernel) and x.shape[1] * x.shape[2] >= 1024
 
 
-def _forward(plain: Convolution, x: Array, kernel: Array, stride: int, groups: int) -> tuple[Array, tuple]:
-    return convolve(plain, x, kernel, stride, groups), (x, kernel)
-
-
 def _backward(
     plain: Convolution, stride: int, groups: int, saved: tuple[Array, Array], dy: Array
 ) -> tuple[Array, Array]:
@@ -165,4 +161,4 @@ def _backward(
     )
 
 
-convolve.defvjp(_forward, _backward)
+convolve.defvjp(lambda plain, x, kernel, *sizes: (convolve(plain, x, kernel, *sizes), (x, kernel)), _backward)

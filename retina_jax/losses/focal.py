@@ -1,11 +1,10 @@
 """Classification losses as the paper writes them: equations 1 to 8 (Section 3, Appendix A) and the hinge of Section 5.1.
 
-Training uses a faster form, `retina_jax.losses.fused`, which the tests compare with this file. Each
-function returns the loss of every logit, float32 [... K], not yet summed. Its gradient is JAX's derivative of the formula.
+Training uses a faster form, `retina_jax.losses.fused`, which the tests compare with this file. Each function returns the
+loss of every logit, float32 [... K], not yet summed. `losses.total` divides by the number of positive anchors.
 
-An anchor with label k >= 0 has y = 1 for class k and y = -1 for the other classes. BACKGROUND (-1) means y = -1 for
-all K classes. IGNORED (-2) makes alpha_t = 0, so the loss and its gradient are 0. The division by the number of
-positive anchors is in `retina_jax.losses.total`.
+An anchor with label k >= 0 has y = 1 for class k and y = -1 for the other classes. BACKGROUND (-1) means y = -1 for all K
+classes. IGNORED (-2) makes alpha_t = 0, so the loss and its gradient are 0.
 
 Logarithms and powers are taken in log space: log(p_t) = log_sigmoid(x_t) and log(1 - p_t) = log_sigmoid(-x_t). Values and
 gradients are then accurate and finite for every finite logit and every gamma >= 0. The naive (1 - p_t)^gamma has the

@@ -5,9 +5,8 @@ over each image at once, so the only array of the logits' size in memory is thei
 float32. On the CPU the pass runs in tiles (`retina_jax.cpu`).
 """
 
-import functools
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -122,5 +121,5 @@ def _hinge(x_t: Numbers, magnitude: Numbers, alpha_t: Numbers, *, margin: float)
 
 def _log1p(e: Numbers) -> Numbers:
     """Computes log(1 + e) for e from 0 to 1. XLA's log1p, for all e, takes three times as long on the CPU."""
-    numerator, denominator = (functools.reduce(lambda sum, c: sum * e + c, reversed(part)) for part in LOG1P_OVER_E)
+    numerator, denominator = (reduce(lambda sum, c: sum * e + c, reversed(part)) for part in LOG1P_OVER_E)
     return e * numerator / denominator

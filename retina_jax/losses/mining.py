@@ -4,28 +4,22 @@
 the highest-loss examples." In the 1:3 variant, "after applying nms to all examples, the minibatch is constructed to
 enforce a 1:3 ratio between positives and negatives". The paper leaves the rest open; the choices here are:
 
-- An example is an anchor, foreground or background, that is not ignored and whose loss is above 0.
-- Its score is its classification loss summed over the classes; of equal scores the lowest index comes first.
+- An example is an anchor that is not ignored and whose loss is above 0. Its score is its classification loss summed over
+  the classes; of equal scores the lowest index comes first.
 - NMS is greedy and class-agnostic, between the anchors themselves (the counterpart of OHEM's proposals). An anchor with an
   IoU of exactly the threshold stays.
 - The minibatch is per image. ohem: the `batch` hardest survivors. ohem_1_3: of the survivors the batch // 4 hardest
   positives, or all if there are fewer, and the hardest negatives that fill the minibatch. ohem_1_3_strict: the same
   positives, and 3 of the hardest negatives per positive, or 3 in an image without one. An image rarely has batch // 4
-  positives after NMS, so with the strict ratio the batch size changes nothing, while the paper's rows of 1:3 fall with it
-  (31.1, 28.3, 24.0).
-- The loss is divided as `retina_jax.losses.total` describes.
+  positives after NMS, so with the strict ratio the batch size changes nothing, while the paper's rows of 1:3 fall with it.
 - An infinite or NaN loss takes no part in NMS and is always in the sum, so that a diverged network shows.
 
-The result equals NMS among all 100k anchors followed by the choice, but only the survivors needed are computed:
-
-- ohem goes through the anchors by falling loss and stops when `batch` have survived.
-- ohem_1_3 also needs positives from the end of that order. An anchor survives if it is harder than every remaining anchor
-  that it overlaps, whatever happens elsewhere. So for each positive, hardest first, the search climbs to the hardest
-  remaining anchor it overlaps, and from there on, until none is harder. That anchor survives, those that it overlaps are
-  removed, and the next positive follows. The negatives are then found as for ohem.
-
-Each step is one row of IoUs and one search for the maximum: no A x A matrix, no sort. Most climbs take no step; if losses
-rise steadily over the image they take thousands.
+The result equals NMS among all 100k anchors followed by the choice, but only the survivors needed are computed. ohem goes
+through the anchors by falling loss and stops when `batch` have survived. ohem_1_3 also needs positives from the end of that
+order. An anchor survives if it is harder than every remaining anchor that it overlaps, whatever happens elsewhere. So for
+each positive, hardest first, the search climbs to the hardest remaining anchor it overlaps, and from there on, until none is
+harder. That anchor survives, those that it overlaps are removed, and the next positive follows. The negatives are then found
+as for ohem. Each step is one row of IoUs and one search for the maximum: no A x A matrix, no sort.
 """
 
 from typing import Literal, NamedTuple

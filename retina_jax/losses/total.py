@@ -6,9 +6,9 @@ mean (`ema`), others count over the batch (`global`). All have the form
 
     loss = sum_i w_i * (classification_i + box_weight * box_i) / D
 
-over the images i of the global batch. The device that holds image i knows its weight w_i (`image_weights`). The
-denominator D (`denominator`) needs only N, the number of positive anchors of the global batch. With n_i positive anchors
-in image i, S shards (devices times micro-batches) and B images in the global batch:
+over the images i of the global batch. The device of image i knows its weight w_i (`image_weights`); D (`denominator`) needs
+N, the number of positive anchors of the global batch. With n_i of them in image i, S shards (devices times micro-batches)
+and B images in the global batch:
 
     normaliser    w_i                                     D
     global        1                                       max(N, 1)
@@ -16,8 +16,8 @@ in image i, S shards (devices times micro-batches) and B images in the global ba
     per_device    1 / (max(n of i's shard, 1) S)          1
     ema           1                                       S e,   e <- 0.9 e + 0.1 max(N / S, 1)
 
-D depends on no parameter, so grad(loss) = grad(sum_i w_i loss_i) / D. A data-parallel step takes gradients of the weighted
-sum, adds gradients, sums and N over the devices in one all-reduce, and divides afterwards.
+D depends on no parameter, so grad(loss) = grad(sum_i w_i loss_i) / D: gradients, sums and N are added over the devices in
+one all-reduce, and divided afterwards.
 
 With mining (`retina_jax.losses.mining`) the classification loss is summed over the minibatch only. N, n_i and the box loss
 still count all anchors assigned to a box, as in SSD; the paper names no other divisor. OHEM averages over the minibatch:
@@ -68,8 +68,8 @@ def image_losses(
 ) -> ImageLosses:
     """Matches the anchors of each image and sums the classification loss of all (or the mined) anchors, and the box loss.
 
-    labels is -1 on padded boxes. Images are independent of each other. An image without boxes is all background: its box
-    loss and positives are 0. The sums are float32 in any dtype of logits and deltas.
+    labels is -1 on padded boxes. An image without boxes is all background: its box loss and positives are 0. The sums are
+    float32 in any dtype of logits and deltas.
     """
     boxes_xyxy, anchors = boxes_xyxy.astype(jnp.float32), jnp.asarray(anchors)
     matches = jax.vmap(partial(match, config=matching), in_axes=(None, 0, 0))(anchors, boxes_xyxy, labels)

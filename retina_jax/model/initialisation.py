@@ -1,7 +1,6 @@
 """Random initialisation of a network (Section 4.1, Initialization).
 
-Shapes come from `jax.eval_shape` and values from numpy: this is seconds faster than jitted threefry, and the same on every
-device and JAX version.
+Values come from numpy: this is seconds faster than jitted threefry, and the same on every device and JAX version.
 """
 
 import math

@@ -42,11 +42,7 @@ def relu(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
     return jnp.maximum(x, 0)
 
 
-def _relu_backward(y: Float[Array, "*N"], dy: Float[Array, "*N"]) -> tuple[Float[Array, "*N"]]:
-    return (jnp.where(y > 0, dy, 0),)
-
-
-relu.defvjp(lambda x: (relu(x),) * 2, _relu_backward)
+relu.defvjp(lambda x: (relu(x),) * 2, lambda y, dy: (jnp.where(y > 0, dy, 0),))
 
 
 @on_cpu(convolution.convolve)
@@ -55,8 +51,8 @@ def convolve(
 ) -> Float[Array, "B h w D"]:
     """Convolves x with k // 2 zeros of padding on all four sides, k odd: h = ceil(H / stride), w = ceil(W / stride).
 
-    Each of the groups maps c = C / groups neighbouring channels to D / groups. The padding is that of Caffe2 and PyTorch.
-    XLA's "SAME" pads an even side by (0, 1) for stride 2, which shifts the map by a pixel against imported weights.
+    Each of the groups maps c = C / groups neighbouring channels to D / groups. The padding is that of Caffe2 and PyTorch;
+    XLA's "SAME" pads an even side by (0, 1) for stride 2, which would shift the map by a pixel.
     """
     padding, layout = [(kernel.shape[0] // 2,) * 2] * 2, ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(
@@ -94,7 +90,7 @@ class Norm(nn.Module):
     kind "batch": with `train`, mean and var of the global batch (under pmap through `axis_name`), and the running statistics
     in `stats` move a tenth of the way to them; without `train`, the running statistics. The running variance is biased.
 
-    In a frozen stage (`frozen=True`) scale and bias move to `frozen`, and "batch" becomes "frozen".
+    With `frozen` scale and bias move to the collection `frozen`, and "batch" becomes "frozen".
     """
 
     kind: Literal["frozen", "group", "batch"]

@@ -27,8 +27,7 @@ class RetinaNet(nn.Module):
     """The network: `outputs = model.apply(variables, images, image_sizes)`.
 
     Its variables come from `initialisation.initialise` or from imported weights; `init` only gives zeros and ones of the
-    right shapes. For training with norm "batch":
-    `outputs, updates = model.apply(variables, images, image_sizes, train=True, mutable=["stats"])`.
+    right shapes. Training with norm "batch" needs `train=True, mutable=["stats"]`.
     """
 
     config: ModelConfig

@@ -1,10 +1,8 @@
 """Anchor boxes (Section 4, Anchors).
 
-Anchors depend only on shapes and configuration. They are computed in numpy and enter a compiled program as a constant.
-Anchors that reach out of the image are kept; anchors over the padding are background.
-
-Row n of the grid belongs to row n of the logits [A K]. The order is: level (finest first), row, column, anchor of the
-cell, because each level's map (H, W, a * K) is reshaped to (H * W * a, K).
+They are computed in numpy and enter a compiled program as a constant. Anchors that reach out of the image are kept; anchors
+over the padding are background. Row n of the grid belongs to row n of the logits [A K]. The order is: level (finest first),
+row, column, anchor of the cell, because each level's map (H, W, a * K) is reshaped to (H * W * a, K).
 """
 
 import functools

@@ -1,8 +1,7 @@
 """Boxes: overlap, the R-CNN parameterisation and clipping.
 
-A box is (x1, y1, x2, y2) in pixels, continuous and half-open: its width is x2 - x1, without the "+1" of Detectron's
-inclusive pixels. Functions are elementwise over leading dimensions (except `iou_matrix`) and compute in the dtype of
-their arguments, usually float32.
+A box is (x1, y1, x2, y2) in pixels, half-open: its width is x2 - x1, without the "+1" of Detectron. Functions are
+elementwise over leading dimensions (except `iou_matrix`) and compute in the dtype of their arguments, usually float32.
 """
 
 import math
@@ -22,9 +21,8 @@ def iou_matrix(
 ) -> Float[Array, "N M"]:
     """Returns the intersection over union of every a with every b, in [0, 1].
 
-    Boxes that only touch have IoU 0, and so do two boxes without area (x2 <= x1 or y2 <= y1). Every operation is rounded
-    to the dtype, as in numpy and detectron2, in every program: which anchors tie for the largest IoU depends on the last
-    bit.
+    Boxes that only touch have IoU 0, and so do two boxes without area (x2 <= x1 or y2 <= y1). Every operation is rounded to
+    the dtype, as in numpy and detectron2: which anchors tie for the largest IoU depends on the last bit.
     """
     ax1, ay1, ax2, ay2 = (side[:, None] for side in jnp.asarray(a_xyxy).T)
     bx1, by1, bx2, by2 = (side[None, :] for side in jnp.asarray(b_xyxy).T)

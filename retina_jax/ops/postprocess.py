@@ -85,11 +85,9 @@ def best_logits(
     Equals `lax.top_k` of the flattened logits, including the order of equal ones (by anchor, then class), without sorting
     all A * K: sort the A anchors by their best class, keep the first k anchors, and sort their k * K logits.
 
-    Nothing is lost. Suppose logit e, among the k largest, is on an anchor that was not kept. Then k anchors come before its
-    anchor, and the best logit of each is larger than e, or equal to it with a lower anchor index. So k logits come before
-    e: a contradiction. The kept anchors are sorted by index so that equal logits come out in order.
-
-    Logits have the order of their scores, because the sigmoid is monotone, and still differ where it saturates.
+    Nothing is lost: if a logit were on an anchor that was not kept, the best logits of k anchors would come before it. The
+    kept anchors are sorted by index so that equal logits come out in order. Logits have the order of their scores, because
+    the sigmoid is monotone, and still differ where it saturates.
     """
     anchors, classes = logits.shape
     _, kept = lax.top_k(logits.max(axis=1), min(top_k, anchors))

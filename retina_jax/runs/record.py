@@ -100,8 +100,7 @@ def _is_score(value: object) -> bool:
 def read_test_dev(folder: Path) -> dict[str, float]:
     """Returns the scores of COCO's evaluation server in percent, by AP, AP50, AP75, APs, APm, APl; empty without FILE.
 
-    FILE holds fractions, by these names or the server's (SERVER_NAMES); AP is required, other keys are ignored. Raises
-    ConfigError if it is not a JSON object, lacks AP, or holds a score that is not a number from 0 to 1.
+    FILE holds fractions, by these names or the server's; AP is required, other keys are ignored. Raises ConfigError.
     """
     file = folder / FILE
     if not file.is_file():

@@ -1,8 +1,7 @@
 """Checkpoints: host 0 writes them in a thread next to training; every host reads them and checks them first.
 
-RUN/checkpoints/STEP holds a saved step: state/ (orbax), checksums.json, and metrics/metrics with the AP after evaluation.
-The state is the same on every device, so one host can write it all. A step is written under RUN/checkpoints/saving and
-renamed once the disk has it: a kill or a power cut leaves it complete or absent.
+RUN/checkpoints/STEP holds state/ (orbax), checksums.json, and metrics/metrics with the AP. A step is written under
+RUN/checkpoints/saving and renamed once the disk has it: a kill or a power cut leaves it complete or absent.
 """
 
 import contextlib
@@ -29,7 +28,7 @@ from retina_jax.runs.files import CHECKSUMS, DiskError, damage, sync, write_chec
 from retina_jax.runs.folder import best_step, saved_ap, saved_steps
 
 T = TypeVar("T")
-Step = int | Literal["best"] | None  # A saved step: its number, "best" by AP, or None, the newest
+Step = int | Literal["best"] | None  # a saved step: its number, "best" by AP, or None, the newest
 
 LEFTOVERS = ("saving", "deleting-*", "*.orbax-checkpoint-tmp*")
 """What a kill may leave behind. None of it is named by a number, so it is never read as a checkpoint."""

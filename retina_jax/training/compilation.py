@@ -24,7 +24,7 @@ Kinds = dict[str, tuple[Any, Any]]  # what a program depends on, by array: shape
 
 
 class Memory(NamedTuple):
-    """Bytes that a program occupies on each device while it runs, as XLA reports them."""
+    """The bytes that a program occupies on each device while it runs, as XLA reports them."""
 
     arguments: int
     results: int  # without those in the buffer of an argument (donated)
@@ -44,15 +44,13 @@ class CompiledStep:
     dtype, a batch size, a sharding), and one is logged for each padded shape beyond the expected number.
 
     The shapes in `ahead` are compiled with the first one, so that a rare shape does not interrupt the run later; not in
-    parallel with steps, which would disturb the measurements by which XLA chooses programs on GPUs.
-
-    Raises OutOfMemory in compiling and in running; `errors.ending` handles what the device reports later.
+    parallel with steps, which would disturb XLA's measurements on GPUs. Raises OutOfMemory in compiling and in running.
     """
 
     def __init__(
         self, step: Any, num_shapes: int, announce: Callable[[str], None] = log, ahead: Sequence[Shape] = ()
     ) -> None:
-        """`step`: a jax.jit or jax.pmap of (state, inputs) to (state, metrics). `num_shapes` padded shapes are expected."""
+        """Takes a jax.jit or jax.pmap of (state, inputs) to (state, metrics), and the expected number of padded shapes."""
         self._step, self._expected, self._announce, self._ahead = step, num_shapes, announce, ahead
         self._signatures: dict[Shape, list[Any]] = {}  # the latest of each padded shape
         self._memory: dict[Shape, Memory | None] = {}

@@ -46,10 +46,9 @@ def schedule_warning(config: Config) -> str | None:
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Returns the gradient transformation, which applies the learning rate of `schedule` last.
 
-    sgd: g <- clip(g) + decay * w;  v <- momentum * v + g;  w <- w - rate * v. The decay enters the gradient before the
-    momentum (L2 regularisation, not decoupled), and the rate multiplies the velocity afterwards, so a lower rate takes
-    effect at once. Biases and normalisation parameters (every leaf not named `kernel`) take `bias_learning_rate_factor`
-    times the rate. Normalisation parameters do not decay; biases of convolutions do with `decay_biases`.
+    sgd: g <- clip(g) + decay * w;  v <- momentum * v + g;  w <- w - rate * v. The decay is not decoupled, and a lower rate
+    takes effect at once. Every leaf not named `kernel` (biases, normalisation) takes `bias_learning_rate_factor` times the
+    rate. Normalisation parameters do not decay; biases of convolutions do with `decay_biases`.
     """
     decay = optax.add_decayed_weights(config.weight_decay, partial(_decayed, biases=config.decay_biases))
     if config.name == "sgd":

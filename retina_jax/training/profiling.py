@@ -20,7 +20,7 @@ class Profiler(contextlib.AbstractContextManager):
 
     It waits for the device before the first step and after the last one, so that the trace holds exactly these steps. A run
     that resumes or ends inside the window, also by an exception, traces its part. If the trace cannot be written, the run
-    continues with a warning. The first step of a padded shape compiles, and its trace shows the compiler: choose later ones.
+    continues with a warning. Choose later steps than the first of a padded shape, which compiles.
     """
 
     def __init__(self, run_folder: Path, window: tuple[int, int] | None, announce: Callable[[str], None] = log) -> None:

@@ -24,8 +24,8 @@ FACT = "wandb_id"  # name in config.json's facts of the id by which a resumed ru
 class Board:
     """The event file of TensorBoard. If it cannot be written, it ends with a warning and the run continues.
 
-    It is written by tensorboardX's RecordWriter and not by its SummaryWriter, whose thread ends at the first write error: a
-    few values later, once its queue is full, the run would wait for ever (tried with tensorboardX 2.6.5).
+    Not by tensorboardX's SummaryWriter: its thread ends at the first write error, and once its queue is full, the run would
+    wait for ever (tried with tensorboardX 2.6.5).
     """
 
     def __init__(self, folder: Path, start_step: int) -> None:
@@ -89,8 +89,7 @@ class Board:
 class WeightsAndBiases:
     """The run's curves and pictures in the project `training.wandb`. After an error it ends with a warning.
 
-    wandb is imported only here, and its own settings hold: WANDB_MODE=offline writes RUN/wandb, to be sent later by
-    `wandb sync`; WANDB_ENTITY and WANDB_API_KEY are wandb's.
+    wandb's own settings hold: WANDB_MODE=offline writes RUN/wandb, to be sent later by `wandb sync`.
     """
 
     def __init__(self, run: Run) -> None:

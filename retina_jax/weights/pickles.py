@@ -2,7 +2,7 @@
 
 Three things make a hostile file harmless: `scan` checks every opcode before anything is built; `Unpickler.find_class` gives
 stand-ins for the allowed names and never looks a name up in a module; a budget limits what the stand-ins copy. All functions
-raise ValueError with the reason; `readers` adds the file's name.
+raise ValueError with the reason.
 """
 
 import io
