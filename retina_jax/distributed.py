@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -180,7 +180,7 @@ class Interruption:
         self._number, self._checks = 0, 0
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():  # only there may Python handle signals
             # On several hosts JAX handles SIGTERM: it notifies the others and agrees with them on where to stop.
             for number in (signal.SIGINT,) if is_multihost() else (signal.SIGINT, signal.SIGTERM):

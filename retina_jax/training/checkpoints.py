@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Literal, TypeVar
 
 import jax
 import numpy as np
@@ -49,7 +49,7 @@ class Checkpoints:
         self._failure = ""
         self._interrupted = False
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checkpoints":
         if not self._read_only and distributed.is_primary():
             self._clear()
         return self

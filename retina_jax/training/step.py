@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ class Inputs(NamedTuple):
     """False for an image that could not be read: it adds nothing to the loss (its black pixels do enter BatchNorm)."""
 
     @classmethod
-    def of(cls, batch: Any) -> Self:
+    def of(cls, batch: Any) -> "Inputs":
         """Returns the fields of a `data.pipeline.Batch` that are sent."""
         return cls(*(getattr(batch, name) for name in cls._fields))
 
