@@ -1,5 +1,6 @@
 """The command line that all scripts share: options read by tyro, one line for every error, JAX's compilation cache."""
 
+import argparse
 import ast
 import contextlib
 import dataclasses
@@ -22,7 +23,6 @@ from retina_jax.distributed import Hosts, end_at_once
 from retina_jax.errors import Stopped, ending, one_line
 
 T = TypeVar("T")
-HELP = {"-h", "--help", "--help-all"}
 
 
 @contextlib.contextmanager
@@ -51,14 +51,10 @@ def set_up_jax() -> None:
 
 
 def option_value(argv: Sequence[str], option: str) -> str | None:
-    """Returns the value of `option` before the command line is parsed; None if it is absent."""
-    value = None  # the last one counts, as in tyro
-    for place, word in enumerate(argv):
-        if word == option:
-            value = argv[place + 1] if place + 1 < len(argv) else None
-        if word.startswith(option + "="):
-            value = word.partition("=")[2]
-    return value
+    """Returns the value of `option` before the command line is parsed, the last one; None if it is absent."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(option, nargs="?", dest="value")
+    return parser.parse_known_args(argv)[0].value
 
 
 def parse_command_line(arguments: type[T], defaults: T, argv: Sequence[str], description: str) -> T:
@@ -67,7 +63,7 @@ def parse_command_line(arguments: type[T], defaults: T, argv: Sequence[str], des
     Booleans have two forms: `--data.no-flip` and `--data.flip False`. `--help` prints the script's own options and the basic
     fields of a config, `--help-all` all of them; both exit.
     """
-    if HELP & set(argv):
+    if {"-h", "--help", "--help-all"} & set(argv):
         shown = _for_help(defaults, "--help-all" in argv)
         if hidden := len(flatten(defaults)) - len(flatten(shown)):
             description += f"\n{hidden} more options are fields of the config: --help-all lists them too."

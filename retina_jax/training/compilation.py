@@ -67,10 +67,9 @@ class CompiledStep:
             self._signatures[shape] = signature
             self._compile_ahead(state, inputs, signature)
             self._steps_until_freed = STEPS_UNTIL_FREED
-        if self._steps_until_freed:
-            self._steps_until_freed -= 1
-            if not self._steps_until_freed:
-                release_freed_memory()
+        self._steps_until_freed -= 1
+        if self._steps_until_freed == 0:
+            release_freed_memory()
         with _named_shape(shape, self._memory.get(shape)):
             return self._step(state, inputs)
 
@@ -80,11 +79,10 @@ class CompiledStep:
         aval, sharding = signature[images]
         for shape in self._ahead:
             if shape not in self._signatures:
-                full = (*aval.shape[:-3], *shape, aval.shape[-1])
-                changed = jax.ShapeDtypeStruct(full, aval.dtype, sharding=sharding)
+                full = aval.update(shape=(*aval.shape[:-3], *shape, aval.shape[-1]))
+                changed = jax.ShapeDtypeStruct(full.shape, full.dtype, sharding=sharding)
                 self._make(shape, state, inputs._replace(images=changed))
-                own = (aval.update(shape=full), sharding)
-                self._signatures[shape] = [*signature[:images], own, *signature[images + 1 :]]
+                self._signatures[shape] = [*signature[:images], (full, sharding), *signature[images + 1 :]]
 
     def _compile(self, shape: Shape, state: PyTree, inputs: PyTree) -> None:
         """Compiles for this call, and warns if that should not have been needed."""
@@ -96,10 +94,8 @@ class CompiledStep:
             self._announce(f"warning: step {step} recompiled: {differing}")
         if shape not in self._signatures and (number := len(self._signatures) + 1) > self._expected:
             known = ", ".join(f"{height}x{width}" for height, width in self._signatures)
-            found = f"padded shape number {number}, {shape[0]}x{shape[1]}"
-            self._announce(
-                f"warning: step {step} has {found}, but {self._expected} are expected: before it came {known}"
-            )
+            found = f"padded shape number {number}, {shape[0]}x{shape[1]}, but {self._expected} are expected"
+            self._announce(f"warning: step {step} has {found}: before it came {known}")
 
     def _make(self, shape: Shape, state: PyTree, inputs: PyTree) -> bool:
         """Makes the program that a later call finds; returns whether there was none before."""

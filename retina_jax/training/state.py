@@ -31,12 +31,13 @@ class TrainState:
 
     @property
     def everything(self) -> dict[str, PyTree]:
-        """All that the run has learned, of which its checksum is taken."""
-        return self.variables
+        """All that the run has learned, with the averages; its checksum is taken of this."""
+        return {**self.variables, "ema": self.ema} if isinstance(self, AveragedState) else self.variables
 
     def detector(self, parameters: Literal["ema", "raw"] = "ema") -> dict[str, PyTree]:
         """Returns the collections for detection: with "ema" the averaged ones, if the run keeps them."""
-        return self.variables
+        averaged = parameters == "ema" and isinstance(self, AveragedState)
+        return {**self.variables, **self.ema} if averaged else self.variables
 
 
 @flax.struct.dataclass
@@ -44,15 +45,6 @@ class AveragedState(TrainState):
     """A state that also averages parameters and statistics (optimizer.ema_decay). Other checkpoints lack the field."""
 
     ema: PyTree  # exponential moving averages of `params` and `stats`, by these names
-
-    @property
-    def everything(self) -> dict[str, PyTree]:
-        """As in TrainState, plus the averages."""
-        return {**self.variables, "ema": self.ema}
-
-    def detector(self, parameters: Literal["ema", "raw"] = "ema") -> dict[str, PyTree]:
-        """Returns the collections for detection."""
-        return self.variables if parameters == "raw" else {**self.variables, **self.ema}
 
 
 def state_from(

@@ -66,8 +66,8 @@ def train_step(
     """
     batch_size = inputs.images.shape[0] * (num_devices if axis_name else 1)
     shards = num_devices * config.training.accumulate
-    loss = partial(_loss_sum, model=model, config=config, batch_size=batch_size, shards=shards, per_device=per_device)
-    gradients, sums, stats = _gradients(loss, state, inputs, config.training.accumulate)
+    weights_of = partial(image_weights, scope=config.loss.normaliser, batch_size=batch_size, shards=shards)
+    gradients, sums, stats = _gradients(state, inputs, model, config, weights_of, per_device)
     if axis_name is not None:
         gradients, sums = jax.lax.psum((gradients, sums), axis_name)
 
@@ -101,59 +101,46 @@ def train_step(
     return new_state, {**metrics, "skipped": new_state.skipped}
 
 
-def _loss_sum(
-    params: PyTree,
-    stats: PyTree,
-    frozen: PyTree,
-    inputs: Inputs,
-    *,
-    model: RetinaNet,
-    config: Config,
-    batch_size: int,
-    shards: int,
-    per_device: Callable[[F], F],
-) -> tuple[Array, tuple[Sums, PyTree]]:
-    """Returns sum_i w_i loss_i (`losses.total`), and its parts with the new BatchNorm statistics."""
-    variables = {"params": params, "frozen": frozen, "stats": stats}
-    (logits, deltas), updated = model.apply(variables, inputs.images, inputs.image_sizes, train=True, mutable=["stats"])
+def _gradients(
+    state: TrainState, inputs: Inputs, model: RetinaNet, config: Config, weights_of: Callable, per_device: Callable
+) -> tuple[PyTree, Sums, PyTree]:
+    """Returns the gradients of sum_i w_i loss_i (`losses.total`), the sums, and the new BatchNorm statistics.
+
+    They are added up over the micro-batches, one after the other. For the normalisers per_device and ema each of them counts
+    as a device. BatchNorm takes its statistics of one micro-batch of every device.
+    """
     anchors = jnp.asarray(anchor_grid(inputs.images.shape[1:3], config.anchors, config.model))
     losses_of = per_device(partial(image_losses, matching=config.matching, loss=config.loss))
-    losses = losses_of(logits, deltas, anchors, inputs.boxes_xyxy, inputs.labels)
-    positives = jnp.where(inputs.valid, losses.positives, 0.0)
 
-    def weighted(losses: Array, counts: Array) -> Array:
-        weights = image_weights(counts, config.loss.normaliser, batch_size=batch_size, shards=shards)
-        return jnp.sum(jnp.where(inputs.valid, weights, 0.0) * losses)
+    def loss_sum(params: PyTree, stats: PyTree, inputs: Inputs) -> tuple[Array, tuple[Sums, PyTree]]:
+        variables = {"params": params, "frozen": state.frozen, "stats": stats}
+        outputs, updated = model.apply(variables, inputs.images, inputs.image_sizes, train=True, mutable=["stats"])
+        losses = losses_of(*outputs, anchors, inputs.boxes_xyxy, inputs.labels)
+        positives = jnp.where(inputs.valid, losses.positives, 0.0)
 
-    sums = {
-        "classification": weighted(losses.classification, jnp.where(inputs.valid, losses.averaged_over, 0.0)),
-        "box": weighted(losses.box, positives),
-        "positives": jnp.sum(positives),
-    }
-    return sums["classification"] + config.loss.box_weight * sums["box"], (sums, updated.get("stats", {}))
+        def weighted(losses: Array, counts: Array) -> Array:
+            return jnp.sum(jnp.where(inputs.valid, weights_of(counts), 0.0) * losses)
 
+        sums = {
+            "classification": weighted(losses.classification, jnp.where(inputs.valid, losses.averaged_over, 0.0)),
+            "box": weighted(losses.box, positives),
+            "positives": jnp.sum(positives),
+        }
+        return sums["classification"] + config.loss.box_weight * sums["box"], (sums, updated.get("stats", {}))
 
-def _gradients(
-    loss: Callable[..., Any], state: TrainState, inputs: Inputs, accumulate: int
-) -> tuple[PyTree, Sums, PyTree]:
-    """Returns the gradients and sums over the micro-batches, one after the other, and the new BatchNorm statistics.
-
-    For the normalisers per_device and ema each micro-batch counts as a device. BatchNorm takes its statistics of one
-    micro-batch of every device.
-    """
-    gradient_of = jax.grad(loss, has_aux=True)
-    if accumulate == 1:
-        gradients, (sums, stats) = gradient_of(state.params, state.stats, state.frozen, inputs)
+    gradient_of = jax.grad(loss_sum, has_aux=True)
+    if config.training.accumulate == 1:
+        gradients, (sums, stats) = gradient_of(state.params, state.stats, inputs)
         return gradients, sums, stats
 
     def add_microbatch(carry: PyTree, inputs: Inputs) -> tuple[PyTree, None]:
         *so_far, stats = carry
-        gradients, (sums, stats) = gradient_of(state.params, stats, state.frozen, inputs)
+        gradients, (sums, stats) = gradient_of(state.params, stats, inputs)
         return (*jax.tree.map(jnp.add, tuple(so_far), (gradients, sums)), stats), None
 
     no_sums = dict.fromkeys(("classification", "box", "positives"), jnp.zeros((), jnp.float32))
     start = jax.tree.map(jnp.zeros_like, state.params), no_sums, state.stats
-    microbatches = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), inputs)
+    microbatches = jax.tree.map(lambda x: x.reshape(config.training.accumulate, -1, *x.shape[1:]), inputs)
     return jax.lax.scan(add_microbatch, start, microbatches)[0]
 
 

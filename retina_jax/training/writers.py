@@ -29,10 +29,11 @@ class Board:
     """
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        from tensorboardX.proto.event_pb2 import SessionLog  # imports torch if it is installed, which takes seconds
+        from tensorboardX import summary  # imports torch if it is installed, which takes seconds
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.record_writer import RecordWriter
 
-        self._folder = folder
+        self._folder, self._event, self._summary = folder, Event, summary
         self._writer: RecordWriter | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -45,38 +46,32 @@ class Board:
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes the floats among `values` as EVENT/NAME."""
-        from tensorboardX.summary import scalar
-
         for name, value in values.items():
             if isinstance(value, float):
-                self._write(step, summary=scalar(f"{values.get('event', 'train')}/{name}", value))
+                self._write(step, summary=self._summary.scalar(f"{values.get('event', 'train')}/{name}", value))
 
     def add_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
         """Writes image files by name, as predictions/NAME; warns of one that cannot be read."""
-        from tensorboardX.summary import image
-
         for name, path in pictures.items():
             try:
                 pixels = np.asarray(Image.open(path).convert("RGB"))
             except OSError as error:
                 warn(f"{path}: cannot be read ({reason(error)}), and is not in TensorBoard")
-                continue
-            self._write(step, summary=image(f"predictions/{name}", pixels, dataformats="HWC"))
+            else:
+                self._write(step, summary=self._summary.image(f"predictions/{name}", pixels, dataformats="HWC"))
 
     def close(self, failed: bool = False) -> None:
         """Closes the file; later calls write nothing."""
         writer, self._writer = self._writer, None
         if writer is not None:
-            with contextlib.suppress(OSError):  # each event was flushed, or a warning was given
+            with contextlib.suppress(OSError):  # every event was flushed, or there was a warning
                 writer.close()
 
     def _write(self, step: int, **content: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-
         if self._writer is None:
             return
         try:
-            self._writer.write(Event(step=step, wall_time=time.time(), **content).SerializeToString())
+            self._writer.write(self._event(step=step, wall_time=time.time(), **content).SerializeToString())
             self._writer.flush()
         except OSError as error:
             self._give_up(error)

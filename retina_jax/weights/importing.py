@@ -136,14 +136,11 @@ def fill(
 ) -> tuple[dict[str, Any], list[str]]:
     """Replaces every leaf of a network's variables by its weight.
 
-    Args:
-      template: {"params": ..., "frozen": ..., "stats": ...}, as from `initialisation.initialise`.
-      weights: path without its collection ("backbone/stem/conv/kernel") to array of floats, kernels HWIO.
-      source: what errors call the weights.
-      allow_missing: parts that may keep the template's value: paths or their first complete components ("backbone/c4").
+    `template` is {"params": ..., "frozen": ..., "stats": ...}, as from `initialisation.initialise`. `weights` maps a path
+    without its collection ("backbone/stem/conv/kernel") to an array of floats, kernels HWIO; errors call them `source`.
+    `allow_missing` are parts that may keep the template's value: paths or their first complete components ("backbone/c4").
 
     Returns variables of the template's structure and dtypes, and the sorted paths of the leaves that kept their value.
-
     Raises WeightsError, one line that names up to ten of each: missing leaves, weights without a leaf, different shapes,
     weights that are not floats, or an allowed part without a leaf.
     """
