@@ -25,10 +25,8 @@ COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": oper
 
 
 def load_config(path: str | Path) -> Config:
-    """Returns the `get_config()` of the Python file at `path`, with values of exactly their fields' types.
-
-    Raises ConfigError with one line that names the file and the line or field, whatever the file does or returns.
-    """
+    """Returns the `get_config()` of the Python file at `path`, with values of exactly their fields' types. Raises
+    ConfigError with one line that names the file and the line or field, whatever the file does or returns."""
     path = Path(path)
     module = load_module(path, "--config", "get_config", "get_config() that returns a Config")
     with named_errors(path):
@@ -40,10 +38,8 @@ def load_config(path: str | Path) -> Config:
 
 
 def load_module(path: Path, option: str, function: str, described: str) -> ModuleType:
-    """Runs the Python file at `path` and returns it as a module; ConfigError if that fails or it lacks `function`.
-
-    `option` is the command-line option that named the file, and `described` the function as the error describes it.
-    """
+    """Runs the Python file at `path` and returns it as a module; ConfigError if that fails or it lacks `function`. `option`
+    is the command-line option that named the file, and `described` the function as the error describes it."""
     try:
         source = path.read_bytes()
     except OSError as error:
@@ -78,10 +74,8 @@ def named_errors(path: Path) -> Iterator[None]:
 
 @functools.cache
 def options(kind: type, resume: bool = False) -> Mapping[str, Option]:
-    """Returns the Option of every field of the dataclass `kind` and its groups, by dotted name.
-
-    `resume`: a resumed run may change all of them.
-    """
+    """Returns the Option of every field of the dataclass `kind` and its groups, by dotted name. `resume`: a resumed run may
+    change all of them."""
     found: dict[str, Option] = {}
     for item in dataclasses.fields(kind):
         known = item.metadata.get("option", Option())
@@ -112,10 +106,8 @@ def validate(config: Config) -> Config:
 
 
 def parse_window(text: str) -> tuple[int, int] | None:
-    """Returns the first and last step of `training.profile_steps`, both included; None if it is empty.
-
-    Raises ConfigError for anything but FIRST:LAST with 1 <= FIRST <= LAST.
-    """
+    """Returns the first and last step of `training.profile_steps`, both included; None if it is empty. Raises ConfigError
+    for anything but FIRST:LAST with 1 <= FIRST <= LAST."""
     if not text:
         return None
     match = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", text)

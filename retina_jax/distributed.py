@@ -66,10 +66,8 @@ def is_multihost() -> bool:
 
 @contextlib.contextmanager
 def joined(options: Hosts) -> Iterator[None]:
-    """Connects all hosts while the `with` block runs; on one host it does nothing. ConfigError for invalid options.
-
-    An error ends this host's process at once, and thereby the others, which would wait for it in a collective.
-    """
+    """Connects all hosts while the `with` block runs; on one host it does nothing. ConfigError for invalid options. An
+    error ends this host's process at once, and thereby the others, which would wait for it in a collective."""
     if options != ALONE:
         _connect(options)
     if not is_multihost():

@@ -24,10 +24,8 @@ Convolution = Callable[[Array, Array, int, int], Array]
 def convolve(
     plain: Convolution, x: Float[Array, "B H W C"], kernel: Float[Array, "k k c D"], stride: int = 1, groups: int = 1
 ) -> Float[Array, "B h w D"]:
-    """Computes `plain(x, kernel, stride, groups)`, which is `layers.convolve`, in the form that is fastest on the CPU.
-
-    On other devices it is `plain`. Only reverse-mode differentiation is defined, once.
-    """
+    """Computes `plain(x, kernel, stride, groups)`, which is `layers.convolve`, in the form that is fastest on the CPU. On
+    other devices it is `plain`. Only reverse-mode differentiation is defined, once."""
     by_xla = partial(plain, stride=stride, groups=groups)
     if _for_winograd(x, kernel, stride, groups):
         return lax.platform_dependent(x, kernel, cpu=winograd.convolution, default=by_xla)

@@ -69,9 +69,7 @@ def focal(logits: Logits, labels: Labels, *, alpha: float, gamma: float) -> Loss
 
 def focal_star(logits: Logits, labels: Labels, *, alpha: float, gamma: float, beta: float) -> Losses:
     """Computes FL* = -alpha_t log(p_t*) / gamma (equation 8), p_t* = sigmoid(gamma x_t + beta) (equation 7), gamma > 0.
-
-    gamma = 1 with beta = 0 is equation 3. gamma x_t + beta must be finite.
-    """
+    gamma = 1 with beta = 0 is equation 3. gamma x_t + beta must be finite."""
     y, alpha_t = targets(logits, labels, alpha, 1.0 - alpha)
     x_t = y * logits.astype(jnp.float32)  # equation 6
     return -alpha_t * jax.nn.log_sigmoid(gamma * x_t + beta) / gamma

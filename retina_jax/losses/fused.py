@@ -56,10 +56,8 @@ def sums_and_gradient(
 
 
 def value_and_gradient(config: LossConfig) -> ValueAndGradient:
-    """Returns the loss and gradient of every logit: [... K], [...] -> float32 [... K], [... K] in the logits' precision.
-
-    A kind without a fast form takes the formula of `focal.py` and JAX's derivative of it.
-    """
+    """Returns the loss and gradient of every logit: [... K], [...] -> float32 [... K], [... K] in the logits' precision. A
+    kind without a fast form takes the formula of `focal.py` and JAX's derivative of it."""
     plain, curve = classification_loss(config), _curve(config)
     foreground, background = (1.0, 1.0) if config.kind == "cross_entropy" else (config.alpha, 1.0 - config.alpha)
 

@@ -25,10 +25,8 @@ def largest_divisor(number: int, at_most: int) -> int:
 def weight(
     module: nn.Module, name: str, shape: tuple[int, ...], fill: Callable[..., Array], frozen: bool
 ) -> Float[Array, "..."]:
-    """Makes a float32 weight of `module`, in the collection `frozen` or `params`.
-
-    `fill` (jnp.zeros or jnp.ones) only serves to get shapes: `initialisation.initialise` draws the values.
-    """
+    """Makes a float32 weight of `module`, in the collection `frozen` or `params`. `fill` (jnp.zeros or jnp.ones) only
+    serves to get shapes: `initialisation.initialise` draws the values."""
     if frozen:
         value = module.variable("frozen", name, fill, shape, jnp.float32).value
     else:
@@ -135,10 +133,8 @@ def group_moments(x: Float[Array, "B H W C"], groups: int) -> tuple[Float[Array,
 def batch_moments(
     x: Float[Array, "B H W C"], axis_name: str | None
 ) -> tuple[Float[Array, "1 1 1 C"], Float[Array, "1 1 1 C"]]:
-    """Returns mean and variance of each channel over the batch, and over the devices of `axis_name` if it is given.
-
-    Both come from mean(x) and mean(x^2): one pass over the activations and one all-reduce between devices.
-    """
+    """Returns mean and variance of each channel over the batch, and over the devices of `axis_name` if it is given. Both
+    come from mean(x) and mean(x^2): one pass over the activations and one all-reduce between devices."""
     sums = jnp.stack([x.mean((0, 1, 2)), jnp.square(x).mean((0, 1, 2))])
     if axis_name is not None:
         sums = jax.lax.pmean(sums, axis_name)

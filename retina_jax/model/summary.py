@@ -34,10 +34,8 @@ def _network_flops(config: ModelConfig, num_classes: int, cell: int, padded_hw: 
 
 
 def jaxpr_flops(jaxpr: core.Jaxpr) -> int:
-    """Counts the operations of the convolutions and matrix products in a program, including its sub-programs.
-
-    The body of a loop is counted once. Of the branches of a conditional the most expensive one is counted.
-    """
+    """Counts the operations of the convolutions and matrix products in a program, including its sub-programs. The body of a
+    loop is counted once. Of the branches of a conditional the most expensive one is counted."""
     total = 0
     for equation in jaxpr.eqns:
         out = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0

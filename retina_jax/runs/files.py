@@ -26,9 +26,7 @@ class DiskError(PlainError, RuntimeError):
 @contextlib.contextmanager
 def exclusive_lock(path: Path, timeout: float = -1.0) -> Iterator[bool]:
     """Yields whether this process got the lock on `path` within `timeout` seconds (-1: waits without limit), and holds it.
-
-    The kernel's lock (flock) ends with the process, however that ends. ConfigError if `path` cannot be locked.
-    """
+    The kernel's lock (flock) ends with the process, however that ends. ConfigError if `path` cannot be locked."""
     lock = filelock.FileLock(path, timeout=timeout, poll_interval=0.02, fallback_to_soft=False)
     with contextlib.ExitStack() as stack:
         try:
@@ -73,9 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_checksums(folder: Path) -> None:
     """Writes size and SHA-256 of every file in `folder` to FOLDER/checksums.json, and syncs all to the disk; or OSError.
-
-    The sums are of what the system holds in memory; `damage` compares them with what the disk returns later.
-    """
+    The sums are of what the system holds in memory; `damage` compares them with what the disk returns later."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sums = {path.relative_to(folder).as_posix(): _size_and_sum(path) for path in files}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
@@ -96,10 +92,8 @@ def sync(path: Path) -> None:
 
 
 def damage(folder: Path) -> str:
-    """Returns what is wrong with the files in `folder`, naming one of them; "" if all are as they were written.
-
-    Files that were added later are ignored. A folder without checksums.json passes.
-    """
+    """Returns what is wrong with the files in `folder`, naming one of them; "" if all are as they were written. Files that
+    were added later are ignored. A folder without checksums.json passes."""
     try:
         for name, expected in json.loads((folder / CHECKSUMS).read_bytes()).items():
             if not (folder / name).is_file():

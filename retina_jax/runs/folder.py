@@ -128,9 +128,7 @@ def make_writable(folder: Path) -> None:
 @contextlib.contextmanager
 def training_lock(folder: Path) -> Iterator[None]:
     """Lets no second process train in `folder` during the block, and removes temporary files of a killed one. On host 0.
-
-    After a KeyboardInterrupt a thread may still write a checkpoint: the lock is held until the process ends.
-    """
+    After a KeyboardInterrupt a thread may still write a checkpoint: the lock is held until the process ends."""
     if not distributed.is_primary():
         yield
         return

@@ -63,10 +63,8 @@ def read_record(folder: Path) -> Record:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl; empty if there is no such file.
-
-    The last line of a running or killed run may be incomplete and is left out. Raises ConfigError for any other bad line.
-    """
+    """Returns the lines of metrics.jsonl; empty if there is no such file. The last line of a running or killed run may be
+    incomplete and is left out. Raises ConfigError for any other bad line."""
     path = folder / "metrics.jsonl"
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     found = []
@@ -98,10 +96,8 @@ def _is_score(value: object) -> bool:
 
 
 def read_test_dev(folder: Path) -> dict[str, float]:
-    """Returns the scores of COCO's evaluation server in percent, by AP, AP50, AP75, APs, APm, APl; empty without FILE.
-
-    FILE holds fractions, by these names or the server's; AP is required, other keys are ignored. Raises ConfigError.
-    """
+    """Returns the scores of COCO's evaluation server in percent, by AP, AP50, AP75, APs, APm, APl; empty without FILE. FILE
+    holds fractions, by these names or the server's; AP is required, other keys are ignored. Raises ConfigError."""
     file = folder / FILE
     if not file.is_file():
         return {}

@@ -65,10 +65,8 @@ class Checkpoints:
             self.wait()
 
     def save(self, step: int, state: PyTree) -> None:
-        """Starts saving `state` as `step`, unless it is saved; returns once the arrays may be overwritten. On host 0.
-
-        A failing disk is a warning, and the next save tries again; `wait` raises the failure of the last save.
-        """
+        """Starts saving `state` as `step`, unless it is saved; returns once the arrays may be overwritten. On host 0. A
+        failing disk is a warning, and the next save tries again; `wait` raises the failure of the last save."""
         if not distributed.is_primary():
             return
         self._join()
@@ -95,10 +93,8 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def save_on_error(self, step: int, state: PyTree, first: Callable[[], object] = lambda: None) -> Iterator[None]:
-        """Calls `first` and saves `state` as `step` (if above 0) when the block raises anything but KeyboardInterrupt.
-
-        If `first` fails, nothing is saved. A failing disk is a warning; the block's error is raised.
-        """
+        """Calls `first` and saves `state` as `step` (if above 0) when the block raises anything but KeyboardInterrupt. If
+        `first` fails, nothing is saved. A failing disk is a warning; the block's error is raised."""
         try:
             yield
         except KeyboardInterrupt:
@@ -223,10 +219,8 @@ def _first_failure(wrong: str) -> str:
 
 
 def save_arrays(folder: Path, arrays: PyTree) -> None:
-    """Writes numpy arrays into the new `folder`. Called by host 0 alone, from any thread; raises what orbax raises.
-
-    Not by orbax's `training.Checkpointer` or `ocp.save`, which wait for the other hosts.
-    """
+    """Writes numpy arrays into the new `folder`. Called by host 0 alone, from any thread; raises what orbax raises. Not by
+    orbax's `training.Checkpointer` or `ocp.save`, which wait for the other hosts."""
     alone = orbax.options.MultiprocessingOptions(primary_host=0, active_processes={0})
     items = orbax.CompositeCheckpointHandler(composite_options=orbax.CompositeOptions(multiprocessing_options=alone))
     hook = sys.unraisablehook
@@ -243,9 +237,7 @@ def save_arrays(folder: Path, arrays: PyTree) -> None:
 
 def load_arrays(folder: Path, like: T, partial: bool) -> tuple[T | None, str]:
     """Returns this host's part of the arrays in `folder`, with the types and shardings of `like`; or what is wrong.
-
-    `partial`: `like` may lack arrays of the folder.
-    """
+    `partial`: `like` may lack arrays of the folder."""
     context = ocp.Context()
     context.multiprocessing.primary_host = jax.process_index()
     context.multiprocessing.active_processes = {jax.process_index()}

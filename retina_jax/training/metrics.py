@@ -68,10 +68,8 @@ class Metrics(contextlib.AbstractContextManager):
             jax.block_until_ready(metrics)
 
     def flush(self) -> None:
-        """Waits for the pending steps, writes and shows the mean of those that were not skipped.
-
-        Raises NonFiniteLoss, before that, at the first non-finite step beyond the number `training.skip_non_finite`.
-        """
+        """Waits for the pending steps, writes and shows the mean of those that were not skipped. Raises NonFiniteLoss,
+        before that, at the first non-finite step beyond the number `training.skip_non_finite`."""
         if not self._pending:
             return
         fetched = jax.device_get([metrics for _, metrics, _ in self._pending])
@@ -135,10 +133,8 @@ class Metrics(contextlib.AbstractContextManager):
         self._window_start, self._waited, self._timed = time.monotonic(), 0.0, 0
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Writes one line to metrics.jsonl, and its numbers to TensorBoard and Weights & Biases; only on host 0.
-
-        Raises DiskError if the line cannot be written, and leaves the file as it was.
-        """
+        """Writes one line to metrics.jsonl, and its numbers to TensorBoard and Weights & Biases; only on host 0. Raises
+        DiskError if the line cannot be written, and leaves the file as it was."""
         if not self._writes:
             return
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}

@@ -79,21 +79,19 @@ def open_run(
 
 def _check_shared(folder: Path) -> None:
     """Raises ConfigError on all hosts if one of them does not see what host 0 has just written."""
-    expected, deadline = distributed.from_primary(_token(folder)), time.monotonic() + SECONDS_TO_APPEAR
-    while _token(folder) != expected and time.monotonic() < deadline:
+
+    def token() -> str:  # every start writes another one
+        with contextlib.suppress(ConfigError, LookupError):
+            return read_json(folder / "config.json")["started"]
+        return ""
+
+    expected, deadline = distributed.from_primary(token()), time.monotonic() + SECONDS_TO_APPEAR
+    while token() != expected and time.monotonic() < deadline:
         time.sleep(0.5)
-    same = distributed.exchange(_token(folder) == expected)
+    same = distributed.exchange(token() == expected)
     if others := [str(host) for host, agrees in enumerate(same) if not agrees]:
         found = f"host {', '.join(others)} sees another folder there than host 0"
         raise ConfigError(f"--workdir {folder}: {found}; it must be on a disk that all hosts share")
-
-
-def _token(folder: Path) -> str:
-    """Returns the random token of config.json, which every start writes anew; "" if it cannot be read."""
-    try:
-        return read_json(folder / "config.json")["started"]
-    except (ConfigError, LookupError):
-        return ""
 
 
 def _changes(before: Run, run: Run, allowed: Sequence[str]) -> list[str]:
@@ -113,14 +111,13 @@ def _changes(before: Run, run: Run, allowed: Sequence[str]) -> list[str]:
     if run.data_sha256 and before.data_sha256 not in (None, run.data_sha256):
         found = "its run was trained on other images or boxes than the training data has now"
         raise ConfigError(f"{where}: {found}; restore them, or use another --workdir")
-    counts = {before.num_microbatches, run.num_microbatches} - {None}
+    counts = before.num_microbatches, run.num_microbatches
     norm = new.model.norm == "batch" and new.training.accumulate > 1
-    if len(counts) > 1 and (norm or new.loss.normaliser in PER_MICROBATCH):
+    if None not in counts and counts[0] != counts[1] and (norm or new.loss.normaliser in PER_MICROBATCH):
         field = "model.norm batch" if norm else f"loss.normaliser {new.loss.normaliser}"
         raise ConfigError(
-            f"{where}: its run split each batch into {before.num_microbatches} micro-batches (devices x "
-            f"training.accumulate), this one would into {run.num_microbatches}, and {field} depends on it; set --devices "
-            f"and --training.accumulate to {before.num_microbatches} together"
+            f"{where}: its run split each batch into {counts[0]} micro-batches (devices x training.accumulate), this one "
+            f"would into {counts[1]}, and {field} depends on it; set --devices and --training.accumulate to {counts[0]} together"
         )
     return changes
 

@@ -63,10 +63,8 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
 
 
 def skipped_update(before: optax.OptState, after: optax.OptState) -> optax.OptState:
-    """Returns the optimizer state after a skipped update: `before`, with the step count of the schedule of `after`.
-
-    The schedule is the last part of `make_optimizer`; its boundaries are steps of the run.
-    """
+    """Returns the optimizer state after a skipped update: `before`, with the step count of the schedule of `after`. The
+    schedule is the last part of `make_optimizer`; its boundaries are steps of the run."""
     return (*before[:-1], after[-1])
 
 

@@ -36,10 +36,8 @@ RANDOM_FROZEN = (
 def restore_or_init(
     driver: Driver, run: Run, checkpoints: Checkpoints, allow_missing: Sequence[str] = ()
 ) -> tuple[TrainState, str]:
-    """Returns the state that training starts from, on the devices, and one line about its origin.
-
-    `allow_missing`: parts of the backbone that `model.backbone_weights` may lack. ConfigError if the hosts' states differ.
-    """
+    """Returns the state that training starts from, on the devices, and one line about its origin. `allow_missing`: parts of
+    the backbone that `model.backbone_weights` may lack. ConfigError if the hosts' states differ."""
     imported = fresh_import(run.folder)
     if imported is not None:
         variables, _ = load_variables(Driver(imported.config, len(imported.class_names)), checkpoints, 0)

@@ -35,10 +35,8 @@ class Converted:
 
 
 def renamed(weights: Mapping[str, np.ndarray], rules: Sequence[Rule], source: str) -> dict[str, np.ndarray]:
-    """Renames the arrays by the first rule whose expression matches the full name; kernels OIHW become HWIO.
-
-    Raises WeightsError for names that no rule matches, and for several that get the same path.
-    """
+    """Renames the arrays by the first rule whose expression matches the full name; kernels OIHW become HWIO. Raises
+    WeightsError for names that no rule matches, and for several that get the same path."""
     paths: dict[str, np.ndarray] = {}
     unknown, duplicate = [], []
     for name, array in sorted(weights.items()):
@@ -96,10 +94,8 @@ def with_statistics(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def architecture(weights: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
-    """Returns the fields `model.*` implied by the names and shapes of converted `weights`.
-
-    Raises WeightsError if there is no stem, or a detector lacks a stage, its FPN, or heads with nine anchors per cell.
-    """
+    """Returns the fields `model.*` implied by the names and shapes of converted `weights`. Raises WeightsError if there is
+    no stem, or a detector lacks a stage, its FPN, or heads with nine anchors per cell."""
     if "backbone/stem/conv/kernel" not in weights:
         raise WeightsError(f"{source}: has no stem convolution; give a complete backbone or detector")
     blocks = tuple(_largest(weights, rf"backbone/c{stage}/block(\d+)/.*") for stage in range(2, 6))

@@ -92,10 +92,8 @@ def convert_detectron(
 def convert_detectron2(
     state_dict: Mapping[str, np.ndarray], *, source: str = "detectron2 weights", class_names: Sequence[str] = ()
 ) -> Converted:
-    """Converts a RetinaNet of detectron2, or a backbone with its names. Arguments as in `convert_detectron`.
-
-    A FrozenBatchNorm without running statistics, as in files converted from Caffe2, is an affine.
-    """
+    """Converts a RetinaNet of detectron2, or a backbone with its names. Arguments as in `convert_detectron`. A
+    FrozenBatchNorm without running statistics, as in files converted from Caffe2, is an affine."""
     return _converted(
         converted.with_statistics(converted.renamed(state_dict, DETECTRON2, source)), "detectron2", source, class_names
     )

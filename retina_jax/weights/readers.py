@@ -129,10 +129,8 @@ def read_zip(data: bytes) -> Any:
 
 
 def read_legacy(data: bytes) -> Any:
-    """Returns the object in a file of torch's legacy format (before torch 1.6).
-
-    Five pickles: LEGACY_MAGIC, LEGACY_PROTOCOL, system, object, keys of storages. Then each storage after its 8-byte count.
-    """
+    """Returns the object in a file of torch's legacy format (before torch 1.6). Five pickles: LEGACY_MAGIC,
+    LEGACY_PROTOCOL, system, object, keys of storages. Then each storage after its 8-byte count."""
     file = io.BytesIO(data)
     magic, protocol, _ = (unpickle(file)[0] for _ in range(3))
     if (magic, protocol) != (LEGACY_MAGIC, LEGACY_PROTOCOL):
