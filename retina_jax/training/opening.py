@@ -117,7 +117,7 @@ def _changes(before: Run, run: Run, allowed: Sequence[str]) -> list[str]:
         field = "model.norm batch" if norm else f"loss.normaliser {new.loss.normaliser}"
         raise ConfigError(
             f"{where}: its run split each batch into {counts[0]} micro-batches (devices x training.accumulate), this one "
-            f"would into {counts[1]}, and {field} depends on it; set --devices and --training.accumulate to {counts[0]} together"
+            f"would into {counts[1]}, and {field} depends on it; set devices x training.accumulate to {counts[0]}"
         )
     return changes
 

@@ -93,21 +93,18 @@ def adapt_classes(
     """
     from retina_jax.weights.importing import fill, is_within
 
-    head = {path: weights[path] for path in weights if is_within(path, CLASS_OUTPUT)}
-    adapted = {path: array for path, array in weights.items() if path not in head}
-    columns = class_indices(run.categories, classes)
-    if None not in columns:
-        cell = anchors_per_cell(driver.config.anchors)
-        for path, array in head.items():
-            by_anchor = array.reshape(*array.shape[:-1], cell, len(classes))[..., np.array(columns)]
-            adapted[path] = by_anchor.reshape(*array.shape[:-1], -1)
-        origin = f"its class head kept, {len(run.class_names)} of {len(classes)} classes"
-    else:
-        origin = (
-            f"a new class head for {len(run.class_names)} classes, each with the prior {driver.config.model.prior:g}"
-        )
-    template, missing = initialise(driver.model, driver.config.seed), () if None not in columns else (CLASS_OUTPUT,)
-    return fill(template, adapted, source=str(run.folder), allow_missing=missing)[0], origin
+    template, source, config = initialise(driver.model, driver.config.seed), str(run.folder), driver.config
+    columns, count = class_indices(run.categories, classes), len(run.class_names)
+    head = {path: array for path, array in weights.items() if is_within(path, CLASS_OUTPUT)}
+    others = {path: array for path, array in weights.items() if path not in head}
+    if None in columns:
+        filled, _ = fill(template, others, source=source, allow_missing=[CLASS_OUTPUT])
+        return filled, f"a new class head for {count} classes, each with the prior {config.model.prior:g}"
+    for path, array in head.items():
+        by_anchor = array.reshape(*array.shape[:-1], anchors_per_cell(config.anchors), len(classes))
+        head[path] = by_anchor[..., np.array(columns)].reshape(*array.shape[:-1], -1)
+    filled, _ = fill(template, others | head, source=source)
+    return filled, f"its class head kept, {count} of {len(classes)} classes"
 
 
 def make_run(imported: Imported, folder: Path) -> Run:
