@@ -21,7 +21,7 @@ Convolution = Callable[[Array, Array, int, int], Array]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
-def convolve(
+def convolve_on_cpu(
     plain: Convolution, x: Float[Array, "B H W C"], kernel: Float[Array, "k k c D"], stride: int = 1, groups: int = 1
 ) -> Float[Array, "B h w D"]:
     """Computes `plain(x, kernel, stride, groups)`, which is `layers.convolve`, in the form that is fastest on the CPU. On
@@ -159,4 +159,6 @@ def _backward(
     )
 
 
-convolve.defvjp(lambda plain, x, kernel, *sizes: (convolve(plain, x, kernel, *sizes), (x, kernel)), _backward)
+convolve_on_cpu.defvjp(
+    lambda plain, x, kernel, *sizes: (convolve_on_cpu(plain, x, kernel, *sizes), (x, kernel)), _backward
+)

@@ -34,12 +34,12 @@ def initialise(model: RetinaNet, seed: int) -> dict[str, Any]:
     variables = {}
     for collection in COLLECTIONS:
         leaves = flatten_dict(shapes.get(collection, {}), sep="/")
-        drawn = {path: draw(path, leaf.shape, model.config, seed) for path, leaf in leaves.items()}
+        drawn = {path: draw_weight(path, leaf.shape, model.config, seed) for path, leaf in leaves.items()}
         variables[collection] = unflatten_dict(drawn, sep="/")
     return variables
 
 
-def draw(path: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> np.ndarray:
+def draw_weight(path: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> np.ndarray:
     """Draws the weight at `path` (for example "class_head/output/bias", without its collection)."""
     generator = np.random.default_rng((seed, zlib.crc32(path.encode())))
     part, leaf = path.split("/")[0], path.split("/")[-1]

@@ -43,7 +43,7 @@ def relu(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
 relu.defvjp(lambda x: (relu(x),) * 2, lambda y, dy: (jnp.where(y > 0, dy, 0),))
 
 
-@on_cpu(convolution.convolve)
+@on_cpu(convolution.convolve_on_cpu)
 def convolve(
     x: Float[Array, "B H W C"], kernel: Float[Array, "k k c D"], stride: int = 1, groups: int = 1
 ) -> Float[Array, "B h w D"]:

@@ -18,7 +18,7 @@ from retina_jax.evaluation.error_analysis import analyse, operating_point
 from retina_jax.reports import render
 from retina_jax.reports.charts import Line, line_chart
 from retina_jax.reports.run_errors import errors_section
-from retina_jax.runs.record import Record, read_record
+from retina_jax.runs.record import RunRecord, read_record
 
 MOST_POINTS = 400  # points of a curve; in longer runs each point is the mean of neighbours
 CHARTS = (
@@ -82,7 +82,7 @@ def run_page(folder: Path) -> tuple[str, str]:
     return str(page), headline(record)
 
 
-def headline(record: Record) -> str:
+def headline(record: RunRecord) -> str:
     """One or two sentences: how many steps the run has made, how long they took, and the newest scores."""
     if record.summary is not None:
         state = f"Finished after {record.step} steps"
@@ -97,7 +97,7 @@ def headline(record: Record) -> str:
     return state + "."
 
 
-def facts(record: Record) -> list[tuple[str, str]]:
+def facts(record: RunRecord) -> list[tuple[str, str]]:
     """(name, value) of the facts in config.json, summary.json and metrics.jsonl, as far as they are known."""
     saved, versions = record.saved, dict(record.saved.get("versions") or {})
     first, summary = saved.get("first_start") or {}, record.summary or {}

@@ -22,7 +22,7 @@ SERVER_NAMES = {"AP": "AP", "AP50": "AP_50", "AP75": "AP_75", "APs": "AP_small",
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """The measurements of a run so far."""
 
     folder: Path
@@ -42,7 +42,7 @@ class Record:
         return max([*ended, *(window["step"] for window in self.windows[-1:]), *self.evaluations, 0])
 
 
-def read_record(folder: Path) -> Record:
+def read_record(folder: Path) -> RunRecord:
     """Returns the run in `folder`. Raises ConfigError, which names the file and field, if one is invalid."""
     run = read_run(folder)
     evaluations, variants = {}, []
@@ -59,7 +59,7 @@ def read_record(folder: Path) -> Record:
     if summary is not None and not isinstance(summary.get("steps"), int):
         raise ConfigError(f"{path}: steps: invalid value {summary.get('steps')!r}; must be an integer")
     saved = read_json(folder / "config.json")
-    return Record(folder, run.config, run.categories, saved, windows, evaluations, variants, summary)
+    return RunRecord(folder, run.config, run.categories, saved, windows, evaluations, variants, summary)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ LARGEST_KEY = 2**61 - 1  # Python hashes integers modulo this number, so that la
 ERRORS = (pickle.UnpicklingError, AttributeError, EOFError, LookupError, OverflowError, RecursionError, TypeError)
 
 
-def decode(buffer: Buffer, dtype: np.dtype, big_endian: bool = False) -> Shaped[np.ndarray, " N"]:
+def numbers_in(buffer: Buffer, dtype: np.dtype, big_endian: bool = False) -> Shaped[np.ndarray, " N"]:
     """Returns the N numbers in `buffer`, in native byte order and aligned, if possible uncopied; bfloat16 as float32."""
     if dtype.kind == "b":
         return np.frombuffer(buffer, np.uint8) != 0
@@ -126,7 +126,7 @@ def numpy_array(buffer: Any, dtype: Any, shape: Any, order: Any) -> Array:
     if len(buffer) != math.prod(shape) * dtype.dtype.itemsize:
         raise ValueError(f"numpy array of shape {shape} and dtype {dtype.dtype} in {len(buffer)} bytes")
     order = "F" if order == "F" else "C"
-    return Array(lambda: decode(buffer, dtype.dtype, dtype.big_endian).reshape(shape, order=order))
+    return Array(lambda: numbers_in(buffer, dtype.dtype, dtype.big_endian).reshape(shape, order=order))
 
 
 class Storage(StandIn):
@@ -140,7 +140,7 @@ class Storage(StandIn):
         buffer = self.read()
         if len(buffer) != self.count * self.dtype.itemsize:
             raise ValueError(f"damaged: a storage of {len(buffer)} bytes for {self.count} numbers of {self.dtype}")
-        return decode(buffer, self.dtype, self.big_endian)
+        return numbers_in(buffer, self.dtype, self.big_endian)
 
 
 def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Array:
@@ -162,7 +162,7 @@ def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any)
     return Array(read)
 
 
-def encode(text: Any, encoding: Any) -> bytes:
+def latin1_bytes(text: Any, encoding: Any) -> bytes:
     """Replaces `_codecs.encode`, which protocol 2 calls for bytes."""
     if not isinstance(text, str) or not isinstance(encoding, str) or encoding != "latin1":
         raise ValueError("malformed pickle: a call of _codecs.encode other than for bytes")
@@ -171,7 +171,7 @@ def encode(text: Any, encoding: Any) -> bytes:
 
 FUNCTIONS: dict[str, Callable[..., Any] | None] = {
     "collections.OrderedDict": Dict,
-    "_codecs.encode": encode,
+    "_codecs.encode": latin1_bytes,
     "numpy.dtype": Dtype,
     "torch.Size": tuple,
     "torch.device": lambda *_: None,

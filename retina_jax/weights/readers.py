@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 
 from retina_jax.errors import WeightsError, quoted
-from retina_jax.weights.pickles import BFLOAT16, Array, Buffer, decode, unpickle
+from retina_jax.weights.pickles import BFLOAT16, Array, Buffer, numbers_in, unpickle
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "blobs")
 """Keys under which checkpoints keep the weights: detectron2 and torchvision, Lightning and timm, many, Detectron."""
@@ -80,7 +80,7 @@ def read_safetensors(data: bytes) -> dict[str, np.ndarray]:
         if tensor["dtype"] not in SAFETENSORS:
             supported = ", ".join(SAFETENSORS)
             raise ValueError(f"tensor {quoted(name)} of dtype {tensor['dtype']}; supported are {supported}")
-    return {name: decode(t["data"], np.dtype(SAFETENSORS[t["dtype"]])).reshape(t["shape"]) for name, t in tensors}
+    return {name: numbers_in(t["data"], np.dtype(SAFETENSORS[t["dtype"]])).reshape(t["shape"]) for name, t in tensors}
 
 
 def arrays_of(root: Any) -> dict[str, np.ndarray]:

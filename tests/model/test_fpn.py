@@ -11,7 +11,7 @@ import pytest
 
 from retina_jax.config import ModelConfig
 from retina_jax.model.fpn import FPN, upsample
-from retina_jax.model.initialisation import draw
+from retina_jax.model.initialisation import draw_weight
 from retina_jax.model.layers import Conv
 
 TINY = ModelConfig(fpn_channels=16)
@@ -27,7 +27,7 @@ def pyramid(config: ModelConfig, maps: tuple[jax.Array, ...]) -> tuple[dict, dic
     """Random variables and the levels by number."""
     shapes = jax.eval_shape(FPN(config).init, jax.random.key(0), maps)
     variables = jax.tree_util.tree_map_with_path(
-        lambda path, a: draw("fpn/" + "/".join(key.key for key in path[1:]), a.shape, config, 0), shapes
+        lambda path, a: draw_weight("fpn/" + "/".join(key.key for key in path[1:]), a.shape, config, 0), shapes
     )
     levels = jax.jit(FPN(config).apply)(variables, maps)
     return variables, dict(zip(range(config.min_level, config.max_level + 1), levels, strict=True))

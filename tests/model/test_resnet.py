@@ -10,7 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from retina_jax.config import ModelConfig
-from retina_jax.model.initialisation import draw
+from retina_jax.model.initialisation import draw_weight
 from retina_jax.model.resnet import ARCHITECTURES, ResNet, block_layers
 
 TINY = ModelConfig(base_width=8, stage_blocks=(1, 1, 1, 1))
@@ -25,7 +25,8 @@ def shapes(config: ModelConfig, height: int = 64, width: int = 64) -> dict:
 def variables_of(config: ModelConfig) -> dict:
     """Random variables of a backbone alone."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, a: draw("backbone/" + "/".join(key.key for key in path[1:]), a.shape, config, 0), shapes(config)
+        lambda path, a: draw_weight("backbone/" + "/".join(key.key for key in path[1:]), a.shape, config, 0),
+        shapes(config),
     )
 
 
