@@ -74,8 +74,7 @@ def named_errors(path: Path) -> Iterator[None]:
 
 @functools.cache
 def options(kind: type, resume: bool = False) -> Mapping[str, Option]:
-    """Returns the Option of every field of the dataclass `kind` and its groups, by dotted name. `resume`: a resumed run may
-    change all of them."""
+    """Returns the Option of every field of `kind` and its groups, by dotted name. `resume`: a resumed run may change all."""
     found: dict[str, Option] = {}
     for item in dataclasses.fields(kind):
         known = item.metadata.get("option", Option())
@@ -106,8 +105,7 @@ def validate(config: Config) -> Config:
 
 
 def parse_window(text: str) -> tuple[int, int] | None:
-    """Returns the first and last step of `training.profile_steps`, both included; None if it is empty. Raises ConfigError
-    for anything but FIRST:LAST with 1 <= FIRST <= LAST."""
+    """Returns the first and last step of `training.profile_steps`, FIRST:LAST; None if empty. Or raises ConfigError."""
     if not text:
         return None
     match = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", text)

@@ -54,8 +54,7 @@ def ending(error: BaseException) -> tuple[str | None, int]:
 
 
 def out_of_memory(error: BaseException, program: str = "a program", needed: object = None) -> str | None:
-    """Returns one line about an error of JAX's runtime that means a device's memory is full; None for any other error.
-    `program`: what was running. `needed`: the memory that it needs, if known."""
+    """Returns one line about an error of JAX that means a device's memory is full; None for another error."""
     import jax  # costs 0.5 s, and such an error comes from it
 
     if not isinstance(error, jax.errors.JaxRuntimeError) or not OUT_OF_MEMORY.search(str(error)):
@@ -94,8 +93,7 @@ def reason(error: BaseException) -> str:
 
 
 def one_line(message: object) -> str:
-    """Returns a message on one line of at most LONGEST_LINE printable characters. A longer one loses its middle: it begins
-    with the place of the error and ends with what to do."""
+    """Returns a message on one line of at most LONGEST_LINE printable characters; a longer one loses its middle."""
     try:
         text = printable(" ".join(str(message).split()))
     except Exception:

@@ -25,8 +25,7 @@ def largest_divisor(number: int, at_most: int) -> int:
 def weight(
     module: nn.Module, name: str, shape: tuple[int, ...], fill: Callable[..., Array], frozen: bool
 ) -> Float[Array, "..."]:
-    """Makes a float32 weight of `module`, in the collection `frozen` or `params`. `fill` (jnp.zeros or jnp.ones) only
-    serves to get shapes: `initialisation.initialise` draws the values."""
+    """Makes a float32 weight in the collection `frozen` or `params`; `fill` gives shapes, `initialise` draws the values."""
     if frozen:
         value = module.variable("frozen", name, fill, shape, jnp.float32).value
     else:

@@ -63,8 +63,7 @@ def read_record(folder: Path) -> RunRecord:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl; empty if there is no such file. The last line of a running or killed run may be
-    incomplete and is left out. Raises ConfigError for any other bad line."""
+    """Returns the lines of metrics.jsonl, except an incomplete last one; [] without a file. ConfigError for a bad line."""
     path = folder / "metrics.jsonl"
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     found = []

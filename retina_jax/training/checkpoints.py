@@ -236,8 +236,8 @@ def save_arrays(folder: Path, arrays: PyTree) -> None:
 
 
 def load_arrays(folder: Path, like: T, partial: bool) -> tuple[T | None, str]:
-    """Returns this host's part of the arrays in `folder`, with the types and shardings of `like`; or what is wrong.
-    `partial`: `like` may lack arrays of the folder."""
+    """Returns this host's part of the arrays in `folder`, with the types and shardings of `like`; or what is wrong. With
+    `partial`, `like` may lack arrays of the folder."""
     context = ocp.Context()
     context.multiprocessing.primary_host = jax.process_index()
     context.multiprocessing.active_processes = {jax.process_index()}

@@ -133,8 +133,7 @@ class Metrics(contextlib.AbstractContextManager):
         self._window_start, self._waited, self._timed = time.monotonic(), 0.0, 0
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Writes one line to metrics.jsonl, and its numbers to TensorBoard and Weights & Biases; only on host 0. Raises
-        DiskError if the line cannot be written, and leaves the file as it was."""
+        """Writes one line to metrics.jsonl (or raises DiskError), and its numbers to the other views; only on host 0."""
         if not self._writes:
             return
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}

@@ -68,8 +68,7 @@ def import_detector(
     batchnorm_eps: float | None = None,
     allow_missing: Sequence[str] = (),
 ) -> Imported:
-    """Builds the detector of `KIND:FILE` or `KIND:NAME`; arguments as in `convert` and `fill`. Raises WeightsError if the
-    file contains only a backbone, or does not fit the network."""
+    """Builds the detector of `KIND:FILE` or `KIND:NAME`; arguments and errors as in `convert` and `fill`."""
     converted = convert(source, class_names=class_names, batchnorm_eps=batchnorm_eps)
     if not is_detector(converted.weights):
         how = "train a detector from it with --model.backbone-weights FILE"
