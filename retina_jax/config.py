@@ -78,8 +78,7 @@ class DataConfig:
     train_images: str = option("", outcome=False, per_host=True, basic=True)
     """Folder of the training images (source coco)."""
     val_annotations: str = option("", resume=True, outcome="file name", per_host=True, basic=True)
-    """COCO JSON of the evaluation images. Paper: minival, which is instances_val2017.json. Empty with source tfds: the
-    dataset's own features (areas truncated to integers)."""
+    """COCO JSON of the evaluation images. Paper: minival, instances_val2017.json. Empty: TFDS's features (source tfds)."""
     val_images: str = option("", outcome=False, per_host=True, basic=True)
     """Folder of the evaluation images (source coco)."""
     tfds_name: str = "coco/2017"
@@ -133,8 +132,8 @@ class DataConfig:
     bad_images: Literal["stop", "skip"] = option("stop", resume=True)
     """An image that is missing, broken or whose size differs from the JSON: stop with its name, or skip and count it."""
     orientation: Literal["auto", "stored", "turned"] = "auto"
-    """Pixels that boxes refer to if an image has an EXIF orientation and its annotated size fits both: as stored, or turned,
-    as viewers show them. auto: as in those images whose size shows it."""
+    """Pixels that boxes refer to if an EXIF orientation leaves it open: as stored, or turned, as viewers show them. auto: as
+    in those images whose size shows it."""
     undecided_orientation: Literal["turned", "stored"] = "turned"
     """Used by auto if no image decides. Training sets it from its training or evaluation images."""
     bits: Literal["auto", 8, 10, 12, 14, 16] = "auto"
