@@ -75,13 +75,7 @@ def nms(
 
 
 def _add_block(
-    state: tuple[Array, _Kept],
-    ranked: Array,
-    real: Array,
-    boxes: Array,
-    labels: Array,
-    iou_threshold: float,
-    block: int,
+    state: tuple[Array, _Kept], ranked: Array, real: Array, boxes: Array, labels: Array, threshold: float, block: int
 ) -> tuple[Array, _Kept]:
     """Adds those of the next `block` boxes, by rank, that neither a kept box nor a better one of the block suppresses."""
     start, kept = state
@@ -89,8 +83,8 @@ def _add_block(
     boxes, labels = boxes[at], labels[at]
     is_kept = lax.iota(jnp.int32, kept.labels.shape[0]) < kept.number
     of_class = (kept.labels[:, None] == labels[None]) & is_kept[:, None]
-    suppressed = ((iou_matrix(kept.boxes_xyxy, boxes) > iou_threshold) & of_class).any(axis=0)
-    overlaps = (iou_matrix(boxes, boxes) > iou_threshold) & (labels[:, None] == labels[None])
+    suppressed = ((iou_matrix(kept.boxes_xyxy, boxes) > threshold) & of_class).any(axis=0)
+    overlaps = (iou_matrix(boxes, boxes) > threshold) & (labels[:, None] == labels[None])
     stays = _survivors(lax.dynamic_slice_in_dim(real, start, block) & ~suppressed, overlaps)
     place = jnp.where(stays, kept.number + jnp.cumsum(stays) - 1, kept.labels.shape[0])
     added = (old.at[place].set(new, mode="drop") for old, new in zip(kept[1:], (at, boxes, labels), strict=True))
