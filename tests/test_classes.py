@@ -161,9 +161,8 @@ def test_classes_meet_by_id_and_name_or_by_a_name_that_is_unique() -> None:
     [((3, "c"), "detector lacks: c \\(3\\)"), ((3, "a"), "boxes of a \\(3\\) .* a \\(1\\), a \\(2\\)")],
 )
 def test_boxes_of_no_class_are_refused_and_named(boxes_of: Category, named: str) -> None:
-    data = Source(
-        "data", [], (boxes_of[1], "z"), (boxes_of[0], 9), {}, str.encode, str, dict, annotated=frozenset([boxes_of[0]])
-    )
+    annotated = frozenset([boxes_of[0]])
+    data = Source("data", [], [boxes_of, (9, "z")], {}, str.encode, str, dict, annotated=annotated)
     with pytest.raises(ConfigError, match=f"^here: .*{named}"):
         category_ids([(1, "a"), (2, "a")], data, "here")
 

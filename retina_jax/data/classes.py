@@ -1,7 +1,7 @@
-"""Classes of runs and data sets: which of them are the same, which are left out, and how they are shown.
+"""Classes of runs and datasets: which of them are the same, which are left out, and how they are shown.
 
-A class of a data set is a category id; several may share a name. Label k is the k-th class in the order of the file, so
-training does not depend on the ids. A resumed run keeps the order that it started with (`Source.arranged`).
+A class of a dataset is a category id; several may share a name. Label k is the k-th class in the order of the file. A
+resumed run keeps the order that it started with (`Source.arranged`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SHOWN = 5  # classes that a message names
 
 @runtime_checkable
 class HasClasses(Protocol):
-    """A data set."""
+    """A dataset, or a split of one in a data check."""
 
     categories: list[Category]  # its classes, by label
     annotated: frozenset[int]  # ids of the categories with an annotation, crowds included
@@ -48,31 +48,33 @@ def category_ids(classes: Sequence[Category], data: HasClasses, where: str) -> l
     categories = data.categories
     found = match(classes, categories)
     unknown = [c for i, c in enumerate(categories) if c[0] in data.annotated and i not in found]
+    if ambiguous := [category for category in unknown if category[1] in {name for _, name in classes}]:
+        own = [category for category in classes if category[1] in {name for _, name in ambiguous}]
+        raise ConfigError(
+            f"{where}: boxes of {_with_ids(ambiguous)} cannot be assigned to a class: the name occurs more than once, and "
+            f"the id is not that of the detector's {_with_ids(own)}; use the detector's ids, or give each category a "
+            "unique name"
+        )
     if unknown:
-        names = {name for _, name in classes}
-        ambiguous = [category for category in unknown if category[1] in names]
-        shown = ", ".join(f"{name} ({category_id})" for category_id, name in (ambiguous or unknown)[:SHOWN])
-        wrong = f"has boxes of categories that the detector lacks: {shown}; its classes are {listed(classes)}; "
-        wrong += "remove these boxes, or list these categories in the training data too"
-        if ambiguous:
-            repeated = {name for _, name in ambiguous}
-            own = ", ".join(f"{name} ({category_id})" for category_id, name in classes if name in repeated)
-            wrong = (
-                f"boxes of {shown} cannot be assigned to a class: the name occurs more than once, and the id is not "
-            )
-            wrong += f"that of the detector's {own}; use the detector's ids, or give each category a unique name"
-        raise ConfigError(f"{where}: {wrong}")
+        raise ConfigError(
+            f"{where}: has boxes of categories that the detector lacks: {_with_ids(unknown)}; its classes are "
+            f"{listed(classes)}; remove these boxes, or list these categories in the training data too"
+        )
     return [None if i is None else categories[i][0] for i in found]
 
 
+def _with_ids(categories: Sequence[Category]) -> str:
+    return ", ".join(f"{name} ({category_id})" for category_id, name in categories[:SHOWN])
+
+
 def differ(classes: Sequence[Category], categories: Sequence[Category], where: str) -> ConfigError:
-    """The error of a run of `classes` that cannot be resumed on data of `categories`."""
+    """Returns the error of a run of `classes` that cannot be resumed on data of `categories`."""
     sides = f"{len(classes)} classes ({listed(classes)}), the data has {len(categories)} ({listed(categories)})"
     return ConfigError(f"{where}: its run has {sides}; use the same data or another --workdir")
 
 
 def unique_names(categories: Sequence[Category]) -> tuple[str, ...]:
-    """Names for people: those that repeat carry their id, "wheel (1)" and "wheel (2)"."""
+    """Returns names for people: those that repeat have their id, "wheel (1)" and "wheel (2)"."""
     shown = [name for _, name in categories]
     while len(counts := Counter(shown)) < len(shown):  # "wheel (1)" may itself be the name of another category
         pairs = zip(categories, shown, strict=True)
@@ -81,7 +83,7 @@ def unique_names(categories: Sequence[Category]) -> tuple[str, ...]:
 
 
 def listed(categories: Sequence[Category]) -> str:
-    """The first SHOWN of them, with `unique_names`."""
+    """Returns the `unique_names` of the first SHOWN."""
     return ", ".join(unique_names(categories)[:SHOWN]) + (", ..." if len(categories) > SHOWN else "")
 
 
@@ -96,8 +98,8 @@ def placeholders(
 
     An empty parent category is the supercategory of another category, or Roboflow's entry of the project: it has id 0 and
     is the only one with the supercategory "none". It is a class if it is one of `known`, the classes of a run or of the
-    other split; with `known`, `empty_parents` changes nothing. A category with the name of an annotated one is left out
-    too, unless several of `known` share the name. Every other category is a class: another split may have boxes of it.
+    other split; with `known`, `empty_parents` has no effect. A category with the name of an annotated one is left out too,
+    unless several of `known` share the name. Every other category is a class: another split may have boxes of it.
     """
     parents = Counter(supercategories)
     names = {name for category_id, name in categories if category_id in annotated}
@@ -105,11 +107,10 @@ def placeholders(
     found = {}
     for i, (category, above) in enumerate(zip(categories, supercategories, strict=True)):
         category_id, name = category
-        named_by_others = parents[name] - (above == name) > 0
-        of_roboflow = category_id == 0 and above == "none" and parents["none"] == 1 and len(categories) > 1
         if category_id in annotated:
             continue
-        if named_by_others or of_roboflow:
+        of_roboflow = category_id == 0 and above == "none" and parents["none"] == 1 and len(categories) > 1
+        if parents[name] - (above == name) > 0 or of_roboflow:
             if i not in kept and (empty_parents == "drop" or known):
                 option = "" if known else "; --data.empty-parents keep makes it a class"
                 found[category] = f"an empty parent category{option}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +18,10 @@ from retina_jax.data import coco_entries
 from retina_jax.data.box_formats import boxes_in_pixels
 from retina_jax.data.classes import Category, placeholders, unique_names
 from retina_jax.data.coco_entries import CocoFile, Entry, Mistake, escapes, short
-from retina_jax.data.conventions import Header
+from retina_jax.data.decoding import Header
 from retina_jax.data.image_paths import Places, find_images
 from retina_jax.data.source import BoxTable, DataError, Image
-from retina_jax.data.survey import read_sizes, read_votes
+from retina_jax.data.survey import read_headers, survey_files
 
 OPTIONS = ("box_format", "crowds", "orientation", "undecided_orientation", "empty_parents")  # fields of DataConfig
 
@@ -32,21 +32,21 @@ def configured(data: DataConfig, known: Sequence[Category]) -> dict[str, Any]:
 
 
 class Note(NamedTuple):
-    """What a person should know of how a file was read."""
+    """A remark on how a file was read."""
 
     kind: str  # one of the kinds of `data_check.findings`
     text: str  # one line
-    refused: bool = False  # whether training refuses the data set
+    refused: bool = False  # whether training refuses the dataset
 
 
-class Content(NamedTuple):
-    """What a COCO JSON file holds."""
+@dataclass(frozen=True, eq=False)
+class Content(BoxTable):
+    """The boxes of a COCO JSON file, and how it was read; the classes are in the order of the file."""
 
-    table: BoxTable  # its categories are the classes in the order of the file
     annotated: frozenset[int]  # ids of the categories with a box, crowds included
     left_out: dict[Category, str]  # categories that are no classes, each with the reason (`classes.placeholders`)
     rows: Int64[np.ndarray, " M"]  # position of each box in the file's list of annotations
-    without_box: list[int]  # positions of the annotations without a box: points and keypoints
+    without_box: list[int]  # positions in that list of the annotations without a box: points and keypoints
     paths: list[str]  # file of each image, or where it should be; empty if the folder was not given
     missing: dict[int, str]  # rows of the images without a file; where files of that base name are, if anywhere
     unsized: frozenset[int]  # rows of the images whose entries have no size: it is that of the file
@@ -64,10 +64,9 @@ def parse_document(
 ) -> Content:
     """Returns the content of `document`: a CocoFile, or any JSON value. `options` are the fields OPTIONS of DataConfig.
 
-    `known` are classes that stay classes without a box (`classes.placeholders`).
-    With a list of `mistakes`, entries that cannot be used are added to it and left out, refused notes are kept, and only a
-    file without its three lists raises DataError. Without one, the first mistake raises DataError. Without a `folder`,
-    images are not located, and missing sizes stay 0.
+    `known` are classes that stay classes without a box (`classes.placeholders`). Without a `folder`, images are not located,
+    and missing sizes stay 0. The first mistake raises DataError. With a list of `mistakes`, entries that cannot be used are
+    added to it and left out, refused notes are kept, and only a file without its three lists raises DataError.
     """
     if not isinstance(document, CocoFile | dict):
         raise DataError(f"{path}: must be an object with images, annotations and categories, not {short(document)}")
@@ -76,7 +75,7 @@ def parse_document(
 
 
 class _Parser:
-    """Parses one file; collects notes, and mistakes where they are wanted."""
+    """The parser of one file; collects notes and, if they are wanted, mistakes."""
 
     def __init__(self, path: Path, lists: dict, mistakes: list[Mistake] | None, options: DataConfig) -> None:
         self.path, self.lists, self.mistakes, self.options = path, lists, mistakes, options
@@ -101,32 +100,31 @@ class _Parser:
         left_out = placeholders(categories, above, annotated, known, self.options.empty_parents)
         is_class = np.array([category not in left_out for category in categories], bool)
         classes = [category for category in categories if category not in left_out]
-        table = replace(table, categories=classes, labels=(np.cumsum(is_class) - 1)[table.labels])
+        columns = vars(table) | {"categories": classes, "labels": (np.cumsum(is_class) - 1)[table.labels]}
         names = unique_names(classes)
-        total, objects = (
-            np.bincount(part, minlength=len(names)) for part in (table.labels, table.labels[~table.crowd])
-        )
+        total = np.bincount(columns["labels"], minlength=len(names))
+        objects = np.bincount(columns["labels"], ~table.crowd, minlength=len(names))
         if alone := np.flatnonzero((total > 0) & (objects == 0)).tolist():
             shown = ", ".join(short(names[k]) for k in alone[:5]) + (", ..." if len(alone) > 5 else "")
-            text = (
-                f"every annotation of {shown} ({total[alone].sum()} in all) has iscrowd 1, as CVAT and Datumaro write "
+            text = f"every annotation of {shown} ({total[alone].sum()} in all) has iscrowd 1, like CVAT's and Datumaro's masks"
+            self.notes.append(
+                Note("all_crowds", f"{text}: they are ignored; data.crowds objects takes them as objects")
             )
-            text += "masks: they are regions to ignore; data.crowds objects takes them as objects"
-            self.notes.append(Note("all_crowds", text))
         for note in self.notes:
             if note.refused and self.mistakes is None:
                 raise DataError(f"{self.path}: {note.text}")
-        return Content(table, annotated, left_out, rows, without_box, paths, missing, unsized, self.notes)
+        return Content(**columns, annotated=annotated, left_out=left_out, rows=rows, without_box=without_box,
+                       paths=paths, missing=missing, unsized=unsized, notes=self.notes)  # fmt: skip
 
     def refuse(self, key: str, index: int, text: str) -> None:
-        """An entry that cannot be used, and why."""
+        """Raises DataError for an entry that cannot be used, or collects it."""
         mistake = Mistake(key, index, self.lists[key][index], text)
         if self.mistakes is None:
             raise DataError(f"{self.path}: {mistake.place}: {text}")
         self.mistakes.append(mistake)
 
     def entries(self, key: str, kind: type[Entry]) -> list[tuple[int, Entry]]:
-        """The entries of a list that have the right types, with their positions; ids of images and categories are unique."""
+        """Returns the entries of a list that have the right types, with their positions; checks that ids are unique."""
         listed = self.lists.get(key)
         if not isinstance(listed, list):
             found = short(listed) if key in self.lists else "missing"
@@ -136,8 +134,8 @@ class _Parser:
         parsed = []
         for index, entry in enumerate(listed):
             try:
-                right = entry if isinstance(entry, kind) else coco_entries.parse_entry(entry, kind, self.texts)
-                parsed.append((index, right))
+                typed = entry if isinstance(entry, kind) else coco_entries.parse_entry(entry, kind, self.texts)
+                parsed.append((index, typed))
             except DataError as error:
                 self.refuse(key, index, str(error))
         if key == "annotations":
@@ -153,48 +151,52 @@ class _Parser:
     ) -> tuple[list[Image], list[str], dict[int, str], frozenset[int]]:
         """Returns the images and their `Content.paths`, `missing` and `unsized`.
 
-        A missing size is that of the file, turned or not as the other images show (`conventions.Votes`). Images whose
-        names lead out of the folder and those without a size are refused.
+        Images whose names lead out of the folder and those without a size are refused.
         """
         images = [(e.id, e.file_name, *((e.width, e.height) if e.width and e.height else (0, 0))) for _, e in entries]
         names = [entry.file_name for _, entry in entries]
-        places = Places([], {row: "" for row, name in enumerate(names) if escapes(name)}, [])
-        sizes: dict[int, Header | str] = {}
+        places = Places([""] * len(names), {row: "" for row, name in enumerate(names) if escapes(name)}, [])
+        sizes: dict[int, tuple[int, int] | str] = {}
         if folder is not None:
             places = find_images(folder, names)
-            unknown = [row for row, image in enumerate(images) if not image[2]]
-            sizes = dict(zip(unknown, read_sizes(self.path, [places.paths[row] for row in unknown]), strict=True))
+            sizes = self.missing_sizes(images, [Path(path) for path in places.paths])
         if places.moved:
             first = f"{short(names[places.moved[0]])} is read from {places.paths[places.moved[0]]}"
             text = f"{len(places.moved)} of {len(names)} images are not at the path in file_name: {first}"
             self.notes.append(Note("moved", text))
-        chosen, orientation = self.options.orientation, self.options.undecided_orientation
-        if chosen != "auto":
-            orientation = chosen
-        elif any(isinstance(size, Header) and size.orientation >= 5 for size in sizes.values()):
-            sized = [row for row in range(len(images)) if row not in sizes]
-            files = [Path(places.paths[row]) for row in sized]
-            votes, _ = read_votes([names[row] for row in sized], files, [images[row][2:] for row in sized])
-            orientation = votes.convention(orientation)
         kept, missing = [], {}
         for row, (index, _) in enumerate(entries):
-            size = sizes.get(row)
-            place = f"; {places.missing[row]}" if places.missing.get(row) else ""
+            size, place = sizes.get(row), f"; {places.missing[row]}" if places.missing.get(row) else ""
             if row in places.missing and escapes(names[row]):
-                wrong = f"file_name must be a path inside the image folder, not {short(names[row])}{place}"
-                self.refuse("images", index, wrong)
-                continue
-            if isinstance(size, str):
-                wrong = f"width and height are missing, and {places.paths[row]} cannot be read: {size}{place}"
-                self.refuse("images", index, wrong)
-                continue
-            if row in places.missing:
-                missing[len(kept)] = places.missing[row]
-            if size is not None:
-                images[row] = (*images[row][:2], *(size.turned_size if orientation == "turned" else size.size))
-            kept.append(row)
+                wrong = f"file_name must be a path inside the image folder, not {short(names[row])}"
+                self.refuse("images", index, wrong + place)
+            elif isinstance(size, str):
+                wrong = f"width and height are missing, and {places.paths[row]} cannot be read: {size}"
+                self.refuse("images", index, wrong + place)
+            else:
+                if row in places.missing:
+                    missing[len(kept)] = places.missing[row]
+                images[row] = (*images[row][:2], *(size or images[row][2:]))
+                kept.append(row)
         unsized = frozenset(place for place, row in enumerate(kept) if row in sizes)
         return [images[row] for row in kept], [places.paths[row] for row in kept if folder], missing, unsized
+
+    def missing_sizes(self, images: list[Image], paths: list[Path]) -> dict[int, tuple[int, int] | str]:
+        """Returns the width and height of the files of images without a size, by row, or why a file cannot be read.
+
+        They are turned by their EXIF orientation or not as the other images show (`survey.Votes`).
+        """
+        unsized = [row for row, image in enumerate(images) if not image[2]]
+        headers = read_headers([paths[row] for row in unsized])
+        orientation = self.options.orientation
+        if orientation == "auto":
+            orientation = self.options.undecided_orientation
+            if any(isinstance(header, Header) and header.orientation >= 5 for header in headers):
+                sized = [row for row, image in enumerate(images) if image[2]]
+                names, sizes_wh = [images[row][1] for row in sized], [images[row][2:] for row in sized]
+                orientation = survey_files(names, [paths[row] for row in sized], sizes_wh).votes.convention(orientation)
+        sizes = (h if isinstance(h, str) else h.turned_size if orientation == "turned" else h.size for h in headers)
+        return dict(zip(unsized, sizes, strict=True))
 
     def boxes(
         self, images: list[Image], categories: list[Category]

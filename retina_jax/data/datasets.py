@@ -1,4 +1,4 @@
-"""Opens the configured data set, whichever kind it is."""
+"""Opens the configured dataset, whichever kind it is."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def open_source(
     if data.source == "tfds":
         from retina_jax.data.tfds import read_tfds  # imports TensorFlow Datasets, which takes seconds
 
-        truth = "" if split == "train" else data.val_annotations
-        if truth and not os.path.exists(truth):
+        annotations = "" if split == "train" else data.val_annotations
+        if annotations and not os.path.exists(annotations):
             features = f"the features of {data.tfds_name}, whose areas are truncated to integers"
-            warn(f"data.val_annotations: {truth} does not exist; evaluating against {features}")
-            truth = ""
+            warn(f"data.val_annotations: {annotations} does not exist; evaluating against {features}")
+            annotations = ""
         name, folder, of_split = data.tfds_name, data.tfds_folder, getattr(data, f"tfds_{split}_split")
-        options = {"truth_annotations": truth, "empty_parents": data.empty_parents}
+        options = {"ground_truth_annotations": annotations, "empty_parents": data.empty_parents}
         source = read_tfds(name, folder, of_split, images_without_boxes=without_boxes, **options)
     elif data.source == "scenes":
         folder, options = write_scenes(data.scenes), {"known": known, "box_format": "xywh"}

@@ -1,4 +1,4 @@
-"""Finds the image files of a data set: at the paths in file_name, or elsewhere below the folder if there is no doubt.
+"""Finds the image files of a dataset: at the paths in file_name, or elsewhere below the folder if there is no doubt.
 
 Annotations are often made on another machine: with `\\` between folders, absolute paths, a folder more or less than here.
 """

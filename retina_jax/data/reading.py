@@ -1,4 +1,4 @@
-"""Reads files named by a data set: regular files only, with a size limit, retries, and a log line for slow ones."""
+"""Reads files named by a dataset: regular files only, with a size limit, retries, and a log line for slow ones."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ SUPERSAMPLING = 4  # shapes are drawn this many times larger and averaged
 
 
 def _around(radii: list[float], start: float = 0.0) -> Float[np.ndarray, "n 2"]:
-    """Points at equal angles around the centre; the first is `start` turns clockwise from the top."""
+    """Returns points at equal angles around the centre; the first is `start` turns clockwise from the top."""
     angles = 2 * np.pi * (np.arange(len(radii)) / len(radii) + start)
     return np.stack([np.sin(angles), -np.cos(angles)], axis=1) * np.array(radii)[:, None]
 
@@ -77,15 +77,14 @@ class Scene(NamedTuple):
 
 
 def class_names(classes: int) -> tuple[str, ...]:
-    """Names of the first `classes` classes: "red disc", "blue square", ..."""
+    """Returns the names of the first `classes` classes: "red disc", "blue square", ..."""
     return tuple(f"{hue} {shape}" for hue, shape in zip(list(HUES)[:classes], SHAPES, strict=False))
 
 
 def write_scenes(config: ScenesConfig) -> Path:
     """Writes the scenes as JPEGs and COCO JSONs, unless they exist. Returns the folder of train.json, train, val.json, val.
 
-    The folder's name contains a hash of the settings. It is renamed to that when complete, so an existing folder is always
-    complete, and several processes may write at the same time.
+    Its name has a hash of the settings. It gets that name when complete, so several processes may write at the same time.
     """
     setting = {key: value for key, value in dataclasses.asdict(config).items() if key != "folder"}
     digest = hashlib.sha256(json.dumps([VERSION, setting], sort_keys=True).encode()).hexdigest()[:10]
@@ -106,14 +105,12 @@ def write_scenes(config: ScenesConfig) -> Path:
 
 
 def draw_scene(config: ScenesConfig, stream: int, index: int) -> Scene:
-    """Scene `index` of a stream (TRAIN or VAL), a pure function of its arguments."""
+    """Draws scene `index` of a stream (TRAIN or VAL), a pure function of its arguments."""
     rng = np.random.default_rng([config.seed % 2**64, stream, index])
     picture = draw_background(rng, config.size)
-    objects = (
-        0
-        if rng.random() < EMPTY_SHARE
-        else int(rng.integers(min(1, config.max_objects), config.max_objects, endpoint=True))
-    )
+    objects = 0
+    if rng.random() >= EMPTY_SHARE:
+        objects = int(rng.integers(min(1, config.max_objects), config.max_objects, endpoint=True))
     wanted = [True] * objects + [False] * int(rng.integers(0, config.lookalikes, endpoint=True))
     owner = np.full(picture.shape[:2], -1)
     labels, boxes, areas, visible = [], [], np.zeros(0, int), np.zeros(0, int)
@@ -146,7 +143,7 @@ def draw_scene(config: ScenesConfig, stream: int, index: int) -> Scene:
 
 
 def draw_background(rng: np.random.Generator, size: int) -> Float32[np.ndarray, "size size 3"]:
-    """A background in [0, 1]: a muted colour, noise of several octaves, blobs, gratings and lines."""
+    """Draws a background in [0, 1]: a muted colour, noise of several octaves, blobs, gratings and lines."""
     ramp = (np.arange(size, dtype=np.float32) + 0.5) / size
     u, v = ramp[None, :, None], ramp[:, None, None]
     picture = np.zeros((size, size, 3), np.float32) + _colour(rng, (0.1, 0.5), (0.35, 0.7))
@@ -216,7 +213,7 @@ def _draw_box(rng: np.random.Generator, config: ScenesConfig) -> tuple[float, fl
 def painted(
     rng: np.random.Generator, under: np.ndarray, cover: np.ndarray, inside: np.ndarray, hue: float
 ) -> np.ndarray:
-    """The patch with a shape painted on it, lit from the upper left, with a dark outline."""
+    """Returns the patch with a shape painted on it, lit from the upper left, with a dark outline."""
     height, width = cover.shape
     u = np.linspace(-1, 1, width, dtype=np.float32)[None, :, None]
     v = np.linspace(-1, 1, height, dtype=np.float32)[:, None, None]
@@ -231,13 +228,13 @@ def painted(
 def _colour(
     rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float], hue: float | None = None
 ) -> Float32[np.ndarray, " channels"]:
-    """RGB in [0, 1]; `hue` in degrees, None: random."""
+    """Draws RGB in [0, 1]; `hue` in degrees, None: random."""
     turns = rng.random() if hue is None else hue % 360 / 360
     return np.array(colorsys.hsv_to_rgb(turns, rng.uniform(*saturation), rng.uniform(*value)), np.float32)
 
 
 def _spot(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, radius: tuple[float, float]) -> np.ndarray:
-    """A soft ellipse at a random place, 1 at its centre."""
+    """Draws a soft ellipse at a random place, 1 at its centre."""
     cu, cv, (ru, rv) = rng.random(), rng.random(), rng.uniform(*radius, 2).tolist()
     return np.exp(-(((u - cu) / ru) ** 2)) * np.exp(-(((v - cv) / rv) ** 2))
 

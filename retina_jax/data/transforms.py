@@ -44,7 +44,7 @@ def load() -> ModuleType:
 def resized_size(
     height: int, width: int, short_side: int, long_side: int, rounding: Literal["nearest", "floor"] = "nearest"
 ) -> tuple[int, int]:
-    """(height, width) of an image resized to a short side of `short_side`, or a long side of `long_side` if smaller.
+    """Returns (height, width) of an image resized to a short side of `short_side`, or long side of `long_side` if smaller.
 
     Sides are rounded to the nearest pixel (halves up), or down with "floor", and are at least 1. The short side is from the
     paper (Section 4.1), the bound of the long side from Detectron: 1000 with 600, 1333 with 800.
@@ -55,12 +55,12 @@ def resized_size(
 
 
 def train_short_sides(data: DataConfig) -> tuple[int, ...]:
-    """Short sides of the scale jitter in training."""
+    """Returns the short sides of the scale jitter in training."""
     return data.jitter_short_sides or (data.short_side,)
 
 
 def buckets(data: DataConfig, short_sides: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Padded shapes (height, width) for images resized to any of `short_sides`; multiples of `pad_multiple`.
+    """Returns padded shapes (height, width) for images resized to any of `short_sides`; multiples of `pad_multiple`.
 
     With S the largest short side and L the long side, 4 buckets (and 0) are S by 4/3 S (enough for most photographs) and S
     by L, landscape and portrait; 2 buckets are S by L and L by S; 1 bucket is L by L.
@@ -73,8 +73,8 @@ def buckets(data: DataConfig, short_sides: tuple[int, ...]) -> tuple[tuple[int, 
     return tuple(dict.fromkeys(shape for side in longs for shape in ((short, side), (side, short))))
 
 
-def exact_canvas(size_hw: tuple[int, int], data: DataConfig) -> tuple[int, int]:
-    """The smallest padded shape of an image of this size: its sides rounded up to multiples of `pad_multiple`."""
+def exact_padded_shape(size_hw: tuple[int, int], data: DataConfig) -> tuple[int, int]:
+    """Returns the smallest padded shape of an image of this size: its sides rounded up to multiples of `pad_multiple`."""
     return _padded(size_hw[0], data), _padded(size_hw[1], data)
 
 
@@ -83,7 +83,7 @@ def _padded(side: int | float, data: DataConfig) -> int:
 
 
 def assign_bucket(size_hw: tuple[int, int], shapes: tuple[tuple[int, int], ...]) -> int:
-    """Index of the smallest of `shapes` in which an image of this size fits; the first of equal ones."""
+    """Returns the index of the smallest of `shapes` in which an image of this size fits; the first of equal ones."""
     fitting = [i for i, shape in enumerate(shapes) if size_hw[0] <= shape[0] and size_hw[1] <= shape[1]]
     if not fitting:
         raise ValueError(f"an image of {size_hw[0]}x{size_hw[1]} (height x width) fits none of {shapes}")
@@ -93,11 +93,9 @@ def assign_bucket(size_hw: tuple[int, int], shapes: tuple[tuple[int, int], ...])
 def resize(
     image: tf.Tensor | np.ndarray, size_hw: tf.Tensor | tuple[int, int], kind: str, pixels: str = "uint8"
 ) -> tf.Tensor:
-    """Resizes uint8 [h w 3] to [h' w' 3] with half-pixel centres.
+    """Resizes uint8 [h w 3] to [h' w' 3] with half-pixel centres; `kind` is DataConfig.resize.
 
-    `pixels` "uint8" is rounded to the nearest, halves up; "float32" is not rounded. `kind` is "bilinear" (2 x 2 neighbours:
-    cv2, Detectron, torchvision), "antialias" (a kernel that widens with the reduction) or "pillow" (`resize_by_pillow`,
-    always uint8: detectron2).
+    `pixels` "uint8" is rounded to the nearest, halves up; "float32" is not rounded. "pillow" always gives uint8.
     """
     if kind == "pillow":
         resized = tf.numpy_function(resize_by_pillow, [image, size_hw], tf.uint8)
@@ -115,7 +113,7 @@ def resize(
 def resize_by_pillow(
     image: UInt8[np.ndarray, "h w 3"], size_hw: tuple[int, int] | Int[np.ndarray, " 2"]
 ) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """Pillow's antialiased bilinear resize: along x, then y, with integer weights, rounded to uint8 after each."""
+    """Resizes as Pillow does, antialiased: along x, then y, with integer weights, rounded to uint8 after each."""
     height, width = map(int, size_hw)
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
@@ -141,40 +139,40 @@ def resize_large(
     return (resized if pixels == "float32" else tf.cast(resized + 0.5, tf.uint8)).numpy()
 
 
-def pad(image: tf.Tensor, canvas: tf.Tensor | tuple[int, int]) -> tf.Tensor:
+def pad(image: tf.Tensor, padded_hw: tf.Tensor | tuple[int, int]) -> tf.Tensor:
     """Pads an image [h w 3] at the bottom and right with zeros to [H W 3]."""
     shape = tf.shape(image)
     # Rows of 3 w numbers: padding two axes is faster than padding three.
     rows = tf.reshape(image, (shape[0], 3 * shape[1]))
-    rows = tf.pad(rows, [[0, canvas[0] - shape[0]], [0, 3 * (canvas[1] - shape[1])]])
-    return tf.reshape(rows, (canvas[0], canvas[1], 3))
+    rows = tf.pad(rows, [[0, padded_hw[0] - shape[0]], [0, 3 * (padded_hw[1] - shape[1])]])
+    return tf.reshape(rows, (padded_hw[0], padded_hw[1], 3))
 
 
-def to_canvas_pixels(
+def to_padded_pixels(
     boxes_xyxy: Float[np.ndarray, "G 4"], scale_xy: Float[np.ndarray, " 2"], ends: Literal["half_open", "inclusive"]
 ) -> Float[np.ndarray, "G 4"]:
-    """Boxes of the original image in the resized one, with `scale_xy` pixels per original pixel along x and y.
+    """Returns boxes of the original image in the resized one, with `scale_xy` pixels per original pixel along x and y.
 
     `ends` "half_open": all four coordinates are scaled. "inclusive" (Detectron): the number of the last pixel is scaled, so
     that x2 becomes (x2 - 1) s + 1, and a resized box is s - 1 pixels smaller.
     """
     scale = np.tile(scale_xy, 2)[None]
-    return boxes_xyxy * scale + (_last_pixel(1 - scale) if ends == "inclusive" else 0)
+    return boxes_xyxy * scale + _shift_of_ends(scale, ends)
 
 
 def to_original_pixels(
     boxes_xyxy: Float[np.ndarray, "G 4"], scale_xy: Float[np.ndarray, " 2"], ends: Literal["half_open", "inclusive"]
 ) -> Float[np.ndarray, "G 4"]:
-    """The inverse of `to_canvas_pixels`."""
+    """Inverts `to_padded_pixels`."""
     scale = np.tile(scale_xy, 2)[None]
-    return (boxes_xyxy - (_last_pixel(1 - scale) if ends == "inclusive" else 0)) / scale
+    return (boxes_xyxy - _shift_of_ends(scale, ends)) / scale
 
 
-def _last_pixel(shift: Float[np.ndarray, "1 4"]) -> Float[np.ndarray, "1 4"]:
-    return shift * np.array([[0, 0, 1, 1]], shift.dtype)
+def _shift_of_ends(scale: Float[np.ndarray, "1 4"], ends: str) -> Float[np.ndarray, "1 4"]:
+    return (1 - scale) * np.array([[0, 0, 1, 1]] if ends == "inclusive" else [[0, 0, 0, 0]], scale.dtype)
 
 
 def flip_boxes(boxes_xyxy: Float32[np.ndarray, "G 4"], width: int) -> Float32[np.ndarray, "G 4"]:
-    """Boxes in the horizontally flipped image, which is `width` pixels wide: x becomes width - x."""
+    """Returns boxes in the horizontally flipped image, which is `width` pixels wide: x becomes width - x."""
     x1, y1, x2, y2 = boxes_xyxy.T
     return np.stack([width - x2, y1, width - x1, y2], axis=1)

@@ -1,4 +1,4 @@
-"""The complete check: findings in the splits of a data set, and how well the anchors cover its boxes."""
+"""The complete check: findings in the splits of a dataset, and how well the anchors cover its boxes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import flatten, override, with_classes
 from retina_jax.console import log
 from retina_jax.data.classes import Category, category_ids, open_both
-from retina_jax.data.conventions import Decoding
+from retina_jax.data.source import Decoding
 from retina_jax.data.survey import Survey, survey_files
 from retina_jax.data_check.coverage import Coverage, Shares, Views, count_shares, cover, coverage_findings, view_boxes
 from retina_jax.data_check.findings import Finding, Group, grouped

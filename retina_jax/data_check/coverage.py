@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int64
 from retina_jax.config import Config, DataConfig
 from retina_jax.console import track
 from retina_jax.data.source import Record
-from retina_jax.data.transforms import assign_bucket, buckets, resized_size, to_canvas_pixels, train_short_sides
+from retina_jax.data.transforms import assign_bucket, buckets, resized_size, to_padded_pixels, train_short_sides
 from retina_jax.data_check.findings import Finding
 from retina_jax.ops.anchors import anchor_grid
 from retina_jax.ops.boxes import iou_matrix
@@ -66,7 +66,7 @@ def view_boxes(records: list[Record], data: DataConfig) -> Views:
         for short_side in short_sides:
             height, width = resized_size(record.height, record.width, short_side, *rule)
             scale_xy = np.array([width / record.width, height / record.height])
-            boxes = to_canvas_pixels(record.boxes_xyxy[:n], scale_xy, data.box_ends).astype(np.float32)
+            boxes = to_padded_pixels(record.boxes_xyxy[:n], scale_xy, data.box_ends).astype(np.float32)
             places = np.arange(starts[row], starts[row] + n)
             shape = shapes[assign_bucket(largest, shapes)]
             views.append((shape, (height, width), row, boxes, record.labels[:n], places))

@@ -83,7 +83,7 @@ KINDS: dict[str, Kind] = {name: Kind(*kind) for name, *kind in (
 
 
 class Finding(NamedTuple):
-    """One observation about a data set."""
+    """One observation about a dataset."""
 
     kind: str  # one of KINDS
     split: str

