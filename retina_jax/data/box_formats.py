@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -44,10 +45,8 @@ class Guess(NamedTuple):
 def boxes_in_pixels(
     numbers: Numbers, areas: Areas, sizes_wh: Sizes, origin: Shaped[np.ndarray, " M"], box_format: BoxFormat
 ) -> tuple[Numbers, Areas, list[Guess]]:
-    """Returns boxes (x, y, width, height) and areas in pixels, and what the numbers look like.
-
-    `origin` is bbox, or polygons or mask: the numbers are those of a segmentation, which has no layout.
-    """
+    """Returns boxes (x, y, width, height) and areas in pixels, and what the numbers look like. `origin` is bbox, or
+    polygons or mask: the numbers are those of a segmentation, which has no layout."""
     given, polygons = origin == "bbox", origin == "polygons"
     fractions = box_format.endswith("_fractions")
     guesses = []
@@ -81,11 +80,9 @@ def to_xywh(numbers: Numbers, format: BoxFormat, sizes_wh: Sizes) -> Numbers:
 
 
 def guess_format(numbers: Numbers, areas: Areas, sizes_wh: Sizes) -> Guess | None:
-    """Returns the format of boxes that are probably not xywh in pixels, else None.
-
-    Fractions: all numbers, or those of some boxes, are between 0 and 1. Another layout: it places nearly all boxes inside
-    their images while xywh places many far outside, or `areas` are those of two corners and not those of a size.
-    """
+    """Returns the format of boxes that are probably not xywh in pixels, else None. Fractions: all numbers, or those of
+    some boxes, are between 0 and 1. Another layout: it places nearly all boxes inside their images while xywh places
+    many far outside, or `areas` are those of two corners and not those of a size."""
     fractions = guess_fractions(numbers, sizes_wh)
     if fractions is not None and fractions.formats:
         return fractions
@@ -95,7 +92,7 @@ def guess_format(numbers: Numbers, areas: Areas, sizes_wh: Sizes) -> Guess | Non
 
 
 def guess_fractions(
-    numbers: Numbers, sizes_wh: Sizes, what: str = "boxes", layouts: tuple[str, ...] = tuple(LAYOUTS)
+    numbers: Numbers, sizes_wh: Sizes, what: str = "boxes", layouts: Iterable[str] = LAYOUTS
 ) -> Guess | None:
     """Returns those of `layouts` in which all `what`, or some, are fractions of their image; None if they are not."""
     units = _units(numbers, sizes_wh)
@@ -108,9 +105,7 @@ def guess_fractions(
     share = units.sum() / max(1, _solid(numbers, sizes_wh, LEAST_SIDE).sum())
     if share < MIXED[0] or (units & (numbers % 1 > 0).any(1)).sum() < MIXED[1]:
         return None
-    return Guess(
-        (), False, f"{share:.0%} of the {what} look like fractions of the image; convert all of them to pixels"
-    )
+    return Guess((), False, f"{share:.0%} of the {what} look like fractions of the image; convert them all to pixels")
 
 
 def are_fractions(numbers: Numbers, sizes_wh: Sizes) -> bool:

@@ -1,7 +1,6 @@
 """Classes of runs and datasets: which of them are the same, which are left out, and how they are shown.
 
-A class of a dataset is a category id; several may share a name. Label k is the k-th class in the order of the file. A
-resumed run keeps the order that it started with (`Source.arranged`).
+Label k is the k-th class in the order of the file, or of the run that is resumed. Several classes may share a name.
 """
 
 from __future__ import annotations
@@ -30,10 +29,8 @@ Opener = Callable[[Sequence[Category]], Opened]
 
 
 def match(classes: Sequence[Category], categories: Sequence[Category]) -> list[int | None]:
-    """Returns, for each of `classes`, the index of the same one in `categories`; None: missing or ambiguous.
-
-    Two are the same if their name occurs once on each side, whatever their ids, or if both id and name agree.
-    """
+    """Returns, for each of `classes`, the index of the same one in `categories`; None: missing or ambiguous. Two are
+    the same if their name occurs once on each side, whatever their ids, or if both id and name agree."""
     here, there = (Counter(name for _, name in side) for side in (classes, categories))
     by_pair = {category: i for i, category in enumerate(categories)}
     by_name = {name: i for i, (_, name) in enumerate(categories) if here[name] == there[name] == 1}
@@ -41,10 +38,8 @@ def match(classes: Sequence[Category], categories: Sequence[Category]) -> list[i
 
 
 def category_ids(classes: Sequence[Category], data: HasClasses, where: str) -> list[int | None]:
-    """Returns the category id in `data` of each of a detector's `classes`; None if the data lacks it.
-
-    Raises ConfigError, which begins with `where`, if the data has boxes of a category that is none or several of `classes`.
-    """
+    """Returns the category id in `data` of each of a detector's `classes`; None if the data lacks it. Raises
+    ConfigError, which begins with `where`, if the data has boxes of a category that is none or several of `classes`."""
     categories = data.categories
     found = match(classes, categories)
     unknown = [c for i, c in enumerate(categories) if c[0] in data.annotated and i not in found]
@@ -94,13 +89,11 @@ def placeholders(
     known: Sequence[Category] = (),
     empty_parents: Literal["drop", "keep"] = "drop",
 ) -> dict[Category, str]:
-    """Returns the categories that are no classes, each with the reason. None of them has an annotation.
-
-    An empty parent category is the supercategory of another category, or Roboflow's entry of the project: it has id 0 and
-    is the only one with the supercategory "none". It is a class if it is one of `known`, the classes of a run or of the
-    other split; with `known`, `empty_parents` has no effect. A category with the name of an annotated one is left out too,
-    unless several of `known` share the name. Every other category is a class: another split may have boxes of it.
-    """
+    """Returns the categories that are no classes, each with the reason. None of them has an annotation. An empty parent
+    category is the supercategory of another one, or Roboflow's entry of the project, with id 0 and alone with the
+    supercategory "none". It is a class if it is one of `known`, the classes of a run or of the other split; with `known`,
+    `empty_parents` has no effect. A category with the name of an annotated one is left out too, unless several of `known`
+    share the name. Every other category is a class: another split may have boxes of it."""
     parents = Counter(supercategories)
     names = {name for category_id, name in categories if category_id in annotated}
     kept, known_names = set(match(known, categories)), Counter(name for _, name in known)
@@ -120,11 +113,9 @@ def placeholders(
 
 
 def open_both(train: Opener, val: Opener, known: Sequence[Category] = ()) -> tuple[Opened, Opened]:
-    """Opens the training and the evaluation data, each by a function of the classes that it must keep.
-
-    A category that training would leave out is a class if evaluation has boxes of it, unless `known`, the classes of a run
-    to be resumed, decide.
-    """
+    """Opens the training and the evaluation data, each by a function of the classes that it must keep. A category that
+    training would leave out is a class if evaluation has boxes of it, unless `known`, the classes of a run to be
+    resumed, decide."""
     first = train(known)
     second = val(first.categories)
     every = [*first.categories, *first.left_out]

@@ -1,7 +1,4 @@
-"""Reads a COCO dataset: a JSON file of annotations and a folder of images.
-
-Every entry is checked here: no later code meets a missing key, text in place of a number, or a box outside its image.
-"""
+"""Reads a COCO dataset, a JSON file of annotations and a folder of images; every entry is checked here and never again."""
 
 from __future__ import annotations
 
@@ -29,19 +26,13 @@ def read_coco(
     unlabelled: bool = False,
     **options: Any,
 ) -> Source:
-    """Returns the dataset of a COCO JSON file. "drop" (for training) leaves out images without a usable box.
-
-    With `unlabelled`, the key `annotations` may be missing. `options` are those of `parse_document`. Raises DataError, which
-    names the file, the entry and what would be right, for anything in the file that cannot be used, boxes that look as if
-    in another format, and no images at all. Only images without a size are opened.
-
-    A `file_name` is a path inside `images`. An absolute one or one with `..` is not followed, but a file of that base name
-    inside is used if it is the only one (`find_images`). Symbolic links are followed: whoever can write into the folder is
-    trusted, whoever wrote the JSON is not.
-    """
+    """Returns the dataset of a COCO JSON file. "drop" (for training) leaves out images without a usable box. With
+    `unlabelled`, the key `annotations` may be missing. `options` are those of `parse_document`. Only images without a size
+    are opened. Raises DataError for anything in the file that cannot be used, boxes that look as if in another format, and
+    no images at all. An absolute `file_name` or one with `..` is not followed, but a file of that base name in `images` is
+    used if it is the only one (`find_images`). Symbolic links are followed."""
     path, folder = Path(annotations), Path(images)
     document = load_json(path, CocoFile)
-    check_folder(path, folder)
     labelled = not (unlabelled and isinstance(document, dict) and "annotations" not in document)
     if not labelled:
         document["annotations"] = []
@@ -74,12 +65,6 @@ def read_coco(
         annotated=content.annotated,
         left_out=content.left_out,
     )
-
-
-def check_folder(annotations: Path, folder: Path) -> None:
-    """Raises DataError if the folder of the images does not exist."""
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; it must hold the images that {annotations} names")
 
 
 def read_image(path: Path, width: int, height: int) -> bytes:

@@ -20,7 +20,7 @@ from retina_jax.data.classes import Category, placeholders, unique_names
 from retina_jax.data.coco_entries import CocoFile, Entry, Mistake, escapes, short
 from retina_jax.data.decoding import Header
 from retina_jax.data.image_paths import Places, find_images
-from retina_jax.data.source import BoxTable, DataError, Image
+from retina_jax.data.source import BoxTable, DataError, Image, Size
 from retina_jax.data.survey import read_headers, survey_files
 
 OPTIONS = ("box_format", "crowds", "orientation", "undecided_orientation", "empty_parents")  # fields of DataConfig
@@ -43,7 +43,6 @@ class Note(NamedTuple):
 class Content(BoxTable):
     """The boxes of a COCO JSON file, and how it was read; the classes are in the order of the file."""
 
-    annotated: frozenset[int]  # ids of the categories with a box, crowds included
     left_out: dict[Category, str]  # categories that are no classes, each with the reason (`classes.placeholders`)
     rows: Int64[np.ndarray, " M"]  # position of each box in the file's list of annotations
     without_box: list[int]  # positions in that list of the annotations without a box: points and keypoints
@@ -63,13 +62,13 @@ def parse_document(
     **options: Any,
 ) -> Content:
     """Returns the content of `document`: a CocoFile, or any JSON value. `options` are the fields OPTIONS of DataConfig.
-
-    `known` are classes that stay classes without a box (`classes.placeholders`). Without a `folder`, images are not located,
-    and missing sizes stay 0. The first mistake raises DataError. With a list of `mistakes`, entries that cannot be used are
-    added to it and left out, refused notes are kept, and only a file without its three lists raises DataError.
-    """
+    `known` are classes that stay classes without a box (`classes.placeholders`). Without a `folder`, images are not
+    located, and missing sizes stay 0. The first mistake raises DataError. With a list of `mistakes`, entries that cannot be
+    used are added to it and left out, refused notes are kept, and only a file without its three lists raises DataError."""
     if not isinstance(document, CocoFile | dict):
         raise DataError(f"{path}: must be an object with images, annotations and categories, not {short(document)}")
+    if folder is not None and not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; it must hold the images that {path} names")
     lists = document if isinstance(document, dict) else msgspec.structs.asdict(document)
     return _Parser(path, lists, mistakes, DataConfig(**options)).parse(folder, known)
 
@@ -95,9 +94,8 @@ class _Parser:
             counted = ", ".join(f"{count} {key}" for key, count in texts.items())
             text = f"numbers are written as text ({counted}); they are read as numbers"
             self.notes.append(Note("text_numbers", text))
-        annotated = frozenset(categories[label][0] for label in np.unique(table.labels))
         above = [entry.supercategory if isinstance(entry.supercategory, str) else None for entry in listed]
-        left_out = placeholders(categories, above, annotated, known, self.options.empty_parents)
+        left_out = placeholders(categories, above, table.annotated, known, self.options.empty_parents)
         is_class = np.array([category not in left_out for category in categories], bool)
         classes = [category for category in categories if category not in left_out]
         columns = vars(table) | {"categories": classes, "labels": (np.cumsum(is_class) - 1)[table.labels]}
@@ -106,15 +104,13 @@ class _Parser:
         objects = np.bincount(columns["labels"], ~table.crowd, minlength=len(names))
         if alone := np.flatnonzero((total > 0) & (objects == 0)).tolist():
             shown = ", ".join(short(names[k]) for k in alone[:5]) + (", ..." if len(alone) > 5 else "")
-            text = f"every annotation of {shown} ({total[alone].sum()} in all) has iscrowd 1, like CVAT's and Datumaro's masks"
-            self.notes.append(
-                Note("all_crowds", f"{text}: they are ignored; data.crowds objects takes them as objects")
-            )
+            text = f"every annotation of {shown} ({total[alone].sum()} in all) has iscrowd 1, as CVAT writes masks"
+            self.notes.append(Note("all_crowds", f"{text}: they are ignored; data.crowds objects makes them objects"))
         for note in self.notes:
             if note.refused and self.mistakes is None:
                 raise DataError(f"{self.path}: {note.text}")
-        return Content(**columns, annotated=annotated, left_out=left_out, rows=rows, without_box=without_box,
-                       paths=paths, missing=missing, unsized=unsized, notes=self.notes)  # fmt: skip
+        located = {"paths": paths, "missing": missing, "unsized": unsized}
+        return Content(**columns, left_out=left_out, rows=rows, without_box=without_box, **located, notes=self.notes)
 
     def refuse(self, key: str, index: int, text: str) -> None:
         """Raises DataError for an entry that cannot be used, or collects it."""
@@ -149,14 +145,12 @@ class _Parser:
     def locate(
         self, entries: list[tuple[int, coco_entries.ImageEntry]], folder: Path | None
     ) -> tuple[list[Image], list[str], dict[int, str], frozenset[int]]:
-        """Returns the images and their `Content.paths`, `missing` and `unsized`.
-
-        Images whose names lead out of the folder and those without a size are refused.
-        """
+        """Returns the images and their `Content.paths`, `missing` and `unsized`. Images whose names lead out of the
+        folder and those without a size are refused."""
         images = [(e.id, e.file_name, *((e.width, e.height) if e.width and e.height else (0, 0))) for _, e in entries]
         names = [entry.file_name for _, entry in entries]
         places = Places([""] * len(names), {row: "" for row, name in enumerate(names) if escapes(name)}, [])
-        sizes: dict[int, tuple[int, int] | str] = {}
+        sizes: dict[int, Size | str] = {}
         if folder is not None:
             places = find_images(folder, names)
             sizes = self.missing_sizes(images, [Path(path) for path in places.paths])
@@ -181,11 +175,9 @@ class _Parser:
         unsized = frozenset(place for place, row in enumerate(kept) if row in sizes)
         return [images[row] for row in kept], [places.paths[row] for row in kept if folder], missing, unsized
 
-    def missing_sizes(self, images: list[Image], paths: list[Path]) -> dict[int, tuple[int, int] | str]:
+    def missing_sizes(self, images: list[Image], paths: list[Path]) -> dict[int, Size | str]:
         """Returns the width and height of the files of images without a size, by row, or why a file cannot be read.
-
-        They are turned by their EXIF orientation or not as the other images show (`survey.Votes`).
-        """
+        They are turned by their EXIF orientation or not as the other images show (`survey.Votes`)."""
         unsized = [row for row, image in enumerate(images) if not image[2]]
         headers = read_headers([paths[row] for row in unsized])
         orientation = self.options.orientation

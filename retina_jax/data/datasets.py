@@ -23,12 +23,10 @@ from retina_jax.data.survey import with_decoding
 def open_source(
     data: DataConfig, split: Literal["train", "val"], known: Sequence[Category] = (), *, unlabelled: bool = False
 ) -> Source:
-    """Opens the training or the evaluation images; evaluation always keeps images without boxes.
-
-    `known` are classes that remain classes although the data has no box of them (`classes.placeholders`). With
-    `unlabelled`, a COCO file without `annotations` is accepted (`Source.labelled`). Raises ConfigError for a missing field,
-    DataError for annotations that cannot be used and, in training, without a usable box. Logs the source's notes.
-    """
+    """Opens the training or the evaluation images; evaluation always keeps images without boxes. `known` are classes
+    that remain classes although the data has no box of them (`classes.placeholders`). With `unlabelled`, a COCO file
+    without `annotations` is accepted (`Source.labelled`). Raises ConfigError for a missing field, DataError for
+    annotations that cannot be used and, in training, without a usable box. Logs the source's notes."""
     without_boxes = data.images_without_boxes if split == "train" else "keep"
     if data.source == "tfds":
         from retina_jax.data.tfds import read_tfds  # imports TensorFlow Datasets, which takes seconds
@@ -68,13 +66,11 @@ def open_source(
 def open_sources(
     config: Config, known: Sequence[Category] = (), workdir: str | Path = ""
 ) -> tuple[Source, Source, Config]:
-    """Opens the training and the evaluation data of a run (the same if it is never evaluated).
-
-    Also returns the config with their classes, the range of their 16-bit images and the orientation that they show.
-    `known` are the classes of the run in `workdir` that is to be resumed: the training data gets its labels. Raises as
-    `open_source` and `with_classes` do, ConfigError if classes do not fit each other or hosts have different data, and
-    DataError if an image file is missing and data.bad_images is stop.
-    """
+    """Opens the training and the evaluation data of a run (the same if it is never evaluated), and returns the config with
+    their classes, the range of their 16-bit images and the orientation that they show. `known` are the classes of the run
+    in `workdir` that is resumed: the training data gets its labels. Raises as `open_source` and `with_classes` do,
+    ConfigError if classes do not fit each other or hosts have different data, and DataError if an image file is missing
+    and data.bad_images is stop."""
 
     def open_train(known: Sequence[Category]) -> Source:
         nonlocal config

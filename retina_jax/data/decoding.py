@@ -15,9 +15,10 @@ from jaxtyping import Float32, UInt8
 from PIL import Image, ImageMode, UnidentifiedImageError
 
 from retina_jax.data.sixteen_bits import is_deep, samples, to_eight_bits
-from retina_jax.data.source import AS_VIEWERS, BadImage, Decoding, Orientation, Source
+from retina_jax.data.source import AS_VIEWERS, BadImage, Decoding, Orientation, Size, Source, WrongSize
 from retina_jax.errors import reason
 
+RGB = UInt8[np.ndarray, "h w 3"]
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")  # PIL has more; some of them start other programs
 # PIL's own limit. Larger images are refused before they are decoded: a file of kilobytes can ask for gigabytes.
 MAX_PIXELS = 178_956_970
@@ -65,16 +66,16 @@ NO_BOXES = np.zeros((0, 4), np.float32)
 class Header(NamedTuple):
     """Header of an image file."""
 
-    size: tuple[int, int]  # width and height as stored
+    size: Size  # width and height as stored
     orientation: int  # EXIF orientation, 1 to 8; 1 without one
     deep: bool  # whether it has 16 bits per value
 
     @property
-    def turned_size(self) -> tuple[int, int]:
+    def turned_size(self) -> Size:
         """Width and height after turning."""
         return self.size[::-1] if self.orientation >= 5 else self.size
 
-    def shown_by(self, annotated: tuple[int, int] | None) -> Orientation | Literal["open"] | None:
+    def shown_by(self, annotated: Size | None) -> Orientation | Literal["open"] | None:
         """Returns which pixels have the annotated (width, height). "open": both, or no size; None: none, or never turned."""
         if self.orientation == 1 or annotated not in (None, self.size, self.turned_size):
             return None
@@ -83,30 +84,25 @@ class Header(NamedTuple):
         return "stored" if annotated == self.size else "turned"
 
 
-def to_rgb(
-    encoded: bytes, decoding: Decoding = AS_VIEWERS, *, expected_size: tuple[int, int] | None = None
-) -> UInt8[np.ndarray, "h w 3"]:
+def to_rgb(encoded: bytes, decoding: Decoding = AS_VIEWERS, *, expected_size: Size | None = None) -> RGB:
     """Decodes an image file to 8-bit RGB.
 
     Transparency becomes white. CMYK, palettes and grey become RGB. 16-bit images keep the upper 8 of `decoding.bits`. The
-    first of several frames is used. Colour profiles are not applied.
-
-    An EXIF orientation (in a TIFF, its orientation tag) is applied if only the turned size is `expected_size`, the annotated
-    (width, height), and not if only the stored size is. If both are, or it is None, `decoding.orientation` decides.
-
-    Raises BadImage, without the file's name, if the file is not an image of FORMATS, is truncated or broken, has more than
-    MAX_PIXELS, or has neither of the two sizes.
+    first of several frames is used. Colour profiles are not applied. An EXIF orientation (in a TIFF, its orientation tag) is
+    applied if only the turned size is `expected_size`, the annotated (width, height), and not if only the stored size is. If
+    both are, or it is None, `decoding.orientation` decides. Raises BadImage, without the file's name, if the file is not an
+    image of FORMATS, is truncated or broken, has more than MAX_PIXELS, or has neither of the two sizes.
     """
     image = open_image(encoded)
     try:
         header = read_header(image)
+        turn = upright(header, expected_size, decoding)
         if header.deep:
             image = open_image(encoded)  # reading EXIF after the pixels of a PNG has loaded it
             eight = to_eight_bits(samples(image, lambda: open_image(encoded)), decoding.bits or 16)
         else:
             image.load()
             eight = image
-        turn = upright(header, expected_size, decoding)
         if image.format == "TIFF" and header.orientation in TURNS and ORIENTATION_TAG not in image.getexif():
             # Newer versions of PIL turn TIFFs when they load them.
             turn = None if turn is not None else UNDO[header.orientation]
@@ -124,7 +120,7 @@ def to_rgb(
         raise BadImage(f"cannot be decoded: {reason(error)}") from None
 
 
-def image_of(source: Source, index: int) -> UInt8[np.ndarray, "h w 3"]:
+def image_of(source: Source, index: int) -> RGB:
     """Reads and decodes an image of a dataset as training does. Raises BadImage, or OSError if it cannot be read."""
     record = source.records[index]
     return to_rgb(source.read(index), source.decoding, expected_size=(record.width, record.height))
@@ -135,13 +131,9 @@ def largest_file(pixels: int) -> int:
     return 2**26 + 8 * min(pixels, MAX_PIXELS)
 
 
-def is_plain_jpeg(
-    encoded: bytes, decoding: Decoding = AS_VIEWERS, *, expected_size: tuple[int, int] | None = None
-) -> bool:
-    """Returns whether any JPEG decoder gives the pixels of `to_rgb`: grey or three components, complete, not to be turned.
-
-    Reads only the header, in 1 % of the time of decoding. Raises BadImage for faults that the header shows.
-    """
+def is_plain_jpeg(encoded: bytes, decoding: Decoding = AS_VIEWERS, *, expected_size: Size | None = None) -> bool:
+    """Returns whether any JPEG decoder gives the pixels of `to_rgb`: grey or three components, complete, not to be
+    turned. Reads only the header, in 1 % of the time of decoding. Raises BadImage for faults that the header shows."""
     image = open_image(encoded)
     complete = image.format == "JPEG" and image.mode in ("RGB", "L") and encoded.endswith(b"\xff\xd9")
     return complete and upright(read_header(image), expected_size, decoding) is None
@@ -201,15 +193,13 @@ def read_header(image: Image.Image) -> Header:
     return Header((width, height), orientation if known else 1, deep)
 
 
-def upright(
-    header: Header, expected_size: tuple[int, int] | None, decoding: Decoding = AS_VIEWERS
-) -> Image.Transpose | None:
-    """Returns the transposition of the stored image by the rule of `to_rgb`, or None. Raises BadImage for other sizes."""
+def upright(header: Header, expected_size: Size | None, decoding: Decoding = AS_VIEWERS) -> Image.Transpose | None:
+    """Returns the transposition of the stored image by the rule of `to_rgb`, or None. Raises WrongSize for other sizes."""
     sizes = {"stored": header.size, "turned": header.turned_size}
     fitting = [name for name, size in sizes.items() if expected_size in (None, size)]
     if not fitting:
         width, height = header.size
-        raise BadImage(f"is {width}x{height} pixels, but {expected_size[0]}x{expected_size[1]} in the annotations")
+        raise WrongSize(f"is {width}x{height} pixels, but {expected_size[0]}x{expected_size[1]} in the annotations")
     orientation = fitting[0] if len(fitting) == 1 else decoding.orientation
     return TURNS.get(header.orientation) if orientation == "turned" else None
 

@@ -1,7 +1,4 @@
-"""Finds the image files of a dataset: at the paths in file_name, or elsewhere below the folder if there is no doubt.
-
-Annotations are often made on another machine: with `\\` between folders, absolute paths, a folder more or less than here.
-"""
+"""Finds the image files of a dataset: at the paths in file_name, or elsewhere if they were written on another machine."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
 class Places(NamedTuple):
-    """Where the images are."""
+    """Places of the images of a dataset."""
 
     paths: list[str]  # for each name its file, or where it should be
     missing: dict[int, str]  # rows of the names without a file: where files of that base name are ("": unknown)
@@ -34,13 +31,10 @@ class Places(NamedTuple):
 
 
 def find_images(folder: Path, names: Sequence[str]) -> Places:
-    """Finds the files of `names`, paths relative to `folder`.
-
-    A name is first taken as it is, then with `\\` as `/` and without a leading drive, root or `..`. If no name of a folder
-    has a file, and that folder does not exist, its files are searched in the parent of `folder` by their exact names, and
-    below `folder`: the only file of that base name, or of several the one that shares most of the path. A file that two
-    names would share belongs to neither. Paths leave `folder` and its parent through symbolic links only.
-    """
+    """Finds the files of `names`, paths relative to `folder`. A name is used as it is, else with `\\` as `/` and without a
+    leading drive, root or `..`. If a folder does not exist and none of its names has a file, they are searched in the
+    parent of `folder`, and below `folder`: the only file of that base name, or of several the one that shares most of the
+    path. A file that two names would share belongs to neither."""
     root, inside = str(folder), [_relative(name) for name in names]
 
     @cache
@@ -61,7 +55,7 @@ def find_images(folder: Path, names: Sequence[str]) -> Places:
 
     @cache
     def ends_of(base: str) -> dict[str, str | None]:
-        """Each end of the paths of a base name, from that up, to the only path with it; None if several have it."""
+        """Maps each end of the paths of a base name to the only path with it; None if several have it."""
         ends: dict[str, str | None] = {}
         for path in below.get(base, ()):
             parts = path.split(os.sep)
@@ -102,14 +96,14 @@ def find_images(folder: Path, names: Sequence[str]) -> Places:
 
 
 def _relative(name: str) -> str:
-    """The part of a name that can be inside a folder: `C:\\data\\1.png` -> `data/1.png`, `../a/1.png` -> `a/1.png`."""
+    """Returns the part of a name that can be in a folder: `C:\\data\\1.png` -> `data/1.png`, `../a/1.png` -> `a/1.png`."""
     parts = [part for part in re.sub(r"^[A-Za-z]:", "", name).replace("\\", "/").split("/") if part not in ("", ".")]
     climbs = [place for place, part in enumerate(parts) if part == ".."]
     return "/".join(parts[climbs[-1] + 1 if climbs else 0 :])
 
 
 def _files_below(root: str) -> dict[str, list[str]]:
-    """Base name to the paths, relative to `root`, of the first MOST files below it; links to folders are followed once."""
+    """Maps the base names of the first MOST files below `root` to their relative paths; follows links to folders once."""
     found, seen, count = defaultdict(list), set(), 0
     for folder, inner, files in os.walk(root, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
@@ -142,21 +136,20 @@ def _elsewhere(root: str, name: str, below: dict[str, list[str]], alike: dict[st
             above = Path(root).absolute().parent
             siblings = sorted(path for path in above.iterdir() if path.is_dir())[:SIBLINGS]
             found = [str(path / base) for path in (above, *siblings) if (path / base).is_file()]
-    if not found and plain != base and plain in below:
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        return f"files of that name: {', '.join(map(shortened, found[:3]))}{more}"
+    if plain != base and plain in below:
         return f"{os.path.join(root, below[plain][0])} has that name without the prefix {short(base[: -len(plain)])}"
-    if not found and _stem(base) in alike:
-        path = os.path.join(root, alike[_stem(base)])
-        return f"{shortened(path)} differs from that name only in case or extension"
-    shown = ", ".join(map(shortened, found[:3])) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-    return f"files of that name: {shown}" if found else ""
+    if _stem(base) in alike:
+        return f"{shortened(os.path.join(root, alike[_stem(base)]))} differs from that name only in case or extension"
+    return ""
 
 
 def image_files(paths: Sequence[Path], out: Path) -> dict[Path, str]:
-    """Returns the image files at these paths and in these folders, each with the name of its picture in `out`.
-
-    Folders are searched recursively, except `out`; pictures of one name get a number. Raises ConfigError if a path does not
-    exist, a folder has no image, no path is given, or a picture would overwrite one of the files.
-    """
+    """Returns the image files at these paths and in these folders, each with the name of its picture in `out`. Folders
+    are searched recursively, except `out`; pictures of one name get a number. Raises ConfigError if a path does not
+    exist, a folder has no image, no path is given, or a picture would overwrite one of the files."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -174,10 +167,8 @@ def image_files(paths: Sequence[Path], out: Path) -> dict[Path, str]:
     named: dict[str, Path] = {}
     originals = {file.resolve() for file in files}
     for file in dict.fromkeys(files):
-        name, number = f"{file.stem}.png", 1
-        while name in named:
-            number += 1
-            name = f"{file.stem}_{number}.png"
+        names = itertools.chain([f"{file.stem}.png"], (f"{file.stem}_{number}.png" for number in itertools.count(2)))
+        name = next(name for name in names if name not in named)
         if (out / name).resolve() in originals:
             raise ConfigError(f"--out {out}: would overwrite {name}; choose another folder")
         named[name] = file

@@ -1,7 +1,6 @@
 """Batches of images and boxes: a tf.data pipeline over an index, whose only state is the step.
 
-Element i is row i % b of step i // b: a pure function of (seed, step, row). So training resumes by starting at another
-step, and a failed batch can be made again.
+Element i is row i % b of step i // b, a pure function of (seed, step, row), so that training can start at any step.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from retina_jax.config import DataConfig
 from retina_jax.data import sampler, transforms
 from retina_jax.data.decoding import DECODING, is_one_colour, is_plain_jpeg, to_rgb
 from retina_jax.data.reading import SlowReadMonitor, read_again
-from retina_jax.data.source import BadImage, Source
-from retina_jax.data.transforms import tf
+from retina_jax.data.source import BadImage, Size, Source
+from retina_jax.data.transforms import Shapes, tf
 from retina_jax.errors import reason
 
 log = logging.getLogger(__name__)
@@ -50,9 +49,7 @@ def train_batches(
     source: Source, data: DataConfig, *, seed: int, start_step: int = 0, host: int = 0, hosts: int = 1
 ) -> Batches:
     """Returns infinite training batches from `start_step` on; the same batch at a step however often training resumed.
-
-    At each step all hosts get the same padded shape, and together the images that a single host would get.
-    """
+    At each step all hosts get the same padded shape, and together the images that a single host would get."""
     short_sides = transforms.train_short_sides(data)
     shapes = transforms.buckets(data, short_sides)
     # A padded shape for the largest short side also fits the others.
@@ -70,23 +67,19 @@ def eval_batches(
     source: Source, data: DataConfig, *, batch_size: int, limit: int = 0, host: int = 0, hosts: int = 1
 ) -> Batches:
     """Returns evaluation batches: each image (of the first `limit`, unless 0) once, not flipped, at `data.short_side`.
-
-    All hosts get as many batches, with the same shapes; rows that only fill a batch are not `valid`. With `data.buckets` 0
-    the images of a batch have their exact padded shape.
-    """
+    All hosts get as many batches, with the same shapes; rows that only fill a batch are not `valid`. With
+    `data.buckets` 0 the images of a batch have their exact padded shape."""
     shapes = transforms.buckets(data, (data.short_side,))
     if data.buckets == 0:
-        sizes = {(record.height, record.width) for record in source.records}
         rule = data.short_side, data.long_side, data.size_rounding
-        shapes = tuple(
-            sorted({transforms.exact_padded_shape(transforms.resized_size(*size, *rule), data) for size in sizes})
-        )
+        sizes = (transforms.resized_size(record.height, record.width, *rule) for record in source.records)
+        shapes = tuple(sorted({transforms.exact_padded_shape(size, data) for size in sizes}))
     batches = sampler.eval_order(_image_buckets(source, data, data.short_side, shapes)[: limit or None], batch_size)
     mine = sampler.host_rows(batch_size, host, hosts)
     return Batches(source, data, shapes, batches.__getitem__, lambda _: (data.short_side, False), mine, 0, len(batches))
 
 
-def overflow(source: Source, data: DataConfig) -> tuple[int, int]:
+def overflow(source: Source, data: DataConfig) -> Size:
     """Returns how many images have more than `data.max_boxes` boxes, and how many boxes are dropped (an image's last)."""
     beyond = [len(record.labels) - data.max_boxes for record in source.records]
     return sum(n > 0 for n in beyond), sum(max(n, 0) for n in beyond)
@@ -94,17 +87,15 @@ def overflow(source: Source, data: DataConfig) -> tuple[int, int]:
 
 class Batches(Iterator[Batch]):
     """Iterator over the batches of steps `start` to `stop` (None: infinite), with the rows `mine` of each global batch.
-
-    `augment` returns the short side and whether to flip, from `BatchIndices.positions`. A bad image raises BadImage at its
-    own step. With `data.bad_images` skip, its row is not valid instead; it is logged once, and counted in `skipped` each
-    time its batch is returned. Slow files are waited for, and named in a log line.
-    """
+    `augment` returns the short side and whether to flip, from `BatchIndices.positions`. A bad image raises BadImage at
+    its own step. With `data.bad_images` skip, its row is not valid instead; it is logged once, and counted in `skipped`
+    each time its batch is returned. Slow files are waited for, and named in a log line."""
 
     def __init__(
         self,
         source: Source,
         data: DataConfig,
-        shapes: tuple[tuple[int, int], ...],
+        shapes: Shapes,
         batch_at: Callable[[int], sampler.BatchIndices],
         augment: Callable[[int], tuple[int, bool]],
         mine: slice,
@@ -124,7 +115,7 @@ class Batches(Iterator[Batch]):
         self._reads = SlowReadMonitor(source.where)
         self._iterator: Iterator[tuple] | None = None
 
-    def padded_shapes(self, steps: int) -> list[tuple[int, int]]:
+    def padded_shapes(self, steps: int) -> list[Size]:
         """Returns the padded shapes of the next `steps` batches (at most LOOK_AHEAD), each once, in order of first use."""
         buckets = (self._batch_at(self._step + i).bucket for i in range(min(steps, LOOK_AHEAD)))
         return list(dict.fromkeys(self._shapes[bucket] for bucket in buckets))
@@ -226,7 +217,7 @@ class Batches(Iterator[Batch]):
         size, valid = np.array([height, width], np.int32), bool(rows.valid[row])
         return *inputs, flip, shape, size, boxes, labels, np.int64(index), valid, scales.astype(np.float32)
 
-    def _read(self, index: int, size_hw: tuple[int, int]) -> tuple[bytes, np.ndarray, np.ndarray]:
+    def _read(self, index: int, size_hw: Size) -> tuple[bytes, np.ndarray, np.ndarray]:
         """Returns (encoded, decoded, resized), two of them empty. Plain JPEGs stay encoded, large images are resized."""
         if index in self._bad:
             raise self._bad[index]
@@ -260,9 +251,7 @@ def decode_jpeg(encoded: tf.Tensor | bytes) -> tf.Tensor:
     return tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
 
 
-def _image_buckets(
-    source: Source, data: DataConfig, short_side: int, shapes: tuple[tuple[int, int], ...]
-) -> Int64[np.ndarray, " N"]:
+def _image_buckets(source: Source, data: DataConfig, short_side: int, shapes: Shapes) -> Int64[np.ndarray, " N"]:
     rule = short_side, data.long_side, data.size_rounding
     bucket = functools.cache(lambda *size: transforms.assign_bucket(transforms.resized_size(*size, *rule), shapes))
     return np.array([bucket(record.height, record.width) for record in source.records], np.int64)

@@ -17,8 +17,6 @@ from retina_jax.errors import reason
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-# Makes opening a pipe without a writer return at once; reading a regular file is not affected.
-NEVER_WAITS = getattr(os, "O_NONBLOCK", 0)
 PATIENCE = 60.0  # seconds of waiting for a batch after which a line is logged
 CHECKS = 5.0  # seconds between two checks of that time
 PAUSES = (0.5, 2.0, 8.0)  # seconds before each retry
@@ -30,8 +28,9 @@ TEMPORARY = frozenset(getattr(errno, name) for name in _TEMPORARY.split() if has
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[BinaryIO]:
     """Opens a regular file for reading, through symbolic links; OSError for anything else and for an invalid name."""
+    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # not to wait for the writer of a pipe
     try:
-        descriptor = os.open(path, os.O_RDONLY | NEVER_WAITS | getattr(os, "O_BINARY", 0))
+        descriptor = os.open(path, os.O_RDONLY | flags)
     except ValueError:  # a NUL, or a character outside the file system's encoding
         raise OSError(errno.EINVAL, "invalid file name", repr(path)) from None
     with os.fdopen(descriptor, "rb") as file:
@@ -63,7 +62,7 @@ def read_again(read: Callable[[], T], name: str) -> T:
 
 
 class SlowReadMonitor:
-    """Logs which files are being read when a batch has been waited for too long; `where` returns their names."""
+    """A monitor that logs which files are being read when a batch takes too long; `where` returns their names."""
 
     def __init__(self, where: Callable[[int], str]) -> None:
         self._where = where

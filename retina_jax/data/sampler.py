@@ -1,9 +1,9 @@
 """The order of images in training and evaluation: a pure function of (seed, step), without state, the same on every host.
 
 Each image has a bucket (its padded shape), and a global batch has images of one bucket, so that all hosts run the same
-compiled program at a step. Epoch e goes through all N images in a random order. Each image joins the queue of its bucket.
-When a queue has B images, they leave it as the next batch. Images left in the queues at the end of an epoch stay there. So
-after e epochs bucket b with n_b images has given floor(e n_b / B) batches: the epoch of a step follows without replay.
+compiled program. Epoch e goes through all N images in a random order, and each image joins the queue of its bucket. When a
+queue has B images, they leave it as the next batch; the others stay for the next epoch. So after e epochs bucket b with n_b
+images has given floor(e n_b / B) batches: the epoch of a step follows without replay.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ORDER, AUGMENTATION = 1, 2  # independent random streams of a seed
 
 
 class BatchIndices(NamedTuple):
-    """The images of a global batch of B."""
+    """Images of a global batch of B."""
 
     bucket: int
     indices: Int64[np.ndarray, " B"]
@@ -35,10 +35,8 @@ class _Epoch(NamedTuple):
 
 
 class BucketSampler:
-    """The global training batches of images with these buckets. `batch_size` counts images over all hosts.
-
-    If a bucket has fewer images than a batch, a batch contains an image several times, from different epochs.
-    """
+    """Global training batches of images with these buckets. `batch_size` counts images over all hosts. If a bucket
+    has fewer images than a batch, a batch contains an image several times, from different epochs."""
 
     def __init__(self, buckets: Int[np.ndarray, " N"], batch_size: int, seed: int) -> None:
         if len(buckets) < 1 or batch_size < 1:
@@ -51,7 +49,7 @@ class BucketSampler:
         self._epoch = functools.lru_cache(maxsize=4)(self._walk)
 
     def batch(self, step: int) -> BatchIndices:
-        """The batch of a step (from 0, unlimited). Every step costs the same."""
+        """Returns the batch of a step (from 0, unlimited). Every step costs the same."""
         size = self._batch_size
         # floor(e n_b / B) summed over buckets is at most e N / B, so no earlier epoch can hold the step.
         number = step * size // len(self._of_image)
@@ -89,7 +87,7 @@ class BucketSampler:
 
 
 def eval_order(buckets: Int[np.ndarray, " N"], batch_size: int) -> list[BatchIndices]:
-    """Global evaluation batches: each image once, bucket by bucket; the last batch of a bucket repeats its last image."""
+    """Returns global evaluation batches: each image once, by bucket; a bucket's last batch repeats its last image."""
     batches = []
     for bucket in np.unique(buckets):
         images = np.flatnonzero(buckets == bucket)
@@ -101,7 +99,7 @@ def eval_order(buckets: Int[np.ndarray, " N"], batch_size: int) -> list[BatchInd
 
 
 def host_rows(batch_size: int, host: int, hosts: int) -> slice:
-    """Rows of a global batch that a host reads; together, hosts read each row once."""
+    """Returns the rows of a global batch that a host reads; together, hosts read each row once."""
     if batch_size % hosts or not 0 <= host < hosts:
         raise ValueError(f"batch size {batch_size} must be divisible by {hosts} hosts, and host {host} less than that")
     local = batch_size // hosts
@@ -109,5 +107,5 @@ def host_rows(batch_size: int, host: int, hosts: int) -> slice:
 
 
 def random_bits(purpose: int, seed: int, position: int, *, count: int) -> UInt64[np.ndarray, " count"]:
-    """Random 64-bit integers, a pure function of the arguments; independent for each (purpose, seed, position)."""
+    """Returns random 64-bit integers, a pure function of the arguments; independent for each (purpose, seed, position)."""
     return np.random.Philox([purpose, seed % 2**64, position]).random_raw(count)

@@ -1,7 +1,6 @@
 """Generated scenes: a small detection task with the class imbalance of the paper's Section 3, without a download.
 
-A class is a shape and a hue ("red disc"). Objects are few, mostly small, and overlap. The background contains hard
-negatives: shapes in a wrong hue, hues in a wrong shape, noise, gratings, blobs and lines.
+A class is a shape and a hue ("red disc"). Objects are few, mostly small, and overlap. The background has hard negatives.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
+from numpy.random import Generator
 from PIL import Image, ImageDraw
 
 from retina_jax.config import ScenesConfig
@@ -82,10 +82,9 @@ def class_names(classes: int) -> tuple[str, ...]:
 
 
 def write_scenes(config: ScenesConfig) -> Path:
-    """Writes the scenes as JPEGs and COCO JSONs, unless they exist. Returns the folder of train.json, train, val.json, val.
-
-    Its name has a hash of the settings. It gets that name when complete, so several processes may write at the same time.
-    """
+    """Writes the scenes as JPEGs and COCO JSONs, unless they exist. Returns the folder of train.json, train, val.json,
+    val. Its name has a hash of the settings. It gets that name when complete, so several processes may write at the
+    same time."""
     setting = {key: value for key, value in dataclasses.asdict(config).items() if key != "folder"}
     digest = hashlib.sha256(json.dumps([VERSION, setting], sort_keys=True).encode()).hexdigest()[:10]
     folder = Path(config.folder) / f"{config.size}px_{config.classes}classes_{digest}"
@@ -142,7 +141,7 @@ def draw_scene(config: ScenesConfig, stream: int, index: int) -> Scene:
     return Scene(image, labels, boxes, (visible / areas).tolist())
 
 
-def draw_background(rng: np.random.Generator, size: int) -> Float32[np.ndarray, "size size 3"]:
+def draw_background(rng: Generator, size: int) -> Float32[np.ndarray, "size size 3"]:
     """Draws a background in [0, 1]: a muted colour, noise of several octaves, blobs, gratings and lines."""
     ramp = (np.arange(size, dtype=np.float32) + 0.5) / size
     u, v = ramp[None, :, None], ramp[:, None, None]
@@ -172,11 +171,9 @@ def draw_background(rng: np.random.Generator, size: int) -> Float32[np.ndarray, 
 def draw_shape(
     shape: str, box_xywh: tuple[float, float, float, float], rotation: float, outline: float
 ) -> tuple[tuple[int, int], Float32[np.ndarray, "h w"], Float32[np.ndarray, "h w"]]:
-    """Draws a shape, rotated by `rotation` (radians) and then stretched to fill the box exactly.
-
-    Returns the pixel (x, y) of the patch's upper left corner, the share of each pixel covered by the shape, and the share
-    that is more than `outline` pixels inside it.
-    """
+    """Draws a shape, rotated by `rotation` (radians) and then stretched to fill the box exactly. Returns the pixel (x,
+    y) of the patch's upper left corner, the share of each pixel covered by the shape, and the share that is more than
+    `outline` pixels inside it."""
     x, y, width, height = box_xywh
     left, top = int(np.floor(x)), int(np.floor(y))
     patch_w, patch_h = int(np.ceil(x + width)) - left, int(np.ceil(y + height)) - top
@@ -200,7 +197,7 @@ def draw_shape(
     return (left, top), cover, inside
 
 
-def _draw_box(rng: np.random.Generator, config: ScenesConfig) -> tuple[float, float, float, float]:
+def _draw_box(rng: Generator, config: ScenesConfig) -> tuple[float, float, float, float]:
     # The square of a uniform number favours small sizes: half are below min_side × (max / min) ^ 1/4.
     side = config.min_side * (config.max_side / config.min_side) ** (rng.random() ** 2)
     aspect = np.exp(rng.uniform(np.log(0.6), np.log(1.6)))
@@ -210,9 +207,7 @@ def _draw_box(rng: np.random.Generator, config: ScenesConfig) -> tuple[float, fl
     return int(x * 100) / 100, int(y * 100) / 100, int(width * 100) / 100, int(height * 100) / 100
 
 
-def painted(
-    rng: np.random.Generator, under: np.ndarray, cover: np.ndarray, inside: np.ndarray, hue: float
-) -> np.ndarray:
+def painted(rng: Generator, under: np.ndarray, cover: np.ndarray, inside: np.ndarray, hue: float) -> np.ndarray:
     """Returns the patch with a shape painted on it, lit from the upper left, with a dark outline."""
     height, width = cover.shape
     u = np.linspace(-1, 1, width, dtype=np.float32)[None, :, None]
@@ -226,14 +221,14 @@ def painted(
 
 
 def _colour(
-    rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float], hue: float | None = None
+    rng: Generator, saturation: tuple[float, float], value: tuple[float, float], hue: float | None = None
 ) -> Float32[np.ndarray, " channels"]:
     """Draws RGB in [0, 1]; `hue` in degrees, None: random."""
     turns = rng.random() if hue is None else hue % 360 / 360
     return np.array(colorsys.hsv_to_rgb(turns, rng.uniform(*saturation), rng.uniform(*value)), np.float32)
 
 
-def _spot(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, radius: tuple[float, float]) -> np.ndarray:
+def _spot(rng: Generator, u: np.ndarray, v: np.ndarray, radius: tuple[float, float]) -> np.ndarray:
     """Draws a soft ellipse at a random place, 1 at its centre."""
     cu, cv, (ru, rv) = rng.random(), rng.random(), rng.uniform(*radius, 2).tolist()
     return np.exp(-(((u - cu) / ru) ** 2)) * np.exp(-(((v - cv) / rv) ** 2))

@@ -34,20 +34,16 @@ def is_deep(image: Image.Image) -> bool:
 
 
 def samples(image: Image.Image, reopen: Callable[[], Image.Image]) -> UInt16[np.ndarray, "h w c"]:
-    """Returns all 16 bits of an image that `is_deep` and is not loaded, oriented as by PIL. Negative values become 0.
-
-    c is 1 for grey, 2 for grey and alpha, 3 for RGB, 4 for RGB and alpha. `reopen` opens the file again, to read the lower
-    bytes of colours with the byte order exchanged. Raises BadImage for what is not supported, and what PIL raises.
-    """
+    """Returns all 16 bits of an image that `is_deep` and is not loaded, oriented as by PIL. Negative values become 0. c is
+    1 for grey, 2 for grey and alpha, 3 for RGB, 4 for RGB and alpha. `reopen` opens the file again, to read the lower bytes
+    of colours with the byte order exchanged. Raises BadImage for what is not supported, and what PIL raises."""
     raw = _raw_mode(image)
     if image.format == "TIFF":
         tags = image.tag_v2
         if tags.get(PLANES_TAG, 1) != 1 and tags.get(CHANNELS_TAG, 1) > 1:
-            raise BadImage("is a 16-bit TIFF with separate planes; save it with planar configuration 1 (interleaved)")
+            raise BadImage("is a 16-bit TIFF with separate planes; save it with planar configuration 1")
         if tags.get(PHOTOMETRIC_TAG) == 0:
-            raise BadImage(
-                "is a 16-bit TIFF in which 0 is white; save it with photometric interpretation 1 (0 is black)"
-            )
+            raise BadImage("is a 16-bit TIFF in which 0 is white; save it with photometric interpretation 1")
         if not image.mode.startswith("I") and raw not in COLOURS:
             raise BadImage(f"is a 16-bit TIFF with an unsupported layout ({image.mode}); save it as grey or RGB")
     image.load()
@@ -69,11 +65,9 @@ def colours(values: UInt16[np.ndarray, "h w c"]) -> UInt16[np.ndarray, "h w _"]:
 
 
 def to_eight_bits(values: UInt16[np.ndarray, "h w c"], bits: int) -> Image.Image:
-    """Returns the upper 8 of `bits` bits, in PIL's mode L, LA, RGB or RGBA. Overwrites `values`.
-
-    Larger values become white, which is logged once unless they are SATURATED. Alpha has `bits` bits if that is enough for
-    all its values, else 16.
-    """
+    """Returns the upper 8 of `bits` bits, in PIL's mode L, LA, RGB or RGBA. Overwrites `values`. Larger values become
+    white, which is logged once unless they are SATURATED. Alpha has `bits` bits if that is enough for all its values,
+    else 16."""
     shown = colours(values)
     if shown.max(initial=0) >= 2**bits and shown.max(initial=0, where=shown < SATURATED) >= 2**bits:
         _warn_once(bits)
@@ -139,9 +133,7 @@ class Range(NamedTuple):
         line = f"16-bit images: values up to {self.largest} in a sample of {number}, a range of {self.bits} bits"
         if configured and (self.bits > bits or self.bits <= bits - DARK):
             effect = "cut off at white" if self.bits > bits else "dark"
-            return [
-                (f"{line}, but data.bits is {bits} (set, or that of the training images): images are {effect}", True)
-            ]
+            return [(f"{line}, but data.bits is {bits} (set, or of the training images): images are {effect}", True)]
         doubts = []
         saturated = sum(image.saturated for image in self.images)
         if not configured and saturated and self.largest != SATURATED:

@@ -15,6 +15,7 @@ from retina_jax.data.classes import Category, differ, match
 from retina_jax.errors import PlainError
 
 Orientation = Literal["stored", "turned"]
+Size = tuple[int, int]  # width and height in pixels; height and width where a name ends in `_hw`
 Image = tuple[int, str, int, int]  # id, file name, width and height in pixels (0, 0 if unknown)
 
 
@@ -24,6 +25,10 @@ class DataError(PlainError, ValueError):
 
 class BadImage(DataError):
     """An image that is missing, broken or of another size than its annotations say; the message names it."""
+
+
+class WrongSize(BadImage):
+    """An image of another size than its annotations say."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +81,8 @@ class Source:
 
     @cached_property
     def ground_truth(self) -> dict[str, Any]:
-        """Ground truth in COCO's format for pycocotools: every box as annotated, uncut, crowds included.
-
-        It always has `iscrowd`, `area` and unique ids from 1 on, no `segmentation`, and as categories only the classes.
-        """
+        """Ground truth in COCO's format for pycocotools: every box as annotated, uncut, crowds included. It always has
+        `iscrowd`, `area` and unique ids from 1 on, no `segmentation`, and as categories only the classes."""
         return self.make_ground_truth()
 
     @property
@@ -122,12 +125,10 @@ class Source:
 def sort_boxes(
     boxes_xyxy: Float64[np.ndarray, "M 4"], crowd: Bool[np.ndarray, " M"], sizes_wh: Int64[np.ndarray, "M 2"]
 ) -> tuple[Float32[np.ndarray, "M 4"], dict[str, Bool[np.ndarray, " M"]]]:
-    """Returns the boxes cut to their images, and which of them each rule applies to.
-
-    A box is dropped by the first rule that applies: crowd, zero_size (a side of 0 or less), outside (at most touches the
-    edge of its image), or zero_size again if nothing is left of it in float32. The others are `usable`. Those of them that
-    extend beyond the image by more than 0.01 pixel, the rounding of two decimals, are also `clipped`.
-    """
+    """Returns the boxes cut to their images, and which of them each rule applies to. A box is dropped by the first rule
+    that applies: crowd, zero_size (a side of 0 or less), outside (at most touches the edge of its image), or zero_size
+    again if nothing is left of it in float32. The others are `usable`. Those of them that extend beyond the image by
+    more than 0.01 pixel, the rounding of two decimals, are also `clipped`."""
     clipped = np.clip(boxes_xyxy, 0, np.tile(sizes_wh, 2)).astype(np.float32)
     inside = (boxes_xyxy[:, :2] < sizes_wh).all(1) & (boxes_xyxy[:, 2:] > 0).all(1)
     solid, left = ((boxes[:, 2:] > boxes[:, :2]).all(1) for boxes in (boxes_xyxy, clipped))
@@ -154,6 +155,11 @@ class BoxTable:
     boxes_xywh: Float64[np.ndarray, "M 4"]
     areas: Float64[np.ndarray, " M"]  # square pixels
     ids: Int64[np.ndarray, " M"]  # 0 where missing
+
+    @property
+    def annotated(self) -> frozenset[int]:
+        """Ids of the categories with a box, crowds included."""
+        return frozenset(self.categories[label][0] for label in np.unique(self.labels))
 
     @property
     def sizes_wh(self) -> Int64[np.ndarray, "M 2"]:

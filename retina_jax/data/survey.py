@@ -1,10 +1,8 @@
 """Reads the headers of all image files of a dataset: sizes, and how to decode what the files leave open.
 
 Annotations of a file with an EXIF orientation belong to the pixels as stored or as turned; their sizes show which if turning
-swaps two different sides (orientations 5 to 8). These images decide for the others of the dataset (orientations 2 to 4, and
-squares). A 16-bit file may contain values of a sensor with 8, 10, 12 or 14 bits.
-
-A single image can decide, so all are read. With 16 threads COCO's take 0.06 to 0.1 ms each from a local disk: ten seconds.
+swaps two different sides (orientations 5 to 8). These images, if only one, decide for the others (orientations 2 to 4, and
+squares). A 16-bit file may contain values of a sensor with 8, 10, 12 or 14 bits. COCO's headers take ten seconds.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from retina_jax.console import log, warn
 from retina_jax.data.decoding import FORMATS, MAX_PIXELS, Header, largest_file, open_image, read_header
 from retina_jax.data.reading import open_file, read_again, read_file
 from retina_jax.data.sixteen_bits import Range, Values, colours, find_range, is_deep, samples
-from retina_jax.data.source import Decoding, Orientation, Source
+from retina_jax.data.source import Decoding, Orientation, Size, Source
 from retina_jax.errors import reason
 
 SAMPLE = 64  # number of 16-bit images that are decoded to find their range, spread evenly over the dataset
@@ -54,19 +52,15 @@ class Votes:
     def decide(
         self, choice: Orientation | Literal["auto"], undecided: Orientation = "turned"
     ) -> tuple[Orientation, str, bool]:
-        """Returns the convention, a line that explains it (empty: nothing to decide), and whether it is in doubt.
-
-        `choice` is data.orientation; with "auto", the majority of the images decides, and `undecided` without one. It is in
-        doubt if images contradict it, and if none decides, unless `undecided` is "stored", as another dataset showed.
-        """
+        """Returns the convention, a line that explains it (empty: nothing to decide), and whether it is in doubt. `choice`
+        is data.orientation; with "auto", the majority of the images decides, and `undecided` without one. It is in doubt if
+        images contradict it, and if none decides, unless `undecided` is "stored", as another dataset showed."""
         stored, turned, unknown = len(self.stored), len(self.turned), len(self.open)
         found = self.convention(undecided) if choice == "auto" else choice
         if not stored + turned + unknown:
             return found, "", False
         some = f" ({self.open[0]}{', ...' if unknown > 1 else ''}), read as {found}" if unknown else ""
-        line = (
-            f"images annotated as stored: {stored}, as turned: {turned}, of the same size either way or without one: "
-        )
+        line = f"images annotated as stored: {stored}, as turned: {turned}, of a size that fits both or without one: "
         line += f"{unknown}{some}"
         if stored and turned:
             line += f"; {self.stored[0]} is annotated as stored, {self.turned[0]} as turned"
@@ -76,9 +70,7 @@ class Votes:
         if choice == "auto" and not stored + turned:
             if undecided == "stored":
                 return found, f"EXIF orientation: {line}, as the other images of the run are", False
-            line += (
-                ", as image viewers show them; if their boxes lie on the pixels as stored, set data.orientation stored"
-            )
+            line += ", as image viewers show them; if boxes are on the pixels as stored, set data.orientation stored"
             return found, f"EXIF orientation is undecided: {line}", True
         against = self.turned if found == "stored" else self.stored
         doubt = f"; {against[0]} is annotated otherwise and follows its own size" if against else ""
@@ -119,11 +111,9 @@ def with_decoding(source: Source, data: DataConfig) -> Source:
 
 
 def decoding_of_files(paths: Sequence[Path], data: DataConfig) -> Decoding:
-    """Returns how a detector of this config decodes image files without annotations, and logs what decided it.
-
-    They are turned as in image viewers unless data.orientation is stored. 16-bit images have the range of the training
-    images or, if there were none, their own.
-    """
+    """Returns how a detector of this config decodes image files without annotations, and logs what decided it. They are
+    turned as in image viewers unless data.orientation is stored. 16-bit images have the range of the training images
+    or, if there were none, their own."""
     data = replace(data, orientation="turned" if data.orientation == "auto" else data.orientation)
     return _decide(survey_files([path.name for path in paths], paths, [(0, 0)] * len(paths)), data)
 
@@ -135,7 +125,7 @@ def _decide(survey: Survey, data: DataConfig, prefix: str = "") -> Decoding:
     return decoding
 
 
-def survey_files(names: Sequence[str], paths: Sequence[Path], sizes_wh: Sequence[tuple[int, int] | None]) -> Survey:
+def survey_files(names: Sequence[str], paths: Sequence[Path], sizes_wh: Sequence[Size | None]) -> Survey:
     """Reads the headers of image files with these annotated sizes (None: without). Unreadable files are left out."""
     votes, deep = Votes(), []
     for row, header in enumerate(read_headers(paths)):

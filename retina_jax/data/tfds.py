@@ -61,13 +61,11 @@ def read_tfds(
     ground_truth_annotations: str = "",
     empty_parents: Literal["drop", "keep"] = "drop",
 ) -> Source:
-    """Returns the dataset `name` under `folder` ("": TFDS's own), or the one prepared in the folder `name` itself.
-
-    The first call reads every image's header and saves the index in the dataset's folder, or in ~/.cache/retina_jax if
-    that cannot be written. `ground_truth_annotations` is the original COCO JSON to evaluate against; without it the ground
-    truth is made from the features, whose areas are COCO's truncated to integers. Raises DataError if the dataset, the
-    split, a feature, or the images or classes in `ground_truth_annotations` are missing or not as expected.
-    """
+    """Returns the dataset `name` under `folder` ("": TFDS's own), or the one prepared in the folder `name` itself. The
+    first call reads every image's header and saves the index in the dataset's folder, or in ~/.cache/retina_jax if that
+    cannot be written. `ground_truth_annotations` is the original COCO JSON to evaluate against; without it the ground truth
+    is made from the features, whose areas are COCO's truncated to integers. Raises DataError if the dataset, the split, a
+    feature, or the images or classes in `ground_truth_annotations` are missing or not as expected."""
     called = f"{name} [{split}]"
     builder = _open_builder(name, folder)
     categories = _categories(builder, called)
@@ -77,13 +75,11 @@ def read_tfds(
     for m in np.flatnonzero((labels < 0) | (labels >= len(categories))):
         wrong = f"objects/label is {labels[m]}; it must be 0 to {len(categories) - 1}"
         raise DataError(f"{called}: example {index.owners[m]}: {wrong}")
-    annotated, left_out, content = frozenset(categories[k][0] for k in set(labels.tolist())), {}, None
+    content = None
     if ground_truth_annotations:
         content = parse_coco(Path(ground_truth_annotations), known=categories, empty_parents=empty_parents)
-        image_ids, categories, labels = _match_ground_truth(
-            index, content, ground_truth_annotations, categories, called
-        )
-        annotated, left_out = content.annotated, content.left_out
+        matched = _match_ground_truth(index, content, ground_truth_annotations, categories, called)
+        image_ids, categories, labels = matched
     elif len(set(image_ids)) < len(image_ids):
         raise DataError(f"{called}: image/id is used twice; every image must have its own")
     boxes_xyxy = index.boxes_yxyx_normalised[:, [1, 0, 3, 2]] * np.tile(index.sizes_wh[index.owners], 2)
@@ -118,8 +114,8 @@ def read_tfds(
         read=read,
         where=where,
         make_ground_truth=(content or table).ground_truth,
-        annotated=annotated,
-        left_out=left_out,
+        annotated=(content or table).annotated,
+        left_out=content.left_out if content else {},
     )
 
 
@@ -139,10 +135,8 @@ def _open_builder(name: str, folder: str) -> tfds.core.DatasetBuilder:
 
 
 def _categories(builder: tfds.core.DatasetBuilder, called: str) -> list[Category]:
-    """Id and name of each label: COCO's own for COCO, whose TFDS names may be just "0" to "79"; otherwise ids from 1.
-
-    Raises DataError if one of the necessary features is missing.
-    """
+    """Returns id and name of each label: COCO's own for COCO, whose TFDS names may be just "0" to "79"; otherwise ids from
+    1. Raises DataError if one of the necessary features is missing."""
     features = builder.info.features
     objects = features["objects"].feature if "objects" in features else {}
     for key in ("image", "objects/bbox", "objects/label"):
@@ -159,11 +153,9 @@ def _match_ground_truth(
     index: Index, content: Content, path: str, classes: list[Category], called: str
 ) -> tuple[list[int], list[Category], Int64[np.ndarray, " M"]]:
     """Returns the ids of the images in the JSON `content` of `path`, its categories of `classes`, and the labels there.
-
     Images are matched by file name, without names by id; classes as in `classes.match`, without names (TFDS calls them
-    "0", "1", ...) by ascending id. Raises DataError for a class with a box that one side lacks, and for an image that the
-    JSON lacks.
-    """
+    "0", "1", ...) by ascending id. Raises DataError for a class with a box that one side lacks, and for an image that
+    the JSON lacks."""
     images, categories = content.images, content.categories
     unnamed = [name for _, name in classes] == [str(k) for k in range(len(classes))]
     ascending = sorted(range(len(categories)), key=lambda i: categories[i])
@@ -244,11 +236,9 @@ def _open_examples(builder: tfds.core.DatasetBuilder, split: str, called: str) -
 
 
 class TFRecordExamples(Examples):
-    """The examples of a split in TFRecord files, TFDS's default format, by index. Threads may read at once.
-
-    `split` is a name or an instruction such as train[:10%]; ValueError if there is no such split. A record is its length
-    (8 bytes, little-endian), 4 bytes of checksum, the data, 4 bytes of checksum. Checksums are not verified.
-    """
+    """The examples of a split in TFRecord files, TFDS's default format, by index. Threads may read at once. `split` is
+    a name or an instruction such as train[:10%]; ValueError if there is no such split. A record is its length (8 bytes,
+    little-endian), 4 bytes of checksum, the data, 4 bytes of checksum. Checksums are not verified."""
 
     def __init__(self, info: tfds.core.DatasetInfo, split: str) -> None:
         self._features = info.features
@@ -278,7 +268,7 @@ class TFRecordExamples(Examples):
 
 
 def _record_offsets(path: str, expected: int) -> list[tuple[int, int]]:
-    """Start and length of each record's data, in bytes; ValueError if there are not `expected`, or the last is cut off."""
+    """Returns start and length of each record's data, in bytes; ValueError if there are not `expected` complete ones."""
     offsets, place, size = [], 0, os.path.getsize(path)
     with open(path, "rb") as stream:
         while place + HEADER <= size:

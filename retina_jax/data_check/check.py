@@ -37,7 +37,7 @@ class ClassCount(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Check:
-    """All results."""
+    """Results of a data check."""
 
     config: Config
     decoding: Decoding  # how images of the training split are decoded
@@ -51,11 +51,11 @@ class Check:
 
     @property
     def ready(self) -> bool:
-        """Whether training would start and could learn something: there is no error."""
+        """Whether training would start and could learn something, because there is no error."""
         return all(group.severity != "error" for group in self.groups)
 
     def verdict(self) -> str:
-        """One line: whether the data is ready, and the numbers of errors and warnings."""
+        """Returns one line: whether the data is ready, and the numbers of errors and warnings."""
         numbers = [
             sum(len(group.findings) for group in self.groups if group.severity == severity) or "none"
             for severity in ("error", "warning")
@@ -122,7 +122,7 @@ def survey_split(split: Split) -> Survey:
 
 
 def decide_decoding(split: Split, survey: Survey, config: Config) -> tuple[Decoding, Config, list[Finding]]:
-    """How the split's images are decoded, the config with the range of 16-bit images, and findings on both."""
+    """Returns how the split's images are decoded, the config with the range of 16-bit images, and findings on both."""
     decoding, lines = survey.decide(config.data)
     if decoding.bits:
         config = override(config, {"data.bits": decoding.bits})
@@ -134,16 +134,14 @@ def decide_decoding(split: Split, survey: Survey, config: Config) -> tuple[Decod
 def count_classes(split: Split) -> list[ClassCount]:
     """Counts the boxes and images of each class, by label."""
     usable, names = split.rules["usable"], split.class_names
-    pairs = np.unique(np.stack([split.owners[usable], split.labels[usable]]), axis=1)
-    columns = (
-        np.bincount(labels, minlength=len(names)).tolist()
-        for labels in (split.labels[usable], pairs[1], split.labels[~usable])
-    )
-    return [ClassCount(*row) for row in zip(names, *columns, strict=True)]
+    images_labels = np.unique(np.stack([split.owners[usable], split.labels[usable]]), axis=1)
+    columns = split.labels[usable], images_labels[1], split.labels[~usable]
+    counts = (np.bincount(labels, minlength=len(names)).tolist() for labels in columns)
+    return [ClassCount(*row) for row in zip(names, *counts, strict=True)]
 
 
 def facts_of(check: Check) -> dict[str, Any]:
-    """All that the page shows, in JSON's own types."""
+    """Returns all that the page shows, in JSON's own types."""
     suggestion = check.suggestion
     return {
         "makes_sense": check.ready,

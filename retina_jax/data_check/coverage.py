@@ -47,15 +47,9 @@ class Views(NamedTuple):
     labels: Int64[np.ndarray, " N"]
     boxes: Int64[np.ndarray, " N"]  # index of each box among those of all records, one record after the other
 
-    def bins(self) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " N"]]:
-        """The bin of SIDES and the bin of ASPECTS of each box; a value on the border of two bins is in the upper one."""
-        width, height = (self.boxes_xyxy[:, 2:] - self.boxes_xyxy[:, :2]).astype(np.float64).T
-        ends_values = (SIDES, np.sqrt(width * height)), (ASPECTS, height / width)
-        return tuple(np.searchsorted(ends, values, side="right") - 1 for ends, values in ends_values)
-
 
 def view_boxes(records: list[Record], data: DataConfig) -> Views:
-    """The views of all records as training would make them; of each image the first `data.max_boxes` boxes."""
+    """Returns the views of all records as training would make them; of each image the first `data.max_boxes` boxes."""
     short_sides = train_short_sides(data)
     shapes, rule = buckets(data, short_sides), (data.long_side, data.size_rounding)
     starts = np.cumsum([0, *(len(record.labels) for record in records)])
@@ -83,7 +77,7 @@ def view_boxes(records: list[Record], data: DataConfig) -> Views:
 
 
 class Coverage(NamedTuple):
-    """How well the anchors cover N boxes."""
+    """Coverage of N boxes by the anchors."""
 
     best_iou: Float32[np.ndarray, " N"]  # largest IoU of any anchor with the box
     anchors: Int64[np.ndarray, " N"]  # positive anchors assigned to the box
@@ -91,16 +85,11 @@ class Coverage(NamedTuple):
 
     @property
     def kinds(self) -> dict[str, Bool[np.ndarray, " N"]]:
-        """Which boxes are `by_iou` (an anchor has matching.positive_iou or more), `by_low_quality` (anchors only by
+        """Returns which boxes are `by_iou` (an anchor has matching.positive_iou or more), `by_low_quality` (anchors only by
         matching.low_quality) or `uncovered` (no anchor): each box is one of these. `outbid`: those `by_iou` without an
         anchor, because theirs all overlap other boxes more."""
-        near, any_anchor = self.best_iou >= self.positive_iou, self.anchors > 0
-        return {
-            "by_iou": near,
-            "by_low_quality": ~near & any_anchor,
-            "uncovered": ~near & ~any_anchor,
-            "outbid": near & ~any_anchor,
-        }
+        near, won = self.best_iou >= self.positive_iou, self.anchors > 0
+        return {"by_iou": near, "by_low_quality": ~near & won, "uncovered": ~near & ~won, "outbid": near & ~won}
 
 
 def cover(views: Views, config: Config, what: str = "anchors") -> Coverage:
@@ -152,11 +141,11 @@ class Share(NamedTuple):
     anchors: int  # positive anchors of all of them
 
     def part(self, kind: str) -> float:
-        """The share of boxes of this kind; 1 if there are no boxes."""
+        """Returns the share of boxes of this kind; 1 if there are no boxes."""
         return getattr(self, kind) / self.boxes if self.boxes else 1.0
 
     def as_dict(self) -> dict[str, str | int | float | None]:
-        """Counts and shares, for JSON; without boxes the shares are null."""
+        """Returns counts and shares for JSON; without boxes the shares are null."""
         kinds = ("by_iou", "by_low_quality", "uncovered")
         parts = {f"{kind}_share": round(self.part(kind), 6) if self.boxes else None for kind in kinds}
         return self._asdict() | parts
@@ -172,6 +161,7 @@ class Shares(NamedTuple):
     positives_per_image: float  # mean number of positive anchors; times the batch size, the loss's normaliser
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns all of them for JSON."""
         return {
             "all": self.total.as_dict(),
             "positives_per_image": round(self.positives_per_image, 3),
@@ -187,24 +177,23 @@ def count_shares(views: Views, coverage: Coverage, class_names: Sequence[str]) -
         counts = (np.bincount(groups, of.astype(np.float64), len(names)).astype(np.int64).tolist() for of in columns)
         return [Share(*row) for row in zip(names, *counts, strict=True)]
 
-    sizes, aspects = views.bins()
+    def by_bin(ends: Float[np.ndarray, " n"], values: Float[np.ndarray, " N"]) -> list[Share]:
+        """Counts by bin; a value on the border of two bins is in the upper one, and the last bin is open."""
+        names = [f"{low:.4g} to {high:.4g}" for low, high in pairwise(ends[:-1].tolist())] + [f"{ends[-2]:.4g} or more"]
+        return by_group(np.searchsorted(ends, values, side="right") - 1, names)
+
+    width, height = (views.boxes_xyxy[:, 2:] - views.boxes_xyxy[:, :2]).astype(np.float64).T
     return Shares(
         total=by_group(np.zeros(len(views.labels), np.int64), ["all"])[0],
         classes=by_group(views.labels, class_names),
-        sizes=by_group(sizes, bin_names(SIDES)),
-        aspects=by_group(aspects, bin_names(ASPECTS)),
+        sizes=by_bin(SIDES, np.sqrt(width * height)),
+        aspects=by_bin(ASPECTS, height / width),
         positives_per_image=int(coverage.anchors.sum()) / max(1, len(views.padded_hw)),
     )
 
 
-def bin_names(ends: Float[np.ndarray, " n"]) -> list[str]:
-    """Names of the bins between `ends`; the last one is open."""
-    pairs = pairwise(ends.tolist())
-    return [f"{low:.4g} to {high:.4g}" if np.isfinite(high) else f"{low:.4g} or more" for low, high in pairs]
-
-
 def coverage_findings(shares: Shares) -> list[Finding]:
-    """Hopeless coverage, and the classes with poor coverage, the worst first."""
+    """Returns hopeless coverage, and the classes with poor coverage, the worst first."""
     found = []
     for share in (shares.total, *sorted(shares.classes, key=lambda share: share.part("by_iou"))):
         by_iou, by_low_quality, uncovered = map(share.part, ("by_iou", "by_low_quality", "uncovered"))

@@ -17,8 +17,8 @@ from PIL import Image
 
 from retina_jax.console import track
 from retina_jax.data.coco import read_image
-from retina_jax.data.decoding import DECODING, NO_BOXES, is_one_colour, open_image, read_header, to_rgb, upright
-from retina_jax.data.source import BadImage, Decoding
+from retina_jax.data.decoding import DECODING, NO_BOXES, is_one_colour, to_rgb
+from retina_jax.data.source import BadImage, Decoding, WrongSize
 from retina_jax.data_check.findings import Finding
 from retina_jax.data_check.split import Split
 from retina_jax.errors import reason
@@ -31,8 +31,8 @@ START_OF_SCAN, END = 0xDA, 0xD9  # JPEG markers
 
 
 def check_images(split: Split, decoding: Decoding, workers: int) -> tuple[list[Finding], Digests]:
-    """Images that are missing, cannot be read, differ in size from their annotations, are incomplete or have one colour, in
-    the order of the annotations. `workers`: number of threads; 0: one per core."""
+    """Returns images that are missing, cannot be read, differ in size from their annotations, are incomplete or have one
+    colour, in the order of the annotations, and the digests. `workers`: number of threads; 0: one per core."""
     boxes = {row: record.boxes_xyxy for row, record in zip(split.record_images, split.records, strict=True)}
 
     def check(row: int) -> tuple[Finding | None, str | None]:
@@ -47,15 +47,11 @@ def check_images(split: Split, decoding: Decoding, workers: int) -> tuple[list[F
         digest = hashlib.sha256(encoded).hexdigest()
         return Finding(fault[0], split.name, file_name, fault[1]) if fault else None, digest
 
-    found, digests = [], {}
+    rows = range(len(split.images))
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        checks = track(f"{split.name}: images", pool.map(check, range(len(split.images))), len(split.images))
-        for (_, file_name, _, _), (finding, digest) in zip(split.images, checks, strict=True):
-            if finding is not None:
-                found.append(finding)
-            if digest is not None:
-                digests[file_name] = digest
-    return found, digests
+        checked = list(track(f"{split.name}: images", pool.map(check, rows), len(rows)))
+    digests = {split.images[row][1]: digest for row, (_, digest) in zip(rows, checked, strict=True) if digest}
+    return [finding for finding, _ in checked if finding], digests
 
 
 def fault_of(
@@ -64,37 +60,26 @@ def fault_of(
     decoding: Decoding,
     boxes_xyxy: Float32[np.ndarray, "n 4"] = NO_BOXES,
 ) -> tuple[str, str] | None:
-    """The kind of finding that an image file is, and the details; None if it has no fault. `expected_size` is the width and
-    height in the annotations, `boxes_xyxy` are in the image's pixels. What `to_rgb` decodes is accepted, because training
-    falls back to it."""
-    try:
-        image = open_image(encoded)
-    except BadImage as error:
-        return "unreadable", str(error)
-    try:
-        upright(read_header(image), expected_size, decoding)
-    except BadImage as error:
-        return "wrong_size", str(error)
+    """Returns the kind of finding that an image file is, and the details; None if it has no fault. `expected_size` is the
+    width and height in the annotations, `boxes_xyxy` are in the image's pixels."""
     try:
         with DECODING.share(expected_size[0] * expected_size[1]):
             pixels = to_rgb(encoded, decoding, expected_size=expected_size)
             if text := missing_part(encoded):
                 return "incomplete", text
     except BadImage as error:
-        return "unreadable", str(error)
+        return "wrong_size" if isinstance(error, WrongSize) else "unreadable", str(error)
     if is_one_colour(pixels, boxes_xyxy):
         return "one_colour", f"about {tuple(pixels[pixels.shape[0] // 2, pixels.shape[1] // 2].tolist())}"
     return None
 
 
 def missing_part(encoded: bytes) -> str:
-    """Describes what is missing in a JPEG that can be decoded; empty for complete files and other formats.
-
-    libjpeg fills missing blocks with grey. Two things show it. Bytes inserted before the next marker are skipped if the
-    image is complete, but change pixels if blocks are missing. Restart markers are numbered 0 to 7 in turn, so a missing
-    one breaks the order. With 2 to 15 % of the data cut out, this finds 59 of 60 baseline files, 57 of 60 with restart
-    markers and 42 of 60 progressive ones, and none of 254 intact photographs of COCO.
-    """
+    """Describes what is missing in a JPEG that can be decoded; empty for complete files and other formats. libjpeg fills
+    missing blocks with grey. Two things show it. Bytes inserted before the next marker are skipped if the image is
+    complete, but change pixels if blocks are missing. Restart markers are numbered 0 to 7 in turn, so a missing one breaks
+    the order. With 2 to 15 % of the data cut out, this finds 59 of 60 baseline files, 57 of 60 with restart markers and 42
+    of 60 progressive ones, and none of 254 intact photographs of COCO."""
     ends = []
     at = 2 if encoded.startswith(b"\xff\xd8") else len(encoded)
     while encoded[at : at + 1] == b"\xff" and (marker := encoded[at + 1]) != END:
@@ -118,17 +103,15 @@ def missing_part(encoded: bytes) -> str:
 
 
 def duplicates(digests: dict[str, Digests], splits: Sequence[Split]) -> list[Finding]:
-    """Images of a split with the bytes of an earlier one, or the same file; and images of val that are trained on too."""
+    """Returns images of a split with the bytes of an earlier one, and images of val that are trained on too."""
     found: list[Finding] = []
     first: dict[str, dict[str, str]] = {split.name: {} for split in splits}
     for split in splits:
         for _, file_name, _, _ in split.images:
-            if (digest := digests[split.name].get(file_name)) is None:
-                continue
+            digest = digests[split.name].get(file_name)
             if digest in first[split.name]:
-                earlier = first[split.name][digest]
-                found.append(Finding("same_image", split.name, file_name, f"as {earlier}"))
-            else:
+                found.append(Finding("same_image", split.name, file_name, f"as {first[split.name][digest]}"))
+            elif digest is not None:
                 first[split.name][digest] = file_name
     if len(splits) == 2:
         for name, digest in digests["val"].items():

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int64
 
 from retina_jax.config import DataConfig
 from retina_jax.data.classes import Category, unique_names
-from retina_jax.data.coco import check_folder, load_json
+from retina_jax.data.coco import load_json
 from retina_jax.data.coco_document import Content, configured, parse_document
 from retina_jax.data.coco_entries import Mistake, as_number
 from retina_jax.data.source import Record, sort_boxes
@@ -70,7 +70,6 @@ def read_split(
     """Reads a COCO JSON as training with `data` does; `known` is as in `parse_document`. Raises DataError only if nothing
     can be checked: the file is not JSON or lacks one of its three lists, or the folder is missing."""
     document, mistakes = load_json(annotations), []
-    check_folder(annotations, folder)
     content = parse_document(annotations, document, mistakes, folder=folder, **configured(data, known))
     records, record_images, _ = content.make_records(images_without_boxes)
     return Split(
@@ -87,9 +86,9 @@ def read_split(
 
 
 def split_findings(split: Split, max_boxes: int) -> list[Finding]:
-    """What the annotations alone show: refused entries, how they were read, annotations without a box, ids and category
-    names that occur several times, crowd boxes, boxes without area, outside or partly outside their image, duplicate boxes,
-    and images with more usable boxes than `max_boxes` or none."""
+    """Returns what the annotations alone show: refused entries, how they were read, annotations without a box, ids and
+    category names that occur several times, crowd boxes, boxes without area, outside or partly outside their image,
+    duplicate boxes, and images with more usable boxes than `max_boxes` or none."""
     annotation_ids = [split.annotation_ids[row] for row in split.rows]
     ids = Counter(_hashed(annotation_id) for annotation_id in annotation_ids if annotation_id is not None)
     names = Counter(name for _, name in split.categories)
@@ -122,8 +121,8 @@ def split_findings(split: Split, max_boxes: int) -> list[Finding]:
 
 
 def _refusals(split: Split) -> list[Finding]:
-    """The entries that training would refuse. An annotation whose image or category is refused is `orphaned`, so a mistake
-    is reported once, not once per box."""
+    """Returns the entries that training would refuse. An annotation whose image or category is refused is `orphaned`, so a
+    mistake is reported once, not once per box."""
     categories = {category_id for category_id, _ in (*split.categories, *split.left_out)}
     known = {"images": {image[0] for image in split.images}, "categories": categories}
     entries = [(m, m.entry if isinstance(m.entry, dict) else {}) for m in split.mistakes]
@@ -142,7 +141,7 @@ def _refusals(split: Split) -> list[Finding]:
 
 
 def _duplicates(split: Split) -> list[Finding]:
-    """Usable boxes that are equal to an earlier one of the same image, to the last bit."""
+    """Returns usable boxes that are equal to an earlier one of the same image, to the last bit."""
     rows = np.flatnonzero(split.rules["usable"])
     keys = np.column_stack([split.owners[rows], split.boxes_xyxy[rows]])
     order = np.lexsort(keys.T)  # stable: equal boxes stay in the order of the file
@@ -165,6 +164,6 @@ def _duplicates(split: Split) -> list[Finding]:
 
 
 def _hashed(value: Any) -> Any:
-    """The value if it can be an id (text is converted to a number), else None."""
+    """Returns the value if it can be an id (text is converted to a number), else None."""
     value = as_number(value)
     return value if isinstance(value, int | float) else None
