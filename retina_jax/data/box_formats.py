@@ -1,7 +1,5 @@
 """Formats of a bbox: COCO's x, y, width, height in pixels, or what other tools write in their place."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 

@@ -3,8 +3,6 @@
 Label k is the k-th class in the order of the file, or of the run that is resumed. Several classes may share a name.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal, Protocol, TypeVar, runtime_checkable

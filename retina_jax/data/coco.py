@@ -1,7 +1,5 @@
 """Reads a COCO dataset, a JSON file of annotations and a folder of images; every entry is checked here and never again."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """A COCO JSON file as columns: its entries checked, its images located, their sizes known, its boxes in pixels."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 msgspec decodes a file without mistakes into these types at once (`CocoFile`); in others `parse_entry` checks each entry.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import re

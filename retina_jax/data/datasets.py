@@ -1,7 +1,5 @@
 """Opens the configured dataset, whichever kind it is."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Decodes image files to 8-bit RGB as a viewer shows them, and recognises images of one colour."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import struct

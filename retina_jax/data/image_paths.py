@@ -1,7 +1,5 @@
 """Finds the image files of a dataset: at the paths in file_name, or elsewhere if they were written on another machine."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os

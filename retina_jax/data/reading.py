@@ -1,7 +1,5 @@
 """Reads files named by a dataset: regular files only, with a size limit, retries, and a log line for slow ones."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import logging

@@ -6,8 +6,6 @@ queue has B images, they leave it as the next batch; the others stay for the nex
 images has given floor(e n_b / B) batches: the epoch of a step follows without replay.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 A class is a shape and a hue ("red disc"). Objects are few, mostly small, and overlap. The background has hard negatives.
 """
 
-from __future__ import annotations
-
 import colorsys
 import dataclasses
 import hashlib

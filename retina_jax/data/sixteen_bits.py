@@ -1,7 +1,5 @@
 """Reads all bits of 16-bit image files (PIL keeps only the upper 8 of colours), and finds the range that they use."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import sys
@@ -113,7 +111,7 @@ class Values(NamedTuple):
     saturated: int  # number of SATURATED values
 
     @classmethod
-    def of(cls, values: UInt16[np.ndarray, "h w c"]) -> Values:
+    def of(cls, values: UInt16[np.ndarray, "h w c"]) -> "Values":
         """Returns the statistics of these values."""
         saturated = np.count_nonzero(values == SATURATED)
         below = np.array([np.count_nonzero(values < 2**k) for k in range(16)] + [values.size - saturated])

@@ -1,7 +1,5 @@
 """Datasets of every kind: records (sizes, boxes, labels) in memory, and encoded images that are read one by one."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -95,7 +93,7 @@ class Source:
         """Category id of each label."""
         return tuple(category_id for category_id, _ in self.categories)
 
-    def arranged(self, classes: Sequence[Category], where: str) -> Source:
+    def arranged(self, classes: Sequence[Category], where: str) -> "Source":
         """Returns the data with the labels of a run of `classes`; ConfigError, starting with `where`, for other classes."""
         order = match(classes, self.categories)
         if None in order or len(order) != len(self.categories):

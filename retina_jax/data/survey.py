@@ -5,8 +5,6 @@ swaps two different sides (orientations 5 to 8). These images, if only one, deci
 squares). A 16-bit file may contain values of a sensor with 8, 10, 12 or 14 bits. COCO's headers take ten seconds.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor

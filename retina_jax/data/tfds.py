@@ -4,8 +4,6 @@ Features: `image`, and `objects` with `bbox` (ymin, xmin, ymax, xmax as fraction
 `image/id`, `image/filename`, and of the objects `is_crowd` and `area`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

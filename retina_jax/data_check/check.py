@@ -1,7 +1,5 @@
 """The complete check: findings in the splits of a dataset, and how well the anchors cover its boxes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial

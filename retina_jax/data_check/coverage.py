@@ -1,8 +1,6 @@
 """Anchor coverage: the boxes at the sizes of training, which of them get anchors by training's own matching, and counts by
 class, size and aspect ratio."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache

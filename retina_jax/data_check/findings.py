@@ -1,7 +1,5 @@
 """Kinds of findings of a data check, how severe they are, and the findings themselves."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 

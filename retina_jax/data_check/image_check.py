@@ -1,7 +1,5 @@
 """Reads and decodes every image once, as training would; finds duplicate images and JPEGs with missing data."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import itertools

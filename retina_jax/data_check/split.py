@@ -1,7 +1,5 @@
 """A split of a COCO dataset, read by training's own reader, but to the end: mistakes are collected instead of raised."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

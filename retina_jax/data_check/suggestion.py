@@ -1,7 +1,5 @@
 """Suggests anchors and an image size that fit the boxes better: searched on some of the boxes, counted on all."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
