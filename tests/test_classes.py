@@ -24,9 +24,8 @@ from small_sets import rectangles, write_coco
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import override
 from retina_jax.data.classes import Category, category_ids, match, placeholders, unique_names
-from retina_jax.data.coco import read_coco
 from retina_jax.data.coco_entries import LARGEST_ID
-from retina_jax.data.datasets import open_sources
+from retina_jax.data.datasets import open_sources, read_coco
 from retina_jax.data.source import Source
 from retina_jax.detector import Detector, ImageDetections
 from retina_jax.evaluate import evaluate

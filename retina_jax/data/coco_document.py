@@ -1,5 +1,6 @@
-"""A COCO JSON file as columns: its entries checked, its images located, their sizes known, its boxes in pixels."""
+"""Reads a COCO JSON file as columns: entries checked, images located, their sizes known, boxes in pixels."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +19,12 @@ from retina_jax.data.classes import Category, placeholders, unique_names
 from retina_jax.data.coco_entries import CocoFile, Entry, Mistake, escapes, short
 from retina_jax.data.decoding import Header
 from retina_jax.data.image_paths import Places, find_images
+from retina_jax.data.reading import read_file
 from retina_jax.data.source import BoxTable, DataError, Image, Size
 from retina_jax.data.survey import read_headers, survey_files
+from retina_jax.errors import reason
 
+LARGEST_JSON = 2**33  # bytes of an annotation file; the largest of COCO has half a gigabyte
 OPTIONS = ("box_format", "crowds", "orientation", "undecided_orientation", "empty_parents")  # fields of DataConfig
 
 
@@ -48,6 +52,30 @@ class Content(BoxTable):
     missing: dict[int, str]  # rows of the images without a file; where files of that base name are, if anywhere
     unsized: frozenset[int]  # rows of the images whose entries have no size: it is that of the file
     notes: list[Note]
+
+
+def parse_coco(path: Path, **options: Any) -> Content:
+    """Returns the content of a file, every entry checked, without its images. Raises as `parse_document` does."""
+    return parse_document(path, load_json(path, CocoFile), **options)
+
+
+def load_json(path: Path, expected: Any = Any) -> Any:
+    """Decodes a file as `expected`, else as any JSON value; raises DataError with the line and column of malformed JSON."""
+    try:
+        encoded = read_file(path, LARGEST_JSON)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {reason(error)}; it must be a COCO JSON") from None
+    try:
+        return msgspec.json.decode(encoded, type=expected)
+    except (ValueError, RecursionError):
+        # json reads more (NaN, other encodings), and names the line and column of a mistake.
+        try:
+            return json.loads(encoded)
+        except (ValueError, RecursionError) as error:
+            why = reason(error)
+            if isinstance(error, json.JSONDecodeError):
+                why = f"line {error.lineno}, column {error.colno}: {error.msg}"
+            raise DataError(f"{path}: is not JSON: {why}") from None
 
 
 def parse_document(

@@ -1,4 +1,4 @@
-"""Opens the configured dataset, whichever kind it is."""
+"""Opens datasets: the configured one, whichever kind it is, or a COCO JSON and a folder of images."""
 
 import os
 from collections.abc import Sequence
@@ -10,12 +10,63 @@ from retina_jax.config import Config, ConfigError, DataConfig
 from retina_jax.config_io import override, with_classes
 from retina_jax.console import log, warn
 from retina_jax.data.classes import Category, category_ids, listed, open_both
-from retina_jax.data.coco import read_coco
-from retina_jax.data.coco_document import configured
+from retina_jax.data.coco_document import configured, load_json, parse_document
+from retina_jax.data.coco_entries import CocoFile
+from retina_jax.data.decoding import read_image
 from retina_jax.data.pipeline import overflow
 from retina_jax.data.scenes import write_scenes
-from retina_jax.data.source import DataError, Source
+from retina_jax.data.source import BadImage, DataError, Source
 from retina_jax.data.survey import with_decoding
+from retina_jax.errors import reason
+
+
+def read_coco(
+    annotations: str | Path,
+    images: str | Path,
+    *,
+    images_without_boxes: Literal["keep", "drop"] = "keep",
+    unlabelled: bool = False,
+    **options: Any,
+) -> Source:
+    """Returns the dataset of a COCO JSON file. "drop" (for training) leaves out images without a usable box. With
+    `unlabelled`, the key `annotations` may be missing. `options` are those of `parse_document`. Only images without a size
+    are opened. Raises DataError for anything in the file that cannot be used, boxes that look as if in another format, and
+    no images at all. An absolute `file_name` or one with `..` is not followed, but a file of that base name in `images` is
+    used if it is the only one (`find_images`). Symbolic links are followed."""
+    path, folder = Path(annotations), Path(images)
+    document = load_json(path, CocoFile)
+    labelled = not (unlabelled and isinstance(document, dict) and "annotations" not in document)
+    if not labelled:
+        document["annotations"] = []
+    content = parse_document(path, document, folder=folder, **options)
+    records, rows, counts = content.make_records(images_without_boxes)
+    if content.without_box:
+        counts["without_box"] = len(content.without_box)
+    paths = [content.paths[row] for row in rows]
+    missing = {index: content.missing[row] for index, row in enumerate(rows) if row in content.missing}
+
+    def read(index: int) -> bytes:
+        try:
+            return read_image(Path(paths[index]), records[index].width, records[index].height)
+        except OSError as error:
+            place = f"; {missing[index]}" if missing.get(index) else ""
+            raise BadImage(f"{paths[index]}: cannot be read: {reason(error)}{place}") from None
+
+    return Source(
+        name=str(path),
+        records=records,
+        categories=content.categories,
+        counts=counts,
+        read=read,
+        where=paths.__getitem__,
+        make_ground_truth=content.ground_truth,
+        notes=tuple(note.text for note in content.notes),
+        missing=missing,
+        unsized=frozenset(index for index, row in enumerate(rows) if row in content.unsized),
+        labelled=labelled,
+        annotated=content.annotated,
+        left_out=content.left_out,
+    )
 
 
 def open_source(

@@ -6,12 +6,14 @@ import struct
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageMode, UnidentifiedImageError
 
+from retina_jax.data.reading import read_again, read_file
 from retina_jax.data.sixteen_bits import is_deep, samples, to_eight_bits
 from retina_jax.data.source import AS_VIEWERS, BadImage, Decoding, Orientation, Size, Source, WrongSize
 from retina_jax.errors import reason
@@ -127,6 +129,11 @@ def image_of(source: Source, index: int) -> RGB:
 def largest_file(pixels: int) -> int:
     """Returns the largest bytes of a file with so many pixels: 16-bit RGBA, and 64 MiB for frames, previews and EXIF."""
     return 2**26 + 8 * min(pixels, MAX_PIXELS)
+
+
+def read_image(path: Path, width: int, height: int) -> bytes:
+    """Reads the file of an image that has this size in its annotations; raises OSError if it cannot be read."""
+    return read_again(lambda: read_file(path, largest_file(width * height)), str(path))
 
 
 def is_plain_jpeg(encoded: bytes, decoding: Decoding = AS_VIEWERS, *, expected_size: Size | None = None) -> bool:

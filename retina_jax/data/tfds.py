@@ -23,8 +23,7 @@ from google.protobuf.message import DecodeError
 from jaxtyping import Bool, Float64, Int64, Shaped
 
 from retina_jax.data.classes import COCO_CATEGORIES, Category, listed, match
-from retina_jax.data.coco import parse_coco
-from retina_jax.data.coco_document import Content
+from retina_jax.data.coco_document import Content, parse_coco
 from retina_jax.data.decoding import open_image
 from retina_jax.data.reading import read_again
 from retina_jax.data.source import BadImage, BoxTable, DataError, Source

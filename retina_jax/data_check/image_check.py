@@ -14,8 +14,7 @@ from jaxtyping import Float32
 from PIL import Image
 
 from retina_jax.console import track
-from retina_jax.data.coco import read_image
-from retina_jax.data.decoding import DECODING, NO_BOXES, is_one_colour, to_rgb
+from retina_jax.data.decoding import DECODING, NO_BOXES, is_one_colour, read_image, to_rgb
 from retina_jax.data.source import BadImage, Decoding, WrongSize
 from retina_jax.data_check.findings import Finding
 from retina_jax.data_check.split import Split

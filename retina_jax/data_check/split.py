@@ -11,8 +11,7 @@ from jaxtyping import Bool, Int64
 
 from retina_jax.config import DataConfig
 from retina_jax.data.classes import Category, unique_names
-from retina_jax.data.coco import load_json
-from retina_jax.data.coco_document import Content, configured, parse_document
+from retina_jax.data.coco_document import Content, configured, load_json, parse_document
 from retina_jax.data.coco_entries import Mistake, as_number
 from retina_jax.data.source import Record, sort_boxes
 from retina_jax.data_check.findings import Finding

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from benchmarks.work import BenchmarkError, Task, Work
 from retina_jax.data.classes import COCO_CATEGORIES
-from retina_jax.data.coco import parse_coco
+from retina_jax.data.coco_document import parse_coco
 from retina_jax.evaluation.coco_scores import evaluate_coco
 
 RECALLED, NEAR = 0.62, 0.5

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from retina_jax.data.coco import read_coco
+from retina_jax.data.datasets import read_coco
 from retina_jax.data.source import Source
 
 

@@ -15,8 +15,7 @@ from small_sets import encode, write_coco
 
 from retina_jax.config import Config, DataConfig
 from retina_jax.config_io import override
-from retina_jax.data.coco import read_coco
-from retina_jax.data.datasets import open_source
+from retina_jax.data.datasets import open_source, read_coco
 from retina_jax.data.source import BadImage, DataError, Source
 from retina_jax.data.survey import with_decoding
 from retina_jax.data_check.check import check_data

@@ -13,10 +13,9 @@ from small_sets import document, write_coco
 
 from retina_jax.config import DataConfig
 from retina_jax.data.classes import COCO_CATEGORIES
-from retina_jax.data.coco import parse_coco, read_coco
-from retina_jax.data.coco_document import parse_document
+from retina_jax.data.coco_document import parse_coco, parse_document
 from retina_jax.data.coco_entries import Mistake
-from retina_jax.data.datasets import open_source
+from retina_jax.data.datasets import open_source, read_coco
 from retina_jax.data.source import BadImage, DataError, sort_boxes
 
 

@@ -14,7 +14,7 @@ import pytest
 from fuzzing import assert_named, both_shares, run_cases, test_the_full_shares_are_ten_thousand_cases  # noqa: F401
 from hypothesis import strategies as st
 
-from retina_jax.data.coco import read_coco
+from retina_jax.data.datasets import read_coco
 from retina_jax.data.source import BadImage, DataError, Source
 
 NAMES = [

@@ -17,7 +17,7 @@ from fuzzing import assert_named
 from small_sets import document, encode, named, write_coco
 
 from retina_jax.config import DataConfig
-from retina_jax.data.coco import read_coco
+from retina_jax.data.datasets import read_coco
 from retina_jax.data.decoding import largest_file, to_rgb
 from retina_jax.data.pipeline import LARGE, eval_batches, overflow, train_batches
 from retina_jax.data.reading import read_file

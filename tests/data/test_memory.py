@@ -158,7 +158,7 @@ import time
 from retina_jax.config import DataConfig
 from retina_jax.data import pipeline
 from retina_jax.data.decoding import Budget
-from retina_jax.data.coco import read_coco
+from retina_jax.data.datasets import read_coco
 def slowly(*arguments, **options):
     image = to_rgb(*arguments, **options)
     time.sleep(0.8)  # So that threads that may decode at once do, however few cores there are.

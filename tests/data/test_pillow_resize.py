@@ -12,7 +12,7 @@ from small_sets import encode, write_coco
 from retina_jax.config import Config, ConfigError, DataConfig
 from retina_jax.config_io import override, validate
 from retina_jax.data import pipeline
-from retina_jax.data.coco import read_coco
+from retina_jax.data.datasets import read_coco
 from retina_jax.data.pipeline import Batches, eval_batches, train_batches
 from retina_jax.data.source import Source
 from retina_jax.data.transforms import resize, resize_large, resized_size

@@ -17,8 +17,7 @@ from small_sets import encode, write_coco
 
 from retina_jax.config import Config, DataConfig
 from retina_jax.config_io import override
-from retina_jax.data.coco import read_coco
-from retina_jax.data.datasets import open_source, open_sources
+from retina_jax.data.datasets import open_source, open_sources, read_coco
 from retina_jax.data.decoding import image_of, is_one_colour, is_plain_jpeg, open_image, read_header, to_rgb
 from retina_jax.data.pipeline import eval_batches, train_batches
 from retina_jax.data.sixteen_bits import Values, _warn_once, find_range, to_eight_bits

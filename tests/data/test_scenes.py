@@ -11,8 +11,7 @@ from PIL import Image
 
 from retina_jax.config import Config, ConfigError, DataConfig, ScenesConfig
 from retina_jax.config_io import validate
-from retina_jax.data.coco import read_coco
-from retina_jax.data.datasets import open_source
+from retina_jax.data.datasets import open_source, read_coco
 from retina_jax.data.scenes import (
     HUES,
     LEAST_VISIBLE,

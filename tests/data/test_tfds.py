@@ -15,8 +15,7 @@ from tfds_sets import example, store
 from retina_jax.config import DataConfig
 from retina_jax.config_io import load_config, override
 from retina_jax.data.classes import COCO_CATEGORIES
-from retina_jax.data.coco import read_coco
-from retina_jax.data.datasets import open_source, open_sources
+from retina_jax.data.datasets import open_source, open_sources, read_coco
 from retina_jax.data.pipeline import eval_batches
 from retina_jax.data.source import BadImage, DataError, Source
 from retina_jax.data.tfds import TFRecordExamples, read_tfds

@@ -236,7 +236,7 @@ def test_a_class_that_is_hardly_ever_covered_is_hopeless_and_a_rare_one_poor() -
 
 
 def test_platelets_of_bccd_are_covered_by_the_suggestion(shared_data: Path) -> None:
-    from retina_jax.data.coco import read_coco
+    from retina_jax.data.datasets import read_coco
 
     path = shared_data / "bccd/annotations/instances_train.json"
     source = read_coco(path, shared_data / "bccd/images")

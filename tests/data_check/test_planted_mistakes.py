@@ -14,7 +14,8 @@ from small_sets import write_coco
 from test_coco import PLACES, anything, edited
 
 from retina_jax.config_io import override
-from retina_jax.data.coco import parse_coco, read_coco
+from retina_jax.data.coco_document import parse_coco
+from retina_jax.data.datasets import read_coco
 from retina_jax.data.source import DataError
 from retina_jax.data_check.check import Check, check_data
 from retina_jax.data_check.findings import KINDS, SHOWN, Finding, grouped
