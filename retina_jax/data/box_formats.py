@@ -147,12 +147,9 @@ def _guess_layout(numbers: Numbers, areas: Areas, sizes_wh: Sizes) -> Guess | No
     # Whether the boxes are in an image of `scale` by `scale`, and not all of them in its upper left.
     shares = {s: max(_inside(numbers / s, layout, np.ones_like(sizes_wh)).mean() for layout in LAYOUTS) for s in SCALES}
     scaled = [scale for scale, share in shares.items() if share >= NEARLY_ALL and numbers.max() >= scale / 2]
-    units = " or ".join(SCALES[scale] for scale in scaled)
-    convert = (
-        f"they may be {units}; if so, convert them to pixels"
-        if scaled
-        else "no other format fits them; check the sizes of the images"
-    )
+    convert = "no other format fits them; check the sizes of the images"
+    if scaled:
+        convert = f"they may be {' or '.join(SCALES[scale] for scale in scaled)}; if so, convert them to pixels"
     outside = (numbers[:, :2] >= sizes_wh).any(1) | (numbers[:, :2] + numbers[:, 2:] <= 0).any(1)
     if outside.mean() >= MOST and outside.sum() >= SEVERAL:
         return Guess((), True, f"{outside.mean():.0%} of the boxes are outside their images: {convert}")

@@ -1,7 +1,5 @@
-"""Classes of runs and datasets: which of them are the same, which are left out, and how they are shown.
-
-Label k is the k-th class in the order of the file, or of the run that is resumed. Several classes may share a name.
-"""
+"""Classes of runs and datasets: which of them are the same, which are left out, and how they are shown. Label k is the k-th
+class in the order of the file, or of the run that is resumed. Several classes may share a name."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence

@@ -25,12 +25,7 @@ from retina_jax.data.survey import read_headers, survey_files
 from retina_jax.errors import reason
 
 LARGEST_JSON = 2**33  # bytes of an annotation file; the largest of COCO has half a gigabyte
-OPTIONS = ("box_format", "crowds", "orientation", "undecided_orientation", "empty_parents")  # fields of DataConfig
-
-
-def configured(data: DataConfig, known: Sequence[Category]) -> dict[str, Any]:
-    """The options of `parse_document` from a config."""
-    return {"known": known} | {key: getattr(data, key) for key in OPTIONS}
+DEFAULTS = DataConfig()
 
 
 class Note(NamedTuple):
@@ -54,9 +49,9 @@ class Content(BoxTable):
     notes: list[Note]
 
 
-def parse_coco(path: Path, **options: Any) -> Content:
-    """Returns the content of a file, every entry checked, without its images. Raises as `parse_document` does."""
-    return parse_document(path, load_json(path, CocoFile), **options)
+def parse_coco(path: Path, known: Sequence[Category] = (), data: DataConfig = DEFAULTS) -> Content:
+    """Returns the content of a file, every entry checked, without its images; as `parse_document` does."""
+    return parse_document(path, load_json(path, CocoFile), known=known, data=data)
 
 
 def load_json(path: Path, expected: Any = Any) -> Any:
@@ -85,25 +80,25 @@ def parse_document(
     *,
     folder: Path | None = None,
     known: Sequence[Category] = (),
-    **options: Any,
+    data: DataConfig = DEFAULTS,
 ) -> Content:
-    """Returns the content of `document`: a CocoFile, or any JSON value. `options` are the fields OPTIONS of DataConfig.
-    `known` are classes that stay classes without a box (`classes.placeholders`). Without a `folder`, images are not
-    located, and missing sizes stay 0. The first mistake raises DataError. With a list of `mistakes`, entries that cannot be
-    used are added to it and left out, refused notes are kept, and only a file without its three lists raises DataError."""
+    """Returns the content of `document`: a CocoFile, or any JSON value. `known` are classes that stay classes without a box
+    (`classes.placeholders`). Without a `folder`, images are not located, and missing sizes stay 0. The first mistake raises
+    DataError. With a list of `mistakes`, entries that cannot be used are added to it and left out, refused notes are kept,
+    and only a file without its three lists raises DataError."""
     if not isinstance(document, CocoFile | dict):
         raise DataError(f"{path}: must be an object with images, annotations and categories, not {short(document)}")
     if folder is not None and not folder.is_dir():
         raise DataError(f"{folder}: no such folder; it must hold the images that {path} names")
     lists = document if isinstance(document, dict) else msgspec.structs.asdict(document)
-    return _Parser(path, lists, mistakes, DataConfig(**options)).parse(folder, known)
+    return _Parser(path, lists, mistakes, data).parse(folder, known)
 
 
 class _Parser:
     """The parser of one file; collects notes and, if they are wanted, mistakes."""
 
-    def __init__(self, path: Path, lists: dict, mistakes: list[Mistake] | None, options: DataConfig) -> None:
-        self.path, self.lists, self.mistakes, self.options = path, lists, mistakes, options
+    def __init__(self, path: Path, lists: dict, mistakes: list[Mistake] | None, data: DataConfig) -> None:
+        self.path, self.lists, self.mistakes, self.data = path, lists, mistakes, data
         self.notes: list[Note] = []
         self.texts: Counter[str] = Counter()
 
@@ -121,7 +116,7 @@ class _Parser:
             text = f"numbers are written as text ({counted}); they are read as numbers"
             self.notes.append(Note("text_numbers", text))
         above = [entry.supercategory if isinstance(entry.supercategory, str) else None for entry in listed]
-        left_out = placeholders(categories, above, table.annotated, known, self.options.empty_parents)
+        left_out = placeholders(categories, above, table.annotated, known, self.data.empty_parents)
         is_class = np.array([category not in left_out for category in categories], bool)
         classes = [category for category in categories if category not in left_out]
         columns = vars(table) | {"categories": classes, "labels": (np.cumsum(is_class) - 1)[table.labels]}
@@ -206,9 +201,9 @@ class _Parser:
         They are turned by their EXIF orientation or not as the other images show (`survey.Votes`)."""
         unsized = [row for row, image in enumerate(images) if not image[2]]
         headers = read_headers([paths[row] for row in unsized])
-        orientation = self.options.orientation
+        orientation = self.data.orientation
         if orientation == "auto":
-            orientation = self.options.undecided_orientation
+            orientation = self.data.undecided_orientation
             if any(isinstance(header, Header) and header.orientation >= 5 for header in headers):
                 sized = [row for row, image in enumerate(images) if image[2]]
                 names, sizes_wh = [images[row][1] for row in sized], [images[row][2:] for row in sized]
@@ -259,12 +254,12 @@ class _Parser:
                 without_box.append(index)
         owners, labels, numbers, areas, origin = (part[kept] for part in (owners, labels, numbers, areas, origin))
         sizes_wh = np.array([image[2:] for image in images], np.int64).reshape(-1, 2)[owners]
-        box_format = self.options.box_format
+        box_format = self.data.box_format
         boxes, areas, guesses = boxes_in_pixels(numbers, areas, sizes_wh, origin, box_format)
         for guess in guesses:
             kind = "box_format" if guess.sure else "likely_format"
             self.notes.append(Note(kind, guess.text(box_format), refused=guess.sure))
-        crowd = np.array([bool(entry.iscrowd) for entry in found], bool)[kept] & (self.options.crowds == "ignore")
+        crowd = np.array([bool(entry.iscrowd) for entry in found], bool)[kept] & (self.data.crowds == "ignore")
         ids = np.array([entry.id or 0 for entry in found], np.int64)[kept]
         boxes_xyxy = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
         table = BoxTable(images, categories, owners, labels, crowd, boxes_xyxy, boxes, areas, ids)

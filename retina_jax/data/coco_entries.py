@@ -1,7 +1,5 @@
-"""Entries of a COCO JSON file: their types, the check of each entry, and the boxes of segmentations.
-
-msgspec decodes a file without mistakes into these types at once (`CocoFile`); in others `parse_entry` checks each entry.
-"""
+"""Entries of a COCO JSON file: their types, the check of each entry, and the boxes of segmentations. msgspec decodes a file
+without mistakes into these types at once (`CocoFile`); in others `parse_entry` checks each entry."""
 
 import functools
 import itertools

@@ -10,7 +10,7 @@ from retina_jax.config import Config, ConfigError, DataConfig
 from retina_jax.config_io import override, with_classes
 from retina_jax.console import log, warn
 from retina_jax.data.classes import Category, category_ids, listed, open_both
-from retina_jax.data.coco_document import configured, load_json, parse_document
+from retina_jax.data.coco_document import DEFAULTS, load_json, parse_document
 from retina_jax.data.coco_entries import CocoFile
 from retina_jax.data.decoding import read_image
 from retina_jax.data.pipeline import overflow
@@ -26,10 +26,11 @@ def read_coco(
     *,
     images_without_boxes: Literal["keep", "drop"] = "keep",
     unlabelled: bool = False,
-    **options: Any,
+    known: Sequence[Category] = (),
+    data: DataConfig = DEFAULTS,
 ) -> Source:
     """Returns the dataset of a COCO JSON file. "drop" (for training) leaves out images without a usable box. With
-    `unlabelled`, the key `annotations` may be missing. `options` are those of `parse_document`. Only images without a size
+    `unlabelled`, the key `annotations` may be missing. `known` is as in `parse_document`. Only images without a size
     are opened. Raises DataError for anything in the file that cannot be used, boxes that look as if in another format, and
     no images at all. An absolute `file_name` or one with `..` is not followed, but a file of that base name in `images` is
     used if it is the only one (`find_images`). Symbolic links are followed."""
@@ -38,7 +39,7 @@ def read_coco(
     labelled = not (unlabelled and isinstance(document, dict) and "annotations" not in document)
     if not labelled:
         document["annotations"] = []
-    content = parse_document(path, document, folder=folder, **options)
+    content = parse_document(path, document, folder=folder, known=known, data=data)
     records, rows, counts = content.make_records(images_without_boxes)
     if content.without_box:
         counts["without_box"] = len(content.without_box)
@@ -89,14 +90,14 @@ def open_source(
         options = {"ground_truth_annotations": annotations, "empty_parents": data.empty_parents}
         source = read_tfds(name, folder, of_split, images_without_boxes=without_boxes, **options)
     elif data.source == "scenes":
-        folder, options = write_scenes(data.scenes), {"known": known, "box_format": "xywh"}
+        folder, options = write_scenes(data.scenes), {"known": known, "data": DataConfig(box_format="xywh")}
         source = read_coco(folder / f"{split}.json", folder / split, images_without_boxes=without_boxes, **options)
     else:
         paths = {f"{split}_{what}": getattr(data, f"{split}_{what}") for what in ("annotations", "images")}
         for field, path in paths.items():
             if not path:
                 raise ConfigError(f"data.{field} is empty; with data.source coco it must be a path")
-        options = configured(data, known) | {"images_without_boxes": without_boxes, "unlabelled": unlabelled}
+        options = {"images_without_boxes": without_boxes, "unlabelled": unlabelled, "known": known, "data": data}
         source = read_coco(*paths.values(), **options)
     for (category_id, name), why in source.left_out.items():
         log(f"{source.name}: category {name} ({category_id}) is left out: {why}")

@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -75,13 +75,10 @@ class Header(NamedTuple):
         """Width and height after turning."""
         return self.size[::-1] if self.orientation >= 5 else self.size
 
-    def shown_by(self, annotated: Size | None) -> Orientation | Literal["open"] | None:
-        """Returns which pixels have the annotated (width, height). "open": both, or no size; None: none, or never turned."""
-        if self.orientation == 1 or annotated not in (None, self.size, self.turned_size):
-            return None
-        if annotated is None or self.size == self.turned_size:
-            return "open"
-        return "stored" if annotated == self.size else "turned"
+    def fitting(self, annotated: Size | None) -> list[Orientation]:
+        """Returns the conventions in which the image has the annotated (width, height); both if it is None."""
+        sizes: dict[Orientation, Size] = {"stored": self.size, "turned": self.turned_size}
+        return [convention for convention, size in sizes.items() if annotated in (None, size)]
 
 
 def to_rgb(encoded: bytes, decoding: Decoding = AS_VIEWERS, *, expected_size: Size | None = None) -> RGB:
@@ -200,8 +197,7 @@ def read_header(image: Image.Image) -> Header:
 
 def upright(header: Header, expected_size: Size | None, decoding: Decoding = AS_VIEWERS) -> Image.Transpose | None:
     """Returns the transposition of the stored image by the rule of `to_rgb`, or None. Raises WrongSize for other sizes."""
-    sizes = {"stored": header.size, "turned": header.turned_size}
-    fitting = [name for name, size in sizes.items() if expected_size in (None, size)]
+    fitting = header.fitting(expected_size)
     if not fitting:
         width, height = header.size
         raise WrongSize(f"is {width}x{height} pixels, but {expected_size[0]}x{expected_size[1]} in the annotations")

@@ -1,7 +1,5 @@
-"""Batches of images and boxes: a tf.data pipeline over an index, whose only state is the step.
-
-Element i is row i % b of step i // b, a pure function of (seed, step, row), so that training can start at any step.
-"""
+"""Batches of images and boxes: a tf.data pipeline over an index, whose only state is the step. Element i is row i % b of
+step i // b, a pure function of (seed, step, row), so that training can start at any step."""
 
 from __future__ import annotations
 

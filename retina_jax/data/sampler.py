@@ -1,10 +1,8 @@
 """The order of images in training and evaluation: a pure function of (seed, step), without state, the same on every host.
-
 Each image has a bucket (its padded shape), and a global batch has images of one bucket, so that all hosts run the same
 compiled program. Epoch e goes through all N images in a random order, and each image joins the queue of its bucket. When a
 queue has B images, they leave it as the next batch; the others stay for the next epoch. So after e epochs bucket b with n_b
-images has given floor(e n_b / B) batches: the epoch of a step follows without replay.
-"""
+images has given floor(e n_b / B) batches: the epoch of a step follows without replay."""
 
 import functools
 from typing import NamedTuple
@@ -37,8 +35,6 @@ class BucketSampler:
     has fewer images than a batch, a batch contains an image several times, from different epochs."""
 
     def __init__(self, buckets: Int[np.ndarray, " N"], batch_size: int, seed: int) -> None:
-        if len(buckets) < 1 or batch_size < 1:
-            raise ValueError(f"needs at least one image and a batch size of 1, not {len(buckets)} and {batch_size}")
         self._of_image = buckets
         self._sizes = [int(n) for n in np.bincount(buckets)]
         self._batch_size = batch_size

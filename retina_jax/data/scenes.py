@@ -1,7 +1,5 @@
-"""Generated scenes: a small detection task with the class imbalance of the paper's Section 3, without a download.
-
-A class is a shape and a hue ("red disc"). Objects are few, mostly small, and overlap. The background has hard negatives.
-"""
+"""Generated scenes: a small detection task with the class imbalance of the paper's Section 3, without a download. A class
+is a shape and a hue ("red disc"). Objects are few, mostly small, and overlap. The background has hard negatives."""
 
 import colorsys
 import dataclasses

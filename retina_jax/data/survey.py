@@ -1,9 +1,7 @@
-"""Reads the headers of all image files of a dataset: sizes, and how to decode what the files leave open.
-
-Annotations of a file with an EXIF orientation belong to the pixels as stored or as turned; their sizes show which if turning
-swaps two different sides (orientations 5 to 8). These images, if only one, decide for the others (orientations 2 to 4, and
-squares). A 16-bit file may contain values of a sensor with 8, 10, 12 or 14 bits. COCO's headers take ten seconds.
-"""
+"""Reads the headers of all image files of a dataset: sizes, and how to decode what the files leave open. Annotations of a
+file with an EXIF orientation belong to the pixels as stored or as turned; their sizes show which if turning swaps two
+different sides (orientations 5 to 8). These images, if only one, decide for the others (orientations 2 to 4, and squares).
+A 16-bit file may contain values of a sensor with 8, 10, 12 or 14 bits. COCO's headers take ten seconds."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -47,9 +45,7 @@ class Votes:
         """Returns the convention that the images show; `undecided` if they do not."""
         return undecided if self.shown in ("open", None) else self.shown
 
-    def decide(
-        self, choice: Orientation | Literal["auto"], undecided: Orientation = "turned"
-    ) -> tuple[Orientation, str, bool]:
+    def decide(self, choice: Orientation | Literal["auto"], undecided: Orientation) -> tuple[Orientation, str, bool]:
         """Returns the convention, a line that explains it (empty: nothing to decide), and whether it is in doubt. `choice`
         is data.orientation; with "auto", the majority of the images decides, and `undecided` without one. It is in doubt if
         images contradict it, and if none decides, unless `undecided` is "stored", as another dataset showed."""
@@ -129,8 +125,9 @@ def survey_files(names: Sequence[str], paths: Sequence[Path], sizes_wh: Sequence
     for row, header in enumerate(read_headers(paths)):
         if isinstance(header, str):
             continue
-        if shown := header.shown_by(sizes_wh[row]):
-            getattr(votes, shown).append(names[row])
+        fitting = header.fitting(sizes_wh[row])
+        if header.orientation != 1 and fitting:
+            getattr(votes, fitting[0] if len(fitting) == 1 else "open").append(names[row])
         if header.deep:
             deep.append(row)
     return Survey(votes, range_of(lambda row: read_file(paths[row], largest_file(MAX_PIXELS)), deep))

@@ -1,8 +1,6 @@
-"""TensorFlow datasets with COCO's features, read by index: no shuffle buffer, no state.
-
-Features: `image`, and `objects` with `bbox` (ymin, xmin, ymax, xmax as fractions of the sides) and `label`; optionally
-`image/id`, `image/filename`, and of the objects `is_crowd` and `area`.
-"""
+"""TensorFlow datasets with COCO's features, read by index: no shuffle buffer, no state. Features: `image`, and `objects`
+with `bbox` (ymin, xmin, ymax, xmax as fractions of the sides) and `label`; optionally `image/id`, `image/filename`, and of
+the objects `is_crowd` and `area`."""
 
 import contextlib
 import hashlib
@@ -22,6 +20,7 @@ import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
 from jaxtyping import Bool, Float64, Int64, Shaped
 
+from retina_jax.config import DataConfig
 from retina_jax.data.classes import COCO_CATEGORIES, Category, listed, match
 from retina_jax.data.coco_document import Content, parse_coco
 from retina_jax.data.decoding import open_image
@@ -74,7 +73,7 @@ def read_tfds(
         raise DataError(f"{called}: example {index.owners[m]}: {wrong}")
     content = None
     if ground_truth_annotations:
-        content = parse_coco(Path(ground_truth_annotations), known=categories, empty_parents=empty_parents)
+        content = parse_coco(Path(ground_truth_annotations), categories, DataConfig(empty_parents=empty_parents))
         matched = _match_ground_truth(index, content, ground_truth_annotations, categories, called)
         image_ids, categories, labels = matched
     elif len(set(image_ids)) < len(image_ids):

@@ -1,5 +1,6 @@
 """The complete check: findings in the splits of a dataset, and how well the anchors cover its boxes."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +17,7 @@ from retina_jax.data.source import Decoding
 from retina_jax.data.survey import Survey, survey_files
 from retina_jax.data_check.coverage import Coverage, Shares, Views, count_shares, cover, coverage_findings, view_boxes
 from retina_jax.data_check.findings import Finding, Group, grouped
-from retina_jax.data_check.image_check import check_images, duplicates
-from retina_jax.data_check.split import Split, read_split, split_findings
+from retina_jax.data_check.split import Split, check_images, duplicates, read_split, split_findings
 from retina_jax.data_check.suggestion import Suggestion, suggest
 
 BAD_IMAGES = ("missing", "unreadable", "wrong_size")  # kinds that data.bad_images skip tolerates
@@ -54,11 +54,9 @@ class Check:
 
     def verdict(self) -> str:
         """Returns one line: whether the data is ready, and the numbers of errors and warnings."""
-        numbers = [
-            sum(len(group.findings) for group in self.groups if group.severity == severity) or "none"
-            for severity in ("error", "warning")
-        ]
-        return f"{'Ready' if self.ready else 'Not ready'} to train. Errors: {numbers[0]}, warnings: {numbers[1]}"
+        counts = Counter(group.severity for group in self.groups for _ in group.findings)
+        errors, warnings = (counts[severity] or "none" for severity in ("error", "warning"))
+        return f"{'Ready' if self.ready else 'Not ready'} to train. Errors: {errors}, warnings: {warnings}"
 
 
 def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:

@@ -1,21 +1,36 @@
-"""A split of a COCO dataset, read by training's own reader, but to the end: mistakes are collected instead of raised."""
+"""Findings in a split of a COCO dataset: its annotations, read by training's own reader to the end, and its images."""
 
+import hashlib
+import io
+import itertools
+import os
+import re
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float32, Int64
+from PIL import Image
 
 from retina_jax.config import DataConfig
+from retina_jax.console import track
 from retina_jax.data.classes import Category, unique_names
-from retina_jax.data.coco_document import Content, configured, load_json, parse_document
+from retina_jax.data.coco_document import DEFAULTS, Content, load_json, parse_document
 from retina_jax.data.coco_entries import Mistake, as_number
-from retina_jax.data.source import Record, sort_boxes
+from retina_jax.data.decoding import DECODING, NO_BOXES, is_one_colour, read_image, to_rgb
+from retina_jax.data.source import BadImage, Decoding, Record, WrongSize, sort_boxes
 from retina_jax.data_check.findings import Finding
+from retina_jax.errors import reason
 
+Digests = dict[str, str]  # file name to the SHA-256 of the file's bytes, for every file that could be read
+FILLER = bytes(range(1, 255))  # bytes in which no marker begins
+SCAN_END = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # ends the data of a scan: neither an escaped byte nor a restart
+RESTART = re.compile(rb"\xff([\xd0-\xd7])")
+START_OF_SCAN, END = 0xDA, 0xD9  # JPEG markers
 REFUSED = {"categories": "refused_categories", "images": "refused_images", "annotations": "refused_boxes"}
 
 
@@ -62,12 +77,12 @@ def read_split(
     folder: Path,
     images_without_boxes: Literal["keep", "drop"],
     known: Sequence[Category] = (),
-    data: DataConfig = DataConfig(),  # noqa: B008 (immutable)
+    data: DataConfig = DEFAULTS,
 ) -> Split:
     """Reads a COCO JSON as training with `data` does; `known` is as in `parse_document`. Raises DataError only if nothing
     can be checked: the file is not JSON or lacks one of its three lists, or the folder is missing."""
     document, mistakes = load_json(annotations), []
-    content = parse_document(annotations, document, mistakes, folder=folder, **configured(data, known))
+    content = parse_document(annotations, document, mistakes, folder=folder, known=known, data=data)
     records, record_images, _ = content.make_records(images_without_boxes)
     return Split(
         **vars(content),
@@ -103,35 +118,29 @@ def split_findings(split: Split, max_boxes: int) -> list[Finding]:
             width, height = split.images[split.owners[m]][2:]
             text = f"{x2 - x1:g} x {y2 - y1:g} at {x1:g}, {y1:g} in {split.file_of(m)}, {width} x {height}"
             found.append(Finding(rule, split.name, split.box_name(m), text))
-    usable, listed_boxes = (
-        np.bincount(owners, minlength=len(split.images)).tolist()
-        for owners in (split.owners[split.rules["usable"]], split.owners)
-    )
-    for (_, file_name, _, _), count, listed in zip(split.images, usable, listed_boxes, strict=True):
+    usable = np.bincount(split.owners[split.rules["usable"]], minlength=len(split.images)).tolist()
+    in_file = np.bincount(split.owners, minlength=len(split.images)).tolist()
+    for (_, name, _, _), count, listed in zip(split.images, usable, in_file, strict=True):
         if count > max_boxes:
-            text = f"{count} boxes, of which {max_boxes} are trained on"
-            found.append(Finding("overflow", split.name, file_name, text))
+            found.append(Finding("overflow", split.name, name, f"{count} boxes, of which {max_boxes} are trained on"))
         if count == 0:
-            text = f"{listed} in the file, none usable" if listed else ""
-            found.append(Finding("no_boxes", split.name, file_name, text))
+            found.append(Finding("no_boxes", split.name, name, f"{listed} in the file, none usable" if listed else ""))
     return found
 
 
 def _refusals(split: Split) -> list[Finding]:
     """Returns the entries that training would refuse. An annotation whose image or category is refused is `orphaned`, so a
     mistake is reported once, not once per box."""
-    categories = {category_id for category_id, _ in (*split.categories, *split.left_out)}
-    known = {"images": {image[0] for image in split.images}, "categories": categories}
-    entries = [(m, m.entry if isinstance(m.entry, dict) else {}) for m in split.mistakes]
-    gone = {
-        key: {_hashed(entry.get("id")) for mistake, entry in entries if mistake.key == key} - known[key] - {None}
-        for key in known
+    entries = [(mistake, mistake.entry if isinstance(mistake.entry, dict) else {}) for mistake in split.mistakes]
+    gone = {(mistake.key, _hashed(entry.get("id"))) for mistake, entry in entries}
+    gone -= {("images", image_id) for image_id in (None, *(image[0] for image in split.images))}
+    gone -= {
+        ("categories", category_id) for category_id in (None, *(c[0] for c in (*split.categories, *split.left_out)))
     }
     found = []
     for mistake, entry in entries:
-        orphaned = mistake.key == "annotations" and (
-            _hashed(entry.get("image_id")) in gone["images"] or _hashed(entry.get("category_id")) in gone["categories"]
-        )
+        owners = {("images", _hashed(entry.get("image_id"))), ("categories", _hashed(entry.get("category_id")))}
+        orphaned = mistake.key == "annotations" and owners & gone
         kind = "orphaned" if orphaned else REFUSED[mistake.key]
         found.append(Finding(kind, split.name, mistake.place, mistake.text))
     return found
@@ -164,3 +173,93 @@ def _hashed(value: Any) -> Any:
     """Returns the value if it can be an id (text is converted to a number), else None."""
     value = as_number(value)
     return value if isinstance(value, int | float) else None
+
+
+def check_images(split: Split, decoding: Decoding, workers: int) -> tuple[list[Finding], Digests]:
+    """Returns images that are missing, cannot be read, differ in size from their annotations, are incomplete or have one
+    colour, in the order of the annotations, and the digests. `workers`: number of threads; 0: one per core."""
+    boxes = {row: record.boxes_xyxy for row, record in zip(split.record_images, split.records, strict=True)}
+
+    def check(row: int) -> tuple[Finding | None, str | None]:
+        _, file_name, width, height = split.images[row]
+        try:
+            encoded = read_image(Path(split.paths[row]), width, height)
+        except (FileNotFoundError, NotADirectoryError):
+            return Finding("missing", split.name, file_name, split.missing.get(row, "")), None
+        except OSError as error:
+            return Finding("unreadable", split.name, file_name, f"cannot be read: {reason(error)}"), None
+        fault = fault_of(encoded, (width, height), decoding, boxes.get(row, NO_BOXES))
+        digest = hashlib.sha256(encoded).hexdigest()
+        return Finding(fault[0], split.name, file_name, fault[1]) if fault else None, digest
+
+    rows = range(len(split.images))
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        checked = list(track(f"{split.name}: images", pool.map(check, rows), len(rows)))
+    digests = {split.images[row][1]: digest for row, (_, digest) in zip(rows, checked, strict=True) if digest}
+    return [finding for finding, _ in checked if finding], digests
+
+
+def fault_of(
+    encoded: bytes,
+    expected_size: tuple[int, int],
+    decoding: Decoding,
+    boxes_xyxy: Float32[np.ndarray, "n 4"] = NO_BOXES,
+) -> tuple[str, str] | None:
+    """Returns the kind of finding that an image file is, and the details; None if it has no fault. `expected_size` is the
+    width and height in the annotations, `boxes_xyxy` are in the image's pixels."""
+    try:
+        with DECODING.share(expected_size[0] * expected_size[1]):
+            pixels = to_rgb(encoded, decoding, expected_size=expected_size)
+            if text := missing_part(encoded):
+                return "incomplete", text
+    except BadImage as error:
+        return "wrong_size" if isinstance(error, WrongSize) else "unreadable", str(error)
+    if is_one_colour(pixels, boxes_xyxy):
+        return "one_colour", f"about {tuple(pixels[pixels.shape[0] // 2, pixels.shape[1] // 2].tolist())}"
+    return None
+
+
+def missing_part(encoded: bytes) -> str:
+    """Describes what is missing in a JPEG that can be decoded; empty for complete files and other formats. libjpeg fills
+    missing blocks with grey. Two things show it. Bytes inserted before the next marker are skipped if the image is
+    complete, but change pixels if blocks are missing. Restart markers are numbered 0 to 7 in turn, so a missing one breaks
+    the order. With 2 to 15 % of the data cut out, this finds 59 of 60 baseline files, 57 of 60 with restart markers and 42
+    of 60 progressive ones, and none of 254 intact photographs of COCO."""
+    ends = []
+    at = 2 if encoded.startswith(b"\xff\xd8") else len(encoded)
+    while encoded[at : at + 1] == b"\xff" and (marker := encoded[at + 1]) != END:
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(encoded[at + 2 : at + 4])
+        if marker == START_OF_SCAN and (end := SCAN_END.search(encoded, at)):
+            restarts = [number[0] - 0xD0 for number in RESTART.findall(encoded, at, end.start())]
+            if restarts != [i % 8 for i in range(len(restarts))]:
+                return "data are missing: its restart markers are out of order"
+            at = end.start()
+            ends.append(at)
+    filled = FILLER.join(encoded[start:end] for start, end in itertools.pairwise([0, *ends, len(encoded)]))
+
+    def pixels(encoded: bytes) -> bytes:
+        image = Image.open(io.BytesIO(encoded), formats=["JPEG"])
+        # The mean of a block, in a quarter of the time, is enough unless the data are missing in a scan that refines it.
+        if len(ends) == 1:
+            image.draft("L", (1, 1))
+        return image.tobytes()
+
+    return "data are missing: it ends before its last row" if ends and pixels(encoded) != pixels(filled) else ""
+
+
+def duplicates(digests: dict[str, Digests], splits: Sequence[Split]) -> list[Finding]:
+    """Returns images of a split with the bytes of an earlier one, and images of val that are trained on too."""
+    found: list[Finding] = []
+    first: dict[str, dict[str, str]] = {split.name: {} for split in splits}
+    for split in splits:
+        for _, file_name, _, _ in split.images:
+            digest = digests[split.name].get(file_name)
+            if digest in first[split.name]:
+                found.append(Finding("same_image", split.name, file_name, f"as {first[split.name][digest]}"))
+            elif digest is not None:
+                first[split.name][digest] = file_name
+    if len(splits) == 2:
+        for name, digest in digests["val"].items():
+            if digest in first["train"]:
+                found.append(Finding("leakage", "val", name, f"the same bytes as {first['train'][digest]} in train"))
+    return found

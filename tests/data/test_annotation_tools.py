@@ -129,7 +129,7 @@ def test_what_can_be_read_is_read_as_the_plain_data_set(tmp_path: Path, case: st
     expected = read_coco(*written(tmp_path / "plain", lambda content: None))
     edit, options, kind = RIGHT[case]
     path, images = written(tmp_path, edit)
-    source = read_coco(path, images, images_without_boxes="drop", **options)
+    source = read_coco(path, images, images_without_boxes="drop", data=DataConfig(**options))
     for record, same in zip(source.records, expected.records, strict=True):
         assert (record.image_id, record.width, record.height) == (same.image_id, same.width, same.height)
         assert np.allclose(record.boxes_xyxy, same.boxes_xyxy) and record.labels.tolist() == same.labels.tolist()
@@ -172,14 +172,14 @@ def test_what_cannot_be_trained_on_names_the_option(tmp_path: Path, case: str) -
 
 
 def test_boxes_that_are_right_can_be_kept_as_they_are(tmp_path: Path) -> None:
-    source = read_coco(*written(tmp_path, each_box(corners)), box_format="xywh")
+    source = read_coco(*written(tmp_path, each_box(corners)), data=DataConfig(box_format="xywh"))
     assert source.counts["clipped"] == 8 and source.notes == ()
 
 
 def test_a_chosen_format_that_does_not_fit_is_noted(tmp_path: Path) -> None:
     path, images = written(tmp_path, lambda content: None)
     for chosen in ("xyxy", "xywh_fractions"):
-        (note,) = read_coco(path, images, box_format=chosen).notes
+        (note,) = read_coco(path, images, data=DataConfig(box_format=chosen)).notes
         assert chosen in note and "set data.box_format xywh" in note
         groups = check_data(override(Config(), {"data.box_format": chosen}), {"train": (path, images)}).groups
         assert "likely_format" in {group.kind for group in groups}
@@ -206,7 +206,7 @@ def test_a_class_of_crowds_alone_is_named_and_evaluated_as_objects_on_demand(tmp
     source = read_coco(path, images)
     (note,) = source.notes
     assert "'blue'" in note and "'red'" not in note and "4 in all" in note
-    taken = read_coco(path, images, crowds="objects")
+    taken = read_coco(path, images, data=DataConfig(crowds="objects"))
     assert [a["iscrowd"] for a in source.ground_truth["annotations"]] == [0, 1] * 4
     assert not any(a["iscrowd"] for a in taken.ground_truth["annotations"]) and taken.notes == ()
 

@@ -14,6 +14,7 @@ import pytest
 from fuzzing import assert_named, both_shares, run_cases, test_the_full_shares_are_ten_thousand_cases  # noqa: F401
 from hypothesis import strategies as st
 
+from retina_jax.config import DataConfig
 from retina_jax.data.datasets import read_coco
 from retina_jax.data.source import BadImage, DataError, Source
 
@@ -250,7 +251,7 @@ def test_any_file_is_read_as_plainly_or_refused_by_name(tmp_path: Path, share: i
         except (ValueError, RecursionError):
             document = None
         try:
-            source = read_coco(path, images, box_format="xywh")
+            source = read_coco(path, images, data=DataConfig(box_format="xywh"))
         except DataError as error:
             assert_named(error, f"{path}: ")
             assert not acceptable(document), str(error)

@@ -25,8 +25,7 @@ from retina_jax.data.source import BadImage, Decoding, Source
 from retina_jax.data.survey import Survey, Votes, decoding_of_files, survey_files, with_decoding
 from retina_jax.data_check.check import check_data, decide_decoding, survey_split
 from retina_jax.data_check.findings import Finding
-from retina_jax.data_check.image_check import fault_of, missing_part
-from retina_jax.data_check.split import read_split
+from retina_jax.data_check.split import fault_of, missing_part, read_split
 
 RED = np.array([230, 30, 30])
 
@@ -180,7 +179,7 @@ def test_images_without_a_size_follow_those_with_one(
 def test_the_size_of_an_image_wins_over_the_orientation_of_the_run(tmp_path: Path) -> None:
     pair = write_squares(tmp_path, [(orientation, "turned", "JPEG", (32, 24)) for orientation in (6, 3)])
     data = DataConfig(undecided_orientation="stored")
-    source = with_decoding(read_coco(*pair, undecided_orientation="stored"), data)
+    source = with_decoding(read_coco(*pair, data=DataConfig(undecided_orientation="stored")), data)
     assert source.decoding.orientation == "turned" and squares_are_in_boxes(source)
 
 
