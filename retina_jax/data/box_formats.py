@@ -11,8 +11,7 @@ Numbers = Float64[np.ndarray, "M 4"]
 Areas = Float64[np.ndarray, " M"]  # NaN where missing
 Sizes = Int64[np.ndarray, "M 2"]  # width and height of each box's image; 0 if unknown
 LAYOUTS = {"xywh": "x, y, width, height", "xyxy": "x1, y1, x2, y2", "cxcywh": "centre x, centre y, width, height"}
-# Formats that no option converts.
-SCALES = {100: "percent of the image's sides", 1000: "thousandths of the image's sides"}
+SCALES = {100: "percent of the image's sides", 1000: "thousandths of the image's sides"}  # no option converts them
 NEARLY_ALL = 0.95  # share of the boxes that must agree with a format
 MOST = 0.5  # share of boxes outside their images from which on they are refused in any format; at least SEVERAL
 MANY = 0.2  # share of boxes far outside their images, read as xywh, from which on they are refused; at least SEVERAL
@@ -70,11 +69,10 @@ def boxes_in_pixels(
 def to_xywh(numbers: Numbers, format: BoxFormat, sizes_wh: Sizes) -> Numbers:
     """Converts boxes in `format` to x, y, width, height in pixels; `auto` is xywh."""
     layout, _, fractions = format.partition("_")
-    boxes = numbers
     if layout not in ("auto", "xywh"):
         first, second = np.split(_corners(numbers, layout), 2, axis=1)
-        boxes = np.concatenate([first, second - first], axis=1)
-    return boxes * np.tile(sizes_wh, 2) if fractions else boxes
+        numbers = np.concatenate([first, second - first], axis=1)
+    return numbers * np.tile(sizes_wh, 2) if fractions else numbers
 
 
 def guess_format(numbers: Numbers, areas: Areas, sizes_wh: Sizes) -> Guess | None:

@@ -26,6 +26,7 @@ from retina_jax.errors import reason
 
 LARGEST_JSON = 2**33  # bytes of an annotation file; the largest of COCO has half a gigabyte
 DEFAULTS = DataConfig()
+Rows = Int64[np.ndarray, " M"]
 
 
 class Note(NamedTuple):
@@ -41,7 +42,7 @@ class Content(BoxTable):
     """The boxes of a COCO JSON file, and how it was read; the classes are in the order of the file."""
 
     left_out: dict[Category, str]  # categories that are no classes, each with the reason (`classes.placeholders`)
-    rows: Int64[np.ndarray, " M"]  # position of each box in the file's list of annotations
+    rows: Rows  # position of each box in the file's list of annotations
     without_box: list[int]  # positions in that list of the annotations without a box: points and keypoints
     paths: list[str]  # file of each image, or where it should be; empty if the folder was not given
     missing: dict[int, str]  # rows of the images without a file; where files of that base name are, if anywhere
@@ -166,8 +167,7 @@ class _Parser:
     def locate(
         self, entries: list[tuple[int, coco_entries.ImageEntry]], folder: Path | None
     ) -> tuple[list[Image], list[str], dict[int, str], frozenset[int]]:
-        """Returns the images and their `Content.paths`, `missing` and `unsized`. Images whose names lead out of the
-        folder and those without a size are refused."""
+        """Returns the images and their `Content.paths`, `missing` and `unsized`; refuses names that lead out of `folder`."""
         images = [(e.id, e.file_name, *((e.width, e.height) if e.width and e.height else (0, 0))) for _, e in entries]
         names = [entry.file_name for _, entry in entries]
         places = Places([""] * len(names), {row: "" for row, name in enumerate(names) if escapes(name)}, [])
@@ -208,12 +208,10 @@ class _Parser:
                 sized = [row for row, image in enumerate(images) if image[2]]
                 names, sizes_wh = [images[row][1] for row in sized], [images[row][2:] for row in sized]
                 orientation = survey_files(names, [paths[row] for row in sized], sizes_wh).votes.convention(orientation)
-        sizes = (h if isinstance(h, str) else h.turned_size if orientation == "turned" else h.size for h in headers)
+        sizes = (header if isinstance(header, str) else header.sizes[orientation] for header in headers)
         return dict(zip(unsized, sizes, strict=True))
 
-    def boxes(
-        self, images: list[Image], categories: list[Category]
-    ) -> tuple[BoxTable, Int64[np.ndarray, " M"], list[int]]:
+    def boxes(self, images: list[Image], categories: list[Category]) -> tuple[BoxTable, Rows, list[int]]:
         """Returns the boxes of `categories`, and `Content.rows` and `without_box`; notes what the boxes look like."""
         entries = self.entries("annotations", coco_entries.AnnotationEntry)
         row_of = {image[0]: row for row, image in enumerate(images)}

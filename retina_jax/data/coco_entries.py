@@ -27,8 +27,7 @@ Integer = Annotated[int, Meta(gt=-LARGEST_ID, lt=LARGEST_ID)]
 Side = Annotated[int, Meta(ge=0, le=int(LARGEST))]
 Number = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
 Text = Annotated[str, Meta(min_length=1, max_length=LONGEST, pattern=rf"\A[^{UNSHOWN}]*\Z")]
-# What the value of a field must be.
-EXPECTED = {
+EXPECTED = {  # what the value of a field must be
     **dict.fromkeys(("id", "image_id", "category_id"), "an integer"),
     **dict.fromkeys(("name", "file_name"), f"text on one line, at most {LONGEST} characters, no control characters"),
     **dict.fromkeys(("width", "height"), "a positive number of pixels, an integer"),
@@ -141,10 +140,9 @@ NOT_RUNS = "has no bbox, and its segmentation is not run lengths: size [height, 
 
 
 def box_of(segmentation: Any, size_wh: tuple[int, int] = (0, 0)) -> tuple[float, float, float, float] | None:
-    """Returns x, y, width, height of the smallest box around a segmentation; None if it is missing or empty. A
-    segmentation is a list of polygons [x1, y1, x2, y2, ...], one such polygon, or run lengths: an object with `size`
-    and `counts`, a list or COCO's compressed text. Raises DataError for anything else, and for run lengths of another
-    size than `size_wh`, the width and height of the image (0: unknown)."""
+    """Returns x, y, width, height of the smallest box around a segmentation; None if it is missing or empty. It is a list of
+    polygons [x1, y1, x2, y2, ...], one such polygon, or an object with `size` and `counts`, run lengths or COCO's compressed
+    text. Raises DataError for anything else, and for another size than `size_wh` of the image (0: unknown)."""
     if segmentation is None or (isinstance(segmentation, list) and all(part == [] for part in segmentation)):
         return None
     if isinstance(segmentation, dict):

@@ -30,10 +30,9 @@ def read_coco(
     data: DataConfig = DEFAULTS,
 ) -> Source:
     """Returns the dataset of a COCO JSON file. "drop" (for training) leaves out images without a usable box. With
-    `unlabelled`, the key `annotations` may be missing. `known` is as in `parse_document`. Only images without a size
-    are opened. Raises DataError for anything in the file that cannot be used, boxes that look as if in another format, and
-    no images at all. An absolute `file_name` or one with `..` is not followed, but a file of that base name in `images` is
-    used if it is the only one (`find_images`). Symbolic links are followed."""
+    `unlabelled`, the key `annotations` may be missing. `known` is as in `parse_document`. Raises DataError for anything in
+    the file that cannot be used, boxes that look as if in another format, and no images at all. A `file_name` that leads
+    out of `images` is not followed (`find_images`), symbolic links are."""
     path, folder = Path(annotations), Path(images)
     document = load_json(path, CocoFile)
     labelled = not (unlabelled and isinstance(document, dict) and "annotations" not in document)
@@ -117,10 +116,9 @@ def open_sources(
     config: Config, known: Sequence[Category] = (), workdir: str | Path = ""
 ) -> tuple[Source, Source, Config]:
     """Opens the training and the evaluation data of a run (the same if it is never evaluated), and returns the config with
-    their classes, the range of their 16-bit images and the orientation that they show. `known` are the classes of the run
-    in `workdir` that is resumed: the training data gets its labels. Raises as `open_source` and `with_classes` do,
-    ConfigError if classes do not fit each other or hosts have different data, and DataError if an image file is missing
-    and data.bad_images is stop."""
+    their classes, the range of their 16-bit images and their orientation. `known` are the classes of the run in `workdir`
+    that is resumed: the training data gets its labels. Raises as `open_source` and `with_classes` do, ConfigError if
+    classes or hosts do not fit each other, and DataError if an image file is missing and data.bad_images is stop."""
 
     def open_train(known: Sequence[Category]) -> Source:
         nonlocal config
@@ -157,8 +155,7 @@ def open_sources(
 
 
 def check_classes(classes: Sequence[Category], val: Source) -> None:
-    """Raises ConfigError if a detector of `classes` cannot be scored on `val` (`category_ids`); warns of the classes that
-    are not scored."""
+    """Raises ConfigError if a detector of `classes` cannot be scored on `val`; warns of classes that are not scored."""
     ids = category_ids(classes, val, f"data.val_annotations {val.name}")
     if lacking := [category for category, same in zip(classes, ids, strict=True) if same is None]:
         warn(f"{val.name}: has no category for {listed(lacking)}: {len(lacking)} of {len(ids)} classes are not scored")

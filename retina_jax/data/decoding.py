@@ -19,11 +19,11 @@ from retina_jax.data.source import AS_VIEWERS, BadImage, Decoding, Orientation, 
 from retina_jax.errors import reason
 
 RGB = UInt8[np.ndarray, "h w 3"]
+Pixels = UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w c"]
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")  # PIL has more; some of them start other programs
 # PIL's own limit. Larger images are refused before they are decoded: a file of kilobytes can ask for gigabytes.
 MAX_PIXELS = 178_956_970
-# PIL warns of images that it reads nevertheless (broken EXIF, many pixels); what matters raises an exception here.
-# `catch_warnings` is not safe with several decoding threads.
+# PIL warns of images that it reads nevertheless (broken EXIF, many pixels). `catch_warnings` is not safe with threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -71,14 +71,13 @@ class Header(NamedTuple):
     deep: bool  # whether it has 16 bits per value
 
     @property
-    def turned_size(self) -> Size:
-        """Width and height after turning."""
-        return self.size[::-1] if self.orientation >= 5 else self.size
+    def sizes(self) -> dict[Orientation, Size]:
+        """Width and height of the pixels as stored and as turned."""
+        return {"stored": self.size, "turned": self.size[::-1] if self.orientation >= 5 else self.size}
 
     def fitting(self, annotated: Size | None) -> list[Orientation]:
         """Returns the conventions in which the image has the annotated (width, height); both if it is None."""
-        sizes: dict[Orientation, Size] = {"stored": self.size, "turned": self.turned_size}
-        return [convention for convention, size in sizes.items() if annotated in (None, size)]
+        return [convention for convention, size in self.sizes.items() if annotated in (None, size)]
 
 
 def to_rgb(encoded: bytes, decoding: Decoding = AS_VIEWERS, *, expected_size: Size | None = None) -> RGB:
@@ -141,9 +140,7 @@ def is_plain_jpeg(encoded: bytes, decoding: Decoding = AS_VIEWERS, *, expected_s
     return complete and upright(read_header(image), expected_size, decoding) is None
 
 
-def is_one_colour(
-    image: UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w c"], boxes_xyxy: Float32[np.ndarray, "n 4"] = NO_BOXES
-) -> bool:
+def is_one_colour(image: Pixels, boxes_xyxy: Float32[np.ndarray, "n 4"] = NO_BOXES) -> bool:
     """Returns whether the pixels (0 to 255) have one colour: a grid of the image, and of each box and a pixel around it."""
     starts = np.maximum(np.floor(boxes_xyxy[:, :2]).astype(int) - 1, 0).tolist()
     ends = (np.ceil(boxes_xyxy[:, 2:]).astype(int) + 1).tolist()
@@ -151,7 +148,7 @@ def is_one_colour(
     return _is_flat(image) and all(map(_is_flat, inside))
 
 
-def _is_flat(image: UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w c"]) -> bool:
+def _is_flat(image: Pixels) -> bool:
     height, width = image.shape[:2]
     grid = image[:: -(-height // GRID), :: -(-width // GRID)].astype(np.uint8).reshape(-1, image.shape[2])
     for values in grid.T:  # a histogram is ten times as fast as a median

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -46,8 +46,6 @@ def find_images(folder: Path, names: Sequence[str]) -> Places:
 
     paths = [os.path.join(root, part if escapes(name) else name) for name, part in zip(names, inside, strict=True)]
     lost = {row for row, path in enumerate(paths) if escapes(names[row]) or not (inside[row] and exists(path))}
-    if not lost:
-        return Places(paths, {}, [])
     found = {row: path for row in lost if inside[row] and exists(path := os.path.join(root, inside[row]))}
     below = _files_below(root) if len(found) < len(lost) else {}
 
@@ -75,10 +73,8 @@ def find_images(folder: Path, names: Sequence[str]) -> Places:
         best = [ends[end] for end in shared]
         if best and best[-1] is not None:
             found[row] = os.path.join(root, best[-1])
-    users = defaultdict(set)
-    for row, name in enumerate(names):
-        users[found.get(row, paths[row])].add(name)
-    found = {row: path for row, path in found.items() if len(users[path]) == 1}
+    users = Counter(path for path, _ in {(found.get(row, paths[row]), name) for row, name in enumerate(names)})
+    found = {row: path for row, path in found.items() if users[path] == 1}
     paths = [found.get(row, path) for row, path in enumerate(paths)]
     missing = dict.fromkeys(sorted(lost - set(found)), "")
     alike = {_stem(base): files[0] for base, files in below.items()} if missing else {}

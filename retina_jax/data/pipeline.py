@@ -38,8 +38,7 @@ class Batch(NamedTuple):
     boxes_xyxy: Float32[np.ndarray, "b G 4"]  # pixels of the padded image; 0 for no box
     labels: Int32[np.ndarray, "b G"]  # 0 to K-1; -1 for no box
     indices: Int64[np.ndarray, " b"]  # rows in `source.records`
-    # False for an image repeated to fill an evaluation batch, and for a bad one (black, 1x1, without boxes).
-    valid: Bool[np.ndarray, " b"]
+    valid: Bool[np.ndarray, " b"]  # False: repeated to fill an evaluation batch, or bad (black, 1x1, without boxes)
     scales: Float32[np.ndarray, "b 2"]  # pixels per original pixel, along x and y
 
 
@@ -85,9 +84,8 @@ def overflow(source: Source, data: DataConfig) -> Size:
 
 class Batches(Iterator[Batch]):
     """Iterator over the batches of steps `start` to `stop` (None: infinite), with the rows `mine` of each global batch.
-    `augment` returns the short side and whether to flip, from `BatchIndices.positions`. A bad image raises BadImage at
-    its own step. With `data.bad_images` skip, its row is not valid instead; it is logged once, and counted in `skipped`
-    each time its batch is returned. Slow files are waited for, and named in a log line."""
+    `augment` returns the short side and whether to flip, from `BatchIndices.positions`. A bad image raises BadImage at its
+    own step. With `data.bad_images` skip, its row is not valid instead; it is logged once, and counted in `skipped`."""
 
     def __init__(
         self,
@@ -166,9 +164,8 @@ class Batches(Iterator[Batch]):
         options.threading.private_threadpool_size = workers
         options.threading.max_intra_op_parallelism = 1  # images are processed in parallel instead
         stop = tf.int64.max if self._stop is None else self._stop * self._local
-        elements = tf.data.Dataset.range(self._step * self._local, stop).map(
-            tf.autograph.experimental.do_not_convert(self._element), num_parallel_calls=workers
-        )
+        element = tf.autograph.experimental.do_not_convert(self._element)
+        elements = tf.data.Dataset.range(self._step * self._local, stop).map(element, num_parallel_calls=workers)
         return elements.batch(self._local, drop_remainder=True).prefetch(self._data.prefetch).with_options(options)
 
     def _element(self, i: tf.Tensor) -> tuple[tf.Tensor, ...]:

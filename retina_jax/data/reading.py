@@ -18,8 +18,7 @@ log = logging.getLogger(__name__)
 PATIENCE = 60.0  # seconds of waiting for a batch after which a line is logged
 CHECKS = 5.0  # seconds between two checks of that time
 PAUSES = (0.5, 2.0, 8.0)  # seconds before each retry
-_TEMPORARY = "EIO ESTALE ETIMEDOUT EAGAIN EINTR EBUSY ECONNRESET EREMOTEIO"
-# Possibly temporary errors of network file systems; some systems lack some of the names.
+_TEMPORARY = "EIO ESTALE ETIMEDOUT EAGAIN EINTR EBUSY ECONNRESET EREMOTEIO"  # of network file systems, possibly
 TEMPORARY = frozenset(getattr(errno, name) for name in _TEMPORARY.split() if hasattr(errno, name))
 
 
@@ -108,5 +107,5 @@ class SlowReadMonitor:
                 reported = waits
                 longest = sorted(self._reads.copy().values(), key=lambda read: read[1])[:3]
                 files = ", ".join(f"{self._where(index)} ({now - since:.0f} s)" for index, since in longest)
-                waited = f"batch {waits[0]}: waited {now - waits[1]:.0f} s for its images"
-                log.warning("%s; reading %s", waited, files or "none")
+                waited = waits[0], now - waits[1]
+                log.warning("batch %d: waited %.0f s for its images; reading %s", *waited, files or "none")

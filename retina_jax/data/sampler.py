@@ -19,8 +19,7 @@ class BatchIndices(NamedTuple):
     bucket: int
     indices: Int64[np.ndarray, " B"]
     valid: Bool[np.ndarray, " B"]  # False for an image repeated to fill an evaluation batch
-    # In training epoch × N + index, unique for each visit of an image; the seed of its augmentation.
-    positions: Int64[np.ndarray, " B"]
+    positions: Int64[np.ndarray, " B"]  # in training epoch × N + index: the seed of the image's augmentation
     epoch: int = 0  # epoch that completed the batch; its first images may be from earlier epochs
 
 

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 
 from retina_jax.config import ScenesConfig
 
+Span = tuple[float, float]
 VERSION = 1  # incremented whenever the same settings give other pixels or boxes
 # Degrees. Class k is the k-th shape in the k-th hue; the first classes are the easiest to distinguish.
 HUES = {
@@ -61,6 +62,7 @@ SHAPES: dict[str, tuple[Float[np.ndarray, "n 2"], ...]] = {
     "bolt": (np.array([[0.5, -2], [-1.3, 0.4], [-0.2, 0.4], [-0.6, 2], [1.3, -0.6], [0.2, -0.6], [1.2, -2]]),),
 }
 CLASSES = tuple(zip(SHAPES, HUES.values(), strict=True))  # shape and hue of each class
+CLASS_NAMES = [f"{hue} {shape}" for hue, shape in zip(HUES, SHAPES, strict=True)]
 
 
 class Scene(NamedTuple):
@@ -70,11 +72,6 @@ class Scene(NamedTuple):
     labels: list[int]
     boxes_xywh: list[tuple[float, float, float, float]]
     visible: list[float]  # visible share of each object's pixels
-
-
-def class_names(classes: int) -> tuple[str, ...]:
-    """Returns the names of the first `classes` classes: "red disc", "blue square", ..."""
-    return tuple(f"{hue} {shape}" for hue, shape in zip(list(HUES)[:classes], SHAPES, strict=False))
 
 
 def write_scenes(config: ScenesConfig) -> Path:
@@ -216,15 +213,13 @@ def painted(rng: Generator, under: np.ndarray, cover: np.ndarray, inside: np.nda
     return under * (1 - cover) + 0.3 * base * (cover - inside) + fill * inside
 
 
-def _colour(
-    rng: Generator, saturation: tuple[float, float], value: tuple[float, float], hue: float | None = None
-) -> Float32[np.ndarray, " channels"]:
+def _colour(rng: Generator, saturation: Span, value: Span, hue: float | None = None) -> Float32[np.ndarray, " 3"]:
     """Draws RGB in [0, 1]; `hue` in degrees, None: random."""
     turns = rng.random() if hue is None else hue % 360 / 360
     return np.array(colorsys.hsv_to_rgb(turns, rng.uniform(*saturation), rng.uniform(*value)), np.float32)
 
 
-def _spot(rng: Generator, u: np.ndarray, v: np.ndarray, radius: tuple[float, float]) -> np.ndarray:
+def _spot(rng: Generator, u: np.ndarray, v: np.ndarray, radius: Span) -> np.ndarray:
     """Draws a soft ellipse at a random place, 1 at its centre."""
     cu, cv, (ru, rv) = rng.random(), rng.random(), rng.uniform(*radius, 2).tolist()
     return np.exp(-(((u - cu) / ru) ** 2)) * np.exp(-(((v - cv) / rv) ** 2))
@@ -250,6 +245,6 @@ def _write_split(folder: Path, split: str, config: ScenesConfig, stream: int, co
             {"id": n, "image_id": i, "category_id": k + 1, "bbox": b, "area": round(b[2] * b[3], 2), "iscrowd": 0}
             for n, (i, k, b) in enumerate(objects, 1)
         ],
-        "categories": [{"id": k + 1, "name": name} for k, name in enumerate(class_names(config.classes))],
+        "categories": [{"id": k + 1, "name": name} for k, name in enumerate(CLASS_NAMES[: config.classes])],
     }
     (folder / f"{split}.json").write_text(json.dumps(document))

@@ -32,9 +32,9 @@ def is_deep(image: Image.Image) -> bool:
 
 
 def samples(image: Image.Image, reopen: Callable[[], Image.Image]) -> UInt16[np.ndarray, "h w c"]:
-    """Returns all 16 bits of an image that `is_deep` and is not loaded, oriented as by PIL. Negative values become 0. c is
-    1 for grey, 2 for grey and alpha, 3 for RGB, 4 for RGB and alpha. `reopen` opens the file again, to read the lower bytes
-    of colours with the byte order exchanged. Raises BadImage for what is not supported, and what PIL raises."""
+    """Returns all 16 bits of an image that `is_deep` and is not loaded, oriented as by PIL, negative values as 0; c is 1 for
+    grey, 2 with alpha, 3 for RGB, 4 with alpha. `reopen` opens the file again, to read the lower bytes of colours with the
+    byte order exchanged. Raises BadImage for what is not supported, and what PIL raises."""
     raw = _raw_mode(image)
     if image.format == "TIFF":
         tags = image.tag_v2

@@ -33,8 +33,7 @@ class WrongSize(BadImage):
 class Decoding:
     """Conventions for the image files of a dataset where the files and the annotated sizes leave them open."""
 
-    # Pixels that boxes lie on: stored, or turned by the EXIF orientation. Images follow annotated sizes that show it.
-    orientation: Orientation = "turned"
+    orientation: Orientation = "turned"  # pixels that boxes lie on if the annotated sizes do not show it
     bits: int | None = None  # bits that 16-bit images use: 2^bits - 1 is white. None: 16; the dataset has no such image
 
 
@@ -60,19 +59,16 @@ class Source:
     name: str  # for messages: the path of its JSON, or the TFDS name and split
     records: list[Record]
     categories: list[Category]  # id and name of the class of each label; names may repeat
-    # Boxes by what was done with them (`crowd`, `zero_size`, `outside`: dropped; `clipped`: cut to the image), and
-    # `images_without_boxes`, dropped or kept as configured; of a COCO JSON also `without_box`: points and such, dropped.
+    # Boxes by rule of `sort_boxes`, `images_without_boxes`, and of a COCO JSON `without_box`: points and such, dropped.
     counts: dict[str, int]
-    # Reads the encoded image of a record, BadImage if that fails. Called from many threads at once.
-    read: Callable[[int], bytes]
+    read: Callable[[int], bytes]  # reads a record's encoded image, BadImage if that fails; many threads call it at once
     where: Callable[[int], str]  # returns the name of a record's image for messages
     make_ground_truth: Callable[[], dict[str, Any]]  # makes `ground_truth`
     labelled: bool = True  # False: images without annotations (COCO's test images), which cannot be scored
     annotated: frozenset[int] = frozenset()  # ids of the categories with an annotation, crowds included
     left_out: dict[Category, str] = field(default_factory=dict)  # as from `classes.placeholders`
     notes: tuple[str, ...] = ()  # how the dataset was read, one line each; `open_source` logs them as warnings
-    # Records whose image file is known to be missing, with where files of that name are ("": unknown).
-    missing: Mapping[int, str] = field(default_factory=dict)
+    missing: Mapping[int, str] = field(default_factory=dict)  # records without image file; where files of that name are
     decoding: Decoding = AS_VIEWERS  # how its image files are decoded; set by `survey.with_decoding`
     unsized: frozenset[int] = frozenset()  # records whose annotations have no size: it is that of the file
     shown: Orientation | Literal["open"] | None = None  # `survey.Votes.shown`; set by `survey.with_decoding`

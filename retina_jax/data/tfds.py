@@ -58,10 +58,9 @@ def read_tfds(
     empty_parents: Literal["drop", "keep"] = "drop",
 ) -> Source:
     """Returns the dataset `name` under `folder` ("": TFDS's own), or the one prepared in the folder `name` itself. The
-    first call reads every image's header and saves the index in the dataset's folder, or in ~/.cache/retina_jax if that
-    cannot be written. `ground_truth_annotations` is the original COCO JSON to evaluate against; without it the ground truth
-    is made from the features, whose areas are COCO's truncated to integers. Raises DataError if the dataset, the split, a
-    feature, or the images or classes in `ground_truth_annotations` are missing or not as expected."""
+    first call reads every image's header and saves the index in the dataset's folder, or if it is read-only in
+    ~/.cache/retina_jax. `ground_truth_annotations` is the original COCO JSON to evaluate against; without it the areas are
+    COCO's truncated to integers. Raises DataError if any of them is missing or not as expected."""
     called = f"{name} [{split}]"
     builder = _open_builder(name, folder)
     categories = _categories(builder, called)
@@ -78,19 +77,12 @@ def read_tfds(
         image_ids, categories, labels = matched
     elif len(set(image_ids)) < len(image_ids):
         raise DataError(f"{called}: image/id is used twice; every image must have its own")
+    image_rows = list(zip(image_ids, index.file_names.tolist(), *index.sizes_wh.T.tolist(), strict=True))
     boxes_xyxy = index.boxes_yxyx_normalised[:, [1, 0, 3, 2]] * np.tile(index.sizes_wh[index.owners], 2)
     sides = boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
-    table = BoxTable(
-        images=list(zip(image_ids, index.file_names.tolist(), *index.sizes_wh.T.tolist(), strict=True)),
-        categories=categories,
-        owners=index.owners,
-        labels=labels,
-        crowd=index.crowd,
-        boxes_xyxy=boxes_xyxy,
-        boxes_xywh=np.concatenate([boxes_xyxy[:, :2], sides], axis=1),
-        areas=np.where(np.isnan(index.areas), sides.prod(1), index.areas),
-        ids=np.arange(1, len(labels) + 1),
-    )
+    boxes_xywh = np.concatenate([boxes_xyxy[:, :2], sides], axis=1)
+    areas, ids = np.where(np.isnan(index.areas), sides.prod(1), index.areas), np.arange(1, len(labels) + 1)
+    table = BoxTable(image_rows, categories, index.owners, labels, index.crowd, boxes_xyxy, boxes_xywh, areas, ids)
     records, rows, counts = table.make_records(images_without_boxes)
 
     def where(i: int) -> str:

@@ -17,6 +17,9 @@ from retina_jax.config import DataConfig
 from retina_jax.data.source import Size
 
 Shapes = tuple[Size, ...]  # padded shapes, each (height, width)
+Boxes, Scale = Float[np.ndarray, "G 4"], Float[np.ndarray, " 2"]
+Pixels, Resized = UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h2 w2 3"] | Float32[np.ndarray, "h2 w2 3"]
+Ends = Literal["half_open", "inclusive"]
 # TensorFlow is imported at first use. That takes seconds, and commands that read no images do not wait for it.
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -43,9 +46,7 @@ def load() -> ModuleType:
     return tensorflow
 
 
-def resized_size(
-    height: int, width: int, short_side: int, long_side: int, rounding: Literal["nearest", "floor"] = "nearest"
-) -> Size:
+def resized_size(height: int, width: int, short_side: int, long_side: int, rounding: str = "nearest") -> Size:
     """Returns (height, width) of an image resized to a short side of `short_side`, or long side of `long_side` if
     smaller. Sides are rounded to the nearest pixel (halves up), or down with "floor", and are at least 1. The short
     side is from the paper (Section 4.1), the bound of the long side from Detectron: 1000 with 600, 1333 with 800."""
@@ -104,9 +105,7 @@ def resize(image: tf.Tensor | np.ndarray, size_hw: tf.Tensor | Size, kind: str, 
     return tf.cast(resized, tf.uint8 if pixels == "uint8" else tf.float32)
 
 
-def resize_by_pillow(
-    image: UInt8[np.ndarray, "h w 3"], size_hw: Size | Int[np.ndarray, " 2"]
-) -> UInt8[np.ndarray, "h2 w2 3"]:
+def resize_by_pillow(image: Pixels, size_hw: Size | Int[np.ndarray, " 2"]) -> UInt8[np.ndarray, "h2 w2 3"]:
     """Resizes as Pillow does, antialiased: along x, then y, with integer weights, rounded to uint8 after each."""
     height, width = map(int, size_hw)
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
@@ -118,11 +117,9 @@ def plus_half(image: tf.Tensor | np.ndarray) -> tf.Tensor:
     return tf.raw_ops.Dequantize(input=steps, min_range=0.5, max_range=255.5, mode="MIN_COMBINED")
 
 
-def resize_large(
-    image: UInt8[np.ndarray, "h w 3"], size_hw: Size, kind: str, pixels: str = "uint8"
-) -> UInt8[np.ndarray, "h2 w2 3"] | Float32[np.ndarray, "h2 w2 3"]:
-    """Like `resize` without a float32 copy of the image, which would need 2 GB for 179 million pixels. The 0.5 for rounding
-    is added after the weights, so a pixel can differ from `resize` by one grey level, except with `kind` "pillow"."""
+def resize_large(image: Pixels, size_hw: Size, kind: str, pixels: str = "uint8") -> Resized:
+    """Resizes like `resize` without a float32 copy of the image, which would need 2 GB for 179 million pixels. Because 0.5
+    is added after the weights, a pixel can differ from `resize` by one grey level, except with `kind` "pillow"."""
     if kind == "pillow":
         return resize_by_pillow(image, size_hw)
     widen = kind == "antialias" and (image.shape[0] > size_hw[0] or image.shape[1] > size_hw[1])
@@ -139,9 +136,7 @@ def pad(image: tf.Tensor, padded_hw: tf.Tensor | Size) -> tf.Tensor:
     return tf.reshape(rows, (padded_hw[0], padded_hw[1], 3))
 
 
-def to_padded_pixels(
-    boxes_xyxy: Float[np.ndarray, "G 4"], scale_xy: Float[np.ndarray, " 2"], ends: Literal["half_open", "inclusive"]
-) -> Float[np.ndarray, "G 4"]:
+def to_padded_pixels(boxes_xyxy: Boxes, scale_xy: Scale, ends: Ends) -> Boxes:
     """Returns boxes of the original image in the resized one, with `scale_xy` pixels per original pixel along x and y.
     `ends` "half_open": all four coordinates are scaled. "inclusive" (Detectron): the number of the last pixel is
     scaled, so that x2 becomes (x2 - 1) s + 1, and a resized box is s - 1 pixels smaller."""
@@ -149,9 +144,7 @@ def to_padded_pixels(
     return boxes_xyxy * scale + _shift_of_ends(scale, ends)
 
 
-def to_original_pixels(
-    boxes_xyxy: Float[np.ndarray, "G 4"], scale_xy: Float[np.ndarray, " 2"], ends: Literal["half_open", "inclusive"]
-) -> Float[np.ndarray, "G 4"]:
+def to_original_pixels(boxes_xyxy: Boxes, scale_xy: Scale, ends: Ends) -> Boxes:
     """Inverts `to_padded_pixels`."""
     scale = np.tile(scale_xy, 2)[None]
     return (boxes_xyxy - _shift_of_ends(scale, ends)) / scale

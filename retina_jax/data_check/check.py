@@ -60,8 +60,7 @@ class Check:
 
 
 def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
-    """Checks the splits `train` and, if given, `val`: each a COCO JSON and a folder of images. Raises DataError as
-    `read_split` does."""
+    """Checks the splits `train` and, if given, `val`: each a COCO JSON and a folder. Raises DataError as `read_split`."""
 
     def opened(name: str, known: Sequence[Category] = ()) -> Split:
         without_boxes = config.data.images_without_boxes if name == "train" else "keep"

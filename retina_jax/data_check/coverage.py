@@ -21,8 +21,7 @@ from retina_jax.ops.anchors import anchor_grid
 from retina_jax.ops.boxes import iou_matrix
 from retina_jax.ops.matching import match
 
-# Ends of the bins of box sizes, the square root of the area in pixels (half octaves from 4 to 1024), and of aspect ratios,
-# height over width (half octaves from 1:8 to 8:1).
+# Ends of the bins, half octaves, of the square root of the area in pixels, and of height over width.
 SIDES = np.array([0.0, *(2.0 ** (np.arange(4, 21) / 2)), np.inf])
 ASPECTS = np.array([0.0, *(2.0 ** (np.arange(-6, 7) / 2)), np.inf])
 FEWEST = 8  # rows that boxes are padded to at least, above that powers of two, so that few programs are compiled
@@ -95,19 +94,17 @@ def cover(views: Views, config: Config, what: str = "anchors") -> Coverage:
     counts = np.diff(views.ends)
     best, anchors = np.zeros(len(views.labels), np.float32), np.zeros(len(views.labels), np.int64)
 
-    def cover_view(v: int) -> tuple[int, np.ndarray, np.ndarray]:
-        start, n = views.ends[v], int(counts[v])
+    def cover_view(v: int) -> None:
+        of_view, n = slice(views.ends[v], views.ends[v + 1]), int(counts[v])
         rows = max(FEWEST, 1 << (n - 1).bit_length())
         boxes, labels = np.zeros((rows, 4), np.float32), np.full(rows, -1, np.int32)
-        boxes[:n], labels[:n] = views.boxes_xyxy[start : start + n], views.labels[start : start + n]
+        boxes[:n], labels[:n] = views.boxes_xyxy[of_view], views.labels[of_view]
         iou, won = _program(views.padded_hw[v], config)(boxes, labels)
-        return v, np.asarray(iou)[:n], np.asarray(won)[:n]
+        best[of_view], anchors[of_view] = np.asarray(iou)[:n], np.asarray(won)[:n]
 
     filled = np.flatnonzero(counts).tolist()
     with ThreadPoolExecutor(THREADS) as pool:
-        for v, iou, won in track(f"{what}: images", pool.map(cover_view, filled), len(filled)):
-            of_view = slice(views.ends[v], views.ends[v + 1])
-            best[of_view], anchors[of_view] = iou, won
+        list(track(f"{what}: images", pool.map(cover_view, filled), len(filled)))
     return Coverage(best, anchors, config.matching.positive_iou)
 
 
@@ -200,6 +197,7 @@ def coverage_findings(shares: Shares) -> list[Finding]:
         kind = "hopeless" if 1 - uncovered < least else "poor" if not total and by_iou < POOR else None
         if kind is not None:
             text = f"{by_iou:.1%} by IoU, {by_low_quality:.1%} by the low-quality rule only, {uncovered:.1%} none"
-            name = "all boxes" if total else share.name
-            found.append(Finding(kind, "train", name, f"{text}, of {share.boxes} boxes"))
+            found.append(
+                Finding(kind, "train", "all boxes" if total else share.name, f"{text}, of {share.boxes} boxes")
+            )
     return found

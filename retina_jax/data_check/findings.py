@@ -10,8 +10,7 @@ SHOWN = 5  # findings of a kind that its line on the terminal names
 class Kind(NamedTuple):
     """A kind of finding."""
 
-    # error: training would refuse the data or could not learn from it; warning: it works; note: known and handled.
-    severity: Severity
+    severity: Severity  # error: training refuses the data or learns nothing; warning: it works; note: it is handled
     title: str  # what is counted, in the plural
     meaning: str  # what training does with it, and what to do
 

@@ -79,8 +79,7 @@ def suggest(records: Sequence[Record], config: Config, class_names: Sequence[str
     after = count_shares(views, cover(views, other, "suggested anchors"), class_names)
     if after.total.by_iou <= before.total.by_iou:
         return None
-    each = per_cell, anchors_per_cell(other.anchors)
-    return Suggestion(changes, as_options(changes), before, after, pixels, each)
+    return Suggestion(changes, as_options(changes), before, after, pixels, (per_cell, anchors_per_cell(other.anchors)))
 
 
 def as_options(changes: dict[str, Any]) -> str:
@@ -118,8 +117,7 @@ def _anchors(views: Views, config: Config) -> Iterator[dict[str, Any]]:
 
 
 def _score(iou: Float32[np.ndarray, " N"], views: Views, config: Config) -> float:
-    """Returns the share of boxes with an anchor of sufficient IoU, or the mean of the classes' shares if that is smaller,
-    so that rare classes count."""
+    """Returns the share of boxes of sufficient IoU, or if it is smaller the mean of the classes' shares."""
     good = (iou >= config.matching.positive_iou).astype(np.float64)
     counts = np.bincount(views.labels)
     of_classes = np.bincount(views.labels, weights=good)[counts > 0] / counts[counts > 0]
