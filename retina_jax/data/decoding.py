@@ -134,7 +134,7 @@ def read_image(path: Path, width: int, height: int) -> bytes:
 
 def is_plain_jpeg(encoded: bytes, decoding: Decoding = AS_VIEWERS, *, expected_size: Size | None = None) -> bool:
     """Returns whether any JPEG decoder gives the pixels of `to_rgb`: grey or three components, complete, not to be
-    turned. Reads only the header, in 1 % of the time of decoding. Raises BadImage for faults that the header shows."""
+    turned. Reads only the header. Raises BadImage for faults that it shows."""
     image = open_image(encoded)
     complete = image.format == "JPEG" and image.mode in ("RGB", "L") and encoded.endswith(b"\xff\xd9")
     return complete and upright(read_header(image), expected_size, decoding) is None

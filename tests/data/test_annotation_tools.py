@@ -123,7 +123,7 @@ RIGHT: dict[str, tuple[Edit, dict[str, Any], str | None]] = {
 
 
 @pytest.mark.parametrize("case", RIGHT)
-def test_what_can_be_read_is_read_as_the_plain_data_set(tmp_path: Path, case: str) -> None:
+def test_what_can_be_read_is_read_as_the_plain_dataset(tmp_path: Path, case: str) -> None:
     """Records, ground truth and files; and the data check finds what training notes."""
     (tmp_path / "plain").mkdir()
     expected = read_coco(*written(tmp_path / "plain", lambda content: None))

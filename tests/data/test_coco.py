@@ -88,25 +88,25 @@ def test_cleaning_counts_each_box_once(tmp_path: Path) -> None:
     assert len(source.ground_truth["annotations"]) == len(boxes)
 
 
-def test_truth_is_the_file_plus_what_pycocotools_needs(tmp_path: Path) -> None:
+def test_ground_truth_is_the_file_plus_what_pycocotools_needs(tmp_path: Path) -> None:
     content = document()
     content["annotations"][0]["segmentation"] = [[1, 2, 3, 4, 5, 6]]
     del content["annotations"][1]["area"], content["annotations"][1]["iscrowd"]
-    truth = read_coco(*write_coco(tmp_path, content)).ground_truth
-    assert truth["annotations"] == document()["annotations"]
-    assert truth["images"] == document()["images"]
-    assert truth["categories"] == document()["categories"]
+    ground_truth = read_coco(*write_coco(tmp_path, content)).ground_truth
+    assert ground_truth["annotations"] == document()["annotations"]
+    assert ground_truth["images"] == document()["images"]
+    assert ground_truth["categories"] == document()["categories"]
     api = COCO()
-    api.dataset = truth
+    api.dataset = ground_truth
     api.createIndex()
     assert sorted(api.getAnnIds()) == [1, 2]
 
 
 @pytest.mark.parametrize("ids", [(0, 1), (5, 5), (-1, 2), (None, 4)])
-def test_truth_ids_are_renumbered_where_they_cannot_serve(tmp_path: Path, ids: tuple[int | None, int]) -> None:
+def test_ground_truth_ids_are_renumbered_where_they_cannot_serve(tmp_path: Path, ids: tuple[int | None, int]) -> None:
     content = edited(annotations__0__id=ids[0] if ids[0] is not None else ..., annotations__1__id=ids[1])
-    truth = read_coco(*write_coco(tmp_path, content)).ground_truth
-    assert [annotation["id"] for annotation in truth["annotations"]] == [1, 2]
+    ground_truth = read_coco(*write_coco(tmp_path, content)).ground_truth
+    assert [annotation["id"] for annotation in ground_truth["annotations"]] == [1, 2]
 
 
 MISTAKES: dict[str, tuple[Any, str]] = {

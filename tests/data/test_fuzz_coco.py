@@ -233,9 +233,9 @@ def compare(source: Source, document: dict[str, Any]) -> None:
     assert [r.image_id for r in source.records] == [image_id for image_id, _, _ in expected]
     for record, (_, boxes, labels) in zip(source.records, expected, strict=True):
         assert record.boxes_xyxy.tolist() == boxes and record.labels.tolist() == labels
-    truth = source.ground_truth["annotations"]
-    assert [t["bbox"] for t in truth] == [box_of(a) for a in document["annotations"] if a.get("bbox") not in (None, [])]
-    ids = [t["id"] for t in truth]
+    ground_truth = source.ground_truth["annotations"]
+    assert [t["bbox"] for t in ground_truth] == [box_of(a) for a in document["annotations"] if a.get("bbox") not in (None, [])]
+    ids = [t["id"] for t in ground_truth]
     assert len(set(ids)) == len(ids) and all(i >= 1 for i in ids)
 
 

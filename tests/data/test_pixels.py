@@ -85,7 +85,7 @@ def opened(pair: tuple[Path, Path], choice: str = "auto") -> tuple[list[bool], l
 
 
 @st.composite
-def data_sets(draw: st.DrawFn) -> list[tuple[int, str, str, tuple[int, int]]]:
+def datasets(draw: st.DrawFn) -> list[tuple[int, str, str, tuple[int, int]]]:
     """Images of one convention, or of both."""
     conventions = draw(st.sampled_from([["stored"], ["turned"], ["stored", "turned"]]))
     image = st.tuples(
@@ -103,7 +103,7 @@ def shows(orientation: int, size: tuple[int, int]) -> bool:
 
 
 @settings(deadline=None, max_examples=80)
-@given(data_sets())
+@given(datasets())
 def test_squares_are_where_their_boxes_are_or_the_doubt_is_reported(drawn: list) -> None:
     with tempfile.TemporaryDirectory() as folder:
         right, lines = opened(write_squares(Path(folder), drawn))
@@ -333,7 +333,7 @@ def test_training_evaluation_and_the_check_decode_alike(tmp_path: Path, capsys: 
     assert (image_of(other, 0) == 255).all()  # which is why it is warned of
 
 
-def test_convention_of_the_data_set_reaches_training_evaluation_and_the_check(tmp_path: Path) -> None:
+def test_convention_of_the_dataset_reaches_training_evaluation_and_the_check(tmp_path: Path) -> None:
     sizes = [(6, (32, 24)), (8, (32, 24)), (3, (32, 24)), (6, (24, 24)), (1, (32, 24))]
     pair = write_squares(tmp_path, [(orientation, "stored", "JPEG", size) for orientation, size in sizes])
     data = DataConfig(
@@ -358,7 +358,7 @@ def test_files_without_annotations_are_turned_as_viewers_show_them(tmp_path: Pat
     assert decoding_of_files(files, DataConfig(bits=12)) == Decoding("turned", 12)
 
 
-def test_boxes_of_tensorflow_data_sets_lie_on_stored_pixels(tmp_path: Path) -> None:
+def test_boxes_of_tensorflow_datasets_lie_on_stored_pixels(tmp_path: Path) -> None:
     source = read_coco(*write_deep(tmp_path / "deep", 10))
     assert with_decoding(source, DataConfig(source="tfds")).decoding == Decoding("stored", 10)
     assert with_decoding(source, DataConfig(source="tfds", orientation="turned")).decoding == Decoding("turned", 10)

@@ -46,12 +46,12 @@ def test_tfds_reads_as_its_coco_files(pair: tuple[Source, str]) -> None:
         assert np.array_equal(found.labels, expected.labels)
         assert np.abs(found.boxes_xyxy - expected.boxes_xyxy).max(initial=0) < 1e-4
         assert source.read(index) == coco.read(index)
-    truth = {a["image_id"]: a for a in source.ground_truth["annotations"] if not a["iscrowd"]}
+    ground_truth = {a["image_id"]: a for a in source.ground_truth["annotations"] if not a["iscrowd"]}
     assert [a["area"] for a in source.ground_truth["annotations"] if a["iscrowd"]] == [600]
     for a in coco.ground_truth["annotations"]:
         if not a["iscrowd"]:
-            assert np.allclose(truth[a["image_id"]]["bbox"], a["bbox"], atol=1e-4)
-            assert truth[a["image_id"]]["category_id"] == a["category_id"]
+            assert np.allclose(ground_truth[a["image_id"]]["bbox"], a["bbox"], atol=1e-4)
+            assert ground_truth[a["image_id"]]["category_id"] == a["category_id"]
     assert len(read_tfds(folder, "", "train", images_without_boxes="drop")) == 3
 
 
@@ -64,7 +64,7 @@ def test_tfds_gives_the_batches_of_its_coco_files(pair: tuple[Source, str]) -> N
         assert all(np.allclose(a, b, atol=1e-3) for a, b in zip(found, expected, strict=True))
 
 
-def test_truth_is_the_original_file_where_it_is_given(pair: tuple[Source, str]) -> None:
+def test_ground_truth_is_the_original_file_where_it_is_given(pair: tuple[Source, str]) -> None:
     coco, folder = pair
     source = read_tfds(folder, "", "train", ground_truth_annotations=coco.name)
     assert source.ground_truth == coco.ground_truth and source.category_ids == coco.category_ids
@@ -74,7 +74,7 @@ def test_truth_is_the_original_file_where_it_is_given(pair: tuple[Source, str]) 
     assert open_source(data, "val").ground_truth == coco.ground_truth and len(open_source(data, "train")) == 3
 
 
-def test_truth_of_other_images_or_classes_is_refused(pair: tuple[Source, str], tmp_path: Path) -> None:
+def test_ground_truth_of_other_images_or_classes_is_refused(pair: tuple[Source, str], tmp_path: Path) -> None:
     coco, folder = pair
     fewer = {**coco.ground_truth, "images": coco.ground_truth["images"][:3]}
     fewer["annotations"] = [a for a in fewer["annotations"] if a["image_id"] != 13]
@@ -90,7 +90,7 @@ def test_truth_of_other_images_or_classes_is_refused(pair: tuple[Source, str], t
 @pytest.mark.parametrize(
     "unused", [[], [{"id": 9, "name": "x"}], [{"id": 0, "name": "things", "supercategory": "none"}]]
 )
-def test_truth_categories_are_matched_by_name(
+def test_ground_truth_categories_are_matched_by_name(
     pair: tuple[Source, str], tmp_path: Path, unused: list[dict[str, Any]]
 ) -> None:
     coco, folder = pair
@@ -103,7 +103,7 @@ def test_truth_categories_are_matched_by_name(
         assert np.array_equal(found.labels, expected.labels)
 
 
-def test_a_class_without_boxes_may_be_missing_from_the_truth(pair: tuple[Source, str], tmp_path: Path) -> None:
+def test_a_class_without_boxes_may_be_missing_from_the_ground_truth(pair: tuple[Source, str], tmp_path: Path) -> None:
     coco, _ = pair
     folder = store(tmp_path / "sets", [example(coco, i) for i in range(4)], names=("red", "green", "blue"))
     source = read_tfds(folder, "", "train", ground_truth_annotations=coco.name)
