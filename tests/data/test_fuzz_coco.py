@@ -234,7 +234,9 @@ def compare(source: Source, document: dict[str, Any]) -> None:
     for record, (_, boxes, labels) in zip(source.records, expected, strict=True):
         assert record.boxes_xyxy.tolist() == boxes and record.labels.tolist() == labels
     ground_truth = source.ground_truth["annotations"]
-    assert [t["bbox"] for t in ground_truth] == [box_of(a) for a in document["annotations"] if a.get("bbox") not in (None, [])]
+    assert [t["bbox"] for t in ground_truth] == [
+        box_of(a) for a in document["annotations"] if a.get("bbox") not in (None, [])
+    ]
     ids = [t["id"] for t in ground_truth]
     assert len(set(ids)) == len(ids) and all(i >= 1 for i in ids)
 
