@@ -104,6 +104,7 @@ class _Parser:
         self.texts: Counter[str] = Counter()
 
     def parse(self, folder: Path | None, known: Sequence[Category]) -> Content:
+        """Returns the content of the file; `folder` and `known` are as in `parse_document`."""
         listed = [entry for _, entry in self.entries("categories", coco_entries.CategoryEntry)]
         categories = [(entry.id, entry.name) for entry in listed]
         entries = self.entries("images", coco_entries.ImageEntry)

@@ -32,7 +32,7 @@ def read_coco(
     """Returns the dataset of a COCO JSON file. "drop" (for training) leaves out images without a usable box. With
     `unlabelled`, the key `annotations` may be missing. `known` is as in `parse_document`. Raises DataError for anything in
     the file that cannot be used, boxes that look as if in another format, and no images at all. A `file_name` that leads
-    out of `images` is not followed (`find_images`), symbolic links are."""
+    out of `images` is not followed (`find_images`); symbolic links are followed."""
     path, folder = Path(annotations), Path(images)
     document = load_json(path, CocoFile)
     labelled = not (unlabelled and isinstance(document, dict) and "annotations" not in document)

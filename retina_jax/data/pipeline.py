@@ -76,7 +76,7 @@ def eval_batches(
     return Batches(source, data, shapes, batches.__getitem__, lambda _: (data.short_side, False), mine, 0, len(batches))
 
 
-def overflow(source: Source, data: DataConfig) -> Size:
+def overflow(source: Source, data: DataConfig) -> tuple[int, int]:
     """Returns how many images have more than `data.max_boxes` boxes, and how many boxes are dropped (an image's last)."""
     beyond = [len(record.labels) - data.max_boxes for record in source.records]
     return sum(n > 0 for n in beyond), sum(max(n, 0) for n in beyond)
