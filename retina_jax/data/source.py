@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
-from retina_jax.data.classes import Category, differ, match
+from retina_jax.data.classes import Category, class_indices, differ
 from retina_jax.errors import PlainError
 
 Orientation = Literal["stored", "turned"]
@@ -91,7 +91,7 @@ class Source:
 
     def arranged(self, classes: Sequence[Category], where: str) -> "Source":
         """Returns the data with the labels of a run of `classes`; ConfigError, starting with `where`, for other classes."""
-        order = match(classes, self.categories)
+        order = class_indices(classes, self.categories)
         if None in order or len(order) != len(self.categories):
             raise differ(classes, self.categories, where)
         labels = np.argsort(order).astype(np.int32)

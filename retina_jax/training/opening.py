@@ -19,7 +19,7 @@ from retina_jax import distributed
 from retina_jax.config import Config, ConfigError, options
 from retina_jax.config_io import flatten, meaning_changes, to_dict, unknown_name
 from retina_jax.console import processor
-from retina_jax.data.classes import differ, match
+from retina_jax.data.classes import class_indices, differ
 from retina_jax.runs.files import read_json, write_json
 from retina_jax.runs.folder import Run, make_writable, saved_steps, started_run
 
@@ -107,7 +107,7 @@ def _token(folder: Path) -> str:
 def _changes(before: Run, run: Run, allowed: Sequence[str]) -> list[str]:
     """Returns how `run` differs from the run that is in its folder; ConfigError if a difference is not allowed."""
     where, old, new = f"--workdir {run.folder}", before.config, run.config
-    if match(before.categories, run.categories) != list(range(len(run.categories))):
+    if class_indices(before.categories, run.categories) != list(range(len(run.categories))):
         raise differ(before.categories, run.categories, where)
     if (old.optimizer.ema_decay > 0) != (new.optimizer.ema_decay > 0):
         raise ConfigError(

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from retina_jax import distributed
 from retina_jax.config import ConfigError
-from retina_jax.data.classes import Category, match
+from retina_jax.data.classes import Category, class_indices
 from retina_jax.model.initialisation import initialise
 from retina_jax.ops.anchors import anchors_per_cell
 from retina_jax.runs.files import read_json, write_json
@@ -96,7 +96,7 @@ def adapt_classes(
 
     weights = dict(weights)
     template = initialise(driver.model, driver.config.seed)
-    columns = match(run.categories, classes)
+    columns = class_indices(run.categories, classes)
     if None not in columns:
         cell = anchors_per_cell(driver.config.anchors)
         for leaf in ("kernel", "bias"):
