@@ -83,7 +83,7 @@ class Detector:
                     what = f"{image.dtype} of shape {image.shape}"
                     raise ValueError(f"image {number}: {what}; detect takes uint8 arrays [h, w, 3]")
             rows = -(-len(group) // self.driver.num_devices) * self.driver.num_devices
-            batches = (to_canvas(group, data, rows) for data in sizes(self.config))
+            batches = (padded_batch(group, data, rows) for data in sizes(self.config))
             merged = self.merged(self.detect_batches(batches, [image.shape[:2] for image in group]))
             found += [merged[row] for row in range(len(group))]
         return found
@@ -143,7 +143,7 @@ class Detector:
             yield index, self._detections(found.astype(np.float32), scores[row][kept], labels[row][kept])
 
 
-def to_canvas(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], data: DataConfig, rows: int) -> Batch:
+def padded_batch(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], data: DataConfig, rows: int) -> Batch:
     """Returns a batch of these images, resized and padded as in evaluation; the last image fills the remaining `rows`. The
     padded shape is the smallest of the configured ones that holds all images. If none does, or `data.buckets` is 0, it is
     the smallest multiple of `data.pad_multiple` that does."""
@@ -152,7 +152,7 @@ def to_canvas(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], data: DataConfig, ro
     largest = max(height for height, _ in resized), max(width for _, width in resized)
     shapes = transforms.buckets(data, (data.short_side,)) if data.buckets else ()
     fitting = [shape for shape in shapes if largest[0] <= shape[0] and largest[1] <= shape[1]]
-    padded = min(fitting, key=lambda shape: shape[0] * shape[1], default=transforms.exact_canvas(largest, data))
+    padded = min(fitting, key=lambda shape: shape[0] * shape[1], default=transforms.exact_padded_shape(largest, data))
     pixels = np.zeros((rows, *padded, 3), data.pixels)
     for row, (image, size) in enumerate(zip(images, resized, strict=True)):
         large = image.shape[0] * image.shape[1] > LARGE

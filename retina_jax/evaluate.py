@@ -76,7 +76,7 @@ def evaluate(
         results += coco_results(source.records[index].image_id, *arrays, ids)
     image_ids = [record.image_id for record in source.records[:limit]]
     evaluated_ids = [source.records[index].image_id for index in found]
-    scores = evaluate_coco(source.truth, results, image_ids, evaluated_ids, training.evaluator)
+    scores = evaluate_coco(source.ground_truth, results, image_ids, evaluated_ids, training.evaluator)
     if distributed.is_primary():
         write_json(run.path("detections", step, f"{variant}.json"), results)
         if source.labelled:
@@ -90,7 +90,7 @@ def evaluate(
             record, good = source.records[index], detections.scores >= max(0.3, run.config.detection.score_threshold)
             arrays = (of[good] for of in (detections.boxes_xyxy, detections.labels, detections.scores))
             names, boxes = detector.shown_names, record.boxes_xyxy
-            drawn.append(draw(image_of(source, index), *arrays, class_names=names, truth_boxes_xyxy=boxes))
+            drawn.append(draw(image_of(source, index), *arrays, class_names=names, ground_truth_xyxy=boxes))
             write_picture(run.path("pictures", step, f"{variant}_{record.image_id}.png"), drawn[-1])
         if drawn:
             write_picture(run.path("pictures", step, f"{variant}.png"), contact_sheet(drawn))

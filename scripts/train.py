@@ -92,7 +92,9 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
         start = int(state.step)
         clock = Clock(workdir, resumed=start > 0)
         batches = train_batches(source, config.data, seed=config.seed, start_step=start, **distributed.share())
-        take_step = CompiledStep(driver.step, config.data.buckets or 4, ahead=batches.canvases(training.steps - start))
+        take_step = CompiledStep(
+            driver.step, config.data.buckets or 4, ahead=batches.padded_shapes(training.steps - start)
+        )
         with clock, Metrics(run, start) as metrics, Profiler(workdir, parse_window(training.profile_steps)) as profiler:
             score = partial(score_step, run, driver, val_source, checkpoints, metrics, interruption)
             if metrics.evaluation_is_missing():  # it failed or was interrupted before

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from retina_jax.config import DataConfig
-from retina_jax.data.coco import read_coco
+from retina_jax.data.datasets import read_coco
 from retina_jax.data.pipeline import eval_batches
 from retina_jax.data.transforms import assign_bucket, buckets, resized_size
 

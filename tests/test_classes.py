@@ -24,9 +24,8 @@ from small_sets import rectangles, write_coco
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import override
 from retina_jax.data.classes import Category, category_ids, class_indices, placeholders, unique_names
-from retina_jax.data.coco import read_coco
 from retina_jax.data.coco_entries import LARGEST_ID
-from retina_jax.data.datasets import open_sources
+from retina_jax.data.datasets import open_sources, read_coco
 from retina_jax.data.source import Source
 from retina_jax.detector import Detector, ImageDetections
 from retina_jax.evaluate import evaluate
@@ -163,9 +162,8 @@ def test_classes_meet_by_id_and_name_or_by_a_name_that_is_unique() -> None:
     [((3, "c"), "detector lacks: c \\(3\\)"), ((3, "a"), "boxes of a \\(3\\) .* a \\(1\\), a \\(2\\)")],
 )
 def test_boxes_of_no_class_are_refused_and_named(boxes_of: Category, named: str) -> None:
-    data = Source(
-        "data", [], (boxes_of[1], "z"), (boxes_of[0], 9), {}, str.encode, str, dict, annotated=frozenset([boxes_of[0]])
-    )
+    annotated = frozenset([boxes_of[0]])
+    data = Source("data", [], [boxes_of, (9, "z")], {}, str.encode, str, dict, annotated=annotated)
     with pytest.raises(ConfigError, match=f"^here: .*{named}"):
         category_ids([(1, "a"), (2, "a")], data, "here")
 

@@ -12,8 +12,15 @@ from hypothesis import strategies as st
 
 from retina_jax.config import AnchorConfig, Config, ConfigError, DataConfig, DetectionConfig, ModelConfig
 from retina_jax.config_io import from_dict, override, to_dict, validate
-from retina_jax.data.transforms import buckets, exact_canvas, resize, resized_size, to_canvas_pixels, to_original_pixels
-from retina_jax.detector import to_canvas
+from retina_jax.data.transforms import (
+    buckets,
+    exact_padded_shape,
+    resize,
+    resized_size,
+    to_original_pixels,
+    to_padded_pixels,
+)
+from retina_jax.detector import padded_batch
 from retina_jax.model.retinanet import normalise
 from retina_jax.ops.anchors import anchor_grid
 from retina_jax.ops.postprocess import Detections, detect
@@ -61,25 +68,25 @@ def test_whole_float_pixels_are_the_same_input_as_uint8_ones() -> None:
 def test_inclusive_ends_are_detectrons() -> None:
     """Detectron keeps x2 - 1, multiplies it by the scale, and adds the 1 again wherever it takes a width."""
     scale = np.array([2.0, 3.0], np.float32)
-    made = to_canvas_pixels(BOXES, scale, "inclusive")
+    made = to_padded_pixels(BOXES, scale, "inclusive")
     np.testing.assert_array_equal(made[0], [0, 0, (10 - 1) * 2 + 1, (20 - 1) * 3 + 1])
-    np.testing.assert_array_equal(to_canvas_pixels(BOXES, scale, "half_open")[1], [6, 12, 100, 180])
+    np.testing.assert_array_equal(to_padded_pixels(BOXES, scale, "half_open")[1], [6, 12, 100, 180])
 
 
 @settings(max_examples=50, deadline=None)
 @given(x=st.floats(0.1, 5), y=st.floats(0.1, 5), ends=st.sampled_from(["half_open", "inclusive"]))
 def test_boxes_come_back_from_the_canvas(x: float, y: float, ends: str) -> None:
     scale = np.array([x, y], np.float32)
-    back = to_original_pixels(to_canvas_pixels(BOXES, scale, ends), scale, ends)
+    back = to_original_pixels(to_padded_pixels(BOXES, scale, ends), scale, ends)
     np.testing.assert_allclose(back, BOXES, atol=1e-4)
 
 
 def test_no_buckets_give_the_smallest_canvas_that_holds_the_images() -> None:
     data = DataConfig(short_side=100, long_side=200, buckets=0, pixels="float32")
-    assert exact_canvas((100, 133), data) == (128, 160)
+    assert exact_padded_shape((100, 133), data) == (128, 160)
     images = [np.full((height, width, 3), 9, np.uint8) for height, width in ((50, 66), (90, 60))]
-    assert to_canvas(images[:1], data, 1).images.shape == (1, 128, 160, 3)
-    batch = to_canvas(images, data, 3)
+    assert padded_batch(images[:1], data, 1).images.shape == (1, 128, 160, 3)
+    batch = padded_batch(images, data, 3)
     assert batch.images.shape == (3, 160, 160, 3) and batch.images.dtype == np.float32
     assert batch.image_sizes.tolist() == [[100, 132], [150, 100], [150, 100]]
     assert batch.valid.tolist() == [True, True, False]
@@ -91,8 +98,8 @@ def test_no_buckets_give_the_smallest_canvas_that_holds_the_images() -> None:
 def test_images_that_fit_no_common_bucket_get_a_canvas_of_their_own() -> None:
     data = DataConfig(short_side=100, long_side=200)
     images = [np.zeros((100, 200, 3), np.uint8), np.zeros((200, 100, 3), np.uint8)]
-    assert to_canvas(images[:1], data, 1).images.shape[1:3] == (128, 224)
-    assert to_canvas(images, data, 2).images.shape[1:3] == (224, 224)
+    assert padded_batch(images[:1], data, 1).images.shape[1:3] == (128, 224)
+    assert padded_batch(images, data, 2).images.shape[1:3] == (224, 224)
 
 
 def test_detectron2_centres_the_papers_cells_on_the_corner() -> None:

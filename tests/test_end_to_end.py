@@ -282,7 +282,7 @@ def test_a_tensorflow_dataset_trains_as_its_coco_files_do(folder: Path, own_run:
     """The same images through TFDS: the same losses, step by step, and the same ground truth."""
     from tfds_sets import example, store
 
-    from retina_jax.data.coco import read_coco
+    from retina_jax.data.datasets import read_coco
 
     one, annotations, images = own_run
     source = read_coco(str(annotations), str(images))

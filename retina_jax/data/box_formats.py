@@ -1,7 +1,6 @@
-"""What the four numbers of a bbox are: COCO's x, y, width, height in pixels, or what other tools write in their place."""
+"""Formats of a bbox: COCO's x, y, width, height in pixels, or what other tools write in their place."""
 
-from __future__ import annotations
-
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -12,8 +11,7 @@ Numbers = Float64[np.ndarray, "M 4"]
 Areas = Float64[np.ndarray, " M"]  # NaN where missing
 Sizes = Int64[np.ndarray, "M 2"]  # width and height of each box's image; 0 if unknown
 LAYOUTS = {"xywh": "x, y, width, height", "xyxy": "x1, y1, x2, y2", "cxcywh": "centre x, centre y, width, height"}
-# Formats that no option converts.
-SCALES = {100: "percent of the image's sides", 1000: "thousandths of the image's sides"}
+SCALES = {100: "percent of the image's sides", 1000: "thousandths of the image's sides"}  # no option converts them
 NEARLY_ALL = 0.95  # share of the boxes that must agree with a format
 MOST = 0.5  # share of boxes outside their images from which on they are refused in any format; at least SEVERAL
 MANY = 0.2  # share of boxes far outside their images, read as xywh, from which on they are refused; at least SEVERAL
@@ -26,14 +24,14 @@ LEAST_SIDE = 8  # boxes in images with a smaller side, in pixels, are no evidenc
 
 
 class Guess(NamedTuple):
-    """What the boxes look like, if they do not look like what they are read as."""
+    """Formats that boxes look like, if they do not look like the one they are read in."""
 
     formats: tuple[str, ...]  # those that fit; none if no option converts the boxes
     sure: bool  # whether the boxes cannot be what they are read as
     why: str
 
     def text(self, read_as: BoxFormat) -> str:
-        """What is wrong and what to do, one line; `read_as` is data.box_format."""
+        """Returns what is wrong and what to do, one line; `read_as` is data.box_format."""
         todo = "; set " + " or ".join(f"data.box_format {name}" for name in self.formats) if self.formats else ""
         if read_as == "auto":
             kept = "xywh if the boxes are correct as they are"
@@ -44,48 +42,43 @@ class Guess(NamedTuple):
 def boxes_in_pixels(
     numbers: Numbers, areas: Areas, sizes_wh: Sizes, origin: Shaped[np.ndarray, " M"], box_format: BoxFormat
 ) -> tuple[Numbers, Areas, list[Guess]]:
-    """Returns boxes (x, y, width, height) and areas in pixels, and what the numbers look like.
-
-    `origin` is bbox, or polygons or mask: the numbers are those of a segmentation, which has no layout.
-    """
+    """Returns boxes (x, y, width, height) and areas in pixels, and what the numbers look like. `origin` is bbox, or
+    polygons or mask: the numbers are those of a segmentation, which has no layout."""
     given, polygons = origin == "bbox", origin == "polygons"
     fractions = box_format.endswith("_fractions")
-    guesses: list[Guess | None] = []
+    guesses = []
     if box_format != "xywh":
         columns = [column[given][:: 1 + int(given.sum()) // SAMPLE] for column in (numbers, areas, sizes_wh)]
         guess = guess_format(*columns) if box_format == "auto" else guess_other(*columns, box_format)
-        guesses.append(guess)
-        if not fractions and not (guess and guess.formats):
-            of_polygons = guess_fractions(numbers[polygons], sizes_wh[polygons], "polygons", ("xywh",))
-            if of_polygons and given.any() and of_polygons.formats:
-                why = f"{of_polygons.why}, but those of the boxes do not; convert all of them to pixels"
-                of_polygons = of_polygons._replace(formats=(), why=why)
-            guesses.append(of_polygons and of_polygons._replace(sure=of_polygons.sure and box_format == "auto"))
+        guesses += [guess] if guess else []
+        other = guess_fractions(numbers[polygons], sizes_wh[polygons], "polygons", ("xywh",))
+        if other and not fractions and not (guess and guess.formats):
+            formats, sure, why = other
+            if given.any() and formats:
+                formats, why = (), f"{why}, but those of the boxes do not; convert all of them to pixels"
+            guesses.append(Guess(formats, sure and box_format == "auto", why))
     scaled = polygons & (fractions and are_fractions(numbers[polygons], sizes_wh[polygons]))
     boxes = np.where(scaled[:, None], to_xywh(numbers, "xywh_fractions", sizes_wh), numbers)
     boxes = np.where(given[:, None], to_xywh(numbers, box_format, sizes_wh), boxes)
     products = boxes[:, 2:].prod(1)
     # The area of a box in another format is in that format too, or that of a smaller mask in pixels.
     converted = scaled | (given & (box_format not in ("auto", "xywh")) & (fractions | (areas > products)))
-    return boxes, np.where(np.isnan(areas) | converted, products, areas), [guess for guess in guesses if guess]
+    return boxes, np.where(np.isnan(areas) | converted, products, areas), guesses
 
 
 def to_xywh(numbers: Numbers, format: BoxFormat, sizes_wh: Sizes) -> Numbers:
     """Converts boxes in `format` to x, y, width, height in pixels; `auto` is xywh."""
     layout, _, fractions = format.partition("_")
-    boxes = numbers
     if layout not in ("auto", "xywh"):
         first, second = np.split(_corners(numbers, layout), 2, axis=1)
-        boxes = np.concatenate([first, second - first], axis=1)
-    return boxes * np.tile(sizes_wh, 2) if fractions else boxes
+        numbers = np.concatenate([first, second - first], axis=1)
+    return numbers * np.tile(sizes_wh, 2) if fractions else numbers
 
 
 def guess_format(numbers: Numbers, areas: Areas, sizes_wh: Sizes) -> Guess | None:
-    """Returns the format of boxes that are probably not xywh in pixels, else None.
-
-    Fractions: all numbers, or those of some boxes, are between 0 and 1. Another layout: it places nearly all boxes inside
-    their images while xywh places many far outside, or `areas` are those of two corners and not those of a size.
-    """
+    """Returns the format of boxes that are probably not xywh in pixels, else None. Fractions: all numbers, or those of
+    some boxes, are between 0 and 1. Another layout: it places nearly all boxes inside their images while xywh places
+    many far outside, or `areas` are those of two corners and not those of a size."""
     fractions = guess_fractions(numbers, sizes_wh)
     if fractions is not None and fractions.formats:
         return fractions
@@ -95,9 +88,9 @@ def guess_format(numbers: Numbers, areas: Areas, sizes_wh: Sizes) -> Guess | Non
 
 
 def guess_fractions(
-    numbers: Numbers, sizes_wh: Sizes, what: str = "boxes", layouts: tuple[str, ...] = tuple(LAYOUTS)
+    numbers: Numbers, sizes_wh: Sizes, what: str = "boxes", layouts: Iterable[str] = LAYOUTS
 ) -> Guess | None:
-    """Returns the `layouts` of which all `what`, or some, are fractions of their image; None if they are not."""
+    """Returns those of `layouts` in which all `what`, or some, are fractions of their image; None if they are not."""
     units = _units(numbers, sizes_wh)
     if are_fractions(numbers, sizes_wh):
         ones = np.ones((units.sum(), 2))
@@ -108,14 +101,11 @@ def guess_fractions(
     share = units.sum() / max(1, _solid(numbers, sizes_wh, LEAST_SIDE).sum())
     if share < MIXED[0] or (units & (numbers % 1 > 0).any(1)).sum() < MIXED[1]:
         return None
-    why = (
-        f"{share:.0%} of the {what} look like fractions of the image, the others do not; convert all of them to pixels"
-    )
-    return Guess((), False, why)
+    return Guess((), False, f"{share:.0%} of the {what} look like fractions of the image; convert them all to pixels")
 
 
 def are_fractions(numbers: Numbers, sizes_wh: Sizes) -> bool:
-    """Whether nearly all boxes are fractions of their image; some may extend beyond it."""
+    """Returns whether nearly all boxes are fractions of their image; some may extend beyond it."""
     large = _solid(numbers, sizes_wh, LEAST_SIDE)
     near = (np.abs(numbers[large] - 0.5) < 1.5).all(1)
     return bool(large.any() and near.mean() >= NEARLY_ALL and _units(numbers, sizes_wh)[large].mean() >= MOST)
@@ -141,7 +131,7 @@ def guess_other(numbers: Numbers, areas: Areas, sizes_wh: Sizes, chosen: BoxForm
 
 
 def _guess_layout(numbers: Numbers, areas: Areas, sizes_wh: Sizes) -> Guess | None:
-    """`guess_format` for boxes with an area that are no fractions."""
+    """Does the work of `guess_format` for boxes with an area that are no fractions."""
     far = float((~_inside(numbers, "xywh", sizes_wh, 0.05)).mean())
     many = far >= MANY and far * len(numbers) >= SEVERAL
     by_area = _areas_of_corners(numbers, areas)
@@ -150,15 +140,14 @@ def _guess_layout(numbers: Numbers, areas: Areas, sizes_wh: Sizes) -> Guess | No
     if by_area == 1 and "xyxy" in formats:
         return Guess(("xyxy",), True, "the boxes look like x1, y1, x2, y2: their areas are (x2 - x1) (y2 - y1)")
     if formats and far >= SOME:
-        kinds = " or ".join(LAYOUTS[layout] for layout in formats)
-        read = f"read as x, y, width, height {far:.0%} of them extend far beyond their images, read so almost none does"
-        return Guess(formats, many, f"the boxes look like {kinds}: {read}")
+        why = f"the boxes look like {' or '.join(LAYOUTS[layout] for layout in formats)}: read as x, y, width, height "
+        return Guess(formats, many, f"{why}{far:.0%} of them extend far beyond their images, read so almost none does")
     # Whether the boxes are in an image of `scale` by `scale`, and not all of them in its upper left.
     shares = {s: max(_inside(numbers / s, layout, np.ones_like(sizes_wh)).mean() for layout in LAYOUTS) for s in SCALES}
     scaled = [scale for scale, share in shares.items() if share >= NEARLY_ALL and numbers.max() >= scale / 2]
     convert = "no other format fits them; check the sizes of the images"
     if scaled:
-        convert = f"they may be {' or '.join(map(SCALES.__getitem__, scaled))}; if so, convert them to pixels"
+        convert = f"they may be {' or '.join(SCALES[scale] for scale in scaled)}; if so, convert them to pixels"
     outside = (numbers[:, :2] >= sizes_wh).any(1) | (numbers[:, :2] + numbers[:, 2:] <= 0).any(1)
     if outside.mean() >= MOST and outside.sum() >= SEVERAL:
         return Guess((), True, f"{outside.mean():.0%} of the boxes are outside their images: {convert}")
@@ -170,12 +159,12 @@ def _guess_layout(numbers: Numbers, areas: Areas, sizes_wh: Sizes) -> Guess | No
 
 
 def _solid(numbers: Numbers, sizes_wh: Sizes, least_side: int = 1) -> Bool[np.ndarray, " M"]:
-    """Which boxes have an area and are in images with sides of at least `least_side`."""
+    """Returns which boxes have an area and are in images with sides of at least `least_side`."""
     return (numbers[:, 2:] > 0).all(1) & (sizes_wh >= least_side).all(1)
 
 
 def _units(numbers: Numbers, sizes_wh: Sizes) -> Bool[np.ndarray, " M"]:
-    """Which boxes are evidence of fractions: their numbers are between 0 and 1."""
+    """Returns which boxes are evidence of fractions: their numbers are between 0 and 1."""
     return _solid(numbers, sizes_wh, LEAST_SIDE) & ((numbers > -0.01) & (numbers < 1.01)).all(1)
 
 
@@ -187,7 +176,7 @@ def _corners(numbers: Numbers, layout: str) -> Numbers:
 
 
 def _inside(numbers: Numbers, layout: str, sizes_wh: np.ndarray, tolerance: float = 0.01) -> Bool[np.ndarray, " M"]:
-    """Which boxes have an area and are in their image, up to `tolerance` of its sides and two pixels (sides of 1: none)."""
+    """Returns which boxes have an area and are in their image, up to `tolerance` of its sides and, in pixels, two pixels."""
     corners = _corners(numbers, layout)
     margin = tolerance * sizes_wh + 2 * (sizes_wh > 1)
     inside = (corners[:, :2] >= -margin).all(1) & (corners[:, 2:] <= sizes_wh + margin).all(1)
@@ -195,7 +184,7 @@ def _inside(numbers: Numbers, layout: str, sizes_wh: np.ndarray, tolerance: floa
 
 
 def _areas_of_corners(numbers: Numbers, areas: Areas) -> int:
-    """1 if the areas are those of two corners, -1 if they are those of a size, 0 if they are neither."""
+    """Returns 1 if the areas are those of two corners, -1 if they are those of a size, 0 if they are neither."""
     of_size = numbers[:, 2:].prod(1)
     of_corners = (numbers[:, 2:] - numbers[:, :2]).prod(1)
     differ = (areas > 0) & (np.abs(of_size - of_corners) > 0.05 * of_size)

@@ -1,10 +1,5 @@
-"""Classes of runs and data sets: which of them are the same, which are left out, and how they are shown.
-
-A class of a data set is a category id; several may share a name. Label k is the k-th class in the order of the file, so
-training does not depend on the ids. A resumed run keeps the order that it started with (`Source.arranged`).
-"""
-
-from __future__ import annotations
+"""Classes of runs and datasets: which of them are the same, which are left out, and how they are shown. Label k is the k-th
+class in the order of the file, or of the run that is resumed. Several classes may share a name."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -18,7 +13,7 @@ SHOWN = 5  # classes that a message names
 
 @runtime_checkable
 class HasClasses(Protocol):
-    """A data set."""
+    """A dataset, or a split of one in a data check."""
 
     categories: list[Category]  # its classes, by label
     annotated: frozenset[int]  # ids of the categories with an annotation, crowds included
@@ -30,10 +25,8 @@ Opener = Callable[[Sequence[Category]], Opened]
 
 
 def class_indices(classes: Sequence[Category], categories: Sequence[Category]) -> list[int | None]:
-    """Returns, for each of `classes`, the index of the same one in `categories`; None: missing or ambiguous.
-
-    Two are the same if their name occurs once on each side, whatever their ids, or if both id and name agree.
-    """
+    """Returns, for each of `classes`, the index of the same one in `categories`; None: missing or ambiguous. Two are
+    the same if their name occurs once on each side, whatever their ids, or if both id and name agree."""
     here, there = (Counter(name for _, name in side) for side in (classes, categories))
     by_pair = {category: i for i, category in enumerate(categories)}
     by_name = {name: i for i, (_, name) in enumerate(categories) if here[name] == there[name] == 1}
@@ -41,38 +34,38 @@ def class_indices(classes: Sequence[Category], categories: Sequence[Category]) -
 
 
 def category_ids(classes: Sequence[Category], data: HasClasses, where: str) -> list[int | None]:
-    """Returns the category id in `data` of each of a detector's `classes`; None if the data lacks it.
-
-    Raises ConfigError, which begins with `where`, if the data has boxes of a category that is none or several of `classes`.
-    """
+    """Returns the category id in `data` of each of a detector's `classes`; None if the data lacks it. Raises
+    ConfigError, which begins with `where`, if the data has boxes of a category that is none or several of `classes`."""
     categories = data.categories
     found = class_indices(classes, categories)
     unknown = [c for i, c in enumerate(categories) if c[0] in data.annotated and i not in found]
+    if ambiguous := [category for category in unknown if category[1] in {name for _, name in classes}]:
+        own = [category for category in classes if category[1] in {name for _, name in ambiguous}]
+        raise ConfigError(
+            f"{where}: boxes of {_with_ids(ambiguous)} cannot be assigned to a class: the name occurs more than once, and "
+            f"the id is not that of the detector's {_with_ids(own)}; use the detector's ids, or give each category a "
+            "unique name"
+        )
     if unknown:
-        names = {name for _, name in classes}
-        ambiguous = [category for category in unknown if category[1] in names]
-        shown = ", ".join(f"{name} ({category_id})" for category_id, name in (ambiguous or unknown)[:SHOWN])
-        wrong = f"has boxes of categories that the detector lacks: {shown}; its classes are {listed(classes)}; "
-        wrong += "remove these boxes, or list these categories in the training data too"
-        if ambiguous:
-            repeated = {name for _, name in ambiguous}
-            own = ", ".join(f"{name} ({category_id})" for category_id, name in classes if name in repeated)
-            wrong = (
-                f"boxes of {shown} cannot be assigned to a class: the name occurs more than once, and the id is not "
-            )
-            wrong += f"that of the detector's {own}; use the detector's ids, or give each category a unique name"
-        raise ConfigError(f"{where}: {wrong}")
+        raise ConfigError(
+            f"{where}: has boxes of categories that the detector lacks: {_with_ids(unknown)}; its classes are "
+            f"{listed(classes)}; remove these boxes, or list these categories in the training data too"
+        )
     return [None if i is None else categories[i][0] for i in found]
 
 
+def _with_ids(categories: Sequence[Category]) -> str:
+    return ", ".join(f"{name} ({category_id})" for category_id, name in categories[:SHOWN])
+
+
 def differ(classes: Sequence[Category], categories: Sequence[Category], where: str) -> ConfigError:
-    """The error of a run of `classes` that cannot be resumed on data of `categories`."""
+    """Returns the error of a run of `classes` that cannot be resumed on data of `categories`."""
     sides = f"{len(classes)} classes ({listed(classes)}), the data has {len(categories)} ({listed(categories)})"
     return ConfigError(f"{where}: its run has {sides}; use the same data or another --workdir")
 
 
 def unique_names(categories: Sequence[Category]) -> tuple[str, ...]:
-    """Names for people: those that repeat carry their id, "wheel (1)" and "wheel (2)"."""
+    """Returns names for people: those that repeat have their id, "wheel (1)" and "wheel (2)"."""
     shown = [name for _, name in categories]
     while len(counts := Counter(shown)) < len(shown):  # "wheel (1)" may itself be the name of another category
         pairs = zip(categories, shown, strict=True)
@@ -81,7 +74,7 @@ def unique_names(categories: Sequence[Category]) -> tuple[str, ...]:
 
 
 def listed(categories: Sequence[Category]) -> str:
-    """The first SHOWN of them, with `unique_names`."""
+    """Returns the `unique_names` of the first SHOWN."""
     return ", ".join(unique_names(categories)[:SHOWN]) + (", ..." if len(categories) > SHOWN else "")
 
 
@@ -92,24 +85,21 @@ def placeholders(
     known: Sequence[Category] = (),
     empty_parents: Literal["drop", "keep"] = "drop",
 ) -> dict[Category, str]:
-    """Returns the categories that are no classes, each with the reason. None of them has an annotation.
-
-    An empty parent category is the supercategory of another category, or Roboflow's entry of the project: it has id 0 and
-    is the only one with the supercategory "none". It is a class if it is one of `known`, the classes of a run or of the
-    other split; with `known`, `empty_parents` changes nothing. A category with the name of an annotated one is left out
-    too, unless several of `known` share the name. Every other category is a class: another split may have boxes of it.
-    """
+    """Returns the categories that are no classes, each with the reason. None of them has an annotation. An empty parent
+    category is the supercategory of another one, or Roboflow's entry of the project, with id 0 and alone with the
+    supercategory "none". It is a class if it is one of `known`, the classes of a run or of the other split; with `known`,
+    `empty_parents` has no effect. A category with the name of an annotated one is left out too, unless several of `known`
+    share the name. Every other category is a class: another split may have boxes of it."""
     parents = Counter(supercategories)
     names = {name for category_id, name in categories if category_id in annotated}
     kept, known_names = set(class_indices(known, categories)), Counter(name for _, name in known)
     found = {}
     for i, (category, above) in enumerate(zip(categories, supercategories, strict=True)):
         category_id, name = category
-        named_by_others = parents[name] - (above == name) > 0
-        of_roboflow = category_id == 0 and above == "none" and parents["none"] == 1 and len(categories) > 1
         if category_id in annotated:
             continue
-        if named_by_others or of_roboflow:
+        of_roboflow = category_id == 0 and above == "none" and parents["none"] == 1 and len(categories) > 1
+        if parents[name] - (above == name) > 0 or of_roboflow:
             if i not in kept and (empty_parents == "drop" or known):
                 option = "" if known else "; --data.empty-parents keep makes it a class"
                 found[category] = f"an empty parent category{option}"
@@ -119,11 +109,9 @@ def placeholders(
 
 
 def open_both(train: Opener, val: Opener, known: Sequence[Category] = ()) -> tuple[Opened, Opened]:
-    """Opens the training and the evaluation data, each by a function of the classes that it must keep.
-
-    A category that training would leave out is a class if evaluation has boxes of it, unless `known`, the classes of a run
-    to be resumed, decide.
-    """
+    """Opens the training and the evaluation data, each by a function of the classes that it must keep. A category that
+    training would leave out is a class if evaluation has boxes of it, unless `known`, the classes of a run to be
+    resumed, decide."""
     first = train(known)
     second = val(first.categories)
     every = [*first.categories, *first.left_out]

@@ -1,10 +1,9 @@
-"""A COCO JSON file as columns: its entries checked, its images located, their sizes known, its boxes in pixels."""
+"""Reads a COCO JSON file as columns: entries checked, images located, their sizes known, boxes in pixels."""
 
-from __future__ import annotations
-
+import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,39 +17,61 @@ from retina_jax.data import coco_entries
 from retina_jax.data.box_formats import boxes_in_pixels
 from retina_jax.data.classes import Category, placeholders, unique_names
 from retina_jax.data.coco_entries import CocoFile, Entry, Mistake, escapes, short
-from retina_jax.data.conventions import Header
+from retina_jax.data.decoding import Header
 from retina_jax.data.image_paths import Places, find_images
-from retina_jax.data.source import BoxTable, DataError, Image
-from retina_jax.data.survey import read_sizes, read_votes
+from retina_jax.data.reading import read_file
+from retina_jax.data.source import BoxTable, DataError, Image, Size
+from retina_jax.data.survey import read_headers, survey_files
+from retina_jax.errors import reason
 
-OPTIONS = ("box_format", "crowds", "orientation", "undecided_orientation", "empty_parents")  # fields of DataConfig
-
-
-def configured(data: DataConfig, known: Sequence[Category]) -> dict[str, Any]:
-    """The options of `parse_document` from a config."""
-    return {"known": known} | {key: getattr(data, key) for key in OPTIONS}
+LARGEST_JSON = 2**33  # bytes of an annotation file; the largest of COCO has half a gigabyte
+DEFAULTS = DataConfig()
+Rows = Int64[np.ndarray, " M"]
 
 
 class Note(NamedTuple):
-    """What a person should know of how a file was read."""
+    """A remark on how a file was read."""
 
     kind: str  # one of the kinds of `data_check.findings`
     text: str  # one line
-    refused: bool = False  # whether training refuses the data set
+    refused: bool = False  # whether training refuses the dataset
 
 
-class Content(NamedTuple):
-    """What a COCO JSON file holds."""
+@dataclass(frozen=True, eq=False)
+class Content(BoxTable):
+    """The boxes of a COCO JSON file, and how it was read; the classes are in the order of the file."""
 
-    table: BoxTable  # its categories are the classes in the order of the file
-    annotated: frozenset[int]  # ids of the categories with a box, crowds included
     left_out: dict[Category, str]  # categories that are no classes, each with the reason (`classes.placeholders`)
-    rows: Int64[np.ndarray, " M"]  # position of each box in the file's list of annotations
-    without_box: list[int]  # positions of the annotations without a box: points and keypoints
+    rows: Rows  # position of each box in the file's list of annotations
+    without_box: list[int]  # positions in that list of the annotations without a box: points and keypoints
     paths: list[str]  # file of each image, or where it should be; empty if the folder was not given
     missing: dict[int, str]  # rows of the images without a file; where files of that base name are, if anywhere
     unsized: frozenset[int]  # rows of the images whose entries have no size: it is that of the file
     notes: list[Note]
+
+
+def parse_coco(path: Path, known: Sequence[Category] = (), data: DataConfig = DEFAULTS) -> Content:
+    """Returns the content of a file, every entry checked, without its images; as `parse_document` does."""
+    return parse_document(path, load_json(path, CocoFile), known=known, data=data)
+
+
+def load_json(path: Path, expected: Any = Any) -> Any:
+    """Decodes a file as `expected`, else as any JSON value; raises DataError with the line and column of malformed JSON."""
+    try:
+        encoded = read_file(path, LARGEST_JSON)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {reason(error)}; it must be a COCO JSON") from None
+    try:
+        return msgspec.json.decode(encoded, type=expected)
+    except (ValueError, RecursionError):
+        # json reads more (NaN, other encodings), and names the line and column of a mistake.
+        try:
+            return json.loads(encoded)
+        except (ValueError, RecursionError) as error:
+            why = reason(error)
+            if isinstance(error, json.JSONDecodeError):
+                why = f"line {error.lineno}, column {error.colno}: {error.msg}"
+            raise DataError(f"{path}: is not JSON: {why}") from None
 
 
 def parse_document(
@@ -60,30 +81,30 @@ def parse_document(
     *,
     folder: Path | None = None,
     known: Sequence[Category] = (),
-    **options: Any,
+    data: DataConfig = DEFAULTS,
 ) -> Content:
-    """Returns the content of `document`: a CocoFile, or any JSON value. `options` are the fields OPTIONS of DataConfig.
-
-    `known` are classes that stay classes without a box (`classes.placeholders`).
-    With a list of `mistakes`, entries that cannot be used are added to it and left out, refused notes are kept, and only a
-    file without its three lists raises DataError. Without one, the first mistake raises DataError. Without a `folder`,
-    images are not located, and missing sizes stay 0.
-    """
+    """Returns the content of `document`: a CocoFile, or any JSON value. `known` are classes that stay classes without a box
+    (`classes.placeholders`). Without a `folder`, images are not located, and missing sizes stay 0. The first mistake raises
+    DataError. With a list of `mistakes`, entries that cannot be used are added to it and left out, refused notes are kept,
+    and only a file without its three lists raises DataError."""
     if not isinstance(document, CocoFile | dict):
         raise DataError(f"{path}: must be an object with images, annotations and categories, not {short(document)}")
+    if folder is not None and not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; it must hold the images that {path} names")
     lists = document if isinstance(document, dict) else msgspec.structs.asdict(document)
-    return _Parser(path, lists, mistakes, DataConfig(**options)).parse(folder, known)
+    return _Parser(path, lists, mistakes, data).parse(folder, known)
 
 
 class _Parser:
-    """Parses one file; collects notes, and mistakes where they are wanted."""
+    """The parser of one file; collects notes and, if they are wanted, mistakes."""
 
-    def __init__(self, path: Path, lists: dict, mistakes: list[Mistake] | None, options: DataConfig) -> None:
-        self.path, self.lists, self.mistakes, self.options = path, lists, mistakes, options
+    def __init__(self, path: Path, lists: dict, mistakes: list[Mistake] | None, data: DataConfig) -> None:
+        self.path, self.lists, self.mistakes, self.data = path, lists, mistakes, data
         self.notes: list[Note] = []
         self.texts: Counter[str] = Counter()
 
     def parse(self, folder: Path | None, known: Sequence[Category]) -> Content:
+        """Returns the content of the file; `folder` and `known` are as in `parse_document`."""
         listed = [entry for _, entry in self.entries("categories", coco_entries.CategoryEntry)]
         categories = [(entry.id, entry.name) for entry in listed]
         entries = self.entries("images", coco_entries.ImageEntry)
@@ -96,37 +117,33 @@ class _Parser:
             counted = ", ".join(f"{count} {key}" for key, count in texts.items())
             text = f"numbers are written as text ({counted}); they are read as numbers"
             self.notes.append(Note("text_numbers", text))
-        annotated = frozenset(categories[label][0] for label in np.unique(table.labels))
         above = [entry.supercategory if isinstance(entry.supercategory, str) else None for entry in listed]
-        left_out = placeholders(categories, above, annotated, known, self.options.empty_parents)
+        left_out = placeholders(categories, above, table.annotated, known, self.data.empty_parents)
         is_class = np.array([category not in left_out for category in categories], bool)
         classes = [category for category in categories if category not in left_out]
-        table = replace(table, categories=classes, labels=(np.cumsum(is_class) - 1)[table.labels])
+        columns = vars(table) | {"categories": classes, "labels": (np.cumsum(is_class) - 1)[table.labels]}
         names = unique_names(classes)
-        total, objects = (
-            np.bincount(part, minlength=len(names)) for part in (table.labels, table.labels[~table.crowd])
-        )
+        total = np.bincount(columns["labels"], minlength=len(names))
+        objects = np.bincount(columns["labels"], ~table.crowd, minlength=len(names))
         if alone := np.flatnonzero((total > 0) & (objects == 0)).tolist():
             shown = ", ".join(short(names[k]) for k in alone[:5]) + (", ..." if len(alone) > 5 else "")
-            text = (
-                f"every annotation of {shown} ({total[alone].sum()} in all) has iscrowd 1, as CVAT and Datumaro write "
-            )
-            text += "masks: they are regions to ignore; data.crowds objects takes them as objects"
-            self.notes.append(Note("all_crowds", text))
+            text = f"every annotation of {shown} ({total[alone].sum()} in all) has iscrowd 1, as CVAT writes masks"
+            self.notes.append(Note("all_crowds", f"{text}: they are ignored; data.crowds objects makes them objects"))
         for note in self.notes:
             if note.refused and self.mistakes is None:
                 raise DataError(f"{self.path}: {note.text}")
-        return Content(table, annotated, left_out, rows, without_box, paths, missing, unsized, self.notes)
+        located = {"paths": paths, "missing": missing, "unsized": unsized}
+        return Content(**columns, left_out=left_out, rows=rows, without_box=without_box, **located, notes=self.notes)
 
     def refuse(self, key: str, index: int, text: str) -> None:
-        """An entry that cannot be used, and why."""
+        """Raises DataError for an entry that cannot be used, or collects it."""
         mistake = Mistake(key, index, self.lists[key][index], text)
         if self.mistakes is None:
             raise DataError(f"{self.path}: {mistake.place}: {text}")
         self.mistakes.append(mistake)
 
     def entries(self, key: str, kind: type[Entry]) -> list[tuple[int, Entry]]:
-        """The entries of a list that have the right types, with their positions; ids of images and categories are unique."""
+        """Returns the entries of a list that have the right types, with their positions; checks that ids are unique."""
         listed = self.lists.get(key)
         if not isinstance(listed, list):
             found = short(listed) if key in self.lists else "missing"
@@ -136,8 +153,8 @@ class _Parser:
         parsed = []
         for index, entry in enumerate(listed):
             try:
-                right = entry if isinstance(entry, kind) else coco_entries.parse_entry(entry, kind, self.texts)
-                parsed.append((index, right))
+                typed = entry if isinstance(entry, kind) else coco_entries.parse_entry(entry, kind, self.texts)
+                parsed.append((index, typed))
             except DataError as error:
                 self.refuse(key, index, str(error))
         if key == "annotations":
@@ -151,54 +168,51 @@ class _Parser:
     def locate(
         self, entries: list[tuple[int, coco_entries.ImageEntry]], folder: Path | None
     ) -> tuple[list[Image], list[str], dict[int, str], frozenset[int]]:
-        """Returns the images and their `Content.paths`, `missing` and `unsized`.
-
-        A missing size is that of the file, turned or not as the other images show (`conventions.Votes`). Images whose
-        names lead out of the folder and those without a size are refused.
-        """
+        """Returns the images and their `Content.paths`, `missing` and `unsized`; refuses names that lead out of `folder`."""
         images = [(e.id, e.file_name, *((e.width, e.height) if e.width and e.height else (0, 0))) for _, e in entries]
         names = [entry.file_name for _, entry in entries]
-        places = Places([], {row: "" for row, name in enumerate(names) if escapes(name)}, [])
-        sizes: dict[int, Header | str] = {}
+        places = Places([""] * len(names), {row: "" for row, name in enumerate(names) if escapes(name)}, [])
+        sizes: dict[int, Size | str] = {}
         if folder is not None:
             places = find_images(folder, names)
-            unknown = [row for row, image in enumerate(images) if not image[2]]
-            sizes = dict(zip(unknown, read_sizes(self.path, [places.paths[row] for row in unknown]), strict=True))
+            sizes = self.missing_sizes(images, [Path(path) for path in places.paths])
         if places.moved:
             first = f"{short(names[places.moved[0]])} is read from {places.paths[places.moved[0]]}"
             text = f"{len(places.moved)} of {len(names)} images are not at the path in file_name: {first}"
             self.notes.append(Note("moved", text))
-        chosen, orientation = self.options.orientation, self.options.undecided_orientation
-        if chosen != "auto":
-            orientation = chosen
-        elif any(isinstance(size, Header) and size.orientation >= 5 for size in sizes.values()):
-            sized = [row for row in range(len(images)) if row not in sizes]
-            files = [Path(places.paths[row]) for row in sized]
-            votes, _ = read_votes([names[row] for row in sized], files, [images[row][2:] for row in sized])
-            orientation = votes.convention(orientation)
         kept, missing = [], {}
         for row, (index, _) in enumerate(entries):
-            size = sizes.get(row)
-            place = f"; {places.missing[row]}" if places.missing.get(row) else ""
+            size, place = sizes.get(row), f"; {places.missing[row]}" if places.missing.get(row) else ""
             if row in places.missing and escapes(names[row]):
-                wrong = f"file_name must be a path inside the image folder, not {short(names[row])}{place}"
-                self.refuse("images", index, wrong)
-                continue
-            if isinstance(size, str):
-                wrong = f"width and height are missing, and {places.paths[row]} cannot be read: {size}{place}"
-                self.refuse("images", index, wrong)
-                continue
-            if row in places.missing:
-                missing[len(kept)] = places.missing[row]
-            if size is not None:
-                images[row] = (*images[row][:2], *(size.turned_size if orientation == "turned" else size.size))
-            kept.append(row)
+                wrong = f"file_name must be a path inside the image folder, not {short(names[row])}"
+                self.refuse("images", index, wrong + place)
+            elif isinstance(size, str):
+                wrong = f"width and height are missing, and {places.paths[row]} cannot be read: {size}"
+                self.refuse("images", index, wrong + place)
+            else:
+                if row in places.missing:
+                    missing[len(kept)] = places.missing[row]
+                images[row] = (*images[row][:2], *(size or images[row][2:]))
+                kept.append(row)
         unsized = frozenset(place for place, row in enumerate(kept) if row in sizes)
         return [images[row] for row in kept], [places.paths[row] for row in kept if folder], missing, unsized
 
-    def boxes(
-        self, images: list[Image], categories: list[Category]
-    ) -> tuple[BoxTable, Int64[np.ndarray, " M"], list[int]]:
+    def missing_sizes(self, images: list[Image], paths: list[Path]) -> dict[int, Size | str]:
+        """Returns the width and height of the files of images without a size, by row, or why a file cannot be read.
+        They are turned by their EXIF orientation or not as the other images show (`survey.Votes`)."""
+        unsized = [row for row, image in enumerate(images) if not image[2]]
+        headers = read_headers([paths[row] for row in unsized])
+        orientation = self.data.orientation
+        if orientation == "auto":
+            orientation = self.data.undecided_orientation
+            if any(isinstance(header, Header) and header.orientation >= 5 for header in headers):
+                sized = [row for row, image in enumerate(images) if image[2]]
+                names, sizes_wh = [images[row][1] for row in sized], [images[row][2:] for row in sized]
+                orientation = survey_files(names, [paths[row] for row in sized], sizes_wh).votes.convention(orientation)
+        sizes = (header if isinstance(header, str) else header.sizes[orientation] for header in headers)
+        return dict(zip(unsized, sizes, strict=True))
+
+    def boxes(self, images: list[Image], categories: list[Category]) -> tuple[BoxTable, Rows, list[int]]:
         """Returns the boxes of `categories`, and `Content.rows` and `without_box`; notes what the boxes look like."""
         entries = self.entries("annotations", coco_entries.AnnotationEntry)
         row_of = {image[0]: row for row, image in enumerate(images)}
@@ -239,12 +253,12 @@ class _Parser:
                 without_box.append(index)
         owners, labels, numbers, areas, origin = (part[kept] for part in (owners, labels, numbers, areas, origin))
         sizes_wh = np.array([image[2:] for image in images], np.int64).reshape(-1, 2)[owners]
-        box_format = self.options.box_format
+        box_format = self.data.box_format
         boxes, areas, guesses = boxes_in_pixels(numbers, areas, sizes_wh, origin, box_format)
         for guess in guesses:
             kind = "box_format" if guess.sure else "likely_format"
             self.notes.append(Note(kind, guess.text(box_format), refused=guess.sure))
-        crowd = np.array([bool(entry.iscrowd) for entry in found], bool)[kept] & (self.options.crowds == "ignore")
+        crowd = np.array([bool(entry.iscrowd) for entry in found], bool)[kept] & (self.data.crowds == "ignore")
         ids = np.array([entry.id or 0 for entry in found], np.int64)[kept]
         boxes_xyxy = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
         table = BoxTable(images, categories, owners, labels, crowd, boxes_xyxy, boxes, areas, ids)

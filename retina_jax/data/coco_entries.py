@@ -1,14 +1,8 @@
-"""Entries of a COCO JSON file: their types, the check of each entry, and the boxes of segmentations.
-
-msgspec decodes a file without mistakes into these types at once (`CocoFile`). For any other file `parse_entry` checks
-one entry after the other: it accepts numbers written as text, and reports which field is wrong.
-"""
-
-from __future__ import annotations
+"""Entries of a COCO JSON file: their types, the check of each entry, and the boxes of segmentations. msgspec decodes a file
+without mistakes into these types at once (`CocoFile`); in others `parse_entry` checks each entry."""
 
 import functools
 import itertools
-import os
 import re
 import reprlib
 from collections import Counter
@@ -33,8 +27,7 @@ Integer = Annotated[int, Meta(gt=-LARGEST_ID, lt=LARGEST_ID)]
 Side = Annotated[int, Meta(ge=0, le=int(LARGEST))]
 Number = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
 Text = Annotated[str, Meta(min_length=1, max_length=LONGEST, pattern=rf"\A[^{UNSHOWN}]*\Z")]
-# What the value of a field must be.
-EXPECTED = {
+EXPECTED = {  # what the value of a field must be
     **dict.fromkeys(("id", "image_id", "category_id"), "an integer"),
     **dict.fromkeys(("name", "file_name"), f"text on one line, at most {LONGEST} characters, no control characters"),
     **dict.fromkeys(("width", "height"), "a positive number of pixels, an integer"),
@@ -102,10 +95,8 @@ fields = functools.cache(msgspec.structs.fields)
 
 
 def parse_entry(entry: Any, kind: type[Entry], texts: Counter[str]) -> Entry:
-    """Converts one JSON value, and counts in `texts`, by field, the numbers that are written as text.
-
-    Numbers may be text, integers 3.0; null is a missing value, and [] a missing bbox. Raises DataError.
-    """
+    """Converts one JSON value, and counts in `texts`, by field, the numbers that are written as text. Numbers may be
+    text, integers 3.0; null is a missing value, and [] a missing bbox. Raises DataError."""
     if not isinstance(entry, dict):
         raise DataError(f"must be an object, not {short(entry)}")
     values = {}
@@ -135,30 +126,23 @@ def as_number(value: Any) -> Any:
 
 
 def escapes(name: str) -> bool:
-    """Whether a file name leads out of the folder that it is relative to: it is absolute, has a drive, or has `..`."""
-    if name.startswith(("/", "\\")) or DRIVE.match(name) or os.path.splitdrive(name)[0]:
-        return True
-    return ".." in name and ".." in name.replace("\\", "/").split("/")
+    """Returns whether a file name leads out of the folder that it is relative to: an absolute path, a drive, or `..`."""
+    return name.startswith(("/", "\\")) or bool(DRIVE.match(name)) or ".." in name.replace("\\", "/").split("/")
 
 
 def short(value: object) -> str:
-    """The value on one line, however long or deep it is."""
+    """Returns the value on one line, however long or deep it is."""
     return "null" if value is None else reprlib.repr(value)
 
 
-NOT_POLYGONS = (
-    "has no bbox, and its segmentation is not polygons [[x1, y1, x2, y2, ...], ...] of finite numbers in pixels"
-)
+NOT_POLYGONS = "has no bbox, and its segmentation is not polygons [[x1, y1, x2, y2, ...], ...] of finite numbers"
 NOT_RUNS = "has no bbox, and its segmentation is not run lengths: size [height, width] and counts that fill it"
 
 
 def box_of(segmentation: Any, size_wh: tuple[int, int] = (0, 0)) -> tuple[float, float, float, float] | None:
-    """Returns x, y, width, height of the smallest box around a segmentation; None if it is missing or empty.
-
-    A segmentation is a list of polygons [x1, y1, x2, y2, ...], one such polygon, or run lengths: an object with `size` and
-    `counts`, a list or COCO's compressed text. Raises DataError for anything else, and for run lengths of another size
-    than `size_wh`, the width and height of the image (0: unknown).
-    """
+    """Returns x, y, width, height of the smallest box around a segmentation; None if it is missing or empty. It is a list of
+    polygons [x1, y1, x2, y2, ...], one such polygon, or an object with `size` and `counts`, run lengths or COCO's compressed
+    text. Raises DataError for anything else, and for another size than `size_wh` of the image (0: unknown)."""
     if segmentation is None or (isinstance(segmentation, list) and all(part == [] for part in segmentation)):
         return None
     if isinstance(segmentation, dict):
@@ -177,10 +161,8 @@ def box_of(segmentation: Any, size_wh: tuple[int, int] = (0, 0)) -> tuple[float,
 
 
 def _box_of_runs(mask: dict[str, Any], size_wh: tuple[int, int]) -> tuple[float, float, float, float] | None:
-    """The box of runs of background and object in turn, down the columns of the mask.
-
-    Malformed runs are refused in Python: pycocotools decodes them in C without checking where they end.
-    """
+    """Returns the box of runs of background and object in turn, down the columns of the mask. Malformed runs are refused in
+    Python: pycocotools decodes them in C without checking where they end."""
     size, counts = mask.get("size"), mask.get("counts")
     if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and 0 < n <= LARGEST_SIDE for n in size):
         raise DataError(NOT_RUNS)
@@ -206,8 +188,8 @@ def _box_of_runs(mask: dict[str, Any], size_wh: tuple[int, int]) -> tuple[float,
 
 
 def _decompressed(text: str) -> list[int] | None:
-    """Decodes COCO's text; None if malformed. Five bits per character, a sixth for "more follows"; from the third number on,
-    differences to the last but one."""
+    """Decodes COCO's text; None if malformed. Five bits per character, a sixth for "more follows"; from the third number
+    on, differences to the last but one."""
     counts: list[int] = []
     value = shift = 0
     for character in text:

@@ -1,6 +1,4 @@
-"""Opens the configured data set, whichever kind it is."""
-
-from __future__ import annotations
+"""Opens datasets: the configured one, whichever kind it is, or a COCO JSON and a folder of images."""
 
 import os
 from collections.abc import Sequence
@@ -12,44 +10,93 @@ from retina_jax.config import Config, ConfigError, DataConfig
 from retina_jax.config_io import override, with_classes
 from retina_jax.console import log, warn
 from retina_jax.data.classes import Category, category_ids, listed, open_both
-from retina_jax.data.coco import read_coco
-from retina_jax.data.coco_document import configured
+from retina_jax.data.coco_document import DEFAULTS, load_json, parse_document
+from retina_jax.data.coco_entries import CocoFile
+from retina_jax.data.decoding import read_image
 from retina_jax.data.pipeline import overflow
 from retina_jax.data.scenes import write_scenes
-from retina_jax.data.source import DataError, Source
+from retina_jax.data.source import BadImage, DataError, Source
 from retina_jax.data.survey import with_decoding
+from retina_jax.errors import reason
+
+
+def read_coco(
+    annotations: str | Path,
+    images: str | Path,
+    *,
+    images_without_boxes: Literal["keep", "drop"] = "keep",
+    unlabelled: bool = False,
+    known: Sequence[Category] = (),
+    data: DataConfig = DEFAULTS,
+) -> Source:
+    """Returns the dataset of a COCO JSON file. "drop" (for training) leaves out images without a usable box. With
+    `unlabelled`, the key `annotations` may be missing. `known` is as in `parse_document`. Raises DataError for anything in
+    the file that cannot be used, boxes that look as if in another format, and no images at all. A `file_name` that leads
+    out of `images` is not followed (`find_images`); symbolic links are followed."""
+    path, folder = Path(annotations), Path(images)
+    document = load_json(path, CocoFile)
+    labelled = not (unlabelled and isinstance(document, dict) and "annotations" not in document)
+    if not labelled:
+        document["annotations"] = []
+    content = parse_document(path, document, folder=folder, known=known, data=data)
+    records, rows, counts = content.make_records(images_without_boxes)
+    if content.without_box:
+        counts["without_box"] = len(content.without_box)
+    paths = [content.paths[row] for row in rows]
+    missing = {index: content.missing[row] for index, row in enumerate(rows) if row in content.missing}
+
+    def read(index: int) -> bytes:
+        try:
+            return read_image(Path(paths[index]), records[index].width, records[index].height)
+        except OSError as error:
+            place = f"; {missing[index]}" if missing.get(index) else ""
+            raise BadImage(f"{paths[index]}: cannot be read: {reason(error)}{place}") from None
+
+    return Source(
+        name=str(path),
+        records=records,
+        categories=content.categories,
+        counts=counts,
+        read=read,
+        where=paths.__getitem__,
+        make_ground_truth=content.ground_truth,
+        notes=tuple(note.text for note in content.notes),
+        missing=missing,
+        unsized=frozenset(index for index, row in enumerate(rows) if row in content.unsized),
+        labelled=labelled,
+        annotated=content.annotated,
+        left_out=content.left_out,
+    )
 
 
 def open_source(
     data: DataConfig, split: Literal["train", "val"], known: Sequence[Category] = (), *, unlabelled: bool = False
 ) -> Source:
-    """Opens the training or the evaluation images; evaluation always keeps images without boxes.
-
-    `known` are classes that remain classes although the data has no box of them (`classes.placeholders`). With
-    `unlabelled`, a COCO file without `annotations` is accepted (`Source.labelled`). Raises ConfigError for a missing field,
-    DataError for annotations that cannot be used and, in training, without a usable box. Logs the source's notes.
-    """
+    """Opens the training or the evaluation images; evaluation always keeps images without boxes. `known` are classes
+    that remain classes although the data has no box of them (`classes.placeholders`). With `unlabelled`, a COCO file
+    without `annotations` is accepted (`Source.labelled`). Raises ConfigError for a missing field, DataError for
+    annotations that cannot be used and, in training, without a usable box. Logs the source's notes."""
     without_boxes = data.images_without_boxes if split == "train" else "keep"
     if data.source == "tfds":
         from retina_jax.data.tfds import read_tfds  # imports TensorFlow Datasets, which takes seconds
 
-        truth = "" if split == "train" else data.val_annotations
-        if truth and not os.path.exists(truth):
+        annotations = "" if split == "train" else data.val_annotations
+        if annotations and not os.path.exists(annotations):
             features = f"the features of {data.tfds_name}, whose areas are truncated to integers"
-            warn(f"data.val_annotations: {truth} does not exist; evaluating against {features}")
-            truth = ""
+            warn(f"data.val_annotations: {annotations} does not exist; evaluating against {features}")
+            annotations = ""
         name, folder, of_split = data.tfds_name, data.tfds_folder, getattr(data, f"tfds_{split}_split")
-        options = {"truth_annotations": truth, "empty_parents": data.empty_parents}
+        options = {"ground_truth_annotations": annotations, "empty_parents": data.empty_parents}
         source = read_tfds(name, folder, of_split, images_without_boxes=without_boxes, **options)
     elif data.source == "scenes":
-        folder, options = write_scenes(data.scenes), {"known": known, "box_format": "xywh"}
+        folder, options = write_scenes(data.scenes), {"known": known, "data": DataConfig(box_format="xywh")}
         source = read_coco(folder / f"{split}.json", folder / split, images_without_boxes=without_boxes, **options)
     else:
         paths = {f"{split}_{what}": getattr(data, f"{split}_{what}") for what in ("annotations", "images")}
         for field, path in paths.items():
             if not path:
                 raise ConfigError(f"data.{field} is empty; with data.source coco it must be a path")
-        options = configured(data, known) | {"images_without_boxes": without_boxes, "unlabelled": unlabelled}
+        options = {"images_without_boxes": without_boxes, "unlabelled": unlabelled, "known": known, "data": data}
         source = read_coco(*paths.values(), **options)
     for (category_id, name), why in source.left_out.items():
         log(f"{source.name}: category {name} ({category_id}) is left out: {why}")
@@ -68,13 +115,10 @@ def open_source(
 def open_sources(
     config: Config, known: Sequence[Category] = (), workdir: str | Path = ""
 ) -> tuple[Source, Source, Config]:
-    """Opens the training and the evaluation data of a run (the same if it is never evaluated).
-
-    Also returns the config with their classes, the range of their 16-bit images and the orientation that they show.
-    `known` are the classes of the run in `workdir` that is to be resumed: the training data gets its labels. Raises as
-    `open_source` and `with_classes` do, ConfigError if classes do not fit each other or hosts have different data, and
-    DataError if an image file is missing and data.bad_images is stop.
-    """
+    """Opens the training and the evaluation data of a run (the same if it is never evaluated), and returns the config with
+    their classes, the range of their 16-bit images and their orientation. `known` are the classes of the run in `workdir`
+    that is resumed: the training data gets its labels. Raises as `open_source` and `with_classes` do, ConfigError if
+    classes or hosts do not fit each other, and DataError if an image file is missing and data.bad_images is stop."""
 
     def open_train(known: Sequence[Category]) -> Source:
         nonlocal config
@@ -111,8 +155,7 @@ def open_sources(
 
 
 def check_classes(classes: Sequence[Category], val: Source) -> None:
-    """Raises ConfigError if a detector of `classes` cannot be scored on `val` (`category_ids`); warns of the classes that
-    are not scored."""
+    """Raises ConfigError if a detector of `classes` cannot be scored on `val`; warns of classes that are not scored."""
     ids = category_ids(classes, val, f"data.val_annotations {val.name}")
     if lacking := [category for category, same in zip(classes, ids, strict=True) if same is None]:
         warn(f"{val.name}: has no category for {listed(lacking)}: {len(lacking)} of {len(ids)} classes are not scored")

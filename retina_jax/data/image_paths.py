@@ -1,15 +1,10 @@
-"""Finds the image files of a data set: at the paths in file_name, or elsewhere below the folder if there is no doubt.
-
-Annotations are often made on another machine: with `\\` between folders, absolute paths, a folder more or less than here.
-"""
-
-from __future__ import annotations
+"""Finds the image files of a dataset: at the paths in file_name, or elsewhere if they were written on another machine."""
 
 import contextlib
 import itertools
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -26,7 +21,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
 class Places(NamedTuple):
-    """Where the images are."""
+    """Places of the images of a dataset."""
 
     paths: list[str]  # for each name its file, or where it should be
     missing: dict[int, str]  # rows of the names without a file: where files of that base name are ("": unknown)
@@ -34,13 +29,10 @@ class Places(NamedTuple):
 
 
 def find_images(folder: Path, names: Sequence[str]) -> Places:
-    """Finds the files of `names`, paths relative to `folder`.
-
-    A name is first taken as it is, then with `\\` as `/` and without a leading drive, root or `..`. If no name of a folder
-    has a file, and that folder does not exist, its files are searched in the parent of `folder` by their exact names, and
-    below `folder`: the only file of that base name, or of several the one that shares most of the path. A file that two
-    names would share belongs to neither. Paths leave `folder` and its parent through symbolic links only.
-    """
+    """Finds the files of `names`, paths relative to `folder`. A name is used as it is, else with `\\` as `/` and without a
+    leading drive, root or `..`. If a folder does not exist and none of its names has a file, they are searched in the
+    parent of `folder`, and below `folder`: the only file of that base name, or of several the one that shares most of the
+    path. A file that two names would share belongs to neither."""
     root, inside = str(folder), [_relative(name) for name in names]
 
     @cache
@@ -54,14 +46,12 @@ def find_images(folder: Path, names: Sequence[str]) -> Places:
 
     paths = [os.path.join(root, part if escapes(name) else name) for name, part in zip(names, inside, strict=True)]
     lost = {row for row, path in enumerate(paths) if escapes(names[row]) or not (inside[row] and exists(path))}
-    if not lost:
-        return Places(paths, {}, [])
     found = {row: path for row in lost if inside[row] and exists(path := os.path.join(root, inside[row]))}
     below = _files_below(root) if len(found) < len(lost) else {}
 
     @cache
     def ends_of(base: str) -> dict[str, str | None]:
-        """Each end of the paths of a base name, from that up, to the only path with it; None if several have it."""
+        """Maps each end of the paths of a base name to the only path with it; None if several have it."""
         ends: dict[str, str | None] = {}
         for path in below.get(base, ()):
             parts = path.split(os.sep)
@@ -83,10 +73,8 @@ def find_images(folder: Path, names: Sequence[str]) -> Places:
         best = [ends[end] for end in shared]
         if best and best[-1] is not None:
             found[row] = os.path.join(root, best[-1])
-    users = defaultdict(set)
-    for row, name in enumerate(names):
-        users[found.get(row, paths[row])].add(name)
-    found = {row: path for row, path in found.items() if len(users[path]) == 1}
+    users = Counter(path for path, _ in {(found.get(row, paths[row]), name) for row, name in enumerate(names)})
+    found = {row: path for row, path in found.items() if users[path] == 1}
     paths = [found.get(row, path) for row, path in enumerate(paths)]
     missing = dict.fromkeys(sorted(lost - set(found)), "")
     alike = {_stem(base): files[0] for base, files in below.items()} if missing else {}
@@ -102,14 +90,14 @@ def find_images(folder: Path, names: Sequence[str]) -> Places:
 
 
 def _relative(name: str) -> str:
-    """The part of a name that can be inside a folder: `C:\\data\\1.png` -> `data/1.png`, `../a/1.png` -> `a/1.png`."""
+    """Returns the part of a name that can be in a folder: `C:\\data\\1.png` -> `data/1.png`, `../a/1.png` -> `a/1.png`."""
     parts = [part for part in re.sub(r"^[A-Za-z]:", "", name).replace("\\", "/").split("/") if part not in ("", ".")]
     climbs = [place for place, part in enumerate(parts) if part == ".."]
     return "/".join(parts[climbs[-1] + 1 if climbs else 0 :])
 
 
 def _files_below(root: str) -> dict[str, list[str]]:
-    """Base name to the paths, relative to `root`, of the first MOST files below it; links to folders are followed once."""
+    """Maps the base names of the first MOST files below `root` to their relative paths; follows links to folders once."""
     found, seen, count = defaultdict(list), set(), 0
     for folder, inner, files in os.walk(root, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
@@ -142,21 +130,20 @@ def _elsewhere(root: str, name: str, below: dict[str, list[str]], alike: dict[st
             above = Path(root).absolute().parent
             siblings = sorted(path for path in above.iterdir() if path.is_dir())[:SIBLINGS]
             found = [str(path / base) for path in (above, *siblings) if (path / base).is_file()]
-    if not found and plain != base and plain in below:
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        return f"files of that name: {', '.join(map(shortened, found[:3]))}{more}"
+    if plain != base and plain in below:
         return f"{os.path.join(root, below[plain][0])} has that name without the prefix {short(base[: -len(plain)])}"
-    if not found and _stem(base) in alike:
-        path = os.path.join(root, alike[_stem(base)])
-        return f"{shortened(path)} differs from that name only in case or extension"
-    shown = ", ".join(map(shortened, found[:3])) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-    return f"files of that name: {shown}" if found else ""
+    if _stem(base) in alike:
+        return f"{shortened(os.path.join(root, alike[_stem(base)]))} differs from that name only in case or extension"
+    return ""
 
 
 def image_files(paths: Sequence[Path], out: Path) -> dict[Path, str]:
-    """Returns the image files at these paths and in these folders, each with the name of its picture in `out`.
-
-    Folders are searched recursively, except `out`; pictures of one name get a number. Raises ConfigError if a path does not
-    exist, a folder has no image, no path is given, or a picture would overwrite one of the files.
-    """
+    """Returns the image files at these paths and in these folders, each with the name of its picture in `out`. Folders
+    are searched recursively, except `out`; pictures of one name get a number. Raises ConfigError if a path does not
+    exist, a folder has no image, no path is given, or a picture would overwrite one of the files."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -174,10 +161,8 @@ def image_files(paths: Sequence[Path], out: Path) -> dict[Path, str]:
     named: dict[str, Path] = {}
     originals = {file.resolve() for file in files}
     for file in dict.fromkeys(files):
-        name, number = f"{file.stem}.png", 1
-        while name in named:
-            number += 1
-            name = f"{file.stem}_{number}.png"
+        names = itertools.chain([f"{file.stem}.png"], (f"{file.stem}_{number}.png" for number in itertools.count(2)))
+        name = next(name for name in names if name not in named)
         if (out / name).resolve() in originals:
             raise ConfigError(f"--out {out}: would overwrite {name}; choose another folder")
         named[name] = file

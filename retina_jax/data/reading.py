@@ -1,6 +1,4 @@
-"""Reads files named by a data set: regular files only, with a size limit, retries, and a log line for slow ones."""
-
-from __future__ import annotations
+"""Reads files named by a dataset: regular files only, with a size limit, retries, and a log line for slow ones."""
 
 import contextlib
 import errno
@@ -17,21 +15,19 @@ from retina_jax.errors import reason
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-# Makes opening a pipe without a writer return at once; reading a regular file is not affected.
-NEVER_WAITS = getattr(os, "O_NONBLOCK", 0)
 PATIENCE = 60.0  # seconds of waiting for a batch after which a line is logged
 CHECKS = 5.0  # seconds between two checks of that time
 PAUSES = (0.5, 2.0, 8.0)  # seconds before each retry
-_TEMPORARY = "EIO ESTALE ETIMEDOUT EAGAIN EINTR EBUSY ECONNRESET EREMOTEIO"
-# Possibly temporary errors of network file systems; some systems lack some of the names.
+_TEMPORARY = "EIO ESTALE ETIMEDOUT EAGAIN EINTR EBUSY ECONNRESET EREMOTEIO"  # of network file systems, possibly
 TEMPORARY = frozenset(getattr(errno, name) for name in _TEMPORARY.split() if hasattr(errno, name))
 
 
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[BinaryIO]:
     """Opens a regular file for reading, through symbolic links; OSError for anything else and for an invalid name."""
+    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # not to wait for the writer of a pipe
     try:
-        descriptor = os.open(path, os.O_RDONLY | NEVER_WAITS | getattr(os, "O_BINARY", 0))
+        descriptor = os.open(path, os.O_RDONLY | flags)
     except ValueError:  # a NUL, or a character outside the file system's encoding
         raise OSError(errno.EINVAL, "invalid file name", repr(path)) from None
     with os.fdopen(descriptor, "rb") as file:
@@ -63,7 +59,7 @@ def read_again(read: Callable[[], T], name: str) -> T:
 
 
 class SlowReadMonitor:
-    """Logs which files are being read when a batch has been waited for too long; `where` returns their names."""
+    """A monitor that logs which files are being read when a batch takes too long; `where` returns their names."""
 
     def __init__(self, where: Callable[[int], str]) -> None:
         self._where = where
@@ -111,5 +107,5 @@ class SlowReadMonitor:
                 reported = waits
                 longest = sorted(self._reads.copy().values(), key=lambda read: read[1])[:3]
                 files = ", ".join(f"{self._where(index)} ({now - since:.0f} s)" for index, since in longest)
-                waited = f"batch {waits[0]}: waited {now - waits[1]:.0f} s for its images"
-                log.warning("%s; reading %s", waited, files or "none")
+                waited = waits[0], now - waits[1]
+                log.warning("batch %d: waited %.0f s for its images; reading %s", *waited, files or "none")

@@ -1,12 +1,8 @@
 """The order of images in training and evaluation: a pure function of (seed, step), without state, the same on every host.
-
 Each image has a bucket (its padded shape), and a global batch has images of one bucket, so that all hosts run the same
-compiled program at a step. Epoch e goes through all N images in a random order. Each image joins the queue of its bucket.
-When a queue has B images, they leave it as the next batch. Images left in the queues at the end of an epoch stay there. So
-after e epochs bucket b with n_b images has given floor(e n_b / B) batches: the epoch of a step follows without replay.
-"""
-
-from __future__ import annotations
+compiled program. Epoch e goes through all N images in a random order, and each image joins the queue of its bucket. When a
+queue has B images, they leave it as the next batch; the others stay for the next epoch. So after e epochs bucket b with n_b
+images has given floor(e n_b / B) batches: the epoch of a step follows without replay."""
 
 import functools
 from typing import NamedTuple
@@ -18,13 +14,12 @@ ORDER, AUGMENTATION = 1, 2  # independent random streams of a seed
 
 
 class BatchIndices(NamedTuple):
-    """The images of a global batch of B."""
+    """Images of a global batch of B."""
 
     bucket: int
     indices: Int64[np.ndarray, " B"]
     valid: Bool[np.ndarray, " B"]  # False for an image repeated to fill an evaluation batch
-    # In training epoch × N + index, unique for each visit of an image; the seed of its augmentation.
-    positions: Int64[np.ndarray, " B"]
+    positions: Int64[np.ndarray, " B"]  # in training epoch × N + index: the seed of the image's augmentation
     epoch: int = 0  # epoch that completed the batch; its first images may be from earlier epochs
 
 
@@ -35,14 +30,10 @@ class _Epoch(NamedTuple):
 
 
 class BucketSampler:
-    """The global training batches of images with these buckets. `batch_size` counts images over all hosts.
-
-    If a bucket has fewer images than a batch, a batch contains an image several times, from different epochs.
-    """
+    """Global training batches of images with these buckets. `batch_size` counts images over all hosts. If a bucket
+    has fewer images than a batch, a batch contains an image several times, from different epochs."""
 
     def __init__(self, buckets: Int[np.ndarray, " N"], batch_size: int, seed: int) -> None:
-        if len(buckets) < 1 or batch_size < 1:
-            raise ValueError(f"needs at least one image and a batch size of 1, not {len(buckets)} and {batch_size}")
         self._of_image = buckets
         self._sizes = [int(n) for n in np.bincount(buckets)]
         self._batch_size = batch_size
@@ -51,7 +42,7 @@ class BucketSampler:
         self._epoch = functools.lru_cache(maxsize=4)(self._walk)
 
     def batch(self, step: int) -> BatchIndices:
-        """The batch of a step (from 0, unlimited). Every step costs the same."""
+        """Returns the batch of a step (from 0, unlimited). Every step costs the same."""
         size = self._batch_size
         # floor(e n_b / B) summed over buckets is at most e N / B, so no earlier epoch can hold the step.
         number = step * size // len(self._of_image)
@@ -89,7 +80,7 @@ class BucketSampler:
 
 
 def eval_order(buckets: Int[np.ndarray, " N"], batch_size: int) -> list[BatchIndices]:
-    """Global evaluation batches: each image once, bucket by bucket; the last batch of a bucket repeats its last image."""
+    """Returns global evaluation batches: each image once, by bucket; a bucket's last batch repeats its last image."""
     batches = []
     for bucket in np.unique(buckets):
         images = np.flatnonzero(buckets == bucket)
@@ -101,7 +92,7 @@ def eval_order(buckets: Int[np.ndarray, " N"], batch_size: int) -> list[BatchInd
 
 
 def host_rows(batch_size: int, host: int, hosts: int) -> slice:
-    """Rows of a global batch that a host reads; together, hosts read each row once."""
+    """Returns the rows of a global batch that a host reads; together, hosts read each row once."""
     if batch_size % hosts or not 0 <= host < hosts:
         raise ValueError(f"batch size {batch_size} must be divisible by {hosts} hosts, and host {host} less than that")
     local = batch_size // hosts
@@ -109,5 +100,5 @@ def host_rows(batch_size: int, host: int, hosts: int) -> slice:
 
 
 def random_bits(purpose: int, seed: int, position: int, *, count: int) -> UInt64[np.ndarray, " count"]:
-    """Random 64-bit integers, a pure function of the arguments; independent for each (purpose, seed, position)."""
+    """Returns random 64-bit integers, a pure function of the arguments; independent for each (purpose, seed, position)."""
     return np.random.Philox([purpose, seed % 2**64, position]).random_raw(count)

@@ -1,10 +1,5 @@
-"""Generated scenes: a small detection task with the class imbalance of the paper's Section 3, without a download.
-
-A class is a shape and a hue ("red disc"). Objects are few, mostly small, and overlap. The background contains hard
-negatives: shapes in a wrong hue, hues in a wrong shape, noise, gratings, blobs and lines.
-"""
-
-from __future__ import annotations
+"""Generated scenes: a small detection task with the class imbalance of the paper's Section 3, without a download. A class
+is a shape and a hue ("red disc"). Objects are few, mostly small, and overlap. The background has hard negatives."""
 
 import colorsys
 import dataclasses
@@ -18,10 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
+from numpy.random import Generator
 from PIL import Image, ImageDraw
 
 from retina_jax.config import ScenesConfig
 
+Span = tuple[float, float]
 VERSION = 1  # incremented whenever the same settings give other pixels or boxes
 # Degrees. Class k is the k-th shape in the k-th hue; the first classes are the easiest to distinguish.
 HUES = {
@@ -36,7 +33,7 @@ SUPERSAMPLING = 4  # shapes are drawn this many times larger and averaged
 
 
 def _around(radii: list[float], start: float = 0.0) -> Float[np.ndarray, "n 2"]:
-    """Points at equal angles around the centre; the first is `start` turns clockwise from the top."""
+    """Returns points at equal angles around the centre; the first is `start` turns clockwise from the top."""
     angles = 2 * np.pi * (np.arange(len(radii)) / len(radii) + start)
     return np.stack([np.sin(angles), -np.cos(angles)], axis=1) * np.array(radii)[:, None]
 
@@ -65,6 +62,7 @@ SHAPES: dict[str, tuple[Float[np.ndarray, "n 2"], ...]] = {
     "bolt": (np.array([[0.5, -2], [-1.3, 0.4], [-0.2, 0.4], [-0.6, 2], [1.3, -0.6], [0.2, -0.6], [1.2, -2]]),),
 }
 CLASSES = tuple(zip(SHAPES, HUES.values(), strict=True))  # shape and hue of each class
+CLASS_NAMES = [f"{hue} {shape}" for hue, shape in zip(HUES, SHAPES, strict=True)]
 
 
 class Scene(NamedTuple):
@@ -76,17 +74,10 @@ class Scene(NamedTuple):
     visible: list[float]  # visible share of each object's pixels
 
 
-def class_names(classes: int) -> tuple[str, ...]:
-    """Names of the first `classes` classes: "red disc", "blue square", ..."""
-    return tuple(f"{hue} {shape}" for hue, shape in zip(list(HUES)[:classes], SHAPES, strict=False))
-
-
 def write_scenes(config: ScenesConfig) -> Path:
-    """Writes the scenes as JPEGs and COCO JSONs, unless they exist. Returns the folder of train.json, train, val.json, val.
-
-    The folder's name contains a hash of the settings. It is renamed to that when complete, so an existing folder is always
-    complete, and several processes may write at the same time.
-    """
+    """Writes the scenes as JPEGs and COCO JSONs, unless they exist. Returns the folder of train.json, train, val.json,
+    val. Its name has a hash of the settings. It gets that name when complete, so several processes may write at the
+    same time."""
     setting = {key: value for key, value in dataclasses.asdict(config).items() if key != "folder"}
     digest = hashlib.sha256(json.dumps([VERSION, setting], sort_keys=True).encode()).hexdigest()[:10]
     folder = Path(config.folder) / f"{config.size}px_{config.classes}classes_{digest}"
@@ -106,14 +97,12 @@ def write_scenes(config: ScenesConfig) -> Path:
 
 
 def draw_scene(config: ScenesConfig, stream: int, index: int) -> Scene:
-    """Scene `index` of a stream (TRAIN or VAL), a pure function of its arguments."""
+    """Draws scene `index` of a stream (TRAIN or VAL), a pure function of its arguments."""
     rng = np.random.default_rng([config.seed % 2**64, stream, index])
     picture = draw_background(rng, config.size)
-    objects = (
-        0
-        if rng.random() < EMPTY_SHARE
-        else int(rng.integers(min(1, config.max_objects), config.max_objects, endpoint=True))
-    )
+    objects = 0
+    if rng.random() >= EMPTY_SHARE:
+        objects = int(rng.integers(min(1, config.max_objects), config.max_objects, endpoint=True))
     wanted = [True] * objects + [False] * int(rng.integers(0, config.lookalikes, endpoint=True))
     owner = np.full(picture.shape[:2], -1)
     labels, boxes, areas, visible = [], [], np.zeros(0, int), np.zeros(0, int)
@@ -145,8 +134,8 @@ def draw_scene(config: ScenesConfig, stream: int, index: int) -> Scene:
     return Scene(image, labels, boxes, (visible / areas).tolist())
 
 
-def draw_background(rng: np.random.Generator, size: int) -> Float32[np.ndarray, "size size 3"]:
-    """A background in [0, 1]: a muted colour, noise of several octaves, blobs, gratings and lines."""
+def draw_background(rng: Generator, size: int) -> Float32[np.ndarray, "size size 3"]:
+    """Draws a background in [0, 1]: a muted colour, noise of several octaves, blobs, gratings and lines."""
     ramp = (np.arange(size, dtype=np.float32) + 0.5) / size
     u, v = ramp[None, :, None], ramp[:, None, None]
     picture = np.zeros((size, size, 3), np.float32) + _colour(rng, (0.1, 0.5), (0.35, 0.7))
@@ -175,11 +164,9 @@ def draw_background(rng: np.random.Generator, size: int) -> Float32[np.ndarray, 
 def draw_shape(
     shape: str, box_xywh: tuple[float, float, float, float], rotation: float, outline: float
 ) -> tuple[tuple[int, int], Float32[np.ndarray, "h w"], Float32[np.ndarray, "h w"]]:
-    """Draws a shape, rotated by `rotation` (radians) and then stretched to fill the box exactly.
-
-    Returns the pixel (x, y) of the patch's upper left corner, the share of each pixel covered by the shape, and the share
-    that is more than `outline` pixels inside it.
-    """
+    """Draws a shape, rotated by `rotation` (radians) and then stretched to fill the box exactly. Returns the pixel (x,
+    y) of the patch's upper left corner, the share of each pixel covered by the shape, and the share that is more than
+    `outline` pixels inside it."""
     x, y, width, height = box_xywh
     left, top = int(np.floor(x)), int(np.floor(y))
     patch_w, patch_h = int(np.ceil(x + width)) - left, int(np.ceil(y + height)) - top
@@ -203,7 +190,7 @@ def draw_shape(
     return (left, top), cover, inside
 
 
-def _draw_box(rng: np.random.Generator, config: ScenesConfig) -> tuple[float, float, float, float]:
+def _draw_box(rng: Generator, config: ScenesConfig) -> tuple[float, float, float, float]:
     # The square of a uniform number favours small sizes: half are below min_side × (max / min) ^ 1/4.
     side = config.min_side * (config.max_side / config.min_side) ** (rng.random() ** 2)
     aspect = np.exp(rng.uniform(np.log(0.6), np.log(1.6)))
@@ -213,10 +200,8 @@ def _draw_box(rng: np.random.Generator, config: ScenesConfig) -> tuple[float, fl
     return int(x * 100) / 100, int(y * 100) / 100, int(width * 100) / 100, int(height * 100) / 100
 
 
-def painted(
-    rng: np.random.Generator, under: np.ndarray, cover: np.ndarray, inside: np.ndarray, hue: float
-) -> np.ndarray:
-    """The patch with a shape painted on it, lit from the upper left, with a dark outline."""
+def painted(rng: Generator, under: np.ndarray, cover: np.ndarray, inside: np.ndarray, hue: float) -> np.ndarray:
+    """Returns the patch with a shape painted on it, lit from the upper left, with a dark outline."""
     height, width = cover.shape
     u = np.linspace(-1, 1, width, dtype=np.float32)[None, :, None]
     v = np.linspace(-1, 1, height, dtype=np.float32)[:, None, None]
@@ -228,16 +213,14 @@ def painted(
     return under * (1 - cover) + 0.3 * base * (cover - inside) + fill * inside
 
 
-def _colour(
-    rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float], hue: float | None = None
-) -> Float32[np.ndarray, " channels"]:
-    """RGB in [0, 1]; `hue` in degrees, None: random."""
+def _colour(rng: Generator, saturation: Span, value: Span, hue: float | None = None) -> Float32[np.ndarray, " 3"]:
+    """Draws RGB in [0, 1]; `hue` in degrees, None: random."""
     turns = rng.random() if hue is None else hue % 360 / 360
     return np.array(colorsys.hsv_to_rgb(turns, rng.uniform(*saturation), rng.uniform(*value)), np.float32)
 
 
-def _spot(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, radius: tuple[float, float]) -> np.ndarray:
-    """A soft ellipse at a random place, 1 at its centre."""
+def _spot(rng: Generator, u: np.ndarray, v: np.ndarray, radius: Span) -> np.ndarray:
+    """Draws a soft ellipse at a random place, 1 at its centre."""
     cu, cv, (ru, rv) = rng.random(), rng.random(), rng.uniform(*radius, 2).tolist()
     return np.exp(-(((u - cu) / ru) ** 2)) * np.exp(-(((v - cv) / rv) ** 2))
 
@@ -262,6 +245,6 @@ def _write_split(folder: Path, split: str, config: ScenesConfig, stream: int, co
             {"id": n, "image_id": i, "category_id": k + 1, "bbox": b, "area": round(b[2] * b[3], 2), "iscrowd": 0}
             for n, (i, k, b) in enumerate(objects, 1)
         ],
-        "categories": [{"id": k + 1, "name": name} for k, name in enumerate(class_names(config.classes))],
+        "categories": [{"id": k + 1, "name": name} for k, name in enumerate(CLASS_NAMES[: config.classes])],
     }
     (folder / f"{split}.json").write_text(json.dumps(document))

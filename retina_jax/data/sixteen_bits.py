@@ -1,7 +1,5 @@
 """Reads all bits of 16-bit image files (PIL keeps only the upper 8 of colours), and finds the range that they use."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import sys
@@ -18,39 +16,33 @@ log = logging.getLogger(__name__)
 BITS_TAG, PHOTOMETRIC_TAG, CHANNELS_TAG, PLANES_TAG = 258, 262, 277, 284  # TIFF tags
 NATIVE = "L" if sys.byteorder == "little" else "B"
 GREY_ALPHA = "LA;16B"  # PIL's raw mode of 16-bit grey with transparency; read as four bytes per pixel instead
-# PIL's raw modes of 16-bit colours: low byte first, high byte first or native.
-COLOURS = {f"{mode};16{order}" for mode in ("RGB", "RGBA") for order in "LBN"}
-RANGES = (8, 10, 12, 14, 16)  # possible numbers of bits that the 16-bit files of a data set use
-SATURATED = (
-    65535  # what cameras and converters write for saturated and missing pixels, whatever the range of the others
-)
+# PIL's raw modes of 16-bit colours (low byte first, high byte first or native) and of grey with transparency.
+COLOURS = {GREY_ALPHA, *(f"{mode};16{order}" for mode in ("RGB", "RGBA") for order in "LBN")}
+RANGES = (8, 10, 12, 14, 16)  # possible numbers of bits that the 16-bit files of a dataset use
+SATURATED = 65535  # saturated and missing pixels of many cameras and converters, whatever the range of the others
 SHARE = 0.99  # share of the values that must be in a range; up to 1 % are outliers
 DARK = 3  # images are dark if their values need this many bits fewer than the range has: all are below 32 of 255
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether an image that is not loaded has more than 8 bits per value."""
-    coloured = image.format in ("PNG", "TIFF") and _raw_mode(image) in {*COLOURS, GREY_ALPHA}
+    """Returns whether an image that is not loaded has more than 8 bits per value."""
+    coloured = image.format in ("PNG", "TIFF") and _raw_mode(image) in COLOURS
     deep_tiff = image.format == "TIFF" and image.mode != "F" and 16 in image.tag_v2.get(BITS_TAG, ())
     return image.mode.startswith("I") or coloured or deep_tiff
 
 
 def samples(image: Image.Image, reopen: Callable[[], Image.Image]) -> UInt16[np.ndarray, "h w c"]:
-    """All 16 bits of an image that `is_deep` and is not loaded, oriented as PIL loads it. Negative values become 0.
-
-    c is 1 for grey, 2 for grey and alpha, 3 for RGB, 4 for RGB and alpha. `reopen` opens the file again, to read the lower
-    bytes of colours with the byte order exchanged. Raises BadImage for what is not supported, and what PIL raises.
-    """
+    """Returns all 16 bits of an image that `is_deep` and is not loaded, oriented as by PIL, negative values as 0; c is 1 for
+    grey, 2 with alpha, 3 for RGB, 4 with alpha. `reopen` opens the file again, to read the lower bytes of colours with the
+    byte order exchanged. Raises BadImage for what is not supported, and what PIL raises."""
     raw = _raw_mode(image)
     if image.format == "TIFF":
         tags = image.tag_v2
         if tags.get(PLANES_TAG, 1) != 1 and tags.get(CHANNELS_TAG, 1) > 1:
-            wrong = "with separate planes; save it with interleaved channels (planar configuration 1)"
-            raise BadImage(f"is a 16-bit TIFF {wrong}")
+            raise BadImage("is a 16-bit TIFF with separate planes; save it with planar configuration 1")
         if tags.get(PHOTOMETRIC_TAG) == 0:
-            wrong = "in which 0 is white; save it with 0 as black (photometric interpretation 1)"
-            raise BadImage(f"is a 16-bit TIFF {wrong}")
-        if not image.mode.startswith("I") and raw not in {*COLOURS, GREY_ALPHA}:
+            raise BadImage("is a 16-bit TIFF in which 0 is white; save it with photometric interpretation 1")
+        if not image.mode.startswith("I") and raw not in COLOURS:
             raise BadImage(f"is a 16-bit TIFF with an unsupported layout ({image.mode}); save it as grey or RGB")
     image.load()
     if image.mode.startswith("I"):
@@ -66,16 +58,14 @@ def samples(image: Image.Image, reopen: Callable[[], Image.Image]) -> UInt16[np.
 
 
 def colours(values: UInt16[np.ndarray, "h w c"]) -> UInt16[np.ndarray, "h w _"]:
-    """The values without alpha."""
+    """Returns the values without alpha."""
     return values[..., : 3 if values.shape[2] > 2 else 1]
 
 
 def to_eight_bits(values: UInt16[np.ndarray, "h w c"], bits: int) -> Image.Image:
-    """The upper 8 of `bits` bits, in PIL's mode L, LA, RGB or RGBA. Overwrites `values`.
-
-    Larger values become white, which is logged once unless they are SATURATED. Alpha has `bits` bits if that is enough for
-    all its values, else 16.
-    """
+    """Returns the upper 8 of `bits` bits, in PIL's mode L, LA, RGB or RGBA. Overwrites `values`. Larger values become
+    white, which is logged once unless they are SATURATED. Alpha has `bits` bits if that is enough for all its values,
+    else 16."""
     shown = colours(values)
     if shown.max(initial=0) >= 2**bits and shown.max(initial=0, where=shown < SATURATED) >= 2**bits:
         _warn_once(bits)
@@ -100,7 +90,7 @@ def _combined(high: UInt8[np.ndarray, "h w c"], low: UInt8[np.ndarray, "h w c"])
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """PIL's raw mode, the layout of the pixels' bytes; empty if unknown."""
+    """Returns PIL's raw mode, the layout of the pixels' bytes; empty if unknown."""
     tiles = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles else ""
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
@@ -121,7 +111,8 @@ class Values(NamedTuple):
     saturated: int  # number of SATURATED values
 
     @classmethod
-    def of(cls, values: UInt16[np.ndarray, "h w c"]) -> Values:
+    def of(cls, values: UInt16[np.ndarray, "h w c"]) -> "Values":
+        """Returns the statistics of these values."""
         saturated = np.count_nonzero(values == SATURATED)
         below = np.array([np.count_nonzero(values < 2**k) for k in range(16)] + [values.size - saturated])
         return cls(below, int(values.max(initial=0, where=values < SATURATED)), saturated)
@@ -135,14 +126,12 @@ class Range(NamedTuple):
     bits: int  # smallest of RANGES that contains `largest`
 
     def lines(self, configured: int | None) -> list[tuple[str, bool]]:
-        """Log lines about images decoded with this range, or with `configured` bits, each with whether it is a warning."""
-        bits = configured or self.bits
-        sample = f"a sample of {len(self.images)}, a range of {self.bits} bits"
-        line = f"16-bit images: values up to {self.largest} in {sample}"
+        """Returns log lines about images of this range, or of `configured` bits, each with whether it is a warning."""
+        bits, number = configured or self.bits, len(self.images)
+        line = f"16-bit images: values up to {self.largest} in a sample of {number}, a range of {self.bits} bits"
         if configured and (self.bits > bits or self.bits <= bits - DARK):
             effect = "cut off at white" if self.bits > bits else "dark"
-            line += f", but data.bits is {bits} (set, or that of the training images): images are {effect}"
-            return [(line, True)]
+            return [(f"{line}, but data.bits is {bits} (set, or of the training images): images are {effect}", True)]
         doubts = []
         saturated = sum(image.saturated for image in self.images)
         if not configured and saturated and self.largest != SATURATED:
@@ -160,14 +149,14 @@ class Range(NamedTuple):
         dark = [image.largest for image in self.images if image.largest and _smallest(image.largest) <= bits - DARK]
         if dark:
             doubts.append(
-                f"{len(dark)} of {len(self.images)} 16-bit images have values of at most {max(dark)} and are nearly black "
+                f"{len(dark)} of {number} 16-bit images have values of at most {max(dark)} and are nearly black "
                 f"in a range of {bits} bits; if they use another range than the others, convert all images to the same one"
             )
         return [(line, False), *((doubt, True) for doubt in doubts)]
 
 
 def find_range(found: list[Values]) -> Range | None:
-    """The range of these images; None without images."""
+    """Returns the range of these images; None without images."""
     if not found:
         return None
     largest = max(image.largest for image in found)

@@ -1,11 +1,7 @@
-"""What every data set becomes: records (sizes, boxes, labels) in memory, and encoded images that are read one by one."""
+"""Datasets of every kind: records (sizes, boxes, labels) in memory, and encoded images that are read one by one."""
 
-from __future__ import annotations
-
-import contextlib
-import gc
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -14,18 +10,34 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
 from retina_jax.data.classes import Category, class_indices, differ
-from retina_jax.data.conventions import AS_VIEWERS, Decoding, Orientation
 from retina_jax.errors import PlainError
 
+Orientation = Literal["stored", "turned"]
+Size = tuple[int, int]  # width and height in pixels; height and width where a name ends in `_hw`
 Image = tuple[int, str, int, int]  # id, file name, width and height in pixels (0, 0 if unknown)
 
 
 class DataError(PlainError, ValueError):
-    """Invalid annotations; the message is one line that names the file, the field and what would be right."""
+    """An error in annotations; the message is one line that names the file, the field and what would be right."""
 
 
 class BadImage(DataError):
     """An image that is missing, broken or of another size than its annotations say; the message names it."""
+
+
+class WrongSize(BadImage):
+    """An image of another size than its annotations say."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Conventions for the image files of a dataset where the files and the annotated sizes leave them open."""
+
+    orientation: Orientation = "turned"  # pixels that boxes lie on if the annotated sizes do not show it
+    bits: int | None = None  # bits that 16-bit images use: 2^bits - 1 is white. None: 16; the dataset has no such image
+
+
+AS_VIEWERS = Decoding()  # decodes as image viewers: turned by the EXIF orientation; 16-bit images use all bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,64 +54,57 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A data set. Label k is category `category_ids[k]`, called `class_names[k]`; names may repeat."""
+    """A dataset."""
 
     name: str  # for messages: the path of its JSON, or the TFDS name and split
     records: list[Record]
-    class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    # Boxes by what was done with them (`crowd`, `zero_size`, `outside`: dropped; `clipped`: cut to the image), and
-    # `images_without_boxes`, dropped or kept as configured; of a COCO JSON also `without_box`: points and such, dropped.
+    categories: list[Category]  # id and name of the class of each label; names may repeat
+    # Boxes by rule of `sort_boxes`, `images_without_boxes`, and of a COCO JSON `without_box`: points and such, dropped.
     counts: dict[str, int]
-    # Reads the encoded image of a record, BadImage if that fails. Called from many threads at once.
-    read: Callable[[int], bytes]
-    where: Callable[[int], str]  # what messages call the image of a record
-    make_truth: Callable[[], dict[str, Any]]  # makes `truth`
+    read: Callable[[int], bytes]  # reads a record's encoded image, BadImage if that fails; many threads call it at once
+    where: Callable[[int], str]  # returns the name of a record's image for messages
+    make_ground_truth: Callable[[], dict[str, Any]]  # makes `ground_truth`
     labelled: bool = True  # False: images without annotations (COCO's test images), which cannot be scored
     annotated: frozenset[int] = frozenset()  # ids of the categories with an annotation, crowds included
     left_out: dict[Category, str] = field(default_factory=dict)  # as from `classes.placeholders`
-    notes: tuple[str, ...] = ()  # how the data set was read, one line each; `open_source` logs them as warnings
-    # Records whose image file is known to be missing, with where files of that name are ("": unknown).
-    missing: Mapping[int, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # how the dataset was read, one line each; `open_source` logs them as warnings
+    missing: Mapping[int, str] = field(default_factory=dict)  # records without image file; where files of that name are
     decoding: Decoding = AS_VIEWERS  # how its image files are decoded; set by `survey.with_decoding`
     unsized: frozenset[int] = frozenset()  # records whose annotations have no size: it is that of the file
-    shown: Orientation | Literal["open"] | None = None  # `conventions.Votes.shown`; set by `survey.with_decoding`
+    shown: Orientation | Literal["open"] | None = None  # `survey.Votes.shown`; set by `survey.with_decoding`
 
     @cached_property
-    def truth(self) -> dict[str, Any]:
-        """Ground truth in COCO's format for pycocotools: every box as annotated, uncut, crowds included.
-
-        It always has `iscrowd`, `area` and unique ids from 1 on, no `segmentation`, and as categories only the classes.
-        """
-        return self.make_truth()
+    def ground_truth(self) -> dict[str, Any]:
+        """Ground truth in COCO's format for pycocotools: every box as annotated, uncut, crowds included. It always has
+        `iscrowd`, `area` and unique ids from 1 on, no `segmentation`, and as categories only the classes."""
+        return self.make_ground_truth()
 
     @property
-    def categories(self) -> list[Category]:
-        """Id and name of each class."""
-        return list(zip(self.category_ids, self.class_names, strict=True))
+    def class_names(self) -> tuple[str, ...]:
+        """Name of each label."""
+        return tuple(name for _, name in self.categories)
 
-    def arranged(self, classes: Sequence[Category], where: str) -> Source:
-        """The same data with the labels of a run of `classes`; ConfigError, beginning with `where`, for other classes."""
+    @property
+    def category_ids(self) -> tuple[int, ...]:
+        """Category id of each label."""
+        return tuple(category_id for category_id, _ in self.categories)
+
+    def arranged(self, classes: Sequence[Category], where: str) -> "Source":
+        """Returns the data with the labels of a run of `classes`; ConfigError, starting with `where`, for other classes."""
         order = class_indices(classes, self.categories)
-        if None in order or len(order) != len(self.class_names):
+        if None in order or len(order) != len(self.categories):
             raise differ(classes, self.categories, where)
-        if order == list(range(len(order))):
-            return self
         labels = np.argsort(order).astype(np.int32)
-        return replace(
-            self,
-            records=[replace(record, labels=labels[record.labels]) for record in self.records],
-            class_names=tuple(self.class_names[k] for k in order),
-            category_ids=tuple(self.category_ids[k] for k in order),
-        )
+        records = [replace(record, labels=labels[record.labels]) for record in self.records]
+        return replace(self, records=records, categories=[self.categories[k] for k in order])
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __str__(self) -> str:
-        """Images, classes, and `counts`."""
+        """Returns the numbers of images and classes, and `counts`."""
         found = ", ".join(f"{count} {what}" for what, count in self.counts.items() if count) or "nothing unusual"
-        return f"{len(self)} images, {len(self.class_names)} classes; {found}"
+        return f"{len(self)} images, {len(self.categories)} classes; {found}"
 
     @cached_property
     def sha256(self) -> str:
@@ -114,14 +119,11 @@ class Source:
 def sort_boxes(
     boxes_xyxy: Float64[np.ndarray, "M 4"], crowd: Bool[np.ndarray, " M"], sizes_wh: Int64[np.ndarray, "M 2"]
 ) -> tuple[Float32[np.ndarray, "M 4"], dict[str, Bool[np.ndarray, " M"]]]:
-    """Returns the boxes cut to their images, and which of them each rule applies to.
-
-    A box is dropped by the first rule that applies: crowd, zero_size (a side of 0 or less), outside (at most touches the
-    edge of its image from outside), or zero_size again if nothing is left of it in float32. The others are `usable`. Those
-    of them that extend beyond the image by more than 0.01 pixel are `clipped`; less is the rounding of two decimals.
-    """
+    """Returns the boxes cut to their images, and which of them each rule applies to. A box is dropped by the first rule
+    that applies: crowd, zero_size (a side of 0 or less), outside (at most touches the edge of its image), or zero_size
+    again if nothing is left of it in float32. The others are `usable`. Those of them that extend beyond the image by
+    more than 0.01 pixel, the rounding of two decimals, are also `clipped`."""
     clipped = np.clip(boxes_xyxy, 0, np.tile(sizes_wh, 2)).astype(np.float32)
-
     inside = (boxes_xyxy[:, :2] < sizes_wh).all(1) & (boxes_xyxy[:, 2:] > 0).all(1)
     solid, left = ((boxes[:, 2:] > boxes[:, :2]).all(1) for boxes in (boxes_xyxy, clipped))
     usable = ~crowd & solid & inside & left
@@ -134,21 +136,9 @@ def sort_boxes(
     }
 
 
-@contextlib.contextmanager
-def paused_collector() -> Iterator[None]:
-    """Pauses garbage collection: a large file becomes millions of objects, which it would visit again and again."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
 @dataclass(frozen=True, eq=False)
 class BoxTable:
-    """The annotations of a data set as columns of M boxes."""
+    """Annotations of a dataset as columns of M boxes."""
 
     images: list[Image]
     categories: list[Category]  # the class of label k
@@ -161,29 +151,30 @@ class BoxTable:
     ids: Int64[np.ndarray, " M"]  # 0 where missing
 
     @property
+    def annotated(self) -> frozenset[int]:
+        """Ids of the categories with a box, crowds included."""
+        return frozenset(self.categories[label][0] for label in np.unique(self.labels))
+
+    @property
     def sizes_wh(self) -> Int64[np.ndarray, "M 2"]:
         """Width and height of each box's image."""
         return np.array([image[2:] for image in self.images], np.int64).reshape(-1, 2)[self.owners]
 
-    def records(self, images_without_boxes: str) -> tuple[list[Record], list[int], dict[str, int]]:
+    def make_records(self, images_without_boxes: str) -> tuple[list[Record], list[int], dict[str, int]]:
         """Returns the records, each one's row in `images`, and `Source.counts`; "drop" leaves out images without a box."""
         boxes, kinds = sort_boxes(self.boxes_xyxy, self.crowd, self.sizes_wh)
         rows = np.flatnonzero(kinds.pop("usable"))
         rows = rows[np.argsort(self.owners[rows], kind="stable")]
         number = np.bincount(self.owners[rows], minlength=len(self.images))
-        records, kept, start = [], [], 0
-        for i, (image, count) in enumerate(zip(self.images, number.tolist(), strict=True)):
-            if count or images_without_boxes == "keep":
-                mine = rows[start : start + count]
-                records.append(Record(*image, boxes[mine], self.labels[mine].astype(np.int32)))
-                kept.append(i)
-            start += count
+        of_images = np.split(rows, np.cumsum(number))[:-1]
+        kept = [i for i, mine in enumerate(of_images) if len(mine) or images_without_boxes == "keep"]
+        labels = self.labels.astype(np.int32)
+        records = [Record(*self.images[i], boxes[of_images[i]], labels[of_images[i]]) for i in kept]
         counts = {kind: int(which.sum()) for kind, which in kinds.items()}
         return records, kept, counts | {"images_without_boxes": int((number == 0).sum())}
 
-    @paused_collector()
-    def truth(self) -> dict[str, Any]:
-        """Makes `Source.truth`. Ids that repeat or are below 1 become 1, 2, ...: pycocotools takes 0 for unmatched."""
+    def ground_truth(self) -> dict[str, Any]:
+        """Returns `Source.ground_truth`. If ids repeat or are below 1 (pycocotools: unmatched), all become 1, 2, ..."""
         ids = self.ids
         if len(np.unique(ids)) < len(ids) or (ids < 1).any():
             ids = np.arange(1, len(ids) + 1)

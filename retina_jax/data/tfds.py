@@ -1,10 +1,6 @@
-"""TensorFlow data sets with COCO's features, read by index: no shuffle buffer, no state.
-
-Features: `image`, and `objects` with `bbox` (ymin, xmin, ymax, xmax as fractions of the sides) and `label`; optionally
-`image/id`, `image/filename`, and of the objects `is_crowd` and `area`.
-"""
-
-from __future__ import annotations
+"""TensorFlow datasets with COCO's features, read by index: no shuffle buffer, no state. Features: `image`, and `objects`
+with `bbox` (ymin, xmin, ymax, xmax as fractions of the sides) and `label`; optionally `image/id`, `image/filename`, and of
+the objects `is_crowd` and `area`."""
 
 import contextlib
 import hashlib
@@ -24,9 +20,9 @@ import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
 from jaxtyping import Bool, Float64, Int64, Shaped
 
+from retina_jax.config import DataConfig
 from retina_jax.data.classes import COCO_CATEGORIES, Category, class_indices, listed
-from retina_jax.data.coco import parse_coco
-from retina_jax.data.coco_document import Content
+from retina_jax.data.coco_document import Content, parse_coco
 from retina_jax.data.decoding import open_image
 from retina_jax.data.reading import read_again
 from retina_jax.data.source import BadImage, BoxTable, DataError, Source
@@ -43,13 +39,13 @@ class Index(NamedTuple):
     """Everything about a split except pixels, as columns: N images, M boxes. Making it reads every image of the split."""
 
     image_ids: Int64[np.ndarray, " N"]
-    file_names: Shaped[np.ndarray, " N"]  # empty if the data set has none
+    file_names: Shaped[np.ndarray, " N"]  # empty if the dataset has none
     sizes_wh: Int64[np.ndarray, "N 2"]
     owners: Int64[np.ndarray, " M"]  # row of the box's image
     boxes_yxyx_normalised: Float64[np.ndarray, "M 4"]
     labels: Int64[np.ndarray, " M"]
     crowd: Bool[np.ndarray, " M"]
-    areas: Float64[np.ndarray, " M"]  # square pixels; NaN if the data set has none
+    areas: Float64[np.ndarray, " M"]  # square pixels; NaN if the dataset has none
 
 
 def read_tfds(
@@ -58,16 +54,13 @@ def read_tfds(
     split: str,
     *,
     images_without_boxes: Literal["keep", "drop"] = "keep",
-    truth_annotations: str = "",
+    ground_truth_annotations: str = "",
     empty_parents: Literal["drop", "keep"] = "drop",
 ) -> Source:
-    """Returns the data set `name` under `folder` ("": TFDS's own), or the one prepared in the folder `name` itself.
-
-    The first call reads every image's header and saves the index in the data set's folder, or in ~/.cache/retina_jax if
-    that cannot be written. `truth_annotations` is the original COCO JSON to evaluate against, see `_match_truth`. Without
-    it the ground truth is made from the features, whose areas are COCO's truncated to integers. Raises DataError if the
-    data set, the split, a feature, or the images or classes in `truth_annotations` are missing or not as expected.
-    """
+    """Returns the dataset `name` under `folder` ("": TFDS's own), or the one prepared in the folder `name` itself. The
+    first call reads every image's header and saves the index in the dataset's folder, or if it is read-only in
+    ~/.cache/retina_jax. `ground_truth_annotations` is the original COCO JSON to evaluate against; without it the areas are
+    COCO's truncated to integers. Raises DataError if any of them is missing or not as expected."""
     called = f"{name} [{split}]"
     builder = _open_builder(name, folder)
     categories = _categories(builder, called)
@@ -77,27 +70,20 @@ def read_tfds(
     for m in np.flatnonzero((labels < 0) | (labels >= len(categories))):
         wrong = f"objects/label is {labels[m]}; it must be 0 to {len(categories) - 1}"
         raise DataError(f"{called}: example {index.owners[m]}: {wrong}")
-    annotated, left_out, content = frozenset(categories[k][0] for k in set(labels.tolist())), {}, None
-    if truth_annotations:
-        content = parse_coco(Path(truth_annotations), known=categories, empty_parents=empty_parents)
-        image_ids, categories, labels = _match_truth(index, content, truth_annotations, categories, called)
-        annotated, left_out = content.annotated, content.left_out
+    content = None
+    if ground_truth_annotations:
+        content = parse_coco(Path(ground_truth_annotations), categories, DataConfig(empty_parents=empty_parents))
+        matched = _match_ground_truth(index, content, ground_truth_annotations, categories, called)
+        image_ids, categories, labels = matched
     elif len(set(image_ids)) < len(image_ids):
         raise DataError(f"{called}: image/id is used twice; every image must have its own")
+    image_rows = list(zip(image_ids, index.file_names.tolist(), *index.sizes_wh.T.tolist(), strict=True))
     boxes_xyxy = index.boxes_yxyx_normalised[:, [1, 0, 3, 2]] * np.tile(index.sizes_wh[index.owners], 2)
     sides = boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
-    table = BoxTable(
-        images=list(zip(image_ids, index.file_names.tolist(), *index.sizes_wh.T.tolist(), strict=True)),
-        categories=categories,
-        owners=index.owners,
-        labels=labels,
-        crowd=index.crowd,
-        boxes_xyxy=boxes_xyxy,
-        boxes_xywh=np.concatenate([boxes_xyxy[:, :2], sides], axis=1),
-        areas=np.where(np.isnan(index.areas), sides.prod(1), index.areas),
-        ids=np.arange(1, len(labels) + 1),
-    )
-    records, rows, counts = table.records(images_without_boxes)
+    boxes_xywh = np.concatenate([boxes_xyxy[:, :2], sides], axis=1)
+    areas, ids = np.where(np.isnan(index.areas), sides.prod(1), index.areas), np.arange(1, len(labels) + 1)
+    table = BoxTable(image_rows, categories, index.owners, labels, index.crowd, boxes_xyxy, boxes_xywh, areas, ids)
+    records, rows, counts = table.make_records(images_without_boxes)
 
     def where(i: int) -> str:
         return f"{called} example {rows[i]} ({records[i].file_name or records[i].image_id})"
@@ -111,14 +97,13 @@ def read_tfds(
     return Source(
         name=called,
         records=records,
-        class_names=tuple(name for _, name in categories),
-        category_ids=tuple(category_id for category_id, _ in categories),
+        categories=categories,
         counts=counts,
         read=read,
         where=where,
-        make_truth=(content.table if content else table).truth,
-        annotated=annotated,
-        left_out=left_out,
+        make_ground_truth=(content or table).ground_truth,
+        annotated=(content or table).annotated,
+        left_out=content.left_out if content else {},
     )
 
 
@@ -128,7 +113,7 @@ def _open_builder(name: str, folder: str) -> tfds.core.DatasetBuilder:
             return tfds.builder_from_directory(name)
         builder = tfds.builder(name, data_dir=folder or None)
     except (tfds.core.DatasetNotFoundError, FileNotFoundError, ValueError, AssertionError) as error:
-        wrong = f"neither a TensorFlow data set nor a prepared folder: {reason(error)}"
+        wrong = f"neither a TensorFlow dataset nor a prepared folder: {reason(error)}"
         raise DataError(f"data.tfds_name {name}: {wrong}") from None
     if not builder.info.splits:
         prepare = f"tfds.builder({name!r}, data_dir={folder or 'DIR'!r}).download_and_prepare()"
@@ -138,10 +123,8 @@ def _open_builder(name: str, folder: str) -> tfds.core.DatasetBuilder:
 
 
 def _categories(builder: tfds.core.DatasetBuilder, called: str) -> list[Category]:
-    """Id and name of each label: COCO's own for COCO, whose TFDS names may be just "0" to "79"; otherwise ids from 1.
-
-    Raises DataError if one of the necessary features is missing.
-    """
+    """Returns id and name of each label: COCO's own for COCO, whose TFDS names may be just "0" to "79"; otherwise ids from
+    1. Raises DataError if one of the necessary features is missing."""
     features = builder.info.features
     objects = features["objects"].feature if "objects" in features else {}
     for key in ("image", "objects/bbox", "objects/label"):
@@ -154,16 +137,14 @@ def _categories(builder: tfds.core.DatasetBuilder, called: str) -> list[Category
     return [(k + 1, name) for k, name in enumerate(names)]
 
 
-def _match_truth(
+def _match_ground_truth(
     index: Index, content: Content, path: str, classes: list[Category], called: str
 ) -> tuple[list[int], list[Category], Int64[np.ndarray, " M"]]:
     """Returns the ids of the images in the JSON `content` of `path`, its categories of `classes`, and the labels there.
-
     Images are matched by file name, without names by id; classes as in `class_indices`, without names (TFDS calls them
-    "0", "1", ...) by ascending id. Raises DataError for a class with a box that one side lacks, and for an image that the
-    JSON lacks.
-    """
-    images, categories = content.table.images, content.table.categories
+    "0", "1", ...) by ascending id. Raises DataError for a class with a box that one side lacks, and for an image that
+    the JSON lacks."""
+    images, categories = content.images, content.categories
     unnamed = [name for _, name in classes] == [str(k) for k in range(len(classes))]
     ascending = sorted(range(len(categories)), key=lambda i: categories[i])
     found = ascending if unnamed and len(ascending) == len(classes) else class_indices(classes, categories)
@@ -173,7 +154,7 @@ def _match_truth(
     if lost or extra:
         raise DataError(
             f"{path}: categories are not the classes of {called}: only here: {listed(extra) or 'none'}; only there: "
-            f"{listed(lost) or 'none'}; give the file that the data set was made from"
+            f"{listed(lost) or 'none'}; give the file that the dataset was made from"
         )
     kept = [k for k, i in enumerate(found) if i is not None]
     known, id_of = {image[0] for image in images}, {image[1]: image[0] for image in images}
@@ -243,11 +224,9 @@ def _open_examples(builder: tfds.core.DatasetBuilder, split: str, called: str) -
 
 
 class TFRecordExamples(Examples):
-    """The examples of a split in TFRecord files, TFDS's default format, by index. Threads may read at once.
-
-    `split` is a name or an instruction such as train[:10%]; ValueError if there is no such split. A record is its length
-    (8 bytes, little-endian), 4 bytes of checksum, the data, 4 bytes of checksum. Checksums are not verified.
-    """
+    """The examples of a split in TFRecord files, TFDS's default format, by index. Threads may read at once. `split` is
+    a name or an instruction such as train[:10%]; ValueError if there is no such split. A record is its length (8 bytes,
+    little-endian), 4 bytes of checksum, the data, 4 bytes of checksum. Checksums are not verified."""
 
     def __init__(self, info: tfds.core.DatasetInfo, split: str) -> None:
         self._features = info.features
@@ -277,7 +256,7 @@ class TFRecordExamples(Examples):
 
 
 def _record_offsets(path: str, expected: int) -> list[tuple[int, int]]:
-    """Start and length of each record's data, in bytes; ValueError if there are not `expected`, or the last is cut off."""
+    """Returns start and length of each record's data, in bytes; ValueError if there are not `expected` complete ones."""
     offsets, place, size = [], 0, os.path.getsize(path)
     with open(path, "rb") as stream:
         while place + HEADER <= size:

@@ -1,1 +1,1 @@
-"""Examines a data set before training: what training would refuse, drop or never learn, and why. `reports` draws it."""
+"""Examines a dataset before training: what training would refuse, drop or never learn, and why. `reports` draws it."""

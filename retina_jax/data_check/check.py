@@ -1,7 +1,6 @@
-"""The complete check: findings in the splits of a data set, and how well the anchors cover its boxes."""
+"""The complete check: findings in the splits of a dataset, and how well the anchors cover its boxes."""
 
-from __future__ import annotations
-
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +13,11 @@ from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import flatten, override, with_classes
 from retina_jax.console import log
 from retina_jax.data.classes import Category, category_ids, open_both
-from retina_jax.data.conventions import Decoding
+from retina_jax.data.source import Decoding
 from retina_jax.data.survey import Survey, survey_files
 from retina_jax.data_check.coverage import Coverage, Shares, Views, count_shares, cover, coverage_findings, view_boxes
 from retina_jax.data_check.findings import Finding, Group, grouped
-from retina_jax.data_check.image_check import check_images, duplicates
-from retina_jax.data_check.split import Split, read_split, split_findings
+from retina_jax.data_check.split import Split, check_images, duplicates, read_split, split_findings
 from retina_jax.data_check.suggestion import Suggestion, suggest
 
 BAD_IMAGES = ("missing", "unreadable", "wrong_size")  # kinds that data.bad_images skip tolerates
@@ -37,7 +35,7 @@ class ClassCount(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Check:
-    """All results."""
+    """Results of a data check."""
 
     config: Config
     decoding: Decoding  # how images of the training split are decoded
@@ -51,21 +49,18 @@ class Check:
 
     @property
     def ready(self) -> bool:
-        """Whether training would start and could learn something: there is no error."""
+        """Whether training would start and could learn something, because there is no error."""
         return all(group.severity != "error" for group in self.groups)
 
     def verdict(self) -> str:
-        """One line: whether the data is ready, and the numbers of errors and warnings."""
-        numbers = [
-            sum(len(group.findings) for group in self.groups if group.severity == severity) or "none"
-            for severity in ("error", "warning")
-        ]
-        return f"{'Ready' if self.ready else 'Not ready'} to train. Errors: {numbers[0]}, warnings: {numbers[1]}"
+        """Returns one line: whether the data is ready, and the numbers of errors and warnings."""
+        counts = Counter(group.severity for group in self.groups for _ in group.findings)
+        errors, warnings = (counts[severity] or "none" for severity in ("error", "warning"))
+        return f"{'Ready' if self.ready else 'Not ready'} to train. Errors: {errors}, warnings: {warnings}"
 
 
 def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
-    """Checks the splits `train` and, if given, `val`: each a COCO JSON and a folder of images. Raises DataError as
-    `read_split` does."""
+    """Checks the splits `train` and, if given, `val`: each a COCO JSON and a folder. Raises DataError as `read_split`."""
 
     def opened(name: str, known: Sequence[Category] = ()) -> Split:
         without_boxes = config.data.images_without_boxes if name == "train" else "keep"
@@ -122,7 +117,7 @@ def survey_split(split: Split) -> Survey:
 
 
 def decide_decoding(split: Split, survey: Survey, config: Config) -> tuple[Decoding, Config, list[Finding]]:
-    """How the split's images are decoded, the config with the range of 16-bit images, and findings on both."""
+    """Returns how the split's images are decoded, the config with the range of 16-bit images, and findings on both."""
     decoding, lines = survey.decide(config.data)
     if decoding.bits:
         config = override(config, {"data.bits": decoding.bits})
@@ -134,16 +129,14 @@ def decide_decoding(split: Split, survey: Survey, config: Config) -> tuple[Decod
 def count_classes(split: Split) -> list[ClassCount]:
     """Counts the boxes and images of each class, by label."""
     usable, names = split.rules["usable"], split.class_names
-    pairs = np.unique(np.stack([split.owners[usable], split.labels[usable]]), axis=1)
-    columns = (
-        np.bincount(labels, minlength=len(names)).tolist()
-        for labels in (split.labels[usable], pairs[1], split.labels[~usable])
-    )
-    return [ClassCount(*row) for row in zip(names, *columns, strict=True)]
+    images_labels = np.unique(np.stack([split.owners[usable], split.labels[usable]]), axis=1)
+    columns = split.labels[usable], images_labels[1], split.labels[~usable]
+    counts = (np.bincount(labels, minlength=len(names)).tolist() for labels in columns)
+    return [ClassCount(*row) for row in zip(names, *counts, strict=True)]
 
 
 def facts_of(check: Check) -> dict[str, Any]:
-    """All that the page shows, in JSON's own types."""
+    """Returns all that the page shows, in JSON's own types."""
     suggestion = check.suggestion
     return {
         "makes_sense": check.ready,

@@ -1,8 +1,6 @@
 """Anchor coverage: the boxes at the sizes of training, which of them get anchors by training's own matching, and counts by
 class, size and aspect ratio."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -17,14 +15,13 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int64
 from retina_jax.config import Config, DataConfig
 from retina_jax.console import track
 from retina_jax.data.source import Record
-from retina_jax.data.transforms import assign_bucket, buckets, resized_size, to_canvas_pixels, train_short_sides
+from retina_jax.data.transforms import assign_bucket, buckets, resized_size, to_padded_pixels, train_short_sides
 from retina_jax.data_check.findings import Finding
 from retina_jax.ops.anchors import anchor_grid
 from retina_jax.ops.boxes import iou_matrix
 from retina_jax.ops.matching import match
 
-# Ends of the bins of box sizes, the square root of the area in pixels (half octaves from 4 to 1024), and of aspect ratios,
-# height over width (half octaves from 1:8 to 8:1).
+# Ends of the bins, half octaves, of the square root of the area in pixels, and of height over width.
 SIDES = np.array([0.0, *(2.0 ** (np.arange(4, 21) / 2)), np.inf])
 ASPECTS = np.array([0.0, *(2.0 ** (np.arange(-6, 7) / 2)), np.inf])
 FEWEST = 8  # rows that boxes are padded to at least, above that powers of two, so that few programs are compiled
@@ -47,15 +44,9 @@ class Views(NamedTuple):
     labels: Int64[np.ndarray, " N"]
     boxes: Int64[np.ndarray, " N"]  # index of each box among those of all records, one record after the other
 
-    def bins(self) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " N"]]:
-        """The bin of SIDES and the bin of ASPECTS of each box; a value on the border of two bins is in the upper one."""
-        width, height = (self.boxes_xyxy[:, 2:] - self.boxes_xyxy[:, :2]).astype(np.float64).T
-        ends_values = (SIDES, np.sqrt(width * height)), (ASPECTS, height / width)
-        return tuple(np.searchsorted(ends, values, side="right") - 1 for ends, values in ends_values)
-
 
 def view_boxes(records: list[Record], data: DataConfig) -> Views:
-    """The views of all records as training would make them; of each image the first `data.max_boxes` boxes."""
+    """Returns the views of all records as training would make them; of each image the first `data.max_boxes` boxes."""
     short_sides = train_short_sides(data)
     shapes, rule = buckets(data, short_sides), (data.long_side, data.size_rounding)
     starts = np.cumsum([0, *(len(record.labels) for record in records)])
@@ -66,7 +57,7 @@ def view_boxes(records: list[Record], data: DataConfig) -> Views:
         for short_side in short_sides:
             height, width = resized_size(record.height, record.width, short_side, *rule)
             scale_xy = np.array([width / record.width, height / record.height])
-            boxes = to_canvas_pixels(record.boxes_xyxy[:n], scale_xy, data.box_ends).astype(np.float32)
+            boxes = to_padded_pixels(record.boxes_xyxy[:n], scale_xy, data.box_ends).astype(np.float32)
             places = np.arange(starts[row], starts[row] + n)
             shape = shapes[assign_bucket(largest, shapes)]
             views.append((shape, (height, width), row, boxes, record.labels[:n], places))
@@ -83,7 +74,7 @@ def view_boxes(records: list[Record], data: DataConfig) -> Views:
 
 
 class Coverage(NamedTuple):
-    """How well the anchors cover N boxes."""
+    """Coverage of N boxes by the anchors."""
 
     best_iou: Float32[np.ndarray, " N"]  # largest IoU of any anchor with the box
     anchors: Int64[np.ndarray, " N"]  # positive anchors assigned to the box
@@ -91,16 +82,11 @@ class Coverage(NamedTuple):
 
     @property
     def kinds(self) -> dict[str, Bool[np.ndarray, " N"]]:
-        """Which boxes are `by_iou` (an anchor has matching.positive_iou or more), `by_low_quality` (anchors only by
+        """Returns which boxes are `by_iou` (an anchor has matching.positive_iou or more), `by_low_quality` (anchors only by
         matching.low_quality) or `uncovered` (no anchor): each box is one of these. `outbid`: those `by_iou` without an
         anchor, because theirs all overlap other boxes more."""
-        near, any_anchor = self.best_iou >= self.positive_iou, self.anchors > 0
-        return {
-            "by_iou": near,
-            "by_low_quality": ~near & any_anchor,
-            "uncovered": ~near & ~any_anchor,
-            "outbid": near & ~any_anchor,
-        }
+        near, won = self.best_iou >= self.positive_iou, self.anchors > 0
+        return {"by_iou": near, "by_low_quality": ~near & won, "uncovered": ~near & ~won, "outbid": near & ~won}
 
 
 def cover(views: Views, config: Config, what: str = "anchors") -> Coverage:
@@ -108,19 +94,17 @@ def cover(views: Views, config: Config, what: str = "anchors") -> Coverage:
     counts = np.diff(views.ends)
     best, anchors = np.zeros(len(views.labels), np.float32), np.zeros(len(views.labels), np.int64)
 
-    def cover_view(v: int) -> tuple[int, np.ndarray, np.ndarray]:
-        start, n = views.ends[v], int(counts[v])
+    def cover_view(v: int) -> None:
+        of_view, n = slice(views.ends[v], views.ends[v + 1]), int(counts[v])
         rows = max(FEWEST, 1 << (n - 1).bit_length())
         boxes, labels = np.zeros((rows, 4), np.float32), np.full(rows, -1, np.int32)
-        boxes[:n], labels[:n] = views.boxes_xyxy[start : start + n], views.labels[start : start + n]
+        boxes[:n], labels[:n] = views.boxes_xyxy[of_view], views.labels[of_view]
         iou, won = _program(views.padded_hw[v], config)(boxes, labels)
-        return v, np.asarray(iou)[:n], np.asarray(won)[:n]
+        best[of_view], anchors[of_view] = np.asarray(iou)[:n], np.asarray(won)[:n]
 
     filled = np.flatnonzero(counts).tolist()
     with ThreadPoolExecutor(THREADS) as pool:
-        for v, iou, won in track(f"{what}: images", pool.map(cover_view, filled), len(filled)):
-            of_view = slice(views.ends[v], views.ends[v + 1])
-            best[of_view], anchors[of_view] = iou, won
+        list(track(f"{what}: images", pool.map(cover_view, filled), len(filled)))
     return Coverage(best, anchors, config.matching.positive_iou)
 
 
@@ -152,11 +136,11 @@ class Share(NamedTuple):
     anchors: int  # positive anchors of all of them
 
     def part(self, kind: str) -> float:
-        """The share of boxes of this kind; 1 if there are no boxes."""
+        """Returns the share of boxes of this kind; 1 if there are no boxes."""
         return getattr(self, kind) / self.boxes if self.boxes else 1.0
 
     def as_dict(self) -> dict[str, str | int | float | None]:
-        """Counts and shares, for JSON; without boxes the shares are null."""
+        """Returns counts and shares for JSON; without boxes the shares are null."""
         kinds = ("by_iou", "by_low_quality", "uncovered")
         parts = {f"{kind}_share": round(self.part(kind), 6) if self.boxes else None for kind in kinds}
         return self._asdict() | parts
@@ -172,6 +156,7 @@ class Shares(NamedTuple):
     positives_per_image: float  # mean number of positive anchors; times the batch size, the loss's normaliser
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns all of them for JSON."""
         return {
             "all": self.total.as_dict(),
             "positives_per_image": round(self.positives_per_image, 3),
@@ -187,24 +172,23 @@ def count_shares(views: Views, coverage: Coverage, class_names: Sequence[str]) -
         counts = (np.bincount(groups, of.astype(np.float64), len(names)).astype(np.int64).tolist() for of in columns)
         return [Share(*row) for row in zip(names, *counts, strict=True)]
 
-    sizes, aspects = views.bins()
+    def by_bin(ends: Float[np.ndarray, " n"], values: Float[np.ndarray, " N"]) -> list[Share]:
+        """Counts by bin; a value on the border of two bins is in the upper one, and the last bin is open."""
+        names = [f"{low:.4g} to {high:.4g}" for low, high in pairwise(ends[:-1].tolist())] + [f"{ends[-2]:.4g} or more"]
+        return by_group(np.searchsorted(ends, values, side="right") - 1, names)
+
+    width, height = (views.boxes_xyxy[:, 2:] - views.boxes_xyxy[:, :2]).astype(np.float64).T
     return Shares(
         total=by_group(np.zeros(len(views.labels), np.int64), ["all"])[0],
         classes=by_group(views.labels, class_names),
-        sizes=by_group(sizes, bin_names(SIDES)),
-        aspects=by_group(aspects, bin_names(ASPECTS)),
+        sizes=by_bin(SIDES, np.sqrt(width * height)),
+        aspects=by_bin(ASPECTS, height / width),
         positives_per_image=int(coverage.anchors.sum()) / max(1, len(views.padded_hw)),
     )
 
 
-def bin_names(ends: Float[np.ndarray, " n"]) -> list[str]:
-    """Names of the bins between `ends`; the last one is open."""
-    pairs = pairwise(ends.tolist())
-    return [f"{low:.4g} to {high:.4g}" if np.isfinite(high) else f"{low:.4g} or more" for low, high in pairs]
-
-
 def coverage_findings(shares: Shares) -> list[Finding]:
-    """Hopeless coverage, and the classes with poor coverage, the worst first."""
+    """Returns hopeless coverage, and the classes with poor coverage, the worst first."""
     found = []
     for share in (shares.total, *sorted(shares.classes, key=lambda share: share.part("by_iou"))):
         by_iou, by_low_quality, uncovered = map(share.part, ("by_iou", "by_low_quality", "uncovered"))
@@ -213,6 +197,7 @@ def coverage_findings(shares: Shares) -> list[Finding]:
         kind = "hopeless" if 1 - uncovered < least else "poor" if not total and by_iou < POOR else None
         if kind is not None:
             text = f"{by_iou:.1%} by IoU, {by_low_quality:.1%} by the low-quality rule only, {uncovered:.1%} none"
-            name = "all boxes" if total else share.name
-            found.append(Finding(kind, "train", name, f"{text}, of {share.boxes} boxes"))
+            found.append(
+                Finding(kind, "train", "all boxes" if total else share.name, f"{text}, of {share.boxes} boxes")
+            )
     return found

@@ -1,6 +1,4 @@
-"""What a data check can find, how severe each kind is, and the findings themselves."""
-
-from __future__ import annotations
+"""Kinds of findings of a data check, how severe they are, and the findings themselves."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -12,14 +10,14 @@ SHOWN = 5  # findings of a kind that its line on the terminal names
 class Kind(NamedTuple):
     """A kind of finding."""
 
-    # error: training would refuse the data or could not learn from it; warning: it works; note: known and handled.
-    severity: Severity
+    severity: Severity  # error: training refuses the data or learns nothing; warning: it works; note: it is handled
     title: str  # what is counted, in the plural
     meaning: str  # what training does with it, and what to do
 
 
 FIRST = "Training stops at the first of them."
 SKIPPED = "Training stops at them, or leaves them out with data.bad_images skip."
+# By name, in the order in which they are reported.
 # fmt: off
 KINDS: dict[str, Kind] = {name: Kind(*kind) for name, *kind in (
     ("refused_categories", "error", "categories that training refuses", FIRST),
@@ -79,11 +77,10 @@ KINDS: dict[str, Kind] = {name: Kind(*kind) for name, *kind in (
     ("orphaned", "note", "annotations of refused entries", "Their image or category is refused."),
 )}
 # fmt: on
-"""By name, in the order in which they are reported."""
 
 
 class Finding(NamedTuple):
-    """One observation about a data set."""
+    """One observation about a dataset."""
 
     kind: str  # one of KINDS
     split: str
@@ -92,7 +89,7 @@ class Finding(NamedTuple):
 
 
 class Group(NamedTuple):
-    """All findings of a kind."""
+    """Findings of one kind."""
 
     kind: str
     severity: Severity
@@ -101,15 +98,14 @@ class Group(NamedTuple):
     findings: list[Finding]
 
     def line(self) -> str:
-        """All on one line; the first SHOWN are named."""
+        """Returns all of them as one line, which names the first SHOWN."""
         named = [f"{f.name} ({f.text})" if f.text else f.name for f in self.findings[:SHOWN]]
-        more = len(self.findings) - len(named)
-        tail = f"; {more} more" if more else ""
-        return f"{self.severity}: {self.title}: {len(self.findings)}: {'; '.join(named)}{tail}"
+        named += [f"{len(self.findings) - SHOWN} more"] if len(self.findings) > SHOWN else []
+        return f"{self.severity}: {self.title}: {len(self.findings)}: {'; '.join(named)}"
 
 
 def grouped(findings: Sequence[Finding], tolerated: Sequence[str] = ()) -> list[Group]:
-    """Findings by kind, errors first, in the order of KINDS; errors of the `tolerated` kinds become warnings."""
+    """Groups findings by kind, errors first, in the order of KINDS; errors of `tolerated` kinds become warnings."""
     groups = []
     for name, (severity, title, meaning) in KINDS.items():
         if of_kind := [finding for finding in findings if finding.kind == name]:

@@ -1,53 +1,51 @@
-"""A split of a COCO data set, read by training's own reader, but to the end: mistakes are collected instead of raised."""
+"""Findings in a split of a COCO dataset: its annotations, read by training's own reader to the end, and its images."""
 
-from __future__ import annotations
-
+import hashlib
+import io
+import itertools
+import os
+import re
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Bool, Float32, Int64
+from PIL import Image
 
 from retina_jax.config import DataConfig
+from retina_jax.console import track
 from retina_jax.data.classes import Category, unique_names
-from retina_jax.data.coco import check_folder, load_json
-from retina_jax.data.coco_document import Note, configured, parse_document
+from retina_jax.data.coco_document import DEFAULTS, Content, load_json, parse_document
 from retina_jax.data.coco_entries import Mistake, as_number
-from retina_jax.data.source import Record, sort_boxes
+from retina_jax.data.decoding import DECODING, NO_BOXES, is_one_colour, read_image, to_rgb
+from retina_jax.data.source import BadImage, Decoding, Record, Size, WrongSize, sort_boxes
 from retina_jax.data_check.findings import Finding
+from retina_jax.errors import reason
 
+Digests = dict[str, str]  # file name to the SHA-256 of the file's bytes, for every file that could be read
+FILLER = bytes(range(1, 255))  # bytes in which no marker begins
+SCAN_END = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # ends the data of a scan: neither an escaped byte nor a restart
+RESTART = re.compile(rb"\xff([\xd0-\xd7])")
+START_OF_SCAN, END = 0xDA, 0xD9  # JPEG markers
 REFUSED = {"categories": "refused_categories", "images": "refused_images", "annotations": "refused_boxes"}
 
 
 @dataclass(frozen=True, eq=False)
-class Split:
+class Split(Content):
     """The usable entries of a split; m is the index of a box in the order of the file."""
 
     name: str  # train or val
     annotations: Path
     folder: Path
-    # These three are as in `coco_document.Content`, as are `paths`, `missing`, `unsized` and `notes`.
-    categories: list[Category]
-    annotated: frozenset[int]
-    left_out: dict[Category, str]
-    images: list[tuple[int, str, int, int]]  # id, file name, width, height
-    paths: list[str]
-    missing: dict[int, str]
-    unsized: frozenset[int]
-    box_ids: list[Any]  # id of each annotation as in the file; None without one
-    box_rows: list[int]  # its index in the file's list of annotations
-    owners: Int64[np.ndarray, " M"]  # row in `images`
-    labels: Int64[np.ndarray, " M"]
-    boxes_xyxy: Float64[np.ndarray, "M 4"]  # as in the file, pixels
+    annotation_ids: list[Any]  # id of each entry of the file's list of annotations; None without one
+    mistakes: list[Mistake]
     rules: dict[str, Bool[np.ndarray, " M"]]  # by rule of `sort_boxes`, the boxes it applies to
     records: list[Record]  # the records of training (of evaluation for val)
     record_images: list[int]  # row in `images` of each record
-    mistakes: list[Mistake]
-    notes: list[Note]  # how the file was read; training refuses some of these
-    without_box: list[str]  # names of the annotations without a box, as in `box_name`
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -55,15 +53,20 @@ class Split:
         return unique_names(self.categories)
 
     def box_name(self, m: int) -> str:
-        """How a reader finds box m in the file: `annotation 2288`."""
-        return _annotation_name(self.box_rows[m], self.box_ids[m])
+        """Returns the name by which a person finds box m in the file: `annotation 2288`."""
+        return self.annotation_name(int(self.rows[m]))
+
+    def annotation_name(self, row: int) -> str:
+        """Returns the name of an entry of the file's list of annotations."""
+        annotation_id = self.annotation_ids[row]
+        return f"annotations[{row}]" if annotation_id is None else f"annotation {annotation_id}"
 
     def file_of(self, m: int) -> str:
-        """File name of the image of box m."""
+        """Returns the file name of the image of box m."""
         return self.images[self.owners[m]][1]
 
     def trained_boxes(self) -> Int64[np.ndarray, " N"]:
-        """The indices m of the boxes of all records, one record after the other, in the order of `boxes_xyxy`."""
+        """Returns the indices m of the boxes of all records, one record after the other, in the order of `boxes_xyxy`."""
         rows = np.flatnonzero(self.rules["usable"])
         return rows[np.argsort(self.owners[rows], kind="stable")]
 
@@ -74,38 +77,36 @@ def read_split(
     folder: Path,
     images_without_boxes: Literal["keep", "drop"],
     known: Sequence[Category] = (),
-    data: DataConfig = DataConfig(),  # noqa: B008 (immutable)
+    data: DataConfig = DEFAULTS,
 ) -> Split:
-    """Reads a COCO JSON as training with `data` does; `known` is as in `read_coco`. Raises DataError only if nothing can be
-    checked: the file is not JSON or lacks one of its three lists, or the folder is missing."""
+    """Reads a COCO JSON as training with `data` does; `known` is as in `parse_document`. Raises DataError only if nothing
+    can be checked: the file is not JSON or lacks one of its three lists, or the folder is missing."""
     document, mistakes = load_json(annotations), []
-    check_folder(annotations, folder)
-    content = parse_document(annotations, document, mistakes, folder=folder, **configured(data, known))
-    entries = document["annotations"]
-    table = content.table
-    _, rules = sort_boxes(table.boxes_xyxy, table.crowd, table.sizes_wh)
-    records, record_images, _ = table.records(images_without_boxes)
+    content = parse_document(annotations, document, mistakes, folder=folder, known=known, data=data)
+    records, record_images, _ = content.make_records(images_without_boxes)
     return Split(
-        name=name, annotations=annotations, folder=folder, mistakes=mistakes,
-        categories=table.categories, images=table.images, owners=table.owners, labels=table.labels,
-        boxes_xyxy=table.boxes_xyxy, rules=rules, records=records, record_images=record_images,
-        annotated=content.annotated, left_out=content.left_out, paths=content.paths, missing=content.missing,
-        unsized=content.unsized, notes=content.notes, box_rows=content.rows.tolist(),
-        box_ids=[entries[i].get("id") for i in content.rows],
-        without_box=[_annotation_name(i, entries[i].get("id")) for i in content.without_box],
-    )  # fmt: skip
+        **vars(content),
+        name=name,
+        annotations=annotations,
+        folder=folder,
+        annotation_ids=[entry.get("id") if isinstance(entry, dict) else None for entry in document["annotations"]],
+        mistakes=mistakes,
+        rules=sort_boxes(content.boxes_xyxy, content.crowd, content.sizes_wh)[1],
+        records=records,
+        record_images=record_images,
+    )
 
 
 def split_findings(split: Split, max_boxes: int) -> list[Finding]:
-    """What the annotations alone show: refused entries, how they were read, annotations without a box, ids and category
-    names that occur several times, crowd boxes, boxes without area, outside or partly outside their image, duplicate boxes,
-    and images with more usable boxes than `max_boxes` or none."""
-    ids = Counter(_hashed(box_id) for box_id in split.box_ids if box_id is not None)
+    """Returns what the annotations alone show: refused entries, how they were read, annotations without a box, repeated ids
+    and category names, boxes that are dropped, clipped or duplicate, and images with more than `max_boxes` boxes or none."""
+    annotation_ids = [split.annotation_ids[row] for row in split.rows]
+    ids = Counter(_hashed(annotation_id) for annotation_id in annotation_ids if annotation_id is not None)
     names = Counter(name for _, name in split.categories)
     found = [
         *_refusals(split),
         *(Finding(note.kind, split.name, split.annotations.name, note.text) for note in split.notes),
-        *(Finding("without_box", split.name, name) for name in split.without_box),
+        *(Finding("without_box", split.name, split.annotation_name(row)) for row in split.without_box),
         *(Finding("same_id", split.name, f"annotation {i}", f"{n} annotations") for i, n in ids.items() if n > 1),
         *(Finding("same_name", split.name, name, f"{n} categories") for name, n in names.items() if n > 1),
         *_duplicates(split),
@@ -116,42 +117,34 @@ def split_findings(split: Split, max_boxes: int) -> list[Finding]:
             width, height = split.images[split.owners[m]][2:]
             text = f"{x2 - x1:g} x {y2 - y1:g} at {x1:g}, {y1:g} in {split.file_of(m)}, {width} x {height}"
             found.append(Finding(rule, split.name, split.box_name(m), text))
-    usable, listed_boxes = (
-        np.bincount(owners, minlength=len(split.images)).tolist()
-        for owners in (split.owners[split.rules["usable"]], split.owners)
-    )
-    for (_, file_name, _, _), count, listed in zip(split.images, usable, listed_boxes, strict=True):
+    usable = np.bincount(split.owners[split.rules["usable"]], minlength=len(split.images)).tolist()
+    in_file = np.bincount(split.owners, minlength=len(split.images)).tolist()
+    for (_, name, _, _), count, listed in zip(split.images, usable, in_file, strict=True):
         if count > max_boxes:
-            text = f"{count} boxes, of which {max_boxes} are trained on"
-            found.append(Finding("overflow", split.name, file_name, text))
+            found.append(Finding("overflow", split.name, name, f"{count} boxes, of which {max_boxes} are trained on"))
         if count == 0:
-            text = f"{listed} in the file, none usable" if listed else ""
-            found.append(Finding("no_boxes", split.name, file_name, text))
+            found.append(Finding("no_boxes", split.name, name, f"{listed} in the file, none usable" if listed else ""))
     return found
 
 
 def _refusals(split: Split) -> list[Finding]:
-    """The entries that training would refuse. An annotation whose image or category is refused is `orphaned`, so a mistake
-    is reported once, not once per box."""
-    categories = {category_id for category_id, _ in (*split.categories, *split.left_out)}
-    known = {"images": {image[0] for image in split.images}, "categories": categories}
-    entries = [(m, m.entry if isinstance(m.entry, dict) else {}) for m in split.mistakes]
-    gone = {
-        key: {_hashed(entry.get("id")) for mistake, entry in entries if mistake.key == key} - known[key] - {None}
-        for key in known
-    }
+    """Returns the entries that training would refuse; annotations of a refused image or category are `orphaned`."""
+    entries = [(mistake, mistake.entry if isinstance(mistake.entry, dict) else {}) for mistake in split.mistakes]
+    gone = {(mistake.key, _hashed(entry.get("id"))) for mistake, entry in entries}
+    classes = (*split.categories, *split.left_out)
+    gone -= {("images", image_id) for image_id in (None, *(image[0] for image in split.images))}
+    gone -= {("categories", category_id) for category_id in (None, *(category[0] for category in classes))}
     found = []
     for mistake, entry in entries:
-        orphaned = mistake.key == "annotations" and (
-            _hashed(entry.get("image_id")) in gone["images"] or _hashed(entry.get("category_id")) in gone["categories"]
-        )
+        owners = {("images", _hashed(entry.get("image_id"))), ("categories", _hashed(entry.get("category_id")))}
+        orphaned = mistake.key == "annotations" and owners & gone
         kind = "orphaned" if orphaned else REFUSED[mistake.key]
         found.append(Finding(kind, split.name, mistake.place, mistake.text))
     return found
 
 
 def _duplicates(split: Split) -> list[Finding]:
-    """Usable boxes that are equal to an earlier one of the same image, to the last bit."""
+    """Returns usable boxes that are equal to an earlier one of the same image, to the last bit."""
     rows = np.flatnonzero(split.rules["usable"])
     keys = np.column_stack([split.owners[rows], split.boxes_xyxy[rows]])
     order = np.lexsort(keys.T)  # stable: equal boxes stay in the order of the file
@@ -174,10 +167,92 @@ def _duplicates(split: Split) -> list[Finding]:
 
 
 def _hashed(value: Any) -> Any:
-    """The value if it can be an id (text is converted to a number), else None."""
+    """Returns the value if it can be an id (text is converted to a number), else None."""
     value = as_number(value)
     return value if isinstance(value, int | float) else None
 
 
-def _annotation_name(row: int, annotation_id: Any) -> str:
-    return f"annotations[{row}]" if annotation_id is None else f"annotation {annotation_id}"
+def check_images(split: Split, decoding: Decoding, workers: int) -> tuple[list[Finding], Digests]:
+    """Returns images that are missing, cannot be read, differ in size from their annotations, are incomplete or have one
+    colour, in the order of the annotations, and the digests. `workers`: number of threads; 0: one per core."""
+    boxes = {row: record.boxes_xyxy for row, record in zip(split.record_images, split.records, strict=True)}
+
+    def check(row: int) -> tuple[Finding | None, str | None]:
+        _, file_name, width, height = split.images[row]
+        try:
+            encoded = read_image(Path(split.paths[row]), width, height)
+        except (FileNotFoundError, NotADirectoryError):
+            return Finding("missing", split.name, file_name, split.missing.get(row, "")), None
+        except OSError as error:
+            return Finding("unreadable", split.name, file_name, f"cannot be read: {reason(error)}"), None
+        fault = fault_of(encoded, (width, height), decoding, boxes.get(row, NO_BOXES))
+        digest = hashlib.sha256(encoded).hexdigest()
+        return Finding(fault[0], split.name, file_name, fault[1]) if fault else None, digest
+
+    rows = range(len(split.images))
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        checked = list(track(f"{split.name}: images", pool.map(check, rows), len(rows)))
+    digests = {split.images[row][1]: digest for row, (_, digest) in zip(rows, checked, strict=True) if digest}
+    return [finding for finding, _ in checked if finding], digests
+
+
+def fault_of(
+    encoded: bytes, expected_size: Size, decoding: Decoding, boxes_xyxy: Float32[np.ndarray, "n 4"] = NO_BOXES
+) -> tuple[str, str] | None:
+    """Returns the kind of finding that an image file is, and the details; None if it has no fault. `expected_size` is the
+    width and height in the annotations, `boxes_xyxy` are in the image's pixels."""
+    try:
+        with DECODING.share(expected_size[0] * expected_size[1]):
+            pixels = to_rgb(encoded, decoding, expected_size=expected_size)
+            if text := missing_part(encoded):
+                return "incomplete", text
+    except BadImage as error:
+        return "wrong_size" if isinstance(error, WrongSize) else "unreadable", str(error)
+    if is_one_colour(pixels, boxes_xyxy):
+        return "one_colour", f"about {tuple(pixels[pixels.shape[0] // 2, pixels.shape[1] // 2].tolist())}"
+    return None
+
+
+def missing_part(encoded: bytes) -> str:
+    """Describes what is missing in a JPEG that can be decoded; empty for complete files and other formats. libjpeg fills
+    missing blocks with grey. Bytes inserted before the next marker change pixels only if blocks are missing, and restart
+    markers are numbered 0 to 7 in turn. With 2 to 15 % of the data cut out, this finds 59 of 60 baseline files, 57 of 60
+    with restart markers and 42 of 60 progressive ones, and none of 254 intact photographs of COCO."""
+    ends = []
+    at = 2 if encoded.startswith(b"\xff\xd8") else len(encoded)
+    while encoded[at : at + 1] == b"\xff" and (marker := encoded[at + 1]) != END:
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(encoded[at + 2 : at + 4])
+        if marker == START_OF_SCAN and (end := SCAN_END.search(encoded, at)):
+            restarts = [number[0] - 0xD0 for number in RESTART.findall(encoded, at, end.start())]
+            if restarts != [i % 8 for i in range(len(restarts))]:
+                return "data are missing: its restart markers are out of order"
+            at = end.start()
+            ends.append(at)
+    filled = FILLER.join(encoded[start:end] for start, end in itertools.pairwise([0, *ends, len(encoded)]))
+
+    def pixels(encoded: bytes) -> bytes:
+        image = Image.open(io.BytesIO(encoded), formats=["JPEG"])
+        # The mean of a block, in a quarter of the time, is enough unless the data are missing in a scan that refines it.
+        if len(ends) == 1:
+            image.draft("L", (1, 1))
+        return image.tobytes()
+
+    return "data are missing: it ends before its last row" if ends and pixels(encoded) != pixels(filled) else ""
+
+
+def duplicates(digests: dict[str, Digests], splits: Sequence[Split]) -> list[Finding]:
+    """Returns images of a split with the bytes of an earlier one, and images of val that are trained on too."""
+    found: list[Finding] = []
+    first: dict[str, dict[str, str]] = {split.name: {} for split in splits}
+    for split in splits:
+        for _, file_name, _, _ in split.images:
+            digest = digests[split.name].get(file_name)
+            if digest in first[split.name]:
+                found.append(Finding("same_image", split.name, file_name, f"as {first[split.name][digest]}"))
+            elif digest is not None:
+                first[split.name][digest] = file_name
+    if len(splits) == 2:
+        for name, digest in digests["val"].items():
+            if digest in first["train"]:
+                found.append(Finding("leakage", "val", name, f"the same bytes as {first['train'][digest]} in train"))
+    return found

@@ -1,7 +1,5 @@
 """Suggests anchors and an image size that fit the boxes better: searched on some of the boxes, counted on all."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -35,12 +33,12 @@ class Suggestion(NamedTuple):
     anchors: tuple[int, int]  # anchors per cell, before and after
 
     def pairs(self) -> list[tuple[Share, Share]]:
-        """Before and after, of all boxes and of each class with boxes."""
+        """Returns shares before and after, of all boxes and of each class with boxes."""
         classes = zip(self.before.classes, self.after.classes, strict=True)
         return [(self.before.total, self.after.total), *(pair for pair in classes if pair[0].boxes)]
 
     def line(self) -> str:
-        """The options and their gain, for all boxes and for the class that was worst."""
+        """Returns the options and their gain, for all boxes and for the class that was worst."""
         everything, *classes = self.pairs()
         worst = min(classes, key=lambda pair: pair[0].part("by_iou"))
         gains = (f"{a.name} {a.part('by_iou'):.1%} -> {b.part('by_iou'):.1%}" for a, b in (everything, worst))
@@ -48,8 +46,9 @@ class Suggestion(NamedTuple):
 
 
 def suggest(records: Sequence[Record], config: Config, class_names: Sequence[str], before: Shares) -> Suggestion | None:
-    """The cheapest of some hundred settings that is GOOD, or if none is, CLOSE to the best; None if `config` is good enough
-    or no setting gains more than CLOSE. Larger images are tried only if no anchors are GOOD at the smaller size."""
+    """Returns the cheapest of some hundred settings that is GOOD, or if none is, CLOSE to the best; None if `config` is
+    good enough or no setting gains more than CLOSE. Larger images are tried only if no anchors are GOOD at the smaller
+    size."""
     filled = [record for record in records if len(record.labels)]
     some = filled[:: max(1, sum(len(record.labels) for record in filled) // SEARCHED)]
     boxes = view_boxes(some, config.data)
@@ -80,12 +79,11 @@ def suggest(records: Sequence[Record], config: Config, class_names: Sequence[str
     after = count_shares(views, cover(views, other, "suggested anchors"), class_names)
     if after.total.by_iou <= before.total.by_iou:
         return None
-    each = per_cell, anchors_per_cell(other.anchors)
-    return Suggestion(changes, as_options(changes), before, after, pixels, each)
+    return Suggestion(changes, as_options(changes), before, after, pixels, (per_cell, anchors_per_cell(other.anchors)))
 
 
 def as_options(changes: dict[str, Any]) -> str:
-    """Dotted fields as command-line options: --anchors.size-factor 2 --anchors.ratios 0.5 1 2."""
+    """Writes dotted fields as command-line options: --anchors.size-factor 2 --anchors.ratios 0.5 1 2."""
 
     def words(value: tuple | int | float) -> str:
         if isinstance(value, tuple):
@@ -97,7 +95,7 @@ def as_options(changes: dict[str, Any]) -> str:
 
 
 def _sizes(records: Sequence[Record], config: Config) -> Iterator[dict[str, Any]]:
-    """Short sides, each with the smallest long side that allows it."""
+    """Yields short sides, each with the smallest long side that allows it."""
     data = config.data
     longest = max(max(r.width, r.height) / min(r.width, r.height) for r in records)
     for factor in ENLARGED:
@@ -119,8 +117,7 @@ def _anchors(views: Views, config: Config) -> Iterator[dict[str, Any]]:
 
 
 def _score(iou: Float32[np.ndarray, " N"], views: Views, config: Config) -> float:
-    """The share of boxes with an anchor of sufficient IoU, or the mean of the classes' shares if that is smaller, so that
-    rare classes count."""
+    """Returns the share of boxes of sufficient IoU, or if it is smaller the mean of the classes' shares."""
     good = (iou >= config.matching.positive_iou).astype(np.float64)
     counts = np.bincount(views.labels)
     of_classes = np.bincount(views.labels, weights=good)[counts > 0] / counts[counts > 0]
@@ -128,11 +125,9 @@ def _score(iou: Float32[np.ndarray, " N"], views: Views, config: Config) -> floa
 
 
 def best_iou(views: Views, config: Config) -> Float32[np.ndarray, " N"]:
-    """The largest IoU of each box with any anchor of `anchor_grid`, without looking at all anchors.
-
-    Anchors of one shape on one level differ only in position, and two boxes of given sizes overlap the more, the closer
-    their centres are along x and along y. So only the anchor with the nearest centre counts, one per level and shape.
-    """
+    """Returns the largest IoU of each box with any anchor of `anchor_grid`, without looking at all anchors. Anchors of one
+    shape on one level differ only in position, and two boxes of given sizes overlap the more, the closer their centres
+    are along x and along y. So only the anchor with the nearest centre counts, one per level and shape."""
     best, shapes = np.zeros(len(views.labels), np.float32), anchors_per_cell(config.anchors)
     padded_of = np.repeat(np.array(views.padded_hw, np.int64).reshape(-1, 2), np.diff(views.ends), axis=0)
     for height, width in sorted(set(views.padded_hw)):
@@ -140,9 +135,8 @@ def best_iou(views: Views, config: Config) -> Float32[np.ndarray, " N"]:
         boxes = views.boxes_xyxy[chosen]
         sides = boxes[:, None, 2:] - boxes[:, None, :2]
         # The x of an anchor depends on its column alone and its y on its row: the grid's first row and column are enough.
-        row, column = (
-            anchor_grid(hw, config.anchors, config.model).reshape(-1, shapes, 4) for hw in ((1, width), (height, 1))
-        )
+        grids = (anchor_grid(hw, config.anchors, config.model) for hw in ((1, width), (height, 1)))
+        row, column = (grid.reshape(-1, shapes, 4) for grid in grids)
         across = down = 0
         for rows, columns in level_sizes((height, width), config.model):
             x1, x2 = _nearest(row[across : across + columns, :, 0::2], boxes[:, 0::2])
@@ -159,7 +153,7 @@ def best_iou(views: Views, config: Config) -> Float32[np.ndarray, " N"]:
 def _nearest(
     ends: Float32[np.ndarray, "cells a 2"], boxes: Float32[np.ndarray, "n 2"]
 ) -> tuple[Float32[np.ndarray, "n a"], Float32[np.ndarray, "n a"]]:
-    """Along one axis, both ends of the anchor of each shape whose centre is nearest to each box's."""
+    """Returns, along one axis, both ends of the anchor of each shape whose centre is nearest to each box's."""
     centres = ends.sum(axis=2, dtype=np.float64) / 2
     step = centres[1, 0] - centres[0, 0] if len(centres) > 1 else 1.0
     middle = boxes.sum(axis=1, dtype=np.float64)[:, None] / 2

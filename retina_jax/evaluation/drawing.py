@@ -26,7 +26,7 @@ def draw(
     scores: Float[np.ndarray, " D"] | None = None,
     *,
     class_names: Sequence[str],
-    truth_boxes_xyxy: Float[np.ndarray, "G 4"] | None = None,
+    ground_truth_xyxy: Float[np.ndarray, "G 4"] | None = None,
     notes: Sequence[str] = (),
 ) -> UInt8[np.ndarray, "H W 3"]:
     """The RGB image with its boxes (in its pixels), one colour per class, each labelled "name .87"; see `draw_boxes`.
@@ -42,7 +42,7 @@ def draw(
         words += [] if scores is None else [format_score(float(scores[i]))]
         texts.append(" ".join([*words, *([notes[i]] if notes and notes[i] else [])]))
     colours = [class_colour(label) for label in labels[order].tolist()]
-    return draw_boxes(image, boxes_xyxy[order], colours, texts, truth_boxes_xyxy)
+    return draw_boxes(image, boxes_xyxy[order], colours, texts, ground_truth_xyxy)
 
 
 def draw_boxes(

@@ -231,8 +231,8 @@ def analyse(file: Path, scores: dict[str, Any], data: DataConfig, categories: Se
     # An evaluation takes the first images of the split.
     records = {source.records[row].image_id: row for row in range(min(scores["images"], len(source)))}
     image_ids = sorted(records)
-    check_inputs(source.truth, detections, image_ids, None)
-    truth, found, number = as_arrays(source.truth, detections, image_ids)
+    check_inputs(source.ground_truth, detections, image_ids, None)
+    truth, found, number = as_arrays(source.ground_truth, detections, image_ids)
     curves = precision_recall.coco_curves(truth, found, number)
     now, then = float(precision_recall.coco_stats(curves)[0]), scores["AP"]
     note = ""

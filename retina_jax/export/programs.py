@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32, Int, UInt8
 from retina_jax import cpu
 from retina_jax.config import DataConfig
 from retina_jax.data.pipeline import LARGE
-from retina_jax.data.transforms import buckets, exact_canvas
+from retina_jax.data.transforms import buckets, exact_padded_shape
 from retina_jax.detector import Detector
 from retina_jax.ops.anchors import anchor_grid, level_counts
 from retina_jax.ops.boxes import rounded
@@ -25,7 +25,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")  # Every program is lowered for all of them, 
 
 
 def padded_shapes(data: DataConfig) -> tuple[tuple[int, int], ...]:
-    """Returns every (height, width) that `detector.to_canvas` can choose for a single image, in the order of `buckets`."""
+    """Returns every (height, width) that `detector.padded_batch` can choose for one image, in the order of `buckets`."""
     if data.buckets:
         return buckets(data, (data.short_side,))
     short, long = min(data.short_side, data.long_side), data.long_side
@@ -33,7 +33,7 @@ def padded_shapes(data: DataConfig) -> tuple[tuple[int, int], ...]:
     lost = (0, 1) if data.size_rounding == "floor" else (0,)
     sizes = [(max(1, short - n), side) for n in lost for side in range(max(1, short - n), long + 1)]
     sizes += [(side, max(1, long - n)) for n in lost for side in range(1, short + 1)]
-    exact = [exact_canvas(size, data) for height, width in sizes for size in ((height, width), (width, height))]
+    exact = [exact_padded_shape(size, data) for height, width in sizes for size in ((height, width), (width, height))]
     return tuple(dict.fromkeys(exact))
 
 

@@ -9,10 +9,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from retina_jax.config import DataConfig
-from retina_jax.data.coco import read_image
-from retina_jax.data.conventions import Decoding
-from retina_jax.data.decoding import DECODING, to_rgb
-from retina_jax.data.source import BadImage
+from retina_jax.data.decoding import DECODING, read_image, to_rgb
+from retina_jax.data.source import BadImage, Decoding
 from retina_jax.data.transforms import resize_large
 from retina_jax.data_check.check import Check
 from retina_jax.data_check.coverage import ASPECTS, SIDES, Coverage, Share, Views

@@ -140,5 +140,5 @@ def _draw(analysis: Analysis, image: int, score: float) -> tuple[dict[str, Any],
     kinds = ["" if kind == RIGHT else KINDS[kind] for kind in errors.of_found[d]]
     classes, scores, names = found.categories[d], found.scores[d], analysis.names
     of_truth = draw(pixels, objects, truth.categories[g], class_names=names, notes=crowds)
-    of_found = draw(pixels, detected, classes, scores, class_names=names, truth_boxes_xyxy=missed, notes=kinds)
+    of_found = draw(pixels, detected, classes, scores, class_names=names, ground_truth_xyxy=missed, notes=kinds)
     return jpeg(of_truth), jpeg(of_found)

@@ -7,7 +7,7 @@ import dataclasses
 from benchmarks.photographs import IMAGES, batches_a_repetition, rest
 from benchmarks.work import BenchmarkError, Task, Work
 from retina_jax.config import DataConfig
-from retina_jax.data.coco import read_coco
+from retina_jax.data.datasets import read_coco
 from retina_jax.data.pipeline import train_batches
 from retina_jax.data.source import DataError
 

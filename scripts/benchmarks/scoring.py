@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from benchmarks.work import BenchmarkError, Task, Work
 from retina_jax.data.classes import COCO_CATEGORIES
-from retina_jax.data.coco import parse_coco
+from retina_jax.data.coco_document import parse_coco
 from retina_jax.evaluation.coco_scores import evaluate_coco
 
 RECALLED, NEAR = 0.62, 0.5
@@ -28,7 +28,7 @@ def scored(task: Task, evaluator: Literal["arrays", "pycocotools"]) -> Work:
     path = Path(task.annotations)
     if not path.is_file():
         raise BenchmarkError(f"{path}: no such file; --annotations must be a COCO JSON or text of boxes")
-    truth = read_boxes(path) if path.suffix == ".txt" else parse_coco(path).table.truth()
+    truth = read_boxes(path) if path.suffix == ".txt" else parse_coco(path).ground_truth()
     ids = [image["id"] for image in truth["images"]]
     found = detections_like(truth, task.detections / len(ids), task.seed)
     summary = evaluate_coco(truth, found, ids, evaluator=evaluator).summary

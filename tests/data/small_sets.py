@@ -1,4 +1,4 @@
-"""Small data sets that the tests write themselves."""
+"""Small datasets that the tests write themselves."""
 
 import io
 import json
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from retina_jax.data.coco import read_coco
+from retina_jax.data.datasets import read_coco
 from retina_jax.data.source import Source
 
 
@@ -64,7 +64,7 @@ def rectangles(folder: Path, sizes_wh: list[tuple[int, int]], *, seed: int = 0, 
 
 
 def named(folder: Path, file_name: str) -> Source:
-    """The data set of `document`, its first image called so."""
+    """The dataset of `document`, its first image called so."""
     content = document()
     content["images"][0]["file_name"] = file_name
     return read_coco(*write_coco(folder, content))

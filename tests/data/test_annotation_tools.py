@@ -15,22 +15,13 @@ from small_sets import encode, write_coco
 
 from retina_jax.config import Config, DataConfig
 from retina_jax.config_io import override
-from retina_jax.data import survey
-from retina_jax.data.coco import read_coco
-from retina_jax.data.datasets import open_source
+from retina_jax.data.datasets import open_source, read_coco
 from retina_jax.data.source import BadImage, DataError, Source
 from retina_jax.data.survey import with_decoding
 from retina_jax.data_check.check import check_data
 
 WIDTH, HEIGHT = 128, 96
 Edit = Callable[[dict[str, Any]], None]
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Home folder, in which the cache of image sizes is written."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
 
 
 def plain() -> dict[str, Any]:
@@ -48,7 +39,7 @@ def plain() -> dict[str, Any]:
 
 
 def written(folder: Path, edit: Edit, size: tuple[int, int] = (HEIGHT, WIDTH)) -> tuple[Path, Path]:
-    """The plain data set after `edit`, with its images."""
+    """The plain dataset after `edit`, with its images."""
     content = plain()
     edit(content)
     path, images = write_coco(folder, content)
@@ -132,17 +123,17 @@ RIGHT: dict[str, tuple[Edit, dict[str, Any], str | None]] = {
 
 
 @pytest.mark.parametrize("case", RIGHT)
-def test_what_can_be_read_is_read_as_the_plain_data_set(tmp_path: Path, case: str) -> None:
+def test_what_can_be_read_is_read_as_the_plain_dataset(tmp_path: Path, case: str) -> None:
     """Records, ground truth and files; and the data check finds what training notes."""
     (tmp_path / "plain").mkdir()
     expected = read_coco(*written(tmp_path / "plain", lambda content: None))
     edit, options, kind = RIGHT[case]
     path, images = written(tmp_path, edit)
-    source = read_coco(path, images, images_without_boxes="drop", **options)
+    source = read_coco(path, images, images_without_boxes="drop", data=DataConfig(**options))
     for record, same in zip(source.records, expected.records, strict=True):
         assert (record.image_id, record.width, record.height) == (same.image_id, same.width, same.height)
         assert np.allclose(record.boxes_xyxy, same.boxes_xyxy) and record.labels.tolist() == same.labels.tolist()
-    for a, b in zip(source.truth["annotations"], expected.truth["annotations"], strict=True):
+    for a, b in zip(source.ground_truth["annotations"], expected.ground_truth["annotations"], strict=True):
         assert np.allclose(a.pop("bbox"), b.pop("bbox")) and a.pop("area") == pytest.approx(b.pop("area")) and a == b
     assert [Path(source.where(i)).read_bytes() for i in range(4)] == [source.read(i) for i in range(4)]
     assert [Path(source.where(i)) for i in range(4)] == [images / f"{i}.png" for i in range(4)]
@@ -181,14 +172,14 @@ def test_what_cannot_be_trained_on_names_the_option(tmp_path: Path, case: str) -
 
 
 def test_boxes_that_are_right_can_be_kept_as_they_are(tmp_path: Path) -> None:
-    source = read_coco(*written(tmp_path, each_box(corners)), box_format="xywh")
+    source = read_coco(*written(tmp_path, each_box(corners)), data=DataConfig(box_format="xywh"))
     assert source.counts["clipped"] == 8 and source.notes == ()
 
 
 def test_a_chosen_format_that_does_not_fit_is_noted(tmp_path: Path) -> None:
     path, images = written(tmp_path, lambda content: None)
     for chosen in ("xyxy", "xywh_fractions"):
-        (note,) = read_coco(path, images, box_format=chosen).notes
+        (note,) = read_coco(path, images, data=DataConfig(box_format=chosen)).notes
         assert chosen in note and "set data.box_format xywh" in note
         groups = check_data(override(Config(), {"data.box_format": chosen}), {"train": (path, images)}).groups
         assert "likely_format" in {group.kind for group in groups}
@@ -215,9 +206,9 @@ def test_a_class_of_crowds_alone_is_named_and_evaluated_as_objects_on_demand(tmp
     source = read_coco(path, images)
     (note,) = source.notes
     assert "'blue'" in note and "'red'" not in note and "4 in all" in note
-    taken = read_coco(path, images, crowds="objects")
-    assert [a["iscrowd"] for a in source.truth["annotations"]] == [0, 1] * 4
-    assert not any(a["iscrowd"] for a in taken.truth["annotations"]) and taken.notes == ()
+    taken = read_coco(path, images, data=DataConfig(crowds="objects"))
+    assert [a["iscrowd"] for a in source.ground_truth["annotations"]] == [0, 1] * 4
+    assert not any(a["iscrowd"] for a in taken.ground_truth["annotations"]) and taken.notes == ()
 
 
 def test_annotations_without_a_box_are_dropped_and_counted(tmp_path: Path) -> None:
@@ -229,7 +220,7 @@ def test_annotations_without_a_box_are_dropped_and_counted(tmp_path: Path) -> No
     path, images = written(tmp_path, edit)
     source = read_coco(path, images)
     assert source.counts["without_box"] == 3 and "3 without_box" in str(source)
-    assert [a["id"] for a in source.truth["annotations"]] == [4, 5, 6, 7, 8]
+    assert [a["id"] for a in source.ground_truth["annotations"]] == [4, 5, 6, 7, 8]
     groups = {group.kind: group for group in check_data(Config(), {"train": (path, images)}).groups}
     assert [f.name for f in groups["without_box"].findings] == ["annotation 1", "annotation 2", "annotation 3"]
 
@@ -238,28 +229,11 @@ def no_sizes(i: dict[str, Any]) -> dict[str, Any]:
     return {"id": i["id"], "file_name": i["file_name"]}
 
 
-def test_sizes_are_read_from_the_files_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-    read: list[str] = []
-    from_files = survey.read_headers
-    monkeypatch.setattr(survey, "read_headers", lambda paths: read.extend(p.name for p in paths) or from_files(paths))
+def test_missing_sizes_are_those_of_the_files(tmp_path: Path) -> None:
     path, images = written(tmp_path, each_image(no_sizes))
-
-    def sizes() -> list[tuple[int, int]]:
-        return [(record.width, record.height) for record in read_coco(path, images).records]
-
-    assert sizes() == [(WIDTH, HEIGHT)] * 4 and sorted(read) == [f"{i}.png" for i in range(4)]
-    assert sizes() == [(WIDTH, HEIGHT)] * 4 and len(read) == 4
     (images / "2.png").write_bytes(encode(np.zeros((70, 50, 3), np.uint8), "PNG"))
-    assert sizes()[2] == (50, 70) and read[4:] == ["2.png"]
-    (cache,) = (home / ".cache/retina_jax/image_sizes").iterdir()
-    for damage in ("[", "[1]", '{"a": 1}'):
-        cache.write_text(damage)
-        assert sizes()[2] == (50, 70)
-    assert len(read) == 5 + 3 * 4
-    cache.unlink()
-    cache.parent.rmdir()
-    cache.parent.write_text("no folder")
-    assert sizes()[2] == (50, 70)
+    sizes = [(record.width, record.height) for record in read_coco(path, images).records]
+    assert sizes == [(WIDTH, HEIGHT)] * 2 + [(50, 70), (WIDTH, HEIGHT)]
 
 
 def test_the_size_of_a_turned_image_is_that_of_the_image_as_shown(tmp_path: Path) -> None:

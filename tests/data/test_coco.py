@@ -13,10 +13,9 @@ from small_sets import document, write_coco
 
 from retina_jax.config import DataConfig
 from retina_jax.data.classes import COCO_CATEGORIES
-from retina_jax.data.coco import parse_coco, read_coco
-from retina_jax.data.coco_document import parse_document
+from retina_jax.data.coco_document import parse_coco, parse_document
 from retina_jax.data.coco_entries import Mistake
-from retina_jax.data.datasets import open_source
+from retina_jax.data.datasets import open_source, read_coco
 from retina_jax.data.source import BadImage, DataError, sort_boxes
 
 
@@ -51,13 +50,16 @@ def test_images_without_annotations_are_accepted_only_on_request(tmp_path: Path)
         read_coco(path, images)
     source = read_coco(path, images, unlabelled=True)
     assert not source.labelled and [record.image_id for record in source.records] == [1, 2]
-    assert source.truth["annotations"] == [] and len(source.truth["images"]) == len(source.truth["categories"]) == 2
+    assert (
+        source.ground_truth["annotations"] == []
+        and len(source.ground_truth["images"]) == len(source.ground_truth["categories"]) == 2
+    )
     path, images = write_coco(tmp_path, edited(annotations=None))
     with pytest.raises(DataError, match=r"annotations must .*null"):
         read_coco(path, images, unlabelled=True)
     path, images = write_coco(tmp_path, document())
     labelled = read_coco(path, images, unlabelled=True)
-    assert labelled.labelled and labelled.truth == read_coco(path, images).truth
+    assert labelled.labelled and labelled.ground_truth == read_coco(path, images).ground_truth
 
 
 def test_cleaning_counts_each_box_once(tmp_path: Path) -> None:
@@ -83,28 +85,28 @@ def test_cleaning_counts_each_box_once(tmp_path: Path) -> None:
     kept = [[0, 40, 6, 48], [54, 5, 64, 14], [0, 0, 64, 48]]
     assert source.records[0].boxes_xyxy.tolist() == kept
     assert len(source) == 2 and len(read_coco(*write_coco(tmp_path, content), images_without_boxes="drop")) == 1
-    assert len(source.truth["annotations"]) == len(boxes)
+    assert len(source.ground_truth["annotations"]) == len(boxes)
 
 
-def test_truth_is_the_file_plus_what_pycocotools_needs(tmp_path: Path) -> None:
+def test_ground_truth_is_the_file_plus_what_pycocotools_needs(tmp_path: Path) -> None:
     content = document()
     content["annotations"][0]["segmentation"] = [[1, 2, 3, 4, 5, 6]]
     del content["annotations"][1]["area"], content["annotations"][1]["iscrowd"]
-    truth = read_coco(*write_coco(tmp_path, content)).truth
-    assert truth["annotations"] == document()["annotations"]
-    assert truth["images"] == document()["images"]
-    assert truth["categories"] == document()["categories"]
+    ground_truth = read_coco(*write_coco(tmp_path, content)).ground_truth
+    assert ground_truth["annotations"] == document()["annotations"]
+    assert ground_truth["images"] == document()["images"]
+    assert ground_truth["categories"] == document()["categories"]
     api = COCO()
-    api.dataset = truth
+    api.dataset = ground_truth
     api.createIndex()
     assert sorted(api.getAnnIds()) == [1, 2]
 
 
 @pytest.mark.parametrize("ids", [(0, 1), (5, 5), (-1, 2), (None, 4)])
-def test_truth_ids_are_renumbered_where_they_cannot_serve(tmp_path: Path, ids: tuple[int | None, int]) -> None:
+def test_ground_truth_ids_are_renumbered_where_they_cannot_serve(tmp_path: Path, ids: tuple[int | None, int]) -> None:
     content = edited(annotations__0__id=ids[0] if ids[0] is not None else ..., annotations__1__id=ids[1])
-    truth = read_coco(*write_coco(tmp_path, content)).truth
-    assert [annotation["id"] for annotation in truth["annotations"]] == [1, 2]
+    ground_truth = read_coco(*write_coco(tmp_path, content)).ground_truth
+    assert [annotation["id"] for annotation in ground_truth["annotations"]] == [1, 2]
 
 
 MISTAKES: dict[str, tuple[Any, str]] = {
@@ -184,7 +186,7 @@ def test_every_mistake_is_collected_where_they_are_wanted(tmp_path: Path) -> Non
     named = [(m.key, m.index, m.entry) for m in mistakes]
     assert named == [(key, i, content[key][i]) for key, i in
                      [("categories", 0), ("images", 1), ("annotations", 0), ("annotations", 1)]]  # fmt: skip
-    assert (found.table.categories, found.table.ids.tolist(), found.rows.tolist()) == ([(3, "cat")], [3], [2])
+    assert (found.categories, found.ids.tolist(), found.rows.tolist()) == ([(3, "cat")], [3], [2])
 
 
 VALUES_AS_TEXT = {"id": "1", "image_id": "1", "category_id": "7.0", "bbox": ["4", "5.0", "2e1", 10], "area": "200"}
@@ -206,7 +208,7 @@ def test_an_unusual_value_changes_nothing(tmp_path: Path, case: str) -> None:
     content = document()
     content["annotations"][0] |= TOLERATED[case]
     source = read_coco(*write_coco(tmp_path, content))
-    assert source.sha256 == expected.sha256 and source.truth == expected.truth
+    assert source.sha256 == expected.sha256 and source.ground_truth == expected.ground_truth
     assert bool(source.notes) == ("as text" in case and "polygons" not in case)
 
 
@@ -218,10 +220,9 @@ def test_a_correct_file_is_decoded_at_once(tmp_path: Path, monkeypatch: pytest.M
     expected = parse_document(tmp_path, content)
     monkeypatch.setattr("retina_jax.data.coco_entries.parse_entry", None)
     found = parse_coco(write_coco(tmp_path, content)[0])
-    for field, value in vars(expected.table).items():
-        assert np.array_equal(getattr(found.table, field), value), field
-    assert found._replace(table=None, rows=None) == expected._replace(table=None, rows=None)
-    assert found.table.boxes_xywh[1].tolist() == [1.5, 2, 3, 4.25]
+    for field, value in vars(expected).items():
+        assert np.array_equal(getattr(found, field), value), field
+    assert found.boxes_xywh[1].tolist() == [1.5, 2, 3, 4.25]
 
 
 def test_not_text_is_refused(tmp_path: Path) -> None:
@@ -305,7 +306,7 @@ def test_any_value_anywhere_is_read_or_a_data_error(
         assert "\n" not in str(error)
     else:
         assert all((r.boxes_xyxy[:, 2:] > r.boxes_xyxy[:, :2]).all() for r in source.records)
-        assert len(source.truth["annotations"]) >= sum(len(r.labels) for r in source.records)
+        assert len(source.ground_truth["annotations"]) >= sum(len(r.labels) for r in source.records)
 
 
 def test_bccd_has_two_boxes_of_zero_size(shared_data: Path) -> None:
@@ -326,9 +327,9 @@ def test_coco_subset_has_coco_classes_and_crowds(shared_data: Path) -> None:
     )
     content = parse_coco(folder / "annotations/instances_train2017.json")
     assert tuple(zip(source.category_ids, source.class_names, strict=True)) == COCO_CATEGORIES
-    assert source.counts["crowd"] == int(content.table.crowd.sum()) > 0
+    assert source.counts["crowd"] == int(content.crowd.sum()) > 0
     dropped = sum(source.counts[kind] for kind in ("crowd", "zero_size", "outside"))
-    assert sum(len(record.labels) for record in source.records) == len(content.table.ids) - dropped
-    assert len(source) == len(content.table.images) - source.counts["images_without_boxes"]
+    assert sum(len(record.labels) for record in source.records) == len(content.ids) - dropped
+    assert len(source) == len(content.images) - source.counts["images_without_boxes"]
     assert np.diff([category for category, _ in COCO_CATEGORIES]).min() > 0
     assert source.read(0)[:2] == b"\xff\xd8"

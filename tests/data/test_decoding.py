@@ -1,18 +1,14 @@
 """Image files of every kind become the RGB that a person sees."""
 
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from small_sets import encode
 
-from retina_jax.data import decoding
-from retina_jax.data.decoding import MAX_PIXELS, TURNS, is_plain_jpeg, open_image, to_rgb
+from retina_jax.data.decoding import MAX_PIXELS, TURNS, is_plain_jpeg, to_rgb
 from retina_jax.data.source import BadImage
 
 rng = np.random.default_rng(0)
@@ -53,47 +49,6 @@ def test_plain_jpeg_is_the_same_from_tensorflow() -> None:
             assert is_plain_jpeg(encoded)
             decoded = tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE").numpy()
             assert np.array_equal(to_rgb(encoded), decoded)
-
-
-def plainest(encoded: bytes, size: tuple[int, int] | None) -> bool:
-    return decoding._is_plainest_jpeg(encoded, size)
-
-
-def test_most_plain_jpegs_are_known_without_pil(shared_data: Path) -> None:
-    files = sorted((shared_data / "coco_subset" / "val2017").iterdir())[:100]
-    sizes = []
-    for file in files:
-        with Image.open(file) as image:
-            sizes.append(image.size)
-    known = [plainest(file.read_bytes(), size) for file, size in zip(files, sizes, strict=True)]
-    assert np.mean(known) > 0.7
-    wrong = [
-        plainest(file.read_bytes(), (width + 1, height)) for file, (width, height) in zip(files, sizes, strict=True)
-    ]
-    assert not any(wrong)
-
-
-@settings(deadline=None, max_examples=300)
-@given(st.data())
-def test_what_is_plain_without_pil_is_plain_to_pil(data: st.DataObject) -> None:
-    more = {"progressive": True, "icc_profile": b"profile", "comment": b"comment"}
-    mode, options = data.draw(st.sampled_from([("RGB", {}), ("L", {}), ("CMYK", {}), ("RGB", more)]))
-    encoded = bytearray(saved(Image.fromarray(WIDE).convert(mode), "JPEG", quality=90, **options))
-    size, header = (30, 20), encoded.index(b"\xff\xda") + 12
-    assert plainest(bytes(encoded), size) == (mode != "CMYK") == is_plain_jpeg(bytes(encoded), expected_size=size)
-    for _ in range(data.draw(st.integers(1, 3))):
-        at, what = data.draw(st.integers(0, header)), data.draw(st.integers(0, 255))
-        kind = data.draw(st.sampled_from(["set", "insert", "cut"]))
-        if kind == "set":
-            encoded[at] = what
-        elif kind == "insert":
-            encoded[at:at] = bytes([what]) * data.draw(st.integers(1, 70))
-        else:
-            del encoded[at : at + data.draw(st.integers(1, 70))]
-    if plainest(bytes(encoded), size):
-        image = open_image(bytes(encoded))
-        assert image.format == "JPEG" and image.mode in ("RGB", "L") and image.size == size
-        assert decoding.upright(decoding.read_header(image), size) is None
 
 
 def test_grey_becomes_equal_channels() -> None:

@@ -14,7 +14,8 @@ import pytest
 from fuzzing import assert_named, both_shares, run_cases, test_the_full_shares_are_ten_thousand_cases  # noqa: F401
 from hypothesis import strategies as st
 
-from retina_jax.data.coco import read_coco
+from retina_jax.config import DataConfig
+from retina_jax.data.datasets import read_coco
 from retina_jax.data.source import BadImage, DataError, Source
 
 NAMES = [
@@ -232,9 +233,11 @@ def compare(source: Source, document: dict[str, Any]) -> None:
     assert [r.image_id for r in source.records] == [image_id for image_id, _, _ in expected]
     for record, (_, boxes, labels) in zip(source.records, expected, strict=True):
         assert record.boxes_xyxy.tolist() == boxes and record.labels.tolist() == labels
-    truth = source.truth["annotations"]
-    assert [t["bbox"] for t in truth] == [box_of(a) for a in document["annotations"] if a.get("bbox") not in (None, [])]
-    ids = [t["id"] for t in truth]
+    ground_truth = source.ground_truth["annotations"]
+    assert [t["bbox"] for t in ground_truth] == [
+        box_of(a) for a in document["annotations"] if a.get("bbox") not in (None, [])
+    ]
+    ids = [t["id"] for t in ground_truth]
     assert len(set(ids)) == len(ids) and all(i >= 1 for i in ids)
 
 
@@ -250,7 +253,7 @@ def test_any_file_is_read_as_plainly_or_refused_by_name(tmp_path: Path, share: i
         except (ValueError, RecursionError):
             document = None
         try:
-            source = read_coco(path, images, box_format="xywh")
+            source = read_coco(path, images, data=DataConfig(box_format="xywh"))
         except DataError as error:
             assert_named(error, f"{path}: ")
             assert not acceptable(document), str(error)

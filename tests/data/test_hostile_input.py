@@ -1,4 +1,4 @@
-"""Data sets made by accident or on purpose to break a run: sizes, numbers of boxes, paths, and what is not a file."""
+"""Datasets made by accident or on purpose to break a run: sizes, numbers of boxes, paths, and what is not a file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fuzzing import assert_named
 from small_sets import document, encode, named, write_coco
 
 from retina_jax.config import DataConfig
-from retina_jax.data.coco import read_coco
+from retina_jax.data.datasets import read_coco
 from retina_jax.data.decoding import largest_file, to_rgb
 from retina_jax.data.pipeline import LARGE, eval_batches, overflow, train_batches
 from retina_jax.data.reading import read_file
@@ -127,9 +127,9 @@ def test_ten_thousand_boxes_in_an_image(tmp_path: Path) -> None:
         batch = next(b for b in eval_batches(source, data, batch_size=1) if b.indices == [0])
         assert np.allclose(batch.boxes_xyxy[0], expected[:most], atol=1e-4)
         assert batch.labels[0].tolist() == [(i + 1) % 2 for i in range(most)]
-    assert [a["bbox"] for a in source.truth["annotations"]] == boxes
+    assert [a["bbox"] for a in source.ground_truth["annotations"]] == boxes
     found = [{"image_id": 1, "category_id": 3, "bbox": box, "score": 0.9} for box in boxes[:200:2]]
-    scores = evaluate_coco(source.truth, found, [1]).summary
+    scores = evaluate_coco(source.ground_truth, found, [1]).summary
     assert scores["AR100"] == pytest.approx(100 / 5000 / 2, rel=0.01)  # Each of them is right.
 
 
@@ -190,7 +190,7 @@ def test_names_beyond_the_file_system_are_os_errors(tmp_path: Path, name: str) -
 
 
 def test_symbolic_links_lead_where_they_lead(tmp_path: Path) -> None:
-    """Data sets made of links, of files and of folders, are common."""
+    """Datasets made of links, of files and of folders, are common."""
     outside = tmp_path / "outside"
     outside.mkdir()
     encoded = encode(np.zeros((48, 64, 3), np.uint8))
@@ -215,7 +215,7 @@ def test_annotations_that_change_under_a_run_change_nothing(tmp_path: Path) -> N
     path, images = write_coco(tmp_path, document())
     source = read_coco(path, images)
     path.write_text("[]")
-    assert [annotation["id"] for annotation in source.truth["annotations"]] == [1, 2]
+    assert [annotation["id"] for annotation in source.ground_truth["annotations"]] == [1, 2]
 
 
 def test_the_sizes_lie_on_both_sides_of_large() -> None:

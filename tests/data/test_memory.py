@@ -158,7 +158,7 @@ import time
 from retina_jax.config import DataConfig
 from retina_jax.data import pipeline
 from retina_jax.data.decoding import Budget
-from retina_jax.data.coco import read_coco
+from retina_jax.data.datasets import read_coco
 def slowly(*arguments, **options):
     image = to_rgb(*arguments, **options)
     time.sleep(0.8)  # So that threads that may decode at once do, however few cores there are.
@@ -204,7 +204,7 @@ def test_budget_is_never_overdrawn_and_comes_back() -> None:
 
 
 @pytest.mark.parametrize("bad_images", ["stop", "skip"])
-def test_bombs_in_a_data_set_stop_or_are_skipped(tmp_path: Path, bad_images: str) -> None:
+def test_bombs_in_a_dataset_stop_or_are_skipped(tmp_path: Path, bad_images: str) -> None:
     source = rectangles(tmp_path, [(80, 60)] * 8)
     path = Path(source.where(3))
     path.write_bytes(png(100_000, 100_000))

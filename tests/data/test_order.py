@@ -114,9 +114,3 @@ def test_hosts_partition_a_batch(hosts: int) -> None:
 def test_hosts_that_cannot_share_a_batch_are_refused(batch_size: int, host: int, hosts: int) -> None:
     with pytest.raises(ValueError, match="must be divisible by"):
         host_rows(batch_size, host, hosts)
-
-
-@pytest.mark.parametrize(("images", "batch_size"), [(0, 4), (4, 0)])
-def test_order_of_nothing_is_refused(images: int, batch_size: int) -> None:
-    with pytest.raises(ValueError, match="at least one image and a batch size"):
-        BucketSampler(np.zeros(images, int), batch_size, 0)

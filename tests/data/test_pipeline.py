@@ -14,7 +14,7 @@ from PIL import Image
 from small_sets import encode, rectangles
 
 from retina_jax.config import DataConfig
-from retina_jax.data.coco import read_coco
+from retina_jax.data.datasets import read_coco
 from retina_jax.data.pipeline import Batch, Batches, eval_batches, overflow, train_batches
 from retina_jax.data.source import BadImage, Source
 from retina_jax.data.transforms import buckets, resized_size, train_short_sides

@@ -1,4 +1,4 @@
-"""Pixels lie where their boxes are, and are as bright as they were, whatever convention the files of a data set follow."""
+"""Pixels lie where their boxes are, and are as bright as they were, whatever convention the files of a dataset follow."""
 
 from __future__ import annotations
 
@@ -17,19 +17,15 @@ from small_sets import encode, write_coco
 
 from retina_jax.config import Config, DataConfig
 from retina_jax.config_io import override
-from retina_jax.data.coco import read_coco
-from retina_jax.data.conventions import Decoding, Votes
-from retina_jax.data.datasets import open_source, open_sources
-from retina_jax.data.decoding import image_of, is_plain_jpeg, open_image, read_header, to_rgb
-from retina_jax.data.image_faults import is_one_colour, missing_part
+from retina_jax.data.datasets import open_source, open_sources, read_coco
+from retina_jax.data.decoding import image_of, is_one_colour, is_plain_jpeg, open_image, read_header, to_rgb
 from retina_jax.data.pipeline import eval_batches, train_batches
 from retina_jax.data.sixteen_bits import Values, _warn_once, find_range, to_eight_bits
-from retina_jax.data.source import BadImage, Source
-from retina_jax.data.survey import Survey, decoding_of_files, survey_files, with_decoding
+from retina_jax.data.source import BadImage, Decoding, Source
+from retina_jax.data.survey import Survey, Votes, decoding_of_files, survey_files, with_decoding
 from retina_jax.data_check.check import check_data, decide_decoding, survey_split
 from retina_jax.data_check.findings import Finding
-from retina_jax.data_check.image_check import fault_of
-from retina_jax.data_check.split import read_split
+from retina_jax.data_check.split import fault_of, missing_part, read_split
 
 RED = np.array([230, 30, 30])
 
@@ -48,7 +44,7 @@ def is_red(pixels: np.ndarray) -> np.ndarray:
 def write_squares(
     folder: Path, drawn: list[tuple[int, str, str, tuple[int, int]]], unsized: Sequence[int] = ()
 ) -> tuple[Path, Path]:
-    """A data set; of each image the orientation, `stored` or `turned` annotations, the format and the stored size.
+    """A dataset; of each image the orientation, `stored` or `turned` annotations, the format and the stored size.
     The annotations lack the sizes of the images `unsized`."""
     images, annotations, files = [], [], {}
     for i, (orientation, convention, kind, size) in enumerate(drawn):
@@ -89,7 +85,7 @@ def opened(pair: tuple[Path, Path], choice: str = "auto") -> tuple[list[bool], l
 
 
 @st.composite
-def data_sets(draw: st.DrawFn) -> list[tuple[int, str, str, tuple[int, int]]]:
+def datasets(draw: st.DrawFn) -> list[tuple[int, str, str, tuple[int, int]]]:
     """Images of one convention, or of both."""
     conventions = draw(st.sampled_from([["stored"], ["turned"], ["stored", "turned"]]))
     image = st.tuples(
@@ -107,7 +103,7 @@ def shows(orientation: int, size: tuple[int, int]) -> bool:
 
 
 @settings(deadline=None, max_examples=80)
-@given(data_sets())
+@given(datasets())
 def test_squares_are_where_their_boxes_are_or_the_doubt_is_reported(drawn: list) -> None:
     with tempfile.TemporaryDirectory() as folder:
         right, lines = opened(write_squares(Path(folder), drawn))
@@ -183,7 +179,7 @@ def test_images_without_a_size_follow_those_with_one(
 def test_the_size_of_an_image_wins_over_the_orientation_of_the_run(tmp_path: Path) -> None:
     pair = write_squares(tmp_path, [(orientation, "turned", "JPEG", (32, 24)) for orientation in (6, 3)])
     data = DataConfig(undecided_orientation="stored")
-    source = with_decoding(read_coco(*pair, undecided_orientation="stored"), data)
+    source = with_decoding(read_coco(*pair, data=DataConfig(undecided_orientation="stored")), data)
     assert source.decoding.orientation == "turned" and squares_are_in_boxes(source)
 
 
@@ -337,7 +333,7 @@ def test_training_evaluation_and_the_check_decode_alike(tmp_path: Path, capsys: 
     assert (image_of(other, 0) == 255).all()  # which is why it is warned of
 
 
-def test_convention_of_the_data_set_reaches_training_evaluation_and_the_check(tmp_path: Path) -> None:
+def test_convention_of_the_dataset_reaches_training_evaluation_and_the_check(tmp_path: Path) -> None:
     sizes = [(6, (32, 24)), (8, (32, 24)), (3, (32, 24)), (6, (24, 24)), (1, (32, 24))]
     pair = write_squares(tmp_path, [(orientation, "stored", "JPEG", size) for orientation, size in sizes])
     data = DataConfig(
@@ -362,7 +358,7 @@ def test_files_without_annotations_are_turned_as_viewers_show_them(tmp_path: Pat
     assert decoding_of_files(files, DataConfig(bits=12)) == Decoding("turned", 12)
 
 
-def test_boxes_of_tensorflow_data_sets_lie_on_stored_pixels(tmp_path: Path) -> None:
+def test_boxes_of_tensorflow_datasets_lie_on_stored_pixels(tmp_path: Path) -> None:
     source = read_coco(*write_deep(tmp_path / "deep", 10))
     assert with_decoding(source, DataConfig(source="tfds")).decoding == Decoding("stored", 10)
     assert with_decoding(source, DataConfig(source="tfds", orientation="turned")).decoding == Decoding("turned", 10)

@@ -88,7 +88,7 @@ def test_a_read_that_fails_in_passing_is_tried_again(
     (tmp_path / "images" / "one.jpg").write_bytes(b"content")
     number = getattr(errno, name)
     read, calls = failing(tmp_path, 3, OSError(number, os.strerror(number)))
-    monkeypatch.setattr("retina_jax.data.coco.read_file", read)
+    monkeypatch.setattr("retina_jax.data.decoding.read_file", read)
     assert source.read(0) == b"content" and len(calls) == 4
     assert np.all(np.diff(calls) >= [0.01, 0.02, 0.08])
     lines = [record.getMessage() for record in caplog.records if str(tmp_path) in record.getMessage()]
@@ -98,7 +98,7 @@ def test_a_read_that_fails_in_passing_is_tried_again(
     ]
     # A fourth failure is the image's.
     read, calls = failing(tmp_path, 4, OSError(number, os.strerror(number)))
-    monkeypatch.setattr("retina_jax.data.coco.read_file", read)
+    monkeypatch.setattr("retina_jax.data.decoding.read_file", read)
     with pytest.raises(BadImage) as raised:
         source.read(0)
     assert_named(raised.value, f"{source.where(0)}: cannot be read: {os.strerror(number)}")
@@ -112,7 +112,7 @@ def test_a_permanent_error_is_not_retried(
     source = named(tmp_path, "one.jpg")
     number = getattr(errno, name)
     read, calls = failing(tmp_path, 1, OSError(number, os.strerror(number)))
-    monkeypatch.setattr("retina_jax.data.coco.read_file", read)
+    monkeypatch.setattr("retina_jax.data.decoding.read_file", read)
     with pytest.raises(BadImage):
         source.read(0)
     assert len(calls) == 1 and not any("again" in record.getMessage() for record in caplog.records)

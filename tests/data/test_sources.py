@@ -1,4 +1,4 @@
-"""The configured data set, by kind."""
+"""The configured dataset, by kind."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A TFDS data set reads as the COCO files it was made from."""
+"""A TFDS dataset reads as the COCO files it was made from."""
 
 import dataclasses
 import shutil
@@ -15,8 +15,7 @@ from tfds_sets import example, store
 from retina_jax.config import DataConfig
 from retina_jax.config_io import load_config, override
 from retina_jax.data.classes import COCO_CATEGORIES
-from retina_jax.data.coco import read_coco
-from retina_jax.data.datasets import open_source, open_sources
+from retina_jax.data.datasets import open_source, open_sources, read_coco
 from retina_jax.data.pipeline import eval_batches
 from retina_jax.data.source import BadImage, DataError, Source
 from retina_jax.data.tfds import TFRecordExamples, read_tfds
@@ -29,7 +28,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, str]:
     """The same images as a COCO source and as a TFDS folder; one has a crowd besides its box, one has no box."""
     folder = tmp_path_factory.mktemp("tfds")
     source = rectangles(folder, SIZES)
-    document = source.truth
+    document = source.ground_truth
     crowd = {"id": 9, "image_id": 11, "category_id": 2, "bbox": [0, 0, 30, 20], "area": 600, "iscrowd": 1}
     document["annotations"] = [a for a in document["annotations"] if a["image_id"] != 12] + [crowd]
     source = read_coco(*write_coco(folder, document))
@@ -47,12 +46,12 @@ def test_tfds_reads_as_its_coco_files(pair: tuple[Source, str]) -> None:
         assert np.array_equal(found.labels, expected.labels)
         assert np.abs(found.boxes_xyxy - expected.boxes_xyxy).max(initial=0) < 1e-4
         assert source.read(index) == coco.read(index)
-    truth = {a["image_id"]: a for a in source.truth["annotations"] if not a["iscrowd"]}
-    assert [a["area"] for a in source.truth["annotations"] if a["iscrowd"]] == [600]
-    for a in coco.truth["annotations"]:
+    ground_truth = {a["image_id"]: a for a in source.ground_truth["annotations"] if not a["iscrowd"]}
+    assert [a["area"] for a in source.ground_truth["annotations"] if a["iscrowd"]] == [600]
+    for a in coco.ground_truth["annotations"]:
         if not a["iscrowd"]:
-            assert np.allclose(truth[a["image_id"]]["bbox"], a["bbox"], atol=1e-4)
-            assert truth[a["image_id"]]["category_id"] == a["category_id"]
+            assert np.allclose(ground_truth[a["image_id"]]["bbox"], a["bbox"], atol=1e-4)
+            assert ground_truth[a["image_id"]]["category_id"] == a["category_id"]
     assert len(read_tfds(folder, "", "train", images_without_boxes="drop")) == 3
 
 
@@ -65,49 +64,49 @@ def test_tfds_gives_the_batches_of_its_coco_files(pair: tuple[Source, str]) -> N
         assert all(np.allclose(a, b, atol=1e-3) for a, b in zip(found, expected, strict=True))
 
 
-def test_truth_is_the_original_file_where_it_is_given(pair: tuple[Source, str]) -> None:
+def test_ground_truth_is_the_original_file_where_it_is_given(pair: tuple[Source, str]) -> None:
     coco, folder = pair
-    source = read_tfds(folder, "", "train", truth_annotations=coco.name)
-    assert source.truth == coco.truth and source.category_ids == coco.category_ids
+    source = read_tfds(folder, "", "train", ground_truth_annotations=coco.name)
+    assert source.ground_truth == coco.ground_truth and source.category_ids == coco.category_ids
     data = DataConfig(
         source="tfds", tfds_name=folder, tfds_train_split="train", tfds_val_split="train", val_annotations=coco.name
     )
-    assert open_source(data, "val").truth == coco.truth and len(open_source(data, "train")) == 3
+    assert open_source(data, "val").ground_truth == coco.ground_truth and len(open_source(data, "train")) == 3
 
 
-def test_truth_of_other_images_or_classes_is_refused(pair: tuple[Source, str], tmp_path: Path) -> None:
+def test_ground_truth_of_other_images_or_classes_is_refused(pair: tuple[Source, str], tmp_path: Path) -> None:
     coco, folder = pair
-    fewer = {**coco.truth, "images": coco.truth["images"][:3]}
+    fewer = {**coco.ground_truth, "images": coco.ground_truth["images"][:3]}
     fewer["annotations"] = [a for a in fewer["annotations"] if a["image_id"] != 13]
     path, _ = write_coco(tmp_path, fewer)
     with pytest.raises(DataError, match=r"annotations.json: images .*13 .*003.jpeg"):
-        read_tfds(folder, "", "train", truth_annotations=str(path))
+        read_tfds(folder, "", "train", ground_truth_annotations=str(path))
     renamed = [{"id": 1, "name": "red"}, {"id": 2, "name": "verde"}]
-    path, _ = write_coco(tmp_path, {**coco.truth, "categories": renamed})
+    path, _ = write_coco(tmp_path, {**coco.ground_truth, "categories": renamed})
     with pytest.raises(DataError, match=r"annotations.json: categories .*verde.*green"):
-        read_tfds(folder, "", "train", truth_annotations=str(path))
+        read_tfds(folder, "", "train", ground_truth_annotations=str(path))
 
 
 @pytest.mark.parametrize(
     "unused", [[], [{"id": 9, "name": "x"}], [{"id": 0, "name": "things", "supercategory": "none"}]]
 )
-def test_truth_categories_are_matched_by_name(
+def test_ground_truth_categories_are_matched_by_name(
     pair: tuple[Source, str], tmp_path: Path, unused: list[dict[str, Any]]
 ) -> None:
     coco, folder = pair
     renamed = [*unused, {"id": 1, "name": "green"}, {"id": -2, "name": "red"}]
-    boxes = [{**a, "category_id": {1: -2, 2: 1}[a["category_id"]]} for a in coco.truth["annotations"]]
-    path, _ = write_coco(tmp_path, {**coco.truth, "annotations": boxes, "categories": renamed})
-    source = read_tfds(folder, "", "train", truth_annotations=str(path))
+    boxes = [{**a, "category_id": {1: -2, 2: 1}[a["category_id"]]} for a in coco.ground_truth["annotations"]]
+    path, _ = write_coco(tmp_path, {**coco.ground_truth, "annotations": boxes, "categories": renamed})
+    source = read_tfds(folder, "", "train", ground_truth_annotations=str(path))
     assert (source.class_names, source.category_ids) == (("red", "green"), (-2, 1))
     for found, expected in zip(source.records, coco.records, strict=True):
         assert np.array_equal(found.labels, expected.labels)
 
 
-def test_a_class_without_boxes_may_be_missing_from_the_truth(pair: tuple[Source, str], tmp_path: Path) -> None:
+def test_a_class_without_boxes_may_be_missing_from_the_ground_truth(pair: tuple[Source, str], tmp_path: Path) -> None:
     coco, _ = pair
     folder = store(tmp_path / "sets", [example(coco, i) for i in range(4)], names=("red", "green", "blue"))
-    source = read_tfds(folder, "", "train", truth_annotations=coco.name)
+    source = read_tfds(folder, "", "train", ground_truth_annotations=coco.name)
     assert source.categories == coco.categories
     for found, expected in zip(source.records, coco.records, strict=True):
         assert np.array_equal(found.labels, expected.labels)
@@ -146,9 +145,9 @@ def test_only_image_and_boxes_are_necessary(pair: tuple[Source, str], tmp_path: 
     folder = store(tmp_path, [example(coco, i, extras=False) for i in (0, 2)], extras=False)
     source = read_tfds(folder, "", "train")
     assert [record.image_id for record in source.records] == [0, 1] and source.counts["crowd"] == 0
-    (annotation,) = source.truth["annotations"]
+    (annotation,) = source.ground_truth["annotations"]
     assert np.isclose(annotation["area"], annotation["bbox"][2] * annotation["bbox"][3])
-    assert source.truth["images"][1]["width"] == 61
+    assert source.ground_truth["images"][1]["width"] == 61
 
 
 def test_coco_has_its_own_names_and_ids(pair: tuple[Source, str], tmp_path: Path) -> None:
@@ -156,12 +155,12 @@ def test_coco_has_its_own_names_and_ids(pair: tuple[Source, str], tmp_path: Path
     store(tmp_path, [example(coco, 0)], name="coco", names=tuple(map(str, range(80))))
     source = read_tfds(str(tmp_path / "coco" / "1.2.3"), "", "train")
     assert tuple(zip(source.category_ids, source.class_names, strict=True)) == COCO_CATEGORIES
-    assert source.truth["annotations"][0]["category_id"] == COCO_CATEGORIES[source.records[0].labels[0]][0]
+    assert source.ground_truth["annotations"][0]["category_id"] == COCO_CATEGORIES[source.records[0].labels[0]][0]
 
 
 @pytest.fixture(scope="module")
 def tfrecord(pair: tuple[Source, str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The same data set in TFDS's default format."""
+    """The same dataset in TFDS's default format."""
     coco, _ = pair
     folder = tmp_path_factory.mktemp("tfrecord")
     return store(folder, [example(coco, i) for i in range(4)], name="records", file_format="tfrecord")
@@ -171,7 +170,7 @@ def test_tfrecord_reads_as_array_record(pair: tuple[Source, str], tfrecord: str)
     source, expected = (read_tfds(folder, "", "train") for folder in (tfrecord, pair[1]))
     assert source.sha256 == expected.sha256 and len(source) == 4
     assert [source.read(i) for i in range(4)] == [expected.read(i) for i in range(4)]
-    assert source.truth == expected.truth
+    assert source.ground_truth == expected.ground_truth
 
 
 def test_tfrecord_finds_an_example_in_any_part_of_its_files(tfrecord: str) -> None:
@@ -214,7 +213,7 @@ def test_the_papers_config_trains_on_tfds_alone(
     tfds_alone = {"data.source": "tfds", "data.tfds_name": "coco/1.2.3", "data.tfds_val_split": "train"}
     train, val, resolved = open_sources(override(config, tfds_alone))
     assert (len(train), len(val), resolved.model.num_classes) == (3, 4, 80)
-    assert [c["name"] for c in val.truth["categories"]] == [name for _, name in COCO_CATEGORIES]
+    assert [c["name"] for c in val.ground_truth["categories"]] == [name for _, name in COCO_CATEGORIES]
     printed = capsys.readouterr()
     assert "data.val_annotations: data/coco/annotations/instances_val2017.json" in printed.out + printed.err
 

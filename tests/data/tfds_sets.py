@@ -1,4 +1,4 @@
-"""TensorFlow data sets with COCO's features that the tests write themselves."""
+"""TensorFlow datasets with COCO's features that the tests write themselves."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ def store(
     extras: bool = True,
     file_format: str = "array_record",
 ) -> str:
-    """Writes a TFDS data set with COCO's features, or only the necessary ones; returns the folder it is prepared in."""
+    """Writes a TFDS dataset with COCO's features, or only the necessary ones; returns the folder it is prepared in."""
     objects = {"bbox": tfds.features.BBoxFeature(), "label": tfds.features.ClassLabel(names=list(names))}
     features = {"image": tfds.features.Image()}
     if extras:
@@ -41,7 +41,7 @@ def example(source: Source, index: int, *, extras: bool = True) -> dict[str, Any
     """An image of a COCO source as a TFDS example, crowds and all."""
     record = source.records[index]
     path = Path(source.where(index))
-    mine = [a for a in source.truth["annotations"] if a["image_id"] == record.image_id]
+    mine = [a for a in source.ground_truth["annotations"] if a["image_id"] == record.image_id]
     objects = []
     for a in mine:
         x, y, w, h = a["bbox"]

@@ -1,4 +1,4 @@
-"""A clean data set of two splits, and mistakes to plant in it, each with the findings that the check must report."""
+"""A clean dataset of two splits, and mistakes to plant in it, each with the findings that the check must report."""
 
 from __future__ import annotations
 

@@ -16,12 +16,9 @@ from retina_jax.config_io import override
 from retina_jax.data.pipeline import train_batches
 from retina_jax.data.source import Record
 from retina_jax.data_check.coverage import (
-    ASPECTS,
-    SIDES,
     Coverage,
     Shares,
     Views,
-    bin_names,
     count_shares,
     cover,
     coverage_findings,
@@ -185,10 +182,10 @@ def test_every_short_side_of_the_training_is_a_view() -> None:
     assert views.sizes_hw == [(48, 64), (96, 128)] * 2 and views.records.tolist() == [0, 0, 1, 1]
     assert views.boxes_xyxy.tolist() == [[0, 0, 10, 20], [0, 0, 4.5, 4.5], [0, 0, 20, 40], [0, 0, 9, 9]]
     assert views.boxes.tolist() == [0, 1, 0, 1]
-    sizes, aspects = bin_names(SIDES), bin_names(ASPECTS)
-    of_sizes, of_aspects = views.bins()
-    assert [sizes[i] for i in of_sizes] == ["11.31 to 16", "4 to 5.657", "22.63 to 32", "8 to 11.31"]
-    assert [aspects[i] for i in of_aspects] == ["2 to 2.828", "1 to 1.414", "2 to 2.828", "1 to 1.414"]
+    shares = count_shares(views, Coverage(np.zeros(4, np.float32), np.zeros(4, np.int64), 0.5), ["a", "b", "c"])
+    sizes, aspects = ({s.name: s.boxes for s in of if s.boxes} for of in (shares.sizes, shares.aspects))
+    assert sizes == {"4 to 5.657": 1, "8 to 11.31": 1, "11.31 to 16": 1, "22.63 to 32": 1}
+    assert aspects == {"1 to 1.414": 2, "2 to 2.828": 2}
 
 
 def small_set(seed: int = 3) -> list[Record]:
@@ -239,7 +236,7 @@ def test_a_class_that_is_hardly_ever_covered_is_hopeless_and_a_rare_one_poor() -
 
 
 def test_platelets_of_bccd_are_covered_by_the_suggestion(shared_data: Path) -> None:
-    from retina_jax.data.coco import read_coco
+    from retina_jax.data.datasets import read_coco
 
     path = shared_data / "bccd/annotations/instances_train.json"
     source = read_coco(path, shared_data / "bccd/images")

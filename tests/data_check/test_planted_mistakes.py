@@ -14,7 +14,8 @@ from small_sets import write_coco
 from test_coco import PLACES, anything, edited
 
 from retina_jax.config_io import override
-from retina_jax.data.coco import parse_coco, read_coco
+from retina_jax.data.coco_document import parse_coco
+from retina_jax.data.datasets import read_coco
 from retina_jax.data.source import DataError
 from retina_jax.data_check.check import Check, check_data
 from retina_jax.data_check.findings import KINDS, SHOWN, Finding, grouped
@@ -93,7 +94,7 @@ def test_what_training_refuses_is_an_error_and_what_it_takes_is_none(tmp_path: P
 def test_the_lenient_reader_takes_what_the_strict_one_takes(tmp_path: Path) -> None:
     pairs = clean().write(tmp_path)
     split, content = read_split("train", *pairs["train"], "keep"), parse_coco(pairs["train"][0])
-    assert split.images == content.table.images and split.mistakes == []
+    assert split.images == content.images and split.mistakes == []
     api = COCO(pairs["train"][0])
     names = [split.box_name(m) for m in range(len(split.labels))]
     assert names == [f"annotation {i}" for i in api.getAnnIds()]

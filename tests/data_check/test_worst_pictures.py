@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from planted import CONFIG, clean
 
-from retina_jax.data.conventions import AS_VIEWERS
+from retina_jax.data.source import AS_VIEWERS
 from retina_jax.data_check.coverage import Coverage, Views, view_boxes
 from retina_jax.data_check.split import Split, read_split
 from retina_jax.reports.check_page import ON_IMAGES, RESCUED, UNCOVERED, draw_coverage, worst_pictures

@@ -40,8 +40,8 @@ def tiny_run(tmp_path: Path) -> Path:
             if step % 5 == 0:
                 metrics.flush()
             if step % 20 == 0:
-                found = detections(source.truth, list(source.category_ids), error=10 / step)
-                scores = evaluate_coco(source.truth, found, [record.image_id for record in source.records])
+                found = detections(source.ground_truth, list(source.category_ids), error=10 / step)
+                scores = evaluate_coco(source.ground_truth, found, [record.image_id for record in source.records])
                 write_json(run.path("detections", step), found)
                 write_json(
                     run.path("evaluation", step),

@@ -37,7 +37,7 @@ def of_random_sizes(count: int) -> Source:
     def read(index: int) -> bytes:
         return encode(np.full((records[index].height, records[index].width, 3), index % 256, np.uint8), "PNG")
 
-    return Source("random sizes", records, ("a", "b", "c"), (1, 2, 3), {}, read, str, dict)
+    return Source("random sizes", records, [(1, "a"), (2, "b"), (3, "c")], {}, read, str, dict)
 
 
 @pytest.mark.parametrize("number", [2, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 4))])
