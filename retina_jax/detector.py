@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -25,6 +24,7 @@ from retina_jax.data import transforms
 from retina_jax.data.classes import unique_names
 from retina_jax.data.pipeline import LARGE, Batch
 from retina_jax.ops.nms import nms
+from retina_jax.ops.postprocess import Detections
 from retina_jax.runs.folder import read_run
 from retina_jax.training.checkpoints import Checkpoints, Step
 from retina_jax.training.parallel import Driver, local_rows
@@ -37,7 +37,7 @@ _nms = jax.jit(nms, static_argnames=("iou_threshold", "max_detections"))
 
 @dataclass(frozen=True)
 class ImageDetections:
-    """The N detections of one image, best first."""
+    """N detections of one image, best first."""
 
     boxes_xyxy: Float[np.ndarray, "N 4"]  # pixels of the original image
     scores: Float[np.ndarray, " N"]
@@ -57,7 +57,7 @@ class Detector:
 
     @classmethod
     def of(cls, driver: Driver, state: TrainState, names: tuple[str, ...], category_ids: tuple[int, ...]) -> Detector:
-        """Returns the detector of a state: its averaged parameters (EMA) if it has them, unless detection.parameters is
+        """Returns the detector of a state, with averaged parameters (EMA) if there are any and detection.parameters is not
         "raw"."""
         variables = state.detector(driver.config.detection.parameters)
         return cls(driver, variables, names, category_ids, int(state.step))
@@ -69,6 +69,7 @@ class Detector:
 
     @property
     def config(self) -> Config:
+        """Config of the driver."""
         return self.driver.config
 
     def detect(self, images: Iterable[np.ndarray], *, batch_size: int = 1) -> list[ImageDetections]:
@@ -79,11 +80,11 @@ class Detector:
         remaining = iter(images)
         while group := list(itertools.islice(remaining, batch_size)):
             for number, image in enumerate(group, start=len(found)):
-                if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or min(image.shape) == 0:
+                if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
                     what = f"{image.dtype} of shape {image.shape}"
                     raise ValueError(f"image {number}: {what}; detect takes uint8 arrays [h, w, 3]")
             rows = -(-len(group) // self.driver.num_devices) * self.driver.num_devices
-            batches = (to_canvas(group, data, rows) for data in sizes(self.config))
+            batches = (padded_batch(group, data, rows) for data in sizes(self.config))
             merged = self.merged(self.detect_batches(batches, [image.shape[:2] for image in group]))
             found += [merged[row] for row in range(len(group))]
         return found
@@ -93,33 +94,41 @@ class Detector:
     ) -> Iterator[tuple[int, ImageDetections]]:
         """Yields (index, detections) of every valid row; with detection.tta_flip also those of the mirrored image.
 
-        `sizes_hw` are the original sizes by index. Each host yields its own rows. The device computes a batch while the
-        previous one is read back.
+        `sizes_hw` are the original sizes by index. Each host yields its own rows.
         """
-        previous: tuple[Batch, Any, bool] | None = None
-        for plain in batches:
-            for flipped in (False, True)[: 1 + self.config.detection.tta_flip]:
-                batch = mirrored(plain) if flipped else plain
-                running = self.driver.detect(self.variables, self.driver.shard_batch(Inputs.of(batch)))
-                if previous is not None:
-                    yield from self._read(*previous, sizes_hw)
-                previous = batch, running, flipped
-        if previous is not None:
-            yield from self._read(*previous, sizes_hw)
+
+        def running() -> Iterator[tuple[Batch, Detections, bool]]:
+            for plain in batches:
+                for flipped in (False, True)[: 1 + self.config.detection.tta_flip]:
+                    batch = mirrored(plain) if flipped else plain
+                    yield batch, self.driver.detect(self.variables, self.driver.shard_batch(Inputs.of(batch))), flipped
+
+        # The device computes a batch while the previous one is read back.
+        for (batch, detections, flipped), _ in itertools.pairwise(itertools.chain(running(), [None])):
+            boxes, scores, labels = local_rows((detections.boxes_xyxy, detections.scores, detections.labels))
+            for row in np.flatnonzero(batch.valid):
+                index, kept = int(batch.indices[row]), labels[row] >= 0
+                height, width = sizes_hw[index]
+                found = boxes[row][kept]
+                if flipped:
+                    found = transforms.flip_boxes(found, int(batch.image_sizes[row, 1]))
+                found = transforms.to_original_pixels(found, batch.scales[row], self.config.data.box_ends)
+                found = np.clip(found, 0, np.array([width, height, width, height], np.float32)[None])
+                yield index, self._detections(found.astype(np.float32), scores[row][kept], labels[row][kept])
 
     def merged(self, found: Iterable[tuple[int, ImageDetections]]) -> dict[int, ImageDetections]:
         """Merges the detections of all versions of an image, by index; without augmentation there is one version."""
-        count = versions(self.config)
+        rule, count = self.config.detection, versions(self.config)
         of_image: dict[int, list[ImageDetections]] = {}
         for index, detections in found:
             of_image.setdefault(index, []).append(detections)
-        merged, names = {}, ("boxes_xyxy", "scores", "labels")
+        merged = {}
         for index, group in of_image.items():
             if count == 1:
                 (merged[index],) = group  # an image that several hosts evaluated is an error
                 continue
-            arrays = [np.concatenate([getattr(detections, name) for detections in group]) for name in names]
-            kept = merge(*arrays, self.config.detection, count * self.config.detection.max_detections)
+            arrays = [np.concatenate([getattr(d, name) for d in group]) for name in ("boxes_xyxy", "scores", "labels")]
+            kept = merge(*arrays, rule, count * rule.max_detections)
             merged[index] = self._detections(*(array[kept] for array in arrays))
         return merged
 
@@ -128,22 +137,8 @@ class Detector:
     ) -> ImageDetections:
         return ImageDetections(boxes_xyxy, scores, labels, tuple(self.shown_names[label] for label in labels))
 
-    def _read(
-        self, batch: Batch, detections: Any, flipped: bool, sizes_hw: Sequence[tuple[int, int]]
-    ) -> Iterator[tuple[int, ImageDetections]]:
-        boxes, scores, labels = local_rows((detections.boxes_xyxy, detections.scores, detections.labels))
-        for row in np.flatnonzero(batch.valid):
-            index, kept = int(batch.indices[row]), labels[row] >= 0
-            height, width = sizes_hw[index]
-            found = boxes[row][kept]
-            if flipped:
-                found = transforms.flip_boxes(found, int(batch.image_sizes[row, 1]))
-            found = transforms.to_original_pixels(found, batch.scales[row], self.config.data.box_ends)
-            found = np.clip(found, 0, np.array([width, height, width, height], np.float32)[None])
-            yield index, self._detections(found.astype(np.float32), scores[row][kept], labels[row][kept])
 
-
-def to_canvas(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], data: DataConfig, rows: int) -> Batch:
+def padded_batch(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], data: DataConfig, rows: int) -> Batch:
     """Returns a batch of these images, resized and padded as in evaluation; the last image fills the remaining `rows`. The
     padded shape is the smallest of the configured ones that holds all images. If none does, or `data.buckets` is 0, it is
     the smallest multiple of `data.pad_multiple` that does."""
@@ -217,9 +212,7 @@ def load_detector(
         return Detector(driver, driver.replicate(imported.variables), imported.class_names, imported.category_ids)
     folder = Path(source) / "checkpoints"
     if not folder.is_dir():
-        raise ConfigError(
-            f"--workdir {source}: its run has saved no checkpoint yet; wait for the first one, or train it"
-        )
+        raise ConfigError(f"--workdir {source}: its run has saved no checkpoint yet; wait for the first, or train it")
     with Checkpoints(folder, keep=None, read_only=True) as checkpoints:
         variables, number = load_variables(driver, checkpoints, step)
     return Detector(driver, variables, saved.class_names, saved.category_ids, number)
@@ -243,7 +236,7 @@ def mirrored(batch: Batch) -> Batch:
     """Returns the batch with each image mirrored left to right in its place, the upper left. Boxes are unchanged."""
     images = batch.images.copy()
     for row, (height, width) in enumerate(batch.image_sizes):
-        images[row, :height, :width] = batch.images[row, :height, width - 1 :: -1]
+        images[row, :height, :width] = batch.images[row, :height, :width][:, ::-1]
     return batch._replace(images=images)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from retina_jax.config import AnchorConfig, Config, ConfigError, DataConfig, DetectionConfig, ModelConfig
 from retina_jax.config_io import from_dict, override, to_dict, validate
 from retina_jax.data.transforms import buckets, exact_canvas, resize, resized_size, to_canvas_pixels, to_original_pixels
-from retina_jax.detector import to_canvas
+from retina_jax.detector import padded_batch
 from retina_jax.model.retinanet import normalise
 from retina_jax.ops.anchors import anchor_grid
 from retina_jax.ops.postprocess import Detections, detect
@@ -78,8 +78,8 @@ def test_no_buckets_give_the_smallest_canvas_that_holds_the_images() -> None:
     data = DataConfig(short_side=100, long_side=200, buckets=0, pixels="float32")
     assert exact_canvas((100, 133), data) == (128, 160)
     images = [np.full((height, width, 3), 9, np.uint8) for height, width in ((50, 66), (90, 60))]
-    assert to_canvas(images[:1], data, 1).images.shape == (1, 128, 160, 3)
-    batch = to_canvas(images, data, 3)
+    assert padded_batch(images[:1], data, 1).images.shape == (1, 128, 160, 3)
+    batch = padded_batch(images, data, 3)
     assert batch.images.shape == (3, 160, 160, 3) and batch.images.dtype == np.float32
     assert batch.image_sizes.tolist() == [[100, 132], [150, 100], [150, 100]]
     assert batch.valid.tolist() == [True, True, False]
@@ -91,8 +91,8 @@ def test_no_buckets_give_the_smallest_canvas_that_holds_the_images() -> None:
 def test_images_that_fit_no_common_bucket_get_a_canvas_of_their_own() -> None:
     data = DataConfig(short_side=100, long_side=200)
     images = [np.zeros((100, 200, 3), np.uint8), np.zeros((200, 100, 3), np.uint8)]
-    assert to_canvas(images[:1], data, 1).images.shape[1:3] == (128, 224)
-    assert to_canvas(images, data, 2).images.shape[1:3] == (224, 224)
+    assert padded_batch(images[:1], data, 1).images.shape[1:3] == (128, 224)
+    assert padded_batch(images, data, 2).images.shape[1:3] == (224, 224)
 
 
 def test_detectron2_centres_the_papers_cells_on_the_corner() -> None:

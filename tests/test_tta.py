@@ -18,7 +18,7 @@ from retina_jax.config import Config, DetectionConfig
 from retina_jax.config_io import override
 from retina_jax.data.decoding import to_rgb
 from retina_jax.data.transforms import buckets
-from retina_jax.detector import Detector, ImageDetections, to_canvas
+from retina_jax.detector import Detector, ImageDetections, padded_batch
 from retina_jax.evaluate import evaluate
 from retina_jax.training.opening import open_run
 from retina_jax.training.parallel import Driver
@@ -131,7 +131,7 @@ def test_sizes_are_used_once_each_and_grow_in_proportion() -> None:
 
 def test_an_image_is_mirrored_in_its_place_in_the_padded_shape() -> None:
     images = pictures((30, 41), (17, 20))
-    batch = to_canvas(images, dataclasses.replace(CONFIG.data, short_side=32, long_side=48), 3)
+    batch = padded_batch(images, dataclasses.replace(CONFIG.data, short_side=32, long_side=48), 3)
     mirrored = tta.mirrored(batch)
     for before, after, (height, width) in zip(batch.images, mirrored.images, batch.image_sizes, strict=True):
         np.testing.assert_array_equal(after[:height, :width], before[:height, :width][:, ::-1])

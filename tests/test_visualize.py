@@ -48,7 +48,7 @@ def test_padding_draws_nothing_and_the_input_is_untouched() -> None:
     before = image.copy()
     box, padding = np.array([[10, 10, 90, 90]], np.float32), np.array([-1])
     np.testing.assert_array_equal(draw(image, box, padding, class_names=NAMES), before)
-    draw(image, box, np.array([0]), class_names=NAMES, truth_boxes_xyxy=box)
+    draw(image, box, np.array([0]), class_names=NAMES, ground_truth_xyxy=box)
     np.testing.assert_array_equal(image, before)
 
 
@@ -64,7 +64,7 @@ def test_truth_is_dashed_white_and_degenerate_boxes_do_no_harm() -> None:
     image = np.full((480, 480, 3), 90, np.uint8)
     none = np.zeros((0, 4), np.float32)
     truth = np.array([[50, 50, 400, 400], [20, 20, 20, 20], [30, 30, 10, 10]], np.float32)
-    picture = draw(image, none, np.zeros(0, np.int32), class_names=NAMES, truth_boxes_xyxy=truth)
+    picture = draw(image, none, np.zeros(0, np.int32), class_names=NAMES, ground_truth_xyxy=truth)
     white = near(picture, (255, 255, 255))[50, 50:400]
     assert 0.3 < white.mean() < 0.7 and np.abs(np.diff(white.astype(int))).sum() > 10
 

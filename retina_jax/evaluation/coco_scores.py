@@ -2,13 +2,11 @@
 module converts the input for both and checks it."""
 
 import contextlib
-import io
 import math
-import sys
-import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
+from unittest import mock
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -55,9 +53,9 @@ def coco_results(
     labels: Int[np.ndarray, " D"],
     category_ids: Sequence[int | None],
 ) -> list[dict[str, Any]]:
-    """One image's detections as COCO result records, {"image_id", "category_id", "bbox": [x, y, width, height], "score"},
-    unrounded. Boxes are in pixels of the ORIGINAL image; a negative label is padding and is left out. `category_ids` has the
-    category id of each label; None for a class without detections here."""
+    """Returns one image's detections as COCO result records, {"image_id", "category_id", "bbox": [x, y, width, height],
+    "score"}, unrounded. Boxes are in pixels of the ORIGINAL image; a negative label is padding and is left out.
+    `category_ids` has the category id of each label; None for a class without detections here."""
     real = labels >= 0
     boxes = boxes_xyxy[real].astype(np.float64)
     boxes_xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
@@ -69,7 +67,7 @@ def coco_results(
 
 
 def evaluate_coco(
-    truth: Mapping[str, Any],
+    ground_truth: Mapping[str, Any],
     detections: Sequence[Mapping[str, Any]],
     image_ids: Sequence[int],
     evaluated_ids: Sequence[int] | None = None,
@@ -78,7 +76,7 @@ def evaluate_coco(
     """Scores bounding boxes as COCO does. Without any detection AP is 0 if there is a box to find, else None.
 
     Args:
-      truth: a COCO annotation file as a dict.
+      ground_truth: a COCO annotation file as a dict.
       detections: COCO result records.
       image_ids: the images to score; the ground truth of others is left out.
       evaluated_ids: the images that the detector was run on; if given, the same as `image_ids`, each once. An image lost
@@ -91,14 +89,14 @@ def evaluate_coco(
     """
     if evaluator not in EVALUATORS:
         raise EvaluationError(f"evaluator must be one of {', '.join(EVALUATORS)}, not {evaluator}")
-    check_inputs(truth, detections, image_ids, evaluated_ids)
+    check_inputs(ground_truth, detections, image_ids, evaluated_ids)
     if evaluator == "arrays":
-        curves = coco_curves(*as_arrays(truth, detections, sorted(image_ids)))
+        curves = coco_curves(*as_arrays(ground_truth, detections, sorted(image_ids)))
         stats, precision = coco_stats(curves), curves.precision
     else:
-        stats, precision = _by_pycocotools(truth, detections, sorted(image_ids))
+        stats, precision = _by_pycocotools(ground_truth, detections, sorted(image_ids))
 
-    categories = sorted((category["id"], str(category.get("name", category["id"]))) for category in truth["categories"])
+    categories = sorted((c["id"], str(c.get("name", c["id"]))) for c in ground_truth["categories"])
     per_class = {}
     for k, name in enumerate(unique_names(categories)):
         values = precision[:, :, k, 0, -1]  # IoU, recall, class; all areas, 100 detections
@@ -109,13 +107,13 @@ def evaluate_coco(
 
 
 def as_arrays(
-    truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], image_ids: Sequence[int]
+    ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], image_ids: Sequence[int]
 ) -> tuple[GroundTruth, DetectedBoxes, int]:
-    """The arguments of `coco_curves`: images by their index in `image_ids`, categories by ascending id, and their number.
-    Ground truth of other images is left out; the detections must have passed `check_inputs`."""
+    """Returns the arguments of `coco_curves`: images by their index in `image_ids`, categories by ascending id, and their
+    number. Ground truth of other images is left out; the detections must have passed `check_inputs`."""
     images = {image_id: i for i, image_id in enumerate(image_ids)}
-    categories = {k: i for i, k in enumerate(sorted({category["id"] for category in truth["categories"]}))}
-    boxes = [a for a in truth["annotations"] if a["image_id"] in images and a["category_id"] in categories]
+    categories = {k: i for i, k in enumerate(sorted({category["id"] for category in ground_truth["categories"]}))}
+    boxes = [a for a in ground_truth["annotations"] if a["image_id"] in images and a["category_id"] in categories]
 
     def columns(records: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         of_image = np.array([images[record["image_id"]] for record in records], np.int64)
@@ -135,16 +133,16 @@ def _area(record: Mapping[str, Any]) -> float:
 
 
 def _by_pycocotools(
-    truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], image_ids: Sequence[int]
+    ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], image_ids: Sequence[int]
 ) -> tuple[Float[np.ndarray, " 12"], Float[np.ndarray, "10 101 K 4 3"]]:
-    """The twelve scores and the precisions of pycocotools; `image_ids` ascend."""
+    """Returns the twelve scores and the precisions of pycocotools; `image_ids` ascend."""
     wanted = set(image_ids)
 
     def index(records: Iterable[Mapping[str, Any]]) -> COCO:
         coco = COCO()
         coco.dataset = {
-            "images": [{"id": image["id"]} for image in truth["images"] if image["id"] in wanted],
-            "categories": [dict(category) for category in truth["categories"]],
+            "images": [{"id": image["id"]} for image in ground_truth["images"] if image["id"] in wanted],
+            "categories": [dict(category) for category in ground_truth["categories"]],
             # pycocotools writes into its records and takes id 0 for "no match": it gets copies, numbered from 1.
             "annotations": [
                 {key: record[key] for key in ("image_id", "category_id")}
@@ -158,7 +156,8 @@ def _by_pycocotools(
 
     results = ({key: d[key] for key in ("image_id", "category_id", "bbox", "score")} for d in detections)
     with quiet():
-        evaluation = COCOeval(index(a for a in truth["annotations"] if a["image_id"] in wanted), index(results), "bbox")
+        objects = (a for a in ground_truth["annotations"] if a["image_id"] in wanted)
+        evaluation = COCOeval(index(objects), index(results), "bbox")
         evaluation.params.imgIds = list(image_ids)
         evaluation.evaluate()
         evaluation.accumulate()
@@ -167,13 +166,13 @@ def _by_pycocotools(
 
 
 def check_inputs(
-    truth: Mapping[str, Any],
+    ground_truth: Mapping[str, Any],
     detections: Sequence[Mapping[str, Any]],
     image_ids: Sequence[int],
     evaluated_ids: Sequence[int] | None,
 ) -> None:
     """Raises the EvaluationErrors of `evaluate_coco`."""
-    wanted = set(image_ids)
+    wanted, known = set(image_ids), {image["id"] for image in ground_truth["images"]}
 
     def refuse(ids: Iterable[int], complaint: str) -> None:
         ids = sorted(set(ids))
@@ -184,7 +183,7 @@ def check_inputs(
     if not wanted:
         raise EvaluationError("image_ids is empty: give at least one image to score")
     refuse((i for i, n in Counter(image_ids).items() if n > 1), "image_ids has duplicates; give each image once")
-    refuse(wanted - {image["id"] for image in truth["images"]}, "image_ids has images that are not in the ground truth")
+    refuse(wanted - known, "image_ids has images that are not in the ground truth")
     if evaluated_ids is not None:
         counts = Counter(evaluated_ids)
         refuse(wanted - counts.keys(), "evaluated_ids lacks images to score; run the detector on them")
@@ -192,10 +191,10 @@ def check_inputs(
         refuse(counts.keys() - wanted, "evaluated_ids has images that are not in image_ids")
     refuse({d["image_id"] for d in detections} - wanted, "detections are of images that are not in image_ids")
     refuse(
-        {d["category_id"] for d in detections} - {category["id"] for category in truth["categories"]},
+        {d["category_id"] for d in detections} - {category["id"] for category in ground_truth["categories"]},
         "detections are of category ids that are not in the ground truth",
     )
-    for name, records in (("annotations", truth["annotations"]), ("detections", detections)):
+    for name, records in (("annotations", ground_truth["annotations"]), ("detections", detections)):
         for number, record in enumerate(records):
             score = record["score"] if records is detections else 0
             if not all(map(math.isfinite, (*record["bbox"], score))):
@@ -206,27 +205,18 @@ def check_inputs(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Drops what this thread prints. Other threads, such as a training loop during an evaluation, still print."""
-    stream, muted = sys.stdout, threading.get_ident()
-
-    class Others(io.TextIOBase):
-        def write(self, text: str) -> int:
-            return len(text) if threading.get_ident() == muted else stream.write(text)
-
-        def flush(self) -> None:
-            stream.flush()
-
-    with contextlib.redirect_stdout(Others()):
+    """Drops what pycocotools prints, and nothing else: other threads may report slow files meanwhile."""
+    with mock.patch("pycocotools.coco.print", create=True), mock.patch("pycocotools.cocoeval.print", create=True):
         yield
 
 
 def number(value: float | None) -> str:
-    """A score to three digits, n/a if it is undefined."""
+    """Returns a score to three digits, n/a if it is undefined."""
     return "n/a" if value is None else f"{value:.3f}"
 
 
 def coco_table(scores: Scores) -> str:
-    """COCO's twelve lines and the AP of each class; n/a where there is no ground truth. No trailing newline."""
+    """Returns COCO's twelve lines and the AP of each class; n/a if there is no ground truth. No trailing newline."""
     lines = [
         f" {kind:<17} {short} @[ IoU={iou:<9} | area={area:>6} | maxDets={count:>3} ] = {number(scores.summary[key]):>5}"
         for key, (kind, short, iou, area, count) in SUMMARY.items()

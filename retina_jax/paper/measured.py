@@ -21,7 +21,7 @@ from retina_jax.data.datasets import open_source
 from retina_jax.data.decoding import image_of
 from retina_jax.data.pipeline import Batch, eval_batches
 from retina_jax.data.source import Source
-from retina_jax.detector import Detector, load_detector, to_canvas
+from retina_jax.detector import Detector, load_detector, padded_batch
 from retina_jax.ops.anchors import anchor_grid
 from retina_jax.ops.matching import BACKGROUND, match
 from retina_jax.paper.published import EFFECTIVE_AP
@@ -132,7 +132,7 @@ def latency(detector: Detector, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], *,
         raise ValueError(f"detector: is on {detector.driver.num_devices} devices; latency is measured on one")
     times = []
     for image in images:
-        inputs = detector.driver.shard_batch(Inputs.of(to_canvas([image], detector.config.data, 1)))
+        inputs = detector.driver.shard_batch(Inputs.of(padded_batch([image], detector.config.data, 1)))
         for turn in range(2 + repeats):
             started = time.perf_counter()
             jax.block_until_ready(detector.driver.detect(detector.variables, inputs))

@@ -15,18 +15,6 @@ from retina_jax.sweeps.points import ROOT, load_sweep, outcome
 
 PAPER_CONFIG = "paper_ablations.py"  # Base of sweeps whose absolute values are comparable with the paper's
 MOST_FIELDS = 4  # Maximum number of differing config fields that are listed; more are counted
-HOW_TO_READ = (
-    "“Ours” is the mean over the finished seeds of a row; the last column gives their number, and ± is the sample standard "
-    "deviation. A run that belongs to several tables counts in each of them, with all its seeds. The best score of a column "
-    "is bold; rows with a diverged seed are excluded. ≈ marks numbers that follow from the paper's text and are not printed "
-    "there.",
-    "“Δ AP, ours − paper” is the difference between a row and the same row of the paper, on the same split (minival is "
-    "val2017). For runs of the paper's config, the other scores have this difference in brackets. “Δ AP to a row, paper / "
-    "ours” is the difference between a row and the named row: first in the paper, then in our runs, as the mean over the "
-    "seeds that both rows have (their number is given if one row has more).",
-    "Loss curves show how a run trains. Their heights are not comparable: another α, γ or kind of loss gives the same "
-    "errors another weight.",
-)  # Explains all tables
 
 
 def signed(difference: float) -> str:

@@ -32,9 +32,9 @@ SHARES = {"by_iou": "sufficient IoU", "by_low_quality": "low-quality only", "unc
 
 
 def check_page(check: Check, pictures: Sequence[tuple[np.ndarray, str]], title: str) -> str:
-    """The page; `pictures` as from `worst_pictures`."""
-    shares, suggestion = check.shares, check.suggestion
-    pairs = suggestion.pairs() if suggestion else []
+    """Returns the page; `pictures` as from `worst_pictures`."""
+    shares = check.shares
+    pairs = check.suggestion.pairs() if check.suggestion else []
     page = render(
         "check.html",
         title=title,
@@ -57,11 +57,12 @@ def check_page(check: Check, pictures: Sequence[tuple[np.ndarray, str]], title: 
 
 
 def _histogram(shares: Sequence[Share], ends: Sequence[str], label: str) -> str:
-    """The bins from the first to the last with boxes; with many bins every second end is labelled."""
+    """Draws the bins from the first to the last with boxes; with many bins every second end is labelled."""
     filled = [i for i, share in enumerate(shares) if share.boxes] or [0]
     first, last = filled[0], filled[-1] + 1
     names = ["∞" if end == "inf" else end for end in ends[first : last + 1]]
-    names = [name if len(names) <= 12 or i % 2 == 0 else "" for i, name in enumerate(names)]
+    if len(names) > 12:
+        names[1::2] = [""] * len(names[1::2])
     stacks = [
         Stack(text, [getattr(share, kind) for share in shares[first:last]], colour)
         for (kind, text), colour in zip(SHARES.items(), ON_IMAGES, strict=True)
@@ -72,8 +73,8 @@ def _histogram(shares: Sequence[Share], ends: Sequence[str], label: str) -> str:
 def worst_pictures(
     split: Split, data: DataConfig, decoding: Decoding, views: Views, coverage: Coverage, most: int
 ) -> list[tuple[np.ndarray, str]]:
-    """At most `most` images with captions, each once: those with the most boxes without an anchor first, then those with
-    the most by the low-quality rule only. Images without such boxes and unreadable images are left out."""
+    """Returns at most `most` images with captions, each once: those with the most boxes without an anchor first, then those
+    with the most by the low-quality rule only. Images without such boxes and unreadable images are left out."""
     kinds = coverage.kinds
     without, rescued = (
         np.diff(np.concatenate([[0], np.cumsum(boxes)])[views.ends])
@@ -104,8 +105,8 @@ def worst_pictures(
 def draw_coverage(
     image: UInt8[np.ndarray, "h w 3"], class_names: tuple[str, ...], views: Views, coverage: Coverage, v: int
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The image of view `v`. Boxes with anchors are green, by the low-quality rule only yellow, without or outbid red.
-    Yellow and red ones are labelled with their class and best IoU if there are at most TAGGED."""
+    """Draws the boxes of view `v` on its image: green with anchors, yellow by the low-quality rule only, red without or
+    outbid. Yellow and red ones are labelled with their class and best IoU if there are at most TAGGED."""
     kinds = coverage.kinds
     colours = {
         n: UNCOVERED if coverage.anchors[n] == 0 else COVERED if kinds["by_iou"][n] else RESCUED

@@ -10,35 +10,28 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from retina_jax.paper.comparison import Section
-from retina_jax.paper.wording import HOW_TO_READ
 from retina_jax.reports import TEMPLATES, render
-from retina_jax.reports.charts import Line, line_chart
+from retina_jax.reports.charts import line_chart
 
 
 def charts_of(section: Section) -> dict[str, Markup]:
-    """The charts of a table by kind, as <svg> elements."""
-    return {
-        kind: line_chart(
-            [Line(label, points) for label, points in chart.lines], chart.x_label, chart.y_label, log_y=chart.log_y
-        )
-        for kind, chart in section.charts.items()
-    }
+    """Returns the charts of a table by kind, as <svg> elements."""
+    return {kind: line_chart(c.lines, c.x_label, c.y_label, log_y=c.log_y) for kind, c in section.charts.items()}
 
 
 def to_html(sections: Sequence[Section], title: str) -> str:
-    """The page."""
-    names = [section.name for section in sections]
+    """Returns the page."""
     tables = [(section, charts_of(section)) for section in sections]
-    return str(render("sweep.html", title=title, sections=names, how_to_read=HOW_TO_READ, tables=tables))
+    return str(render("sweep.html", title=title, sections=[section.name for section in sections], tables=tables))
 
 
 def to_markdown(sections: Sequence[Section], title: str, charts: dict[tuple[str, str], str]) -> str:
-    """The report in Markdown; `charts` has the file name of each chart by (section, kind)."""
-    return str(render("sweep.md", title=title, sections=sections, how_to_read=HOW_TO_READ, charts=charts))
+    """Returns the report in Markdown; `charts` has the file name of each chart by (section, kind)."""
+    return str(render("sweep.md", title=title, sections=sections, charts=charts))
 
 
 def plain(text: str) -> str:
-    """`text` on one line, escaped so that Markdown shows it unchanged."""
+    """Returns `text` on one line, escaped so that Markdown shows it unchanged."""
     one_line = " ".join(text.split())
     return re.sub(r"([\\|*`\[\]])", r"\\\1", html.escape(one_line, quote=False))
 

@@ -16,7 +16,7 @@ from retina_jax.data.coco import read_coco
 from retina_jax.data.pipeline import Batches, eval_batches, train_batches
 from retina_jax.data.source import Source
 from retina_jax.data.transforms import resize, resize_large, resized_size
-from retina_jax.detector import to_canvas
+from retina_jax.detector import padded_batch
 
 RNG = np.random.default_rng(0)
 SIZES_WH = [(int(w), int(h)) for w, h in RNG.integers(1, 150, (50, 2))]
@@ -40,7 +40,7 @@ def test_any_size_to_any_size() -> None:
 
 def test_predict_has_pillows_pixels() -> None:
     for image in IMAGES:
-        batch = to_canvas([image], DATA, 1)
+        batch = padded_batch([image], DATA, 1)
         height, width = resized_size(*image.shape[:2], DATA.short_side, DATA.long_side)
         assert np.array_equal(batch.images[0, :height, :width], by_pillow(image, (height, width)))
         assert not batch.images[0, height:].any() and not batch.images[0, :, width:].any()

@@ -28,7 +28,7 @@ from small_sets import rectangles
 from retina_jax.config import Config, ConfigError, DataConfig
 from retina_jax.config_io import override
 from retina_jax.data.transforms import resized_size
-from retina_jax.detector import Detector, to_canvas
+from retina_jax.detector import Detector, padded_batch
 from retina_jax.export import agreement
 from retina_jax.export.agreement import ExportError, images_for
 from retina_jax.export.programs import PLATFORMS, padded_shapes
@@ -175,7 +175,7 @@ def test_pillows_pixels_are_exported(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(exported, "_program", lambda kind, shape: nothing_found)
     exported.detect(images)
     for pixels, image in zip(given, images, strict=True):
-        np.testing.assert_array_equal(pixels, to_canvas([image], live.config.data, 1).images)
+        np.testing.assert_array_equal(pixels, padded_batch([image], live.config.data, 1).images)
     for module, package in (("PIL", "pillow"), ("flatbuffers", "flatbuffers")):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, missing=module: None if name == missing else True)
         with pytest.raises(LoadError, match=f"pip install {package}"):
@@ -280,7 +280,7 @@ def test_sizes_and_padded_shapes_are_those_of_evaluation(
     size = exported.resized_size(h, w)
     assert size == resized_size(h, w, short, long, rounding)
     image = np.broadcast_to(np.zeros(3, np.uint8), (h, w, 3))
-    assert exported.padded_shape(size) == to_canvas([image], data, 1).images.shape[1:3]
+    assert exported.padded_shape(size) == padded_batch([image], data, 1).images.shape[1:3]
 
 
 def tampered(path: Path, into: Path) -> None:

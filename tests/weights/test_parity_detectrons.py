@@ -14,7 +14,7 @@ import pytest
 from recipes import photographs
 
 from retina_jax import load_detector
-from retina_jax.detector import to_canvas
+from retina_jax.detector import padded_batch
 from retina_jax.ops.anchors import anchor_grid, level_counts
 
 # conftest loads them if parity tests are selected: torch must come before TensorFlow.
@@ -109,7 +109,7 @@ def test_the_network_and_detectron2s_detections(kind: str, tmp_path: Path) -> No
     detector = load_detector(f"{kind}:{tmp_path / 'w.pth'}", short_side=160, long_side=270)
     config = detector.config
 
-    batch = to_canvas([IMAGE], config.data, 1)
+    batch = padded_batch([IMAGE], config.data, 1)
     apply = jax.jit(detector.driver.model.apply)
     logits, deltas = apply(detector.variables, batch.images, batch.image_sizes)
     height, width = batch.image_sizes[0].tolist()

@@ -19,7 +19,7 @@ from retina_jax import load_detector
 from retina_jax.config import Config
 from retina_jax.config_io import override
 from retina_jax.data.transforms import to_canvas_pixels
-from retina_jax.detector import Detector, ImageDetections, to_canvas
+from retina_jax.detector import Detector, ImageDetections, padded_batch
 from retina_jax.model.resnet import ResNet
 from retina_jax.ops.anchors import anchor_grid
 from retina_jax.training.parallel import Driver
@@ -65,7 +65,7 @@ def tensors(images: list[np.ndarray]) -> list[Any]:
 
 
 def forward(detector: Detector, images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    batch = to_canvas(images, detector.config.data, len(images))
+    batch = padded_batch(images, detector.config.data, len(images))
     apply = jax.jit(lambda variables, *inputs: detector.driver.model.apply(variables, *inputs))
     logits, deltas = apply(detector.variables, batch.images, batch.image_sizes)
     return np.asarray(logits), np.asarray(deltas), batch.images.shape[1:3]
@@ -151,7 +151,7 @@ def test_loss_gradients_and_five_steps_of_sgd_are_torchvisions(version: str, rat
         "optimizer.warmup_steps": 0,
     }
     driver = Driver(override(detector.config, changes), 5)
-    batch = to_canvas(images, driver.config.data, 3)
+    batch = padded_batch(images, driver.config.data, 3)
     for row, (of_image, classes) in enumerate(zip(boxes, labels, strict=True)):
         batch.boxes_xyxy[row, : len(classes)] = to_canvas_pixels(of_image, batch.scales[row], "half_open")
         batch.labels[row, : len(classes)] = classes

@@ -14,7 +14,7 @@ from weight_files import safetensors
 from retina_jax import load_detector
 from retina_jax.config import Config
 from retina_jax.config_io import override
-from retina_jax.detector import to_canvas
+from retina_jax.detector import padded_batch
 from retina_jax.errors import WeightsError
 from retina_jax.ops.anchors import anchor_grid
 from retina_jax.presets import PRESETS
@@ -45,7 +45,7 @@ def test_raw_images_give_torchvisions_logits_anchors_and_detections(version: str
     detector = load_detector(f"torchvision:{tmp_path / 'weights'}", short_side=64, long_side=110)
     images = photographs(SIZES, SEED)
 
-    batch = to_canvas(images, detector.config.data, 2)
+    batch = padded_batch(images, detector.config.data, 2)
     assert batch.images.dtype == np.float32
     logits, deltas = jax.jit(detector.driver.model.apply)(detector.variables, batch.images, batch.image_sizes)
     np.testing.assert_allclose(logits[:, ::EVERY], stored["logits"], atol=1e-4, rtol=0)
