@@ -23,7 +23,7 @@ from retina_jax.sweeps.points import ROOT, Point, expand
 
 @dataclass(frozen=True)
 class Task:
-    """A point and its index for `--index`."""
+    """Point with its index for `--index`."""
 
     index: int
     point: Point
@@ -31,7 +31,7 @@ class Task:
 
 
 class SavedPoint(TypedDict):
-    """A point in a manifest."""
+    """Point in a manifest."""
 
     name: str
     overrides: dict[str, Any]
@@ -40,7 +40,7 @@ class SavedPoint(TypedDict):
 
 
 class Manifest(TypedDict):
-    """The file in DIR/sweeps/ that lists the points of a sweep."""
+    """Contents of DIR/sweeps/NAME.json, which lists the points of a sweep."""
 
     sweep: str
     file: str
@@ -78,10 +78,10 @@ def open_sweep(
             "points": [SavedPoint(name=p.name, overrides=p.overrides, seed=p.seed, folder=p.folder) for p in points],
         }
         manifest = json.loads(json.dumps(manifest))  # lists for tuples, as in the file
-        same_seeds = [point for point in manifest["points"] if point["seed"] in old_seeds]
-        if before and before["points"] != same_seeds:
+        same_seeds = {**manifest, "points": [point for point in manifest["points"] if point["seed"] in old_seeds]}
+        if before and before["points"] != same_seeds["points"]:
             raise ConfigError(
-                f"{file}: this sweep exists already and differs, {_difference(before, manifest, same_seeds)}; use another "
+                f"{file}: this sweep exists already and differs, {_difference(before, same_seeds)}; use another "
                 "--workdir, or delete this file to name the points again (runs are kept, and equal runs are found again)"
             )
         if write and (before is None or len(before["points"]) < len(points)):
@@ -97,20 +97,18 @@ def read_manifest(file: Path) -> Manifest:
         raise ConfigError(f"{file}: not a sweep's manifest: {error}; delete it to write it again") from None
 
 
-def _difference(before: Manifest, now: Manifest, points: Sequence[SavedPoint]) -> str:
-    """Describes how `now`, and its `points` of the same seeds, differ from `before`."""
-    if before["base"] != now["base"]:
-        return f"base: {before['base']} -> {now['base']}"
-    old, new = before["overrides"], now["overrides"]
-    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    if changed:
+def _difference(before: Manifest, now: Manifest) -> str:
+    """Describes how `now` differs from `before`, which has the same seeds."""
+    old, new = ({"base": manifest["base"], **manifest["overrides"]} for manifest in (before, now))
+    if old != new:
+        changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
         return "; ".join(f"{k}: {old.get(k, 'as the base')} -> {new.get(k, 'as the base')}" for k in changed)
-    if [p["name"] for p in before["points"]] == [p["name"] for p in points]:
-        one, other = next((a, b) for a, b in zip(before["points"], points, strict=True) if a != b)
-        key = next(key for key in one if one[key] != other[key])
+    points, others = before["points"], now["points"]
+    if [p["name"] for p in points] == [p["name"] for p in others]:
+        one, other, key = next((a, b, k) for a, b in zip(points, others, strict=True) for k in a if a[k] != b[k])
         return f"point {one['name']!r}: {key}: {one[key]} -> {other[key]}"
-    gone, new = (dict.fromkeys(point["name"] for point in some) for some in (before["points"], points))
-    changes = {"gone": [name for name in gone if name not in new], "new": [name for name in new if name not in gone]}
+    old, new = (dict.fromkeys(point["name"] for point in some) for some in (points, others))
+    changes = {"gone": [name for name in old if name not in new], "new": [name for name in new if name not in old]}
     parts = [f"points {', '.join(names)} are {how}" for how, names in changes.items() if names]
     return " and ".join(parts) or "its points are in another order"
 
