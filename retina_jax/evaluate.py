@@ -67,12 +67,11 @@ def evaluate(
         kept = in_data[detections.labels]
         arrays = detections.boxes_xyxy[kept], detections.scores[kept], detections.labels[kept]
         results += coco_results(records[index].image_id, *arrays, ids)
-    image_ids, evaluated_ids = [record.image_id for record in records], [records[index].image_id for index in found]
-    scores = evaluate_coco(source.truth, results, image_ids, evaluated_ids, training.evaluator)
+    scores = evaluate_coco(source.truth, results, [record.image_id for record in records], training.evaluator)
     if distributed.is_primary():
         write_json(run.path("detections", step, f"{variant}.json"), results)
         if source.labelled:
-            values = {"step": step, "images": len(image_ids), **scores.summary, "per_class": scores.per_class}
+            values = {"step": step, "images": len(records), **scores.summary, "per_class": scores.per_class}
             values |= {"settings": dict(settings)} if settings else {}
             write_json(run.path("evaluation", step, f"{variant}.json"), values)
         _write_pictures(run, detector, source, pictured, step, variant)

@@ -232,7 +232,7 @@ def analyse(file: Path, scores: dict[str, Any], data: DataConfig, categories: Se
     # An evaluation takes the first images of the split.
     records = {record.image_id: row for row, record in enumerate(source.records[: scores["images"]])}
     image_ids = sorted(records)
-    check_inputs(source.truth, detections, image_ids, None)
+    check_inputs(source.truth, detections, image_ids)
     ground_truth, found, number = as_arrays(source.truth, detections, image_ids)
     curves = precision_recall.coco_curves(ground_truth, found, number)
     now, then = float(precision_recall.coco_stats(curves)[0]), scores["AP"]

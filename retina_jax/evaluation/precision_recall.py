@@ -96,14 +96,15 @@ def coco_curves(ground_truth: GroundTruth, found: DetectedBoxes, categories: int
     return Curves(precision, recall)
 
 
+def mean(values: Float[np.ndarray, " *N"]) -> float:
+    """Returns the mean of the values that are defined (not -1); -1 if there are none."""
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else -1.0
+
+
 def coco_stats(curves: Curves) -> Float[np.ndarray, " 12"]:
     """Returns COCO's twelve scores in pycocotools' order, -1 where there is nothing to find: AP, AP at IoU 0.5 and 0.75, AP
     of small, medium and large boxes; recall with 1, 10 and 100 detections, and of small, medium and large boxes."""
-
-    def mean(values: Float[np.ndarray, " *N"]) -> float:
-        defined = values[values > -1]
-        return defined.mean() if defined.size else -1.0
-
     precision, recall = curves
     by_iou = [mean(precision[..., 0, -1]), *(mean(precision[t, ..., 0, -1]) for t in IOU_INDEX.values())]
     by_size = [[mean(array[..., a, -1]) for a in (1, 2, 3)] for array in curves]
