@@ -13,7 +13,7 @@ from retina_jax.console import log
 from retina_jax.evaluation.coco_scores import SUMMARY
 from retina_jax.paper.published import Row, Table
 from retina_jax.runs.record import read_json, read_record, read_test_dev
-from retina_jax.sweeps.manifest import read_manifest
+from retina_jax.sweeps.points import read_manifest
 from retina_jax.sweeps.status import ended
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from retina_jax.config import ConfigError
-from retina_jax.sweeps.manifest import Task, distinct
+from retina_jax.sweeps.points import Task, distinct
 from retina_jax.sweeps.status import ENDED, State, state_of
 
-ACCELERATORS = ("nvidia[0-9]*", "accel[0-9]*", "kfd")  # Devices under /dev: NVIDIA, TPU, AMD
-HELD = 75  # Exit status of a point that another worker trains, or that was stopped and will be resumed (EX_TEMPFAIL)
-MOST_TIMEOUTS = 100  # Default number of times that a SLURM job may be queued again
-GRACE = 300.0  # Seconds in which a stopped process may save before it is killed; a second Ctrl-C kills it at once
+ACCELERATORS = ("nvidia[0-9]*", "accel[0-9]*", "kfd")  # devices under /dev: NVIDIA, TPU, AMD
+HELD = 75  # exit status of a point that another worker trains, or that was stopped and will be resumed (EX_TEMPFAIL)
+MOST_TIMEOUTS = 100  # default number of times that a SLURM job may be queued again
+GRACE = 300.0  # seconds in which a stopped process may save before it is killed; a second Ctrl-C kills it at once
 
 
 class _Child(NamedTuple):
@@ -34,8 +34,8 @@ class _Child(NamedTuple):
 def launch_local(tasks: Sequence[Task], command: Sequence[str], workdir: Path, jobs: int) -> int:
     """Runs `command --index I` for each task, `jobs` at a time; returns how many failed. A failure does not stop the others.
 
-    The output of a point goes to DIR/logs/FOLDER.txt; this process prints a line when a point starts and when it ends.
-    Points that have ended or that another worker trains are skipped. Ctrl-C and SIGTERM also end the running points.
+    The output of a point goes to DIR/logs/FOLDER.txt; a line reports when a point starts and when it ends. Points that have
+    ended or that another worker trains are skipped. Ctrl-C and SIGTERM also end the running points.
     """
     if jobs < 1:
         raise ConfigError(f"--jobs: invalid value {jobs}; must be at least 1")
@@ -178,12 +178,9 @@ def launch_slurm(tasks: Sequence[Task], command: Sequence[str], workdir: Path, o
     executor = submitit.AutoExecutor(folder=workdir / "slurm", cluster=cluster, slurm_max_num_timeout=most)
     try:
         executor.update_parameters(**{"name": f"sweep-{workdir.name}", **settings})
-    except (NameError, TypeError, AssertionError, ValueError) as error:
-        raise ConfigError(f"--slurm: {' '.join(str(error).split())}") from None
-    try:
         submitted = executor.map_array(SlurmPoint(tuple(command)), [task.index for task in waiting])
-    except submitit.core.utils.FailedJobError as error:
-        raise ConfigError(f"--launcher slurm: sbatch refused: {' '.join(str(error).split())}") from None
+    except (NameError, TypeError, AssertionError, ValueError, submitit.core.utils.FailedJobError) as error:
+        raise ConfigError(f"--slurm: {type(error).__name__}: {' '.join(str(error).split())}") from None
     for task, job in zip(waiting, submitted, strict=True):
         _log(task, f"job {job.job_id}, log {job.paths.stdout}")
     failed = 0
