@@ -142,9 +142,10 @@ def padded_batch(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], data: DataConfig,
     """Returns a batch of these images, resized and padded as in evaluation; the last image fills the remaining `rows`. The
     padded shape is the smallest of the configured ones that holds all images. If none does, or `data.buckets` is 0, it is
     the smallest multiple of `data.pad_multiple` that does."""
+    original = np.array([image.shape[:2] for image in images])
     rule = data.short_side, data.long_side, data.size_rounding
-    resized = [transforms.resized_size(*image.shape[:2], *rule) for image in images]
-    largest = max(height for height, _ in resized), max(width for _, width in resized)
+    resized = [transforms.resized_size(height, width, *rule) for height, width in original.tolist()]
+    largest = tuple(np.max(resized, axis=0).tolist())
     shapes = transforms.buckets(data, (data.short_side,)) if data.buckets else ()
     fitting = [shape for shape in shapes if largest[0] <= shape[0] and largest[1] <= shape[1]]
     padded = min(fitting, key=lambda shape: shape[0] * shape[1], default=transforms.exact_canvas(largest, data))
@@ -155,7 +156,6 @@ def padded_batch(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], data: DataConfig,
         pixels[row, : size[0], : size[1]] = np.asarray(resize_image(image, size, data.resize, data.pixels))
     pixels[len(images) :] = pixels[len(images) - 1]
     image_of_row = np.minimum(np.arange(rows), len(images) - 1)
-    scales = [(size[1] / image.shape[1], size[0] / image.shape[0]) for image, size in zip(images, resized, strict=True)]
     return Batch(
         images=pixels,
         image_sizes=np.array(resized, np.int32)[image_of_row],
@@ -163,7 +163,7 @@ def padded_batch(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], data: DataConfig,
         labels=np.full((rows, data.max_boxes), -1, np.int32),
         indices=image_of_row.astype(np.int64),
         valid=np.arange(rows) < len(images),
-        scales=np.array(scales, np.float32)[image_of_row],
+        scales=(np.array(resized) / original)[image_of_row, ::-1].astype(np.float32),
     )
 
 
@@ -185,13 +185,12 @@ def load_detector(
       short_side: length that the shorter image side is resized to, pixels; None: as in training.
       long_side: bound of the longer side; None: as in training, or in proportion if only short_side is given.
       step: saved step of a run, or "best", that with the highest AP; None: the newest.
-      config: replaces the detector's own; may differ from it in inference only (thresholds, devices, image size). None: its
-        own, on one device.
+      config: replaces the detector's own, from which inference may differ (thresholds, devices, image size); None: its own,
+        on one device.
       class_names: of weights from elsewhere whose classes are not COCO's.
       batchnorm_eps: of torchvision's weights; see `weights.importing.convert`.
 
-    Raises:
-      ConfigError, WeightsError: one line that names the folder or file and what is wrong with it.
+    Raises ConfigError or WeightsError: one line that names the folder or file and what is wrong with it.
     """
     from retina_jax.weights.importing import import_detector, kind_of  # training does not need these readers
 

@@ -101,7 +101,7 @@ class _Layout:
             rows=lines,
             summary=self._summary(),
             footnotes=[*([paper.note] if paper and paper.note else []), *_origins(sweep)],
-            runs=[_facts(point) for point in sweep.points],
+            runs=[(f"{p.name}, seed {p.seed}: {p.result}", _facts(p)) for p in sweep.points],
             sweep=sweep,
         )
 
@@ -133,7 +133,7 @@ class _Layout:
     def _paper_cell(self, metric: str, side: Side, row: Row) -> Cell:
         """Returns the paper's score; its first column of AP also has the paper's note on the row."""
         note = row.note if metric == "AP" and side is self.sides[0] else ""
-        value = side.of_paper(row, metric)
+        value, _ = side.of(row, metric)
         if value is None:
             return Cell(note)
         text = f"{'≈ ' if row.derived else ''}{value:.1f}" + (f" ({note})" if note else "")
@@ -141,7 +141,7 @@ class _Layout:
 
     def _our_cell(self, metric: str, side: Side, row: Row) -> Cell:
         """Returns our score: for AP with the state of the seeds, else with the difference to the paper in brackets."""
-        ran, mean = started(self.sweep.seeds(row.name)), side.of_ours(row, metric)
+        ran, (_, mean) = started(self.sweep.seeds(row.name)), side.of(row, metric)
         text = str(mean) if mean else ""
         if metric == "AP" and side.from_runs and row.name:
             others = [] if mean else dict.fromkeys(str(p.result) for p in ran if p.result.status != "diverged")
@@ -197,7 +197,7 @@ class _Layout:
 
 
 def _difference(metric: str, side: Side, row: Row) -> str:
-    mean, printed = side.of_ours(row, metric), side.of_paper(row, metric)
+    printed, mean = side.of(row, metric)
     return signed(mean.value - printed) if mean and printed is not None else ""
 
 
@@ -207,11 +207,9 @@ def signed(difference: float) -> str:
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 
-def _facts(point: PointResult) -> tuple[str, dict[str, str]]:
-    """Returns the title of a run and what is known of it."""
-    result = point.result
-    facts = {"folder": str(result.folder), "overrides": _overrides_text(point.overrides) or "none", **result.details}
-    return f"{point.name}, seed {point.seed}: {result}", facts | ({"message": result.message} if result.message else {})
+def _facts(point: PointResult) -> dict[str, str]:
+    facts = {"folder": str(point.result.folder), "overrides": _overrides_text(point.overrides) or "none"}
+    return facts | point.result.details | ({"message": point.result.message} if point.result.message else {})
 
 
 def _overrides_text(overrides: Mapping[str, Any]) -> str:
@@ -293,7 +291,7 @@ def _origins(sweep: SweepResult) -> list[str]:
     changed = any("+" in commit for commit in commits)
     note = "; +changes means uncommitted changes" if changed else ""
     sentences = [f"Commits of the finished runs: {counted(commits)}{note}."] * (changed or len(commits) > 1)
-    different = {backbone: sums for backbone, sums in weights.items() if len(sums) > 1}.items()
-    return sentences + [
-        f"The finished runs start from different weights of {b}: {counted(sums)}." for b, sums in different
-    ]
+    for backbone, sums in weights.items():
+        if len(sums) > 1:
+            sentences.append(f"The finished runs start from different weights of {backbone}: {counted(sums)}.")
+    return sentences

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, Literal, NamedTuple
 
 from retina_jax.config import Config, ConfigError
@@ -222,33 +222,29 @@ class Side(NamedTuple):
     means: Mapping[str | None, Mapping[str, Mean]]  # our scores by point and metric
     from_runs: bool  # our scores are the runs' own evaluations; False: results of COCO's server
 
-    def of_paper(self, row: Row, metric: str) -> float | None:
-        """Returns the paper's score of `row`."""
-        return self.paper.get(row.settings, {}).get(metric)
-
-    def of_ours(self, row: Row, metric: str) -> Mean | None:
-        """Returns our score of `row`."""
-        return self.means.get(row.name, {}).get(metric)
+    def of(self, row: Row, metric: str) -> tuple[float | None, Mean | None]:
+        """Returns the paper's score of `row` and ours."""
+        return self.paper.get(row.settings, {}).get(metric), self.means.get(row.name, {}).get(metric)
 
     def best_of_paper(self, rows: Sequence[Row], metric: str) -> float | None:
         """Returns the paper's highest score; None if there is none or a derived score is higher."""
-        scored = [(value, row.derived) for row in rows if (value := self.of_paper(row, metric)) is not None]
+        scored = [(value, row.derived) for row in rows if (value := self.of(row, metric)[0]) is not None]
         best, derived = max(scored, default=(None, False))
         return None if derived else best
 
 
 def sides_of(sweep: SweepResult, paper: Table | None, metrics: Sequence[str]) -> list[Side]:
     """Returns minival for a table on it and for a user's own sweep; test-dev and minival for a table on test-dev."""
-    means = {name: _means([p.result.scores for p in sweep.seeds(name)], metrics) for name in sweep.names}
+
+    def means(name: str, kind: Literal["scores", "test_dev"]) -> dict[str, Mean]:
+        runs = [getattr(point.result, kind) for point in sweep.seeds(name)]
+        values = {m: [scores[m] for scores in runs if m in scores] for m in metrics}
+        return {m: Mean(fmean(v), stdev(v) if len(v) > 1 else None) for m, v in values.items() if v}
+
     printed = {row.settings: row.scores for row in paper.rows} if paper else {}
+    own = Side("minival", splits_of(sweep), printed, {n: means(n, "scores") for n in sweep.names}, from_runs=True)
     if paper is None or paper.split == "minival":
-        return [Side("minival", splits_of(sweep), printed, means, from_runs=True)]
-    server = {name: _means([p.result.test_dev for p in sweep.seeds(name)], metrics) for name in sweep.names}
-    on_test_dev = Side(paper.split, paper.split, printed, server, from_runs=False)
+        return [own]
+    server = {name: means(name, "test_dev") for name in sweep.names}
     on_minival = {row.settings: row.minival for row in paper.rows}
-    return [on_test_dev, Side("minival", splits_of(sweep), on_minival, means, from_runs=True)]
-
-
-def _means(runs: Sequence[Mapping[str, float]], metrics: Sequence[str]) -> dict[str, Mean]:
-    values = {m: [scores[m] for scores in runs if m in scores] for m in metrics}
-    return {m: Mean(statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else None) for m, v in values.items() if v}
+    return [Side(paper.split, paper.split, printed, server, from_runs=False), own._replace(paper=on_minival)]

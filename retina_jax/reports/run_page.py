@@ -84,7 +84,7 @@ def run_page(folder: Path) -> tuple[str, str]:
         summary=SUMMARY,
         evaluations=[_scores(step, scores) for step, scores in record.evaluations.items()],
         ap_chart=line_chart(ap_lines, "step", "AP") if ap_lines else "",
-        variants=[[*_scores(step, scores), _settings_of(scores)] for step, scores in record.variants],
+        variants=[_variant(step, scores) for step, scores in record.variants],
         why=why,
         per_class=[(name, number(value)) for name, value in newest.get("per_class", {}).items()],
         point=point,
@@ -175,8 +175,9 @@ def _scores(step: int, scores: dict[str, Any]) -> list[str]:
     return [str(step), str(scores["images"]), *(number(scores[name]) for name in SUMMARY)]
 
 
-def _settings_of(scores: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {show(value)}" for name, value in scores.get("settings", {}).items()) or "not known"
+def _variant(step: int, scores: dict[str, Any]) -> list[str]:
+    settings = [f"{name} {show(value)}" for name, value in scores.get("settings", {}).items()]
+    return [*_scores(step, scores), ", ".join(settings) or "not known"]
 
 
 def errors_section(analysis: Analysis, score: float) -> dict[str, Any]:
