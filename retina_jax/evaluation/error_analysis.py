@@ -19,7 +19,6 @@ from jaxtyping import Bool, Float, Int
 from retina_jax.config import DataConfig
 from retina_jax.data.classes import Category, unique_names
 from retina_jax.data.datasets import open_source
-from retina_jax.data.source import Source
 from retina_jax.evaluation import precision_recall
 from retina_jax.evaluation.coco_scores import EvaluationError, as_arrays, check_inputs
 from retina_jax.evaluation.precision_recall import AREAS, DetectedBoxes, GroundTruth, Pairs, match, overlapping
@@ -203,44 +202,40 @@ def best_and_worst(counts: Counts, most: int) -> tuple[list[int], list[int]]:
     return best[:most].tolist(), worst[:most].tolist()
 
 
-class Analysis(NamedTuple):
-    """Errors of a saved evaluation. Category k is `names[k]`, image i is record `records[i]` of the source."""
+class Analysis:
+    """Errors of a saved evaluation. Category k is `names[k]`, image i is record `records[i]` of `source`."""
 
-    source: Source
-    names: tuple[str, ...]
-    errors: Errors
-    precision: Float[np.ndarray, "10 101 K"]  # by IoU, recall and category; -1 where a category has no object
-    records: tuple[int, ...]
-    note: str  # warning that the AP is not that of the evaluation, or empty
+    def __init__(self, file: Path, scores: dict[str, Any], data: DataConfig, categories: Sequence[Category]) -> None:
+        """Analyses the detections in `file` (COCO results) of an evaluation with `scores`, on the evaluation data of `data`.
 
-
-def analyse(file: Path, scores: dict[str, Any], data: DataConfig, categories: Sequence[Category]) -> Analysis:
-    """Analyses the detections in `file` (COCO results) of an evaluation with `scores`, on the evaluation data of `data`.
-
-    Raises PlainError, one line: the file is missing or malformed, the data cannot be opened, or they do not fit each other.
-    """
-    try:
-        detections = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(detections, list) or not all(isinstance(d, dict) and d.keys() >= RESULT_KEYS for d in detections):
-        raise EvaluationError(f"{file}: must be a list of COCO results ({', '.join(sorted(RESULT_KEYS))})")
-    if data.source == "coco" and not Path(data.val_images).is_dir() and Path(data.val_annotations).is_file():
-        # The pictures alone need the images. Any folder will do: drawing reports that images are missing.
-        data = replace(data, val_images=str(Path(data.val_annotations).parent))
-    source = open_source(data, "val", list(categories))
-    # An evaluation takes the first images of the split.
-    records = {record.image_id: row for row, record in enumerate(source.records[: scores["images"]])}
-    image_ids = sorted(records)
-    check_inputs(source.truth, detections, image_ids)
-    ground_truth, found, number = as_arrays(source.truth, detections, image_ids)
-    curves = precision_recall.coco_curves(ground_truth, found, number)
-    now, then = float(precision_recall.coco_stats(curves)[0]), scores["AP"]
-    note = (
-        f"The saved detections now have AP {now:.4f}, the evaluation had {then}: the data has changed since, or the "
-        "detections are of another evaluation at this step."
-    )
-    if abs(now - (-1.0 if then is None else then)) < 1e-6:
-        note = ""
-    names, rows = unique_names(sorted(source.categories)), tuple(records[image_id] for image_id in image_ids)
-    return Analysis(source, names, classify_errors(ground_truth, found), curves.precision[..., 0, -1], rows, note)
+        Raises PlainError, one line: the file is missing or malformed, the data cannot be opened, or they do not fit.
+        """
+        try:
+            found = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise EvaluationError(f"{file}: cannot be read: {error}") from None
+        if not isinstance(found, list) or not all(isinstance(d, dict) and d.keys() >= RESULT_KEYS for d in found):
+            raise EvaluationError(f"{file}: must be a list of COCO results ({', '.join(sorted(RESULT_KEYS))})")
+        if data.source == "coco" and not Path(data.val_images).is_dir() and Path(data.val_annotations).is_file():
+            # The pictures alone need the images. Any folder will do: drawing reports that images are missing.
+            data = replace(data, val_images=str(Path(data.val_annotations).parent))
+        self.source = source = open_source(data, "val", list(categories))
+        # An evaluation takes the first images of the split.
+        records = {record.image_id: row for row, record in enumerate(source.records[: scores["images"]])}
+        image_ids = sorted(records)
+        check_inputs(source.truth, found, image_ids)
+        ground_truth, detections, number = as_arrays(source.truth, found, image_ids)
+        curves = precision_recall.coco_curves(ground_truth, detections, number)
+        self.records = [records[image_id] for image_id in image_ids]
+        self.names = unique_names(sorted(source.categories))
+        self.errors = classify_errors(ground_truth, detections)
+        self.precision = curves.precision[
+            ..., 0, -1
+        ]  # by IoU, recall and category; -1 for a category without an object
+        now, then = float(precision_recall.coco_stats(curves)[0]), scores["AP"]
+        self.note = ""
+        if abs(now - (-1.0 if then is None else then)) >= 1e-6:
+            self.note = (
+                f"The saved detections now have AP {now:.4f}, the evaluation had {then}: the data has changed since, or "
+                "the detections are of another evaluation at this step."
+            )

@@ -6,15 +6,14 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import load_config, override
-from retina_jax.paper.published import AP, TABLES, Row
 from retina_jax.paper.results import PointResult, Side, SweepResult, divergence, sides_of, splits_of, started
+from retina_jax.paper.settings import AP, TABLES, Row
 from retina_jax.runs.record import FILE
 from retina_jax.sweeps.points import ROOT, load_sweep, outcome
 
@@ -30,88 +29,69 @@ class Cell(NamedTuple):
     bold: bool = False
 
 
-@dataclass(frozen=True)
-class Section:
-    """Table of the report, and the texts around it."""
-
-    name: str
-    title: str
-    notes: list[str]
-    header: list[str]
-    rows: list[list[Cell]]  # a row of one cell is a heading above the rows that follow
-    summary: str  # the section in one line
-    footnotes: list[str]  # notes under the table
-    runs: list[tuple[str, dict[str, str]]]  # title and facts of each run
-    sweep: SweepResult
-
-
 def build_report(sweeps: Sequence[SweepResult]) -> list[Section]:
     """Returns one section per sweep: the paper's tables in its order, then the user's own sweeps."""
     order = [*TABLES, *OWN_TITLES]
-    ranked = sorted(sweeps, key=lambda s: (order.index(s.name) if s.name in order else len(order), s.name))
-    return [_Layout(sweep).section() for sweep in ranked]
+    return list(
+        map(Section, sorted(sweeps, key=lambda s: (order.index(s.name) if s.name in order else len(order), s.name)))
+    )
 
 
-class _Layout:
-    """Table of a sweep: settings, each score on each side, times if the paper has them, seeds."""
+class Section:
+    """Table of a sweep with the texts around it: settings, each score on each side, times if the paper has them, seeds."""
 
     def __init__(self, sweep: SweepResult) -> None:
-        self.sweep, self.paper = sweep, TABLES.get(sweep.name)
-        self.rows = list(self.paper.rows) if self.paper else []
-        known = {row.name for row in self.rows}
+        self.sweep, self.name, self.paper = sweep, sweep.name, TABLES.get(sweep.name)
+        self.title = self.paper.title if self.paper else OWN_TITLES.get(sweep.name, f"Sweep {sweep.name}")
+        self._rows = list(self.paper.rows) if self.paper else []
+        known = {row.name for row in self._rows}
         for name in sweep.names:  # points that the paper does not have come last
             if name not in known:
                 own = _overrides_text(sweep.seeds(name)[0].overrides) or "none"
                 rest = ("",) * (len(self.paper.columns) - 1) if self.paper else (own,)
-                self.rows.append(Row(name, (name, *rest)))
-        self.metrics = self.paper.metrics if self.paper else AP
-        self.sides = sides_of(sweep, self.paper, self.metrics)
+                self._rows.append(Row(name, (name, *rest)))
+        self._metrics = self.paper.metrics if self.paper else AP
+        self._sides = sides_of(sweep, self.paper, self._metrics)
         # Points without a diverged seed; only these can be the best.
-        self.stable = [name for name in sweep.names if not divergence(sweep.seeds(name))]
-        self.departures = departures(sweep) if self.paper else []
-
-    def section(self) -> Section:
-        """Returns the table with its notes and charts."""
-        sweep, paper = self.sweep, self.paper
+        self._stable = [name for name in sweep.names if not divergence(sweep.seeds(name))]
+        self._departures = departures(sweep) if self.paper else []
         columns = list(self._columns())
-        lines: list[list[Cell]] = []
-        for place, row in enumerate(self.rows):
-            if row.group != (self.rows[place - 1].group if place else ""):
-                lines.append([Cell(row.group)])
-            lines.append([cell(row) for _, cell in columns])
+        self.header = [heading for heading, _ in columns]
+        self.rows: list[list[Cell]] = []  # a row of one cell is a heading above the rows that follow
+        for place, row in enumerate(self._rows):
+            if row.group != (self._rows[place - 1].group if place else ""):
+                self.rows.append([Cell(row.group)])
+            self.rows.append([cell(row) for _, cell in columns])
+        self.notes = self._notes()
+        self.footnotes = [*([self.paper.note] if self.paper and self.paper.note else []), *_origins(sweep)]
+        self.runs = [(f"{p.name}, seed {p.seed}: {p.result}", _facts(p)) for p in sweep.points]  # titles and facts
+        self.summary = self._summary()  # the section in one line
+
+    def _notes(self) -> list[str]:
+        sweep = self.sweep
         base = sweep.base + (f" with {_overrides_text(sweep.overrides)}" if sweep.overrides else "")
         notes = [f"Sweep {sweep.file} over {base}; scores in percent."]
-        if self.departures:
+        if self._departures:
             notes.append(
-                f"These runs do not use the paper's config (configs/{PAPER_CONFIG}): {'; '.join(self.departures)}. "
+                f"These runs do not use the paper's config (configs/{PAPER_CONFIG}): {'; '.join(self._departures)}. "
                 "Absolute values are not comparable with the paper's; compare the differences between rows."
             )
-        if paper and paper.split == "test-dev":
+        if self.paper and self.paper.split == "test-dev":
             notes.append(
                 "The paper's scores are on test-dev, whose labels are not public; our runs were evaluated on "
                 f"{splits_of(sweep)}. Scores on different splits are not subtracted. On minival the paper has "
                 f"RetinaNet-50-600 (Table 1b) and RetinaNet-101-600 (Table 1d). RUN/{FILE}, with the scores that COCO's "
                 "server returned for a run, adds our scores on test-dev."
             )
-        return Section(
-            name=sweep.name,
-            title=paper.title if paper else OWN_TITLES.get(sweep.name, f"Sweep {sweep.name}"),
-            notes=notes,
-            header=[heading for heading, _ in columns],
-            rows=lines,
-            summary=self._summary(),
-            footnotes=[*([paper.note] if paper and paper.note else []), *_origins(sweep)],
-            runs=[(f"{p.name}, seed {p.seed}: {p.result}", _facts(p)) for p in sweep.points],
-            sweep=sweep,
-        )
+        return notes
 
     def _columns(self) -> Iterator[tuple[str, Callable[[Row], Cell]]]:
         """Yields the heading of each column and the function that returns its cell in a row."""
         paper = self.paper
         for place, name in enumerate(paper.columns if paper else ("point", "overrides")):
             yield name, lambda row, place=place: Cell(row.settings[place])
-        for m in self.metrics:
-            for side in self.sides:
+        for m in self._metrics:
+            for side in self._sides:
                 has_paper = any(m in scores for scores in side.paper.values())
                 has_ours = side.from_runs or any(side.means.values())
                 if has_paper:
@@ -121,7 +101,7 @@ class _Layout:
                 if m == "AP" and has_paper and has_ours:
                     split = "" if side.from_runs else f" ({side.split})"
                     yield f"Δ AP, ours − paper{split}", lambda row, side=side: Cell(_difference("AP", side, row))
-            if m == "AP" and self.departures:
+            if m == "AP" and self._departures:
                 split = "" if paper.split == "minival" else f" ({paper.split})"
                 yield f"Δ AP to {paper.reference_label}, paper{split} / ours", self._to_reference
         if paper and all(row.milliseconds for row in paper.rows):
@@ -132,12 +112,12 @@ class _Layout:
 
     def _paper_cell(self, metric: str, side: Side, row: Row) -> Cell:
         """Returns the paper's score; its first column of AP also has the paper's note on the row."""
-        note = row.note if metric == "AP" and side is self.sides[0] else ""
+        note = row.note if metric == "AP" and side is self._sides[0] else ""
         value, _ = side.of(row, metric)
         if value is None:
             return Cell(note)
         text = f"{'≈ ' if row.derived else ''}{value:.1f}" + (f" ({note})" if note else "")
-        return Cell(text, value == side.best_of_paper(self.rows, metric))
+        return Cell(text, value == side.best_of_paper(self._rows, metric))
 
     def _our_cell(self, metric: str, side: Side, row: Row) -> Cell:
         """Returns our score: for AP with the state of the seeds, else with the difference to the paper in brackets."""
@@ -149,10 +129,10 @@ class _Layout:
             if not mean and len(ran) <= 1:
                 text = str(ran[0].result) if ran else "not run"
         difference = _difference(metric, side, row)
-        if metric != "AP" and difference and not self.departures:
+        if metric != "AP" and difference and not self._departures:
             text += f" ({difference})"
-        stable = [round(means[metric].value, 1) for n in self.stable if metric in (means := side.means[n])]
-        return Cell(text, mean is not None and row.name in self.stable and round(mean.value, 1) == max(stable))
+        stable = [round(means[metric].value, 1) for n in self._stable if metric in (means := side.means[n])]
+        return Cell(text, mean is not None and row.name in self._stable and round(mean.value, 1) == max(stable))
 
     def _time(self, row: Row) -> Cell:
         times = [p.result.latency["milliseconds"] for p in self.sweep.seeds(row.name) if p.result.latency]
@@ -182,14 +162,14 @@ class _Layout:
         return Cell(f"{of_paper} / {signed(statistics.fmean(a[seed] - b[seed] for seed in both))}{fewer}")
 
     def _summary(self) -> str:
-        paper, means = self.paper, self.sides[-1].means
+        paper, means = self.paper, self._sides[-1].means
         scored = {name: values["AP"] for name, values in means.items() if "AP" in values}
-        names = {row.name for row in self.rows if row.name}
+        names = {row.name for row in self._rows if row.name}
         text = f"{self.sweep.name}: {len(scored)} of {len(names)} rows have an AP"
-        if stable := [name for name in self.stable if name in scored]:
+        if stable := [name for name in self._stable if name in scored]:
             name = max(stable, key=lambda n: scored[n].value)
             text += f"; best {name} {scored[name]}"
-        if paper and self.sides[0].best_of_paper(self.rows, "AP") is not None:
+        if paper and self._sides[0].best_of_paper(self._rows, "AP") is not None:
             row = max((r for r in paper.rows if r.name), key=lambda r: r.scores.get("AP", -1.0))
             text += f" (paper: {row.name} {row.scores['AP']:.1f} on {paper.split})"
         diverged = sum(p.result.status == "diverged" for p in self.sweep.points)

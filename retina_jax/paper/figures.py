@@ -22,7 +22,7 @@ from matplotlib.patheffects import withStroke
 from retina_jax.config import ConfigError
 from retina_jax.losses.focal import ClassificationLoss, cross_entropy, focal, focal_star
 from retina_jax.paper.measured import StarRun, Timed
-from retina_jax.paper.published import OTHER_SYSTEMS, TABLES
+from retina_jax.paper.settings import OTHER_SYSTEMS, TABLES
 
 SUFFIXES = (".png", ".svg", ".pdf")  # of the files that can be written
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's, for colour-blind readers

@@ -26,8 +26,8 @@ from retina_jax.ops.anchors import anchor_grid
 from retina_jax.ops.matching import BACKGROUND, match
 from retina_jax.paper import results
 from retina_jax.paper.comparison import departures
-from retina_jax.paper.published import EFFECTIVE_AP
 from retina_jax.paper.results import PointResult, SweepResult
+from retina_jax.paper.settings import EFFECTIVE_AP
 from retina_jax.runs.files import write_json
 from retina_jax.runs.folder import read_run, saved_steps
 from retina_jax.training.step import Inputs

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from retina_jax.config import Config, ConfigError
 from retina_jax.console import log
 from retina_jax.evaluation.coco_scores import SUMMARY
-from retina_jax.paper.published import Row, Table
+from retina_jax.paper.settings import Row, Table
 from retina_jax.runs.record import read_json, read_record, read_test_dev
 from retina_jax.sweeps.points import read_manifest
 from retina_jax.sweeps.status import ended

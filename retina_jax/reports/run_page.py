@@ -57,7 +57,7 @@ def run_page(folder: Path) -> tuple[str, str]:
         log(f"analysing the errors of the evaluation at step {step} ...")
         try:
             file = folder / "detections" / f"step_{step:08d}.json"
-            analysis = error_analysis.analyse(file, newest, record.config.data, record.categories)
+            analysis = Analysis(file, newest, record.config.data, record.categories)
         except PlainError as error:
             why = str(error)
     point = error_analysis.operating_point(analysis.errors) if analysis else None

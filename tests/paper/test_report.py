@@ -19,8 +19,8 @@ from retina_jax.config import Config, ConfigError, DataConfig, ModelConfig, Trai
 from retina_jax.config_io import load_config, override, to_dict
 from retina_jax.evaluation.coco_scores import SUMMARY
 from retina_jax.paper.comparison import Section, build_report, signed
-from retina_jax.paper.published import TABLES
 from retina_jax.paper.results import read_sweeps
+from retina_jax.paper.settings import TABLES
 from retina_jax.reports.charts import line_chart, log_ticks, ticks
 from retina_jax.reports.sweep_page import charts_of, plain, smoothed, to_html, to_markdown
 
