@@ -7,10 +7,9 @@ those of a class suppress one another at detection.nms_iou, and the best detecti
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -57,8 +56,7 @@ class Detector:
 
     @classmethod
     def of(cls, driver: Driver, state: TrainState, names: tuple[str, ...], category_ids: tuple[int, ...]) -> Detector:
-        """Returns the detector of a state, with averaged parameters (EMA) if there are any and detection.parameters is not
-        "raw"."""
+        """Returns the detector of a state, with its averaged parameters (EMA) unless detection.parameters is "raw"."""
         variables = state.detector(driver.config.detection.parameters)
         return cls(driver, variables, names, category_ids, int(state.step))
 
@@ -81,8 +79,9 @@ class Detector:
         while group := list(itertools.islice(remaining, batch_size)):
             for number, image in enumerate(group, start=len(found)):
                 if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
-                    what = f"{image.dtype} of shape {image.shape}"
-                    raise ValueError(f"image {number}: {what}; detect takes uint8 arrays [h, w, 3]")
+                    raise ValueError(
+                        f"image {number}: {image.dtype} of shape {image.shape}; give uint8 arrays [h, w, 3]"
+                    )
             rows = -(-len(group) // self.driver.num_devices) * self.driver.num_devices
             batches = (padded_batch(group, data, rows) for data in sizes(self.config))
             merged = self.merged(self.detect_batches(batches, [image.shape[:2] for image in group]))
@@ -92,10 +91,8 @@ class Detector:
     def detect_batches(
         self, batches: Iterable[Batch], sizes_hw: Sequence[tuple[int, int]]
     ) -> Iterator[tuple[int, ImageDetections]]:
-        """Yields (index, detections) of every valid row; with detection.tta_flip also those of the mirrored image.
-
-        `sizes_hw` are the original sizes by index. Each host yields its own rows.
-        """
+        """Yields (index, detections) of every valid row of this host; with detection.tta_flip also those of the mirrored
+        image. `sizes_hw` are the original sizes by index."""
 
         def running() -> Iterator[tuple[Batch, Detections, bool]]:
             for plain in batches:
@@ -182,8 +179,8 @@ def load_detector(
     Args:
       source: a run's folder, KIND:FILE, or KIND:NAME (`retina_jax.weights.named`, downloaded once); KIND is torchvision,
         detectron2 or detectron.
-      short_side: length that the shorter image side is resized to, pixels; None: as in training.
-      long_side: bound of the longer side; None: as in training, or in proportion if only short_side is given.
+      short_side, long_side: length that the shorter image side is resized to, and bound of the longer one, pixels; None: as
+        in training, long_side in proportion to short_side.
       step: saved step of a run, or "best", that with the highest AP; None: the newest.
       config: replaces the detector's own, from which inference may differ (thresholds, devices, image size); None: its own,
         on one device.
@@ -223,7 +220,7 @@ def sizes(config: Config) -> tuple[DataConfig, ...]:
     data = config.data
     others = dict.fromkeys(side for side in config.detection.tta_short_sides if side != data.short_side)
     longs = {side: max(side, round(data.long_side * side / data.short_side)) for side in others}
-    return data, *(dataclasses.replace(data, short_side=s, long_side=longs[s], jitter_short_sides=()) for s in others)
+    return data, *(replace(data, short_side=s, long_side=longs[s], jitter_short_sides=()) for s in others)
 
 
 def versions(config: Config) -> int:

@@ -43,18 +43,13 @@ def evaluate(
 
     Writes detections/ (COCO results format), evaluation/ and pictures/ for `step`; of an unlabelled `source` all scores are
     None, and no evaluation is written. Classes are matched by `classes.match`; detections of a class that `source` lacks
-    are left out. Several hosts share the images and return the same scores; host 0 writes.
+    are left out. Several hosts share the images and return the same scores; host 0 writes. `variant` is appended to the
+    names of files, for scores with other `settings` than the run's (by dotted name), which are saved with them. `check`
+    passes batches on, and may raise to end the evaluation.
 
-    Args:
-      variant: appended to the names of files, for scores with other settings than the run's.
-      settings: those that differ, by dotted name; saved with the scores.
-      check: passes batches on, and may raise to end the evaluation.
-
-    Raises:
-      ConfigError: the data has boxes of a category that is none of the run's classes. Raised before detection.
+    Raises ConfigError, before detection, if the data has boxes of a category that is none of the run's classes.
     """
     ids = category_ids(run.categories, source, f"data.val_annotations {source.name}")
-    in_data = np.array([category_id is not None for category_id in ids], bool)
     training = run.config.training
     records = source.records[: training.eval_images or None]
     found = _detect(run, detector, source, len(records), check)
@@ -63,10 +58,8 @@ def evaluate(
         warn(f"{len(unread)} images could not be read and score as images without detections")
         found |= dict.fromkeys(unread, NOTHING)
     results = []
-    for index, detections in sorted(found.items()):
-        kept = in_data[detections.labels]
-        arrays = detections.boxes_xyxy[kept], detections.scores[kept], detections.labels[kept]
-        results += coco_results(records[index].image_id, *arrays, ids)
+    for index, d in sorted(found.items()):
+        results += coco_results(records[index].image_id, d.boxes_xyxy, d.scores, d.labels, ids)
     scores = evaluate_coco(source.truth, results, [record.image_id for record in records], training.evaluator)
     if distributed.is_primary():
         write_json(run.path("detections", step, f"{variant}.json"), results)

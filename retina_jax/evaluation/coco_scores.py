@@ -52,15 +52,14 @@ def coco_results(
     category_ids: Sequence[int | None],
 ) -> list[dict[str, Any]]:
     """Returns one image's detections as COCO result records, {"image_id", "category_id", "bbox": [x, y, width, height],
-    "score"}, unrounded. Boxes are in pixels of the ORIGINAL image; a negative label is padding and is left out.
-    `category_ids` has the category id of each label; None for a class without detections here."""
-    real = labels >= 0
-    boxes = boxes_xyxy[real].astype(np.float64)
+    "score"}, unrounded. Boxes are in pixels of the ORIGINAL image. `category_ids` has the category id of each label; left
+    out are classes whose id is None, and negative labels, which are padding."""
+    boxes = boxes_xyxy.astype(np.float64)
     boxes_xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-    rows = zip(boxes_xywh.tolist(), scores[real].tolist(), labels[real].tolist(), strict=True)
     return [
         {"image_id": int(image_id), "category_id": int(category_ids[label]), "bbox": box, "score": score}
-        for box, score, label in rows
+        for box, score, label in zip(boxes_xywh.tolist(), scores.tolist(), labels.tolist(), strict=True)
+        if label >= 0 and category_ids[label] is not None
     ]
 
 

@@ -112,7 +112,7 @@ def coco_stats(curves: Curves) -> Float[np.ndarray, " 12"]:
     return np.array([*by_iou, *by_size[0], *recalls, *by_size[1]])
 
 
-@np.errstate(all="ignore")  # areas that are not finite, see the last paragraph
+@np.errstate(all="ignore")  # areas that are not finite, see the last sentence
 def match(
     ground_truth: GroundTruth,
     found: DetectedBoxes,
@@ -123,11 +123,9 @@ def match(
 
     Per image and category the 100 best detections count. Each of them, the best first, takes the free box that it overlaps
     most (the last of equals) with an IoU of the threshold or more, exactly the threshold included. It takes an ignored box
-    (a crowd region, or a box outside the area) only where no other fits. A crowd region stays free, and the IoU with it is
-    the overlap over the detection's own area.
-
-    Two boxes whose areas are not finite or are denormal in float64 (products beyond 1e308, or below 1e-308) do not overlap
-    here; pycocotools matches them always.
+    (a crowd region, or a box outside the area) only if no other fits. A crowd region stays free, and the IoU with it is the
+    overlap over the detection's own area. Two boxes whose areas are not finite or are denormal in float64 (products beyond
+    1e308, or below 1e-308) do not overlap here; pycocotools matches them always.
     """
     images = 1 + max(ground_truth.images.max(initial=-1), found.images.max(initial=-1))
     box_groups, groups = (boxes.categories * images + boxes.images for boxes in (ground_truth, found))

@@ -50,10 +50,8 @@ def export_detector(detector: Detector, path: Path, source: str, images: Images)
     cannot be exported. Then an older file at `path` stays as it was.
     """
     if versions(detector.config) > 1:
-        raise ExportError(
-            "detection.tta_flip, detection.tta_short_sides: test-time augmentation cannot be exported; "
-            "add --detection.no-tta-flip --detection.tta-short-sides"
-        )
+        options = "--detection.no-tta-flip --detection.tta-short-sides"
+        raise ExportError(f"test-time augmentation cannot be exported; add {options}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,6 @@
 """Loads a detector that scripts/export.py wrote. This file needs jax, numpy and flatbuffers, and Pillow for a detector whose
 `data.resize` is pillow. You can copy it without the rest of the package.
 
-    from loader import load
-
     detector = load("detector.zip")
     for boxes_xyxy, scores, labels in detector.detect([image]):  # uint8 arrays [height, width, 3], RGB, of any sizes
         print(boxes_xyxy, scores, [detector.class_names[label] for label in labels])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -259,11 +259,11 @@ def _origins(sweep: SweepResult) -> list[str]:
     done = list({p.result.folder: p.result for p in sweep.points if p.result.status == "finished"}.values())
     # "abc1234...+changes" is shortened to "abc1234+changes".
     commits = Counter(re.sub(r"(?<=^\w{7})\w+", "", run.details.get("commit", "no commit known")) for run in done)
-    weights: dict[str, Counter[str]] = {}
+    weights: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for run in done:
         if "backbone_sha256" in run.details:  # older runs do not have it
             backbone = f"{run.config.model.backbone} ({Path(run.config.model.backbone_weights).name})"
-            weights.setdefault(backbone, Counter())[run.details["backbone_sha256"][:12]] += 1
+            weights[backbone][run.details["backbone_sha256"][:12]] += 1
 
     def counted(counts: Counter[str]) -> str:
         return ", ".join(f"{name} ({n} {'run' if n == 1 else 'runs'})" for name, n in counts.most_common())
@@ -271,7 +271,5 @@ def _origins(sweep: SweepResult) -> list[str]:
     changed = any("+" in commit for commit in commits)
     note = "; +changes means uncommitted changes" if changed else ""
     sentences = [f"Commits of the finished runs: {counted(commits)}{note}."] * (changed or len(commits) > 1)
-    for backbone, sums in weights.items():
-        if len(sums) > 1:
-            sentences.append(f"The finished runs start from different weights of {backbone}: {counted(sums)}.")
-    return sentences
+    start = "The finished runs start from different weights of"
+    return sentences + [f"{start} {b}: {counted(sums)}." for b, sums in weights.items() if len(sums) > 1]

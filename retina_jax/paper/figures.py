@@ -32,9 +32,6 @@ GAMMAS = (0.0, 0.5, 1.0, 2.0)  # the curves of Figure 4
 LOOK = mpl.rc_params_from_file(Path(__file__).with_suffix(".mplstyle"), use_default_template=False)
 
 
-Curve = Callable[[ClassificationLoss, Float[np.ndarray, " N"]], Float32[np.ndarray, " N"]]
-
-
 def fl(gamma: float) -> ClassificationLoss:
     """Returns the focal loss, equation 4."""
     return partial(focal, alpha=1.0, gamma=gamma)
@@ -118,7 +115,7 @@ def figure1() -> Figure:
 
 
 @mpl.rc_context(LOOK)
-def _selected(curve: Curve, label: str, limits: tuple[float, float], legend: str) -> Figure:
+def _selected(curve: Callable[..., np.ndarray], label: str, limits: tuple[float, float], legend: str) -> Figure:
     """Draws a curve over x_t for CE, FL and FL*."""
     figure, (axes,) = _figure(1, 4.8, 3.8)
     x_t = np.linspace(-5, 5, 501)
@@ -157,10 +154,8 @@ def figure7(runs: Sequence[StarRun], threshold: float, not_run: int = 0) -> Figu
 def figure2(ours: Sequence[Timed] = (), hardware: str = "", split: str = "val") -> Figure:
     """Draws AP over milliseconds per image: the paper's panel, and with `ours` a second panel for the other hardware."""
     figure, axes = _figure(2 if ours else 1, 5.8, 4.0)
-    paper = [
-        Timed(row.settings[0], f"RetinaNet-{row.settings[0]}", row.settings[1], row.milliseconds, row.scores["AP"])
-        for row in TABLES["table1e"].rows
-    ]
+    rows = ((*row.settings, row.milliseconds, row.scores["AP"]) for row in TABLES["table1e"].rows)
+    paper = [Timed(depth, f"RetinaNet-{depth}", scale, time, ap) for depth, scale, time, ap in rows]
     axes[0].plot(*zip(*OTHER_SYSTEMS.values(), strict=True), "s", color=GREY, markersize=5, label="other systems")
     for name, place in OTHER_SYSTEMS.items():
         text = name + (" (time extrapolated)" if name == "R-FCN" else "")

@@ -19,11 +19,11 @@ from retina_jax.config import Config, ConfigError
 
 Overrides = dict[str, Any]
 
-DEEPER = {"resnet50": "resnet101", "resnet18": "resnet34"}  # The roles of ResNet-50 and ResNet-101
-OTHER_NAMES = {"resnet50": "R-50", "resnet101": "R-101", "resnext101_32x8d": "X-101-32x8d"}  # In Detectron's files
-PAPER_SHORT_SIDE = 600  # The paper's image scale that `data.short_side` of the base corresponds to
+DEEPER = {"resnet50": "resnet101", "resnet18": "resnet34"}  # the roles of ResNet-50 and ResNet-101
+OTHER_NAMES = {"resnet50": "R-50", "resnet101": "R-101", "resnext101_32x8d": "X-101-32x8d"}  # in Detectron's files
+PAPER_SHORT_SIDE = 600  # the paper's image scale that `data.short_side` of the base corresponds to
 JITTER = (640, 672, 704, 736, 768, 800)  # detectron2's short sides of scale jitter; the paper states none
-AP = ("AP", "AP50", "AP75")  # Scores of the ablations
+AP = ("AP", "AP50", "AP75")  # scores of the ablations
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,6 @@ class Table:
 
 EFFECTIVE_AP = 33.5  # AP in percent above which Figure 7 calls a setting of FL* effective; it must also have converged
 
-# Figure 2's other systems: milliseconds per image and AP on test-dev. The paper extrapolated the time of R-FCN; FPN FRCN is
-# Faster R-CNN with ResNet-101-FPN, measured on an M40 (Section 5.2).
-OTHER_SYSTEMS = {
-    "YOLOv2": (25.0, 21.6),
-    "SSD321": (61.0, 28.0),
-    "DSSD321": (85.0, 28.0),
-    "R-FCN": (85.0, 29.9),
-    "SSD513": (125.0, 31.2),
-    "DSSD513": (156.0, 33.2),
-    "FPN FRCN": (172.0, 36.2),
-}
 # Two models of Table 1e are also in ablations, on minival: the default of Table 1b and the focal loss of Table 1d.
 _ON_MINIVAL = {
     "depth_50_scale_600": {"AP": 34.0, "AP50": 52.5, "AP75": 36.5},
@@ -97,8 +86,12 @@ def _table(text: str) -> Table:
     return Table(name, title, split, compared, label, note, tuple(columns), shown, tuple(rows))
 
 
-_TEXTS = Path(__file__).with_name("tables.txt").read_text(encoding="utf-8").split("\n\n")[1:]
-TABLES = {table.name: table for table in map(_table, _TEXTS)}  # In the paper's order
+_, *_TABLES, _SYSTEMS = Path(__file__).with_name("tables.txt").read_text(encoding="utf-8").split("\n\n")
+TABLES = {table.name: table for table in map(_table, _TABLES)}  # in the paper's order
+# Figure 2's other systems: milliseconds per image, and AP on test-dev.
+OTHER_SYSTEMS = {
+    name.strip(): (float(time), float(ap)) for name, time, ap in (line.split("|") for line in _SYSTEMS.splitlines()[2:])
+}
 
 
 def deeper(base: Config) -> Overrides:

@@ -24,6 +24,8 @@ GRACE = 300.0  # seconds in which a stopped process may save before it is killed
 
 
 class _Child(NamedTuple):
+    """Running point; `started` is a time of the monotonic clock."""
+
     task: Task
     process: subprocess.Popen[bytes]
     log: Path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import itertools
 import json
@@ -379,12 +378,6 @@ def test_latency_is_a_time_of_one_image(detector: Detector) -> None:
     images = [np.zeros((64, 64, 3), np.uint8), np.full((40, 64, 3), 200, np.uint8)]
     assert 0 < latency(detector, images, repeats=2) < 10_000
     assert "cores" in hardware()
-
-
-def test_latency_refuses_a_detector_on_several_devices(detector: Detector) -> None:
-    several = dataclasses.replace(detector, driver=Driver(dataclasses.replace(detector.config, devices=2), 6))
-    with pytest.raises(ValueError, match="2 devices"):
-        latency(several, [np.zeros((64, 64, 3), np.uint8)])
 
 
 def test_figure_4_names_its_run_and_refuses_one_that_is_not_finished(script: Any, tmp_path: Path) -> None:
