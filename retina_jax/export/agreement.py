@@ -114,8 +114,8 @@ class Comparison(NamedTuple):
 
 def check(original: Detector, exported: ExportedDetector, images: Images) -> str:
     """Returns how the detections of both differ, and how fast both are; ExportError if they differ or if there are none."""
-    made = for_other_shapes(exported, images)
-    tried, rule = [*images, *made], original.config.detection
+    made, rule = for_other_shapes(exported, images), original.config.detection
+    tried = [*images, *made]
     threshold = rule.score_threshold if rule.threshold_coarsest else 0.0
     found, expected = ([detector.detect([image])[0] for image in tried] for detector in (exported, original))
     compared = compare(expected, found, tried, threshold, rule.max_detections)
@@ -135,9 +135,8 @@ def check(original: Detector, exported: ExportedDetector, images: Images) -> str
             start = time.perf_counter()
             detector.detect([images[turn % len(images)]])
             seconds.append(1e3 * (time.perf_counter() - start))
-    before, after = map(statistics.median, taken)
-    device = jax.devices()[0].device_kind
-    return f"{text}\nmedian time per image: {before:.1f} ms original, {after:.1f} ms exported ({device})"
+    before, after = (f"{statistics.median(seconds):.1f} ms" for seconds in taken)
+    return f"{text}\nmedian time per image: {before} original, {after} exported ({jax.devices()[0].device_kind})"
 
 
 def _shapes_of(exported: ExportedDetector, images: Images) -> set[tuple[int, int]]:

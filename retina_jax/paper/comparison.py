@@ -17,9 +17,9 @@ from retina_jax.paper.settings import AP, TABLES, Row
 from retina_jax.runs.record import FILE
 from retina_jax.sweeps.points import ROOT, load_sweep, outcome
 
-OWN_TITLES = {"fig7": "Figure 7: FL* over γ and β"}  # Titles of sweeps of the paper for which it prints no numbers
-PAPER_CONFIG = "paper_ablations.py"  # Base of sweeps whose absolute values are comparable with the paper's
-MOST_FIELDS = 4  # Maximum number of differing config fields that are listed; more are counted
+OWN_TITLES = {"fig7": "Figure 7: FL* over γ and β"}  # titles of sweeps of the paper for which it prints no numbers
+PAPER_CONFIG = "paper_ablations.py"  # base of sweeps whose absolute values are comparable with the paper's
+MOST_FIELDS = 4  # maximum number of differing config fields that are listed; more are counted
 
 
 class Cell(NamedTuple):
@@ -204,11 +204,8 @@ def _value(value: Any) -> str:
 
 
 def departures(sweep: SweepResult) -> list[str]:
-    """Returns the reasons why absolute values are not comparable with the paper's; empty: no reason known.
-
-    Each run is compared with its row over the paper's base, in every field that affects the outcome. If no run has started,
-    the manifest's base is compared.
-    """
+    """Returns the reasons why absolute values are not comparable with the paper's; empty: no reason known. Each run is
+    compared with its row over the paper's base, in every field that affects the outcome; before the first run, the base."""
     paper = load_config(ROOT / "configs" / PAPER_CONFIG)
     file = ROOT / "configs" / "sweeps" / f"{sweep.name}.py"
     rows = load_sweep(file).get_sweep(paper) if file.is_file() else {}
@@ -220,13 +217,11 @@ def departures(sweep: SweepResult) -> list[str]:
             raise ConfigError(f"sweep {sweep.name}{where}: {error}") from None
 
     other_base = [] if Path(sweep.base).name == PAPER_CONFIG else [f"the base is {sweep.base}"]
-    if not sweep.configs:
+    ran = [point for point in sweep.points if point.result.config is not None]
+    if not ran:
         return other_base or _described([(overridden(sweep.overrides, ""), paper)])
-    described = _described(
-        (p.result.config, overridden(rows.get(p.name, p.overrides), f", point {p.name!r}"))
-        for p in sweep.points
-        if p.result.config is not None
-    )
+    rows_of_paper = (overridden(rows.get(p.name, p.overrides), f", point {p.name!r}") for p in ran)
+    described = _described(zip((p.result.config for p in ran), rows_of_paper, strict=True))
     return [*other_base, *described] if described else []
 
 

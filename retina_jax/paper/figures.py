@@ -1,8 +1,5 @@
-"""The paper's plots: Figures 1, 2, 4, 5, 6 and 7, computed with the package's own classification losses.
-
-Losses are curves over x_t = y x (equation 6), without alpha: with a single class and target 1 the logit is x_t, and with
-alpha = 1 the weight is 1, so the curves are those of the losses that train.
-"""
+"""The paper's plots: Figures 1, 2, 4, 5, 6 and 7. Losses are curves over x_t = y x (equation 6), without alpha: with a
+single class and target 1 the logit is x_t, and with alpha = 1 the weight is 1, so they are the losses that train."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ from retina_jax.runs.files import write_json
 from retina_jax.runs.folder import read_run, saved_steps
 from retina_jax.training.step import Inputs
 
-TIMED_IMAGES = 5  # Number of evaluation images over which the median latency is taken
-NEGATIVES, POSITIVES = 10_000_000, 100_000  # Windows that the paper samples for Figure 4
+TIMED_IMAGES = 5  # number of evaluation images over which the median latency is taken
+NEGATIVES, POSITIVES = 10_000_000, 100_000  # windows that the paper samples for Figure 4
 
 
 class Timed(NamedTuple):
@@ -152,13 +152,12 @@ class Sample:
     """Uniform sample without replacement of a stream: the values with the `size` smallest of their random keys."""
 
     def __init__(self, size: int, seed: int = 0) -> None:
-        self.size, self.seen = size, 0  # `seen`: number of values in the stream so far
+        self.size = size
         self._random = np.random.default_rng(seed)
         self._values, self._keys = np.zeros(0, np.float32), np.zeros(0)
 
     def add(self, values: Float32[np.ndarray, " N"]) -> None:
         """Adds `values` to the stream."""
-        self.seen += len(values)
         self._values = np.concatenate([self._values, values])
         self._keys = np.concatenate([self._keys, self._random.random(len(values))])
         if len(self._values) > 2 * self.size:

@@ -73,11 +73,6 @@ class SweepResult:
         """Names of the points, in the manifest's order."""
         return list(dict.fromkeys(point.name for point in self.points))
 
-    @property
-    def configs(self) -> list[Config]:
-        """Configs of the runs that have started."""
-        return [point.result.config for point in self.points if point.result.config is not None]
-
 
 def read_sweeps(workdir: Path) -> list[SweepResult]:
     """Returns all sweeps of `workdir`, sorted by name; ConfigError, with the file, if there is none or a file is invalid.
@@ -191,7 +186,7 @@ def divergence(points: Sequence[PointResult]) -> str:
 
 def splits_of(sweep: SweepResult) -> str:
     """Returns what the runs were evaluated on; val if none has started."""
-    return ", ".join(dict.fromkeys(split_of(config) for config in sweep.configs)) or "val"
+    return ", ".join(dict.fromkeys(split_of(p.result.config) for p in sweep.points if p.result.config)) or "val"
 
 
 def split_of(config: Config) -> str:

@@ -1,11 +1,9 @@
 """The paper's tables (Lin et al. 2017): every number, and their settings as overrides of any base config.
 
-Scores are in percent, as printed (tables.txt), under the names of `configs/sweeps/`. Tables 1a to 1d and 3 are on minival
-(val2017). Tables 1e and 2 are on test-dev, whose labels are not public.
-
-Settings are relative to the base, which stands for RetinaNet-50-600: 400 pixels are 400/600 of the base's short side, and
-ResNet-101 is the next deeper backbone. The same sweep therefore runs at full size on `configs/paper_ablations.py` and as a
-miniature on a base with small images.
+Scores are in percent, as printed (tables.txt), under the names of `configs/sweeps/`. Settings are relative to the base,
+which stands for RetinaNet-50-600: 400 pixels are 400/600 of the base's short side, and ResNet-101 is the next deeper
+backbone. The same sweep therefore runs at full size on `configs/paper_ablations.py` and as a miniature on a base with small
+images.
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ class Table:
 
     name: str  # name of its sweep
     title: str
-    split: str  # minival or test-dev
+    split: str  # minival (val2017), or test-dev, whose labels are not public
     reference: str  # point that the other rows are compared with
     reference_label: str  # name of the reference in a heading
     note: str  # remark about its rows, or empty

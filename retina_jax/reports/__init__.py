@@ -1,7 +1,4 @@
-"""HTML pages of runs, data checks and sweeps.
-
-Pages are made of the templates in `templates/`: one file each, every value escaped, no request for anything else.
-"""
+"""HTML pages of runs, data checks and sweeps, made of `templates/`: one file each, values escaped, no other requests."""
 
 from __future__ import annotations
 

@@ -21,12 +21,9 @@ from retina_jax.evaluation.drawing import draw_boxes
 from retina_jax.reports import jpeg, render
 from retina_jax.reports.charts import Stack, bar_chart
 
-MOST_LISTED = 200  # findings of a kind on the page; the JSON has all
-OPEN_UP_TO = 10  # lists of at most this many findings are open from the start
 # Boxes with an anchor of sufficient IoU, with one by the low-quality rule only, and without (Okabe and Ito).
 COVERED, RESCUED, UNCOVERED = "#009E73", "#E69F00", "#D55E00"
 ON_IMAGES = {COVERED: (0, 255, 0), RESCUED: (255, 190, 0), UNCOVERED: (255, 0, 0)}  # visible on a photograph
-SIDE = 720  # small images are enlarged to about this length of their longer side, pixels
 TAGGED = 12  # boxes of an image that are labelled; more labels would hide it
 SHARES = {"by_iou": "sufficient IoU", "by_low_quality": "low-quality only", "uncovered": "no anchor"}
 
@@ -41,8 +38,8 @@ def check_page(check: Check, pictures: Sequence[tuple[np.ndarray, str]], title: 
         sections=["findings", "classes", "anchors", "suggestion", "pictures"],
         colours={"rescued": RESCUED, "uncovered": UNCOVERED},
         check=check,
-        most_listed=MOST_LISTED,
-        open_up_to=OPEN_UP_TO,
+        most_listed=200,  # findings of a kind on the page; the JSON has all
+        open_up_to=10,  # lists of at most this many findings are open from the start
         class_names=list(dict.fromkeys(count.name for counts in check.counts.values() for count in counts)),
         counts={split: {count.name: count for count in counts} for split, counts in check.counts.items()},
         histograms=[
@@ -117,4 +114,4 @@ def draw_coverage(
     tagged = tagged if len(tagged) <= TAGGED else set()
     texts = [f"{class_names[views.labels[n]]} {coverage.best_iou[n]:.2f}" if n in tagged else "" for n in worst_last]
     on_image = [ON_IMAGES[colours[n]] for n in worst_last]
-    return draw_boxes(image, views.boxes_xyxy[worst_last], on_image, texts, side=SIDE)
+    return draw_boxes(image, views.boxes_xyxy[worst_last], on_image, texts, side=720)

@@ -37,9 +37,7 @@ CHARTS = (
     ("gradient norm", True, (("gradient norm", "gradient_norm"),)),
     ("positives per image", False, (("positive anchors per image", "positives_per_image"),)),
 )
-AP_CHART = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 MOST_LINES = 10  # classes in one chart; with more classes each has a chart of its own
-MOST_CONFUSIONS = 12
 MOST_IMAGES, LONGEST = 6, 800  # images drawn of the best and of the worst; their longer side at most, pixels
 
 
@@ -63,7 +61,8 @@ def run_page(folder: Path) -> tuple[str, str]:
     point = error_analysis.operating_point(analysis.errors) if analysis else None
     score = point.score if point else record.config.detection.score_threshold
     changes = record.saved.get("changes") or []
-    aps = {n: [(float(step), s[n]) for step, s in record.evaluations.items() if s[n] is not None] for n in AP_CHART}
+    scores_of = record.evaluations.items()
+    aps = {name: [(float(n), s[name]) for n, s in scores_of if s[name] is not None] for name in list(SUMMARY)[:6]}
     ap_lines = [(name, of_name) for name, of_name in aps.items() if len(of_name) > 1]
     own, paper = flatten(record.config), flatten(Config())
     page = render(
@@ -82,7 +81,7 @@ def run_page(folder: Path) -> tuple[str, str]:
         settings=[(name, show(value)) for name, value in own.items()],
         curves=learning_curves(record.windows),
         summary=SUMMARY,
-        evaluations=[_scores(step, scores) for step, scores in record.evaluations.items()],
+        evaluations=[_scores(step, scores) for step, scores in scores_of],
         ap_chart=line_chart(ap_lines, "step", "AP") if ap_lines else "",
         variants=[_variant(step, scores) for step, scores in record.variants],
         why=why,
@@ -189,7 +188,7 @@ def errors_section(analysis: Analysis, score: float) -> dict[str, Any]:
     return {
         "note": analysis.note,
         "kind_names": list(KINDS),
-        "confusions": [(names[a], names[b], count) for (a, b), count in confusions.most_common(MOST_CONFUSIONS)],
+        "confusions": [(names[a], names[b], count) for (a, b), count in confusions.most_common(12)],
         **_by_class(analysis),
         **_precision_recall(analysis),
         **_kinds(analysis, score),

@@ -138,12 +138,11 @@ class SlurmPoint:
 
     command: tuple[str, ...]
 
-    def __call__(self, index: int) -> str:
+    def __call__(self, index: int) -> None:
         """Runs the point; raises CalledProcessError if it fails, which also fails the job."""
         done = subprocess.run([*self.command, "--index", str(index)], preexec_fn=_leave_signals_to_submitit)
         if done.returncode != HELD:
             done.check_returncode()
-        return f"index {index} {'is trained by another worker, or was stopped' if done.returncode == HELD else 'ended'}"
 
     def checkpoint(self, index: int) -> Any:
         """Called by submitit before the job ends early; returns the job to queue instead."""

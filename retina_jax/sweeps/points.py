@@ -26,7 +26,6 @@ from retina_jax.config_io import flatten, load_config, load_module, named_errors
 from retina_jax.runs.files import exclusive_lock, write_json
 
 ROOT = Path(__file__).parents[2]
-SLUG_LENGTH = 96  # most characters of a folder's name before its hash
 
 
 @dataclass(frozen=True)
@@ -96,11 +95,9 @@ def outcome(config: Config) -> dict[str, Any]:
 
 
 def digest(config: Config) -> str:
-    """Returns eight hex digits of the outcome; runs with equal digests are the same.
-
-    It holds only what differs from the first defaults of `Config`: a new field whose default changes nothing changes no
-    folder's name, and no run of an earlier version passes for one of today's.
-    """
+    """Returns eight hex digits of the outcome; runs with equal digests are the same. Only differences from the first
+    defaults of `Config` count: a new field whose default changes nothing changes no folder's name, and no run of an
+    earlier version passes for one of today's."""
     changed_since = {k: known.first_default for k, known in options(Config).items() if known.first_default is not None}
     defaults = outcome(Config()) | changed_since
     differing = {name: value for name, value in outcome(config).items() if value != defaults[name]}
@@ -116,7 +113,7 @@ def folder_name(config: Config, base: Config) -> str:
     words = [f"{leaf}_{_short(value)}" for leaf, value in sorted((n.rpartition(".")[2], v) for n, v in changes.items())]
     seed = f"-seed{config.seed}" if config.seed != base.seed else ""
     slug = re.sub(r"[^A-Za-z0-9._+-]+", "_", "-".join(words) or "base")
-    return f"{slug[: SLUG_LENGTH - len(seed)].rstrip('-._')}{seed}-{digest(config)}"
+    return f"{slug[: 96 - len(seed)].rstrip('-._')}{seed}-{digest(config)}"  # at most 96 characters before the digest
 
 
 def _typed(value: Any, default: Any) -> Any:
@@ -226,11 +223,8 @@ def _difference(before: Manifest, now: Manifest) -> str:
 
 
 def tasks_of(sweeps: Mapping[str, Sequence[Point]]) -> list[Task]:
-    """Returns the runs that an index counts: the points of a single sweep, or the distinct runs of several sweeps.
-
-    With several sweeps, all runs of the lowest seed come first, then those of the next seed, each in order of first
-    appearance: adding a higher seed to one of them changes no index.
-    """
+    """Returns the runs that an index counts: the points of a single sweep, or the distinct runs of several sweeps: all runs
+    of the lowest seed, then those of the next, by first appearance, so adding a higher seed to one changes no index."""
     if len(sweeps) == 1:
         (points,) = sweeps.values()
         return [Task(i, point, (point.name,)) for i, point in enumerate(points)]

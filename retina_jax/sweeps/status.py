@@ -1,7 +1,6 @@
 """The state of a point, training it so that no two workers train the same run, and the table that `--list` prints.
 
-A worker holds the lock DIR/.claims/FOLDER.lock while it trains. The lock is the kernel's (flock), so it ends with the
-worker. On NFS it also holds between machines, if the server supports locks.
+A worker holds the lock DIR/.claims/FOLDER.lock while it trains: the kernel's (flock), which ends with the worker.
 """
 
 from __future__ import annotations

@@ -604,7 +604,7 @@ def test_log_ticks_are_round_numbers() -> None:
 
 
 def test_a_chart_of_nothing_is_refused_and_one_of_a_constant_is_drawn() -> None:
-    with pytest.raises(ValueError, match="no point"):
+    with pytest.raises(ValueError):
         line_chart([("a", [(0.0, 0.0)])], "x", "y", log_y=True)
     ElementTree.fromstring(line_chart([("a", [(5.0, 0.0), (5.0, 0.0)])], "x", "y"))
 
