@@ -1,4 +1,4 @@
-"""A network with weights, from images to detections: `load_detector("torchvision:FILE").detect(images)`.
+"""Networks with weights, from images to detections: `load_detector("torchvision:FILE").detect(images)`.
 
 Test-time augmentation runs the detector at several sizes (detection.tta_short_sides) and on the mirrored image
 (detection.tta_flip). Merging is that of detectron2's GeneralizedRCNNWithTTA: the boxes are mapped to the original image,
@@ -46,7 +46,7 @@ class ImageDetections:
 
 @dataclass(frozen=True)
 class Detector:
-    """A network with weights and the names of its classes."""
+    """Network with weights and the names of its classes."""
 
     driver: Driver
     variables: dict[str, PyTree]  # collections `params`, `frozen`, `stats`, on the devices

@@ -32,7 +32,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")  # every program is lowered for all of them, 
 
 
 def padded_shapes(data: DataConfig) -> tuple[tuple[int, int], ...]:
-    """Returns every (height, width) that `detector.to_canvas` can choose for a single image, in the order of `buckets`."""
+    """Returns every (height, width) that `detector.padded_batch` can choose for one image, in the order of `buckets`."""
     if data.buckets:
         return buckets(data, (data.short_side,))
     short, long = min(data.short_side, data.long_side), data.long_side

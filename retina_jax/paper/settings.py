@@ -139,19 +139,19 @@ def longer(base: Config, factor: float | int) -> Overrides:
 
 
 def balanced_cross_entropy(alpha: float) -> Overrides:
-    """Equation 3: Table 1a, and gamma 0 of Table 1b."""
+    """Returns equation 3: Table 1a, and gamma 0 of Table 1b."""
     return {"loss.kind": "balanced_cross_entropy", "loss.alpha": alpha}
 
 
 def focal(gamma: float, alpha: float) -> Overrides:
-    """Equation 5; gamma 0 returns balanced cross entropy, since the two are the same run."""
+    """Returns equation 5; for gamma 0 balanced cross entropy, since the two are the same run."""
     if gamma == 0:
         return balanced_cross_entropy(alpha)
     return {"loss.kind": "focal", "loss.gamma": gamma, "loss.alpha": alpha}
 
 
 def focal_star(gamma: float, beta: float) -> Overrides:
-    """Equation 8; "We used alpha = .25 in all experiments for simplicity" (Appendix A)."""
+    """Returns equation 8; "We used alpha = .25 in all experiments for simplicity" (Appendix A)."""
     return {"loss.kind": "focal_star", "loss.gamma": gamma, "loss.star_beta": beta, "loss.alpha": 0.25}
 
 

@@ -134,7 +134,7 @@ def _core_slots(jobs: int) -> list[set[int]]:
 
 @dataclass(frozen=True)
 class SlurmPoint:
-    """A SLURM job's work: `command --index I`. A job that is pre-empted or out of time is queued again and resumes."""
+    """Work of a SLURM job: `command --index I`. A job that is pre-empted or out of time is queued again and resumes."""
 
     command: tuple[str, ...]
 
@@ -145,15 +145,15 @@ class SlurmPoint:
             done.check_returncode()
 
     def checkpoint(self, index: int) -> Any:
-        """Called by submitit before the job ends early; returns the job to queue instead."""
+        """Returns the job to queue instead; submitit calls it before the job ends early."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, index)
 
 
 def _leave_signals_to_submitit() -> None:
-    """SLURM signals every process of a job. The point must run until submitit has queued it again and ends it: a point that
-    ends earlier fails its job."""
+    """Ignores the signals that SLURM sends to every process of a job. The point must run until submitit has queued it again
+    and ends it: a point that ends earlier fails its job."""
     for number in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
