@@ -164,8 +164,7 @@ def check_inputs(
         "image_ids has duplicates; give each image once": {i for i, n in Counter(image_ids).items() if n > 1},
         "image_ids has images that are not in the ground truth": wanted - images,
         "detections are of images that are not in image_ids": {d["image_id"] for d in detections} - wanted,
-        "detections are of category ids that the ground truth lacks": {d["category_id"] for d in detections}
-        - categories,
+        "detections are of category ids not in the ground truth": {d["category_id"] for d in detections} - categories,
     }.items():
         if ids:
             shown = ", ".join(map(str, sorted(ids)[:10])) + (", ..." if len(ids) > 10 else "")
