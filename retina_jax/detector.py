@@ -1,4 +1,4 @@
-"""A network with weights, from images to detections: `load_detector("torchvision:FILE").detect(images)`.
+"""Networks with weights, from images to detections: `load_detector("torchvision:FILE").detect(images)`.
 
 Test-time augmentation runs the detector at several sizes (detection.tta_short_sides) and on the mirrored image
 (detection.tta_flip). Merging is that of detectron2's GeneralizedRCNNWithTTA: the boxes are mapped to the original image,
@@ -7,13 +7,11 @@ those of a class suppress one another at detection.nms_iou, and the best detecti
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -25,6 +23,7 @@ from retina_jax.data import transforms
 from retina_jax.data.classes import unique_names
 from retina_jax.data.pipeline import LARGE, Batch
 from retina_jax.ops.nms import nms
+from retina_jax.ops.postprocess import Detections
 from retina_jax.runs.folder import read_run
 from retina_jax.training.checkpoints import Checkpoints, Step
 from retina_jax.training.parallel import Driver, local_rows
@@ -37,7 +36,7 @@ _nms = jax.jit(nms, static_argnames=("iou_threshold", "max_detections"))
 
 @dataclass(frozen=True)
 class ImageDetections:
-    """The N detections of one image, best first."""
+    """N detections of one image, best first."""
 
     boxes_xyxy: Float[np.ndarray, "N 4"]  # pixels of the original image
     scores: Float[np.ndarray, " N"]
@@ -47,7 +46,7 @@ class ImageDetections:
 
 @dataclass(frozen=True)
 class Detector:
-    """A network with weights and the names of its classes."""
+    """Network with weights and the names of its classes."""
 
     driver: Driver
     variables: dict[str, PyTree]  # collections `params`, `frozen`, `stats`, on the devices
@@ -57,8 +56,7 @@ class Detector:
 
     @classmethod
     def of(cls, driver: Driver, state: TrainState, names: tuple[str, ...], category_ids: tuple[int, ...]) -> Detector:
-        """Returns the detector of a state: its averaged parameters (EMA) if it has them, unless detection.parameters is
-        "raw"."""
+        """Returns the detector of a state, with its averaged parameters (EMA) unless detection.parameters is "raw"."""
         variables = state.detector(driver.config.detection.parameters)
         return cls(driver, variables, names, category_ids, int(state.step))
 
@@ -69,6 +67,7 @@ class Detector:
 
     @property
     def config(self) -> Config:
+        """Config of the driver."""
         return self.driver.config
 
     def detect(self, images: Iterable[np.ndarray], *, batch_size: int = 1) -> list[ImageDetections]:
@@ -79,9 +78,10 @@ class Detector:
         remaining = iter(images)
         while group := list(itertools.islice(remaining, batch_size)):
             for number, image in enumerate(group, start=len(found)):
-                if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or min(image.shape) == 0:
-                    what = f"{image.dtype} of shape {image.shape}"
-                    raise ValueError(f"image {number}: {what}; detect takes uint8 arrays [h, w, 3]")
+                if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
+                    raise ValueError(
+                        f"image {number}: {image.dtype} of shape {image.shape}; give uint8 arrays [h, w, 3]"
+                    )
             rows = -(-len(group) // self.driver.num_devices) * self.driver.num_devices
             batches = (padded_batch(group, data, rows) for data in sizes(self.config))
             merged = self.merged(self.detect_batches(batches, [image.shape[:2] for image in group]))
@@ -91,35 +91,41 @@ class Detector:
     def detect_batches(
         self, batches: Iterable[Batch], sizes_hw: Sequence[tuple[int, int]]
     ) -> Iterator[tuple[int, ImageDetections]]:
-        """Yields (index, detections) of every valid row; with detection.tta_flip also those of the mirrored image.
+        """Yields (index, detections) of every valid row of this host; with detection.tta_flip also those of the mirrored
+        image. `sizes_hw` are the original sizes by index."""
 
-        `sizes_hw` are the original sizes by index. Each host yields its own rows. The device computes a batch while the
-        previous one is read back.
-        """
-        previous: tuple[Batch, Any, bool] | None = None
-        for plain in batches:
-            for flipped in (False, True)[: 1 + self.config.detection.tta_flip]:
-                batch = mirrored(plain) if flipped else plain
-                running = self.driver.detect(self.variables, self.driver.shard_batch(Inputs.of(batch)))
-                if previous is not None:
-                    yield from self._read(*previous, sizes_hw)
-                previous = batch, running, flipped
-        if previous is not None:
-            yield from self._read(*previous, sizes_hw)
+        def running() -> Iterator[tuple[Batch, Detections, bool]]:
+            for plain in batches:
+                for flipped in (False, True)[: 1 + self.config.detection.tta_flip]:
+                    batch = mirrored(plain) if flipped else plain
+                    yield batch, self.driver.detect(self.variables, self.driver.shard_batch(Inputs.of(batch))), flipped
+
+        # The device computes a batch while the previous one is read back.
+        for (batch, detections, flipped), _ in itertools.pairwise(itertools.chain(running(), [None])):
+            boxes, scores, labels = local_rows((detections.boxes_xyxy, detections.scores, detections.labels))
+            for row in np.flatnonzero(batch.valid):
+                index, kept = int(batch.indices[row]), labels[row] >= 0
+                height, width = sizes_hw[index]
+                found = boxes[row][kept]
+                if flipped:
+                    found = transforms.flip_boxes(found, int(batch.image_sizes[row, 1]))
+                found = transforms.to_original_pixels(found, batch.scales[row], self.config.data.box_ends)
+                found = np.clip(found, 0, np.array([width, height, width, height], np.float32)[None])
+                yield index, self._detections(found.astype(np.float32), scores[row][kept], labels[row][kept])
 
     def merged(self, found: Iterable[tuple[int, ImageDetections]]) -> dict[int, ImageDetections]:
         """Merges the detections of all versions of an image, by index; without augmentation there is one version."""
-        count = versions(self.config)
+        rule, count = self.config.detection, versions(self.config)
         of_image: dict[int, list[ImageDetections]] = {}
         for index, detections in found:
             of_image.setdefault(index, []).append(detections)
-        merged, names = {}, ("boxes_xyxy", "scores", "labels")
+        merged = {}
         for index, group in of_image.items():
             if count == 1:
                 (merged[index],) = group  # an image that several hosts evaluated is an error
                 continue
-            arrays = [np.concatenate([getattr(detections, name) for detections in group]) for name in names]
-            kept = merge(*arrays, self.config.detection, count * self.config.detection.max_detections)
+            arrays = [np.concatenate([getattr(d, name) for d in group]) for name in ("boxes_xyxy", "scores", "labels")]
+            kept = merge(*arrays, rule, count * rule.max_detections)
             merged[index] = self._detections(*(array[kept] for array in arrays))
         return merged
 
@@ -128,28 +134,15 @@ class Detector:
     ) -> ImageDetections:
         return ImageDetections(boxes_xyxy, scores, labels, tuple(self.shown_names[label] for label in labels))
 
-    def _read(
-        self, batch: Batch, detections: Any, flipped: bool, sizes_hw: Sequence[tuple[int, int]]
-    ) -> Iterator[tuple[int, ImageDetections]]:
-        boxes, scores, labels = local_rows((detections.boxes_xyxy, detections.scores, detections.labels))
-        for row in np.flatnonzero(batch.valid):
-            index, kept = int(batch.indices[row]), labels[row] >= 0
-            height, width = sizes_hw[index]
-            found = boxes[row][kept]
-            if flipped:
-                found = transforms.flip_boxes(found, int(batch.image_sizes[row, 1]))
-            found = transforms.to_original_pixels(found, batch.scales[row], self.config.data.box_ends)
-            found = np.clip(found, 0, np.array([width, height, width, height], np.float32)[None])
-            yield index, self._detections(found.astype(np.float32), scores[row][kept], labels[row][kept])
-
 
 def padded_batch(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], data: DataConfig, rows: int) -> Batch:
     """Returns a batch of these images, resized and padded as in evaluation; the last image fills the remaining `rows`. The
     padded shape is the smallest of the configured ones that holds all images. If none does, or `data.buckets` is 0, it is
     the smallest multiple of `data.pad_multiple` that does."""
+    original = np.array([image.shape[:2] for image in images])
     rule = data.short_side, data.long_side, data.size_rounding
-    resized = [transforms.resized_size(*image.shape[:2], *rule) for image in images]
-    largest = max(height for height, _ in resized), max(width for _, width in resized)
+    resized = [transforms.resized_size(height, width, *rule) for height, width in original.tolist()]
+    largest = tuple(np.max(resized, axis=0).tolist())
     shapes = transforms.buckets(data, (data.short_side,)) if data.buckets else ()
     fitting = [shape for shape in shapes if largest[0] <= shape[0] and largest[1] <= shape[1]]
     padded = min(fitting, key=lambda shape: shape[0] * shape[1], default=transforms.exact_padded_shape(largest, data))
@@ -160,7 +153,6 @@ def padded_batch(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], data: DataConfig,
         pixels[row, : size[0], : size[1]] = np.asarray(resize_image(image, size, data.resize, data.pixels))
     pixels[len(images) :] = pixels[len(images) - 1]
     image_of_row = np.minimum(np.arange(rows), len(images) - 1)
-    scales = [(size[1] / image.shape[1], size[0] / image.shape[0]) for image, size in zip(images, resized, strict=True)]
     return Batch(
         images=pixels,
         image_sizes=np.array(resized, np.int32)[image_of_row],
@@ -168,7 +160,7 @@ def padded_batch(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], data: DataConfig,
         labels=np.full((rows, data.max_boxes), -1, np.int32),
         indices=image_of_row.astype(np.int64),
         valid=np.arange(rows) < len(images),
-        scales=np.array(scales, np.float32)[image_of_row],
+        scales=(np.array(resized) / original)[image_of_row, ::-1].astype(np.float32),
     )
 
 
@@ -187,16 +179,15 @@ def load_detector(
     Args:
       source: a run's folder, KIND:FILE, or KIND:NAME (`retina_jax.weights.named`, downloaded once); KIND is torchvision,
         detectron2 or detectron.
-      short_side: length that the shorter image side is resized to, pixels; None: as in training.
-      long_side: bound of the longer side; None: as in training, or in proportion if only short_side is given.
+      short_side, long_side: length that the shorter image side is resized to, and bound of the longer one, pixels; None: as
+        in training, long_side in proportion to short_side.
       step: saved step of a run, or "best", that with the highest AP; None: the newest.
-      config: replaces the detector's own; may differ from it in inference only (thresholds, devices, image size). None: its
-        own, on one device.
+      config: replaces the detector's own, from which inference may differ (thresholds, devices, image size); None: its own,
+        on one device.
       class_names: of weights from elsewhere whose classes are not COCO's.
       batchnorm_eps: of torchvision's weights; see `weights.importing.convert`.
 
-    Raises:
-      ConfigError, WeightsError: one line that names the folder or file and what is wrong with it.
+    Raises ConfigError or WeightsError: one line that names the folder or file and what is wrong with it.
     """
     from retina_jax.weights.importing import import_detector, kind_of  # training does not need these readers
 
@@ -217,9 +208,7 @@ def load_detector(
         return Detector(driver, driver.replicate(imported.variables), imported.class_names, imported.category_ids)
     folder = Path(source) / "checkpoints"
     if not folder.is_dir():
-        raise ConfigError(
-            f"--workdir {source}: its run has saved no checkpoint yet; wait for the first one, or train it"
-        )
+        raise ConfigError(f"--workdir {source}: its run has saved no checkpoint yet; wait for the first, or train it")
     with Checkpoints(folder, keep=None, read_only=True) as checkpoints:
         variables, number = load_variables(driver, checkpoints, step)
     return Detector(driver, variables, saved.class_names, saved.category_ids, number)
@@ -231,7 +220,7 @@ def sizes(config: Config) -> tuple[DataConfig, ...]:
     data = config.data
     others = dict.fromkeys(side for side in config.detection.tta_short_sides if side != data.short_side)
     longs = {side: max(side, round(data.long_side * side / data.short_side)) for side in others}
-    return data, *(dataclasses.replace(data, short_side=s, long_side=longs[s], jitter_short_sides=()) for s in others)
+    return data, *(replace(data, short_side=s, long_side=longs[s], jitter_short_sides=()) for s in others)
 
 
 def versions(config: Config) -> int:
@@ -243,7 +232,7 @@ def mirrored(batch: Batch) -> Batch:
     """Returns the batch with each image mirrored left to right in its place, the upper left. Boxes are unchanged."""
     images = batch.images.copy()
     for row, (height, width) in enumerate(batch.image_sizes):
-        images[row, :height, :width] = batch.images[row, :height, width - 1 :: -1]
+        images[row, :height, :width] = batch.images[row, :height, :width][:, ::-1]
     return batch._replace(images=images)
 
 

@@ -42,62 +42,68 @@ def evaluate(
     """Detects on `source`, scores against its ground truth, writes the results to the run's folder, returns the scores.
 
     Writes detections/ (COCO results format), evaluation/ and pictures/ for `step`; of an unlabelled `source` all scores are
-    None, and no evaluation is written. Classes are matched by `class_indices`; detections of a class that `source` lacks are
-    left out. Several hosts share the images and return the same scores; host 0 writes.
+    None, and no evaluation is written. Classes are matched by `class_indices`; detections of a class that `source` lacks
+    are left out. Several hosts share the images and return the same scores; host 0 writes. `variant` is appended to the
+    names of files, for scores with other `settings` than the run's (by dotted name), which are saved with them. `check`
+    passes batches on, and may raise to end the evaluation.
 
-    Args:
-      variant: appended to the names of files, for scores with other settings than the run's.
-      settings: those that differ, by dotted name; saved with the scores.
-      check: passes batches on, and may raise to end the evaluation.
-
-    Raises:
-      ConfigError: the data has boxes of a category that is none of the run's classes. Raised before detection.
+    Raises ConfigError, before detection, if the data has boxes of a category that is none of the run's classes.
     """
     ids = category_ids(run.categories, source, f"data.val_annotations {source.name}")
-    in_data = np.array([category_id is not None for category_id in ids], bool)
-    training, shards = run.config.training, detector.driver.num_devices
-    limit = min(training.eval_images or len(source), len(source))
-    batch_size = -(-(training.eval_batch_size or run.config.data.batch_size) // shards) * shards
-    original_sizes = [(record.height, record.width) for record in source.records]
-    started, of_hosts = time.monotonic(), []
-    with compile_events() as events:
-        for data in sizes(detector.config):
-            batches = eval_batches(source, data, batch_size=batch_size, limit=limit, **distributed.share())
-            of_hosts += distributed.exchange(list(detector.detect_batches(check(batches), original_sizes)))
-    found = detector.merged(itertools.chain(*of_hosts))
-    elapsed = time.monotonic() - started
-    if unread := set(range(limit)) - set(found):
+    training = run.config.training
+    records = source.records[: training.eval_images or None]
+    found = _detect(run, detector, source, len(records), check)
+    pictured = dict(itertools.islice(found.items(), training.pictures))
+    if unread := set(range(len(records))) - set(found):
         warn(f"{len(unread)} images could not be read and score as images without detections")
         found |= dict.fromkeys(unread, NOTHING)
     results = []
-    for index, detections in sorted(found.items()):
-        kept = in_data[detections.labels]
-        arrays = detections.boxes_xyxy[kept], detections.scores[kept], detections.labels[kept]
-        results += coco_results(source.records[index].image_id, *arrays, ids)
-    image_ids = [record.image_id for record in source.records[:limit]]
-    evaluated_ids = [source.records[index].image_id for index in found]
-    scores = evaluate_coco(source.ground_truth, results, image_ids, evaluated_ids, training.evaluator)
+    for index, d in sorted(found.items()):
+        results += coco_results(records[index].image_id, d.boxes_xyxy, d.scores, d.labels, ids)
+    scores = evaluate_coco(source.ground_truth, results, [record.image_id for record in records], training.evaluator)
     if distributed.is_primary():
         write_json(run.path("detections", step, f"{variant}.json"), results)
         if source.labelled:
-            values = {"step": step, "images": len(image_ids), **scores.summary, "per_class": scores.per_class}
+            values = {"step": step, "images": len(records), **scores.summary, "per_class": scores.per_class}
             values |= {"settings": dict(settings)} if settings else {}
             write_json(run.path("evaluation", step, f"{variant}.json"), values)
-        readable = {index: detections for index, detections in sorted(found.items()) if index not in unread}
-        drawn = []
-        # The first images with detections and dashed ground truth: one file each, and one with all.
-        for index, detections in itertools.islice(readable.items(), training.pictures):
-            record, good = source.records[index], detections.scores >= max(0.3, run.config.detection.score_threshold)
-            arrays = (of[good] for of in (detections.boxes_xyxy, detections.labels, detections.scores))
-            names, boxes = detector.shown_names, record.boxes_xyxy
-            drawn.append(draw(image_of(source, index), *arrays, class_names=names, ground_truth_xyxy=boxes))
-            write_picture(run.path("pictures", step, f"{variant}_{record.image_id}.png"), drawn[-1])
-        if drawn:
-            write_picture(run.path("pictures", step, f"{variant}.png"), contact_sheet(drawn))
-    compiled = f", {events[COMPILED + ' seconds']:.1f} of them to compile detection" if events[COMPILED] else ""
-    speed = f"{len(image_ids) / max(elapsed, 1e-9):.1f} img/s"
-    log(f"evaluated {len(image_ids)} images in {elapsed:.1f} s ({speed}{compiled})")
+        _write_pictures(run, detector, source, pictured, step, variant)
     return scores
+
+
+def _detect(
+    run: Run, detector: Detector, source: Source, count: int, check: Callable[[Iterable[Batch]], Iterable[Batch]]
+) -> dict[int, ImageDetections]:
+    """Returns the detections in the readable ones of the first `count` images, by ascending index, of all hosts."""
+    training, shards = run.config.training, detector.driver.num_devices
+    batch_size = -(-(training.eval_batch_size or run.config.data.batch_size) // shards) * shards
+    original_sizes = [(record.height, record.width) for record in source.records]
+    log(f"evaluating {count:,} images of {source.name} ...")
+    started, of_hosts = time.monotonic(), []
+    with compile_events() as events:
+        for data in sizes(detector.config):
+            batches = eval_batches(source, data, batch_size=batch_size, limit=count, **distributed.share())
+            of_hosts += distributed.exchange(list(detector.detect_batches(check(batches), original_sizes)))
+    found = detector.merged(itertools.chain(*of_hosts))
+    elapsed = time.monotonic() - started
+    compiled = f", {events[COMPILED + ' seconds']:.1f} of them to compile detection" if events[COMPILED] else ""
+    log(f"evaluated {count} images in {elapsed:.1f} s ({count / max(elapsed, 1e-9):.1f} img/s{compiled})")
+    return dict(sorted(found.items()))
+
+
+def _write_pictures(
+    run: Run, detector: Detector, source: Source, found: Mapping[int, ImageDetections], step: int, variant: str
+) -> None:
+    """Writes images with their detections and dashed ground truth: one file each, and one with all."""
+    drawn = []
+    for index, detections in found.items():
+        record, good = source.records[index], detections.scores >= max(0.3, run.config.detection.score_threshold)
+        arrays = (of[good] for of in (detections.boxes_xyxy, detections.labels, detections.scores))
+        names, boxes = detector.shown_names, record.boxes_xyxy
+        drawn.append(draw(image_of(source, index), *arrays, class_names=names, ground_truth_xyxy=boxes))
+        write_picture(run.path("pictures", step, f"{variant}_{record.image_id}.png"), drawn[-1])
+    if drawn:
+        write_picture(run.path("pictures", step, f"{variant}.png"), contact_sheet(drawn))
 
 
 def write_picture(path: Path, picture: UInt8[np.ndarray, "H W 3"]) -> None:
@@ -108,9 +114,9 @@ def write_picture(path: Path, picture: UInt8[np.ndarray, "H W 3"]) -> None:
 
 
 def write_submission(run: Run, step: int, variant: str, annotations: str) -> Path:
-    """Writes the detections of `evaluate` as COCO's evaluation server takes them; returns the file's path,
-    RUN/detections/detections_SPLIT_RUN_results.json, where SPLIT is from the name of the file `annotations`
-    (image_info_test-dev2017.json: test-dev2017). Coordinates are rounded to hundredths of a pixel, scores to six digits."""
+    """Writes the detections of `evaluate` for COCO's evaluation server, coordinates rounded to hundredths of a pixel, scores
+    to six digits. Returns the path, RUN/detections/detections_SPLIT_RUN_results.json, where SPLIT is from the name of the
+    file `annotations` (image_info_test-dev2017.json: test-dev2017)."""
     split = Path(annotations).stem.removeprefix("image_info_")
     path = run.folder / "detections" / f"detections_{split}_{run.folder.resolve().name}_results.json"
     if distributed.is_primary():

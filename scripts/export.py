@@ -80,7 +80,7 @@ def main() -> None:
         class_names=arguments.class_names,
     )
     images, description = images_for(detector, arguments.images, arguments.count)
-    print(f"comparing on {description} ...", flush=True)
+    print(f"images for the comparison: {description}", flush=True)
     print(export_detector(detector, arguments.out, source, images))
     print(f"{arguments.out}: {arguments.out.stat().st_size / 2**20:.1f} MiB, step {detector.step}")
 

@@ -29,8 +29,7 @@ from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import load_config
 from retina_jax.sweeps.launchers import HELD, launch_local, launch_slurm
-from retina_jax.sweeps.manifest import Task, chosen, open_sweep, tasks_of
-from retina_jax.sweeps.points import base_file, load_sweeps
+from retina_jax.sweeps.points import Task, base_file, chosen, load_sweeps, open_sweep, tasks_of
 from retina_jax.sweeps.status import listing, run_point
 
 PAPER = Path(__file__).parents[1] / "configs" / "paper_ablations.py"

@@ -1,5 +1,7 @@
 """Scores in arrays: the bits of pycocotools on published, made and random detections; memory without padding."""
 
+import contextlib
+import io
 import json
 import tracemalloc
 from pathlib import Path
@@ -14,7 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from retina_jax.evaluation import precision_recall
-from retina_jax.evaluation.coco_scores import evaluate_coco, quiet
+from retina_jax.evaluation.coco_scores import evaluate_coco
 from retina_jax.evaluation.precision_recall import DetectedBoxes, GroundTruth, coco_curves, coco_stats
 
 
@@ -42,7 +44,7 @@ def in_pycocotools(truth: GroundTruth, found: DetectedBoxes, categories: int) ->
             "annotations": [{**record, "id": number} for number, record in enumerate(records, start=1)],
         }
         indices.append(index)
-    with quiet():
+    with contextlib.redirect_stdout(io.StringIO()):
         for index in indices:
             index.createIndex()
         evaluation = COCOeval(*indices, "bbox")

@@ -20,7 +20,7 @@ import pytest
 from processes import Process
 
 from retina_jax.cli import one_line_errors
-from retina_jax.sweeps.manifest import read_manifest
+from retina_jax.sweeps.points import read_manifest
 
 ROOT = Path(__file__).parents[1]
 TINY = """

@@ -25,15 +25,20 @@ from retina_jax.config import (
 from retina_jax.config_io import flatten, load_config, override
 from retina_jax.runs.files import exclusive_lock
 from retina_jax.sweeps.launchers import _core_slots, _settings
-from retina_jax.sweeps.manifest import Task, chosen, distinct, open_sweep, read_manifest, tasks_of
 from retina_jax.sweeps.points import (
     Point,
+    Task,
     _typed,
     base_file,
+    chosen,
     digest,
+    distinct,
     expand,
     folder_name,
     load_sweep,
+    open_sweep,
+    read_manifest,
+    tasks_of,
 )
 from retina_jax.sweeps.status import (
     State,

@@ -1,14 +1,11 @@
 """COCO scores of detections. pycocotools is the reference; `precision_recall` computes the same scores much faster. This
 module converts the input for both and checks it."""
 
-import contextlib
-import io
 import math
-import sys
-import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
+from unittest import mock
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -17,9 +14,8 @@ from pycocotools.cocoeval import COCOeval
 
 from retina_jax.data.classes import unique_names
 from retina_jax.errors import PlainError
-from retina_jax.evaluation.precision_recall import DetectedBoxes, GroundTruth, coco_curves, coco_stats
+from retina_jax.evaluation.precision_recall import DetectedBoxes, GroundTruth, coco_curves, coco_stats, mean
 
-EVALUATORS = ("arrays", "pycocotools")
 SUMMARY = {
     # score: (kind, its abbreviation, IoU, area, detections per image), in pycocotools' order
     "AP": ("Average Precision", "(AP)", "0.50:0.95", "all", 100),
@@ -55,67 +51,56 @@ def coco_results(
     labels: Int[np.ndarray, " D"],
     category_ids: Sequence[int | None],
 ) -> list[dict[str, Any]]:
-    """One image's detections as COCO result records, {"image_id", "category_id", "bbox": [x, y, width, height], "score"},
-    unrounded. Boxes are in pixels of the ORIGINAL image; a negative label is padding and is left out. `category_ids` has the
-    category id of each label; None for a class without detections here."""
-    real = labels >= 0
-    boxes = boxes_xyxy[real].astype(np.float64)
+    """Returns one image's detections as COCO result records, {"image_id", "category_id", "bbox": [x, y, width, height],
+    "score"}, unrounded. Boxes are in pixels of the ORIGINAL image. `category_ids` has the category id of each label; left
+    out are classes whose id is None, and negative labels, which are padding."""
+    boxes = boxes_xyxy.astype(np.float64)
     boxes_xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-    rows = zip(boxes_xywh.tolist(), scores[real].tolist(), labels[real].tolist(), strict=True)
     return [
         {"image_id": int(image_id), "category_id": int(category_ids[label]), "bbox": box, "score": score}
-        for box, score, label in rows
+        for box, score, label in zip(boxes_xywh.tolist(), scores.tolist(), labels.tolist(), strict=True)
+        if label >= 0 and category_ids[label] is not None
     ]
 
 
 def evaluate_coco(
-    truth: Mapping[str, Any],
+    ground_truth: Mapping[str, Any],
     detections: Sequence[Mapping[str, Any]],
     image_ids: Sequence[int],
-    evaluated_ids: Sequence[int] | None = None,
     evaluator: Literal["arrays", "pycocotools"] = "arrays",
 ) -> Scores:
     """Scores bounding boxes as COCO does. Without any detection AP is 0 if there is a box to find, else None.
 
     Args:
-      truth: a COCO annotation file as a dict.
+      ground_truth: a COCO annotation file as a dict.
       detections: COCO result records.
       image_ids: the images to score; the ground truth of others is left out.
-      evaluated_ids: the images that the detector was run on; if given, the same as `image_ids`, each once. An image lost
-        between hosts would otherwise only lower the AP.
       evaluator: "pycocotools", or "arrays" (`precision_recall`), which gives the same scores in a fortieth of the time.
 
-    Raises:
-      EvaluationError: an image is missing, given twice, or not in the ground truth; a detection is of another image or
-        category; a box or score is not finite; there is no such evaluator.
+    Raises EvaluationError if an image is missing, given twice, or not in the ground truth, if a detection is of another
+    image or category, or if a box or score is not finite.
     """
-    if evaluator not in EVALUATORS:
-        raise EvaluationError(f"evaluator must be one of {', '.join(EVALUATORS)}, not {evaluator}")
-    check_inputs(truth, detections, image_ids, evaluated_ids)
+    check_inputs(ground_truth, detections, image_ids)
     if evaluator == "arrays":
-        curves = coco_curves(*as_arrays(truth, detections, sorted(image_ids)))
+        curves = coco_curves(*as_arrays(ground_truth, detections, sorted(image_ids)))
         stats, precision = coco_stats(curves), curves.precision
     else:
-        stats, precision = _by_pycocotools(truth, detections, sorted(image_ids))
+        stats, precision = _by_pycocotools(ground_truth, detections, sorted(image_ids))
 
-    categories = sorted((category["id"], str(category.get("name", category["id"]))) for category in truth["categories"])
-    per_class = {}
-    for k, name in enumerate(unique_names(categories)):
-        values = precision[:, :, k, 0, -1]  # IoU, recall, class; all areas, 100 detections
-        values = values[values > -1]
-        per_class[name] = float(values.mean()) if values.size else None
-    summary = [None if value < 0 else float(value) for value in stats]
-    return Scores(dict(zip(SUMMARY, summary, strict=True)), per_class)
+    names = unique_names(sorted((c["id"], str(c.get("name", c["id"]))) for c in ground_truth["categories"]))
+    aps = [mean(precision[:, :, k, 0, -1]) for k in range(len(names))]  # all areas, 100 detections
+    summary, per_class = ([None if value < 0 else float(value) for value in values] for values in (stats, aps))
+    return Scores(dict(zip(SUMMARY, summary, strict=True)), dict(zip(names, per_class, strict=True)))
 
 
 def as_arrays(
-    truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], image_ids: Sequence[int]
+    ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], image_ids: Sequence[int]
 ) -> tuple[GroundTruth, DetectedBoxes, int]:
-    """The arguments of `coco_curves`: images by their index in `image_ids`, categories by ascending id, and their number.
-    Ground truth of other images is left out; the detections must have passed `check_inputs`."""
+    """Returns the arguments of `coco_curves`: images by their index in `image_ids`, categories by ascending id, and their
+    number. Ground truth of other images is left out; the detections must have passed `check_inputs`."""
     images = {image_id: i for i, image_id in enumerate(image_ids)}
-    categories = {k: i for i, k in enumerate(sorted({category["id"] for category in truth["categories"]}))}
-    boxes = [a for a in truth["annotations"] if a["image_id"] in images and a["category_id"] in categories]
+    categories = {k: i for i, k in enumerate(sorted({category["id"] for category in ground_truth["categories"]}))}
+    boxes = [a for a in ground_truth["annotations"] if a["image_id"] in images and a["category_id"] in categories]
 
     def columns(records: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         of_image = np.array([images[record["image_id"]] for record in records], np.int64)
@@ -125,8 +110,7 @@ def as_arrays(
 
     areas = np.array([_area(a) for a in boxes], np.float64)
     crowds = np.array([bool(a.get("iscrowd", 0)) for a in boxes], bool)
-    scores = np.array([d["score"] for d in detections], np.float64)
-    found = DetectedBoxes(*columns(detections), scores)
+    found = DetectedBoxes(*columns(detections), np.array([d["score"] for d in detections], np.float64))
     return GroundTruth(*columns(boxes), areas, crowds), found, len(categories)
 
 
@@ -135,16 +119,16 @@ def _area(record: Mapping[str, Any]) -> float:
 
 
 def _by_pycocotools(
-    truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], image_ids: Sequence[int]
+    ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], image_ids: Sequence[int]
 ) -> tuple[Float[np.ndarray, " 12"], Float[np.ndarray, "10 101 K 4 3"]]:
-    """The twelve scores and the precisions of pycocotools; `image_ids` ascend."""
+    """Returns the twelve scores and the precisions of pycocotools; `image_ids` ascend."""
     wanted = set(image_ids)
 
     def index(records: Iterable[Mapping[str, Any]]) -> COCO:
         coco = COCO()
         coco.dataset = {
-            "images": [{"id": image["id"]} for image in truth["images"] if image["id"] in wanted],
-            "categories": [dict(category) for category in truth["categories"]],
+            "images": [{"id": image["id"]} for image in ground_truth["images"] if image["id"] in wanted],
+            "categories": [dict(category) for category in ground_truth["categories"]],
             # pycocotools writes into its records and takes id 0 for "no match": it gets copies, numbered from 1.
             "annotations": [
                 {key: record[key] for key in ("image_id", "category_id")}
@@ -156,9 +140,11 @@ def _by_pycocotools(
         coco.createIndex()
         return coco
 
+    objects = (a for a in ground_truth["annotations"] if a["image_id"] in wanted)
     results = ({key: d[key] for key in ("image_id", "category_id", "bbox", "score")} for d in detections)
-    with quiet():
-        evaluation = COCOeval(index(a for a in truth["annotations"] if a["image_id"] in wanted), index(results), "bbox")
+    # pycocotools prints its progress. Other threads may report slow files meanwhile, so the output itself is not redirected.
+    with mock.patch("pycocotools.coco.print", create=True), mock.patch("pycocotools.cocoeval.print", create=True):
+        evaluation = COCOeval(index(objects), index(results), "bbox")
         evaluation.params.imgIds = list(image_ids)
         evaluation.evaluate()
         evaluation.accumulate()
@@ -167,35 +153,23 @@ def _by_pycocotools(
 
 
 def check_inputs(
-    truth: Mapping[str, Any],
-    detections: Sequence[Mapping[str, Any]],
-    image_ids: Sequence[int],
-    evaluated_ids: Sequence[int] | None,
+    ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], image_ids: Sequence[int]
 ) -> None:
     """Raises the EvaluationErrors of `evaluate_coco`."""
-    wanted = set(image_ids)
-
-    def refuse(ids: Iterable[int], complaint: str) -> None:
-        ids = sorted(set(ids))
-        if ids:
-            shown = ", ".join(map(str, ids[:10])) + (", ..." if len(ids) > 10 else "")
-            raise EvaluationError(f"{complaint}: {shown} ({len(ids)} in all)")
-
-    if not wanted:
+    if not image_ids:
         raise EvaluationError("image_ids is empty: give at least one image to score")
-    refuse((i for i, n in Counter(image_ids).items() if n > 1), "image_ids has duplicates; give each image once")
-    refuse(wanted - {image["id"] for image in truth["images"]}, "image_ids has images that are not in the ground truth")
-    if evaluated_ids is not None:
-        counts = Counter(evaluated_ids)
-        refuse(wanted - counts.keys(), "evaluated_ids lacks images to score; run the detector on them")
-        refuse((i for i, n in counts.items() if n > 1), "evaluated_ids has duplicates, evaluate each image once")
-        refuse(counts.keys() - wanted, "evaluated_ids has images that are not in image_ids")
-    refuse({d["image_id"] for d in detections} - wanted, "detections are of images that are not in image_ids")
-    refuse(
-        {d["category_id"] for d in detections} - {category["id"] for category in truth["categories"]},
-        "detections are of category ids that are not in the ground truth",
-    )
-    for name, records in (("annotations", truth["annotations"]), ("detections", detections)):
+    wanted = set(image_ids)
+    images, categories = ({record["id"] for record in ground_truth[kind]} for kind in ("images", "categories"))
+    for complaint, ids in {
+        "image_ids has duplicates; give each image once": {i for i, n in Counter(image_ids).items() if n > 1},
+        "image_ids has images that are not in the ground truth": wanted - images,
+        "detections are of images that are not in image_ids": {d["image_id"] for d in detections} - wanted,
+        "detections are of category ids not in the ground truth": {d["category_id"] for d in detections} - categories,
+    }.items():
+        if ids:
+            shown = ", ".join(map(str, sorted(ids)[:10])) + (", ..." if len(ids) > 10 else "")
+            raise EvaluationError(f"{complaint}: {shown} ({len(ids)} in all)")
+    for name, records in (("annotations", ground_truth["annotations"]), ("detections", detections)):
         for number, record in enumerate(records):
             score = record["score"] if records is detections else 0
             if not all(map(math.isfinite, (*record["bbox"], score))):
@@ -204,29 +178,13 @@ def check_inputs(
                 raise EvaluationError(f"{where} has bbox {record['bbox']}{scored}: give finite numbers")
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Drops what this thread prints. Other threads, such as a training loop during an evaluation, still print."""
-    stream, muted = sys.stdout, threading.get_ident()
-
-    class Others(io.TextIOBase):
-        def write(self, text: str) -> int:
-            return len(text) if threading.get_ident() == muted else stream.write(text)
-
-        def flush(self) -> None:
-            stream.flush()
-
-    with contextlib.redirect_stdout(Others()):
-        yield
-
-
 def number(value: float | None) -> str:
-    """A score to three digits, n/a if it is undefined."""
+    """Returns a score to three digits, n/a if it is undefined."""
     return "n/a" if value is None else f"{value:.3f}"
 
 
 def coco_table(scores: Scores) -> str:
-    """COCO's twelve lines and the AP of each class; n/a where there is no ground truth. No trailing newline."""
+    """Returns COCO's twelve lines and the AP of each class; n/a if there is no ground truth. No trailing newline."""
     lines = [
         f" {kind:<17} {short} @[ IoU={iou:<9} | area={area:>6} | maxDets={count:>3} ] = {number(scores.summary[key]):>5}"
         for key, (kind, short, iou, area, count) in SUMMARY.items()

@@ -13,7 +13,7 @@ GAP = 6  # pixels between the images of a contact sheet
 
 
 def class_colour(label: int) -> tuple[int, int, int]:
-    """The fixed RGB colour of class `label` (>= 0): hues a golden angle apart, so neighbours differ."""
+    """Returns the RGB colour of class `label` (>= 0): hues a golden angle apart, so neighbours differ."""
     hue = (0.02 + label * (math.sqrt(5) - 1) / 2) % 1
     saturation, value = ((0.95, 1.0), (0.6, 1.0), (0.95, 0.72))[label // 8 % 3]
     return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, saturation, value))
@@ -29,10 +29,10 @@ def draw(
     ground_truth_xyxy: Float[np.ndarray, "G 4"] | None = None,
     notes: Sequence[str] = (),
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The RGB image with its boxes (in its pixels), one colour per class, each labelled "name .87"; see `draw_boxes`.
+    """Returns the RGB image with its boxes (in its pixels), one colour per class, labelled "name .87"; see `draw_boxes`.
 
     A negative label is padding and is left out; a class without a name is labelled with its number. With `scores`, boxes
-    with the highest are on top. Ground truth is drawn dashed. `notes` are added to the label of each box.
+    with the highest are on top. `ground_truth_xyxy` is dashed. `notes` are added to the label of each box.
     """
     order = np.arange(len(labels)) if scores is None else np.argsort(scores, kind="stable")
     order = order[labels[order] >= 0]
@@ -53,16 +53,15 @@ def draw_boxes(
     dashed_xyxy: Float[np.ndarray, "G 4"] | None = None,
     side: int = READABLE_SIDE,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The RGB image with boxes, clipped to it, and a label above each that has a text; the last box is on top.
+    """Returns the RGB image with boxes, clipped to it, and a label above each that has a text; the last box is on top.
 
-    It is enlarged by the integer factor that brings its longer side closest to `side` pixels (1 if it is longer than 2/3 of
-    `side`). `dashed_xyxy` are drawn as dashed white lines below the other boxes.
+    The image is enlarged by the integer factor that brings its longer side closest to `side` pixels (1 if it is longer than
+    2/3 of `side`). `dashed_xyxy` are drawn as dashed white lines below the other boxes.
     """
     height, width = image.shape[:2]
     zoom = max(1, round(side / max(height, width)))
     picture = Image.fromarray(image).resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)
-    canvas = ImageDraw.Draw(picture)
-    longer = max(picture.size)
+    pen, longer = ImageDraw.Draw(picture), max(picture.size)
     line, font = max(2, round(longer / 300)), ImageFont.load_default(max(11, round(longer / 42)))
     limit = np.array([picture.width - 1, picture.height - 1] * 2)
 
@@ -71,45 +70,43 @@ def draw_boxes(
         return x1, y1, max(x1, x2), max(y1, y2)  # PIL refuses a box of negative size
 
     for box in () if dashed_xyxy is None else dashed_xyxy:
-        dashed_rectangle(canvas, place(box), dash=4 * line, width=max(1, line // 2))
+        _dashed_rectangle(pen, place(box), dash=4 * line, width=max(1, line // 2))
     for box, colour in zip(boxes_xyxy, colours, strict=True):
-        canvas.rectangle(place(box), outline=colour, width=line)
+        pen.rectangle(place(box), outline=colour, width=line)
     # Labels after all boxes, so that no line crosses them: text on a plate above the box's upper left corner, moved inside.
     for box, colour, text in zip(boxes_xyxy, colours, texts, strict=True):
         if text:
-            left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
+            left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
             plate_width, plate_height = right - left + 6, bottom - top + 4
             x, y = place(box)[:2]
             x = max(0, min(x, picture.width - plate_width))
             y = max(0, min(y - plate_height, picture.height - plate_height))
-            canvas.rectangle((x, y, x + plate_width - 1, y + plate_height - 1), fill=colour)
+            pen.rectangle((x, y, x + plate_width - 1, y + plate_height - 1), fill=colour)
             luminance = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
-            canvas.text((x + 3 - left, y + 2 - top), text, fill="black" if luminance > 128 else "white", font=font)
+            pen.text((x + 3 - left, y + 2 - top), text, fill="black" if luminance > 128 else "white", font=font)
     return np.asarray(picture)
 
 
 def format_score(score: float) -> str:
-    """A score in two digits: .87, and 1.0 from 0.995 on."""
+    """Returns a score in two digits: .87, and 1.0 from 0.995 on."""
     return "1.0" if score >= 0.995 else f"{score:.2f}".removeprefix("0")
 
 
-def dashed_rectangle(canvas: ImageDraw.ImageDraw, box_xyxy: tuple[float, ...], *, dash: int, width: int) -> None:
+def _dashed_rectangle(pen: ImageDraw.ImageDraw, box_xyxy: tuple[float, ...], *, dash: int, width: int) -> None:
     """Draws white dashes on a black line, visible on any background."""
     x1, y1, x2, y2 = box_xyxy
-    canvas.rectangle(box_xyxy, outline="black", width=width)
+    pen.rectangle(box_xyxy, outline="black", width=width)
     for ax, ay, bx, by in ((x1, y1, x2, y1), (x2, y1, x2, y2), (x1, y2, x2, y2), (x1, y1, x1, y2)):
         length = max(bx - ax, by - ay)
         for start in np.arange(0, length, 2 * dash):
             a, b = start / length, min(start + dash, length) / length
             ends = (ax + a * (bx - ax), ay + a * (by - ay), ax + b * (bx - ax), ay + b * (by - ay))
-            canvas.line(ends, fill="white", width=width)
+            pen.line(ends, fill="white", width=width)
 
 
 def contact_sheet(images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> UInt8[np.ndarray, "H W 3"]:
-    """RGB images of any sizes in a grid, about as many rows as columns, with a dark grey gap of GAP pixels around each.
-    Columns are as wide as the widest image, each row as high as its highest. Raises ValueError if there is no image."""
-    if not images:
-        raise ValueError("images is empty: give at least one image")
+    """Returns RGB images of any sizes in a grid, about as many rows as columns, with a dark grey gap of GAP pixels around
+    each. Columns are as wide as the widest image, a row is as high as its highest. Raises ValueError without an image."""
     columns = math.ceil(math.sqrt(len(images)))
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]
     tops = np.cumsum([GAP, *(max(map(len, row)) + GAP for row in rows)])

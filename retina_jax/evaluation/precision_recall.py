@@ -18,14 +18,15 @@ from jaxtyping import Bool, Float, Int
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 # Square pixels; both ends are included, so an area of 1024 is small and medium.
+IOU_INDEX = {"0.50": 0, "0.75": 5}  # places of these thresholds in IOU_THRESHOLDS
 AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
 MAX_DETECTIONS = (1, 10, 100)  # detections that count, per image and category
 PAIRS = 1 << 19  # pairs of a detection and a box processed together: about 50 MiB
 
 
 class GroundTruth(NamedTuple):
-    """The G boxes of all images and categories, in the order of the annotations. Images are 0 to I - 1 (which decides the
-    order of equal scores), categories 0 to K - 1."""
+    """G boxes of all images and categories, in the order of the annotations. Images are 0 to I - 1 (which decides the order
+    of equal scores), categories 0 to K - 1."""
 
     images: Int[np.ndarray, " G"]
     categories: Int[np.ndarray, " G"]
@@ -35,7 +36,7 @@ class GroundTruth(NamedTuple):
 
 
 class DetectedBoxes(NamedTuple):
-    """The D detections of all images and categories; of equal scores in an image and category the first is the better."""
+    """D detections of all images and categories; of equal scores in an image and category the first is the better."""
 
     images: Int[np.ndarray, " D"]
     categories: Int[np.ndarray, " D"]
@@ -52,7 +53,7 @@ class Pairs(NamedTuple):
 
 
 class CocoMatches(NamedTuple):
-    """The box that each detection takes, for A areas and T IoU thresholds."""
+    """Boxes that the detections take, for A areas and T IoU thresholds."""
 
     detections: Int[np.ndarray, " N"]  # the 100 best of each category and image, by category, image, descending score
     ranks: Int[np.ndarray, " N"]  # rank of each in its category and image, from 0
@@ -63,16 +64,16 @@ class CocoMatches(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """The results of COCOeval.accumulate by IoU threshold, recall, category, area and number of detections; -1 where a
+    """Results of COCOeval.accumulate by IoU threshold, recall, category, area and number of detections; -1 where a
     category has no box of the area."""
 
     precision: Float[np.ndarray, "10 101 K 4 3"]  # the highest at this recall or above, 0 if none
     recall: Float[np.ndarray, "10 K 4 3"]  # the highest reached
 
 
-def coco_curves(truth: GroundTruth, found: DetectedBoxes, categories: int) -> Curves:
-    """Precision and recall of `found`, equal to pycocotools' for finite input (K = categories). See `coco_match`."""
-    matches = coco_match(truth, found)
+def coco_curves(ground_truth: GroundTruth, found: DetectedBoxes, categories: int) -> Curves:
+    """Returns precision and recall of `found`, equal to pycocotools' for finite input (K = categories). See `coco_match`."""
+    matches = coco_match(ground_truth, found)
     scores, of_category = found.scores[matches.detections], found.categories[matches.detections]
     # The detections of all images by category, the best first; of equal scores those of the earlier image.
     order = np.lexsort((-scores, of_category))
@@ -82,7 +83,7 @@ def coco_curves(truth: GroundTruth, found: DetectedBoxes, categories: int) -> Cu
     precision = np.full((len(IOU_THRESHOLDS), len(RECALLS), *shape), -1.0)
     recall = np.full((len(IOU_THRESHOLDS), *shape), -1.0)
     for a, ignored in enumerate(matches.ignored_boxes):
-        objects = np.bincount(truth.categories[~ignored], minlength=categories)
+        objects = np.bincount(ground_truth.categories[~ignored], minlength=categories)
         boxes = matches.boxes[a][:, order]
         hits = (boxes >= 0) & ~np.append(ignored, True)[boxes]  # index -1 is the one appended
         misses = (boxes < 0) & ~matches.outside[a, order]
@@ -95,25 +96,25 @@ def coco_curves(truth: GroundTruth, found: DetectedBoxes, categories: int) -> Cu
     return Curves(precision, recall)
 
 
+def mean(values: Float[np.ndarray, " *N"]) -> float:
+    """Returns the mean of the values that are defined (not -1); -1 if there are none."""
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else -1.0
+
+
 def coco_stats(curves: Curves) -> Float[np.ndarray, " 12"]:
-    """COCO's twelve scores in pycocotools' order, -1 where there is nothing to find: AP, AP at IoU 0.5 and 0.75, AP of
-    small, medium and large boxes; recall with 1, 10 and 100 detections, and of small, medium and large boxes."""
-
-    def mean(values: Float[np.ndarray, " *N"]) -> float:
-        defined = values[values > -1]
-        return defined.mean() if defined.size else -1.0
-
+    """Returns COCO's twelve scores in pycocotools' order, -1 where there is nothing to find: AP, AP at IoU 0.5 and 0.75, AP
+    of small, medium and large boxes; recall with 1, 10 and 100 detections, and of small, medium and large boxes."""
     precision, recall = curves
-    at_50, at_75 = (np.flatnonzero(iou == IOU_THRESHOLDS)[0] for iou in (0.5, 0.75))
-    by_iou = [mean(precision[..., 0, -1]), *(mean(precision[t, ..., 0, -1]) for t in (at_50, at_75))]
+    by_iou = [mean(precision[..., 0, -1]), *(mean(precision[t, ..., 0, -1]) for t in IOU_INDEX.values())]
     by_size = [[mean(array[..., a, -1]) for a in (1, 2, 3)] for array in curves]
     recalls = (mean(recall[..., 0, m]) for m in range(len(MAX_DETECTIONS)))
     return np.array([*by_iou, *by_size[0], *recalls, *by_size[1]])
 
 
-@np.errstate(all="ignore")  # areas that are not finite, see the last paragraph
+@np.errstate(all="ignore")  # areas that are not finite, see the last sentence
 def coco_match(
-    truth: GroundTruth,
+    ground_truth: GroundTruth,
     found: DetectedBoxes,
     thresholds: Float[np.ndarray, " T"] = IOU_THRESHOLDS,
     areas: Mapping[str, tuple[float, float]] = AREAS,
@@ -122,21 +123,19 @@ def coco_match(
 
     Per image and category the 100 best detections count. Each of them, the best first, takes the free box that it overlaps
     most (the last of equals) with an IoU of the threshold or more, exactly the threshold included. It takes an ignored box
-    (a crowd region, or a box outside the area) only where no other fits. A crowd region stays free, and the IoU with it is
-    the overlap over the detection's own area.
-
-    Two boxes whose areas are not finite or are denormal in float64 (products beyond 1e308, or below 1e-308) do not overlap
-    here; pycocotools matches them always.
+    (a crowd region, or a box outside the area) only if no other fits. A crowd region stays free, and the IoU with it is the
+    overlap over the detection's own area. Two boxes whose areas are not finite or are denormal in float64 (products beyond
+    1e308, or below 1e-308) do not overlap here; pycocotools matches them always.
     """
-    images = 1 + max(truth.images.max(initial=-1), found.images.max(initial=-1))
-    box_groups, groups = (boxes.categories * images + boxes.images for boxes in (truth, found))
+    images = 1 + max(ground_truth.images.max(initial=-1), found.images.max(initial=-1))
+    box_groups, groups = (boxes.categories * images + boxes.images for boxes in (ground_truth, found))
     order = np.lexsort((-found.scores, groups))
     ranks = np.arange(len(order)) - np.searchsorted(groups[order], groups[order])
     kept, ranks = order[ranks < MAX_DETECTIONS[-1]], ranks[ranks < MAX_DETECTIONS[-1]]
     found = DetectedBoxes(*(column[kept] for column in found))
-    ignored = truth.crowds[None] | _outside(truth.areas, areas)
-    pairs = overlapping(truth, found.boxes_xywh, box_groups, groups[kept], float(thresholds[0]))
-    taken = _take_boxes(pairs, ranks, ignored, truth.crowds, thresholds)
+    ignored = ground_truth.crowds[None] | _outside(ground_truth.areas, areas)
+    pairs = overlapping(ground_truth, found.boxes_xywh, box_groups, groups[kept], float(thresholds[0]))
+    taken = _take_boxes(pairs, ranks, ignored, ground_truth.crowds, thresholds)
     return CocoMatches(kept, ranks, taken, ignored, _outside(found.boxes_xywh[:, 2] * found.boxes_xywh[:, 3], areas))
 
 
@@ -146,7 +145,7 @@ def _outside(values: Float[np.ndarray, " N"], areas: Mapping[str, tuple[float, f
 
 
 def _spans(sizes: Int[np.ndarray, " N"], most: int) -> Iterator[slice]:
-    """Consecutive elements whose sizes sum to at most `most`; a larger element is alone."""
+    """Yields spans of consecutive elements whose sizes sum to at most `most`; a larger element is alone."""
     ends, start, before = sizes.cumsum(), 0, 0
     while start < len(sizes):
         stop = max(start + 1, int(np.searchsorted(ends, before + most, "right")))
@@ -156,31 +155,29 @@ def _spans(sizes: Int[np.ndarray, " N"], most: int) -> Iterator[slice]:
 
 @np.errstate(all="ignore")
 def overlapping(
-    truth: GroundTruth,
+    ground_truth: GroundTruth,
     boxes_xywh: Float[np.ndarray, "D 4"],
     box_groups: Int[np.ndarray, " G"],
     groups: Int[np.ndarray, " D"],
     least_iou: float,
 ) -> Pairs:
-    """The pairs of one group with an IoU of `least_iou` or more (over the detection's area where the box is a crowd region).
-
-    Time is linear in the pairs of one group, memory in the pairs returned.
-    """
+    """Returns the pairs of one group with an IoU of `least_iou` or more (over the detection's area if the box is a crowd
+    region). Time is linear in the pairs of one group, memory in the pairs returned."""
     order = np.argsort(box_groups, kind="stable")
     first = np.searchsorted(box_groups[order], groups)
     numbers = np.searchsorted(box_groups[order], groups, "right") - first
-    ends_d, ends_g = (boxes[:, :2] + boxes[:, 2:] for boxes in (boxes_xywh, truth.boxes_xywh))
-    areas_d, areas_g = (boxes[:, 2] * boxes[:, 3] for boxes in (boxes_xywh, truth.boxes_xywh))
+    ends_d, ends_g = (boxes[:, :2] + boxes[:, 2:] for boxes in (boxes_xywh, ground_truth.boxes_xywh))
+    areas_d, areas_g = (boxes[:, 2] * boxes[:, 3] for boxes in (boxes_xywh, ground_truth.boxes_xywh))
     parts = [Pairs(np.zeros(0, int), np.zeros(0, int), np.zeros(0))]
     for span in _spans(numbers, PAIRS):
         number = numbers[span]
         d = np.repeat(np.arange(span.start, span.stop), number)
         g = order[np.arange(len(d)) - np.repeat(number.cumsum() - number, number) + first[d]]
-        sides = np.minimum(ends_d[d], ends_g[g]) - np.maximum(boxes_xywh[d, :2], truth.boxes_xywh[g, :2])
+        sides = np.minimum(ends_d[d], ends_g[g]) - np.maximum(boxes_xywh[d, :2], ground_truth.boxes_xywh[g, :2])
         touching = np.flatnonzero((sides > 0).all(axis=1))
         d, g, sides = d[touching], g[touching], sides[touching]
         both = sides[:, 0] * sides[:, 1]
-        ious = both / np.where(truth.crowds[g], areas_d[d], areas_d[d] + areas_g[g] - both)
+        ious = both / np.where(ground_truth.crowds[g], areas_d[d], areas_d[d] + areas_g[g] - both)
         near = ious >= least_iou
         parts.append(Pairs(d[near], g[near], ious[near]))
     return Pairs(*map(np.concatenate, zip(*parts, strict=True)))
@@ -193,7 +190,7 @@ def _take_boxes(
     crowds: Bool[np.ndarray, " G"],
     thresholds: Float[np.ndarray, " T"],
 ) -> Int[np.ndarray, "A T N"]:
-    """The box that each of N detections takes by area and threshold, -1: none."""
+    """Returns the box that each of N detections takes by area and threshold, -1: none."""
     boxes = np.full((len(ignored), len(thresholds), len(ranks)), -1, np.int32)
     taken = np.zeros((len(ignored), len(thresholds), len(crowds)), bool)
     detections, segment = np.unique(pairs.detections, return_inverse=True)
@@ -228,7 +225,7 @@ def _take_boxes(
 def precision_curve(
     hits: Bool[np.ndarray, "T D"], misses: Bool[np.ndarray, "T D"], objects: int
 ) -> tuple[Float[np.ndarray, "T 101"], Float[np.ndarray, " T"]]:
-    """Precision at RECALLS, each the highest at this recall or above (0 if none), and the highest recall. `hits` and
+    """Returns precision at RECALLS, each the highest at this recall or above (0 if none), and the highest recall. `hits` and
     `misses` are the right and wrong detections by descending score, `objects` is the number of boxes to find, at least 1."""
     # Recall and precision rise at hits alone, so only these points of the curve are computed.
     level, at = np.nonzero(hits)

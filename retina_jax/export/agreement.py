@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from retina_jax.config import ConfigError, ScenesConfig
+from retina_jax.console import log
 from retina_jax.data.datasets import open_source
 from retina_jax.data.decoding import MAX_PIXELS, image_of, largest_file, to_rgb
 from retina_jax.data.image_paths import image_files
@@ -31,32 +32,32 @@ from retina_jax.export.loader import FORMAT, PILLOW_FORMAT, ExportedDetector, Fo
 from retina_jax.export.programs import PLATFORMS, padded_shapes, programs
 from retina_jax.training.opening import code_commit, package_versions
 
-BOX_TOLERANCE = 1e-4  # Of a side of a box, as a share of the longer side of its image: 0.06 pixels of 640
-SCORE_TOLERANCE = 1e-3  # Maximum difference of a score
-MOST_SHAPES = 4  # Number of padded shapes up to which each one is tried; each takes time to compile
+BOX_TOLERANCE = 1e-4  # of a side of a box, as a share of the longer side of its image: 0.06 pixels of 640
+SCORE_TOLERANCE = 1e-3  # maximum difference of a score
+MOST_SHAPES = 4  # number of padded shapes up to which each one is tried; each takes time to compile
 
 Images = list[UInt8[np.ndarray, "_ _ 3"]]
 
 
 class ExportError(PlainError, RuntimeError):
-    """A detector that cannot be exported; the message is one line with the reason."""
+    """Detector that cannot be exported; the message is one line with the reason."""
 
 
 def export_detector(detector: Detector, path: Path, source: str, images: Images) -> str:
     """Writes the file, loads it, and keeps it if both give the same detections in `images`; returns the text of `check`.
 
     Raises ExportError if they differ, if the file cannot be written, or if the detector uses test-time augmentation, which
-    a file does not have. Then an older file at `path` stays as it was.
+    cannot be exported. Then an older file at `path` stays as it was.
     """
     if versions(detector.config) > 1:
-        raise ExportError(
-            "detection.tta_flip, detection.tta_short_sides: test-time augmentation cannot be exported; "
-            "add --detection.no-tta-flip --detection.tta-short-sides"
-        )
+        options = "--detection.no-tta-flip --detection.tta-short-sides"
+        raise ExportError(f"test-time augmentation cannot be exported; add {options}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        log(f"exporting the programs for {len(padded_shapes(detector.config.data))} padded shapes ...")
         write_file(temporary, detector, source)
+        log(f"detecting with both detectors in {len(images)} images ...")
         text = check(detector, load(str(temporary)), images)
         temporary.replace(path)
     except OSError as error:
@@ -69,18 +70,17 @@ def export_detector(detector: Detector, path: Path, source: str, images: Images)
 
 def write_file(path: Path, detector: Detector, source: str) -> None:
     """Writes `detector`, which was loaded from `source`, for loader.py."""
-    config = detector.config
+    data, detection = detector.config.data, detector.config.detection
     about = {
-        "format": PILLOW_FORMAT if config.data.resize == "pillow" else FORMAT,
+        "format": PILLOW_FORMAT if data.resize == "pillow" else FORMAT,
         "source": source,
         "step": detector.step,
         "class_names": list(detector.shown_names),
         "category_ids": list(detector.category_ids),
-        **{k: getattr(config.data, k) for k in ("short_side", "long_side", "size_rounding", "resize", "pixels")},
-        "bits": None if config.data.bits == "auto" else config.data.bits,
-        "canvases": padded_shapes(config.data),
-        "max_detections": config.detection.max_detections,
-        "score_threshold": config.detection.score_threshold,
+        **{k: getattr(data, k) for k in ("short_side", "long_side", "size_rounding", "resize", "pixels")},
+        "bits": None if data.bits == "auto" else data.bits,
+        "canvases": padded_shapes(data),
+        **{k: getattr(detection, k) for k in ("max_detections", "score_threshold")},
         "platforms": PLATFORMS,
         "commit": code_commit(),
         "versions": package_versions(),
@@ -96,7 +96,7 @@ def write_file(path: Path, detector: Detector, source: str) -> None:
 
 
 class Comparison(NamedTuple):
-    """The detections of two detectors in the same images, compared."""
+    """Differences of the detections of two detectors in the same images."""
 
     images: int
     detections: int  # of the original detector
@@ -105,17 +105,17 @@ class Comparison(NamedTuple):
     score_difference: float  # largest difference of a matched score
 
     def __str__(self) -> str:
-        boxes, scores = f"{self.box_difference:.2g} pixels", f"{self.score_difference:.2g}"
-        equal = f"all found by both, boxes differ by at most {boxes}, scores by at most {scores}"
-        result = f"{self.unmatched} found by only one of the two" if self.unmatched else equal
+        result = f"{self.unmatched} found by only one of the two"
+        if not self.unmatched:
+            differences = f"{self.box_difference:.2g} pixels, scores by at most {self.score_difference:.2g}"
+            result = f"all found by both, boxes differ by at most {differences}"
         return f"{self.images} images, {self.detections} detections: {result}"
 
 
 def check(original: Detector, exported: ExportedDetector, images: Images) -> str:
     """Returns how the detections of both differ, and how fast both are; ExportError if they differ or if there are none."""
-    made = for_other_shapes(exported, images)
+    made, rule = for_other_shapes(exported, images), original.config.detection
     tried = [*images, *made]
-    rule = original.config.detection
     threshold = rule.score_threshold if rule.threshold_coarsest else 0.0
     found, expected = ([detector.detect([image])[0] for image in tried] for detector in (exported, original))
     compared = compare(expected, found, tried, threshold, rule.max_detections)
@@ -127,15 +127,16 @@ def check(original: Detector, exported: ExportedDetector, images: Images) -> str
     shapes = len(exported.about["canvases"])
     if untried := shapes - len(_shapes_of(exported, tried)):
         text += f"; {untried} of {shapes} padded shapes were not tried"
-    taken: list[tuple[Detector | ExportedDetector, list[float]]] = [(original, []), (exported, [])]
+    taken: tuple[list[float], list[float]] = ([], [])
     for turn in range(max(10, len(images))):
-        for detector, seconds in taken:  # in turns, since the machine's speed may change
+        for detector, seconds in zip(
+            (original, exported), taken, strict=True
+        ):  # alternate: the machine's speed may change
             start = time.perf_counter()
             detector.detect([images[turn % len(images)]])
-            seconds.append(time.perf_counter() - start)
-    before, after = (f"{1e3 * statistics.median(seconds):.1f} ms" for _, seconds in taken)
-    device = jax.devices()[0].device_kind
-    return f"{text}\nmedian time per image: {before} original, {after} exported ({device})"
+            seconds.append(1e3 * (time.perf_counter() - start))
+    before, after = (f"{statistics.median(seconds):.1f} ms" for seconds in taken)
+    return f"{text}\nmedian time per image: {before} original, {after} exported ({jax.devices()[0].device_kind})"
 
 
 def _shapes_of(exported: ExportedDetector, images: Images) -> set[tuple[int, int]]:
@@ -144,11 +145,12 @@ def _shapes_of(exported: ExportedDetector, images: Images) -> set[tuple[int, int
 
 def for_other_shapes(exported: ExportedDetector, images: Images) -> Images:
     """Returns the first image, repeated and cropped, for each padded shape that none has; [] for more than MOST_SHAPES."""
-    shapes, had = exported.about["canvases"], _shapes_of(exported, images)
+    shapes = set(map(tuple, exported.about["canvases"]))
     if not images or len(shapes) > MOST_SHAPES:
         return []
-    others = [(height, width) for height, width in shapes if (height, width) not in had]
-    return [images[0][np.arange(h) % images[0].shape[0]][:, np.arange(w) % images[0].shape[1]] for h, w in others]
+    height, width = images[0].shape[:2]
+    others = sorted(shapes - _shapes_of(exported, images))
+    return [images[0][np.arange(h) % height][:, np.arange(w) % width] for h, w in others]
 
 
 def compare(
@@ -181,17 +183,16 @@ def compare(
 
 def images_for(detector: Detector, files: Path | None, count: int) -> tuple[Images, str]:
     """Returns up to `count` images of `files`, else readable ones of the validation data, else scenes; and what they are."""
+    images, errors = [], []
     if files is not None:
         found = list(image_files([files], out=Path(os.devnull)))[:count]  # nothing is drawn
         decoding = decoding_of_files(found, detector.config.data)
-        images = []
         for file in found:
             try:
                 images.append(to_rgb(read_file(file, largest_file(MAX_PIXELS)), decoding))
             except (OSError, BadImage) as error:
                 raise BadImage(f"{file}: {reason(error)}") from None
         return images, f"{len(images)} images of {files}"
-    images, errors = [], []
     try:
         source = open_source(detector.config.data, "val")
         for index in range(min(count, len(source))):
@@ -200,10 +201,10 @@ def images_for(detector: Detector, files: Path | None, count: int) -> tuple[Imag
             except (DataError, OSError) as error:
                 errors.append(reason(error))
         left_out = f"{len(errors)} unreadable ones left out, the last one: {errors[-1]}" if errors else ""
+        if images:
+            return images, f"the first {len(images)} images of {source.name}" + (f" ({left_out})" if left_out else "")
         missing = f"{source.name}: {left_out or 'no images'}"
     except (ConfigError, DataError, OSError) as error:
         missing = reason(error)
-    if images:
-        return images, f"the first {len(images)} images of {source.name}" + (f" ({left_out})" if left_out else "")
     scenes = ScenesConfig(size=max(64, detector.config.data.short_side))
     return [draw_scene(scenes, VAL, i).image for i in range(count)], f"{count} generated scenes ({missing})"

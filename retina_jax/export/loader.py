@@ -1,8 +1,6 @@
 """Loads a detector that scripts/export.py wrote. This file needs jax, numpy and flatbuffers, and Pillow for a detector whose
 `data.resize` is pillow. You can copy it without the rest of the package.
 
-    from loader import load
-
     detector = load("detector.zip")
     for boxes_xyxy, scores, labels in detector.detect([image]):  # uint8 arrays [height, width, 3], RGB, of any sizes
         print(boxes_xyxy, scores, [detector.class_names[label] for label in labels])
@@ -25,11 +23,11 @@ import jax
 import numpy as np
 
 FORMAT = "retina_jax detector 1"
-PILLOW_FORMAT = "retina_jax detector 2"  # Without programs that resize: Pillow does it
+PILLOW_FORMAT = "retina_jax detector 2"  # without programs that resize: Pillow does it
 
 
 class LoadError(ValueError):
-    """A malformed file or image; the message is one line that says what to do."""
+    """Malformed file or image; the message is one line that names what to do."""
 
 
 class Found(NamedTuple):
@@ -63,7 +61,7 @@ def load(path: str) -> ExportedDetector:
 
 
 class ExportedDetector:
-    """A network with its weights on the default device; `about` holds the settings in the file."""
+    """Network with its weights on the default device; `about` holds the settings in the file."""
 
     def __init__(self, about: dict[str, Any], parameters: Sequence[np.ndarray], programs: dict[str, bytes]) -> None:
         self.about = about
@@ -74,10 +72,8 @@ class ExportedDetector:
         self._compiled: dict[str, Any] = {}
 
     def detect(self, images: Sequence[np.ndarray], batch_size: int = 1) -> list[Found]:
-        """Returns the detections of uint8 images [h, w, 3] (RGB) of any sizes, in pixels of each image.
-
-        A detector that was trained on 16-bit images also takes uint16 images with its training range (2^`about["bits"]` - 1
-        is white).
+        """Returns the detections of uint8 images [h, w, 3] (RGB) of any sizes, in pixels of each image. A detector that was
+        trained on 16-bit images also takes uint16 images with its training range (2^`about["bits"]` - 1 is white).
 
         Images with the same padded shape go through the network `batch_size` at a time; each batch size is compiled once.
         Every image has the padded shape that it has alone, so its detections do not depend on the others.

@@ -1,4 +1,11 @@
-"""The programs of an exported detector: for each padded shape one that resizes an image, and one that detects in a batch."""
+"""The programs of an exported detector: for each padded shape one that resizes an image, and one that detects in a batch.
+
+The resize is that of evaluation (`data.transforms.resize`, TensorFlow's) on the device: the same float32 operations in the
+same order. Sizes are values and not shapes, so one program serves every image that fits its storage. On the CPU all uint8
+pixels are equal (tested); on a device that rounds differently, a pixel can differ by one grey level. XLA fuses a product
+with a sum, and two divisions, which rounds once where TensorFlow rounds twice: `rounded` separates them. docs/export.md has
+measurements of jax.image.scale_and_translate, whose pixels differ.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +28,7 @@ from retina_jax.ops.anchors import anchor_grid, level_counts
 from retina_jax.ops.boxes import rounded
 from retina_jax.ops.postprocess import detect
 
-PLATFORMS = ("cpu", "cuda", "tpu")  # Every program is lowered for all of them, on any device
+PLATFORMS = ("cpu", "cuda", "tpu")  # every program is lowered for all of them, on any device
 
 
 def padded_shapes(data: DataConfig) -> tuple[tuple[int, int], ...]:
@@ -38,14 +45,10 @@ def padded_shapes(data: DataConfig) -> tuple[tuple[int, int], ...]:
 
 
 def programs(detector: Detector) -> Iterator[tuple[str, bytes]]:
-    """Yields (name, serialised program) for every padded shape, as retina_jax/export/loader.py calls them.
+    """Yields (name, serialised program) for every padded shape. docs/export.md lists their arguments and results.
 
-    prepare_HxW: image uint8 [h, w, 3], its size int32 [2] (pixels beyond it are ignored), its size after the resize int32
-    [2] -> padded image [H, W, 3]. The sides h and w are symbolic. With `data.resize` "pillow" there is no such program: the
-    loader calls Pillow.
-    detect_HxW: the parameters in the order of `jax.tree.leaves`, padded images [b, H, W, 3], sizes int32 [b, 2] after and
-    before the resize -> boxes_xyxy float32 [b, D, 4] in pixels of the images, scores float32 [b, D], labels int32 [b, D], -1
-    where there is no detection. The batch b is symbolic.
+    The sides of the image in prepare_HxW and the batch of detect_HxW are symbolic. With `data.resize` "pillow" there is no
+    prepare_HxW: the loader calls Pillow.
     """
     h, w, b = export.symbolic_shape("h, w, b")
     data, size = detector.config.data, jax.ShapeDtypeStruct((2,), np.int32)
@@ -65,6 +68,7 @@ def programs(detector: Detector) -> Iterator[tuple[str, bytes]]:
 
 
 def _detect(detector: Detector, shape: tuple[int, int]) -> Any:
+    """Returns the function from parameters, padded images and their sizes to detections."""
     config, model = detector.config, detector.driver.model
     structure = jax.tree.structure(detector.variables)
     anchors = anchor_grid(shape, config.anchors, config.model)
@@ -88,16 +92,6 @@ def _detect(detector: Detector, shape: tuple[int, int]) -> Any:
         return jnp.where(found.labels[..., None] >= 0, boxes_xyxy, 0.0), found.scores, found.labels
 
     return detect_batch
-
-
-# The resize of evaluation (`data.transforms.resize`, TensorFlow's) on the device: the same float32 operations in the same
-# order. Sizes are values and not shapes, so one program serves every image that fits its storage. On the CPU all uint8
-# pixels are equal (tested); on a device that rounds differently, a pixel can differ by one grey level. XLA fuses a product
-# with a sum, and two divisions, which rounds once where TensorFlow rounds twice: `rounded` separates them.
-#
-# jax.image.scale_and_translate was tried on 60 images of noise, with storage that repeats the last pixels. Bilinear, 42 % of
-# the images differed from evaluation in some pixels (0.08 % of them, by one grey level); with antialias 97 % did (2.4 % of
-# the pixels, by up to 14 levels, since its weights at the image's edge also cover the storage).
 
 
 def resize_and_pad(
@@ -129,17 +123,15 @@ def resize_and_pad(
     return jnp.where((rows[:, None] & columns[None, :])[:, :, None], resized, 0)
 
 
-Axis = tuple[int, Int[Array, ""], Int[Array, ""]]  # Padded side, side of the image, side of the resized image
+Axis = tuple[int, Int[Array, ""], Int[Array, ""]]  # padded side, side of the image, side of the resized image
 Rows = Callable[[Int[Array, " n"]], Float32[Array, "n m 3"]]
 
 
 def _bilinear(read: Rows, vertical: Axis, horizontal: Axis) -> Float32[Array, "H W 3"]:
-    """TensorFlow's ResizeBilinear with half-pixel centres: along x, then along y."""
+    """Resizes like TensorFlow's ResizeBilinear with half-pixel centres: along x, then along y."""
     (y0, y1, down), (x0, x1, right) = (_neighbours(*axis) for axis in (vertical, horizontal))
 
-    def between(
-        a: Float[Array, "H W 3"], b: Float[Array, "H W 3"], share: Float[Array, "_ _ 1"]
-    ) -> Float[Array, "H W 3"]:
+    def between(a: Float[Array, "*N"], b: Float[Array, "*N"], share: Float[Array, "_ _ 1"]) -> Float[Array, "*N"]:
         return a + rounded((b - a) * share)
 
     above, below = (between(rows[:, x0], rows[:, x1], right[None, :, None]) for rows in (read(y0), read(y1)))
@@ -158,7 +150,7 @@ def _neighbours(
 
 
 def _antialias(read: Rows, vertical: Axis, horizontal: Axis) -> Float32[Array, "H W 3"]:
-    """TensorFlow's ScaleAndTranslate with the triangle kernel: along y, then along x."""
+    """Resizes like TensorFlow's ScaleAndTranslate with the triangle kernel: along y, then along x."""
     rows = _weighted_sum(read, *vertical)
     return _weighted_sum(lambda x: rows[:, x].swapaxes(0, 1), *horizontal).swapaxes(0, 1)
 

@@ -1,8 +1,5 @@
-"""The paper's plots: Figures 1, 2, 4, 5, 6 and 7, computed with the package's own classification losses.
-
-Losses are curves over x_t = y x (equation 6), without alpha: with a single class and target 1 the logit is x_t, and with
-alpha = 1 the weight is 1, so the curves are those of the losses that train.
-"""
+"""The paper's plots: Figures 1, 2, 4, 5, 6 and 7. Losses are curves over x_t = y x (equation 6), without alpha: with a
+single class and target 1 the logit is x_t, and with alpha = 1 the weight is 1, so they are the losses that train."""
 
 from __future__ import annotations
 
@@ -22,27 +19,14 @@ from matplotlib.patheffects import withStroke
 from retina_jax.config import ConfigError
 from retina_jax.losses.focal import ClassificationLoss, cross_entropy, focal, focal_star
 from retina_jax.paper.measured import StarRun, Timed
-from retina_jax.paper.published import OTHER_SYSTEMS, TABLES
+from retina_jax.paper.settings import OTHER_SYSTEMS, TABLES
 
-SUFFIXES = (".png", ".svg", ".pdf")  # Of the files that can be written
+SUFFIXES = (".png", ".svg", ".pdf")  # of the files that can be written
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's, for colour-blind readers
 BLUE, ORANGE, GREEN = COLOURS[:3]
 GREY = "#555555"
-GAMMAS = (0.0, 0.5, 1.0, 2.0)  # The curves of Figure 4
-LOOK = {
-    "font.size": 10,
-    "axes.grid": True,
-    "grid.color": "#e3e3e3",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "savefig.dpi": 200,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "retina_jax",
-}
+GAMMAS = (0.0, 0.5, 1.0, 2.0)  # the curves of Figure 4
+LOOK = mpl.rc_params_from_file(Path(__file__).with_suffix(".mplstyle"), use_default_template=False)
 
 
 def fl(gamma: float) -> ClassificationLoss:
@@ -60,7 +44,7 @@ SELECTED: dict[str, ClassificationLoss] = {
     "FL γ = 2": fl(2.0),
     "FL* γ = 2, β = 1": fl_star(2.0, 1.0),
     "FL* γ = 4, β = 0": fl_star(4.0, 0.0),
-}  # The losses of Figures 5 and 6 and of Table 3
+}  # the losses of Figures 5 and 6 and of Table 3
 
 
 def _of_logits(loss: ClassificationLoss, x_t: Float32[Array, " N"]) -> Float32[Array, " N"]:
@@ -84,9 +68,7 @@ def x_of_p(p_t: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
 
 def cumulative_loss(x_t: Float32[np.ndarray, " N"], gamma: float) -> Float64[np.ndarray, " N"]:
     """Returns the share of the focal loss of the n + 1 samples with the lowest loss, n = 0 to N - 1; the last is exactly 1.
-
-    Alpha is a common factor of all samples of a kind and cancels. Raises ValueError without a sample with a loss above 0.
-    """
+    Alpha, a common factor, cancels. Raises ValueError without a sample with a loss above 0."""
     losses = np.sort(loss_values(fl(gamma), x_t)).astype(np.float64)
     if losses.sum() == 0:
         raise ValueError(f"x_t: the loss of {len(x_t)} samples is 0 at gamma {gamma}; its distribution is undefined")
@@ -116,7 +98,7 @@ def shares_table(samples: Mapping[str, Float32[np.ndarray, " N"]]) -> str:
 @mpl.rc_context(LOOK)
 def figure1() -> Figure:
     """Draws the focal loss over the probability of the ground-truth class."""
-    figure, (axes,) = _figure(1, width=4.8, height=3.8)
+    figure, (axes,) = _figure(1, 4.8, 3.8)
     p_t = np.linspace(0.002, 0.9999, 800)
     for gamma, colour in zip((0.0, 0.5, 1.0, 2.0, 5.0), COLOURS, strict=True):
         name = "γ = 0 (CE)" if gamma == 0 else f"γ = {gamma:g}"
@@ -130,11 +112,9 @@ def figure1() -> Figure:
 
 
 @mpl.rc_context(LOOK)
-def _selected(
-    curve: Callable[..., Float32[np.ndarray, " N"]], label: str, limits: tuple[float, float], legend: str
-) -> Figure:
+def _selected(curve: Callable[..., np.ndarray], label: str, limits: tuple[float, float], legend: str) -> Figure:
     """Draws a curve over x_t for CE, FL and FL*."""
-    figure, (axes,) = _figure(1, width=4.8, height=3.8)
+    figure, (axes,) = _figure(1, 4.8, 3.8)
     x_t = np.linspace(-5, 5, 501)
     axes.axvspan(0, 5, color="#000000", alpha=0.05, lw=0)
     for (name, loss), colour in zip(SELECTED.items(), COLOURS, strict=False):
@@ -152,7 +132,7 @@ figure6 = partial(_selected, loss_slopes, "derivative of the loss by $x_t$", (-1
 @mpl.rc_context(LOOK)
 def figure7(runs: Sequence[StarRun], threshold: float, not_run: int = 0) -> Figure:
     """Draws FL* of each run over x_t: blue if its AP is above `threshold` (percent), else, or if a seed diverged, orange."""
-    figure, (axes,) = _figure(1, width=5.2, height=4.2)
+    figure, (axes,) = _figure(1, 5.2, 4.2)
     x_t = np.linspace(-5, 5, 501)
     effective = [run for run in runs if run.ap is not None and run.ap > threshold]
     for run in sorted(runs, key=lambda run: run.ap or 0.0):  # the effective ones on top
@@ -170,11 +150,9 @@ def figure7(runs: Sequence[StarRun], threshold: float, not_run: int = 0) -> Figu
 @mpl.rc_context(LOOK)
 def figure2(ours: Sequence[Timed] = (), hardware: str = "", split: str = "val") -> Figure:
     """Draws AP over milliseconds per image: the paper's panel, and with `ours` a second panel for the other hardware."""
-    figure, axes = _figure(2 if ours else 1, width=5.8, height=4.0)
-    paper = [
-        Timed(row.settings[0], f"RetinaNet-{row.settings[0]}", row.settings[1], row.milliseconds, row.scores["AP"])
-        for row in TABLES["table1e"].rows
-    ]
+    figure, axes = _figure(2 if ours else 1, 5.8, 4.0)
+    rows = ((*row.settings, row.milliseconds, row.scores["AP"]) for row in TABLES["table1e"].rows)
+    paper = [Timed(depth, f"RetinaNet-{depth}", scale, time, ap) for depth, scale, time, ap in rows]
     axes[0].plot(*zip(*OTHER_SYSTEMS.values(), strict=True), "s", color=GREY, markersize=5, label="other systems")
     for name, place in OTHER_SYSTEMS.items():
         text = name + (" (time extrapolated)" if name == "R-FCN" else "")
@@ -188,6 +166,7 @@ def figure2(ours: Sequence[Timed] = (), hardware: str = "", split: str = "val") 
 
 
 def _speed(axes: Axes, points: Sequence[Timed], hardware: str, split: str) -> None:
+    """Draws a curve over the image scales for each depth."""
     looks = {"50": ("o", BLUE), "101": ("D", ORANGE)}
     for depth in dict.fromkeys(point.depth for point in points):
         marker, colour = looks.get(depth, ("^", GREEN))
@@ -212,7 +191,7 @@ def _escaped(text: str) -> str:
 @mpl.rc_context(LOOK)
 def figure4(samples: Mapping[str, Float32[np.ndarray, " N"]], run: str) -> Figure:
     """Draws the cumulative loss of each kind of sample (x_t of positives, of negatives), a curve per gamma; `run`: title."""
-    figure, all_axes = _figure(len(samples), width=4.2, height=3.8)
+    figure, all_axes = _figure(len(samples), 4.2, 3.8)
     # Finer near the hardest samples, where the curves of a large gamma rise steeply.
     fraction = np.unique(np.concatenate([np.linspace(0, 1, 501), 1 - np.logspace(-7, -2, 200)]))
     for axes, (kind, x_t) in zip(all_axes, samples.items(), strict=True):
@@ -227,7 +206,8 @@ def figure4(samples: Mapping[str, Float32[np.ndarray, " N"]], run: str) -> Figur
     return figure
 
 
-def _figure(panels: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:  # inches per panel
+def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Returns a figure with panels of this size, inches."""
     figure = Figure(figsize=(width * panels, height), layout="constrained")
     return figure, list(np.atleast_1d(figure.subplots(1, panels)))
 

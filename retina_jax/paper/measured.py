@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float32, Int, PyTree, UInt8
 
 from retina_jax.config import ConfigError
 from retina_jax.config_io import override
-from retina_jax.console import hardware
+from retina_jax.console import hardware, log
 from retina_jax.data.datasets import open_source
 from retina_jax.data.decoding import image_of
 from retina_jax.data.pipeline import Batch, eval_batches
@@ -24,19 +24,20 @@ from retina_jax.data.source import Source
 from retina_jax.detector import Detector, load_detector, padded_batch
 from retina_jax.ops.anchors import anchor_grid
 from retina_jax.ops.matching import BACKGROUND, match
-from retina_jax.paper.published import EFFECTIVE_AP
-from retina_jax.paper.results import PointResult, SweepResult, read_latency, read_result, split_of, splits_of
-from retina_jax.paper.wording import departures, divergence, status
+from retina_jax.paper import results
+from retina_jax.paper.comparison import departures
+from retina_jax.paper.results import PointResult, SweepResult
+from retina_jax.paper.settings import EFFECTIVE_AP
 from retina_jax.runs.files import write_json
 from retina_jax.runs.folder import read_run, saved_steps
 from retina_jax.training.step import Inputs
 
-TIMED_IMAGES = 5  # Number of evaluation images over which the median latency is taken
-NEGATIVES, POSITIVES = 10_000_000, 100_000  # Windows that the paper samples for Figure 4
+TIMED_IMAGES = 5  # number of evaluation images over which the median latency is taken
+NEGATIVES, POSITIVES = 10_000_000, 100_000  # windows that the paper samples for Figure 4
 
 
 class Timed(NamedTuple):
-    """A run of Table 1e in Figure 2."""
+    """Run of Table 1e in Figure 2."""
 
     depth: str  # 50 or 101, which choose colour and marker, or another name from your own sweep
     network: str  # name in the legend; a miniature's "50" is not a ResNet-50
@@ -46,7 +47,7 @@ class Timed(NamedTuple):
 
 
 class StarRun(NamedTuple):
-    """A run of FL* in Figure 7."""
+    """Run of FL* in Figure 7."""
 
     gamma: float
     beta: float
@@ -57,7 +58,7 @@ def star_runs(sweeps: Sequence[SweepResult]) -> tuple[list[StarRun], int]:
     """Returns the finished (mean AP of seeds) and diverged settings of fig7, and how many others there are."""
     sweep, runs = _sweep(sweeps, "fig7"), []
     for points in map(sweep.seeds, sweep.names):
-        scores, diverged = _aps(points), divergence(points)
+        scores, diverged = _aps(points), results.divergence(points)
         if scores or diverged:
             loss = next(p.result.config.loss for p in points if p.result.config)
             runs.append(StarRun(loss.gamma, loss.star_beta, None if diverged else statistics.fmean(scores)))
@@ -71,11 +72,8 @@ def _aps(points: Sequence[PointResult]) -> list[float]:
 
 
 def effective_ap(sweeps: Sequence[SweepResult]) -> float:
-    """Returns the AP in percent above which a setting of FL* counts as effective.
-
-    For runs of the paper's config it is the paper's 33.5, which is 0.5 below its focal loss. For other runs it is 0.5 below
-    the focal loss of the sweep table3 or table1b, or, without such a run, 0.5 below the best setting.
-    """
+    """Returns the AP in percent above which a setting of FL* counts as effective: the paper's 33.5 (0.5 below its focal
+    loss) for runs of its config; else 0.5 below the focal loss of table3 or table1b, or below the best setting."""
     sweep = _sweep(sweeps, "fig7")
     if not departures(sweep):
         return EFFECTIVE_AP
@@ -103,15 +101,16 @@ def speeds(sweeps: Sequence[SweepResult]) -> tuple[list[Timed], str, str]:
             found.append(Timed(depth, config.model.backbone, str(config.data.short_side), times, ap))
     if not found:
         raise ConfigError("--workdir: no run of its sweep table1e is finished; run scripts/sweep.py first")
-    return found, hardware(), splits_of(sweep)
+    return found, hardware(), results.splits_of(sweep)
 
 
 def run_latency(folder: Path) -> float:
     """Returns the milliseconds per image of a run's newest checkpoint on this hardware; kept in RUN/latency.json."""
     here = {"hardware": hardware(), "step": max(saved_steps(folder / "checkpoints"), default=None)}
-    kept = read_latency(folder)
+    kept = results.read_latency(folder)
     if kept and kept.items() >= here.items():
         return float(kept["milliseconds"])
+    log(f"measuring the latency of {folder} ...")
     # One device, however many the run was trained on: they cannot share an image.
     detector = load_detector(folder, config=override(read_run(folder).config, {"devices": 1}))
     source = open_source(detector.config.data, "val")
@@ -122,14 +121,12 @@ def run_latency(folder: Path) -> float:
 
 
 def latency(detector: Detector, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], *, repeats: int = 10) -> float:
-    """Returns milliseconds per image at batch 1, as in Figure 2: from pixels on the device to boxes.
+    """Returns milliseconds per image at batch 1, as in Figure 2: the median over `repeats` runs of each image in its padded
+    shape, after one that compiles and one that warms up. The detector must be on one device.
 
-    It is the median over `repeats` runs of each image, in its padded shape, after one that compiles and one that warms up.
     Network, decoding and NMS are timed; reading, resizing and the transfer are not. The time of NMS grows with the number of
-    detections, so give images of the detector's data. Raises ValueError if the detector is on several devices.
+    detections, so give images of the detector's data.
     """
-    if detector.driver.num_devices != 1:
-        raise ValueError(f"detector: is on {detector.driver.num_devices} devices; latency is measured on one")
     times = []
     for image in images:
         inputs = detector.driver.shard_batch(Inputs.of(padded_batch([image], detector.config.data, 1)))
@@ -143,33 +140,24 @@ def latency(detector: Detector, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], *,
 
 def finished_run(folder: Path) -> str:
     """Returns the run's folder, step and AP, for the title of Figure 4; ConfigError if it is not finished."""
-    split, result = split_of(read_run(folder).config), read_result(folder)
+    split, result = results.split_of(read_run(folder).config), results.read_result(folder)
     if result.status != "finished":
-        raise ConfigError(f"--workdir {folder}: its run is {status(result)}; give a finished run")
-    ap = f"AP {result.scores['AP']:.1f} on {split}" if "AP" in result.scores else status(result)
+        raise ConfigError(f"--workdir {folder}: its run is {result}; give a finished run")
+    ap = f"AP {result.scores['AP']:.1f} on {split}" if "AP" in result.scores else str(result)
     step = max(saved_steps(folder / "checkpoints"), default=None)
     return f"{folder.resolve().parent.name}/{folder.resolve().name}, step {step}, {ap}"
 
 
-# Where the loss of a trained detector lies (Section 5.1, "Analysis of the Focal Loss"; Figure 4).
-#
-# "We apply this model to a large number of random images and sample the predicted probability for ~10^7 negative windows and
-# ~10^5 positive windows." A window is an anchor, matched as in training; ignored anchors are not sampled. A positive gives
-# the probability of its class, a negative that of its most likely class: with all K probabilities of a negative, the curves
-# would be steep for every gamma. Samples are x_t (equation 6), since p_t rounds to 1 in float32 for easy negatives.
-
-
 class Sample:
-    """A uniform sample without replacement of a stream: the values with the `size` smallest of their random keys."""
+    """Uniform sample without replacement of a stream: the values with the `size` smallest of their random keys."""
 
     def __init__(self, size: int, seed: int = 0) -> None:
-        self.size, self.seen = size, 0  # `seen`: number of values in the stream so far
+        self.size = size
         self._random = np.random.default_rng(seed)
         self._values, self._keys = np.zeros(0, np.float32), np.zeros(0)
 
     def add(self, values: Float32[np.ndarray, " N"]) -> None:
         """Adds `values` to the stream."""
-        self.seen += len(values)
         self._values = np.concatenate([self._values, values])
         self._keys = np.concatenate([self._keys, self._random.random(len(values))])
         if len(self._values) > 2 * self.size:
@@ -186,12 +174,18 @@ class Sample:
 def val_windows(
     folder: Path, images: int, positives: int, negatives: int, seed: int
 ) -> dict[str, Float32[np.ndarray, " N"]]:
-    """Returns x_t of the windows of `images` random evaluation images (0: all) of a run, by kind: positives, negatives."""
+    """Returns x_t of the windows of `images` random evaluation images (0: all) of a run, by kind: positives, negatives.
+
+    "We apply this model to a large number of random images and sample the predicted probability for ~10^7 negative windows
+    and ~10^5 positive windows" (Section 5.1; Figure 4). A window is an anchor, matched as in training; ignored anchors are
+    not sampled. Samples are x_t (equation 6), since p_t rounds to 1 in float32 for easy negatives.
+    """
     run = read_run(folder)
     source = open_source(run.config.data, "val", run.categories).arranged(run.categories, f"--workdir {folder}")
     source = random_images(source, images or len(source), seed)
     batch_size = min(run.config.training.eval_batch_size or run.config.data.batch_size, 8)
     batches = eval_batches(source, run.config.data, batch_size=batch_size)
+    log(f"applying the network to {len(source):,} images of {source.name} ...")
     samples = sample_windows(load_detector(folder), batches, positives=positives, negatives=negatives, seed=seed)
     kinds = {kind: sample.values() for kind, sample in zip(("positives", "negatives"), samples, strict=True)}
     if empty := [kind for kind, x_t in kinds.items() if not len(x_t)]:
@@ -238,7 +232,8 @@ def sample_windows(
 def window_x_t(
     logits: Float32[Array, "B A K"], labels: Int[Array, "B A"], valid: Bool[Array, " B"]
 ) -> tuple[Float32[Array, "B A"], Bool[Array, "B A"], Bool[Array, "B A"]]:
-    """Returns x_t of every anchor (of its class, or of the likeliest one), and masks of valid positives and negatives."""
+    """Returns x_t of every anchor, and masks of valid positives and negatives. A positive gives the logit of its class, a
+    negative that of its most likely class: with all K logits the curves of Figure 4 would be steep for every gamma."""
     own = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
     positive, negative = (labels >= 0) & valid[:, None], (labels == BACKGROUND) & valid[:, None]
     return jnp.where(labels >= 0, own, -logits.max(axis=-1)), positive, negative

@@ -1,24 +1,25 @@
-"""The results of sweeps: the manifests in DIR/sweeps/ and the runs that they name. Locks are ignored."""
+"""Results of sweeps: the manifests in DIR/sweeps/ and the runs that they name. Locks are ignored."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, Literal, NamedTuple
 
 from retina_jax.config import Config, ConfigError
+from retina_jax.console import log
 from retina_jax.evaluation.coco_scores import SUMMARY
-from retina_jax.paper.published import Row, Table
+from retina_jax.paper.settings import Row, Table
 from retina_jax.runs.record import read_json, read_record, read_test_dev
-from retina_jax.sweeps.manifest import read_manifest
+from retina_jax.sweeps.points import read_manifest
 from retina_jax.sweeps.status import ended
 
 
 @dataclass(frozen=True)
 class Result:
-    """What is known of a run."""
+    """Known state, scores and curves of a run."""
 
     folder: Path
     status: Literal["finished", "diverged", "unfinished", "not run"]
@@ -32,10 +33,20 @@ class Result:
     test_dev: dict[str, float] = field(default_factory=dict)  # percent, from COCO's server
     latency: dict[str, Any] | None = None  # measurement of `figures.py --figure 2`: milliseconds, hardware
 
+    def __str__(self) -> str:
+        """Describes the state: finished, not run, running or interrupted at a step, diverged at a step."""
+        if self.status == "diverged":
+            return "diverged" if self.step is None else f"diverged at step {self.step}"
+        if self.status == "unfinished":
+            return f"running or interrupted at step {self.step} of {self.config.training.steps}"
+        if self.status == "finished" and "AP" not in self.scores:
+            return "AP undefined" if self.scores else "not evaluated"
+        return self.status
+
 
 @dataclass(frozen=True)
 class PointResult:
-    """One run of a sweep."""
+    """Run of a sweep."""
 
     name: str
     overrides: Mapping[str, Any]
@@ -45,7 +56,7 @@ class PointResult:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """A manifest with its runs."""
+    """Manifest with its runs."""
 
     name: str
     file: str
@@ -59,13 +70,8 @@ class SweepResult:
 
     @property
     def names(self) -> list[str]:
-        """Names of its points, in the manifest's order."""
+        """Names of the points, in the manifest's order."""
         return list(dict.fromkeys(point.name for point in self.points))
-
-    @property
-    def configs(self) -> list[Config]:
-        """Configs of the runs that have started."""
-        return [point.result.config for point in self.points if point.result.config is not None]
 
 
 def read_sweeps(workdir: Path) -> list[SweepResult]:
@@ -78,6 +84,7 @@ def read_sweeps(workdir: Path) -> list[SweepResult]:
     files = sorted((workdir / "sweeps").glob("*.json"))
     if not files:
         raise ConfigError(f"--workdir {workdir}: no sweep there (sweeps/*.json); run scripts/sweep.py first")
+    log(f"reading the runs of {len(files)} {'sweep' if len(files) == 1 else 'sweeps'} in {workdir} ...")
     known: dict[str, Result] = {}
     sweeps = [_read_sweep(file, workdir, known) for file in files]
     # A folder's name covers all that decides the outcome, with the seed: points with a folder in common have the same
@@ -89,16 +96,17 @@ def read_sweeps(workdir: Path) -> list[SweepResult]:
             folders = {point.result.folder for point in sweep.seeds(name)}
             joined = folders.union(*(experiment.get(folder, set()) for folder in folders))
             experiment.update(dict.fromkeys(joined, joined))
-    extended = []
-    for sweep in sweeps:
+
+    def with_all_seeds(sweep: SweepResult) -> SweepResult:
         points = list(sweep.points)
         for name in sweep.names:
             own = sweep.seeds(name)
             by_seed = {runs[folder].seed: runs[folder] for folder in sorted(experiment[own[0].result.folder])}
             for seed in sorted(by_seed.keys() - {point.seed for point in own}):
                 points.append(replace(by_seed[seed], name=name, overrides=own[0].overrides))
-        extended.append(replace(sweep, points=tuple(points)))
-    return extended
+        return replace(sweep, points=tuple(points))
+
+    return [with_all_seeds(sweep) for sweep in sweeps]
 
 
 def _read_sweep(file: Path, workdir: Path, known: dict[str, Result]) -> SweepResult:
@@ -122,7 +130,6 @@ def read_result(folder: Path) -> Result:
         return Result(folder, "not run")
     record = read_record(folder)
     saved, summary = record.saved, record.summary or {}
-    ap = {step: scores["AP"] for step, scores in record.evaluations.items()}
     seconds = summary.get("seconds")
     details = {
         "command": " ".join(map(str, saved.get("command") or ())),
@@ -138,7 +145,7 @@ def read_result(folder: Path) -> Result:
         step=record.step,
         config=record.config,
         details={key: str(value) for key, value in details.items() if value},
-        ap=[(float(step), 100 * value) for step, value in ap.items() if value is not None],
+        ap=[(float(n), 100 * scores["AP"]) for n, scores in record.evaluations.items() if scores["AP"] is not None],
         loss=[(float(w["step"]), w["classification_loss"]) for w in record.windows if "classification_loss" in w],
         latency=read_latency(folder),
     )
@@ -166,9 +173,20 @@ def read_latency(folder: Path) -> dict[str, Any] | None:
     return latency
 
 
+def started(points: Sequence[PointResult]) -> list[PointResult]:
+    """Returns the seeds that have started."""
+    return [p for p in points if p.result.status != "not run"]
+
+
+def divergence(points: Sequence[PointResult]) -> str:
+    """Returns "1 of 3 seeds diverged", of those that have started, or "" if none diverged."""
+    diverged = sum(p.result.status == "diverged" for p in points)
+    return f"{diverged} of {len(started(points))} seeds diverged" if diverged else ""
+
+
 def splits_of(sweep: SweepResult) -> str:
     """Returns what the runs were evaluated on; val if none has started."""
-    return ", ".join(dict.fromkeys(split_of(config) for config in sweep.configs)) or "val"
+    return ", ".join(dict.fromkeys(split_of(p.result.config) for p in sweep.points if p.result.config)) or "val"
 
 
 def split_of(config: Config) -> str:
@@ -191,7 +209,7 @@ class Mean(NamedTuple):
 
 
 class Side(NamedTuple):
-    """The paper's scores and ours on one split; only scores on the same split are subtracted."""
+    """Scores of the paper and ours on one split; only scores on the same split are subtracted."""
 
     split: str  # split of the paper's scores: minival or test-dev
     ours: str  # data that our scores were evaluated on
@@ -199,33 +217,29 @@ class Side(NamedTuple):
     means: Mapping[str | None, Mapping[str, Mean]]  # our scores by point and metric
     from_runs: bool  # our scores are the runs' own evaluations; False: results of COCO's server
 
-    def of_paper(self, row: Row, metric: str) -> float | None:
-        """Returns the paper's score of `row`."""
-        return self.paper.get(row.settings, {}).get(metric)
-
-    def of_ours(self, row: Row, metric: str) -> Mean | None:
-        """Returns our score of `row`."""
-        return self.means.get(row.name, {}).get(metric)
+    def of(self, row: Row, metric: str) -> tuple[float | None, Mean | None]:
+        """Returns the paper's score of `row` and ours."""
+        return self.paper.get(row.settings, {}).get(metric), self.means.get(row.name, {}).get(metric)
 
     def best_of_paper(self, rows: Sequence[Row], metric: str) -> float | None:
         """Returns the paper's highest score; None if there is none or a derived score is higher."""
-        scored = [(value, row.derived) for row in rows if (value := self.of_paper(row, metric)) is not None]
+        scored = [(value, row.derived) for row in rows if (value := self.of(row, metric)[0]) is not None]
         best, derived = max(scored, default=(None, False))
         return None if derived else best
 
 
 def sides_of(sweep: SweepResult, paper: Table | None, metrics: Sequence[str]) -> list[Side]:
     """Returns minival for a table on it and for a user's own sweep; test-dev and minival for a table on test-dev."""
-    means = {name: _means([p.result.scores for p in sweep.seeds(name)], metrics) for name in sweep.names}
+
+    def means(name: str, kind: Literal["scores", "test_dev"]) -> dict[str, Mean]:
+        runs = [getattr(point.result, kind) for point in sweep.seeds(name)]
+        values = {m: [scores[m] for scores in runs if m in scores] for m in metrics}
+        return {m: Mean(fmean(v), stdev(v) if len(v) > 1 else None) for m, v in values.items() if v}
+
     printed = {row.settings: row.scores for row in paper.rows} if paper else {}
+    own = Side("minival", splits_of(sweep), printed, {n: means(n, "scores") for n in sweep.names}, from_runs=True)
     if paper is None or paper.split == "minival":
-        return [Side("minival", splits_of(sweep), printed, means, from_runs=True)]
-    server = {name: _means([p.result.test_dev for p in sweep.seeds(name)], metrics) for name in sweep.names}
-    on_test_dev = Side(paper.split, paper.split, printed, server, from_runs=False)
+        return [own]
+    server = {name: means(name, "test_dev") for name in sweep.names}
     on_minival = {row.settings: row.minival for row in paper.rows}
-    return [on_test_dev, Side("minival", splits_of(sweep), on_minival, means, from_runs=True)]
-
-
-def _means(runs: Sequence[Mapping[str, float]], metrics: Sequence[str]) -> dict[str, Mean]:
-    values = {m: [scores[m] for scores in runs if m in scores] for m in metrics}
-    return {m: Mean(statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else None) for m, v in values.items() if v}
+    return [Side(paper.split, paper.split, printed, server, from_runs=False), own._replace(paper=on_minival)]

@@ -1,22 +1,95 @@
-"""The settings of the paper's tables as overrides of any base config, for `configs/sweeps/*.py`.
+"""The paper's tables (Lin et al. 2017): every number, and their settings as overrides of any base config.
 
-Settings are relative to the base, which stands for RetinaNet-50-600: 400 pixels are 400/600 of the base's short side, and
-ResNet-101 is the next deeper backbone. The same sweep therefore runs at full size on `configs/paper_ablations.py` and as a
-miniature on a base with small images.
+Scores are in percent, as printed (tables.txt), under the names of `configs/sweeps/`. Settings are relative to the base,
+which stands for RetinaNet-50-600: 400 pixels are 400/600 of the base's short side, and ResNet-101 is the next deeper
+backbone. The same sweep therefore runs at full size on `configs/paper_ablations.py` and as a miniature on a base with small
+images.
 """
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from retina_jax.config import Config, ConfigError
 
 Overrides = dict[str, Any]
 
-DEEPER = {"resnet50": "resnet101", "resnet18": "resnet34"}  # The roles of ResNet-50 and ResNet-101
-OTHER_NAMES = {"resnet50": "R-50", "resnet101": "R-101", "resnext101_32x8d": "X-101-32x8d"}  # In Detectron's files
-PAPER_SHORT_SIDE = 600  # The paper's image scale that `data.short_side` of the base corresponds to
+DEEPER = {"resnet50": "resnet101", "resnet18": "resnet34"}  # the roles of ResNet-50 and ResNet-101
+OTHER_NAMES = {"resnet50": "R-50", "resnet101": "R-101", "resnext101_32x8d": "X-101-32x8d"}  # in Detectron's files
+PAPER_SHORT_SIDE = 600  # the paper's image scale that `data.short_side` of the base corresponds to
 JITTER = (640, 672, 704, 736, 768, 800)  # detectron2's short sides of scale jitter; the paper states none
+AP = ("AP", "AP50", "AP75")  # scores of the ablations
+
+
+@dataclass(frozen=True)
+class Row:
+    """Row of a table."""
+
+    name: str | None  # point of the sweep that trains it; None: another system
+    settings: tuple[str, ...]  # as printed, one for each of the table's `columns`
+    scores: dict[str, float] = field(default_factory=dict)  # percent; only those that the paper gives
+    minival: dict[str, float] = field(default_factory=dict)  # for a table on test-dev: the paper's on minival
+    milliseconds: float | None = None  # time per image on an Nvidia M40 (Table 1e)
+    group: str = ""  # heading above the row
+    note: str = ""  # what the paper says about the row besides its numbers
+    derived: bool = False  # the scores follow from the text and are not printed in the paper
+
+
+@dataclass(frozen=True)
+class Table:
+    """Table of the paper."""
+
+    name: str  # name of its sweep
+    title: str
+    split: str  # minival (val2017), or test-dev, whose labels are not public
+    reference: str  # point that the other rows are compared with
+    reference_label: str  # name of the reference in a heading
+    note: str  # remark about its rows, or empty
+    columns: tuple[str, ...]  # headings of the rows' settings
+    metrics: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+EFFECTIVE_AP = 33.5  # AP in percent above which Figure 7 calls a setting of FL* effective; it must also have converged
+
+# Two models of Table 1e are also in ablations, on minival: the default of Table 1b and the focal loss of Table 1d.
+_ON_MINIVAL = {
+    "depth_50_scale_600": {"AP": 34.0, "AP50": 52.5, "AP75": 36.5},
+    "depth_101_scale_600": {"AP": 36.0, "AP50": 54.9, "AP75": 38.7},
+}
+
+
+def _table(text: str) -> Table:
+    """Reads a table in the format that tables.txt explains."""
+    heading, reference, *lines = text.strip().splitlines()
+    name, split, title = heading.removeprefix("# ").split(" | ")
+    compared, label = reference.removeprefix("reference: ").split(" | ")
+    note = lines.pop(0).removeprefix("note: ") if lines[0].startswith("note: ") else ""
+    _, *columns, last = (part.strip() for part in lines[0].split("|"))
+    metrics, rows, group = last.split(), [], ""
+    for line in lines[1:]:
+        if line.startswith("["):
+            group = line.strip("[]")
+            continue
+        point, *settings, results = (part.strip() for part in line.split("|"))
+        derived, numbers, remark = re.fullmatch(r"(≈?) ?((?:\d+\.?\d* ?)*)(.*)", results).groups()
+        scores = dict(zip(metrics, map(float, numbers.split()), strict=bool(numbers)))
+        time, minival = scores.pop("milliseconds", None), _ON_MINIVAL.get(point, {})
+        named = None if point == "-" else point
+        rows.append(Row(named, tuple(settings), scores, minival, time, group, remark, bool(derived)))
+    shown = tuple(name for name in metrics if name != "milliseconds")
+    return Table(name, title, split, compared, label, note, tuple(columns), shown, tuple(rows))
+
+
+_, *_TABLES, _SYSTEMS = Path(__file__).with_name("tables.txt").read_text(encoding="utf-8").split("\n\n")
+TABLES = {table.name: table for table in map(_table, _TABLES)}  # in the paper's order
+# Figure 2's other systems: milliseconds per image, and AP on test-dev.
+OTHER_SYSTEMS = {
+    name.strip(): (float(time), float(ap)) for name, time, ap in (line.split("|") for line in _SYSTEMS.splitlines()[2:])
+}
 
 
 def deeper(base: Config) -> Overrides:
@@ -66,19 +139,19 @@ def longer(base: Config, factor: float | int) -> Overrides:
 
 
 def balanced_cross_entropy(alpha: float) -> Overrides:
-    """Equation 3: Table 1a, and gamma 0 of Table 1b."""
+    """Returns equation 3: Table 1a, and gamma 0 of Table 1b."""
     return {"loss.kind": "balanced_cross_entropy", "loss.alpha": alpha}
 
 
 def focal(gamma: float, alpha: float) -> Overrides:
-    """Equation 5; gamma 0 returns balanced cross entropy, since the two are the same run."""
+    """Returns equation 5; for gamma 0 balanced cross entropy, since the two are the same run."""
     if gamma == 0:
         return balanced_cross_entropy(alpha)
     return {"loss.kind": "focal", "loss.gamma": gamma, "loss.alpha": alpha}
 
 
 def focal_star(gamma: float, beta: float) -> Overrides:
-    """Equation 8; "We used alpha = .25 in all experiments for simplicity" (Appendix A)."""
+    """Returns equation 8; "We used alpha = .25 in all experiments for simplicity" (Appendix A)."""
     return {"loss.kind": "focal_star", "loss.gamma": gamma, "loss.star_beta": beta, "loss.alpha": 0.25}
 
 

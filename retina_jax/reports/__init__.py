@@ -1,7 +1,4 @@
-"""HTML pages of runs, data checks and sweeps.
-
-Pages are made of the templates in `templates/`: one file each, every value escaped, no request for anything else.
-"""
+"""HTML pages of runs, data checks and sweeps, made of `templates/`: one file each, values escaped, no other requests."""
 
 from __future__ import annotations
 
@@ -30,12 +27,12 @@ TEMPLATES.filters["percent"] = "{:.1%}".format
 
 
 def render(template: str, **values: Any) -> Markup:
-    """The text of a template. Values are escaped except in Markdown templates and if they are Markup already."""
+    """Returns the text of a template. Values are escaped except in Markdown templates and if they are Markup already."""
     return Markup(TEMPLATES.get_template(template).render(values))
 
 
 def jpeg(pixels: UInt8[np.ndarray, "H W 3"]) -> dict[str, Any]:
-    """An image with the address (a data URL) that a page embeds it by, and its size."""
+    """Returns the size of an image and its data URL, by which a page embeds it."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=80)
     data = base64.b64encode(buffer.getvalue()).decode()

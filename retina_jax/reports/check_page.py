@@ -19,28 +19,25 @@ from retina_jax.evaluation.drawing import draw_boxes
 from retina_jax.reports import jpeg, render
 from retina_jax.reports.charts import Stack, bar_chart
 
-MOST_LISTED = 200  # findings of a kind on the page; the JSON has all
-OPEN_UP_TO = 10  # lists of at most this many findings are open from the start
 # Boxes with an anchor of sufficient IoU, with one by the low-quality rule only, and without (Okabe and Ito).
 COVERED, RESCUED, UNCOVERED = "#009E73", "#E69F00", "#D55E00"
 ON_IMAGES = {COVERED: (0, 255, 0), RESCUED: (255, 190, 0), UNCOVERED: (255, 0, 0)}  # visible on a photograph
-SIDE = 720  # small images are enlarged to about this length of their longer side, pixels
 TAGGED = 12  # boxes of an image that are labelled; more labels would hide it
 SHARES = {"by_iou": "sufficient IoU", "by_low_quality": "low-quality only", "uncovered": "no anchor"}
 
 
 def check_page(check: Check, pictures: Sequence[tuple[np.ndarray, str]], title: str) -> str:
-    """The page; `pictures` as from `worst_pictures`."""
-    shares, suggestion = check.shares, check.suggestion
-    pairs = suggestion.pairs() if suggestion else []
+    """Returns the page; `pictures` as from `worst_pictures`."""
+    shares = check.shares
+    pairs = check.suggestion.pairs() if check.suggestion else []
     page = render(
         "check.html",
         title=title,
         sections=["findings", "classes", "anchors", "suggestion", "pictures"],
         colours={"rescued": RESCUED, "uncovered": UNCOVERED},
         check=check,
-        most_listed=MOST_LISTED,
-        open_up_to=OPEN_UP_TO,
+        most_listed=200,  # findings of a kind on the page; the JSON has all
+        open_up_to=10,  # lists of at most this many findings are open from the start
         class_names=list(dict.fromkeys(count.name for counts in check.counts.values() for count in counts)),
         counts={split: {count.name: count for count in counts} for split, counts in check.counts.items()},
         histograms=[
@@ -55,11 +52,12 @@ def check_page(check: Check, pictures: Sequence[tuple[np.ndarray, str]], title: 
 
 
 def _histogram(shares: Sequence[Share], ends: Sequence[str], label: str) -> str:
-    """The bins from the first to the last with boxes; with many bins every second end is labelled."""
+    """Draws the bins from the first to the last with boxes; with many bins every second end is labelled."""
     filled = [i for i, share in enumerate(shares) if share.boxes] or [0]
     first, last = filled[0], filled[-1] + 1
     names = ["∞" if end == "inf" else end for end in ends[first : last + 1]]
-    names = [name if len(names) <= 12 or i % 2 == 0 else "" for i, name in enumerate(names)]
+    if len(names) > 12:
+        names[1::2] = [""] * len(names[1::2])
     stacks = [
         Stack(text, [getattr(share, kind) for share in shares[first:last]], colour)
         for (kind, text), colour in zip(SHARES.items(), ON_IMAGES, strict=True)
@@ -70,8 +68,8 @@ def _histogram(shares: Sequence[Share], ends: Sequence[str], label: str) -> str:
 def worst_pictures(
     split: Split, data: DataConfig, decoding: Decoding, views: Views, coverage: Coverage, most: int
 ) -> list[tuple[np.ndarray, str]]:
-    """At most `most` images with captions, each once: those with the most boxes without an anchor first, then those with
-    the most by the low-quality rule only. Images without such boxes and unreadable images are left out."""
+    """Returns at most `most` images with captions, each once: those with the most boxes without an anchor first, then those
+    with the most by the low-quality rule only. Images without such boxes and unreadable images are left out."""
     kinds = coverage.kinds
     without, rescued = (
         np.diff(np.concatenate([[0], np.cumsum(boxes)])[views.ends])
@@ -102,8 +100,8 @@ def worst_pictures(
 def draw_coverage(
     image: UInt8[np.ndarray, "h w 3"], class_names: tuple[str, ...], views: Views, coverage: Coverage, v: int
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The image of view `v`. Boxes with anchors are green, by the low-quality rule only yellow, without or outbid red.
-    Yellow and red ones are labelled with their class and best IoU if there are at most TAGGED."""
+    """Draws the boxes of view `v` on its image: green with anchors, yellow by the low-quality rule only, red without or
+    outbid. Yellow and red ones are labelled with their class and best IoU if there are at most TAGGED."""
     kinds = coverage.kinds
     colours = {
         n: UNCOVERED if coverage.anchors[n] == 0 else COVERED if kinds["by_iou"][n] else RESCUED
@@ -114,4 +112,4 @@ def draw_coverage(
     tagged = tagged if len(tagged) <= TAGGED else set()
     texts = [f"{class_names[views.labels[n]]} {coverage.best_iou[n]:.2f}" if n in tagged else "" for n in worst_last]
     on_image = [ON_IMAGES[colours[n]] for n in worst_last]
-    return draw_boxes(image, views.boxes_xyxy[worst_last], on_image, texts, side=SIDE)
+    return draw_boxes(image, views.boxes_xyxy[worst_last], on_image, texts, side=720)

@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from retina_jax.config import ConfigError
-from retina_jax.sweeps.manifest import Task, distinct
+from retina_jax.sweeps.points import Task, distinct
 from retina_jax.sweeps.status import ENDED, State, state_of
 
-ACCELERATORS = ("nvidia[0-9]*", "accel[0-9]*", "kfd")  # Devices under /dev: NVIDIA, TPU, AMD
-HELD = 75  # Exit status of a point that another worker trains, or that was stopped and will be resumed (EX_TEMPFAIL)
-MOST_TIMEOUTS = 100  # Default number of times that a SLURM job may be queued again
-GRACE = 300.0  # Seconds in which a stopped process may save before it is killed; a second Ctrl-C kills it at once
+ACCELERATORS = ("nvidia[0-9]*", "accel[0-9]*", "kfd")  # devices under /dev: NVIDIA, TPU, AMD
+HELD = 75  # exit status of a point that another worker trains, or that was stopped and will be resumed (EX_TEMPFAIL)
+MOST_TIMEOUTS = 100  # default number of times that a SLURM job may be queued again
+GRACE = 300.0  # seconds in which a stopped process may save before it is killed; a second Ctrl-C kills it at once
 
 
 class _Child(NamedTuple):
+    """Running point; `started` is a time of the monotonic clock."""
+
     task: Task
     process: subprocess.Popen[bytes]
     log: Path
@@ -34,8 +36,8 @@ class _Child(NamedTuple):
 def launch_local(tasks: Sequence[Task], command: Sequence[str], workdir: Path, jobs: int) -> int:
     """Runs `command --index I` for each task, `jobs` at a time; returns how many failed. A failure does not stop the others.
 
-    The output of a point goes to DIR/logs/FOLDER.txt; this process prints a line when a point starts and when it ends.
-    Points that have ended or that another worker trains are skipped. Ctrl-C and SIGTERM also end the running points.
+    The output of a point goes to DIR/logs/FOLDER.txt; a line reports when a point starts and when it ends. Points that have
+    ended or that another worker trains are skipped. Ctrl-C and SIGTERM also end the running points.
     """
     if jobs < 1:
         raise ConfigError(f"--jobs: invalid value {jobs}; must be at least 1")
@@ -132,27 +134,26 @@ def _core_slots(jobs: int) -> list[set[int]]:
 
 @dataclass(frozen=True)
 class SlurmPoint:
-    """A SLURM job's work: `command --index I`. A job that is pre-empted or out of time is queued again and resumes."""
+    """Work of a SLURM job: `command --index I`. A job that is pre-empted or out of time is queued again and resumes."""
 
     command: tuple[str, ...]
 
-    def __call__(self, index: int) -> str:
+    def __call__(self, index: int) -> None:
         """Runs the point; raises CalledProcessError if it fails, which also fails the job."""
         done = subprocess.run([*self.command, "--index", str(index)], preexec_fn=_leave_signals_to_submitit)
         if done.returncode != HELD:
             done.check_returncode()
-        return f"index {index} {'is trained by another worker, or was stopped' if done.returncode == HELD else 'ended'}"
 
     def checkpoint(self, index: int) -> Any:
-        """Called by submitit before the job ends early; returns the job to queue instead."""
+        """Returns the job to queue instead; submitit calls it before the job ends early."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, index)
 
 
 def _leave_signals_to_submitit() -> None:
-    """SLURM signals every process of a job. The point must run until submitit has queued it again and ends it: a point that
-    ends earlier fails its job."""
+    """Ignores the signals that SLURM sends to every process of a job. The point must run until submitit has queued it again
+    and ends it: a point that ends earlier fails its job."""
     for number in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -178,12 +179,9 @@ def launch_slurm(tasks: Sequence[Task], command: Sequence[str], workdir: Path, o
     executor = submitit.AutoExecutor(folder=workdir / "slurm", cluster=cluster, slurm_max_num_timeout=most)
     try:
         executor.update_parameters(**{"name": f"sweep-{workdir.name}", **settings})
-    except (NameError, TypeError, AssertionError, ValueError) as error:
-        raise ConfigError(f"--slurm: {' '.join(str(error).split())}") from None
-    try:
         submitted = executor.map_array(SlurmPoint(tuple(command)), [task.index for task in waiting])
-    except submitit.core.utils.FailedJobError as error:
-        raise ConfigError(f"--launcher slurm: sbatch refused: {' '.join(str(error).split())}") from None
+    except (NameError, TypeError, AssertionError, ValueError, submitit.core.utils.FailedJobError) as error:
+        raise ConfigError(f"--slurm: {type(error).__name__}: {' '.join(str(error).split())}") from None
     for task, job in zip(waiting, submitted, strict=True):
         _log(task, f"job {job.job_id}, log {job.paths.stdout}")
     failed = 0

@@ -1,7 +1,6 @@
 """The state of a point, training it so that no two workers train the same run, and the table that `--list` prints.
 
-A worker holds the lock DIR/.claims/FOLDER.lock while it trains. The lock is the kernel's (flock), so it ends with the
-worker. On NFS it also holds between machines, if the server supports locks.
+A worker holds the lock DIR/.claims/FOLDER.lock while it trains: the kernel's (flock), which ends with the worker.
 """
 
 from __future__ import annotations
@@ -21,18 +20,20 @@ from retina_jax.config import Config, ConfigError
 from retina_jax.data.transforms import buckets
 from retina_jax.model.summary import forward_flops
 from retina_jax.runs.files import exclusive_lock, write_json
-from retina_jax.sweeps.manifest import Task
-from retina_jax.sweeps.points import Point
+from retina_jax.sweeps.points import Point, Task
 from retina_jax.training.metrics import NonFiniteLoss
 
 T = TypeVar("T")
-ENDED = ("done", "diverged")  # Kinds of state in which a point is not trained again
-PAPER_CLASSES = 80  # Number of classes assumed for costs if `model.num_classes` is taken from the data
+_Evaluation = msgspec.defstruct("_Evaluation", [("AP", float | None, None)])
+_Summary = msgspec.defstruct("_Summary", [("steps", int), ("seconds", float), ("evaluation", _Evaluation | None)])
+_Divergence = msgspec.defstruct("_Divergence", [("step", int | None), ("message", str, "")])
+ENDED = ("done", "diverged")  # kinds of state in which a point is not trained again
+PAPER_CLASSES = 80  # number of classes assumed for costs if `model.num_classes` is taken from the data
 
 
 @dataclass(frozen=True)
 class State:
-    """How far a point has come.
+    """Progress of a point.
 
     done: trained to its last step and evaluated, if its config evaluates; diverged: its loss became non-finite; running: a
     worker holds its lock; interrupted: started and will be resumed; waiting: not started.
@@ -45,9 +46,9 @@ class State:
     message: str = field(default="", compare=False)  # why it diverged
 
     def __str__(self) -> str:
-        if self.kind == "done" and self.ap is not None:
-            return f"done, AP {100 * self.ap:.1f}"
-        return f"diverged at step {self.step}" if self.kind == "diverged" and self.step is not None else self.kind
+        if self.ap is not None:
+            return f"{self.kind}, AP {100 * self.ap:.1f}"
+        return self.kind if self.step is None else f"{self.kind} at step {self.step}"
 
 
 def lock_file(workdir: Path, folder: str) -> Path:
@@ -98,26 +99,11 @@ def ended(folder: Path, config: Config) -> State | None:
     summary = _read(folder / "summary.json", _Summary)
     if summary is not None and summary.steps == config.training.steps:
         if summary.evaluation is not None:
-            return State("done", ap=summary.evaluation.ap, seconds=summary.seconds)
+            return State("done", ap=summary.evaluation.AP, seconds=summary.seconds)
         if config.training.eval_every < 0:
             return State("done", seconds=summary.seconds)
     divergence = _read(folder / "diverged.json", _Divergence)
     return None if divergence is None else State("diverged", step=divergence.step, message=divergence.message)
-
-
-class _Evaluation(msgspec.Struct):
-    ap: float | None = msgspec.field(name="AP", default=None)
-
-
-class _Summary(msgspec.Struct):
-    steps: int
-    seconds: float
-    evaluation: _Evaluation | None
-
-
-class _Divergence(msgspec.Struct):
-    step: int | None
-    message: str = ""
 
 
 def _read(path: Path, kind: type[T]) -> T | None:
@@ -147,8 +133,8 @@ def listing(workdir: Path | None, tasks: Sequence[Task]) -> str:
     """Returns a line per point and a sum (`workdir` None: nothing has started), with hours, which ~ marks as estimated."""
     states = {task.point.folder: state_of(workdir, task.point) if workdir else State("waiting") for task in tasks}
     costs = {task.point.folder: training_pflop(task.point.config) for task in tasks}
-    done = [(state.seconds, costs[name]) for name, state in states.items() if state.kind == "done" and state.seconds]
-    rate = sum(seconds for seconds, _ in done) / sum(cost for _, cost in done) if done else None
+    done = {name: state.seconds for name, state in states.items() if state.seconds}
+    rate = sum(done.values()) / sum(costs[name] for name in done) if done else None
     several_seeds = len({task.point.seed for task in tasks}) > 1
     table = [["index", "point", "state", "PFLOP", *["hours"] * (rate is not None), "folder", "overrides"]]
     for task in tasks:

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 from retina_jax.config import Config
-from retina_jax.paper.published import EFFECTIVE_AP, OTHER_SYSTEMS, TABLES, Row, Table
+from retina_jax.paper.settings import EFFECTIVE_AP, OTHER_SYSTEMS, TABLES, Row, Table
 
 SWEEPS = Path(__file__).parents[2] / "configs" / "sweeps"
 PRINTED = {

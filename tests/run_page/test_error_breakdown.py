@@ -51,7 +51,7 @@ THE_CAT = (CAT, 0, 0, 10, 10)
 
 
 @pytest.mark.parametrize(
-    ("detection", "kind", "of_truth"),
+    ("detection", "kind", "of_objects"),
     [
         ((CAT, 0, 0, 10, 10, 0.9), RIGHT, RIGHT),
         ((CAT, 0, 0, 10, 5, 0.9), RIGHT, RIGHT),  # IoU exactly .5
@@ -65,10 +65,10 @@ THE_CAT = (CAT, 0, 0, 10, 10)
         ((CAT, 50, 50, 10, 10, 0.9), BACKGROUND, MISSED),
     ],
 )
-def test_a_single_detection_is_of_the_kind_its_overlap_says(detection: tuple, kind: int, of_truth: int) -> None:
+def test_a_single_detection_is_of_the_kind_its_overlap_says(detection: tuple, kind: int, of_objects: int) -> None:
     errors = classify_errors(*made([THE_CAT], [detection]))
-    assert errors.of_found.tolist() == [kind] and errors.of_truth.tolist() == [of_truth]
-    assert errors.finds.tolist() == [0 if of_truth != MISSED else -1]
+    assert errors.of_found.tolist() == [kind] and errors.of_objects.tolist() == [of_objects]
+    assert errors.finds.tolist() == [0 if of_objects != MISSED else -1]
 
 
 def test_the_second_on_an_object_is_a_duplicate_and_the_better_one_is_right() -> None:
@@ -84,7 +84,7 @@ def test_of_two_with_one_target_the_better_finds_it_and_the_other_is_removed() -
     )
     errors = classify_errors(truth, found)
     assert errors.of_found.tolist() == [LOCALISATION, CLASSIFICATION, LOCALISATION, BACKGROUND]
-    assert errors.of_truth.tolist() == [CLASSIFICATION] and errors.finds.tolist() == [-1, 0, -1, -1]
+    assert errors.of_objects.tolist() == [CLASSIFICATION] and errors.finds.tolist() == [-1, 0, -1, -1]
     assert errors.target.tolist() == [0, 0, 0, -1]
     ap = {kinds: fixed_ap(errors, 2, kinds)[CAT] for kinds in ((), (LOCALISATION,), (CLASSIFICATION,))}
     # Fixed, the dog is a cat of score .7 behind a false one of .9, and before two of .6 and .4: precision 1/2.
@@ -106,7 +106,7 @@ def test_missed_objects_that_do_not_count_leave_the_rest() -> None:
     """One cat of two found: recall 1/2 at precision 1 is AP 51/101; without the missed one it is 1."""
     truth, found = made([THE_CAT, (CAT, 30, 0, 10, 10)], [(CAT, 0, 0, 10, 10, 0.9)])
     errors = classify_errors(truth, found)
-    assert errors.of_truth.tolist() == [RIGHT, MISSED]
+    assert errors.of_objects.tolist() == [RIGHT, MISSED]
     assert fixed_ap(errors, 2)[CAT] == pytest.approx(51 / 101)
     assert fixed_ap(errors, 2, (MISSED,))[CAT] == pytest.approx(1.0)
     assert ap_without("missed", errors, 2)[CAT] == pytest.approx(1.0)
@@ -129,7 +129,7 @@ def test_a_crowd_takes_any_number_and_is_nobodys_error() -> None:
     )
     errors = classify_errors(truth, found)
     assert errors.of_found.tolist() == [LEFT_OUT, LEFT_OUT, BACKGROUND, RIGHT]
-    assert errors.of_truth.tolist() == [LEFT_OUT, RIGHT]
+    assert errors.of_objects.tolist() == [LEFT_OUT, RIGHT]
 
 
 def test_only_the_best_hundred_of_an_image_and_class_count() -> None:
@@ -148,16 +148,16 @@ def test_average_precision_of_hits_in_between() -> None:
 def check_sums(errors: Errors, categories: int) -> None:
     """Checks what is true of the errors of any detections."""
     assert set(errors.of_found.tolist()) <= {RIGHT, LEFT_OUT, *ALL} - {MISSED}
-    assert set(errors.of_truth.tolist()) <= {RIGHT, LEFT_OUT, CLASSIFICATION, LOCALISATION, MISSED}
+    assert set(errors.of_objects.tolist()) <= {RIGHT, LEFT_OUT, CLASSIFICATION, LOCALISATION, MISSED}
     # Every object that is found, now or once its error is fixed, is found by one detection of that kind.
     finders = np.flatnonzero(errors.finds >= 0)
     assert len(set(errors.finds[finders].tolist())) == len(finders)
-    assert (errors.of_truth[errors.finds[finders]] == errors.of_found[finders]).all()
+    assert (errors.of_objects[errors.finds[finders]] == errors.of_found[finders]).all()
     for kind in (RIGHT, CLASSIFICATION, LOCALISATION):
-        assert (errors.of_truth == kind).sum() == (errors.of_found[finders] == kind).sum()
+        assert (errors.of_objects == kind).sum() == (errors.of_found[finders] == kind).sum()
     base, theirs = (
         mean_ap(fixed_ap(errors, categories)),
-        coco_stats(coco_curves(errors.truth, errors.found, categories))[1],
+        coco_stats(coco_curves(errors.ground_truth, errors.found, categories))[1],
     )
     assert (-1 if base is None else base) == pytest.approx(theirs, abs=1e-12)
     fixed = fixed_ap(errors, categories, ALL)
@@ -218,7 +218,7 @@ def test_the_published_detections_break_down_as_tide_has_them(shared_data: Path)
     published = float(re.search(r"IoU=0.50 +\| area= +all .*= ([0-9.]+)", lines)[1])
     assert round(mean_ap(fixed_ap(errors, arrays[2])), 3) == published == 0.697
     assert [(errors.of_found == kind).sum() for kind in ALL] == [83, 1, 0, 1, 0, 0]
-    assert (errors.of_truth == MISSED).sum() == 97
+    assert (errors.of_objects == MISSED).sum() == 97
     check_sums(errors, arrays[2])
 
 
@@ -252,7 +252,7 @@ def test_errors_of_every_kind_are_counted_and_valued_as_tide_does(shared_data: P
     detections = [d for d in detections if d["category_id"] in present]
     arrays = as_arrays(truth, detections, sorted(image["id"] for image in truth["images"]))
     errors = classify_errors(*arrays[:2])
-    counts = [(errors.of_found == kind).sum() + (kind == MISSED) * (errors.of_truth == kind).sum() for kind in ALL]
+    counts = [(errors.of_found == kind).sum() + (kind == MISSED) * (errors.of_objects == kind).sum() for kind in ALL]
     assert counts == [446, 653, 255, 327, 948, 648]
     base = mean_ap(fixed_ap(errors, arrays[2]))
     gains = [100 * (mean_ap(fixed_ap(errors, arrays[2], (kind,))) - base) for kind in ALL]

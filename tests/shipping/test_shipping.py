@@ -111,14 +111,10 @@ def file(live: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(image).save(folder / f"{i}.png")
     path = tmp_path_factory.mktemp("exported") / "new" / "detector.zip"
     lines = export(live, "--workdir", "RUN", "--out", path, "--images", folder).splitlines()
-    assert lines[0] == f"comparing on 2 images of {folder} ..."
-    assert lines[1].startswith("2 images, 40 detections: all found by both")
-    assert (
-        "ms original" in lines[2]
-        and "ms exported" in lines[2]
-        and lines[3].startswith(f"{path}: 0.")
-        and lines[3].endswith("MiB, step 3")
-    )
+    assert f"2 images of {folder}" in lines[0] and lines[1].endswith("...") and lines[2].endswith("...")
+    assert lines[3].startswith("2 images, 40 detections: all found by both")
+    assert "ms original" in lines[4] and "ms exported" in lines[4]
+    assert lines[5].startswith(f"{path}: 0.") and lines[5].endswith("MiB, step 3")
     assert list(path.parent.iterdir()) == [path]
     return path
 
