@@ -35,7 +35,6 @@ CHECKED_ELSEWHERE = {
     ("docs/extending.md", '"""poly.py: is Poly-1'): "a sweep: tests/test_extending.py lists and trains it",
     ("docs/results/check_data.md", "train: 205 images"): "what the command before it printed",
     ("docs/results/check_data.md", "warning: classes"): "what the command before it printed",
-    ("docs/results/export.md", "compared on the first"): "what the command before it printed",
 }
 """(document, how the block begins): why the block is not taken for commands or Python here. None may be left over."""
 STAND_INS = {"CONFIG": "configs/paper_r50_600.py", "poly.py": "configs/sweeps/table1b.py"}

@@ -30,7 +30,7 @@ def test_own_data_reaches_ap50_70_on_blood_cells(tmp_path: Path, shared_data: Pa
     bccd = shared_data / "bccd"
     page = (ROOT / "docs/results/bccd.md").read_text()
     command = page.split("```")[1].replace("\\\n", " ").split("--workdir")[1].split()[1:]
-    overrides = [word.replace("../shared/data/bccd", str(bccd)) for word in command]
+    overrides = [word.replace("data/bccd", str(bccd)) for word in command]
     summary = train(tmp_path / "run", "own_data", *overrides)
     assert summary["evaluation"]["images"] == 72
     assert summary["evaluation"]["AP50"] >= 0.70
