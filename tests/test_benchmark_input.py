@@ -58,7 +58,7 @@ def test_batches_are_of_one_canvas_and_walks_come_out_even(canvases: list[int], 
     ordered = in_batches(walk, batch)
     assert sorted(ordered) == sorted(walk * batch)
     for start in range(0, len(ordered), batch):
-        assert len({photograph.canvas for photograph in ordered[start : start + batch]}) == 1
+        assert len({photograph.padded_hw for photograph in ordered[start : start + batch]}) == 1
 
 
 def test_variants_make_the_same_pictures(task: Task) -> None:
@@ -69,7 +69,7 @@ def test_variants_make_the_same_pictures(task: Task) -> None:
     for number, photograph in enumerate(photographs(task)):
         batch = made[number]
         height, width = photograph.size_hw
-        assert batch.image_sizes[0].tolist() == [height, width] and batch.images.shape[1:3] == photograph.canvas
+        assert batch.image_sizes[0].tolist() == [height, width] and batch.images.shape[1:3] == photograph.padded_hw
         by_pil = pil.batch_of([photograph], never_flips)
         assert np.abs(by_pil.astype(int) - batch.images).max() <= 2
         by_tensorflow = tf_data.load(*map(tf.constant, photograph))[0].numpy()[:height, :width].astype(int)
