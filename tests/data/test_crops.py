@@ -1,4 +1,4 @@
-"""Crops for classification: labels that the pixels bear out, and a pure function of seed and place."""
+"""Crops for classification have the labels of their pixels, and are a pure function of seed and index."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any COCO file is read as a plain reference reads it, or refused in one line that names the file."""
+"""Any COCO file is read as a simple reference implementation reads it, or refused in one line that names the file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ KEYS = ["id", "image_id", "category_id", "bbox", "iscrowd", "area", "width", "he
 
 @st.composite
 def documents(draw: st.DrawFn) -> dict[str, Any]:
-    """Valid files, with boxes anywhere: inside, across the edges, outside, without area, of 1e9 pixels."""
+    """Returns valid files with boxes anywhere: inside, across the edges, outside, without area, of 1e9 pixels."""
     sides = st.integers(1, 3000) | st.sampled_from([1, 2, 20_000, 10**9])
     images = [
         {
@@ -85,14 +85,14 @@ def documents(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every container of the document with every key or index in it."""
+    """Returns every container of the document with each of its keys or indices."""
     keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []
     return [(value, key) for key in keys] + [place for key in keys for place in places(value[key])]
 
 
 @st.composite
 def files(draw: st.DrawFn) -> bytes:
-    """Encoded files: valid ones, ones whose values were changed, and ones whose bytes were."""
+    """Returns encoded files: valid ones, ones with changed values, and ones with changed bytes."""
     document = draw(documents())
     how = draw(st.sampled_from(["valid", "valid", "values", "values", "bytes"]))
     for _ in range(draw(st.sampled_from([1, 1, 2, 3])) if how == "values" else 0):
@@ -152,7 +152,7 @@ def is_line(value: Any) -> bool:
 
 
 def box_of(annotation: dict[str, Any]) -> Any:
-    """The box as found, texts as numbers; one without area where there is none, as for a point."""
+    """Returns the box in the file, texts as numbers; a box without area if the entry has none, as for a point."""
     box = annotation.get("bbox")
     return [0, 0, 0, 0] if box in (None, []) else list(map(as_number, box)) if isinstance(box, list) else box
 
@@ -167,7 +167,7 @@ def filled(annotation: dict[str, Any], key: str, default: Any) -> Any:
 
 
 def acceptable(document: Any) -> bool:
-    """The reader's rules once more, as plainly as can be."""
+    """Applies the reader's rules again, as simply as possible."""
     if not isinstance(document, dict):
         return False
     lists = [document.get(key) for key in ("categories", "images", "annotations")]
@@ -207,7 +207,8 @@ def acceptable(document: Any) -> bool:
 
 
 def plain_records(document: dict[str, Any]) -> list[tuple[int, list[list[float]], list[int]]]:
-    """Of each image: its id, its usable boxes cut to it, and their labels; one box after the other, in pure Python."""
+    """Returns the id, the usable boxes clipped to the image, and their labels for each image: one box after the other,
+    in pure Python."""
     order = [int(category["id"]) for category in document["categories"]]
     records = []
     for image in document["images"]:

@@ -1,4 +1,5 @@
-"""Any bytes decode to exactly the expected size, or are refused in one line; a complete file to exactly PIL's pixels."""
+"""Any bytes decode to exactly the expected size, or are refused in one line; an intact file decodes to exactly PIL's
+pixels."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ GARBAGE = [
 
 @dataclass(frozen=True)
 class Stored:
-    """A complete image file and its pixels."""
+    """An intact image file and its pixels."""
 
     kind: str
     mode: str
@@ -74,7 +75,7 @@ def pixels(mode: str, size: tuple[int, int], seed: int) -> Image.Image:
 
 @functools.cache
 def stored_files() -> list[Stored]:
-    """Every format in every mode that PIL writes it in, in every orientation, with one frame and with three."""
+    """Returns every format in every mode that PIL can write, in every orientation, with one frame and with three."""
     made = []
     combinations = itertools.product(FORMATS, MODES, SIZES, (1, 2, 3))
     for number, (kind, mode, size, turn) in enumerate(combinations):
@@ -99,7 +100,7 @@ def stored_files() -> list[Stored]:
 
 
 def with_size(stored: Stored, size: tuple[int, int]) -> bytes:
-    """The file with another size in its header, and the header's checksum made right."""
+    """Returns the file with another size in its header, and the matching checksum of the header."""
     data, (width, height) = bytearray(stored.encoded), size
     if stored.kind == "PNG":
         data[16:24] = struct.pack(">II", width, height)
@@ -168,7 +169,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def plain(stored: Stored, expected_size: tuple[int, int] | None) -> np.ndarray | None:
-    """The pixels by PIL's simplest route and by hand; None where the size is neither the upright nor the stored one."""
+    """Returns the pixels by PIL's simplest route; None if the size is neither the upright nor the stored one."""
     image: Image.Image = Image.open(io.BytesIO(stored.encoded))
     upright = ImageOps.exif_transpose(image)
     if expected_size is None or upright.size == expected_size:
@@ -235,7 +236,7 @@ def test_any_bytes_are_decoded_to_their_size_or_refused_by_name(share: int) -> N
 
 
 def test_every_stored_file_is_exact() -> None:
-    """All formats, modes, orientations and frames, one after the other; nothing is left to chance."""
+    """Goes through all formats, modes, orientations and numbers of frames, without random choice."""
     for stored in stored_files():
         for expected_size in (None, stored.size, stored.size[::-1]):
             check(Case(stored, stored.encoded, False, expected_size))

@@ -1,4 +1,4 @@
-"""The order of images: exact epochs, random access, hosts."""
+"""The order of images: every epoch is complete, any step is found directly, and hosts divide the batches."""
 
 import time
 
@@ -13,7 +13,7 @@ sizes = st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integ
 
 
 def queued(buckets: np.ndarray, batch_size: int, seed: int, epochs: int) -> list[tuple[int, list[int], list[int], int]]:
-    """The order by its definition: walk the images epoch by epoch through queues."""
+    """Returns the order by its definition: goes through the images epoch by epoch with queues."""
     queues: dict[int, list[tuple[int, int]]] = {}
     batches = []
     for epoch in range(epochs):
@@ -28,7 +28,7 @@ def queued(buckets: np.ndarray, batch_size: int, seed: int, epochs: int) -> list
 
 @settings(deadline=None, max_examples=60)
 @given(sizes)
-def test_closed_form_is_queues(case: tuple[list[int], int, int]) -> None:
+def test_the_closed_form_equals_the_queues(case: tuple[list[int], int, int]) -> None:
     buckets, batch_size, seed = np.array(case[0]), case[1], case[2]
     order = BucketSampler(buckets, batch_size, seed)
     expected = queued(buckets, batch_size, seed, epochs=12)
@@ -38,7 +38,7 @@ def test_closed_form_is_queues(case: tuple[list[int], int, int]) -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(sizes, st.integers(0, 10_000))
-def test_any_step_equals_walking_there(case: tuple[list[int], int, int], step: int) -> None:
+def test_any_step_equals_iterating_to_it(case: tuple[list[int], int, int], step: int) -> None:
     buckets, batch_size, seed = np.array(case[0]), case[1], case[2]
     walked = BucketSampler(buckets, batch_size, seed)
     for earlier in range(max(0, step - 20), step):
@@ -77,7 +77,7 @@ def test_batches_of_buckets_are_mixed_in_proportion() -> None:
         assert 0.65 < share < 0.85
 
 
-def test_order_is_fixed_for_good() -> None:
+def test_the_order_never_changes_between_versions() -> None:
     # A change here would make resumed runs continue in another order than they began.
     batch = BucketSampler(np.arange(11) % 2, 3, seed=7).batch(1000)
     assert (batch.bucket, batch.indices.tolist(), batch.positions.tolist(), batch.epoch) == (
@@ -117,6 +117,6 @@ def test_hosts_that_cannot_share_a_batch_are_refused(batch_size: int, host: int,
 
 
 @pytest.mark.parametrize(("images", "batch_size"), [(0, 4), (4, 0)])
-def test_order_of_nothing_is_refused(images: int, batch_size: int) -> None:
+def test_an_empty_dataset_is_refused(images: int, batch_size: int) -> None:
     with pytest.raises(ValueError, match="at least one image and a batch size"):
         BucketSampler(np.zeros(images, int), batch_size, 0)

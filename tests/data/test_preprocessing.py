@@ -1,4 +1,4 @@
-"""Sizes, padded shapes, resizing, flipping."""
+"""Sizes, padded shapes, resize and mirroring."""
 
 import numpy as np
 import pytest
@@ -99,7 +99,7 @@ def test_the_smallest_padded_shape_is_used() -> None:
 
 
 def half_pixel_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Two by two neighbours of each output pixel's centre, edges repeated; in float64."""
+    """Interpolates between the two by two neighbours of each output pixel's centre, with edges repeated, in float64."""
     for axis, n in enumerate(size):
         centre = (np.arange(n) + 0.5) * image.shape[axis] / n - 0.5
         low = np.floor(centre)
@@ -156,7 +156,7 @@ def test_antialias_averages_where_it_reduces() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(*[st.integers(0, 500)] * 4), max_size=5))
-def test_mirroring_twice_is_nothing(corners: list[tuple[int, int, int, int]]) -> None:
+def test_mirroring_twice_restores_the_image(corners: list[tuple[int, int, int, int]]) -> None:
     boxes = np.array(corners, np.float32).reshape(-1, 4)
     mirrored = flip_boxes(boxes, 500)
     assert np.array_equal(flip_boxes(mirrored, 500), boxes)

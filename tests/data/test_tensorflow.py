@@ -16,7 +16,7 @@ def run(code: str) -> str:
 
 
 def test_the_help_of_the_scripts_does_not_import_it() -> None:
-    """What --help imports, every other use of a script waits for. One process tries all scripts."""
+    """Every use of a script waits for what --help imports. One process runs all scripts."""
     code = """
 import pathlib, runpy, sys
 sys.path.insert(0, "scripts")

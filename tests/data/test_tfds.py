@@ -26,7 +26,8 @@ SIZES = [(96, 72), (72, 96), (61, 60), (60, 45)]
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, str]:
-    """The same images as a COCO source and as a TFDS folder; one has a crowd besides its box, one has no box."""
+    """Returns the same images as a COCO source and as a TFDS folder; one has a crowd in addition to its box, one has no
+    box."""
     folder = tmp_path_factory.mktemp("tfds")
     source = rectangles(folder, SIZES)
     document = source.truth
@@ -65,7 +66,7 @@ def test_tfds_gives_the_batches_of_its_coco_files(pair: tuple[Source, str]) -> N
         assert all(np.allclose(a, b, atol=1e-3) for a, b in zip(found, expected, strict=True))
 
 
-def test_truth_is_the_original_file_where_it_is_given(pair: tuple[Source, str]) -> None:
+def test_the_ground_truth_is_the_original_file_if_it_is_given(pair: tuple[Source, str]) -> None:
     coco, folder = pair
     source = read_tfds(folder, "", "train", truth_annotations=coco.name)
     assert source.truth == coco.truth and source.category_ids == coco.category_ids
@@ -75,7 +76,7 @@ def test_truth_is_the_original_file_where_it_is_given(pair: tuple[Source, str]) 
     assert open_source(data, "val").truth == coco.truth and len(open_source(data, "train")) == 3
 
 
-def test_truth_of_other_images_or_classes_is_refused(pair: tuple[Source, str], tmp_path: Path) -> None:
+def test_ground_truth_of_other_images_or_classes_is_refused(pair: tuple[Source, str], tmp_path: Path) -> None:
     coco, folder = pair
     fewer = {**coco.truth, "images": coco.truth["images"][:3]}
     fewer["annotations"] = [a for a in fewer["annotations"] if a["image_id"] != 13]
@@ -91,7 +92,7 @@ def test_truth_of_other_images_or_classes_is_refused(pair: tuple[Source, str], t
 @pytest.mark.parametrize(
     "unused", [[], [{"id": 9, "name": "x"}], [{"id": 0, "name": "things", "supercategory": "none"}]]
 )
-def test_truth_categories_are_matched_by_name(
+def test_categories_of_the_ground_truth_are_matched_by_name(
     pair: tuple[Source, str], tmp_path: Path, unused: list[dict[str, Any]]
 ) -> None:
     coco, folder = pair
@@ -104,7 +105,7 @@ def test_truth_categories_are_matched_by_name(
         assert np.array_equal(found.labels, expected.labels)
 
 
-def test_a_class_without_boxes_may_be_missing_from_the_truth(pair: tuple[Source, str], tmp_path: Path) -> None:
+def test_a_class_without_boxes_may_be_missing_from_the_ground_truth(pair: tuple[Source, str], tmp_path: Path) -> None:
     coco, _ = pair
     folder = store(tmp_path / "sets", [example(coco, i) for i in range(4)], names=("red", "green", "blue"))
     source = read_tfds(folder, "", "train", truth_annotations=coco.name)
@@ -113,7 +114,7 @@ def test_a_class_without_boxes_may_be_missing_from_the_truth(pair: tuple[Source,
         assert np.array_equal(found.labels, expected.labels)
 
 
-def test_index_is_made_once_and_made_again_where_it_is_broken(
+def test_the_index_is_written_once_and_rewritten_if_it_is_damaged(
     pair: tuple[Source, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, folder = pair
@@ -130,7 +131,7 @@ def test_index_is_made_once_and_made_again_where_it_is_broken(
     assert len(read_tfds(folder, "", "train[:2]")) == 2
 
 
-def test_index_goes_home_where_the_folder_cannot_be_written(
+def test_the_index_is_in_the_home_folder_if_the_data_folder_is_read_only(
     pair: tuple[Source, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, folder = pair
@@ -141,7 +142,7 @@ def test_index_goes_home_where_the_folder_cannot_be_written(
     assert len(list((tmp_path / ".cache" / "retina_jax").iterdir())) == 1 and sorted(Path(folder).iterdir()) == before
 
 
-def test_only_image_and_boxes_are_necessary(pair: tuple[Source, str], tmp_path: Path) -> None:
+def test_only_image_and_boxes_are_required(pair: tuple[Source, str], tmp_path: Path) -> None:
     coco, _ = pair
     folder = store(tmp_path, [example(coco, i, extras=False) for i in (0, 2)], extras=False)
     source = read_tfds(folder, "", "train")
@@ -206,7 +207,7 @@ def test_a_damaged_tfrecord_file_is_named(tfrecord: str, tmp_path: Path, damage:
 def test_the_papers_config_trains_on_tfds_alone(
     pair: tuple[Source, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The README's command: a user without COCO's files, whose paths the config names all the same."""
+    """This is the README's command for a user without COCO's files; the config names their paths nevertheless."""
     monkeypatch.chdir(tmp_path)
     store(tmp_path, [example(pair[0], i) for i in range(4)], name="coco", names=tuple(map(str, range(80))),
           file_format="tfrecord")  # fmt: skip
@@ -233,7 +234,7 @@ def test_bad_image_of_tfds_is_named_when_the_index_is_made(tmp_path: Path) -> No
         read_tfds(folder, "", "train")
 
 
-def test_mistakes_are_named(pair: tuple[Source, str], tmp_path: Path) -> None:
+def test_errors_name_the_mistake(pair: tuple[Source, str], tmp_path: Path) -> None:
     _, folder = pair
     with pytest.raises(DataError, match=r"\[test\]: .*train") as raised:
         read_tfds(folder, "", "test")
