@@ -1,4 +1,4 @@
-"""Detection against brute force, and planted objects that come back."""
+"""Detection equals brute force, and planted objects are found."""
 
 import functools
 
@@ -44,7 +44,7 @@ def test_best_logits_are_the_top_k_of_all_equals_included(seed: int, shape: tupl
 
 
 def planted() -> tuple[np.ndarray, np.ndarray, list[tuple[list[float], int, float]]]:
-    """One image with three objects, each written into the outputs of the anchor that overlaps it most."""
+    """Returns an image with three objects, each written into the outputs of the anchor that overlaps it most."""
     logits, deltas = np.full((1, A, K), -8.0, np.float32), np.zeros((1, A, 4), np.float32)
     objects = [([4, 6, 40, 38], 2, 3.0), ([50, 10, 92, 60], 0, 2.0), ([5, 7, 41, 39], 1, 1.0)]
     for box, label, logit in objects:
@@ -55,7 +55,7 @@ def planted() -> tuple[np.ndarray, np.ndarray, list[tuple[list[float], int, floa
     return logits, deltas, objects
 
 
-def test_planted_objects_come_back_best_first() -> None:
+def test_planted_objects_are_found_best_first() -> None:
     logits, deltas, objects = planted()
     # The first and third share an anchor: the deltas are those of the third, one pixel off for the first.
     found = run(logits, deltas, [CANVAS], max_detections=5)
@@ -68,7 +68,7 @@ def test_planted_objects_come_back_best_first() -> None:
     np.testing.assert_array_equal(found.scores[0, 3:], np.zeros(2))
 
 
-def test_boxes_are_clipped_to_the_image_not_the_canvas() -> None:
+def test_boxes_are_clipped_to_the_image_not_to_the_padded_image() -> None:
     logits, deltas, _ = planted()
     found = run(logits, deltas, [(50, 80)], max_detections=5)
     np.testing.assert_allclose(found.boxes_xyxy[0, 1], [50, 10, 80, 50], atol=1e-3)
@@ -76,7 +76,7 @@ def test_boxes_are_clipped_to_the_image_not_the_canvas() -> None:
 
 def test_score_of_exactly_the_threshold_is_dropped() -> None:
     logits, deltas = np.full((1, A, K), -50.0, np.float32), np.zeros((1, A, 4), np.float32)
-    logits[0, 10, 1], logits[0, 400, 2] = 0.0, 0.001  # sigmoid(0) is exactly .5
+    logits[0, 10, 1], logits[0, 400, 2] = 0.0, 0.001  # sigmoid(0) is exactly 0.5
     found = run(logits, deltas, [CANVAS], score_threshold=0.5, max_detections=4)
     assert found.labels[0].tolist() == [2, PADDING, PADDING, PADDING]
 
@@ -118,7 +118,7 @@ def brute_force(
 
 
 @pytest.mark.parametrize("top_k", [5, 60])
-def test_detect_is_brute_force_on_every_image(top_k: int) -> None:
+def test_detect_equals_brute_force_on_every_image(top_k: int) -> None:
     rng = np.random.default_rng(top_k)
     logits, deltas = rng.normal(-3, 1.5, (2, A, K)).astype(np.float32), rng.normal(0, 0.2, (2, A, 4)).astype(np.float32)
     sizes, options = [(64, 96), (50, 70)], {"top_k": top_k, "max_detections": 20, "score_threshold": 0.25}
@@ -143,7 +143,7 @@ def test_bfloat16_outputs_are_decoded_in_float32() -> None:
     assert found.labels[0, :3].tolist() == [2, 0, 1]
 
 
-def test_levels_that_do_not_add_up_are_refused() -> None:
+def test_levels_that_do_not_match_the_outputs_are_refused() -> None:
     with pytest.raises(ValueError, match=f"there are {A} anchors"):
         detect(
             jnp.zeros((1, A, K)),
@@ -155,7 +155,7 @@ def test_levels_that_do_not_add_up_are_refused() -> None:
         )
 
 
-def test_detect_under_shard_map_is_detect() -> None:
+def test_detect_is_the_same_under_shard_map() -> None:
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(-3, 1, (8, A, K)), jnp.float32)
     deltas = jnp.asarray(rng.normal(0, 0.2, (8, A, 4)), jnp.float32)
