@@ -148,7 +148,7 @@ PAIRS = {case: both(case) for case in RANDOM}
 
 @given(case=st.sampled_from(RANDOM), seed=st.integers(0, 2**32 - 1), poison=st.sampled_from([0.0, np.nan, np.inf]))
 @settings(max_examples=40, deadline=None)
-def test_non_finite_values_stay_non_finite(case: Case, seed: int, poison: float) -> None:
+def test_cpu_kernels_equal_the_plain_convolution_for_any_numbers(case: Case, seed: int, poison: float) -> None:
     """Non-finite values stay non-finite, except for taps that meet only padding at the position of the value."""
     x, kernel, dy = integers(case, seed)
     dy = dy.at[0, 0, 0, 0].add(poison)
