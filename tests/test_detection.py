@@ -34,7 +34,7 @@ def run(logits: np.ndarray, deltas: np.ndarray, sizes: list[tuple[int, int]], **
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), shape=st.sampled_from([(7, 3, 5), (20, 4, 9), (4, 2, 50), (3, 5, 3)]))
-def test_best_logits_are_the_top_k_of_all_equals_included(seed: int, shape: tuple[int, int, int]) -> None:
+def test_the_best_logits_are_the_top_k_of_all_with_ties(seed: int, shape: tuple[int, int, int]) -> None:
     anchors, classes, top_k = shape
     logits = jnp.asarray(np.random.default_rng(seed).integers(-3, 4, (anchors, classes)), jnp.float32)
     values, anchor, label = best_logits(logits, top_k)

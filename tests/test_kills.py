@@ -174,7 +174,7 @@ def test_kills_and_signals_do_not_change_the_result(
     check_same_run(workdir, unbroken, SHORT)
 
 
-def test_sigterm_saves_the_step_it_comes_at_and_exits_0(
+def test_sigterm_saves_the_current_step_and_exits_0(
     uninterrupted_and_lives: tuple[Path, Path, dict[str, Life]],
 ) -> None:
     _, workdir, lives = uninterrupted_and_lives

@@ -90,7 +90,7 @@ def test_two_hosts_are_one_process_with_as_many_devices(alone: Path, shared: tup
 
 
 @pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
-def test_a_run_of_two_hosts_goes_on_alone(config: Path, alone: Path, shared: tuple[Path, Path], devices: int) -> None:
+def test_a_run_of_two_hosts_resumes_on_one(config: Path, alone: Path, shared: tuple[Path, Path], devices: int) -> None:
     """It is saved on 2 x 2 devices, and resumed on 1 x 1 and on 1 x 8."""
     workdir = shutil.copytree(shared[1], config.parent / f"on_{devices}")
     before = len(losses(workdir))

@@ -202,7 +202,7 @@ def test_the_base_is_that_of_the_files_unless_they_disagree(own: Path) -> None:
 # Manifests.
 
 
-def test_a_manifest_holds_the_complete_sweep(own: Path) -> None:
+def test_a_manifest_contains_the_complete_sweep(own: Path) -> None:
     base = override(load_config(PAPER), {"training.steps": 12})
     sweep = write(own, (0, 3), base)
     manifest = read_manifest(own.parent / "runs" / "sweeps" / "mine.json")

@@ -61,7 +61,7 @@ def test_a_few_bad_boxes_hide_no_format(name: str) -> None:
     assert guess is not None and guess.sure and name in guess.formats
 
 
-def test_boxes_in_the_upper_left_are_recognised_by_their_areas_alone() -> None:
+def test_boxes_in_the_upper_left_are_recognised_only_by_their_areas() -> None:
     sizes_wh = np.full((10, 2), 1000)
     corners = np.array([[10.0 + i, 20, 60 + 2 * i, 50] for i in range(10)])
     areas = (corners[:, 2:] - corners[:, :2]).prod(1)
@@ -69,7 +69,7 @@ def test_boxes_in_the_upper_left_are_recognised_by_their_areas_alone() -> None:
     assert guess is not None and guess.sure and guess.formats == ("xyxy",)
     assert guess_format(corners, corners[:, 2:].prod(1), sizes_wh) is None
     assert guess_format(corners, np.full(10, np.nan), sizes_wh) is None
-    assert guess_format(corners, 0.6 * areas, sizes_wh) is None  # areas of masks, which are those of neither
+    assert guess_format(corners, 0.6 * areas, sizes_wh) is None  # areas of masks, which fit neither format
 
 
 @pytest.mark.parametrize("box", [[40.0, 30, 63, 47], [0.0, 0, 1, 1]])
@@ -89,7 +89,7 @@ def test_fractions_among_pixels_cause_a_warning(share: float) -> None:
         assert guess is not None and not guess.sure and guess.formats == () and f"{share:.0%}" in guess.why
     numbers = np.where(some[:, None], numbers, encoded(boxes, sizes_wh, "xyxy"))
     guess = guess_format(numbers, np.full(200, np.nan), sizes_wh)
-    assert guess is not None and guess.sure and guess.formats == ("xyxy",)  # the others are no xywh either
+    assert guess is not None and guess.sure and guess.formats == ("xyxy",)  # the others are not xywh either
     assert guess_other(numbers, np.full(200, np.nan), sizes_wh, "xyxy") is not None
 
 
@@ -140,7 +140,7 @@ def test_a_chosen_format_causes_a_warning_only_if_another_fits_better(seed: int,
         [[0, 0, 1, 1]] * 5 + [[40, 30, 1, 1]] * 5,  # one pixel each
         [[0, 0, 64, 48]] * 10,  # the complete image
         [[-4, 40, 80, 20]] * 2,  # beyond both sides
-        [[60, 40, 30, 20]] * 2,  # beyond the corner, and no corners themselves
+        [[60, 40, 30, 20]] * 2,  # beyond the corner, and not corners themselves
         [[0, 0, 0, 0]] * 10,
         [],
     ],

@@ -149,7 +149,7 @@ def test_cmyk_jpeg_has_the_colours_of_its_inks() -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_is_applied_where_annotations_agree(orientation: int, kind: str) -> None:
+def test_orientation_is_applied_if_annotations_agree(orientation: int, kind: str) -> None:
     encoded = oriented(orientation, kind)
     for expected_size in (None, (30, 20)):
         upright = to_rgb(encoded, expected_size=expected_size).astype(int)
@@ -161,7 +161,7 @@ def test_orientation_is_applied_where_annotations_agree(orientation: int, kind: 
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_orientation_is_not_applied_where_boxes_lie_on_the_stored_image(orientation: int) -> None:
+def test_orientation_is_not_applied_if_boxes_are_on_the_stored_image(orientation: int) -> None:
     encoded = oriented(orientation)
     assert to_rgb(encoded, expected_size=(20, 30)).shape == (30, 20, 3)
     assert is_plain_jpeg(encoded, expected_size=(20, 30))

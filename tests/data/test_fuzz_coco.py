@@ -100,7 +100,7 @@ def files(draw: st.DrawFn) -> bytes:
         container, key = found[draw(st.integers(0, len(found) - 1))]
         change = draw(st.sampled_from(["replace", "replace", "remove", "repeat", "add", "wrap"]))
         if change == "replace":
-            # Mostly of the kind that was there, because what is of another kind never comes far.
+            # Mostly of the same kind, because a value of another kind is refused early.
             alike = (
                 NAMES if isinstance(container[key], str) else NUMBERS if type(container[key]) in (int, float) else []
             )
@@ -117,7 +117,7 @@ def files(draw: st.DrawFn) -> bytes:
             break
     try:
         text = json.dumps(document, ensure_ascii=draw(st.booleans()))
-    except ValueError:  # Ten to the 400 has more digits than Python prints by itself.
+    except ValueError:  # 10^400 has more digits than Python prints by default.
         text = "[]"
     encoded = text.encode(draw(st.sampled_from(["utf-8"] * 6 + ["utf-8-sig", "utf-16", "utf-32-be"])), "surrogatepass")
     for _ in range(draw(st.integers(1, 3)) if how == "bytes" else 0):
@@ -256,7 +256,7 @@ def test_any_file_is_read_as_plainly_or_refused_by_name(tmp_path: Path, share: i
             assert_named(error, f"{path}: ")
             assert not acceptable(document), str(error)
             return "refused"
-        if document is None:  # what is wrong is in a field that nobody reads
+        if document is None:  # the mistake is in a field that is not read
             document = json.loads(encoded.decode(errors="replace"), parse_int=lambda digits: int(digits[:400]))
         assert acceptable(document)
         compare(source, document)

@@ -22,12 +22,12 @@ from retina_jax.data.decoding import FORMATS, MAX_PIXELS, is_plain_jpeg, to_rgb
 from retina_jax.data.pipeline import decode_jpeg
 from retina_jax.data.source import BadImage
 
-# As outside of tests, where the filter that decoding.py sets is in force.
+# As outside of tests, with the warning filter that decoding.py sets.
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
 
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16")
 SIZES = [(1, 1), (7, 5), (40, 24), (1, 60), (64, 2)]
-"""Width and height of the images that are stored."""
+"""Width and height of the stored images."""
 HEADER_SIZES = [
     (0, 0),
     (1, 70_000),
@@ -149,7 +149,7 @@ def cases(draw: st.DrawFn) -> Case:
     if how == "trailing":
         encoded += draw(st.sampled_from(GARBAGE))
     for _ in range(draw(st.integers(1, 4)) if how == "bytes" else 0):
-        # Half of the changes go to the header, which is where decisions are made.
+        # Half of the changes are in the header, which decides how the file is read.
         at = draw(st.integers(0, min(len(encoded), 80)) | st.integers(0, len(encoded)))
         change = draw(st.sampled_from(["cut", "flip", "flip", "flip", "insert", "drop", "zero"]))
         if change == "cut":
@@ -176,7 +176,7 @@ def plain(stored: Stored, expected_size: tuple[int, int] | None) -> np.ndarray |
         image = upright
     elif stored.size != expected_size:
         return None
-    elif stored.kind == "TIFF":  # PIL has turned it.
+    elif stored.kind == "TIFF":  # PIL has rotated it.
         turn = Image.Transpose
         back = {5: turn.TRANSPOSE, 6: turn.ROTATE_90, 7: turn.TRANSVERSE, 8: turn.ROTATE_270}
         image = upright.transpose(back[stored.orientation])
@@ -206,7 +206,7 @@ def check(case: Case) -> str:
         assert refused is not None
         plain_jpeg = False
     if plain_jpeg:
-        # What the pipeline takes from TensorFlow has the size that the boxes were scaled for, or is an error there too.
+        # An image decoded by TensorFlow has the size that the boxes were scaled for, or is an error there too.
         try:
             by_tensorflow = decode_jpeg(case.encoded).numpy()
         except tf.errors.OpError:

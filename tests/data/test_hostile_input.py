@@ -93,7 +93,9 @@ def test_every_size_from_1x1_to_20000x200_reaches_its_padded_shape_with_its_boxe
             seen.add((kind, index))
     assert {index for kind, index in seen if kind == "e"} == set(range(len(SIZES)))
     assert {index for kind, index in seen if kind == "x"} == set(range(len(SIZES)))
-    assert len({index for kind, index in seen if kind == "t"}) >= len(SIZES) - 4  # Buckets that are not full wait.
+    assert (
+        len({index for kind, index in seen if kind == "t"}) >= len(SIZES) - 4
+    )  # Buckets that are not full keep their images.
 
 
 @pytest.mark.parametrize("kind", ["bilinear", "antialias"])
@@ -131,7 +133,7 @@ def test_ten_thousand_boxes_in_an_image(tmp_path: Path) -> None:
     assert [a["bbox"] for a in source.truth["annotations"]] == boxes
     found = [{"image_id": 1, "category_id": 3, "bbox": box, "score": 0.9} for box in boxes[:200:2]]
     scores = evaluate_coco(source.truth, found, [1]).summary
-    assert scores["AR100"] == pytest.approx(100 / 5000 / 2, rel=0.01)  # Each of them is right.
+    assert scores["AR100"] == pytest.approx(100 / 5000 / 2, rel=0.01)  # All of them are correct.
 
 
 def make_pipe(path: Path) -> None:
@@ -219,7 +221,7 @@ def test_annotations_changed_during_a_run_have_no_effect(tmp_path: Path) -> None
     assert [annotation["id"] for annotation in source.truth["annotations"]] == [1, 2]
 
 
-def test_the_sizes_lie_on_both_sides_of_large() -> None:
+def test_the_sizes_are_on_both_sides_of_large() -> None:
     pixels = [width * height for width, height in SIZES]
     assert LARGE in pixels and max(pixels) > LARGE and min(pixels) == 1
     assert to_rgb(encode(np.zeros((1, 1, 3), np.uint8), "PNG")).shape == (1, 1, 3)

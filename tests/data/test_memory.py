@@ -118,7 +118,7 @@ def test_bombs_are_reported_by_name_and_take_no_memory(tmp_path: Path) -> None:
     for name, encoded in made.items():
         (tmp_path / name).write_bytes(encoded)
         assert len(encoded) < 2**19
-    # 100 megapixels, more than PIL likes, and EXIF that it cannot read: neither is worth a warning.
+    # 100 megapixels, more than PIL's limit, and EXIF that it cannot read: neither gives a warning.
     corrupt = Image.new("RGB", (64, 48))
     corrupt.save(tmp_path / "with broken EXIF", "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\0")
     (tmp_path / "PNG of 100 megapixels without data").write_bytes(png(10_000, 10_000))
@@ -143,7 +143,7 @@ for file in files:
     for name in ("PNG of 10 gigapixels", "PNG of one endless line", "GIF", "BMP", "WEBP", "JPEG", "TIFF"):
         assert str(MAX_PIXELS) in outcomes[name][1], outcomes[name]
     (most,) = [float(megabytes) for first, *_, megabytes in lines[-1:] if first == "peak"]
-    assert most < 600, printed  # The pixels of 100 megapixels that PIL makes room for are most of it.
+    assert most < 600, printed  # Most of it are the 100 megapixels that PIL allocates.
 
 
 def test_large_images_are_decoded_within_the_budget(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_every_epoch_visits_every_image_once() -> None:
     visits = np.concatenate([batch.positions for batch in batches])
     assert len(set(visits.tolist())) == len(visits)
     visited = np.bincount(visits // 103)[: epochs - 8]
-    # A bucket of two images waits four epochs for a batch: all visits of the epochs before have been handed out.
+    # A bucket of two images needs four epochs to fill a batch: all visits of earlier epochs have been returned.
     assert (visited == 103).all()
 
 
@@ -72,7 +72,7 @@ def test_epochs_differ_and_seeds_differ() -> None:
 def test_batches_of_buckets_are_mixed_in_proportion() -> None:
     buckets = np.repeat([0, 1], [3000, 1000])
     order = BucketSampler(buckets, 10, seed=0)
-    for start in (0, 200):  # Both halves of the first epoch hold both buckets, three to one.
+    for start in (0, 200):  # Both halves of the first epoch contain both buckets, three to one.
         share = np.mean([order.batch(start + k).bucket == 0 for k in range(200)])
         assert 0.65 < share < 0.85
 

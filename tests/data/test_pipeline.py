@@ -49,7 +49,7 @@ def spoil(source: Source, index: int, encoded: bytes | None) -> str:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("resize", ["bilinear", "antialias"])
-def test_boxes_lie_on_their_objects(tmp_path: Path, kind: str, resize: str) -> None:
+def test_boxes_are_on_their_objects(tmp_path: Path, kind: str, resize: str) -> None:
     source = rectangles(tmp_path, SIZES, kind=kind)
     data = dataclasses.replace(DATA, resize=resize, jitter_short_sides=(50, 100, 120))
     seen, flipped, sides = set(), set(), set()
@@ -199,7 +199,7 @@ def test_bad_image_stops_at_its_step_in_one_line(tmp_path: Path, way: str) -> No
     path = spoil(source, 4, change(source.read(4)))
     batches = train_batches(source, DATA, seed=0)
     assert same(take(batches, step), good[:step])
-    for _ in range(2):  # Asked again, it stops again.
+    for _ in range(2):  # The next request stops again.
         with pytest.raises(BadImage) as raised:
             next(batches)
         assert str(raised.value).startswith(f"{path}: {message}") and "\n" not in str(raised.value)

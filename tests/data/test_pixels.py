@@ -124,7 +124,7 @@ def test_squares_are_in_their_boxes_or_the_ambiguity_is_reported(drawn: list) ->
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=3), st.sampled_from(["stored", "turned"]))
-def test_the_option_decides_where_no_image_shows_the_convention(orientations: list[int], convention: str) -> None:
+def test_the_option_decides_if_no_image_shows_the_convention(orientations: list[int], convention: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         pair = write_squares(Path(folder), [(o, convention, "JPEG", (24, 24)) for o in orientations])
         assert opened(pair, convention) == ([True] * len(orientations), [False] * any(o > 1 for o in orientations))
@@ -363,7 +363,7 @@ def test_files_without_annotations_are_turned_as_viewers_show_them(tmp_path: Pat
     assert decoding_of_files(files, DataConfig(bits=12)) == Decoding("turned", 12)
 
 
-def test_boxes_of_tensorflow_data_sets_lie_on_stored_pixels(tmp_path: Path) -> None:
+def test_boxes_of_tensorflow_datasets_are_on_stored_pixels(tmp_path: Path) -> None:
     source = read_coco(*write_deep(tmp_path / "deep", 10))
     assert with_decoding(source, DataConfig(source="tfds")).decoding == Decoding("stored", 10)
     assert with_decoding(source, DataConfig(source="tfds", orientation="turned")).decoding == Decoding("turned", 10)
@@ -379,7 +379,7 @@ def test_one_colour_is_what_hardly_any_pixel_differs_from() -> None:
     assert not is_one_colour(spot) and not is_one_colour(rng.integers(0, 256, flat.shape, np.uint8))
 
 
-def test_an_image_in_which_a_box_holds_something_has_not_one_colour() -> None:
+def test_an_image_with_something_in_a_box_does_not_have_one_colour() -> None:
     image = np.full((1000, 1200, 3), 90, np.uint8)
     image[501:511, 601:611] = 200  # between the pixels of the grid
     box = np.array([[600, 500, 612, 512]], np.float32)

@@ -128,7 +128,7 @@ def test_plus_half_is_a_cast_and_a_sum() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(*[st.integers(1, 60)] * 4, st.integers(0, 9))
-def test_rounded_pixels_are_those_of_halves_added_and_cut(h: int, w: int, height: int, width: int, seed: int) -> None:
+def test_rounding_adds_a_half_and_truncates(h: int, w: int, height: int, width: int, seed: int) -> None:
     image = np.random.default_rng(seed).integers(0, 256, (h, w, 3), np.uint8)
     halves = tf.constant(image.astype(np.float32) + 0.5)
     for kind in ("bilinear", "antialias"):
@@ -146,7 +146,7 @@ def test_padding_is_below_and_right(h: int, w: int, below: int, right: int, kind
     assert np.array_equal(padded, np.pad(image, [(0, below), (0, right), (0, 0)])) and padded.dtype == kind
 
 
-def test_antialias_averages_where_it_reduces() -> None:
+def test_antialiasing_averages_if_it_reduces() -> None:
     stripes = np.zeros((40, 40, 3), np.uint8)
     stripes[:, ::2] = 255
     small = resize(stripes, (10, 10), "antialias").numpy()[2:-2, 2:-2]

@@ -123,7 +123,7 @@ def test_the_index_is_written_once_and_rewritten_if_it_is_damaged(
     with monkeypatch.context() as patch:
         patch.setattr("retina_jax.data.tfds._make_index", lambda *_: pytest.fail("made twice"))
         again = read_tfds(folder, "", "train").records
-        with pytest.raises(pytest.fail.Exception, match="made twice"):  # Another split has an index of its own.
+        with pytest.raises(pytest.fail.Exception, match="made twice"):  # Another split has a separate index.
             read_tfds(folder, "", "train[:2]")
     assert [r.image_id for r in again] == [r.image_id for r in records]
     index.write_bytes(index.read_bytes()[:100])
@@ -204,7 +204,7 @@ def test_a_damaged_tfrecord_file_is_named(tfrecord: str, tmp_path: Path, damage:
     assert "\n" not in str(raised.value)
 
 
-def test_the_papers_config_trains_on_tfds_alone(
+def test_the_papers_config_trains_on_tfds_without_coco_files(
     pair: tuple[Source, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """This is the README's command for a user without COCO's files; the config names their paths nevertheless."""
@@ -225,7 +225,7 @@ def test_dataset_by_name_and_folder(pair: tuple[Source, str]) -> None:
     assert len(read_tfds("tiny", str(Path(folder).parents[1]), "train")) == 4
 
 
-def test_bad_image_of_tfds_is_named_when_the_index_is_made(tmp_path: Path) -> None:
+def test_a_bad_image_of_tfds_is_named_when_the_index_is_written(tmp_path: Path) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(encode(np.zeros((8, 8, 3), np.uint8))[:6])
     objects = [{"bbox": tfds.features.BBox(0.0, 0.0, 1.0, 1.0), "label": 0}]

@@ -18,7 +18,7 @@ from retina_jax.config_io import override
 
 WIDTH, HEIGHT = 128, 96
 CONFIG = override(Config(), {"data.short_side": 96, "data.long_side": 128, "data.max_boxes": 4})
-"""Images stay as large as they are, and the boxes of 48 pixels lie between anchors of 40 and 51."""
+"""Images keep their size, and the boxes of 48 pixels are between anchors of 40 and 51."""
 
 
 @dataclass
@@ -83,7 +83,7 @@ def clean() -> Splits:
 Found = set[tuple[str, str, str]]
 """Kind, split and name of findings."""
 MISTAKES: dict[str, tuple[Callable[[Splits], None], Found]] = {}
-"""What plants each mistake, and what it must be reported as."""
+"""The function that plants each mistake, and the expected findings."""
 
 
 def mistake(*found: tuple[str, str, str]) -> Callable[[Callable[[Splits], None]], Callable[[Splits], None]]:

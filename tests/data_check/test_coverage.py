@@ -79,9 +79,9 @@ def by_hand(views: Views, config: Config) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("low_quality", ["none", "band", "all"])
-def test_coverage_is_that_of_all_anchors_counted_by_hand(low_quality: str) -> None:
+def test_coverage_equals_the_count_over_all_anchors(low_quality: str) -> None:
     rng = np.random.default_rng(1)
-    # Integer pixels: which anchors tie for the best of a box is then the same in any precision.
+    # With integer pixels, the anchors that tie for the best of a box are the same in any precision.
     integer = {"anchors.scales": (1.0, 1.5), "anchors.ratios": (1.0,)}
     config = override(SMALL, {"matching.low_quality": low_quality, **integer})
     images = (np.round(random_boxes(rng, n)).reshape(-1, 4).tolist() for n in (5, 0, 12, 1, 9))
@@ -141,7 +141,7 @@ def test_the_nearest_anchor_is_the_best_one_in_any_padded_shape(
 def test_a_box_that_is_an_anchor_and_one_of_a_quarter_of_it() -> None:
     anchor = anchor_grid((96, 128), SMALL.anchors, SMALL.model)
     square = next(a for a in anchor if a[2] - a[0] == 32 and a[3] - a[1] == 32 and a[0] >= 0 and a[1] >= 0)
-    half = (square + square[[2, 3, 0, 1]]) / 2 + np.array([-8, -8, 8, 8])  # 16 x 16 in its middle: IoU 1/4
+    half = (square + square[[2, 3, 0, 1]]) / 2 + np.array([-8, -8, 8, 8])  # 16 x 16 in its centre: IoU 1/4
     for low_quality, anchors in (("band", 0), ("all", 1)):
         config = override(SMALL, {"matching.low_quality": low_quality})
         views = view_boxes(records_of([square.tolist()], [half.tolist()]), config.data)

@@ -67,7 +67,7 @@ def test_all_planted_mistakes_are_found_at_once(tmp_path: Path) -> None:
         expected |= named
     check = check_of(splits, tmp_path)
     assert expected <= found(check)
-    # What is on top follows from two of them: box 8 and 9 were all that image 004.jpg had.
+    # The additional finding follows from two of them: boxes 8 and 9 were the only ones of image 004.jpg.
     assert found(check) - expected == {("no_boxes", "train", "004.jpg")}
 
 
