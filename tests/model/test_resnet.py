@@ -118,9 +118,9 @@ def test_synchronised_batch_norm_under_pmap_equals_jit_on_the_complete_batch() -
         maps, updates = model.apply(variables, images, train=True, mutable=["stats"])
         return maps[-1], updates["stats"]
 
-    whole, stats = jax.jit(lambda v, x: forward(ResNet(config), v, x))(variables, images)
+    joint, stats = jax.jit(lambda v, x: forward(ResNet(config), v, x))(variables, images)
     one_a_device = jax.pmap(lambda v, x: forward(ResNet(config, "data"), v, x), "data", in_axes=(None, 0))
     split, split_stats = one_a_device(variables, images.reshape(devices, 1, 64, 64, 3))
-    np.testing.assert_allclose(split.reshape(whole.shape), whole, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(split.reshape(joint.shape), joint, rtol=1e-3, atol=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-4, atol=1e-5), split_stats, stats)
     jax.tree.map(lambda a: np.testing.assert_array_equal(a[0], a[-1]), split_stats)

@@ -45,8 +45,8 @@ def test_a_detector_starts_from_the_file(
     file.write_bytes(save(backbone_state_dict(learnt[0]), {"shape": "0.5"}))
     config = dataclasses.replace(Config(), model=override(TINY, {"backbone_weights": str(file)}))
     model = Driver(config, 3).model
-    filled, told = with_backbone(initialise(model, 0), config.model)
-    assert "missing" not in told
+    filled, report = with_backbone(initialise(model, 0), config.model)
+    assert "missing" not in report
     np.testing.assert_array_equal(
         filled["params"]["backbone"]["c5"]["block1"]["conv2"]["kernel"], learnt[0]["backbone/c5/block1/conv2/kernel"]
     )

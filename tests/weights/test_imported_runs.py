@@ -61,8 +61,8 @@ def test_a_detector_is_imported_evaluated_and_trained_on_other_classes(
     run, data = tmp_path / "run", scenes(tmp_path)
     source = f"torchvision:{weights}"
     script(monkeypatch, "import_weights", "--weights", source, "--workdir", run, "--class-names", *CLASSES)
-    said = capsys.readouterr().out
-    assert "4 classes" in said and source in said and f"step 0 of {run}" in said
+    output = capsys.readouterr().out
+    assert "4 classes" in output and source in output and f"step 0 of {run}" in output
     detector = load_detector(run, short_side=64, long_side=96)
     assert detector.class_names == ("__background__", *CLASSES) and detector.step == 0
     image = photographs([(70, 90)], 1)
@@ -155,8 +155,8 @@ def test_a_backbone_fills_only_the_backbone_and_missing_parts_are_reported(tmp_p
     part = write(tmp_path / "part", {name: s for name, s in shapes.items() if not name.startswith("layer4")})
     with pytest.raises(WeightsError, match=r"\b15 .*backbone/c5/block1/conv1/kernel"):
         with_backbone(start, backbone_config(part))
-    _, told = with_backbone(start, backbone_config(part), ["backbone/c5"])
-    assert re.search(r"\b15 .*: backbone/c5/block1/conv1/kernel", told)
+    _, report = with_backbone(start, backbone_config(part), ["backbone/c5"])
+    assert re.search(r"\b15 .*: backbone/c5/block1/conv1/kernel", report)
 
 
 def test_weights_of_another_convention_are_refused_by_field(tmp_path: Path) -> None:
