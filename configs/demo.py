@@ -2,8 +2,8 @@
 
     make demo
 
-Scenes of 128 x 128 with six classes (a shape in a hue), clutter, look-alikes, occlusion, objects from 8 px up. All
-parts are the paper's (FPN, shared heads, focal loss with its prior, matching, NMS). Widths, anchors and schedule are
+The scenes of 128 x 128 have six classes (a shape in a hue), clutter, look-alikes, occlusion, and objects of at least 8 px.
+All parts are the paper's (FPN, shared heads, focal loss with its prior, matching, NMS). Widths, anchors and schedule are
 smaller, and AdamW replaces SGD, which needs more steps from random weights.
 """
 

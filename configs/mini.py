@@ -6,10 +6,10 @@ or, for one table, `python scripts/pretrain.py` once and
 
     python scripts/sweep.py --sweep configs/sweeps/table1b.py --base configs/mini.py --workdir runs/mini --jobs 2
 
-Generated scenes of 128 x 128, eight classes, objects from 12 px up, up to eight look-alikes per image: 3024 anchors,
-about 14 of them positive. The backbone is pretrained by classification (`scripts/pretrain.py`), its norms, stem and C2
-are frozen, as Detectron's are. AdamW with clipping replaces SGD: its steps do not depend on the size of the loss, as
-SGD's do (configs/mini_sgd.py), so losses are compared by their shape. Results: docs/results/mini.md.
+The generated scenes of 128 x 128 have eight classes, objects of at least 12 px, and up to eight look-alikes per image. Of
+3024 anchors about 14 are positive. The backbone is pretrained by classification (`scripts/pretrain.py`); its norms, stem
+and C2 are frozen, as in Detectron. AdamW with clipping replaces SGD: its steps do not depend on the size of the loss, as
+SGD's do (configs/mini_sgd.py), so losses are compared by their shape. docs/results/mini.md has the results.
 """
 
 from retina_jax.config import (

@@ -3,8 +3,8 @@
     python scripts/sweep.py --sweep configs/sweeps/table1a.py configs/sweeps/section5_1.py \
         --base configs/mini_sgd.py --workdir runs/mini_sgd
 
-SGD needs more steps than AdamW from random subnets, and its steps are proportional to the loss, so it shows the effect
-of the prior and of a small alpha.
+From random subnets SGD needs more steps than AdamW. Its steps are proportional to the loss, so it shows the effect of the
+prior and of a small alpha.
 """
 
 from pathlib import Path

@@ -6,7 +6,7 @@
 
 The classes are the categories of the JSON. It trains from random weights: ResNet-18 with GroupNorm and AdamW need
 neither pretrained weights nor large batches. Copy and change this file, or override fields on the command line.
-Consider first:
+Consider these fields first:
 
 - `data.short_side`, `data.long_side`: objects should be 16 px or more after the resize; smaller ones need a smaller
   `anchors.size_factor` (4 makes the smallest anchors 32 px, 2 makes them 16 px).

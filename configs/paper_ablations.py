@@ -2,8 +2,8 @@
 
     python scripts/sweep.py --sweep configs/sweeps/table1b.py --workdir runs/paper
 
-`configs/paper_r50_600.py` with the backbone that every number of the paper starts from; it is fetched once. Sweeps over it
-train as the paper did: 90k steps of 16 images each.
+This is `configs/paper_r50_600.py` with the backbone that every number of the paper starts from; it is downloaded once.
+Sweeps over this config train as the paper did: 90k steps of 16 images each.
 """
 
 from pathlib import Path
@@ -13,5 +13,5 @@ from retina_jax.config_io import load_config, override
 
 
 def get_config() -> Config:
-    """The paper's config and its ImageNet weights."""
+    """Returns the paper's config with its ImageNet weights."""
     return override(load_config(Path(__file__).with_name("paper_r50_600.py")), {"model.backbone_weights": "imagenet"})

@@ -1,4 +1,4 @@
-"""Time this project and other libraries: python scripts/benchmark.py step --peer torchvision [--size 512 --batch 4 --json]
+"""Times this project and other libraries: python scripts/benchmark.py step --peer torchvision [--size 512 --batch 4 --json]
 
 Each variant runs in its own process on the same cores, one repetition of each in turn. Figures are medians. `ratio` is a
 variant's CPU time divided by this project's; with --device gpu, its wall time.
@@ -36,7 +36,7 @@ class Arguments:
         Literal["step", "forward", "detect", "loss", "match", "nms", "input", "evaluate", "compile"],
         tyro.conf.Positional,
     ]
-    """What to time."""
+    """Benchmark to run."""
     peer: tuple[Literal["torchvision", "kerashub", "optax", "pycocotools", "tf.data", "pil"], ...] = ()
     """Compare with: torchvision, kerashub, optax (loss), pycocotools (evaluate), tf.data and pil (input)."""
     size: str = "256"
@@ -54,7 +54,7 @@ class Arguments:
     boxes: int = 0
     """Ground-truth boxes per image; 0: 7, COCO's mean, and 50 for match."""
     kept: int = 300
-    """Largest number of boxes that nms keeps."""
+    """Maximum number of boxes that nms keeps."""
     keep_logits: bool = False
     """loss: keep the logits; by default they are donated, as in a training step (optax's too)."""
     images: Path = Path("data/coco/val2017")
@@ -68,7 +68,7 @@ class Arguments:
     cores: int = 1
     """Number of cores that each variant is pinned to; 0: not pinned."""
     repetitions: int = 7
-    """Repetitions per variant, after three to warm up."""
+    """Repetitions per variant, after three for warm-up."""
     peer_python: str = sys.executable
     """Python interpreter of the peers, if they are installed in another environment."""
     seed: int = 0
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def task_of(arguments: Arguments) -> Task:
-    """The work of one repetition."""
+    """Returns the work of one repetition; raises ConfigError if an option is invalid."""
     if not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*)?", arguments.size):
         raise ConfigError(f"--size {arguments.size}: give pixels, 512 or 800x1344 (height x width)")
     for option in ("batch", "classes", "repetitions"):

@@ -1,4 +1,4 @@
-"""Checks a data set before training.
+"""Checks a dataset before training.
 
 python scripts/check_data.py --annotations FILE --images DIR --out DIR [--config FILE --data.short-side 300 ...]
     [--val-annotations FILE --val-images DIR]

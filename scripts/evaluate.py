@@ -1,10 +1,11 @@
-"""Evaluate a run's checkpoint on its validation data: python scripts/evaluate.py --workdir RUN [--step N]
+"""Evaluates a run's checkpoint on its validation data: python scripts/evaluate.py --workdir RUN [--step N]
 
-With --weights KIND:FILE the detector comes from elsewhere, and the results are written to --workdir. Inference settings can
-be overridden (--detection.nms-iou 0.6, --data.short-side 800, --data.val-annotations FILE, --training.eval-images 500); the
-network cannot. For images without annotations (--data.val-annotations image_info_test-dev2017.json) a submission to COCO's
-server is written to RUN/detections. Test-time augmentation: --detection.tta-flip, --detection.tta-short-sides 500 700. A run
-with averaged parameters (EMA) is evaluated with them; --detection.parameters raw uses the others.
+With --weights KIND:FILE it evaluates a detector of another library, and the results are written to --workdir. Inference
+settings can be overridden (--detection.nms-iou 0.6, --data.short-side 800, --data.val-annotations FILE,
+--training.eval-images 500); the network cannot. For images without annotations (--data.val-annotations
+image_info_test-dev2017.json) a submission to COCO's server is written to RUN/detections. Test-time augmentation:
+--detection.tta-flip, --detection.tta-short-sides 500 700. A run with averaged parameters (EMA) is evaluated with them;
+--detection.parameters raw uses the others.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from retina_jax.evaluation.coco_scores import coco_table
 from retina_jax.runs.folder import Run, settings_of
 from retina_jax.training.checkpoints import Step
 
-# These, and what a resumed run may change, may differ from training.
+# These fields, and those that a resumed run may change, may differ from training.
 INFERENCE = ("data.", "training.")
 
 
@@ -42,17 +43,17 @@ class Arguments:
     """Folder of the run."""
     settings: Annotated[Config, tyro.conf.arg(name="")]
     step: Step = None
-    """Saved step, or best: the one with the highest AP; None: the newest."""
+    """Saved step, or best: the step with the highest AP; None: the newest."""
     weights: str = ""
-    """KIND:FILE or KIND:NAME of a detector from elsewhere; KIND is torchvision, detectron2 or detectron."""
+    """KIND:FILE or KIND:NAME of a detector of another library; KIND is torchvision, detectron2 or detectron."""
     class_names: tuple[str, ...] = ()
-    """Names of its classes, if they are not COCO's."""
+    """Names of the classes of --weights, if they are not COCO's."""
     together: Annotated[distributed.Hosts, tyro.conf.arg(name="")] = distributed.ALONE
-    """Several hosts, which divide the images among them."""
+    """Several hosts, each of which evaluates a share of the images."""
 
 
 def main() -> None:
-    """Evaluate the detector, write RUN/evaluation/step_N.json, print the COCO table."""
+    """Evaluates the detector, writes RUN/evaluation/step_N.json, prints the COCO table."""
     settings = settings_of(sys.argv[1:])
     arguments = parse_command_line(Arguments, Arguments(tyro.MISSING, settings), sys.argv[1:], __doc__)
     set_up_jax()
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 def score(arguments: Arguments, settings: Config) -> None:
-    """Evaluate the detector with `arguments.settings`; `settings` are its own."""
+    """Evaluates the detector with `arguments.settings`; `settings` are those it was trained with."""
     config = validate(arguments.settings)
     usual = flatten(settings)
     others = {name: value for name, value in flatten(config).items() if value != usual[name]}
@@ -87,7 +88,7 @@ def score(arguments: Arguments, settings: Config) -> None:
         {"step": step, "config": repr(config), "evaluation data": source.sha256, "decoding": str(source.decoding)},
     )
     check_classes(run.categories, source)
-    # Scores with other settings get a name of their own.
+    # Scores with other settings get a separate name.
     variant = "" if not others or arguments.weights else f"_{hashlib.sha256(repr(config).encode()).hexdigest()[:8]}"
     scores = evaluate(run, detector, source, step, variant, others)
     if not source.labelled:

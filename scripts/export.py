@@ -1,6 +1,6 @@
 """Exports a detector to one file: scripts/export.py (--workdir RUN | --weights KIND:FILE) --out FILE
 
-stablehlo: programs of jax.export for CPU, CUDA and TPU, from uint8 pixels to boxes, with the parameters.
+The format stablehlo contains programs of jax.export for CPU, CUDA and TPU, from uint8 pixels to boxes, and the parameters.
 retina_jax/export/loader.py reads the file with jax, numpy and flatbuffers; docs/export.md shows how.
 
 The new file is loaded again and compared with the original detector on real images. If the detections differ by more than
@@ -39,7 +39,7 @@ class Arguments:
     workdir: Path | None = None
     """Folder of the run whose detector is exported."""
     weights: str = ""
-    """KIND:FILE or KIND:NAME of a detector from elsewhere; KIND is torchvision, detectron2 or detectron."""
+    """KIND:FILE or KIND:NAME of a detector of another library; KIND is torchvision, detectron2 or detectron."""
     format: Literal["stablehlo", "savedmodel", "onnx"] = "stablehlo"
     """Format of the file; savedmodel and onnx are refused, because no converter works yet (docs/export.md)."""
     step: Step = None
@@ -52,7 +52,7 @@ class Arguments:
     """Image file or folder of images to compare on; default: the run's validation images, or generated scenes if there are
     none."""
     count: int = 16
-    """Number of images to compare on; the first ones are taken."""
+    """Number of images to compare on: the first ones."""
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     """Inference settings; default: the detector's own. Test-time augmentation cannot be exported."""
 

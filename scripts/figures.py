@@ -1,7 +1,8 @@
 """Draws a figure of the paper: python scripts/figures.py --figure 1|2|4|5|6|7 --out FILE.png|.svg|.pdf [--workdir DIR]
 
-1, 5, 6: the losses. 2: speed against accuracy; with --workdir also for the sweep table1e there. 7: FL* by AP, for the sweep
-fig7 in --workdir. 4: the distribution of the loss over the evaluation images of the finished run in --workdir.
+Figures 1, 5 and 6 show the losses. Figure 2 shows speed against accuracy; with --workdir also that of the sweep table1e
+there. Figure 4 shows the distribution of the loss over the evaluation images of the finished run in --workdir. Figure 7
+shows FL* by AP, for the sweep fig7 in --workdir.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Import a detector of another system as a run: python scripts/import_weights.py --weights torchvision:FILE --workdir RUN
+"""Imports a detector of another library as a run: python scripts/import_weights.py --weights torchvision:FILE --workdir RUN
 
 The run has the detector as step 0, and the config that its weights need. evaluate.py and predict.py use it like any other
 run; train.py --workdir RUN --data.train-annotations ... continues from it, with a new class head if the classes differ.
-The system is torchvision, timm, detectron2 or detectron. Instead of FILE, give the name of a published file to download it.
+The library is torchvision, timm, detectron2 or detectron. Instead of FILE, give the name of a published file to download it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Detect on your own images: scripts/predict.py (--workdir RUN | --weights KIND:FILE) IMAGE_OR_FOLDER... --out DIR
+"""Runs a detector on your images: scripts/predict.py (--workdir RUN | --weights KIND:FILE) IMAGE_OR_FOLDER... --out DIR
 
 Writes DIR/detections.json (for each image: boxes in its pixels, scores, class names and ids) and one picture per image.
-Inference options: --detection.nms-iou 0.6; test-time augmentation: --detection.tta-flip, --detection.tta-short-sides 500
-700.
+Inference settings can be overridden, for example --detection.nms-iou 0.6. Test-time augmentation: --detection.tta-flip,
+--detection.tta-short-sides 500 700.
 """
 
 from __future__ import annotations
@@ -42,28 +42,28 @@ class Arguments:
     workdir: Path | None = None
     """Folder of the run whose detector is used."""
     weights: str = ""
-    """KIND:FILE or KIND:NAME of a detector from elsewhere; KIND is torchvision, detectron2 or detectron."""
+    """KIND:FILE or KIND:NAME of a detector of another library; KIND is torchvision, detectron2 or detectron."""
     step: Step = None
-    """Saved step, or best: the one with the highest AP; None: the newest."""
+    """Saved step, or best: the step with the highest AP; None: the newest."""
     score: float = 0.3
-    """Lowest score that is drawn; detections.json holds all detections that the run's config keeps."""
+    """Lowest score that is drawn; detections.json contains all detections that the run's config keeps."""
     short_side: int | None = None
-    """Length the shorter image side is resized to, pixels; None: as in training."""
+    """Length that the shorter image side is resized to, pixels; None: as in training."""
     class_names: tuple[str, ...] = ()
     """Names of the classes of --weights, if they are not COCO's."""
     detection: DetectionConfig = field(default_factory=DetectionConfig)
-    """Inference; the default is the detector's own."""
+    """Inference settings; default: those of the detector."""
 
 
 def main() -> None:
-    """Detect on all images; write detections.json and the pictures."""
+    """Runs the detector on all images; writes detections.json and the pictures."""
     settings = settings_of(sys.argv[1:])
     defaults = Arguments(tyro.MISSING, tyro.MISSING, detection=settings.detection)
     arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__)
     if (arguments.workdir is None) == (not arguments.weights):
         raise ConfigError("--workdir: give the folder of a run, or --weights KIND:FILE, and not both")
     if not 0 <= arguments.score <= 1:
-        raise ConfigError(f"--score: {arguments.score} invalid value; must be from 0 to 1")
+        raise ConfigError(f"--score: invalid value {arguments.score}; must be from 0 to 1")
     set_up_jax()
     files = image_files(arguments.images, arguments.out)
     detector = load_detector(

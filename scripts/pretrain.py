@@ -1,4 +1,4 @@
-"""Pretrain a small backbone on crops of generated shapes: the miniature's ImageNet (configs/mini.py).
+"""Pretrains a small backbone on crops of generated shapes, which replace ImageNet in the miniature (configs/mini.py).
 
     python scripts/pretrain.py --config configs/mini.py
 
@@ -52,7 +52,7 @@ def main() -> None:
         raise ConfigError(f"model.backbone_weights: the file name {path.name} must contain {config.model.backbone}")
     for field, least in (("steps", 1), ("batch", 2), ("crops", arguments.batch)):
         if getattr(arguments, field) < least:
-            raise ConfigError(f"--{field}: {getattr(arguments, field)}; must be at least {least}")
+            raise ConfigError(f"--{field}: invalid value {getattr(arguments, field)}; must be at least {least}")
     if config.model.input_normalisation != "imagenet":
         raise ConfigError("model.input_normalisation: must be imagenet for a backbone with torchvision's names")
     if path.exists():

@@ -1,7 +1,7 @@
 """Writes the report on a run or on sweeps: python scripts/report.py --workdir DIR [--out FILE_WITHOUT_SUFFIX]
 
-For a single run (DIR/config.json) it writes DIR/report.html: settings, learning curves, COCO scores, classes, errors
-by kind, best and worst images. Images and ground truth are those of the run's evaluation: run this script in the
+For a single run (DIR/config.json) it writes DIR/report.html: settings, learning curves, COCO scores, classes, kinds of
+error, best and worst images. Images and ground truth are those of the run's evaluation: run this script in the
 folder in which training was started. For a folder of sweeps it compares their results with the paper's tables and
 writes DIR/report.md (its charts as SVG files) and DIR/report.html, from the manifests in DIR/sweeps/ and the runs they
 name. Each page is a single file. Runs may be unfinished.
@@ -28,7 +28,7 @@ class Arguments:
     """Options of this script."""
 
     workdir: Path
-    """Folder of a run, or of sweeps: its sweeps/ has their manifests, next to the runs' own folders."""
+    """Folder of a run, or of sweeps (with the manifests in sweeps/, next to the folders of the runs)."""
     out: Path | None = None
     """Files to write, without a suffix; None: DIR/report."""
 

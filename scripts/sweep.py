@@ -4,10 +4,10 @@ Trains every point of one or several sweep files over a base config, each distin
 again, it skips runs that have ended, resumes interrupted ones and skips those that another process or machine trains. A run
 that diverges is recorded in DIR/FOLDER/diverged.json and is not tried again until you remove that file.
 
-    --list                    prints the points, their states and their costs, and writes nothing; without --workdir: as in
-                              an empty folder
+    --list                    prints the points, their states and their costs, and writes nothing; without --workdir, no
+                              point has been run
     --launcher local          runs --jobs points at a time on this machine (the default). Without a GPU or TPU the jobs share
-                              the CPU's cores; with one, --jobs 1 gives each point all of it
+                              the CPU's cores; with one, --jobs 1 gives each point the complete device
     --launcher slurm          submits one SLURM array: --slurm timeout_min=2880 gpus_per_node=8 slurm_partition=gpu
     --index I                 runs one point in this process; I is $SLURM_ARRAY_TASK_ID, $JOB_COMPLETION_INDEX (Kubernetes),
                               ...; exit status 0 if it is done or diverged, 75 if another worker trains it

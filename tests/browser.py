@@ -41,29 +41,29 @@ class Browser:
         self.driver.quit()
 
     def open(self, page: Path, size: tuple[int, int]) -> None:
-        """The page in a window of (width, height); narrow ones are phones."""
+        """Opens the page in a window of (width, height); narrow windows act as phones."""
         metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size[0] < 600}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         self.driver.get(page.resolve().as_uri())
 
     def all(self, selector: str) -> list:
-        """The elements of a CSS selector."""
+        """Returns the elements of a CSS selector."""
         return self.driver.find_elements("css selector", selector)
 
     def value(self, script: str, *arguments: object) -> object:
-        """The value of a JavaScript expression."""
+        """Returns the value of a JavaScript expression."""
         return self.driver.execute_script(f"return {script}", *arguments)
 
     def overflow(self) -> int:
-        """Pixels by which the page is wider than the window."""
+        """Returns by how many pixels the page is wider than the window."""
         return self.value("document.documentElement.scrollWidth - window.innerWidth")
 
     def complaints(self) -> list[str]:
-        """Console messages since the last call."""
+        """Returns the console messages since the last call."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:
-        """Every address requested since the last call, except images embedded in the page."""
+        """Returns every address requested since the last call, except images embedded in the page."""
         messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         urls = [
             event["params"]["request"]["url"] for event in messages if event["method"] == "Network.requestWillBeSent"

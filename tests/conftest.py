@@ -45,12 +45,12 @@ install_import_hook("retina_jax", "beartype.beartype").__enter__()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--share COMMIT."""
+    """Adds --share COMMIT."""
     parser.addoption("--share", metavar="COMMIT", help=f"run one of {SHARES} shares of the tests, chosen by the commit")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Parity tests need torch, which crashes where TensorFlow was loaded before it."""
+    """Imports torch before TensorFlow if parity tests are selected; the other order crashes."""
     chosen = config.option.markexpr
     if "parity" in chosen and "not parity" not in chosen:
         with contextlib.suppress(ImportError):
@@ -63,7 +63,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def compile_quickly() -> None:
-    """From here on and in all processes started, with those flags that jaxlib has: an unknown one ends the process."""
+    """Sets quick compilation for this process and all it starts, with the flags that this jaxlib has: an unknown one
+    ends the process."""
     library = next(file.locate() for file in files("jaxlib") if file.name.startswith("libjax_common"))
     with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         known = [f"--{name}={value}" for name, value in QUICK.items() if content.find(name.encode()) >= 0]
@@ -74,8 +75,8 @@ def compile_quickly() -> None:
 
 @pytest.hookimpl(trylast=True)  # after -m has deselected
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the share of the commit: every test is in one share, and neighbours are in different ones. The files that take
-    longest come first, so that the workers end together."""
+    """Keeps the share of the commit: every test is in one share, and neighbours are in different ones. The slowest
+    files come first, so that the workers end at the same time."""
     if commit := config.option.share:
         items.sort(key=lambda item: item.nodeid)
         items[:] = items[int(commit[:8], 16) % SHARES :: SHARES]
@@ -83,7 +84,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Tracing makes many objects: the garbage collector would be a fifth of its time with Python's thresholds."""
+    """Raises the thresholds of the garbage collector, which would take a fifth of the time of tracing."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 20, 50)
@@ -91,7 +92,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="module")
 def optimised() -> Iterator[None]:
-    """From this test to the end of the module, programs are compiled as users' are."""
+    """Compiles programs with all of the compiler's passes, from this test to the end of the module."""
     options_of, emitters = compiler.get_compile_options, {}
     if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
         emitters["xla_cpu_use_fusion_emitters"] = True
@@ -110,7 +111,7 @@ def optimised() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of real images next to some checkouts; the test is skipped where there is none."""
+    """Returns the folder of real images that some checkouts have next to them; skips the test without it."""
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is absent: this test needs the real images there")
     return SHARED

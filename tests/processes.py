@@ -30,7 +30,7 @@ SCRIPTS = ROOT / "scripts"
 
 
 class Process:
-    """What subprocess.Popen is to a child, for a child of the fork server."""
+    """A child of the fork server with the interface of subprocess.Popen."""
 
     def __init__(self, pid: int, status: int) -> None:
         self.pid = pid
@@ -38,11 +38,12 @@ class Process:
         self._status = status
 
     def poll(self) -> int | None:
-        """Exit status as of subprocess.Popen: negative is the number of the signal; None while the process runs."""
+        """Returns the exit status as subprocess.Popen does: negative is the number of the signal, None means
+        running."""
         return self._await(0)
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit status; raises subprocess.TimeoutExpired."""
+        """Returns the exit status; raises subprocess.TimeoutExpired."""
         if (status := self._await(timeout)) is None:
             raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
         return status
@@ -54,17 +55,17 @@ class Process:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Nothing is sent to a process that has ended."""
+        """Sends a signal, unless the process has ended."""
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Sends SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
     def terminate(self) -> None:
-        """SIGTERM."""
+        """Sends SIGTERM."""
         self.send_signal(signal.SIGTERM)
 
     def __enter__(self) -> Process:
@@ -76,7 +77,7 @@ class Process:
 
 @functools.cache
 def _server() -> socket.socket:
-    """The fork server of this process: it ends with it."""
+    """Returns the fork server of this process, which ends with it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         command = [sys.executable, "-u", __file__, str(theirs.fileno())]
@@ -104,7 +105,7 @@ def start(
 ) -> Process:
     """Starts `python SCRIPT ARGUMENTS` in `folder`. A script given by name is one of scripts/.
 
-    stderr: `stdout` if not given. devices: of JAX's CPU backend. environment: added to that of the tests.
+    stderr: default `stdout`. devices: number of devices of JAX's CPU backend. environment: added to that of the tests.
     namespaces_of: the process whose user and mount namespaces it enters.
     """
     path = SCRIPTS / f"{script}.py" if isinstance(script, str) else script
@@ -127,7 +128,7 @@ def start(
 def run(
     script: str | Path, *arguments: object, timeout: float = 600, **options: object
 ) -> subprocess.CompletedProcess[str]:
-    """`start`, to its end: exit status and what was printed."""
+    """Runs `start` to its end; returns exit status and output."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
         process = start(script, *arguments, stdout=out, stderr=error, **options)
         try:
@@ -196,7 +197,7 @@ def _become(request: dict, stdout: int, stderr: int) -> None:
 
 
 def _enter(namespace: Path) -> None:
-    """os.setns, which Python has from 3.12 on. Entering the user namespace that a process is already in is an error."""
+    """Does what os.setns does, which Python has from 3.12 on. Entering the current user namespace would be an error."""
     if os.readlink(namespace) == os.readlink(f"/proc/self/ns/{namespace.name}"):
         return
     libc = ctypes.CDLL(None, use_errno=True)

@@ -1,4 +1,4 @@
-"""Real training processes of a few seconds: a config that learns something, started alone or as several hosts."""
+"""Real training processes of a few seconds, with a config that learns something, started alone or as several hosts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import processes
 from processes import Process
 
 OF_THE_MOMENT = ("images_per_second", "data_wait_percent", "peak_memory_mib")
-"""What metrics hold that depends on the machine and its mood."""
+"""Keys of the metrics that depend on the machine and its load."""
 LEARNS = """
 from retina_jax.config import *
 
@@ -33,7 +33,7 @@ def get_config():
 
 
 def write_config(folder: Path) -> Path:
-    """A config that reaches AP .3 in 100 steps of 8 images, some ten seconds."""
+    """Writes a config that reaches AP 0.3 in 100 steps of 8 images, in about ten seconds."""
     path = folder / "learns.py"
     path.write_text(LEARNS.format(scenes=str(folder / "scenes")))
     return path
@@ -47,14 +47,15 @@ def start(
     log: Path | None = None,
     namespaces_of: int | None = None,
 ) -> Process:
-    """Starts scripts/train.py on so many CPU devices. It prints to `log`, by default WORKDIR.log."""
+    """Starts scripts/train.py on this many CPU devices. It prints to `log`, by default WORKDIR.log."""
     with (log or workdir.with_suffix(".log")).open("ab") as file:
         arguments = ("--config", config, "--workdir", workdir, *options)
         return processes.start("train", *arguments, stdout=file, devices=devices, namespaces_of=namespaces_of)
 
 
 class Pair:
-    """Two hosts of two devices each, as processes of this machine. Leaving the `with` block kills what is left."""
+    """Two hosts of two devices each, as processes of this machine. Leaving the `with` block kills those still
+    running."""
 
     def __init__(
         self, config: Path, workdir: Path, *options: object, own: Sequence[Sequence[object]] = ((), ())
@@ -78,17 +79,17 @@ class Pair:
             process.wait()
 
     def ended(self, within: float = 240) -> list[int]:
-        """Exit statuses of both."""
+        """Returns the exit statuses of both."""
         until = time.monotonic() + within
         return [process.wait(max(0.1, until - time.monotonic())) for process in self.hosts]
 
     def said(self) -> str:
-        """What both have said, host 0 first."""
+        """Returns the output of both, host 0 first."""
         return "\n".join(log.read_text(errors="replace") for log in self.logs)
 
 
 def wait_for_step(workdir: Path, step: int, *processes: Process, within: float = 240) -> None:
-    """Until the run's metrics hold `step`; fails where a process ends before."""
+    """Waits until the run's metrics contain `step`; fails if a process ends before."""
     until = time.monotonic() + within
     while not any(line["step"] >= step for line in metrics(workdir)):
         assert all(process.poll() is None for process in processes), f"ended before step {step}"
@@ -98,14 +99,14 @@ def wait_for_step(workdir: Path, step: int, *processes: Process, within: float =
 
 @contextlib.contextmanager
 def stopped_when(process: Process, what: Callable[[], bool], within: float = 240) -> Iterator[None]:
-    """The process stands still (SIGSTOP) in the block, at a moment at which `what` holds."""
+    """Stops the process (SIGSTOP) for the duration of the block, at a moment when `what` holds."""
     until = time.monotonic() + within
     while True:
         assert process.poll() is None, "it ended before"
         if what():
             process.send_signal(signal.SIGSTOP)
             time.sleep(0.01)
-            if what():  # what was seen a moment ago may be over
+            if what():  # the condition may have ended meanwhile
                 break
             process.send_signal(signal.SIGCONT)
         if time.monotonic() > until:
@@ -119,19 +120,19 @@ def stopped_when(process: Process, what: Callable[[], bool], within: float = 240
 
 
 def metrics(workdir: Path) -> list[dict]:
-    """Whole lines of metrics.jsonl."""
+    """Returns the complete lines of metrics.jsonl."""
     path = workdir / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def measured(workdir: Path) -> list[dict]:
-    """Every line of metrics.jsonl, without what depends on the machine's mood."""
+    """Returns every line of metrics.jsonl without the keys that depend on the machine."""
     return [{name: value for name, value in line.items() if name not in OF_THE_MOMENT} for line in metrics(workdir)]
 
 
 def losses(workdir: Path) -> dict[int, float]:
-    """Loss by step; each step once, none left out."""
+    """Returns the loss by step; asserts that each step occurs once and none is missing."""
     lines = [line for line in metrics(workdir) if line["event"] == "train"]
     steps = [line["step"] for line in lines]
     assert steps == list(range(1, len(steps) + 1)), f"gaps or duplicates: {steps}"
@@ -139,11 +140,11 @@ def losses(workdir: Path) -> dict[int, float]:
 
 
 def summary(workdir: Path) -> dict:
-    """RUN/summary.json."""
+    """Returns RUN/summary.json."""
     return json.loads((workdir / "summary.json").read_text())
 
 
 def kill(process: Process) -> None:
-    """SIGKILL."""
+    """Sends SIGKILL."""
     process.send_signal(signal.SIGKILL)
     process.wait()

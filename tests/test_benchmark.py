@@ -1,4 +1,4 @@
-"""The benchmark: that it measures what it says, in turn, and says so when it cannot."""
+"""The benchmark measures the variants in turn, and names a variant that it cannot measure."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TASK = Task(
 
 
 def variant(folder: Path, name: str, body: str) -> str:
-    """A module that workers can import."""
+    """Writes a module that workers can import; returns its name."""
     (folder / f"{name}.py").write_text(f"from benchmarks.work import Work\n{body}")
     return name
 
@@ -70,7 +70,7 @@ def test_variants_take_turns_after_their_warm_up(folder: Path) -> None:
     assert rows[0]["ratio"] == rows[0]["wall_ratio"] == 1
 
 
-def test_time_and_peak_memory_are_the_variants_own(folder: Path) -> None:
+def test_time_and_peak_memory_are_measured_per_variant(folder: Path) -> None:
     waiting = variant(folder, "waiting", "import time\ndef make(task): return Work(lambda: time.sleep(0.2))\n")
     working = variant(
         folder, "working", "def make(task): return Work(lambda: (sum(range(5_000_000)), bytearray(300 * 2**20)))\n"
@@ -102,13 +102,13 @@ def test_a_variant_that_cannot_run_is_named(folder: Path, body: str, line: str) 
         measure(TASK, {"a": good, "b": variant(folder, "bad", body)}, 5)
 
 
-def test_every_benchmark_has_a_module_and_every_module_is_there() -> None:
+def test_every_benchmark_has_a_module_and_every_module_exists() -> None:
     assert set(OURS) == set(BENCHMARKS)
     for module in {*OURS.values(), *PEERS.values()}:
         assert (ROOT / "scripts" / f"{module.replace('.', '/')}.py").is_file(), module
 
 
-def test_the_script_prints_an_object_a_line_with_the_figures() -> None:
+def test_the_script_prints_one_json_object_per_line() -> None:
     done = processes.run("benchmark", "nms", "--rows", "200", "--kept", "20", "--repetitions", "2", "--json")
     assert done.returncode == 0, done.stderr
     (row,) = map(json.loads, done.stdout.splitlines())
@@ -116,7 +116,7 @@ def test_the_script_prints_an_object_a_line_with_the_figures() -> None:
     assert {"size", "batch", "cpu_ms", "wall_ms", "peak_mib", "hardware", "repetitions"} <= row.keys()
 
 
-def test_the_script_refuses_in_one_line() -> None:
+def test_an_invalid_option_ends_in_one_line() -> None:
     for arguments, named in {
         ("nms", "--peer", "optax", "--rows", "50"): "optax: ",
         ("nms", "--size", "big"): "--size big",
@@ -126,7 +126,7 @@ def test_the_script_refuses_in_one_line() -> None:
         assert done.returncode == 2 and done.stderr.startswith(f"error: {named}") and done.stderr.count("\n") == 1
 
 
-def test_a_table_has_a_line_a_variant_and_no_empty_columns() -> None:
+def test_a_table_has_one_line_per_variant_and_no_empty_columns() -> None:
     row = {"name": "nms", "hardware": "a machine", "cpu_ms": 1234.5, "wall_ms": 2.0, "ratio": 1.0, "tflops": None}
     lines = table([row | {"variant": "retina_jax"}, row | {"variant": "torchvision", "peak_mib": 3.25}]).splitlines()
     assert len(lines) == 4 and "a machine" in lines[0] and "TFLOP/s" not in lines[1]
@@ -139,8 +139,8 @@ def test_a_table_has_a_line_a_variant_and_no_empty_columns() -> None:
     ]
 
 
-def test_the_training_steps_work_is_counted_as_by_hand() -> None:
-    """43.4 GMAC for R50 at 256 x 256, of which 15.3 forward: the table of what the network costs, stem and C2 frozen."""
+def test_operations_of_a_training_step_equal_the_count_by_hand() -> None:
+    """Counted by hand for R50 at 256 x 256 with stem and C2 frozen: 43.4 GMAC, of which 15.3 in the forward pass."""
     task = replace(TASK, name="step", size="256", backbone="resnet50", classes=80)
     driver = network.Driver(network.config_of(task), 80)
     step = network.jaxpr_flops(jax.make_jaxpr(driver.step)(driver.init_state(), network.inputs_of(task)).jaxpr)
@@ -150,7 +150,7 @@ def test_the_training_steps_work_is_counted_as_by_hand() -> None:
 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network of an eighth of the width, which compiles and runs sooner."""
+    """Makes the network an eighth as wide, so that it compiles and runs faster."""
     of_task, width = network.config_of, {"model.base_width": 8, "model.fpn_channels": 32, "model.head_channels": 32}
     monkeypatch.setattr(network, "config_of", lambda task: override(of_task(task), width))
 
@@ -162,7 +162,7 @@ def test_the_networks_benchmarks_run(name: str, narrow: None) -> None:
     assert work.images == 2 and work.flops > 1e7 and work.facts["matmul_tflops"] > 0
 
 
-def test_detection_finds_as_many_scores_as_it_says() -> None:
+def test_detection_has_the_declared_number_of_scores_above_the_threshold() -> None:
     task = replace(TASK, name="detect", size="128")
     driver = network.Driver(network.config_of(task), 3)
     variables = network.variables_with_scores(driver, driver.shard_batch(network.inputs_of(task)), 1)
@@ -170,7 +170,7 @@ def test_detection_finds_as_many_scores_as_it_says() -> None:
     assert (jax.nn.sigmoid(logits) >= 0.0499).sum() == pytest.approx(network.SCORES_ABOVE, abs=2)
 
 
-def test_what_is_worked_on_is_realistic_and_the_same_every_time() -> None:
+def test_inputs_are_realistic_and_reproducible() -> None:
     made = scene(2, (96, 128), 5, 4, seed=3)
     assert made.images.shape == (2, 96, 128, 3) and made.images.std() > 50
     sides = made.boxes_xyxy[..., 2:] - made.boxes_xyxy[..., :2]

@@ -1,4 +1,4 @@
-"""The peers beside which the benchmarks stand: each does the work of this project's variant, and a row has both."""
+"""Each peer of a benchmark does the same work as this project's variant, and the output has a row for both."""
 
 import dataclasses
 import json
@@ -30,14 +30,14 @@ SMALL = {
 
 
 def rows_of(name: str, peer: str) -> list[dict]:
-    """Of this project and of `peer`, small."""
+    """Runs the benchmark on small inputs; returns the rows of this project and of `peer`."""
     command = [sys.executable, ROOT / "scripts" / "benchmark.py", name, "--peer", peer, "--repetitions", "2", "--json"]
     done = subprocess.run([*command, *SMALL[name]], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def assert_beside(rows: list[dict], peer: str) -> None:
+def assert_compared(rows: list[dict], peer: str) -> None:
     ours, theirs = rows
     assert (ours["variant"], theirs["variant"]) == ("retina_jax", peer)
     assert ours["ratio"] == 1 and theirs["ratio"] == pytest.approx(theirs["cpu_ms"] / ours["cpu_ms"])
@@ -45,7 +45,7 @@ def assert_beside(rows: list[dict], peer: str) -> None:
 
 
 def once(work: Work) -> Any:
-    """What a repetition gives."""
+    """Runs one repetition and returns its result."""
     work.before()
     return work.run()
 
@@ -55,23 +55,25 @@ def test_optax_sums_the_same_loss_and_gradient(keep_logits: bool) -> None:
     task = dataclasses.replace(LOSS, keep_logits=keep_logits)
     works = [module.make(task) for module in (parts, optax)]
     first, again = ([once(work) for work in works] for _ in range(2))
-    jax.tree.map(np.testing.assert_array_equal, first, again)  # a repetition leaves the next its logits
+    jax.tree.map(
+        np.testing.assert_array_equal, first, again
+    )  # a repetition does not consume the logits of the next one
     (ours, gradient), (theirs, of_optax) = first
     _, labels = class_outputs(LOSS.rows, LOSS.classes, LOSS.seed)
     ignored = labels == IGNORED
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-    np.testing.assert_allclose(gradient[0][~ignored], of_optax, rtol=1e-4, atol=1e-8)  # which has the others left out
+    np.testing.assert_allclose(gradient[0][~ignored], of_optax, rtol=1e-4, atol=1e-8)  # optax gets no ignored rows
     assert ignored.any() and not np.any(gradient[0][ignored])
 
 
-def test_optax_stands_beside_the_loss() -> None:
-    assert_beside(rows_of("loss", "optax"), "optax")
+def test_the_loss_is_compared_with_optax() -> None:
+    assert_compared(rows_of("loss", "optax"), "optax")
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", SMALL)
-def test_torchvision_stands_beside(name: str) -> None:
+def test_a_benchmark_is_compared_with_torchvision(name: str) -> None:
     pytest.importorskip("torchvision", reason="needs torchvision")
     rows = rows_of(name, "torchvision")
-    assert_beside(rows, "torchvision")
+    assert_compared(rows, "torchvision")
     assert len({row.get("kept") for row in rows}) == 1

@@ -1,4 +1,4 @@
-"""Boxes against float64 numpy, hand values, and their own inverses."""
+"""Box operations equal float64 NumPy, values by hand, and their own inverses."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ DEGENERATE = [
     [0.0, 0.0, 0.0, 0.0],  # padding
     [5.0, 5.0, 5.0, 9.0],  # no width
     [5.0, 5.0, 9.0, 5.0],  # no height
-    [9.0, 9.0, 5.0, 5.0],  # inside out
+    [9.0, 9.0, 5.0, 5.0],  # corners swapped
     [-1e4, -1e4, -1e4, -1e4],
 ]
 
@@ -94,7 +94,7 @@ def test_decode_clips_growth_at_a_thousand_sixteenths() -> None:
     np.testing.assert_array_equal(gradient, [[16, 0, 0, 0]])
 
 
-def test_encode_is_finite_on_padded_boxes() -> None:
+def test_encode_is_finite_for_padding() -> None:
     boxes, anchors = array(*DEGENERATE), array(*[[0, 0, 32, 32]] * 5)
     value, gradients = jax.jit(jax.value_and_grad(lambda b, a: encode(b, a).sum(), (0, 1)))(boxes, anchors)
     assert np.isfinite(value)

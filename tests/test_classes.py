@@ -1,4 +1,5 @@
-"""A class is its category id: what is trained and scored does not depend on ids, names that repeat, or unused categories."""
+"""A class is identified by its category id: training and scores do not depend on ids, repeated names, or unused
+categories."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ IDS = st.integers(1 - LARGEST_ID, LARGEST_ID - 1)
 
 
 class Answers(Detector):
-    """A detector that finds what it is given."""
+    """A detector that returns given detections."""
 
     def __init__(self, found: dict[int, ImageDetections]) -> None:
         object.__setattr__(self, "driver", SimpleNamespace(num_devices=1, config=CONFIG))
@@ -53,7 +54,7 @@ def entries(categories: list[Category], above: str | None = None) -> list[dict[s
 
 
 def coco(categories: list[Category], boxes: list[tuple[int, int, list[float]]], images: int) -> dict[str, Any]:
-    """A file of (image, category id, box)."""
+    """Writes a COCO file of (image, category id, box)."""
     return {
         "images": [{"id": i + 1, "file_name": f"{i}.png", "width": 64, "height": 64} for i in range(images)],
         "annotations": [
@@ -65,7 +66,7 @@ def coco(categories: list[Category], boxes: list[tuple[int, int, list[float]]], 
 
 
 def by_pycocotools(document: dict[str, Any], results: list[dict[str, Any]]) -> tuple[float, dict[int, float]]:
-    """AP and the AP of each category id; -1 where there is no box."""
+    """Returns AP and the AP of each category id; -1 if it has no box."""
     truth, found = COCO(), COCO()
     truth.dataset, found.dataset = document, {**document, "annotations": results}
     with contextlib.redirect_stdout(io.StringIO()):
@@ -87,7 +88,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(deadline=None, max_examples=60)
 @given(st.data(), st.integers(0, 2**32 - 1))
-def test_scores_are_those_by_id_whatever_ids_names_and_order(folder: Path, draw: st.DataObject, seed: int) -> None:
+def test_scores_do_not_depend_on_ids_names_and_order(folder: Path, draw: st.DataObject, seed: int) -> None:
     rng = np.random.default_rng(seed)
     names = draw.draw(st.lists(st.sampled_from("abc"), min_size=1, max_size=4), "names")
     unused = draw.draw(st.lists(st.sampled_from("abyz"), max_size=3), "unused in training")
@@ -178,19 +179,19 @@ def test_repeated_names_are_shown_with_ids_and_stay_unique() -> None:
     ("listed", "annotated", "dropped"),
     [
         ([(0, "things", "none"), (1, "red", None), (2, "blue", None)], {1, 2}, {0}),
-        ([(0, "ice", "none"), (1, "ice", "ice")], {1}, {0}),  # the project has the name of its class
+        ([(0, "ice", "none"), (1, "ice", "ice")], {1}, {0}),  # the parent has the name of its class
         ([(0, "ice", "none"), (1, "ice", "ice")], set(), {0}),  # a split without boxes
         ([(0, "things", "none"), (1, "red", "things")], {0, 1}, set()),  # a parent with boxes
         ([(7, "car", "vehicle"), (3, "vehicle", "object"), (4, "van", "vehicle")], {7}, {3}),
         ([(0, "cat", "none"), (1, "dog", "none")], {1}, set()),  # tools that write "none" everywhere
         ([(0, "cat", None), (1, "dog", None)], {1}, set()),
-        ([(1, "person", "person"), (2, "car", "vehicle")], {2}, set()),  # as COCO names its own group
+        ([(1, "person", "person"), (2, "car", "vehicle")], {2}, set()),  # as in COCO
         ([(1, "red", None), (2, "blue", None), (7, "blue", None)], {1, 2}, {7}),
         ([(2, "blue", None), (7, "blue", None)], set(), set()),
-        ([(1, "a", "b"), (2, "b", "a")], set(), set()),  # nothing would be left
+        ([(1, "a", "b"), (2, "b", "a")], set(), set()),  # otherwise no class would be left
     ],
 )
-def test_empty_parents_and_unused_repetitions_are_no_classes(
+def test_empty_parents_and_unused_repeated_names_are_not_classes(
     listed: list[tuple[int, str, str | None]], annotated: set[int], dropped: set[int]
 ) -> None:
     categories, above = [entry[:2] for entry in listed], [entry[2] for entry in listed]
@@ -200,7 +201,7 @@ def test_empty_parents_and_unused_repetitions_are_no_classes(
     assert kept == dropped - {0, 3}
 
 
-def test_classes_that_are_known_settle_which_categories_are_left_out() -> None:
+def test_the_classes_of_a_run_decide_which_categories_are_left_out() -> None:
     """A resumed run keeps its classes, and an unused repetition of a name does not hide the category with boxes."""
     parent = [(0, "things"), (1, "red")], ["none", None], {1}
     assert placeholders(*parent, known=[(1, "red")], empty_parents="keep").keys() == {(0, "things")}
@@ -219,8 +220,9 @@ def config_of(folder: Path, train: dict[str, Any], val: dict[str, Any], **change
     return override(CONFIG, fields)
 
 
-def test_both_splits_decide_what_a_class_is_and_a_run_keeps_its_own(tmp_path: Path) -> None:
-    """A parent that evaluation has boxes of is a class; the classes and the order of a run to be resumed win."""
+def test_both_splits_decide_the_classes_and_a_run_keeps_its_classes(tmp_path: Path) -> None:
+    """A parent category with boxes in the evaluation data is a class; a resumed run keeps its classes and their
+    order."""
     box, listed = [5.0, 5.0, 20.0, 20.0], [(0, "things"), (1, "red"), (2, "blue"), (7, "blue")]
 
     def content(*boxes_of: int) -> dict[str, Any]:
@@ -261,8 +263,8 @@ def script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> No
     runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
 
 
-def test_one_training_under_any_ids_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same parameters, detections and scores; detections of classes with one name are distinguished by id."""
+def test_training_is_the_same_with_any_ids_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters, detections and scores are the same; detections of classes with one name are distinguished by id."""
     source = rectangles(tmp_path, [(64, 64)] * 4)
     plain, ids = json.loads(Path(source.name).read_text()), {1: LARGEST_ID - 1, 2: -1}
     messy = {

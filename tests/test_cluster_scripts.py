@@ -1,4 +1,4 @@
-"""scripts/cluster: what each scheduler's script does when a run completes, is stopped, loses a host or fails."""
+"""scripts/cluster: the reaction of each scheduler's script to a complete, stopped or failed run and to a lost host."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLUSTER = ROOT / "scripts" / "cluster"
 
 
 def program(folder: Path, name: str, lines: str) -> Path:
-    """A stand-in for `name` that notes its arguments, one line a call, in NAME.calls."""
+    """Writes a stand-in for `name` that appends its arguments to NAME.calls, one line per call."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     path.write_text(f'#!/bin/bash\necho "$@" >>"{folder / name}.calls"\n{lines}\n')
@@ -38,7 +38,7 @@ def calls(folder: Path, name: str) -> list[str]:
 
 
 def known_options() -> set[str]:
-    """Of scripts/train.py, by the names of the fields they set."""
+    """Returns the options of scripts/train.py, by the names of the fields they set."""
     arguments = runpy.run_path(str(ROOT / "scripts" / "train.py"))["Arguments"]
     named = [*dataclasses.fields(arguments), *dataclasses.fields(Hosts)]
     return {field.name for field in named} | set(flatten(Config()))
@@ -48,7 +48,7 @@ def options(text: str) -> set[str]:
     return {name.replace("-", "_") for name in re.findall(r"(?<![\w-])--([a-z][\w.-]*)", text)}
 
 
-def test_the_options_of_train_py_that_are_used_and_named_exist() -> None:
+def test_options_of_train_py_in_scripts_and_readme_exist() -> None:
     used = options(container()["args"][0])
     for name in ("slurm.sh", "tpu_pod.sh"):
         text = (CLUSTER / name).read_text()
@@ -75,12 +75,12 @@ def sbatch_options() -> dict[str, str]:
     return {name: value for name, _, value in (line.partition("=") for line in lines)}
 
 
-def test_slurm_tells_the_tasks_and_queues_the_job_again() -> None:
+def test_slurm_signals_the_tasks_and_queues_the_job_again() -> None:
     given = sbatch_options()
     assert (CLUSTER / "slurm.sh").read_text().count("#SBATCH") == len(given)
-    assert re.fullmatch(r"TERM@\d+", given["signal"])  # without B:, which would tell the batch shell alone
+    assert re.fullmatch(r"TERM@\d+", given["signal"])  # with B: only the batch shell would receive it
     assert "requeue" in given and given["open-mode"] == "append"
-    assert given["gpus-per-node"] == given["ntasks-per-node"]  # under SLURM, JAX gives a process one GPU
+    assert given["gpus-per-node"] == given["ntasks-per-node"]  # under SLURM, JAX gives each process one GPU
 
 
 def slurm(tmp_path: Path, srun: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
@@ -109,29 +109,29 @@ def test_slurm_ends_with_a_complete_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert call.endswith(f".venv/bin/python scripts/train.py --workdir {run} --distributed --loss.gamma 5")
     assert calls(tmp_path / "programs", "scontrol") == []
-    assert slurm(tmp_path, "exit 1").returncode == 0  # and is not started again
+    assert slurm(tmp_path, "exit 1").returncode == 0  # a complete run is not started again
     assert len(calls(tmp_path / "programs", "srun")) == 1
 
 
 @pytest.mark.parametrize("status", [0, LOST, 128 + signal.SIGKILL, 128 + signal.SIGTERM])
-def test_slurm_queues_again_what_was_stopped_or_lost_a_host(tmp_path: Path, status: int) -> None:
+def test_slurm_queues_a_run_again_that_was_stopped_or_lost_a_host(tmp_path: Path, status: int) -> None:
     assert slurm(tmp_path, f"exit {status}", restarts=3).returncode == 0
     assert calls(tmp_path / "programs", "scontrol") == ["requeue 17"]
 
 
-def test_slurm_leaves_an_error_to_a_person(tmp_path: Path) -> None:
+def test_slurm_does_not_restart_a_run_with_an_error(tmp_path: Path) -> None:
     assert slurm(tmp_path, "exit 2").returncode == 2
     assert calls(tmp_path / "programs", "scontrol") == []
 
 
-def test_slurm_gives_up_in_the_end(tmp_path: Path) -> None:
+def test_slurm_restarts_a_run_at_most_20_times(tmp_path: Path) -> None:
     ended = slurm(tmp_path, f"exit {LOST}", restarts=20)
     assert ended.returncode == 1 and "not complete after 20 restarts" in ended.stderr
     assert calls(tmp_path / "programs", "scontrol") == []
 
 
-def test_slurms_shell_outlives_a_signal_and_queues_again(tmp_path: Path) -> None:
-    """At the time limit SLURM signals the batch shell as well: it waits until its tasks have saved."""
+def test_slurms_shell_waits_for_its_tasks_after_sigterm_and_queues_again(tmp_path: Path) -> None:
+    """At the time limit SLURM signals the batch shell too; it waits until its tasks have saved."""
     ended = slurm(tmp_path, "kill -TERM $PPID; sleep 0.3; exit 0")
     assert ended.returncode == 0
     assert calls(tmp_path / "programs", "scontrol") == ["requeue 17"]
@@ -164,7 +164,7 @@ def test_kubernetes_gives_every_pod_a_name_and_a_number() -> None:
     assert address in container()["args"][0] and '--host "$JOB_COMPLETION_INDEX"' in container()["args"][0]
 
 
-def test_kubernetes_counts_neither_a_stop_nor_a_lost_host_as_failure() -> None:
+def test_kubernetes_counts_neither_sigterm_nor_a_lost_host_as_a_failure() -> None:
     spec = manifest()[1]["spec"]
     assert spec["template"]["spec"]["restartPolicy"] == "Never"  # podFailurePolicy is refused otherwise
     by_status, by_condition = spec["podFailurePolicy"]["rules"]
@@ -178,7 +178,7 @@ def test_kubernetes_counts_neither_a_stop_nor_a_lost_host_as_failure() -> None:
 
 
 def start_container(tmp_path: Path, train: str, late: str = "") -> subprocess.Popen[bytes]:
-    """The container with `train` as its python; `late` is what its shell does before it waits."""
+    """Starts the container with `train` as its python; its shell runs `late` before it waits."""
     program(tmp_path / ".venv" / "bin", "python", train)
     (tmp_path / "run").mkdir(exist_ok=True)
     environment = {**os.environ, "RUN": "run", "CONFIG": "c.py", "HOSTS": "2", "JOB_COMPLETION_INDEX": "1"}
@@ -193,7 +193,7 @@ def start_container(tmp_path: Path, train: str, late: str = "") -> subprocess.Po
     [("touch run/summary.json", 0), ("exit 0", LOST), (f"exit {LOST}", LOST), ("exit 2", 2), ("kill -9 $$", 137)],
     ids=["complete", "stopped", "lost host", "error", "killed"],
 )
-def test_kubernetes_container_ends_with(tmp_path: Path, train: str, status: int) -> None:
+def test_kubernetes_container_exit_status(tmp_path: Path, train: str, status: int) -> None:
     assert start_container(tmp_path, train).wait(20) == status
     (call,) = calls(tmp_path / ".venv" / "bin", "python")
     assert call.split() == [
@@ -202,11 +202,11 @@ def test_kubernetes_container_ends_with(tmp_path: Path, train: str, status: int)
     ]  # fmt: skip
 
 
-def test_kubernetes_container_ends_as_a_process_did_that_ended_before_it_was_waited_for(tmp_path: Path) -> None:
+def test_kubernetes_container_returns_the_status_of_a_process_that_ended_before_the_wait(tmp_path: Path) -> None:
     assert start_container(tmp_path, "exit 2", late="sleep 0.3").wait(20) == 2
 
 
-def test_kubernetes_container_passes_sigterm_on_and_waits_for_the_save(tmp_path: Path) -> None:
+def test_kubernetes_container_forwards_sigterm_and_waits_for_the_save(tmp_path: Path) -> None:
     train = "trap 'sleep 0.5; touch run/saved; exit 0' TERM; touch run/started; while true; do sleep 0.05; done"
     process = start_container(tmp_path, train)
     deadline = time.monotonic() + 20
@@ -218,7 +218,7 @@ def test_kubernetes_container_passes_sigterm_on_and_waits_for_the_save(tmp_path:
     assert (tmp_path / "run" / "saved").exists()
 
 
-def test_kubernetes_container_does_nothing_about_a_complete_run(tmp_path: Path) -> None:
+def test_kubernetes_container_does_not_start_a_complete_run(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json").touch()
     assert start_container(tmp_path, "exit 1").wait(20) == 0
@@ -229,7 +229,8 @@ def test_kubernetes_container_does_nothing_about_a_complete_run(tmp_path: Path) 
 
 
 def tpu_pod(tmp_path: Path, train: str, at_once: int = 300) -> subprocess.CompletedProcess[str]:
-    """gcloud's stand-in runs `test` as it is asked to, here, and `train` for the rest."""
+    """Runs tpu_pod.sh with a stand-in for gcloud, which runs the `test` commands here and `train` instead of the
+    others."""
     checkout = tmp_path / "retina_jax"
     checkout.mkdir()
     program(
@@ -258,18 +259,18 @@ def test_tpu_runs_on_all_hosts_until_the_run_is_complete(tmp_path: Path) -> None
     )
 
 
-def test_tpu_gives_up_on_what_fails_at_once(tmp_path: Path) -> None:
+def test_tpu_does_not_restart_a_run_that_fails_at_once(tmp_path: Path) -> None:
     ended = tpu_pod(tmp_path, "exit 1")
-    assert ended.returncode == 1 and "so it would again" in ended.stderr
+    assert ended.returncode == 1 and "is not restarted" in ended.stderr
     assert len([call for call in calls(tmp_path / "programs", "gcloud") if "train.py" in call]) == 1
 
 
-def test_tpu_gives_up_in_the_end(tmp_path: Path) -> None:
+def test_tpu_restarts_a_run_at_most_20_times(tmp_path: Path) -> None:
     assert tpu_pod(tmp_path, "exit 1", at_once=0).returncode == 1
     assert len([call for call in calls(tmp_path / "programs", "gcloud") if "train.py" in call]) == 20
 
 
 @pytest.mark.parametrize(("script", "arguments"), [("slurm.sh", []), ("tpu_pod.sh", ["slice", "us-a"])])
-def test_scripts_say_how_they_are_used(script: str, arguments: list[str]) -> None:
+def test_scripts_print_their_usage(script: str, arguments: list[str]) -> None:
     ended = subprocess.run(["bash", str(CLUSTER / script), *arguments], capture_output=True, text=True, timeout=20)
     assert ended.returncode != 0 and "RUN [options of scripts/train.py]" in ended.stderr

@@ -1,4 +1,5 @@
-"""Scores in arrays: the bits of pycocotools on published, made and random detections; memory without padding."""
+"""Scores computed in arrays equal pycocotools' to the last bit on published, handmade and random detections, in little
+memory."""
 
 import contextlib
 import io
@@ -61,7 +62,7 @@ def check_equal(truth: GroundTruth, found: DetectedBoxes, categories: int) -> No
 
 
 def columns(truth: dict[str, Any], detections: list[dict[str, Any]]) -> tuple[GroundTruth, DetectedBoxes, int]:
-    """The arguments of `coco_curves` of COCO's records."""
+    """Returns the arguments of `coco_curves` for COCO's records."""
     images = {image_id: i for i, image_id in enumerate(sorted(image["id"] for image in truth["images"]))}
     categories = {k: i for i, k in enumerate(sorted(category["id"] for category in truth["categories"]))}
     boxes, tail = truth["annotations"], []
@@ -80,8 +81,9 @@ def columns(truth: dict[str, Any], detections: list[dict[str, Any]]) -> tuple[Gr
 def random_data(
     seed: int, images: int, categories: int, boxes: int, detections: int, side: int, levels: int
 ) -> tuple[GroundTruth, DetectedBoxes, int]:
-    """Boxes with integer coordinates in a square of `side` pixels, so that many overlap equally, and few different scores.
-    Some have no area, a negative or a huge one; some areas are not the box's; some boxes are crowds or duplicates."""
+    """Draws boxes with integer coordinates in a square of `side` pixels, so that many overlap equally, and few
+    different scores. Some have no area, a negative or a huge one; some areas differ from the box's; some boxes are
+    crowds or duplicates."""
     rng = np.random.default_rng(seed)
 
     def squares(number: int) -> np.ndarray:
@@ -129,12 +131,12 @@ def random_data(
     levels=st.sampled_from([1, 4, 1000]),
 )
 @settings(max_examples=120, deadline=None)
-def test_random_data_has_the_bits_of_pycocotools(**sizes: int) -> None:
+def test_random_data_equals_pycocotools_to_the_last_bit(**sizes: int) -> None:
     check_equal(*random_data(**sizes))
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_only_the_best_hundred_of_an_image_and_class_count(seed: int) -> None:
+def test_only_the_best_hundred_detections_per_image_and_class_count(seed: int) -> None:
     truth, found, categories = random_data(seed, images=2, categories=2, boxes=60, detections=900, side=30, levels=5)
     check_equal(truth, found, categories)
     more = DetectedBoxes(
@@ -144,7 +146,7 @@ def test_only_the_best_hundred_of_an_image_and_class_count(seed: int) -> None:
         np.testing.assert_array_equal(own, other)
 
 
-def test_overlaps_of_any_floats_have_the_bits_of_pycocotools() -> None:
+def test_overlaps_of_any_floats_equal_pycocotools_to_the_last_bit() -> None:
     rng = np.random.default_rng(0)
     truth = np.concatenate([rng.uniform(0, 300, (400, 2)), rng.uniform(20, 120, (400, 2))], axis=1)
     found = (truth.repeat(6, axis=0) + rng.normal(0, 8, (2400, 4))).astype(np.float32).astype(float)
@@ -161,7 +163,7 @@ def fixture(shared_data: Path) -> tuple[dict, list[dict]]:
     return tuple(json.loads((folder / f"{name}.json").read_text()) for name in names)
 
 
-def test_fixture_has_the_bits_of_pycocotools(fixture: tuple) -> None:
+def test_fixture_equals_pycocotools_to_the_last_bit(fixture: tuple) -> None:
     truth, published = fixture
     assert any(a["iscrowd"] for a in truth["annotations"])
     made = detections_like(truth, 36.0, seed=0)
@@ -174,7 +176,7 @@ def test_fixture_has_the_bits_of_pycocotools(fixture: tuple) -> None:
     assert 0.3 < evaluate_coco(truth, made, ids).summary["AP"] < 0.45
 
 
-def test_val2017_has_the_bits_of_pycocotools(shared_data: Path) -> None:
+def test_val2017_equals_pycocotools_to_the_last_bit(shared_data: Path) -> None:
     truth = read_boxes(shared_data / "coco_val2017_boxes" / "val2017.txt")
     assert (len(truth["images"]), len(truth["annotations"])) == (4952, 36781)
     some = {image["id"] for image in truth["images"][:150]}
@@ -184,7 +186,7 @@ def test_val2017_has_the_bits_of_pycocotools(shared_data: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_truth_as_detections_has_precision_one(seed: int) -> None:
+def test_ground_truth_as_detections_has_precision_one(seed: int) -> None:
     rng = np.random.default_rng(seed)
     boxes_xywh = np.concatenate([rng.uniform(0, 500, (300, 2)), rng.uniform(1, 200, (300, 2))], axis=1)
     of_image, of_class = rng.integers(0, 20, 300), rng.integers(0, 3, 300)
@@ -192,11 +194,11 @@ def test_truth_as_detections_has_precision_one(seed: int) -> None:
     precision, recall, stats = in_arrays(truth, DetectedBoxes(of_image, of_class, boxes_xywh, rng.uniform(size=300)), 4)
     np.testing.assert_allclose(precision[:, :, :3, :, -1], 1, rtol=1e-12)
     np.testing.assert_array_equal(recall[:, :3, :, -1], 1)
-    assert (precision[:, :, 3] == -1).all() and (recall[:, 3] == -1).all()  # Nothing of this class is there to find.
+    assert (precision[:, :, 3] == -1).all() and (recall[:, 3] == -1).all()  # This class has no objects.
     np.testing.assert_allclose(stats[[0, 1, 2, 3, 4, 5, 8, 9, 10, 11]], 1, rtol=1e-12)
 
 
-def test_nothing_at_all_is_minus_one() -> None:
+def test_no_objects_and_no_detections_score_minus_one() -> None:
     nothing = GroundTruth(*(np.zeros(0, int),) * 2, np.zeros((0, 4)), np.zeros(0), np.zeros(0, bool))
     for categories in (0, 2):
         precision, recall, stats = in_arrays(nothing, DetectedBoxes(*nothing[:4]), categories)
@@ -204,14 +206,14 @@ def test_nothing_at_all_is_minus_one() -> None:
         assert (precision == -1).all() and (recall == -1).all() and stats.tolist() == [-1] * 12
 
 
-def test_overlap_beyond_float64_is_none() -> None:
+def test_an_overlap_beyond_float64_is_no_overlap() -> None:
     of_one, box = np.zeros(1, int), np.array([[0, 0, 1e200, 1e200]])
     truth = GroundTruth(of_one, of_one, box, np.ones(1), np.zeros(1, bool))
     precision, recall, _ = in_arrays(truth, DetectedBoxes(of_one, of_one, box, np.ones(1)), 1)
     assert (precision[:, :, 0, 0] == 0).all() and (recall[:, 0, 0] == 0).all()
 
 
-def test_how_many_pairs_are_looked_at_together_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_do_not_depend_on_the_number_of_pairs_processed_together(monkeypatch: pytest.MonkeyPatch) -> None:
     data = random_data(0, images=3, categories=2, boxes=60, detections=300, side=20, levels=9)
     at_once = in_arrays(*data)
     for pairs in (1, 50, 5000):
@@ -220,8 +222,8 @@ def test_how_many_pairs_are_looked_at_together_changes_nothing(monkeypatch: pyte
             np.testing.assert_array_equal(own, other)
 
 
-def test_one_crowded_image_does_not_cost_the_others_memory() -> None:
-    """2000 people in one of 3000 images: padded to the fullest, the overlaps alone would take 4.8 GB."""
+def test_one_crowded_image_does_not_increase_the_memory_of_the_others() -> None:
+    """One of 3000 images has 2000 people: if all were padded to it, the overlaps alone would take 4.8 GB."""
     rng = np.random.default_rng(0)
     of_truth = np.concatenate([np.zeros(2000, int), np.arange(3000)])
     of_found = np.concatenate([np.zeros(100, int), np.arange(3000)])

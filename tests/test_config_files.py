@@ -1,4 +1,4 @@
-"""Configs: files, overrides, JSON, checks, and the command line's one-line errors."""
+"""Configs: files, overrides, JSON, validation, and the one-line errors of the command line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def parse(*argv: str) -> Config:
     return parse_command_line(Arguments, Arguments(tyro.MISSING, Config()), ("--workdir", "x", *argv), "test").settings
 
 
-def test_defaults_are_the_papers() -> None:
+def test_the_defaults_are_those_of_the_paper() -> None:
     c = Config()
     assert (c.data.batch_size, c.data.short_side, c.data.long_side) == (16, 600, 1000)
     assert (c.model.backbone, c.model.prior, c.model.head_convs, c.model.fpn_channels) == ("resnet50", 0.01, 4, 256)
@@ -56,14 +56,14 @@ def help_text(capsys: pytest.CaptureFixture[str], option: str) -> str:
     return capsys.readouterr().out
 
 
-def test_help_lists_the_scripts_own_options_and_the_basic_fields(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_options_of_the_script_and_the_basic_fields(capsys: pytest.CaptureFixture[str]) -> None:
     shown = help_text(capsys, "--help").split()
     listed = {name for name in flatten(Config()) if f"--{name.replace('_', '-')}" in shown}
     assert listed == {name for name, known in options(Config).items() if known.basic} and 10 <= len(listed) <= 15
     assert {"--workdir", "--help-all"} <= {word.rstrip(":") for word in shown}
 
 
-def test_every_field_is_documented_with_its_bounds_in_the_long_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_all_documents_every_field_with_its_bounds(capsys: pytest.CaptureFixture[str]) -> None:
     shown = help_text(capsys, "--help-all")
     words = " ".join(shown.replace("│", " ").split())
     assert "Peak learning rate" in words and "(>= 0) (default: 0.01)" in words and "(px, >= 1) (default: 600)" in words
@@ -74,7 +74,7 @@ def test_every_field_is_documented_with_its_bounds_in_the_long_help(capsys: pyte
         assert len(after.strip("│ ")) > 8, f"{option} has no help"
 
 
-def test_overrides_are_typed() -> None:
+def test_overrides_have_the_type_of_their_field() -> None:
     config = parse(
         "--loss.gamma", "5", "--data.batch-size=32", "--data.jitter-short-sides", "640", "800", "--parallel", "pmap"
     )
@@ -105,7 +105,7 @@ def test_booleans_both_ways(argv: tuple[str, ...]) -> None:
         (("stray",), "stray"),
     ],
 )
-def test_a_wrong_override_is_one_line_that_names_what_exists(argv: tuple[str, ...], says: str) -> None:
+def test_the_error_for_an_unknown_option_names_existing_ones(argv: tuple[str, ...], says: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse(*argv)
     assert says in str(error.value) and "\n" not in str(error.value)
@@ -140,7 +140,7 @@ def test_an_invalid_value_names_its_field(name: str, value: object) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_unknown_override_in_code_names_what_exists() -> None:
+def test_the_error_for_an_unknown_override_names_existing_fields() -> None:
     with pytest.raises(ConfigError, match=r"loss\.gama: no such field; did you mean loss\.gamma"):
         override(Config(), {"loss.gama": 1.0})
 
@@ -157,7 +157,7 @@ def test_json_round_trip(gamma: float, sides: list[int], classes: int | None) ->
 
 
 @pytest.mark.parametrize(("mining", "read"), [("none", "none"), ("ohem", "ohem"), ("ohem_1_3", "ohem_1_3_strict")])
-def test_mining_of_earlier_versions_keeps_its_meaning(mining: str, read: str) -> None:
+def test_configs_of_earlier_versions_keep_their_mining(mining: str, read: str) -> None:
     saved = to_dict(override(Config(), {"loss.mining": mining}))
     del saved["loss"]["mining_normaliser"]
     assert from_dict(saved).loss == LossConfig(mining=read, mining_normaliser="assigned")
@@ -174,7 +174,7 @@ def test_json_with_a_wrong_field_or_type_is_refused_by_name() -> None:
         from_dict(saved)
 
 
-def test_only_what_computes_something_else_is_a_change() -> None:
+def test_only_fields_that_change_the_computation_are_changes() -> None:
     old = Config()
     assert meaning_changes(old, override(old, {"training.log_every": 7, "parallel": "pmap", "data.workers": 3})) == []
     assert meaning_changes(old, override(old, {"loss.gamma": 5.0, "seed": 3})) == [
@@ -205,7 +205,7 @@ def test_config_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_config(tmp_path / "wrong.py")
 
 
-def test_config_option_is_found_before_the_rest_is_parsed() -> None:
+def test_the_config_option_is_read_before_the_other_options() -> None:
     assert config_of(["--workdir", "x", "--config", str(ROOT / "configs/demo.py")], "absent.py").data.source == "scenes"
     assert config_of([f"--config={ROOT / 'configs/demo.py'}"], "absent.py").data.source == "scenes"
     with pytest.raises(ConfigError):

@@ -1,4 +1,4 @@
-"""The fields in which public detectors differ, one by one: sizes, pixels, ends of boxes, canvases, thresholds, clipping."""
+"""The fields in which public detectors differ: sizes, pixels, ends of boxes, padded shapes, thresholds, clipping."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_rounding_the_float_pixels_gives_the_uint8_ones(kind: str) -> None:
     assert (exact % 1 != 0).mean() > 0.5
 
 
-def test_whole_float_pixels_are_the_same_input_as_uint8_ones() -> None:
+def test_integer_float_pixels_are_the_same_input_as_uint8_ones() -> None:
     image = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3)).astype(np.uint8)
     sizes = jnp.array([[8, 6]], jnp.int32)
     for kind in ("detectron", "detectron2", "imagenet"):
@@ -66,7 +66,7 @@ def test_whole_float_pixels_are_the_same_input_as_uint8_ones() -> None:
 
 
 def test_inclusive_ends_are_detectrons() -> None:
-    """Detectron keeps x2 - 1, multiplies it by the scale, and adds the 1 again wherever it takes a width."""
+    """Detectron keeps x2 - 1, multiplies it by the scale, and adds the 1 again whenever it needs a width."""
     scale = np.array([2.0, 3.0], np.float32)
     made = to_padded_pixels(BOXES, scale, "inclusive")
     np.testing.assert_array_equal(made[0], [0, 0, (10 - 1) * 2 + 1, (20 - 1) * 3 + 1])
@@ -75,13 +75,13 @@ def test_inclusive_ends_are_detectrons() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(x=st.floats(0.1, 5), y=st.floats(0.1, 5), ends=st.sampled_from(["half_open", "inclusive"]))
-def test_boxes_come_back_from_the_canvas(x: float, y: float, ends: str) -> None:
+def test_boxes_return_from_padded_to_original_pixels(x: float, y: float, ends: str) -> None:
     scale = np.array([x, y], np.float32)
     back = to_original_pixels(to_padded_pixels(BOXES, scale, ends), scale, ends)
     np.testing.assert_allclose(back, BOXES, atol=1e-4)
 
 
-def test_no_buckets_give_the_smallest_canvas_that_holds_the_images() -> None:
+def test_no_buckets_give_the_smallest_padded_shape_that_contains_the_images() -> None:
     data = DataConfig(short_side=100, long_side=200, buckets=0, pixels="float32")
     assert exact_padded_shape((100, 133), data) == (128, 160)
     images = [np.full((height, width, 3), 9, np.uint8) for height, width in ((50, 66), (90, 60))]
@@ -91,11 +91,11 @@ def test_no_buckets_give_the_smallest_canvas_that_holds_the_images() -> None:
     assert batch.image_sizes.tolist() == [[100, 132], [150, 100], [150, 100]]
     assert batch.valid.tolist() == [True, True, False]
     assert (batch.images[0, :100, :132] == 9).all() and (batch.images[0, 100:] == 0).all()
-    # Training has four all the same.
+    # Training has four nevertheless.
     assert buckets(data, (100,)) == buckets(DataConfig(short_side=100, long_side=200), (100,))
 
 
-def test_images_that_fit_no_common_bucket_get_a_canvas_of_their_own() -> None:
+def test_images_that_fit_no_common_bucket_get_separate_padded_shapes() -> None:
     data = DataConfig(short_side=100, long_side=200)
     images = [np.zeros((100, 200, 3), np.uint8), np.zeros((200, 100, 3), np.uint8)]
     assert padded_batch(images[:1], data, 1).images.shape[1:3] == (128, 224)
@@ -110,7 +110,7 @@ def test_detectron2_centres_the_papers_cells_on_the_corner() -> None:
 
 
 def found(logits: np.ndarray, anchors: np.ndarray, counts: tuple[int, ...], **options: object) -> Detections:
-    """Detections on a 100 x 100 image, one class, deltas 0."""
+    """Detects on a 100 x 100 image with one class and deltas 0."""
     return detect(
         jnp.asarray(logits, jnp.float32)[None, :, None],
         jnp.zeros((1, len(anchors), 4)),
@@ -121,7 +121,7 @@ def found(logits: np.ndarray, anchors: np.ndarray, counts: tuple[int, ...], **op
     )
 
 
-def test_detectron_keeps_low_scores_on_the_coarsest_level_alone() -> None:
+def test_detectron_keeps_low_scores_on_the_coarsest_level_only() -> None:
     anchors = np.array([[0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 90, 90], [0, 50, 20, 90]])
     logits = np.array([2.0, -4.0, -4.0, -6.0])
     labels = found(logits, anchors, (2, 2)).labels
@@ -131,8 +131,8 @@ def test_detectron_keeps_low_scores_on_the_coarsest_level_alone() -> None:
     np.testing.assert_array_equal(made.boxes_xyxy[0, :3], anchors[[0, 2, 3]])
 
 
-def test_whole_boxes_are_suppressed_where_detectron2_clips_afterwards() -> None:
-    # Clipped, the first two are the same box; whole, they overlap little. The third lies outside: it is dropped at the end.
+def test_detectron2_suppresses_unclipped_boxes_and_clips_afterwards() -> None:
+    # Clipped, the first two are the same box; unclipped, they overlap little. The third is outside and dropped at the end.
     anchors = np.array([[90, 0, 100, 10], [90, 0, 300, 10], [110, 110, 120, 120], [50, 50, 60, 60]])
     logits = np.array([3.0, 2.0, 1.0, 0.0])
     before = found(logits, anchors, (4,), clip="before_nms")
@@ -167,14 +167,14 @@ def test_whole_boxes_are_suppressed_where_detectron2_clips_afterwards() -> None:
         ("loss.mining_batch", 0),
     ],
 )
-def test_impossible_values_of_the_method_are_refused_by_name(field: str, value: object) -> None:
+def test_invalid_values_of_the_method_are_refused_by_name(field: str, value: object) -> None:
     values, (section, name) = to_dict(Config()), field.split(".")
     values[section][name] = value
     with pytest.raises(ConfigError, match=rf"{re.escape(field)}\b"):
         validate(from_dict(values))
 
 
-def test_impossible_combinations_are_refused_by_name() -> None:
+def test_invalid_combinations_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"loss\.gamma\b"):
         validate(override(Config(), {"loss.kind": "focal_star", "loss.gamma": 0.0}))
     for kind in ("ohem_1_3", "ohem_1_3_strict"):

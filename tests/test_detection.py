@@ -1,4 +1,4 @@
-"""Detection against brute force, and planted objects that come back."""
+"""Detection equals brute force, and planted objects are found."""
 
 import functools
 
@@ -15,8 +15,8 @@ from retina_jax.ops.anchors import anchor_grid, level_counts
 from retina_jax.ops.boxes import decode, encode, iou_matrix
 from retina_jax.ops.postprocess import PADDING, Detections, best_logits, detect
 
-CANVAS, MODEL, ANCHORS, K = (64, 96), ModelConfig(), AnchorConfig(), 3
-GRID, COUNTS = anchor_grid(CANVAS, ANCHORS, MODEL), level_counts(CANVAS, ANCHORS, MODEL)
+PADDED_HW, MODEL, ANCHORS, K = (64, 96), ModelConfig(), AnchorConfig(), 3
+GRID, COUNTS = anchor_grid(PADDED_HW, ANCHORS, MODEL), level_counts(PADDED_HW, ANCHORS, MODEL)
 A = len(GRID)
 
 
@@ -34,7 +34,7 @@ def run(logits: np.ndarray, deltas: np.ndarray, sizes: list[tuple[int, int]], **
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), shape=st.sampled_from([(7, 3, 5), (20, 4, 9), (4, 2, 50), (3, 5, 3)]))
-def test_best_logits_are_the_top_k_of_all_equals_included(seed: int, shape: tuple[int, int, int]) -> None:
+def test_the_best_logits_are_the_top_k_of_all_with_ties(seed: int, shape: tuple[int, int, int]) -> None:
     anchors, classes, top_k = shape
     logits = jnp.asarray(np.random.default_rng(seed).integers(-3, 4, (anchors, classes)), jnp.float32)
     values, anchor, label = best_logits(logits, top_k)
@@ -44,7 +44,7 @@ def test_best_logits_are_the_top_k_of_all_equals_included(seed: int, shape: tupl
 
 
 def planted() -> tuple[np.ndarray, np.ndarray, list[tuple[list[float], int, float]]]:
-    """One image with three objects, each written into the outputs of the anchor that overlaps it most."""
+    """Returns an image with three objects, each written into the outputs of the anchor that overlaps it most."""
     logits, deltas = np.full((1, A, K), -8.0, np.float32), np.zeros((1, A, 4), np.float32)
     objects = [([4, 6, 40, 38], 2, 3.0), ([50, 10, 92, 60], 0, 2.0), ([5, 7, 41, 39], 1, 1.0)]
     for box, label, logit in objects:
@@ -55,10 +55,10 @@ def planted() -> tuple[np.ndarray, np.ndarray, list[tuple[list[float], int, floa
     return logits, deltas, objects
 
 
-def test_planted_objects_come_back_best_first() -> None:
+def test_planted_objects_are_found_best_first() -> None:
     logits, deltas, objects = planted()
     # The first and third share an anchor: the deltas are those of the third, one pixel off for the first.
-    found = run(logits, deltas, [CANVAS], max_detections=5)
+    found = run(logits, deltas, [PADDED_HW], max_detections=5)
     assert found.labels[0].tolist() == [2, 0, 1, PADDING, PADDING]
     np.testing.assert_allclose(found.scores[0, :3], 1 / (1 + np.exp([-3.0, -2.0, -1.0])), rtol=1e-6)
     for row, (box, _, _) in enumerate(objects):
@@ -68,7 +68,7 @@ def test_planted_objects_come_back_best_first() -> None:
     np.testing.assert_array_equal(found.scores[0, 3:], np.zeros(2))
 
 
-def test_boxes_are_clipped_to_the_image_not_the_canvas() -> None:
+def test_boxes_are_clipped_to_the_image_not_to_the_padded_image() -> None:
     logits, deltas, _ = planted()
     found = run(logits, deltas, [(50, 80)], max_detections=5)
     np.testing.assert_allclose(found.boxes_xyxy[0, 1], [50, 10, 80, 50], atol=1e-3)
@@ -76,13 +76,13 @@ def test_boxes_are_clipped_to_the_image_not_the_canvas() -> None:
 
 def test_score_of_exactly_the_threshold_is_dropped() -> None:
     logits, deltas = np.full((1, A, K), -50.0, np.float32), np.zeros((1, A, 4), np.float32)
-    logits[0, 10, 1], logits[0, 400, 2] = 0.0, 0.001  # sigmoid(0) is exactly .5
-    found = run(logits, deltas, [CANVAS], score_threshold=0.5, max_detections=4)
+    logits[0, 10, 1], logits[0, 400, 2] = 0.0, 0.001  # sigmoid(0) is exactly 0.5
+    found = run(logits, deltas, [PADDED_HW], score_threshold=0.5, max_detections=4)
     assert found.labels[0].tolist() == [2, PADDING, PADDING, PADDING]
 
 
 def test_image_with_nothing_above_the_threshold_is_all_padding() -> None:
-    found = run(np.full((2, A, K), -9.0), np.zeros((2, A, 4)), [CANVAS, CANVAS], max_detections=4)
+    found = run(np.full((2, A, K), -9.0), np.zeros((2, A, 4)), [PADDED_HW, PADDED_HW], max_detections=4)
     assert (np.asarray(found.labels) == PADDING).all()
     assert (np.asarray(found.scores) == 0).all()
 
@@ -118,7 +118,7 @@ def brute_force(
 
 
 @pytest.mark.parametrize("top_k", [5, 60])
-def test_detect_is_brute_force_on_every_image(top_k: int) -> None:
+def test_detect_equals_brute_force_on_every_image(top_k: int) -> None:
     rng = np.random.default_rng(top_k)
     logits, deltas = rng.normal(-3, 1.5, (2, A, K)).astype(np.float32), rng.normal(0, 0.2, (2, A, 4)).astype(np.float32)
     sizes, options = [(64, 96), (50, 70)], {"top_k": top_k, "max_detections": 20, "score_threshold": 0.25}
@@ -136,34 +136,34 @@ def test_detect_is_brute_force_on_every_image(top_k: int) -> None:
 def test_bfloat16_outputs_are_decoded_in_float32() -> None:
     logits, deltas, _ = planted()
     found = jax.jit(lambda x, d, s: detect(x, d, GRID, COUNTS, s, DetectionConfig()))(
-        jnp.asarray(logits, jnp.bfloat16), jnp.asarray(deltas, jnp.bfloat16), jnp.array([CANVAS], jnp.int32)
+        jnp.asarray(logits, jnp.bfloat16), jnp.asarray(deltas, jnp.bfloat16), jnp.array([PADDED_HW], jnp.int32)
     )
     assert found.boxes_xyxy.dtype == found.scores.dtype == jnp.float32
     assert found.boxes_xyxy.shape == (1, 100, 4)
     assert found.labels[0, :3].tolist() == [2, 0, 1]
 
 
-def test_levels_that_do_not_add_up_are_refused() -> None:
+def test_levels_that_do_not_match_the_outputs_are_refused() -> None:
     with pytest.raises(ValueError, match=f"there are {A} anchors"):
         detect(
             jnp.zeros((1, A, K)),
             jnp.zeros((1, A, 4)),
             GRID,
             COUNTS[:-1],
-            jnp.array([CANVAS], jnp.int32),
+            jnp.array([PADDED_HW], jnp.int32),
             DetectionConfig(),
         )
 
 
-def test_detect_under_shard_map_is_detect() -> None:
+def test_detect_is_the_same_under_shard_map() -> None:
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(-3, 1, (8, A, K)), jnp.float32)
     deltas = jnp.asarray(rng.normal(0, 0.2, (8, A, 4)), jnp.float32)
-    sizes, config = jnp.array([CANVAS] * 8, jnp.int32), DetectionConfig(top_k=20, max_detections=10)
+    sizes, config = jnp.array([PADDED_HW] * 8, jnp.int32), DetectionConfig(top_k=20, max_detections=10)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     by_device = jax.shard_map(
         compiled(config), mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data")
     )
     expected = compiled(config)(logits, deltas, sizes)
-    for got, whole in zip(jax.jit(by_device)(logits, deltas, sizes), expected, strict=True):
-        np.testing.assert_allclose(got, whole, atol=1e-4)
+    for got, reference in zip(jax.jit(by_device)(logits, deltas, sizes), expected, strict=True):
+        np.testing.assert_allclose(got, reference, atol=1e-4)

@@ -1,4 +1,4 @@
-"""A detector over devices and data sets: every image once, and the same answers however the work is split."""
+"""A detector over devices and datasets: every image once, and the same detections however the work is split."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ CONFIG = override(
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """253 small images of several shapes: no multiple of anything that divides the work."""
+    """Writes 253 small images of several shapes: a number that no batch size or number of devices divides."""
     sizes = [(48, 32), (32, 48), (40, 30), (33, 33)]
     return rectangles(tmp_path_factory.mktemp("many"), [sizes[i % 4] for i in range(253)])
 
 
 def found_with(source: Source, folder: Path, devices: int, parallel: str) -> tuple[dict, list[dict]]:
-    """Scores and COCO results of the untrained network; its answers are arbitrary, and always the same."""
+    """Returns scores and COCO results of the untrained network; its detections are arbitrary, but always the same."""
     config = override(CONFIG, {"devices": devices, "parallel": parallel})
     driver = Driver(config, 2)
     run = open_run(folder, config, source.class_names, source.category_ids)
@@ -72,8 +72,8 @@ def test_253_images_score_on_8_devices_as_on_one(
         np.testing.assert_allclose([r["score"] for r in more], [r["score"] for r in results], atol=5e-6)
 
 
-def test_detect_gives_what_evaluation_gives(source: Source, on_one_device: tuple[dict, list[dict]]) -> None:
-    """One by one through `detect`, from decoded pixels, the boxes of the evaluation pipeline."""
+def test_detect_equals_evaluation(source: Source, on_one_device: tuple[dict, list[dict]]) -> None:
+    """`detect`, given decoded pixels one image at a time, returns the boxes of the evaluation pipeline."""
     from retina_jax.data.decoding import to_rgb
 
     _, results = on_one_device
@@ -105,7 +105,7 @@ def test_a_detector_is_loaded_without_an_optimizer(tmp_path: Path, monkeypatch: 
     jax.tree.map(np.testing.assert_array_equal, detector.variables, state.variables)
 
 
-def test_detect_refuses_what_is_no_rgb_image() -> None:
+def test_detect_refuses_arrays_that_are_not_rgb_images() -> None:
     driver = Driver(override(CONFIG, {"devices": 1}), 2)
     detector = Detector(driver, driver.init_state().variables, ("a", "b"), (1, 2))
     for image in (

@@ -1,4 +1,4 @@
-"""README and docs: every command is one that its script takes, Python runs, every link and picture leads somewhere."""
+"""README and docs: every command is valid for its script, all Python runs, every link and picture exists."""
 
 from __future__ import annotations
 
@@ -30,16 +30,15 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "scripts").rglob("*.md"))]
 PYTHON = ".venv/bin/python"
 CHECKED_ELSEWHERE = {
-    ("README.md", "runs/mine/config.json"): "the listing of a run's folder, which is no command",
+    ("README.md", "runs/mine/config.json"): "a listing of a run's folder, not a command",
     ("docs/extending.md", "--- a/retina_jax/config.py"): "diffs: tests/test_extending.py applies them",
     ("docs/extending.md", '"""poly.py: is Poly-1'): "a sweep: tests/test_extending.py lists and trains it",
-    ("docs/results/check_data.md", "train: 205 images"): "what the command before it printed",
-    ("docs/results/check_data.md", "warning: classes"): "what the command before it printed",
-    ("docs/results/export.md", "compared on the first"): "what the command before it printed",
+    ("docs/results/check_data.md", "train: 205 images"): "output of the command above",
+    ("docs/results/check_data.md", "warning: classes"): "output of the command above",
 }
-"""(document, how the block begins): why the block is not taken for commands or Python here. None may be left over."""
+"""(document, beginning of the block): why the block is not checked here. Every entry must be used."""
 STAND_INS = {"CONFIG": "configs/paper_r50_600.py", "poly.py": "configs/sweeps/table1b.py"}
-"""Files that a reader has and this checkout has not."""
+"""Files of the reader that are not in this checkout, and files that replace them."""
 
 
 class Block(NamedTuple):
@@ -54,7 +53,7 @@ class Block(NamedTuple):
         return f"{self.document}: {self.text.splitlines()[0][:60]}"
 
     def listed(self) -> tuple[str, str] | None:
-        """Its entry of CHECKED_ELSEWHERE."""
+        """Returns its entry of CHECKED_ELSEWHERE."""
         entries = (e for e in CHECKED_ELSEWHERE if e[0] == self.document and self.text.startswith(e[1]))
         return next(entries, None)
 
@@ -70,21 +69,21 @@ OTHERS = [block for block in BLOCKS if block.listed() is None]
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of every command, lines that end in a backslash joined and comments left out."""
+    """Returns the words of every command; joins lines that end in a backslash and leaves out comments."""
     lines = text.replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 class Parsed(Exception):
-    """Thrown where a script has read its command line, before it does anything."""
+    """Raised when a script has read its command line, before it does anything."""
 
 
 @cache
 def script(path: Path) -> ModuleType:
-    """A script as a module, which ends by `Parsed` once it has read its command line."""
+    """Imports a script; its `main` raises `Parsed` once it has read its command line."""
     spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module  # dataclasses look their module up
+    sys.modules[module.__name__] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
 
     def parse_only(*arguments: object) -> None:
@@ -94,12 +93,12 @@ def script(path: Path) -> ModuleType:
         raise Parsed
 
     module.parse_command_line = parse_only
-    module.settings_of = lambda argv: Config()  # of a run, which is not here
+    module.settings_of = lambda argv: Config()  # instead of the config of a run, which does not exist here
     return module
 
 
 def check(words: list[str]) -> None:
-    """Raises AssertionError or PlainError where a command is not one that can be given."""
+    """Raises AssertionError or PlainError if a command is invalid."""
     program, *arguments = words
     if program == "make":
         names = re.findall(r"^(\w+)\b(?=:| \?=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -119,7 +118,7 @@ def check_script(arguments: list[str]) -> None:
     path = ROOT / arguments[0]
     assert path.is_file(), f"{path} is no file"
     given = []
-    for word in arguments[1:]:  # patterns are files, as a shell has it
+    for word in arguments[1:]:  # expands patterns as a shell does
         matching = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(word)) if re.search(r"[?*]", word) else []
         given += matching or [STAND_INS.get(word, word)]
     argv, where = sys.argv, Path.cwd()
@@ -152,7 +151,7 @@ def check_pytest(arguments: list[str]) -> None:
     assert all(file.is_file() for file in files), files
 
 
-def test_the_list_of_blocks_that_are_checked_elsewhere_is_tight() -> None:
+def test_every_block_listed_as_checked_elsewhere_exists_and_is_no_command() -> None:
     assert {block.listed() for block in BLOCKS} - {None} == set(CHECKED_ELSEWHERE)
     for block in BLOCKS:
         if block.listed() is not None and not block.language:
@@ -161,7 +160,7 @@ def test_the_list_of_blocks_that_are_checked_elsewhere_is_tight() -> None:
 
 
 @pytest.mark.parametrize("block", [b for b in OTHERS if not b.language], ids=lambda block: block.named)
-def test_commands_can_be_given(block: Block) -> None:
+def test_commands_are_valid(block: Block) -> None:
     for words in commands(block.text):
         check(words)
 
@@ -181,13 +180,13 @@ def test_commands_can_be_given(block: Block) -> None:
         ("tests/slurm/run.sh", "no program"),
     ],
 )
-def test_commands_that_cannot_be_given_are_told(line: str, complaint: str) -> None:
+def test_invalid_commands_are_detected(line: str, complaint: str) -> None:
     with pytest.raises((AssertionError, PlainError), match=re.escape(complaint)):
         check(commands(line)[0])
 
 
 def known_options() -> set[str]:
-    """Of all scripts, by their fields."""
+    """Returns the options of all scripts, as fields."""
     names = set(flatten(Config())) | set(flatten(Hosts())) | {"help"}
     for path in (ROOT / "scripts").glob("*.py"):
         names |= set(script(path).Arguments.__dataclass_fields__)
@@ -199,14 +198,14 @@ OF_OTHERS = {"help_all", "nodes", "ntasks_per_node", "signal", "zone", "worker",
 
 
 def named_in_text(path: Path) -> set[str]:
-    """The options that a document names outside its blocks, as fields."""
+    """Returns the options that a document names outside its blocks, as fields."""
     prose = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
     spans = re.findall(r"`([^`]+)`", prose)
     named = {name for span in spans for name in re.findall(r"(?<![\w-])--([a-z][\w.-]*)", span)}
     return {cli._field_name(f"--{name}") for name in named}
 
 
-def test_the_list_of_other_programs_options_is_tight() -> None:
+def test_every_listed_option_of_another_program_is_used() -> None:
     assert set().union(*map(named_in_text, DOCUMENTS)) - known_options() == OF_OTHERS
 
 
@@ -216,13 +215,13 @@ def test_options_named_in_the_text_exist(path: Path) -> None:
 
 
 def anchors(path: Path) -> set[str]:
-    """The names that GitHub gives to a document's headings."""
+    """Returns the names that GitHub gives to a document's headings."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S), re.M)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_and_pictures_lead_somewhere(path: Path) -> None:
+def test_links_and_pictures_exist(path: Path) -> None:
     prose = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
     for link in re.findall(r"\]\(([^)\s]+)\)", prose):
         if re.match(r"https?:", link):
@@ -234,7 +233,7 @@ def test_links_and_pictures_lead_somewhere(path: Path) -> None:
             assert anchor in anchors(target), f"{path.name}: {link}"
 
 
-def test_there_is_no_block_of_a_language_that_nothing_checks() -> None:
+def test_every_language_of_a_block_is_checked() -> None:
     assert {block.language for block in OTHERS} <= {"", "python"}
 
 
@@ -249,7 +248,7 @@ SMALL = {
     "check_data.py": "--data.short-side 64 --data.long-side 64",
     "export.py": "--count 2",
 }
-AT_HAND = """
+ASSUMED = """
 from pathlib import Path
 import numpy as np
 from loader import load
@@ -257,7 +256,7 @@ from PIL import Image
 names = sorted(Path("PHOTOS").iterdir())
 image = np.asarray(Image.open(names[0]))
 """
-"""What the documents' fragments take for given."""
+"""Names that the Python blocks of the documents assume."""
 RUN = """
 import importlib.util, json, sys
 from pathlib import Path
@@ -283,23 +282,23 @@ PYTHON_BLOCKS = [block for block in OTHERS if block.language == "python"]
 
 
 def write_own_data(folder: Path) -> None:
-    """What docs/own_data.md begins with: a JSON a split, and the images of both in one folder."""
+    """Writes the data that docs/own_data.md starts with: one JSON per split, and the images of both in one folder."""
     scenes = write_scenes(
         ScenesConfig(folder=str(folder / "scenes"), train_images=6, val_images=3, size=64, min_side=24.0, max_side=40.0)
     )
     shutil.copytree(scenes / "train", folder / "images")
     shutil.copy(scenes / "train.json", folder / "train.json")
-    truth = json.loads((scenes / "val.json").read_text())
-    for entry in truth["images"]:
+    ground_truth = json.loads((scenes / "val.json").read_text())
+    for entry in ground_truth["images"]:
         own = f"val_{entry['file_name']}"
         shutil.copy(scenes / "val" / entry["file_name"], folder / "images" / own)
         entry["file_name"] = own
-    (folder / "val.json").write_text(json.dumps(truth))
+    (folder / "val.json").write_text(json.dumps(ground_truth))
     (folder / "PHOTOS").symlink_to(scenes / "val")
     (folder / "configs").symlink_to(ROOT / "configs")
 
 
-def test_the_guide_to_own_data_can_be_followed_and_all_python_runs_after_it(tmp_path: Path) -> None:
+def test_the_commands_of_the_guide_and_all_python_blocks_run(tmp_path: Path) -> None:
     write_own_data(tmp_path)
     given = []
     for block in BLOCKS:
@@ -308,7 +307,7 @@ def test_the_guide_to_own_data_can_be_followed_and_all_python_runs_after_it(tmp_
                 assert program == PYTHON
                 name = Path(path).name
                 given.append((name, [*words, *shlex.split(SMALL.get(name, ""))]))
-    codes = {block.named: AT_HAND + block.text for block in PYTHON_BLOCKS}
+    codes = {block.named: ASSUMED + block.text for block in PYTHON_BLOCKS}
     (tmp_path / "run.py").write_text(RUN)
     arguments = (ROOT / "scripts", ROOT / "retina_jax" / "export", json.dumps(given), json.dumps(codes))
     done = processes.run(tmp_path / "run.py", *arguments, folder=tmp_path)

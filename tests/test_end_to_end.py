@@ -1,4 +1,4 @@
-"""Runs through the scripts, as a person starts them: trained, killed, resumed, scored, drawn, refused."""
+"""Runs started by the scripts, as a user starts them: trained, killed, resumed, scored, drawn, refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from retina_jax.runs.folder import training_lock
 
-# A network of a few seconds' compilation, in a config file as a person would write one.
+# A network that compiles in a few seconds, in a config file as a user would write it.
 TINY = """
 from retina_jax.config import *
 
@@ -47,7 +47,7 @@ def script(name: str, *arguments: object, ok: bool = True) -> subprocess.Complet
 
 
 def refused(name: str, *arguments: object, names: str) -> str:
-    """The one line with which the script refuses, which holds `names`."""
+    """Returns the one line with which the script refuses; asserts that it contains `names`."""
     done = script(name, *arguments, ok=False)
     lines = [line for line in done.stderr.splitlines() if line]
     assert done.returncode == 2, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -58,7 +58,7 @@ def refused(name: str, *arguments: object, names: str) -> str:
 
 @pytest.fixture(scope="session")
 def run(folder: Path) -> Path:
-    """A finished run of 12 steps."""
+    """Returns a finished run of 12 steps."""
     done = script("train", "--config", folder / "tiny.py", "--workdir", folder / "run")
     (folder / "run.log").write_text(done.stdout)
     return folder / "run"
@@ -73,7 +73,7 @@ def train_lines(run: Path) -> list[dict]:
     return [line for line in lines if line["event"] == "train"]
 
 
-def test_a_run_leaves_everything_it_should(run: Path) -> None:
+def test_a_run_writes_all_its_files(run: Path) -> None:
     summary = read(run / "summary.json")
     assert summary["steps"] == 12 and summary["images"] == 48 and summary["seconds"] > 0
     assert len(summary["parameters_sha256"]) == 64
@@ -97,8 +97,8 @@ def test_a_run_leaves_everything_it_should(run: Path) -> None:
         assert said in log, said
 
 
-def test_a_run_that_another_process_trains_is_left_as_it_is(run: Path, folder: Path) -> None:
-    """Also by a command that is allowed to change it."""
+def test_a_run_that_another_process_trains_is_not_changed(run: Path, folder: Path) -> None:
+    """This includes a command that may change the run."""
     before = (run / "config.json").read_bytes()
     with training_lock(run):
         change = ("--loss.gamma", 5, "--allow-changes", "loss.gamma", "--training.steps", 20)
@@ -134,7 +134,7 @@ def test_pmap_trains_the_same_run(run: Path, folder: Path) -> None:
     assert theirs["AR100"] == pytest.approx(ours["AR100"], abs=0.02)
 
 
-def test_evaluate_repeats_the_runs_own_scores(run: Path, folder: Path) -> None:
+def test_evaluate_reproduces_the_scores_of_the_run(run: Path, folder: Path) -> None:
     expected = read(run / "evaluation/step_00000012.json")
     copy = folder / "copy"
     shutil.copytree(run, copy)
@@ -217,7 +217,7 @@ def test_bad_input_is_one_line_that_names_it(folder: Path) -> None:
 
 
 def coco(folder: Path, **changes: object) -> tuple[Path, Path]:
-    """Four images with a box each, as a COCO JSON and a folder."""
+    """Writes four images with a box each, as a COCO JSON and a folder."""
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(1)
@@ -253,7 +253,7 @@ def own_data(folder: Path, work: Path, annotations: Path, images: Path) -> tuple
 
 @pytest.fixture(scope="session")
 def own_run(folder: Path) -> tuple[Path, Path, Path]:
-    """Returns a run of two steps on a small COCO data set, its annotations and its images."""
+    """Returns a run of two steps on a small COCO dataset, its annotations and its images."""
     annotations, images = coco(folder / "own")
     script("train", *own_data(folder, folder / "own_run", annotations, images))
     return folder / "own_run", annotations, images
@@ -270,7 +270,7 @@ def test_own_coco_data_trains_and_a_bad_image_is_named_or_skipped(folder: Path, 
     assert read(folder / "own_skip/summary.json")["steps"] == 2
 
 
-def test_an_annotation_of_nothing_is_named(folder: Path) -> None:
+def test_the_error_for_data_without_boxes_names_the_file(folder: Path) -> None:
     box = {"id": 9, "image_id": 99, "category_id": 1, "bbox": [1, 1, 5, 5], "area": 25, "iscrowd": 0}
     annotations, images = coco(folder / "unknown", annotations=[box])
     refused("train", *own_data(folder, folder / "unknown_run", annotations, images), names="image_id")
@@ -279,7 +279,7 @@ def test_an_annotation_of_nothing_is_named(folder: Path) -> None:
 
 
 def test_a_tensorflow_dataset_trains_as_its_coco_files_do(folder: Path, own_run: tuple[Path, ...]) -> None:
-    """The same images through TFDS: the same losses, step by step, and the same ground truth."""
+    """The same images through TFDS give the same losses, step by step, and the same ground truth."""
     from tfds_sets import example, store
 
     from retina_jax.data.datasets import read_coco
@@ -302,7 +302,7 @@ def test_a_tensorflow_dataset_trains_as_its_coco_files_do(folder: Path, own_run:
     assert scores[0] == scores[1]
 
 
-def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(folder: Path) -> None:
+def test_a_failed_evaluation_loses_no_step_and_is_repeated(folder: Path) -> None:
     annotations, images = coco(folder / "late")
     val_annotations, val_images = coco(folder / "late_val")
     (val_images / "1.png").write_bytes((val_images / "1.png").read_bytes()[:900])
@@ -317,7 +317,7 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(folder: Path)
     assert read(folder / "late_run/summary.json")["evaluation"]["images"] == 4
 
 
-def test_training_data_that_changed_under_a_run_is_refused(folder: Path, own_run: tuple[Path, ...]) -> None:
+def test_training_data_that_changed_since_the_run_started_is_refused(folder: Path, own_run: tuple[Path, ...]) -> None:
     workdir = shutil.copytree(own_run[0], folder / "changing_run")
     _, annotations, images = own_run
     command = own_data(folder, workdir, annotations, images)
@@ -331,7 +331,7 @@ def test_training_data_that_changed_under_a_run_is_refused(folder: Path, own_run
     refused("train", *command, names="config.json")
 
 
-def test_evaluate_with_other_settings_leaves_the_runs_own_score(run: Path) -> None:
+def test_evaluate_with_other_settings_does_not_change_the_scores_of_the_run(run: Path) -> None:
     before = read(run / "evaluation/step_00000012.json")
     script("evaluate", "--workdir", run, "--training.eval-images", 2)
     assert read(run / "evaluation/step_00000012.json") == before
@@ -341,7 +341,7 @@ def test_evaluate_with_other_settings_leaves_the_runs_own_score(run: Path) -> No
 
 
 def test_images_without_annotations_become_a_submission_and_are_refused_in_training(run: Path, folder: Path) -> None:
-    """COCO's test images: image_info_test-dev2017.json has images and categories, and no annotations."""
+    """COCO's image_info_test-dev2017.json has images and categories, but no annotations."""
     annotations = next((folder / "scenes").rglob("*val*.json"))
     document = {key: value for key, value in read(annotations).items() if key != "annotations"}
     test_dev = annotations.with_name("image_info_test-dev2017.json")
@@ -365,7 +365,7 @@ def test_images_without_annotations_become_a_submission_and_are_refused_in_train
     refused("train", *command, names=f"{test_dev}: annotations")
 
 
-def test_predict_never_writes_over_the_photographs(run: Path, folder: Path) -> None:
+def test_predict_never_overwrites_the_images(run: Path, folder: Path) -> None:
     photos = folder / "precious"
     photos.mkdir()
     Image.fromarray(np.full((40, 50, 3), 120, np.uint8)).save(photos / "a.png")

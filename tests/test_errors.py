@@ -1,4 +1,4 @@
-"""The last line of a script is one readable line, whatever names are in it."""
+"""The last line of a script is one readable line, whatever characters names contain."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_any_text_becomes_one_readable_line(text: str) -> None:
         assert line == text
 
 
-def test_a_long_line_keeps_the_place_of_the_error_and_what_to_do() -> None:
+def test_a_long_line_keeps_the_location_of_the_error_and_the_advice() -> None:
     line = one_line(f"weights.pth: has {RED * 10_000}; save the state dict alone")
     assert line.startswith("weights.pth: has \\x1b[31mred") and line.endswith("; save the state dict alone")
 

@@ -1,4 +1,4 @@
-"""COCO scores: the published fixture, perfect and empty detections, mistakes named."""
+"""COCO scores: the published fixture, perfect and empty detections, and errors that name the mistake."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ TRUTH = {
     "images": [{"id": 1, "width": 100, "height": 100}, {"id": 5, "width": 100, "height": 100}],
     "categories": [{"id": 3, "name": "cat"}, {"id": 9, "name": "dog"}, {"id": 4, "name": "eel"}],
     "annotations": [
-        # id 0 on purpose: pycocotools takes it for "not matched" unless it is renumbered
+        # id 0 on purpose: pycocotools reads it as "not matched" unless it is renumbered
         {"id": 0, "image_id": 1, "category_id": 3, "bbox": [10, 10, 40, 40], "area": 1600, "iscrowd": 0},
         {"id": 1, "image_id": 1, "category_id": 9, "bbox": [50, 50, 20, 20], "area": 400, "iscrowd": 0},
         {"id": 2, "image_id": 5, "category_id": 3, "bbox": [0, 0, 90, 90], "area": 8100, "iscrowd": 1},
@@ -35,7 +35,7 @@ def perfect(truth: dict) -> list[dict]:
 
 @pytest.fixture
 def fixture(shared_data: Path) -> tuple[dict, list[dict], dict[str, float]]:
-    """100 images of COCO, 734 detections, and the twelve published scores of boxes."""
+    """Returns 100 images of COCO, 734 detections, and the twelve published scores of boxes."""
     folder = shared_data / "coco_eval_fixture"
     truth = json.loads((folder / "instances_val2014_100.json").read_text())
     detections = json.loads((folder / "instances_val2014_fakebbox100_results.json").read_text())
@@ -49,7 +49,7 @@ def ids(truth: dict) -> list[int]:
 
 
 @BOTH
-def test_published_scores_are_met(fixture: tuple, evaluator: str) -> None:
+def test_published_scores_are_reproduced(fixture: tuple, evaluator: str) -> None:
     truth, detections, published = fixture
     before = copy.deepcopy((truth, detections))
     scores = evaluate_coco(truth, detections, ids(truth), evaluator=evaluator)
@@ -62,14 +62,14 @@ def test_published_scores_are_met(fixture: tuple, evaluator: str) -> None:
         assert line.endswith(f"= {value:.3f}")
 
 
-def test_truth_as_detections_scores_one(fixture: tuple) -> None:
+def test_ground_truth_as_detections_scores_one(fixture: tuple) -> None:
     truth, _, _ = fixture
     scores = evaluate_coco(truth, perfect(truth), ids(truth))
     for key in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"):
         assert scores.summary[key] == pytest.approx(1)
 
 
-def test_scoring_some_images_leaves_the_rest_out(fixture: tuple) -> None:
+def test_scoring_some_images_ignores_the_others(fixture: tuple) -> None:
     truth, _, _ = fixture
     some = set(ids(truth)[:20])
     detections = [d for d in perfect(truth) if d["image_id"] in some]
@@ -78,7 +78,7 @@ def test_scoring_some_images_leaves_the_rest_out(fixture: tuple) -> None:
 
 
 @BOTH
-def test_truth_scores_one_by_class_and_undefined_is_none(evaluator: str) -> None:
+def test_ground_truth_scores_one_per_class_and_an_undefined_score_is_none(evaluator: str) -> None:
     scores = evaluate_coco(TRUTH, perfect(TRUTH), [1, 5], evaluator=evaluator)
     assert scores.summary["AP"] == pytest.approx(1) and scores.summary["APm"] == pytest.approx(1)
     assert scores.summary["APl"] is None  # the only large box is a crowd
@@ -88,7 +88,7 @@ def test_truth_scores_one_by_class_and_undefined_is_none(evaluator: str) -> None
 
 
 @BOTH
-def test_no_detection_is_zero_with_truth_and_none_without(evaluator: str) -> None:
+def test_no_detections_score_zero_with_ground_truth_and_none_without(evaluator: str) -> None:
     assert evaluate_coco(TRUTH, [], [1, 5], evaluator=evaluator).summary["AP"] == 0
     empty = evaluate_coco(TRUTH | {"annotations": []}, [], [1, 5], evaluator=evaluator)
     assert set(empty.summary.values()) == {None} and list(empty.summary) == list(SUMMARY)
@@ -101,13 +101,13 @@ def test_classes_of_one_name_get_unique_names(evaluator: str) -> None:
 
 
 @BOTH
-def test_missing_area_and_crowd_flag_are_the_boxs_own_and_no(evaluator: str) -> None:
+def test_a_missing_area_is_that_of_the_box_and_a_missing_crowd_flag_is_false(evaluator: str) -> None:
     bare = [{k: a[k] for k in ("id", "image_id", "category_id", "bbox")} for a in TRUTH["annotations"][:2]]
     scores = evaluate_coco(TRUTH | {"annotations": bare}, perfect(TRUTH), [1], evaluator=evaluator)
     assert scores.summary["APm"] == pytest.approx(1) and scores.summary["APl"] is None
 
 
-def test_truth_of_other_images_and_categories_plays_no_part() -> None:
+def test_ground_truth_of_other_images_and_categories_is_ignored() -> None:
     strange = [TRUTH["annotations"][0] | {"id": 7, "category_id": 77}]
     truth = TRUTH | {"annotations": TRUTH["annotations"] + strange}
     for image_ids in ([1, 5], [5, 1], [1]):
@@ -135,7 +135,7 @@ DETECTION = {"image_id": 1, "category_id": 3, "bbox": [0.0, 0.0, 1.0, 1.0], "sco
         ),
     ],
 )
-def test_mistakes_are_named_in_one_line(arguments: dict, message: str) -> None:
+def test_errors_name_the_mistake_in_one_line(arguments: dict, message: str) -> None:
     with pytest.raises(EvaluationError, match=message) as error:
         evaluate_coco(**{"ground_truth": TRUTH, "detections": [], "image_ids": [1, 5]} | arguments)
     assert "\n" not in str(error.value)

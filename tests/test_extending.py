@@ -1,4 +1,4 @@
-"""docs/extending.md: what it prints is applied to a copy of the package, compared with formulas, and trained."""
+"""The changes in docs/extending.md are applied to a copy of the package, compared with formulas, and trained."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ for last in (["--index", "3"], ["--list"]):
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the package with the guide's additions."""
+    """Returns a copy of the package with the additions of the guide."""
     folder = tmp_path_factory.mktemp("extended")
     for part in ("retina_jax", "scripts", "configs"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
@@ -74,8 +74,8 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def apply_by_lines(folder: Path, diff: str) -> None:
-    """Apply a diff whose hunks have no line numbers, which would change with every edit of the files: the old lines of each
-    stand in its file exactly once."""
+    """Applies a diff whose hunks have no line numbers, which would change with every edit. The old lines of each hunk
+    must occur exactly once in the file."""
     for target, hunks in re.findall(r"^--- a/\S+\n\+\+\+ b/(\S+)\n(.*?)(?=^--- a/|\Z)", diff, re.MULTILINE | re.DOTALL):
         text = (folder / target).read_text()
         for hunk in re.split(r"^@@.*\n", hunks, flags=re.MULTILINE)[1:]:
@@ -88,7 +88,7 @@ def apply_by_lines(folder: Path, diff: str) -> None:
 
 
 def run(folder: Path, *command: str) -> str:
-    """What the command prints, in the copy and with its package."""
+    """Runs a command in the copy, with its package; returns what it prints."""
     environment = os.environ | {
         "PYTHONPATH": str(folder),
     }
@@ -105,12 +105,12 @@ def test_each_addition_is_under_twenty_lines() -> None:
 
 
 def poly(x_t: np.ndarray, weight: float) -> np.ndarray:
-    """The guide's formula, in float64."""
+    """Computes the guide's formula in float64."""
     p_t, q_t = 1 / (1 + np.exp(-x_t)), 1 / (1 + np.exp(x_t))
     return weight * (-(q_t**1.5) * np.log(p_t) + 2.0 * q_t**2.5)
 
 
-def test_the_backbone_and_the_loss_are_what_the_guide_says(extended: Path) -> None:
+def test_the_backbone_and_the_loss_of_the_guide_are_correct(extended: Path) -> None:
     answers = json.loads(run(extended, "-c", PROBE, json.dumps(LOGITS.tolist())).splitlines()[-1])
     assert Path(answers["package"]).is_relative_to(extended)
     for label, sign, weight in (("0", 1, 0.3), ("-1", -1, 0.7), ("-2", 1, 0.0)):
@@ -119,7 +119,7 @@ def test_the_backbone_and_the_loss_are_what_the_guide_says(extended: Path) -> No
         np.testing.assert_allclose(value, poly(x, weight), rtol=2e-5, atol=1e-9)
         slope = sign * (poly(x + step, weight) - poly(x - step, weight)) / (2 * step)
         np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-9)
-    # timm's resnet26 has 15,995,176 parameters, of which 2,049,000 classify and two for each of 15,424 channels are norms'.
+    # timm's resnet26 has 15,995,176 parameters: 2,049,000 of the classifier, two for each of 15,424 channels of the norms.
     assert answers["kernels"] == 15_995_176 - 2_049_000 - 2 * 15_424
 
 

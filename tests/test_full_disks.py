@@ -1,4 +1,5 @@
-"""Disks that fill up, turn read-only or give back other bytes under a real run: reported in one line, and no step lost."""
+"""A real run on a disk that fills up, becomes read-only or returns wrong bytes: it reports one line and loses no
+step."""
 
 from __future__ import annotations
 
@@ -21,14 +22,14 @@ OPTIONS = ("--training.steps", 50, "--training.pictures", 0, "--optimizer.bounda
 
 
 class SmallDisk:
-    """A file system of a few MB in a mount namespace of its own, seen from outside it under /proc."""
+    """A file system of a few MB in its own mount namespace, visible from outside under /proc."""
 
     def __init__(self, folder: Path, size: str) -> None:
         """`folder` is where it is mounted, for commands run `inside`. Raises OSError where nobody may mount."""
         self.mounted = folder
         for unshare in (["unshare", "-rm"], ["unshare", "-m"]):
             mount = f"mount -t tmpfs -o size={size} tmpfs {folder} && echo mounted && exec cat"
-            # It lasts as long as this process, which ends when its input does, with the tests at the latest.
+            # The namespace exists as long as this process, which ends with its input, at the latest when the tests end.
             self._holder = subprocess.Popen(
                 [*unshare, "sh", "-c", mount], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
             )
@@ -43,31 +44,31 @@ class SmallDisk:
         self.folder = Path(f"/proc/{self.holder}/root{folder}")
 
     def close(self) -> None:
-        """Everything on it is gone."""
+        """Unmounts the disk and deletes its content."""
         self._holder.stdin.close()
         self._holder.stdout.close()
         self._holder.wait(10)
 
     def fill(self, left: int = 0) -> None:
-        """Leave so many bytes."""
+        """Fills the disk up to this many free bytes."""
         stat = os.statvfs(self.folder)
         (self.folder / "ballast").write_bytes(bytes(stat.f_bavail * stat.f_frsize - left))
 
     def empty(self) -> None:
-        """Take back what `fill` wrote."""
+        """Deletes what `fill` wrote."""
         (self.folder / "ballast").unlink()
 
     def resize(self, size: str) -> None:
-        """Make it larger, with what is on it."""
+        """Enlarges the disk and keeps its content."""
         self._run("mount", "-o", f"remount,size={size}", self.mounted)
 
     def turn_read_only(self) -> None:
-        """Also under a process that has a file open for writing there, as a disk with errors turns."""
+        """Makes the disk read-only, also for a process that has a file open for writing, as a disk with errors does."""
         self._run("mount", "--bind", self.mounted, self.mounted)
         self._run("mount", "-o", "remount,bind,ro", self.mounted)
 
     def turn_writable(self) -> None:
-        """Undo it."""
+        """Makes the disk writable again."""
         self._run("umount", self.mounted)
 
     def _run(self, *command: object) -> None:
@@ -80,15 +81,15 @@ class Life:
 
     status: int
     lines: list[str]
-    """What it said, without the lines of the steps."""
+    """Its output, without the lines of the steps."""
     step: int
-    """Newest step in the metrics that it left."""
+    """Newest step in its metrics."""
     saved: int
-    """Newest checkpoint that it left."""
+    """Its newest checkpoint."""
 
 
 def mounted(folder: Path) -> SmallDisk:
-    """One of 6 MB; the test is skipped where there can be none."""
+    """Returns a disk of 6 MB; skips the test if it cannot be mounted."""
     if not shutil.which("unshare") or not shutil.which("nsenter"):
         pytest.skip("no unshare or no nsenter here")
     try:
@@ -105,8 +106,11 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallDisk]:
 
 
 @pytest.fixture(scope="module")
-def unbroken_and_lives(tmp_path_factory: pytest.TempPathFactory, disk: SmallDisk) -> tuple[Path, Path, dict[str, Life]]:
-    """A run on a good disk; the same run on one that all of this happened to; what each of its starts came to."""
+def uninterrupted_and_lives(
+    tmp_path_factory: pytest.TempPathFactory, disk: SmallDisk
+) -> tuple[Path, Path, dict[str, Life]]:
+    """Returns a run on a good disk, the same run on a disk with all these faults, and the result of each of its
+    starts."""
     folder = tmp_path_factory.mktemp("runs")
     config, unbroken, workdir = write_config(folder), folder / "unbroken", disk.folder / "run"
     lives: dict[str, Life] = {}
@@ -138,18 +142,18 @@ def unbroken_and_lives(tmp_path_factory: pytest.TempPathFactory, disk: SmallDisk
 
 
 def saved(workdir: Path) -> list[int]:
-    """Steps of the complete checkpoints, oldest first."""
+    """Returns the steps of the complete checkpoints, oldest first."""
     return sorted(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
 
 
 def newest(workdir: Path) -> int:
-    """Newest step in the metrics; 0 before the first."""
+    """Returns the newest step in the metrics; 0 before the first."""
     lines = metrics(workdir)
     return lines[-1]["step"] if lines else 0
 
 
 def flip(file: Path) -> None:
-    """One bit in the middle."""
+    """Flips a bit in the middle of a file."""
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 0x10
     file.write_bytes(content)
@@ -161,10 +165,10 @@ def resumed_at(life: Life, disk: SmallDisk) -> int:
     return int(re.search(rf"{re.escape(str(disk.mounted))}/run.*\bstep (\d+)$", line)[1])
 
 
-def test_a_disk_that_fills_in_a_save_costs_checkpoints_and_not_the_run(
-    unbroken_and_lives: tuple[Path, Path, dict[str, Life]], disk: SmallDisk
+def test_a_disk_that_fills_during_a_save_prevents_checkpoints_but_not_the_run(
+    uninterrupted_and_lives: tuple[Path, Path, dict[str, Life]], disk: SmallDisk
 ) -> None:
-    life = unbroken_and_lives[2]["full in a save"]
+    life = uninterrupted_and_lives[2]["full in a save"]
     assert life.status == 2 and life.step == 50
     steps = range(life.saved + 10, 51, 10)
     warnings = [line for line in life.lines if line.startswith("warning: ")]
@@ -177,9 +181,9 @@ def test_a_disk_that_fills_in_a_save_costs_checkpoints_and_not_the_run(
 
 
 def test_a_full_disk_stops_the_run_in_one_line(
-    unbroken_and_lives: tuple[Path, Path, dict[str, Life]], disk: SmallDisk
+    uninterrupted_and_lives: tuple[Path, Path, dict[str, Life]], disk: SmallDisk
 ) -> None:
-    _, _, lives = unbroken_and_lives
+    _, _, lives = uninterrupted_and_lives
     life = lives["full"]
     assert resumed_at(life, disk) == lives["full in a save"].saved
     assert life.status == 2 and life.saved >= 30
@@ -187,9 +191,9 @@ def test_a_full_disk_stops_the_run_in_one_line(
 
 
 def refuses_the_last_step(line: str, disk: SmallDisk) -> bool:
-    """Whether an error names one of the files of step 50 that a full disk has no room for.
+    """Returns whether an error names one of the files of step 50 that do not fit on a full disk.
 
-    Which of them is a matter of bytes: the rest of the last page of metrics.jsonl, and a checkpoint deleted meanwhile,
+    Which file it is depends on bytes: the rest of the last page of metrics.jsonl, and a checkpoint deleted meanwhile,
     decide whether the run reaches its last step and the evaluation there.
     """
     run = re.escape(f"error: {disk.mounted}/run/")
@@ -197,10 +201,10 @@ def refuses_the_last_step(line: str, disk: SmallDisk) -> bool:
     return re.match(rf"{run}{file}.*No space left on device", line) is not None
 
 
-def test_a_disk_that_turns_read_only_stops_the_run_in_one_line(
-    unbroken_and_lives: tuple[Path, Path, dict[str, Life]], disk: SmallDisk
+def test_a_disk_that_becomes_read_only_stops_the_run_in_one_line(
+    uninterrupted_and_lives: tuple[Path, Path, dict[str, Life]], disk: SmallDisk
 ) -> None:
-    _, _, lives = unbroken_and_lives
+    _, _, lives = uninterrupted_and_lives
     life = lives["read-only"]
     assert resumed_at(life, disk) == lives["full"].saved
     assert life.status == 2 and life.saved >= 40
@@ -209,18 +213,18 @@ def test_a_disk_that_turns_read_only_stops_the_run_in_one_line(
 
 
 def test_a_read_only_folder_is_refused_in_one_line(
-    unbroken_and_lives: tuple[Path, Path, dict[str, Life]], disk: SmallDisk
+    uninterrupted_and_lives: tuple[Path, Path, dict[str, Life]], disk: SmallDisk
 ) -> None:
-    life = unbroken_and_lives[2]["read-only from the start"]
+    life = uninterrupted_and_lives[2]["read-only from the start"]
     assert life.status == 2 and not any(line.startswith("resum") for line in life.lines)
     assert life.lines[-1].startswith(f"error: --workdir {disk.mounted}/run: ")
     assert life.lines[-1].endswith("Read-only file system")
 
 
-def test_a_damaged_checkpoint_is_told_of_and_the_one_before_taken(
-    unbroken_and_lives: tuple[Path, Path, dict[str, Life]], disk: SmallDisk
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
+    uninterrupted_and_lives: tuple[Path, Path, dict[str, Life]], disk: SmallDisk
 ) -> None:
-    _, workdir, lives = unbroken_and_lives
+    _, workdir, lives = uninterrupted_and_lives
     bad = lives["read-only"].saved
     (line,) = (line for line in lives["damaged"].lines if line.startswith("warning: "))
     assert line.startswith(f"warning: {disk.mounted}/run/checkpoints/{bad}: ")
@@ -229,8 +233,10 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_taken(
     assert (workdir / "checkpoints" / f"damaged-{bad}").is_dir()
 
 
-def test_after_all_of_it_the_run_is_the_unbroken_one(unbroken_and_lives: tuple[Path, Path, dict[str, Life]]) -> None:
-    unbroken, workdir, lives = unbroken_and_lives
+def test_the_run_with_all_faults_equals_the_uninterrupted_run(
+    uninterrupted_and_lives: tuple[Path, Path, dict[str, Life]],
+) -> None:
+    unbroken, workdir, lives = uninterrupted_and_lives
     assert lives["damaged"].status == 0
     assert measured(workdir) == measured(unbroken)
     assert summary(workdir)["parameters_sha256"] == summary(unbroken)["parameters_sha256"]
@@ -238,7 +244,7 @@ def test_after_all_of_it_the_run_is_the_unbroken_one(unbroken_and_lives: tuple[P
         assert "Traceback" not in "\n".join(life.lines), name
 
 
-def test_a_picture_that_finds_no_room_is_one_line_that_names_it(tmp_path: Path) -> None:
+def test_a_picture_that_does_not_fit_on_the_disk_is_reported_in_one_line(tmp_path: Path) -> None:
     small = mounted(tmp_path)
     try:
         small.fill()

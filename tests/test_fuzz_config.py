@@ -1,4 +1,5 @@
-"""Any config, as a dict, a file or a command line, is accepted with exactly its fields' types or refused in one line."""
+"""Any config, as a dict, a file or a command line, is accepted with exactly the types of its fields, or refused in one
+line."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ PYTHON = [
     (1, 2), (0.5,), {1, 2}, b"bytes", 1j, object(), np.float64(0.5), np.float32(0.5), np.int64(4), np.array([1.0, 2.0]),
     Config, Config(), len, NESTED, np.str_("focal"),
 ]  # fmt: skip
-"""What a config file can put into a field and JSON cannot."""
+"""Values that a config file can give to a field, but JSON cannot."""
 HOSTILE = st.sampled_from(SCALARS) | st.integers() | st.floats() | st.text(max_size=5)
 DEFAULTS = flatten(Config())
 NAMES = sorted(DEFAULTS)
@@ -58,7 +59,7 @@ SAVED = to_dict(override(Config(), {"model.num_classes": 3, "data.jitter_short_s
 
 
 def has_types(config: Any) -> bool:
-    """Every value is of exactly its field's type."""
+    """Returns whether every value has exactly the type of its field."""
     hints = typing.get_type_hints(type(config))
     return all(is_of(getattr(config, field.name), hints[field.name]) for field in fields(config))
 
@@ -91,7 +92,7 @@ def check_accepted(config: Config) -> str:
 
 @st.composite
 def mangled(draw: st.DrawFn) -> Any:
-    """The saved form of a config with up to three of its places changed."""
+    """Returns the saved form of a config with up to three changed entries."""
     saved = copy.deepcopy(SAVED)
     for _ in range(draw(st.integers(0, 3))):
         group, _, field = draw(st.sampled_from(NAMES)).rpartition(".")
@@ -117,7 +118,7 @@ def mangled(draw: st.DrawFn) -> Any:
 
 
 def same_values(read: Any, given: Any) -> bool:
-    """Every value given is in the config: a list as a tuple, a whole number as the float it equals."""
+    """Returns whether every given value is in the config: a list as a tuple, an integer as the float it equals."""
     if is_dataclass(read):
         return all(same_values(getattr(read, name), value) for name, value in given.items())
     if isinstance(read, tuple):
@@ -142,7 +143,7 @@ def test_any_dict_is_accepted_completely_or_refused_by_name(share: int) -> None:
 
 @st.composite
 def sources(draw: st.DrawFn) -> bytes:
-    """Config files: complete, with inserted tokens, with lost or changed bytes, or with any value in a field."""
+    """Draws config files: intact, with inserted tokens, with lost or changed bytes, or with any value in a field."""
     how = draw(st.sampled_from(["value", "tokens", "bytes"]))
     encoded = FILE.encode()
     if how == "tokens":
@@ -159,7 +160,7 @@ def sources(draw: st.DrawFn) -> bytes:
         kind = draw(st.sampled_from(["SCALARS", "PYTHON"]))
         index = draw(st.integers(0, len(globals()[kind]) - 1))
         *groups, field = name.split(".")
-        # Past __init__, whose types the tests check by machine and a script does not.
+        # Bypasses __init__, whose types the tests check but a script does not.
         lines = (
             "from retina_jax.config import Config",
             "from test_fuzz_config import PYTHON, SCALARS",
@@ -191,7 +192,8 @@ def test_any_file_is_accepted_or_refused_by_name(tmp_path: Path, share: int) -> 
 
 @st.composite
 def command_lines(draw: st.DrawFn) -> list[str]:
-    """Options with values of every kind, every second one the option's own, in every spelling, some of them misspelt."""
+    """Draws options with values of every kind, every second one valid for its option, in every spelling, some
+    misspelt."""
     words = []
     for _ in range(draw(st.integers(1, 4))):
         name = draw(st.sampled_from(NAMES))

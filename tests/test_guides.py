@@ -1,4 +1,4 @@
-"""Tables in docs/: conventions.md against the presets, reproducing.md against the sweeps and its own formula."""
+"""Tables in docs/: conventions.md equals the presets; reproducing.md equals the sweeps and its own formula."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BASE = load_config(ROOT / "configs" / "paper_ablations.py")
 
 
 def table(path: Path, heading: str) -> Iterator[list[str]]:
-    """The cells of each row of the first table under a heading."""
+    """Yields the cells of each row of the first table under a heading."""
     text = path.read_text().partition(f"\n## {heading}\n")[2]
     rows = re.search(r"^\|.*?\n(?!\|)", text, re.MULTILINE | re.DOTALL)[0].splitlines()
     return ([cell.strip() for cell in row.strip("|").split("|")] for row in [rows[0], *rows[2:]])
@@ -34,7 +34,7 @@ def shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def test_the_table_of_conventions_is_what_the_presets_set() -> None:
+def test_the_table_of_conventions_equals_the_presets() -> None:
     (_, *names), *rows = table(DOCS / "conventions.md", "Field by field")
     assert names == list(PRESETS)
     assert [row[0] for row in rows] == [f"`{field}`" for field in FIELDS]
@@ -43,12 +43,12 @@ def test_the_table_of_conventions_is_what_the_presets_set() -> None:
 
 
 def costs() -> dict[str, list[float]]:
-    """Table, as its row begins, to runs, PFLOP and the three columns of hours."""
+    """Returns, for the name of each table, runs, PFLOP and the three columns of hours."""
     _, *rows = table(DOCS / "reproducing.md", "What it costs")
     return {row[0].partition(",")[0]: [float(cell) for cell in row[1:]] for row in rows}
 
 
-def test_hours_follow_from_operations_and_the_rates_that_are_named() -> None:
+def test_hours_follow_from_operations_and_rates() -> None:
     rates = {}
     for column, number, exponent in re.findall(
         r"^\| ([\w ]+) \| ([\d.]+) · 10([⁰¹²³⁴-⁹]+)", (DOCS / "reproducing.md").read_text(), re.MULTILINE
@@ -63,7 +63,8 @@ def test_hours_follow_from_operations_and_the_rates_that_are_named() -> None:
 
 
 def test_the_rate_of_the_cpu_is_that_of_the_measured_step() -> None:
-    """The step of one image at 256 x 256 in docs/results/performance.md, three forward passes of 29.9 GFLOP each."""
+    """The step is that of one image at 256 x 256 in docs/results/performance.md: three forward passes of 29.9 GFLOP
+    each."""
     measured = re.search(
         r"^\| training step, 256² \| (\d+) ms", (DOCS / "results/performance.md").read_text(), re.MULTILINE
     )
@@ -76,13 +77,13 @@ def test_the_rate_of_the_cpu_is_that_of_the_measured_step() -> None:
 
 
 @pytest.mark.parametrize("name", ["1a", "1b", "3", "Figure 7"])
-def test_operations_are_those_that_list_tells(name: str) -> None:
+def test_operations_equal_those_of_list(name: str) -> None:
     _compare(name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["1c", "1d", "1e", "2", "5.1"])
-def test_operations_of_other_networks_are_those_that_list_tells(name: str) -> None:
+def test_operations_of_other_networks_equal_those_of_list(name: str) -> None:
     _compare(name)
 
 

@@ -1,4 +1,5 @@
-"""Options of several hosts, and how the others end when one host does; tests/test_several_hosts.py trains on them."""
+"""Options of several hosts, and the reaction of the other hosts if one ends; tests/test_several_hosts.py trains on
+them."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from retina_jax.distributed import ALONE, Hosts, check_same, exchange, from_prim
 ROOT = Path(__file__).parents[1]
 
 
-def test_one_host_is_the_primary_and_hears_itself() -> None:
+def test_a_single_host_is_primary_and_receives_its_own_messages() -> None:
     with joined(ALONE):
         assert hosts.is_primary() and not hosts.is_multihost() and hosts.share() == {"host": 0, "hosts": 1}
         assert exchange("é\n") == ["é\n"] and from_primary([1]) == [1]
@@ -41,7 +42,7 @@ def test_options_that_are_invalid_are_named(options: Hosts, says: str) -> None:
         pass
 
 
-# Facts that differ between hosts, in the place of what two processes would exchange.
+# Facts that differ between hosts, instead of those that two processes would exchange.
 def test_the_first_fact_that_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts, "exchange", lambda facts: [facts, {"data": "abc", "seed": 4}, facts])
     with pytest.raises(
@@ -77,7 +78,7 @@ with joined(Hosts(coordinator="127.0.0.1:" + port, hosts=2, host=host)):
         pytest.param(1, "os._exit(9)", "", 9, False, marks=pytest.mark.slow),  # JAX's heartbeat: 30 seconds
     ],
 )
-def test_the_end_of_one_host_ends_the_other(failing: int, what: str, own: str, status: int, collective: bool) -> None:
+def test_a_host_ends_if_the_other_ends(failing: int, what: str, own: str, status: int, collective: bool) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     script = FAILS.format(root=str(ROOT), failing=failing, what=what, collective=collective)

@@ -30,14 +30,14 @@ class Setting:
     eval_every: int
 
     def start(self, workdir: Path, log: Path | None = None) -> Process:
-        """The one command that starts the run and starts it again."""
+        """Starts the run, or starts it again by the same command."""
         options = {"steps": self.steps, "checkpoint-every": self.checkpoint_every, "eval-every": self.eval_every}
         words = [word for name, value in options.items() for word in (f"--training.{name}", value)]
-        words += ["--optimizer.ema-decay", 0.9]  # the running means are to come back to the bit as well
+        words += ["--optimizer.ema-decay", 0.9]  # the averaged parameters must also be restored to the last bit
         return start(self.config, workdir, *words, devices=2, log=log)
 
     def phase(self, workdir: Path, log: Path) -> str:
-        """What the process that said `log` was doing when it was stopped or killed."""
+        """Returns what the process with this log was doing when it was stopped or killed."""
         if not re.search(r"^step \d+/", log.read_text(errors="replace"), re.MULTILINE):
             return "starting"
         if (workdir / "checkpoints" / "saving").exists():
@@ -45,7 +45,7 @@ class Setting:
         return "evaluating" if self.awaits_evaluation(workdir) else "training"
 
     def awaits_evaluation(self, workdir: Path) -> bool:
-        """Whether the newest step is to be evaluated, and is not yet."""
+        """Returns whether the newest step must still be evaluated."""
         last = metrics(workdir)[-1]
         return last["event"] == "train" and last["step"] % self.eval_every == 0
 
@@ -54,7 +54,8 @@ SHORT = Setting(Path(), steps=60, checkpoint_every=5, eval_every=10)
 
 
 def check_same_run(workdir: Path, unbroken: Path, setting: Setting) -> None:
-    """The same parameters to the bit, metrics, scores, detections and files, and nothing left of a start before the last."""
+    """Asserts equal parameters (to the last bit), metrics, scores, detections and files, and that earlier starts left
+    nothing."""
     assert summary(workdir)["parameters_sha256"] == summary(unbroken)["parameters_sha256"]
     assert measured(workdir) == measured(unbroken)
     lines = measured(workdir)
@@ -68,13 +69,14 @@ def check_same_run(workdir: Path, unbroken: Path, setting: Setting) -> None:
 
 
 def files(workdir: Path) -> set[str]:
-    """All that is in a run's folder, hidden files too; of a checkpoint its name, as orbax numbers its files anew."""
+    """Returns all files in a run's folder, hidden ones too; a checkpoint counts as its name, since orbax numbers its
+    files anew."""
     found = {path.relative_to(workdir) for path in workdir.rglob("*")}
     return {str(path) for path in found if path.parts[0] != "checkpoints" or len(path.parts) < 3}
 
 
 When = Callable[[Process, Path], bool]
-"""Whether a start, given with its log, is where a signal is to meet it."""
+"""Returns whether a start, given with its log, has reached the moment for a signal."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +86,15 @@ class Life:
     status: int
     said: str
     seconds: float
-    """From the last signal to the end."""
+    """Seconds from the last signal to the end."""
     metrics: list[dict]
-    """As it left them."""
+    """Files after its end."""
     checkpoints: set[str]
 
 
 @pytest.fixture(scope="module")
 def unbroken_and_lives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, Life]]:
-    """The folders of a run that nothing happened to and of one that all of this happened to, one start after the other."""
+    """Returns the folder of an uninterrupted run, the folder of a run with all these signals, and its starts."""
     folder = tmp_path_factory.mktemp("kills")
     setting = dataclasses.replace(SHORT, config=write_config(folder))
     unbroken, workdir = folder / "unbroken", folder / "often_stopped"
@@ -117,11 +119,11 @@ def unbroken_and_lives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
         return lambda _, log: setting.phase(workdir, log) == phase
 
     def early_in_evaluating(process: Process, log: Path) -> bool:
-        """Also while the step before is still being saved."""
+        """Returns whether an evaluation has just begun, possibly while the step before is still being saved."""
         return setting.phase(workdir, log) != "starting" and setting.awaits_evaluation(workdir)
 
     with setting.start(unbroken) as process:
-        wait_for_step(unbroken, 1, process)  # it writes the scenes for both
+        wait_for_step(unbroken, 1, process)  # writes the scenes for both runs
         live("SIGTERM before a step", lambda process, _: catches(process, signal.SIGTERM), signal.SIGTERM)
         for phase in ("training", "saving", "evaluating"):
             live(f"SIGKILL in {phase}", in_phase(phase), signal.SIGKILL)
@@ -135,13 +137,13 @@ def unbroken_and_lives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 
 def catches(process: Process, number: signal.Signals) -> bool:
-    """Whether the process has said what is to be done at that signal."""
+    """Returns whether the process has logged that it handles the signal."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     return bool(int(status.split("SigCgt:")[1].split()[0], 16) >> (number - 1) & 1)
 
 
 def stopped_at(life: Life, number: str) -> int:
-    """The step that its last line names, with the signal; everything else that it should leave then is there too."""
+    """Returns the step in its last line, which names the signal; checks everything else that it must leave."""
     line = life.said.splitlines()[-1]
     found = re.search(rf"\b{number}\b.*\bstep (\d+)\b", line)
     assert found, line
@@ -156,8 +158,11 @@ def resumed_at(life: Life, workdir: Path) -> int:
     return int(step)
 
 
-def test_kills_and_signals_end_in_the_unbroken_run(unbroken_and_lives: tuple[Path, Path, dict[str, Life]]) -> None:
-    """The same parameters to the bit, and nothing in the folder that the unbroken run has not."""
+def test_kills_and_signals_do_not_change_the_result(
+    unbroken_and_lives: tuple[Path, Path, dict[str, Life]],
+) -> None:
+    """The parameters are equal to the last bit, and the folder has no other files than that of the uninterrupted
+    run."""
     unbroken, workdir, lives = unbroken_and_lives
     for phase in ("training", "saving", "evaluating"):
         assert lives[f"SIGKILL in {phase}"].status == -signal.SIGKILL
@@ -169,7 +174,7 @@ def test_kills_and_signals_end_in_the_unbroken_run(unbroken_and_lives: tuple[Pat
     check_same_run(workdir, unbroken, SHORT)
 
 
-def test_sigterm_saves_the_step_it_comes_at_and_exits_0(
+def test_sigterm_saves_the_current_step_and_exits_0(
     unbroken_and_lives: tuple[Path, Path, dict[str, Life]],
 ) -> None:
     _, workdir, lives = unbroken_and_lives
@@ -181,7 +186,7 @@ def test_sigterm_saves_the_step_it_comes_at_and_exits_0(
     assert resumed_at(lives["SIGTERM in evaluating"], workdir) == step
 
 
-def test_sigterm_in_an_evaluation_gives_it_up_until_the_next_start(
+def test_sigterm_in_an_evaluation_postpones_it_to_the_next_start(
     unbroken_and_lives: tuple[Path, Path, dict[str, Life]],
 ) -> None:
     _, workdir, lives = unbroken_and_lives
@@ -204,7 +209,7 @@ def test_ctrl_c_saves_and_exits_130_and_twice_ends_at_once(
     assert twice.seconds < 30
 
 
-def test_what_a_kill_left_half_written_is_cleared_away_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+def test_unfinished_files_of_a_killed_run_are_deleted_and_files_being_written_are_not(tmp_path: Path) -> None:
     (tmp_path / "evaluation").mkdir()
     left = [".config.json.123", ".write_test_123", ".metrics.jsonl", "evaluation/.step_00000010.json.7"]
     others = ["config.json", ".config.json", ".nfs0001", ".seconds.json.456"]
@@ -219,7 +224,8 @@ def test_what_a_kill_left_half_written_is_cleared_away_and_what_is_being_written
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_a_hundred_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
-    """SIGKILL while starting, training, saving and evaluating: drawn in time, counted by what is found afterwards."""
+    """SIGKILL hits starting, training, saving and evaluating at random times; the counts follow from what is found
+    afterwards."""
     kills, rng = 100, random.Random(0)
     setting = Setting(write_config(tmp_path), steps=4000, checkpoint_every=10, eval_every=20)
     unbroken, workdir = tmp_path / "unbroken", tmp_path / "killed"
@@ -237,7 +243,7 @@ def test_a_hundred_kills_at_random_moments_change_nothing(tmp_path: Path) -> Non
             assert time.monotonic() < started + 300, log.read_text()
             time.sleep(0.005)
         until = time.monotonic() + delay
-        # The run must not end before the last kill: it is killed early where it is further than its share of steps.
+        # The run must not end before the last kill, so it is killed early if it is beyond its share of the steps.
         share = setting.steps * number // (kills + 1)
         while time.monotonic() < until and newest(workdir) < share:
             time.sleep(0.01)
@@ -256,6 +262,6 @@ def test_a_hundred_kills_at_random_moments_change_nothing(tmp_path: Path) -> Non
 
 
 def newest(workdir: Path) -> int:
-    """Newest step in the metrics; 0 before the first."""
+    """Returns the newest step in the metrics; 0 before the first."""
     lines = metrics(workdir)
     return lines[-1]["step"] if lines else 0

@@ -1,4 +1,4 @@
-"""Matching against brute force in every mode, and at every boundary by hand."""
+"""Matching equals brute force in every mode; every boundary is tested by hand."""
 
 import functools
 
@@ -20,7 +20,7 @@ A, G = 60, 6
 
 
 def brute_force(ious: np.ndarray, labels: np.ndarray, config: MatchingConfig) -> tuple[np.ndarray, np.ndarray]:
-    """The rule written with the whole [A, G] matrix in hand."""
+    """Applies the rule with the complete [A, G] matrix."""
     ious = np.where(labels[None] >= 0, ious, -1)
     best, box_index = np.maximum(ious.max(axis=1), 0), ious.argmax(axis=1)
     tied = (ious == ious.max(axis=0)) & (ious > 0)
@@ -39,7 +39,7 @@ def compiled(mode: str) -> jax.stages.Wrapped:
 
 
 def strip(width: float, x: float = 0.0) -> list[float]:
-    """A box of height 1: its IoU with a box that contains it is the ratio of the widths."""
+    """Returns a box of height 1: its IoU with a box that contains it is the ratio of the widths."""
     return [x, 0.0, x + width, 1.0]
 
 
@@ -51,16 +51,16 @@ def labels_of(anchors: list, boxes: list, classes: list[int], mode: str = "none"
 @pytest.mark.parametrize("mode", MODES)
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), real=st.integers(0, G), coarse=st.booleans())
-def test_match_is_brute_force(mode: str, seed: int, real: int, coarse: bool) -> None:
+def test_match_equals_brute_force(mode: str, seed: int, real: int, coarse: bool) -> None:
     rng = np.random.default_rng(seed)
-    # Whole coordinates on a small canvas give ties between anchors, between boxes, and at the thresholds.
+    # Integer coordinates in a small image give ties between anchors, between boxes, and at the thresholds.
     corner = rng.uniform(0, 12, (A + G, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(1, 8, (A + G, 2))], axis=1)
     boxes = np.round(boxes).astype(np.float32) if coarse else boxes.astype(np.float32)
     boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 1)
     anchors, boxes = boxes[:A], boxes[A:]
     labels = np.full(G, -1, np.int32)
-    labels[rng.permutation(G)[:real]] = rng.integers(0, 80, real)  # padding may stand anywhere
+    labels[rng.permutation(G)[:real]] = rng.integers(0, 80, real)  # padding may be in any row
     matches = compiled(mode)(anchors, jnp.asarray(boxes), jnp.asarray(labels))
     ious = np.asarray(jax.jit(iou_matrix)(anchors, boxes))
     expected_labels, expected_index = brute_force(ious, labels, MatchingConfig(low_quality=mode))
@@ -87,12 +87,12 @@ def test_low_quality_modes_differ_on_a_weak_best_anchor(best_iou: float, expecte
         assert labels_of([strip(10 * best_iou), strip(1)], [strip(10)], [3], mode) == [expected[mode], BACKGROUND]
 
 
-def test_every_anchor_tied_for_the_best_is_rescued() -> None:
+def test_every_anchor_tied_for_the_best_is_positive() -> None:
     anchors = [strip(4, x=0), strip(4, x=6), strip(3.9, x=3)]
     assert labels_of(anchors, [strip(10)], [3], "band") == [3, 3, BACKGROUND]
 
 
-def test_rescued_anchor_keeps_the_box_it_overlaps_most() -> None:
+def test_a_low_quality_match_keeps_the_box_it_overlaps_most() -> None:
     # The only anchor is the best of both boxes, and the second overlaps it more.
     matches = match(
         np.array([strip(10)], np.float32),
@@ -122,7 +122,7 @@ def test_box_that_overlaps_no_anchor_makes_nothing_positive(mode: str) -> None:
     assert labels_of([strip(10), strip(10, x=20)], [strip(5, x=1000)], [3], mode) == [BACKGROUND, BACKGROUND]
 
 
-def test_match_under_vmap_is_match_of_each_image() -> None:
+def test_match_under_vmap_equals_match_of_each_image() -> None:
     rng = np.random.default_rng(0)
     corner = rng.uniform(0, 50, (A + 3 * G, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(5, 30, corner.shape)], axis=1).astype(np.float32)
@@ -147,7 +147,7 @@ def test_iou_is_computed_once_in_float32_and_memory_does_not_grow_with_boxes() -
     assert many.memory_analysis().temp_size_in_bytes < few.memory_analysis().temp_size_in_bytes + 20_000
 
 
-def test_matches_are_whole_numbers() -> None:
+def test_matches_are_integers() -> None:
     matches = compiled("none")(np.zeros((A, 4), np.float32), jnp.zeros((G, 4)), jnp.full(G, -1, jnp.int32))
     assert isinstance(matches, Matches)
     assert matches.labels.dtype == matches.box_index.dtype == jnp.int32

@@ -1,4 +1,4 @@
-"""NMS against the textbook loop."""
+"""NMS equals the textbook loop."""
 
 import functools
 
@@ -43,7 +43,7 @@ def kept_by(boxes: list, scores: list, labels: list, **options: float) -> list[i
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), threshold=st.sampled_from([0.3, 0.5]), classes=st.integers(1, 4))
-def test_nms_is_the_textbook_loop(seed: int, threshold: float, classes: int) -> None:
+def test_nms_equals_the_textbook_loop(seed: int, threshold: float, classes: int) -> None:
     rng = np.random.default_rng(seed)
     corner = rng.integers(0, 10, (N, 2))
     boxes = np.concatenate([corner, corner + rng.integers(1, 9, (N, 2))], axis=1).astype(np.float32)
@@ -99,7 +99,7 @@ def test_far_away_boxes_keep_their_digits() -> None:
     assert kept_by(boxes, [0.9, 0.8, 0.7], [79, 79, 79]) == [0, 1]
 
 
-def test_nms_under_vmap_is_nms_of_each_image() -> None:
+def test_nms_under_vmap_equals_nms_of_each_image() -> None:
     rng = np.random.default_rng(0)
     corner = rng.uniform(0, 40, (3, N, 2))
     boxes = jnp.asarray(np.concatenate([corner, corner + rng.uniform(5, 30, (3, N, 2))], axis=-1), jnp.float32)
@@ -136,7 +136,7 @@ def test_many_boxes_over_several_blocks_and_chunks(
     rng = np.random.default_rng(seed)
     corner = rng.uniform(0, spread, (number, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(10, 80, (number, 2))], axis=1).astype(np.float32)
-    scores = np.round(rng.random(number), 2).astype(np.float32)  # many equals, across the bounds of chunks too
+    scores = np.round(rng.random(number), 2).astype(np.float32)  # many equal scores, also across the bounds of chunks
     scores[rng.random(number) < 0.1] = -np.inf
     labels = rng.integers(0, classes, number).astype(np.int32)
     indices, valid = many(number, limit)(jnp.asarray(boxes), jnp.asarray(scores), jnp.asarray(labels))
@@ -154,7 +154,7 @@ def test_a_long_chain_of_suppression_within_a_block() -> None:
     assert kept_by(boxes, scores, [0] * 60, iou_threshold=0.4, max_detections=60) == list(range(0, 60, 2))
 
 
-def test_no_boxes_and_no_room() -> None:
+def test_no_boxes_and_no_output_rows() -> None:
     nothing = jnp.zeros((0, 4)), jnp.zeros(0), jnp.zeros(0, jnp.int32)
     indices, valid = nms(*nothing, iou_threshold=0.5, max_detections=3)
     assert indices.tolist() == [0, 0, 0] and not valid.any()

@@ -1,4 +1,5 @@
-"""The structure of the package: rooms stand on rooms below them, without circles, and no two files have one name."""
+"""The structure of the package: rooms import only from rooms below them, without circles, and no two files have one
+name."""
 
 import ast
 from collections import Counter
@@ -26,7 +27,8 @@ FLOOR = {room: floor for floor, row in enumerate(ROOMS) for room in row}
 
 
 def package() -> dict[str, set[str]]:
-    """Every module of the package with the modules of the package that it imports, at its top or in a function."""
+    """Returns every module of the package with the modules of the package that it imports, at its top or in a
+    function."""
     files = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in ROOT.glob("retina_jax/**/*.py")}
     modules = {name: file for name, file in files.items() if not name.endswith("__init__")}
     imports: dict[str, set[str]] = {}
@@ -39,7 +41,7 @@ def package() -> dict[str, set[str]]:
     return imports
 
 
-def test_no_module_imports_from_a_room_above_its_own() -> None:
+def test_no_module_imports_from_a_higher_room() -> None:
     upwards = [
         f"{name} imports {imported}"
         for name, imports in package().items()
@@ -71,7 +73,7 @@ def test_commands_import_no_weight_reader_before_weights_are_named() -> None:
 
 
 def package_at_the_top() -> dict[str, list[str]]:
-    """As `package`, without the imports inside functions."""
+    """Returns the same as `package`, without the imports inside functions."""
     found = {}
     for file in ROOT.glob("retina_jax/**/*.py"):
         nodes = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ImportFrom) and node.module]

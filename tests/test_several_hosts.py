@@ -1,4 +1,4 @@
-"""Two real processes of two devices each are one run: shared, stopped, killed, resumed, and the same as one process."""
+"""Two real processes of two devices each train one run: shared, stopped, killed, resumed, and equal to one process."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def begun(config: Path) -> Path:
-    """A run of one process on four devices, 100 steps. What follows starts from it: Adam's first steps, divided by their
-    own size, make rounding as large as gradients, and no two numbers of devices would agree."""
+    """Trains a run of one process on four devices for 100 steps. The other runs start from it: in Adam's first steps,
+    divided by their own size, rounding errors are as large as gradients, and no two numbers of devices would agree."""
     workdir = config.parent / "begun"
     process = start(config, workdir, devices=4)
     assert process.wait(300) == 0, workdir.with_suffix(".log").read_text()
@@ -35,7 +35,7 @@ MORE, LONG = (
 
 @pytest.fixture(scope="module")
 def alone(config: Path, begun: Path) -> Path:
-    """The same, 30 steps further."""
+    """Trains the same run for 30 more steps."""
     workdir = shutil.copytree(begun, config.parent / "alone")
     process = start(config, workdir, *MORE, "--training.profile-steps", "110:112", devices=4)
     assert process.wait(300) == 0, workdir.with_suffix(".log").read_text()
@@ -46,7 +46,8 @@ def alone(config: Path, begun: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def shared(config: Path, begun: Path) -> tuple[Path, Path]:
-    """The same by two hosts: SIGTERM to one, resumed, SIGKILL of host 1, resumed to its end; and a copy of it at SIGTERM."""
+    """Trains the same run on two hosts: SIGTERM to one, resumed, SIGKILL of host 1, resumed to its end. Also returns a
+    copy of the run at SIGTERM."""
     workdir = shutil.copytree(begun, config.parent / "shared")
     with Pair(config, workdir, *LONG) as pair:
         wait_for_step(workdir, 105, *pair.hosts)
@@ -73,12 +74,12 @@ def shared(config: Path, begun: Path) -> tuple[Path, Path]:
 
 
 def resumed(said: str, workdir: Path, step: int) -> bool:
-    """Whether a line tells that this run resumes at this step."""
+    """Returns whether a line reports that this run resumes at this step."""
     return re.search(rf"^resum.*{re.escape(str(workdir))}.*\bstep {step}$", said, re.MULTILINE) is not None
 
 
 def test_two_hosts_are_one_process_with_as_many_devices(alone: Path, shared: tuple[Path, Path]) -> None:
-    """The same losses, step by step, and the same AP, whatever happened to the hosts on the way."""
+    """The losses, step by step, and AP are the same, despite the signals to the hosts."""
     expected, got = losses(alone), losses(shared[0])
     assert got.keys() == expected.keys() and len(got) == 130
     assert list(got.values()) == pytest.approx(list(expected.values()), rel=1e-3)
@@ -89,8 +90,8 @@ def test_two_hosts_are_one_process_with_as_many_devices(alone: Path, shared: tup
 
 
 @pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
-def test_a_run_of_two_hosts_goes_on_alone(config: Path, alone: Path, shared: tuple[Path, Path], devices: int) -> None:
-    """Saved on 2 x 2 devices, resumed on 1 x 1 and on 1 x 8."""
+def test_a_run_of_two_hosts_resumes_on_one(config: Path, alone: Path, shared: tuple[Path, Path], devices: int) -> None:
+    """It is saved on 2 x 2 devices, and resumed on 1 x 1 and on 1 x 8."""
     workdir = shutil.copytree(shared[1], config.parent / f"on_{devices}")
     before = len(losses(workdir))
     process = start(config, workdir, "--training.steps", before + 5, devices=devices)
@@ -110,7 +111,8 @@ def test_hosts_of_other_configs_refuse_each_other(config: Path) -> None:
 
 
 def broken(config: Path, begun: Path) -> tuple[object, ...]:
-    """Options for the same images as a COCO folder, the last of them cut short. `begun` has made them."""
+    """Returns options for the same images as a COCO folder, in which the last image is truncated. `begun` has written
+    them."""
     folder = config.parent / "broken"
     if not folder.exists():
         annotations = next(path for path in (config.parent / "scenes").rglob("*train*.json"))
@@ -128,7 +130,7 @@ def broken(config: Path, begun: Path) -> tuple[object, ...]:
 
 
 def test_an_image_that_cannot_be_read_ends_all_hosts_by_name(config: Path, begun: Path) -> None:
-    """The host that reads it names it; the other ends with it."""
+    """The host that reads the image names it; the other one ends too."""
     with Pair(config, config.parent / "stops", *broken(config, begun)) as pair:
         statuses = pair.ended()
         assert 2 in statuses and {*statuses} <= {2, 75, -signal.SIGABRT}, pair.said()

@@ -1,4 +1,4 @@
-"""Minutes-long proofs on real data and at full size: `.venv/bin/pytest -m slow`."""
+"""Tests on real data and at full size that take minutes: `.venv/bin/pytest -m slow`."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 
 
 def train(workdir: Path, config: str, *overrides: object) -> dict:
-    """The summary of a training run."""
+    """Runs a training; returns its summary."""
     command = [sys.executable, "scripts/train.py", "--config", f"configs/{config}.py", "--workdir", str(workdir)]
     subprocess.run([*command, *map(str, overrides)], cwd=ROOT, check=True)
     return json.loads((workdir / "summary.json").read_text())
 
 
-def test_the_demo_reaches_ap_40_on_scenes_never_trained_on(tmp_path: Path) -> None:
+def test_the_demo_reaches_ap_40_on_held_out_scenes(tmp_path: Path) -> None:
     summary = train(tmp_path / "run", "demo", "--data.scenes.folder", tmp_path / "scenes")
     assert summary["evaluation"]["AP"] >= 0.40
 
 
 def test_own_data_reaches_ap50_70_on_blood_cells(tmp_path: Path, shared_data: Path) -> None:
-    """The command of docs/results/bccd.md."""
+    """Runs the command of docs/results/bccd.md."""
     bccd = shared_data / "bccd"
     page = (ROOT / "docs/results/bccd.md").read_text()
     command = page.split("```")[1].replace("\\\n", " ").split("--workdir")[1].split()[1:]
-    overrides = [word.replace("../shared/data/bccd", str(bccd)) for word in command]
+    overrides = [word.replace("data/bccd", str(bccd)) for word in command]
     summary = train(tmp_path / "run", "own_data", *overrides)
     assert summary["evaluation"]["images"] == 72
     assert summary["evaluation"]["AP50"] >= 0.70
 
 
 def test_the_papers_default_runs_at_full_size(tmp_path: Path, shared_data: Path) -> None:
-    """R50, 600 px, 80 classes, two images a step on real COCO images; finite losses and an evaluation of 8 images."""
+    """R50, 600 px, 80 classes, two real COCO images per step: finite losses and an evaluation of 8 images."""
     coco = shared_data / "coco_subset"
     summary = train(
         tmp_path / "run", "paper_r50_600", "--training.steps", 3, "--training.log-every", 1, "--data.batch-size", 2,
@@ -49,7 +49,8 @@ def test_the_papers_default_runs_at_full_size(tmp_path: Path, shared_data: Path)
 
 
 def test_the_papers_orderings_hold_in_miniature(tmp_path: Path) -> None:
-    """Those of docs/results/mini.md that lie far outside the spread over seeds. About ten minutes on two cores."""
+    """Checks those of docs/results/mini.md that exceed the standard deviation over seeds by far. It takes about ten
+    minutes on two cores."""
     backbone = ("--model.backbone-weights", tmp_path / "resnet18.safetensors")
     subprocess.run([sys.executable, "scripts/pretrain.py", *map(str, backbone)], cwd=ROOT, check=True)
     sweeps = [f"configs/sweeps/{name}.py" for name in ("table1a", "table1b", "table1c", "table3")]

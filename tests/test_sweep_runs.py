@@ -1,4 +1,5 @@
-"""Sweeps through the script: real processes, killed, restarted, at once; first with training stood in for, then for real."""
+"""Sweeps by the script in real processes: failed, killed, restarted, run in parallel; most tests replace training by a
+stand-in."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ def get_config():
         devices=1,
     )
 """
-# Stands in for scripts/train.py: takes a moment, writes what a run leaves, and notes each time it is called.
+# Replaces scripts/train.py: takes a moment, writes the files of a run, and records each call.
 STAND_IN = """
 import os, time
 from pathlib import Path
@@ -51,7 +52,7 @@ def train(config, folder):
     write_json(folder / "config.json", {})
     with (folder.parent / "calls.txt").open("a") as calls:
         calls.write(folder.name + "\\n")
-    if config.loss.gamma == 0.5 and not (folder.parent / "mended").exists():
+    if config.loss.gamma == 0.5 and not (folder.parent / "fixed").exists():
         raise ConfigError("this one always fails")
     if config.loss.gamma == 9.0:
         raise NonFiniteLoss("box_loss is inf at step 2 (seen in the window 1 to 4), images 5")
@@ -69,11 +70,11 @@ def get_sweep(base):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy of scripts/sweep.py beside a stand-in for train.py, a tiny base and a sweep."""
+    """Writes a copy of scripts/sweep.py, a stand-in for train.py, a small base config and a sweep."""
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts" / "sweep.py", tmp_path / "scripts")
     (tmp_path / "scripts" / "train.py").write_text(STAND_IN)
-    # The real one imports torch where that is installed: seconds for each process.
+    # The real tensorboardX imports torch if it is installed, which takes seconds in each process.
     (tmp_path / "scripts" / "tensorboardX.py").write_text("SummaryWriter = None\n")
     (tmp_path / "tiny.py").write_text(TINY.format(scenes=str(tmp_path / "scenes")))
     (tmp_path / "own.py").write_text(OWN)
@@ -86,14 +87,14 @@ def words(folder: Path, arguments: Sequence[object], files: Sequence[Path]) -> l
 
 
 class Started(NamedTuple):
-    """The script in a process (and session) of its own, and where its output goes."""
+    """The script in its own process and session, and its output files."""
 
     process: Process
     out: Path
     error: Path
 
     def ended(self, within: float) -> tuple[int, str, str]:
-        """Exit status, standard output and standard error."""
+        """Returns exit status, standard output and standard error."""
         return self.process.wait(within), self.out.read_text(), self.error.read_text()
 
 
@@ -116,7 +117,8 @@ Sweep = Callable[..., str]
 
 @pytest.fixture
 def sweep(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Sweep:
-    """The script in this process, which saves the seconds of its imports; what it launches are processes all the same."""
+    """Runs the script in this process, which saves the time of its imports; the script starts real processes
+    nevertheless."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
     def run(*arguments: object, code: int = 0, files: Sequence[Path] = (), scripts: Path | None = None) -> str:
@@ -149,7 +151,7 @@ def until(holds: Callable[[], bool], started: Started | None = None, seconds: fl
 
 
 def calls(folder: Path) -> list[str]:
-    """Folders that were trained in, in order; with a repetition for each time."""
+    """Returns the folders that were trained in, in order, one entry per call."""
     path = folder / "runs" / "calls.txt"
     return path.read_text().split() if path.exists() else []
 
@@ -160,11 +162,11 @@ def folders(folder: Path) -> dict[str, str]:
 
 
 def line_of(point: str, said: str) -> str:
-    """The last line about a point."""
+    """Returns the last line about a point."""
     return next(line for line in reversed(said.splitlines()) if re.search(rf"\b{re.escape(point)}\b", line))
 
 
-def test_the_local_launcher_goes_on_after_a_failure_and_runs_only_what_is_missing(folder: Path, sweep: Sweep) -> None:
+def test_the_local_launcher_continues_after_a_failure_and_runs_only_missing_points(folder: Path, sweep: Sweep) -> None:
     said = sweep("--jobs", 2, code=1)
     named = folders(folder)
     assert sorted(calls(folder)) == sorted(named.values())
@@ -175,13 +177,13 @@ def test_the_local_launcher_goes_on_after_a_failure_and_runs_only_what_is_missin
     diverged = json.loads((folder / "runs" / named["gamma_9.0"] / "diverged.json").read_text())
     assert diverged["step"] == 2 and diverged["message"].startswith("box_loss is inf")
 
-    (folder / "runs" / "mended").touch()
+    (folder / "runs" / "fixed").touch()
     said = sweep()
     assert re.search(r"\bgamma_0\.5\b.*resum", said) and "diverged" in line_of("gamma_9.0", said)
     assert calls(folder).count(named["gamma_0.5"]) == 2 and len(calls(folder)) == 5
 
 
-def test_an_index_is_one_point_and_its_exit_status_tells(folder: Path, sweep: Sweep) -> None:
+def test_an_index_runs_one_point_and_returns_its_exit_status(folder: Path, sweep: Sweep) -> None:
     for _ in range(2):
         assert "AP 50.0" in line_of("gamma_1.0", sweep("--index", 0))
     assert re.search(r"diverged.*\bstep 2\b", line_of("gamma_9.0", sweep("--index", 3)))
@@ -190,7 +192,7 @@ def test_an_index_is_one_point_and_its_exit_status_tells(folder: Path, sweep: Sw
     assert re.fullmatch(r"error: --index 4: .*\b3\b.*\n", sweep("--index", 4, code=2))
 
 
-def test_two_processes_at_one_point_train_it_once(folder: Path) -> None:
+def test_two_processes_train_one_point_once(folder: Path) -> None:
     (folder / "runs").mkdir()
     (folder / "runs" / "hold").touch()
     both = [start(folder, "--index", 1) for _ in range(2)]
@@ -207,24 +209,24 @@ def test_two_processes_at_one_point_train_it_once(folder: Path) -> None:
     assert len(calls(folder)) == 1
 
 
-def test_two_launchers_over_one_folder_train_each_point_once(folder: Path) -> None:
+def test_two_launchers_in_one_folder_train_each_point_once(folder: Path) -> None:
     both = [start(folder, "--only", "gamma_1.0", "--seeds", *seeds, seconds=1.0) for seeds in ((0, 1), (1, 0))]
     ends = [one.ended(200) for one in both]
     assert [status for status, *_ in ends] == [0, 0], ends
     assert len(calls(folder)) == len(set(calls(folder))) == 2
 
 
-def test_ended_by_sigterm_the_launcher_ends_its_points(folder: Path, sweep: Sweep) -> None:
+def test_sigterm_to_the_launcher_ends_its_points(folder: Path, sweep: Sweep) -> None:
     started = start(folder, "--jobs", 2, seconds=100)
     until(lambda: len(calls(folder)) == 2, started)
     begun = time.monotonic()
     started.process.terminate()
     status, _, error = started.ended(60)
     assert status == 130 and "interrupted" in error and time.monotonic() - begun < 30
-    assert "done" in line_of("gamma_1.0", sweep("--index", 0))  # nothing holds it any more
+    assert "done" in line_of("gamma_1.0", sweep("--index", 0))  # its lock is free
 
 
-def test_shared_runs_of_two_sweeps_are_trained_once(folder: Path, sweep: Sweep) -> None:
+def test_runs_shared_by_two_sweeps_are_trained_once(folder: Path, sweep: Sweep) -> None:
     own = folder / "own.py"
     own.write_text(OWN.replace("0.5, 9.0", "5.0"))
     other = folder / "other.py"
@@ -236,8 +238,8 @@ def test_shared_runs_of_two_sweeps_are_trained_once(folder: Path, sweep: Sweep) 
     assert len(calls(folder)) == len(set(calls(folder))) == 4
 
 
-def test_what_cannot_be_meant_is_one_line(folder: Path, sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")  # on a machine with SLURM too
+def test_an_invalid_option_ends_in_one_line(folder: Path, sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")  # hides SLURM if it is installed
     for arguments, says in (
         (["--loss.gama", 5], "loss.gamma"),
         (["--only", "gamma_7"], "--only gamma_7"),
@@ -250,8 +252,9 @@ def test_what_cannot_be_meant_is_one_line(folder: Path, sweep: Sweep, monkeypatc
         assert error.startswith("error: ") and error.count("\n") == 1 and says in error, error
 
 
-def test_a_sweep_killed_in_the_middle_ends_as_if_it_had_not_been(folder: Path, sweep: Sweep) -> None:
-    """With real training: done, diverged and broken points after SIGKILL; then only what is missing, by submitit."""
+def test_a_killed_sweep_is_completed_by_starting_it_again(folder: Path, sweep: Sweep) -> None:
+    """Trains in real processes: SIGKILL leaves finished, diverged and interrupted points; submitit then runs only the
+    missing ones."""
     (folder / "own.py").write_text(
         """
 def get_sweep(base):
@@ -273,10 +276,10 @@ def get_sweep(base):
     assert "nan" in message or "inf" in message
     assert not (runs / named["boom"] / "summary.json").exists()
     before = (runs / named["boom"] / "config.json").stat().st_mtime_ns
-    until(lambda: " running " not in sweep("--list", scripts=scripts))  # its child, too, takes a moment to die
+    until(lambda: " running " not in sweep("--list", scripts=scripts))  # the child process takes a moment to end
     assert "3 distinct runs: 1 diverged, 1 interrupted, 1 waiting" in sweep("--list", scripts=scripts)
 
-    # In processes of their own: submitit sets up logging anew, which under pytest closes the standard error TensorFlow has.
+    # Separate processes, since submitit configures logging again, which under pytest closes TensorFlow's standard error.
     slurm = ("--launcher", "slurm", "--slurm", "cluster=local")
     status, _, error = start(folder, *slurm, "nonsense=1", scripts=scripts).ended(60)
     assert status == 2 and error.startswith("error: --slurm: ") and "nonsense" in error and error.count("\n") == 1

@@ -1,7 +1,8 @@
-"""Every one of Table 1's 37 runs at full size takes a training step: `.venv/bin/pytest -m slow tests/test_sweep_sizes.py`.
+"""Every one of Table 1's 37 runs takes a training step at full size: `.venv/bin/pytest -m slow
+tests/test_sweep_sizes.py`.
 
-One image of noise with the largest padded shape of the config, 80 classes, the real optimizer; only the batch is smaller
-than the paper's. Each run has its own process, so that its memory is freed.
+Each uses one image of noise with the largest padded shape of the config, 80 classes and the real optimizer; only the
+batch is smaller than the paper's. Each run has its own process, so that its memory is freed.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ print(json.dumps({
 
 
 def distinct_runs() -> dict[str, Config]:
-    """Returns the runs by the first name of each, "table1a alpha_0.10" and so on."""
+    """Returns the runs by the first name of each, such as "table1a alpha_0.10"."""
     base = load_config(ROOT / "configs" / "paper_r50_600.py")
     runs: dict[str, tuple[str, Config]] = {}
     for path in sorted((ROOT / "configs" / "sweeps").glob("table1?.py")):
@@ -84,5 +85,5 @@ def test_a_run_of_table_1_takes_a_step_at_full_size(run: str) -> None:
     assert found["positives_per_image"] > 0 and found["classification_loss"] > 0 and found["box_loss"] > 0
 
 
-def test_there_are_37() -> None:
+def test_there_are_37_distinct_runs() -> None:
     assert len(RUNS) == 37

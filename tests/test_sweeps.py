@@ -20,9 +20,8 @@ from retina_jax.config import (
     ModelConfig,
     ScenesConfig,
     TrainingConfig,
-    options,
 )
-from retina_jax.config_io import flatten, load_config, override
+from retina_jax.config_io import flatten, load_config, options, override
 from retina_jax.runs.files import exclusive_lock
 from retina_jax.sweeps.launchers import _core_slots, _settings
 from retina_jax.sweeps.points import (
@@ -92,7 +91,7 @@ HINTS = {
 
 
 def changed(name: str, value: Any) -> Any:
-    """Another value of the field."""
+    """Returns another valid value of the field."""
     if get_origin(HINTS[name]) is Literal:
         return next(v for v in get_args(HINTS[name]) if v != value)
     if isinstance(value, bool):
@@ -105,12 +104,12 @@ def changed(name: str, value: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", flatten(Config()))
-def test_a_field_makes_another_run_unless_it_changes_no_outcome(name: str) -> None:
+def test_a_field_changes_the_run_only_if_it_changes_the_outcome(name: str) -> None:
     other = override(Config(), {name: changed(name, flatten(Config())[name])})
     assert (digest(other) == digest(Config())) == (options(Config)[name].outcome is False)
 
 
-def test_the_same_data_elsewhere_is_the_same_run() -> None:
+def test_the_same_data_at_another_path_is_the_same_run() -> None:
     one = Config(data=DataConfig(train_annotations="a/train.json", val_annotations="a/val.json", train_images="x"))
     two = Config(data=DataConfig(train_annotations="b/c/train.json", val_annotations="val.json", train_images="y"))
     assert digest(one) == digest(two)
@@ -121,7 +120,7 @@ def test_the_same_data_elsewhere_is_the_same_run() -> None:
 @pytest.mark.parametrize(
     ("value", "default", "typed"), [(5, 2.0, 5.0), ((1, 2), (0.5,), (1.0, 2.0)), (7, 8, 7), ((1,), (), (1,))]
 )
-def test_a_whole_number_is_the_float_it_stands_for(value: Any, default: Any, typed: Any) -> None:
+def test_an_integer_equals_the_float_of_its_value(value: Any, default: Any, typed: Any) -> None:
     assert repr(_typed(value, default)) == repr(typed)
 
 
@@ -133,9 +132,7 @@ def test_folder_names_do_not_change() -> None:
         return folder_name(override(base, {k.replace("__", "."): v for k, v in changes.items()}), base)
 
     assert named() == "base-f66fd119"
-    assert named(loss__normaliser="global").endswith(
-        "-44136fa3"
-    )  # as the base of earlier versions, whose default it was
+    assert named(loss__normaliser="global").endswith("-44136fa3")  # the default of earlier versions
     assert named(loss__kind="balanced_cross_entropy", loss__alpha=0.75) == (
         "alpha_0.75-kind_balanced_cross_entropy-"
         + digest(Config(loss=LossConfig(kind="balanced_cross_entropy", alpha=0.75)))
@@ -148,7 +145,7 @@ def test_folder_names_do_not_change() -> None:
     assert named(model__backbone_weights="torchvision:a b/../c:d").startswith("backbone_weights_c_d-")
 
 
-def test_a_long_name_is_cut_and_keeps_its_seed() -> None:
+def test_a_long_name_is_truncated_and_keeps_its_seed() -> None:
     other = override(Config(), {k: changed(k, v) for k, v in flatten(Config()).items() if k.startswith("detection")})
     name = folder_name(dataclasses.replace(other, seed=12), Config())
     assert "-seed12-" in name and len(name) <= 96 + 9
@@ -177,7 +174,7 @@ def test_a_long_name_is_cut_and_keeps_its_seed() -> None:
         ("def get_sweep(base): return {'a\\nb': {}}", "a point's name"),
     ],
 )  # fmt: skip
-def test_a_wrong_sweep_file_is_one_line_that_names_it(own: Path, text: str, says: str) -> None:
+def test_the_error_for_an_invalid_sweep_file_names_it_in_one_line(own: Path, text: str, says: str) -> None:
     own.write_text(text)
     with pytest.raises(ConfigError) as refused:
         write(own)
@@ -197,7 +194,7 @@ def test_a_list_in_overrides_is_a_tuple(own: Path) -> None:
     assert point.config.anchors.scales == (1.0, 1.5)
 
 
-def test_base_is_the_files_own_unless_they_disagree(own: Path) -> None:
+def test_the_base_is_that_of_the_files_unless_they_disagree(own: Path) -> None:
     bare, other = ModuleType("bare"), ModuleType("other")
     other.BASE = "elsewhere.py"
     assert base_file({own: load_sweep(own)}, PAPER).resolve() == ROOT / "configs" / "demo.py"
@@ -209,7 +206,7 @@ def test_base_is_the_files_own_unless_they_disagree(own: Path) -> None:
 # Manifests.
 
 
-def test_a_manifest_holds_the_complete_sweep(own: Path) -> None:
+def test_a_manifest_contains_the_complete_sweep(own: Path) -> None:
     base = override(load_config(PAPER), {"training.steps": 12})
     sweep = write(own, (0, 3), base)
     manifest = read_manifest(own.parent / "runs" / "sweeps" / "mine.json")
@@ -250,7 +247,7 @@ def test_without_write_the_same_points_are_returned_and_nothing_is_written(own: 
         planned(runs, base_path=ROOT / "configs" / "demo.py")
 
 
-def test_two_writers_at_once_lose_nothing(own: Path) -> None:
+def test_two_simultaneous_writers_lose_nothing(own: Path) -> None:
     threads = [threading.Thread(target=write, args=(own, (seed,))) for seed in range(6)]
     for thread in threads:
         thread.start()
@@ -258,7 +255,7 @@ def test_two_writers_at_once_lose_nothing(own: Path) -> None:
         thread.join()
     points = read_manifest(own.parent / "runs" / "sweeps" / "mine.json")["points"]
     assert len(points) == 24 and {p["seed"] for p in points} == set(range(6))
-    write(own)  # and it is one that this sweep would have written
+    write(own)  # the manifest is one that this sweep would have written
 
 
 @pytest.mark.parametrize(
@@ -270,7 +267,7 @@ def test_two_writers_at_once_lose_nothing(own: Path) -> None:
         ('"data.batch_size": batch', '"data.batch_size": 2 * batch', "point 'rate_0.001_batch_8': overrides:"),
     ],
 )
-def test_a_sweep_that_changed_is_refused_by_what_changed(own: Path, old: str, new: str, says: str) -> None:
+def test_the_error_for_a_changed_sweep_names_the_change(own: Path, old: str, new: str, says: str) -> None:
     write(own)
     own.write_text(OWN.replace(old, new))
     with pytest.raises(ConfigError, match="exists already and differs") as refused:
@@ -296,7 +293,7 @@ def test_what_changes_no_outcome_may_change(own: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["{", "[]", '{"points": 3}', '{"sweep": 1, "file": 1, "base": 1, "overrides": 1, "points": [{}]}']
 )
-def test_a_damaged_manifest_is_named(own: Path, text: str) -> None:
+def test_the_error_for_a_damaged_manifest_names_it(own: Path, text: str) -> None:
     write(own)
     (own.parent / "runs" / "sweeps" / "mine.json").write_text(text)
     with pytest.raises(ConfigError, match=r"mine\.json: .*delete it"):
@@ -327,7 +324,7 @@ def test_several_sweeps_are_indexed_by_their_distinct_runs() -> None:
     assert more[:3] == found and [row.point.folder for row in more[3:]] == ["x1", "y1", "z1"]
 
 
-def test_a_higher_seed_of_one_sweep_moves_no_index_of_another() -> None:
+def test_more_seeds_of_one_sweep_do_not_change_the_indices_of_another() -> None:
     found = tasks_of({**sweep_of("t", (0,), a="x"), **sweep_of("u", (0, 1), c="y", d="z")})
     more = tasks_of({**sweep_of("t", (0, 2), a="x"), **sweep_of("u", (0, 1), c="y", d="z")})
     assert more[: len(found)] == found and more[-1].point.folder == "x2"
@@ -378,7 +375,7 @@ def test_the_states_of_a_point(tmp_path: Path) -> None:
     assert state_of(tmp_path, POINT) == State("interrupted")  # it resumes, and is scored
 
 
-def test_looking_at_the_state_never_shows_a_point_as_running(tmp_path: Path) -> None:
+def test_reading_the_state_never_marks_a_point_as_running(tmp_path: Path) -> None:
     with exclusive_lock(lock_file(tmp_path, "p-1")):
         pass
     states: list[str] = []
@@ -394,7 +391,7 @@ def test_looking_at_the_state_never_shows_a_point_as_running(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("name", "text"), [("summary.json", "{"), ("summary.json", "[]"), ("diverged.json", "{}")])
-def test_a_damaged_summary_is_named(tmp_path: Path, name: str, text: str) -> None:
+def test_the_error_for_a_damaged_summary_names_it(tmp_path: Path, name: str, text: str) -> None:
     put(tmp_path, name, text)
     with pytest.raises(ConfigError, match=f"p-1/{name}: "):
         state_of(tmp_path, POINT)
@@ -424,8 +421,8 @@ def test_a_point_that_another_worker_trains_is_skipped(tmp_path: Path) -> None:
     assert not calls
 
 
-def test_a_worker_waits_for_a_look_at_the_state(tmp_path: Path) -> None:
-    """`state_of` holds the lock for an instant; a worker that starts then waits for it."""
+def test_a_worker_waits_while_the_state_is_read(tmp_path: Path) -> None:
+    """`state_of` holds the lock for an instant; a worker that starts meanwhile waits for it."""
     calls: list[Path] = []
     released = threading.Event()
     with exclusive_lock(lock_file(tmp_path, "p-1")):
@@ -436,7 +433,7 @@ def test_a_worker_waits_for_a_look_at_the_state(tmp_path: Path) -> None:
     assert len(calls) == 1
 
 
-def test_divergence_is_a_result_and_not_tried_again(tmp_path: Path) -> None:
+def test_divergence_is_a_result_and_is_not_retried(tmp_path: Path) -> None:
     calls: list[Path] = []
     diverges = trainer(
         calls, NonFiniteLoss("classification_loss is nan at step 3 (seen in the window 1 to 4), images 7")
@@ -449,7 +446,7 @@ def test_divergence_is_a_result_and_not_tried_again(tmp_path: Path) -> None:
     assert run_point(tmp_path, POINT, trainer(calls)).kind == "done" and len(calls) == 2
 
 
-def test_other_errors_are_raised_and_tried_again(tmp_path: Path) -> None:
+def test_other_errors_are_raised_and_retried(tmp_path: Path) -> None:
     calls: list[Path] = []
     with pytest.raises(ConfigError, match="its own"):
         run_point(tmp_path, POINT, trainer(calls, ConfigError("its own")))
@@ -475,7 +472,7 @@ def test_the_mean_padded_shape_is_of_the_mean_area() -> None:
     assert mean_padded_shape(jitter)[0] == 800
 
 
-def test_training_costs_three_passes_an_image() -> None:
+def test_training_costs_three_passes_per_image() -> None:
     model = ModelConfig(backbone="resnet18", base_width=4, fpn_channels=8, head_channels=8, head_convs=1)
     base = Config(model=model, data=DataConfig(short_side=64, long_side=64))
     cost = training_pflop(base)
@@ -537,7 +534,7 @@ def test_early_options_and_the_command_of_a_single_point() -> None:
         early_options(["--sweep", "a.py", "--sweep", "b.py"])
 
 
-def test_slurm_settings_are_whole_numbers_where_they_look_so() -> None:
+def test_slurm_settings_that_look_like_integers_are_integers() -> None:
     assert _settings(["timeout_min=2880", "slurm_partition=gpu", "slurm_time=1:00"]) == {
         "timeout_min": 2880, "slurm_partition": "gpu", "slurm_time": "1:00",
     }  # fmt: skip
@@ -545,7 +542,7 @@ def test_slurm_settings_are_whole_numbers_where_they_look_so() -> None:
         _settings(["gpu"])
 
 
-def test_slots_share_out_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("retina_jax.sweeps.launchers.ACCELERATORS", ())
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 2, 3, 5, 7}, raising=False)
     assert _core_slots(2) == [{0, 2}, {3, 5, 7}]

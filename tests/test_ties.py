@@ -1,4 +1,4 @@
-"""Which anchors tie for the best of a box is decided by the last bit of their IoUs, which no compiler may change."""
+"""The last bit of their IoUs decides which anchors tie for the best of a box, and no compiler may change it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ matching = partial(match, config=RULE)
 
 
 def reference_ious(boxes_xyxy: np.ndarray) -> np.ndarray:
-    """IoUs [A, G] of the anchors: detectron2's operations in float32, each rounded by itself."""
+    """Returns IoUs [A, G] of the anchors by detectron2's operations in float32, each rounded separately."""
     anchors, boxes = ANCHORS[:, None], boxes_xyxy[None]
     sides = np.minimum(anchors[..., 2:], boxes[..., 2:]) - np.maximum(anchors[..., :2], boxes[..., :2])
     intersection = np.maximum(sides, 0).prod(axis=2)
@@ -34,7 +34,7 @@ def reference_ious(boxes_xyxy: np.ndarray) -> np.ndarray:
 
 
 def reference(boxes_xyxy: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, bool]:
-    """(Labels [A] of the anchors, whether anchors tie for the best of every box.)"""
+    """Returns labels [A] of the anchors, and whether anchors tie for the best of every box."""
     ious = reference_ious(boxes_xyxy)
     best = ious.max(axis=1)
     tied = (ious == ious.max(axis=0)) & (ious > 0)
@@ -44,7 +44,7 @@ def reference(boxes_xyxy: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, b
 
 
 def images_with_ties(count: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Boxes [G, 4], labels [G] and expected labels [A] of IMAGES images, G = `count`."""
+    """Returns boxes [G, 4], labels [G] and expected labels [A] of IMAGES images, G = `count`."""
     rng = np.random.default_rng(count)
     found = 0
     while found < IMAGES:
@@ -58,8 +58,8 @@ def images_with_ties(count: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.nd
 
 
 def in_loss_program(boxes: jax.Array, labels: jax.Array) -> jax.Array:
-    """The labels [B, A] that the loss has for its anchors, by the signs of its gradient: of a class the logit must rise,
-    of the others fall, and of an ignored anchor neither."""
+    """Returns the labels [B, A] in the loss program, by the signs of its gradient: the logit of the class must rise,
+    those of the others fall, and those of an ignored anchor do neither."""
 
     def total(logits: jax.Array) -> jax.Array:
         deltas = jnp.zeros((len(labels), len(ANCHORS), 4))
@@ -72,24 +72,24 @@ def in_loss_program(boxes: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def alone(boxes: jax.Array, labels: jax.Array) -> jax.Array:
-    """By a program for one image."""
+    """Computes the labels by a program for one image."""
     program = jax.jit(matching)
     return jnp.stack([program(ANCHORS, *image).labels for image in zip(boxes, labels, strict=True)])
 
 
 def batched(boxes: jax.Array, labels: jax.Array) -> jax.Array:
-    """By a program for all images."""
+    """Computes the labels by a program for all images."""
     return jax.vmap(matching, in_axes=(None, 0, 0))(jnp.asarray(ANCHORS), boxes, labels).labels
 
 
 def by_pmap(function: Callable, boxes: jax.Array, labels: jax.Array) -> jax.Array:
-    """By a program for a share of the images, on each of the devices."""
+    """Computes the labels by a program for a share of the images on each device."""
     shares = (x.reshape(DEVICES, -1, *x.shape[1:]) for x in (boxes, labels))
     return jax.pmap(function)(*shares).reshape(IMAGES, -1)
 
 
 def by_mesh(function: Callable, boxes: jax.Array, labels: jax.Array) -> jax.Array:
-    """As the default driver does."""
+    """Computes the labels as the default driver does."""
     mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("data",))
     return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False))(
         boxes, labels
@@ -97,7 +97,7 @@ def by_mesh(function: Callable, boxes: jax.Array, labels: jax.Array) -> jax.Arra
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_labels_are_those_of_the_reference_in_every_program(count: int) -> None:
+def test_labels_equal_the_reference_in_every_program(count: int) -> None:
     boxes, labels, expected = map(np.stack, zip(*images_with_ties(count), strict=True))
     assert {BACKGROUND, IGNORED, 0, 1} == set(np.unique(expected))
     programs = {
@@ -113,7 +113,7 @@ def test_labels_are_those_of_the_reference_in_every_program(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 8, 50])
-def test_ious_are_those_of_the_reference_to_the_last_bit(count: int) -> None:
+def test_ious_equal_the_reference_to_the_last_bit(count: int) -> None:
     rng = np.random.default_rng(count)
     corner, sides = rng.uniform(0, 60, (count, 2)), rng.uniform(4, 30, (count, 2))
     boxes = np.concatenate([corner, corner + sides], axis=1).astype(np.float32)

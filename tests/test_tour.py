@@ -1,4 +1,4 @@
-"""docs/tour.ipynb: its cells run from top to bottom in a process of their own, and say and draw what they should."""
+"""docs/tour.ipynb: its cells run from top to bottom in a separate process, with the expected output and figures."""
 
 from __future__ import annotations
 

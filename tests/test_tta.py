@@ -28,7 +28,8 @@ FLIPPED_AND_SMALLER = {"detection__tta_flip": True, "detection__tta_short_sides"
 
 @functools.cache
 def detector(**changes: object) -> Detector:
-    """The untrained network of test_detector.py with arbitrary answers, the same for the same image."""
+    """Returns the untrained network of test_detector.py; its detections are arbitrary, but the same for the same
+    image."""
     named = {name.replace("__", "."): value for name, value in changes.items()}
     driver = Driver(override(CONFIG, {"devices": 1, **named}), 2)
     return Detector(driver, driver.init_state().variables, ("red", "green"), (1, 2))
@@ -40,7 +41,7 @@ def pictures(*sizes_hw: tuple[int, int]) -> list[np.ndarray]:
 
 
 def naive_merge(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, config: DetectionConfig) -> list[int]:
-    """Greedy suppression class by class, one box after the other."""
+    """Suppresses greedily class by class, one box after the other."""
     kept: list[int] = []
     for i in sorted(range(len(scores)), key=lambda i: (-scores[i], i)):
         x1, y1, x2, y2 = boxes[i].astype(np.float64)
@@ -68,9 +69,9 @@ def flipped_back(found: ImageDetections, width: int) -> ImageDetections:
     return dataclasses.replace(found, boxes_xyxy=np.stack([width - x2, y1, width - x1, y2], axis=1))
 
 
-def test_all_versions_are_run_and_merged_as_by_a_plain_loop() -> None:
-    """Images of a short side of 32 are enlarged by 2 or not at all, in which float32 rounds nothing: an image mirrored and
-    resized is to the bit the one resized and mirrored."""
+def test_all_versions_are_merged_as_by_a_plain_loop() -> None:
+    """Images with a short side of 32 are enlarged by 2 or not at all, which float32 does exactly: mirroring and resize
+    commute to the last bit."""
     single = [detector(), detector(data__short_side=32, data__long_side=48)]
     for image in pictures((32, 44), (32, 48)):
         parts = []
@@ -85,15 +86,15 @@ def test_all_versions_are_run_and_merged_as_by_a_plain_loop() -> None:
         (found,) = detector(**FLIPPED_AND_SMALLER).detect([image])
         assert_same(found, ImageDetections(boxes[kept], scores[kept], labels[kept], names))
         of_version = np.repeat(np.arange(4), [len(part.scores) for part in parts])
-        assert set(of_version[kept]) >= {0, 1}, "the answer is of several versions"
+        assert set(of_version[kept]) >= {0, 1}, "the result has detections of several versions"
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1), count=st.integers(0, 30), most=st.integers(1, 8), iou=st.sampled_from([0.3, 0.5])
 )
-def test_merging_is_the_naive_suppression(seed: int, count: int, most: int, iou: float) -> None:
-    """Also of equal scores, of which the first goes first, and of boxes without area."""
+def test_merging_equals_the_naive_suppression(seed: int, count: int, most: int, iou: float) -> None:
+    """This includes equal scores, of which the first has priority, and boxes without area."""
     rng = np.random.default_rng(seed)
     corner, size = rng.integers(0, 12, (count, 2)), rng.integers(0, 9, (count, 2))
     boxes = np.concatenate([corner, corner + size], axis=1).astype(np.float32)
@@ -102,7 +103,7 @@ def test_merging_is_the_naive_suppression(seed: int, count: int, most: int, iou:
     assert tta.merge(boxes, scores, labels, config, 30).tolist() == naive_merge(boxes, scores, labels, config)
 
 
-def test_the_answer_for_a_mirrored_image_is_the_mirrored_answer() -> None:
+def test_detections_of_a_mirrored_image_are_the_mirrored_detections() -> None:
     (image,) = pictures((64, 90))
     plain, augmented = detector(), detector(**FLIPPED_AND_SMALLER)
     for detecting, equal in ((augmented, True), (plain, False)):
@@ -113,14 +114,14 @@ def test_the_answer_for_a_mirrored_image_is_the_mirrored_answer() -> None:
             assert_same(back, one[0])
 
 
-def test_one_version_of_an_image_is_returned_and_nothing_is_merged() -> None:
+def test_a_single_version_is_returned_without_merging() -> None:
     images = pictures((40, 60))
     (plain,), (same,) = detector().detect(images), detector(detection__tta_short_sides=(64, 64)).detect(images)
     for name in ("boxes_xyxy", "scores", "labels"):
         np.testing.assert_array_equal(getattr(same, name), getattr(plain, name))
 
 
-def test_sizes_are_used_once_each_and_grow_in_proportion() -> None:
+def test_each_size_is_used_once_and_keeps_the_aspect_ratio() -> None:
     config = override(Config(), {"detection.tta_short_sides": (800, 600, 400, 800), "data.jitter_short_sides": (500,)})
     found = tta.sizes(config)
     assert [(data.short_side, data.long_side) for data in found] == [(600, 1000), (800, 1333), (400, 667)]
@@ -129,7 +130,7 @@ def test_sizes_are_used_once_each_and_grow_in_proportion() -> None:
     assert tta.versions(Config()) == 1
 
 
-def test_an_image_is_mirrored_in_its_place_in_the_padded_shape() -> None:
+def test_an_image_is_mirrored_inside_its_padded_image() -> None:
     images = pictures((30, 41), (17, 20))
     batch = padded_batch(images, dataclasses.replace(CONFIG.data, short_side=32, long_side=48), 3)
     mirrored = tta.mirrored(batch)
@@ -139,7 +140,7 @@ def test_an_image_is_mirrored_in_its_place_in_the_padded_shape() -> None:
     np.testing.assert_array_equal(tta.mirrored(mirrored).images, batch.images)
 
 
-def test_evaluation_over_devices_gives_what_detect_gives_and_compiles_one_program_per_shape(tmp_path: Path) -> None:
+def test_evaluation_on_two_devices_equals_detect_and_compiles_one_program_per_shape(tmp_path: Path) -> None:
     source = rectangles(tmp_path, [(48, 32), (40, 32), (44, 32), (48, 32), (40, 32)])
     config = override(detector(**FLIPPED_AND_SMALLER).config, {"devices": 2})
     driver = Driver(config, 2)

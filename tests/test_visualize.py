@@ -1,4 +1,4 @@
-"""Drawings: lines where the boxes are, labels inside the picture, fixed colours."""
+"""Drawings have lines at the boxes, labels inside the picture, and fixed colours."""
 
 import numpy as np
 import pytest
@@ -33,12 +33,12 @@ def test_box_lines_are_where_the_box_is_at_any_size(side: int, zoom: int) -> Non
     assert near(picture, class_colour(1))[side // 2].sum() >= 4  # both vertical lines, two pixels each
 
 
-def test_labels_stay_inside_and_boxes_outside_are_cut() -> None:
+def test_labels_stay_inside_and_boxes_are_clipped() -> None:
     image = np.full((60, 80, 3), 90, np.uint8)
     boxes = np.array([[-20, -20, 30, 30], [70, 0, 200, 200], [75, 55, 80, 60], [200, 200, 300, 300]], np.float32)
     scores = np.array([0.5, 0.6, 0.7, 1.0], np.float32)
     picture = draw(image, boxes, np.array([0, 1, 2, 30]), scores, class_names=NAMES)
-    for label in (0, 1, 2, 30):  # a plate as wide as its text, though the box is a sliver at the border
+    for label in (0, 1, 2, 30):  # the label is as wide as its text, although the box is a sliver at the border
         rows, columns = np.nonzero(near(picture, class_colour(label)))
         assert np.ptp(columns) > 40 and np.ptp(rows) > 8
 
@@ -60,7 +60,7 @@ def test_best_score_is_on_top() -> None:
         assert tuple(picture[200, 100]) == class_colour(top)
 
 
-def test_truth_is_dashed_white_and_degenerate_boxes_do_no_harm() -> None:
+def test_ground_truth_is_dashed_white_and_degenerate_boxes_are_drawn() -> None:
     image = np.full((480, 480, 3), 90, np.uint8)
     none = np.zeros((0, 4), np.float32)
     truth = np.array([[50, 50, 400, 400], [20, 20, 20, 20], [30, 30, 10, 10]], np.float32)
@@ -72,11 +72,11 @@ def test_truth_is_dashed_white_and_degenerate_boxes_do_no_harm() -> None:
 @pytest.mark.parametrize(
     ("score", "text"), [(0.874, ".87"), (0.05, ".05"), (0.994, ".99"), (0.995, "1.0"), (1.0, "1.0")]
 )
-def test_scores_are_two_digits(score: float, text: str) -> None:
+def test_scores_have_two_digits(score: float, text: str) -> None:
     assert format_score(score) == text
 
 
-def test_contact_sheet_holds_every_picture_unchanged() -> None:
+def test_the_contact_sheet_contains_every_picture_unchanged() -> None:
     pictures = [np.full((10 + 5 * i, 30 - 3 * i, 3), 100 + i, np.uint8) for i in range(5)]
     sheet = contact_sheet(pictures)
     for picture in pictures:
@@ -87,7 +87,7 @@ def test_contact_sheet_holds_every_picture_unchanged() -> None:
         contact_sheet([])
 
 
-def test_a_note_lengthens_the_label_of_its_box_alone() -> None:
+def test_a_note_lengthens_only_the_label_of_its_box() -> None:
     image = np.zeros((480, 480, 3), np.uint8)
     boxes, labels = np.array([[50, 100, 60, 110], [50, 300, 60, 310]], np.float32), np.array([0, 1])
     without = draw(image, boxes, labels, class_names=NAMES)

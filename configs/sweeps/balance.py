@@ -15,7 +15,7 @@ FACTORS = (0.2, 1.0, 5.0)
 
 
 def get_sweep(base: Config) -> dict[str, dict[str, Any]]:
-    """One run per loss and weight; those at the base's weight are Table 1b's gamma 0 and gamma 2."""
+    """Returns one run per loss and weight; those with the base's weight are Table 1b's gamma 0 and gamma 2."""
     losses = {"cross_entropy": balanced_cross_entropy(0.75), "focal": focal(2.0, 0.25)}
     return {
         f"{name}_box_x{factor:g}": {**loss, "loss.box_weight": base.loss.box_weight * factor}

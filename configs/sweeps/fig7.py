@@ -2,8 +2,8 @@
 
     python scripts/sweep.py --sweep configs/sweeps/fig7.py --workdir DIR
 
-Paper: many settings of FL* exceed 33.5 AP (blue curves); it does not list them. This grid is our choice: steepness
-1 to 4 by shift -1 to 2, including Table 3's two settings.
+Paper: many settings of FL* exceed 33.5 AP (blue curves); it does not list them. This grid is this project's choice: gamma
+(steepness) 1 to 4 by beta (shift) -1 to 2, including Table 3's two settings.
 """
 
 from typing import Any
@@ -16,5 +16,5 @@ BETAS = (-1.0, 0.0, 1.0, 2.0)
 
 
 def get_sweep(base: Config) -> dict[str, dict[str, Any]]:
-    """One run per setting."""
+    """Returns one run per setting."""
     return {f"gamma_{gamma}_beta_{beta}": focal_star(gamma, beta) for gamma in GAMMAS for beta in BETAS}

@@ -15,7 +15,7 @@ FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 def get_sweep(base: Config) -> dict[str, dict[str, Any]]:
-    """One run per loss and rate; those at the base's rate are Table 1b's gamma 0 and gamma 2."""
+    """Returns one run per loss and rate; those with the base's rate are Table 1b's gamma 0 and gamma 2."""
     losses = {"cross_entropy": balanced_cross_entropy(0.75), "focal": focal(2.0, 0.25)}
     return {
         f"{name}_rate_x{factor:g}": {**loss, "optimizer.learning_rate": base.optimizer.learning_rate * factor}

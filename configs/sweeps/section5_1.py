@@ -3,8 +3,8 @@
     python scripts/sweep.py --sweep configs/sweeps/section5_1.py --workdir DIR
 
 Paper (minival): cross entropy without the prior diverges, with it 30.2 AP; the hinge loss on p_t was unstable, without a
-meaningful result; focal loss with alpha 0.5 is 0.4 AP below alpha 0.25. The cross entropy is Table 1a's alpha 0.50, 30.2 AP
-too: positives and negatives weigh the same. On a base with the paper's prior `prior_0.01` is that run.
+meaningful result; focal loss with alpha 0.5 is 0.4 AP below alpha 0.25. The cross entropy is Table 1a's alpha 0.50, which
+also has 30.2 AP: positives and negatives have the same weight. On a base with the paper's prior, `prior_0.01` is that run.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from retina_jax.paper.settings import balanced_cross_entropy, focal
 
 
 def get_sweep(base: Config) -> dict[str, dict[str, Any]]:
-    """Without the prior, the initial probability of foreground is 0.5 for every anchor."""
+    """Returns the four runs. Without the prior, the initial probability of foreground is 0.5 for every anchor."""
     return {
         "no_prior": {**balanced_cross_entropy(0.5), "model.prior": 0.5},
         "prior_0.01": {**balanced_cross_entropy(0.5), "model.prior": 0.01},

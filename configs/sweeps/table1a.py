@@ -14,5 +14,5 @@ ALPHAS = ("0.10", "0.25", "0.50", "0.75", "0.90", "0.99", "0.999")
 
 
 def get_sweep(base: Config) -> dict[str, dict[str, Any]]:
-    """One run per alpha."""
+    """Returns one run per alpha."""
     return {f"alpha_{alpha}": balanced_cross_entropy(float(alpha)) for alpha in ALPHAS}

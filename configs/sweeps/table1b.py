@@ -15,5 +15,5 @@ ALPHA_OF_GAMMA = {0.0: 0.75, 0.1: 0.75, 0.2: 0.75, 0.5: 0.50, 1.0: 0.25, 2.0: 0.
 
 
 def get_sweep(base: Config) -> dict[str, dict[str, Any]]:
-    """One run per gamma."""
+    """Returns one run per gamma."""
     return {f"gamma_{gamma}": focal(gamma, alpha) for gamma, alpha in ALPHA_OF_GAMMA.items()}

@@ -3,8 +3,8 @@
     python scripts/sweep.py --sweep configs/sweeps/table1c.py --workdir DIR
 
 Paper (minival): 30.3, 31.9, 31.8, 32.4, 34.2, 34.0 and 33.8 AP, in the order of the points. S scales are 2^(k/S) for k < S
-("4 sub-octave scales 2^(k/4)", Section 5.2; those of 2 are inferred); one ratio is the square, three are 1:2, 1:1, 2:1. 3 by
-3 is the default.
+("4 sub-octave scales 2^(k/4)", Section 5.2; the paper does not state those of S = 2). One ratio is 1:1, three are 1:2, 1:1,
+2:1. The default is 3 by 3.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ RATIOS = {1: (1.0,), 3: (0.5, 1.0, 2.0)}
 
 
 def get_sweep(base: Config) -> dict[str, dict[str, Any]]:
-    """One run per set of anchors."""
+    """Returns one run per set of anchors."""
     return {
         f"scales_{scales}_ratios_{ratios}": {
             "anchors.scales": tuple(2.0 ** (k / scales) for k in range(scales)),

@@ -16,7 +16,7 @@ BATCHES = (128, 256, 512)
 
 
 def get_sweep(base: Config) -> dict[str, dict[str, Any]]:
-    """One run per kind of mining, NMS threshold and batch size; then the focal loss."""
+    """Returns one run per kind of mining, NMS threshold and batch size, then the focal loss."""
     points = {
         f"{mining}_{batch}_nms_{iou}": {
             **deeper(base),

@@ -16,7 +16,7 @@ SCALES = (400, 500, 600, 700, 800)
 
 
 def get_sweep(base: Config) -> dict[str, dict[str, Any]]:
-    """One run per depth and scale; depth 50 is the base's backbone."""
+    """Returns one run per depth and scale; depth 50 is the base's backbone."""
     depths = {50: {}, 101: deeper(base)}
     return {
         f"depth_{depth}_scale_{scale}": {**changes, **at_scale(base, scale), **focal(2.0, 0.25)}

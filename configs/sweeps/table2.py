@@ -13,6 +13,6 @@ from retina_jax.paper.settings import at_scale, deeper, jitter, longer, resnext
 
 
 def get_sweep(base: Config) -> dict[str, dict[str, Any]]:
-    """One run per backbone."""
+    """Returns one run per backbone."""
     recipe = {**at_scale(base, 800), **jitter(base), **longer(base, 1.5)}
     return {"resnet101": {**deeper(base), **recipe}, "resnext101": {**resnext(base), **recipe}}

@@ -13,7 +13,7 @@ from retina_jax.paper.settings import balanced_cross_entropy, focal, focal_star
 
 
 def get_sweep(base: Config) -> dict[str, dict[str, Any]]:
-    """One run per loss."""
+    """Returns one run per loss."""
     return {
         "cross_entropy": balanced_cross_entropy(0.75),
         "focal": focal(2.0, 0.25),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from benchmarks.photographs import IMAGES, batches_a_repetition, rest
+from benchmarks.photographs import IMAGES, batches_per_repetition, rest
 from benchmarks.work import BenchmarkError, Task, Work
 from retina_jax.config import DataConfig
 from retina_jax.data.datasets import read_coco
@@ -13,8 +13,9 @@ from retina_jax.data.source import DataError
 
 
 def make(task: Task) -> Work:
-    """`train_batches` of the first IMAGES of `task.annotations`; `task.size` gives the short and the long side."""
-    short_side, long_side = task.canvas
+    """Prepares `train_batches` of the first IMAGES of `task.annotations`; `task.size` gives the short and the long
+    side."""
+    short_side, long_side = task.padded_hw
     try:
         source = read_coco(task.annotations, task.images)
     except DataError as error:
@@ -22,7 +23,7 @@ def make(task: Task) -> Work:
     source = dataclasses.replace(source, records=source.records[:IMAGES])
     data = DataConfig(batch_size=task.batch, short_side=short_side, long_side=long_side)
     batches = train_batches(source, data, seed=task.seed)
-    count = batches_a_repetition(task.batch)
+    count = batches_per_repetition(task.batch)
 
     def run() -> None:
         for _ in range(count):

@@ -28,21 +28,24 @@ class Candidates(NamedTuple):
     labels: Int32[np.ndarray, " N"]
 
 
-def scene(batch: int, canvas: tuple[int, int], boxes: int, classes: int, seed: int) -> Scene:
-    """Images of smooth noise; the sides of boxes are log-uniform from 1/32 of the image to all of it, roughly as COCO's."""
+def scene(batch: int, size_hw: tuple[int, int], boxes: int, classes: int, seed: int) -> Scene:
+    """Returns images of smooth noise. The sides of the boxes are log-uniform from 1/32 to 1 of the image's, roughly as
+    COCO's."""
     rng = np.random.default_rng(seed)
-    height, width = canvas
+    height, width = size_hw
     coarse = rng.integers(0, 256, (batch, -(-height // 8), -(-width // 8), 3), np.uint8)
     images = coarse.repeat(8, axis=1).repeat(8, axis=2)[:, :height, :width]
     return Scene(
-        np.ascontiguousarray(images), boxes_in(rng, (batch, boxes), canvas), _labels(rng, (batch, boxes), classes)
+        np.ascontiguousarray(images), boxes_in(rng, (batch, boxes), size_hw), _labels(rng, (batch, boxes), classes)
     )
 
 
-def boxes_in(rng: np.random.Generator, shape: tuple[int, ...], canvas: tuple[int, int]) -> Float32[np.ndarray, "... 4"]:
-    """Boxes inside the image, with log-uniform sides."""
-    sides_hw = np.exp(rng.uniform(np.log(1 / 32), 0, (*shape, 2))) * np.array(canvas)
-    corners = rng.uniform(0, 1, (*shape, 2)) * (np.array(canvas) - sides_hw)
+def boxes_in(
+    rng: np.random.Generator, shape: tuple[int, ...], size_hw: tuple[int, int]
+) -> Float32[np.ndarray, "... 4"]:
+    """Returns boxes inside the image, with log-uniform sides."""
+    sides_hw = np.exp(rng.uniform(np.log(1 / 32), 0, (*shape, 2))) * np.array(size_hw)
+    corners = rng.uniform(0, 1, (*shape, 2)) * (np.array(size_hw) - sides_hw)
     return np.concatenate([corners[..., ::-1], (corners + sides_hw)[..., ::-1]], axis=-1).astype(np.float32)
 
 
@@ -53,7 +56,8 @@ def _labels(rng: np.random.Generator, shape: tuple[int, ...], classes: int) -> I
 def class_outputs(
     rows: int, classes: int, seed: int
 ) -> tuple[Float32[np.ndarray, "rows classes"], Int32[np.ndarray, " rows"]]:
-    """Logits around the prior 0.01, and labels: 1 row in 200 positive, 1 in 100 ignored (-2), the others background (-1)."""
+    """Returns logits around the prior 0.01, and labels: 1 row in 200 positive, 1 in 100 ignored (-2), the others
+    background (-1)."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(-4.6, 1.5, (rows, classes)).astype(np.float32)
     draw = rng.uniform(size=rows)
@@ -62,7 +66,8 @@ def class_outputs(
 
 
 def candidates(number: int, classes: int, seed: int) -> Candidates:
-    """Clusters as a detector outputs them: about ten boxes near each object, most of its class; nearer ones score higher."""
+    """Returns clusters as a detector outputs them: about ten boxes near each object, most of them of its class. Nearer
+    ones score higher."""
     rng = np.random.default_rng(seed)
     objects = max(1, number // 10)
     boxes, labels = boxes_in(rng, (objects,), (800, 1333)), _labels(rng, (objects,), classes)

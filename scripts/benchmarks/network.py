@@ -28,7 +28,7 @@ SCORES_ABOVE, LOGIT_STD = 1000, 1.5
 
 
 def make(task: Task) -> Work:
-    """The work of `task`."""
+    """Returns the work of `task`."""
     driver = Driver(config_of(task), task.classes)
     inputs = driver.shard_batch(inputs_of(task))
     return {"step": step, "forward": forward, "detect": detect, "compile": compile_step}[task.name](
@@ -37,8 +37,8 @@ def make(task: Task) -> Work:
 
 
 def config_of(task: Task) -> Config:
-    """The paper's recipe on one device, with a learning rate too small to change the weights. Strides are in the 3x3, as in
-    the peers, which costs 2 % more."""
+    """Returns the paper's recipe on one device, with a learning rate too small to change the weights. Strides are in
+    the 3x3, as in the peers, which costs 2 % more."""
     return override(
         Config(),
         {
@@ -53,12 +53,12 @@ def config_of(task: Task) -> Config:
 
 
 def inputs_of(task: Task) -> Inputs:
-    """A batch of `task`, with boxes padded as in training."""
-    made = scene(task.batch, task.canvas, task.boxes, task.classes, task.seed)
+    """Returns a batch of `task`, with boxes padded as in training."""
+    made = scene(task.batch, task.padded_hw, task.boxes, task.classes, task.seed)
     padding = ((0, 0), (0, Config().data.max_boxes - task.boxes))
     return Inputs(
         images=made.images,
-        image_sizes=np.tile(np.array(task.canvas, np.int32), (task.batch, 1)),
+        image_sizes=np.tile(np.array(task.padded_hw, np.int32), (task.batch, 1)),
         boxes_xyxy=np.pad(made.boxes_xyxy, (*padding, (0, 0))),
         labels=np.pad(made.labels, padding, constant_values=-1),
         valid=np.ones(task.batch, bool),
@@ -66,7 +66,7 @@ def inputs_of(task: Task) -> Inputs:
 
 
 def step(task: Task, driver: Driver, inputs: Inputs) -> Work:
-    """A training step with a donated state, as in training."""
+    """Prepares a training step with a donated state, as in training."""
     state = driver.init_state()
     flops = jaxpr_flops(jax.make_jaxpr(driver.step)(state, inputs).jaxpr)
     jax.clear_caches()  # of programs that training does not trace
@@ -81,10 +81,10 @@ def step(task: Task, driver: Driver, inputs: Inputs) -> Work:
 
 
 def forward(task: Task, driver: Driver, inputs: Inputs) -> Work:
-    """The network only."""
+    """Prepares the forward pass of the network alone."""
     variables = driver.init_state().variables
     program = jax.jit(partial(driver.model.apply, train=False))
-    flops = task.batch * forward_flops(driver.config, task.classes, task.canvas)
+    flops = task.batch * forward_flops(driver.config, task.classes, task.padded_hw)
     return Work(
         lambda: jax.block_until_ready(program(variables, inputs.images, inputs.image_sizes)),
         task.batch,
@@ -94,15 +94,15 @@ def forward(task: Task, driver: Driver, inputs: Inputs) -> Work:
 
 
 def detect(task: Task, driver: Driver, inputs: Inputs) -> Work:
-    """Pixels to detections."""
+    """Prepares detection, from pixels to detections."""
     variables = variables_with_scores(driver, inputs, task.batch)
-    flops = task.batch * forward_flops(driver.config, task.classes, task.canvas)
+    flops = task.batch * forward_flops(driver.config, task.classes, task.padded_hw)
     return Work(lambda: jax.block_until_ready(driver.detect(variables, inputs)), task.batch, flops, peak_of(task))
 
 
 def variables_with_scores(driver: Driver, inputs: Inputs, batch: int) -> dict[str, Any]:
-    """Random weights with the class output scaled so that logits have the standard deviation of a trained network's, and
-    shifted so that SCORES_ABOVE scores per image are above the threshold."""
+    """Returns random weights. The class output is scaled so that logits have the standard deviation of a trained
+    network's, and shifted so that SCORES_ABOVE scores per image are above the threshold."""
     variables = driver.init_state().variables
     output = variables["params"]["class_head"]["output"]
     logits, _ = driver.model.apply(variables, inputs.images, inputs.image_sizes)
@@ -116,7 +116,7 @@ def variables_with_scores(driver: Driver, inputs: Inputs, batch: int) -> dict[st
 
 
 def compile_step(task: Task, driver: Driver, inputs: Inputs) -> Work:
-    """Compiles the training step; the facts include the time with a warm compilation cache."""
+    """Prepares the compilation of the training step; the facts include the time with a warm compilation cache."""
     state = driver.init_state()
 
     def compiled() -> Any:
@@ -149,7 +149,7 @@ def _timed(function: Callable[[], Any]) -> tuple[float, float]:
 
 
 def peak_of(task: Task) -> dict[str, Any]:
-    """TFLOP/s of a product of two large matrices on this device in this precision, the best of five."""
+    """Measures the TFLOP/s of a product of two large matrices on this device in this precision, the best of five."""
     jax.block_until_ready(jax.live_arrays())  # wait for other work
     side = 8192 if task.device == "gpu" else 1536
     matrix = jnp.full((side, side), 1.0, task.dtype)

@@ -20,12 +20,12 @@ from retina_jax.ops.nms import nms
 
 
 def make(task: Task) -> Work:
-    """The work of `task`."""
+    """Returns the work of `task`."""
     return {"loss": loss, "match": matching, "nms": suppression}[task.name](task)
 
 
 def loss(task: Task) -> Work:
-    """Focal loss, summed, and its gradient."""
+    """Prepares the summed focal loss and its gradient."""
     logits, labels = class_outputs(task.rows, task.classes, task.seed)
     of_image = summed(LossConfig())
     function = jax.value_and_grad(lambda logits, labels: of_image(logits, labels).sum())
@@ -33,8 +33,8 @@ def loss(task: Task) -> Work:
 
 
 def on_logits(function: Callable[[Array, Array], Any], logits: Array, targets: Array, keep: bool) -> Work:
-    """`function`, jitted. The logits are donated, as in a training step, and copied before each repetition. With `keep`
-    they are not donated."""
+    """Prepares `function`, jitted. The logits are donated, as in a training step, and copied before each repetition. With
+    `keep` they are not donated."""
     facts = {"keep_logits": keep}
     if keep:
         program = jax.jit(function)
@@ -49,7 +49,7 @@ def on_logits(function: Callable[[Array, Array], Any], logits: Array, targets: A
 
 
 def matching(task: Task) -> Work:
-    """Matches anchors of random positions and sizes with random boxes."""
+    """Prepares the matching of anchors of random positions and sizes with random boxes."""
     rng = np.random.default_rng(task.seed)
     anchors = jnp.asarray(boxes_in(rng, (task.rows,), (800, 1333)))
     boxes = jnp.asarray(boxes_in(rng, (task.boxes,), (800, 1333)))
@@ -59,7 +59,7 @@ def matching(task: Task) -> Work:
 
 
 def suppression(task: Task) -> Work:
-    """NMS of candidates in clusters."""
+    """Prepares NMS of candidates in clusters."""
     made = [jnp.asarray(part) for part in candidates(task.rows, task.classes, task.seed)]
     program = jax.jit(partial(nms, iou_threshold=0.5, max_detections=task.kept))
     kept = int(program(*made)[1].sum())

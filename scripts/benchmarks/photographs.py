@@ -26,18 +26,18 @@ class Photograph(NamedTuple):
     path: str
     size_hw: tuple[int, int]
     """Height and width after the resize, pixels, by Detectron's rule."""
-    canvas: tuple[int, int]
+    padded_hw: tuple[int, int]
     """Height and width after padding: the smallest of the four padded shapes of this project's training."""
 
 
 def photographs(task: Task) -> list[Photograph]:
-    """The first IMAGES of `task.annotations`; short and long side are the two numbers of `task.size`.
+    """Returns the first IMAGES of `task.annotations`; short and long side are the two numbers of `task.size`.
 
     Raises BenchmarkError if the file is not a COCO JSON with images, or an image is missing.
     """
     try:
         entries = json.loads(Path(task.annotations).read_text())["images"][:IMAGES]
-        found = [_photograph(Path(task.images), entry, *task.canvas) for entry in entries]
+        found = [_photograph(Path(task.images), entry, *task.padded_hw) for entry in entries]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise BenchmarkError(f"{task.annotations}: must be a COCO JSON with images ({error!r})") from None
     absent = [photograph.path for photograph in found if not Path(photograph.path).is_file()]
@@ -49,12 +49,12 @@ def photographs(task: Task) -> list[Photograph]:
 def in_batches(walk: list[Photograph], batch: int) -> list[Photograph]:
     """Orders photographs so that each `batch` in sequence has one padded shape.
 
-    Goes through them `batch` times; a photograph waits until there are `batch` of its shape. None is left at the end.
+    Each photograph occurs `batch` times and waits until there are `batch` of its shape, so none is left at the end.
     """
     waiting: defaultdict[tuple[int, int], list[Photograph]] = defaultdict(list)
     ordered = []
     for photograph in walk * batch:
-        queue = waiting[photograph.canvas]
+        queue = waiting[photograph.padded_hw]
         queue.append(photograph)
         if len(queue) == batch:
             ordered += queue
@@ -62,8 +62,8 @@ def in_batches(walk: list[Photograph], batch: int) -> list[Photograph]:
     return ordered
 
 
-def batches_a_repetition(batch: int) -> int:
-    """Number of full batches in IMAGES; at least one."""
+def batches_per_repetition(batch: int) -> int:
+    """Returns the number of full batches in IMAGES, at least 1."""
     return max(1, IMAGES // batch)
 
 
@@ -77,7 +77,7 @@ def rest() -> None:
 
 
 def _waits_for_a_core() -> bool:
-    """Whether another thread is runnable or reading; False if the system has no /proc."""
+    """Returns whether another thread is runnable or reading; False if the system has no /proc."""
     states = []
     for thread in Path("/proc/self/task").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # The thread has ended.
@@ -90,13 +90,13 @@ def _photograph(folder: Path, entry: dict, short: int, long: int) -> Photograph:
     scale = min(short / min(sides), long / max(sides))
     size = max(1, int(sides[0] * scale + 0.5)), max(1, int(sides[1] * scale + 0.5))
     lower, longest = _padded(short), _padded(long)
-    canvases = [
-        canvas
+    shapes = [
+        shape
         for side in (min(_padded(4 / 3 * short), longest), longest)
-        for canvas in ((min(lower, longest), side), (side, min(lower, longest)))
-        if size[0] <= canvas[0] and size[1] <= canvas[1]
+        for shape in ((min(lower, longest), side), (side, min(lower, longest)))
+        if size[0] <= shape[0] and size[1] <= shape[1]
     ]
-    return Photograph(str(folder / entry["file_name"]), size, min(canvases, key=math.prod))
+    return Photograph(str(folder / entry["file_name"]), size, min(shapes, key=math.prod))
 
 
 def _padded(side: int | float) -> int:

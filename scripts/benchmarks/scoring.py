@@ -19,12 +19,13 @@ RECALLED, NEAR = 0.62, 0.5
 
 
 def make(task: Task) -> Work:
-    """Scoring by this project's evaluator."""
+    """Prepares scoring by this project's evaluator."""
     return scored(task, "arrays")
 
 
 def scored(task: Task, evaluator: Literal["arrays", "pycocotools"]) -> Work:
-    """Scores `task.detections` detections generated from `task.annotations`, a COCO JSON or text as in `read_boxes`."""
+    """Prepares the scoring of `task.detections` detections generated from `task.annotations`, a COCO JSON or text as in
+    `read_boxes`."""
     path = Path(task.annotations)
     if not path.is_file():
         raise BenchmarkError(f"{path}: no such file; --annotations must be a COCO JSON or text of boxes")
@@ -40,8 +41,8 @@ def scored(task: Task, evaluator: Literal["arrays", "pycocotools"]) -> Work:
 
 
 def read_boxes(path: Path) -> dict[str, Any]:
-    """COCO ground truth from lines of FOLDER/000000000139.jpg x1,y1,x2,y2,class x1,y1,x2,y2,class ... (pixels; class 0 to
-    79). Areas are those of the boxes, there are no crowds, and an image ends at its last box."""
+    """Reads COCO ground truth from lines of FOLDER/000000000139.jpg x1,y1,x2,y2,class x1,y1,x2,y2,class ... (pixels;
+    class 0 to 79). Areas are those of the boxes, there are no crowds, and an image ends at its last box."""
     images, annotations = [], []
     for line in path.read_text().splitlines():
         name, *boxes = line.split(" ")

@@ -23,7 +23,7 @@ COLUMNS = {
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line per variant, after a line of headings. Columns without values are left out."""
+    """Returns a line of headings, then one line per variant. Columns without values are left out."""
     columns = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
     cells = [[COLUMNS[c] for c in columns]] + [[_cell(row.get(c)) for c in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -58,8 +58,8 @@ class Task:
     """`loss`: the logits are not donated."""
 
     @property
-    def canvas(self) -> tuple[int, int]:
-        """Height and width, pixels."""
+    def padded_hw(self) -> tuple[int, int]:
+        """Padded height and width, pixels."""
         height, _, width = self.size.partition("x")
         return int(height), int(width or height)
 

@@ -65,13 +65,13 @@ def reset_peak() -> None:
 
 
 def accelerator() -> str:
-    """The accelerator's name."""
+    """Returns the accelerator's name."""
     torch = sys.modules.get("torch")
     return torch.cuda.get_device_name() if torch else sys.modules["jax"].devices()[0].device_kind
 
 
 def peak_mib(device: str) -> float | None:
-    """Peak memory of this process since `reset_peak`, or of arrays on the accelerator; None if unknown."""
+    """Returns the peak memory of this process since `reset_peak`, or of arrays on the accelerator; None if unknown."""
     if device == "gpu":
         if "torch" in sys.modules:
             return sys.modules["torch"].cuda.max_memory_allocated() / 2**20

@@ -1,10 +1,10 @@
 #!/bin/bash
-# Trains on all hosts of a Cloud TPU slice, and starts again until the run is complete. From a machine that stays up:
+# Trains on all hosts of a Cloud TPU slice, and restarts the run until it is complete. Start it on a machine that stays on:
 #
 #     scripts/cluster/tpu_pod.sh TPU ZONE RUN --config configs/paper_r50_600.py [--loss.gamma 5 ...]
 #
-# On every host ~/retina_jax is the checkout, set up by `make setup ACCELERATOR=tpu`, and RUN is in a folder that all of
-# them mount (Filestore, say: a Cloud Storage bucket has neither locks nor renames).
+# On every host, ~/retina_jax must be the checkout, set up by `make setup ACCELERATOR=tpu`, and RUN must be in a folder that
+# all hosts mount, for example Filestore; a Cloud Storage bucket has neither locks nor renames.
 set -uo pipefail
 [ $# -ge 3 ] || { echo "usage: $0 TPU ZONE RUN [options of scripts/train.py]" >&2; exit 2; }
 tpu=$1 zone=$2 run=$3
@@ -21,7 +21,7 @@ for _ in $(seq 20); do
     began=$SECONDS
     if ! on all "$train" && [ $((SECONDS - began)) -lt "${AT_ONCE:-300}" ]; then
         on 0 "$complete" && exit 0
-        echo "error: $run ended within minutes of its start; so it would again" >&2
+        echo "error: $run ended within minutes of its start, so it is not restarted; see its log" >&2
         exit 1
     fi
 done

@@ -1,7 +1,7 @@
-"""Crops for classification, the miniature's ImageNet: one shape in one hue per crop, in all twelve by twelve combinations.
+"""Crops for classification, which replace ImageNet in the miniature: one of 12 shapes in one of 12 hues per crop.
 
 A backbone that classifies them has learnt the shapes and hues of generated scenes, but nothing about boxes, background or
-detection losses, as an ImageNet backbone for the paper's Table 1.
+detection losses. The same holds for the paper's ImageNet backbone.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from miniature.crops import Crops
 from retina_jax.config import ModelConfig
 from retina_jax.config_io import override
 from retina_jax.data.scenes import HUES, SHAPES
-from retina_jax.model.initialisation import COLLECTIONS, draw
+from retina_jax.model.initialisation import COLLECTIONS, draw_weight
 from retina_jax.model.resnet import ResNet
 from retina_jax.model.retinanet import normalise
 from retina_jax.weights.converted import NORM
@@ -54,7 +54,7 @@ def pretrain(
     seed: int,
     log: Callable[[str], None],
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Trains by AdamW with a cosine schedule. All stages are trained, and all norms are BatchNorms, whatever `config` has.
+    """Trains by AdamW with a cosine schedule. Whatever `config` has, all stages are trained and all norms are BatchNorms.
 
     Returns:
       Path to array of the backbone's weights and BatchNorm statistics, and the accuracies on the held-out crops.
@@ -109,7 +109,7 @@ def pretrain(
 
 
 def backbone_state_dict(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A backbone's weights with torchvision's names, kernels OIHW: the inverse of `convert_torchvision`."""
+    """Returns a backbone's weights with torchvision's names, kernels OIHW: the inverse of `convert_torchvision`."""
     leaves = {ours: theirs for theirs, ours in NORM.items()} | {"kernel": "weight"}
     layers = (("shortcut_norm", "downsample.1"), ("shortcut", "downsample.0"), ("norm", "bn"), ("conv", "conv"))
     named = {}
@@ -124,7 +124,7 @@ def backbone_state_dict(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
 
 
 def _accuracies(model: Classifier, variables: dict[str, PyTree], crops: Crops, batch_size: int) -> dict[str, float]:
-    """Share of crops with the correct shape, and with the correct hue."""
+    """Returns the share of crops with the correct shape, and with the correct hue."""
     apply = jax.jit(model.apply)
     right = np.zeros(2)
     for first in range(0, len(crops.images), batch_size):
@@ -136,9 +136,9 @@ def _accuracies(model: Classifier, variables: dict[str, PyTree], crops: Crops, b
 
 
 def _start(path: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> np.ndarray:
-    """Initial values: the detector's for the backbone, small random weights for the two linear layers."""
+    """Returns initial values: the detector's for the backbone, small random weights for the two linear layers."""
     if path.startswith("backbone/"):
-        return draw(path, shape, config, seed)
+        return draw_weight(path, shape, config, seed)
     generator = np.random.default_rng((seed, zlib.crc32(path.encode())))
     return np.float32(0.01) * generator.standard_normal(shape, np.float32) * (len(shape) > 1)
 

@@ -1,7 +1,6 @@
-"""What the fuzz tests share: how many cases each runs, and what counts as a named error.
+"""Shared code of the fuzz tests: the number of cases of each test, and the form of an acceptable error.
 
-`.venv/bin/pytest -m slow -s -k refused_by_name` runs the full shares and prints how the cases ended; the plain suite runs
-the short ones.
+`.venv/bin/pytest -m slow -s -k refused_by_name` runs all cases and prints how they ended; the default tests run fewer.
 """
 
 from __future__ import annotations
@@ -26,7 +25,8 @@ both_shares = pytest.mark.parametrize("share", [0, pytest.param(1, marks=pytest.
 
 
 def run_cases(fuzzed: str, share: int, strategy: st.SearchStrategy, case: Callable[[Any], str]) -> Counter[str]:
-    """Runs `case`, which says how it ended, on as many drawn values as `CASES` asks for; counts and prints the endings."""
+    """Runs `case`, which returns how it ended, on as many drawn values as `CASES` has; counts and prints the
+    endings."""
     ended: Counter[str] = Counter()
     target = CASES[fuzzed][share]
 
@@ -50,7 +50,7 @@ def run_cases(fuzzed: str, share: int, strategy: st.SearchStrategy, case: Callab
 
 
 def assert_named(error: Exception, *names: str) -> None:
-    """The error is one line that a terminal can show, and has all of `names` in it."""
+    """Asserts that the error is one printable line and contains all of `names`."""
     line = str(error)
     assert line and line.splitlines() == [line] and len(line) < 5000, line
     assert all(name in line for name in names), (line, names)

@@ -1,4 +1,4 @@
-"""Image files that PIL does not write: 16 bits per colour, and an EXIF orientation."""
+"""Writes image files that PIL cannot write: 16 bits per colour, and an EXIF orientation."""
 
 import io
 import struct
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def deep_png(values: np.ndarray) -> bytes:
-    """A 16-bit PNG of uint16 values [h w c]; c: 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha."""
+    """Returns a 16-bit PNG of uint16 values [h w c]; c: 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha."""
     height, width, channels = values.shape
 
     def chunk(kind: bytes, content: bytes) -> bytes:
@@ -28,7 +28,8 @@ def deep_tiff(
     photometric: int | None = None,
     planes: int = 1,
 ) -> bytes:
-    """A 16-bit TIFF of uint16 values [h w c], c 1 or 3; bytes in `order`. With `planes` 2 only its header is right."""
+    """Returns a 16-bit TIFF of uint16 values [h w c], c 1 or 3; bytes in `order`. With `planes` 2 only its header is
+    valid."""
     height, width, channels = values.shape
     photometric = (1 if channels == 1 else 2) if photometric is None else photometric
     content = values.astype(order + "u2").tobytes()
@@ -52,7 +53,7 @@ def deep_tiff(
 
 
 def oriented(pixels: np.ndarray, orientation: int, kind: str) -> bytes:
-    """A file with these pixels as stored and an EXIF orientation."""
+    """Returns a file that stores these pixels and an EXIF orientation."""
     exif, stream = Image.Exif(), io.BytesIO()
     exif[0x0112] = orientation
     options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
@@ -61,7 +62,8 @@ def oriented(pixels: np.ndarray, orientation: int, kind: str) -> bytes:
 
 
 def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """What a viewer shows of pixels stored with this EXIF orientation, by where the standard puts row 0 and column 0."""
+    """Returns the pixels that a viewer shows for pixels stored with this EXIF orientation; the standard defines where
+    row 0 and column 0 are."""
     if orientation >= 5:  # Row 0 is the left or right side.
         pixels = pixels.swapaxes(0, 1)
     across = {2: -1, 3: -1, 6: -1, 7: -1}.get(orientation, 1)

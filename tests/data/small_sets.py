@@ -13,7 +13,7 @@ from retina_jax.data.source import Source
 
 
 def encode(pixels: np.ndarray, kind: str = "JPEG", **options: Any) -> bytes:
-    """An image file of the pixels."""
+    """Returns an image file with the pixels."""
     stream = io.BytesIO()
     quality = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
     Image.fromarray(pixels).save(stream, kind, **quality, **options)
@@ -21,7 +21,8 @@ def encode(pixels: np.ndarray, kind: str = "JPEG", **options: Any) -> bytes:
 
 
 def document() -> dict[str, Any]:
-    """A valid COCO file: images 1 and 2, and categories 3 (cat) and 7 (dog), listed in falling order of their ids."""
+    """Returns a valid COCO file: images 1 and 2, and categories 3 (cat) and 7 (dog), listed in falling order of their
+    ids."""
     return {
         "images": [
             {"id": 1, "file_name": "one.jpg", "width": 64, "height": 48},
@@ -44,7 +45,8 @@ def write_coco(folder: Path, content: Any) -> tuple[Path, Path]:
 
 
 def rectangles(folder: Path, sizes_wh: list[tuple[int, int]], *, seed: int = 0, kind: str = "JPEG") -> Source:
-    """Images of grey noise, each with one rectangle of pure red (label 0) or pure green (label 1), which is its box."""
+    """Writes images of grey noise, each with one rectangle of pure red (label 0) or pure green (label 1), which is its
+    box."""
     rng = np.random.default_rng(seed)
     images, annotations, encoded = [], [], {}
     for i, (width, height) in enumerate(sizes_wh):

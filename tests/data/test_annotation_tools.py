@@ -25,7 +25,7 @@ Edit = Callable[[dict[str, Any]], None]
 
 
 def plain() -> dict[str, Any]:
-    """Four images, 0.png to 3.png, with a box of either class in each."""
+    """Returns four images, 0.png to 3.png, with a box of each class in each."""
     rng = np.random.default_rng(0)
     annotations = [
         {"id": n + 1, "image_id": n // 2, "category_id": 1 + n % 2, "bbox": box, "area": 900, "iscrowd": 0}
@@ -78,7 +78,7 @@ def no_area(a: dict[str, Any]) -> dict[str, Any]:
 def mixed(
     change: Callable[[dict[str, Any]], dict[str, Any]], other: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> Edit:
-    """Every second annotation as the one writes it, the others as the other does."""
+    """Returns an edit that writes every second annotation in the first form and the others in the second."""
     return each_box(lambda a: change(a) if a["id"] % 2 else other(a))
 
 
@@ -123,8 +123,8 @@ RIGHT: dict[str, tuple[Edit, dict[str, Any], str | None]] = {
 
 
 @pytest.mark.parametrize("case", RIGHT)
-def test_what_can_be_read_is_read_as_the_plain_dataset(tmp_path: Path, case: str) -> None:
-    """Records, ground truth and files; and the data check finds what training notes."""
+def test_a_readable_variant_gives_the_same_dataset(tmp_path: Path, case: str) -> None:
+    """Compares records, ground truth and files; the data check also reports what training notes."""
     (tmp_path / "plain").mkdir()
     expected = read_coco(*written(tmp_path / "plain", lambda content: None))
     edit, options, kind = RIGHT[case]
@@ -155,7 +155,7 @@ REFUSED: dict[str, tuple[Edit, str, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_trained_on_names_the_option(tmp_path: Path, case: str) -> None:
+def test_the_error_names_the_option_that_accepts_the_file(tmp_path: Path, case: str) -> None:
     edit, kind, option = REFUSED[case]
     path, images = written(tmp_path, edit)
     paths = {
@@ -200,7 +200,7 @@ def test_a_mask_of_another_size_is_refused(tmp_path: Path) -> None:
     assert [finding.name for finding in group.findings] == ["annotations[2] (id 3)"]
 
 
-def test_a_class_of_crowds_alone_is_named_and_evaluated_as_objects_on_demand(tmp_path: Path) -> None:
+def test_a_class_with_only_crowds_is_reported_and_an_option_reads_them_as_objects(tmp_path: Path) -> None:
     edit = each_box(lambda a: a | {"iscrowd": int(a["category_id"] == 2)})
     path, images = written(tmp_path, edit)
     source = read_coco(path, images)
@@ -236,7 +236,7 @@ def test_missing_sizes_are_those_of_the_files(tmp_path: Path) -> None:
     assert sizes == [(WIDTH, HEIGHT)] * 2 + [(50, 70), (WIDTH, HEIGHT)]
 
 
-def test_the_size_of_a_turned_image_is_that_of_the_image_as_shown(tmp_path: Path) -> None:
+def test_the_size_of_a_rotated_image_is_that_of_the_displayed_image(tmp_path: Path) -> None:
     path, images = written(tmp_path, each_image(no_sizes))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -260,7 +260,7 @@ def test_a_size_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         assert group.findings[0].name == "images[2] (id 2)"
 
 
-def test_missing_files_are_named_with_where_they_are(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_names_similar_files(tmp_path: Path) -> None:
     path, images = written(tmp_path, lambda content: None)
     (tmp_path / "other").mkdir()
     config = override(Config(), {"data.train_annotations": str(path), "data.train_images": str(tmp_path / "other")})

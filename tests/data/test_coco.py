@@ -1,4 +1,4 @@
-"""COCO files: what is read, what is cleaned, and one line for every mistake."""
+"""COCO files: what is read and what is cleaned, and one line for every mistake."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ from retina_jax.data.source import BadImage, DataError, sort_boxes
 
 
 def edited(**changes: Any) -> dict[str, Any]:
-    """The small file with values at dotted places changed; a value of ... removes the place."""
+    """Returns the small file with values at dotted paths changed; a value of ... removes the entry."""
     content = document()
     for place, value in changes.items():
         *path, last = [int(part) if part.isdigit() else part for part in place.split("__")]
@@ -88,7 +88,7 @@ def test_cleaning_counts_each_box_once(tmp_path: Path) -> None:
     assert len(source.ground_truth["annotations"]) == len(boxes)
 
 
-def test_ground_truth_is_the_file_plus_what_pycocotools_needs(tmp_path: Path) -> None:
+def test_the_ground_truth_is_the_file_plus_the_fields_that_pycocotools_needs(tmp_path: Path) -> None:
     content = document()
     content["annotations"][0]["segmentation"] = [[1, 2, 3, 4, 5, 6]]
     del content["annotations"][1]["area"], content["annotations"][1]["iscrowd"]
@@ -103,7 +103,7 @@ def test_ground_truth_is_the_file_plus_what_pycocotools_needs(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("ids", [(0, 1), (5, 5), (-1, 2), (None, 4)])
-def test_ground_truth_ids_are_renumbered_where_they_cannot_serve(tmp_path: Path, ids: tuple[int | None, int]) -> None:
+def test_annotation_ids_that_pycocotools_cannot_use_are_renumbered(tmp_path: Path, ids: tuple[int | None, int]) -> None:
     content = edited(annotations__0__id=ids[0] if ids[0] is not None else ..., annotations__1__id=ids[1])
     ground_truth = read_coco(*write_coco(tmp_path, content)).ground_truth
     assert [annotation["id"] for annotation in ground_truth["annotations"]] == [1, 2]
@@ -177,8 +177,8 @@ def test_mistake_is_named_in_one_line(tmp_path: Path, mistake: str) -> None:
     assert str(raised.value).startswith(f"{path}: ") and "\n" not in str(raised.value)
 
 
-def test_every_mistake_is_collected_where_they_are_wanted(tmp_path: Path) -> None:
-    """As the data check does; the entries without a mistake are kept."""
+def test_every_mistake_is_collected_on_request(tmp_path: Path) -> None:
+    """The data check collects them; the entries without a mistake are kept."""
     content = edited(images__1__id="x", annotations__0__bbox=[1], categories__0__name="")
     content["annotations"].append({"id": 3, "image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4]})
     mistakes: list[Mistake] = []
@@ -213,7 +213,7 @@ def test_an_unusual_value_changes_nothing(tmp_path: Path, case: str) -> None:
 
 
 def test_a_correct_file_is_decoded_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Entry by entry takes ten times as long, which only files with unusual values or mistakes need."""
+    """Decoding entry by entry takes ten times as long; only files with unusual values or mistakes need it."""
     content = document()
     content["annotations"][0]["segmentation"] = [[4, 5, 24, 5, 24, 15, 4, 15]]
     content["annotations"][1] |= {"bbox": [0, 0, 0, 0], "segmentation": [[1.5, 2, 4.5, 6.25]]}
@@ -225,7 +225,7 @@ def test_a_correct_file_is_decoded_at_once(tmp_path: Path, monkeypatch: pytest.M
     assert found.boxes_xywh[1].tolist() == [1.5, 2, 3, 4.25]
 
 
-def test_not_text_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     path, images = write_coco(tmp_path, document())
     path.write_bytes(b"\xff\xfe\x00\x81 not text")
     with pytest.raises(DataError, match="JSON"):

@@ -1,4 +1,4 @@
-"""Crops for classification: labels that the pixels bear out, and a pure function of seed and place."""
+"""Crops for classification have the labels of their pixels, and are a pure function of seed and index."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from retina_jax.data.scenes import HUES
 
 
 def test_crops_are_a_pure_function_of_seed_and_place() -> None:
-    whole = draw_crops(18, seed=3)
-    assert whole.images.shape == (18, SIDE, SIDE, 3) and whole.images.dtype == np.uint8
+    crops = draw_crops(18, seed=3)
+    assert crops.images.shape == (18, SIDE, SIDE, 3) and crops.images.dtype == np.uint8
     second = draw_crops(9, seed=3, start=9)
-    for part, all_of_it in zip(second, whole, strict=True):
-        np.testing.assert_array_equal(part, all_of_it[9:])
-    assert (draw_crops(9, seed=4).images != whole.images[:9]).any()
+    for part, both in zip(second, crops, strict=True):
+        np.testing.assert_array_equal(part, both[9:])
+    assert (draw_crops(9, seed=4).images != crops.images[:9]).any()
 
 
 def test_counts_that_cut_a_sheet_are_refused() -> None:

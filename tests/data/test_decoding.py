@@ -1,4 +1,4 @@
-"""Image files of every kind become the RGB that a person sees."""
+"""Image files of every kind become the RGB pixels that a person sees."""
 
 import io
 
@@ -23,7 +23,7 @@ def saved(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def oriented(orientation: int, kind: str = "JPEG") -> bytes:
-    """A file whose pixels are stored so that turning them as its EXIF orientation says gives WIDE."""
+    """Returns a file whose pixels, rotated by its EXIF orientation, are WIDE."""
     undo = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
     image = Image.fromarray(WIDE)
     if orientation in TURNS:
@@ -104,7 +104,7 @@ def test_cmyk_jpeg_has_the_colours_of_its_inks() -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_is_applied_where_annotations_agree(orientation: int, kind: str) -> None:
+def test_orientation_is_applied_if_annotations_agree(orientation: int, kind: str) -> None:
     encoded = oriented(orientation, kind)
     for expected_size in (None, (30, 20)):
         upright = to_rgb(encoded, expected_size=expected_size).astype(int)
@@ -116,7 +116,7 @@ def test_orientation_is_applied_where_annotations_agree(orientation: int, kind: 
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_orientation_is_not_applied_where_boxes_lie_on_the_stored_image(orientation: int) -> None:
+def test_orientation_is_not_applied_if_boxes_are_on_the_stored_image(orientation: int) -> None:
     encoded = oriented(orientation)
     assert to_rgb(encoded, expected_size=(20, 30)).shape == (30, 20, 3)
     assert is_plain_jpeg(encoded, expected_size=(20, 30))
@@ -124,14 +124,14 @@ def test_orientation_is_not_applied_where_boxes_lie_on_the_stored_image(orientat
         assert np.array_equal(to_rgb(encoded, expected_size=(20, 30)), np.asarray(stored))
 
 
-def test_other_size_is_named_with_both() -> None:
+def test_the_error_for_another_size_names_both_sizes() -> None:
     for decode in (to_rgb, is_plain_jpeg):
         with pytest.raises(BadImage, match="is 30x20 pixels, but 31x20 in the annotations"):
             decode(encode(WIDE), expected_size=(31, 20))
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 77])
-def test_orientation_without_meaning_is_none(orientation: int) -> None:
+def test_an_undefined_orientation_is_ignored(orientation: int) -> None:
     encoded = oriented(orientation)
     assert is_plain_jpeg(encoded) and to_rgb(encoded).shape == WIDE.shape
 
@@ -143,7 +143,7 @@ def test_broken_exif_is_ignored() -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
-def test_truncated_image_is_bad(kind: str) -> None:
+def test_a_truncated_file_is_a_bad_image(kind: str) -> None:
     encoded = encode(rng.integers(0, 256, (60, 60, 3), np.uint8), kind)
     for keep in (0.9, 0.5):
         cut = encoded[: int(len(encoded) * keep)]
@@ -155,12 +155,12 @@ def test_truncated_image_is_bad(kind: str) -> None:
 
 
 @pytest.mark.parametrize("encoded", [b"", b"\xff\xd8", b"not an image", b"%!PS-Adobe-3.0 EPSF-3.0\n" + b"0" * 100])
-def test_no_image_is_bad(encoded: bytes) -> None:
+def test_a_file_that_is_no_image_is_a_bad_image(encoded: bytes) -> None:
     with pytest.raises(BadImage, match="is not an image in one of the formats JPEG"):
         to_rgb(encoded)
 
 
-def test_bomb_is_refused_before_it_is_decoded() -> None:
+def test_a_decompression_bomb_is_refused_before_it_is_decoded() -> None:
     header = bytearray(saved(Image.new("1", (8, 8)), "BMP"))
     header[18:26] = (50_000).to_bytes(4, "little") * 2
     with pytest.raises(BadImage, match=f"more than {MAX_PIXELS}"):

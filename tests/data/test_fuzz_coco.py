@@ -1,4 +1,4 @@
-"""Any COCO file is read as a plain reference reads it, or refused in one line that names the file."""
+"""Any COCO file is read as a simple reference implementation reads it, or refused in one line that names the file."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ KEYS = ["id", "image_id", "category_id", "bbox", "iscrowd", "area", "width", "he
 
 @st.composite
 def documents(draw: st.DrawFn) -> dict[str, Any]:
-    """Valid files, with boxes anywhere: inside, across the edges, outside, without area, of 1e9 pixels."""
+    """Returns valid files with boxes anywhere: inside, across the edges, outside, without area, of 1e9 pixels."""
     sides = st.integers(1, 3000) | st.sampled_from([1, 2, 20_000, 10**9])
     images = [
         {
@@ -86,14 +86,14 @@ def documents(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every container of the document with every key or index in it."""
+    """Returns every container of the document with each of its keys or indices."""
     keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []
     return [(value, key) for key in keys] + [place for key in keys for place in places(value[key])]
 
 
 @st.composite
 def files(draw: st.DrawFn) -> bytes:
-    """Encoded files: valid ones, ones whose values were changed, and ones whose bytes were."""
+    """Returns encoded files: valid ones, ones with changed values, and ones with changed bytes."""
     document = draw(documents())
     how = draw(st.sampled_from(["valid", "valid", "values", "values", "bytes"]))
     for _ in range(draw(st.sampled_from([1, 1, 2, 3])) if how == "values" else 0):
@@ -101,7 +101,7 @@ def files(draw: st.DrawFn) -> bytes:
         container, key = found[draw(st.integers(0, len(found) - 1))]
         change = draw(st.sampled_from(["replace", "replace", "remove", "repeat", "add", "wrap"]))
         if change == "replace":
-            # Mostly of the kind that was there, because what is of another kind never comes far.
+            # Mostly of the same kind, because a value of another kind is refused early.
             alike = (
                 NAMES if isinstance(container[key], str) else NUMBERS if type(container[key]) in (int, float) else []
             )
@@ -118,7 +118,7 @@ def files(draw: st.DrawFn) -> bytes:
             break
     try:
         text = json.dumps(document, ensure_ascii=draw(st.booleans()))
-    except ValueError:  # Ten to the 400 has more digits than Python prints by itself.
+    except ValueError:  # 10^400 has more digits than Python prints by default.
         text = "[]"
     encoded = text.encode(draw(st.sampled_from(["utf-8"] * 6 + ["utf-8-sig", "utf-16", "utf-32-be"])), "surrogatepass")
     for _ in range(draw(st.integers(1, 3)) if how == "bytes" else 0):
@@ -153,7 +153,7 @@ def is_line(value: Any) -> bool:
 
 
 def box_of(annotation: dict[str, Any]) -> Any:
-    """The box as found, texts as numbers; one without area where there is none, as for a point."""
+    """Returns the box in the file, texts as numbers; a box without area if the entry has none, as for a point."""
     box = annotation.get("bbox")
     return [0, 0, 0, 0] if box in (None, []) else list(map(as_number, box)) if isinstance(box, list) else box
 
@@ -168,7 +168,7 @@ def filled(annotation: dict[str, Any], key: str, default: Any) -> Any:
 
 
 def acceptable(document: Any) -> bool:
-    """The reader's rules once more, as plainly as can be."""
+    """Applies the reader's rules again, as simply as possible."""
     if not isinstance(document, dict):
         return False
     lists = [document.get(key) for key in ("categories", "images", "annotations")]
@@ -208,7 +208,8 @@ def acceptable(document: Any) -> bool:
 
 
 def plain_records(document: dict[str, Any]) -> list[tuple[int, list[list[float]], list[int]]]:
-    """Of each image: its id, its usable boxes cut to it, and their labels; one box after the other, in pure Python."""
+    """Returns the id, the usable boxes clipped to the image, and their labels for each image: one box after the other,
+    in pure Python."""
     order = [int(category["id"]) for category in document["categories"]]
     records = []
     for image in document["images"]:
@@ -258,7 +259,7 @@ def test_any_file_is_read_as_plainly_or_refused_by_name(tmp_path: Path, share: i
             assert_named(error, f"{path}: ")
             assert not acceptable(document), str(error)
             return "refused"
-        if document is None:  # what is wrong is in a field that nobody reads
+        if document is None:  # the mistake is in a field that is not read
             document = json.loads(encoded.decode(errors="replace"), parse_int=lambda digits: int(digits[:400]))
         assert acceptable(document)
         compare(source, document)

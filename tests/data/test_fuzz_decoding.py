@@ -1,4 +1,5 @@
-"""Any bytes decode to exactly the expected size, or are refused in one line; a complete file to exactly PIL's pixels."""
+"""Any bytes decode to exactly the expected size, or are refused in one line; an intact file decodes to exactly PIL's
+pixels."""
 
 from __future__ import annotations
 
@@ -21,12 +22,12 @@ from retina_jax.data.decoding import FORMATS, MAX_PIXELS, is_plain_jpeg, to_rgb
 from retina_jax.data.pipeline import decode_jpeg
 from retina_jax.data.source import BadImage
 
-# As outside of tests, where the filter that decoding.py sets is in force.
+# As outside of tests, with the warning filter that decoding.py sets.
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
 
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16")
 SIZES = [(1, 1), (7, 5), (40, 24), (1, 60), (64, 2)]
-"""Width and height of the images that are stored."""
+"""Width and height of the stored images."""
 HEADER_SIZES = [
     (0, 0),
     (1, 70_000),
@@ -50,7 +51,7 @@ GARBAGE = [
 
 @dataclass(frozen=True)
 class Stored:
-    """A complete image file and its pixels."""
+    """An intact image file and its pixels."""
 
     kind: str
     mode: str
@@ -74,7 +75,7 @@ def pixels(mode: str, size: tuple[int, int], seed: int) -> Image.Image:
 
 @functools.cache
 def stored_files() -> list[Stored]:
-    """Every format in every mode that PIL writes it in, in every orientation, with one frame and with three."""
+    """Returns every format in every mode that PIL can write, in every orientation, with one frame and with three."""
     made = []
     combinations = itertools.product(FORMATS, MODES, SIZES, (1, 2, 3))
     for number, (kind, mode, size, turn) in enumerate(combinations):
@@ -99,7 +100,7 @@ def stored_files() -> list[Stored]:
 
 
 def with_size(stored: Stored, size: tuple[int, int]) -> bytes:
-    """The file with another size in its header, and the header's checksum made right."""
+    """Returns the file with another size in its header, and the matching checksum of the header."""
     data, (width, height) = bytearray(stored.encoded), size
     if stored.kind == "PNG":
         data[16:24] = struct.pack(">II", width, height)
@@ -148,7 +149,7 @@ def cases(draw: st.DrawFn) -> Case:
     if how == "trailing":
         encoded += draw(st.sampled_from(GARBAGE))
     for _ in range(draw(st.integers(1, 4)) if how == "bytes" else 0):
-        # Half of the changes go to the header, which is where decisions are made.
+        # Half of the changes are in the header, which decides how the file is read.
         at = draw(st.integers(0, min(len(encoded), 80)) | st.integers(0, len(encoded)))
         change = draw(st.sampled_from(["cut", "flip", "flip", "flip", "insert", "drop", "zero"]))
         if change == "cut":
@@ -168,14 +169,14 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def plain(stored: Stored, expected_size: tuple[int, int] | None) -> np.ndarray | None:
-    """The pixels by PIL's simplest route and by hand; None where the size is neither the upright nor the stored one."""
+    """Returns the pixels by PIL's simplest route; None if the size is neither the upright nor the stored one."""
     image: Image.Image = Image.open(io.BytesIO(stored.encoded))
     upright = ImageOps.exif_transpose(image)
     if expected_size is None or upright.size == expected_size:
         image = upright
     elif stored.size != expected_size:
         return None
-    elif stored.kind == "TIFF":  # PIL has turned it.
+    elif stored.kind == "TIFF":  # PIL has rotated it.
         turn = Image.Transpose
         back = {5: turn.TRANSPOSE, 6: turn.ROTATE_90, 7: turn.TRANSVERSE, 8: turn.ROTATE_270}
         image = upright.transpose(back[stored.orientation])
@@ -205,7 +206,7 @@ def check(case: Case) -> str:
         assert refused is not None
         plain_jpeg = False
     if plain_jpeg:
-        # What the pipeline takes from TensorFlow has the size that the boxes were scaled for, or is an error there too.
+        # An image decoded by TensorFlow has the size that the boxes were scaled for, or is an error there too.
         try:
             by_tensorflow = decode_jpeg(case.encoded).numpy()
         except tf.errors.OpError:
@@ -235,7 +236,7 @@ def test_any_bytes_are_decoded_to_their_size_or_refused_by_name(share: int) -> N
 
 
 def test_every_stored_file_is_exact() -> None:
-    """All formats, modes, orientations and frames, one after the other; nothing is left to chance."""
+    """Goes through all formats, modes, orientations and numbers of frames, without random choice."""
     for stored in stored_files():
         for expected_size in (None, stored.size, stored.size[::-1]):
             check(Case(stored, stored.encoded, False, expected_size))

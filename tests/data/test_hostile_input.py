@@ -34,13 +34,14 @@ SIZES = [
 
 
 def plain_size(width: int, height: int, short: int, long: int) -> tuple[int, int]:
-    """The resize rule by hand: (width, height)."""
+    """Applies the resize rule by hand; returns (width, height)."""
     scale = min(short / min(width, height), long / max(width, height))
     return max(1, math.floor(width * scale + 0.5)), max(1, math.floor(height * scale + 0.5))
 
 
 def of_every_size(folder: Path) -> tuple[Source, list[dict[str, Any]]]:
-    """Images of one colour each, JPEG and PNG in turn, each with a box of all of it and one inside; the annotations."""
+    """Writes images of one colour each, JPEG and PNG in turn, each with a box of the complete image and one inside;
+    returns the annotations."""
     rng = np.random.default_rng(5)
     images, annotations = [], []
     (folder / "images").mkdir()
@@ -92,11 +93,13 @@ def test_every_size_from_1x1_to_20000x200_reaches_its_padded_shape_with_its_boxe
             seen.add((kind, index))
     assert {index for kind, index in seen if kind == "e"} == set(range(len(SIZES)))
     assert {index for kind, index in seen if kind == "x"} == set(range(len(SIZES)))
-    assert len({index for kind, index in seen if kind == "t"}) >= len(SIZES) - 4  # Buckets that are not full wait.
+    assert (
+        len({index for kind, index in seen if kind == "t"}) >= len(SIZES) - 4
+    )  # Buckets that are not full keep their images.
 
 
 @pytest.mark.parametrize("kind", ["bilinear", "antialias"])
-def test_large_images_are_resized_as_others_are(kind: str) -> None:
+def test_large_images_are_resized_like_others(kind: str) -> None:
     image = np.random.default_rng(0).integers(0, 256, (700, 1100, 3), np.uint8)
     for size in ((64, 101), (900, 1414)):
         exact = resize(image, size, kind, "float32").numpy()
@@ -164,7 +167,7 @@ NO_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("what", NO_FILES)
-def test_anything_but_a_file_is_named_and_not_waited_for(tmp_path: Path, what: str) -> None:
+def test_a_path_that_is_not_a_regular_file_is_refused_at_once(tmp_path: Path, what: str) -> None:
     make, named_in_it = NO_FILES[what]
     source = named(tmp_path, "sub/one.jpg")
     (tmp_path / "images" / "sub").mkdir()
@@ -175,7 +178,7 @@ def test_anything_but_a_file_is_named_and_not_waited_for(tmp_path: Path, what: s
 
 
 @pytest.mark.parametrize("name", ["a" * 300, "b/" * 2000 + "c", "one.jpg/two.jpg", "no such", "con", "~/x", "%s.jpg"])
-def test_names_that_no_file_has_are_bad_images(tmp_path: Path, name: str) -> None:
+def test_impossible_file_names_are_bad_images(tmp_path: Path, name: str) -> None:
     source = named(tmp_path, name)
     (tmp_path / "images" / "one.jpg").write_bytes(b"")
     with pytest.raises(BadImage) as raised:
@@ -184,12 +187,12 @@ def test_names_that_no_file_has_are_bad_images(tmp_path: Path, name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["\ud800", "a\0b"])
-def test_names_beyond_the_file_system_are_os_errors(tmp_path: Path, name: str) -> None:
+def test_names_that_are_too_long_are_os_errors(tmp_path: Path, name: str) -> None:
     with pytest.raises(OSError, match="name"):
         read_file(tmp_path / name, 10)
 
 
-def test_symbolic_links_lead_where_they_lead(tmp_path: Path) -> None:
+def test_symbolic_links_to_files_and_folders_are_followed(tmp_path: Path) -> None:
     """Datasets made of links, of files and of folders, are common."""
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -211,14 +214,14 @@ def test_exactly_the_largest_file_is_read(tmp_path: Path) -> None:
         read_file(tmp_path / "file", 99)
 
 
-def test_annotations_that_change_under_a_run_change_nothing(tmp_path: Path) -> None:
+def test_annotations_changed_during_a_run_have_no_effect(tmp_path: Path) -> None:
     path, images = write_coco(tmp_path, document())
     source = read_coco(path, images)
     path.write_text("[]")
     assert [annotation["id"] for annotation in source.ground_truth["annotations"]] == [1, 2]
 
 
-def test_the_sizes_lie_on_both_sides_of_large() -> None:
+def test_the_sizes_are_on_both_sides_of_large() -> None:
     pixels = [width * height for width, height in SIZES]
     assert LARGE in pixels and max(pixels) > LARGE and min(pixels) == 1
     assert to_rgb(encode(np.zeros((1, 1, 3), np.uint8), "PNG")).shape == (1, 1, 3)

@@ -1,4 +1,4 @@
-"""Where images are found whose names were written on another machine, and what is never mistaken for them."""
+"""Images whose paths were written on another machine are found, and no other file is mistaken for them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from retina_jax.data.image_paths import Places, find_images
 
 
 def tree(root: Path, *files: str) -> Path:
-    """A folder of empty files."""
+    """Writes a folder of empty files."""
     for file in files:
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).touch()
@@ -20,7 +20,7 @@ def tree(root: Path, *files: str) -> Path:
 
 
 def found(folder: Path, places: Places) -> list[str | None]:
-    """Path of each name's file relative to the folder; None where it is missing."""
+    """Returns the path of each name's file relative to the folder; None if it is missing."""
     return [None if i in places.missing else os.path.relpath(p, folder) for i, p in enumerate(places.paths)]
 
 
@@ -48,7 +48,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_file_is_found_where_there_is_no_doubt(tmp_path: Path, case: str) -> None:
+def test_a_file_is_found_if_only_one_matches(tmp_path: Path, case: str) -> None:
     files, names, expected, moved = CASES[case]
     folder = tree(tmp_path / "images", *files)
     folder.mkdir(exist_ok=True)
@@ -56,20 +56,20 @@ def test_a_file_is_found_where_there_is_no_doubt(tmp_path: Path, case: str) -> N
     assert found(folder, places) == expected and len(places.moved) == moved
 
 
-def test_a_folder_too_deep_is_seen(tmp_path: Path) -> None:
+def test_a_folder_one_level_too_deep_is_recognised(tmp_path: Path) -> None:
     folder = tree(tmp_path, "1.png", "other/2.png", "deep/x.txt") / "deep"
     assert found(folder, find_images(folder, ["1.png", "other/2.png"])) == ["../1.png", "../other/2.png"]
 
 
 def test_names_never_lead_out_of_the_folder(tmp_path: Path) -> None:
-    """Not by their own path, and not through the folder above."""
+    """Neither the name itself nor the folder above leads out."""
     tree(tmp_path, "secret.png", "images/1.png", "images/deep/2.png")
     folder = tmp_path / "images"
     for name in (str(tmp_path / "secret.png"), "../secret.png", "deep/../../secret.png", "\\secret.png"):
         assert found(folder, find_images(folder, [name])) == [None]
 
 
-def test_a_name_that_leads_to_its_file_is_no_move(tmp_path: Path) -> None:
+def test_a_correct_path_is_used_unchanged(tmp_path: Path) -> None:
     folder = tree(tmp_path / "images", "1.png", "a/2.png")
     (tmp_path / "link").symlink_to(folder)
     names = [str(folder / "1.png"), "../images/a/2.png"]
@@ -78,7 +78,7 @@ def test_a_name_that_leads_to_its_file_is_no_move(tmp_path: Path) -> None:
 
 
 def test_repeated_base_names_take_linear_time(tmp_path: Path) -> None:
-    """A pass over all files of a base name for each image would take minutes."""
+    """Going through all files of a base name for each image would take minutes."""
     files = [f"{i}/image.png" for i in range(1500)]
     folder = tree(tmp_path / "images", *files)
     start = time.process_time()
@@ -86,7 +86,7 @@ def test_repeated_base_names_take_linear_time(tmp_path: Path) -> None:
     assert time.process_time() - start < 4
 
 
-def test_places_of_missing_files_are_named(tmp_path: Path) -> None:
+def test_the_error_names_where_missing_files_were_expected(tmp_path: Path) -> None:
     tree(tmp_path, "images/a/1.png", "images/b/1.png", "images/2.png", "others/3.png", "images/Five.JPG")
     folder = tmp_path / "images"
     names = ["1.png", "0123abcd-2.png", "c/3.png", "4.png", "five.jpeg"]

@@ -1,4 +1,5 @@
-"""Images that ask for more memory than there is: bombs are refused, large ones decoded within a budget."""
+"""Images that need more memory than available: decompression bombs are refused, large images are decoded within a
+budget."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def png(width: int, height: int, *chunks: bytes) -> bytes:
 
 
 def tiff(width: int, height: int, **tags: int) -> bytes:
-    """A TIFF of RGB without its pixels; `tags` are numbers, 4 bytes each."""
+    """Returns an RGB TIFF without its pixels; `tags` are numbers of 4 bytes each."""
     entries = {256: width, 257: height, 258: 8, 259: 5, 262: 2, 277: 3, 273: 8, 279: 100}
     entries |= {int(tag[1:]): value for tag, value in tags.items()}
     body = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(entries.items()))
@@ -48,7 +49,7 @@ def tiff(width: int, height: int, **tags: int) -> bytes:
 
 
 def bombs() -> dict[str, bytes]:
-    """Kilobytes that ask for gigabytes."""
+    """Writes files of kilobytes that would decode to gigabytes."""
     zeros = zlib.compress(bytes(2**28), 9)  # 256 MiB
     gif = bytearray(encode(np.zeros((2, 2), np.uint8), "GIF"))
     at = gif.find(b",", 13) + 5
@@ -96,7 +97,7 @@ start = peak()
 
 
 def measured(folder: Path, code: str) -> str:
-    """What a fresh process prints; it may not say anything else, warnings least of all."""
+    """Runs a fresh process and returns what it prints; it must not print anything else, such as warnings."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONWARNINGS"} | {"TF_CPP_MIN_LOG_LEVEL": "3"}
     environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # What is freed goes back: else glibc keeps up to 64 MB a thread.
     done = subprocess.run(
@@ -112,12 +113,12 @@ def measured(folder: Path, code: str) -> str:
     return done.stdout
 
 
-def test_bombs_are_named_and_take_no_memory(tmp_path: Path) -> None:
+def test_bombs_are_reported_by_name_and_take_no_memory(tmp_path: Path) -> None:
     made = bombs()
     for name, encoded in made.items():
         (tmp_path / name).write_bytes(encoded)
         assert len(encoded) < 2**19
-    # 100 megapixels, more than PIL likes, and EXIF that it cannot read: neither is worth a warning.
+    # 100 megapixels, more than PIL's limit, and EXIF that it cannot read: neither gives a warning.
     corrupt = Image.new("RGB", (64, 48))
     corrupt.save(tmp_path / "with broken EXIF", "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\0")
     (tmp_path / "PNG of 100 megapixels without data").write_bytes(png(10_000, 10_000))
@@ -142,11 +143,11 @@ for file in files:
     for name in ("PNG of 10 gigapixels", "PNG of one endless line", "GIF", "BMP", "WEBP", "JPEG", "TIFF"):
         assert str(MAX_PIXELS) in outcomes[name][1], outcomes[name]
     (most,) = [float(megabytes) for first, *_, megabytes in lines[-1:] if first == "peak"]
-    assert most < 600, printed  # The pixels of 100 megapixels that PIL makes room for are most of it.
+    assert most < 600, printed  # Most of it are the 100 megapixels that PIL allocates.
 
 
 def test_large_images_are_decoded_within_the_budget(tmp_path: Path) -> None:
-    """Five images of 16 megapixels and five threads: with a budget for one, the memory of one."""
+    """With five threads and a budget for one image, five images of 16 megapixels take the memory of one."""
     encoded = encode(np.full((4000, 4000, 3), 90, np.uint8), "PNG")
     content = document()
     content["images"] = [{"id": i, "file_name": f"{i}.png", "width": 4000, "height": 4000} for i in range(1, 6)]
@@ -178,7 +179,7 @@ for at_once in (1, 5):
     assert one < 250 < five, (one, five)
 
 
-def test_budget_is_never_overdrawn_and_comes_back() -> None:
+def test_the_budget_is_never_exceeded_and_is_released() -> None:
     budget, held, most = Budget(10), [0], [0]
     lock = threading.Lock()
 

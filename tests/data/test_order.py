@@ -1,4 +1,4 @@
-"""The order of images: exact epochs, random access, hosts."""
+"""The order of images: every epoch is complete, any step is found directly, and hosts divide the batches."""
 
 import time
 
@@ -13,7 +13,7 @@ sizes = st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integ
 
 
 def queued(buckets: np.ndarray, batch_size: int, seed: int, epochs: int) -> list[tuple[int, list[int], list[int], int]]:
-    """The order by its definition: walk the images epoch by epoch through queues."""
+    """Returns the order by its definition: goes through the images epoch by epoch with queues."""
     queues: dict[int, list[tuple[int, int]]] = {}
     batches = []
     for epoch in range(epochs):
@@ -28,7 +28,7 @@ def queued(buckets: np.ndarray, batch_size: int, seed: int, epochs: int) -> list
 
 @settings(deadline=None, max_examples=60)
 @given(sizes)
-def test_closed_form_is_queues(case: tuple[list[int], int, int]) -> None:
+def test_the_closed_form_equals_the_queues(case: tuple[list[int], int, int]) -> None:
     buckets, batch_size, seed = np.array(case[0]), case[1], case[2]
     order = BucketSampler(buckets, batch_size, seed)
     expected = queued(buckets, batch_size, seed, epochs=12)
@@ -38,7 +38,7 @@ def test_closed_form_is_queues(case: tuple[list[int], int, int]) -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(sizes, st.integers(0, 10_000))
-def test_any_step_equals_walking_there(case: tuple[list[int], int, int], step: int) -> None:
+def test_any_step_equals_iterating_to_it(case: tuple[list[int], int, int], step: int) -> None:
     buckets, batch_size, seed = np.array(case[0]), case[1], case[2]
     walked = BucketSampler(buckets, batch_size, seed)
     for earlier in range(max(0, step - 20), step):
@@ -55,7 +55,7 @@ def test_every_epoch_visits_every_image_once() -> None:
     visits = np.concatenate([batch.positions for batch in batches])
     assert len(set(visits.tolist())) == len(visits)
     visited = np.bincount(visits // 103)[: epochs - 8]
-    # A bucket of two images waits four epochs for a batch: all visits of the epochs before have been handed out.
+    # A bucket of two images needs four epochs to fill a batch: all visits of earlier epochs have been returned.
     assert (visited == 103).all()
 
 
@@ -72,12 +72,12 @@ def test_epochs_differ_and_seeds_differ() -> None:
 def test_batches_of_buckets_are_mixed_in_proportion() -> None:
     buckets = np.repeat([0, 1], [3000, 1000])
     order = BucketSampler(buckets, 10, seed=0)
-    for start in (0, 200):  # Both halves of the first epoch hold both buckets, three to one.
+    for start in (0, 200):  # Both halves of the first epoch contain both buckets, three to one.
         share = np.mean([order.batch(start + k).bucket == 0 for k in range(200)])
         assert 0.65 < share < 0.85
 
 
-def test_order_is_fixed_for_good() -> None:
+def test_the_order_never_changes_between_versions() -> None:
     # A change here would make resumed runs continue in another order than they began.
     batch = BucketSampler(np.arange(11) % 2, 3, seed=7).batch(1000)
     assert (batch.bucket, batch.indices.tolist(), batch.positions.tolist(), batch.epoch) == (

@@ -48,7 +48,7 @@ def test_predict_has_pillows_pixels() -> None:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """The images as JPEG and PNG files in turn, each with a box."""
+    """Writes the images as JPEG and PNG files in turn, each with a box."""
     names = [f"{i}.{('jpeg', 'png')[i % 2]}" for i in range(len(IMAGES))]
     content = {
         "images": [
@@ -67,7 +67,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 
 def has_pillows_pixels(source: Source, batches: Batches, count: int) -> tuple[set[int], set[bool]]:
-    """Asserts it of the next `count` batches; which images they hold, and whether images are mirrored."""
+    """Asserts this of the next `count` batches; returns which images they contain, and whether images are mirrored."""
     seen, mirrored = set(), set()
     for batch in itertools.islice(batches, count):
         for row, index in enumerate(batch.indices.tolist()):
@@ -84,7 +84,7 @@ def has_pillows_pixels(source: Source, batches: Batches, count: int) -> tuple[se
 
 @pytest.mark.parametrize("large", [2**22, 64])
 def test_batches_have_pillows_pixels(source: Source, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In evaluation and training; also with images that count as large, which are decoded and resized elsewhere."""
+    """Checks evaluation and training, also with images that count as large, which are decoded and resized elsewhere."""
     monkeypatch.setattr(pipeline, "LARGE", large)
     assert has_pillows_pixels(source, eval_batches(source, DATA, batch_size=5), 100) == (set(range(50)), {False})
     seen, mirrored = has_pillows_pixels(source, train_batches(source, DATA, seed=0), 12)

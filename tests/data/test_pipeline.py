@@ -1,4 +1,4 @@
-"""Batches: the same however they are reached, boxes on their objects, bad images handled."""
+"""Batches are the same however they are reached, boxes are on their objects, and bad images are handled."""
 
 import dataclasses
 import itertools
@@ -33,7 +33,7 @@ def same(first: Sequence[Batch], second: Sequence[Batch]) -> bool:
 
 
 def coloured(image: np.ndarray, label: int) -> tuple[float, float, float, float]:
-    """Bounds of the pixels of the label's colour."""
+    """Returns the bounds of the pixels of the label's colour."""
     others = [channel for channel in range(3) if channel != label]
     found = (image[..., label].astype(int) - image[..., others].max(-1)) > 128
     rows, columns = np.flatnonzero(found.any(1)), np.flatnonzero(found.any(0))
@@ -49,7 +49,7 @@ def spoil(source: Source, index: int, encoded: bytes | None) -> str:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("resize", ["bilinear", "antialias"])
-def test_boxes_lie_on_their_objects(tmp_path: Path, kind: str, resize: str) -> None:
+def test_boxes_are_on_their_objects(tmp_path: Path, kind: str, resize: str) -> None:
     source = rectangles(tmp_path, SIZES, kind=kind)
     data = dataclasses.replace(DATA, resize=resize, jitter_short_sides=(50, 100, 120))
     seen, flipped, sides = set(), set(), set()
@@ -92,7 +92,7 @@ def test_resumed_batches_are_those_of_one_run(tmp_path: Path, start: int) -> Non
 
 
 def test_short_sides_are_drawn_equally_often_mirrored_or_not(tmp_path: Path) -> None:
-    """Also of images whose long side then is the limit, which keep their shape."""
+    """This includes images whose size is then limited by the long side; they keep their aspect ratio."""
     source = rectangles(tmp_path, [(40, 40), (80, 40)] * 4)
     data = dataclasses.replace(DATA, short_side=32, long_side=64, jitter_short_sides=(16, 32, 48), batch_size=8)
     counts: Counter[tuple[int, bool]] = Counter()
@@ -169,7 +169,7 @@ def test_types_are_the_declared_ones(tmp_path: Path) -> None:
     assert [column.shape[1:] for column in batch[1:]] == [(2,), (5, 4), (5,), (), (), (2,)]
 
 
-def test_boxes_beyond_the_most_are_counted_and_left_out(tmp_path: Path) -> None:
+def test_boxes_beyond_the_maximum_are_counted_and_left_out(tmp_path: Path) -> None:
     source = rectangles(tmp_path, SIZES[:4])
     many = np.tile(np.array([[1, 2, 30, 40]], np.float32), (8, 1))
     record = dataclasses.replace(source.records[0], boxes_xyxy=many, labels=np.arange(8, dtype=np.int32) % 2)
@@ -199,7 +199,7 @@ def test_bad_image_stops_at_its_step_in_one_line(tmp_path: Path, way: str) -> No
     path = spoil(source, 4, change(source.read(4)))
     batches = train_batches(source, DATA, seed=0)
     assert same(take(batches, step), good[:step])
-    for _ in range(2):  # Asked again, it stops again.
+    for _ in range(2):  # The next request stops again.
         with pytest.raises(BadImage) as raised:
             next(batches)
         assert str(raised.value).startswith(f"{path}: {message}") and "\n" not in str(raised.value)

@@ -31,7 +31,7 @@ RED = np.array([230, 30, 30])
 
 
 def square(width: int, height: int) -> np.ndarray:
-    """Grey, with a red square near one corner, which no turn leaves where it is."""
+    """Draws a grey image with a red square near one corner, which every rotation moves."""
     pixels = np.full((height, width, 3), 128, np.uint8)
     pixels[2:10, 4:12] = RED
     return pixels
@@ -66,7 +66,7 @@ def write_squares(
 
 
 def opened(pair: tuple[Path, Path], choice: str = "auto") -> tuple[list[bool], list[bool]]:
-    """Of each image whether its square is where its box is; of each line that is reported whether it is a warning."""
+    """Returns for each image whether its square is in its box, and for each reported line whether it is a warning."""
     source = read_coco(*pair)
     sizes = [(record.width, record.height) for record in source.records]
     names = [record.file_name for record in source.records]
@@ -86,7 +86,7 @@ def opened(pair: tuple[Path, Path], choice: str = "auto") -> tuple[list[bool], l
 
 @st.composite
 def datasets(draw: st.DrawFn) -> list[tuple[int, str, str, tuple[int, int]]]:
-    """Images of one convention, or of both."""
+    """Draws images of one convention, or of both."""
     conventions = draw(st.sampled_from([["stored"], ["turned"], ["stored", "turned"]]))
     image = st.tuples(
         st.integers(1, 8),
@@ -98,7 +98,7 @@ def datasets(draw: st.DrawFn) -> list[tuple[int, str, str, tuple[int, int]]]:
 
 
 def shows(orientation: int, size: tuple[int, int]) -> bool:
-    """Whether the annotated size shows the convention."""
+    """Returns whether the annotated size shows the convention."""
     return orientation >= 5 and size[0] != size[1]
 
 
@@ -120,7 +120,7 @@ def test_squares_are_where_their_boxes_are_or_the_doubt_is_reported(drawn: list)
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=3), st.sampled_from(["stored", "turned"]))
-def test_the_option_decides_where_no_image_shows_the_convention(orientations: list[int], convention: str) -> None:
+def test_the_option_decides_if_no_image_shows_the_convention(orientations: list[int], convention: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         pair = write_squares(Path(folder), [(o, convention, "JPEG", (24, 24)) for o in orientations])
         assert opened(pair, convention) == ([True] * len(orientations), [False] * any(o > 1 for o in orientations))
@@ -138,7 +138,7 @@ def test_exif_behind_the_pixels_of_a_png_is_read(bits: int) -> None:
 
 
 def split_paths(**pairs: tuple[Path, Path]) -> dict[str, str]:
-    """The fields of a DataConfig for `train` and `val`."""
+    """Returns the fields of a DataConfig for `train` and `val`."""
     return {
         f"{split}_{what}": str(path)
         for split, pair in pairs.items()
@@ -184,7 +184,7 @@ def test_the_size_of_an_image_wins_over_the_orientation_of_the_run(tmp_path: Pat
 
 
 def photograph(channels: int) -> np.ndarray:
-    """Values from 0 to 255."""
+    """Returns smooth values from 0 to 255."""
     ramp = np.linspace(0, 255, 40)[:, None, None] * np.linspace(0.2, 1, 30)[None, :, None]
     return (ramp * np.linspace(1, 0.6, channels)).round().astype(np.uint8)
 
@@ -251,13 +251,13 @@ def test_outliers_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 
 
 def lines_of(*images: np.ndarray, **changes: int) -> tuple[int | None, list[str]]:
-    """Bits that 16-bit images of these values are decoded with, and the warnings."""
+    """Returns the bits that 16-bit images of these values are decoded with, and the warnings."""
     decoding, lines = Survey(Votes(), find_range([Values.of(image) for image in images])).decide(DataConfig(**changes))
     return decoding.bits, [line for line, in_doubt in lines if in_doubt]
 
 
 def deep(bits: int, shape: tuple[int, int] = (60, 60)) -> np.ndarray:
-    """Values evenly spread over a range."""
+    """Returns values spread evenly over a range."""
     return np.linspace(0, 2**bits - 1, shape[0] * shape[1]).astype(np.uint16).reshape(*shape, 1)
 
 
@@ -313,7 +313,8 @@ def checked(pair: tuple[Path, Path]) -> tuple[Decoding, Config, list[Finding]]:
 
 
 def test_training_evaluation_and_the_check_decode_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Training data of 8 bits in 16-bit files; evaluation data of 12 bits are read in the range of the training data."""
+    """Training data are 8-bit values in 16-bit files; evaluation data of 12 bits are read in the range of the training
+    data."""
     train, val = write_deep(tmp_path / "train", 8), write_deep(tmp_path / "val", 12)
     data = DataConfig(**split_paths(train=train, val=train), short_side=24, long_side=32, batch_size=4, flip=False)
     source, val_source, config = open_sources(Config(data=data))
@@ -349,7 +350,7 @@ def test_convention_of_the_dataset_reaches_training_evaluation_and_the_check(tmp
 
 
 def test_files_without_annotations_are_turned_as_viewers_show_them(tmp_path: Path) -> None:
-    """Prediction; the range is that of training, and of the files where training had none."""
+    """In prediction the range is that of training, or that of the files if training had no 16-bit images."""
     (tmp_path / "turned.jpg").write_bytes(oriented(square(32, 24), 6, "JPEG"))
     (tmp_path / "deep.png").write_bytes(deep_png(np.full((4, 4, 1), 1000, np.uint16)))
     files = [tmp_path / "turned.jpg", tmp_path / "deep.png", tmp_path / "missing.png"]
@@ -358,7 +359,7 @@ def test_files_without_annotations_are_turned_as_viewers_show_them(tmp_path: Pat
     assert decoding_of_files(files, DataConfig(bits=12)) == Decoding("turned", 12)
 
 
-def test_boxes_of_tensorflow_datasets_lie_on_stored_pixels(tmp_path: Path) -> None:
+def test_boxes_of_tensorflow_datasets_are_on_stored_pixels(tmp_path: Path) -> None:
     source = read_coco(*write_deep(tmp_path / "deep", 10))
     assert with_decoding(source, DataConfig(source="tfds")).decoding == Decoding("stored", 10)
     assert with_decoding(source, DataConfig(source="tfds", orientation="turned")).decoding == Decoding("turned", 10)
@@ -374,7 +375,7 @@ def test_one_colour_is_what_hardly_any_pixel_differs_from() -> None:
     assert not is_one_colour(spot) and not is_one_colour(rng.integers(0, 256, flat.shape, np.uint8))
 
 
-def test_an_image_in_which_a_box_holds_something_has_not_one_colour() -> None:
+def test_an_image_with_something_in_a_box_does_not_have_one_colour() -> None:
     image = np.full((1000, 1200, 3), 90, np.uint8)
     image[501:511, 601:611] = 200  # between the pixels of the grid
     box = np.array([[600, 500, 612, 512]], np.float32)

@@ -1,4 +1,4 @@
-"""Sizes, padded shapes, resizing, flipping."""
+"""Sizes, padded shapes, resize and mirroring."""
 
 import numpy as np
 import pytest
@@ -99,7 +99,7 @@ def test_the_smallest_padded_shape_is_used() -> None:
 
 
 def half_pixel_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Two by two neighbours of each output pixel's centre, edges repeated; in float64."""
+    """Interpolates between the two by two neighbours of each output pixel's centre, with edges repeated, in float64."""
     for axis, n in enumerate(size):
         centre = (np.arange(n) + 0.5) * image.shape[axis] / n - 0.5
         low = np.floor(centre)
@@ -128,7 +128,7 @@ def test_plus_half_is_a_cast_and_a_sum() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(*[st.integers(1, 60)] * 4, st.integers(0, 9))
-def test_rounded_pixels_are_those_of_halves_added_and_cut(h: int, w: int, height: int, width: int, seed: int) -> None:
+def test_rounding_adds_a_half_and_truncates(h: int, w: int, height: int, width: int, seed: int) -> None:
     image = np.random.default_rng(seed).integers(0, 256, (h, w, 3), np.uint8)
     halves = tf.constant(image.astype(np.float32) + 0.5)
     for kind in ("bilinear", "antialias"):
@@ -146,7 +146,7 @@ def test_padding_is_below_and_right(h: int, w: int, below: int, right: int, kind
     assert np.array_equal(padded, np.pad(image, [(0, below), (0, right), (0, 0)])) and padded.dtype == kind
 
 
-def test_antialias_averages_where_it_reduces() -> None:
+def test_antialiasing_averages_if_it_reduces() -> None:
     stripes = np.zeros((40, 40, 3), np.uint8)
     stripes[:, ::2] = 255
     small = resize(stripes, (10, 10), "antialias").numpy()[2:-2, 2:-2]
@@ -156,7 +156,7 @@ def test_antialias_averages_where_it_reduces() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(*[st.integers(0, 500)] * 4), max_size=5))
-def test_mirroring_twice_is_nothing(corners: list[tuple[int, int, int, int]]) -> None:
+def test_mirroring_twice_restores_the_image(corners: list[tuple[int, int, int, int]]) -> None:
     boxes = np.array(corners, np.float32).reshape(-1, 4)
     mirrored = flip_boxes(boxes, 500)
     assert np.array_equal(flip_boxes(mirrored, 500), boxes)

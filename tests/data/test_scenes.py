@@ -1,4 +1,4 @@
-"""Generated scenes: reproducible, boxes tight, objects in view, written once."""
+"""Generated scenes are reproducible, have tight boxes and visible objects, and are written once."""
 
 import dataclasses
 from pathlib import Path

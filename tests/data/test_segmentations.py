@@ -1,4 +1,4 @@
-"""Boxes of segmentations: the smallest around polygons and masks, and an error for anything else."""
+"""The box of a segmentation is the smallest around its polygons or mask; anything else is an error."""
 
 from __future__ import annotations
 

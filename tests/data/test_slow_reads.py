@@ -1,4 +1,4 @@
-"""Reads that fail, fail in passing, or hang: named, tried again, waited for; never a deadlock."""
+"""Reads that fail, fail temporarily, or hang are reported, retried or waited for, and never cause a deadlock."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DATA = DataConfig(batch_size=4, short_side=64, long_side=128, max_boxes=5, worke
 
 
 def reading(source: Source, index: int, instead: Callable[[], object]) -> Source:
-    """The source, but reading one image does `instead` first."""
+    """Returns the source; reading one image calls `instead` first."""
 
     def read(i: int) -> bytes:
         if i == index:
@@ -60,9 +60,9 @@ def test_any_failing_read_is_a_bad_image(tmp_path: Path, error: OSError, monkeyp
 
 
 def failing(folder: Path, times: int, error: Exception) -> tuple[Callable[[Path, int], bytes], list[float]]:
-    """`read_file`, but the first `times` reads in the folder raise; when there were any.
+    """Returns a version of `read_file` whose first `times` reads in the folder raise, and the times of these reads.
 
-    Other folders are read as ever: batches of earlier tests may still be fetching theirs.
+    Other folders are read as usual: batches of earlier tests may still be fetching their images.
     """
     calls: list[float] = []
 
@@ -80,7 +80,7 @@ PASSING = ["EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EINTR", "EBUSY", "ECONNRESET
 
 
 @pytest.mark.parametrize("name", PASSING)
-def test_a_read_that_fails_in_passing_is_tried_again(
+def test_a_read_that_fails_temporarily_is_retried(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("retina_jax.data.reading.PAUSES", (0.01, 0.02, 0.08))
@@ -118,7 +118,7 @@ def test_a_permanent_error_is_not_retried(
     assert len(calls) == 1 and not any("again" in record.getMessage() for record in caplog.records)
 
 
-def test_an_image_that_comes_at_the_second_try_is_as_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_read_at_the_second_attempt_is_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("retina_jax.data.reading.PAUSES", (0.01,))
     plain = rectangles(tmp_path, [(80, 60)] * 8)
     calls: list[int] = []
@@ -136,7 +136,7 @@ def test_an_image_that_comes_at_the_second_try_is_as_any_other(tmp_path: Path, m
 
 
 @pytest.mark.timeout(60)
-def test_a_read_that_hangs_is_named_and_its_batch_still_comes(
+def test_a_read_that_hangs_is_reported_and_its_batch_still_arrives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(waiting, "PATIENCE", 0.3)
@@ -164,7 +164,7 @@ def test_a_read_that_hangs_is_named_and_its_batch_still_comes(
     assert line.startswith("batch ") and f"reading {plain.where(5)} (" in line and "\n" not in line
 
 
-def test_batches_that_come_in_time_are_not_spoken_of(
+def test_batches_that_arrive_in_time_are_not_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(waiting, "PATIENCE", 5)
@@ -195,7 +195,7 @@ def test_one_thread_watches_many_batches_and_ends_after_them(
     assert all("reading 7 (" in line for line in lines)
 
 
-def test_batches_that_nobody_asks_for_are_not_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_that_are_not_requested_are_not_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waiting, "CHECKS", 0.1)
     before = set(threading.enumerate())
     batches = train_batches(rectangles(tmp_path, [(80, 60)] * 8), DATA, seed=0)

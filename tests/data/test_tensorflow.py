@@ -16,7 +16,7 @@ def run(code: str) -> str:
 
 
 def test_the_help_of_the_scripts_does_not_import_it() -> None:
-    """What --help imports, every other use of a script waits for. One process tries all scripts."""
+    """Every use of a script waits for what --help imports. One process runs all scripts."""
     code = """
 import pathlib, runpy, sys
 sys.path.insert(0, "scripts")
@@ -31,8 +31,8 @@ for script in sorted(pathlib.Path("scripts").glob("*.py")):
     assert not imported, (script, imported)
 print("done")
 """
-    said = run(code)
-    assert said.splitlines()[-1] == "done" and "no help" not in said
+    output = run(code)
+    assert output.splitlines()[-1] == "done" and "no help" not in output
 
 
 def test_the_first_use_imports_it_and_hides_the_accelerators_once() -> None:
@@ -51,5 +51,5 @@ try:
 except AttributeError as error:
     print(hidden, error)
 """
-    said = run(code)
-    assert said.startswith("[([], 'GPU')] ") and "no_such_name" in said
+    output = run(code)
+    assert output.startswith("[([], 'GPU')] ") and "no_such_name" in output

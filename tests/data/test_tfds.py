@@ -25,7 +25,8 @@ SIZES = [(96, 72), (72, 96), (61, 60), (60, 45)]
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, str]:
-    """The same images as a COCO source and as a TFDS folder; one has a crowd besides its box, one has no box."""
+    """Returns the same images as a COCO source and as a TFDS folder; one has a crowd in addition to its box, one has no
+    box."""
     folder = tmp_path_factory.mktemp("tfds")
     source = rectangles(folder, SIZES)
     document = source.ground_truth
@@ -64,7 +65,7 @@ def test_tfds_gives_the_batches_of_its_coco_files(pair: tuple[Source, str]) -> N
         assert all(np.allclose(a, b, atol=1e-3) for a, b in zip(found, expected, strict=True))
 
 
-def test_ground_truth_is_the_original_file_where_it_is_given(pair: tuple[Source, str]) -> None:
+def test_the_ground_truth_is_the_original_file_if_it_is_given(pair: tuple[Source, str]) -> None:
     coco, folder = pair
     source = read_tfds(folder, "", "train", ground_truth_annotations=coco.name)
     assert source.ground_truth == coco.ground_truth and source.category_ids == coco.category_ids
@@ -90,7 +91,7 @@ def test_ground_truth_of_other_images_or_classes_is_refused(pair: tuple[Source, 
 @pytest.mark.parametrize(
     "unused", [[], [{"id": 9, "name": "x"}], [{"id": 0, "name": "things", "supercategory": "none"}]]
 )
-def test_ground_truth_categories_are_matched_by_name(
+def test_categories_of_the_ground_truth_are_matched_by_name(
     pair: tuple[Source, str], tmp_path: Path, unused: list[dict[str, Any]]
 ) -> None:
     coco, folder = pair
@@ -112,7 +113,7 @@ def test_a_class_without_boxes_may_be_missing_from_the_ground_truth(pair: tuple[
         assert np.array_equal(found.labels, expected.labels)
 
 
-def test_index_is_made_once_and_made_again_where_it_is_broken(
+def test_the_index_is_written_once_and_rewritten_if_it_is_damaged(
     pair: tuple[Source, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, folder = pair
@@ -121,7 +122,7 @@ def test_index_is_made_once_and_made_again_where_it_is_broken(
     with monkeypatch.context() as patch:
         patch.setattr("retina_jax.data.tfds._make_index", lambda *_: pytest.fail("made twice"))
         again = read_tfds(folder, "", "train").records
-        with pytest.raises(pytest.fail.Exception, match="made twice"):  # Another split has an index of its own.
+        with pytest.raises(pytest.fail.Exception, match="made twice"):  # Another split has a separate index.
             read_tfds(folder, "", "train[:2]")
     assert [r.image_id for r in again] == [r.image_id for r in records]
     index.write_bytes(index.read_bytes()[:100])
@@ -129,7 +130,7 @@ def test_index_is_made_once_and_made_again_where_it_is_broken(
     assert len(read_tfds(folder, "", "train[:2]")) == 2
 
 
-def test_index_goes_home_where_the_folder_cannot_be_written(
+def test_the_index_is_in_the_home_folder_if_the_data_folder_is_read_only(
     pair: tuple[Source, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, folder = pair
@@ -140,7 +141,7 @@ def test_index_goes_home_where_the_folder_cannot_be_written(
     assert len(list((tmp_path / ".cache" / "retina_jax").iterdir())) == 1 and sorted(Path(folder).iterdir()) == before
 
 
-def test_only_image_and_boxes_are_necessary(pair: tuple[Source, str], tmp_path: Path) -> None:
+def test_only_image_and_boxes_are_required(pair: tuple[Source, str], tmp_path: Path) -> None:
     coco, _ = pair
     folder = store(tmp_path, [example(coco, i, extras=False) for i in (0, 2)], extras=False)
     source = read_tfds(folder, "", "train")
@@ -202,10 +203,10 @@ def test_a_damaged_tfrecord_file_is_named(tfrecord: str, tmp_path: Path, damage:
     assert "\n" not in str(raised.value)
 
 
-def test_the_papers_config_trains_on_tfds_alone(
+def test_the_papers_config_trains_on_tfds_without_coco_files(
     pair: tuple[Source, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The README's command: a user without COCO's files, whose paths the config names all the same."""
+    """This is the README's command for a user without COCO's files; the config names their paths nevertheless."""
     monkeypatch.chdir(tmp_path)
     store(tmp_path, [example(pair[0], i) for i in range(4)], name="coco", names=tuple(map(str, range(80))),
           file_format="tfrecord")  # fmt: skip
@@ -223,7 +224,7 @@ def test_dataset_by_name_and_folder(pair: tuple[Source, str]) -> None:
     assert len(read_tfds("tiny", str(Path(folder).parents[1]), "train")) == 4
 
 
-def test_bad_image_of_tfds_is_named_when_the_index_is_made(tmp_path: Path) -> None:
+def test_a_bad_image_of_tfds_is_named_when_the_index_is_written(tmp_path: Path) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(encode(np.zeros((8, 8, 3), np.uint8))[:6])
     objects = [{"bbox": tfds.features.BBox(0.0, 0.0, 1.0, 1.0), "label": 0}]
@@ -232,7 +233,7 @@ def test_bad_image_of_tfds_is_named_when_the_index_is_made(tmp_path: Path) -> No
         read_tfds(folder, "", "train")
 
 
-def test_mistakes_are_named(pair: tuple[Source, str], tmp_path: Path) -> None:
+def test_errors_name_the_mistake(pair: tuple[Source, str], tmp_path: Path) -> None:
     _, folder = pair
     with pytest.raises(DataError, match=r"\[test\]: .*train") as raised:
         read_tfds(folder, "", "test")

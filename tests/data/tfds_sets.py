@@ -38,7 +38,7 @@ def store(
 
 
 def example(source: Source, index: int, *, extras: bool = True) -> dict[str, Any]:
-    """An image of a COCO source as a TFDS example, crowds and all."""
+    """Returns an image of a COCO source as a TFDS example, including crowds."""
     record = source.records[index]
     path = Path(source.where(index))
     mine = [a for a in source.ground_truth["annotations"] if a["image_id"] == record.image_id]

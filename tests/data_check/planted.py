@@ -18,7 +18,7 @@ from retina_jax.config_io import override
 
 WIDTH, HEIGHT = 128, 96
 CONFIG = override(Config(), {"data.short_side": 96, "data.long_side": 128, "data.max_boxes": 4})
-"""Images stay as large as they are, and the boxes of 48 pixels lie between anchors of 40 and 51."""
+"""Images keep their size, and the boxes of 48 pixels are between anchors of 40 and 51."""
 
 
 @dataclass
@@ -29,25 +29,25 @@ class Splits:
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
     def image(self, i: int) -> dict[str, Any]:
-        """Image i of train, 0 to 5: named 00i.jpg, of id 10 + i."""
+        """Returns image i of train, 0 to 5, with file name 00i.jpg and id 10 + i."""
         return self.documents["train"]["images"][i]
 
     def box(self, i: int) -> dict[str, Any]:
-        """Annotation i of train, 0 to 11: of id 100 + i, two to an image in turn."""
+        """Returns annotation i of train, 0 to 11, with id 100 + i; each image has two."""
         return self.documents["train"]["annotations"][i]
 
     def add_box(self, box_id: int, image_id: int = 10, bbox: tuple = (40, 30, 48, 48), **other: Any) -> None:
-        """One more annotation of train."""
+        """Adds an annotation to train."""
         entry = {"id": box_id, "image_id": image_id, "category_id": 1, "bbox": list(bbox), **other}
         self.documents["train"]["annotations"].append(entry)
 
     def add_image(self, image_id: int, name: str, content: bytes) -> None:
-        """One more image of train, without a box."""
+        """Adds an image without a box to train."""
         self.documents["train"]["images"].append({"id": image_id, "file_name": name, "width": WIDTH, "height": HEIGHT})
         self.files["train"][name] = content
 
     def write(self, folder: Path) -> dict[str, tuple[Path, Path]]:
-        """Writes all; gives the JSON and the folder of images of each split."""
+        """Writes all files; returns the JSON and the image folder of each split."""
         pairs = {}
         for split, document in self.documents.items():
             pairs[split] = folder / f"{split}.json", folder / split
@@ -59,7 +59,7 @@ class Splits:
 
 
 def clean() -> Splits:
-    """Six images in train and three in val, two boxes in each, one of either class."""
+    """Returns six images in train and three in val, each with a box of each class."""
     rng, splits = np.random.default_rng(0), Splits()
     for split, images, first in (("train", 6, 0), ("val", 3, 6)):
         entries, boxes = [], []
@@ -83,7 +83,7 @@ def clean() -> Splits:
 Found = set[tuple[str, str, str]]
 """Kind, split and name of findings."""
 MISTAKES: dict[str, tuple[Callable[[Splits], None], Found]] = {}
-"""What plants each mistake, and what it must be reported as."""
+"""The function that plants each mistake, and the expected findings."""
 
 
 def mistake(*found: tuple[str, str, str]) -> Callable[[Callable[[Splits], None]], Callable[[Splits], None]]:
@@ -108,7 +108,7 @@ def jpeg_is_truncated(s: Splits) -> None:
 
 
 @mistake(("unreadable", "val", "006.jpg"))
-def image_is_a_text(s: Splits) -> None:
+def image_is_a_text_file(s: Splits) -> None:
     s.files["val"]["006.jpg"] = b"404 not found"
 
 
@@ -123,7 +123,7 @@ def box_has_no_width(s: Splits) -> None:
 
 
 @mistake(("same_box", "train", "annotation 202"))
-def box_is_there_twice(s: Splits) -> None:
+def box_occurs_twice(s: Splits) -> None:
     s.add_box(202, image_id=13, bbox=tuple(s.box(6)["bbox"]))
 
 
@@ -143,7 +143,7 @@ def coordinate_is_negative(s: Splits) -> None:
 
 
 @mistake(("refused_boxes", "train", "annotations[8] (id 108)"))
-def coordinate_is_no_number(s: Splits) -> None:
+def coordinate_is_not_a_number(s: Splits) -> None:
     s.box(8)["bbox"][0] = float("nan")
 
 
@@ -177,7 +177,7 @@ def image_is_in_both_splits(s: Splits) -> None:
 
 
 @mistake(("same_image", "train", "copy.jpg"), ("no_boxes", "train", "copy.jpg"))
-def image_is_there_twice(s: Splits) -> None:
+def image_occurs_twice(s: Splits) -> None:
     s.add_image(30, "copy.jpg", s.files["train"]["005.jpg"])
 
 
@@ -187,7 +187,7 @@ def image_id_is_used_twice(s: Splits) -> None:
 
 
 @mistake(("refused_images", "val", "images[3] (id 50)"), ("orphaned", "val", "annotations[6] (id 300)"))
-def file_name_climbs_out(s: Splits) -> None:
+def file_name_leaves_the_folder(s: Splits) -> None:
     entry = {"id": 50, "file_name": "../train/000.jpg", "width": WIDTH, "height": HEIGHT}
     s.documents["val"]["images"].append(entry)
     s.documents["val"]["annotations"].append({"id": 300, "image_id": 50, "category_id": 1, "bbox": [1, 2, 40, 40]})

@@ -1,4 +1,4 @@
-"""The script: exit status, output, JSON and page, with hostile names of classes and files too."""
+"""The script's exit status, output, JSON and page, also with hostile names of classes and files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HOSTILE = "<script>alert('x')</script> & \"<img src=http://example.org/x.png>"
 
 
 def run(monkeypatch: pytest.MonkeyPatch, pairs: dict[str, tuple[Path, Path]], out: Path, *options: str) -> int:
-    """The exit status of scripts/check_data.py."""
+    """Returns the exit status of scripts/check_data.py."""
     spec = importlib.util.spec_from_file_location("check_data", ROOT / "scripts" / "check_data.py")
     script = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "check_data", script)  # tyro looks the arguments' annotations up there
@@ -98,7 +98,7 @@ def test_errors_are_not_ready_to_train_and_warnings_are(
     assert which in " ".join(Page(page).texts)
 
 
-def test_tiny_boxes_are_hopeless_until_the_suggestion_is_pasted(
+def test_tiny_boxes_are_not_ready_until_the_suggestion_is_applied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     splits = clean()
@@ -133,7 +133,7 @@ def test_the_page_requests_nothing_and_escapes_every_name(tmp_path: Path, monkey
 
 
 def hostile() -> Splits:
-    """The clean set with a class, and an image that is missing, of this name; and boxes to draw."""
+    """Returns the clean dataset with this name for a class and for a missing image, and boxes to draw."""
     splits = clean()
     for document in splits.documents.values():
         document["categories"][0]["name"] = HOSTILE
@@ -145,7 +145,7 @@ def hostile() -> Splits:
     return splits
 
 
-def test_what_cannot_be_checked_ends_in_one_line(
+def test_data_that_cannot_be_checked_ends_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     pairs = clean().write(tmp_path)

@@ -1,4 +1,4 @@
-"""Anchor coverage compared with plain numpy over all anchors, and the suggestion compared with its claims."""
+"""Anchor coverage equals that of NumPy over all anchors, and the suggestion does what it claims."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STYLES = ("paper", "detectron", "detectron2", "torchvision")
 
 
 def ious(anchors: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """[A, G] in float64, written anew."""
+    """Returns IoUs [A, G] in float64, computed independently."""
     a, b = anchors.astype(np.float64)[:, None], boxes.astype(np.float64)[None]
     sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
     shared = sides.clip(0).prod(-1)
@@ -40,7 +40,7 @@ def ious(anchors: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 
 def records_of(*boxes_of_images: list, size: tuple[int, int] = (128, 96), seed: int = 0) -> list[Record]:
-    """Images of one size (width, height) with boxes of random classes, 0 to 2."""
+    """Returns images of one size (width, height) with boxes of random classes, 0 to 2."""
     rng = np.random.default_rng(seed)
     return [
         Record(
@@ -51,14 +51,15 @@ def records_of(*boxes_of_images: list, size: tuple[int, int] = (128, 96), seed: 
 
 
 def random_boxes(rng: np.random.Generator, n: int, sides: tuple[float, float] = (3, 90)) -> list[list[float]]:
-    """Boxes inside 128 by 96."""
+    """Returns boxes inside 128 by 96."""
     size = np.exp(rng.uniform(*np.log(sides), (n, 2))).clip(1, [120, 90])
     corner = rng.uniform(0, 1, (n, 2)) * ([128, 96] - size)
     return np.concatenate([corner, corner + size], axis=1).tolist()
 
 
 def by_hand(views: Views, config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Best IoU and number of positive anchors of each box, straight from Section 4 and Detectron's low-quality rule."""
+    """Returns the best IoU and the number of positive anchors of each box, by Section 4 and Detectron's low-quality
+    rule."""
     best, won = [], []
     for v, padded_hw in enumerate(views.padded_hw):
         boxes = views.boxes_xyxy[views.ends[v] : views.ends[v + 1]]
@@ -75,9 +76,9 @@ def by_hand(views: Views, config: Config) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("low_quality", ["none", "band", "all"])
-def test_coverage_is_that_of_all_anchors_counted_by_hand(low_quality: str) -> None:
+def test_coverage_equals_the_count_over_all_anchors(low_quality: str) -> None:
     rng = np.random.default_rng(1)
-    # Integer pixels: which anchors tie for the best of a box is then the same in any precision.
+    # With integer pixels, the anchors that tie for the best of a box are the same in any precision.
     integer = {"anchors.scales": (1.0, 1.5), "anchors.ratios": (1.0,)}
     config = override(SMALL, {"matching.low_quality": low_quality, **integer})
     images = (np.round(random_boxes(rng, n)).reshape(-1, 4).tolist() for n in (5, 0, 12, 1, 9))
@@ -137,7 +138,7 @@ def test_the_nearest_anchor_is_the_best_one_in_any_padded_shape(
 def test_a_box_that_is_an_anchor_and_one_of_a_quarter_of_it() -> None:
     anchor = anchor_grid((96, 128), SMALL.anchors, SMALL.model)
     square = next(a for a in anchor if a[2] - a[0] == 32 and a[3] - a[1] == 32 and a[0] >= 0 and a[1] >= 0)
-    half = (square + square[[2, 3, 0, 1]]) / 2 + np.array([-8, -8, 8, 8])  # 16 x 16 in its middle: IoU 1/4
+    half = (square + square[[2, 3, 0, 1]]) / 2 + np.array([-8, -8, 8, 8])  # 16 x 16 in its centre: IoU 1/4
     for low_quality, anchors in (("band", 0), ("all", 1)):
         config = override(SMALL, {"matching.low_quality": low_quality})
         views = view_boxes(records_of([square.tolist()], [half.tolist()]), config.data)
@@ -150,7 +151,7 @@ def test_a_box_that_is_an_anchor_and_one_of_a_quarter_of_it() -> None:
         assert coverage.kinds["by_low_quality"].tolist() == [False, anchors == 1]
 
 
-def test_a_twin_is_outbid_by_the_first() -> None:
+def test_the_second_of_two_equal_boxes_is_outbid() -> None:
     views = view_boxes(records_of([[20, 20, 68, 68], [20, 20, 68, 68]]), SMALL.data)
     coverage = cover(views, SMALL)
     assert (
@@ -189,7 +190,7 @@ def test_every_short_side_of_the_training_is_a_view() -> None:
 
 
 def small_set(seed: int = 3) -> list[Record]:
-    """Boxes of 8 to 16 pixels, for which the paper's anchors are too large."""
+    """Writes boxes of 8 to 16 pixels, for which the paper's anchors are too large."""
     rng = np.random.default_rng(seed)
     return records_of(*(random_boxes(rng, 8, (8, 16)) for _ in range(12)))
 
@@ -199,7 +200,7 @@ def shares_of(records: list[Record], config: Config) -> Shares:
     return count_shares(views, cover(views, config), ["a", "b", "c"])
 
 
-def test_the_suggestion_keeps_what_it_claims() -> None:
+def test_the_suggestion_has_the_coverage_that_it_claims() -> None:
     records = small_set()
     before = shares_of(records, SMALL)
     assert before.total.by_iou == 0 and coverage_findings(before)[0].kind == "hopeless"
@@ -212,20 +213,20 @@ def test_the_suggestion_keeps_what_it_claims() -> None:
     assert suggestion.options == as_options(suggestion.changes)
 
 
-def test_where_the_coverage_is_good_nothing_is_suggested() -> None:
+def test_nothing_is_suggested_if_the_coverage_is_good() -> None:
     rng = np.random.default_rng(4)
     records = records_of(*(random_boxes(rng, 4, (38, 60)) for _ in range(6)))
     before = shares_of(records, SMALL)
     assert before.total.part("by_iou") >= GOOD and suggest(records, SMALL, ["a", "b", "c"], before) is None
 
 
-def test_options_are_typed_as_the_command_line_takes_them() -> None:
+def test_suggested_options_are_valid_on_the_command_line() -> None:
     changes = {"anchors.size_factor": 2.5, "anchors.ratios": (0.5, 1.0, 2 ** (1 / 3)), "data.long_side": 1_333_000}
     expected = "--anchors.size-factor 2.5 --anchors.ratios 0.5 1 1.2599210498948732 --data.long-side 1333000"
     assert as_options(changes) == expected
 
 
-def test_a_class_that_is_hardly_ever_covered_is_hopeless_and_a_rare_one_poor() -> None:
+def test_a_class_without_coverage_is_an_error_and_a_rare_one_a_warning() -> None:
     labels = np.repeat([0, 1, 2], [80, 10, 9])
     iou = np.where(labels == 0, 0.9, 0.2).astype(np.float32)
     coverage = Coverage(iou, (labels == 0).astype(np.int64), 0.5)

@@ -1,4 +1,4 @@
-"""Every mistake that is planted is found, by id or name, and nothing else is."""
+"""The data check finds every planted mistake, by id or name, and nothing else."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_of(splits: Splits, folder: Path) -> Check:
     return check_data(CONFIG, splits.write(folder))
 
 
-def test_nothing_is_found_on_the_clean_one(tmp_path: Path) -> None:
+def test_nothing_is_found_in_the_clean_dataset(tmp_path: Path) -> None:
     check = check_of(clean(), tmp_path)
     assert found(check) == set() and check.ready and check.suggestion is None
     assert check.shares.total.by_iou == check.shares.total.boxes == 12
@@ -51,7 +51,7 @@ def test_nothing_is_found_on_the_clean_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_planted_mistake_is_all_that_is_found(tmp_path: Path, name: str) -> None:
+def test_only_the_planted_mistake_is_found(tmp_path: Path, name: str) -> None:
     plant, expected = MISTAKES[name]
     splits = clean()
     plant(splits)
@@ -68,13 +68,13 @@ def test_all_planted_mistakes_are_found_at_once(tmp_path: Path) -> None:
         expected |= named
     check = check_of(splits, tmp_path)
     assert expected <= found(check)
-    # What is on top follows from two of them: box 8 and 9 were all that image 004.jpg had.
+    # The additional finding follows from two of them: boxes 8 and 9 were the only ones of image 004.jpg.
     assert found(check) - expected == {("no_boxes", "train", "004.jpg")}
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_what_training_refuses_is_an_error_and_what_it_takes_is_none(tmp_path: Path, name: str) -> None:
-    """Compared with training's own strict reader."""
+def test_a_mistake_is_an_error_exactly_if_training_refuses_it(tmp_path: Path, name: str) -> None:
+    """Compares with the strict reader of training."""
     splits = clean()
     MISTAKES[name][0](splits)
     pairs = splits.write(tmp_path)
@@ -91,7 +91,7 @@ def test_what_training_refuses_is_an_error_and_what_it_takes_is_none(tmp_path: P
         assert place in refused[0]
 
 
-def test_the_lenient_reader_takes_what_the_strict_one_takes(tmp_path: Path) -> None:
+def test_the_lenient_reader_accepts_what_the_strict_one_accepts(tmp_path: Path) -> None:
     pairs = clean().write(tmp_path)
     split, content = read_split("train", *pairs["train"], "keep"), parse_coco(pairs["train"][0])
     assert split.images == content.images and split.mistakes == []
@@ -109,10 +109,10 @@ def test_the_lenient_reader_takes_what_the_strict_one_takes(tmp_path: Path) -> N
 
 @settings(deadline=None, max_examples=150)
 @given(st.sampled_from(PLACES), anything)
-def test_any_value_anywhere_is_reported_where_training_refuses_it(
+def test_any_value_is_reported_exactly_if_training_refuses_it(
     tmp_path_factory: pytest.TempPathFactory, place: str, value: object
 ) -> None:
-    """The strict reader raises exactly where the lenient one reports something, and its error is among the reports."""
+    """The strict reader raises exactly if the lenient one reports something, and its error is among the reports."""
     folder = tmp_path_factory.mktemp("any")
     path, images = write_coco(folder, json.dumps(edited(**{place: value})))
     try:
@@ -131,7 +131,7 @@ def test_any_value_anywhere_is_reported_where_training_refuses_it(
     assert all(finding.name.isprintable() and finding.text.isprintable() for finding in found)
 
 
-def test_bad_images_that_are_skipped_are_no_errors(tmp_path: Path) -> None:
+def test_skipped_bad_images_are_warnings(tmp_path: Path) -> None:
     splits = clean()
     del splits.files["train"]["000.jpg"]
     check = check_data(override(CONFIG, {"data.bad_images": "skip"}), splits.write(tmp_path))
@@ -145,7 +145,7 @@ def test_classes_that_differ_between_the_splits_are_an_error(tmp_path: Path) -> 
     assert found(check) == {("refused_config", "val", "data.val_annotations")} and not check.ready
 
 
-def test_a_split_without_a_box_leaves_nothing_to_learn(tmp_path: Path) -> None:
+def test_a_training_split_without_boxes_is_an_error(tmp_path: Path) -> None:
     splits = clean()
     splits.documents["train"]["annotations"] = []
     check = check_of(splits, tmp_path)
@@ -153,7 +153,7 @@ def test_a_split_without_a_box_leaves_nothing_to_learn(tmp_path: Path) -> None:
     assert check.suggestion is None and check.shares.positives_per_image == 0
 
 
-def test_a_file_of_nothing_but_mistakes_is_reported_to_the_end(tmp_path: Path) -> None:
+def test_a_file_with_a_mistake_in_every_entry_is_reported_completely(tmp_path: Path) -> None:
     splits = clean()
     for entry in splits.documents["train"]["images"]:
         entry["width"] = -1
@@ -162,7 +162,7 @@ def test_a_file_of_nothing_but_mistakes_is_reported_to_the_end(tmp_path: Path) -
     assert counts["refused_images"] == 6 and counts["orphaned"] == 12
 
 
-def test_what_is_no_coco_file_ends_in_one_line(tmp_path: Path) -> None:
+def test_a_file_that_is_not_coco_json_ends_in_one_line(tmp_path: Path) -> None:
     pairs = clean().write(tmp_path)
     pairs["train"][0].write_text("[1, 2")
     with pytest.raises(DataError, match="is not JSON: line 1"):
@@ -174,12 +174,12 @@ def test_what_is_no_coco_file_ends_in_one_line(tmp_path: Path) -> None:
         check_data(CONFIG, pairs)
 
 
-def test_a_line_names_the_first_and_counts_the_others() -> None:
+def test_a_line_names_the_first_findings_and_counts_the_others() -> None:
     (group,) = grouped([Finding("missing", "train", f"{i}.jpg") for i in range(SHOWN + 2)])
     assert group.line() == f"error: {KINDS['missing'].title}: 7: 0.jpg; 1.jpg; 2.jpg; 3.jpg; 4.jpg; 2 more"
 
 
-def test_bccd_names_its_boxes_without_area(shared_data: Path) -> None:
+def test_the_boxes_of_bccd_without_area_are_named(shared_data: Path) -> None:
     folder = shared_data / "bccd"
     named = []
     for name in ("train", "val"):

@@ -1,4 +1,4 @@
-"""The worst pictures: which they are, and in which colours their boxes are drawn."""
+"""The selection of the worst pictures, and the colours of their boxes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from retina_jax.reports.check_page import ON_IMAGES, RESCUED, UNCOVERED, draw_co
 
 
 def coverage_of(views: Views, states: dict[int, str]) -> Coverage:
-    """All boxes covered but those named: "low" by the low-quality rule, "none" not at all, "outbid"."""
+    """Returns coverage of all boxes except the named ones: "low" by the low-quality rule, "none" not at all,
+    "outbid"."""
     of = [states.get(n, "iou") for n in range(len(views.labels))]
     iou = np.array([{"iou": 0.8, "outbid": 0.6}.get(state, 0.4) for state in of], np.float32)
     return Coverage(iou, np.array([0 if state in ("none", "outbid") else 3 for state in of], np.int64), 0.5)
@@ -38,7 +39,7 @@ def test_images_with_most_boxes_without_anchors_come_first(tmp_path: Path) -> No
     assert worst_pictures(split, CONFIG.data, AS_VIEWERS, views, coverage, 1)[0][1].startswith("004.jpg")
 
 
-def test_where_all_boxes_are_covered_there_is_no_worst_picture(tmp_path: Path) -> None:
+def test_there_is_no_worst_picture_if_all_boxes_are_covered(tmp_path: Path) -> None:
     split, views = clean_split(tmp_path)
     assert worst_pictures(split, CONFIG.data, AS_VIEWERS, views, coverage_of(views, {}), 8) == []
 

@@ -1,4 +1,4 @@
-"""Classification losses against equations 1, 3, 5, 8 to 11 in float64, and against optax."""
+"""Classification losses equal equations 1, 3, 5 and 8 to 11 in float64, and optax."""
 
 import functools
 from collections.abc import Callable
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("optimised")  # numerics, as users' program
 
 GAMMAS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 LOGITS = np.array([0.0, -0.0, 1e-3, -1e-3, 0.5, -0.5, 2.0, -2.0, 20.0, -20.0, 60.0, -60.0, 100.0, -100.0, 1e4, -1e4])
-# Each logit twice, as an anchor of its own with K = 1: as the class it is labelled, and as background.
+# Each logit occurs twice, as an anchor with K = 1: labelled with the class, and as background.
 X = np.concatenate([LOGITS, LOGITS])
 Y = np.repeat([1, -1], len(LOGITS))
 LABELS = jnp.asarray(np.where(Y > 0, 0, BACKGROUND), jnp.int32)
@@ -27,7 +27,7 @@ ALPHA_T = np.where(Y > 0, 0.25, 0.75)
 
 
 def reference(x_t: np.ndarray, gamma: float) -> tuple[np.ndarray, np.ndarray]:
-    """FL and dFL/dx_t (equations 4 and 10) in float64, with 1 - p_t = sigmoid(-x_t)."""
+    """Returns FL and dFL/dx_t (equations 4 and 10) in float64, with 1 - p_t = sigmoid(-x_t)."""
     minus_log_p, minus_log_q = np.logaddexp(0, -x_t), np.logaddexp(0, x_t)
     p, q, modulator = np.exp(-minus_log_p), np.exp(-minus_log_q), np.exp(-gamma * minus_log_q)
     return modulator * minus_log_p, modulator * (-gamma * p * minus_log_p - q)
@@ -35,7 +35,7 @@ def reference(x_t: np.ndarray, gamma: float) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def derivatives(gamma: float, dtype: jnp.dtype = jnp.float32) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Value, first and second derivative of the focal loss at every X, which does not mix its elements."""
+    """Returns value, first and second derivative of the focal loss at every X; the loss does not mix its elements."""
 
     def value(x: jax.Array) -> jax.Array:
         return focal(x[:, None], LABELS, alpha=0.25, gamma=gamma)[:, 0]
@@ -80,7 +80,7 @@ def test_cross_entropy_is_equation_1_and_its_gradient_equation_9() -> None:
     np.testing.assert_allclose(gradient, Y * p_t_minus_1, rtol=1e-5, atol=1e-36)
 
 
-def test_forward_mode_is_reverse_mode() -> None:
+def test_forward_mode_equals_reverse_mode() -> None:
     x, label = jnp.linspace(-3.0, 3.0, 7), jnp.zeros((), jnp.int32)
 
     def loss(x: jax.Array) -> jax.Array:
@@ -97,7 +97,7 @@ def test_forward_mode_is_reverse_mode() -> None:
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_focal_is_that_of_optax(gamma: float, seed: int) -> None:
+def test_focal_equals_optax(gamma: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     logits, labels = rng.normal(0, 3, (2, 5, 4)).astype(np.float32), rng.integers(-1, 4, (2, 5)).astype(np.int32)
     ours, theirs = ours_and_optaxs(gamma)(jnp.asarray(logits), jnp.asarray(labels))
@@ -129,10 +129,10 @@ def test_gamma_two_lowers_the_loss_a_hundredfold_at_p_09_and_a_thousandfold_at_p
     lowered = cross_entropy(logits, labels) / (4 * focal(logits, labels, alpha=0.25, gamma=2.0))
     assert float(lowered[0, 0]) == pytest.approx(100, rel=1e-4)
     assert float(lowered[1, 0]) == pytest.approx(1000, rel=0.03)
-    assert float(lowered[2, 0]) == pytest.approx(4, rel=1e-5)  # "at most 4x for p_t <= .5"
+    assert float(lowered[2, 0]) == pytest.approx(4, rel=1e-5)  # "at most 4x for p_t <= 0.5"
 
 
-def test_alpha_weighs_targets_and_one_minus_alpha_the_rest() -> None:
+def test_alpha_weights_targets_and_one_minus_alpha_the_rest() -> None:
     loss = balanced_cross_entropy(jnp.zeros((2, 3)), jnp.array([1, BACKGROUND], jnp.int32), alpha=0.9)
     np.testing.assert_allclose(loss / np.log(2), [[0.1, 0.9, 0.1], [0.1, 0.1, 0.1]], rtol=1e-6)
 
@@ -144,7 +144,8 @@ STARS = ((2.0, 1.0), (4.0, 0.0), (1.0, 0.0), (0.5, -1.0), (3.7, 2.5))
 def value_and_slope(
     loss: Callable[[jax.Array, jax.Array], jax.Array], x: np.ndarray, y: np.ndarray, dtype: jnp.dtype = jnp.float32
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of a loss at each logit x as an anchor with K = 1, of the class (y = 1) or background (y = -1)."""
+    """Returns value and derivative of a loss at each logit x, as an anchor with K = 1 of the class (y = 1) or
+    background (y = -1)."""
     labels = jnp.asarray(np.where(y > 0, 0, BACKGROUND), jnp.int32)
 
     def total(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -160,7 +161,7 @@ def value_and_slope(
 def test_focal_star_is_equation_8_and_its_gradient_equation_11(gamma: float, beta: float) -> None:
     value, slope = value_and_slope(functools.partial(focal_star, alpha=0.25, gamma=gamma, beta=beta), X, Y)
     z = gamma * Y * X + beta
-    # gamma x_t + beta is itself rounded: where it is large, so is the error that exp makes of it.
+    # gamma x_t + beta is rounded: if it is large, exp makes its error large.
     rtol = 1e-5 + 2e-7 * np.where(np.abs(z) < 100, np.abs(z), 0)
     p_star_minus_1 = -np.exp(-np.logaddexp(0, z))
     expected = (ALPHA_T * np.logaddexp(0, -z) / gamma, ALPHA_T * Y * p_star_minus_1)
@@ -170,8 +171,9 @@ def test_focal_star_is_equation_8_and_its_gradient_equation_11(gamma: float, bet
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_losses_are_the_plain_definitions_and_their_autodiff(seed: int) -> None:
-    """Where sigmoid and logarithm are harmless, the definitions typed as the paper has them give the same."""
+def test_losses_equal_the_printed_definitions_and_their_autodiff(seed: int) -> None:
+    """If sigmoid and logarithm are in their normal range, the definitions as printed in the paper give the same
+    values."""
     x = np.random.default_rng(seed).uniform(-4, 4, 16).astype(np.float32)
     y = np.random.default_rng(seed + 1).choice([-1, 1], 16)
     for ours, plain in plain_definitions():
@@ -218,7 +220,7 @@ def test_focal_star_of_gamma_one_and_beta_zero_is_balanced_cross_entropy() -> No
 
 @pytest.mark.parametrize(("gamma", "beta"), STARS)
 def test_focal_star_tends_to_a_line_of_slope_minus_one_and_to_zero(gamma: float, beta: float) -> None:
-    """FL* -> -x_t - beta / gamma where p_t* -> 0, with the derivative of cross entropy, and 0 where p_t* -> 1."""
+    """FL* approaches -x_t - beta / gamma as p_t* -> 0, with the derivative of cross entropy, and 0 as p_t* -> 1."""
     value, slope = value_and_slope(
         functools.partial(focal_star, alpha=1.0, gamma=gamma, beta=beta), np.array([-80.0, 80.0]), np.array([1, 1])
     )
@@ -246,7 +248,7 @@ def test_hinge_falls_in_p_t_to_zero_at_the_margin_and_stays_there(margin: float)
 
 
 def test_hinge_at_the_margin_has_no_loss_and_no_derivative() -> None:
-    """sigmoid(0) is .5 exactly; a step below it the derivative is -1/4."""
+    """sigmoid(0) is exactly 0.5; just below the margin the derivative is -1/4."""
     x = np.array([0.0, -0.0, -1e-3, 1e-3])
     value, slope = value_and_slope(functools.partial(hinge, alpha=1.0, margin=0.5), x, np.ones(4))
     np.testing.assert_array_equal(value[[0, 1, 3]], np.zeros(3))
@@ -275,11 +277,11 @@ def test_ignored_anchors_have_no_loss_and_no_gradient(kind: str) -> None:
     value, gradient = jax.jit(lambda x: (loss(x, labels), jax.grad(lambda x: loss(x, labels).sum())(x)))(logits)
     np.testing.assert_array_equal(value[0], np.zeros(4))
     np.testing.assert_array_equal(gradient[0], np.zeros(4))
-    assert (np.asarray(gradient[1]) > 0).all()  # background pushes every class down
+    assert (np.asarray(gradient[1]) > 0).all()  # background lowers the logit of every class
     np.testing.assert_array_equal(np.sign(gradient[2]), [1, 1, -1, 1])
 
 
-def test_kinds_are_named_with_their_own_parameters() -> None:
+def test_each_kind_uses_its_parameters() -> None:
     logits, labels = jnp.linspace(-3.0, 3.0, 12).reshape(4, 3), jnp.array([0, BACKGROUND, 2, IGNORED], jnp.int32)
     config = {"alpha": 0.3, "gamma": 1.5, "star_beta": 0.7, "hinge_margin": 0.8}
     expected = {

@@ -1,4 +1,4 @@
-"""The loss of an image against float64 numpy, and the four normalisers against their definitions."""
+"""The loss of an image equals that of float64 NumPy, and the four normalisers equal their definitions."""
 
 import dataclasses
 import functools
@@ -22,7 +22,8 @@ B, A, G, K = 3, 12, 4, 3
 
 
 def small_case() -> dict[str, jax.Array]:
-    """Three images: two boxes, one box, none. Anchors are boxes shaken a little, so that all three labels occur."""
+    """Returns three images with two boxes, one box and none. Anchors are slightly shifted boxes, so that all three
+    labels occur."""
     rng = np.random.default_rng(7)
     corner = rng.uniform(0, 60, (A, 2))
     anchors = np.concatenate([corner, corner + rng.uniform(12, 30, (A, 2))], axis=1).astype(np.float32)
@@ -48,7 +49,7 @@ def compiled(box: str) -> jax.stages.Wrapped:
 
 @functools.cache
 def compiled_gradient(box: str) -> jax.stages.Wrapped:
-    """Gradients of the summed losses with respect to logits and deltas."""
+    """Returns gradients of the summed losses with respect to logits and deltas."""
 
     def total(outputs: tuple[jax.Array, jax.Array], case: dict[str, jax.Array]) -> jax.Array:
         sums = compiled(box)({**case, "logits": outputs[0], "deltas": outputs[1]})
@@ -100,7 +101,7 @@ def test_image_without_boxes_is_all_background_with_finite_gradients(box: str) -
     np.testing.assert_array_equal(result.positives, np.zeros(B))
     assert (result.classification > 0).all()
     to_logits, to_deltas = compiled_gradient(box)(case)
-    assert (np.asarray(to_logits) > 0).all()  # every class of every anchor is pushed down
+    assert (np.asarray(to_logits) > 0).all()  # the logit of every class of every anchor is lowered
     np.testing.assert_array_equal(to_deltas, np.zeros((B, A, 4)))
 
 
@@ -132,7 +133,7 @@ def test_bfloat16_outputs_are_summed_in_float32() -> None:
         np.testing.assert_array_equal(got, expected)
 
 
-def test_images_do_not_see_each_other() -> None:
+def test_the_loss_of_an_image_does_not_depend_on_the_other_images() -> None:
     case = small_case()
     together = losses(case)
     for i in range(B):
@@ -169,7 +170,7 @@ def test_per_device_is_the_mean_of_the_devices_ratios() -> None:
     assert total_loss("per_device", shards=4) != pytest.approx(total_loss("global", shards=4), rel=0.01)
 
 
-def test_ema_follows_the_trace_worked_out_by_hand() -> None:
+def test_ema_equals_the_values_computed_by_hand() -> None:
     ema = jnp.float32(EMA_START)
     trace = []
     for total in (40.0, 0.0, 2000.0):  # on 4 devices: 10, at least 1, 500 a device
@@ -180,7 +181,7 @@ def test_ema_follows_the_trace_worked_out_by_hand() -> None:
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_other_scopes_leave_the_ema_alone_and_never_divide_by_zero(scope: str) -> None:
+def test_other_normalisers_do_not_change_the_ema_and_never_divide_by_zero(scope: str) -> None:
     by, ema = denominator(jnp.float32(0), scope, jnp.float32(7), shards=2)
     assert float(by) > 0
     assert float(ema) == (pytest.approx(6.4) if scope == "ema" else 7)
@@ -190,7 +191,7 @@ def test_other_scopes_leave_the_ema_alone_and_never_divide_by_zero(scope: str) -
 
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])
 @pytest.mark.parametrize("scope", SCOPES)
-def test_weights_of_one_shard_are_its_part_of_the_weights_of_all(scope: str, shards: int) -> None:
+def test_the_weights_of_a_shard_are_its_share_of_all_weights(scope: str, shards: int) -> None:
     every = image_weights(jnp.asarray(N, jnp.float32), scope, batch_size=8, shards=shards)
     mine = [
         image_weights(jnp.asarray(part, jnp.float32), scope, batch_size=8, shards=shards)
@@ -200,7 +201,7 @@ def test_weights_of_one_shard_are_its_part_of_the_weights_of_all(scope: str, sha
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_dividing_after_the_gradient_is_dividing_before_it(scope: str) -> None:
+def test_dividing_after_the_gradient_equals_dividing_before_it(scope: str) -> None:
     case = small_case()
 
     def weighted(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -229,8 +230,8 @@ def test_uneven_shards_are_refused_by_name() -> None:
         image_weights(jnp.zeros(3), "global", batch_size=8, shards=4)
 
 
-def test_background_and_ignored_are_told_apart_in_the_sum() -> None:
-    # One anchor, one box: IoU .45 is ignored under `none`, so only the box's absence makes it background.
+def test_the_sum_distinguishes_background_from_ignored() -> None:
+    # One anchor, one box: IoU 0.45 is ignored under `none`, so only the box's absence makes it background.
     case = {
         "logits": jnp.full((2, 1, K), 2.0),
         "deltas": jnp.zeros((2, 1, 4)),
@@ -265,12 +266,13 @@ def test_images_on_a_device_mesh_need_no_collective() -> None:
 
 
 def mined_case() -> tuple[dict[str, jax.Array], LossConfig]:
-    """Anchors of `small_case`, of which 4 (at most 1 positive) are mined per image, and suppression that matters."""
+    """Returns anchors of `small_case`, of which 4 (at most 1 positive) are mined per image, with effective
+    suppression."""
     return small_case(), LossConfig(mining="ohem_1_3", mining_batch=4, mining_nms_iou=0.1)
 
 
 def masks_of_mined(case: dict[str, jax.Array], config: LossConfig) -> np.ndarray:
-    """[B A], by `mine` called by hand on losses summed by hand."""
+    """Returns masks [B A] by calling `mine` on losses that are summed by hand."""
 
     def of_image(logits: jax.Array, boxes: jax.Array, labels: jax.Array) -> jax.Array:
         found = match(case["anchors"], boxes, labels, MatchingConfig()).labels
@@ -281,7 +283,7 @@ def masks_of_mined(case: dict[str, jax.Array], config: LossConfig) -> np.ndarray
     return np.asarray(jax.jit(jax.vmap(of_image))(case["logits"], case["boxes_xyxy"], case["labels"]))
 
 
-def test_mined_loss_and_gradient_are_those_of_the_mined_anchors_alone() -> None:
+def test_mined_loss_and_gradient_are_those_of_the_mined_anchors() -> None:
     case, config = mined_case()
     mined = masks_of_mined(case, config)
     assert (mined.sum(axis=1) >= 2).all() and not mined.all(axis=1).any()
@@ -317,7 +319,7 @@ def test_a_mined_loss_can_be_averaged_over_the_minibatch() -> None:
 
 
 @pytest.mark.parametrize("mining", ["ohem", "ohem_1_3"])
-def test_a_nan_logit_shows_in_a_mined_loss(mining: str) -> None:
+def test_a_nan_logit_makes_a_mined_loss_nan(mining: str) -> None:
     case, _ = mined_case()
     case["logits"] = case["logits"].at[2, 3, 0].set(jnp.nan)  # an image without boxes: all background
     config = LossConfig(mining=mining, mining_batch=4)
@@ -325,7 +327,7 @@ def test_a_nan_logit_shows_in_a_mined_loss(mining: str) -> None:
     assert np.isnan(result.classification).tolist() == [False, False, True]
 
 
-def test_without_mining_its_other_fields_change_nothing_of_the_program() -> None:
+def test_without_mining_its_other_fields_do_not_change_the_program() -> None:
     case = small_case()
 
     def program(loss: LossConfig) -> str:

@@ -1,4 +1,4 @@
-"""Mining against the whole suppression: sort all, suppress all, choose."""
+"""Mining equals the complete suppression: sort all, suppress all, choose."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def mined_by(
     return np.flatnonzero(mined).tolist()
 
 
-def chosen_by_the_whole_suppression(
+def chosen_by_complete_suppression(
     loss: np.ndarray,
     positive: np.ndarray,
     part: np.ndarray,
@@ -67,7 +67,7 @@ def chosen_by_the_whole_suppression(
 
 
 def random_boxes(rng: np.random.Generator, count: int, span: int) -> np.ndarray:
-    """Whole coordinates: IoUs of exactly a threshold occur and are exact."""
+    """Draws integer coordinates: IoUs of exactly a threshold occur, and are exact."""
     corner = rng.integers(0, span, (count, 2))
     return np.concatenate([corner, corner + rng.integers(1, 9, (count, 2))], axis=1).astype(np.float32)
 
@@ -83,10 +83,11 @@ def random_boxes(rng: np.random.Generator, count: int, span: int) -> np.ndarray:
     part=st.sampled_from([0.0, 0.3, 1.0]),
     easy=st.booleans(),
 )
-def test_mining_is_the_whole_suppression_then_the_choice(
+def test_mining_equals_complete_suppression_then_the_choice(
     kind: str, seed: int, threshold: float, batch: int, levels: int, positives: float, part: float, easy: bool
 ) -> None:
-    """Random boxes; losses with many equals and zeros (levels 3) or few; batches that exceed the anchors (100)."""
+    """Uses random boxes, losses with many equal values and zeros (levels 3) or few, and batches larger than the number
+    of anchors (100)."""
     rng = np.random.default_rng(seed)
     anchors = random_boxes(rng, 60, int(rng.integers(2, 40)))
     loss = (rng.integers(0, levels, 60) / 8).astype(np.float32)
@@ -94,16 +95,17 @@ def test_mining_is_the_whole_suppression_then_the_choice(
     if easy:  # every positive behind the negatives: each is reached by a climb alone
         loss = np.where(positive, loss / 1024, loss)
     case, options = (loss, positive, taking_part, anchors), {"batch": batch, "iou_threshold": threshold}
-    assert mined_by(*case, kind=kind, **options) == chosen_by_the_whole_suppression(*case, kind=kind, **options)
+    assert mined_by(*case, kind=kind, **options) == chosen_by_complete_suppression(*case, kind=kind, **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("threshold", [0.5, 0.7])
 @pytest.mark.parametrize("batch", [16, 128])
-def test_mining_on_an_anchor_grid_is_the_whole_suppression_then_the_choice(
+def test_mining_on_an_anchor_grid_equals_complete_suppression_then_the_choice(
     kind: str, threshold: float, batch: int
 ) -> None:
-    """Losses that rise and fall over the image, as a network's do, with positives hard, mixed and easy; and all equal."""
+    """Losses rise and fall over the image, as a network's do, with positives hard, mixed and easy; or they are all
+    equal."""
     rng = np.random.default_rng(batch)
     centre = (GRID[:, :2] + GRID[:, 2:]) / 2
     options = {"kind": kind, "batch": batch, "iou_threshold": threshold}
@@ -114,7 +116,7 @@ def test_mining_on_an_anchor_grid_is_the_whole_suppression_then_the_choice(
         positive = np.linalg.norm(centre - rng.uniform(20, 70, (1, 2)), axis=1) < 10
         loss = (np.where(positive, scale * smooth, smooth) if scale else np.ones(len(GRID))).astype(np.float32)
         case = (loss, positive, rng.random(len(GRID)) < 0.9, GRID)
-        expected = chosen_by_the_whole_suppression(*case, **options)
+        expected = chosen_by_complete_suppression(*case, **options)
         assert mined_by(*case, **options) == expected
         assert len(expected) > 3  # there was something to choose
 
@@ -123,12 +125,12 @@ SIX = np.array([[20 * i, 0, 20 * i + 10, 10] for i in range(6)], np.float32)  # 
 ALL = np.ones(6, bool)
 
 
-def test_ohem_takes_the_hardest_whatever_they_are() -> None:
+def test_ohem_takes_the_hardest_of_any_label() -> None:
     loss, positive = np.array([1, 6, 2, 5, 3, 4.0]), np.arange(6) == 0
     assert mined_by(loss, positive, ALL, SIX, kind="ohem", batch=3, iou_threshold=0.5) == [1, 3, 5]
 
 
-def test_strict_1_3_takes_three_negatives_per_positive_however_easy_it_is() -> None:
+def test_strict_1_3_takes_three_negatives_per_positive_even_if_it_is_easy() -> None:
     loss, positive = np.array([1, 6, 2, 5, 3, 4.0]), np.arange(6) == 0
     strict = {"kind": "ohem_1_3_strict", "batch": 8, "iou_threshold": 0.5}
     assert mined_by(loss, positive, ALL, SIX, **strict) == [0, 1, 3, 5]
@@ -146,7 +148,7 @@ def test_ohem_1_3_fills_its_minibatch_with_negatives() -> None:
     assert mined_by(loss, ~part, part, apart, kind="ohem_1_3", batch=8, iou_threshold=0.5) == list(range(8))
 
 
-def test_an_anchor_is_mined_beside_one_of_exactly_the_threshold_and_not_above() -> None:
+def test_an_overlap_of_exactly_the_threshold_does_not_suppress() -> None:
     boxes = np.array([[0, 0, 10, 1], [0, 0, 5, 1], [0, 0, 5.1, 1]], np.float32)
     loss, part = np.array([3, 1, 2.0]), np.ones(3, bool)
     for kind in KINDS:
@@ -160,13 +162,13 @@ def test_a_suppressed_anchor_does_not_suppress() -> None:
         assert mined_by(loss, positive, ~(loss < 0), boxes, kind=kind, batch=4, iou_threshold=0.5) == [0, 2]
 
 
-def test_equal_anchors_are_mined_once_the_first_of_them() -> None:
+def test_of_equal_anchors_only_the_first_is_mined() -> None:
     same = np.tile(SIX[:1], (6, 1))
     for kind in KINDS:
         assert mined_by(np.ones(6), np.arange(6) > 2, ALL, same, kind=kind, batch=4, iou_threshold=0.5) == [0]
 
 
-def test_an_anchor_without_area_is_mined_once_and_ends_no_walk() -> None:
+def test_an_anchor_without_area_is_mined_once() -> None:
     boxes = np.array([[5, 5, 5, 5], [0, 0, 4, 4], [9, 9, 9, 20]], np.float32)
     loss, positive, part = np.array([3, 2, 1.0]), np.array([False, True, True]), np.ones(3, bool)
     for kind in KINDS:
@@ -192,8 +194,8 @@ def test_losses_that_are_not_finite_are_always_mined() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_images_in_a_batch_are_mined_as_each_alone(kind: str) -> None:
-    """Under vmap, and over 8 devices by jit and by shard_map: images that end after different numbers of steps."""
+def test_images_in_a_batch_are_mined_independently(kind: str) -> None:
+    """Under vmap, and over 8 devices by jit and by shard_map; the images end after different numbers of steps."""
     rng = np.random.default_rng(5)
     loss = jnp.asarray(rng.exponential(size=(8, len(GRID))), jnp.float32)
     positive = jnp.asarray(rng.random((8, len(GRID))) < np.array([0, 0.001, 0.01, 0.1, 0.5, 1, 0.02, 0])[:, None])

@@ -1,4 +1,4 @@
-"""Box losses against values known by hand."""
+"""Box losses equal values computed by hand."""
 
 from functools import partial
 
@@ -51,7 +51,7 @@ def test_coordinates_are_summed() -> None:
 
 
 def test_giou_loss_is_one_minus_giou_of_the_decoded_box() -> None:
-    # Zero deltas decode to the anchors; the first target is half over its anchor, the second apart from it.
+    # Zero deltas decode to the anchors; the first target covers half of its anchor, the second is apart from it.
     targets = jnp.array([[5, 0, 15, 10], [30, 0, 40, 10], [5, 5, 9, 25]], jnp.float32)
     loss = box_loss(jnp.zeros((3, 4)), ANCHORS, targets, config=LossConfig(box="giou"))
     np.testing.assert_allclose(loss, [1 - 1 / 3, 1 + (400 - 300) / 400, 0], atol=1e-6)

@@ -1,4 +1,5 @@
-"""The fast form of the losses, in tiles and in one pass, against the sum of the formulas and JAX's derivative of them."""
+"""The fast form of the losses, in tiles and in one pass, equals the sum of the formulas and JAX's derivative of
+them."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def plainly(loss: LossConfig, logits: jax.Array, labels: jax.Array, weights: jax
     ("kind", "shape"),
     [*((kind, (3, 100, 4)) for kind in KINDS), *(("focal", shape) for shape in [(1, 7, 5), (2, 33, 1), (40, 3, 2)])],
 )
-def test_tiles_and_one_pass_give_the_plain_sum_and_gradient(
+def test_tiles_and_one_pass_equal_the_plain_sum_and_gradient(
     kind: str, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "TILE", 64)  # tiles of a few anchors, the last one mostly incomplete
@@ -63,17 +64,18 @@ def test_tiles_and_one_pass_give_the_plain_sum_and_gradient(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("gamma", [0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0])
-def test_the_fast_focal_loss_is_the_formula_at_extreme_logits(gamma: float, dtype: str) -> None:
+def test_the_fast_focal_loss_equals_the_formula_at_extreme_logits(gamma: float, dtype: str) -> None:
     assert_formula(LossConfig(gamma=gamma), dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_fast_form_is_its_formula_at_extreme_logits(kind: str) -> None:
+def test_every_fast_form_equals_its_formula_at_extreme_logits(kind: str) -> None:
     assert_formula(KINDS[kind], "float32")
 
 
 def assert_formula(config: LossConfig, dtype: str) -> None:
-    """Value and gradient of every logit against `focal.py` and JAX's derivative, for a class, background and ignored."""
+    """Compares value and gradient of every logit with `focal.py` and JAX's derivative, for a class, background and
+    ignored."""
     sizes = np.array([0.0, 1e-3, 0.5, 2.0, 20.0, 60.0, 100.0, 1e4])
     row = jnp.asarray(np.concatenate([sizes, -sizes]), dtype)
     logits, labels = jnp.stack([row] * 4), jnp.array([BACKGROUND, IGNORED, 3, 12], jnp.int32)
@@ -88,7 +90,7 @@ def assert_formula(config: LossConfig, dtype: str) -> None:
     np.testing.assert_allclose(gradient, expected, rtol=5e-5 if dtype == "float32" else 2**-7, atol=atol)
 
 
-def test_a_kind_without_a_fast_form_takes_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kind_without_a_fast_form_uses_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_curve", lambda config: None)
     logits, labels = case(1, 30, 4)
     sums, gradient = plainly(LossConfig(), logits, labels, jnp.ones(1))
@@ -105,9 +107,7 @@ def test_a_kind_without_a_fast_form_takes_its_formula(monkeypatch: pytest.Monkey
     tile=st.integers(1, 300),
     seed=st.integers(0, 2**31),
 )
-def test_every_anchor_counts_once_whatever_the_tile(
-    images: int, anchors: int, classes: int, tile: int, seed: int
-) -> None:
+def test_every_anchor_counts_once_with_any_tile(images: int, anchors: int, classes: int, tile: int, seed: int) -> None:
     logits, labels = case(images, anchors, classes, seed)
     weights = jnp.arange(1.0, images + 1)
     sums, gradient = plainly(LossConfig(), logits, labels, weights)
@@ -146,14 +146,15 @@ def test_extreme_logits_have_finite_gradients(kind: str) -> None:
     assert np.isfinite(sums).all() and np.isfinite(pull_back(jnp.ones(2))[0]).all()
 
 
-def test_a_logit_that_is_no_number_makes_its_image_none_alone() -> None:
+def test_a_nan_logit_makes_only_the_loss_of_its_image_nan() -> None:
     logits, labels = case(3, 200, 7)
     sums = summed(LossConfig())(logits.at[1, 0, 0].set(jnp.nan), labels.at[1, 0].set(BACKGROUND))
     assert np.isnan(sums).tolist() == [False, True, False]
 
 
-def test_on_the_cpu_the_gradient_takes_the_place_of_logits_that_are_given_away() -> None:
-    """No copy of them, and no second array of their size; here the last tile of an image is a short one."""
+def test_on_the_cpu_the_gradient_overwrites_donated_logits() -> None:
+    """The program makes no copy of the logits and no second array of their size; the last tile of an image is shorter
+    here."""
     logits, labels = case(2, 1000, 80)
     of_images = summed(LossConfig())
     program = jax.jit(jax.value_and_grad(lambda x, y: of_images(x, y).sum()), donate_argnums=0)

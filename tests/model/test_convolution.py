@@ -1,4 +1,5 @@
-"""Every form of a convolution equals the plain one. Inputs are small integers, whose float32 sums are exact in any order."""
+"""Every form of a convolution equals the plain one. Inputs are small integers, whose float32 sums are exact in any
+order."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +23,7 @@ Form = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Case(NamedTuple):
-    """A shape, chosen so that together all ways through the module are taken."""
+    """A shape; together the cases cover all branches of the module."""
 
     batch: int
     height: int
@@ -62,7 +63,7 @@ COLUMNS, FEW, TAPS, STRIDED, GROUPS, STRIDED_GROUPS, WINOGRAD = (CASES[i] for i 
 
 
 def integers(case: Case, seed: int = 0, dtype: str = "float32") -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A map, a kernel and a gradient of the output."""
+    """Draws a feature map, a kernel and a gradient of the output."""
     rng = np.random.default_rng(seed)
     h, w = -(-case.height // case.stride), -(-case.width // case.stride)
     shapes = [
@@ -79,7 +80,8 @@ def value_and_gradients(form: Form, x: jax.Array, kernel: jax.Array, dy: jax.Arr
 
 
 def both(case: Case) -> tuple[Callable[..., tuple[jax.Array, ...]], ...]:
-    """Value and gradients by `convolve` with CPU kernels and by the plain one: functions of (x, kernel, dy)."""
+    """Returns two functions of (x, kernel, dy), which give value and gradients by `convolve` with CPU kernels and by
+    the plain one."""
     forms = [
         lambda x, kernel, form=form: form(x, kernel, case.stride, case.groups)
         for form in (convolve, convolve.__wrapped__)
@@ -88,7 +90,7 @@ def both(case: Case) -> tuple[Callable[..., tuple[jax.Array, ...]], ...]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_convolution_and_its_gradients_are_the_plain_ones(case: Case) -> None:
+def test_convolution_and_its_gradients_equal_the_plain_ones(case: Case) -> None:
     ours, plain = both(case)
     arrays = integers(case)
     for a, b in zip(ours(*arrays), plain(*arrays), strict=True):
@@ -97,8 +99,8 @@ def test_convolution_and_its_gradients_are_the_plain_ones(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_form_serves_every_shape(case: Case) -> None:
-    """Which form is taken decides about speed alone."""
+def test_every_form_is_correct_for_every_shape(case: Case) -> None:
+    """The choice of the form only affects speed."""
     x, kernel, dy = integers(case, seed=1)
     y, dx, dkernel = both(case)[1](x, kernel, dy)
     k, stride, groups = case[5:]
@@ -114,8 +116,8 @@ def test_every_form_serves_every_shape(case: Case) -> None:
         np.testing.assert_array_equal(jax.jit(winograd.kernel_gradient)(x, dy), dkernel)
 
 
-def test_winograd_rounds_about_as_the_plain_sum_does() -> None:
-    """Against sums in float64, on numbers that have all their digits."""
+def test_winograd_rounds_about_as_much_as_the_plain_sum() -> None:
+    """Compares with sums in float64, on numbers that use all their digits."""
     rng = np.random.default_rng(0)
     shapes = (1, 40, 40, 64), (3, 3, 64, 64), (1, 40, 40, 64)
     wide = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
@@ -127,7 +129,7 @@ def test_winograd_rounds_about_as_the_plain_sum_does() -> None:
         assert 0 < error < 5e-6 and error < 10 * of_plain
 
 
-def test_winograd_is_taken_where_it_is_faster_and_no_further() -> None:
+def test_winograd_is_used_only_where_it_is_faster() -> None:
     def products(platform: str, dtype: str = "float32", **change: int) -> int:
         case = WINOGRAD._replace(**change)
         exported = export.export(both(case)[0], platforms=(platform,))(*integers(case, dtype=dtype))
@@ -146,8 +148,8 @@ PAIRS = {case: both(case) for case in RANDOM}
 
 @given(case=st.sampled_from(RANDOM), seed=st.integers(0, 2**32 - 1), poison=st.sampled_from([0.0, np.nan, np.inf]))
 @settings(max_examples=40, deadline=None)
-def test_whatever_the_numbers(case: Case, seed: int, poison: float) -> None:
-    """What is not finite stays so; it may only miss those taps that saw nothing but padding where it came in."""
+def test_cpu_kernels_equal_the_plain_convolution_for_any_numbers(case: Case, seed: int, poison: float) -> None:
+    """Non-finite values stay non-finite, except for taps that meet only padding at the position of the value."""
     x, kernel, dy = integers(case, seed)
     dy = dy.at[0, 0, 0, 0].add(poison)
     ours, plain = PAIRS[case]
@@ -210,7 +212,7 @@ def test_on_several_devices_by_jit_shard_map_and_pmap(case: Case) -> None:
             np.testing.assert_array_equal(a, b)
 
 
-def test_gradient_of_groups_is_matrix_products_on_the_cpu_alone() -> None:
+def test_the_gradient_of_groups_uses_matrix_products_only_on_the_cpu() -> None:
     case = Case(1, 4, 4, 8, 8, 3, 1, 4)
     on_cpu, on_gpu = (
         export.export(both(case)[0], platforms=(platform,))(*integers(case)).mlir_module()

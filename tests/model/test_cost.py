@@ -1,4 +1,4 @@
-"""Operations counted in a program against counts by hand and XLA's own."""
+"""Operations counted in a program equal counts by hand and XLA's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.A
 
 
 @pytest.mark.parametrize(("stride", "groups", "side"), [(1, 1, 18), (2, 1, 9), (1, 4, 18), (2, 8, 9)])
-def test_a_convolution_counts_two_operations_a_tap(stride: int, groups: int, side: int) -> None:
+def test_a_convolution_counts_two_operations_per_tap(stride: int, groups: int, side: int) -> None:
     x, kernel = jnp.zeros((2, 20, 20, 16)), jnp.zeros((3, 3, 16 // groups, 24))
     counted = jaxpr_flops(jax.make_jaxpr(lambda x, k: convolve(x, k, stride, groups))(x, kernel).jaxpr)
     assert counted == 2 * (2 * side * side * 24) * (3 * 3 * 16 // groups)
@@ -31,7 +31,7 @@ def test_a_convolution_counts_two_operations_a_tap(stride: int, groups: int, sid
     assert counted == xla["flops"]
 
 
-def test_a_matrix_product_counts_two_operations_a_multiplication() -> None:
+def test_a_matrix_product_counts_two_operations_per_multiplication() -> None:
     a, b = jnp.zeros((2, 5, 7, 3)), jnp.zeros((3, 11))
     counted = jaxpr_flops(jax.make_jaxpr(lambda a, b: lax.dot_general(a, b, (((3,), (0,)), ((), ()))))(a, b).jaxpr)
     assert counted == 2 * (2 * 5 * 7) * 3 * 11
@@ -46,19 +46,19 @@ def test_parts_of_a_program_are_counted() -> None:
 
 
 def test_a_network_counts_what_xla_counts() -> None:
-    """XLA leaves out the taps on padding, and counts norms and sums."""
+    """XLA leaves out the taps on padding, and counts norms and sums too."""
     config = Config(model=SMALL)
     model = RetinaNet(SMALL, 6, anchors_per_cell(config.anchors))
     images, sizes = jax.ShapeDtypeStruct((1, 256, 320, 3), jnp.uint8), jax.ShapeDtypeStruct((1, 2), jnp.int32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images, sizes)
-    # For a GPU, where every convolution is the plain one.
+    # Compiled for a GPU, which uses the plain convolution only.
     traced = jax.jit(model.apply).trace(variables, images, sizes)
     xla = traced.lower(lowering_platforms=("cuda",)).cost_analysis()
     assert forward_flops(config, 6, (256, 320)) == pytest.approx(xla["flops"], rel=0.05)
 
 
 def test_the_last_convolutions_cost_by_anchors_and_classes() -> None:
-    """One more class costs one more output of the class head for each anchor of each cell."""
+    """One more class adds one output of the class head per anchor and cell."""
     config = Config(model=SMALL, anchors=AnchorConfig(ratios=(1.0,), scales=(1.0, 1.5)))
     cells = sum((256 >> level) ** 2 for level in range(3, 8))
     more = forward_flops(config, 7, (256, 256)) - forward_flops(config, 6, (256, 256))

@@ -1,4 +1,4 @@
-"""The switch of the CPU kernels: it is read when a program is traced, and programs without kernels have no branch."""
+"""The switch of the CPU kernels is read when a program is traced, and programs without kernels have no branch."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ X, KERNEL = jnp.ones((1, 4, 4, 32)), jnp.ones((1, 1, 32, 32))
 
 
 def branches(function: Callable, *arguments: object) -> int:
-    """Number of choices by platform in a traced program."""
+    """Returns the number of choices by platform in a traced program."""
     return str(jax.make_jaxpr(function)(*arguments)).count("platform_index")
 
 

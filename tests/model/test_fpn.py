@@ -1,4 +1,4 @@
-"""Pyramid: up-sampling, which map P6 and P7 come from, sizes of the levels."""
+"""The pyramid: up-sampling, the inputs of P6 and P7, sizes of the levels."""
 
 import math
 from dataclasses import replace
@@ -24,7 +24,7 @@ def backbone_maps(height: int, width: int) -> tuple[jax.Array, ...]:
 
 
 def pyramid(config: ModelConfig, maps: tuple[jax.Array, ...]) -> tuple[dict, dict[int, jax.Array]]:
-    """Random variables and the levels by number."""
+    """Returns random variables, and the levels by number."""
     shapes = jax.eval_shape(FPN(config).init, jax.random.key(0), maps)
     variables = jax.tree_util.tree_map_with_path(
         lambda path, a: draw_weight("fpn/" + "/".join(key.key for key in path[1:]), a.shape, config, 0), shapes
@@ -36,7 +36,7 @@ def pyramid(config: ModelConfig, maps: tuple[jax.Array, ...]) -> tuple[dict, dic
 @pytest.mark.parametrize("coarse", range(1, 9))
 @pytest.mark.parametrize("odd", [0, 1])
 def test_upsampling_is_nearest_neighbour_to_the_finer_side(coarse: int, odd: int) -> None:
-    """floor(i * in / out), the nearest neighbour of PyTorch and Caffe2, for sides 2n and 2n - 1."""
+    """floor(i * in / out) is the nearest neighbour of PyTorch and Caffe2, for sides 2n and 2n - 1."""
     fine = 2 * coarse - odd
     x = np.random.default_rng(0).standard_normal((2, coarse, coarse, 3), np.float32)
     source = np.arange(fine) * coarse // fine
@@ -56,7 +56,7 @@ def test_level_l_is_the_image_over_2_to_the_l_rounded_up(low: int, high: int, he
 
 
 @pytest.mark.parametrize("p6_from", ["c5", "p5"])
-def test_relu_stands_before_p7_and_not_before_p6(p6_from: str) -> None:
+def test_relu_precedes_p7_and_not_p6(p6_from: str) -> None:
     maps = backbone_maps(128, 128)
     variables, levels = pyramid(replace(TINY, p6_from=p6_from, max_level=8), maps)
 

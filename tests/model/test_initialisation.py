@@ -1,4 +1,4 @@
-"""A random start gives activations of a sane size, however deep the backbone."""
+"""Random weights give activations of a reasonable size at any depth of the backbone."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ from retina_jax.model.retinanet import RetinaNet, normalise
 def test_activations_neither_explode_nor_vanish(backbone: str, norm: str) -> None:
     config = ModelConfig(backbone=backbone, base_width=16, norm=norm, norm_groups=4)
     maps_of = jax.jit(lambda v, x: ResNet(config).apply(v, x, False))
-    # Photograph-like: bright and dark regions around the mean colour, noise on them.
+    # Like a photograph: bright and dark regions around the mean colour, with noise.
     rng = np.random.default_rng(0)
     regions = np.repeat(np.repeat(rng.normal(110, 55, (1, 8, 8, 3)), 16, axis=1), 16, axis=2)
     images = (regions + rng.normal(0, 15, regions.shape)).clip(0, 255).astype(np.uint8)

@@ -16,7 +16,7 @@ def draw(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def reference_conv(x: np.ndarray, kernel: np.ndarray, stride: int, pad: int) -> np.ndarray:
-    """PyTorch's definition: pad zeros on all sides, floor((n + 2 pad - k) / stride) + 1 positions."""
+    """Applies PyTorch's definition: pads zeros on all sides; floor((n + 2 pad - k) / stride) + 1 positions."""
     k = kernel.shape[0]
     x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     rows, columns = (range(0, n - k + 1, stride) for n in x.shape[1:3])
@@ -34,7 +34,7 @@ def test_padding_is_half_the_kernel_on_all_sides(size: tuple[int, int], k: int, 
 
 
 def test_same_padding_would_shift_a_strided_convolution() -> None:
-    """The reason for explicit padding: on even sides XLA's SAME gives other numbers."""
+    """This is the reason for explicit padding: on even sides XLA's SAME gives other numbers."""
     x, kernel = jnp.asarray(draw(1, 8, 8, 3)), draw(3, 3, 3, 4, seed=1)
     ours = Conv(4, 3, 2).apply({"params": {"kernel": kernel}}, x)
     same = jax.lax.conv_general_dilated(
@@ -57,7 +57,7 @@ def test_grouped_convolution_is_a_block_diagonal_one(k: int) -> None:
     )
 
 
-def test_frozen_weights_live_in_their_own_collection() -> None:
+def test_frozen_weights_are_in_a_separate_collection() -> None:
     x = jnp.zeros((1, 4, 4, 2))
     assert set(Conv(3, 3, bias=True).init(jax.random.key(0), x)) == {"params"}
     assert set(Conv(3, 3, bias=True, frozen=True).init(jax.random.key(0), x)) == {"frozen"}
@@ -94,7 +94,7 @@ def test_frozen_norm_is_the_affine_of_batch_norm_in_evaluation() -> None:
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(64, 32), (48, 24), (16, 16)])
-def test_group_norm_is_that_of_flax(channels: int, groups: int) -> None:
+def test_group_norm_equals_flax(channels: int, groups: int) -> None:
     x = jnp.asarray(3 * draw(2, 5, 7, channels) + 2)
     weights = {"scale": draw(channels, seed=1), "bias": draw(channels, seed=2)}
     ours = Norm("group", 32).apply({"params": weights}, x)

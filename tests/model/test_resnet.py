@@ -1,4 +1,4 @@
-"""Backbones: published sizes, shapes, strides, what is frozen."""
+"""Backbones: published sizes, shapes, strides, and frozen parts."""
 
 import math
 from dataclasses import replace
@@ -23,7 +23,7 @@ def shapes(config: ModelConfig, height: int = 64, width: int = 64) -> dict:
 
 
 def variables_of(config: ModelConfig) -> dict:
-    """Random variables of a backbone alone."""
+    """Returns random variables of a backbone without the rest of the network."""
     return jax.tree_util.tree_map_with_path(
         lambda path, a: draw_weight("backbone/" + "/".join(key.key for key in path[1:]), a.shape, config, 0),
         shapes(config),
@@ -76,7 +76,7 @@ def test_stride_position_moves_the_stride_and_not_the_shapes() -> None:
     assert np.abs(outputs[0][1] - outputs[1][1]).max() > 0.1 * np.abs(outputs[0][1]).max()
 
 
-def test_resnext_has_32_groups_of_8_channels_and_fewer_when_narrow() -> None:
+def test_resnext_has_32_groups_of_8_channels_and_fewer_if_it_is_narrow() -> None:
     config = ModelConfig(backbone="resnext101_32x8d")
     assert block_layers(config, 64, 1)[1] == (256, 3, 1, 32)
     assert block_layers(config, 3, 1)[1] == (12, 3, 1, 12)
@@ -109,7 +109,7 @@ def test_remat_changes_neither_tree_nor_values_nor_gradients() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), plain, remat)
 
 
-def test_synchronised_batch_norm_under_pmap_is_jit_on_the_whole_batch() -> None:
+def test_synchronised_batch_norm_under_pmap_equals_jit_on_the_complete_batch() -> None:
     devices = 8
     config = replace(TINY, backbone="resnet18", norm="batch", frozen_stages=0)
     variables = variables_of(config)
@@ -119,9 +119,9 @@ def test_synchronised_batch_norm_under_pmap_is_jit_on_the_whole_batch() -> None:
         maps, updates = model.apply(variables, images, train=True, mutable=["stats"])
         return maps[-1], updates["stats"]
 
-    whole, stats = jax.jit(lambda v, x: forward(ResNet(config), v, x))(variables, images)
+    joint, stats = jax.jit(lambda v, x: forward(ResNet(config), v, x))(variables, images)
     one_a_device = jax.pmap(lambda v, x: forward(ResNet(config, "data"), v, x), "data", in_axes=(None, 0))
     split, split_stats = one_a_device(variables, images.reshape(devices, 1, 64, 64, 3))
-    np.testing.assert_allclose(split.reshape(whole.shape), whole, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(split.reshape(joint.shape), joint, rtol=1e-3, atol=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-4, atol=1e-5), split_stats, stats)
     jax.tree.map(lambda a: np.testing.assert_array_equal(a[0], a[-1]), split_stats)

@@ -1,4 +1,4 @@
-"""The whole network: sizes, order of the outputs, prior, padding, precision, initialisation, table."""
+"""The complete network: sizes, order of the outputs, prior, padding, precision, initialisation, parameter table."""
 
 import math
 import time
@@ -42,21 +42,22 @@ def total(variables: dict, leaves: set[str]) -> int:
 
 
 def test_size_is_torchvisions_v1() -> None:
-    """34,014,999 with 91 outputs. torchvision keeps the frozen affines as buffers and does not count them."""
+    """It has 34,014,999 parameters with 91 outputs. torchvision stores the frozen affines as buffers and does not count
+    them."""
     variables = shapes(ModelConfig(p6_from="p5"), num_classes=91)
     norms = total({"frozen": variables["frozen"]["backbone"]}, {"scale", "bias"})
     assert total(variables, {"kernel", "scale", "bias"}) - norms == 34_014_999
 
 
 def test_size_is_torchvisions_v2() -> None:
-    """38,198,935 with 91 outputs: trained norms, P6 from C5, GroupNorm in the heads."""
+    """It has 38,198,935 parameters with 91 outputs: trained norms, P6 from C5, GroupNorm in the heads."""
     variables = shapes(ModelConfig(norm="batch", frozen_stages=0, head_norm="group"), num_classes=91)
     assert total(variables, {"kernel", "scale", "bias"}) == 38_198_935
     assert sum(a.size for a in jax.tree.leaves(variables["params"])) == 38_198_935
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (96, 160), (33, 70)])
-def test_every_level_gives_nine_anchors_a_cell(height: int, width: int) -> None:
+def test_every_level_has_nine_anchors_per_cell(height: int, width: int) -> None:
     model = RetinaNet(TINY, K, CELL)
     images = jax.ShapeDtypeStruct((2, height, width, 3), jnp.uint8)
     out = jax.eval_shape(model.apply, initialise(model, 0), images, jax.ShapeDtypeStruct((2, 2), jnp.int32))
@@ -77,7 +78,7 @@ def test_head_channels_are_anchor_major_and_rows_come_first() -> None:
 
 
 def test_heads_are_shared_over_levels_and_not_with_each_other() -> None:
-    """One set of weights a head whatever the number of levels, and equal levels get equal outputs."""
+    """Each head has one set of weights for any number of levels, and equal levels get equal outputs."""
     few, many = (shapes(replace(TINY, max_level=level))["params"] for level in (5, 8))
     for head in ("class_head", "box_head"):
         assert jax.tree.map(jnp.shape, few[head]) == jax.tree.map(jnp.shape, many[head])
@@ -85,7 +86,7 @@ def test_heads_are_shared_over_levels_and_not_with_each_other() -> None:
     params = initialise(model, 0)["params"]
     kernels = [params[head]["conv1"]["kernel"] for head in ("class_head", "box_head")]
     assert not np.array_equal(*kernels)
-    # A pyramid whose every output convolution is zero but for its bias: all cells of all levels see the same.
+    # All output convolutions of the pyramid are zero except for the bias, so all cells of all levels are equal.
     fpn = {
         name: {"kernel": np.zeros_like(w["kernel"]), "bias": np.ones_like(w["bias"])}
         for name, w in params["fpn"].items()
@@ -108,7 +109,7 @@ def test_every_anchor_starts_as_foreground_with_the_prior() -> None:
 
 
 @pytest.mark.parametrize("norm", ["frozen", "group"])
-def test_what_lies_outside_an_image_never_matters(norm: str) -> None:
+def test_the_padding_of_an_image_has_no_effect(norm: str) -> None:
     sizes = jnp.array([[40, 64], [64, 1]])
     a, b = np.array(pixels(2, 64, 64)), np.array(pixels(2, 64, 64, seed=1))
     b[0, :40], b[1, :, :1] = a[0, :40], a[1, :, :1]
@@ -161,7 +162,7 @@ def test_frozen_weights_get_no_gradient_and_trained_ones_do() -> None:
     assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(gradient))
 
 
-def test_head_group_norm_takes_over_the_bias_of_its_convolution() -> None:
+def test_head_group_norm_replaces_the_bias_of_its_convolution() -> None:
     plain, group = (shapes(replace(TINY, head_norm=norm))["params"]["class_head"] for norm in ("none", "group"))
     assert "bias" in plain["conv1"] and "norm1" not in plain
     assert "bias" not in group["conv1"] and set(group["norm1"]) == {"scale", "bias"}
@@ -186,7 +187,7 @@ def test_initial_values_follow_the_rule_of_each_part() -> None:
     assert all(a.dtype == np.float32 for a in jax.tree.leaves(variables))
 
 
-def test_a_weight_starts_the_same_whatever_else_the_network_has() -> None:
+def test_the_initial_value_of_a_weight_does_not_depend_on_other_weights() -> None:
     def flat(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
         collections = initialise(RetinaNet(config, K, CELL), seed)
         return {path: a for c in collections.values() for path, a in flatten_dict(c, sep="/").items()}
@@ -200,7 +201,7 @@ def test_a_weight_starts_the_same_whatever_else_the_network_has() -> None:
     assert all(np.array_equal(base[p], reseeded[p]) != p.endswith("/kernel") for p in base)
 
 
-def test_collections_are_always_all_there() -> None:
+def test_all_collections_always_exist() -> None:
     for config in (TINY, replace(TINY, norm="frozen"), replace(TINY, norm="batch", frozen_stages=5)):
         assert set(initialise(RetinaNet(config, K, CELL), 0)) == {"params", "frozen", "stats"}
 

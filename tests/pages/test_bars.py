@@ -1,4 +1,4 @@
-"""Histograms: every count is a rectangle of its height, and every text is escaped."""
+"""Histograms: every count is a rectangle of proportional height, and every text is escaped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STACKS = [Stack("good", [4, 0, 2], "#009e73"), Stack("<bad> & worse", [2, 1, 0],
 
 
 def rectangles(text: str) -> list[tuple[str, float, float, str]]:
-    """Colour, top, height and title of every bar."""
+    """Returns colour, top, height and title of every bar."""
     found = []
     for rect in ElementTree.fromstring(text).iter(f"{SVG}rect"):
         if (title := rect.find(f"{SVG}title")) is not None:
@@ -35,7 +35,7 @@ def test_parts_are_stacked_in_proportion() -> None:
     assert second[1] + second[2] == pytest.approx(first[1], abs=0.11)
 
 
-def test_bars_of_nothing_are_drawn_as_nothing() -> None:
+def test_empty_bars_are_not_drawn() -> None:
     assert rectangles(bar_chart(["0", "1"], [Stack("none", [0], "#000000")], "x", "y")) == []
 
 

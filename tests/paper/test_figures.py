@@ -155,7 +155,8 @@ Outcome = float | str | None
 def star_sweep(
     aps: dict[tuple[float, float], Outcome | list[Outcome]], name: str = "fig7", base: str = "mini.py"
 ) -> SweepResult:
-    """AP in percent by (gamma, beta); "diverged", or None: not run. A list: of the seeds."""
+    """Writes a sweep with AP in percent by (gamma, beta); "diverged", or None if it was not run. A list has one entry
+    per seed."""
     points = []
     for (gamma, beta), outcomes in aps.items():
         for seed, ap in enumerate(outcomes if isinstance(outcomes, list) else [outcomes]):
@@ -179,7 +180,7 @@ def test_effective_settings_are_blue_and_those_at_the_threshold_are_not() -> Non
     assert "3 settings" in figure.axes[0].get_title() and "2 without a result" in figure.axes[0].get_title()
 
 
-def test_settings_that_did_not_run_are_counted_and_diverged_ones_drawn() -> None:
+def test_settings_that_were_not_run_are_counted_and_diverged_ones_drawn() -> None:
     sweep = star_sweep({(2.0, 1.0): 34.0, (4.0, 0.0): "diverged", (1.0, 0.0): None})
     assert star_runs([sweep]) == ([StarRun(2.0, 1.0, 34.0), StarRun(4.0, 0.0, None)], 1)
 
@@ -224,7 +225,7 @@ def test_the_papers_speeds_form_two_curves_among_the_other_systems() -> None:
     assert [text.get_text() for text in figure.axes[0].texts][7:12] == ["400", "500", "600", "700", "800"]
 
 
-def test_own_speeds_have_a_panel_of_their_own_that_names_the_hardware_and_the_split() -> None:
+def test_own_speeds_have_a_separate_panel_that_names_hardware_and_split() -> None:
     figure = figure2([Timed("50", "resnet18", "128", 3.0, 40.0)], "a CPU, 2 cores", "val of scenes")
     assert len(figure.axes) == 2
     assert "a CPU, 2 cores" in figure.axes[1].get_xlabel() and "val of scenes" in figure.axes[1].get_ylabel()
@@ -250,7 +251,7 @@ def test_the_cumulative_loss_rises_ever_steeper_and_ends_at_1(x_t: np.ndarray, g
 
 @given(LOGITS)
 @settings(deadline=None, max_examples=40)
-def test_gamma_0_shares_out_the_cross_entropy(x_t: np.ndarray) -> None:
+def test_gamma_0_distributes_the_cross_entropy(x_t: np.ndarray) -> None:
     losses = np.sort(np.logaddexp(0, -x_t.astype(np.float64)))
     np.testing.assert_allclose(cumulative_loss(x_t, 0.0), np.cumsum(losses) / losses.sum(), rtol=1e-5)
 
@@ -282,14 +283,14 @@ def test_samples_without_loss_are_refused() -> None:
         cumulative_loss(np.zeros(0, np.float32), 0.0)
 
 
-def test_a_positive_window_gives_its_class_and_a_negative_its_likeliest() -> None:
+def test_a_positive_window_has_the_logit_of_its_class_and_a_negative_one_the_largest() -> None:
     logits = jnp.array([[[1.0, -2.0], [0.5, 3.0], [4.0, 5.0]], [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]])
     labels = jnp.array([[1, BACKGROUND, IGNORED], [0, 0, BACKGROUND]])
     x_t, positive, negative = window_x_t(logits, labels, jnp.array([True, False]))
     assert x_t[positive].tolist() == [-2.0] and x_t[negative].tolist() == [-3.0]
 
 
-def test_a_sample_keeps_all_where_they_fit_and_its_size_where_not() -> None:
+def test_a_sample_keeps_everything_up_to_its_maximum_size() -> None:
     sample = Sample(100)
     for start in range(0, 90, 30):
         sample.add(np.arange(start, start + 30, dtype=np.float32))
@@ -312,7 +313,7 @@ def test_a_sample_is_uniform_over_the_stream_and_the_same_for_a_seed() -> None:
     assert counts.min() > 145 and counts.max() < 255
 
 
-def test_figure_4_has_a_curve_a_gamma_that_ends_at_1() -> None:
+def test_figure_4_has_one_curve_per_gamma_that_ends_at_1() -> None:
     samples = {
         "positives": np.linspace(-3, 3, 50, dtype=np.float32),
         "negatives": np.linspace(0, 9, 99, dtype=np.float32),
@@ -326,12 +327,12 @@ def test_figure_4_has_a_curve_a_gamma_that_ends_at_1() -> None:
     assert "of 50 positives" in table and table.count("gamma 2") == 2
 
 
-# With a network.
+# Figures that need a network.
 
 
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory: pytest.TempPathFactory) -> Detector:
-    """Untrained, with random weights."""
+    """Returns an untrained detector with random weights."""
     scenes = ScenesConfig(str(tmp_path_factory.mktemp("scenes")), train_images=2, val_images=6, size=64, max_side=30.0)
     config = Config(
         data=DataConfig(source="scenes", scenes=scenes, batch_size=2, short_side=64, long_side=64, max_boxes=8),
@@ -347,7 +348,7 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Detector:
     return Detector(driver, driver.init_state().variables, tuple("abcdef"), tuple(range(6)))
 
 
-def test_windows_are_the_anchors_that_training_would_match(detector: Detector) -> None:
+def test_windows_are_the_anchors_that_training_matches(detector: Detector) -> None:
     source = open_source(detector.config.data, "val")
     positives, negatives = sample_windows(detector, eval_batches(source, detector.config.data, batch_size=4))
     boxes = sum(len(record.labels) for record in source.records)
@@ -394,7 +395,7 @@ def test_figure_4_names_its_run_and_refuses_one_that_is_not_finished(script: Any
             script(4, workdir=tmp_path / name)
 
 
-def test_a_latency_is_kept_with_its_hardware_and_measured_anew_on_another(
+def test_a_latency_is_stored_with_its_hardware_and_measured_again_on_another(
     detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained_on_eight = override(detector.config, {"devices": 8})
@@ -444,14 +445,14 @@ def test_speeds_are_of_the_finished_runs_with_their_backbone_and_pixels(
 def load(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"loaded_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    """draw() of scripts/figures.py, by its options, without the cost of a process."""
+    """Calls draw() of scripts/figures.py with these options, without the cost of a process."""
     module = load(ROOT / "scripts" / "figures.py")
     return lambda figure, **options: module.draw(module.Arguments(figure, Path("x.png"), **options))
 
@@ -466,7 +467,7 @@ def test_figures_are_written_in_every_format(script: Any, number: int, suffix: s
     assert out.read_bytes().startswith(begins)
 
 
-def test_a_figure_of_results_asks_for_their_folder(script: Any, tmp_path: Path) -> None:
+def test_a_figure_of_results_requires_their_folder(script: Any, tmp_path: Path) -> None:
     for number, kind in ((4, "a run"), (7, "sweeps")):
         with pytest.raises(ConfigError, match=kind):
             script(number)
@@ -476,7 +477,7 @@ def test_a_figure_of_results_asks_for_their_folder(script: Any, tmp_path: Path) 
         script(7, workdir=tmp_path)
 
 
-def test_another_suffix_or_an_unwritable_place_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_an_unknown_suffix_or_an_unwritable_path_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--out .*x\.gif"):
         save(figure1(), tmp_path / "x.gif")
     (tmp_path / "file").write_text("")
@@ -484,7 +485,7 @@ def test_another_suffix_or_an_unwritable_place_is_refused_in_one_line(tmp_path: 
         save(figure1(), tmp_path / "file" / "x.png")
 
 
-def test_the_script_refuses_in_one_line() -> None:
+def test_an_invalid_option_ends_in_one_line() -> None:
     command = [
         sys.executable,
         str(ROOT / "scripts" / "figures.py"),
@@ -499,7 +500,7 @@ def test_the_script_refuses_in_one_line() -> None:
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--negatives" in done.stderr, done.stderr
 
 
-def test_the_star_curve_is_the_loss_that_a_config_trains_with() -> None:
+def test_the_star_curve_is_the_loss_of_training() -> None:
     star = classification_loss(LossConfig(kind="focal_star", gamma=2.0, star_beta=1.0, alpha=1.0))
     logits = jnp.asarray(X, jnp.float32)
     drawn = star(logits[:, None], jnp.zeros(logits.shape, jnp.int32))[:, 0]

@@ -1,4 +1,4 @@
-"""The paper's numbers agree with each other, with its text, and with the sweeps that make them again."""
+"""The paper's numbers agree with each other, with its text, and with the sweeps that reproduce them."""
 
 import importlib.util
 from pathlib import Path
@@ -80,7 +80,7 @@ PRINTED = {
         FL* 4.0 0.0 33.9 51.8 36.4
     """,
 }
-"""The tables as the paper prints them, settings and scores; of Table 1e the time too."""
+"""The tables as the paper prints them: settings and scores, in Table 1e also the time."""
 
 
 def row(table: str, name: str) -> Row:
@@ -100,7 +100,7 @@ def load_sweep(file: Path) -> ModuleType:
 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=lambda table: table.name)
-def test_a_table_has_the_papers_rows_each_complete(table: Table) -> None:
+def test_a_table_has_all_rows_of_the_paper_with_all_cells(table: Table) -> None:
     names = [row.name for row in table.rows if row.name]
     assert len(names) == len(set(names)) and table.reference in names
     for row in table.rows:
@@ -132,7 +132,7 @@ def test_tables_1e_and_2_are_on_test_dev_the_others_on_minival() -> None:
     assert {table.split for table in TABLES.values()} == {"test-dev", "minival"}
 
 
-def test_rows_that_are_one_run_have_one_result() -> None:
+def test_rows_of_the_same_run_have_the_same_result() -> None:
     assert row("table1a", "alpha_0.75").scores == row("table1b", "gamma_0.0").scores
     assert row("table1a", "alpha_0.75").scores == row("table3", "cross_entropy").scores
     assert row("table1b", "gamma_2.0").scores == row("table1c", "scales_3_ratios_3").scores
@@ -140,7 +140,7 @@ def test_rows_that_are_one_run_have_one_result() -> None:
     assert ap("table1a", "alpha_0.50") == ap("section5_1", "prior_0.01") == 30.2
 
 
-def test_differences_are_those_of_the_text() -> None:
+def test_differences_agree_with_the_text() -> None:
     assert ap("table1a", "alpha_0.75") - ap("table1a", "alpha_0.50") == pytest.approx(0.9)  # "a gain of 0.9 points AP"
     assert ap("table1b", "gamma_2.0") - ap("table1b", "gamma_0.0") == pytest.approx(2.9)  # "a 2.9 AP improvement"
     assert ap("table1d", "focal") - max(r.scores["AP"] for r in TABLES["table1d"].rows[:-1]) == pytest.approx(3.2)
@@ -152,7 +152,7 @@ def test_differences_are_those_of_the_text() -> None:
     assert ap("table1b", "gamma_2.0") - ap("section5_1", "focal_alpha_0.50") == pytest.approx(0.4)  # ".4 AP lower"
 
 
-def test_speed_is_that_of_the_text_and_grows_with_scale_and_depth() -> None:
+def test_the_time_agrees_with_the_text_and_grows_with_scale_and_depth() -> None:
     assert row("table1e", "depth_101_scale_600").milliseconds == 122  # "122 ms per image compared to 172 ms"
     table_2 = {row.settings[0]: row.scores["AP"] for row in TABLES["table2"].rows}
     assert OTHER_SYSTEMS["FPN FRCN"] == (172, table_2["Faster R-CNN w FPN"])

@@ -1,4 +1,5 @@
-"""A report on sweeps that the tests write: finished, diverged, running and missing runs, several seeds, damaged files."""
+"""The report on sweeps written by the tests: finished, diverged, running and missing runs, several seeds, damaged
+files."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ HOSTILE = '<script>alert("x")</script>|`*&'
 def write_run(
     folder: Path, ap: float | None = None, *, steps: int = 100, config: Config = SCENES, **further: Any
 ) -> None:
-    """A run's folder; finished where `ap` (percent) is given. `further` goes into config.json."""
+    """Writes a run's folder; the run is finished if `ap` (percent) is given. `further` is added to config.json."""
     folder.mkdir(parents=True)
     saved = {"config": to_dict(config), "command": ["x.py"], "commit": "abc123", "versions": {"devices": "1 x cpu"}}
     saved |= {"class_names": ["x"], "category_ids": [1]} | further
@@ -62,13 +63,13 @@ def write_run(
 
 
 def write_diverged(folder: Path, step: int = 40) -> None:
-    """A run whose loss became non-finite."""
+    """Writes a run whose loss became non-finite."""
     write_run(folder)
     (folder / "diverged.json").write_text(json.dumps({"step": step, "message": "loss is nan"}))
 
 
 def write_manifest(folder: Path, name: str, points: list[tuple], base: str = "configs/mini.py") -> None:
-    """`points` are (name, seed, run's folder[, overrides])."""
+    """Writes a manifest; `points` are (name, seed, run's folder[, overrides])."""
     keys = ("name", "seed", "folder", "overrides")
     listed = [dict(zip(keys, (*point, {})[:4], strict=True)) for point in points]
     (folder / "sweeps").mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,7 @@ def write_manifest(folder: Path, name: str, points: list[tuple], base: str = "co
 
 @pytest.fixture
 def sweeps(tmp_path: Path) -> Path:
-    """Table 1b with runs in every state, Table 3 with two of its runs, and a user's own sweep."""
+    """Writes Table 1b with runs in every state, Table 3 with two of its runs, and a user's sweep."""
     for seed, ap in enumerate((30.0, 31.0, 32.0)):
         write_run(tmp_path / f"fl{seed}", ap)
     write_run(tmp_path / "ce", 28.0)
@@ -112,11 +113,11 @@ def by_name(folder: Path) -> dict[str, Section]:
 
 
 def table(section: Section) -> dict[str, dict[str, str]]:
-    """First cell -> heading -> text."""
+    """Returns first cell -> heading -> text."""
     return {row[0].text: dict(zip(section.header, (c.text for c in row), strict=False)) for row in section.rows}
 
 
-def test_every_paper_row_is_there_in_its_order_with_its_figure(sweeps: Path) -> None:
+def test_the_report_has_every_row_of_the_paper_in_its_order_with_its_value(sweeps: Path) -> None:
     section = by_name(sweeps)["table1b"]
     printed = [[cell.text for cell in row] for row in section.rows]
     assert [tuple(row[:2]) for row in printed[:7]] == [row.settings for row in TABLES["table1b"].rows]
@@ -124,7 +125,7 @@ def test_every_paper_row_is_there_in_its_order_with_its_figure(sweeps: Path) -> 
     assert printed[7][0] == "gamma_9.0" and printed[7][2] == "", "a point that the paper does not have comes last"
 
 
-def test_the_split_of_each_side_stands_in_its_heading(sweeps: Path) -> None:
+def test_headings_name_the_split_of_the_paper_and_of_our_runs(sweeps: Path) -> None:
     header = by_name(sweeps)["table1b"].header
     for metric in ("AP", "AP50", "AP75"):
         assert f"{metric}, paper (minival)" in header and f"{metric}, ours (val of scenes)" in header
@@ -138,7 +139,7 @@ def test_seeds_are_one_row_with_mean_sample_deviation_and_number(sweeps: Path) -
     assert row["AP50, ours (val of scenes)"] == "31.0 ± 1.0", "no difference in brackets where runs do not compare"
 
 
-def test_runs_without_a_result_say_what_became_of_them(sweeps: Path) -> None:
+def test_rows_without_a_result_show_the_state_of_their_runs(sweeps: Path) -> None:
     rows = table(by_name(sweeps)["table1b"])
     ours = "AP, ours (val of scenes)"
     assert rows["1.0"][ours] == "diverged at step 40"
@@ -148,7 +149,7 @@ def test_runs_without_a_result_say_what_became_of_them(sweeps: Path) -> None:
     assert rows["5.0"]["seeds"] == rows["1.0"]["seeds"] == "0 of 1" and rows["0.5"]["seeds"] == ""
 
 
-def test_a_row_with_a_diverged_seed_says_so_and_is_not_the_best(sweeps: Path) -> None:
+def test_a_row_with_a_diverged_seed_is_marked_and_is_not_the_best(sweeps: Path) -> None:
     section = by_name(sweeps)["table1b"]
     row = table(section)["0.2"]
     assert row["AP, ours (val of scenes)"] == "32.5; 1 of 2 seeds diverged", "above all others"
@@ -213,7 +214,7 @@ def test_tables_that_share_a_run_share_its_seeds(tmp_path: Path) -> None:
     assert len(points) == 4, "the other point gains nothing"
 
 
-def test_a_seed_counts_once_where_two_sweeps_trained_it_in_two_folders(tmp_path: Path) -> None:
+def test_a_seed_that_two_sweeps_trained_in_two_folders_counts_once(tmp_path: Path) -> None:
     for name, ap in (("shared", 30.0), ("one", 32.0), ("two", 40.0)):
         write_run(tmp_path / name, ap)
     write_manifest(tmp_path, "table1b", [("gamma_2.0", 0, "shared"), ("gamma_2.0", 1, "one")])
@@ -222,7 +223,7 @@ def test_a_seed_counts_once_where_two_sweeps_trained_it_in_two_folders(tmp_path:
     assert row["AP, ours (val of scenes)"] == "31.0 ± 1.4" and row["seeds"] == "2"
 
 
-def test_differences_to_the_focal_loss_stand_beside_where_values_are_not_comparable(sweeps: Path) -> None:
+def test_differences_to_the_focal_loss_are_shown_if_values_are_not_comparable(sweeps: Path) -> None:
     section = by_name(sweeps)["table1b"]
     heading = "Δ AP to FL (γ = 2), paper / ours"
     assert table(section)["0"][heading] == "−2.9 / −2.0 (1 seed)", "the first seed has 28.0 and 30.0"
@@ -232,7 +233,8 @@ def test_differences_to_the_focal_loss_stand_beside_where_values_are_not_compara
 
 
 def focal_run(folder: Path, changes: dict[str, Any]) -> str:
-    """The report's note on a run of Table 1b's gamma 2 with `changes` of the paper's config; empty: comparable."""
+    """Returns the report's note on a run of Table 1b's gamma 2 with `changes` of the paper's config; empty if it is
+    comparable."""
     config = override(COCO, changes)
     write_run(folder / "run", 34.2, steps=config.training.steps, config=config)
     write_manifest(folder, "table1b", [("gamma_2.0", 0, "run")], base=PAPER)
@@ -257,7 +259,9 @@ def test_runs_of_the_papers_config_are_comparable(tmp_path: Path) -> None:
         {"training.eval_every": 7, "data.workers": 3, "devices": 4},
     ],
 )
-def test_what_changes_no_outcome_compares(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_field_without_effect_on_the_outcome_keeps_the_run_comparable(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
     assert focal_run(tmp_path, changes) == ""
 
 
@@ -285,11 +289,13 @@ def test_what_changes_no_outcome_compares(tmp_path: Path, changes: dict[str, Any
         ),
     ],
 )
-def test_what_changes_the_outcome_does_not_compare(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+def test_a_field_that_changes_the_outcome_makes_the_run_not_comparable(
+    tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
     assert says in focal_run(tmp_path, changes)
 
 
-def test_what_a_row_is_about_is_no_departure_and_another_rows_setting_is(tmp_path: Path) -> None:
+def test_the_setting_of_the_row_is_comparable_and_that_of_another_row_is_not(tmp_path: Path) -> None:
     write_run(
         tmp_path / "a", 31.0, steps=90_000, config=override(COCO, {"data.short_side": 800, "data.long_side": 1333})
     )
@@ -300,7 +306,7 @@ def test_what_a_row_is_about_is_no_departure_and_another_rows_setting_is(tmp_pat
     assert "data.short_side 800" in note
 
 
-def test_before_a_run_has_begun_the_base_tells_what_will_not_compare(tmp_path: Path) -> None:
+def test_before_a_run_has_started_the_base_decides_whether_it_is_comparable(tmp_path: Path) -> None:
     def notes(base: str, overrides: dict[str, Any]) -> list[str]:
         write_manifest(tmp_path, "table1b", [("gamma_2.0", 0, "absent")], base=base)
         file = tmp_path / "sweeps" / "table1b.json"
@@ -316,7 +322,7 @@ def test_before_a_run_has_begun_the_base_tells_what_will_not_compare(tmp_path: P
         notes(PAPER, {"loss.gama": 1})
 
 
-def test_runs_of_other_commits_or_other_pretrained_weights_are_told_under_the_table(tmp_path: Path) -> None:
+def test_runs_of_other_commits_or_pretrained_weights_are_listed_under_the_table(tmp_path: Path) -> None:
     def footnotes(*saved: dict[str, Any]) -> list[str]:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         for place, further in enumerate(saved):
@@ -348,7 +354,7 @@ def test_the_cross_entropy_of_section_5_1_is_named_once(tmp_path: Path) -> None:
     assert note in to_markdown([section], "x", {}) and note in Tags(to_html([section], "x")).text
 
 
-def test_a_figure_that_the_paper_does_not_print_is_marked_and_none_is_its_best(tmp_path: Path) -> None:
+def test_a_value_that_the_paper_does_not_print_is_marked_and_never_the_best(tmp_path: Path) -> None:
     write_run(tmp_path / "run", 30.0)
     write_manifest(tmp_path, "section5_1", [("prior_0.01", 0, "run")])
     section = by_name(tmp_path)["section5_1"]
@@ -386,7 +392,7 @@ def test_the_best_of_each_side_is_bold(sweeps: Path) -> None:
     assert len(bold) == 6
 
 
-def test_of_equals_all_are_bold(tmp_path: Path) -> None:
+def test_all_equal_best_values_are_bold(tmp_path: Path) -> None:
     write_run(tmp_path / "run", 30.0)
     write_manifest(tmp_path, "table1c", [("scales_1_ratios_1", 0, "run"), ("scales_2_ratios_1", 0, "run")])
     section = by_name(tmp_path)["table1c"]
@@ -407,7 +413,7 @@ def test_table_1e_has_sizes_times_and_a_warning_of_its_split(tmp_path: Path) -> 
     assert len(section.rows) == len(TABLES["table1e"].rows)
 
 
-def test_only_figures_of_one_split_are_subtracted(tmp_path: Path) -> None:
+def test_only_values_of_the_same_split_are_subtracted(tmp_path: Path) -> None:
     for name in ("400", "600", "101", "best"):
         write_run(tmp_path / name, 30.0)
     points = [("depth_50_scale_400", "400"), ("depth_50_scale_600", "600"), ("depth_101_scale_600", "101")]
@@ -425,7 +431,7 @@ def test_only_figures_of_one_split_are_subtracted(tmp_path: Path) -> None:
     assert delta not in sections["table2"].header
 
 
-def test_runs_of_the_papers_config_have_no_difference_across_splits_in_brackets_either(tmp_path: Path) -> None:
+def test_runs_of_the_papers_config_have_no_difference_across_splits(tmp_path: Path) -> None:
     for folder, scale in (("a", (800, 1333)), ("b", (600, 1000))):
         config = override(COCO, {"data.short_side": scale[0], "data.long_side": scale[1]})
         write_run(tmp_path / folder, 35.0, steps=config.training.steps, config=config)
@@ -478,7 +484,7 @@ def test_a_server_file_that_is_malformed_is_named_in_one_line(tmp_path: Path, te
     assert "test_dev.json" in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_table_2_has_the_systems_of_others_under_their_headings(tmp_path: Path) -> None:
+def test_table_2_lists_other_systems_under_their_headings(tmp_path: Path) -> None:
     write_manifest(tmp_path, "table2", [("resnet101", 0, "absent")])
     section = by_name(tmp_path)["table2"]
     assert [row[0].text for row in section.rows if len(row) == 1] == ["Two-stage methods", "One-stage methods"]
@@ -488,7 +494,7 @@ def test_table_2_has_the_systems_of_others_under_their_headings(tmp_path: Path) 
     assert [row[ours].text for row in section.rows[-2:]] == ["not run", "not run"]
 
 
-def test_a_sweep_of_ones_own_has_no_column_of_the_paper(sweeps: Path) -> None:
+def test_a_users_sweep_has_no_column_of_the_paper(sweeps: Path) -> None:
     section = by_name(sweeps)["mine"]
     assert not any("paper" in name for name in section.header)
     assert table(section)["other"]["AP, ours (val of scenes)"] == "28.0"
@@ -502,7 +508,7 @@ def test_a_run_that_two_sweeps_share_is_one_result(sweeps: Path) -> None:
     assert table(by_name(sweeps)["table3"])["CE"]["AP, ours (val of scenes)"] == "28.0"
 
 
-def test_scores_that_are_undefined_or_were_not_taken_say_so(tmp_path: Path) -> None:
+def test_undefined_and_missing_scores_are_described(tmp_path: Path) -> None:
     write_run(tmp_path / "run", 30.0)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     unscored = json.dumps({**summary, "evaluation": None})
@@ -525,7 +531,7 @@ def test_scores_that_are_undefined_or_were_not_taken_say_so(tmp_path: Path) -> N
 
 
 class Tags(HTMLParser):
-    """All tags and texts of a page."""
+    """Collects all tags and texts of a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -549,7 +555,7 @@ class Tags(HTMLParser):
         self.text += data
 
 
-def test_the_page_is_whole_and_takes_no_text_for_markup(sweeps: Path) -> None:
+def test_the_page_is_complete_and_escapes_all_text(sweeps: Path) -> None:
     page = to_html(list(by_name(sweeps).values()), f"of {HOSTILE}")
     tags = Tags(page)
     assert tags.open == [], "every tag is closed"
@@ -571,7 +577,7 @@ def test_markdown_rows_have_as_many_fields_as_their_heading(sweeps: Path) -> Non
     assert "<script>" not in "\n".join(lines)
 
 
-def test_charts_are_xml_with_a_line_a_run_and_a_legend_a_point(sweeps: Path) -> None:
+def test_charts_are_xml_with_one_line_per_run_and_one_legend_entry_per_point(sweeps: Path) -> None:
     charts = charts_of(by_name(sweeps)["table1b"])
     assert set(charts) == {"ap", "loss"}
     root = ElementTree.fromstring(charts["ap"])
@@ -617,7 +623,7 @@ def test_smoothing_stays_in_range_and_keeps_the_last_step(values: list[float]) -
     assert all(min(values) - 1e-9 <= y <= max(values) + 1e-9 for _, y in points)
 
 
-def test_smoothing_leaves_a_straight_line_alone() -> None:
+def test_smoothing_does_not_change_a_straight_line() -> None:
     line = [(float(i), 2.0 * i + 1) for i in range(100)]
     np.testing.assert_allclose(smoothed(line), line, rtol=1e-12)
 
@@ -677,7 +683,7 @@ def test_a_manifest_cannot_name_a_folder_elsewhere(tmp_path: Path, folder: str) 
         read_sweeps(tmp_path)
 
 
-def test_a_last_line_that_is_being_written_is_no_error(sweeps: Path) -> None:
+def test_an_unfinished_last_line_is_not_an_error(sweeps: Path) -> None:
     with (sweeps / "going/metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "eve')
     assert table(by_name(sweeps)["table1b"])["5.0"]["AP, ours (val of scenes)"].startswith(
@@ -697,7 +703,7 @@ def script(*arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
 
 
-def test_the_script_writes_both_files_and_says_where(sweeps: Path) -> None:
+def test_the_script_writes_both_files_and_prints_their_names(sweeps: Path) -> None:
     done = script("--workdir", sweeps)
     assert done.returncode == 0, done.stderr
     assert (
@@ -709,6 +715,6 @@ def test_the_script_writes_both_files_and_says_where(sweeps: Path) -> None:
     assert "](report_table1b_ap.svg)" in markdown and (sweeps / "report_table1b_ap.svg").is_file()
 
 
-def test_the_script_ends_in_one_line_where_there_is_nothing_to_report(tmp_path: Path) -> None:
+def test_the_script_ends_in_one_line_if_there_is_nothing_to_report(tmp_path: Path) -> None:
     done = script("--workdir", tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no sweep there" in done.stderr

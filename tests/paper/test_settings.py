@@ -1,4 +1,4 @@
-"""The sweeps of the paper's tables: every row with its settings, on every base, and the runs that tables share."""
+"""The sweeps of the paper's tables: the settings of every row, on every base, and the runs that tables share."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def test_tables_have_as_many_rows_as_the_papers() -> None:
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_table_1_is_41_rows_of_37_runs(base: str) -> None:
+def test_table_1_has_41_rows_of_37_runs(base: str) -> None:
     folders = [point.folder for sweep in TABLE_1 for point in points(sweep, BASES[base]).values()]
     assert len(folders) == 41 and len(set(folders)) == 37
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_the_runs_that_tables_share(base: str) -> None:
+def test_tables_share_the_expected_runs(base: str) -> None:
     table = {sweep: points(sweep, BASES[base]) for sweep in SWEEPS}
 
     def folders(*rows: str) -> set[str]:
@@ -140,7 +140,7 @@ def test_table_1e_is_depth_by_scale() -> None:
         assert (data.short_side, data.long_side) == (int(scale), sides[int(scale)])
 
 
-def test_table_2_is_800_pixels_with_jitter_and_half_as_long_again() -> None:
+def test_table_2_has_800_pixels_with_jitter_and_1_5_times_the_schedule() -> None:
     made = points("table2")
     for point in made.values():
         config = point.config
@@ -193,7 +193,7 @@ def test_the_deeper_network_of_each_backbone() -> None:
         ("resnet50", "", None, None),
     ],
 )  # fmt: skip
-def test_weights_follow_the_backbones_name(
+def test_the_weight_file_changes_with_the_backbone(
     backbone: str, weights: str, deeper: str | None, resnext: str | None
 ) -> None:
     base = Config(model=ModelConfig(backbone=backbone, backbone_weights=weights))
@@ -207,7 +207,7 @@ def test_weights_without_the_backbones_name_are_refused() -> None:
         settings.deeper(base)
 
 
-def test_longer_moves_the_boundaries_along() -> None:
+def test_a_longer_schedule_moves_the_boundaries() -> None:
     base = Config(optimizer=OptimizerConfig(boundaries=(800, 1067)))
     assert settings.longer(base, 1.5) == {"training.steps": 135_000, "optimizer.boundaries": (1200, 1600)}
 

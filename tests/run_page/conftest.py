@@ -1,4 +1,4 @@
-"""The folder of a run without training: its files are real, its detections are made from the ground truth."""
+"""The folder of a run without training: its files are real, its detections are generated from the ground truth."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = 40
 
 @pytest.fixture
 def tiny_run(tmp_path: Path) -> Path:
-    """40 steps, evaluated at 20 and 40 on 8 scenes of 3 classes, with errors of every kind."""
+    """Writes a run of 40 steps, evaluated at 20 and 40 on 8 scenes of 3 classes, with errors of every kind."""
     scenes = ScenesConfig(
         folder=str(tmp_path / "scenes"), train_images=2, val_images=8, size=64, classes=3, max_side=30.0
     )
@@ -52,7 +52,8 @@ def tiny_run(tmp_path: Path) -> Path:
 
 
 def detections(truth: dict, category_ids: list[int], error: float) -> list[dict]:
-    """For each object up to two detections, moved by `error` of its side, some of another class, and some on background."""
+    """Returns up to two detections per object, shifted by `error` of its side, some of another class, and some on
+    background."""
     rng, found = np.random.default_rng(0), []
     for a in truth["annotations"]:
         x, y, w, h = a["bbox"]

@@ -1,4 +1,4 @@
-"""The kinds of error: hand-made cases of each, sums, TIDE's own figures, and AP 1 once all errors are fixed."""
+"""The kinds of error: handmade cases of each, sums, TIDE's figures, and AP 1 once all errors are fixed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CAT, DOG = 0, 1
 
 
 def made(truth: list[tuple], found: list[tuple], crowds: tuple[int, ...] = ()) -> tuple[GroundTruth, DetectedBoxes]:
-    """One image: objects (category, x, y, w, h) and detections (category, x, y, w, h, score)."""
+    """Returns one image with objects (category, x, y, w, h) and detections (category, x, y, w, h, score)."""
     boxes, detections = np.array(truth, float).reshape(-1, 5), np.array(found, float).reshape(-1, 6)
     crowd = np.isin(np.arange(len(boxes)), crowds)
     return (
@@ -65,19 +65,19 @@ THE_CAT = (CAT, 0, 0, 10, 10)
         ((CAT, 50, 50, 10, 10, 0.9), BACKGROUND, MISSED),
     ],
 )
-def test_a_single_detection_is_of_the_kind_its_overlap_says(detection: tuple, kind: int, of_objects: int) -> None:
+def test_the_overlap_of_a_single_detection_decides_its_kind(detection: tuple, kind: int, of_objects: int) -> None:
     errors = classify_errors(*made([THE_CAT], [detection]))
     assert errors.of_found.tolist() == [kind] and errors.of_objects.tolist() == [of_objects]
     assert errors.finds.tolist() == [0 if of_objects != MISSED else -1]
 
 
-def test_the_second_on_an_object_is_a_duplicate_and_the_better_one_is_right() -> None:
+def test_the_second_detection_of_an_object_is_a_duplicate() -> None:
     truth, found = made([THE_CAT], [(CAT, 0, 0, 10, 9, 0.3), (CAT, 0, 0, 10, 8, 0.8)])
     assert classify_errors(truth, found).of_found.tolist() == [DUPLICATE, RIGHT]
 
 
-def test_of_two_with_one_target_the_better_finds_it_and_the_other_is_removed() -> None:
-    """AP by hand: nothing found, 0. If one kind alone is fixed, its best detection finds the cat, or none does."""
+def test_of_two_detections_with_one_target_the_better_finds_it() -> None:
+    """By hand: nothing is found, AP 0. If one kind is fixed, its best detection finds the cat, or none does."""
     truth, found = made(
         [THE_CAT],
         [(CAT, 5, 0, 10, 10, 0.4), (DOG, 0, 0, 10, 10, 0.7), (CAT, 0, 5, 10, 10, 0.6), (CAT, 50, 0, 9, 9, 0.9)],
@@ -92,7 +92,7 @@ def test_of_two_with_one_target_the_better_finds_it_and_the_other_is_removed() -
     assert fixed_ap(errors, 2, (CLASSIFICATION, BACKGROUND))[CAT] == pytest.approx(1.0)
 
 
-def test_a_wrong_class_on_an_object_that_is_found_gains_by_being_removed() -> None:
+def test_removing_a_wrong_class_on_a_found_object_raises_ap() -> None:
     truth, found = made([THE_CAT, (DOG, 30, 0, 10, 10)], [
         (CAT, 0, 0, 10, 10, 0.9), (DOG, 0, 0, 10, 10, 0.8), (DOG, 30, 0, 10, 10, 0.7),
     ])  # fmt: skip
@@ -102,8 +102,8 @@ def test_a_wrong_class_on_an_object_that_is_found_gains_by_being_removed() -> No
     assert fixed_ap(errors, 2, (CLASSIFICATION,)).tolist() == pytest.approx([1.0, 1.0])
 
 
-def test_missed_objects_that_do_not_count_leave_the_rest() -> None:
-    """One cat of two found: recall 1/2 at precision 1 is AP 51/101; without the missed one it is 1."""
+def test_fixing_missed_objects_leaves_the_others() -> None:
+    """With one cat of two found, recall 1/2 at precision 1 is AP 51/101; without the missed one it is 1."""
     truth, found = made([THE_CAT, (CAT, 30, 0, 10, 10)], [(CAT, 0, 0, 10, 10, 0.9)])
     errors = classify_errors(truth, found)
     assert errors.of_objects.tolist() == [RIGHT, MISSED]
@@ -114,14 +114,14 @@ def test_missed_objects_that_do_not_count_leave_the_rest() -> None:
     assert np.isnan(fixed_ap(errors, 2)[DOG])
 
 
-def test_a_class_that_is_missed_altogether_is_worth_one_where_nothing_false_is_left() -> None:
+def test_a_completely_missed_class_scores_one_once_it_is_fixed() -> None:
     truth, found = made([(DOG, 0, 0, 10, 10)], [(DOG, 50, 0, 10, 10, 0.5)])
     errors = classify_errors(truth, found)
     gains = {kinds: fixed_ap(errors, 2, kinds)[DOG] for kinds in ((MISSED,), (BACKGROUND,), ALL)}
     assert gains == {(MISSED,): 0.0, (BACKGROUND,): 0.0, ALL: 1.0}
 
 
-def test_a_crowd_takes_any_number_and_is_nobodys_error() -> None:
+def test_a_crowd_takes_any_number_of_detections_without_error() -> None:
     truth, found = made(
         [(CAT, 0, 0, 100, 100), THE_CAT],
         [(CAT, 40, 40, 10, 10, 0.9), (CAT, 60, 60, 10, 10, 0.8), (DOG, 60, 60, 10, 10, 0.7), (CAT, 0, 0, 10, 10, 0.6)],
@@ -132,21 +132,22 @@ def test_a_crowd_takes_any_number_and_is_nobodys_error() -> None:
     assert errors.of_objects.tolist() == [LEFT_OUT, RIGHT]
 
 
-def test_only_the_best_hundred_of_an_image_and_class_count() -> None:
+def test_only_the_best_hundred_detections_per_image_and_class_count() -> None:
     found = [(CAT, 50, 0, 10, 10, 1 - n / 1000) for n in range(101)] + [(DOG, 50, 0, 10, 10, 0.1)]
     errors = classify_errors(*made([THE_CAT], found))
     assert errors.of_found.tolist() == [BACKGROUND] * 100 + [LEFT_OUT, BACKGROUND]
 
 
 def test_average_precision_of_hits_in_between() -> None:
-    """Right, wrong, right of two: precision 1 up to recall 1/2 (51 of the 101 recalls), 2/3 beyond."""
+    """The detections are right, wrong, right of two objects: precision 1 up to recall 1/2 (51 of the 101 recalls), 2/3
+    beyond."""
     right = np.array([[True, False, True]])
     ap = precision_curve(right, ~right, 2)[0].mean()
     assert ap == pytest.approx((51 + 50 * 2 / 3) / 101)
 
 
 def check_sums(errors: Errors, categories: int) -> None:
-    """Checks what is true of the errors of any detections."""
+    """Checks properties that the errors of any detections have."""
     assert set(errors.of_found.tolist()) <= {RIGHT, LEFT_OUT, *ALL} - {MISSED}
     assert set(errors.of_objects.tolist()) <= {RIGHT, LEFT_OUT, CLASSIFICATION, LOCALISATION, MISSED}
     # Every object that is found, now or once its error is fixed, is found by one detection of that kind.
@@ -177,10 +178,11 @@ def check_sums(errors: Errors, categories: int) -> None:
     levels=st.sampled_from([2, 1000]),
 )
 @settings(max_examples=80, deadline=None)
-def test_kinds_sum_up_and_fixing_nothing_or_all_is_ap50_or_one(
+def test_kinds_sum_up_and_fixing_none_or_all_gives_ap50_or_one(
     seed: int, images: int, categories: int, boxes: int, detections: int, side: int, levels: int
 ) -> None:
-    """AP50 equals that of coco_scores, which equals pycocotools'. Boxes have integer sides, so many overlaps are equal."""
+    """AP50 equals that of coco_scores, which equals pycocotools'. Boxes have integer sides, so many overlaps are
+    equal."""
     rng = np.random.default_rng(seed)
 
     def squares(number: int) -> np.ndarray:
@@ -206,8 +208,9 @@ def test_kinds_sum_up_and_fixing_nothing_or_all_is_ap50_or_one(
     check_sums(classify_errors(truth, found), categories)
 
 
-def test_the_published_detections_break_down_as_tide_has_them(shared_data: Path) -> None:
-    """AP50 as published; counts of tidecv 1.0.1 (IoU .5 and .1, boxes) on the same files, run once on 2026-11-25."""
+def test_the_published_detections_have_the_error_counts_of_tide(shared_data: Path) -> None:
+    """AP50 is as published; the counts are those of tidecv 1.0.1 (IoU 0.5 and 0.1, boxes) on the same files, run once
+    on 2026-11-25."""
     folder = shared_data / "coco_eval_fixture"
     truth = json.loads((folder / "instances_val2014_100.json").read_text())
     detections = json.loads((folder / "instances_val2014_fakebbox100_results.json").read_text())
@@ -222,12 +225,13 @@ def test_the_published_detections_break_down_as_tide_has_them(shared_data: Path)
     check_sums(errors, arrays[2])
 
 
-def test_errors_of_every_kind_are_counted_and_valued_as_tide_does(shared_data: Path) -> None:
-    """COCO's ground truth without crowds and detections made from it; figures of tidecv 1.0.1 on both, run on 2026-11-25.
+def test_counts_and_costs_of_every_kind_equal_those_of_tide(shared_data: Path) -> None:
+    """Compares COCO's ground truth without crowds and detections generated from it with tidecv 1.0.1 on both, run on
+    2026-11-25.
 
-    Its AP differs in the fourth digit, because its recalls are k / 100 and COCO's linspace(0, 1, 101), so that a recall of
-    exactly such a value may fall on either side. Of missed ones it differs more: a class all of whose objects are missed
-    counts 0 there, once they do not count.
+    Its AP differs in the fourth digit, because its recalls are k / 100 and COCO's linspace(0, 1, 101), so that a recall
+    of exactly such a value may fall on either side. Missed objects differ more: there, a class whose objects are all
+    missed counts as 0 once they do not count.
     """
     truth = json.loads((shared_data / "coco_subset/annotations/instances_val2017.json").read_text())
     rng = np.random.default_rng(1)

@@ -1,4 +1,4 @@
-"""A run's page in a real Chromium: all that can be clicked works, without console errors and without requests."""
+"""A run's page in a real Chromium: everything clickable works, without console errors and without requests."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_page_can_be_clicked_through_and_requests_nothing(tiny_run: Path) ->
 
 
 def sort_every_column(browser: Browser) -> None:
-    """Names first rise, then fall; numbers the other way."""
+    """Checks that names first rise, then fall, and numbers the other way round."""
     tables = browser.all(".sortable table")
     assert len(tables) == 2
     for table in tables:
@@ -61,8 +61,9 @@ def sort_every_column(browser: Browser) -> None:
                 assert head.get_attribute("aria-sort") == ("descending" if falls else "ascending")
 
 
-def test_a_page_with_a_request_or_an_error_would_be_noticed(tmp_path: Path) -> None:
-    """The test above can fail: here a picture from elsewhere, an error in a script, and a line that is too wide."""
+def test_a_page_with_a_request_or_an_error_is_detected(tmp_path: Path) -> None:
+    """The test above can fail: here by a picture from another host, an error in a script, and a line that is too
+    wide."""
     page = tmp_path / "bad.html"
     page.write_text(
         "<!doctype html><meta name='viewport' content='width=device-width'><img src='http://example.org/x.png'>"

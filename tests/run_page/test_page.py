@@ -1,4 +1,4 @@
-"""A run's page: its content, and that missing files are named and the rest is shown."""
+"""A run's page: its content; missing files are named and the rest is shown."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ NEEDED = "The detections and their ground truth are needed"
 
 
 def text(page: str) -> str:
-    """What a reader sees of it, on one line."""
+    """Returns what a reader sees of the page, on one line."""
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", re.sub(r"<(style|script)>.*?</\1>", "", page, flags=re.S)))
 
 
 def edit(path: Path, change: object) -> None:
-    """Rewrite a JSON file."""
+    """Rewrites a JSON file."""
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 
@@ -82,7 +82,7 @@ def test_evaluations_with_other_settings_are_listed_with_them(tiny_run: Path) ->
         read_record(tiny_run)
 
 
-def test_kinds_on_the_page_sum_up(tiny_run: Path) -> None:
+def test_the_kinds_of_error_on_the_page_sum_up(tiny_run: Path) -> None:
     page = run_page(tiny_run)[0]
     rows = re.findall(r"<tr[^>]*><td>(\w[\w ]*).*?</tr>", page.split('<table class="kinds">')[1].split("</table>")[0])
     body = page.split('<table class="kinds">')[1].split("<tbody>")[1].split("</tbody>")[0]
@@ -112,7 +112,7 @@ def test_missing_images_are_named_and_the_rest_is_shown(tiny_run: Path) -> None:
 
 
 def test_a_missing_folder_of_images_leaves_the_ground_truth(tiny_run: Path) -> None:
-    """The same scenes as COCO files, whose image folder is then taken away."""
+    """The same scenes are COCO files, whose image folder is then deleted."""
     annotations = next((tiny_run.parent / "scenes").rglob("val.json"))
 
     def to_coco(saved: dict) -> dict:
@@ -144,7 +144,7 @@ def test_data_that_has_changed_is_noted(tiny_run: Path) -> None:
     assert "the data has changed since" in run_page(tiny_run)[0]
 
 
-def test_a_run_that_has_only_begun_has_a_page(tiny_run: Path) -> None:
+def test_a_run_that_has_just_started_has_a_page(tiny_run: Path) -> None:
     for what in ("evaluation", "detections"):
         shutil.rmtree(tiny_run / what)
     (tiny_run / "summary.json").unlink()
@@ -157,7 +157,7 @@ def test_a_run_that_has_only_begun_has_a_page(tiny_run: Path) -> None:
     assert line == "Not finished: step 0 of 40." and "no curve to draw" in page
 
 
-def test_broken_files_end_in_one_line_that_names_them(tiny_run: Path) -> None:
+def test_damaged_files_end_in_one_line_that_names_them(tiny_run: Path) -> None:
     assert tuple(SUMMARY) == SCORES
     metrics = (tiny_run / "metrics.jsonl").read_text()
     (tiny_run / "metrics.jsonl").write_text("{\n" + metrics)
@@ -169,7 +169,7 @@ def test_broken_files_end_in_one_line_that_names_them(tiny_run: Path) -> None:
         read_record(tiny_run)
 
 
-def test_scores_of_other_settings_are_not_the_runs_own(tiny_run: Path) -> None:
+def test_scores_with_other_settings_are_not_those_of_the_run(tiny_run: Path) -> None:
     shutil.copy(tiny_run / "evaluation/step_00000040.json", tiny_run / "evaluation/step_00000040_1a2b3c4d.json")
     assert list(read_record(tiny_run).evaluations) == [20, 40]
 

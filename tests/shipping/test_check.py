@@ -1,4 +1,4 @@
-"""When two detectors give the same detections."""
+"""The comparison of the detections of two detectors."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from retina_jax.export.agreement import Comparison, compare
 from retina_jax.export.loader import Found
 
 IMAGE = np.zeros((50, 100, 3), np.uint8)
-"""The tolerance is a hundredth of a pixel here."""
+"""With this side the tolerance is a hundredth of a pixel."""
 BOXES = [[10, 10, 20, 20], [30, 10, 40, 20], [50, 10, 60, 20]]
 
 
 def compared(
     boxes: list[list[float]], scores: list[float], labels: list[int], most: int = 100, threshold: float = 0.05
 ) -> Comparison:
-    """With BOXES of scores .9, .5, .0505, label 0, at a threshold of .05."""
+    """Compares BOXES with scores 0.9, 0.5, 0.0505 and label 0, at a threshold of 0.05."""
     live = ImageDetections(np.array(BOXES, np.float32), np.array([0.9, 0.5, 0.0505], np.float32), np.zeros(3, np.int32))
     exported = Found(
         np.array(boxes, np.float32).reshape(-1, 4), np.array(scores, np.float32), np.array(labels, np.int32)
@@ -44,8 +44,8 @@ def test_order_does_not_matter() -> None:
 @pytest.mark.parametrize(
     ("boxes", "scores", "labels", "unmatched"),
     [
-        ([[10, 10, 20, 20.02], *BOXES[1:]], [0.9, 0.5, 0.0505], [0, 0, 0], 2),  # a side too far
-        (BOXES, [0.9, 0.502, 0.0505], [0, 0, 0], 2),  # a score too far
+        ([[10, 10, 20, 20.02], *BOXES[1:]], [0.9, 0.5, 0.0505], [0, 0, 0], 2),  # a side differs too much
+        (BOXES, [0.9, 0.502, 0.0505], [0, 0, 0], 2),  # a score differs too much
         (BOXES, [0.9, 0.5, 0.0505], [0, 1, 0], 2),  # another label
         ([BOXES[0], BOXES[2]], [0.9, 0.0505], [0, 0], 1),  # one is missing
         ([*BOXES, BOXES[1]], [0.9, 0.5, 0.0505, 0.5], [0] * 4, 1),  # one is twice
@@ -53,17 +53,17 @@ def test_order_does_not_matter() -> None:
         (BOXES, [float("nan")] * 3, [0, 0, 0], 2),
     ],
 )
-def test_what_differs_is_counted(boxes: list, scores: list[float], labels: list[int], unmatched: int) -> None:
+def test_differing_detections_are_counted(boxes: list, scores: list[float], labels: list[int], unmatched: int) -> None:
     found = compared(boxes, scores, labels)
     assert found.unmatched == unmatched and str(unmatched) in str(found)
 
 
-def test_a_score_at_the_threshold_may_be_there_or_not() -> None:
+def test_a_detection_at_the_threshold_may_be_missing() -> None:
     assert compared(BOXES[:2], [0.9, 0.5], [0, 0]).unmatched == 0
     assert compared(BOXES[:2], [0.9, 0.5], [0, 0], threshold=0.01).unmatched
 
 
-def test_the_last_place_of_a_full_list_may_be_taken_by_an_equal_one() -> None:
+def test_the_last_detection_of_a_full_list_may_be_another_of_equal_score() -> None:
     others = [*BOXES[:2], [70, 10, 80, 20]]
     assert compared(others, [0.9, 0.5, 0.0508], [0, 0, 0], most=3, threshold=0.0).unmatched == 0
     assert compared(others, [0.9, 0.5, 0.0508], [0, 0, 0], most=4, threshold=0.0).unmatched

@@ -1,4 +1,4 @@
-"""The resize of an exported detector is that of evaluation, bit for bit."""
+"""The resize of an exported detector equals that of evaluation to the last bit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def resized_on_device(image: np.ndarray, size: tuple[int, int], resized: tuple[i
 @pytest.mark.parametrize("pixels", ["uint8", "float32"])
 @pytest.mark.parametrize("kind", ["bilinear", "antialias"])
 def test_pixels_are_those_of_evaluation(kind: str, pixels: str) -> None:
-    """From any size to any size, whatever the storage holds beyond the image; and the padding is 0."""
+    """Resizes from any size to any size, with any content of the storage beyond the image; the padding is 0."""
 
     @settings(deadline=None, max_examples=60)
     @given(height, width, height, width, st.integers(0, 9))
@@ -52,7 +52,7 @@ def test_pixels_are_those_of_evaluation(kind: str, pixels: str) -> None:
 
 @pytest.mark.parametrize("kind", ["bilinear", "antialias"])
 def test_pixels_of_a_large_image_are_those_of_evaluation(kind: str) -> None:
-    """Above 2 ** 22 pixels, where evaluation adds the half that rounds after the weights."""
+    """The image has more than 2 ** 22 pixels, for which evaluation adds 0.5 for rounding after the weights."""
     image = np.random.default_rng(0).integers(0, 256, (2001, 2997, 3), np.uint8)
     found = resized_on_device(image, image.shape[:2], (64, 96), kind, "uint8")
     assert np.array_equal(found, resize_large(image, (64, 96), kind))

@@ -1,4 +1,4 @@
-"""An exported detector gives the detections of the original wherever it is loaded; a file that does not is not kept."""
+"""An exported detector gives the detections of the original on every machine; a file that does not is deleted."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def imported(path: Path, name: str) -> ModuleType:
-    """Imports a file as a module of that name, without the import hooks of packages."""
+    """Imports a file as a module with this name, without the import hooks of packages."""
     spec = importlib.util.spec_from_file_location(name, path)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -77,7 +77,7 @@ CONVOLUTIONS = {
 
 
 def photographs() -> list[np.ndarray]:
-    """Noise of several sizes in both orientations."""
+    """Returns noise of several sizes in both orientations."""
     rng = np.random.default_rng(0)
     return [rng.integers(0, 256, (*size, 3), np.uint8) for size in SIZES]
 
@@ -105,7 +105,7 @@ def export(live: Detector, *options: object) -> str:
 
 @pytest.fixture(scope="module")
 def file(live: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Written by the script, compared on two images of a folder, one of each orientation."""
+    """Returns the file written by the script, compared on two images of a folder, one of each orientation."""
     folder = tmp_path_factory.mktemp("images")
     for i, image in enumerate(photographs()[:2]):
         Image.fromarray(image).save(folder / f"{i}.png")
@@ -125,7 +125,7 @@ def exported(file: Path) -> loader.ExportedDetector:
 
 
 def assert_same(found: loader.Found, expected: object, atol: float = 1e-3) -> None:
-    """Boxes, scores and labels in the same order."""
+    """Asserts equal boxes, scores and labels in the same order."""
     assert np.array_equal(found.labels, expected.labels) and len(found.labels) > 0
     np.testing.assert_allclose(found.boxes_xyxy, expected.boxes_xyxy, rtol=0, atol=atol)
     np.testing.assert_allclose(found.scores, expected.scores, rtol=0, atol=1e-6)
@@ -142,7 +142,8 @@ def test_detections_are_those_of_the_original(live: Detector, exported: loader.E
 
 
 def test_the_other_conventions_are_exported_too(tmp_path: Path) -> None:
-    """Frozen norm, antialias, float pixels, inclusive ends, one square padded shape, floor, clipping after NMS."""
+    """They are: frozen norm, antialiasing, float pixels, inclusive ends, one square padded shape, floor, clipping after
+    NMS."""
     live = detector_of(FROZEN)
     agreement.export_detector(live, tmp_path / "detector.zip", "a test", photographs()[:1])
     exported = load(str(tmp_path / "detector.zip"))
@@ -178,8 +179,8 @@ def test_pillows_pixels_are_exported(tmp_path: Path, monkeypatch: pytest.MonkeyP
             load(str(path))
 
 
-def test_a_batch_gives_what_single_images_give(exported: loader.ExportedDetector) -> None:
-    """In the order of the images, each with its own padded shape, the last batch filled up."""
+def test_a_batch_gives_the_detections_of_single_images(exported: loader.ExportedDetector) -> None:
+    """Detections are in the order of the images, each with its own padded shape; the last batch is filled up."""
     images = photographs()
     alone = [exported.detect([image])[0] for image in images]
     for found, expected in zip(exported.detect(images), alone, strict=True):
@@ -226,7 +227,7 @@ for absent in ("flax", "tensorflow", "retina_jax"):
 
 
 def test_jax_numpy_and_flatbuffers_are_enough(live: Detector, file: Path, tmp_path: Path) -> None:
-    """The loader, copied next to the file, in a process that can import only these and what jax depends on."""
+    """Copied next to the file, the loader runs in a process that can import only these and what jax depends on."""
     images = photographs()[:2]
     shutil.copy(loader.__file__, tmp_path / "loader.py")
     shutil.copy(file, tmp_path)
@@ -280,7 +281,7 @@ def test_sizes_and_padded_shapes_are_those_of_evaluation(
 
 
 def tampered(path: Path, into: Path) -> None:
-    """The file with another bias of the classes, on which all scores depend."""
+    """Returns the file with another bias of the classes, on which all scores depend."""
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(into, "w") as new:
         for name in old.namelist():
             content = old.read(name)
@@ -297,7 +298,7 @@ def tampered(path: Path, into: Path) -> None:
 def test_a_file_with_other_detections_is_not_kept(
     live: Detector, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An older file in its place is kept."""
+    """An older file of this name is kept."""
     monkeypatch.setattr(agreement, "write_file", lambda path, *_: tampered(file, path))
     out = tmp_path / "detector.zip"
     out.write_bytes(b"older")
@@ -306,7 +307,7 @@ def test_a_file_with_other_detections_is_not_kept(
     assert out.read_bytes() == b"older" and list(tmp_path.iterdir()) == [out]
 
 
-def test_every_padded_shape_is_tried(file: Path) -> None:
+def test_every_padded_shape_is_compared(file: Path) -> None:
     """If no image has a certain padded shape, one is made."""
     exported = agreement.load(str(file))
     sizes = {(48, 32): [(64, 96)], (32, 48): [(96, 64)]}
@@ -361,7 +362,7 @@ def test_sixteen_bits_are_converted_with_the_range_of_training(
 
 
 def repacked(file: Path, path: Path, **files: bytes | None) -> Path:
-    """The file with some of its parts replaced or left out, by the names `about` and `parameters`."""
+    """Returns the file with some of its parts replaced or left out, by the names `about` and `parameters`."""
     names = {"about.json": "about", "parameters.npz": "parameters"}
     with zipfile.ZipFile(file) as old, zipfile.ZipFile(path, "w") as new:
         for name in old.namelist():

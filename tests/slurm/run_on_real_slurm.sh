@@ -1,12 +1,12 @@
 #!/bin/bash
-# A two-point sweep, and a run of two hosts, through a real SLURM of one node, this machine; Debian, as root:
+# Runs a sweep of two points and a run of two hosts on a real SLURM, with this machine as its only node; Debian, as root:
 #
 #     tests/slurm/run_on_real_slurm.sh
 #
-# Installs slurm-wlm and munge, starts munged, slurmctld and slurmd with a configuration of their own under a temporary
-# folder, queues the sweep, asks for one of the jobs to be given up in the middle (as a pre-emption would) so that it is
-# queued again and resumes, waits, checks that both points are done; then scripts/cluster/slurm.sh with two tasks, one of
-# which is told to stop in the middle: both save the same step, the job is queued again, resumes and completes.
+# Installs slurm-wlm and munge, starts munged, slurmctld and slurmd with a separate configuration in a temporary folder,
+# and queues the sweep. One of the jobs is pre-empted in the middle (SIGUSR2), queued again and resumed; then both points
+# must be done. The second part runs scripts/cluster/slurm.sh with two tasks, which receive SIGTERM in the middle: both
+# save the same step, and the job is queued again, resumes and completes.
 set -euo pipefail
 export PATH=$PATH:/usr/sbin
 cd "$(dirname "$0")/../.."
@@ -27,7 +27,7 @@ trap stop EXIT
 command -v slurmctld >/dev/null && command -v munged >/dev/null ||
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge >"$work/apt.log" 2>&1
 
-# Who a message is from: munge, with a key of its own.
+# munge authenticates messages; it gets a new key.
 mkdir -p "$work/munge" "$work/ctld" "$work/d"
 chmod 755 "$work"
 head -c 1024 /dev/urandom >"$work/munge/key"
@@ -91,10 +91,10 @@ def get_sweep(base):
     return {"flipped": {}, "unflipped": {"data.flip": False}}
 PY
 sweep=("$python" scripts/sweep.py --sweep "$work/two.py" --base "$work/base.py" --workdir "$work/runs")
-"${sweep[@]}" --launcher slurm --slurm timeout_min=20 slurm_partition=test slurm_array_parallelism=2 | tee "$work/said.txt"
-job=$(grep -o 'job [0-9]*_0' "$work/said.txt" | cut -d' ' -f2)
+"${sweep[@]}" --launcher slurm --slurm timeout_min=20 slurm_partition=test slurm_array_parallelism=2 | tee "$work/output.txt"
+job=$(grep -o 'job [0-9]*_0' "$work/output.txt" | cut -d' ' -f2)
 
-# Once its first point has saved a step, the first job is told to go.
+# Once its first point has saved a step, the first job is pre-empted.
 for _ in $(seq 300); do ls "$work"/runs/base-*/checkpoints 2>/dev/null | grep -qE '^[0-9]+$' && break; sleep 0.2; done
 scancel --signal=USR2 "$job"
 for _ in $(seq 900); do [ -z "$(squeue -h)" ] && break; sleep 1; done

@@ -38,7 +38,7 @@ def tiny() -> Config:
 
 @pytest.fixture
 def make_inputs() -> Callable[..., Inputs]:
-    """Random images with 0 to 3 boxes each; the first image has none."""
+    """Returns random images with 0 to 3 boxes each; the first image has none."""
 
     def make(seed: int, batch_size: int = 8, canvas: tuple[int, int] = (64, 64), classes: int = 3) -> Inputs:
         rng = np.random.default_rng(seed)

@@ -1,4 +1,5 @@
-"""Running means of the parameters: the plain recurrence under every driver, exact through checkpoints, absent where off."""
+"""Averaged parameters (EMA): the plain recurrence under every driver, restored exactly from checkpoints, absent if
+switched off."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from retina_jax.training.state import TrainState, parameters_sha256
 from retina_jax.training.step import Inputs, ema_decay
 
 Make = Callable[..., Inputs]
-DECAY = 0.2  # above the warm-up's .1 and .18, below its .25: both sides of the minimum are met
+DECAY = 0.2  # above the warm-up's 0.1 and 0.18, below its 0.25: both sides of the minimum occur
 
 
 def averaged(config: Config, **changes: Any) -> Config:
@@ -65,7 +66,7 @@ IN_PARTS = {"parallel": "pmap", "training__accumulate": 2, "training__skip_non_f
 
 @pytest.fixture
 def make_floats(make_inputs: Make) -> Make:
-    """Images that can be poisoned."""
+    """Returns float images, which can contain NaN."""
 
     def make(seed: int) -> Inputs:
         inputs = make_inputs(seed)
@@ -75,8 +76,8 @@ def make_floats(make_inputs: Make) -> Make:
 
 
 @pytest.mark.parametrize("own", [WITH_STATISTICS, IN_PARTS], ids=["jit", "pmap"])
-def test_the_mean_is_the_plain_recurrence(tiny: Config, make_floats: Make, own: dict[str, Any]) -> None:
-    """Over the parameters and BatchNorm statistics after each step, in float64."""
+def test_the_average_is_the_plain_recurrence(tiny: Config, make_floats: Make, own: dict[str, Any]) -> None:
+    """The recurrence runs over the parameters and BatchNorm statistics after each step, in float64."""
     driver = driver_of(averaged(tiny, **own))
     state = driver.init_state()
     mean = jax.tree.map(np.float64, learnt(state))
@@ -92,7 +93,7 @@ def test_the_mean_is_the_plain_recurrence(tiny: Config, make_floats: Make, own: 
     assert parameters_sha256(state.detector()) != parameters_sha256(state.detector("raw"))
 
 
-def test_a_step_that_is_left_out_leaves_the_mean_and_its_warm_up(tiny: Config, make_floats: Make) -> None:
+def test_a_skipped_step_changes_neither_the_average_nor_its_warm_up(tiny: Config, make_floats: Make) -> None:
     driver = driver_of(averaged(tiny, **IN_PARTS))
     poisoned = make_floats(0)._replace(images=make_floats(0).images * np.float32(np.nan))
     state, _ = driver.step(driver.init_state(), driver.shard_batch(make_floats(0)))
@@ -105,23 +106,25 @@ def test_a_step_that_is_left_out_leaves_the_mean_and_its_warm_up(tiny: Config, m
     assert_near(state.ema, jax.tree.map(lambda m, x: second * m + (1 - second) * x, before, learnt(state)))
 
 
-def test_a_resumed_mean_is_the_unbroken_one_to_the_bit(tiny: Config, make_floats: Make, tmp_path: Path) -> None:
+def test_a_resumed_average_equals_the_uninterrupted_one_to_the_last_bit(
+    tiny: Config, make_floats: Make, tmp_path: Path
+) -> None:
     driver = driver_of(averaged(tiny, **WITH_STATISTICS))
 
-    def go_on(state: TrainState, steps: range) -> TrainState:
+    def train_on(state: TrainState, steps: range) -> TrainState:
         for step in steps:
             state, _ = driver.step(state, driver.shard_batch(make_floats(step)))
         return state
 
-    unbroken = jax.device_get(go_on(driver.init_state(), range(4)))
+    unbroken = jax.device_get(train_on(driver.init_state(), range(4)))
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(2, go_on(driver.init_state(), range(2)))
-        resumed = go_on(checkpoints.restore(driver.init_state()), range(2, 4))
+        checkpoints.save(2, train_on(driver.init_state(), range(2)))
+        resumed = train_on(checkpoints.restore(driver.init_state()), range(2, 4))
     assert_equal(resumed, unbroken)
     assert parameters_sha256(resumed.everything) == parameters_sha256(unbroken.everything)
 
 
-def test_a_loaded_detector_takes_the_means_unless_asked_for_the_raw(tiny: Config, tmp_path: Path) -> None:
+def test_a_loaded_detector_uses_the_averages_unless_raw_parameters_are_requested(tiny: Config, tmp_path: Path) -> None:
     config = averaged(tiny, devices=1)
     state = Driver(config, 3).init_state()
     state = state.replace(ema=jax.tree.map(lambda leaf: leaf + 1, state.ema))
@@ -135,7 +138,7 @@ def test_a_loaded_detector_takes_the_means_unless_asked_for_the_raw(tiny: Config
 
 @flax.struct.dataclass
 class StateBefore:
-    """The state as it was saved before there were running means."""
+    """The state as it was saved before EMA existed."""
 
     step: Any
     params: Any
@@ -147,7 +150,7 @@ class StateBefore:
 
 
 @pytest.mark.parametrize("norm", ["group", "frozen"])
-def test_runs_without_means_and_checkpoints_from_before_them_are_one(tiny: Config, tmp_path: Path, norm: str) -> None:
+def test_runs_without_averages_read_checkpoints_from_before_ema(tiny: Config, tmp_path: Path, norm: str) -> None:
     driver = Driver(override(tiny, {"devices": 1, "model.norm": norm}), 3)
     state = driver.init_state()
     assert type(state) is TrainState and state.everything == state.detector() == state.variables

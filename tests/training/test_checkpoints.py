@@ -1,4 +1,5 @@
-"""Checkpoints: what is saved comes back to the bit, on any number of devices, or not at all and with a word."""
+"""Checkpoints: what is saved is restored to the last bit, on any number of devices, or not at all and with a
+message."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def init_state(config: Config, devices: int, step: int = 0) -> TrainState:
 
 
 def small(step: int, devices: int = 1) -> dict:
-    """A state of a few arrays that holds its step, on every one of `devices`."""
+    """Returns a state of a few arrays that contain its step, on each of `devices`."""
     everywhere = NamedSharding(Mesh(np.array(jax.devices()[:devices]), ("data",)), PartitionSpec())
     values = {"weights": np.arange(3000.0, dtype=np.float32) * step, "step": np.asarray(step, np.int32)}
     return jax.device_put({**values, "minus": np.full((2, 3), -0.0, np.float32)}, everywhere)
@@ -60,14 +61,14 @@ def largest(folder: Path) -> Path:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A folder with steps 1, 2 and 3."""
+    """Writes a folder with steps 1, 2 and 3."""
     with Checkpoints(tmp_path / "checkpoints", keep=None) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(step, small(step))
     return tmp_path / "checkpoints"
 
 
-def test_a_state_comes_back_to_the_bit_on_other_devices(tiny: Config, tmp_path: Path) -> None:
+def test_a_state_is_restored_to_the_last_bit_on_other_devices(tiny: Config, tmp_path: Path) -> None:
     saved = init_state(tiny, 8, step=5)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(5, saved)
@@ -80,7 +81,7 @@ def test_a_state_comes_back_to_the_bit_on_other_devices(tiny: Config, tmp_path: 
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(restored)} == {2}
 
 
-def test_what_is_saved_is_the_state_of_the_call_even_where_the_step_takes_its_memory(tmp_path: Path) -> None:
+def test_the_saved_state_is_that_of_the_call_even_if_the_step_reuses_its_memory(tmp_path: Path) -> None:
     state, taken = small(1), jax.jit(lambda s: jax.tree.map(jnp.ones_like, s), donate_argnums=0)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(1, state)
@@ -100,7 +101,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "6", "7"}
 
 
-def test_a_step_whose_evaluation_was_stopped_is_the_best_once_it_is_scored(tmp_path: Path) -> None:
+def test_a_step_with_an_interrupted_evaluation_can_be_the_best_once_it_is_scored(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     with Checkpoints(folder, keep=1) as checkpoints:
         checkpoints.save(1, small(1))
@@ -123,7 +124,7 @@ def test_a_step_whose_evaluation_was_stopped_is_the_best_once_it_is_scored(tmp_p
     assert {path.name for path in folder.iterdir()} == {"2", "4"}
 
 
-def test_a_score_waits_for_its_save_and_never_changes_one_that_is_there(tmp_path: Path) -> None:
+def test_a_score_waits_for_its_save_and_never_changes_an_existing_one(tmp_path: Path) -> None:
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(1, small(1))
         checkpoints.score(1, 0.5)
@@ -133,7 +134,7 @@ def test_a_score_waits_for_its_save_and_never_changes_one_that_is_there(tmp_path
         assert best_step(checkpoints.folder) == 1 and damage(tmp_path / "checkpoints" / "2") == ""
 
 
-def test_a_score_that_cannot_be_written_is_one_warning(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_score_that_cannot_be_written_gives_one_warning(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (saved / "2" / "metrics").write_text("no folder")
     with Checkpoints(saved, keep=1) as checkpoints:
         checkpoints.score(2, 0.5)
@@ -166,7 +167,7 @@ def test_saving_the_same_step_again_changes_nothing(tmp_path: Path) -> None:
         assert int(checkpoints.restore(small(1))["step"]) == 3
 
 
-def test_a_missing_step_says_which_there_are(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_step_lists_the_existing_ones(tmp_path: Path) -> None:
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         with pytest.raises(ConfigError, match="holds no checkpoint"):
             checkpoints.restore(small(1))
@@ -187,7 +188,7 @@ def test_the_best_is_restored_by_name(tmp_path: Path) -> None:
         assert_same(checkpoints.restore(small(9)), small(4))
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flip(largest(saved / "3"), 700)
     with Checkpoints(saved, keep=2) as checkpoints:
         assert_same(checkpoints.restore(small(9)), small(2))
@@ -195,7 +196,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(saved: Path, capsys: p
         assert output.count("\n") == 1 and f"warning: {saved / '3'}: is damaged (" in output
         assert "checkpoints/3: " in output and "step 2 " in output and "damaged-3" in output
         assert checkpoints.steps() == [1, 2] and (saved / "damaged-3").is_dir()
-        checkpoints.save(3, small(3))  # taken again, as if nothing had been there
+        checkpoints.save(3, small(3))  # saved again
         checkpoints.score(3, 0.5)
         assert checkpoints.steps() == [2, 3]
         assert_same(checkpoints.restore(small(9)), small(3))
@@ -205,7 +206,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(saved: Path, capsys: p
         assert best_step(checkpoints.folder) is None
 
 
-def test_a_reader_takes_the_one_before_and_leaves_the_damaged_alone(saved: Path) -> None:
+def test_a_reader_restores_the_one_before_and_does_not_move_the_damaged_one(saved: Path) -> None:
     flip(largest(saved / "3"), 700)
     (saved / "2" / "state" / "manifest.ocdbt").unlink()
     (saved / "saving").mkdir()
@@ -215,7 +216,7 @@ def test_a_reader_takes_the_one_before_and_leaves_the_damaged_alone(saved: Path)
     assert sorted(saved.rglob("*")) == before
 
 
-def test_where_all_are_damaged_one_line_says_so_and_nothing_is_moved(saved: Path) -> None:
+def test_if_all_are_damaged_one_line_reports_it_and_nothing_is_moved(saved: Path) -> None:
     for step in "123":
         (saved / step / "_CHECKPOINT_METADATA").write_text("")
     with (
@@ -226,7 +227,7 @@ def test_where_all_are_damaged_one_line_says_so_and_nothing_is_moved(saved: Path
     assert "\n" not in str(error.value) and sorted(path.name for path in saved.iterdir()) == ["1", "2", "3"]
 
 
-def test_a_step_asked_for_is_never_replaced_by_another(saved: Path) -> None:
+def test_a_requested_step_is_never_replaced_by_another(saved: Path) -> None:
     flip(largest(saved / "3"), 700)
     with Checkpoints(saved) as checkpoints:
         with pytest.raises(ConfigError, match=r"3: .* holds other bytes\); saved steps: \[1, 2, 3\]"):
@@ -234,7 +235,7 @@ def test_a_step_asked_for_is_never_replaced_by_another(saved: Path) -> None:
         assert_same(checkpoints.restore(small(9), 1), small(1))
 
 
-def test_an_intact_checkpoint_of_another_network_is_not_taken_for_a_damaged_one(saved: Path) -> None:
+def test_an_intact_checkpoint_of_another_network_is_not_treated_as_damaged(saved: Path) -> None:
     shape, more = {"weights": jnp.zeros((7,))}, {"more": jnp.ones(1)}
     for other, output in ((shape, r"weights is \(3000,\) there and \(7,\) here"), (more, r"more is missing there")):
         with (
@@ -245,7 +246,7 @@ def test_an_intact_checkpoint_of_another_network_is_not_taken_for_a_damaged_one(
     assert (saved / "3").is_dir()
 
 
-def test_a_checkpoint_of_orbax_alone_without_checksums_is_taken(tmp_path: Path) -> None:
+def test_a_checkpoint_without_checksums_is_accepted(tmp_path: Path) -> None:
     with ocp.training.Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(4, small(4), metrics={"AP": 0.25})
         checkpointer.save(5, small(5))
@@ -256,7 +257,7 @@ def test_a_checkpoint_of_orbax_alone_without_checksums_is_taken(tmp_path: Path) 
         assert_same(checkpoints.restore(small(9)), small(4))
 
 
-def test_a_reader_copes_with_a_step_that_the_run_deletes_before_it_is_read(
+def test_a_reader_restores_another_step_if_the_run_deletes_the_first(
     saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     intact = module.damage
@@ -274,7 +275,7 @@ def test_a_reader_copes_with_a_step_that_the_run_deletes_before_it_is_read(
     assert capsys.readouterr().out == ""
 
 
-def test_a_save_that_fails_is_reported_once_and_the_next_one_tried(
+def test_a_failed_save_is_reported_once_and_the_next_one_is_tried(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "checkpoints"
@@ -306,7 +307,7 @@ def test_a_failed_last_save_is_an_error_at_the_end_and_when_stopped(tmp_path: Pa
             raise ending
 
 
-def test_a_failing_save_never_hides_the_error_that_it_follows(
+def test_a_failed_save_does_not_hide_an_earlier_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "checkpoints").write_text("")
@@ -343,16 +344,16 @@ def test_a_second_ctrl_c_saves_nothing_and_waits_for_nothing(tmp_path: Path, mon
         checkpoints.save(1, small(1))
         with checkpoints.save_on_error(2, small(2), first=lambda: called.append("flush")):
             raise KeyboardInterrupt
-    assert called == [] and saved_steps(checkpoints.folder) == []  # it came here while the disk was at work
+    assert called == [] and saved_steps(checkpoints.folder) == []  # the signal came while the disk was busy
     disk.set()
     assert checkpoints.steps() == [1]
 
 
 @pytest.mark.parametrize("while_waiting", [False, True])
-def test_what_a_second_ctrl_c_takes_from_a_save_half_way_is_no_failure_to_report(
+def test_a_save_interrupted_by_a_second_ctrl_c_is_not_reported_as_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], while_waiting: bool
 ) -> None:
-    """The interpreter ends under the writer's feet, and its threads can do no more."""
+    """The interpreter ends while the writer runs, and its threads can do no more."""
     disk = threading.Event()
 
     def refused(*_: object) -> None:
@@ -375,14 +376,12 @@ def test_what_a_second_ctrl_c_takes_from_a_save_half_way_is_no_failure_to_report
     assert capsys.readouterr() == ("", "")
 
 
-def test_what_a_kill_leaves_behind_is_no_checkpoint_and_goes(saved: Path) -> None:
+def test_unfinished_files_of_a_killed_save_are_not_a_checkpoint_and_are_deleted(saved: Path) -> None:
     for name in ("saving/4", "deleting-1", "5.orbax-checkpoint-tmp-17"):
         (saved / name).mkdir(parents=True)
         (saved / name / "half").write_text("a file")
     checkpoints = Checkpoints(saved)
-    assert (
-        checkpoints.steps() == [1, 2, 3] and (saved / "saving").is_dir()
-    )  # another run may be at work: not locked yet
+    assert checkpoints.steps() == [1, 2, 3] and (saved / "saving").is_dir()  # not locked yet: another run may be saving
     with checkpoints:
         assert sorted(path.name for path in saved.iterdir()) == ["1", "2", "3"]
 
@@ -438,7 +437,7 @@ def test_after_a_kill_inside_a_save_the_newest_step_is_intact(tmp_path: Path, ki
     with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
         newest = checkpoints.steps()[-1]
         found = checkpoints.restore(like)
-        checkpoints.save(newest + 1, like)  # and what kills kept from being deleted goes with the next save
+        checkpoints.save(newest + 1, like)  # the next save deletes what a kill has left
         assert checkpoints.steps()[-2:] == [newest, newest + 1] and len(checkpoints.steps()) <= 3
     assert int(found["step"]) == newest > 0
     np.testing.assert_array_equal(found["weights"], np.arange(20000, dtype=np.float32) * newest)
@@ -525,7 +524,7 @@ def test_two_processes_restore_what_one_saved_and_one_restores_what_two_saved(tm
         assert len(restored["weights"].sharding.device_set) == devices
 
 
-def test_checksum_sees_every_bit_and_name() -> None:
+def test_the_checksum_depends_on_every_bit_and_name() -> None:
     one = {"params": {"a": np.zeros((2, 3), np.float32), "b": np.ones(3, np.float32)}, "frozen": {}, "stats": {}}
     same = {"stats": {}, "frozen": {}, "params": {"b": np.ones(3, np.float32), "a": np.zeros((2, 3), np.float32)}}
     assert parameters_sha256(one) == parameters_sha256(same)

@@ -1,4 +1,5 @@
-"""Compiling: one log line per program, a warning for an unexpected one, one line if the memory does not suffice."""
+"""Compilation: one log line per program, a warning for an unexpected program, one line if the memory does not
+suffice."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ class State:
 
 
 def fresh(**options: object) -> Callable[[State, Pixels], tuple[State, dict[str, jax.Array]]]:
-    """A jitted step that no test before has compiled."""
+    """Returns a jitted step that no earlier test has compiled."""
 
     def function(state: State, inputs: Pixels) -> tuple[State, dict[str, jax.Array]]:
         scale = inputs.images.astype(jnp.float32).mean() + inputs.sizes.sum().astype(jnp.float32)
@@ -60,7 +61,7 @@ def new_state() -> State:
 
 @pytest.fixture
 def uncached() -> Iterator[None]:
-    """Without the tests' compilation cache on disk, in which the second run of a test finds its programs."""
+    """Switches off the tests' compilation cache on disk, in which the second run of a test would find its programs."""
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     jax._src.compilation_cache.reset_cache()
@@ -89,8 +90,8 @@ def test_two_hundred_batches_of_four_shapes_are_four_programs_and_four_lines(unc
     assert re.search(rf"32x48 .*\d+\.\d s: \d+\.\d\d MiB .*\({sizes}\)$", said[1])
 
 
-def test_the_program_announced_is_the_one_that_runs(uncached: None) -> None:
-    """Compiled once, ahead of the call: the call itself compiles nothing."""
+def test_the_announced_program_is_the_one_that_runs(uncached: None) -> None:
+    """It is compiled once, ahead of the call; the call compiles nothing."""
     heard: list[str] = []
 
     def hear(event: str, seconds: float, **_: str | int) -> None:
@@ -106,7 +107,7 @@ def test_the_program_announced_is_the_one_that_runs(uncached: None) -> None:
     assert len(heard) == 1
 
 
-def test_results_and_donation_are_those_of_the_step_itself() -> None:
+def test_results_and_donation_equal_those_of_the_plain_step() -> None:
     state, inputs = new_state(), pixels()
     expected, measured = fresh()(state, inputs)
     step = CompiledStep(fresh(donate_argnums=0), 1, lambda line: None)
@@ -139,7 +140,7 @@ def test_results_and_donation_are_those_of_the_step_itself() -> None:
     ],
     ids=["dtype", "batch size", "weak type", "sharding", "structure"],
 )
-def test_a_recompilation_is_named_by_what_differs(
+def test_the_warning_for_a_recompilation_names_the_difference(
     uncached: None, other: Callable[[State], tuple[State, Pixels]], differing: str
 ) -> None:
     said: list[str] = []
@@ -154,7 +155,7 @@ def test_a_recompilation_is_named_by_what_differs(
     assert len(said) == 4
 
 
-def test_a_difference_that_comes_with_a_new_padded_shape_is_named_too(uncached: None) -> None:
+def test_a_difference_together_with_a_new_padded_shape_is_named_too(uncached: None) -> None:
     said: list[str] = []
     step = CompiledStep(fresh(), num_shapes=2, announce=said.append)
     take(step, new_state(), pixels(), pixels(canvas=(48, 32), dtype=np.int16))
@@ -193,10 +194,10 @@ def test_a_program_from_the_cache_is_reported_as_such(tmp_path: object) -> None:
 
 
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
-def test_a_driver_compiles_each_canvas_once_with_the_first_one(
+def test_a_driver_compiles_all_padded_shapes_at_the_first_one(
     tiny: Config, make_inputs: Callable[..., Inputs], parallel: str, uncached: None
 ) -> None:
-    """Also at the second step, whose state comes out of the first one: nothing else is compiled or said."""
+    """This includes the second step, whose state is the output of the first one: nothing else is compiled or logged."""
     driver = Driver(override(tiny, {"parallel": parallel, "devices": 2}), 3)
     said: list[str] = []
     canvases = [(64, 64), (64, 96)]
@@ -215,7 +216,7 @@ def test_a_driver_compiles_each_canvas_once_with_the_first_one(
     assert int(state.step) == 5
 
 
-def test_memory_is_counted_per_device_and_not_twice_where_donated() -> None:
+def test_memory_is_counted_per_device_and_donated_memory_once() -> None:
     x = jnp.ones((256, 256), jnp.float32)
     mib = x.nbytes
     plain = memory_of(jax.jit(lambda x: x + 1).lower(x).compile())
@@ -236,7 +237,7 @@ def test_the_share_of_the_devices_memory_is_reported_if_it_is_known(monkeypatch:
     assert compilation._share(Memory(10 * GIB, 0, 10 * GIB, 0)) == ""
 
 
-# As XLA words it: GPU at run time, of old and of late; with its list of buffers; one allocation; TPU compiling, loading a
+# XLA's messages: GPU at run time, older and newer; with its list of buffers; one allocation; TPU compiling, loading a
 # program, allocating; CPU.
 MESSAGES = {
     "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4770354232 bytes.\nBufferAssignment OOM Debugging.\n"
@@ -268,9 +269,7 @@ MESSAGES = {
 
 
 @pytest.mark.parametrize(("message", "kept"), MESSAGES.items(), ids=range(len(MESSAGES)))
-def test_out_of_memory_is_one_line_with_what_would_help(
-    message: str, kept: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_is_one_line_with_advice(message: str, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(errors, "device_memory", lambda: 16 * GIB)
     line = out_of_memory(JaxRuntimeError(message), "the step for 640x1024", Memory(GIB, 0, 20 * GIB, 0))
     named = (
@@ -296,7 +295,7 @@ def test_out_of_memory_is_one_line_with_what_would_help(
         "DEADLINE_EXCEEDED: Barrier timed out",
     ],
 )
-def test_other_errors_of_the_runtime_are_left_alone(message: str) -> None:
+def test_other_errors_of_the_runtime_are_unchanged(message: str) -> None:
     def fail(state: State, inputs: Pixels) -> None:
         raise JaxRuntimeError(message)
 
@@ -306,7 +305,7 @@ def test_other_errors_of_the_runtime_are_left_alone(message: str) -> None:
 
 
 def step_that_calls(call: Callable[..., object]) -> CompiledStep:
-    """A step that compiles as `fresh` does and, called, does something else."""
+    """Returns a step that compiles as `fresh` does, and does something else if it is called."""
 
     class Step:
         lower = staticmethod(fresh().lower)
@@ -316,7 +315,7 @@ def step_that_calls(call: Callable[..., object]) -> CompiledStep:
 
 
 def test_a_real_out_of_memory_error_names_what_the_step_needed() -> None:
-    """The step needs 64 TiB: XLA's own error."""
+    """The step needs 64 TiB, so XLA itself raises the error."""
 
     def huge(state: State, inputs: Pixels) -> jax.Array:
         return jnp.ones((2**44,), jnp.float32)
@@ -355,7 +354,7 @@ def test_out_of_memory_in_compiling_ahead_names_the_padded_shape(uncached: None)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what glibc keeps is read off /proc")
-def test_freed_memory_under_memory_in_use_is_given_back() -> None:
+def test_freed_memory_between_used_memory_is_returned_to_the_system() -> None:
     blocks = [bytearray(100_000) for _ in range(2000)]  # 200 MB, each too small for a mapping of its own
     last = blocks.pop()
     blocks.clear()
@@ -365,7 +364,7 @@ def test_freed_memory_under_memory_in_use_is_given_back() -> None:
     assert kept - resident_mib() > 100
 
 
-def test_memory_is_given_back_after_compiling_and_once_the_initial_state_is_freed(
+def test_memory_is_returned_after_compiling_and_once_the_initial_state_is_freed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given_back = []
@@ -377,5 +376,5 @@ def test_memory_is_given_back_after_compiling_and_once_the_initial_state_is_free
 
 
 def resident_mib() -> float:
-    """What this process occupies."""
+    """Returns the resident memory of this process."""
     return int(re.search(r"VmRSS:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024

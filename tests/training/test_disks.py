@@ -1,4 +1,4 @@
-"""Disks that fill up, turn read-only or return other bytes: found, reported in one line, and survived."""
+"""Disks that fill up, become read-only or return other bytes: detected, reported in one line, and survived."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint as it is written, not to be changed for good."""
+    """Returns a checkpoint as it is written; tests must not change it permanently."""
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
     state = jax.device_put({"weights": np.arange(5000, dtype=np.float32), "step": np.asarray(3, np.int32)})
     with Checkpoints(folder) as checkpoints:
@@ -41,7 +41,7 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_flipped_bit_anywhere_in_a_checkpoint_is_found(checkpoint: Path) -> None:
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_detected(checkpoint: Path) -> None:
     assert damage(checkpoint) == "" and len(files_of(checkpoint)) > 7
     for file in files_of(checkpoint):
         intact = file.read_bytes()
@@ -50,13 +50,13 @@ def test_a_flipped_bit_anywhere_in_a_checkpoint_is_found(checkpoint: Path) -> No
                 flipped = bytearray(intact)
                 flipped[offset] ^= bit
                 file.write_bytes(flipped)
-                # The blank space of the list of checksums itself may change and mean the same.
+                # White space in the list of checksums may change without effect.
                 assert damage(checkpoint) or (file.name == CHECKSUMS and json.loads(flipped) == json.loads(intact))
         file.write_bytes(intact)
     assert damage(checkpoint) == ""
 
 
-def test_a_file_cut_short_missing_or_unreadable_is_named(checkpoint: Path) -> None:
+def test_a_truncated_missing_or_unreadable_file_is_named(checkpoint: Path) -> None:
     for file in files_of(checkpoint):
         intact, name = file.read_bytes(), file.relative_to(checkpoint).as_posix()
         for part in (b"", intact[:-1]):
@@ -74,14 +74,14 @@ def test_a_file_cut_short_missing_or_unreadable_is_named(checkpoint: Path) -> No
     assert damage(checkpoint) == "" and damage(checkpoint / "nowhere") == "it is gone"
 
 
-def test_files_added_later_do_no_harm(tmp_path: Path) -> None:
+def test_files_added_later_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("1")
     write_checksums(tmp_path)
     (tmp_path / ".nfs0001").write_text("left by a file system")
     assert damage(tmp_path) == ""
 
 
-def test_the_disk_has_every_file_before_its_folder_and_all_before_the_name(
+def test_files_are_synced_before_their_folder_and_all_before_the_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put, folder = [], tmp_path / "checkpoints"
@@ -96,7 +96,7 @@ def test_the_disk_has_every_file_before_its_folder_and_all_before_the_name(
     assert all(names.index(name) < names.index(name.parent) for name in names[:-1])
 
 
-def test_a_disk_that_cannot_be_asked_passes_and_one_that_fails_is_reported(
+def test_a_disk_without_sync_is_accepted_and_a_failing_sync_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(number: int) -> None:
@@ -113,7 +113,7 @@ def test_a_disk_that_cannot_be_asked_passes_and_one_that_fails_is_reported(
     assert list((tmp_path / "checkpoints").iterdir()) == [] and "Input/output error" in capsys.readouterr().out
 
 
-def test_the_reason_is_one_short_line_also_of_errors_that_say_it_at_length() -> None:
+def test_the_reason_is_one_short_line_for_long_errors_too() -> None:
     assert reason(OSError(28, "No space left on device", "file")) == "No space left on device"
     buried = ValueError(
         "RESOURCE_EXHAUSTED: Error writing x:\n" + "y" * 900 + ": No space left on device [OS error 28]"
@@ -153,7 +153,7 @@ def test_a_resumed_run_keeps_every_complete_line_up_to_its_step(
     assert kept == [s for s in (json.loads(line)["step"] for line in intact) if s <= resumed] + [resumed + 1]
 
 
-def test_metrics_report_which_evaluations_they_hold(tmp_path: Path) -> None:
+def test_metrics_know_which_evaluations_they_contain(tmp_path: Path) -> None:
     with Metrics(run_in(tmp_path), 0) as metrics:
         for step in (2, 4):
             metrics.write(step, {"event": "train", "loss": 1.0})
@@ -162,14 +162,14 @@ def test_metrics_report_which_evaluations_they_hold(tmp_path: Path) -> None:
         assert metrics._evaluated == [2]
 
 
-def test_metrics_that_cannot_be_written_are_one_line_that_names_the_file(tmp_path: Path) -> None:
+def test_the_error_for_metrics_that_cannot_be_written_names_the_file(tmp_path: Path) -> None:
     with Metrics(run_in(tmp_path), 0) as metrics:
         (tmp_path / "metrics.jsonl").mkdir()
         with pytest.raises(DiskError, match=r"metrics\.jsonl: .*Is a directory"):
             metrics.write(1, {"event": "train", "loss": 1.0})
 
 
-# What follows runs in a mount namespace of its own, with a file system of a few MB on argv[1].
+# This script runs in a separate mount namespace, with a file system of a few MB on argv[1].
 START = """
 import contextlib, io, json, os, subprocess, sys, warnings
 from pathlib import Path
@@ -280,7 +280,7 @@ assert [json.loads(line)["step"] for line in (disk / "metrics.jsonl").read_text(
 
 @pytest.fixture(scope="module")
 def namespace() -> list[str]:
-    """A command that runs another with rights to mount, invisibly to the rest of the machine."""
+    """Returns a command that runs another one with the right to mount, invisible to the rest of the machine."""
     if shutil.which("unshare"):
         for command in (["unshare", "-rm"], ["unshare", "-m"]):
             mount = [*command, "sh", "-c", "mount -t tmpfs -o size=1m tmpfs /mnt"]

@@ -1,4 +1,4 @@
-"""The paper's schedule and update rule, against numbers worked by hand and a plain numpy loop."""
+"""The paper's schedule and update rule equal numbers computed by hand and a plain NumPy loop."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ PAPER = OptimizerConfig()
         (89_999, 0.0001),
     ],
 )
-def test_learning_rate_of_the_paper(step: int, rate: float) -> None:
+def test_the_learning_rate_is_that_of_the_paper(step: int, rate: float) -> None:
     np.testing.assert_allclose(learning_rate_schedule(PAPER, 16)(step), rate, rtol=1e-5)
 
 
-def test_learning_rate_scales_with_the_batch_only_when_asked() -> None:
+def test_the_learning_rate_scales_with_the_batch_only_on_request() -> None:
     scaled = dataclasses.replace(PAPER, scale_learning_rate=True)
     assert float(learning_rate_schedule(PAPER, 64)(1000)) == pytest.approx(0.01)
     assert float(learning_rate_schedule(scaled, 64)(1000)) == pytest.approx(0.04)
@@ -58,10 +58,10 @@ def test_no_warmup_starts_at_the_peak() -> None:
         (300, (), 0, None),
     ],
 )
-def test_what_a_run_is_too_short_for_is_named(
+def test_a_run_that_is_too_short_for_its_schedule_is_refused_by_name(
     steps: int, boundaries: tuple[int, ...], warmup: int, named: str | None
 ) -> None:
-    """Each number is the first step, counted from 0, that has the new rate; the last step is steps - 1."""
+    """Each number is the first step, counted from 0, with the new rate; the last step is steps - 1."""
     config = Config(optimizer=dataclasses.replace(PAPER, boundaries=boundaries, warmup_steps=warmup))
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=steps))
     said = schedule_warning(config)
@@ -81,7 +81,8 @@ def follow(config: OptimizerConfig, gradients: list[dict], params: dict) -> dict
 
 @pytest.mark.parametrize("decay_biases", [False, True])
 def test_sgd_is_decay_then_momentum_then_rate(decay_biases: bool) -> None:
-    """Against a loop in numpy float64; the rate drops by ten at step 3 and the whole velocity feels it at once."""
+    """Compares with a loop in NumPy float64; the rate drops by ten at step 3 and applies to the complete velocity at
+    once."""
     config = dataclasses.replace(PAPER, warmup_steps=2, boundaries=(3,), weight_decay=0.1, decay_biases=decay_biases)
     rng = np.random.default_rng(0)
     start = {"kernel": rng.normal(size=(3, 2)), "bias": rng.normal(size=(2,))}
@@ -103,7 +104,8 @@ def test_sgd_is_decay_then_momentum_then_rate(decay_biases: bool) -> None:
 
 @pytest.mark.parametrize("decay_biases", [False, True])
 def test_normalisation_parameters_never_decay(decay_biases: bool) -> None:
-    """As detectron2's WEIGHT_DECAY_NORM and torchvision v2's --norm-weight-decay, both 0: the bias of a norm is no other."""
+    """This corresponds to detectron2's WEIGHT_DECAY_NORM 0 and torchvision v2's --norm-weight-decay 0; it includes the
+    bias of a norm."""
     config = dataclasses.replace(PAPER, weight_decay=0.5, warmup_steps=0, decay_biases=decay_biases)
     two = jnp.array([2.0])
     params = {"conv": {"kernel": two, "bias": two}, "plain": {"kernel": two}, "norm": {"scale": two, "bias": two}}
@@ -125,7 +127,7 @@ def test_clipping_bounds_the_gradient_before_decay() -> None:
     np.testing.assert_allclose(got["kernel"], [2.0 - 0.01 * (0.6 + 1.0), -0.01 * 0.8], rtol=1e-6)
 
 
-def test_adamw_is_optax_adamw() -> None:
+def test_adamw_equals_optax_adamw() -> None:
     config = dataclasses.replace(
         PAPER, name="adamw", learning_rate=1e-3, weight_decay=0.05, warmup_steps=0, bias_learning_rate_factor=1.0,
         decay_biases=True,

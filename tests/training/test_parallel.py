@@ -1,4 +1,4 @@
-"""The step over devices: whatever the driver and the number of devices, the same training."""
+"""The step over devices: training is the same with any driver and number of devices."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def with_drivers(config: Config, parallel: str, devices: int, **changes: object)
 
 @cache
 def driver_of(config: Config) -> Driver:
-    """One driver for a config, so that tests of the same config compile it once."""
+    """Returns one driver per config, so that tests of the same config compile it once."""
     return Driver(config, config.model.num_classes)
 
 
 @cache
 def initial_variables(model: ModelConfig) -> dict:
-    """On the host, the same for every driver."""
+    """Returns the initial variables on the host, the same for every driver."""
     return jax.device_get(Driver(Config(model=model), model.num_classes).init_state().variables)
 
 
@@ -44,7 +44,7 @@ def first_state(driver: Driver) -> TrainState:
 
 
 def run(config: Config, batches: list[Inputs]) -> tuple[list[dict[str, float]], dict]:
-    """Metrics of each step, and the final variables on the host."""
+    """Returns the metrics of each step, and the final variables on the host."""
     driver = driver_of(config)
     state, metrics = first_state(driver), []
     for inputs in batches:
@@ -59,17 +59,18 @@ def compiled_step(config: Config, inputs: Inputs) -> str:
 
 
 def assert_one_exchange(text: str, times: int = 1) -> None:
-    """So many all-reduces and no other collective."""
+    """Asserts that there are this many all-reduces and no other collective."""
     assert len(re.findall(r"= .*\ball-reduce(?:-start)?\(", text)) == times
     assert not [name for name in COLLECTIVES if name in text]
 
 
-def test_drivers_and_device_counts_train_alike(tiny: Config, make_inputs: Make) -> None:
-    """Eight steps of the same batches under jit on 1, 2 and 8 devices and pmap on 8: the same losses and parameters, but
-    for the order in which float32 numbers are added. Gradients cross between devices in one all-reduce."""
+def test_training_is_the_same_with_any_driver_and_number_of_devices(tiny: Config, make_inputs: Make) -> None:
+    """Eight steps of the same batches under jit on 1, 2 and 8 devices and under pmap on 8 give the same losses and
+    parameters, up to the order in which float32 numbers are added. Gradients cross between devices in one
+    all-reduce."""
     batches = [make_inputs(seed, batch_size=16) for seed in range(8)]
     reference, parameters = run(with_drivers(tiny, "jit", 1), batches)
-    assert len({round(m["loss"], 4) for m in reference}) == 8  # something is learnt from different batches
+    assert len({round(m["loss"], 4) for m in reference}) == 8  # the losses of different batches differ
     for parallel, devices in (("jit", 2), ("jit", 8), ("pmap", 8)):
         metrics, got = run(with_drivers(tiny, parallel, devices), batches)
         for step, (expected, measured) in enumerate(zip(reference, metrics, strict=True)):
@@ -101,7 +102,8 @@ def test_normalisers_agree_between_drivers_and_under_accumulation(
 
 
 def test_accumulation_mines_each_image_and_leaves_out_invalid_ones(tiny: Config, make_inputs: Make) -> None:
-    """2 micro-batches on each of 2 devices are the batch on 8 devices. Either way gradients cross in one all-reduce."""
+    """2 micro-batches on each of 2 devices equal the batch on 8 devices. In both cases gradients cross in one
+    all-reduce."""
     batches = [make_inputs(seed, batch_size=16)._replace(valid=np.arange(16) != 5) for seed in range(2)]
     on_eight = with_drivers(tiny, "jit", 8, loss__mining="ohem_1_3")
     accumulating = with_drivers(tiny, "jit", 2, loss__mining="ohem_1_3", training__accumulate=2)
@@ -115,8 +117,8 @@ def test_accumulation_mines_each_image_and_leaves_out_invalid_ones(tiny: Config,
 
 
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
-def test_a_step_that_is_not_finite_is_left_out(tiny: Config, make_inputs: Make, parallel: str) -> None:
-    """Its number counts, everything else is as before it; without the option the parameters are lost."""
+def test_a_non_finite_step_is_skipped(tiny: Config, make_inputs: Make, parallel: str) -> None:
+    """The step is counted, everything else stays as before; without the option the parameters are lost."""
     config = with_drivers(tiny, parallel, 2, training__skip_non_finite=2)
     batches = [make_inputs(seed, batch_size=16) for seed in range(3)]
     batches = [inputs._replace(images=inputs.images.astype(np.float32)) for inputs in batches]
@@ -128,14 +130,14 @@ def test_a_step_that_is_not_finite_is_left_out(tiny: Config, make_inputs: Make, 
     after = jax.device_get(state)
     assert not np.isfinite(measured["loss"]) and measured["skipped"] == 1
     assert after.step == 2 and after.skipped == 1
-    assert after.opt_state[-1].count == 2  # the schedule's: its boundaries are steps of the run
+    assert after.opt_state[-1].count == 2  # of the schedule, whose boundaries are steps of the run
     kept = (*before.opt_state[:-1], after.opt_state[-1])
     before = before.replace(step=after.step, skipped=after.skipped, opt_state=kept)
     jax.tree.map(np.testing.assert_array_equal, after, before)
     state, measured = driver.step(state, driver.shard_batch(batches[2]))
     assert np.isfinite(measured["loss"]) and measured["skipped"] == 1 and int(state.step) == 3
     assert parameters_sha256(jax.device_get(state.variables)) != parameters_sha256(after.variables)
-    if parallel == "jit":  # what the option leaves out is the same code under pmap
+    if parallel == "jit":  # under pmap the same code skips the step
         _, lost = run(override(config, {"training.skip_non_finite": 0}), [batches[0], poisoned])
         assert not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(lost["params"]))
 
@@ -156,8 +158,8 @@ def test_batch_norm_statistics_are_of_the_global_batch(tiny: Config, make_inputs
 def test_winograds_convolutions_gather_no_batch(
     tiny: Config, make_inputs: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """P2 of 128 x 128 pixels has the 1024 places from which on they are taken. XLA puts at most 256 arrays into an
-    all-reduce, and each such kernel is 16 of them: two for them all."""
+    """P2 of 128 x 128 pixels has 1024 cells, from which on they are used. XLA puts at most 256 arrays into an
+    all-reduce, and each such kernel has 16: two all-reduces in total."""
     taken = []
     whole = winograd.convolution
     monkeypatch.setattr(winograd, "convolution", lambda x, kernel: taken.append(x.shape) or whole(x, kernel))
@@ -172,16 +174,16 @@ def test_winograds_convolutions_gather_no_batch(
 
 
 def test_a_step_copies_no_kernel(tiny: Config, make_inputs: Make) -> None:
-    """Each is updated where it is: none is copied in the program's order of business, as XLA did where an update could
-    come before a gradient that still reads the kernel."""
+    """Each kernel is updated in place. XLA copied kernels when an update could precede a gradient that still reads the
+    kernel."""
     text = compiled_step(with_drivers(tiny, "jit", 1), make_inputs(0, batch_size=16))
     entry = text[text.index("\nENTRY ") :]
-    assert "fusion(" in entry  # it is the whole program
+    assert "fusion(" in entry  # the complete program
     assert re.findall(r"= f32\[\d+,\d+,\d+,\d+\]\S* copy\(%state", entry) == []
 
 
 def test_grouped_convolutions_gather_no_batch(tiny: Config, make_inputs: Make) -> None:
-    """The compiler would gather it for each of them, were the step written for the whole batch."""
+    """The compiler would gather the batch for each of them if the step were written for the complete batch."""
     resnext = override(tiny, {"model.backbone": "resnext101_32x8d"})
     inputs = make_inputs(0, batch_size=16)
     assert_one_exchange(compiled_step(with_drivers(resnext, "jit", 4), inputs))
@@ -190,8 +192,8 @@ def test_grouped_convolutions_gather_no_batch(tiny: Config, make_inputs: Make) -
     assert four == pytest.approx(one, rel=1e-5, abs=1e-7)
 
 
-def test_an_invalid_image_counts_for_nothing(tiny: Config, make_inputs: Make) -> None:
-    """Whatever stands in its row, the loss and the parameters after the step are the same."""
+def test_an_invalid_image_has_no_effect(tiny: Config, make_inputs: Make) -> None:
+    """The loss and the parameters after the step do not depend on the content of its row."""
     inputs, config = make_inputs(3, batch_size=16), with_drivers(tiny, "jit", 1)
     valid = inputs.valid.copy()
     valid[2] = False
@@ -207,7 +209,7 @@ def test_an_invalid_image_counts_for_nothing(tiny: Config, make_inputs: Make) ->
     assert whole[0]["positives_per_image"] > one[0]["positives_per_image"]
 
 
-def test_frozen_parameters_never_move(tiny: Config, make_inputs: Make) -> None:
+def test_frozen_parameters_never_change(tiny: Config, make_inputs: Make) -> None:
     config = with_drivers(tiny, "jit", 1, model__norm="frozen", model__frozen_stages=2)
     before = jax.device_get(first_state(driver_of(config)).frozen)
     _, after = run(config, [make_inputs(0, batch_size=16), make_inputs(1, batch_size=16)])
@@ -216,8 +218,8 @@ def test_frozen_parameters_never_move(tiny: Config, make_inputs: Make) -> None:
 
 
 @pytest.mark.usefixtures("optimised")
-def test_step_equals_one_written_out_plainly(tiny: Config, make_inputs: Make) -> None:
-    """Against jax.grad of the mean over images of each one's loss by its positives, and SGD by hand."""
+def test_the_step_equals_a_plain_implementation(tiny: Config, make_inputs: Make) -> None:
+    """Compares with jax.grad of the mean over images of each loss divided by its positives, and with SGD by hand."""
     from retina_jax.losses.total import image_losses
     from retina_jax.ops.anchors import anchor_grid
 

@@ -1,4 +1,5 @@
-"""Pretraining by classification: it learns, it is written as torchvision names it, and a detector starts from the file."""
+"""Pretraining by classification: the backbone learns, its file has torchvision's names, and a detector starts from
+it."""
 
 from __future__ import annotations
 
@@ -27,13 +28,13 @@ TINY = ModelConfig(
 
 @pytest.fixture(scope="module")
 def learnt() -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """A tiny backbone trained to tell two crops' hues, and how well it does."""
+    """Trains a tiny backbone to distinguish the hues of crops; returns it with its accuracies."""
     crops = draw_crops(90, seed=0)
     two = Crops(*(column[np.isin(crops.hues, crops.hues[:2])] for column in crops))
     return pretrain(TINY, two, two, steps=60, batch_size=8, seed=0, log=print)
 
 
-def test_it_learns_what_it_is_shown(learnt: tuple[dict[str, np.ndarray], dict[str, float]]) -> None:
+def test_the_backbone_learns_its_classes(learnt: tuple[dict[str, np.ndarray], dict[str, float]]) -> None:
     assert learnt[1]["hue"] > 0.9
 
 
@@ -44,8 +45,8 @@ def test_a_detector_starts_from_the_file(
     file.write_bytes(save(backbone_state_dict(learnt[0]), {"shape": "0.5"}))
     config = dataclasses.replace(Config(), model=override(TINY, {"backbone_weights": str(file)}))
     model = Driver(config, 3).model
-    filled, told = with_backbone(initialise(model, 0), config.model)
-    assert "missing" not in told
+    filled, report = with_backbone(initialise(model, 0), config.model)
+    assert "missing" not in report
     np.testing.assert_array_equal(
         filled["params"]["backbone"]["c5"]["block1"]["conv2"]["kernel"], learnt[0]["backbone/c5/block1/conv2/kernel"]
     )
@@ -55,7 +56,7 @@ def test_a_detector_starts_from_the_file(
     assert (learnt[0]["backbone/stem/norm/var"] != 1).any()
 
 
-def test_names_go_to_torchvisions_and_back(learnt: tuple[dict[str, np.ndarray], dict[str, float]]) -> None:
+def test_names_are_converted_to_torchvisions_and_back(learnt: tuple[dict[str, np.ndarray], dict[str, float]]) -> None:
     named = parse(save(backbone_state_dict(learnt[0])))
     assert {"conv1.weight", "bn1.running_var", "layer2.0.downsample.1.bias", "layer4.0.conv2.weight"} <= set(named)
     back = convert_torchvision(named).weights
@@ -65,7 +66,7 @@ def test_names_go_to_torchvisions_and_back(learnt: tuple[dict[str, np.ndarray], 
 
 
 @pytest.mark.parity
-def test_torchvision_takes_the_names() -> None:
+def test_torchvision_accepts_the_names() -> None:
     torchvision = pytest.importorskip("torchvision")
     torch = pytest.importorskip("torch")
     config = override(Config(), {"model.backbone": "resnet50", "model.num_classes": 2})

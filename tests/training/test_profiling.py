@@ -1,4 +1,4 @@
-"""The profiler's window: exactly these steps, however the run ends."""
+"""The profiler's window contains exactly its steps, however the run ends."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def small_step(x: jax.Array) -> jax.Array:
 @pytest.fixture
 def logged() -> Iterator[list[str]]:
     yield []
-    with pytest.raises(RuntimeError, match="No profile started"):  # every test leaves the profiler at rest
+    with pytest.raises(RuntimeError, match="No profile started"):  # every test stops the profiler
         jax.profiler.stop_trace()
 
 
@@ -69,7 +69,7 @@ def test_an_invalid_window_is_named(text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_trace_holds_the_windows_steps_and_no_others(tmp_path: Path, logged: list[str]) -> None:
+def test_the_trace_contains_exactly_the_steps_of_the_window(tmp_path: Path, logged: list[str]) -> None:
     run_steps(Profiler(tmp_path, (10, 15), logged.append), 1, 20)
     folder = tmp_path / "profile"
     assert traced_steps(folder) == [10, 11, 12, 13, 14, 15]
@@ -82,7 +82,7 @@ def test_the_trace_holds_the_windows_steps_and_no_others(tmp_path: Path, logged:
 
 
 def test_the_work_of_the_last_step_is_complete(tmp_path: Path, logged: list[str]) -> None:
-    """The device's own events are there for every step of the window: it was waited for."""
+    """The trace has the device's events of every step of the window, because the profiler waits for them."""
     run_steps(Profiler(tmp_path, (3, 4), logged.append), 1, 6)
     (file,) = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")
     names = [
@@ -136,18 +136,22 @@ def test_an_exception_inside_the_window_closes_the_trace(tmp_path: Path, logged:
     assert len(logged) == 1
 
 
-def test_a_folder_that_cannot_be_made_costs_a_line_and_not_the_run(tmp_path: Path, logged: list[str]) -> None:
+def test_a_folder_that_cannot_be_created_gives_a_warning_and_the_run_continues(
+    tmp_path: Path, logged: list[str]
+) -> None:
     (tmp_path / "profile").write_text("in the way")
     run_steps(Profiler(tmp_path, (2, 3), logged.append), 1, 5)
     (line,) = logged
     assert line.startswith("warning: ") and f"{tmp_path / 'profile'} cannot be written: " in line and "\n" not in line
 
 
-def test_a_trace_that_cannot_be_written_costs_a_line_and_not_the_run(tmp_path: Path, logged: list[str]) -> None:
+def test_a_trace_that_cannot_be_written_gives_a_warning_and_the_run_continues(
+    tmp_path: Path, logged: list[str]
+) -> None:
     profiler = Profiler(tmp_path, (1, 1), logged.append)
     profiler.begin(1)
     (tmp_path / "profile").rmdir()
-    (tmp_path / "profile").write_text("in the way")  # as good as a full disk
+    (tmp_path / "profile").write_text("in the way")  # acts like a full disk
     try:
         run_steps(profiler, 1, 3)
         (line,) = logged
@@ -155,10 +159,10 @@ def test_a_trace_that_cannot_be_written_costs_a_line_and_not_the_run(tmp_path: P
             line.startswith("warning: ") and f"{tmp_path / 'profile'} cannot be written: " in line and "\n" not in line
         )
     finally:
-        jax._src.profiler._profile_state.reset()  # JAX holds on to a trace that it failed to write
+        jax._src.profiler._profile_state.reset()  # JAX keeps a trace that it failed to write
 
 
-def test_hosts_write_into_folders_of_their_own(
+def test_each_host_writes_into_its_own_folder(
     tmp_path: Path, logged: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 4)

@@ -1,4 +1,4 @@
-"""Progress: on a terminal one line with a bar that is rewritten, in a log file plain lines."""
+"""Progress: one rewritten line with a bar on a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DETAIL = "loss 1.5000 (class 1.0000 box 0.5000)  [rate] 0.01"
 
 
 class Terminal:
-    """A real pseudo-terminal of 200 columns in place of the standard output."""
+    """A real pseudo-terminal of 200 columns that replaces standard output."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, encoding: str = "utf-8", columns: int = 200) -> None:
         self.master, slave = os.openpty()
@@ -27,7 +27,8 @@ class Terminal:
         monkeypatch.setenv("TERM", "xterm-256color")
 
     def read(self) -> str:
-        """All that was written since: it comes in pieces, up to a mark written after it."""
+        """Returns everything written since the last call; the output comes in pieces, up to a mark that is written
+        after it."""
         print("\0", end="", flush=True, file=self.stream)
         written = b""
         while not written.endswith(b"\0"):
@@ -40,11 +41,11 @@ class Terminal:
 
 
 def plain(text: str) -> str:
-    """Without colours."""
+    """Removes colours."""
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
-def test_a_log_file_gets_a_plain_line_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_file_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     log = io.StringIO()
     monkeypatch.setattr(sys, "stdout", log)
     progress = Progress("step", 4)
@@ -81,7 +82,7 @@ def test_a_line_never_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal.close()
 
 
-def test_a_warning_in_between_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_warning_in_between_has_its_own_line(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal(monkeypatch)
     progress = Progress("step", 4)
     progress.update(1, DETAIL)
@@ -93,7 +94,7 @@ def test_a_warning_in_between_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPa
     assert plain(lines[0]) == "warning: the disk is full" and plain(lines[1]).startswith("step 2/4 ")
 
 
-def test_a_terminal_without_utf8_gets_what_it_can_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_without_utf8_gets_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal(monkeypatch, encoding="ascii")
     Progress("step", 4).update(2, DETAIL)
     assert "step 2/4 ----------" in plain(terminal.read())
@@ -101,7 +102,7 @@ def test_a_terminal_without_utf8_gets_what_it_can_show(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_tracked_items_are_reported_now_and_then_and_short_tasks_never(
+def test_tracked_items_are_reported_at_intervals_and_short_tasks_never(
     monkeypatch: pytest.MonkeyPatch, terminal: bool
 ) -> None:
     clock = [0.0]
@@ -126,7 +127,7 @@ def test_tracked_items_are_reported_now_and_then_and_short_tasks_never(
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0:00:00"), (59.6, "0:01:00"), (3599.6, "1:00:00"), (90061.0, "25:01:01")]
 )
-def test_durations_carry(seconds: float, text: str) -> None:
+def test_durations_carry_seconds_and_minutes(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 

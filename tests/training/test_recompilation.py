@@ -1,4 +1,4 @@
-"""However many sizes the images have, as many programs are compiled as there are buckets."""
+"""However many sizes the images have, there are as many compiled programs as buckets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from retina_jax.training.step import Inputs
 
 
 def of_random_sizes(count: int) -> Source:
-    """Images of `count` different sizes, wide ones and tall ones, with 0 to 3 boxes each; made when they are read."""
+    """Returns images of `count` different sizes, wide and tall, with 0 to 3 boxes each; they are drawn when they are
+    read."""
     rng = np.random.default_rng(0)
     sizes: dict[tuple[int, int], None] = {}
     while len(sizes) < count:
@@ -41,7 +42,7 @@ def of_random_sizes(count: int) -> Source:
 
 
 @pytest.mark.parametrize("number", [2, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 4))])
-def test_as_many_programs_as_buckets_whatever_the_sizes(tiny: Config, number: int) -> None:
+def test_there_are_as_many_programs_as_buckets_for_any_sizes(tiny: Config, number: int) -> None:
     config = override(
         tiny,
         {
@@ -58,7 +59,7 @@ def test_as_many_programs_as_buckets_whatever_the_sizes(tiny: Config, number: in
     shapes = buckets(data, data.jitter_short_sides)
     assert len(shapes) == number
     of_bucket = Counter(assign_bucket(resized_size(r.height, r.width, 64, 128), shapes) for r in source.records)
-    assert set(of_bucket) == set(range(number))  # The sizes fall in all of them.
+    assert set(of_bucket) == set(range(number))  # The sizes cover all of them.
 
     driver = Driver(config, 3)
     state, used, seen = driver.init_state(), set(), set()

@@ -21,7 +21,7 @@ from retina_jax.training.opening import open_run
 NAMES, IDS = ("cat", "dog"), (3, 7)
 
 
-def test_config_json_holds_the_resolved_experiment(tmp_path: Path) -> None:
+def test_config_json_contains_the_resolved_config(tmp_path: Path) -> None:
     config = override(Config(), {"loss.gamma": 5.0})
     open_run(tmp_path / "run", config, NAMES, IDS)
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -33,7 +33,7 @@ def test_config_json_holds_the_resolved_experiment(tmp_path: Path) -> None:
     assert (again.config, again.class_names, again.category_ids) == (config, NAMES, IDS)
 
 
-def test_another_experiment_in_the_same_folder_is_refused_by_field(tmp_path: Path) -> None:
+def test_another_config_in_the_same_folder_is_refused_by_field(tmp_path: Path) -> None:
     open_run(tmp_path, Config(), NAMES, IDS)
     open_run(tmp_path, override(Config(), {"training.steps": 100, "devices": 4}), NAMES, IDS)
     with pytest.raises(ConfigError, match=r"loss.gamma: 2.0 -> 5.0"):
@@ -43,7 +43,7 @@ def test_another_experiment_in_the_same_folder_is_refused_by_field(tmp_path: Pat
     assert read_run(tmp_path).config.training.steps == 100
 
 
-def test_running_means_are_neither_begun_nor_left_by_a_resumed_run(tmp_path: Path) -> None:
+def test_a_resumed_run_neither_starts_nor_stops_averaging(tmp_path: Path) -> None:
     means = override(Config(), {"optimizer.ema_decay": 0.9})
     for number, (before, after) in enumerate([(Config(), means), (means, Config())]):
         folder = tmp_path / str(number)
@@ -96,7 +96,7 @@ def test_a_folder_that_cannot_be_written_or_read_is_named(tmp_path: Path) -> Non
         read_run(tmp_path)
 
 
-def test_a_change_that_is_asked_for_is_taken_and_noted(tmp_path: Path) -> None:
+def test_an_allowed_change_is_applied_and_recorded(tmp_path: Path) -> None:
     open_run(tmp_path, Config(), NAMES, IDS)
     first = json.loads((tmp_path / "config.json").read_text())
     changed = override(Config(), {"loss.gamma": 5.0, "data.flip": False})
@@ -105,14 +105,14 @@ def test_a_change_that_is_asked_for_is_taken_and_noted(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--allow-changes loss.gama: no such field; did you mean loss.gamma"):
         open_run(tmp_path, changed, NAMES, IDS, allow_changes=["loss.gama"])
     open_run(tmp_path, changed, NAMES, IDS, allow_changes=["loss.gamma", "data.flip"])
-    open_run(tmp_path, changed, NAMES, IDS)  # it is the run's own now
+    open_run(tmp_path, changed, NAMES, IDS)  # the run has this value now
     saved = json.loads((tmp_path / "config.json").read_text())
     assert [change["field"] for change in saved["changes"]] == ["data.flip: True -> False", "loss.gamma: 2.0 -> 5.0"]
     assert saved["first_start"] == {name: first[name] for name in ("command", "commit", "versions")}
 
 
 @pytest.mark.parametrize(("normaliser", "refused"), [("global", False), ("per_device", True), ("ema", True)])
-def test_the_parts_of_a_batch_may_change_where_the_loss_does_not_know_them(
+def test_the_number_of_micro_batches_may_change_if_the_loss_does_not_depend_on_it(
     tmp_path: Path, normaliser: str, refused: bool
 ) -> None:
     config = override(Config(), {"loss.normaliser": normaliser})
@@ -133,15 +133,15 @@ def test_accumulation_changes_what_batch_norm_sees(tmp_path: Path) -> None:
         open_run(tmp_path, override(config, {"training.accumulate": 2}), NAMES, IDS)
 
 
-def test_batch_norm_of_parts_keeps_its_devices(tmp_path: Path) -> None:
-    """Which images share statistics: one part of every device."""
+def test_batch_norm_with_micro_batches_keeps_its_devices(tmp_path: Path) -> None:
+    """The images that share statistics are those of one micro-batch of every device."""
     config = override(Config(), {"model.norm": "batch", "training.accumulate": 2})
     open_run(tmp_path, config, NAMES, IDS, num_microbatches=8)
     with pytest.raises(ConfigError, match=r"into 8 micro-batches .* into 4, and model.norm batch"):
         open_run(tmp_path, config, NAMES, IDS, num_microbatches=4)
 
 
-def test_a_run_that_is_trained_further_is_not_complete(tmp_path: Path) -> None:
+def test_a_run_with_more_steps_than_before_is_not_complete(tmp_path: Path) -> None:
     run = open_run(tmp_path, Config(), NAMES, IDS)
     with Clock(tmp_path, resumed=False) as clock:
         finish_run(run, 90_000, clock.seconds(), "sum")
@@ -170,7 +170,7 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_line_is_the_mean_of_its_window(tmp_path: Path) -> None:
+def test_a_line_has_the_mean_of_its_window(tmp_path: Path) -> None:
     run = open_run(tmp_path, Config(), NAMES, IDS)
     with Metrics(run, 0) as metrics:
         for step, loss in enumerate((1.0, 2.0, 6.0), start=1):
@@ -183,7 +183,8 @@ def test_a_line_is_the_mean_of_its_window(tmp_path: Path) -> None:
 
 
 def test_skipped_steps_are_reported_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two may be skipped and are in no mean; the third ends the run, whatever is in the window before it."""
+    """Two steps may be skipped and are in no mean; the third ends the run, even with finite steps before it in the
+    window."""
     run = open_run(tmp_path, override(Config(), {"training.skip_non_finite": 2}), NAMES, IDS)
     with Metrics(run, 0) as metrics:
         metrics.add(1, step_metrics(2.0), [1], 0.0)
@@ -206,11 +207,11 @@ def test_skipped_steps_are_reported_and_counted(tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("start", "steps", "positive", "warned"),
     [
-        (0, 200, None, 1),  # none at all: one warning, after step 50
-        (0, 200, 51, 1),  # too late, though in the same window
+        (0, 200, None, 1),  # no positive anchor: one warning, after step 50
+        (0, 200, 51, 1),  # too late, although in the same window
         (0, 200, 50, 0),
-        (30, 200, None, 1),  # a resumed run counts anew
-        (0, 20, None, 1),  # a run that is shorter
+        (30, 200, None, 1),  # a resumed run counts from 0
+        (0, 20, None, 1),  # a shorter run
         (190, 200, None, 0),  # the rest of a longer one
     ],
 )

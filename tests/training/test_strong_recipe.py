@@ -1,4 +1,4 @@
-"""configs/strong_r50_800.py is what it says, and takes steps."""
+"""configs/strong_r50_800.py differs from torchvision's recipe only as documented, and takes steps."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ OWN = (
     "data.size_rounding",
     "detection.max_detections",
 )
-"""Conventions of torchvision that it leaves for the project's."""
+"""Conventions in which the recipe follows this project instead of torchvision."""
 
 
-def test_the_strong_recipe_is_torchvisions_but_for_conventions() -> None:
+def test_the_strong_recipe_equals_torchvisions_except_for_conventions() -> None:
     config = validate(load_config(CONFIG))
     preset = {name: value for name, value in PRESETS["torchvision_v2"].items() if name not in OWN}
     assert override(config, preset) == config
@@ -36,7 +36,7 @@ def test_the_strong_recipe_is_torchvisions_but_for_conventions() -> None:
 
 
 def test_the_strong_recipe_takes_two_finite_steps(make_inputs: Callable[..., Inputs]) -> None:
-    """Its network made narrow and shallow, on two devices."""
+    """The network is narrow and shallow here, on two devices."""
     small = {
         "model.backbone": "resnet18", "model.base_width": 4, "model.stage_blocks": (1, 1, 1, 1), "model.fpn_channels": 8,
         "model.head_channels": 8, "model.head_convs": 1, "model.num_classes": 3, "data.batch_size": 4, "data.max_boxes": 4,

@@ -17,22 +17,22 @@ from retina_jax.training.opening import open_run
 
 
 def events(folder: Path) -> list:
-    """Every event of the files in `folder`."""
+    """Returns every event of the files in `folder`."""
     files = sorted(str(path) for path in folder.glob("events*"))
     return [event_pb2.Event.FromString(record.numpy()) for record in tf.data.TFRecordDataset(files)]
 
 
 def draw(run: Run, step: int, name: str, colour: int) -> np.ndarray:
-    """A picture of 30 x 20 as an evaluation leaves it; its pixels."""
+    """Writes a picture of 30 x 20 as an evaluation does; returns its pixels."""
     pixels = np.full((20, 30, 3), colour, np.uint8)
     Image.fromarray(pixels).save(run.path("pictures", step, f"{name}.png"))
     return pixels
 
 
-def test_numbers_and_the_pictures_of_the_step_can_be_seen(tmp_path: Path) -> None:
+def test_numbers_and_the_pictures_of_the_step_are_in_the_files(tmp_path: Path) -> None:
     run = open_run(tmp_path, Config(), ("cat",), (1,))
     drawn = {f"predictions/{i}": draw(run, 20, f"_{i}", 10 * i) for i in (3, 7)}
-    draw(run, 20, "", 1)  # the sheet of all
+    draw(run, 20, "", 1)  # the sheet of all pictures
     draw(run, 20, "_0badcafe_3", 2)  # of another setting
     draw(run, 10, "_3", 3)  # of another step
     with Metrics(run, 0) as metrics:

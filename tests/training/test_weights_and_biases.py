@@ -1,4 +1,4 @@
-"""Weights & Biases, with a fake of its package: what is sent, and that its absence or failure is one line."""
+"""Weights & Biases, with a fake of its package: what is sent; its absence or failure gives one line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from retina_jax.training.opening import open_run
 
 
 class FakeWandb(ModuleType):
-    """The functions of wandb 0.31 that are used, with their arguments; the same was run offline with the real package."""
+    """The functions of wandb 0.31 that are used, with their arguments; the same calls were made offline with the real
+    package."""
 
     class Error(Exception):
         pass
@@ -67,7 +68,7 @@ def opened(folder: Path, project: str = "cells") -> Run:
     return open_run(folder, config, ("cat",), (1,))
 
 
-def test_curves_pictures_and_config_go_there(tmp_path: Path, wandb: FakeWandb) -> None:
+def test_curves_pictures_and_config_are_sent(tmp_path: Path, wandb: FakeWandb) -> None:
     run = opened(tmp_path)
     run.path("pictures", 20, "_7.png").write_bytes(b"")
     with Metrics(run, 0) as metrics:

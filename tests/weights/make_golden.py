@@ -1,4 +1,4 @@
-"""Makes the files of golden/ by hand, where torch is installed: `.venv/bin/python tests/weights/make_golden.py`.
+"""Writes the files of golden/; needs torch: `.venv/bin/python tests/weights/make_golden.py`.
 
 `expected.npz` has the arrays of every `.pth` next to it, bfloat16 as float32.
 """
@@ -13,7 +13,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def weights() -> OrderedDict[str, torch.Tensor]:
-    """One tensor of each kind that a reader might get wrong."""
+    """Returns one tensor of each kind that a reader might read wrongly."""
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(4, 6, generator=generator)
     tensors = OrderedDict(
@@ -35,7 +35,7 @@ def weights() -> OrderedDict[str, torch.Tensor]:
             "empty": torch.empty(0, 3),
         }
     )
-    tensors._metadata = OrderedDict({"": {"version": 1}})  # an attribute, as on what `Module.state_dict` returns
+    tensors._metadata = OrderedDict({"": {"version": 1}})  # an attribute, as `Module.state_dict` sets it
     return tensors
 
 

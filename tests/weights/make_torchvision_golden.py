@@ -1,6 +1,7 @@
-"""Makes golden/torchvision_v1.npz and _v2.npz: .venv/bin/python tests/weights/make_torchvision_golden.py
+"""Writes golden/torchvision_v1.npz and _v2.npz: .venv/bin/python tests/weights/make_torchvision_golden.py
 
-What torchvision answers on a few small images, with weights that `recipes` draws again in the test from names and shapes.
+They contain torchvision's outputs on a few small images, with weights that `recipes` draws again in the test from names
+and shapes.
 """
 
 import json

@@ -1,7 +1,8 @@
-"""Weights drawn from a fixed formula of (name, shape, seed), with the statistics of trained ones: no file need be stored.
+"""Weights drawn from a fixed formula of (name, shape, seed), with the statistics of trained ones, so that no file is
+stored.
 
-Norms have means, variances and gains that matter; the last norm of a block is small, so that activations do not grow with
-depth; the class logits spread widely enough for detections to have an order.
+Norms have means, variances and gains that matter; the last norm of a block is small, so that activations do not grow
+with depth; the class logits spread widely enough for detections to have an order.
 """
 
 import math
@@ -15,12 +16,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def drawn(shapes: Shapes, seed: int, spread: float) -> dict[str, np.ndarray]:
-    """Arrays for a foreign state dict; `spread` is that of the class logits, and a tenth of it that of the deltas."""
+    """Returns arrays for a state dict of another library; `spread` is that of the class logits, and a tenth of it that
+    of the deltas."""
     return {name: draw(name, tuple(shape), seed, spread) for name, shape in shapes.items()}
 
 
 def draw(name: str, shape: tuple[int, ...], seed: int, spread: float) -> np.ndarray:
-    """The array called `name`."""
+    """Returns the array called `name`."""
     generator = np.random.default_rng((seed, zlib.crc32(name.encode())))
     if name.endswith("num_batches_tracked"):
         return np.zeros(shape, np.int64)
@@ -37,7 +39,7 @@ def draw(name: str, shape: tuple[int, ...], seed: int, spread: float) -> np.ndar
 
 
 def of_vector(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
-    """A bias, or one of a norm's four vectors."""
+    """Returns a bias, or one of the four vectors of a norm."""
     unit = generator.random(shape)
     centred = generator.standard_normal(shape)
     if name.endswith("running_var"):
@@ -55,7 +57,7 @@ def of_vector(name: str, shape: tuple[int, ...], generator: np.random.Generator)
 
 
 def photographs(sizes_hw: list[tuple[int, int]], seed: int) -> list[np.ndarray]:
-    """Smooth random uint8 images [h w 3]."""
+    """Returns smooth random uint8 images [h w 3]."""
     made = []
     for number, (height, width) in enumerate(sizes_hw):
         generator = np.random.default_rng((seed, number))
@@ -67,7 +69,8 @@ def photographs(sizes_hw: list[tuple[int, int]], seed: int) -> list[np.ndarray]:
 
 
 def torchvision_shapes(classes: int, *, width: int = 8, channels: int = 16, detector: bool = True) -> Shapes:
-    """Names and shapes of torchvision's RetinaNet on a ResNet with one basic block per stage, `width` channels wide."""
+    """Returns names and shapes of torchvision's RetinaNet on a ResNet with one basic block per stage, `width` channels
+    wide."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def norm(name: str, features: int) -> None:

@@ -1,4 +1,4 @@
-"""Detectron's and detectron2's weights, by the names that their files have, and their anchors to the last bit."""
+"""Detectron's and detectron2's weights, by the names in their files, and their anchors to the last bit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnext101_32x8
 
 
 def convolutions(backbone: str, classes: int) -> dict[str, tuple[int, int, int]]:
-    """(out, in, side) of every convolution of a RetinaNet, under a neutral name."""
+    """Returns (out, in, side) of every convolution of a RetinaNet, under a neutral name."""
     made = {"stem": (64, 3, 7)}
     before = 64
     for stage, count in enumerate(BLOCKS[backbone], start=2):
@@ -52,7 +52,7 @@ def convolutions(backbone: str, classes: int) -> dict[str, tuple[int, int, int]]
 
 
 def detectron_blobs(backbone: str, classes: int = 80, *, heads: bool = True) -> dict[str, np.ndarray]:
-    """Blobs as Detectron saves them; each tensor has its own value."""
+    """Returns blobs as Detectron saves them; each tensor has its own value."""
     last = {stage: count - 1 for stage, count in enumerate(BLOCKS[backbone], start=2)}
     branch = {"1": "branch2a", "2": "branch2b", "3": "branch2c", "shortcut": "branch1"}
     blobs: dict[str, np.ndarray] = {}
@@ -78,7 +78,7 @@ def detectron_blobs(backbone: str, classes: int = 80, *, heads: bool = True) -> 
 
 
 def detectron2_state(backbone: str, classes: int = 80) -> dict[str, np.ndarray]:
-    """A state dict as detectron2 saves it."""
+    """Returns a state dict as detectron2 saves it."""
     state: dict[str, np.ndarray] = {"pixel_mean": np.zeros((3, 1, 1), np.float32)}
     for level in range(5):
         state[f"anchor_generator.cell_anchors.{level}"] = np.zeros((9, 4), np.float32)
@@ -104,7 +104,7 @@ def detectron2_state(backbone: str, classes: int = 80) -> dict[str, np.ndarray]:
 
 
 def shapes_of(converted: Converted) -> dict[str, tuple[int, ...]]:
-    """The shapes that the network of the converted config wants."""
+    """Returns the shapes that the network of the converted config requires."""
     config = override(Config(), converted.changes)
     model = RetinaNet(config.model, len(converted.class_names), 9)
     shapes = jax.eval_shape(
@@ -134,8 +134,8 @@ def test_detectron2s_state_dict_fills_the_network(backbone: str) -> None:
     assert converted.category_ids[11:13] == (13, 14)
 
 
-def test_the_same_tensor_lands_in_the_same_place_from_both() -> None:
-    """Both make their values from the same numbering of the convolutions."""
+def test_both_formats_convert_a_tensor_to_the_same_parameter() -> None:
+    """Both formats have values drawn from the same numbering of the convolutions."""
     one = convert_detectron(detectron_blobs("resnet50", 7)).weights
     two = convert_detectron2(detectron2_state("resnet50", 7)).weights
     assert one.keys() == two.keys()
@@ -154,7 +154,7 @@ def test_the_same_tensor_lands_in_the_same_place_from_both() -> None:
     assert values == sorted(values) and len(set(values)) == len(values)
 
 
-def test_a_folded_norm_is_its_affine_and_a_bias_before_it_is_kept() -> None:
+def test_a_folded_norm_becomes_its_affine_and_a_preceding_bias_is_kept() -> None:
     blobs = detectron_blobs("resnet50", heads=False)
     rng = np.random.default_rng(0)
     scale, shift, bias = rng.standard_normal((3, 64)).astype(np.float32)
@@ -169,13 +169,13 @@ def test_a_folded_norm_is_its_affine_and_a_bias_before_it_is_kept() -> None:
     assert "backbone/stem/conv/bias" not in weights
 
 
-def test_a_backbone_alone_has_no_classes() -> None:
+def test_a_backbone_file_has_no_classes() -> None:
     converted = convert_detectron(detectron_blobs("resnet101", heads=False) | {"fc1000_b": np.ones(3)})
     assert converted.class_names == () and converted.changes["model.backbone"] == "resnet101"
     assert all(path.startswith("backbone/") for path in converted.weights)
 
 
-def test_either_detectrons_pixels_and_the_right_stride_go_with_the_msra_backbones(tmp_path: Path) -> None:
+def test_the_msra_backbones_accept_the_pixels_of_both_detectrons_and_their_stride(tmp_path: Path) -> None:
     path = tmp_path / "R-50.pkl"
     path.write_bytes(pickle.dumps({"blobs": detectron_blobs("resnet50", heads=False)}, 2))
     for change in ({"input_normalisation": "imagenet"}, {"stride_position": "3x3"}, {"norm": "group"}):
@@ -190,7 +190,7 @@ def test_either_detectrons_pixels_and_the_right_stride_go_with_the_msra_backbone
     assert made["frozen"]["backbone"]["c2"]["block1"]["conv1"]["kernel"].flat[0] == 1
 
 
-def test_what_is_none_of_its_names_is_refused() -> None:
+def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(WeightsError, match=r"^w: 1 of unknown name: kps_score_w$"):
         convert_detectron(detectron_blobs("resnet50") | {"kps_score_w": np.ones(3)}, source="w")
     with pytest.raises(WeightsError, match=r"^w: has 80 classes, but 1 class names are given$"):
@@ -206,8 +206,9 @@ def padded(size_hw: tuple[int, int], multiple: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("size", [(600, 1000), (800, 1333), (427, 640)])
-def test_detectron2s_anchors_to_the_last_bit(size: tuple[int, int]) -> None:
-    """Its default generator: offset 0, sizes x, x 2^(1/3), x 2^(2/3) of x = 32 to 512, ratios .5, 1, 2, sums in float32."""
+def test_anchors_equal_detectron2s_to_the_last_bit(size: tuple[int, int]) -> None:
+    """Its default generator has offset 0, sizes x, x 2^(1/3), x 2^(2/3) of x = 32 to 512, ratios 0.5, 1, 2, and sums in
+    float32."""
     padded_hw = padded(size, 32)
     grids = []
     for level in range(3, 8):
@@ -225,9 +226,9 @@ def test_detectron2s_anchors_to_the_last_bit(size: tuple[int, int]) -> None:
     np.testing.assert_array_equal(ours, np.concatenate(grids))
 
 
-def test_detectron2s_own_example_of_anchors() -> None:
+def test_anchors_equal_the_example_of_detectron2() -> None:
     config = AnchorConfig(style="detectron2", size_factor=8.0, scales=(1.0, 2.0), ratios=(0.25, 1.0, 4.0))
-    # Its test has sizes 32 and 64 at stride 4 on a map of 1 x 2; P2 is the level of that stride.
+    # Its test has sizes 32 and 64 at stride 4 on a feature map of 1 x 2; P2 is the level of that stride.
     grid = anchor_grid((4, 8), config, ModelConfig(min_level=2, max_level=5))[:12]
     expected = [
         [-32, -8, 32, 8], [-16, -16, 16, 16], [-8, -32, 8, 32], [-64, -16, 64, 16], [-32, -32, 32, 32], [-16, -64, 16, 64],
@@ -237,8 +238,8 @@ def test_detectron2s_own_example_of_anchors() -> None:
 
 
 @pytest.mark.parametrize("size", [(600, 1000), (800, 1333), (427, 640)])
-def test_detectrons_anchors_to_the_last_bit(size: tuple[int, int]) -> None:
-    """Its boxes have inclusive ends, made in float64 around the window (0, 0, stride - 1, stride - 1)."""
+def test_anchors_equal_detectrons_to_the_last_bit(size: tuple[int, int]) -> None:
+    """Its boxes have inclusive ends, computed in float64 around the window (0, 0, stride - 1, stride - 1)."""
     padded_hw = padded(size, 128)
     grids = []
     for level in range(3, 8):
@@ -257,14 +258,15 @@ def test_detectrons_anchors_to_the_last_bit(size: tuple[int, int]) -> None:
         grids.append((shifts[:, None] + np.array(cell)[None]).reshape(-1, 4))
     inclusive = np.concatenate(grids)
     ours = anchor_grid(padded_hw, AnchorConfig(style="detectron"), ModelConfig())
-    # Half-open here: an inclusive end + 1.
+    # Ends are half-open here: an inclusive end + 1.
     np.testing.assert_array_equal(ours, (inclusive + np.array([[0, 0, 1, 1]])).astype(np.float32))
 
 
-def test_detectron2s_own_example_of_matching(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its test gives the IoU of three boxes with four anchors, thresholds .3 and .7, and every box keeps its best anchor."""
+def test_matching_equals_the_example_of_detectron2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its test gives the IoU of three boxes with four anchors, thresholds 0.3 and 0.7, and every box keeps its best
+    anchor."""
     quality = jnp.array([[0.15, 0.45, 0.2, 0.6], [0.3, 0.65, 0.05, 0.1], [0.05, 0.4, 0.25, 0.4]])
-    # A box says by its first coordinate which row is its.
+    # The first coordinate of a box is the number of its row.
     monkeypatch.setattr("retina_jax.ops.matching.iou_matrix", lambda _, box: quality[box[0, 0].astype(int)][:, None])
     boxes = jnp.zeros((3, 4)).at[:, 0].set(jnp.arange(3.0))
     config = MatchingConfig(positive_iou=0.7, negative_iou=0.3, low_quality="all")

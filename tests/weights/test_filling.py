@@ -1,4 +1,4 @@
-"""Filling a network: every leaf is accounted for, and what does not fit is all named at once."""
+"""Filling a network: every leaf is accounted for, and everything that does not fit is named at once."""
 
 import jax
 import numpy as np
@@ -17,13 +17,13 @@ CONFIG = ModelConfig(backbone="resnet18", base_width=4, fpn_channels=8, head_con
 
 @pytest.fixture(scope="module")
 def template() -> dict:
-    """A small network whose stem and C2 are frozen."""
+    """Returns a small network whose stem and C2 are frozen."""
     return initialise(RetinaNet(CONFIG, num_classes=3, anchors_per_cell=9), seed=0)
 
 
 @pytest.fixture
 def weights(template: dict) -> dict[str, np.ndarray]:
-    """Other values for every leaf, of mixed precision."""
+    """Returns other values for every leaf, of mixed precision."""
     generator = np.random.default_rng(1)
     leaves = [(path, leaf) for tree in template.values() for path, leaf in flatten_dict(tree, sep="/").items()]
     return {
@@ -32,7 +32,7 @@ def weights(template: dict) -> dict[str, np.ndarray]:
     }
 
 
-def test_every_leaf_takes_its_weight_in_either_collection(template: dict, weights: dict[str, np.ndarray]) -> None:
+def test_every_leaf_gets_its_weight_in_both_collections(template: dict, weights: dict[str, np.ndarray]) -> None:
     filled, kept = fill(template, weights, source="file.pth")
     assert kept == [] and jax.tree.structure(filled) == jax.tree.structure(template)
     seen = set()
@@ -53,7 +53,7 @@ def test_a_filled_network_does_not_share_memory_with_the_template(
     jax.tree.map(np.testing.assert_array_equal, template, before)
 
 
-def test_all_that_does_not_fit_is_named_in_one_line(template: dict, weights: dict[str, np.ndarray]) -> None:
+def test_everything_that_does_not_fit_is_named_in_one_line(template: dict, weights: dict[str, np.ndarray]) -> None:
     del weights["fpn/output6/bias"], weights["backbone/stem/conv/kernel"]
     weights["fpn/output9/bias"] = np.zeros(8)
     weights["box_head/output/kernel"] = np.zeros((3, 3, 8, 4))
@@ -77,7 +77,9 @@ def test_many_missing_are_named_up_to_ten_and_counted(template: dict) -> None:
     assert sum(f" {path}" in message for path in names) == MOST_NAMES and "\n" not in message
 
 
-def test_what_may_be_missing_keeps_its_start_and_is_listed(template: dict, weights: dict[str, np.ndarray]) -> None:
+def test_an_allowed_missing_part_keeps_its_initial_values_and_is_listed(
+    template: dict, weights: dict[str, np.ndarray]
+) -> None:
     gone = {path for path in weights if path.startswith("class_head/")} | {"backbone/c5/block2/conv2/kernel"}
     for path in gone:
         del weights[path]
@@ -86,7 +88,7 @@ def test_what_may_be_missing_keeps_its_start_and_is_listed(template: dict, weigh
     assert kept == sorted(gone)
     leaves, start = flatten_dict(filled["params"], sep="/"), flatten_dict(template["params"], sep="/")
     assert all(np.array_equal(leaves[path], start[path]) for path in gone)
-    present = "backbone/c5/block2/conv1/kernel"  # allowed to be missing, but there
+    present = "backbone/c5/block2/conv1/kernel"  # allowed to be missing, but present
     assert np.array_equal(leaves[present], weights[present].astype(np.float32))
 
 
@@ -98,7 +100,9 @@ def test_an_allowed_part_is_complete_components_of_a_path(weights: dict[str, np.
         fill(template, weights, source="file.pth", allow_missing=["fpn/out"])
 
 
-def test_what_may_be_missing_is_still_checked_where_it_is_there(template: dict, weights: dict[str, np.ndarray]) -> None:
+def test_an_allowed_missing_part_is_still_checked_if_it_is_present(
+    template: dict, weights: dict[str, np.ndarray]
+) -> None:
     weights["class_head/output/bias"] = np.zeros(91 * 9)
     with pytest.raises(WeightsError, match=r"class_head/output/bias is \(819,\), expected \(27,\)"):
         fill(template, weights, source="file.pth", allow_missing=["class_head"])

@@ -1,4 +1,4 @@
-"""Imported detectors and backbones at work: run folders, scoring, prediction, going on with other classes."""
+"""Imported detectors and backbones in use: run folders, scoring, prediction, training on other classes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A torchvision detector of three classes and the background."""
+    """Writes a torchvision detector of three classes and the background."""
     return write(tmp_path_factory.mktemp("weights") / "detector.pth", torchvision_shapes(4))
 
 
@@ -61,8 +61,8 @@ def test_a_detector_is_imported_evaluated_and_trained_on_other_classes(
     run, data = tmp_path / "run", scenes(tmp_path)
     source = f"torchvision:{weights}"
     script(monkeypatch, "import_weights", "--weights", source, "--workdir", run, "--class-names", *CLASSES)
-    said = capsys.readouterr().out
-    assert "4 classes" in said and source in said and f"step 0 of {run}" in said
+    output = capsys.readouterr().out
+    assert "4 classes" in output and source in output and f"step 0 of {run}" in output
     detector = load_detector(run, short_side=64, long_side=96)
     assert detector.class_names == ("__background__", *CLASSES) and detector.step == 0
     image = photographs([(70, 90)], 1)
@@ -86,7 +86,7 @@ def test_a_detector_is_imported_evaluated_and_trained_on_other_classes(
     entry = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert entry["detector"] == source and set(entry["images"][0]["labels"]) <= {f"class {k}" for k in range(4)}
 
-    # Other classes: a new class head, which is reported; and the same if started again before a step is saved.
+    # Other classes get a new class head, which is reported, also if the run is started again before a step is saved.
     with pytest.raises(SystemExit):
         script(monkeypatch, "evaluate", "--workdir", run, *data)
     error = capsys.readouterr().err
@@ -102,7 +102,7 @@ def test_a_detector_is_imported_evaluated_and_trained_on_other_classes(
     assert all(np.array_equal(before[path], after[path]) for path in same)
     np.testing.assert_allclose(after["class_head/output/bias"], -np.log(99), rtol=1e-6)
 
-    # Scored by the names of the classes, whatever their columns; what the data has no name for is left out.
+    # Classes are scored by name, in any columns; a class whose name the data lacks is left out.
     first, second = trained.class_names
     script(monkeypatch, "evaluate", "--weights", source, "--class-names", second, "thing", first, *data,
            "--workdir", tmp_path / "theirs", "--training.pictures", 0)  # fmt: skip
@@ -137,7 +137,7 @@ def backbone_config(path: Path, **changes: object) -> ModelConfig:
     return ModelConfig(**{**options, **changes})
 
 
-def test_a_backbone_fills_the_backbone_alone_and_what_it_lacks_is_told(tmp_path: Path) -> None:
+def test_a_backbone_fills_only_the_backbone_and_missing_parts_are_reported(tmp_path: Path) -> None:
     shapes = torchvision_shapes(0, detector=False) | {"fc.weight": (5, 64), "fc.bias": (5,)}
     path = write(tmp_path / "complete", shapes)
     config = backbone_config(path)
@@ -148,15 +148,15 @@ def test_a_backbone_fills_the_backbone_alone_and_what_it_lacks_is_told(tmp_path:
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed == {name for name in before if name.startswith("backbone/")}
 
-    # A detector's backbone will do as well.
+    # The backbone of a detector is accepted too.
     again, _ = with_backbone(start, backbone_config(write(tmp_path / "detector", torchvision_shapes(4))))
     assert flat(again).keys() == after.keys()
 
     part = write(tmp_path / "part", {name: s for name, s in shapes.items() if not name.startswith("layer4")})
     with pytest.raises(WeightsError, match=r"\b15 .*backbone/c5/block1/conv1/kernel"):
         with_backbone(start, backbone_config(part))
-    _, told = with_backbone(start, backbone_config(part), ["backbone/c5"])
-    assert re.search(r"\b15 .*: backbone/c5/block1/conv1/kernel", told)
+    _, report = with_backbone(start, backbone_config(part), ["backbone/c5"])
+    assert re.search(r"\b15 .*: backbone/c5/block1/conv1/kernel", report)
 
 
 def test_weights_of_another_convention_are_refused_by_field(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_weights_of_another_convention_are_refused_by_field(tmp_path: Path) -> N
         with_backbone({}, backbone_config(Path("absent")))
 
 
-def test_a_detector_says_how_its_images_may_be_sized(weights: Path) -> None:
+def test_a_detector_defines_the_size_of_its_images(weights: Path) -> None:
     detector = load_detector(f"torchvision:{weights}")
     assert (detector.config.data.short_side, detector.config.data.long_side) == (800, 1333)
     detector = load_detector(f"torchvision:{weights}", short_side=400)
@@ -202,7 +202,7 @@ def test_every_published_recipe_is_its_preset(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "numbers"), [("torchvision_v1", 34_014_999), ("torchvision_v2", 38_198_935)])
 def test_the_presets_of_torchvision_have_its_number_of_parameters(name: str, numbers: int) -> None:
-    """What torchvision publishes; means and variances are buffers there."""
+    """The numbers are those that torchvision publishes; it stores means and variances as buffers."""
     config = override(Config(), PRESETS[name]).model
     images, sizes = jax.ShapeDtypeStruct((1, 64, 64, 3), np.uint8), jax.ShapeDtypeStruct((1, 2), np.int32)
     shapes = jax.eval_shape(RetinaNet(config, 91, 9).init, jax.random.key(0), images, sizes)

@@ -1,4 +1,4 @@
-"""Weights by name, fetched from a server on this machine."""
+"""Weights by name, downloaded from a server on this machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server(ThreadingHTTPServer):
-    """Serves CONTENT with ranges; closes one connection after `breaks_after` bytes, and calls `pause` half-way."""
+    """Serves CONTENT with ranges; closes one connection after `breaks_after` bytes, and calls `pause` halfway."""
 
     breaks_after: int | None = None
     ranges = True
@@ -88,7 +88,7 @@ def server() -> Iterator[Server]:
         thread.join()
 
 
-def test_a_file_is_fetched_once(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_is_downloaded_once(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = Named(server.url, "w.pth", SHA256[:8])
     path = fetch(weights, tmp_path / "cache")
     assert path.read_bytes() == CONTENT and path == tmp_path / "cache" / "w.pth"
@@ -125,7 +125,7 @@ fetch(Named(sys.argv[1], "w.pth"), Path(sys.argv[2]))
 
 
 @pytest.mark.timeout(120)
-def test_of_two_processes_one_fetches_and_the_other_waits(server: Server, tmp_path: Path) -> None:
+def test_of_two_processes_one_downloads_and_the_other_waits(server: Server, tmp_path: Path) -> None:
     goes_on, cache = threading.Event(), tmp_path / "cache"
     server.pause = lambda: goes_on.wait(60)
     logs = [tmp_path / "0.log", tmp_path / "1.log"]
@@ -151,7 +151,7 @@ def test_of_two_processes_one_fetches_and_the_other_waits(server: Server, tmp_pa
 
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOLCK])
 @pytest.mark.timeout(60)
-def test_without_locks_each_fetches_a_file_of_its_own(
+def test_without_locks_each_process_downloads_a_separate_file(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def no_locks(*_: object) -> None:
@@ -174,7 +174,7 @@ def test_a_wrong_hash_is_refused_by_name(server: Server, tmp_path: Path, monkeyp
     with pytest.raises(WeightsError, match=r"weights\.pth: SHA-256 is not 00000000"):
         fetch(Named(server.url, "w.pth", "00000000"), tmp_path)
     assert names(tmp_path) == ["w.pth.lock"]
-    # A file in the cache, or one of the user's with a published name, is held to the hash as well.
+    # The hash is also checked for a file in the cache, and for a user's file with a published name.
     (tmp_path / "w.pth").write_bytes(CONTENT[:-1])
     with pytest.raises(WeightsError, match=rf"w\.pth: SHA-256 is .*, expected {SHA256[:8]}\.\.\.: .* delete it"):
         fetch(Named(server.url, "w.pth", SHA256[:8]), tmp_path)
@@ -183,7 +183,7 @@ def test_a_wrong_hash_is_refused_by_name(server: Server, tmp_path: Path, monkeyp
         find_weights("torchvision", str(tmp_path / "w.pth"))
 
 
-def test_without_network_one_line_says_which_file_to_put_where(tmp_path: Path) -> None:
+def test_without_network_one_line_names_the_file_and_its_path(tmp_path: Path) -> None:
     with Server() as closed:
         url = closed.url
     with pytest.raises(WeightsError) as error:
@@ -194,12 +194,12 @@ def test_without_network_one_line_says_which_file_to_put_where(tmp_path: Path) -
         fetch(Named("http://127.0.0.1:1/x", "w.pth"), tmp_path)
 
 
-def test_a_missing_page_is_told(server: Server, tmp_path: Path) -> None:
+def test_a_missing_page_is_reported(server: Server, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"absent: cannot be downloaded \(Not Found\)"):
         fetch(Named(server.url.replace("weights.pth", "absent"), "w.pth"), tmp_path)
 
 
-def test_a_published_file_is_known_by_its_hash_whatever_it_is_called(
+def test_a_published_file_is_recognised_by_its_hash_under_any_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(NAMED, ("torchvision", "x"), Named("http://127.0.0.1:1/x", "x.pth", SHA256[:8], eps=0.0))
@@ -209,7 +209,7 @@ def test_a_published_file_is_known_by_its_hash_whatever_it_is_called(
     assert find_weights("torchvision", str(tmp_path / "other.pth")) == (tmp_path / "other.pth", 1e-5)
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
+def test_the_error_for_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(
         WeightsError, match=r"^resnet51: no such file, and no name; the names of torchvision are .*resnet50"
     ):

@@ -1,5 +1,8 @@
-"""The networks of Detectron and detectron2, made of torchvision's parts, and detectron2's steps from them to detections:
-pytest -m parity. Neither system need be installed."""
+"""The networks of Detectron and detectron2, built from torchvision's parts, and detectron2's steps to detections:
+pytest -m parity.
+
+Neither library need be installed.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ IMAGE = photographs([(150, 211)], 3)[0]
 
 
 def detectron2_name(name: str) -> str:
-    """torchvision's name of a tensor to detectron2's."""
+    """Converts torchvision's name of a tensor to detectron2's."""
     for pattern, to in (
         (r"backbone\.body\.conv1", "backbone.bottom_up.stem.conv1"),
         (r"backbone\.body\.bn1", "backbone.bottom_up.stem.conv1.norm"),
@@ -61,7 +64,7 @@ def detectron2_name(name: str) -> str:
 
 
 def detectron_blobs(state: dict[str, Any]) -> dict[str, np.ndarray]:
-    """A state dict as Detectron has it: each BatchNorm as its affine."""
+    """Returns a state dict in Detectron's format: each BatchNorm as its affine."""
     blobs: dict[str, np.ndarray] = {}
     for name, tensor in state.items():
         d2 = detectron2_name(name)
@@ -147,4 +150,4 @@ def test_the_network_and_detectron2s_detections(kind: str, tmp_path: Path) -> No
     assert len(found.labels) == solid.sum() > 20
     np.testing.assert_allclose(found.scores, scores[kept].numpy()[solid], atol=1e-5)
     same = (found.labels == labels[kept].numpy()[solid]) & (abs(found.boxes_xyxy - boxes.numpy()[solid]).max(1) < 0.01)
-    assert same.mean() > 0.97  # neighbours with equal scores may change places
+    assert same.mean() > 0.97  # neighbours with equal scores may be swapped

@@ -1,4 +1,5 @@
-"""The same answers as torchvision, live: pytest -m parity. Weights drawn by `recipes`, saved by torch, read without it."""
+"""The outputs equal torchvision's, computed live: pytest -m parity. Weights are drawn by `recipes`, saved by torch,
+read without it."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ SIZES = [(151, 202), (240, 171), (97, 190)]
 
 
 def foreign(version: str, classes: int, seed: int) -> Any:
-    """torchvision's model with drawn weights."""
+    """Returns torchvision's model with drawn weights."""
     build = {"v1": detection.retinanet_resnet50_fpn, "v2": detection.retinanet_resnet50_fpn_v2}[version]
     model = build(weights=None, weights_backbone=None, num_classes=classes, **SIDES)
     return load_drawn(model, seed, spread=0.15 if version == "v1" else 0.6)
@@ -71,8 +72,9 @@ def forward(detector: Detector, images: list[np.ndarray]) -> tuple[np.ndarray, n
 
 
 def assert_same_detections(ours: list[ImageDetections], theirs: list[dict[str, Any]]) -> None:
-    """One to one: the same label, the score within 1e-5, the box within .01 pixels. Both come best first, so the order is
-    the same too, but for neighbours whose scores differ by less than that."""
+    """Asserts that detections match one to one: the same label, the score within 1e-5, the box within 0.01 pixels. Both
+    lists are sorted by score, so the order is the same too, except for neighbours whose scores differ by less than
+    that."""
     for mine, other in zip(ours, theirs, strict=True):
         boxes, scores, labels = (other[key].numpy() for key in ("boxes", "scores", "labels"))
         assert len(mine.labels) == len(labels)
@@ -113,7 +115,7 @@ def test_a_batch_of_unequal_images_gives_torchvisions_outputs_anchors_and_detect
 
 
 def test_the_published_v1_weights_add_no_epsilon_to_a_variance(tmp_path: Path) -> None:
-    """torchvision sets eps 0 for them alone; here the difference is folded into the scales."""
+    """torchvision sets eps 0 only for these weights; here the difference is folded into the scales."""
     model, images = small_model("v1", 7, 6, **SIDES), photographs(SIZES[:1], 6)
     for module in model.modules():
         if isinstance(module, torchvision.ops.misc.FrozenBatchNorm2d):
@@ -163,11 +165,11 @@ def test_loss_gradients_and_five_steps_of_sgd_are_torchvisions(version: str, rat
     step = jax.jit(partial(step, optimizer=optimizer))
     state = state_from(jax.device_get(detector.variables), optimizer)
 
-    # What torchvision freezes still normalises by its batch; here it does not.
+    # Frozen layers of torchvision still normalise by their batch; here they do not.
     model.train()
     model.backbone.body.bn1.eval()
     model.backbone.body.layer1.eval()
-    # As torchvision's recipes: normalisation parameters do not decay.
+    # As in torchvision's recipes, normalisation parameters do not decay.
     of_norms, others = (
         [parameter for parameter in group if parameter.requires_grad] for group in split_normalization_params(model)
     )
@@ -195,7 +197,7 @@ def test_loss_gradients_and_five_steps_of_sgd_are_torchvisions(version: str, rat
 
 
 def assert_close_arrays(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], relative: float) -> None:
-    """Of every array the norm of the difference is at most `relative` times the norm."""
+    """Asserts for every array that the norm of the difference is at most `relative` times the norm."""
     assert ours.keys() == theirs.keys()
     off = {path: float(np.linalg.norm(ours[path] - b) / np.linalg.norm(b)) for path, b in theirs.items()}
     assert max(off.values()) <= relative, sorted(off.items(), key=lambda item: -item[1])[:5]

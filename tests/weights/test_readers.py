@@ -25,14 +25,14 @@ ARRAYS = {
 
 
 def equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:
-    """Whether names, order, dtypes, shapes and values are the same."""
+    """Returns whether names, order, dtypes, shapes and values are the same."""
     return list(found) == list(expected) and all(
         found[name].dtype == expected[name].dtype and np.array_equal(found[name], expected[name]) for name in expected
     )
 
 
 def refusal(path: Path) -> str:
-    """The error that reading the file ends in, checked to be one line that names it."""
+    """Returns the error of reading the file; asserts that it is one line that names the file."""
     with pytest.raises(WeightsError) as caught:
         read_weights(path)
     message = str(caught.value)
@@ -42,7 +42,7 @@ def refusal(path: Path) -> str:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[[bytes], Path]:
-    """Puts bytes into a file whose name says nothing."""
+    """Writes bytes into a file whose name gives no information."""
 
     def to_file(data: bytes) -> Path:
         path = tmp_path / "weights"
@@ -115,7 +115,7 @@ def test_a_real_safetensors_file_reads(shared_data: Path) -> None:
     assert found["conv1.weight"].shape == (64, 3, 7, 7) and found["conv1.weight"].dtype == np.float32
     assert found["layer4.0.downsample.0.weight"].shape == (512, 256, 1, 1)
     present = {name for name in found if name.startswith("layer4") and "conv" in name}
-    assert not present  # its 3 x 3 convolutions are what is partial
+    assert not present  # the missing parts are 3 x 3 convolutions
     assert found["layer3.1.conv2.weight"].shape == (256, 256, 3, 3)
     assert 0.01 < found["conv1.weight"].std() < 1 and all(np.isfinite(array).all() for array in found.values())
 
@@ -131,7 +131,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_cut_off_anywhere_is_refused(write: Callable[[bytes], Path], name: str) -> None:
+def test_a_file_truncated_anywhere_is_refused(write: Callable[[bytes], Path], name: str) -> None:
     data = FILES[name]
     assert read_weights(write(data))
     for length in {len(data) * i // 50 for i in range(50)} | set(range(16)) | {len(data) - 1}:
@@ -141,12 +141,12 @@ def test_a_file_cut_off_anywhere_is_refused(write: Callable[[bytes], Path], name
 
 @pytest.fixture(scope="module")
 def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The one file that the fuzzing tests write to."""
+    """Returns the one file that the fuzz tests write to."""
     return tmp_path_factory.mktemp("fuzz") / "weights"
 
 
 def check_reads_or_refuses(path: Path, data: bytes) -> None:
-    """A damaged file is refused, or it reads to arrays that can be copied."""
+    """Asserts that a damaged file is refused, or reads to arrays that can be copied."""
     path.write_bytes(data)
     try:
         with warnings.catch_warnings(action="error"):
@@ -169,14 +169,14 @@ def test_flipped_bytes_are_refused_or_harmless(fuzzed: Path, name: str, drawn: s
 
 @settings(deadline=None, max_examples=150, derandomize=True)
 @given(drawn=st.data())
-def test_flipped_bytes_behind_a_right_checksum_are_refused_or_harmless(fuzzed: Path, drawn: st.DataObject) -> None:
+def test_flipped_bytes_with_a_valid_checksum_are_refused_or_harmless(fuzzed: Path, drawn: st.DataObject) -> None:
     program = bytearray(pickled({"a": tensor(), "b": tensor("LongStorage", "1", 2, 0, (), ())}))
     for _ in range(drawn.draw(st.integers(1, 3))):
         program[drawn.draw(st.integers(0, len(program) - 1))] = drawn.draw(st.integers(0, 255))
     check_reads_or_refuses(fuzzed, torch_zip(bytes(program), {"0": bytes(24), "1": bytes(16)}))
 
 
-def test_a_backslash_in_a_name_is_no_warning(fuzzed: Path) -> None:
+def test_a_backslash_in_a_name_gives_no_warning(fuzzed: Path) -> None:
     check_reads_or_refuses(fuzzed, b"\x80\x02cnumpy\\u\nndarray\n.")
 
 
@@ -199,18 +199,18 @@ def test_noise_is_refused_or_harmless(fuzzed: Path, data: bytes, start: bytes) -
         (safetensors({}), "contains no arrays"),
     ],
 )
-def test_what_holds_no_weights_is_refused_with_the_reason(
+def test_a_file_without_weights_is_refused_with_the_reason(
     write: Callable[[bytes], Path], data: bytes, reason: str
 ) -> None:
     assert reason in refusal(write(data))
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert "cannot be read: No such file or directory" in refusal(tmp_path / "resnet50.pth")
     assert "cannot be read: Is a directory" in refusal(tmp_path)
 
 
-def test_a_wrapper_without_arrays_is_passed_over(write: Callable[[bytes], Path]) -> None:
+def test_a_wrapper_without_arrays_is_skipped(write: Callable[[bytes], Path]) -> None:
     found = read_weights(write(pickle.dumps({"model": {"name": "resnet"}, "state_dict": ARRAYS})))
     assert equal(found, ARRAYS)
     cyclic = b"\x80\x02}q\x00" + literal("model") + b"h\x00s."  # d = {}; d["model"] = d

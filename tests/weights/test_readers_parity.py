@@ -1,4 +1,4 @@
-"""Live against torch: what `torch.save` writes of a torchvision network is what `read_weights` reads."""
+"""Compared live with torch: `read_weights` reads what `torch.save` writes for a torchvision network."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""safetensors: the tensors cover the file exactly, and the header means what it says."""
+"""safetensors: the tensors cover the file exactly, and the header is interpreted correctly."""
 
 import json
 
@@ -24,12 +24,12 @@ def test_what_is_written_is_read_and_the_metadata_is_no_tensor() -> None:
     assert sorted(found) == ["a", "b"] and all(np.array_equal(found[name], FLOATS[name][1]) for name in FLOATS)
 
 
-def test_tensors_may_lie_in_another_order_than_the_header_names_them() -> None:
+def test_tensors_may_be_in_another_order_than_in_the_header() -> None:
     found = parse(safetensors(FLOATS, a=entry(offsets=(16, 28)), b=entry(shape=(2, 2), offsets=(0, 16))))
     assert found["b"][0, 0] == 1 and found["a"][2] == 0
 
 
-def test_empty_tensors_take_no_room() -> None:
+def test_empty_tensors_take_no_bytes() -> None:
     found = parse(safetensors({"none": ("F32", np.zeros((0, 4), np.float32)), **FLOATS}))
     assert found["none"].shape == (0, 4)
 

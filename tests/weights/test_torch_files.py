@@ -1,4 +1,4 @@
-"""torch's files: a tensor is where its storage, offset, size and strides say, and never outside its storage."""
+"""torch's files: storage, offset, size and strides define a tensor, which never extends beyond its storage."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def count(number: int) -> bytes:
     shape=st.lists(st.integers(0, 3), max_size=3),
     strides=st.lists(st.integers(0, 4), min_size=3, max_size=3),
 )
-def test_a_view_is_read_or_refused_as_its_indices_say(offset: int, shape: list[int], strides: list[int]) -> None:
+def test_a_view_is_read_or_refused_according_to_its_indices(offset: int, shape: list[int], strides: list[int]) -> None:
     strides = strides[: len(shape)]
     data = torch_zip(
         pickled({"w": tensor(offset=offset, shape=tuple(shape), strides=tuple(strides))}), {"0": SIX.tobytes()}
@@ -120,7 +120,7 @@ def test_a_storage_described_in_two_ways_is_refused() -> None:
         (torch_zip(pickled({"w": tensor()}), {}, **{"inner/data.pkl": b""}), "2 members data.pkl"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(data: bytes, reason: str) -> None:
+def test_inconsistent_files_are_refused(data: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         parse(data)
 

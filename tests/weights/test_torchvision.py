@@ -1,4 +1,4 @@
-"""torchvision's detectors and backbones without torch: against golden answers, and by name."""
+"""torchvision's detectors and backbones without torch: compared with golden outputs, and by name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIZES, SEED, EVERY = [(61, 83), (90, 47)], 11, 7  # as in make_torchvision_golde
 
 
 def golden(version: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """What torchvision answered, and the state dict it answered with."""
+    """Returns torchvision's outputs, and the state dict that produced them."""
     with np.load(GOLDEN / f"torchvision_{version}.npz") as file:
         stored = dict(file)
     shapes = {name: tuple(shape) for name, shape in json.loads(str(stored.pop("shapes"))).items()}
@@ -57,13 +57,13 @@ def test_raw_images_give_torchvisions_logits_anchors_and_detections(version: str
         scores, labels, boxes = (stored[f"{key}{number}"] for key in ("scores", "labels", "boxes"))
         assert len(found.scores) == len(scores) > 200
         np.testing.assert_allclose(found.scores, scores, atol=1e-5, rtol=0)
-        # Neighbours with equal scores may change places.
+        # Neighbours with equal scores may be swapped.
         same = (found.labels == labels) & (abs(found.boxes_xyxy - boxes).max(1) <= 0.01)
         assert same.mean() > 0.97
         assert found.class_names == tuple(f"class {label}" for label in found.labels)
 
 
-def test_state_dicts_from_before_torchvision_0_13_are_read_too() -> None:
+def test_state_dicts_from_before_torchvision_0_13_are_read() -> None:
     _, state = golden("v1")
     new = convert_torchvision(state)
     old_names = {}
@@ -118,7 +118,7 @@ def test_all_91_columns_stay_and_are_named_by_their_category_id() -> None:
         classes(5, ("cat", "dog"), "x")
 
 
-def test_a_renamed_a_missing_and_a_doubled_tensor_are_named(tmp_path: Path) -> None:
+def test_a_renamed_a_missing_and_a_duplicate_tensor_are_named(tmp_path: Path) -> None:
     _, state = golden("v1")
     renamed_one = {("head.typo" if name == "backbone.body.conv1.weight" else name): a for name, a in state.items()}
     with pytest.raises(WeightsError, match=r"^w: 1 of unknown name: head\.typo$"):

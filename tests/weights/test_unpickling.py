@@ -1,4 +1,4 @@
-"""Pickles are data: nothing in them is executed or looked up, and time and memory are bounded by their size."""
+"""Pickles are data: nothing in them is executed or looked up, and their size bounds time and memory."""
 
 import io
 import os
@@ -24,7 +24,7 @@ from retina_jax.weights.readers import read_weights
 
 
 class Calls:
-    """Pickles as a call."""
+    """An object that pickles as a call."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -34,7 +34,8 @@ class Calls:
 
 
 def attacks(marker: Path) -> dict[str, tuple[bytes, str]]:
-    """Pickles that make the file `marker` where `pickle.loads` reads them, and the name that each is refused by."""
+    """Returns pickles that create the file `marker` if `pickle.loads` reads them, and the name that the refusal must
+    contain."""
     shell, code = f"touch {marker}", f"open({str(marker)!r}, 'w').close()"
     objects = np.empty(1, object)
     objects[0] = Calls(os.system, shell)
@@ -88,7 +89,7 @@ def test_the_attack_would_have_run(tmp_path: Path, name: str) -> None:
     try:
         made = pickle.loads(program)
     except TypeError:
-        made = None  # "behind what is admitted" runs, and what it makes is then no class
+        made = None  # "behind what is admitted" runs, but its result is not a class
     if isinstance(made, subprocess.Popen):
         made.wait()
     assert marker.exists()
@@ -98,8 +99,8 @@ def test_the_attack_would_have_run(tmp_path: Path, name: str) -> None:
     "program",
     [
         b"\x80\x02}(" + literal("w") + b"ccollections\nOrderedDict\n" + b"u)R.",  # calls a dict
-        b"\x80\x02ctorch\nfloat32\n)R.",  # a name, but no function
-        b"\x80\x02ccollections\nOrderedDict\n}R.",  # no tuple of arguments
+        b"\x80\x02ctorch\nfloat32\n)R.",  # a name, but not a function
+        b"\x80\x02ccollections\nOrderedDict\n}R.",  # arguments that are not a tuple
         b"\x80\x02ccollections\nOrderedDict\n)\x81.",  # NEWOBJ
         b"\x80\x02\x82\x01.",  # EXT1: the registry of extensions is not used
         b"\x80\x05\x97.",  # NEXT_BUFFER: there are none
@@ -118,7 +119,7 @@ def test_the_attack_would_have_run(tmp_path: Path, name: str) -> None:
         b"\x80\x02K\x01\x87.",
     ],
 )
-def test_what_weights_do_not_need_is_refused(tmp_path: Path, program: bytes) -> None:
+def test_instructions_that_weights_do_not_need_are_refused(tmp_path: Path, program: bytes) -> None:
     path = tmp_path / "weights"
     path.write_bytes(program)
     with pytest.raises(WeightsError, match="weights: "):
@@ -128,7 +129,7 @@ def test_what_weights_do_not_need_is_refused(tmp_path: Path, program: bytes) -> 
 
 
 def doubled(times: int) -> bytes:
-    """Instructions that push a tuple of 2^times leaves, by pairing each with itself."""
+    """Returns instructions that push a tuple of 2^times leaves, by pairing each with itself."""
     return b")" + b"q\x01h\x01\x86" * times
 
 
@@ -137,7 +138,7 @@ def doubled(times: int) -> bytes:
     [
         b"\x80\x02}r\xff\xff\xff\x7f.",  # pickle.loads reserves 64 GB for this memo index
         b"\x80\x02}" + doubled(64) + b"K\x01s.",  # as a dict's key: its hash never ends
-        b"\x80\x02cnumpy\ndtype\n(" + doubled(64) + b"tR.",  # as what an error would print
+        b"\x80\x02cnumpy\ndtype\n(" + doubled(64) + b"tR.",  # in an error message
         b"\x80\x02c_codecs\nencode\n(" + literal("x") + doubled(64) + b"tR.",
         b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(" + doubled(64) + b"tR.",
         b"\x80\x02}" + literal("w") + doubled(64) + b"s.",
@@ -148,7 +149,7 @@ def doubled(times: int) -> bytes:
         b"\x80\x02})" + b"\x85" * 500_000 + b"K\x01s.",  # as a dict's key: its hash overflows the C stack
         b"\x80\x02}(" + literal("a") + b"N)" + b"\x85" * 500_000 + b"Nu.",
         b"\x80\x02()" + b"\x85" * 500_000 + b"Nd.",
-        b"\x80\x02}q\x00" + literal("model") + b"h\x00s.",  # a dict in itself
+        b"\x80\x02}q\x00" + literal("model") + b"h\x00s.",  # a dict that contains itself
     ],
 )
 def test_a_small_file_takes_little_time_and_memory(tmp_path: Path, program: bytes) -> None:
@@ -164,7 +165,7 @@ def test_a_small_file_takes_little_time_and_memory(tmp_path: Path, program: byte
 
 
 def repeated(call: bytes, times: int, head: bytes) -> bytes:
-    """A list of what `call` makes, `times` times, after instructions that only fill the memo."""
+    """Returns a list of the result of `call`, `times` times, after instructions that only fill the memo."""
     return b"\x80\x02](" + head + call * times + b"e."
 
 
@@ -194,11 +195,11 @@ SWOLLEN = {
     "keys of one hash": b"\x80\x02}(" + b"".join(literal(k * (2**61 - 1)) + b"N" for k in range(1, 50_000)) + b"u.",
     "places of one hash": b"\x80\x02N" + b"".join(b"p%d\n" % (k * (2**61 - 1)) for k in range(1, 50_000)) + b".",
 }
-"""Pickles that take the same large object again and again, by a memo of two bytes."""
+"""Pickles that repeat the same large object, by a memo reference of two bytes."""
 
 
 @pytest.mark.parametrize("name", SWOLLEN)
-def test_what_a_pickle_makes_is_bounded_by_its_size(name: str) -> None:
+def test_the_result_of_a_pickle_is_bounded_by_its_size(name: str) -> None:
     program = SWOLLEN[name]
     tracemalloc.start()
     start = time.process_time()
@@ -223,7 +224,7 @@ plain = st.recursive(
 
 @settings(deadline=None, max_examples=150)
 @given(value=plain, protocol=st.integers(2, 5))
-def test_plain_values_come_back_as_pickle_gives_them(value: object, protocol: int) -> None:
+def test_plain_values_equal_those_of_pickle(value: object, protocol: int) -> None:
     program = pickle.dumps(value, protocol)
     assert unpickle(io.BytesIO(program))[0] == pickle.loads(program)
 
@@ -237,7 +238,7 @@ def test_values_that_occur_twice_are_one_object_and_cycles_close() -> None:
         assert found["a"] is found["b"] and found["self"][0] is found
 
 
-def test_reading_stops_behind_the_pickle() -> None:
+def test_reading_stops_after_the_pickle() -> None:
     file = io.BytesIO(pickle.dumps([1], 2) + pickle.dumps("next", 4) + b"rest")
     assert unpickle(file) == ([1], {}) and unpickle(file) == ("next", {}) and file.read() == b"rest"
 
@@ -249,7 +250,7 @@ def test_the_names_of_a_pickle_are_never_looked_up() -> None:
         assert type(made).__module__ == "retina_jax.weights.pickles" and not isinstance(made, type)
 
 
-def test_an_ordered_dict_of_python_2_is_its_pairs() -> None:
+def test_an_ordered_dict_of_python_2_is_read_as_its_pairs() -> None:
     program = (
         b"\x80\x02ccollections\nOrderedDict\n" + literal([["a", 1], ["b", 2]]) + b"\x85R" + literal({"x": 1}) + b"b."
     )

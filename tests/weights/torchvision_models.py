@@ -1,4 +1,4 @@
-"""torchvision's RetinaNets on a ResNet of one block a stage: the same code, a quarter of the time. Needs torch."""
+"""torchvision's RetinaNets on a ResNet of one block per stage: the same code in a quarter of the time. Needs torch."""
 
 from functools import partial
 from typing import Any
@@ -14,7 +14,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 
 def small_model(version: str, classes: int, seed: int, **sides: int) -> Any:
-    """v1: frozen BatchNorm, P6 from P5, L1; v2: trained BatchNorm, P6 from C5, GroupNorm in the heads, GIoU.
+    """Returns v1 (frozen BatchNorm, P6 from P5, L1) or v2 (trained BatchNorm, P6 from C5, GroupNorm in the heads,
+    GIoU).
 
     "msra" is the network of Detectron and detectron2: v1 with P6 from C5 and the strides in the 1x1.
     """
@@ -29,12 +30,12 @@ def small_model(version: str, classes: int, seed: int, **sides: int) -> Any:
     if not plain:
         head.regression_head._loss_type = "giou"
     model = RetinaNet(backbone, classes, anchor_generator=_default_anchorgen(), head=head, **sides)
-    # The input of "msra" is in grey levels, some sixty times as large.
+    # The input of "msra" is in grey levels, about sixty times as large.
     return load_drawn(model, seed, spread={"v1": 0.15, "v2": 0.6, "msra": 0.004}[version])
 
 
 def load_drawn(model: Any, seed: int, spread: float) -> Any:
-    """`model` with drawn weights, in evaluation mode."""
+    """Loads drawn weights into `model` and sets it to evaluation mode."""
     state = drawn({name: tuple(t.shape) for name, t in model.state_dict().items()}, seed, spread)
     model.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})
     return model.eval()

@@ -1,4 +1,4 @@
-"""Weight files written by hand, so that the tests can say anything in them, and need no torch to say it."""
+"""Weight files written by hand, so that the tests can write any content without torch."""
 
 import io
 import json
@@ -14,7 +14,7 @@ MAGIC = 0x1950A86A20F9469CFC6C
 
 
 def literal(value: Any) -> bytes:
-    """Pickle instructions that push a plain value."""
+    """Returns pickle instructions that push a plain value."""
     return pickle.dumps(value, 2)[2:-1]
 
 
@@ -27,7 +27,8 @@ def tensor(
     strides: Any = (3, 1),
     tail: bytes = b"N",
 ) -> bytes:
-    """Pickle instructions that push a tensor as torch writes it; the defaults are the 2 x 3 floats of storage "0"."""
+    """Returns pickle instructions that push a tensor as torch writes it; the defaults are the 2 x 3 floats of storage
+    "0"."""
     storage = b"(" + literal("storage") + b"ctorch\n" + kind.encode() + b"\n"
     storage += literal(key) + literal("cpu") + literal(count) + tail + b"tQ"
     view = b"".join(map(literal, (offset, shape, strides)))
@@ -35,12 +36,12 @@ def tensor(
 
 
 def pickled(items: Mapping[str, bytes]) -> bytes:
-    """A pickle of a dict, from the instructions of its values."""
+    """Returns a pickle of a dict, from the instructions of its values."""
     return b"\x80\x02}" + b"".join(literal(name) + value + b"s" for name, value in items.items()) + b"."
 
 
 def torch_zip(program: bytes, storages: Mapping[str, bytes], **more: bytes) -> bytes:
-    """A file in torch's zip format."""
+    """Returns a file in torch's zip format."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", program)
@@ -50,14 +51,14 @@ def torch_zip(program: bytes, storages: Mapping[str, bytes], **more: bytes) -> b
 
 
 def torch_legacy(program: bytes, keys: list[Any], storages: bytes) -> bytes:
-    """A file in torch's legacy format."""
+    """Returns a file in torch's legacy format."""
     system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
     head = b"".join(pickle.dumps(part, 2) for part in (MAGIC, 1001, system))
     return head + program + pickle.dumps(keys, 2) + storages
 
 
 def safetensors(entries: Mapping[str, tuple[str, np.ndarray]], **header: Any) -> bytes:
-    """A safetensors file of (dtype, array) by name; `header` is written into the JSON over what would be right."""
+    """Returns a safetensors file of (dtype, array) by name; `header` overrides entries of the JSON."""
     described, buffer = {}, b""
     for name, (dtype, array) in entries.items():
         content = array.tobytes()
@@ -69,7 +70,8 @@ def safetensors(entries: Mapping[str, tuple[str, np.ndarray]], **header: Any) ->
 
 
 def python2_pickle(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """What Python 2 writes for {"blobs": arrays, "cfg": ...}: its strings are bytes (U, T), numpy's module the old one."""
+    """Returns what Python 2 writes for {"blobs": arrays, "cfg": ...}: its strings are bytes (U, T), and numpy's module
+    is the old one."""
 
     def text(content: bytes) -> bytes:
         return b"T" + len(content).to_bytes(4, "little") + content
@@ -86,6 +88,6 @@ def python2_pickle(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def flat(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of variables by path without the collection ("backbone/stem/conv/kernel")."""
+    """Returns the arrays of variables by path without the collection ("backbone/stem/conv/kernel")."""
     trees = [flatten_dict(tree, sep="/") for tree in variables.values()]
     return {path: np.asarray(leaf) for tree in trees for path, leaf in tree.items()}

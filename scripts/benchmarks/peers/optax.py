@@ -12,7 +12,7 @@ from benchmarks.work import BenchmarkError, Task, Work
 
 
 def make(task: Task) -> Work:
-    """Focal loss of precomputed one-hot targets, and its gradient."""
+    """Prepares the focal loss of precomputed one-hot targets, and its gradient."""
     if task.name != "loss":
         raise BenchmarkError(f"optax has no benchmark {task.name}; use --peer torchvision")
     logits, labels = class_outputs(task.rows, task.classes, task.seed)

@@ -11,17 +11,17 @@ import PIL
 from jaxtyping import UInt8
 from PIL import Image
 
-from benchmarks.photographs import Photograph, batches_a_repetition, in_batches, photographs, rest
+from benchmarks.photographs import Photograph, batches_per_repetition, in_batches, photographs, rest
 from benchmarks.work import BenchmarkError, Task, Work
 
 
 def make(task: Task) -> Work:
-    """Open, convert, resize, flip half of the time, pad, batch."""
+    """Prepares opening, conversion, resize, mirroring of half of the images, padding and batching."""
     if task.name != "input":
         raise BenchmarkError(f"PIL has no benchmark {task.name}; use --peer torchvision")
     stream = itertools.cycle(in_batches(photographs(task), task.batch))
     coin = random.Random(task.seed)
-    count = batches_a_repetition(task.batch)
+    count = batches_per_repetition(task.batch)
 
     def run() -> None:
         for _ in range(count):
@@ -32,8 +32,8 @@ def make(task: Task) -> Work:
 
 
 def batch_of(photographs: Sequence[Photograph], coin: random.Random) -> UInt8[np.ndarray, "b H W 3"]:
-    """A batch of photographs with one padded shape."""
-    batch = np.zeros((len(photographs), *photographs[0].canvas, 3), np.uint8)
+    """Returns a batch of photographs with one padded shape."""
+    batch = np.zeros((len(photographs), *photographs[0].padded_hw, 3), np.uint8)
     for row, photograph in zip(batch, photographs, strict=True):
         height, width = photograph.size_hw
         with Image.open(photograph.path) as image:

@@ -7,7 +7,7 @@ from benchmarks.work import BenchmarkError, Task, Work
 
 
 def make(task: Task) -> Work:
-    """The work of `task`."""
+    """Returns the work of `task`."""
     if task.name != "evaluate":
         raise BenchmarkError(f"pycocotools has no benchmark {task.name}")
     return scored(task, "pycocotools")

@@ -33,7 +33,7 @@ def make(task: Task) -> Work:
 
 
 def network(task: Task) -> RetinaNet:
-    """Random weights."""
+    """Returns the model with random weights."""
     resnet = getattr(torchvision.models, task.backbone)(weights=None, norm_layer=FrozenBatchNorm2d)
     above = LastLevelP6P7(resnet.fc.in_features, 256)
     for name, weight in resnet.named_buffers():
@@ -41,14 +41,14 @@ def network(task: Task) -> RetinaNet:
             weight.fill_(0.2)  # random residual blocks would add up to infinity
     backbone = _resnet_fpn_extractor(resnet, 3, returned_layers=[2, 3, 4], extra_blocks=above)
     model = RetinaNet(
-        backbone, task.classes, min_size=min(task.canvas), max_size=max(task.canvas), detections_per_img=100
+        backbone, task.classes, min_size=min(task.padded_hw), max_size=max(task.padded_hw), detections_per_img=100
     )
     return _placed(task, model).to(memory_format=torch.channels_last)  # about 5 % faster, also on CPUs
 
 
 def batch(task: Task) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
-    """Images and targets in torchvision's format."""
-    made = scene(task.batch, task.canvas, task.boxes, task.classes, task.seed)
+    """Returns images and targets in torchvision's format."""
+    made = scene(task.batch, task.padded_hw, task.boxes, task.classes, task.seed)
     images = [_placed(task, torch.from_numpy(image).permute(2, 0, 1).float() / 255) for image in made.images]
     targets = [
         {"boxes": _placed(task, torch.from_numpy(boxes)), "labels": _placed(task, torch.from_numpy(labels).long())}
@@ -58,7 +58,7 @@ def batch(task: Task) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]
 
 
 def step(task: Task) -> Work:
-    """A training step with SGD."""
+    """Prepares a training step with SGD."""
     model = network(task).train()
     images, targets = batch(task)
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), 1e-8, 0.9, weight_decay=1e-4)
@@ -75,7 +75,7 @@ def step(task: Task) -> Work:
 
 
 def forward(task: Task) -> Work:
-    """Normalised pixels to logits and deltas."""
+    """Prepares the forward pass, from normalised pixels to logits and deltas."""
     model = network(task).eval()
     images, _ = batch(task)
 
@@ -89,7 +89,7 @@ def forward(task: Task) -> Work:
 
 
 def detect(task: Task) -> Work:
-    """Pixels to boxes, with as many scores above the threshold as this project's variant."""
+    """Prepares detection, from pixels to boxes, with as many scores above the threshold as this project's variant."""
     model = network(task).eval()
     images, _ = batch(task)
     with torch.inference_mode():
@@ -110,7 +110,7 @@ def detect(task: Task) -> Work:
 
 
 def loss(task: Task) -> Work:
-    """Focal loss of precomputed one-hot targets."""
+    """Prepares the focal loss of precomputed one-hot targets."""
     logits, labels = class_outputs(task.rows, task.classes, task.seed)
     taking_part = labels != -2
     inputs = _placed(task, torch.from_numpy(logits[taking_part]).to(getattr(torch, task.dtype))).requires_grad_()
@@ -128,7 +128,7 @@ def loss(task: Task) -> Work:
 
 
 def match_anchors(task: Task) -> Work:
-    """Anchors to boxes."""
+    """Prepares the matching of anchors with boxes."""
     from torchvision.models.detection._utils import Matcher
 
     rng = np.random.default_rng(task.seed)
@@ -144,7 +144,7 @@ def match_anchors(task: Task) -> Work:
 
 
 def nms(task: Task) -> Work:
-    """Class-wise NMS, limited to `kept` boxes."""
+    """Prepares class-wise NMS, limited to `kept` boxes."""
     made = candidates(task.rows, task.classes, task.seed)
     boxes, scores, labels = (_placed(task, torch.from_numpy(part)) for part in made)
 
