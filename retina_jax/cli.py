@@ -74,11 +74,10 @@ def parse_command_line(arguments: type[T], defaults: T, argv: Sequence[str], des
         if hidden := len(flatten(defaults)) - len(flatten(shown)):
             description += f"\n{hidden} more options are fields of the config: --help-all lists them too."
         tyro.cli(type(shown), default=shown, args=["--help"], description=description)
-    known: dict[str, Any] = {}  # a Config and Hosts in `defaults` have no prefix, other groups have one
-    for field in dataclasses.fields(defaults):
-        value = getattr(defaults, field.name)
-        prefix = "" if isinstance(value, Config | Hosts) else f"{field.name}."
-        known |= flatten(value, prefix) if dataclasses.is_dataclass(value) else {field.name: value}
+    known: dict[str, Any] = {}
+    for name, value in vars(defaults).items():
+        prefix = "" if isinstance(value, Config | Hosts) else f"{name}."  # the fields of both are options of their own
+        known |= flatten(value, prefix) if dataclasses.is_dataclass(value) else {name: value}
     words = _booleans_as_flags(argv, known)
     for word in words:
         name = word.split("=")[0]

@@ -4,22 +4,15 @@ A config file (`configs/*.py`) is a Python file with a function `get_config() ->
 the command line by its dotted name (`--loss.gamma 5 --data.batch-size 16`). Defaults are the paper's (RetinaNet-50-600,
 Table 1) and, where the paper is silent, those of its authors' code (Detectron).
 
-`option` holds what is known about a field in addition to its type; `options` reads it back for validation, `--help`,
-resumed runs, digests and several hosts. `config_io.conflicts` has the rules between fields.
+`option` holds what is known about a field besides its type; `config_io` reads it, and has the rules between fields.
 """
 
 from __future__ import annotations
 
-import functools
-import operator
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from retina_jax.errors import PlainError
-
-COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 
 class ConfigError(PlainError, ValueError):
@@ -44,33 +37,10 @@ class Option:
     first_default: Any = None
     """The field's first default, if it has changed since: digests are relative to it."""
 
-    def accepts(self, value: Any) -> bool:
-        """Returns whether a value is within the bounds; values that are not numbers are."""
-        limits = re.findall(r"([<>]=?) (\S+?)(?:,|$)", self.bounds)
-        numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, int | float)]
-        return all(COMPARISONS[sign](number, float(limit)) for sign, limit in limits for number in numbers)
-
 
 def option(default: Any, bounds: str = "", **known: Any) -> Any:
     """Returns a dataclass field with a default; `known` are fields of `Option`."""
     return field(default=default, metadata={"option": Option(bounds, **known)})
-
-
-@functools.cache
-def options(kind: type, resume: bool = False) -> Mapping[str, Option]:
-    """Returns the Option of every field of the dataclass `kind` and its groups, by dotted name.
-
-    `resume`: a resumed run may change all of them.
-    """
-    found: dict[str, Option] = {}
-    for item in fields(kind):
-        known = item.metadata.get("option", Option())
-        known = replace(known, resume=resume or known.resume or known.outcome is False)
-        if is_dataclass(item.default_factory):
-            found |= {f"{item.name}.{name}": o for name, o in options(item.default_factory, known.resume).items()}
-        else:
-            found[item.name] = known
-    return found
 
 
 @dataclass(frozen=True)
@@ -111,7 +81,7 @@ class DataConfig:
     """Folder of the training images (source coco)."""
     val_annotations: str = option("", resume=True, outcome="file name", per_host=True, basic=True)
     """COCO JSON of the evaluation images. Paper: minival, which is instances_val2017.json. Empty with source tfds: the
-    ground truth is that of the dataset's own features (areas truncated to integers)."""
+    dataset's own features (areas truncated to integers)."""
     val_images: str = option("", outcome=False, per_host=True, basic=True)
     """Folder of the evaluation images (source coco)."""
     tfds_name: str = "coco/2017"
@@ -155,15 +125,13 @@ class DataConfig:
     """Numbers of a bbox (source coco): xywh, COCO's corner and size in pixels; xyxy, two corners; cxcywh, centre and size;
     or fractions of the image's sides. auto: xywh, refused if the boxes look like another format."""
     crowds: Literal["ignore", "objects"] = option("ignore", resume=True)
-    """Annotations with iscrowd 1 (source coco): ignore, as COCO does (no training; detections on them do not count), or
-    objects, for tools that mark every mask as a crowd."""
+    """Annotations with iscrowd 1 (source coco): ignore, as COCO does, or objects, for tools that mark every mask so."""
     max_boxes: int = option(100, ">= 1")
     """Most ground-truth boxes per image; further ones are dropped, counted and logged. COCO's largest number is 93."""
     images_without_boxes: Literal["drop", "keep"] = "drop"
     """Training images without a box: drop (Detectron) or keep as background."""
     empty_parents: Literal["drop", "keep"] = "drop"
-    """Parent categories without boxes, such as the first one of Roboflow's exports: drop them from the classes, or keep
-    them. A resumed run keeps its classes."""
+    """Parent categories without boxes, such as the first of Roboflow's exports: drop them from the classes, or keep them."""
     bad_images: Literal["stop", "skip"] = option("stop", resume=True)
     """An image that is missing, broken or whose size differs from the JSON: stop with its name, or skip and count it."""
     orientation: Literal["auto", "stored", "turned"] = "auto"
@@ -196,8 +164,7 @@ class ModelConfig:
     stride_position: Literal["1x1", "3x3"] = "1x1"
     """Convolution with the stride of a bottleneck. 1x1: the paper's MSRA weights, Detectron; 3x3: torchvision."""
     norm: Literal["frozen", "group", "batch"] = "frozen"
-    """Backbone normalisation: frozen BatchNorm (a fixed affine; Detectron), GroupNorm, or BatchNorm with statistics over the
-    batch of all devices. Not in the paper."""
+    """Backbone normalisation: frozen BatchNorm (a fixed affine; Detectron), GroupNorm, or BatchNorm over all devices."""
     norm_groups: int = option(32, ">= 1")
     """Groups of GroupNorm; lowered to a divisor of the channels if there are fewer channels."""
     frozen_stages: int = option(2, ">= 0, <= 5")
@@ -283,8 +250,7 @@ class LossConfig:
     mining_nms_iou: float = option(0.5, "> 0, <= 1")
     """An anchor is not mined if a harder one has an IoU with it above this. Paper: 0.5, 0.7."""
     mining_normaliser: Literal["assigned", "minibatch"] = "assigned"
-    """Count that divides the mined classification loss: anchors assigned to a box (paper), or anchors in the minibatch
-    (OHEM; Shrivastava et al., 2016)."""
+    """Count that divides the mined classification loss: anchors assigned to a box (paper), or in the minibatch (OHEM)."""
     box: Literal["smooth_l1", "l1", "giou"] = "smooth_l1"
     """Box regression loss. Paper: smooth_l1."""
     beta: float = option(0.11, ">= 0")
@@ -417,19 +383,3 @@ class Config:
     """Devices to use, over all hosts; 0: all. data.batch_size must be a multiple of it."""
     seed: int = option(0, ">= 0")
     """Seed of the initial weights, the data order and the augmentation."""
-
-
-def parse_window(text: str) -> tuple[int, int] | None:
-    """Returns the first and last step of `training.profile_steps`, both included and counted from 1; None if it is empty.
-
-    Raises ConfigError for anything but FIRST:LAST with 1 <= FIRST <= LAST.
-    """
-    if not text:
-        return None
-    match = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", text)
-    first, last = map(int, match.groups()) if match else (0, 0)
-    if not 1 <= first <= last:
-        raise ConfigError(
-            f"training.profile_steps: invalid value {text!r}; must be FIRST:LAST, with 1 <= FIRST <= LAST, such as 10:15"
-        )
-    return first, last

@@ -5,21 +5,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import json
 import math
+import operator
+import re
 import reprlib
 import traceback
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from retina_jax.config import Config, ConfigError, options, parse_window
+from retina_jax.config import Config, ConfigError, Option
 from retina_jax.errors import one_line
 
 T = TypeVar("T")
 INVALID = object()  # result of `_typed` for a value of the wrong type
+COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 
 def load_config(path: str | Path) -> Config:
@@ -32,9 +36,8 @@ def load_config(path: str | Path) -> Config:
     with named_errors(path):
         config = module.get_config()
     if not isinstance(config, Config):
-        raise ConfigError(
-            f"{path}: get_config() returned a {type(config).__name__}; it must return a retina_jax.config.Config"
-        )
+        right = "it must return a retina_jax.config.Config"
+        raise ConfigError(f"{path}: get_config() returned a {type(config).__name__}; {right}")
     return typed(config, str(path))
 
 
@@ -44,15 +47,11 @@ def load_module(path: Path, option: str, function: str, described: str) -> Modul
     `option` is the command-line option that named the file, and `described` the function as the error describes it.
     """
     try:
-        is_file = path.is_file()
-        source = path.read_bytes() if is_file else b""
+        source = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{option} {one_line(path)}: cannot be read: {error.strerror}") from None
-    if not is_file:
-        others = sorted(map(str, path.parent.glob("*.py"))) if path.parent.is_dir() else []
-        what = "is a folder" if path.is_dir() else "no such file"
-        few = ", ".join(others[:6]) + (", ..." if len(others) > 6 else "")
-        raise ConfigError(f"{option} {one_line(path)}: {what}" + (f"; there are {few}" if few else ""))
+        others = sorted(map(str, path.parent.glob("*.py")))[:6]
+        there = f"; there are {', '.join(others)}" if others else ""
+        raise ConfigError(f"{option} {one_line(path)}: {str(error.strerror).lower()}{there}") from None
     module = ModuleType(f"{option.strip('-')}_{path.stem}")
     module.__file__ = str(path)
     with named_errors(path):
@@ -79,20 +78,54 @@ def named_errors(path: Path) -> Iterator[None]:
         raise ConfigError(f"{where}: {type(error).__name__}: {one_line(error)}") from error
 
 
+@functools.cache
+def options(kind: type, resume: bool = False) -> Mapping[str, Option]:
+    """Returns the Option of every field of the dataclass `kind` and its groups, by dotted name.
+
+    `resume`: a resumed run may change all of them.
+    """
+    found: dict[str, Option] = {}
+    for item in dataclasses.fields(kind):
+        known = item.metadata.get("option", Option())
+        known = dataclasses.replace(known, resume=resume or known.resume or known.outcome is False)
+        if dataclasses.is_dataclass(group := item.default_factory):
+            found |= {f"{item.name}.{name}": option for name, option in options(group, known.resume).items()}
+        else:
+            found[item.name] = known
+    return found
+
+
 def validate(config: Config) -> Config:
     """Returns `config` with values of exactly their fields' types; ConfigError for the first invalid value."""
     config = typed(config, "config")
     values, known = flatten(config), options(Config)
     for name, value in values.items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        finite = all(math.isfinite(v) for v in numbers if isinstance(v, float))
-        if not finite or not known[name].accepts(value):
-            right = known[name].bounds if finite else "finite"
-            raise ConfigError(f"{name}: invalid value {value}; must be {right} {known[name].unit}".rstrip())
+        limits = re.findall(r"([<>]=?) (\S+?)(?:,|$)", known[name].bounds)
+        for number in value if isinstance(value, tuple) else (value,):
+            finite = not isinstance(number, float) or math.isfinite(number)
+            within = number is None or all(COMPARISONS[sign](number, float(limit)) for sign, limit in limits)
+            if not (finite and within):
+                right = f"{known[name].bounds} {known[name].unit}".rstrip() if finite else "finite"
+                raise ConfigError(f"{name}: invalid value {value}; must be {right}")
     for name, right in conflicts(config):
         raise ConfigError(f"{name}: invalid value {values[name]}; must be {right}")
     parse_window(config.training.profile_steps)
     return config
+
+
+def parse_window(text: str) -> tuple[int, int] | None:
+    """Returns the first and last step of `training.profile_steps`, both included; None if it is empty.
+
+    Raises ConfigError for anything but FIRST:LAST with 1 <= FIRST <= LAST.
+    """
+    if not text:
+        return None
+    match = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", text)
+    first, last = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= first <= last:
+        right = "FIRST:LAST, with 1 <= FIRST <= LAST, such as 10:15"
+        raise ConfigError(f"training.profile_steps: invalid value {text!r}; must be {right}")
+    return first, last
 
 
 def conflicts(config: Config) -> Iterator[tuple[str, str]]:
@@ -137,18 +170,17 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def override(config: T, changes: Mapping[str, Any]) -> T:
     """Returns `config` with other values: override(config, {"loss.gamma": 5.0}). ConfigError for an unknown name."""
+
+    def replaced(group: Any, name: str, value: Any) -> Any:
+        first, dot, rest = name.partition(".")
+        return dataclasses.replace(group, **{first: replaced(getattr(group, first), rest, value) if dot else value})
+
     known = flatten(config)
     for name, value in changes.items():
         if name not in known:
             raise ConfigError(f"{name}: {unknown_name(name, known)}")
-        config = _replaced(config, name.split("."), value)
+        config = replaced(config, name, value)
     return config
-
-
-def _replaced(config: Any, path: Sequence[str], value: Any) -> Any:
-    if len(path) > 1:
-        value = _replaced(getattr(config, path[0]), path[1:], value)
-    return dataclasses.replace(config, **{path[0]: value})
 
 
 def unknown_name(name: str, known: Mapping[str, Any]) -> str:
@@ -173,8 +205,8 @@ def from_dict(values: Any, where: str = "config") -> Config:
     integers of 2^63 and more raise ConfigError with one line that names `where` and the field.
     """
     loss = values.get("loss") if isinstance(values, Mapping) else None
+    # Before loss.mining_normaliser existed, ohem_1_3 was the strict form.
     if isinstance(loss, Mapping) and loss.get("mining") == "ohem_1_3" and "mining_normaliser" not in loss:
-        # Before loss.mining_normaliser existed, ohem_1_3 was the strict form.
         values = {**values, "loss": {**loss, "mining": "ohem_1_3_strict"}}
     return _build(Config, values, where, "")
 
@@ -238,8 +270,7 @@ def meaning_changes(old: Config, new: Config) -> list[str]:
 
 def with_classes(config: Config, classes: int) -> Config:
     """Returns `config` with the number of classes in the data; ConfigError if it has another one."""
-    own = config.model.num_classes
-    if own not in (None, classes):
+    if (own := config.model.num_classes) not in (None, classes):
         how = f"leave it out, or use {classes}"
         raise ConfigError(f"model.num_classes: {own}, but the data has {classes} classes; {how}")
     return override(config, {"model.num_classes": classes})

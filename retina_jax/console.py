@@ -31,7 +31,7 @@ def warn(line: str) -> None:
 
 
 class Progress:
-    """Shows how much of a task is done: a line with a bar on a terminal, which is rewritten; plain lines in a log file.
+    """A report of how much of a task is done: on a terminal one line with a bar, in a log file plain lines.
 
     rich draws the bar, but only in `update`: a thread would draw between the lines of others. Warnings appear above it.
     """
@@ -63,8 +63,7 @@ class Progress:
             self._first, self._since = False, (done, now)
         counted, eta = f"{self._task} {done}/{self._total}", f"ETA {duration(left)}"
         if self._bar is None:
-            log("  ".join(filter(None, (counted, detail, eta))))
-            return
+            return log("  ".join(filter(None, (counted, detail, eta))))
         room = max(self._console.width - len(counted) - BAR - 2, 0)
         text = f"{eta}  {detail}".rstrip()[:room]
         self._bar.update(self._row, completed=done, description=counted, detail=text)
@@ -78,8 +77,7 @@ class Progress:
 
 def track(task: str, items: Iterable[T], total: int) -> Iterator[T]:
     """Yields `items` and shows how many of `total` came; a task of less than one interval shows nothing."""
-    progress = Progress(task, total, transient=True)
-    with contextlib.closing(progress):
+    with contextlib.closing(Progress(task, total, transient=True)) as progress:
         interval = SECONDS_IN_LOG if progress._bar is None else SECONDS_IN_TERMINAL
         reported = time.monotonic()
         for done, item in enumerate(items, 1):

@@ -43,7 +43,7 @@ NETWORK = re.compile(r"\b(Gloo|NCCL|coordination service)\b", re.IGNORECASE)  # 
 
 @dataclass(frozen=True)
 class Hosts:
-    """How this process finds the others. On one host none of these options is given."""
+    """Options by which this process finds the others. On one host none is given."""
 
     distributed: bool = False
     """Train on several hosts, which JAX finds through SLURM, Open MPI, Kubernetes or the TPU pod."""
@@ -55,8 +55,7 @@ class Hosts:
     """Without --distributed: number of this host, from 0."""
 
 
-ALONE = Hosts()
-"""This process trains alone."""
+ALONE = Hosts()  # this process trains alone
 
 
 def is_primary() -> bool:
@@ -77,7 +76,7 @@ def joined(options: Hosts) -> Iterator[None]:
     """
     if options != ALONE:
         _connect(options)
-    if options == ALONE or not is_multihost():
+    if not is_multihost():
         yield
         return
     if not is_primary():
@@ -128,11 +127,11 @@ def from_primary(value: T) -> T:
 
 def check_same(what: str, facts: dict[str, object]) -> None:
     """Raises ConfigError on every host if `facts` of a host differ from host 0's; it names the first that differs."""
-    of_hosts = exchange(facts)
-    for host, other in enumerate(of_hosts):
-        for name, value in of_hosts[0].items():
-            if other.get(name) != value:
-                found = f"{value} on host 0 and {other.get(name)} on host {host}"
+    first, *others = exchange(facts)
+    for host, other in enumerate(others, start=1):
+        for name in first:
+            if other.get(name) != first[name]:
+                found = f"{first[name]} on host 0 and {other.get(name)} on host {host}"
                 raise ConfigError(f"{what}: {name} is {found}; it must be the same on all hosts")
 
 
@@ -162,18 +161,13 @@ def _connect(options: Hosts) -> None:
             raise ConfigError(f"--hosts {options.hosts}: must be the number of hosts")
         if not 0 <= options.host < options.hosts:
             raise ConfigError(f"--host {options.host}: must be the number of this host, 0 to {options.hosts - 1}")
-    coordinator, number, own = (None, None, None) if options.distributed else explicit
-    if number and own == 0:
-        print(f"host 0: waiting for {number - 1} more hosts at {coordinator}", flush=True)
+    if options.host == 0:
+        print(f"host 0: waiting for {options.hosts - 1} more hosts at {options.coordinator}", flush=True)
+    given = (None, None, None) if options.distributed else explicit
+    # With explicit options detection is off: under SLURM it would leave each process one GPU.
+    method = None if options.distributed else "deactivate"
     try:
-        jax.distributed.initialize(
-            coordinator,
-            number,
-            own,
-            # With explicit options detection is off: under SLURM it would leave each process one GPU.
-            cluster_detection_method=None if options.distributed else "deactivate",
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        )
+        jax.distributed.initialize(*given, cluster_detection_method=method, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (ValueError, RuntimeError) as error:
         how = "--distributed" if options.distributed else f"--coordinator {options.coordinator}"
         print(f"error: {how}: the hosts did not find each other: {str(error).splitlines()[0]}", file=sys.stderr)
@@ -186,19 +180,18 @@ def _leave() -> None:
 
 
 class Interruption:
-    """In the `with` block, SIGTERM and Ctrl-C make the next `check` raise Stopped; a second Ctrl-C ends at once."""
+    """A `with` block in which SIGTERM and Ctrl-C make the next `check` raise Stopped; a second Ctrl-C ends at once."""
 
     def __init__(self) -> None:
-        self._number = 0
+        self._number, self._checks = 0, 0
         self._before: dict[int, object] = {}
-        self._checks = 0
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():  # only there may Python handle signals
             # On several hosts JAX handles SIGTERM: it notifies the others and agrees with them on where to stop.
             for number in (signal.SIGINT,) if is_multihost() else (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-                    self._before[number] = signal.signal(number, self._note)
+                    self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -220,7 +213,7 @@ class Interruption:
             self.check(step)
             yield item
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._number == signal.SIGINT == number:
             raise KeyboardInterrupt
         self._number = number

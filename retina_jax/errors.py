@@ -18,7 +18,7 @@ OUT_OF_MEMORY = re.compile(
 
 
 class PlainError(Exception):
-    """Ends a script with its message and no traceback: one line that names what is wrong and what would be right."""
+    """An error whose message, one line that names what is wrong and what would be right, replaces the traceback."""
 
 
 class WeightsError(PlainError, ValueError):
@@ -55,19 +55,16 @@ def ending(error: BaseException) -> tuple[str | None, int]:
     return None, 1
 
 
-def out_of_memory(
-    error: BaseException, needed: object = None, padded_shape: tuple[int, int] | None = None
-) -> str | None:
+def out_of_memory(error: BaseException, program: str = "a program", needed: object = None) -> str | None:
     """Returns one line about an error of JAX's runtime that means a device's memory is full; None for any other error.
 
-    `needed`: the memory that the step needs, if known. `padded_shape`: height and width of its images, pixels.
+    `program`: what was running. `needed`: the memory that it needs, if known.
     """
     import jax  # costs 0.5 s, and such an error comes from it
 
     if not isinstance(error, jax.errors.JaxRuntimeError) or not OUT_OF_MEMORY.search(str(error)):
         return None
     limit = device_memory()
-    program = f"the step for {padded_shape[0]}x{padded_shape[1]}" if padded_shape else "a program"
     detail = re.sub(r"^.*?RESOURCE_EXHAUSTED: ", "", str(error).strip().splitlines()[0])
     detail = re.sub(r"\b([0-9]{7,}) bytes", lambda match: size(int(match[1])), detail).rstrip(".: ")
     has = f"; a device has {size(limit)}" if limit else ""
@@ -81,8 +78,8 @@ def device_memory() -> int | None:
     """Returns the bytes that JAX may use of the smallest local device; None if devices do not report it (CPU)."""
     import jax
 
-    stats = [device.memory_stats() for device in jax.local_devices()]
-    return min((s["bytes_limit"] for s in stats if s and "bytes_limit" in s), default=None)
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return min((s["bytes_limit"] for s in stats if "bytes_limit" in s), default=None)
 
 
 def size(number: int) -> str:

@@ -42,8 +42,8 @@ def evaluate(
     """Detects on `source`, scores against its ground truth, writes the results to the run's folder, returns the scores.
 
     Writes detections/ (COCO results format), evaluation/ and pictures/ for `step`; of an unlabelled `source` all scores are
-    None, and no evaluation is written. Classes are matched by `classes.match`; detections of a class that `source` lacks
-    are left out. Several hosts share the images and return the same scores; host 0 writes.
+    None, and no evaluation is written. Classes are matched by `class_indices`; detections of a class that `source` lacks are
+    left out. Several hosts share the images and return the same scores; host 0 writes.
 
     Args:
       variant: appended to the names of files, for scores with other settings than the run's.

@@ -47,7 +47,7 @@ _TORCHVISION_V1 = {
     "loss.normaliser": "per_image",
     "detection.max_detections": 300,
 }
-_DIFFERENT: Mapping[str, Mapping[str, Any]] = {
+_CHANGES: Mapping[str, Mapping[str, Any]] = {
     "paper": {},
     "detectron": {
         **_SIDES,
@@ -82,10 +82,10 @@ _DIFFERENT: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
-FIELDS = tuple(name for name in flatten(Config()) if any(name in preset for preset in _DIFFERENT.values()))
+FIELDS = tuple(name for name in flatten(Config()) if any(name in preset for preset in _CHANGES.values()))
 """Dotted names of the fields that any preset sets."""
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    name: {field: (flatten(Config()) | dict(preset))[field] for field in FIELDS} for name, preset in _DIFFERENT.items()
+    name: {field: (flatten(Config()) | dict(preset))[field] for field in FIELDS} for name, preset in _CHANGES.items()
 }
 """Dotted config fields and values of each preset; `paper` has the defaults of `Config`."""

@@ -17,8 +17,8 @@ import tyro
 
 from retina_jax import distributed
 from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
-from retina_jax.config import Config, parse_window
-from retina_jax.config_io import validate
+from retina_jax.config import Config
+from retina_jax.config_io import parse_window, validate
 from retina_jax.console import log, warn
 from retina_jax.data.datasets import open_sources
 from retina_jax.data.pipeline import Batches, train_batches
@@ -33,7 +33,7 @@ from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.compilation import CompiledStep
 from retina_jax.training.metrics import Metrics
 from retina_jax.training.opening import open_run
-from retina_jax.training.optimizer import unreached
+from retina_jax.training.optimizer import schedule_warning
 from retina_jax.training.parallel import Driver
 from retina_jax.training.profiling import Profiler
 from retina_jax.training.restore import restore_or_init
@@ -87,8 +87,8 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
         )
         state, origin = restore_or_init(driver, run, checkpoints, missing)
         log(f"{parameter_table(state.variables)}\n{origin}")
-        if short := unreached(config):
-            warn(short)
+        if warning := schedule_warning(config):
+            warn(warning)
         start = int(state.step)
         clock = Clock(workdir, resumed=start > 0)
         batches = train_batches(source, config.data, seed=config.seed, start_step=start, **distributed.share())

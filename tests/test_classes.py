@@ -23,7 +23,7 @@ from small_sets import rectangles, write_coco
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import override
-from retina_jax.data.classes import Category, category_ids, match, placeholders, unique_names
+from retina_jax.data.classes import Category, category_ids, class_indices, placeholders, unique_names
 from retina_jax.data.coco import read_coco
 from retina_jax.data.coco_entries import LARGEST_ID
 from retina_jax.data.datasets import open_sources
@@ -149,11 +149,13 @@ def test_scores_are_those_by_id_whatever_ids_names_and_order(folder: Path, draw:
 
 
 def test_classes_meet_by_id_and_name_or_by_a_name_that_is_unique() -> None:
-    assert match([(1, "a"), (2, "b")], [(2, "a"), (1, "b")]) == [0, 1]
-    assert match([(1, "a"), (2, "a"), (3, "b")], [(9, "b"), (2, "a"), (1, "a")]) == [2, 1, 0]
-    assert match([(1, "a"), (2, "a")], [(2, "a"), (3, "a")]) == [None, 0]
-    assert match([(1, "a")], [(3, "a"), (4, "a")]) == match([(1, "a"), (2, "a")], [(3, "a")])[:1] == [None]
-    assert match([(-1, "a"), (0, "c")], [(5, "a"), (-1, "d")]) == [0, None]
+    assert class_indices([(1, "a"), (2, "b")], [(2, "a"), (1, "b")]) == [0, 1]
+    assert class_indices([(1, "a"), (2, "a"), (3, "b")], [(9, "b"), (2, "a"), (1, "a")]) == [2, 1, 0]
+    assert class_indices([(1, "a"), (2, "a")], [(2, "a"), (3, "a")]) == [None, 0]
+    assert (
+        class_indices([(1, "a")], [(3, "a"), (4, "a")]) == class_indices([(1, "a"), (2, "a")], [(3, "a")])[:1] == [None]
+    )
+    assert class_indices([(-1, "a"), (0, "c")], [(5, "a"), (-1, "d")]) == [0, None]
 
 
 @pytest.mark.parametrize(

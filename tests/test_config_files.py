@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retina_jax.cli import parse_command_line
-from retina_jax.config import Config, ConfigError, LossConfig, options
-from retina_jax.config_io import flatten, from_dict, load_config, meaning_changes, override, to_dict, validate
+from retina_jax.config import Config, ConfigError, LossConfig
+from retina_jax.config_io import flatten, from_dict, load_config, meaning_changes, options, override, to_dict, validate
 from retina_jax.runs.folder import config_of
 
 ROOT = Path(__file__).parents[1]
@@ -198,7 +198,7 @@ def test_config_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "call.py").write_text("def get_config():\n    return 1 / 0\n")
     with pytest.raises(ConfigError, match=r"call.py, line 2: ZeroDivisionError"):
         load_config(tmp_path / "call.py")
-    with pytest.raises(ConfigError, match="is a folder"):
+    with pytest.raises(ConfigError, match="is a directory"):
         load_config(tmp_path)
     (tmp_path / "wrong.py").write_text("def get_config(): return {}\n")
     with pytest.raises(ConfigError, match="dict"):

@@ -29,7 +29,7 @@ Opened = TypeVar("Opened", bound=HasClasses)
 Opener = Callable[[Sequence[Category]], Opened]
 
 
-def match(classes: Sequence[Category], categories: Sequence[Category]) -> list[int | None]:
+def class_indices(classes: Sequence[Category], categories: Sequence[Category]) -> list[int | None]:
     """Returns, for each of `classes`, the index of the same one in `categories`; None: missing or ambiguous.
 
     Two are the same if their name occurs once on each side, whatever their ids, or if both id and name agree.
@@ -46,7 +46,7 @@ def category_ids(classes: Sequence[Category], data: HasClasses, where: str) -> l
     Raises ConfigError, which begins with `where`, if the data has boxes of a category that is none or several of `classes`.
     """
     categories = data.categories
-    found = match(classes, categories)
+    found = class_indices(classes, categories)
     unknown = [c for i, c in enumerate(categories) if c[0] in data.annotated and i not in found]
     if unknown:
         names = {name for _, name in classes}
@@ -101,7 +101,7 @@ def placeholders(
     """
     parents = Counter(supercategories)
     names = {name for category_id, name in categories if category_id in annotated}
-    kept, known_names = set(match(known, categories)), Counter(name for _, name in known)
+    kept, known_names = set(class_indices(known, categories)), Counter(name for _, name in known)
     found = {}
     for i, (category, above) in enumerate(zip(categories, supercategories, strict=True)):
         category_id, name = category
@@ -128,7 +128,7 @@ def open_both(train: Opener, val: Opener, known: Sequence[Category] = ()) -> tup
     second = val(first.categories)
     every = [*first.categories, *first.left_out]
     with_boxes = {i for i, (category_id, _) in enumerate(second.categories) if category_id in second.annotated}
-    wanted = [c for c, i in zip(every, match(every, second.categories), strict=True) if i in with_boxes]
+    wanted = [c for c, i in zip(every, class_indices(every, second.categories), strict=True) if i in with_boxes]
     missing = [category for category in wanted if category in first.left_out]
     return (train([*first.categories, *missing]), second) if missing and not known else (first, second)
 

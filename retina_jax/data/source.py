@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
-from retina_jax.data.classes import Category, differ, match
+from retina_jax.data.classes import Category, class_indices, differ
 from retina_jax.data.conventions import AS_VIEWERS, Decoding, Orientation
 from retina_jax.errors import PlainError
 
@@ -80,7 +80,7 @@ class Source:
 
     def arranged(self, classes: Sequence[Category], where: str) -> Source:
         """The same data with the labels of a run of `classes`; ConfigError, beginning with `where`, for other classes."""
-        order = match(classes, self.categories)
+        order = class_indices(classes, self.categories)
         if None in order or len(order) != len(self.class_names):
             raise differ(classes, self.categories, where)
         if order == list(range(len(order))):

@@ -24,7 +24,7 @@ import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
 from jaxtyping import Bool, Float64, Int64, Shaped
 
-from retina_jax.data.classes import COCO_CATEGORIES, Category, listed, match
+from retina_jax.data.classes import COCO_CATEGORIES, Category, class_indices, listed
 from retina_jax.data.coco import parse_coco
 from retina_jax.data.coco_document import Content
 from retina_jax.data.decoding import open_image
@@ -159,14 +159,14 @@ def _match_truth(
 ) -> tuple[list[int], list[Category], Int64[np.ndarray, " M"]]:
     """Returns the ids of the images in the JSON `content` of `path`, its categories of `classes`, and the labels there.
 
-    Images are matched by file name, without names by id; classes as in `classes.match`, without names (TFDS calls them
+    Images are matched by file name, without names by id; classes as in `class_indices`, without names (TFDS calls them
     "0", "1", ...) by ascending id. Raises DataError for a class with a box that one side lacks, and for an image that the
     JSON lacks.
     """
     images, categories = content.table.images, content.table.categories
     unnamed = [name for _, name in classes] == [str(k) for k in range(len(classes))]
     ascending = sorted(range(len(categories)), key=lambda i: categories[i])
-    found = ascending if unnamed and len(ascending) == len(classes) else match(classes, categories)
+    found = ascending if unnamed and len(ascending) == len(classes) else class_indices(classes, categories)
     used = set(index.labels.tolist())
     lost = [category for k, category in enumerate(classes) if found[k] is None and k in used]
     extra = [c for i, c in enumerate(categories) if c[0] in content.annotated and i not in found]

@@ -1,8 +1,8 @@
 """What keeps AP50 from 1, after TIDE (Bolya et al., A General Toolbox for Identifying Object Detection Errors, ECCV 2020).
 
 Every wrong detection and every object that was not found is of exactly one kind. Each kind has a gain: the AP50 that would
-be added if its errors alone were fixed. Matching is COCO's at IoU 0.5 (`precision_recall.match`), so with nothing fixed the
-AP is pycocotools' AP50.
+be added if its errors alone were fixed. Matching is COCO's at IoU 0.5 (`precision_recall.coco_match`), so with nothing fixed
+the AP is pycocotools' AP50.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from retina_jax.data.datasets import open_source
 from retina_jax.data.source import Source
 from retina_jax.evaluation import precision_recall
 from retina_jax.evaluation.coco_scores import EvaluationError, as_arrays, check_inputs
-from retina_jax.evaluation.precision_recall import AREAS, DetectedBoxes, GroundTruth, Pairs, match, precision_curve
+from retina_jax.evaluation.precision_recall import AREAS, DetectedBoxes, GroundTruth, Pairs, coco_match, precision_curve
 
 KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
 CLASSIFICATION, LOCALISATION, BOTH, DUPLICATE, BACKGROUND, MISSED = range(len(KINDS))
@@ -57,7 +57,7 @@ def classify_errors(truth: GroundTruth, found: DetectedBoxes) -> Errors:
     If several detections of the first two kinds have the same target and none has found it, the one with the highest score
     (of equals the first) finds it once it is fixed; the others would be suppressed.
     """
-    matches = match(truth, found, np.array([FOREGROUND]), {"all": AREAS["all"]})
+    matches = coco_match(truth, found, np.array([FOREGROUND]), {"all": AREAS["all"]})
     rows, took, ignored = matches.detections, matches.boxes[0, 0], matches.ignored_boxes[0]
     pairs = precision_recall.overlapping(truth, found.boxes_xywh[rows], truth.images, found.images[rows], NOTHING)
     same = found.categories[rows][pairs.detections] == truth.categories[pairs.boxes]

@@ -51,7 +51,7 @@ class Pairs(NamedTuple):
     ious: Float[np.ndarray, " P"]
 
 
-class Matches(NamedTuple):
+class CocoMatches(NamedTuple):
     """The box that each detection takes, for A areas and T IoU thresholds."""
 
     detections: Int[np.ndarray, " N"]  # the 100 best of each category and image, by category, image, descending score
@@ -71,8 +71,8 @@ class Curves(NamedTuple):
 
 
 def coco_curves(truth: GroundTruth, found: DetectedBoxes, categories: int) -> Curves:
-    """Precision and recall of `found`, equal to pycocotools' for finite input (K = categories). See `match`."""
-    matches = match(truth, found)
+    """Precision and recall of `found`, equal to pycocotools' for finite input (K = categories). See `coco_match`."""
+    matches = coco_match(truth, found)
     scores, of_category = found.scores[matches.detections], found.categories[matches.detections]
     # The detections of all images by category, the best first; of equal scores those of the earlier image.
     order = np.lexsort((-scores, of_category))
@@ -112,12 +112,12 @@ def coco_stats(curves: Curves) -> Float[np.ndarray, " 12"]:
 
 
 @np.errstate(all="ignore")  # areas that are not finite, see the last paragraph
-def match(
+def coco_match(
     truth: GroundTruth,
     found: DetectedBoxes,
     thresholds: Float[np.ndarray, " T"] = IOU_THRESHOLDS,
     areas: Mapping[str, tuple[float, float]] = AREAS,
-) -> Matches:
+) -> CocoMatches:
     """Matches detections with ground-truth boxes as pycocotools does, for each threshold (ascending) and area.
 
     Per image and category the 100 best detections count. Each of them, the best first, takes the free box that it overlaps
@@ -137,7 +137,7 @@ def match(
     ignored = truth.crowds[None] | _outside(truth.areas, areas)
     pairs = overlapping(truth, found.boxes_xywh, box_groups, groups[kept], float(thresholds[0]))
     taken = _take_boxes(pairs, ranks, ignored, truth.crowds, thresholds)
-    return Matches(kept, ranks, taken, ignored, _outside(found.boxes_xywh[:, 2] * found.boxes_xywh[:, 3], areas))
+    return CocoMatches(kept, ranks, taken, ignored, _outside(found.boxes_xywh[:, 2] * found.boxes_xywh[:, 3], areas))
 
 
 def _outside(values: Float[np.ndarray, " N"], areas: Mapping[str, tuple[float, float]]) -> Bool[np.ndarray, "A N"]:

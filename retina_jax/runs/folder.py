@@ -159,7 +159,7 @@ def training_lock(folder: Path) -> Iterator[None]:
             raise
 
 
-def note_fact(run: Run, name: str, value: str) -> None:
+def record_fact(run: Run, name: str, value: str) -> None:
     """Adds a fact about the start of the run to config.json, where it stays when the run is resumed."""
     if distributed.is_primary():
         saved = read_json(run.folder / "config.json")

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from retina_jax.config import Config, ConfigError, options
-from retina_jax.config_io import flatten, load_module, named_errors, override, validate
+from retina_jax.config import Config, ConfigError
+from retina_jax.config_io import flatten, load_module, named_errors, options, override, validate
 
 ROOT = Path(__file__).parents[2]
 

@@ -46,8 +46,7 @@ class Checkpoints:
     """The folder RUN/checkpoints. Leaving the `with` block waits for the last save, except by KeyboardInterrupt."""
 
     def __init__(self, folder: Path, keep: int | None = 2, *, read_only: bool = False) -> None:
-        """`keep`: number of newest steps kept, besides the best by AP; None: all. `read_only`: changes nothing, because a
-        training run may be writing there."""
+        """Takes the number of newest steps to `keep`, besides the best by AP; None: all. `read_only` changes nothing."""
         self.folder, self._keep, self._read_only = folder, keep, read_only
         self._writer = ThreadPoolExecutor(1, "checkpoints")
         self._pending: Future[None] | None = None
@@ -83,7 +82,7 @@ class Checkpoints:
         self._pending = self._writer.submit(self._write, step, own)
 
     def score(self, step: int, ap: float | None) -> None:
-        """Notes the AP of a saved `step` that has none, then deletes old steps. On host 0. A failing disk is a warning."""
+        """Saves the AP of a saved `step` that has none, then deletes old steps. On host 0. A failing disk is a warning."""
         if ap is None or not distributed.is_primary():
             return
         self._join()
@@ -100,15 +99,15 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def save_on_error(self, step: int, state: PyTree, first: Callable[[], object] = lambda: None) -> Iterator[None]:
-        """If the block raises, except KeyboardInterrupt, calls `first` and saves `state` as `step`, if a step was taken.
+        """Calls `first` and saves `state` as `step` (if above 0) when the block raises anything but KeyboardInterrupt.
 
         If `first` fails, nothing is saved. A failing disk is a warning; the block's error is raised.
         """
         try:
             yield
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
             try:
                 first()
                 if step > 0:
@@ -134,11 +133,8 @@ class Checkpoints:
     def restore(self, like: T, step: Step = None, *, partial: bool = False) -> T:
         """Returns the state saved at `step`, with the types and shardings of `like`. Called by all hosts together.
 
-        If `step` is None, damaged steps are skipped with a warning and, unless read_only, renamed to `damaged-STEP`.
-
-        Args:
-          like: arrays, or shapes with shardings.
-          partial: `like` is a dict with some of the state's fields; the others are not read.
+        `like` holds arrays, or shapes with shardings; with `partial` it may be a dict of some fields of the state. If `step`
+        is None, damaged steps are skipped with a warning and, unless read_only, renamed to `damaged-STEP`.
 
         Raises ConfigError if there is no such step, none is intact, or an intact one is of another network.
         """
@@ -166,11 +162,7 @@ class Checkpoints:
         folder = self.folder / str(step)
         if wrong := _first_failure(damage(folder) if distributed.is_primary() else ""):
             return None, wrong
-        state = None
-        try:
-            state = load_arrays(folder, like, partial)
-        except ValueError as error:
-            wrong = str(error)
+        state, wrong = load_arrays(folder, like, partial)
         if not (wrong := _first_failure(wrong)):
             return state, ""
         if distributed.from_primary((folder / CHECKSUMS).exists()):  # otherwise its run has deleted it meanwhile
@@ -179,13 +171,14 @@ class Checkpoints:
 
     def _set_aside(self, damaged: dict[int, str], taken: int) -> None:
         for step, wrong in damaged.items():
-            folder, aside, moved = self.folder / str(step), self.folder / f"damaged-{step}", ""
-            if folder.exists() and not self._read_only:
-                shutil.rmtree(aside, ignore_errors=True)
+            folder, moved = self.folder / str(step), ""
+            if not folder.exists():  # its run has deleted it meanwhile
+                continue
+            if not self._read_only:
+                shutil.rmtree(aside := self.folder / f"damaged-{step}", ignore_errors=True)
                 folder.rename(aside)
                 moved = f"; moved to {aside.name}"
-            if folder.exists() or moved:
-                warn(f"{folder}: is damaged ({wrong}); step {taken} is used instead{moved}")
+            warn(f"{folder}: is damaged ({wrong}); step {taken} is used instead{moved}")
 
     def _write(self, step: int, state: PyTree) -> None:
         temporary = self.folder / "saving" / str(step)
@@ -252,10 +245,10 @@ def save_arrays(folder: Path, arrays: PyTree) -> None:
         sys.unraisablehook = hook
 
 
-def load_arrays(folder: Path, like: T, partial: bool = False) -> T:
-    """Returns this host's part of the arrays in `folder`, with the types and shardings of `like`.
+def load_arrays(folder: Path, like: T, partial: bool) -> tuple[T | None, str]:
+    """Returns this host's part of the arrays in `folder`, with the types and shardings of `like`; or what is wrong.
 
-    `partial`: `like` may lack arrays of the folder. Raises ValueError if they cannot be read or differ in shape.
+    `partial`: `like` may lack arrays of the folder.
     """
     context = ocp.Context()
     context.multiprocessing.primary_host = jax.process_index()
@@ -265,11 +258,11 @@ def load_arrays(folder: Path, like: T, partial: bool = False) -> T:
     try:
         with context:
             saved = ocp.metadata(folder.resolve(), checkpointable_name="state").metadata
-            if not (difference := _difference(saved, like, partial)):
-                return ocp.load(folder.resolve(), abstract, checkpointable_name="state")
+            if difference := _difference(saved, like, partial):
+                return None, difference
+            return ocp.load(folder.resolve(), abstract, checkpointable_name="state"), ""
     except Exception as error:  # whatever the libraries raise for damaged files
-        raise ValueError(reason(error)) from error
-    raise ValueError(difference)
+        return None, reason(error)
 
 
 def _difference(saved: PyTree, like: PyTree, partial: bool) -> str:
@@ -278,7 +271,7 @@ def _difference(saved: PyTree, like: PyTree, partial: bool) -> str:
         {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
         for leaves in map(jax.tree_util.tree_leaves_with_path, (saved, like))
     )
-    for name in sorted(here if partial else there.keys() | here.keys()):
+    for name in sorted(here if partial else there | here):
         if there.get(name) != here.get(name):
             return f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
     return ""

@@ -20,10 +20,9 @@ from retina_jax.errors import OutOfMemory, device_memory, out_of_memory, size
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 CACHE_HIT = "/jax/compilation_cache/cache_hits"
-SETTLED_AFTER = 3  # steps after which the buffers of the initial state have been freed
+STEPS_UNTIL_FREED = 3  # steps after which the buffers of the initial state have been freed
 Shape = tuple[int, int]  # padded shape of a batch's images: height and width, pixels
-Kinds = dict[str, tuple[Any, Any]]
-"""What a program depends on, by the name of the array: shape, dtype and weak type; sharding."""
+Kinds = dict[str, tuple[Any, Any]]  # what a program depends on, by array: shape, dtype and weak type; sharding
 
 
 class Memory(NamedTuple):
@@ -42,7 +41,7 @@ class Memory(NamedTuple):
 
 
 class CompiledStep:
-    """Calls the step of a driver and logs one line for each program that it compiles, with time and memory.
+    """The step of a driver, with log lines before and after the compilation of each program, with time and memory.
 
     One program per padded shape is expected. A warning names what differs if a program was compiled for another reason (a
     dtype, a batch size, a sharding), and one is logged for each padded shape beyond the expected number.
@@ -61,22 +60,22 @@ class CompiledStep:
         self._signatures: dict[Shape, list[Any]] = {}  # the latest of each padded shape
         self._memory: dict[Shape, Memory | None] = {}
         self._kinds: Kinds = {}  # of the latest program
-        self._settles_in = 0  # steps until the buffers of the initial state have been freed
+        self._steps_until_freed = 0
 
     def __call__(self, state: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
         """Runs a step; `state` has the field `step`, the number of steps taken, and `inputs` has `images` [..., H, W, 3]."""
-        shape = inputs.images.shape[-3], inputs.images.shape[-2]
+        shape = inputs.images.shape[-3:-1]
         # 0.15 ms for the 500 arrays of a ResNet-50, while the device computes the step before.
         signature = [_kind(leaf) for leaf in jax.tree.leaves((state, inputs))]
         if self._signatures.get(shape) != signature:
             self._compile(shape, state, inputs)
             self._signatures[shape] = signature
             self._compile_ahead(state, inputs, signature)
-            self._settles_in = SETTLED_AFTER
-        if self._settles_in:
-            self._settles_in -= 1
-            if not self._settles_in:
-                give_back_freed_memory()
+            self._steps_until_freed = STEPS_UNTIL_FREED
+        if self._steps_until_freed:
+            self._steps_until_freed -= 1
+            if not self._steps_until_freed:
+                release_freed_memory()
         with _named_shape(shape, self._memory.get(shape)):
             return self._step(state, inputs)
 
@@ -91,7 +90,6 @@ class CompiledStep:
                 self._make(shape, state, inputs._replace(images=changed))
                 own = (aval.update(shape=full), sharding)
                 self._signatures[shape] = [*signature[:images], own, *signature[images + 1 :]]
-        self._ahead = ()
 
     def _compile(self, shape: Shape, state: PyTree, inputs: PyTree) -> None:
         """Compiles for this call, and warns if that should not have been needed."""
@@ -110,13 +108,14 @@ class CompiledStep:
 
     def _make(self, shape: Shape, state: PyTree, inputs: PyTree) -> bool:
         """Makes the program that a later call finds; returns whether there was none before."""
+        if shape not in self._memory:
+            total = len({*self._ahead, *self._memory, shape})
+            self._announce(f"compiling program {len(self._memory) + 1} of {total} ({shape[0]}x{shape[1]}) ...")
         started = time.monotonic()
-        with _named_shape(shape):
-            lowered = self._step.lower(state, inputs)
-            with compile_events() as events:
-                program = lowered.compile()
+        with _named_shape(shape), compile_events() as events:
+            program = self._step.lower(state, inputs).compile()
         elapsed = time.monotonic() - started
-        give_back_freed_memory()
+        release_freed_memory()
         self._memory[shape] = memory = memory_of(program)
         if events[COMPILED]:
             done = "found in the compilation cache" if events[CACHE_HIT] else "compiled"
@@ -131,16 +130,14 @@ def _named_shape(shape: Shape, memory: Memory | None = None) -> Iterator[None]:
     try:
         yield
     except JaxRuntimeError as error:
-        line = out_of_memory(error, memory, shape)
-        if line is None:
-            raise
-        raise OutOfMemory(line) from error
+        if line := out_of_memory(error, f"the step for {shape[0]}x{shape[1]}", memory):
+            raise OutOfMemory(line) from error
+        raise
 
 
 def memory_of(program: jax.stages.Compiled) -> Memory | None:
     """Returns what `program` needs on each device; None if XLA's backend does not report it."""
-    sizes = program.memory_analysis()
-    if sizes is None:
+    if (sizes := program.memory_analysis()) is None:
         return None
     results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return Memory(sizes.argument_size_in_bytes, results, sizes.temp_size_in_bytes, sizes.generated_code_size_in_bytes)
@@ -151,9 +148,9 @@ def _share(memory: Memory) -> str:
     return f", {100 * sum(memory) / limit:.0f}% of its {size(limit)}" if limit else ""
 
 
-def give_back_freed_memory() -> None:
-    """Gives freed memory back to the operating system: glibc would keep what compiling took, about a gigabyte for the step
-    of a ResNet-50, and the buffers of the initial state."""
+def release_freed_memory() -> None:
+    """Returns freed memory to the operating system: glibc would keep what compiling took, about a gigabyte for the step of a
+    ResNet-50, and the buffers of the initial state."""
     gc.collect()  # arrays in reference cycles
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # a C library other than glibc
@@ -165,17 +162,17 @@ def compile_events() -> Iterator[Counter[str]]:
     """Counts JAX's compilation events in the `with` block, and adds up their times as "EVENT seconds"."""
     events: Counter[str] = Counter()
 
-    def hear(event: str, *duration: float, **kwargs: str | int) -> None:
+    def count(event: str, *duration: float, **kwargs: str | int) -> None:
         events[event] += 1
         events[f"{event} seconds"] += sum(duration)
 
-    jax.monitoring.register_event_listener(hear)
-    jax.monitoring.register_event_duration_secs_listener(hear)
+    jax.monitoring.register_event_listener(count)
+    jax.monitoring.register_event_duration_secs_listener(count)
     try:
         yield events
     finally:
-        jax.monitoring.unregister_event_listener(hear)
-        jax.monitoring.unregister_event_duration_listener(hear)
+        jax.monitoring.unregister_event_listener(count)
+        jax.monitoring.unregister_event_duration_listener(count)
 
 
 def _kind(leaf: Any) -> tuple[Any, Any]:
@@ -193,7 +190,7 @@ def _kinds(state: PyTree, inputs: PyTree) -> Kinds:
 
 def _differences(old: Kinds, new: Kinds, most: int = 3) -> str:
     """Returns the first arrays that differ and how, on one line; empty if none does."""
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    names = [name for name in old | new if old.get(name) != new.get(name)]
     shown = [f"{name} {_difference(old.get(name), new.get(name))}" for name in names[:most]]
     return ", ".join(shown) + (f", and {len(names) - most} more" if len(names) > most else "")
 

@@ -34,15 +34,13 @@ class NonFiniteLoss(PlainError, RuntimeError):
 
 
 class Metrics(contextlib.AbstractContextManager):
-    """Keeps the steps' metrics on the device and writes their means once per window, so that the loop never waits."""
+    """The steps' metrics, kept on the device; their means are written once per window, so that the loop never waits."""
 
     def __init__(self, run: Run, start_step: int) -> None:
-        self._run, self._file = run, run.folder / "metrics.jsonl"
-        self._writes = distributed.is_primary()
-        evaluated = _drop_after(self._file, start_step) if self._writes else []
-        self._evaluated = distributed.from_primary(evaluated)
-        self._first = start_step
         training = run.config.training
+        self._run, self._file, self._start_step = run, run.folder / "metrics.jsonl", start_step
+        self._writes = distributed.is_primary()
+        self._evaluated = distributed.from_primary(_drop_after(self._file, start_step) if self._writes else [])
         self._progress = Progress("step", training.steps, start_step)
         self._views: list[Board | WeightsAndBiases] = []
         if self._writes and training.wandb:
@@ -50,7 +48,7 @@ class Metrics(contextlib.AbstractContextManager):
         if self._writes and training.tensorboard:
             self._views.append(Board(run.folder / "tensorboard", start_step))
         self._pending: list[tuple[int, dict[str, Array], list[int]]] = []
-        self._seeks_positives = True
+        self._found_positives = False
         self.restart_window()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -60,9 +58,8 @@ class Metrics(contextlib.AbstractContextManager):
 
     def evaluation_is_missing(self) -> bool:
         """Returns whether the run resumes from a step whose evaluation was due and is missing; the same on all hosts."""
-        training = self._run.config.training
-        due = is_due(self._first, training.eval_every, self._first >= training.steps)
-        return self._first > 0 and due and self._first not in self._evaluated
+        training, step = self._run.config.training, self._start_step
+        return step > 0 and is_due(step, training.eval_every, step >= training.steps) and step not in self._evaluated
 
     def add(self, step: int, metrics: dict[str, Array], image_ids: list[int], waited: float) -> None:
         """Adds a step: its metrics, still on the device, its images, and the seconds that it waited for data."""
@@ -73,52 +70,49 @@ class Metrics(contextlib.AbstractContextManager):
             jax.block_until_ready(metrics)
 
     def flush(self) -> None:
-        """Waits for the pending steps, writes and shows their mean.
+        """Waits for the pending steps, writes and shows the mean of those that were not skipped.
 
-        Skipped steps (see `training.skip_non_finite`) are reported and not in the mean. Raises NonFiniteLoss, before the
-        mean of the window is written, at the first non-finite step beyond the allowed number.
+        Raises NonFiniteLoss, before that, at the first non-finite step beyond the number `training.skip_non_finite`.
         """
         if not self._pending:
             return
-        steps = [step for step, _, _ in self._pending]
         fetched = jax.device_get([metrics for _, metrics, _ in self._pending])
         finite = []
         for (step, _, image_ids), values in zip(self._pending, fetched, strict=True):
             bad = [name for name in FINITE if not np.isfinite(values[name])]
             if bad:
                 found = f"{bad[0]} is {float(values[bad[0]])} at step {step}"
-                self._skip(step, found, image_ids, int(values["skipped"]), f"{steps[0]} to {steps[-1]}")
+                self._report_skipped(step, found, image_ids, int(values["skipped"]))
             else:
                 finite.append(values)
-        self._seek_positives({step: float(v["positives_per_image"]) for step, v in zip(steps, fetched, strict=True)})
+            self._check_positives(step, float(values["positives_per_image"]))
         if finite:
-            self._write_mean(steps[-1], finite)
+            self._write_mean(step, finite)
         self._pending.clear()
         self.restart_window()
 
-    def _skip(self, step: int, found: str, image_ids: list[int], skipped: int, window: str) -> None:
+    def _report_skipped(self, step: int, found: str, image_ids: list[int], skipped: int) -> None:
         """Reports a step that was skipped because a metric is not finite; NonFiniteLoss if it was not allowed."""
         images, allowed = ", ".join(map(str, image_ids)), self._run.config.training.skip_non_finite
         if not 0 < skipped <= allowed:
             after = f", after {allowed} skipped steps (training.skip_non_finite)" if allowed else ""
             raise NonFiniteLoss(
-                f"{found} (seen in the window {window}), images {images}{after}; lower optimizer.learning_rate, set "
-                f"optimizer.clip_norm, or check these images; {self._run.folder / 'checkpoints'} holds the last finite state"
+                f"{found} (seen in the window {self._pending[0][0]} to {self._pending[-1][0]}), images {images}{after}; "
+                "lower optimizer.learning_rate, set optimizer.clip_norm, or check these images; "
+                f"{self._run.folder / 'checkpoints'} holds the last finite state"
             )
         self.write(step, {"event": "left_out", "reason": found, "images": image_ids, "skipped": skipped})
         warn(f"{found}, images {images}: step skipped ({skipped} of at most {allowed})")
 
-    def _seek_positives(self, positives: dict[int, float]) -> None:
+    def _check_positives(self, step: int, positives: float) -> None:
         """Warns once if the FIRST_STEPS steps since the start, or all of a shorter run, had no positive anchor."""
-        end, last = self._first + FIRST_STEPS, max(positives)
-        found = any(count > 0 for step, count in positives.items() if step <= end)
-        over = last >= end or (self._first == 0 and last == self._run.config.training.steps)
-        if self._seeks_positives and self._writes and over and not found:
+        self._found_positives |= positives > 0
+        taken, complete = step - self._start_step, step == self._run.config.training.steps and self._start_step == 0
+        if not self._found_positives and self._writes and (taken == FIRST_STEPS or (complete and taken < FIRST_STEPS)):
             warn(
-                f"no anchor was positive in the first {min(last, end) - self._first} steps: only background is learned; "
+                f"no anchor was positive in the first {taken} steps: only background is learned; "
                 "scripts/check_data.py shows why (boxes in another unit, or far smaller or larger than the anchors)"
             )
-        self._seeks_positives &= not (found or over)
 
     def _write_mean(self, step: int, fetched: list[dict[str, np.ndarray]]) -> None:
         elapsed = max(time.monotonic() - self._window_start, 1e-9)
@@ -130,13 +124,13 @@ class Metrics(contextlib.AbstractContextManager):
         mean["peak_memory_mib"] = peak_memory_bytes() / 2**20
         self.write(step, {"event": "train", **mean})
         if self._writes:
-            shown = (
+            self._progress.update(
+                step,
                 f"loss {mean['loss']:.4f} (class {mean['classification_loss']:.4f} box {mean['box_loss']:.4f})  "
                 f"rate {mean['learning_rate']:.2g}  gradient {mean['gradient_norm']:.2f}  "
                 f"positives {mean['positives_per_image']:.1f}  {mean['images_per_second']:.1f} img/s  "
-                f"data wait {mean['data_wait_percent']:.0f}%  {mean['peak_memory_mib'] / 1024:.1f} GiB"
+                f"data wait {mean['data_wait_percent']:.0f}%  {mean['peak_memory_mib'] / 1024:.1f} GiB",
             )
-            self._progress.update(step, shown)
 
     def restart_window(self) -> None:
         """Starts a window, so that the time since the last step (an evaluation, a save) does not count in its speed."""
@@ -157,14 +151,14 @@ class Metrics(contextlib.AbstractContextManager):
     def evaluated(self, step: int, scores: Mapping[str, float | None]) -> None:
         """Writes the scores of an evaluation, and shows the pictures in RUN/pictures that it drew."""
         self.write(step, {"event": "evaluation", **scores})
-        drawn = re.compile(rf"step_{step:08d}_(-?[0-9]+)\.png")
-        found = {path: drawn.fullmatch(path.name) for path in sorted((self._run.folder / "pictures").glob("*.png"))}
+        drawn, folder = re.compile(rf"step_{step:08d}_(-?[0-9]+)\.png"), self._run.folder / "pictures"
+        pictures = {match[1]: path for path in sorted(folder.glob("*.png")) if (match := drawn.fullmatch(path.name))}
         for view in self._views:
-            view.add_pictures(step, {match[1]: path for path, match in found.items() if match})
+            view.add_pictures(step, pictures)
 
 
 def _append(path: Path, line: str) -> None:
-    """Appends `line` completely or not at all. The system keeps it if the process is killed."""
+    """Appends `line` completely, or not at all with a DiskError. The system keeps it if the process is killed."""
     try:
         with path.open("ab", buffering=0) as file:
             size, data = file.tell(), line.encode()
@@ -179,10 +173,7 @@ def _append(path: Path, line: str) -> None:
 
 
 def _drop_after(path: Path, step: int) -> list[int]:
-    """Removes the lines after `step`, which a resumed run writes again, and malformed ones that a kill or a bad disk left.
-
-    Returns the steps that have an evaluation.
-    """
+    """Removes the lines after `step`, which a resumed run writes again, and malformed ones; returns the evaluated steps."""
     if not path.exists():
         return []
     before, kept, evaluated = path.read_bytes(), [], []

@@ -16,10 +16,10 @@ from typing import Any
 import jax
 
 from retina_jax import distributed
-from retina_jax.config import Config, ConfigError, options
-from retina_jax.config_io import flatten, meaning_changes, to_dict, unknown_name
+from retina_jax.config import Config, ConfigError
+from retina_jax.config_io import flatten, meaning_changes, options, to_dict, unknown_name
 from retina_jax.console import processor
-from retina_jax.data.classes import differ, match
+from retina_jax.data.classes import class_indices, differ
 from retina_jax.runs.files import read_json, write_json
 from retina_jax.runs.folder import Run, make_writable, saved_steps, started_run
 
@@ -43,11 +43,7 @@ def open_run(
 ) -> Run:
     """Makes RUN with its config.json, or checks that the run there is the same experiment. Called by all hosts.
 
-    Args:
-      data_sha256: `Source.sha256` of the training data; None if there is none yet.
-      num_microbatches: devices times training.accumulate; must not change if the loss depends on it.
-      allow_changes: fields (loss.gamma) in which a resumed run may differ.
-
+    `data_sha256` is `Source.sha256` of the training data; `allow_changes` are fields in which a resumed run may differ.
     Raises ConfigError if the folder cannot be written, hosts do not share it, or its run is another experiment.
     """
     run = Run(folder, config, tuple(class_names), tuple(category_ids), data_sha256, num_microbatches)
@@ -62,24 +58,22 @@ def open_run(
         if saved_steps(folder / "checkpoints") and not (folder / "config.json").exists():
             raise ConfigError(f"--workdir {folder}: holds checkpoints but no config.json; use another folder")
         changes = _changes(before, run, allow_changes) if before else []
-        with contextlib.suppress(ConfigError, LookupError, TypeError, OSError):  # it has not ended any more
+        with contextlib.suppress(ConfigError, LookupError, TypeError, OSError):  # it no longer describes a finished run
             if read_json(folder / "summary.json")["steps"] < config.training.steps:
                 (folder / "summary.json").unlink()
-        write_json(
-            folder / "config.json",
-            {
-                **(_kept(folder, changes) if before else {}),
-                "config": to_dict(config),
-                "class_names": list(class_names),
-                "category_ids": list(category_ids),
-                "data_sha256": data_sha256,
-                "parts": num_microbatches,
-                "command": sys.argv,
-                "commit": code_commit(),
-                "versions": package_versions(),
-                "started": secrets.token_hex(8),
-            },
-        )
+        values = {
+            **(_kept(folder, changes) if before else {}),
+            "config": to_dict(config),
+            "class_names": list(class_names),
+            "category_ids": list(category_ids),
+            "data_sha256": data_sha256,
+            "parts": num_microbatches,
+            "command": sys.argv,
+            "commit": code_commit(),
+            "versions": package_versions(),
+            "started": secrets.token_hex(8),
+        }
+        write_json(folder / "config.json", values)
     if distributed.is_multihost():
         _check_shared(folder)
     return run
@@ -91,13 +85,13 @@ def _check_shared(folder: Path) -> None:
     while _token(folder) != expected and time.monotonic() < deadline:
         time.sleep(0.5)
     same = distributed.exchange(_token(folder) == expected)
-    if others := [str(host) for host in range(len(same)) if not same[host]]:
+    if others := [str(host) for host, agrees in enumerate(same) if not agrees]:
         found = f"host {', '.join(others)} sees another folder there than host 0"
         raise ConfigError(f"--workdir {folder}: {found}; it must be on a disk that all hosts share")
 
 
 def _token(folder: Path) -> str:
-    """Returns what is different in config.json for every start; "" if it cannot be read."""
+    """Returns the random token of config.json, which every start writes anew; "" if it cannot be read."""
     try:
         return read_json(folder / "config.json")["started"]
     except (ConfigError, LookupError):
@@ -107,20 +101,17 @@ def _token(folder: Path) -> str:
 def _changes(before: Run, run: Run, allowed: Sequence[str]) -> list[str]:
     """Returns how `run` differs from the run that is in its folder; ConfigError if a difference is not allowed."""
     where, old, new = f"--workdir {run.folder}", before.config, run.config
-    if match(before.categories, run.categories) != list(range(len(run.categories))):
+    if class_indices(before.categories, run.categories) != list(range(len(run.categories))):
         raise differ(before.categories, run.categories, where)
-    if (old.optimizer.ema_decay > 0) != (new.optimizer.ema_decay > 0):
-        raise ConfigError(
-            f"{where}: its run has optimizer.ema_decay {old.optimizer.ema_decay:g}, and a resumed run can neither start nor "
-            "stop averaging the parameters (EMA); use that value, or another --workdir"
+    if ((decay := old.optimizer.ema_decay) > 0) != (new.optimizer.ema_decay > 0):
+        found = (
+            f"its run has optimizer.ema_decay {decay:g}, and a resumed run can neither start nor stop averaging (EMA)"
         )
+        raise ConfigError(f"{where}: {found}; use that value, or another --workdir")
     changes = meaning_changes(old, new)
-    refused = [change for change in changes if change.partition(":")[0] not in allowed]
-    if refused:
-        how = f"--allow-changes {' '.join(change.partition(':')[0] for change in refused)}"
-        raise ConfigError(
-            f"{where}: a resumed run keeps its config, but {'; '.join(refused)} (if this is intended: {how})"
-        )
+    if refused := {change: name for change in changes if (name := change.partition(":")[0]) not in allowed}:
+        found = f"a resumed run keeps its config, but {'; '.join(refused)}"
+        raise ConfigError(f"{where}: {found} (if this is intended: --allow-changes {' '.join(refused.values())})")
     if run.data_sha256 and before.data_sha256 not in (None, run.data_sha256):
         found = "its run was trained on other images or boxes than the training data has now"
         raise ConfigError(f"{where}: {found}; restore them, or use another --workdir")
@@ -151,14 +142,14 @@ def _kept(folder: Path, changes: Sequence[str]) -> dict[str, Any]:
 def code_commit() -> str | None:
     """Returns the git commit of this code, with "+changes" if the tree differs from it; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
-    output = []
-    for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"]):
-        try:
-            done = subprocess.run([*git, *arguments], capture_output=True, text=True, timeout=10, check=True)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        output.append(done.stdout.strip())
-    return output[0] + ("+changes" if output[1] else "")
+    try:
+        commit, changes = (
+            subprocess.run([*git, *arguments], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changes else "")
 
 
 def package_versions() -> dict[str, str]:
@@ -169,5 +160,4 @@ def package_versions() -> dict[str, str]:
             versions[package] = importlib.metadata.version(package)
     devices = jax.devices()
     kind = f"cpu ({processor()})" if devices[0].platform == "cpu" else devices[0].device_kind
-    versions["devices"] = f"{len(devices)} x {kind}"
-    return versions
+    return {**versions, "devices": f"{len(devices)} x {kind}"}

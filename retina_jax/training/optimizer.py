@@ -16,17 +16,16 @@ PAPER_BATCH_SIZE = 16
 
 
 def learning_rate_schedule(config: OptimizerConfig, batch_size: int) -> optax.Schedule:
-    """Learning rate by step, counted from 0.
+    """Returns the learning rate by step, counted from 0.
 
-    Piecewise constant: multiplied by `decay_factor` at each boundary. Step 59999 still has the first rate, step 60000 the
-    second. The warm-up multiplies the first `warmup_steps` steps by a linear factor, from `warmup_factor` at step 0 to 1 at
-    step `warmup_steps`; the boundaries are absolute and not shifted by it.
+    It is piecewise constant, multiplied by `decay_factor` at each boundary: step 59999 still has the first rate, step 60000
+    the second. The warm-up multiplies the first `warmup_steps` steps by a linear factor, from `warmup_factor` at step 0 to 1
+    at step `warmup_steps`; it does not shift the boundaries.
     """
     peak = config.learning_rate * (batch_size / PAPER_BATCH_SIZE if config.scale_learning_rate else 1.0)
     pieces = optax.piecewise_constant_schedule(peak, dict.fromkeys(config.boundaries, config.decay_factor))
-    warmup = optax.linear_schedule(
-        config.warmup_factor if config.warmup_steps else 1.0, 1.0, max(config.warmup_steps, 1)
-    )
+    first = config.warmup_factor if config.warmup_steps else 1.0
+    warmup = optax.linear_schedule(first, 1.0, max(config.warmup_steps, 1))
 
     def schedule(step: Any) -> Array:
         exact = jnp.asarray(step, jnp.float32)  # optax's schedules need float32; exact up to 2^24 steps
@@ -35,8 +34,8 @@ def learning_rate_schedule(config: OptimizerConfig, batch_size: int) -> optax.Sc
     return schedule
 
 
-def unreached(config: Config) -> str | None:
-    """One line that names the boundaries, and the end of the warm-up, that come after the last step; None if none does."""
+def schedule_warning(config: Config) -> str | None:
+    """Returns one line that names the boundaries, and the end of the warm-up, that are not reached; None if all are."""
     steps, optimizer = config.training.steps, config.optimizer
     late = [boundary for boundary in optimizer.boundaries if boundary >= steps]
     named = [f"optimizer.boundaries {' '.join(map(str, late))}"] if late else []
@@ -47,7 +46,7 @@ def unreached(config: Config) -> str | None:
 
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Gradient transformation that applies the learning rate of `schedule` last.
+    """Returns the gradient transformation, which applies the learning rate of `schedule` last.
 
     sgd: g <- clip(g) + decay * w;  v <- momentum * v + g;  w <- w - rate * v. The decay enters the gradient before the
     momentum (L2 regularisation, not decoupled), and the rate multiplies the velocity afterwards, so a lower rate takes
@@ -62,28 +61,25 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
     if config.clip_norm > 0:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     if config.bias_learning_rate_factor != 1.0:
-        parts.append(optax.masked(optax.scale(config.bias_learning_rate_factor), _without_kernels))
+        parts.append(optax.masked(optax.scale(config.bias_learning_rate_factor), _not_kernels))
     return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
 
 
 def skipped_update(before: optax.OptState, after: optax.OptState) -> optax.OptState:
-    """Optimizer state after a skipped update: as `before`, except for the step count of the schedule, which is that of
-    `after`. The schedule is the last part of `make_optimizer`; its boundaries are steps of the run."""
+    """Returns the optimizer state after a skipped update: `before`, with the step count of the schedule of `after`.
+
+    The schedule is the last part of `make_optimizer`; its boundaries are steps of the run.
+    """
     return (*before[:-1], after[-1])
 
 
-def _is_kernel(path: tuple[Any, ...]) -> bool:
-    return path[-1].key == "kernel"
-
-
-def _without_kernels(tree: PyTree) -> PyTree[bool]:
-    return jax.tree_util.tree_map_with_path(lambda path, _: not _is_kernel(path), tree)
+def _not_kernels(tree: PyTree) -> PyTree[bool]:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "kernel", tree)
 
 
 def _decayed(tree: PyTree, *, biases: bool) -> PyTree[bool]:
-    """Mask of the kernels and, with `biases`, of the biases of convolutions: those whose module has no `scale`."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    norms = {path[:-1] for path, _ in leaves if path[-1].key == "scale"}
+    """Returns the mask of the kernels and, with `biases`, of the biases of modules without a `scale` (convolutions)."""
+    norms = {path[:-1] for path, _ in jax.tree_util.tree_leaves_with_path(tree) if path[-1].key == "scale"}
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: _is_kernel(path) or (biases and path[:-1] not in norms), tree
+        lambda path, _: path[-1].key == "kernel" or (biases and path[:-1] not in norms), tree
     )

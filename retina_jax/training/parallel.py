@@ -38,7 +38,7 @@ AXIS = "data"
 
 @dataclass(frozen=True)
 class Driver:
-    """A network on its devices: distributes state and batches, and compiles the steps."""
+    """A network on its devices, which distributes state and batches, and compiles the steps."""
 
     config: Config
     num_classes: int
@@ -65,14 +65,14 @@ class Driver:
 
     @property
     def num_microbatches(self) -> int:
-        """Number of pieces of a global batch: devices times training.accumulate."""
+        """Number of micro-batches of a global batch: devices times training.accumulate."""
         return self.num_devices * self.config.training.accumulate
 
     @property
     def device_view(self) -> bool:
         """Whether a step is written for the images of one device: under pmap; with accumulation, so that micro-batches are
-        added up on the device and cross devices once; and with grouped convolutions, for each of which the compiler would
-        otherwise gather the global batch on every device."""
+        added up before devices exchange them; and with grouped convolutions, for which the compiler would otherwise gather
+        the global batch on every device."""
         grouped = ARCHITECTURES[self.config.model.backbone].groups > 1
         return self.config.parallel == "pmap" or self.config.training.accumulate > 1 or grouped
 
@@ -98,17 +98,15 @@ class Driver:
         return NamedSharding(self.mesh, P())
 
     def check_batch_size(self) -> None:
-        """Raise ConfigError if the batch does not divide evenly into micro-batches."""
+        """Raises ConfigError if the batch does not divide evenly into micro-batches."""
         if (batch_size := self.config.data.batch_size) % self.num_microbatches:
-            times = self.config.training.accumulate
-            microbatches = f" with {times} micro-batches each (training.accumulate)" if times > 1 else ""
-            raise ConfigError(
-                f"data.batch_size: {batch_size} is not divisible by {self.num_devices} devices{microbatches}; "
-                f"use a multiple of {self.num_microbatches} or --devices"
-            )
+            accumulate = self.config.training.accumulate
+            each = f" with {accumulate} micro-batches each (training.accumulate)" if accumulate > 1 else ""
+            found = f"{batch_size} is not divisible by {self.num_devices} devices{each}"
+            raise ConfigError(f"data.batch_size: {found}; use a multiple of {self.num_microbatches} or --devices")
 
     def replicate(self, state: PyTree) -> PyTree:
-        """`state`, which is the same on every host, on every device."""
+        """Returns `state`, which is the same on every host, on every device."""
         if jax.process_count() == 1:
             return jax.device_put(state, self.replicated)
         # device_put would compare the hosts' arrays one by one over the network.
@@ -116,13 +114,13 @@ class Driver:
         return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, self.replicated, a.__getitem__), arrays)
 
     def init_state(self, variables: dict[str, PyTree] | None = None) -> TrainState:
-        """The state before the first step, on the devices: from `variables`, or random ones by config.seed."""
+        """Returns the state before the first step, on the devices: from `variables`, or random ones by config.seed."""
         if variables is None:
             variables = initialise(self.model, self.config.seed)
         return self.replicate(state_from(variables, self.optimizer, averaged=self.config.optimizer.ema_decay > 0))
 
     def shard_batch(self, inputs: Inputs) -> Inputs:
-        """This host's rows of a global batch, split over its devices; for pmap as [devices, rows, ...]."""
+        """Splits this host's rows of a global batch over its devices; for pmap as [devices, rows, ...]."""
         if self.config.parallel == "pmap":
             local = self.mesh.local_mesh.size
             return jax.tree.map(lambda x: x.reshape(local, x.shape[0] // local, *x.shape[1:]), inputs)
@@ -130,7 +128,7 @@ class Driver:
         return jax.tree.map(partial(jax.make_array_from_process_local_data, split), inputs)
 
     def _traced(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, traced with CPU kernels if config.cpu_kernels is on and the backend is the CPU."""
+        """Returns `function`, traced with CPU kernels if config.cpu_kernels is on and the backend is the CPU."""
 
         def traced(*arguments: Any) -> Any:
             with cpu.kernels(None if self.config.cpu_kernels else False):
@@ -149,8 +147,6 @@ class Driver:
             optimizer=self.optimizer,
             schedule=self.schedule,
             num_devices=self.num_devices,
-            accumulate=self.config.training.accumulate,
-            skip_nonfinite=self.config.training.skip_non_finite > 0,
             axis_name=AXIS if self.device_view else None,
         )
         if self.config.parallel == "pmap":
@@ -169,8 +165,8 @@ class Driver:
 
     @cached_property
     def detect(self) -> Callable[[dict[str, PyTree], Inputs], Detections]:
-        """The compiled inference step: (variables, sharded batch) -> Detections in pixels of the padded images, [B, D, ...],
-        of which each host holds its own rows."""
+        """The compiled inference step: (variables, sharded batch) -> Detections in pixels of the padded images, [B, D, ...];
+        each host holds its own rows."""
 
         @self._traced
         def one_device(variables: dict[str, PyTree], inputs: Inputs) -> Detections:
@@ -188,7 +184,7 @@ class Driver:
 
 
 def local_rows(batch: PyTree) -> PyTree:
-    """This host's rows of arrays that are split over the devices of all hosts, as numpy arrays."""
+    """Returns this host's rows of arrays that are split over the devices of all hosts, as numpy arrays."""
 
     def own(array: Array) -> np.ndarray:
         if array.is_fully_addressable:
@@ -200,7 +196,7 @@ def local_rows(batch: PyTree) -> PyTree:
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory so far: of the fullest local device, or of this process if devices do not report it (CPU)."""
+    """Returns the peak memory so far: of the fullest local device, or of this process if devices do not report it (CPU)."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     if all(stats):
         return max(s["peak_bytes_in_use"] for s in stats)

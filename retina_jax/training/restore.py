@@ -12,11 +12,11 @@ from flax.traverse_util import flatten_dict
 
 from retina_jax import distributed
 from retina_jax.config import ConfigError
-from retina_jax.data.classes import Category, match
+from retina_jax.data.classes import Category, class_indices
 from retina_jax.model.initialisation import initialise
 from retina_jax.ops.anchors import anchors_per_cell
 from retina_jax.runs.files import read_json, write_json
-from retina_jax.runs.folder import Run, fresh_import, note_fact
+from retina_jax.runs.folder import Run, fresh_import, record_fact
 from retina_jax.training.checkpoints import Checkpoints, Step
 from retina_jax.training.opening import open_run
 from retina_jax.training.parallel import Driver
@@ -41,27 +41,28 @@ def restore_or_init(
     `allow_missing`: parts of the backbone that `model.backbone_weights` may lack. ConfigError if the hosts' states differ.
     """
     imported = fresh_import(run.folder)
-    if checkpoints.steps() and imported is None:
-        state = checkpoints.restore(driver.init_state())
-        origin = f"resuming {run.folder} at step {int(state.step)}"
-    elif imported is not None:
+    if imported is not None:
         variables, _ = load_variables(Driver(imported.config, len(imported.class_names)), checkpoints, 0)
         weights = {path: leaf for tree in variables.values() for path, leaf in flatten_dict(tree, sep="/").items()}
         variables, head = adapt_classes(driver, run, jax.device_get(weights), imported.categories)
         state = driver.init_state(variables)
         origin = f"starting from the detector imported into {run.folder}: {head}"
+    elif checkpoints.steps():
+        state = checkpoints.restore(driver.init_state())
+        origin = f"resuming {run.folder} at step {int(state.step)}"
     elif driver.config.model.backbone_weights:
         from retina_jax.weights.importing import with_backbone  # reads foreign formats, which other runs do not need
 
         template = initialise(driver.model, driver.config.seed)
         variables, origin = with_backbone(template, driver.config.model, allow_missing)
         backbone = {kind: tree["backbone"] for kind, tree in variables.items() if "backbone" in tree}
-        note_fact(run, "backbone_sha256", parameters_sha256(backbone))
+        record_fact(run, "backbone_sha256", parameters_sha256(backbone))
         state = driver.init_state(variables)
     else:
         state = driver.init_state()
-        frozen = driver.config.model.frozen_stages or driver.config.model.norm == "frozen"
-        origin = RANDOM_FROZEN if frozen else RANDOM
+        origin = RANDOM
+        if driver.config.model.frozen_stages or driver.config.model.norm == "frozen":
+            origin = RANDOM_FROZEN
     if distributed.is_multihost():
         facts = {"step": int(state.step), "sha256": parameters_sha256(state.everything)}
         distributed.check_same("the parameters that training starts from", facts)
@@ -89,26 +90,26 @@ def adapt_classes(
 ) -> tuple[dict[str, Any], str]:
     """Returns the variables of a run that starts from a detector of other `classes`, and one line about its class head.
 
-    `weights` are by path, as in `filling.fill`. If every class of the run is one of the detector's, their columns are kept,
-    in the run's order. Otherwise the last convolution of the class head is initialised (Section 3.3).
+    `weights` are by path, as in `importing.fill`. If every class of the run is one of the detector's, their columns are
+    kept, in the run's order. Otherwise the last convolution of the class head is initialised (Section 3.3).
     """
-    from retina_jax.weights.filling import fill, is_within
+    from retina_jax.weights.importing import fill, is_within
 
-    weights = dict(weights)
-    template = initialise(driver.model, driver.config.seed)
-    columns = match(run.categories, classes)
+    head = {path: weights[path] for path in weights if is_within(path, CLASS_OUTPUT)}
+    adapted = {path: array for path, array in weights.items() if path not in head}
+    columns = class_indices(run.categories, classes)
     if None not in columns:
         cell = anchors_per_cell(driver.config.anchors)
-        for leaf in ("kernel", "bias"):
-            head = weights[f"{CLASS_OUTPUT}/{leaf}"]
-            by_anchor = head.reshape(*head.shape[:-1], cell, len(classes))[..., np.array(columns)]
-            weights[f"{CLASS_OUTPUT}/{leaf}"] = by_anchor.reshape(*head.shape[:-1], -1)
-        filled, _ = fill(template, weights, source=str(run.folder))
-        return filled, f"its class head kept, {len(run.class_names)} of {len(classes)} classes"
-    weights = {path: array for path, array in weights.items() if not is_within(path, CLASS_OUTPUT)}
-    filled, _ = fill(template, weights, source=str(run.folder), allow_missing=[CLASS_OUTPUT])
-    prior = driver.config.model.prior
-    return filled, f"a new class head for {len(run.class_names)} classes, each with the prior {prior:g}"
+        for path, array in head.items():
+            by_anchor = array.reshape(*array.shape[:-1], cell, len(classes))[..., np.array(columns)]
+            adapted[path] = by_anchor.reshape(*array.shape[:-1], -1)
+        origin = f"its class head kept, {len(run.class_names)} of {len(classes)} classes"
+    else:
+        origin = (
+            f"a new class head for {len(run.class_names)} classes, each with the prior {driver.config.model.prior:g}"
+        )
+    template, missing = initialise(driver.model, driver.config.seed), () if None not in columns else (CLASS_OUTPUT,)
+    return fill(template, adapted, source=str(run.folder), allow_missing=missing)[0], origin
 
 
 def make_run(imported: Imported, folder: Path) -> Run:

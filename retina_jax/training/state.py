@@ -18,7 +18,7 @@ from retina_jax.losses.total import EMA_START
 class TrainState:
     """State of a run after `step` steps. The data order is a function of the step, so nothing else is needed to resume."""
 
-    step: Any  # an array, or a sharding or shape in its place
+    step: Any
     """Steps taken, int32 []."""
     params: PyTree
     """Trained parameters, float32."""
@@ -39,18 +39,17 @@ class TrainState:
 
     @property
     def everything(self) -> dict[str, PyTree]:
-        """All that the run has learned; its checksum is taken of this."""
+        """All that the run has learned, of which its checksum is taken."""
         return self.variables
 
     def detector(self, parameters: Literal["ema", "raw"] = "ema") -> dict[str, PyTree]:
-        """The collections for detection: with "ema" the averaged ones, if the run keeps them."""
+        """Returns the collections for detection: with "ema" the averaged ones, if the run keeps them."""
         return self.variables
 
 
 @flax.struct.dataclass
 class AveragedState(TrainState):
-    """A state that also averages parameters and statistics (optimizer.ema_decay). It is a class of its own so that the
-    checkpoints of runs without averages have no such field."""
+    """A state that also averages parameters and statistics (optimizer.ema_decay). Other checkpoints lack the field."""
 
     ema: PyTree
     """Exponential moving averages of `params` and `stats`, by these names."""
@@ -61,35 +60,32 @@ class AveragedState(TrainState):
         return {**self.variables, "ema": self.ema}
 
     def detector(self, parameters: Literal["ema", "raw"] = "ema") -> dict[str, PyTree]:
-        """The collections for detection."""
+        """Returns the collections for detection."""
         return self.variables if parameters == "raw" else {**self.variables, **self.ema}
 
 
 def state_from(
     variables: dict[str, PyTree], optimizer: optax.GradientTransformation, *, averaged: bool = False
 ) -> TrainState:
-    """State before the first step, from the `variables` of `initialise` or imported ones. `averaged`: with averages."""
+    """Returns the state before the first step, from the `variables` of `initialise` or imported ones."""
     params, stats = variables["params"], variables.get("stats", {})
-    state = TrainState(
-        step=np.zeros((), np.int32),
-        params=params,
-        frozen=variables.get("frozen", {}),
-        stats=stats,
-        opt_state=jax.tree.map(np.asarray, optimizer.init(params)),
-        normaliser=np.asarray(EMA_START, np.float32),
-        skipped=np.zeros((), np.int32),
-    )
+    fields = {
+        "step": np.zeros((), np.int32),
+        "params": params,
+        "frozen": variables.get("frozen", {}),
+        "stats": stats,
+        "opt_state": jax.tree.map(np.asarray, optimizer.init(params)),
+        "normaliser": np.asarray(EMA_START, np.float32),
+        "skipped": np.zeros((), np.int32),
+    }
     if not averaged:
-        return state
+        return TrainState(**fields)
     # Copies, because a step takes over (donates) the buffer of each array once.
-    return AveragedState(**vars(state), ema=jax.tree.map(np.array, {"params": params, "stats": stats}))
+    return AveragedState(**fields, ema=jax.tree.map(np.array, {"params": params, "stats": stats}))
 
 
 def parameters_sha256(variables: dict[str, PyTree]) -> str:
-    """Checksum of all arrays of `variables`: names, shapes and bytes, in sorted order of the names.
-
-    Two runs with the same checksum hold the same detector to the last bit.
-    """
+    """Returns the checksum of all arrays of `variables`: names, shapes and bytes, in sorted order of the names."""
     named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
     digest = hashlib.sha256()
     for name in sorted(named):

@@ -19,11 +19,11 @@ from retina_jax.training.optimizer import skipped_update
 from retina_jax.training.state import AveragedState, TrainState
 
 FINITE = ("classification_loss", "box_loss", "gradient_norm", "parameter_norm")
-"""Metrics that must be finite after a step. A non-finite gradient or parameter spoils all later steps, even if the loss is
-finite."""
-SUMS = ("classification", "box", "positives")
+"""Metrics that must be finite: a non-finite gradient or parameter spoils all later steps, even if the loss is finite."""
 
 F = TypeVar("F", bound=Callable[..., Any])
+Sums = dict[str, Float32[Array, ""]]
+"""Sums over the images: weighted "classification" and "box" losses, and "positives", the number of positive anchors."""
 
 
 class Inputs(NamedTuple):
@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
 
     @classmethod
     def of(cls, batch: Any) -> Inputs:
-        """The fields of a `data.pipeline.Batch` that are sent."""
+        """Returns the fields of a `data.pipeline.Batch` that are sent."""
         return cls(*(getattr(batch, name) for name in cls._fields))
 
 
@@ -51,66 +51,25 @@ def train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     num_devices: int,
-    accumulate: int = 1,
-    skip_nonfinite: bool = False,
     axis_name: str | None = None,
     per_device: Callable[[F], F] = lambda function: function,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One step of synchronous SGD on a global batch: (new state, metrics of the step).
+    """Takes one step of synchronous SGD on a global batch; returns the new state and the metrics of the step.
 
-    Args:
-      inputs: with axis_name None the global batch, which the compiler splits over the devices (jit). With an axis name the
-        images of one device, and sums go over the axis (pmap, shard_map).
-      num_devices: number of devices of the global batch, in either view.
-      accumulate: number of micro-batches in which a device processes its images, one after the other. For the normalisers
-        `per_device` and `ema` each micro-batch counts as a device; BatchNorm takes its statistics of one micro-batch of
-        every device.
-      skip_nonfinite: a step whose loss, gradient or new parameters are not finite changes only the step number (also that
-        of the schedule) and `state.skipped`.
-      per_device: wraps the function of the losses so that every device runs it on its own images. Otherwise the loops in
-        it would wait for all devices in every iteration.
+    With axis_name None, `inputs` is the global batch, which the compiler splits over the `num_devices` devices (jit). With
+    an axis name it holds the images of one device, and sums go over the axis (pmap, shard_map). `per_device` wraps the
+    function of the losses so that every device runs it on its own images; otherwise all would wait in each of its loops.
 
     The normalisers global and ema are sums over the global batch, known only after the forward pass. So gradients are
     taken of the weighted sum of the images' losses and divided afterwards: one all-reduce of gradients, losses and counts.
+
+    With training.skip_non_finite, a step whose loss, gradient or new parameters are not finite changes only the step number
+    (also that of the schedule) and `state.skipped`.
     """
-    anchors = jnp.asarray(anchor_grid(inputs.images.shape[1:3], config.anchors, config.model))
     batch_size = inputs.images.shape[0] * (num_devices if axis_name else 1)
-    shards = num_devices * accumulate
-
-    def loss_sum(params: PyTree, stats: PyTree, inputs: Inputs) -> tuple[Array, tuple[dict[str, Array], PyTree]]:
-        """sum_i w_i loss_i (`losses.total`), its parts, and the new BatchNorm statistics."""
-        variables = {"params": params, "frozen": state.frozen, "stats": stats}
-        (logits, deltas), updated = model.apply(
-            variables, inputs.images, inputs.image_sizes, train=True, mutable=["stats"]
-        )
-        losses_of = per_device(partial(image_losses, matching=config.matching, loss=config.loss))
-        losses = losses_of(logits, deltas, anchors, inputs.boxes_xyxy, inputs.labels)
-        positives = jnp.where(inputs.valid, losses.positives, 0.0)
-
-        def weighted(losses: Array, counts: Array) -> Array:
-            weights = image_weights(counts, config.loss.normaliser, batch_size=batch_size, shards=shards)
-            return jnp.sum(jnp.where(inputs.valid, weights, 0.0) * losses)
-
-        sums = {
-            "classification": weighted(losses.classification, jnp.where(inputs.valid, losses.averaged_over, 0.0)),
-            "box": weighted(losses.box, positives),
-            "positives": jnp.sum(positives),
-        }
-        return sums["classification"] + config.loss.box_weight * sums["box"], (sums, updated.get("stats", {}))
-
-    gradient_of = jax.grad(loss_sum, has_aux=True)
-    if accumulate == 1:
-        gradients, (sums, stats) = gradient_of(state.params, state.stats, inputs)
-    else:
-
-        def add_microbatch(carry: PyTree, inputs: Inputs) -> tuple[PyTree, None]:
-            *so_far, stats = carry
-            gradients, (sums, stats) = gradient_of(state.params, stats, inputs)
-            return (*jax.tree.map(jnp.add, tuple(so_far), (gradients, sums)), stats), None
-
-        zeros = jax.tree.map(jnp.zeros_like, state.params), dict.fromkeys(SUMS, jnp.zeros((), jnp.float32))
-        microbatches = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), inputs)
-        (gradients, sums, stats), _ = jax.lax.scan(add_microbatch, (*zeros, state.stats), microbatches)
+    shards = num_devices * config.training.accumulate
+    loss = partial(_loss_sum, model=model, config=config, batch_size=batch_size, shards=shards, per_device=per_device)
+    gradients, sums, stats = _gradients(loss, state, inputs, config.training.accumulate)
     if axis_name is not None:
         gradients, sums = jax.lax.psum((gradients, sums), axis_name)
 
@@ -118,19 +77,17 @@ def train_step(
     gradients = jax.tree.map(lambda g: g / divisor, gradients)
     gradient_norm = optax.tree.norm(gradients)
     # This makes every update depend on the last gradient. Otherwise XLA on the CPU copies all parameters before each step,
-    # because a layer's kernel may still be read when it is updated. A step whose norm is not finite ends the run or is
-    # skipped anyway.
+    # because a layer's kernel may still be read when it is updated. A step whose norm is not finite is of no use anyway.
     gradients = jax.tree.map(lambda g: jnp.where(jnp.isfinite(gradient_norm), g, jnp.nan), gradients)
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes its int32 count with floats
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 
-    new_state = state.replace(
-        step=state.step + 1, params=params, stats=stats, opt_state=opt_state, normaliser=normaliser
-    )
+    changed = {"params": params, "stats": stats, "opt_state": opt_state, "normaliser": normaliser}
     if isinstance(state, AveragedState):
         decay = ema_decay(state.step - state.skipped, config.optimizer.ema_decay)
-        new_state = new_state.replace(ema=ema_update(state.ema, {"params": params, "stats": stats}, decay))
+        changed["ema"] = ema_update(state.ema, {"params": params, "stats": stats}, decay)
+    new_state = state.replace(step=state.step + 1, **changed)
     classification, box = sums["classification"] / divisor, sums["box"] / divisor
     metrics = {
         "loss": classification + config.loss.box_weight * box,
@@ -141,19 +98,77 @@ def train_step(
         "gradient_norm": gradient_norm,
         "parameter_norm": optax.tree.norm(params),
     }
-    if skip_nonfinite:
-        finite = jnp.all(jnp.isfinite(jnp.stack([metrics[name] for name in FINITE])))
-        opt_state = skipped_update(state.opt_state, opt_state)
-        unchanged = state.replace(step=new_state.step, skipped=state.skipped + 1, opt_state=opt_state)
-        new_state = jax.tree.map(partial(jnp.where, finite), new_state, unchanged)
+    if config.training.skip_non_finite:
+        new_state = _if_finite(state, new_state, metrics)
     return new_state, {**metrics, "skipped": new_state.skipped}
 
 
-# Exponential moving average (EMA) of the parameters (`optimizer.ema_decay`), which detection then uses.
+def _loss_sum(
+    params: PyTree,
+    stats: PyTree,
+    frozen: PyTree,
+    inputs: Inputs,
+    *,
+    model: RetinaNet,
+    config: Config,
+    batch_size: int,
+    shards: int,
+    per_device: Callable[[F], F],
+) -> tuple[Array, tuple[Sums, PyTree]]:
+    """Returns sum_i w_i loss_i (`losses.total`), and its parts with the new BatchNorm statistics."""
+    variables = {"params": params, "frozen": frozen, "stats": stats}
+    (logits, deltas), updated = model.apply(variables, inputs.images, inputs.image_sizes, train=True, mutable=["stats"])
+    anchors = jnp.asarray(anchor_grid(inputs.images.shape[1:3], config.anchors, config.model))
+    losses_of = per_device(partial(image_losses, matching=config.matching, loss=config.loss))
+    losses = losses_of(logits, deltas, anchors, inputs.boxes_xyxy, inputs.labels)
+    positives = jnp.where(inputs.valid, losses.positives, 0.0)
+
+    def weighted(losses: Array, counts: Array) -> Array:
+        weights = image_weights(counts, config.loss.normaliser, batch_size=batch_size, shards=shards)
+        return jnp.sum(jnp.where(inputs.valid, weights, 0.0) * losses)
+
+    sums = {
+        "classification": weighted(losses.classification, jnp.where(inputs.valid, losses.averaged_over, 0.0)),
+        "box": weighted(losses.box, positives),
+        "positives": jnp.sum(positives),
+    }
+    return sums["classification"] + config.loss.box_weight * sums["box"], (sums, updated.get("stats", {}))
+
+
+def _gradients(
+    loss: Callable[..., Any], state: TrainState, inputs: Inputs, accumulate: int
+) -> tuple[PyTree, Sums, PyTree]:
+    """Returns the gradients and sums over the micro-batches, one after the other, and the new BatchNorm statistics.
+
+    For the normalisers per_device and ema each micro-batch counts as a device. BatchNorm takes its statistics of one
+    micro-batch of every device.
+    """
+    gradient_of = jax.grad(loss, has_aux=True)
+    if accumulate == 1:
+        gradients, (sums, stats) = gradient_of(state.params, state.stats, state.frozen, inputs)
+        return gradients, sums, stats
+
+    def add_microbatch(carry: PyTree, inputs: Inputs) -> tuple[PyTree, None]:
+        *so_far, stats = carry
+        gradients, (sums, stats) = gradient_of(state.params, stats, state.frozen, inputs)
+        return (*jax.tree.map(jnp.add, tuple(so_far), (gradients, sums)), stats), None
+
+    no_sums = dict.fromkeys(("classification", "box", "positives"), jnp.zeros((), jnp.float32))
+    start = jax.tree.map(jnp.zeros_like, state.params), no_sums, state.stats
+    microbatches = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), inputs)
+    return jax.lax.scan(add_microbatch, start, microbatches)[0]
+
+
+def _if_finite(state: TrainState, new_state: TrainState, metrics: dict[str, Array]) -> TrainState:
+    """Returns `new_state` if the step is finite, else `state` with another step number and count of skipped steps."""
+    finite = jnp.all(jnp.isfinite(jnp.stack([metrics[name] for name in FINITE])))
+    opt_state = skipped_update(state.opt_state, new_state.opt_state)
+    unchanged = state.replace(step=new_state.step, skipped=state.skipped + 1, opt_state=opt_state)
+    return jax.tree.map(partial(jnp.where, finite), new_state, unchanged)
 
 
 def ema_decay(updates: Int[Array, ""], decay: float) -> Float32[Array, ""]:
-    """min(decay, (1 + t) / (10 + t)) after t `updates`: 0.1 at the first, so that the random start is soon forgotten.
+    """Returns d of the EMA, min(decay, (1 + t) / (10 + t)) after t `updates`: 0.1 at first, so that the random start fades.
 
     The warm-up is that of TensorFlow's ExponentialMovingAverage. It reaches 0.999 after 8990 updates, 0.9999 after 89990.
     """
@@ -162,5 +177,5 @@ def ema_decay(updates: Int[Array, ""], decay: float) -> Float32[Array, ""]:
 
 
 def ema_update(mean: PyTree, new: PyTree, decay: Float32[Array, ""]) -> PyTree:
-    """decay * mean + (1 - decay) * new, leaf by leaf."""
+    """Returns decay * mean + (1 - decay) * new, leaf by leaf."""
     return jax.tree.map(lambda m, x: decay * m + (1 - decay) * x, mean, new)

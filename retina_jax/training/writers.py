@@ -18,14 +18,14 @@ from retina_jax.config_io import to_dict
 from retina_jax.console import warn
 from retina_jax.errors import one_line, reason
 from retina_jax.runs.files import read_json
-from retina_jax.runs.folder import Run, note_fact
+from retina_jax.runs.folder import Run, record_fact
 
 FACT = "wandb_id"
 """Name in config.json's facts of the id by which a resumed run continues the same curves."""
 
 
 class Board:
-    """TensorBoard's event file. If it cannot be written, it ends with a warning and the run continues.
+    """The event file of TensorBoard. If it cannot be written, it ends with a warning and the run continues.
 
     It is written by tensorboardX's RecordWriter and not by its SummaryWriter, whose thread ends at the first write error: a
     few values later, once its queue is full, the run would wait for ever (tried with tensorboardX 2.6.5).
@@ -105,7 +105,7 @@ class WeightsAndBiases:
             raise ConfigError(f"training.wandb: {project}: pip install wandb, or leave the field empty") from None
         identity = read_json(run.folder / "config.json").get("facts", {}).get(FACT)
         if identity is None:
-            note_fact(run, FACT, identity := secrets.token_hex(8))
+            record_fact(run, FACT, identity := secrets.token_hex(8))
         self._wandb = wandb
         try:
             settings = wandb.Settings(console="off", silent=True)

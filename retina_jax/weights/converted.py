@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from retina_jax.config import AnchorConfig
-from retina_jax.errors import WeightsError
+from retina_jax.errors import WeightsError, shortened
 from retina_jax.model.layers import EPSILON
 from retina_jax.model.resnet import ARCHITECTURES
-from retina_jax.weights.filling import report
 
 ANCHORS_PER_CELL = len(AnchorConfig().scales) * len(AnchorConfig().ratios)
 
@@ -23,6 +22,8 @@ CONV = {"weight": "kernel", "bias": "bias"}
 NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
 LEAF = r"(?P<leaf>weight|bias)"
 STATISTIC = r"(?P<leaf>weight|bias|running_mean|running_var)"
+MOST_NAMES = 10
+"""Largest number of names per kind in an error; the others are counted."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def renamed(weights: Mapping[str, np.ndarray], rules: Sequence[Rule], source: st
     """
     paths: dict[str, np.ndarray] = {}
     unknown, duplicate = [], []
-    for name, array in weights.items():
+    for name, array in sorted(weights.items()):
         matches = ((re.fullmatch(pattern, name), path_of) for pattern, path_of in rules)
         match, path_of = next(((match, path_of) for match, path_of in matches if match), (None, None))
         if match is None:
@@ -56,10 +57,19 @@ def renamed(weights: Mapping[str, np.ndarray], rules: Sequence[Rule], source: st
             if path in paths:
                 duplicate.append(name)
             paths[path] = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
-    problems = {"of unknown name": sorted(unknown), "duplicate": sorted(duplicate)}
     if unknown or duplicate:
-        raise WeightsError(f"{source}: " + "; ".join(report(kind, names) for kind, names in problems.items() if names))
+        raise WeightsError(f"{source}: {report({'of unknown name': unknown, 'duplicate': duplicate})}")
     return paths
+
+
+def report(problems: Mapping[str, Sequence[str]]) -> str:
+    """Returns "2 missing: a, b; 1 duplicate: c" for the names of each problem, at most MOST_NAMES of each."""
+    parts = []
+    for problem, names in problems.items():
+        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        if names:
+            parts.append(f"{len(names)} {problem}: {', '.join(map(shortened, names[:MOST_NAMES]))}{more}")
+    return "; ".join(parts)
 
 
 def with_epsilon(weights: Mapping[str, np.ndarray], eps: float) -> dict[str, np.ndarray]:
@@ -92,7 +102,7 @@ def with_statistics(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def architecture(weights: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
-    """The fields `model.*` implied by the names and shapes of converted `weights`.
+    """Returns the fields `model.*` implied by the names and shapes of converted `weights`.
 
     Raises WeightsError if there is no stem, or a detector lacks a stage, its FPN, or heads with nine anchors per cell.
     """
@@ -135,17 +145,16 @@ def architecture(weights: Mapping[str, np.ndarray], source: str) -> dict[str, An
 
 
 def is_detector(weights: Mapping[str, np.ndarray]) -> bool:
-    """Whether converted `weights` have heads."""
+    """Returns whether converted `weights` have heads."""
     return any(path.startswith(("class_head/", "box_head/")) for path in weights)
 
 
 def class_count(weights: Mapping[str, np.ndarray], source: str) -> int:
-    """Number of columns of the class head. Raises WeightsError if it does not have nine anchors per cell."""
-    outputs = _shape(weights, "class_head/output/bias", source)[0]
-    if outputs % ANCHORS_PER_CELL:
-        expected = f"a multiple of {ANCHORS_PER_CELL}"
-        raise WeightsError(f"{source}: its class head has {outputs} outputs per cell; expected {expected}")
-    return outputs // ANCHORS_PER_CELL
+    """Returns the number of columns of the class head. Raises WeightsError without nine anchors per cell."""
+    outputs, cell = _shape(weights, "class_head/output/bias", source)[0], ANCHORS_PER_CELL
+    if outputs % cell:
+        raise WeightsError(f"{source}: its class head has {outputs} outputs per cell; expected a multiple of {cell}")
+    return outputs // cell
 
 
 def _largest(weights: Mapping[str, np.ndarray], pattern: str) -> int:

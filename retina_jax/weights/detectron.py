@@ -113,7 +113,7 @@ def convert_detectron2(
 
 
 def _converted(weights: dict[str, np.ndarray], system: str, source: str, class_names: Sequence[str]) -> Converted:
-    """The weights with their config. The MSRA weights have the stride of a bottleneck in the 1x1, ResNeXts in the 3x3."""
+    """Adds the config. The MSRA weights have the stride of a bottleneck in the 1x1, ResNeXts in the 3x3."""
     changes = architecture(weights, source)
     stride = "3x3" if changes["model.backbone"].startswith("resnext") else "1x1"
     changes |= {"model.stride_position": stride, "model.input_normalisation": system, "model.norm": "frozen"}

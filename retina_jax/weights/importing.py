@@ -1,4 +1,4 @@
-"""From `KIND:FILE` to a config and variables: detectors trained by other systems, and backbones to start from."""
+"""Turns `KIND:FILE` into a config and variables: detectors trained by other systems, and backbones to start from."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from retina_jax.config import Config, ConfigError, ModelConfig
 from retina_jax.config_io import override
@@ -15,15 +16,13 @@ from retina_jax.errors import WeightsError
 from retina_jax.model.initialisation import initialise
 from retina_jax.model.retinanet import RetinaNet
 from retina_jax.ops.anchors import anchors_per_cell
-from retina_jax.weights.converted import Converted, is_detector
+from retina_jax.weights.converted import Converted, is_detector, report
 from retina_jax.weights.detectron import convert_detectron, convert_detectron2
-from retina_jax.weights.filling import fill, report
 from retina_jax.weights.named import IMAGENET, NAMED, fetch, find_weights
 from retina_jax.weights.readers import read_weights
 from retina_jax.weights.torchvision import convert_torchvision
 
-KINDS = ("torchvision", "timm", "detectron2", "detectron")
-"""Systems; timm's ResNets have torchvision's names."""
+KINDS = ("torchvision", "timm", "detectron2", "detectron")  # timm's ResNets have torchvision's names
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Imported:
 
 
 def kind_of(source: str) -> str | None:
-    """The KIND of `KIND:FILE`; None if `source` is a path."""
+    """Returns the KIND of `KIND:FILE`; None if `source` is a path."""
     kind, colon, _ = source.partition(":")
     return kind if colon and kind in KINDS else None
 
@@ -52,10 +51,9 @@ def convert(
 ) -> Converted:
     """Reads the weights of `KIND:FILE` or `KIND:NAME` (`named.NAMED`, downloaded once) under this package's names.
 
-    Args:
-      class_names: one per class; empty: COCO's if the number fits, else placeholders.
-      batchnorm_eps: epsilon of the source's BatchNorms (torchvision only); None: 1e-5, or that of the published file.
-      folder: cache for downloaded files; None: `named.CACHE`.
+    Without `class_names`, one per class, they are COCO's if the number fits, else placeholders. `batchnorm_eps` is the
+    epsilon of the source's BatchNorms (torchvision only); None: 1e-5, or that of the published file. `folder` is the cache
+    for downloaded files; None: `named.CACHE`.
     """
     kind = kind_of(source)
     if kind is None:
@@ -79,7 +77,7 @@ def import_detector(
     allow_missing: Sequence[str] = (),
     folder: Path | None = None,
 ) -> Imported:
-    """Builds the detector of `KIND:FILE` or `KIND:NAME`; arguments as in `convert` and `filling.fill`.
+    """Builds the detector of `KIND:FILE` or `KIND:NAME`; arguments as in `convert` and `fill`.
 
     Raises WeightsError if the file contains only a backbone, or does not fit the network.
     """
@@ -97,19 +95,18 @@ def import_detector(
 def with_backbone(
     variables: Mapping[str, Any], model: ModelConfig, allow_missing: Sequence[str] = (), folder: Path | None = None
 ) -> tuple[dict[str, Any], str]:
-    """Replaces the backbone in `variables` by `model.backbone_weights`; also returns a log line that says so.
+    """Replaces the backbone in `variables` by `model.backbone_weights`; also returns a log line about it.
 
-    Raises:
-      ConfigError: the weights need another stride_position, input_normalisation or norm than `model` has.
-      WeightsError: the file is not a backbone of this shape. Parts in `allow_missing` may be missing and stay random.
+    Parts in `allow_missing` may be missing and stay random. Raises ConfigError if the weights need another stride_position,
+    input_normalisation or norm than `model` has, and WeightsError if they are not a backbone of this shape.
     """
     if model.backbone_weights == "imagenet":
         key = model.backbone, model.input_normalisation == "imagenet"
         if key not in IMAGENET:
             found = f"{model.input_normalisation}, for which no ImageNet weights of {model.backbone} are published"
             raise ConfigError(f"model.input_normalisation: {found}; use imagenet")
-        kind, _ = IMAGENET[key]
-        path, eps = fetch(NAMED[IMAGENET[key]], folder), NAMED[IMAGENET[key]].eps
+        kind, name = IMAGENET[key]
+        path, eps = fetch(NAMED[kind, name], folder), NAMED[kind, name].eps
     else:
         kind = kind_of(model.backbone_weights) or ""
         path, eps = find_weights(kind, model.backbone_weights.removeprefix(f"{kind}:"), folder)
@@ -130,7 +127,7 @@ def with_backbone(
     others = ("fpn", "class_head", "box_head")
     filled, missing = fill(variables, weights, source=str(path), allow_missing=(*others, *allow_missing))
     missing = [name for name in missing if name.partition("/")[0] not in others]
-    random = "; " + report("missing and left random", missing) if missing else ""
+    random = "; " + report({"missing and left random": missing}) if missing else ""
     return filled, f"backbone: {len(weights)} arrays from {path}{random}"
 
 
@@ -141,3 +138,56 @@ def convert_backbone(state: Mapping[str, np.ndarray], *, source: str, eps: float
     if any(name.endswith("stem.conv1.weight") for name in state):
         return convert_detectron2(state, source=source)
     return convert_torchvision(state, source=source, eps=eps)
+
+
+def fill(
+    template: Mapping[str, Any], weights: Mapping[str, np.ndarray], *, source: str, allow_missing: Sequence[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """Replaces every leaf of a network's variables by its weight.
+
+    Args:
+      template: {"params": ..., "frozen": ..., "stats": ...}, as from `initialisation.initialise`.
+      weights: path without its collection ("backbone/stem/conv/kernel") to array of floats, kernels HWIO.
+      source: what errors call the weights.
+      allow_missing: parts that may keep the template's value: paths or their first complete components ("backbone/c4").
+
+    Returns variables of the template's structure and dtypes, and the sorted paths of the leaves that kept their value.
+
+    Raises WeightsError, one line that names up to ten of each: missing leaves, weights without a leaf, different shapes,
+    weights that are not floats, or an allowed part without a leaf.
+    """
+    flat = {collection: flatten_dict(tree, sep="/") for collection, tree in template.items()}
+    leaves = {path: leaf for tree in flat.values() for path, leaf in tree.items()}
+    absent = sorted(leaves.keys() - weights.keys())
+    kept = [path for path in absent if any(is_within(path, part) for part in allow_missing)]
+    differing = []
+    for path in sorted(leaves.keys() & weights.keys()):
+        leaf, weight = leaves[path], weights[path]
+        if weight.shape != leaf.shape:
+            differing.append(f"{path} is {weight.shape}, expected {leaf.shape}")
+        elif not np.issubdtype(weight.dtype, np.floating):
+            differing.append(f"{path} is {weight.dtype}, expected {leaf.dtype}")
+    problems = {
+        "missing": sorted(set(absent) - set(kept)),
+        "surplus": sorted(weights.keys() - leaves.keys()),
+        "of another shape or dtype": differing,
+        "allowed to be missing, but not part of the network": [
+            part for part in allow_missing if not any(is_within(path, part) for path in leaves)
+        ],
+    }
+    if any(problems.values()):
+        hint = " (--allow-missing PREFIX keeps random values)" if problems["missing"] else ""
+        raise WeightsError(f"{source}: {report(problems)}{hint}")
+    filled = {
+        collection: {
+            path: np.ascontiguousarray(weights[path], leaf.dtype) if path in weights else leaf
+            for path, leaf in tree.items()
+        }
+        for collection, tree in flat.items()
+    }
+    return {collection: unflatten_dict(tree, sep="/") for collection, tree in filled.items()}, kept
+
+
+def is_within(path: str, part: str) -> bool:
+    """Returns whether `part` is the path or its first components; a trailing slash makes no difference."""
+    return f"{path}/".startswith(f"{part.rstrip('/')}/")

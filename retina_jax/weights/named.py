@@ -20,6 +20,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from retina_jax.errors import WeightsError, reason
+from retina_jax.model.resnet import ARCHITECTURES
 
 CACHE = Path.home() / ".cache" / "retina_jax" / "weights"
 TIMEOUT = 30.0  # seconds without a byte after which a download fails
@@ -86,8 +87,7 @@ NAMED: dict[tuple[str, str], Named] = {
 }
 """(kind, name) to file."""
 
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d")
-IMAGENET = {(name, True): ("torchvision", name) for name in RESNETS} | {
+IMAGENET = {(name, True): ("torchvision", name) for name in ARCHITECTURES} | {
     ("resnet50", False): ("detectron", "R-50"),
     ("resnet101", False): ("detectron", "R-101"),
     ("resnext101_32x8d", False): ("detectron", "X-101-32x8d"),
@@ -98,8 +98,8 @@ IMAGENET = {(name, True): ("torchvision", name) for name in RESNETS} | {
 def find_weights(kind: str, name_or_file: str, folder: Path | None = None) -> tuple[Path, float]:
     """Returns a weight file and the epsilon of its BatchNorms; downloads the file if it is a name of this kind.
 
-    An existing file takes precedence over a name. Published files are recognised by their hash, whatever they are called; a
-    file with the name of a published one must have its hash.
+    An existing file takes precedence over a name. Published files are recognised by their hash; one with the name of a
+    published file must have its hash.
     """
     path = Path(name_or_file)
     if not path.is_file():
@@ -146,19 +146,23 @@ def fetch(named: Named, folder: Path | None = None) -> Path:
 def _locked(path: Path, url: str) -> Iterator[Path]:
     """Yields the file to download to: FILE.part, protected by FILE.lock; without locks, a temporary file."""
     lock, part = FileLock(f"{path}.lock"), path.with_name(f"{path.name}.part")
-    with contextlib.ExitStack() as stack:
+    try:
         try:
-            try:
-                stack.enter_context(lock.acquire(blocking=False))
-            except Timeout:
-                print(f"waiting for another process that downloads {url}", file=sys.stderr, flush=True)
-                stack.enter_context(lock.acquire())
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-            stack.callback(part.unlink, missing_ok=True)
+            lock.acquire(blocking=False)
+        except Timeout:
+            print(f"waiting for another process that downloads {url}", file=sys.stderr, flush=True)
+            lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    try:
         yield part
+    finally:
+        if lock.is_locked:
+            lock.release()
+        else:
+            part.unlink(missing_ok=True)
 
 
 def check_hash(path: Path, named: Named, digest: str) -> None:
@@ -194,7 +198,7 @@ def download(url: str, part: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """Returns the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -48,7 +48,7 @@ ERRORS = (pickle.UnpicklingError, AttributeError, EOFError, LookupError, Overflo
 
 
 def decode(buffer: Buffer, dtype: np.dtype, big_endian: bool = False) -> Shaped[np.ndarray, " N"]:
-    """The N numbers in `buffer`, in native byte order and aligned, without a copy if possible. bfloat16 becomes float32."""
+    """Returns the N numbers in `buffer`, in native byte order and aligned, if possible uncopied; bfloat16 as float32."""
     if dtype.kind == "b":
         return np.frombuffer(buffer, np.uint8) != 0
     numbers = np.frombuffer(buffer, dtype)
@@ -58,20 +58,20 @@ def decode(buffer: Buffer, dtype: np.dtype, big_endian: bool = False) -> Shaped[
 
 
 def are_sizes(numbers: Any) -> bool:
-    """Whether this is a list or tuple of at most 64 integers in [0, 2^63), small enough to multiply and to print."""
+    """Returns whether this is a list or tuple of at most 64 integers in [0, 2^63), small enough to multiply and print."""
     short = isinstance(numbers, list | tuple) and len(numbers) <= 64
     return short and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
 
 
 class StandIn:
-    """Base of what replaces torch's and numpy's objects; without `__setstate__`, a pickle could set attributes."""
+    """Base of stand-ins for torch's and numpy's objects; without `__setstate__`, a pickle could set attributes."""
 
     def __setstate__(self, state: Any) -> None:
         raise ValueError(f"malformed pickle: a state for a {type(self).__name__}")
 
 
 class Dict(dict):
-    """In place of `collections.OrderedDict`, which Python 2 calls with a list of pairs."""
+    """Stand-in for `collections.OrderedDict`, which Python 2 calls with a list of pairs."""
 
     def __init__(self, pairs: Any = ()) -> None:
         for name, value in pairs:
@@ -84,7 +84,7 @@ class Dict(dict):
 
 
 class Dtype(StandIn):
-    """In place of `numpy.dtype`."""
+    """Stand-in for `numpy.dtype`."""
 
     def __init__(self, kind: Any, *_: Any) -> None:
         if not isinstance(kind, str) or kind not in NUMPY_KINDS:
@@ -98,7 +98,7 @@ class Dtype(StandIn):
 
 
 class Array(StandIn):
-    """In place of a tensor or a numpy array."""
+    """Stand-in for a tensor or a numpy array."""
 
     charge: Callable[[Any], None]
 
@@ -119,7 +119,7 @@ class Array(StandIn):
 
 
 def numpy_array(buffer: Any, dtype: Any, shape: Any, order: Any) -> Array:
-    """In place of `numpy.core.numeric._frombuffer`; order "F" is column-major."""
+    """Replaces `numpy.core.numeric._frombuffer`; order "F" is column-major."""
     buffer = buffer.encode("latin1") if isinstance(buffer, str) else buffer  # a byte string of Python 2
     if not isinstance(dtype, Dtype) or not isinstance(buffer, bytes | bytearray) or not are_sizes(shape):
         raise ValueError("malformed pickle: a numpy array without a dtype, a shape or bytes")
@@ -144,7 +144,7 @@ class Storage(StandIn):
 
 
 def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Array:
-    """In place of `torch._utils._rebuild_tensor`; offset and strides count numbers. Tensors of a storage share memory."""
+    """Replaces `torch._utils._rebuild_tensor`; offset and strides count numbers. Tensors of a storage share memory."""
     sized = are_sizes(shape) and are_sizes(strides) and are_sizes((offset,)) and len(shape) == len(strides)
     if not isinstance(storage, Storage) or not sized:
         raise ValueError("malformed pickle: a tensor without a storage, or with an invalid shape, offset or strides")
@@ -163,7 +163,7 @@ def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any)
 
 
 def encode(text: Any, encoding: Any) -> bytes:
-    """In place of `_codecs.encode`, which protocol 2 calls for bytes."""
+    """Replaces `_codecs.encode`, which protocol 2 calls for bytes."""
     if not isinstance(text, str) or not isinstance(encoding, str) or encoding != "latin1":
         raise ValueError("malformed pickle: a call of _codecs.encode other than for bytes")
     return text.encode("latin1")
@@ -245,7 +245,7 @@ def scan(file: io.BytesIO) -> None:
 
 
 class Unpickler(pickle.Unpickler):
-    """Builds containers, literals and stand-ins from a pickle that `scan` has checked."""
+    """Builder of containers, literals and stand-ins from a pickle that `scan` has checked."""
 
     def __init__(self, file: io.BytesIO, size: int, read: ReadStorage | None, big_endian: bool) -> None:
         super().__init__(file, fix_imports=False, encoding="latin1")
@@ -268,7 +268,7 @@ class Unpickler(pickle.Unpickler):
         return Global(full, self.charge)
 
     def persistent_load(self, identity: Any) -> Storage:
-        """The storage of ("storage", type, key, device, count[, None]), the same for the same key."""
+        """Returns the storage of ("storage", type, key, device, count[, None]), the same for the same key."""
         if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
             raise ValueError("malformed pickle: a persistent id that is not a storage")
         _, kind, key, _, count, *view = identity
@@ -288,7 +288,7 @@ def unpickle(
     """Returns the object in the pickle at the file's position, with an `Array` for each array; and the storages by key.
 
     `file` is a BytesIO, which allocates nothing for an opcode with a wrong length; its position is left after the pickle.
-    `read` returns the bytes of the storage with a key, and `big_endian` is their byte order; None: there are no storages.
+    `read` returns the bytes of the storage with a key; None: there are no storages.
     """
     start = file.tell()
     try:

@@ -35,12 +35,10 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     (`.pkl` of detectron2, and of Detectron and MSRA without their momentum), those of Python 2 included. A checkpoint is
     unwrapped: the first dict with arrays under one of WRAPPERS, up to DEEPEST deep, replaces it. Other objects are left out.
 
-    The arrays are in native byte order, bf16 as float32. They may be read-only and strided, and share memory as the tensors
-    in the file do.
+    The arrays are in native byte order, bf16 as float32. They may be read-only, strided, and share memory as in the file.
 
-    Raises:
-      WeightsError: the file cannot be read, is damaged, has none of the formats, refers to anything but tensors, numpy
-        arrays and containers, or contains no arrays. One line with the file's name.
+    Raises WeightsError, one line with the file's name, if the file cannot be read, is damaged, has none of the formats,
+    refers to anything but tensors, numpy arrays and containers, or contains no arrays.
     """
     path = Path(path)
     try:
@@ -52,7 +50,7 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def parse(data: bytes) -> dict[str, np.ndarray]:
-    """`read_weights` of a file's content. Raises ValueError with the reason."""
+    """Returns the arrays in a file's content, as `read_weights` does. Raises ValueError with the reason."""
     if not data:
         raise ValueError("the file is empty")
     if data[8:9] == b"{":  # by the standard, a header starts so
@@ -73,7 +71,7 @@ def parse(data: bytes) -> dict[str, np.ndarray]:
 
 
 def read_safetensors(data: bytes) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file by name."""
+    """Returns the tensors of a safetensors file by name."""
     try:
         tensors = deserialize(data)
     except SafetensorError as error:
@@ -86,7 +84,7 @@ def read_safetensors(data: bytes) -> dict[str, np.ndarray]:
 
 
 def arrays_of(root: Any) -> dict[str, np.ndarray]:
-    """The arrays of an unpickled object by name, unwrapped."""
+    """Returns the arrays of an unpickled object by name, unwrapped."""
     if not isinstance(root, dict):
         raise ValueError(f"contains a {type(root).__name__}; expected a dict of arrays by name")
     weights = unwrap(root, DEEPEST)
@@ -97,7 +95,7 @@ def arrays_of(root: Any) -> dict[str, np.ndarray]:
 
 
 def unwrap(root: dict[Any, Any], deepest: int) -> dict[str, Array]:
-    """The arrays of the first dict that has any: those under WRAPPERS before `root` itself."""
+    """Returns the arrays of the first dict that has any: those under WRAPPERS before `root` itself."""
     for key in WRAPPERS:
         inner = root.get(key)
         if deepest and isinstance(inner, dict) and (found := unwrap(inner, deepest - 1)):
@@ -106,7 +104,7 @@ def unwrap(root: dict[Any, Any], deepest: int) -> dict[str, Array]:
 
 
 def read_zip(data: bytes) -> Any:
-    """The object in a file of torch's zip format, a pickle and one member per storage. Checksums are verified."""
+    """Returns the object in a file of torch's zip format, a pickle and one member per storage. Verifies checksums."""
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
     except ZIP_ERRORS as error:
@@ -131,7 +129,7 @@ def read_zip(data: bytes) -> Any:
 
 
 def read_legacy(data: bytes) -> Any:
-    """The object in a file of torch's legacy format (before torch 1.6).
+    """Returns the object in a file of torch's legacy format (before torch 1.6).
 
     Five pickles: LEGACY_MAGIC, LEGACY_PROTOCOL, system, object, keys of storages. Then each storage after its 8-byte count.
     """

@@ -72,11 +72,9 @@ def convert_torchvision(
 ) -> Converted:
     """Converts `retinanet_resnet50_fpn`, its v2, or an ImageNet ResNet or ResNeXt with torchvision's names.
 
-    Args:
-      source: what errors call the weights.
-      eps: epsilon of the source's BatchNorms: 1e-5, but 0 for the COCO weights of v1.
-      class_names: one per column, or one per column except the first, which then is the background. Empty: COCO's if there
-        are 91 columns, else "class 0" and so on.
+    Errors call the weights `source`. `eps`: epsilon of their BatchNorms, 1e-5, but 0 for the COCO weights of v1.
+    `class_names`: one per column, or one per column except the first, which then is the background. Empty: COCO's if there
+    are 91 columns, else "class 0" and so on.
     """
     weights = with_epsilon(renamed(state_dict, RULES, source), eps)
     changes = architecture(weights, source)
@@ -89,7 +87,7 @@ def convert_torchvision(
 
 
 def classes(count: int, given: Sequence[str], source: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Name and category id of each of `count` columns."""
+    """Returns the name and category id of each of `count` columns."""
     if given:
         names = tuple(given) if len(given) == count else (BACKGROUND, *given)
         if len(names) != count:

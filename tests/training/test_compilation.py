@@ -83,9 +83,10 @@ def test_two_hundred_batches_of_four_shapes_are_four_programs_and_four_lines(unc
     batches = [pixels(canvas=canvases[i]) for i in [0, 1, 2, 3, *rng.integers(4, size=196)]]
     state = take(step, new_state(), *batches)
     assert int(state.step) == 200 and jitted._cache_size() == 4
-    assert [re.search(r"\b\d+x\d+\b", line)[0] for line in said] == [f"{h}x{w}" for h, w in canvases]
+    assert [re.search(r"\b\d+x\d+\b", line)[0] for line in said] == [f"{h}x{w}" for h, w in canvases for _ in range(2)]
+    assert said[4].startswith("compiling program 3 of 3 (32x64)"), "before it is compiled"
     sizes = ", ".join(rf"{name} \d+\.\d\d" for name in ("arguments", "results", "temporaries", "code"))
-    assert re.search(rf"32x48 .*\d+\.\d s: \d+\.\d\d MiB .*\({sizes}\)$", said[0])
+    assert re.search(rf"32x48 .*\d+\.\d s: \d+\.\d\d MiB .*\({sizes}\)$", said[1])
 
 
 def test_the_program_announced_is_the_one_that_runs(uncached: None) -> None:
@@ -144,28 +145,28 @@ def test_a_recompilation_is_named_by_what_differs(
     said: list[str] = []
     step = CompiledStep(fresh(), num_shapes=1, announce=said.append)
     state = take(step, new_state(), *[pixels()] * 6)
-    assert len(said) == 1
+    assert len(said) == 2
     step(*other(state))
-    assert "32x48" in said[1]
+    assert "32x48" in said[2]
     pattern = differing if ".*" in differing else re.escape(differing)
-    assert re.fullmatch(rf"warning: step 7\b.*: {pattern}", said[2])
+    assert re.fullmatch(rf"warning: step 7\b.*: {pattern}", said[3])
     take(step, state, pixels())  # back to the first program, which is still there
-    assert len(said) == 3
+    assert len(said) == 4
 
 
 def test_a_difference_that_comes_with_a_new_padded_shape_is_named_too(uncached: None) -> None:
     said: list[str] = []
     step = CompiledStep(fresh(), num_shapes=2, announce=said.append)
     take(step, new_state(), pixels(), pixels(canvas=(48, 32), dtype=np.int16))
-    assert re.fullmatch(r"warning: step 2\b.*: inputs\.sizes int32 -> int16", said[2])
+    assert re.fullmatch(r"warning: step 2\b.*: inputs\.sizes int32 -> int16", said[-1])
 
 
 def test_a_padded_shape_beyond_the_expected_number_is_a_warning(uncached: None) -> None:
     said: list[str] = []
     step = CompiledStep(fresh(), num_shapes=2, announce=said.append)
     take(step, new_state(), pixels(), pixels(canvas=(48, 32)), pixels(), pixels(canvas=(64, 64)))
-    assert len(said) == 4
-    assert re.fullmatch(r"warning: step 4\b.*\b3, 64x64\b.*\b2\b.* 32x48, 48x32", said[3])
+    assert len(said) == 7
+    assert re.fullmatch(r"warning: step 4\b.*\b3, 64x64\b.*\b2\b.* 32x48, 48x32", said[-1])
 
 
 def test_a_program_from_the_cache_is_reported_as_such(tmp_path: object) -> None:
@@ -187,8 +188,8 @@ def test_a_program_from_the_cache_is_reported_as_such(tmp_path: object) -> None:
         for name, value in before.items():
             jax.config.update(name, value)
         jax._src.compilation_cache.reset_cache()
-    assert "32x48" in said[0] and "cache" not in said[0]
-    assert "32x48" in said[1] and "cache" in said[1]
+    assert "32x48" in said[1] and "cache" not in said[1]
+    assert "32x48" in said[3] and "cache" in said[3]
 
 
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
@@ -201,15 +202,16 @@ def test_a_driver_compiles_each_canvas_once_with_the_first_one(
     canvases = [(64, 64), (64, 96)]
     step, state = CompiledStep(driver.step, 2, said.append, ahead=canvases), driver.init_state()
     state, _ = step(state, driver.shard_batch(make_inputs(0, canvas=(64, 96))))
-    assert [re.search(r"\b\d+x\d+\b", line)[0] for line in said] == ["64x96", "64x64"]
-    assert all(re.search(r" MiB .*\(arguments ", line) for line in said)
+    assert [re.search(r"\b\d+x\d+\b", line)[0] for line in said] == ["64x96", "64x96", "64x64", "64x64"]
+    assert said[0].startswith("compiling program 1 of 2") and said[2].startswith("compiling program 2 of 2")
+    assert all(re.search(r" MiB .*\(arguments ", line) for line in said[1::2])
     with compilation.compile_events() as events:
         for number, canvas in enumerate([*canvases, (64, 64), (64, 96)], start=1):
             before = state
             state, measured = step(state, driver.shard_batch(make_inputs(number, canvas=canvas)))
             jax.block_until_ready(measured)
             assert all(array.is_deleted() for array in jax.tree.leaves(before)), "its memory is the new state's"
-    assert events[compilation.COMPILED] == 0 and len(said) == 2
+    assert events[compilation.COMPILED] == 0 and len(said) == 4
     assert int(state.step) == 5
 
 
@@ -270,7 +272,7 @@ def test_out_of_memory_is_one_line_with_what_would_help(
     message: str, kept: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(errors, "device_memory", lambda: 16 * GIB)
-    line = out_of_memory(JaxRuntimeError(message), Memory(GIB, 0, 20 * GIB, 0), (640, 1024))
+    line = out_of_memory(JaxRuntimeError(message), "the step for 640x1024", Memory(GIB, 0, 20 * GIB, 0))
     named = (
         "640x1024",
         "21.00 GiB",
@@ -358,7 +360,7 @@ def test_freed_memory_under_memory_in_use_is_given_back() -> None:
     last = blocks.pop()
     blocks.clear()
     kept = resident_mib()
-    compilation.give_back_freed_memory()
+    compilation.release_freed_memory()
     assert len(last) == 100_000
     assert kept - resident_mib() > 100
 
@@ -367,11 +369,11 @@ def test_memory_is_given_back_after_compiling_and_once_the_initial_state_is_free
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given_back = []
-    monkeypatch.setattr(compilation, "give_back_freed_memory", lambda: given_back.append(steps))
+    monkeypatch.setattr(compilation, "release_freed_memory", lambda: given_back.append(steps))
     step, state, steps = CompiledStep(fresh(), num_shapes=1, announce=lambda line: None), new_state(), 0
     for steps in range(6):  # noqa: B007  what the list above gets
         state, _ = step(state, pixels())
-    assert given_back == [0, compilation.SETTLED_AFTER - 1]
+    assert given_back == [0, compilation.STEPS_UNTIL_FREED - 1]
 
 
 def resident_mib() -> float:

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from retina_jax.config import Config, OptimizerConfig
-from retina_jax.training.optimizer import learning_rate_schedule, make_optimizer, unreached
+from retina_jax.training.optimizer import learning_rate_schedule, make_optimizer, schedule_warning
 
 PAPER = OptimizerConfig()
 
@@ -64,7 +64,7 @@ def test_what_a_run_is_too_short_for_is_named(
     """Each number is the first step, counted from 0, that has the new rate; the last step is steps - 1."""
     config = Config(optimizer=dataclasses.replace(PAPER, boundaries=boundaries, warmup_steps=warmup))
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=steps))
-    said = unreached(config)
+    said = schedule_warning(config)
     assert said == named or (named and said.startswith(f"{named}: not reached in training.steps {steps}"))
     assert ("usual at about 200 and 266" in (said or "")) == (steps == 300 and bool(boundaries))
 

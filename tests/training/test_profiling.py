@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from retina_jax.config import ConfigError, parse_window
+from retina_jax.config import ConfigError
+from retina_jax.config_io import parse_window
 from retina_jax.training.profiling import Profiler
 
 

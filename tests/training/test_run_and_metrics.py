@@ -14,7 +14,7 @@ import pytest
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import override
-from retina_jax.runs.folder import Clock, finish_run, note_fact, read_run, training_lock
+from retina_jax.runs.folder import Clock, finish_run, read_run, record_fact, training_lock
 from retina_jax.training.metrics import Metrics, NonFiniteLoss
 from retina_jax.training.opening import open_run
 
@@ -55,7 +55,7 @@ def test_running_means_are_neither_begun_nor_left_by_a_resumed_run(tmp_path: Pat
 
 
 def test_a_fact_of_the_start_stays_when_the_run_is_opened_again(tmp_path: Path) -> None:
-    note_fact(open_run(tmp_path, Config(), NAMES, IDS), "backbone_sha256", "abc")
+    record_fact(open_run(tmp_path, Config(), NAMES, IDS), "backbone_sha256", "abc")
     run = open_run(tmp_path, override(Config(), {"training.steps": 100}), NAMES, IDS)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["facts"] == {"backbone_sha256": "abc"} and saved["config"]["training"]["steps"] == 100

@@ -9,7 +9,8 @@ from retina_jax.config import ModelConfig
 from retina_jax.errors import WeightsError
 from retina_jax.model.initialisation import initialise
 from retina_jax.model.retinanet import RetinaNet
-from retina_jax.weights.filling import MOST_NAMES, fill
+from retina_jax.weights.converted import MOST_NAMES
+from retina_jax.weights.importing import fill
 
 CONFIG = ModelConfig(backbone="resnet18", base_width=4, fpn_channels=8, head_convs=1, head_channels=8)
 

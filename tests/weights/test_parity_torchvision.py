@@ -26,8 +26,7 @@ from retina_jax.training.parallel import Driver
 from retina_jax.training.state import state_from
 from retina_jax.training.step import Inputs, train_step
 from retina_jax.weights.converted import renamed
-from retina_jax.weights.filling import fill
-from retina_jax.weights.importing import convert_backbone
+from retina_jax.weights.importing import convert_backbone, fill
 from retina_jax.weights.torchvision import RULES
 
 # conftest loads them if parity tests are selected: torch must come before TensorFlow.

@@ -20,7 +20,7 @@ SCORES_ABOVE, LOGIT_STD = 1000, 1.5
 
 def make(task: Task) -> Work:
     """The work of `task`."""
-    makers = {"step": step, "forward": forward, "detect": detect, "loss": loss, "match": match, "nms": nms}
+    makers = {"step": step, "forward": forward, "detect": detect, "loss": loss, "match": match_anchors, "nms": nms}
     if task.name not in makers:
         raise BenchmarkError(f"torchvision has no benchmark {task.name}")
     if task.device == "cpu":
@@ -127,7 +127,7 @@ def loss(task: Task) -> Work:
     return Work(run)
 
 
-def match(task: Task) -> Work:
+def match_anchors(task: Task) -> Work:
     """Anchors to boxes."""
     from torchvision.models.detection._utils import Matcher
 
