@@ -1,4 +1,4 @@
-"""Lines for the person who watches a run: messages, warnings and progress on the standard output; and names of hardware."""
+"""Lines for the person who watches a run: messages, warnings, progress, names of hardware; and the folder of caches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -92,6 +93,25 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def devices_line(small: bool) -> str:
+    """Returns a line about JAX's devices, with advice on a CPU unless the network and images are `small`."""
+    import jax
+
+    number, name = jax.device_count(), hardware()
+    if jax.default_backend() != "cpu":
+        return f"devices: {number} x {name}"
+    advice = "" if small else "; a CPU is fast enough for small images: --data.short-side 256, or configs/demo.py"
+    return f"device: CPU ({name}), as {number} device{'s' * (number > 1)}; no GPU or TPU found{advice}"
+
+
+def cache_folder() -> Path:
+    """Returns ~/.cache/retina_jax, or a folder among the temporary files for a user without a home folder."""
+    try:
+        return Path.home() / ".cache" / "retina_jax"
+    except RuntimeError:  # no HOME and no entry in passwd, as in some containers
+        return Path(tempfile.gettempdir()) / f"retina_jax-{os.getuid()}"
 
 
 def hardware() -> str:

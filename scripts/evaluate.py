@@ -9,6 +9,10 @@ with averaged parameters (EMA) is evaluated with them; --detection.parameters ra
 
 from __future__ import annotations
 
+import retina_jax.interrupts  # noqa: F401  handles signals during the imports below
+
+# isort: split
+
 import hashlib
 import sys
 from dataclasses import dataclass, replace

@@ -6,6 +6,10 @@ fig7 in --workdir. 4: the distribution of the loss over the evaluation images of
 
 from __future__ import annotations
 
+import retina_jax.interrupts  # noqa: F401  handles signals during the imports below
+
+# isort: split
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path

@@ -7,16 +7,20 @@ The system is torchvision, timm, detectron2 or detectron. Instead of FILE, give 
 
 from __future__ import annotations
 
+import retina_jax.interrupts  # noqa: F401  handles signals during the imports below
+
+# isort: split
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from retina_jax.weights.filling import report
 
 from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.model.summary import parameter_table
 from retina_jax.training.restore import make_run
-from retina_jax.weights.filling import report
 from retina_jax.weights.importing import import_detector
 
 

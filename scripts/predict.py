@@ -7,6 +7,10 @@ Inference options: --detection.nms-iou 0.6; test-time augmentation: --detection.
 
 from __future__ import annotations
 
+import retina_jax.interrupts  # noqa: F401  handles signals during the imports below
+
+# isort: split
+
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from retina_jax.config import DataConfig
-from retina_jax.console import log, warn
+from retina_jax.console import cache_folder, log, warn
 from retina_jax.data.conventions import Decoding, Header, Votes
 from retina_jax.data.decoding import FORMATS, MAX_PIXELS, largest_file, open_image, read_header
 from retina_jax.data.reading import open_file, read_again, read_file
@@ -130,7 +130,7 @@ def read_sizes(annotations: Path, paths: Sequence[str]) -> list[Header | str]:
     There is one file per annotation file, with the headers by an image's path, length and time of change.
     """
     digest = hashlib.sha256(str(annotations.absolute()).encode(errors="surrogatepass")).hexdigest()[:24]
-    cache, stamps = Path.home() / ".cache/retina_jax/image_sizes" / f"{digest}.json", {}
+    cache, stamps = cache_folder() / "image_sizes" / f"{digest}.json", {}
     for path in paths:
         with contextlib.suppress(OSError, ValueError):
             status = os.stat(path)

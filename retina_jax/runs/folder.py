@@ -96,8 +96,9 @@ def fresh_import(folder: Path) -> Run | None:
 
 
 def started_run(folder: Path) -> Run | None:
-    """Returns the run in `folder` that training would resume; None if there is none, or only a fresh import."""
-    return read_run(folder) if (folder / "config.json").exists() and fresh_import(folder) is None else None
+    """Returns the run in `folder` that training would resume; None if it has saved no step, and thus can be replaced."""
+    has_config = (folder / "config.json").exists()
+    return read_run(folder) if has_config and any(saved_steps(folder / "checkpoints")) else None
 
 
 def saved_steps(checkpoints: Path) -> list[int]:

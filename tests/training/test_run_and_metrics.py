@@ -14,11 +14,18 @@ import pytest
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import override
-from retina_jax.runs.folder import Clock, finish_run, read_run, record_fact, training_lock
+from retina_jax.runs.folder import Clock, Run, finish_run, read_run, record_fact, training_lock
 from retina_jax.training.metrics import Metrics, NonFiniteLoss
 from retina_jax.training.opening import open_run
 
 NAMES, IDS = ("cat", "dog"), (3, 7)
+
+
+def open_and_save(folder: Path, config: Config, **options: int) -> Run:
+    """Opens a new run that has a checkpoint: from then on it keeps its config."""
+    run = open_run(folder, config, NAMES, IDS, **options)
+    (folder / "checkpoints" / "1").mkdir(parents=True)
+    return run
 
 
 def test_config_json_holds_the_resolved_experiment(tmp_path: Path) -> None:
@@ -34,7 +41,7 @@ def test_config_json_holds_the_resolved_experiment(tmp_path: Path) -> None:
 
 
 def test_another_experiment_in_the_same_folder_is_refused_by_field(tmp_path: Path) -> None:
-    open_run(tmp_path, Config(), NAMES, IDS)
+    open_and_save(tmp_path, Config())
     open_run(tmp_path, override(Config(), {"training.steps": 100, "devices": 4}), NAMES, IDS)
     with pytest.raises(ConfigError, match=r"loss.gamma: 2.0 -> 5.0"):
         open_run(tmp_path, override(Config(), {"loss.gamma": 5.0}), NAMES, IDS)
@@ -47,7 +54,7 @@ def test_running_means_are_neither_begun_nor_left_by_a_resumed_run(tmp_path: Pat
     means = override(Config(), {"optimizer.ema_decay": 0.9})
     for number, (before, after) in enumerate([(Config(), means), (means, Config())]):
         folder = tmp_path / str(number)
-        open_run(folder, before, NAMES, IDS)
+        open_and_save(folder, before)
         saved = (folder / "config.json").read_text()
         with pytest.raises(ConfigError, match=r"optimizer.ema_decay .*EMA"):
             open_run(folder, after, NAMES, IDS, allow_changes=["optimizer.ema_decay"])
@@ -55,7 +62,7 @@ def test_running_means_are_neither_begun_nor_left_by_a_resumed_run(tmp_path: Pat
 
 
 def test_a_fact_of_the_start_stays_when_the_run_is_opened_again(tmp_path: Path) -> None:
-    record_fact(open_run(tmp_path, Config(), NAMES, IDS), "backbone_sha256", "abc")
+    record_fact(open_and_save(tmp_path, Config()), "backbone_sha256", "abc")
     run = open_run(tmp_path, override(Config(), {"training.steps": 100}), NAMES, IDS)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["facts"] == {"backbone_sha256": "abc"} and saved["config"]["training"]["steps"] == 100
@@ -97,7 +104,7 @@ def test_a_folder_that_cannot_be_written_or_read_is_named(tmp_path: Path) -> Non
 
 
 def test_a_change_that_is_asked_for_is_taken_and_noted(tmp_path: Path) -> None:
-    open_run(tmp_path, Config(), NAMES, IDS)
+    open_and_save(tmp_path, Config())
     first = json.loads((tmp_path / "config.json").read_text())
     changed = override(Config(), {"loss.gamma": 5.0, "data.flip": False})
     with pytest.raises(ConfigError, match=r"loss.gamma: 2.0 -> 5.0 .*--allow-changes loss.gamma"):
@@ -116,7 +123,7 @@ def test_the_parts_of_a_batch_may_change_where_the_loss_does_not_know_them(
     tmp_path: Path, normaliser: str, refused: bool
 ) -> None:
     config = override(Config(), {"loss.normaliser": normaliser})
-    open_run(tmp_path, config, NAMES, IDS, num_microbatches=8)
+    open_and_save(tmp_path, config, num_microbatches=8)
     open_run(tmp_path, override(config, {"training.accumulate": 4, "devices": 2}), NAMES, IDS, num_microbatches=8)
     with (
         pytest.raises(ConfigError, match=r"into 8 .* into 4, .*loss.normaliser")
@@ -128,7 +135,7 @@ def test_the_parts_of_a_batch_may_change_where_the_loss_does_not_know_them(
 
 def test_accumulation_changes_what_batch_norm_sees(tmp_path: Path) -> None:
     config = override(Config(), {"model.norm": "batch"})
-    open_run(tmp_path, config, NAMES, IDS)
+    open_and_save(tmp_path, config)
     with pytest.raises(ConfigError, match=r"training.accumulate: 1 -> 2"):
         open_run(tmp_path, override(config, {"training.accumulate": 2}), NAMES, IDS)
 
@@ -136,7 +143,7 @@ def test_accumulation_changes_what_batch_norm_sees(tmp_path: Path) -> None:
 def test_batch_norm_of_parts_keeps_its_devices(tmp_path: Path) -> None:
     """Which images share statistics: one part of every device."""
     config = override(Config(), {"model.norm": "batch", "training.accumulate": 2})
-    open_run(tmp_path, config, NAMES, IDS, num_microbatches=8)
+    open_and_save(tmp_path, config, num_microbatches=8)
     with pytest.raises(ConfigError, match=r"into 8 micro-batches .* into 4, and model.norm batch"):
         open_run(tmp_path, config, NAMES, IDS, num_microbatches=4)
 
