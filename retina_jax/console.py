@@ -60,13 +60,13 @@ class Progress:
         first, begun = self._since
         now = time.monotonic()
         left = (now - begun) / max(done - first, 1) * max(self._total - done, 0)
-        if self._first:  # before the first report programs compile: the time left is estimated from the steps after it
-            self._first, self._since = False, (done, now)
         counted, eta = f"{self._task} {done}/{self._total}", f"ETA {duration(left)}"
+        if self._first:  # before the first report programs compile: the time left is estimated from the steps after it
+            self._first, self._since, eta = False, (done, now), ""
         if self._bar is None:
             return log("  ".join(filter(None, (counted, detail, eta))))
         room = max(self._console.width - len(counted) - BAR - 2, 0)
-        text = f"{eta}  {detail}".rstrip()[:room]
+        text = f"{eta}  {detail}".strip()[:room]
         self._bar.update(self._row, completed=done, description=counted, detail=text)
         self._bar.refresh() if self._bar.live.is_started else self._bar.start()
 
