@@ -102,10 +102,14 @@ def sync(path: Path) -> None:
 def damage(folder: Path) -> str:
     """Returns what is wrong with the files in `folder`, naming one of them; "" if all are as they were written.
 
-    Files that were added later are ignored. A folder without checksums.json passes.
+    A file without a checksum is wrong too, except those in metrics/, where a score is written later.
     """
     try:
         sums = json.loads((folder / CHECKSUMS).read_bytes())
+        there = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+        names = {path.as_posix() for path in there if path.parts[0] != "metrics"}
+        if unlisted := sorted(names - {CHECKSUMS} - sums.keys()):
+            return f"{CHECKSUMS} does not list {unlisted[0]}"
         for name, expected in sums.items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
@@ -114,10 +118,10 @@ def damage(folder: Path) -> str:
                 short = found[0] < expected[0]
                 return f"{name} holds {found[0]} of {expected[0]} bytes" if short else f"{name} holds other bytes"
     except FileNotFoundError:
-        return "" if folder.is_dir() else "it is gone"
+        return f"{CHECKSUMS} is missing" if folder.is_dir() else "it is gone"
     except OSError as error:
         return f"{Path(error.filename or folder).name}: {reason(error)}"
-    except (ValueError, TypeError, AttributeError, LookupError):  # the list itself is damaged
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):  # the list itself is damaged
         return f"{CHECKSUMS} cannot be read"
     return ""
 

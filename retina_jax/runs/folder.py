@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import time
@@ -113,7 +114,7 @@ def saved_ap(checkpoints: Path, step: int) -> float | None:
     """Returns the AP of a saved step; None if it was not evaluated, or the file is damaged."""
     try:
         return float(json.loads((checkpoints / str(step) / "metrics" / "metrics").read_bytes())["AP"])
-    except (OSError, ValueError, TypeError, LookupError):
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return None
 
 
@@ -193,9 +194,9 @@ class Clock(contextlib.AbstractContextManager):
         self._path = folder / "seconds.json"
         try:
             before = float(json.loads(self._path.read_text())) if resumed else 0.0
-        except (OSError, ValueError, TypeError):  # only the time of earlier starts is lost
+        except (OSError, ValueError, TypeError, RecursionError):  # only the time of earlier starts is lost
             before = 0.0
-        self._start = time.monotonic() - before
+        self._start = time.monotonic() - (before if math.isfinite(before) else 0.0)
 
     def __exit__(self, *error: object) -> None:
         self.save()

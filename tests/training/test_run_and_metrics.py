@@ -14,7 +14,9 @@ import pytest
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import override
+from retina_jax.runs.files import DiskError
 from retina_jax.runs.folder import Clock, Run, finish_run, read_run, record_fact, training_lock
+from retina_jax.runs.record import read_metrics
 from retina_jax.training.metrics import Metrics, NonFiniteLoss
 from retina_jax.training.opening import open_run
 
@@ -243,6 +245,35 @@ def test_resuming_drops_the_lines_that_will_be_written_again(tmp_path: Path) -> 
     with Metrics(run, 3) as metrics:
         metrics.write(4, {"event": "train", "loss": 40.0})
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+@pytest.mark.parametrize("damage", ['{"step": Infinity}', "[" * 200_000, '{"step": 1e400}', "\x00" * 50])
+def test_a_malformed_line_is_dropped_by_a_resumed_run_and_named_by_a_reader(tmp_path: Path, damage: str) -> None:
+    run = open_run(tmp_path, Config(), NAMES, IDS)
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{damage}\n{{"step": 2}}\n')
+    with pytest.raises(ConfigError, match=r"metrics.jsonl, line 2"):
+        read_metrics(tmp_path)
+    with Metrics(run, 2):
+        assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("content", ["Infinity", "NaN", "[" * 200_000, "{}", ""])
+def test_a_damaged_time_of_a_run_costs_that_time_alone(tmp_path: Path, content: str) -> None:
+    (tmp_path / "seconds.json").write_text(content)
+    assert 0 <= Clock(tmp_path, resumed=True).seconds() < 60
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_folder_that_is_moved_ends_training_in_one_line(tmp_path: Path, replaced: bool) -> None:
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+    with Metrics(open_run(folder, Config(), NAMES, IDS), 0) as metrics:
+        metrics.write(1, {"event": "train"})
+        folder.rename(moved)
+        if replaced:
+            open_run(folder, Config(), NAMES, IDS)
+        with pytest.raises(DiskError, match=f"{folder}: was moved or replaced"):
+            metrics.write(2, {"event": "train"})
+    assert len(lines(moved)) == 1 and not (folder / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("values", [(np.nan, 1.0), (np.inf, 1.0), (1.0, np.nan), (1.0, 1.0, np.inf)])
