@@ -11,14 +11,15 @@ import sys
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import jax
 import tyro
 
+from retina_jax import interrupts
 from retina_jax.config import Config, ConfigError, Option
 from retina_jax.config_io import flatten, unknown_name
+from retina_jax.console import cache_folder
 from retina_jax.distributed import Hosts, end_at_once
 from retina_jax.errors import Stopped, ending, one_line
 
@@ -28,6 +29,7 @@ T = TypeVar("T")
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Ends the script with one line and exit status 2 at an error that its user can fix; others keep their traceback."""
+    interrupts.restore()
     try:
         yield
     except BaseException as error:
@@ -46,7 +48,7 @@ def one_line_errors() -> Iterator[None]:
 def set_up_jax() -> None:
     """Makes JAX keep compiled programs in ~/.cache/retina_jax (or JAX_COMPILATION_CACHE_DIR) for later runs."""
     if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "retina_jax" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -1,9 +1,10 @@
-"""Lines for the person who watches a run: messages, warnings and progress on the standard output; and names of hardware."""
+"""Lines for the person who watches a run: messages, warnings, progress, names of hardware; and the folder of caches."""
 
 import contextlib
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -56,13 +57,13 @@ class Progress:
         first, begun = self._since
         now = time.monotonic()
         left = (now - begun) / max(done - first, 1) * max(self._total - done, 0)
-        if self._first:  # before the first report programs compile: the time left is estimated from the steps after it
-            self._first, self._since = False, (done, now)
         counted, eta = f"{self._task} {done}/{self._total}", f"ETA {duration(left)}"
+        if self._first:  # before the first report programs compile: the time left is estimated from the steps after it
+            self._first, self._since, eta = False, (done, now), ""
         if self._bar is None:
             return log("  ".join(filter(None, (counted, detail, eta))))
         room = max(self._console.width - len(counted) - BAR - 2, 0)
-        text = f"{eta}  {detail}".rstrip()[:room]
+        text = f"{eta}  {detail}".strip()[:room]
         self._bar.update(self._row, completed=done, description=counted, detail=text)
         self._bar.refresh() if self._bar.live.is_started else self._bar.start()
 
@@ -89,6 +90,25 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def devices_line(small: bool) -> str:
+    """Returns a line about JAX's devices, with advice on a CPU unless the network and images are `small`."""
+    import jax
+
+    number, name = jax.device_count(), hardware()
+    if jax.default_backend() != "cpu":
+        return f"devices: {number} x {name}"
+    advice = "" if small else "; a CPU is fast enough for small images: --data.short-side 256, or configs/demo.py"
+    return f"device: CPU ({name}), as {number} device{'s' * (number > 1)}; no GPU or TPU found{advice}"
+
+
+def cache_folder() -> Path:
+    """Returns ~/.cache/retina_jax, or a folder among the temporary files for a user without a home folder."""
+    try:
+        return Path.home() / ".cache" / "retina_jax"
+    except RuntimeError:  # no HOME and no entry in passwd, as in some containers
+        return Path(tempfile.gettempdir()) / f"retina_jax-{os.getuid()}"
 
 
 def hardware() -> str:

@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 
 from retina_jax.config import ConfigError
 from retina_jax.errors import Stopped, ending, one_line, reason
+from retina_jax.interrupts import SIGNALS
 
 T = TypeVar("T")
 
@@ -172,23 +173,31 @@ def _leave() -> None:
 
 
 class Interruption:
-    """A `with` block in which SIGTERM and Ctrl-C make the next `check` raise Stopped; a second Ctrl-C ends at once."""
+    """A `with` block in which Ctrl-C, SIGTERM and SIGHUP stop the run.
+
+    At first they raise Stopped at once; after `defer`, at the next `check`. A second Ctrl-C then ends the process at once.
+    """
 
     def __init__(self) -> None:
-        self._number, self._checks = 0, 0
+        self._number, self._checks, self._deferred = 0, 0, False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():  # only there may Python handle signals
-            # On several hosts JAX handles SIGTERM: it notifies the others and agrees with them on where to stop.
-            for number in (signal.SIGINT,) if is_multihost() else (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            for number in SIGNALS:
+                # On several hosts JAX handles SIGTERM: it notifies the others and agrees with them on where to stop.
+                handled_by_jax = is_multihost() and number == signal.SIGTERM
+                if not handled_by_jax and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
                     self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def defer(self) -> None:
+        """Starts the part of the run that a signal may only stop at a `check`."""
+        self._deferred = True
 
     def check(self, step: int) -> None:
         """Raises Stopped after `step` if a signal has come. All hosts call it equally often and stop at the same call."""
@@ -211,3 +220,5 @@ class Interruption:
         self._number = number
         if is_multihost():
             os.kill(os.getpid(), signal.SIGTERM)
+        elif not self._deferred:
+            raise Stopped(number, None)

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import signal
+import traceback
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
 """Errors that libraries wrap in long messages of their own."""
@@ -28,11 +29,11 @@ class OutOfMemory(PlainError, RuntimeError):
 
 
 class Stopped(Exception):
-    """The run was stopped by the signal `number`, after `step`, which is saved."""
+    """The run was stopped by the signal `number`, after `step`, which is saved; None: while starting."""
 
-    def __init__(self, number: int, step: int) -> None:
-        after = f"after step {step}, which is saved" if step else "before the first step"
-        super().__init__(f"stopped by {signal.Signals(number).name} {after}; the same command resumes from there")
+    def __init__(self, number: int, step: int | None) -> None:
+        after = f"after step {step}, which is saved; the same command resumes from there" if step else "while starting"
+        super().__init__(f"stopped by {signal.Signals(number).name} {after}")
         self.number = number
 
 
@@ -46,7 +47,7 @@ def ending(error: BaseException) -> tuple[str | None, int]:
         return one_line(f"error: {error.filename}: {error.strerror}"), 2
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; everything saved before is intact", 130
-    if isinstance(error, RuntimeError) and (line := out_of_memory(error)) is not None:
+    if isinstance(error, RuntimeError | AssertionError) and (line := out_of_memory(error) or no_device(error)):
         return one_line(f"error: {line}"), 2
     if isinstance(error, SystemExit):
         return None, error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -67,6 +68,15 @@ def out_of_memory(error: BaseException, program: str = "a program", needed: obje
     if jax.default_backend() == "gpu":
         helps += ", or, if nothing else runs on this GPU, XLA_PYTHON_CLIENT_MEM_FRACTION=0.92"
     return f"out of memory: {program} needs {needed or 'more than there is'}{has} ({detail}); {helps}"
+
+
+def no_device(error: BaseException) -> str | None:
+    """Returns one line about an error of JAX that means it finds no device; None for any other error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or not frames[-1].filename.endswith("xla_bridge.py"):  # also an AssertionError without a message
+        return None
+    chosen = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: " if os.environ.get("JAX_PLATFORMS") else ""
+    return f"{chosen}JAX finds no such device here ({reason(error)}); JAX_PLATFORMS=cpu runs on the CPU"
 
 
 def device_memory() -> int | None:

@@ -6,6 +6,10 @@ variant's CPU time divided by this project's; with --device gpu, its wall time.
 
 from __future__ import annotations
 
+import retina_jax.interrupts  # noqa: F401  handles signals during the imports below
+
+# isort: split
+
 import json
 import re
 import sys

@@ -12,6 +12,10 @@ most of the boxes; 2, nothing can be checked: a wrong option, a file that is not
 
 from __future__ import annotations
 
+import retina_jax.interrupts  # noqa: F401  handles signals during the imports below
+
+# isort: split
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path

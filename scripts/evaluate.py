@@ -10,6 +10,10 @@ image_info_test-dev2017.json) a submission to COCO's server is written to RUN/de
 
 from __future__ import annotations
 
+import retina_jax.interrupts  # noqa: F401  handles signals during the imports below
+
+# isort: split
+
 import hashlib
 import sys
 from dataclasses import dataclass, replace

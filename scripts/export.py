@@ -9,6 +9,10 @@ rounding, no file is written and the exit status is 2.
 
 from __future__ import annotations
 
+import retina_jax.interrupts  # noqa: F401  handles signals during the imports below
+
+# isort: split
+
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path

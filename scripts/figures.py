@@ -7,6 +7,10 @@ shows FL* by AP, for the sweep fig7 in --workdir.
 
 from __future__ import annotations
 
+import retina_jax.interrupts  # noqa: F401  handles signals during the imports below
+
+# isort: split
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path

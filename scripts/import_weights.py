@@ -7,6 +7,10 @@ The library is torchvision, timm, detectron2 or detectron. Instead of FILE, give
 
 from __future__ import annotations
 
+import retina_jax.interrupts  # noqa: F401  handles signals during the imports below
+
+# isort: split
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path

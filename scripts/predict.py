@@ -7,6 +7,10 @@ Inference settings can be overridden, for example --detection.nms-iou 0.6. Test-
 
 from __future__ import annotations
 
+import retina_jax.interrupts  # noqa: F401  handles signals during the imports below
+
+# isort: split
+
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -7,6 +7,10 @@ The file is written to the config's `model.backbone_weights`, with torchvision's
 
 from __future__ import annotations
 
+import retina_jax.interrupts  # noqa: F401  handles signals during the imports below
+
+# isort: split
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path

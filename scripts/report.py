@@ -9,6 +9,10 @@ name. Each page is a single file. Runs may be unfinished.
 
 from __future__ import annotations
 
+import retina_jax.interrupts  # noqa: F401  handles signals during the imports below
+
+# isort: split
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path

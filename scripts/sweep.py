@@ -15,6 +15,10 @@ that diverges is recorded in DIR/FOLDER/diverged.json and is not tried again unt
 
 from __future__ import annotations
 
+import retina_jax.interrupts  # noqa: F401  handles signals during the imports below
+
+# isort: split
+
 import argparse
 import sys
 from collections.abc import Sequence

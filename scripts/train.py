@@ -5,6 +5,11 @@ The same command again resumes the run from its newest checkpoint.
 
 from __future__ import annotations
 
+import retina_jax.interrupts  # noqa: F401  handles signals during the imports below
+
+# isort: split
+
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +24,7 @@ from retina_jax import distributed
 from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config
 from retina_jax.config_io import parse_window, validate
-from retina_jax.console import log, warn
+from retina_jax.console import devices_line, log, warn
 from retina_jax.data.datasets import open_sources
 from retina_jax.data.pipeline import Batches, train_batches
 from retina_jax.data.source import Source
@@ -72,16 +77,15 @@ def main() -> None:
 
 def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: Sequence[str] = ()) -> None:
     """Runs the training loop. `step` counts the steps taken, including the current one; files are named after it."""
-    before = started_run(workdir)
-    source, val_source, config = open_sources(config, before.categories if before else (), workdir)
-    driver = Driver(config, config.model.num_classes)
-    driver.check_batch_size()
-    training, keep = config.training, config.training.keep_checkpoints
-    with (
-        Interruption() as interruption,
-        training_lock(workdir),
-        Checkpoints(workdir / "checkpoints", keep) as checkpoints,
-    ):
+    with Interruption() as interruption, contextlib.ExitStack() as stack:
+        log(devices_line(small=config.data.short_side < 400))
+        before = started_run(workdir)
+        source, val_source, config = open_sources(config, before.categories if before else (), workdir)
+        driver = Driver(config, config.model.num_classes)
+        driver.check_batch_size()
+        training = config.training
+        stack.enter_context(training_lock(workdir))
+        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", training.keep_checkpoints))
         run = open_run(
             workdir, config, source.class_names, source.category_ids, source.sha256, driver.num_microbatches, changes
         )
@@ -107,6 +111,7 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
                     batch = next(batches)
                 waited = time.monotonic() - started
                 state, measured = take_step(state, driver.shard_batch(Inputs.of(batch)))
+                interruption.defer()  # there is a step to save from here on
                 profiler.end(step, measured)
                 metrics.add(step, measured, [source.records[i].image_id for i in batch.indices], waited)
                 last = step == training.steps

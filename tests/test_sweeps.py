@@ -22,6 +22,7 @@ from retina_jax.config import (
     TrainingConfig,
 )
 from retina_jax.config_io import flatten, load_config, options, override
+from retina_jax.model.summary import forward_flops
 from retina_jax.runs.files import exclusive_lock
 from retina_jax.sweeps.launchers import _core_slots, _settings
 from retina_jax.sweeps.points import (
@@ -43,7 +44,7 @@ from retina_jax.sweeps.status import (
     State,
     listing,
     lock_file,
-    mean_padded_shape,
+    mean_padded_area,
     run_point,
     state_of,
     training_pflop,
@@ -462,14 +463,16 @@ def test_training_that_ends_without_a_summary_is_an_error(tmp_path: Path) -> Non
 # What --list shows.
 
 
-def test_the_mean_padded_shape_is_of_the_mean_area() -> None:
-    assert mean_padded_shape(Config()) == (
-        608,
-        round((800 + 1024) / 2),
-    )  # buckets 608 x 800, 608 x 1024 and these turned
-    assert mean_padded_shape(Config(data=DataConfig(short_side=128, long_side=128))) == (128, 128)
-    jitter = Config(data=DataConfig(short_side=600, long_side=1333, jitter_short_sides=(640, 800)))
-    assert mean_padded_shape(jitter)[0] == 800
+def test_the_mean_padded_area_is_of_the_padded_shapes() -> None:
+    assert mean_padded_area(Config()) == 608 * (800 + 1024) / 2  # 608 x 800, 608 x 1024 and these turned
+    assert mean_padded_area(Config(data=DataConfig(short_side=128, long_side=128))) == 128**2
+
+
+def test_the_cost_is_proportional_to_the_area() -> None:
+    model = ModelConfig(backbone="resnet18", base_width=4, fpn_channels=8, head_channels=8, head_convs=1)
+    config = Config(model=model)
+    one, many = (forward_flops(config, 3, shape) for shape in ((128, 128), (384, 256)))
+    assert many == 6 * one
 
 
 def test_training_costs_three_passes_per_image() -> None:

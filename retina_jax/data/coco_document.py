@@ -21,7 +21,7 @@ from retina_jax.data.decoding import Header
 from retina_jax.data.image_paths import Places, find_images
 from retina_jax.data.reading import read_file
 from retina_jax.data.source import BoxTable, DataError, Image, Size
-from retina_jax.data.survey import read_headers, survey_files
+from retina_jax.data.survey import read_sizes, survey_files
 from retina_jax.errors import reason
 
 LARGEST_JSON = 2**33  # bytes of an annotation file; the largest of COCO has half a gigabyte
@@ -201,7 +201,7 @@ class _Parser:
         """Returns the width and height of the files of images without a size, by row, or why a file cannot be read.
         They are turned by their EXIF orientation or not as the other images show (`survey.Votes`)."""
         unsized = [row for row, image in enumerate(images) if not image[2]]
-        headers = read_headers([paths[row] for row in unsized])
+        headers = read_sizes(self.path, [paths[row] for row in unsized])
         orientation = self.data.orientation
         if orientation == "auto":
             orientation = self.data.undecided_orientation

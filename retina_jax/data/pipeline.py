@@ -124,6 +124,9 @@ class Batches(Iterator[Batch]):
                 with self._reads.waiting(self._step):
                     batch = Batch(*next(self._iterator))
                 break
+            except StopIteration:
+                self._iterator = None  # ends its threads
+                raise
             except tf.errors.OpError:
                 # TensorFlow does not report which image failed: make the batch again, decoding its images one by one.
                 suspects = set(self._batch_at(self._step).indices[self._mine].tolist())

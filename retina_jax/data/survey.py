@@ -4,6 +4,9 @@ different sides (orientations 5 to 8). These images, if only one, decide for the
 A 16-bit file may contain values of a sensor with 8, 10, 12 or 14 bits. COCO's headers take ten seconds."""
 
 import contextlib
+import hashlib
+import json
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -14,7 +17,7 @@ from typing import Literal
 from PIL import Image, UnidentifiedImageError
 
 from retina_jax.config import DataConfig
-from retina_jax.console import log, warn
+from retina_jax.console import cache_folder, log, warn
 from retina_jax.data.decoding import FORMATS, MAX_PIXELS, Header, largest_file, open_image, read_header
 from retina_jax.data.reading import open_file, read_again, read_file
 from retina_jax.data.sixteen_bits import Range, Values, colours, find_range, is_deep, samples
@@ -154,6 +157,31 @@ def read_headers(paths: Sequence[Path]) -> list[Header | str]:
 
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(header_or_reason, paths))
+
+
+def read_sizes(annotations: Path, paths: Sequence[Path]) -> list[Header | str]:
+    """Returns `read_headers` of images whose annotations have no size; cached by path, length and time of change in one file
+    per annotation file."""
+    digest = hashlib.sha256(str(annotations.absolute()).encode(errors="surrogatepass")).hexdigest()[:24]
+    cache, stamps = cache_folder() / "image_sizes" / f"{digest}.json", {}
+    for path in map(str, paths):
+        with contextlib.suppress(OSError, ValueError):
+            status = os.stat(path)
+            stamps[path] = [status.st_size, status.st_mtime_ns]
+    headers: dict[str, Header | str] = {}
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):  # missing or damaged
+        for path, (stamp, size, *others) in json.loads(cache.read_bytes()).items():
+            if stamp == stamps.get(path):
+                headers[path] = Header(tuple(map(int, size)), *others)
+    if unread := [path for path in dict.fromkeys(map(str, paths)) if path not in headers]:
+        headers |= zip(unread, read_headers(list(map(Path, unread))), strict=True)
+        entries = {path: [stamps[path], *headers[path]] for path in stamps if isinstance(headers[path], Header)}
+        with contextlib.suppress(OSError):  # without the cache the headers are read again
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
+            temporary.write_text(json.dumps(entries))
+            temporary.replace(cache)
+    return [headers[str(path)] for path in paths]
 
 
 def range_of(read: Callable[[int], bytes], rows: Sequence[int]) -> Range | None:

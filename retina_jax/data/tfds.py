@@ -21,6 +21,7 @@ from google.protobuf.message import DecodeError
 from jaxtyping import Bool, Float64, Int64, Shaped
 
 from retina_jax.config import DataConfig
+from retina_jax.console import cache_folder
 from retina_jax.data.classes import COCO_CATEGORIES, Category, class_indices, listed
 from retina_jax.data.coco_document import Content, parse_coco
 from retina_jax.data.decoding import open_image
@@ -171,7 +172,7 @@ def _load_index(builder: tfds.core.DatasetBuilder, split: str, images: Examples,
     stored = [(name, info.num_bytes, info.shard_lengths) for name, info in sorted(builder.info.splits.items())]
     key = json.dumps([FORMAT, builder.info.full_name, split, len(images), stored])
     file_name = f"retina_jax_index_{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-    own, home = Path(builder.data_dir), Path.home() / ".cache" / "retina_jax"
+    own, home = Path(builder.data_dir), cache_folder()
     for path in filter(Path.is_file, (own / file_name, home / file_name)):
         # A damaged index is made again. From memory: numpy leaves a file open that it cannot decode.
         with contextlib.suppress(ValueError, TypeError, OSError, KeyError, EOFError, zipfile.BadZipFile):

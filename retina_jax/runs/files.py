@@ -92,10 +92,17 @@ def sync(path: Path) -> None:
 
 
 def damage(folder: Path) -> str:
-    """Returns what is wrong with the files in `folder`, naming one of them; "" if all are as they were written. Files that
-    were added later are ignored. A folder without checksums.json passes."""
+    """Returns what is wrong with the files in `folder`, naming one of them; "" if all are as they were written.
+
+    A file without a checksum is wrong too, except those in metrics/, where a score is written later.
+    """
     try:
-        for name, expected in json.loads((folder / CHECKSUMS).read_bytes()).items():
+        sums = json.loads((folder / CHECKSUMS).read_bytes())
+        there = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+        names = {path.as_posix() for path in there if path.parts[0] != "metrics"}
+        if unlisted := sorted(names - {CHECKSUMS} - sums.keys()):
+            return f"{CHECKSUMS} does not list {unlisted[0]}"
+        for name, expected in sums.items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
             found = _size_and_sum(folder / name)
@@ -104,10 +111,10 @@ def damage(folder: Path) -> str:
             if found != expected:
                 return f"{name} holds other bytes"
     except FileNotFoundError:
-        return "" if folder.is_dir() else "it is gone"
+        return f"{CHECKSUMS} is missing" if folder.is_dir() else "it is gone"
     except OSError as error:
         return f"{Path(error.filename or folder).name}: {reason(error)}"
-    except (ValueError, TypeError, AttributeError, LookupError):  # the list itself is damaged
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):  # the list itself is damaged
         return f"{CHECKSUMS} cannot be read"
     return ""
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import time
@@ -88,8 +89,9 @@ def fresh_import(folder: Path) -> Run | None:
 
 
 def started_run(folder: Path) -> Run | None:
-    """Returns the run in `folder` that training would resume; None if there is none, or only a fresh import."""
-    return read_run(folder) if (folder / "config.json").exists() and fresh_import(folder) is None else None
+    """Returns the run in `folder` that training would resume; None if it has saved no step, and thus can be replaced."""
+    has_config = (folder / "config.json").exists()
+    return read_run(folder) if has_config and any(saved_steps(folder / "checkpoints")) else None
 
 
 def saved_steps(checkpoints: Path) -> list[int]:
@@ -104,7 +106,7 @@ def saved_ap(checkpoints: Path, step: int) -> float | None:
     """Returns the AP of a saved step; None if it was not evaluated, or the file is damaged."""
     try:
         return float(json.loads((checkpoints / str(step) / "metrics" / "metrics").read_bytes())["AP"])
-    except (OSError, ValueError, TypeError, LookupError):
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return None
 
 
@@ -181,9 +183,9 @@ class Clock(contextlib.AbstractContextManager):
         self._path = folder / "seconds.json"
         try:
             before = float(json.loads(self._path.read_text())) if resumed else 0.0
-        except (OSError, ValueError, TypeError):  # only the time of earlier starts is lost
+        except (OSError, ValueError, TypeError, RecursionError):  # only the time of earlier starts is lost
             before = 0.0
-        self._start = time.monotonic() - before
+        self._start = time.monotonic() - (before if math.isfinite(before) else 0.0)
 
     def __exit__(self, *error: object) -> None:
         self.save()

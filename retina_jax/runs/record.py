@@ -71,7 +71,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         try:
             values = json.loads(line)
             found.append({**values, "step": int(values["step"])})
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
             if number < len(lines):
                 raise ConfigError(f"{path}, line {number}: cannot be read: {type(error).__name__}: {error}") from None
     return found

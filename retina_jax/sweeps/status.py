@@ -116,17 +116,20 @@ def _read(path: Path, kind: type[T]) -> T | None:
         raise ConfigError(f"{path}: cannot be read: {error}; delete it to train again") from None
 
 
-def mean_padded_shape(config: Config) -> tuple[int, int]:
-    """Returns a (height, width) with the mean area of the padded shapes in training, all assumed equally frequent."""
-    shapes = buckets(config.data, config.data.jitter_short_sides or (config.data.short_side,))
-    side = min(shapes[0])
-    return side, round(sum(math.prod(shape) for shape in shapes) / len(shapes) / side)
+def mean_padded_area(config: Config) -> float:
+    """Returns the mean pixels of the padded shapes in training, all assumed equally frequent."""
+    areas = [
+        math.prod(shape) for shape in buckets(config.data, config.data.jitter_short_sides or (config.data.short_side,))
+    ]
+    return sum(areas) / len(areas)
 
 
 def training_pflop(config: Config) -> float:
     """Returns the 10^15 operations of training: a step costs three forward passes per image."""
-    forward = forward_flops(config, config.model.num_classes or PAPER_CLASSES, mean_padded_shape(config))
-    return 3 * forward * config.data.batch_size * config.training.steps / 1e15
+    # The cost is proportional to the area where all strides divide the sides: one small shape serves runs of all sizes.
+    side = 2**config.model.max_level
+    forward = forward_flops(config, config.model.num_classes or PAPER_CLASSES, (side, side)) / side**2
+    return 3 * forward * mean_padded_area(config) * config.data.batch_size * config.training.steps / 1e15
 
 
 def listing(workdir: Path | None, tasks: Sequence[Task]) -> str:

@@ -37,7 +37,7 @@ class Metrics(contextlib.AbstractContextManager):
     def __init__(self, run: Run, start_step: int) -> None:
         training = run.config.training
         self._run, self._file, self._start_step = run, run.folder / "metrics.jsonl", start_step
-        self._writes = distributed.is_primary()
+        self._writes, self._place = distributed.is_primary(), _identity(run.folder)
         self._evaluated = distributed.from_primary(_drop_after(self._file, start_step) if self._writes else [])
         self._progress = Progress("step", training.steps, start_step)
         self._views: list[Board | WeightsAndBiases] = []
@@ -136,6 +136,8 @@ class Metrics(contextlib.AbstractContextManager):
         """Writes one line to metrics.jsonl (or raises DiskError), and its numbers to the other views; only on host 0."""
         if not self._writes:
             return
+        if _identity(self._run.folder) != self._place:
+            raise DiskError(f"{self._run.folder}: was moved or replaced; the same command resumes with its new path")
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
         _append(self._file, json.dumps({"step": step, **rounded}) + "\n")
         for view in self._views:
@@ -148,6 +150,15 @@ class Metrics(contextlib.AbstractContextManager):
         pictures = {match[1]: path for path in sorted(folder.glob("*.png")) if (match := drawn.fullmatch(path.name))}
         for view in self._views:
             view.add_pictures(step, pictures)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Returns the disk's numbers of a folder, which it keeps when it is moved; None if there is no such folder."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _append(path: Path, line: str) -> None:
@@ -174,7 +185,7 @@ def _drop_after(path: Path, step: int) -> list[int]:
         try:
             entry = json.loads(line)
             line_step = int(entry["step"])
-        except (ValueError, TypeError, LookupError):
+        except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
             continue
         if line_step <= step:
             kept.append(line + b"\n")

@@ -48,6 +48,8 @@ def restore_or_init(
     elif checkpoints.steps():
         state = checkpoints.restore(driver.init_state())
         origin = f"resuming {run.folder} at step {int(state.step)}"
+        if int(state.step) >= driver.config.training.steps:
+            origin = f"{run.folder} is complete: it has all {int(state.step)} steps"
     elif driver.config.model.backbone_weights:
         from retina_jax.weights.importing import with_backbone  # reads foreign formats, which other runs do not need
 

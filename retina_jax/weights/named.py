@@ -17,10 +17,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from retina_jax.console import cache_folder
 from retina_jax.errors import WeightsError, reason
 from retina_jax.model.resnet import ARCHITECTURES
 
-CACHE = Path.home() / ".cache" / "retina_jax" / "weights"
+CACHE = cache_folder() / "weights"
 TIMEOUT = 30.0  # seconds without a byte after which a download fails
 NO_LOCKS = (errno.EOPNOTSUPP, errno.ENOLCK)
 

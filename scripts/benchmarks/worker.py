@@ -37,6 +37,8 @@ def main(module: str, task: str) -> None:
 
     try:
         work = importlib.import_module(module).make(Task(**wanted))
+        if wanted["device"] == "gpu" and not has_gpu():
+            raise BenchmarkError("--device gpu: no GPU is found here; --device cpu times the CPU")
     except (ImportError, BenchmarkError) as error:
         answer(error=str(error).splitlines()[0])
         return
@@ -62,6 +64,12 @@ def reset_peak() -> None:
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")
+
+
+def has_gpu() -> bool:
+    """Whether the library of this variant finds a GPU."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.is_available() if torch else sys.modules["jax"].default_backend() == "gpu"
 
 
 def accelerator() -> str:

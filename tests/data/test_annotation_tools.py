@@ -15,6 +15,7 @@ from small_sets import encode, write_coco
 
 from retina_jax.config import Config, DataConfig
 from retina_jax.config_io import override
+from retina_jax.data import survey
 from retina_jax.data.datasets import open_source, read_coco
 from retina_jax.data.source import BadImage, DataError, Source
 from retina_jax.data.survey import with_decoding
@@ -22,6 +23,13 @@ from retina_jax.data_check.check import check_data
 
 WIDTH, HEIGHT = 128, 96
 Edit = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns the home folder, in which the cache of image sizes is written."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
 
 
 def plain() -> dict[str, Any]:
@@ -229,11 +237,32 @@ def no_sizes(i: dict[str, Any]) -> dict[str, Any]:
     return {"id": i["id"], "file_name": i["file_name"]}
 
 
-def test_missing_sizes_are_those_of_the_files(tmp_path: Path) -> None:
+def test_missing_sizes_are_read_from_the_files_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    read: list[str] = []
+    from_files = survey.read_headers
+    monkeypatch.setattr(survey, "read_headers", lambda paths: read.extend(p.name for p in paths) or from_files(paths))
     path, images = written(tmp_path, each_image(no_sizes))
+
+    def sizes() -> list[tuple[int, int]]:
+        return [(record.width, record.height) for record in read_coco(path, images).records]
+
+    read_coco(path, images)
+    assert sorted(read[:4]) == [f"{i}.png" for i in range(4)]
+    read.clear()
+    assert sizes() == [(WIDTH, HEIGHT)] * 4 and not read
     (images / "2.png").write_bytes(encode(np.zeros((70, 50, 3), np.uint8), "PNG"))
-    sizes = [(record.width, record.height) for record in read_coco(path, images).records]
-    assert sizes == [(WIDTH, HEIGHT)] * 2 + [(50, 70), (WIDTH, HEIGHT)]
+    assert sizes()[2] == (50, 70) and read == ["2.png"]
+    (cache,) = (home / ".cache/retina_jax/image_sizes").iterdir()
+    for damage in ("[", "[1]", '{"a": 1}', "[" * 200_000):
+        cache.write_text(damage)
+        read.clear()
+        assert sizes()[2] == (50, 70) and len(read) == 4
+    cache.unlink()
+    cache.parent.rmdir()
+    cache.parent.write_text("no folder")
+    assert sizes()[2] == (50, 70)
 
 
 def test_the_size_of_a_rotated_image_is_that_of_the_displayed_image(tmp_path: Path) -> None:

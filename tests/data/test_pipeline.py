@@ -154,6 +154,17 @@ def test_evaluation_takes_each_image_once_unchanged(tmp_path: Path, limit: int) 
         assert np.allclose(batch.boxes_xyxy[:, 0] / np.tile(batch.scales, 2), plain, atol=1e-3)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in Linux's /proc")
+def test_a_finished_evaluation_ends_its_threads(tmp_path: Path) -> None:
+    source = rectangles(tmp_path, [(40, 60)] * 6)
+    threads = []
+    for _ in range(4):
+        batches = eval_batches(source, dataclasses.replace(DATA, workers=8), batch_size=2)
+        assert len(list(batches)) == 3
+        threads.append(len(list(Path("/proc/self/task").iterdir())))
+    assert threads[-1] <= threads[0] + 3  # each has a thread that watches for slow files and lives for seconds
+
+
 def test_pixels_are_the_resized_file(tmp_path: Path) -> None:
     source = rectangles(tmp_path, SIZES)
     data = dataclasses.replace(DATA, short_side=48, long_side=64)

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from orbax.checkpoint import v1 as ocp
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import override
@@ -246,15 +245,19 @@ def test_an_intact_checkpoint_of_another_network_is_not_treated_as_damaged(saved
     assert (saved / "3").is_dir()
 
 
-def test_a_checkpoint_without_checksums_is_accepted(tmp_path: Path) -> None:
-    with ocp.training.Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(4, small(4), metrics={"AP": 0.25})
-        checkpointer.save(5, small(5))
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.steps() == [4, 5] and best_step(checkpoints.folder) == 4
-        assert_same(checkpoints.restore(small(9, devices=4)), small(5))
-        (tmp_path / "5" / "state" / "_METADATA").write_bytes(b"")
-        assert_same(checkpoints.restore(small(9)), small(4))
+@pytest.mark.parametrize("way", ["no list", "deep list", "another file"])
+def test_a_checkpoint_without_a_checksum_for_each_file_is_damaged(saved: Path, way: str) -> None:
+    newest = max(saved_steps(saved))
+    if way == "no list":
+        (saved / str(newest) / "checksums.json").unlink()
+    elif way == "deep list":
+        (saved / str(newest) / "checksums.json").write_text("[" * 200_000)
+    else:
+        (saved / str(newest) / "state" / "added").write_bytes(b"")
+    with Checkpoints(saved, read_only=True) as checkpoints:
+        with pytest.raises(ConfigError, match=f"{newest}: .*checksums.json"):
+            checkpoints.restore(small(9), newest)
+        assert int(checkpoints.restore(small(9))["step"]) < newest
 
 
 def test_a_reader_restores_another_step_if_the_run_deletes_the_first(

@@ -14,11 +14,20 @@ import pytest
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import override
-from retina_jax.runs.folder import Clock, finish_run, read_run, record_fact, training_lock
+from retina_jax.runs.files import DiskError
+from retina_jax.runs.folder import Clock, Run, finish_run, read_run, record_fact, training_lock
+from retina_jax.runs.record import read_metrics
 from retina_jax.training.metrics import Metrics, NonFiniteLoss
 from retina_jax.training.opening import open_run
 
 NAMES, IDS = ("cat", "dog"), (3, 7)
+
+
+def open_and_save(folder: Path, config: Config, **options: int) -> Run:
+    """Opens a new run that has a checkpoint: from then on it keeps its config."""
+    run = open_run(folder, config, NAMES, IDS, **options)
+    (folder / "checkpoints" / "1").mkdir(parents=True)
+    return run
 
 
 def test_config_json_contains_the_resolved_config(tmp_path: Path) -> None:
@@ -34,7 +43,7 @@ def test_config_json_contains_the_resolved_config(tmp_path: Path) -> None:
 
 
 def test_another_config_in_the_same_folder_is_refused_by_field(tmp_path: Path) -> None:
-    open_run(tmp_path, Config(), NAMES, IDS)
+    open_and_save(tmp_path, Config())
     open_run(tmp_path, override(Config(), {"training.steps": 100, "devices": 4}), NAMES, IDS)
     with pytest.raises(ConfigError, match=r"loss.gamma: 2.0 -> 5.0"):
         open_run(tmp_path, override(Config(), {"loss.gamma": 5.0}), NAMES, IDS)
@@ -47,7 +56,7 @@ def test_a_resumed_run_neither_starts_nor_stops_averaging(tmp_path: Path) -> Non
     means = override(Config(), {"optimizer.ema_decay": 0.9})
     for number, (before, after) in enumerate([(Config(), means), (means, Config())]):
         folder = tmp_path / str(number)
-        open_run(folder, before, NAMES, IDS)
+        open_and_save(folder, before)
         saved = (folder / "config.json").read_text()
         with pytest.raises(ConfigError, match=r"optimizer.ema_decay .*EMA"):
             open_run(folder, after, NAMES, IDS, allow_changes=["optimizer.ema_decay"])
@@ -55,7 +64,7 @@ def test_a_resumed_run_neither_starts_nor_stops_averaging(tmp_path: Path) -> Non
 
 
 def test_a_fact_of_the_start_stays_when_the_run_is_opened_again(tmp_path: Path) -> None:
-    record_fact(open_run(tmp_path, Config(), NAMES, IDS), "backbone_sha256", "abc")
+    record_fact(open_and_save(tmp_path, Config()), "backbone_sha256", "abc")
     run = open_run(tmp_path, override(Config(), {"training.steps": 100}), NAMES, IDS)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["facts"] == {"backbone_sha256": "abc"} and saved["config"]["training"]["steps"] == 100
@@ -96,8 +105,8 @@ def test_a_folder_that_cannot_be_written_or_read_is_named(tmp_path: Path) -> Non
         read_run(tmp_path)
 
 
-def test_an_allowed_change_is_applied_and_recorded(tmp_path: Path) -> None:
-    open_run(tmp_path, Config(), NAMES, IDS)
+def test_a_change_that_is_asked_for_is_taken_and_noted(tmp_path: Path) -> None:
+    open_and_save(tmp_path, Config())
     first = json.loads((tmp_path / "config.json").read_text())
     changed = override(Config(), {"loss.gamma": 5.0, "data.flip": False})
     with pytest.raises(ConfigError, match=r"loss.gamma: 2.0 -> 5.0 .*--allow-changes loss.gamma"):
@@ -116,7 +125,7 @@ def test_the_number_of_micro_batches_may_change_if_the_loss_does_not_depend_on_i
     tmp_path: Path, normaliser: str, refused: bool
 ) -> None:
     config = override(Config(), {"loss.normaliser": normaliser})
-    open_run(tmp_path, config, NAMES, IDS, num_microbatches=8)
+    open_and_save(tmp_path, config, num_microbatches=8)
     open_run(tmp_path, override(config, {"training.accumulate": 4, "devices": 2}), NAMES, IDS, num_microbatches=8)
     with (
         pytest.raises(ConfigError, match=r"into 8 .* into 4, .*loss.normaliser")
@@ -128,7 +137,7 @@ def test_the_number_of_micro_batches_may_change_if_the_loss_does_not_depend_on_i
 
 def test_accumulation_changes_what_batch_norm_sees(tmp_path: Path) -> None:
     config = override(Config(), {"model.norm": "batch"})
-    open_run(tmp_path, config, NAMES, IDS)
+    open_and_save(tmp_path, config)
     with pytest.raises(ConfigError, match=r"training.accumulate: 1 -> 2"):
         open_run(tmp_path, override(config, {"training.accumulate": 2}), NAMES, IDS)
 
@@ -136,7 +145,7 @@ def test_accumulation_changes_what_batch_norm_sees(tmp_path: Path) -> None:
 def test_batch_norm_with_micro_batches_keeps_its_devices(tmp_path: Path) -> None:
     """The images that share statistics are those of one micro-batch of every device."""
     config = override(Config(), {"model.norm": "batch", "training.accumulate": 2})
-    open_run(tmp_path, config, NAMES, IDS, num_microbatches=8)
+    open_and_save(tmp_path, config, num_microbatches=8)
     with pytest.raises(ConfigError, match=r"into 8 micro-batches .* into 4, and model.norm batch"):
         open_run(tmp_path, config, NAMES, IDS, num_microbatches=4)
 
@@ -237,6 +246,35 @@ def test_resuming_drops_the_lines_that_will_be_written_again(tmp_path: Path) -> 
     with Metrics(run, 3) as metrics:
         metrics.write(4, {"event": "train", "loss": 40.0})
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+@pytest.mark.parametrize("damage", ['{"step": Infinity}', "[" * 200_000, '{"step": 1e400}', "\x00" * 50])
+def test_a_malformed_line_is_dropped_by_a_resumed_run_and_named_by_a_reader(tmp_path: Path, damage: str) -> None:
+    run = open_run(tmp_path, Config(), NAMES, IDS)
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{damage}\n{{"step": 2}}\n')
+    with pytest.raises(ConfigError, match=r"metrics.jsonl, line 2"):
+        read_metrics(tmp_path)
+    with Metrics(run, 2):
+        assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("content", ["Infinity", "NaN", "[" * 200_000, "{}", ""])
+def test_a_damaged_time_of_a_run_costs_that_time_alone(tmp_path: Path, content: str) -> None:
+    (tmp_path / "seconds.json").write_text(content)
+    assert 0 <= Clock(tmp_path, resumed=True).seconds() < 60
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_folder_that_is_moved_ends_training_in_one_line(tmp_path: Path, replaced: bool) -> None:
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+    with Metrics(open_run(folder, Config(), NAMES, IDS), 0) as metrics:
+        metrics.write(1, {"event": "train"})
+        folder.rename(moved)
+        if replaced:
+            open_run(folder, Config(), NAMES, IDS)
+        with pytest.raises(DiskError, match=f"{folder}: was moved or replaced"):
+            metrics.write(2, {"event": "train"})
+    assert len(lines(moved)) == 1 and not (folder / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("values", [(np.nan, 1.0), (np.inf, 1.0), (1.0, np.nan), (1.0, 1.0, np.inf)])

@@ -1,0 +1,194 @@
+"""Measure work on files as large as COCO's: python scripts/benchmarks/coco_scale.py --folder data/coco_scale
+
+Generates annotations of 118,287 images with 860,001 boxes and polygons (490 MB of JSON), and the folder of a run of 90,000
+steps with an evaluation of 5,000 images. Then it runs each task in a process of its own and prints its processor time and
+its peak memory. The time is that of the task alone; the memory includes the imported packages.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+TRAIN, VAL = (118_287, 860_001), (5_000, 36_781)
+"""Images and boxes of COCO's train2017 and val2017."""
+CATEGORIES, CORNERS = 80, 25
+STEPS, LOG_EVERY = 90_000, 20
+DETECTIONS_PER_IMAGE = 100
+
+TASKS = {
+    # name: (module that it needs, what is imported before the clock starts, what is measured)
+    "load the training JSON": (
+        "retina_jax",
+        "from retina_jax.data.coco import read_coco",
+        "read_coco('{train}', '{images}')",
+    ),
+    "load the training JSON, pycocotools": (
+        "pycocotools",
+        "from pycocotools.coco import COCO",
+        "COCO('{train}')",
+    ),
+    "load the training JSON, hotcoco": ("hotcoco", "import hotcoco", "hotcoco.COCO('{train}')"),
+    "write 500,000 detections": (
+        "retina_jax",
+        "import json; from pathlib import Path; from retina_jax.runs.files import write_json\n"
+        "results = json.loads(Path('{detections}').read_bytes())",
+        "write_json(Path('{folder}/written.json'), results, indent=None)",
+    ),
+    "list the paper's sweeps": (
+        "retina_jax",
+        "import sys, glob, runpy; sys.path.insert(0, 'scripts')\n"
+        "sys.argv = ['sweep.py', '--list', '--sweep', *sorted(glob.glob('configs/sweeps/table*.py'))]",
+        "runpy.run_path('scripts/sweep.py', run_name='__main__')",
+    ),
+    "report of a run of 90,000 steps": (
+        "retina_jax",
+        "from pathlib import Path; from retina_jax.reports.run_page import run_page",
+        "Path('{folder}/page.html').write_text(run_page(Path('{run}'))[0])",
+    ),
+    "check the training data, without images": (
+        "retina_jax",
+        "from pathlib import Path; from retina_jax.config import Config; from retina_jax.data_check.check import check_data",
+        "check_data(Config(), {{'train': (Path('{train}'), Path('{images}'))}})",
+    ),
+}
+MEASURE = """
+import resource, time
+{imports}
+started = time.process_time()
+try:
+    {work}
+except SystemExit:
+    pass
+print(time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options of this script."""
+
+    folder: Path = Path("data/coco_scale")
+    """Folder of the generated files; made if missing, and used again if complete."""
+    only: tuple[str, ...] = ()
+    """Words; a task is run if its name has one of them. Default: all tasks."""
+
+
+def main() -> None:
+    """Generates the files and prints one line per task."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    paths = generate(arguments.folder)
+    for name, (module, imports, work) in TASKS.items():
+        if arguments.only and not any(word in name for word in arguments.only):
+            continue
+        if importlib.util.find_spec(module) is None:
+            print(f"{name}: {module} is not installed")
+            continue
+        program = MEASURE.format(imports=imports.format(**paths), work=work.format(**paths))
+        done = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True)
+        seconds, gib = map(float, done.stdout.splitlines()[-1].split())
+        print(f"{name}: {seconds:.1f} s CPU, peak {gib:.2f} GiB", flush=True)
+
+
+def generate(folder: Path) -> dict[str, Path]:
+    """Writes the files that are missing; returns their paths by the names in TASKS."""
+    run = folder / "run"
+    detections = run / "detections" / f"step_{STEPS:08d}.json"
+    paths = {"folder": folder, "images": folder / "images", "run": run, "detections": detections}
+    paths |= {"train": folder / "train.json", "val": folder / "val.json"}
+    paths["images"].mkdir(parents=True, exist_ok=True)
+    for split, size in (("train", TRAIN), ("val", VAL)):
+        if not paths[split].exists():
+            print(f"writing {paths[split]} ...", flush=True)
+            names = write_annotations(paths[split], *size)
+            for name in names:  # empty: no task decodes an image
+                (paths["images"] / name).touch()
+    if not (run / "summary.json").exists():
+        print(f"writing {run} ...", flush=True)
+        write_run(run, paths["val"], paths["images"])
+    return paths
+
+
+def write_annotations(path: Path, num_images: int, num_boxes: int) -> list[str]:
+    """Writes a COCO JSON with the fields of COCO's own and polygons of CORNERS points; returns the names of its images."""
+    random = np.random.default_rng(num_images)
+    sizes = random.integers(300, 641, (num_images, 2))
+    ids = random.permutation(5 * num_images)[:num_images] + 1
+    owners = random.integers(0, num_images, num_boxes)
+    wh = np.round(np.exp(random.uniform(np.log(0.02), np.log(0.9), (num_boxes, 2))) * sizes[owners], 2)
+    xy = np.round(random.random((num_boxes, 2)) * (sizes[owners] - wh), 2)
+    labels = random.integers(1, CATEGORIES + 1, num_boxes)
+    angles = np.linspace(0, 2 * np.pi, CORNERS, endpoint=False)
+    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1) / 2 + 0.5
+    images = [
+        {
+            "license": 1,
+            "file_name": f"{i:012d}.jpg",
+            "coco_url": f"http://images.cocodataset.org/train2017/{i:012d}.jpg",
+        }
+        | {"height": height, "width": width, "date_captured": "2013-11-14 11:18:45", "id": i}
+        for i, (width, height) in zip(ids.tolist(), sizes.tolist(), strict=True)
+    ]
+    categories = [{"supercategory": "thing", "id": k, "name": f"class {k}"} for k in range(1, CATEGORIES + 1)]
+    part = path.with_suffix(".part")
+    with open(part, "w") as file:
+        file.write(f'{{"images": {json.dumps(images)}, "categories": {json.dumps(categories)}, "annotations": [')
+        for m, (owner, label) in enumerate(zip(ids[owners].tolist(), labels.tolist(), strict=True)):
+            polygon = (xy[m] + circle * wh[m]).round(2).ravel().tolist()
+            entry = {"segmentation": [polygon], "area": round(float(wh[m].prod()) * 0.78, 4), "iscrowd": 0}
+            entry |= {"image_id": owner, "bbox": [*xy[m].tolist(), *wh[m].tolist()], "category_id": label, "id": m + 1}
+            file.write((", " if m else "") + json.dumps(entry))
+        file.write("]}")
+    part.rename(path)
+    return [image["file_name"] for image in images]
+
+
+def write_run(run: Path, annotations: Path, images: Path) -> None:
+    """Writes the folder of a finished run: metrics of STEPS steps, one evaluation and its detections."""
+    from retina_jax.config import Config
+    from retina_jax.config_io import override, to_dict
+    from retina_jax.evaluation.coco_scores import evaluate_coco
+
+    random, truth = np.random.default_rng(0), json.loads(annotations.read_text())
+    boxes: dict[int, list[dict]] = {image["id"]: [] for image in truth["images"]}
+    for entry in truth["annotations"]:
+        boxes[entry["image_id"]].append(entry)
+    detections = []
+    for image_id, entries in boxes.items():
+        for m in range(DETECTIONS_PER_IMAGE):  # the objects, moved by about a tenth of their side, then background
+            bbox = np.array(entries[m]["bbox"]) if m < len(entries) else random.random(4) * 200
+            label = entries[m]["category_id"] if m < len(entries) else int(random.integers(1, CATEGORIES + 1))
+            moved = bbox + random.normal(0, 0.1, 4) * np.tile(bbox[2:], 2)
+            score = float(random.beta(4, 2) if m < len(entries) else random.beta(1, 9))
+            detections.append({"image_id": image_id, "category_id": label, "bbox": moved.tolist(), "score": score})
+    for kind in ("detections", "evaluation"):
+        (run / kind).mkdir(parents=True, exist_ok=True)
+    (run / "detections" / f"step_{STEPS:08d}.json").write_text(json.dumps(detections))
+    scores = evaluate_coco(truth, detections, list(boxes))
+    evaluation = {"step": STEPS, "images": len(boxes), **scores.summary, "per_class": scores.per_class}
+    (run / "evaluation" / f"step_{STEPS:08d}.json").write_text(json.dumps(evaluation))
+    names = ("loss", "classification_loss", "box_loss", "gradient_norm", "learning_rate", "positives_per_image")
+    lines = [
+        {"step": step, "event": "train", "images_per_second": 80.0, "data_wait_percent": 1.0, "peak_memory_mib": 9000.0}
+        | dict(zip(names, random.random(len(names)).round(6).tolist(), strict=True))
+        for step in range(LOG_EVERY, STEPS + 1, LOG_EVERY)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    changes = {"data.val_annotations": str(annotations), "data.val_images": str(images)}
+    saved = {"config": to_dict(override(Config(), changes))}
+    categories = truth["categories"]
+    saved |= {"class_names": [c["name"] for c in categories], "category_ids": [c["id"] for c in categories]}
+    (run / "config.json").write_text(json.dumps(saved))
+    summary = {"steps": STEPS, "images": 16 * STEPS, "seconds": 90_000.0, "evaluation": evaluation}
+    (run / "summary.json").write_text(json.dumps(summary | {"parameters_sha256": ""}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""What ends a script while it starts: signals, a missing device, a missing home, a run that has saved nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from retina_jax import console
+from retina_jax.config import Config, DataConfig
+from retina_jax.distributed import Interruption
+from retina_jax.errors import Stopped, ending
+from retina_jax.runs.folder import started_run
+from retina_jax.training.opening import open_run
+
+IMPORTING = "import os, signal; from retina_jax import interrupts; interrupts.catch(); os.kill(os.getpid(), signal.{})"
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 0), ("SIGHUP", 0)])
+def test_a_signal_during_imports_ends_in_one_line(name: str, status: int) -> None:
+    command = [sys.executable, "-c", IMPORTING.format(name)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == status
+    assert done.stderr.count("\n") == 1 and name in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_a_start_at_once_and_a_run_at_a_check(number: int) -> None:
+    before = signal.getsignal(number)
+    with Interruption() as interruption:
+        with pytest.raises(Stopped) as stopped:
+            os.kill(os.getpid(), number)
+        assert "saved" not in ending(stopped.value)[0]
+    with Interruption() as interruption:
+        interruption.defer()
+        os.kill(os.getpid(), number)
+        with pytest.raises(Stopped, match=f"{signal.Signals(number).name} after step 7"):
+            interruption.check(7)
+    assert signal.getsignal(number) == before
+
+
+def test_a_run_that_saved_no_step_leaves_its_folder_free(tmp_path: Path) -> None:
+    first = Config(data=DataConfig(batch_size=4))
+    open_run(tmp_path, first, ["a"], [1])
+    other = replace(first, seed=5)
+    open_run(tmp_path, other, ["b", "c"], [3, 4])
+    assert started_run(tmp_path) is None
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    assert started_run(tmp_path).config == other
+
+
+def test_a_missing_platform_is_one_line() -> None:
+    program = (
+        "import jax; from retina_jax.cli import one_line_errors\n"
+        "with one_line_errors():\n    jax.config.update('jax_platforms', 'cuda'); jax.devices()"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cuda"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    if done.returncode == 0:
+        pytest.skip("there is a GPU here")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "JAX_PLATFORMS=cuda" in done.stderr
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert console.cache_folder().is_absolute()
