@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -491,17 +491,7 @@ def test_another_suffix_or_an_unwritable_place_is_refused_in_one_line(tmp_path: 
 
 
 def test_the_script_refuses_in_one_line() -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "scripts" / "figures.py"),
-        "--figure",
-        "4",
-        "--out",
-        "x.png",
-        "--negatives",
-        "0",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    done = processes.run("figures", "--figure", 4, "--out", "x.png", "--negatives", 0)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--negatives" in done.stderr, done.stderr
 
 
