@@ -19,6 +19,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from filelock import FileLock
+from hypothesis import HealthCheck, settings
 from jax._src import compiler
 from jaxtyping import install_import_hook
 
@@ -28,7 +30,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "retina
 QUICK = {"xla_cpu_use_fusion_emitters": "false", "xla_cpu_parallel_codegen_split_count": "1"}
 """A tiny training step compiles in 1.4 s of processor time with these and without LLVM's passes, in 9.2 s as users' do."""
 SHARES = 16
-LONGEST = ("test_several_hosts", "test_parallel", "test_end_to_end", "test_kills", "test_sweep_runs", "test_mining")
+LONGEST = ("test_several_hosts", "test_parallel", "test_kills", "test_end_to_end", "test_full_disks", "test_sweep_runs")
 """Files, by the time that their tests take."""
 
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
@@ -40,6 +42,10 @@ jax.config.update(
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# On a loaded machine an example may take any time.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 install_import_hook("retina_jax", "beartype.beartype").__enter__()
 
@@ -106,6 +112,25 @@ def optimised() -> Iterator[None]:
         jax.clear_caches()  # a test before may have compiled the same function quickly
         yield
         jax.config.update("jax_disable_most_optimizations", quickly)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of `small_runs.write_config` on two devices, trained once for all workers. Copy it, do not change it.
+
+    Its config is `learns.py` next to it.
+    """
+    import small_runs
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    run = folder / "trained"
+    with FileLock(folder / "lock"):
+        if not (run / "summary.json").exists():
+            process = small_runs.start(small_runs.write_config(folder), run, devices=2)
+            assert process.wait(600) == 0, run.with_suffix(".log").read_text()
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,10 @@ from small_runs import measured, metrics, start, stopped_when, summary, wait_for
 from retina_jax.evaluate import write_picture
 from retina_jax.runs.files import DiskError
 
-OPTIONS = ("--training.steps", 50, "--training.pictures", 0, "--optimizer.boundaries", 40)
+OPTIONS = (
+    "--training.steps", 50, "--training.checkpoint-every", 10, "--training.eval-every", 0, "--training.pictures", 0,
+    "--optimizer.boundaries", 40, "--optimizer.ema-decay", 0,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
