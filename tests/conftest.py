@@ -11,8 +11,11 @@ import gc
 import mmap
 import os
 from collections.abc import Iterator
+from functools import partial
+from importlib.machinery import SourceFileLoader
 from importlib.metadata import files
 from pathlib import Path
+from types import CodeType
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -22,7 +25,8 @@ import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from jax._src import compiler
-from jaxtyping import install_import_hook
+from jaxtyping import _import_hook, install_import_hook
+from jaxtyping._import_hook import _JaxtypingLoader, _optimized_cache_from_source
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -47,6 +51,22 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
 
+
+class CheckedModule(_JaxtypingLoader):
+    """Looks for jaxtyping's own bytecode for the module alone, not for all that it imports: TensorFlow's, Flax' and others'
+    bytecode would not be found, and 3400 files would be compiled in each process."""
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        """Returns the code of the module with its checks."""
+        marked = partial(_optimized_cache_from_source, self._typechecker.get_hash())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("importlib._bootstrap_external.cache_from_source", marked)
+            return super().get_code(fullname)
+
+    exec_module = SourceFileLoader.exec_module
+
+
+_import_hook._JaxtypingLoader = CheckedModule
 install_import_hook("retina_jax", "beartype.beartype").__enter__()
 
 
