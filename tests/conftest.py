@@ -11,16 +11,22 @@ import gc
 import mmap
 import os
 from collections.abc import Iterator
+from functools import partial
+from importlib.machinery import SourceFileLoader
 from importlib.metadata import files
 from pathlib import Path
+from types import CodeType
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from filelock import FileLock
+from hypothesis import HealthCheck, settings
 from jax._src import compiler
-from jaxtyping import install_import_hook
+from jaxtyping import _import_hook, install_import_hook
+from jaxtyping._import_hook import _JaxtypingLoader, _optimized_cache_from_source
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -28,7 +34,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "retina
 QUICK = {"xla_cpu_use_fusion_emitters": "false", "xla_cpu_parallel_codegen_split_count": "1"}
 """A tiny training step compiles in 1.4 s of processor time with these and without LLVM's passes, in 9.2 s as users' do."""
 SHARES = 16
-LONGEST = ("test_several_hosts", "test_parallel", "test_end_to_end", "test_kills", "test_sweep_runs", "test_mining")
+LONGEST = ("test_several_hosts", "test_parallel", "test_kills", "test_end_to_end", "test_full_disks", "test_sweep_runs")
 """Files, by the time that their tests take."""
 
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
@@ -41,6 +47,26 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# On a loaded machine an example may take any time.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
+
+
+class CheckedModule(_JaxtypingLoader):
+    """Looks for jaxtyping's own bytecode for the module alone, not for all that it imports: TensorFlow's, Flax' and others'
+    bytecode would not be found, and 3400 files would be compiled in each process."""
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        """Returns the code of the module with its checks."""
+        marked = partial(_optimized_cache_from_source, self._typechecker.get_hash())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("importlib._bootstrap_external.cache_from_source", marked)
+            return super().get_code(fullname)
+
+    exec_module = SourceFileLoader.exec_module
+
+
+_import_hook._JaxtypingLoader = CheckedModule
 install_import_hook("retina_jax", "beartype.beartype").__enter__()
 
 
@@ -107,6 +133,25 @@ def optimised() -> Iterator[None]:
         jax.clear_caches()  # a test before may have compiled the same function quickly
         yield
         jax.config.update("jax_disable_most_optimizations", quickly)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of `small_runs.write_config` on two devices, trained once for all workers. Copy it, do not change it.
+
+    Its config is `learns.py` next to it.
+    """
+    import small_runs
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    run = folder / "trained"
+    with FileLock(folder / "lock"):
+        if not (run / "summary.json").exists():
+            process = small_runs.start(small_runs.write_config(folder), run, devices=2)
+            assert process.wait(600) == 0, run.with_suffix(".log").read_text()
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ def get_config():
     return Config(
         data=DataConfig(source="scenes", batch_size=4, short_side=64, long_side=64, max_boxes=8,
             scenes=ScenesConfig(folder={scenes!r}, train_images=40, val_images=10, size=64, classes=3, max_side=30.0)),
-        model=ModelConfig(backbone="resnet18", base_width=8, stage_blocks=(1, 1, 1, 1), norm="group", norm_groups=4,
+        model=ModelConfig(backbone="resnet18", base_width=8, stage_blocks=(1, 1, 1, 1), norm="frozen",
             frozen_stages=0, max_level=5, fpn_channels=16, head_channels=16, head_convs=1),
         anchors=AnchorConfig(size_factor=2.0),
         optimizer=OptimizerConfig(learning_rate=0.02, warmup_steps=4, boundaries=(9,), clip_norm=3.0),

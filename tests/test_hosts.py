@@ -5,17 +5,14 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 from retina_jax import distributed as hosts
 from retina_jax.config import ConfigError
 from retina_jax.distributed import ALONE, Hosts, check_same, exchange, from_primary, joined
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_a_single_host_is_primary_and_receives_its_own_messages() -> None:
@@ -53,7 +50,6 @@ def test_the_first_fact_that_differs_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 FAILS = """
 import os, sys, time
-sys.path.insert(0, {root!r})
 from retina_jax.config import ConfigError
 from retina_jax.distributed import Hosts, exchange, joined
 host, port = int(sys.argv[1]), sys.argv[2]
@@ -78,22 +74,22 @@ with joined(Hosts(coordinator="127.0.0.1:" + port, hosts=2, host=host)):
         pytest.param(1, "os._exit(9)", "", 9, False, marks=pytest.mark.slow),  # JAX's heartbeat: 30 seconds
     ],
 )
-def test_a_host_ends_if_the_other_ends(failing: int, what: str, own: str, status: int, collective: bool) -> None:
+def test_the_end_of_one_host_ends_the_other(
+    tmp_path: Path, failing: int, what: str, own: str, status: int, collective: bool
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    script = FAILS.format(root=str(ROOT), failing=failing, what=what, collective=collective)
-    environment = {"JAX_PLATFORMS": "cpu", "PATH": "", "HOME": str(ROOT)}
-    pair = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(host), str(port)], stderr=subprocess.PIPE, text=True, env=environment
-        )
-        for host in (0, 1)
-    ]
+    script, logs = tmp_path / "fails.py", [tmp_path / "0.log", tmp_path / "1.log"]
+    script.write_text(FAILS.format(failing=failing, what=what, collective=collective))
+    with logs[0].open("w") as first, logs[1].open("w") as second:
+        pair = [processes.start(script, host, port, stdout=log) for host, log in enumerate((first, second))]
     try:
-        output = [process.communicate(timeout=150)[1] for process in pair]
+        for process in pair:
+            process.wait(150)
     finally:
         for process in pair:
             process.kill()
+    output = [log.read_text() for log in logs]
     assert pair[failing].returncode == status and own in output[failing], output
     # In a collective the network library may report it first, otherwise JAX aborts.
     assert pair[1 - failing].returncode in (hosts.LOST, -signal.SIGABRT), output

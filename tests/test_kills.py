@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from processes import Process
-from small_runs import kill, measured, metrics, start, stopped_when, summary, wait_for_step, write_config
+from small_runs import kill, measured, metrics, start, stopped_when, summary, write_config
 
 from retina_jax.runs.folder import training_lock
 
@@ -33,7 +33,6 @@ class Setting:
         """Starts the run, or starts it again by the same command."""
         options = {"steps": self.steps, "checkpoint-every": self.checkpoint_every, "eval-every": self.eval_every}
         words = [word for name, value in options.items() for word in (f"--training.{name}", value)]
-        words += ["--optimizer.ema-decay", 0.9]  # the averaged parameters must also be restored to the last bit
         return start(self.config, workdir, *words, devices=2, log=log)
 
     def phase(self, workdir: Path, log: Path) -> str:
@@ -93,11 +92,10 @@ class Life:
 
 
 @pytest.fixture(scope="module")
-def unbroken_and_lives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, Life]]:
-    """Returns the folder of an uninterrupted run, the folder of a run with all these signals, and its starts."""
+def unbroken_and_lives(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> tuple[Path, Path, dict[str, Life]]:
+    """The folders of a run that nothing happened to and of one that all of this happened to, one start after the other."""
     folder = tmp_path_factory.mktemp("kills")
-    setting = dataclasses.replace(SHORT, config=write_config(folder))
-    unbroken, workdir = folder / "unbroken", folder / "often_stopped"
+    setting, workdir = dataclasses.replace(SHORT, config=trained.with_name("learns.py")), folder / "often_stopped"
     lives: dict[str, Life] = {}
 
     def live(name: str, when: When, *signals: signal.Signals) -> None:
@@ -122,18 +120,15 @@ def unbroken_and_lives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
         """Returns whether an evaluation has just begun, possibly while the step before is still being saved."""
         return setting.phase(workdir, log) != "starting" and setting.awaits_evaluation(workdir)
 
-    with setting.start(unbroken) as process:
-        wait_for_step(unbroken, 1, process)  # writes the scenes for both runs
-        live("SIGTERM before a step", lambda process, _: catches(process, signal.SIGTERM), signal.SIGTERM)
-        for phase in ("training", "saving", "evaluating"):
-            live(f"SIGKILL in {phase}", in_phase(phase), signal.SIGKILL)
-        live("SIGTERM in training", in_phase("training"), signal.SIGTERM)
-        live("SIGTERM in evaluating", early_in_evaluating, signal.SIGTERM)
-        live("SIGINT", in_phase("training"), signal.SIGINT)
-        live("SIGINT twice", in_phase("training"), signal.SIGINT, signal.SIGINT)
-        live("to its end", in_phase("training"))
-        assert process.wait(240) == 0, unbroken.with_suffix(".log").read_text()
-    return unbroken, workdir, lives
+    live("SIGTERM before a step", lambda process, _: catches(process, signal.SIGTERM), signal.SIGTERM)
+    for phase in ("training", "saving", "evaluating"):
+        live(f"SIGKILL in {phase}", in_phase(phase), signal.SIGKILL)
+    live("SIGTERM in training", in_phase("training"), signal.SIGTERM)
+    live("SIGTERM in evaluating", early_in_evaluating, signal.SIGTERM)
+    live("SIGINT", in_phase("training"), signal.SIGINT)
+    live("SIGINT twice", in_phase("training"), signal.SIGINT, signal.SIGINT)
+    live("to its end", in_phase("training"))
+    return trained, workdir, lives
 
 
 def catches(process: Process, number: signal.Signals) -> bool:

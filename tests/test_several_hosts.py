@@ -9,57 +9,52 @@ import time
 from pathlib import Path
 
 import pytest
-from small_runs import Pair, kill, losses, metrics, start, summary, wait_for_step, write_config
+from small_runs import Pair, kill, losses, metrics, start, summary, wait_for_step
+
+LAST = 80
+EVERY = ("--training.checkpoint-every", 10, "--training.eval-every", 0, "--training.pictures", 0)
+MORE = (*EVERY, "--training.steps", LAST, "--detection.tta-flip", "--detection.tta-short-sides", 48)
+LONG = (*EVERY, "--training.steps", 10**6)
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_config(tmp_path_factory.mktemp("hosts"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hosts")
 
 
 @pytest.fixture(scope="module")
-def begun(config: Path) -> Path:
-    """Trains a run of one process on four devices for 100 steps. The other runs start from it: in Adam's first steps,
-    divided by their own size, rounding errors are as large as gradients, and no two numbers of devices would agree."""
-    workdir = config.parent / "begun"
-    process = start(config, workdir, devices=4)
+def config(trained: Path) -> Path:
+    """That of `trained`, from whose 60 steps all runs here start: Adam's first steps, divided by their own size, make
+    rounding as large as gradients, and no two numbers of devices would agree."""
+    return trained.with_name("learns.py")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, config: Path, trained: Path) -> Path:
+    """20 steps further, by one process on four devices."""
+    workdir = shutil.copytree(trained, folder / "alone")
+    process = start(config, workdir, *MORE, "--training.profile-steps", "65:67", devices=4)
     assert process.wait(300) == 0, workdir.with_suffix(".log").read_text()
-    return workdir
-
-
-MORE, LONG = (
-    ("--training.steps", 130, "--detection.tta-flip", "--detection.tta-short-sides", 48),
-    ("--training.steps", 10**6),
-)
-
-
-@pytest.fixture(scope="module")
-def alone(config: Path, begun: Path) -> Path:
-    """Trains the same run for 30 more steps."""
-    workdir = shutil.copytree(begun, config.parent / "alone")
-    process = start(config, workdir, *MORE, "--training.profile-steps", "110:112", devices=4)
-    assert process.wait(300) == 0, workdir.with_suffix(".log").read_text()
-    assert re.search(r"profile.* 110 .*112", workdir.with_suffix(".log").read_text())
+    assert re.search(r"profile.* 65 .*67", workdir.with_suffix(".log").read_text())
     assert list((workdir / "profile").rglob("perfetto_trace.json.gz"))
     return workdir
 
 
 @pytest.fixture(scope="module")
-def shared(config: Path, begun: Path) -> tuple[Path, Path]:
-    """Trains the same run on two hosts: SIGTERM to one, resumed, SIGKILL of host 1, resumed to its end. Also returns a
-    copy of the run at SIGTERM."""
-    workdir = shutil.copytree(begun, config.parent / "shared")
+def shared(folder: Path, config: Path, trained: Path) -> tuple[Path, Path]:
+    """The same by two hosts: SIGTERM to one, resumed, SIGKILL of host 1, resumed to its end; and a copy of it at SIGTERM."""
+    workdir = shutil.copytree(trained, folder / "shared")
     with Pair(config, workdir, *LONG) as pair:
-        wait_for_step(workdir, 105, *pair.hosts)
+        wait_for_step(workdir, 62, *pair.hosts)
         pair.hosts[1].send_signal(signal.SIGTERM)
         assert pair.ended() == [0, 0], pair.said()
         assert "Traceback" not in pair.said()
     saved = max(line["step"] for line in metrics(workdir))
     assert re.search(rf"^stopped.*\bSIGTERM\b.*\bstep {saved}\b", pair.said(), re.MULTILINE), pair.said()
     assert (workdir / "checkpoints" / str(saved)).is_dir() and not (workdir / "summary.json").exists()
-    stopped = shutil.copytree(workdir, config.parent / "stopped")
+    stopped = shutil.copytree(workdir, folder / "stopped")
     with Pair(config, workdir, *LONG) as pair:
-        wait_for_step(workdir, saved + 5, *pair.hosts)
+        wait_for_step(workdir, saved + 2, *pair.hosts)
         assert resumed(pair.said(), workdir, saved)
         kill(pair.hosts[1])
         killed = time.monotonic()
@@ -81,7 +76,7 @@ def resumed(said: str, workdir: Path, step: int) -> bool:
 def test_two_hosts_are_one_process_with_as_many_devices(alone: Path, shared: tuple[Path, Path]) -> None:
     """The losses, step by step, and AP are the same, despite the signals to the hosts."""
     expected, got = losses(alone), losses(shared[0])
-    assert got.keys() == expected.keys() and len(got) == 130
+    assert got.keys() == expected.keys() and len(got) == LAST
     assert list(got.values()) == pytest.approx(list(expected.values()), rel=1e-3)
     first, second = summary(alone)["evaluation"], summary(shared[0])["evaluation"]
     assert first["AP"] > 0.1 and first["images"] == second["images"] == 11
@@ -90,11 +85,15 @@ def test_two_hosts_are_one_process_with_as_many_devices(alone: Path, shared: tup
 
 
 @pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
-def test_a_run_of_two_hosts_resumes_on_one(config: Path, alone: Path, shared: tuple[Path, Path], devices: int) -> None:
-    """It is saved on 2 x 2 devices, and resumed on 1 x 1 and on 1 x 8."""
-    workdir = shutil.copytree(shared[1], config.parent / f"on_{devices}")
+def test_a_run_of_two_hosts_goes_on_alone(
+    folder: Path, config: Path, alone: Path, shared: tuple[Path, Path], devices: int
+) -> None:
+    """Saved on 2 x 2 devices, resumed on 1 x 1 and on 1 x 8."""
+    workdir = shutil.copytree(shared[1], folder / f"on_{devices}")
     before = len(losses(workdir))
-    process = start(config, workdir, "--training.steps", before + 5, devices=devices)
+    process = start(
+        config, workdir, *EVERY, "--training.eval-every", -1, "--training.steps", before + 5, devices=devices
+    )
     assert process.wait(300) == 0, workdir.with_suffix(".log").read_text()
     assert resumed(workdir.with_suffix(".log").read_text(), workdir, before)
     got = losses(workdir)
@@ -102,18 +101,17 @@ def test_a_run_of_two_hosts_resumes_on_one(config: Path, alone: Path, shared: tu
     assert list(got.values()) == pytest.approx(list(losses(alone).values())[: len(got)], rel=1e-3)
 
 
-def test_hosts_of_other_configs_refuse_each_other(config: Path) -> None:
-    workdir = config.parent / "differing"
+def test_hosts_of_other_configs_refuse_each_other(folder: Path, config: Path) -> None:
+    workdir = folder / "differing"
     with Pair(config, workdir, own=((), ("--loss.gamma", 3.0))) as pair:
         assert all(status in (2, 75, -signal.SIGABRT) for status in pair.ended())
         assert "loss.gamma is 2.0 on host 0 and 3.0 on host 1" in pair.said()
         assert "Traceback" not in pair.said() and not (workdir / "config.json").exists()
 
 
-def broken(config: Path, begun: Path) -> tuple[object, ...]:
-    """Returns options for the same images as a COCO folder, in which the last image is truncated. `begun` has written
-    them."""
-    folder = config.parent / "broken"
+def broken(folder: Path, config: Path) -> tuple[object, ...]:
+    """Options for the same images as a COCO folder, the last of them cut short. `trained` has made them."""
+    folder = folder / "broken"
     if not folder.exists():
         annotations = next(path for path in (config.parent / "scenes").rglob("*train*.json"))
         shutil.copytree(annotations.parent, folder)
@@ -129,18 +127,18 @@ def broken(config: Path, begun: Path) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def test_an_image_that_cannot_be_read_ends_all_hosts_by_name(config: Path, begun: Path) -> None:
-    """The host that reads the image names it; the other one ends too."""
-    with Pair(config, config.parent / "stops", *broken(config, begun)) as pair:
+def test_an_image_that_cannot_be_read_ends_all_hosts_by_name(folder: Path, config: Path) -> None:
+    """The host that reads it names it; the other ends with it."""
+    with Pair(config, folder / "stops", *broken(folder, config)) as pair:
         statuses = pair.ended()
         assert 2 in statuses and {*statuses} <= {2, 75, -signal.SIGABRT}, pair.said()
         assert re.search("error: .*broken", pair.said()) and "Traceback" not in pair.said()
 
 
 @pytest.mark.slow
-def test_an_image_that_is_skipped_on_one_host_is_skipped_by_all(config: Path, begun: Path) -> None:
-    workdir = config.parent / "skips"
-    with Pair(config, workdir, *broken(config, begun), "--data.bad-images", "skip") as pair:
+def test_an_image_that_is_skipped_on_one_host_is_skipped_by_all(folder: Path, config: Path) -> None:
+    workdir = folder / "skips"
+    with Pair(config, workdir, *broken(folder, config), "--data.bad-images", "skip") as pair:
         assert pair.ended() == [0, 0], pair.said()
         assert re.search(r"^warning: 1 .*image", pair.said(), re.MULTILINE)
     assert len(losses(workdir)) == 20

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 CASES = {
-    "COCO reader": (500, 4000),
-    "decoder": (500, 6000),
-    "configs as dicts": (250, 1500),
-    "config files": (150, 1000),
-    "command lines": (100, 500),
+    "COCO reader": (250, 4000),
+    "decoder": (250, 6000),
+    "configs as dicts": (150, 1500),
+    "config files": (100, 1000),
+    "command lines": (60, 500),
 }
 """Cases of each fuzz test, in the plain suite and in the slow one."""
 both_shares = pytest.mark.parametrize("share", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["short", "full"])

@@ -39,9 +39,10 @@ def plain_size(width: int, height: int, short: int, long: int) -> tuple[int, int
     return max(1, math.floor(width * scale + 0.5)), max(1, math.floor(height * scale + 0.5))
 
 
-def of_every_size(folder: Path) -> tuple[Source, list[dict[str, Any]]]:
-    """Writes images of one colour each, JPEG and PNG in turn, each with a box of the complete image and one inside;
-    returns the annotations."""
+@pytest.fixture(scope="module")
+def of_every_size(tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, list[dict[str, Any]]]:
+    """Images of one colour each, JPEG and PNG in turn, each with a box of all of it and one inside; the annotations."""
+    folder = tmp_path_factory.mktemp("sizes")
     rng = np.random.default_rng(5)
     images, annotations = [], []
     (folder / "images").mkdir()
@@ -59,9 +60,9 @@ def of_every_size(folder: Path) -> tuple[Source, list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("changes", [{}, {"buckets": 1, "pixels": "float32", "resize": "antialias"}, {"buckets": 2}])
 def test_every_size_from_1x1_to_20000x200_reaches_its_padded_shape_with_its_boxes(
-    tmp_path: Path, changes: dict[str, Any]
+    of_every_size: tuple[Source, list[dict[str, Any]]], changes: dict[str, Any]
 ) -> None:
-    source, annotations = of_every_size(tmp_path)
+    source, annotations = of_every_size
     data = dataclasses.replace(DATA, **changes)
     shapes, seen = buckets(data, (data.short_side,)), set()
     training = itertools.islice(train_batches(source, data, seed=0), 16)

@@ -6,15 +6,13 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
-import os
 import struct
-import subprocess
-import sys
 import threading
 import zlib
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from fuzzing import assert_named
 from PIL import Image, PngImagePlugin
@@ -83,7 +81,7 @@ def bombs() -> dict[str, bytes]:
 
 
 MEASURE = r"""
-import re, sys, threading
+import ctypes, re, sys, threading
 from pathlib import Path
 from retina_jax.data import decoding
 from retina_jax.data.decoding import to_rgb
@@ -91,22 +89,17 @@ from retina_jax.data.source import BadImage
 def peak():
     # Not ru_maxrss, which begins at that of the process that started this one.
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: otherwise glibc keeps up to 64 MB per thread that were freed
 files = sorted(Path(sys.argv[1]).iterdir())
 start = peak()
 """
 
 
 def measured(folder: Path, code: str) -> str:
-    """Runs a fresh process and returns what it prints; it must not print anything else, such as warnings."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONWARNINGS"} | {"TF_CPP_MIN_LOG_LEVEL": "3"}
-    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # What is freed goes back: else glibc keeps up to 64 MB a thread.
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE + code, str(folder)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
+    """Returns what a fresh process prints; it may not print anything else, warnings least of all."""
+    script = folder.with_suffix(".py")
+    script.write_text(MEASURE + code)
+    done = processes.run(script, folder)
     others = ("absl::", "port.cc", "one colour")  # Some of the images are black on purpose.
     said = [line for line in done.stderr.splitlines() if not any(other in line for other in others)]
     assert done.returncode == 0 and not said, done.stderr

@@ -2,7 +2,9 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,13 @@ from retina_jax.model.retinanet import Head, Outputs, RetinaNet, normalise
 from retina_jax.model.summary import parameter_counts, parameter_table
 
 TINY = ModelConfig(
-    base_width=8, stage_blocks=(1, 1, 1, 1), fpn_channels=16, head_channels=16, norm="group", frozen_stages=0
+    base_width=8,
+    stage_blocks=(1, 1, 1, 1),
+    fpn_channels=16,
+    head_channels=16,
+    head_convs=1,
+    norm="group",
+    frozen_stages=0,
 )
 K, CELL = 3, 9
 
@@ -26,9 +34,14 @@ def pixels(*shape: int, seed: int = 0) -> jax.Array:
 
 
 def run(config: ModelConfig, images: jax.Array, sizes: jax.Array | None = None, seed: int = 0) -> Outputs:
-    model = RetinaNet(config, K, CELL)
     full = jnp.broadcast_to(jnp.array(images.shape[1:3])[None], (len(images), 2))
-    return jax.jit(model.apply)(initialise(model, seed), images, full if sizes is None else sizes)
+    variables = initialise(RetinaNet(config, K, CELL), seed)
+    return compiled(config)(variables, images, full if sizes is None else sizes)
+
+
+@cache
+def compiled(config: ModelConfig) -> Callable[..., Outputs]:
+    return jax.jit(RetinaNet(config, K, CELL).apply)
 
 
 def shapes(config: ModelConfig, num_classes: int = 80) -> dict:
@@ -141,7 +154,7 @@ def test_bfloat16_is_close_to_float32_and_stays_bfloat16() -> None:
     for a, b in zip(wide, narrow, strict=True):
         assert b.dtype == jnp.bfloat16
         error, spread = np.sqrt(np.square(a - b.astype(jnp.float32)).mean()), np.std(a)
-        assert 0 < error < 0.05 * spread  # 25 layers of 0.4 % rounding each leave 3 %
+        assert 0 < error < 0.05 * spread  # 22 layers of 0.4 % rounding each leave 3 %
 
 
 def test_frozen_weights_get_no_gradient_and_trained_ones_do() -> None:

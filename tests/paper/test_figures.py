@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -485,18 +485,8 @@ def test_an_unknown_suffix_or_an_unwritable_path_is_refused_in_one_line(tmp_path
         save(figure1(), tmp_path / "file" / "x.png")
 
 
-def test_an_invalid_option_ends_in_one_line() -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "scripts" / "figures.py"),
-        "--figure",
-        "4",
-        "--out",
-        "x.png",
-        "--negatives",
-        "0",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+def test_the_script_refuses_in_one_line() -> None:
+    done = processes.run("figures", "--figure", 4, "--out", "x.png", "--negatives", 0)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--negatives" in done.stderr, done.stderr
 
 

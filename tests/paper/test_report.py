@@ -4,14 +4,13 @@ files."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -698,13 +697,8 @@ def test_a_single_run_or_an_empty_folder_is_refused_in_one_line(sweeps: Path) ->
         read_sweeps(sweeps / "sweeps")
 
 
-def script(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / "report.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
-
-
-def test_the_script_writes_both_files_and_prints_their_names(sweeps: Path) -> None:
-    done = script("--workdir", sweeps)
+def test_the_script_writes_both_files_and_says_where(sweeps: Path) -> None:
+    done = processes.run("report", "--workdir", sweeps)
     assert done.returncode == 0, done.stderr
     assert (
         "table1b: 4 of 8 rows have an AP; best gamma_2.0 31.0 ± 1.0 (paper: gamma_2.0 34.0 on minival)" in done.stdout
@@ -715,6 +709,6 @@ def test_the_script_writes_both_files_and_prints_their_names(sweeps: Path) -> No
     assert "](report_table1b_ap.svg)" in markdown and (sweeps / "report_table1b_ap.svg").is_file()
 
 
-def test_the_script_ends_in_one_line_if_there_is_nothing_to_report(tmp_path: Path) -> None:
-    done = script("--workdir", tmp_path)
+def test_the_script_ends_in_one_line_where_there_is_nothing_to_report(tmp_path: Path) -> None:
+    done = processes.run("report", "--workdir", tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no sweep there" in done.stderr

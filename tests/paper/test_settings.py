@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ BASES = {
 } | ({"mini": load_config(CONFIGS / "mini.py")} if (CONFIGS / "mini.py").exists() else {})
 
 
+@cache
 def points(sweep: str, base: Config = PAPER) -> dict[str, Point]:
     path = CONFIGS / "sweeps" / f"{sweep}.py"
     return {point.name: point for point in expand(path, load_sweep(path), base, (base.seed,))}

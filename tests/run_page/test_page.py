@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from markupsafe import escape
 
@@ -18,7 +17,6 @@ from retina_jax.evaluation.coco_scores import SUMMARY
 from retina_jax.reports.run_page import MOST_POINTS, points, run_page
 from retina_jax.runs.record import SCORES, read_record
 
-ROOT = Path(__file__).parents[2]
 NEEDED = "The detections and their ground truth are needed"
 
 
@@ -182,8 +180,7 @@ def test_long_curves_are_means_of_neighbours() -> None:
 
 
 def test_the_script_writes_the_page_of_a_run(tiny_run: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts/report.py"), "--workdir", str(tiny_run)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    done = processes.run("report", "--workdir", tiny_run)
     assert done.returncode == 0, done.stderr
     assert "Finished after 40 steps" in done.stdout and f"written: {tiny_run / 'report.html'}" in done.stdout
     assert (tiny_run / "report.html").read_text() == run_page(tiny_run)[0]

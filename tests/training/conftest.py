@@ -14,7 +14,10 @@ from retina_jax.training.step import Inputs
 
 @pytest.fixture
 def tiny() -> Config:
-    """ResNet-18 of width 8, one block a stage, P3 to P5, heads of one convolution."""
+    """ResNet-18 of width 8 with one block per stage, P3 to P5, heads of one convolution.
+
+    Its norms are constant: tracing and compiling a step then takes half the time that it takes with GroupNorm.
+    """
     return override(
         Config(optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=2, boundaries=(4,))),
         {
@@ -23,8 +26,7 @@ def tiny() -> Config:
             "model.backbone": "resnet18",
             "model.base_width": 8,
             "model.stage_blocks": (1, 1, 1, 1),
-            "model.norm": "group",
-            "model.norm_groups": 4,
+            "model.norm": "frozen",
             "model.frozen_stages": 0,
             "model.max_level": 5,
             "model.fpn_channels": 8,

@@ -6,14 +6,13 @@ from __future__ import annotations
 import random
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -26,8 +25,6 @@ from retina_jax.training import checkpoints as module
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.parallel import Driver
 from retina_jax.training.state import TrainState, parameters_sha256
-
-ROOT = Path(__file__).parents[2]
 
 
 def init_state(config: Config, devices: int, step: int = 0) -> TrainState:
@@ -433,8 +430,9 @@ for kill in range(kills):  # JAX is not started here, so that a fork is sound an
 
 @pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_after_a_kill_inside_a_save_the_newest_step_is_intact(tmp_path: Path, kills: int) -> None:
-    command = [sys.executable, "-c", KILLED, tmp_path / "checkpoints", kills, random.randrange(10**6)]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    done = processes.run(script, tmp_path / "checkpoints", kills, random.randrange(10**6))
     assert done.returncode == 0, done.stdout + done.stderr
     like = jax.device_put({"weights": np.zeros(20000, np.float32), "step": np.asarray(0, np.int32)})
     with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
@@ -450,8 +448,6 @@ ONE_OF_TWO = """
 import sys
 from pathlib import Path
 import jax, numpy as np
-jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_platforms", "cpu")
 port, me, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, me)
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -509,16 +505,19 @@ def test_two_processes_restore_what_one_saved_and_one_restores_what_two_saved(tm
     (tmp_path / "file").write_text("")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    command = [sys.executable, "-c", ONE_OF_TWO, str(port)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
-    both = [subprocess.Popen([*command, str(me), str(tmp_path)], **pipes) for me in (0, 1)]
+    script, logs = tmp_path / "one_of_two.py", [tmp_path / "0.log", tmp_path / "1.log"]
+    script.write_text(ONE_OF_TWO)
+    with logs[0].open("w") as first, logs[1].open("w") as second:
+        both = [
+            processes.start(script, port, me, tmp_path, stdout=log, devices=2) for me, log in enumerate((first, second))
+        ]
     try:
-        output = [process.communicate(timeout=120)[0] for process in both]
+        statuses = [process.wait(240) for process in both]
     finally:
         for process in both:
             process.kill()
-            process.wait()
-    assert [process.returncode for process in both] == [0, 0], "\n".join(output)
+    output = [log.read_text() for log in logs]
+    assert statuses == [0, 0], "\n".join(output)
     assert output[0].count("warning: ") == 2 and "warning: " not in output[1]
     for devices in (1, 8):
         with Checkpoints(tmp_path / "two", read_only=True) as checkpoints:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+import processes
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_disk import mounted
 
 from retina_jax.config import Config
 from retina_jax.config_io import override
@@ -23,8 +22,6 @@ from retina_jax.runs.files import CHECKSUMS, DiskError, damage, write_checksums
 from retina_jax.runs.folder import Run
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.metrics import Metrics
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -278,21 +275,14 @@ assert [json.loads(line)["step"] for line in (disk / "metrics.jsonl").read_text(
 """
 
 
-@pytest.fixture(scope="module")
-def namespace() -> list[str]:
-    """Returns a command that runs another one with the right to mount, invisible to the rest of the machine."""
-    if shutil.which("unshare"):
-        for command in (["unshare", "-rm"], ["unshare", "-m"]):
-            mount = [*command, "sh", "-c", "mount -t tmpfs -o size=1m tmpfs /mnt"]
-            if subprocess.run(mount, capture_output=True).returncode == 0:
-                return command
-    pytest.skip("no mount namespace to be had here (unshare -rm), so no small file system either")
-
-
 @pytest.mark.parametrize("script", [FULL, READ_ONLY, METRICS], ids=["full", "read_only", "metrics"])
-def test_a_run_survives_its_disk(namespace: list[str], tmp_path: Path, script: str) -> None:
-    mounted = f'mount -t tmpfs -o size=6m tmpfs {tmp_path} && exec {sys.executable} -c "$0" {tmp_path}'
-    done = subprocess.run(
-        [*namespace, "sh", "-c", mounted, START + script], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+def test_a_run_survives_its_disk(tmp_path: Path, script: str) -> None:
+    folder, file = tmp_path / "disk", tmp_path / "script.py"
+    folder.mkdir()
+    file.write_text(START + script)
+    disk = mounted(folder)
+    try:
+        done = processes.run(file, folder, namespaces_of=disk.holder)
+    finally:
+        disk.close()
     assert done.returncode == 0 and done.stderr == "", done.stderr[-3000:] + done.stdout

@@ -22,9 +22,9 @@ COLLECTIVES = ("all-gather", "all-to-all", "collective-permute")
 
 
 def with_drivers(config: Config, parallel: str, devices: int, **changes: object) -> Config:
-    """The config, for batches of 16, with this driver; `__` in a name is a dot."""
+    """The config, for batches of 8, with this driver; `__` in a name is a dot."""
     named = {name.replace("__", "."): value for name, value in changes.items()}
-    return override(config, {"data.batch_size": 16, "parallel": parallel, "devices": devices, **named})
+    return override(config, {"data.batch_size": 8, "parallel": parallel, "devices": devices, **named})
 
 
 @cache
@@ -58,17 +58,16 @@ def compiled_step(config: Config, inputs: Inputs) -> str:
     return driver.step.lower(first_state(driver), driver.shard_batch(inputs)).compile().as_text()
 
 
-def assert_one_exchange(text: str, times: int = 1) -> None:
-    """Asserts that there are this many all-reduces and no other collective."""
-    assert len(re.findall(r"= .*\ball-reduce(?:-start)?\(", text)) == times
+def assert_one_exchange(text: str) -> None:
+    """One all-reduce and no other collective."""
+    assert len(re.findall(r"= .*\ball-reduce(?:-start)?\(", text)) == 1
     assert not [name for name in COLLECTIVES if name in text]
 
 
-def test_training_is_the_same_with_any_driver_and_number_of_devices(tiny: Config, make_inputs: Make) -> None:
-    """Eight steps of the same batches under jit on 1, 2 and 8 devices and under pmap on 8 give the same losses and
-    parameters, up to the order in which float32 numbers are added. Gradients cross between devices in one
-    all-reduce."""
-    batches = [make_inputs(seed, batch_size=16) for seed in range(8)]
+def test_drivers_and_device_counts_train_alike(tiny: Config, make_inputs: Make) -> None:
+    """Eight steps of the same batches under jit on 1, 2 and 8 devices and pmap on 8: the same losses and parameters, but
+    for the order in which float32 numbers are added. Gradients cross between devices in one all-reduce."""
+    batches = [make_inputs(seed) for seed in range(8)]
     reference, parameters = run(with_drivers(tiny, "jit", 1), batches)
     assert len({round(m["loss"], 4) for m in reference}) == 8  # the losses of different batches differ
     for parallel, devices in (("jit", 2), ("jit", 8), ("pmap", 8)):
@@ -86,8 +85,8 @@ def test_training_is_the_same_with_any_driver_and_number_of_devices(tiny: Config
 def test_normalisers_agree_between_drivers_and_under_accumulation(
     tiny: Config, make_inputs: Make, normaliser: str, accumulating: str
 ) -> None:
-    """16 images on 4 devices under jit are 16 images on 4 devices under pmap, and 4 micro-batches of 4 on one device."""
-    batches = [make_inputs(seed, batch_size=16) for seed in range(3)]
+    """8 images on 4 devices under jit are 8 images on 4 devices under pmap, and 4 micro-batches of 2 on one device."""
+    batches = [make_inputs(seed) for seed in range(3)]
     own = {"loss__normaliser": normaliser}
     # Under `global`, jit on one device is the reference of the test above, and is compared with pmap there.
     expected, parameters = run(with_drivers(tiny, "jit", 1 if normaliser == "global" else 4, **own), batches)
@@ -102,9 +101,8 @@ def test_normalisers_agree_between_drivers_and_under_accumulation(
 
 
 def test_accumulation_mines_each_image_and_leaves_out_invalid_ones(tiny: Config, make_inputs: Make) -> None:
-    """2 micro-batches on each of 2 devices equal the batch on 8 devices. In both cases gradients cross in one
-    all-reduce."""
-    batches = [make_inputs(seed, batch_size=16)._replace(valid=np.arange(16) != 5) for seed in range(2)]
+    """2 micro-batches on each of 2 devices are the batch on 8 devices. Either way gradients cross in one all-reduce."""
+    batches = [make_inputs(seed)._replace(valid=np.arange(8) != 5) for seed in range(2)]
     on_eight = with_drivers(tiny, "jit", 8, loss__mining="ohem_1_3")
     accumulating = with_drivers(tiny, "jit", 2, loss__mining="ohem_1_3", training__accumulate=2)
     reference, parameters = run(on_eight, batches)
@@ -120,7 +118,7 @@ def test_accumulation_mines_each_image_and_leaves_out_invalid_ones(tiny: Config,
 def test_a_non_finite_step_is_skipped(tiny: Config, make_inputs: Make, parallel: str) -> None:
     """The step is counted, everything else stays as before; without the option the parameters are lost."""
     config = with_drivers(tiny, parallel, 2, training__skip_non_finite=2)
-    batches = [make_inputs(seed, batch_size=16) for seed in range(3)]
+    batches = [make_inputs(seed) for seed in range(3)]
     batches = [inputs._replace(images=inputs.images.astype(np.float32)) for inputs in batches]
     poisoned = batches[1]._replace(images=batches[1].images * np.float32(np.nan))
     driver = driver_of(config)
@@ -143,7 +141,7 @@ def test_a_non_finite_step_is_skipped(tiny: Config, make_inputs: Make, parallel:
 
 
 def test_batch_norm_statistics_are_of_the_global_batch(tiny: Config, make_inputs: Make) -> None:
-    batches = [make_inputs(seed, batch_size=16) for seed in range(2)]
+    batches = [make_inputs(seed) for seed in range(2)]
     reference, expected = run(with_drivers(tiny, "jit", 1, model__norm="batch"), batches)
     assert expected["stats"]
     for parallel in ("jit", "pmap"):
@@ -158,8 +156,8 @@ def test_batch_norm_statistics_are_of_the_global_batch(tiny: Config, make_inputs
 def test_winograds_convolutions_gather_no_batch(
     tiny: Config, make_inputs: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """P2 of 128 x 128 pixels has 1024 cells, from which on they are used. XLA puts at most 256 arrays into an
-    all-reduce, and each such kernel has 16: two all-reduces in total."""
+    """P2 of 128 x 128 pixels has the 1024 places from which on they are taken. Each such kernel is 16 arrays of the
+    all-reduce."""
     taken = []
     whole = winograd.convolution
     monkeypatch.setattr(winograd, "convolution", lambda x, kernel: taken.append(x.shape) or whole(x, kernel))
@@ -167,16 +165,16 @@ def test_winograds_convolutions_gather_no_batch(
     inputs = make_inputs(0, batch_size=4, canvas=(128, 128))
     text = compiled_step(with_drivers(large, "jit", 4, data__batch_size=4), inputs)
     assert taken and {shape[1:3] for shape in taken} == {(32, 32)}
-    assert_one_exchange(text, times=2)
+    assert_one_exchange(text)
     (one,), _ = run(with_drivers(large, "jit", 1, data__batch_size=4), [inputs])
     (four,), _ = run(with_drivers(large, "jit", 4, data__batch_size=4), [inputs])
     assert four == pytest.approx(one, rel=1e-5, abs=1e-7)
 
 
 def test_a_step_copies_no_kernel(tiny: Config, make_inputs: Make) -> None:
-    """Each kernel is updated in place. XLA copied kernels when an update could precede a gradient that still reads the
-    kernel."""
-    text = compiled_step(with_drivers(tiny, "jit", 1), make_inputs(0, batch_size=16))
+    """Each is updated where it is: none is copied in the program's order of business, as XLA did where an update could
+    come before a gradient that still reads the kernel."""
+    text = compiled_step(with_drivers(tiny, "jit", 1), make_inputs(0))
     entry = text[text.index("\nENTRY ") :]
     assert "fusion(" in entry  # the complete program
     assert re.findall(r"= f32\[\d+,\d+,\d+,\d+\]\S* copy\(%state", entry) == []
@@ -185,16 +183,16 @@ def test_a_step_copies_no_kernel(tiny: Config, make_inputs: Make) -> None:
 def test_grouped_convolutions_gather_no_batch(tiny: Config, make_inputs: Make) -> None:
     """The compiler would gather the batch for each of them if the step were written for the complete batch."""
     resnext = override(tiny, {"model.backbone": "resnext101_32x8d"})
-    inputs = make_inputs(0, batch_size=16)
+    inputs = make_inputs(0)
     assert_one_exchange(compiled_step(with_drivers(resnext, "jit", 4), inputs))
     (one,), _ = run(with_drivers(resnext, "jit", 1), [inputs])
     (four,), _ = run(with_drivers(resnext, "jit", 4), [inputs])
     assert four == pytest.approx(one, rel=1e-5, abs=1e-7)
 
 
-def test_an_invalid_image_has_no_effect(tiny: Config, make_inputs: Make) -> None:
-    """The loss and the parameters after the step do not depend on the content of its row."""
-    inputs, config = make_inputs(3, batch_size=16), with_drivers(tiny, "jit", 1)
+def test_an_invalid_image_counts_for_nothing(tiny: Config, make_inputs: Make) -> None:
+    """Whatever stands in its row, the loss and the parameters after the step are the same."""
+    inputs, config = make_inputs(3), with_drivers(tiny, "jit", 1)
     valid = inputs.valid.copy()
     valid[2] = False
     other = inputs.images.copy()
@@ -212,18 +210,17 @@ def test_an_invalid_image_has_no_effect(tiny: Config, make_inputs: Make) -> None
 def test_frozen_parameters_never_change(tiny: Config, make_inputs: Make) -> None:
     config = with_drivers(tiny, "jit", 1, model__norm="frozen", model__frozen_stages=2)
     before = jax.device_get(first_state(driver_of(config)).frozen)
-    _, after = run(config, [make_inputs(0, batch_size=16), make_inputs(1, batch_size=16)])
+    _, after = run(config, [make_inputs(0), make_inputs(1)])
     assert len(jax.tree.leaves(before)) > 10
     jax.tree.map(np.testing.assert_array_equal, before, after["frozen"])
 
 
-@pytest.mark.usefixtures("optimised")
-def test_the_step_equals_a_plain_implementation(tiny: Config, make_inputs: Make) -> None:
-    """Compares with jax.grad of the mean over images of each loss divided by its positives, and with SGD by hand."""
+def test_step_equals_one_written_out_plainly(tiny: Config, make_inputs: Make) -> None:
+    """Against jax.grad of the mean over images of each one's loss by its positives, and SGD by hand."""
     from retina_jax.losses.total import image_losses
     from retina_jax.ops.anchors import anchor_grid
 
-    config = with_drivers(tiny, "jit", 1, data__batch_size=8)
+    config = with_drivers(tiny, "jit", 1)
     driver, inputs = driver_of(config), make_inputs(7)
     state = jax.device_get(first_state(driver))
     images, sizes, boxes, labels = (jax.numpy.asarray(x) for x in inputs[:4])
@@ -253,7 +250,7 @@ def test_the_step_equals_a_plain_implementation(tiny: Config, make_inputs: Make)
 def test_uneven_batches_and_absent_devices_are_named(tiny: Config) -> None:
     with pytest.raises(ConfigError, match=r"^data\.batch_size: 6\b.* 8 devices"):
         Driver(with_drivers(tiny, "jit", 8, data__batch_size=6), 3).check_batch_size()
-    with pytest.raises(ConfigError, match=r"^data\.batch_size: 16\b.* 8 devices.* 4 .*training\.accumulate.* 32\b"):
+    with pytest.raises(ConfigError, match=r"^data\.batch_size: 8\b.* 8 devices.* 4 .*training\.accumulate.* 32\b"):
         Driver(with_drivers(tiny, "jit", 8, training__accumulate=4), 3).check_batch_size()
     with pytest.raises(ConfigError, match=r"^devices: 99\b.* 8\b"):
         _ = Driver(with_drivers(tiny, "jit", 99), 3).mesh

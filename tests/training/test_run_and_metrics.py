@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 
 from retina_jax.config import Config, ConfigError
@@ -79,18 +79,20 @@ def test_two_processes_never_train_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_interrupted_keeps_its_folder_until_the_process_ends(tmp_path: Path) -> None:
-    code = (
-        "import sys, pathlib, contextlib\nfrom retina_jax.runs.folder import training_lock\n"
+    script, run, log = tmp_path / "interrupted.py", tmp_path / "run", tmp_path / "log"
+    script.write_text(
+        "import sys, pathlib, contextlib, time\nfrom retina_jax.runs.folder import training_lock\n"
         "with contextlib.suppress(KeyboardInterrupt), training_lock(pathlib.Path(sys.argv[1])): raise KeyboardInterrupt\n"
-        "print('left', flush=True); input()"
+        "print('left', flush=True); time.sleep(120)"
     )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "left\n"
-        with pytest.raises(ConfigError, match="another process"), training_lock(tmp_path):
+    with log.open("w") as file, processes.start(script, run, stdout=file) as process:
+        while "left" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.02)
+        with pytest.raises(ConfigError, match="another process"), training_lock(run):
             pass
-        process.communicate("\n")
-    with training_lock(tmp_path):
+        process.kill()
+    with training_lock(run):
         pass
 
 

@@ -7,8 +7,6 @@ import fcntl
 import hashlib
 import os
 import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 
 from retina_jax.errors import WeightsError
@@ -129,9 +128,10 @@ def test_of_two_processes_one_downloads_and_the_other_waits(server: Server, tmp_
     goes_on, cache = threading.Event(), tmp_path / "cache"
     server.pause = lambda: goes_on.wait(60)
     logs = [tmp_path / "0.log", tmp_path / "1.log"]
-    command = [sys.executable, "-c", FETCH, server.url, str(cache)]
-    with logs[0].open("wb") as one, logs[1].open("wb") as two:
-        processes = [subprocess.Popen(command, stderr=stream) for stream in (one, two)]
+    script = tmp_path / "fetches.py"
+    script.write_text(FETCH)
+    with logs[0].open("w") as one, logs[1].open("w") as two:
+        both = [processes.start(script, server.url, cache, stdout=log) for log in (one, two)]
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if (cache / "w.pth.part").exists() and any("waiting" in log.read_text() for log in logs):
@@ -139,7 +139,7 @@ def test_of_two_processes_one_downloads_and_the_other_waits(server: Server, tmp_
         time.sleep(0.05)
     found = names(cache)
     goes_on.set()
-    assert [process.wait(30) for process in processes] == [0, 0]
+    assert [process.wait(60) for process in both] == [0, 0]
     assert found == ["w.pth.lock", "w.pth.part"]
     assert (cache / "w.pth").read_bytes() == CONTENT and names(cache) == ["w.pth", "w.pth.lock"]
     assert server.requested == ["bytes=0-"]
