@@ -102,16 +102,17 @@ class _Parser:
         self.path, self.lists, self.mistakes, self.data = path, lists, mistakes, data
         self.notes: list[Note] = []
         self.texts: Counter[str] = Counter()
+        self.segmentations: list[coco_entries.SegmentationEntry] | None = None
 
     def parse(self, folder: Path | None, known: Sequence[Category]) -> Content:
         """Returns the content of the file; `folder` and `known` are as in `parse_document`."""
-        listed = [entry for _, entry in self.entries("categories", coco_entries.CategoryEntry)]
+        _, listed = self.entries("categories", coco_entries.CategoryEntry)
         categories = [(entry.id, entry.name) for entry in listed]
-        entries = self.entries("images", coco_entries.ImageEntry)
+        positions, entries = self.entries("images", coco_entries.ImageEntry)
         if not self.mistakes and not (categories and entries):
             empty = "images" if categories else "categories"
             raise DataError(f"{self.path}: {empty} is empty; it must contain at least one entry")
-        images, paths, missing, unsized = self.locate(entries, folder)
+        images, paths, missing, unsized = self.locate(positions, entries, folder)
         table, rows, without_box = self.boxes(images, categories)
         if texts := +self.texts:
             counted = ", ".join(f"{count} {key}" for key, count in texts.items())
@@ -142,35 +143,38 @@ class _Parser:
             raise DataError(f"{self.path}: {mistake.place}: {text}")
         self.mistakes.append(mistake)
 
-    def entries(self, key: str, kind: type[Entry]) -> list[tuple[int, Entry]]:
-        """Returns the entries of a list that have the right types, with their positions; checks that ids are unique."""
+    def entries(self, key: str, kind: type[Entry]) -> tuple[Sequence[int], list[Entry]]:
+        """Returns the entries of a list that have the right types, and their positions; checks that ids are unique."""
         listed = self.lists.get(key)
         if not isinstance(listed, list):
             found = short(listed) if key in self.lists else "missing"
             if key == "annotations" and key not in self.lists:
                 found += "; only evaluate.py accepts a file without it, such as COCO's image_info of test images"
             raise DataError(f"{self.path}: {key} must be a list of objects, but is {found}")
-        parsed = []
-        for index, entry in enumerate(listed):
-            try:
-                typed = entry if isinstance(entry, kind) else coco_entries.parse_entry(entry, kind, self.texts)
-                parsed.append((index, typed))
-            except DataError as error:
-                self.refuse(key, index, str(error))
+        if listed and isinstance(listed[0], kind):  # from a CocoFile, in which every entry has its type
+            positions, parsed = range(len(listed)), listed
+        else:
+            positions, parsed = [], []
+            for index, entry in enumerate(listed):
+                try:
+                    parsed.append(coco_entries.parse_entry(entry, kind, self.texts))
+                    positions.append(index)
+                except DataError as error:
+                    self.refuse(key, index, str(error))
         if key == "annotations":
-            return parsed
-        seen: dict[int, int] = {}
-        for index, entry in parsed:
-            if seen.setdefault(entry.id, index) != index:
-                self.refuse(key, index, "id is used twice; ids must be unique")
-        return [(index, entry) for index, entry in parsed if seen[entry.id] == index]
+            return positions, parsed
+        unique: dict[int, int] = {}  # id to the row of its first entry
+        for row, entry in enumerate(parsed):
+            if unique.setdefault(entry.id, row) != row:
+                self.refuse(key, positions[row], "id is used twice; ids must be unique")
+        return [positions[row] for row in unique.values()], [parsed[row] for row in unique.values()]
 
     def locate(
-        self, entries: list[tuple[int, coco_entries.ImageEntry]], folder: Path | None
+        self, positions: Sequence[int], entries: list[coco_entries.ImageEntry], folder: Path | None
     ) -> tuple[list[Image], list[str], dict[int, str], frozenset[int]]:
         """Returns the images and their `Content.paths`, `missing` and `unsized`; refuses names that lead out of `folder`."""
-        images = [(e.id, e.file_name, *((e.width, e.height) if e.width and e.height else (0, 0))) for _, e in entries]
-        names = [entry.file_name for _, entry in entries]
+        images = [(e.id, e.file_name, *((e.width, e.height) if e.width and e.height else (0, 0))) for e in entries]
+        names = [entry.file_name for entry in entries]
         places = Places([""] * len(names), {row: "" for row, name in enumerate(names) if escapes(name)}, [])
         sizes: dict[int, Size | str] = {}
         if folder is not None:
@@ -181,7 +185,7 @@ class _Parser:
             text = f"{len(places.moved)} of {len(names)} images are not at the path in file_name: {first}"
             self.notes.append(Note("moved", text))
         kept, missing = [], {}
-        for row, (index, _) in enumerate(entries):
+        for row, index in enumerate(positions):
             size, place = sizes.get(row), f"; {places.missing[row]}" if places.missing.get(row) else ""
             if row in places.missing and escapes(names[row]):
                 wrong = f"file_name must be a path inside the image folder, not {short(names[row])}"
@@ -212,12 +216,27 @@ class _Parser:
         sizes = (header if isinstance(header, str) else header.sizes[orientation] for header in headers)
         return dict(zip(unsized, sizes, strict=True))
 
+    def segmentation(self, index: int) -> Any:
+        """Returns the decoded segmentation of an annotation. Those of a CocoFile are read from the file again: with all of
+        them a file of COCO's size would take half as much memory again, and hardly any is needed."""
+        entry = self.lists["annotations"][index]
+        if isinstance(entry, dict):
+            return entry.get("segmentation")
+        if self.segmentations is None:
+            again = load_json(self.path, coco_entries.Segmentations)
+            if not isinstance(again, coco_entries.Segmentations) or len(again.annotations) != len(
+                self.lists["annotations"]
+            ):
+                raise DataError(f"{self.path}: was changed while it was read; start again")
+            self.segmentations = again.annotations
+        raw = self.segmentations[index].segmentation
+        return msgspec.json.decode(raw) if bytes(raw) else None
+
     def boxes(self, images: list[Image], categories: list[Category]) -> tuple[BoxTable, Rows, list[int]]:
         """Returns the boxes of `categories`, and `Content.rows` and `without_box`; notes what the boxes look like."""
-        entries = self.entries("annotations", coco_entries.AnnotationEntry)
+        positions, found = self.entries("annotations", coco_entries.AnnotationEntry)
         row_of = {image[0]: row for row, image in enumerate(images)}
         label_of = {category_id: label for label, (category_id, _) in enumerate(categories)}
-        found = [entry for _, entry in entries]
         owners = np.array([row_of.get(entry.image_id, -1) for entry in found], np.int64)
         labels = np.array([label_of.get(entry.category_id, -1) for entry in found], np.int64)
         flat = chain.from_iterable(entry.bbox or (0.0, 0.0, 0.0, 0.0) for entry in found)
@@ -227,7 +246,7 @@ class _Parser:
         without_box: list[int] = []
         # Only annotations without image, category or a bbox of positive size, one by one: COCO has 860,000 others.
         for m in np.flatnonzero((owners < 0) | (labels < 0) | (numbers[:, 2:] <= 0).any(1)).tolist():
-            index, entry = entries[m]
+            index, entry = positions[m], found[m]
             wrong, around = "", None
             if owners[m] < 0:
                 wrong = f"image_id must be the id of one of the images, not {entry.image_id}"
@@ -235,9 +254,7 @@ class _Parser:
                 wrong = f"category_id must be one of {short(sorted(label_of))}, not {entry.category_id}"
             else:
                 try:
-                    segmentation = entry.segmentation
-                    if isinstance(segmentation, msgspec.Raw):
-                        segmentation = msgspec.json.decode(segmentation) if bytes(segmentation) else None
+                    segmentation = self.segmentation(index)
                     around = coco_entries.box_of(segmentation, images[owners[m]][2:])
                 except (ValueError, RecursionError) as error:
                     if entry.bbox is None:  # a bbox without area is dropped later, and counted
@@ -262,4 +279,4 @@ class _Parser:
         ids = np.array([entry.id or 0 for entry in found], np.int64)[kept]
         boxes_xyxy = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
         table = BoxTable(images, categories, owners, labels, crowd, boxes_xyxy, boxes, areas, ids)
-        return table, np.array([index for index, _ in entries], np.int64)[kept], without_box
+        return table, np.array(positions, np.int64)[kept], without_box

@@ -63,7 +63,6 @@ class AnnotationEntry(msgspec.Struct, gc=False):
     area: Number | None = None
     iscrowd: Literal[0, 1] | bool | None = None
     id: Integer | None = None
-    segmentation: Raw = Raw()  # from `parse_entry` the decoded value
 
 
 class CocoFile(msgspec.Struct):
@@ -72,6 +71,18 @@ class CocoFile(msgspec.Struct):
     categories: list[CategoryEntry]
     images: list[ImageEntry]
     annotations: list[AnnotationEntry]
+
+
+class SegmentationEntry(msgspec.Struct, gc=False):
+    """The segmentation of an annotation, which is decoded if the annotation has no box."""
+
+    segmentation: Raw = Raw()
+
+
+class Segmentations(msgspec.Struct):
+    """A COCO JSON file of which only the segmentations are read."""
+
+    annotations: list[SegmentationEntry]
 
 
 class Mistake(NamedTuple):
@@ -103,13 +114,13 @@ def parse_entry(entry: Any, kind: type[Entry], texts: Counter[str]) -> Entry:
     for field in fields(kind):
         key, value = field.name, entry.get(field.name)
         parts = value if key == "bbox" and isinstance(value, list) else [value]
-        if key not in ("name", "file_name", "supercategory", "segmentation"):
+        if key not in ("name", "file_name", "supercategory"):
             numbers = [as_number(part) for part in parts]
             value = numbers[0] if parts is not value else numbers or None
         if value is None and not field.required:
             continue
         try:
-            values[key] = value if field.type is Raw else msgspec.convert(value, field.type)
+            values[key] = msgspec.convert(value, field.type)
         except (msgspec.ValidationError, UnicodeEncodeError):  # the latter for a lone surrogate
             wrong = f"not {short(entry[key])}" if key in entry else "but is missing"
             raise DataError(f"{key} must be {EXPECTED[key]}, {wrong}") from None

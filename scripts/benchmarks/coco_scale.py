@@ -27,7 +27,7 @@ TASKS = {
     # name: (module that it needs, what is imported before the clock starts, what is measured)
     "load the training JSON": (
         "retina_jax",
-        "from retina_jax.data.coco import read_coco",
+        "from retina_jax.data.datasets import read_coco",
         "read_coco('{train}', '{images}')",
     ),
     "load the training JSON, pycocotools": (
