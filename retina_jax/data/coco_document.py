@@ -20,7 +20,7 @@ from retina_jax.data.coco_entries import CocoFile, Entry, Mistake, escapes, shor
 from retina_jax.data.decoding import Header
 from retina_jax.data.image_paths import Places, find_images
 from retina_jax.data.reading import read_file
-from retina_jax.data.source import BoxTable, DataError, Image, Size
+from retina_jax.data.source import BoxTable, DataError, Image, Size, paused_collector
 from retina_jax.data.survey import read_sizes, survey_files
 from retina_jax.errors import reason
 
@@ -55,6 +55,7 @@ def parse_coco(path: Path, known: Sequence[Category] = (), data: DataConfig = DE
     return parse_document(path, load_json(path, CocoFile), known=known, data=data)
 
 
+@paused_collector()
 def load_json(path: Path, expected: Any = Any) -> Any:
     """Decodes a file as `expected`, else as any JSON value; raises DataError with the line and column of malformed JSON."""
     try:
@@ -74,6 +75,7 @@ def load_json(path: Path, expected: Any = Any) -> Any:
             raise DataError(f"{path}: is not JSON: {why}") from None
 
 
+@paused_collector()
 def parse_document(
     path: Path,
     document: Any,

@@ -1,7 +1,9 @@
 """Datasets of every kind: records (sizes, boxes, labels) in memory, and encoded images that are read one by one."""
 
+import contextlib
+import gc
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -136,6 +138,18 @@ def sort_boxes(
     }
 
 
+@contextlib.contextmanager
+def paused_collector() -> Iterator[None]:
+    """Pauses garbage collection: a large file becomes millions of objects, which it would visit again and again."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 @dataclass(frozen=True, eq=False)
 class BoxTable:
     """Annotations of a dataset as columns of M boxes."""
@@ -173,6 +187,7 @@ class BoxTable:
         counts = {kind: int(which.sum()) for kind, which in kinds.items()}
         return records, kept, counts | {"images_without_boxes": int((number == 0).sum())}
 
+    @paused_collector()
     def ground_truth(self) -> dict[str, Any]:
         """Returns `Source.ground_truth`. If ids repeat or are below 1 (pycocotools: unmatched), all become 1, 2, ..."""
         ids = self.ids

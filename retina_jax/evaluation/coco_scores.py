@@ -1,13 +1,15 @@
 """COCO scores of detections. pycocotools is the reference; `precision_recall` computes the same scores much faster. This
 module converts the input for both and checks it."""
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
-from unittest import mock
 
 import numpy as np
+import pycocotools.coco
+import pycocotools.cocoeval
 from jaxtyping import Float, Int
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -142,14 +144,26 @@ def _by_pycocotools(
 
     objects = (a for a in ground_truth["annotations"] if a["image_id"] in wanted)
     results = ({key: d[key] for key in ("image_id", "category_id", "bbox", "score")} for d in detections)
-    # pycocotools prints its progress. Other threads may report slow files meanwhile, so the output itself is not redirected.
-    with mock.patch("pycocotools.coco.print", create=True), mock.patch("pycocotools.cocoeval.print", create=True):
+    with _without_progress():
         evaluation = COCOeval(index(objects), index(results), "bbox")
         evaluation.params.imgIds = list(image_ids)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation.stats, evaluation.eval["precision"]
+
+
+@contextlib.contextmanager
+def _without_progress() -> Iterator[None]:
+    """Mutes pycocotools. The output itself is not redirected: other threads may report slow files meanwhile."""
+    modules = pycocotools.coco, pycocotools.cocoeval
+    for module in modules:
+        module.print = lambda *words, **options: None
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.print
 
 
 def check_inputs(

@@ -24,9 +24,6 @@ from retina_jax.sweeps.points import Point, Task
 from retina_jax.training.metrics import NonFiniteLoss
 
 T = TypeVar("T")
-_Evaluation = msgspec.defstruct("_Evaluation", [("AP", float | None, None)])
-_Summary = msgspec.defstruct("_Summary", [("steps", int), ("seconds", float), ("evaluation", _Evaluation | None)])
-_Divergence = msgspec.defstruct("_Divergence", [("step", int | None), ("message", str, "")])
 ENDED = ("done", "diverged")  # kinds of state in which a point is not trained again
 PAPER_CLASSES = 80  # number of classes assumed for costs if `model.num_classes` is taken from the data
 
@@ -104,6 +101,21 @@ def ended(folder: Path, config: Config) -> State | None:
             return State("done", seconds=summary.seconds)
     divergence = _read(folder / "diverged.json", _Divergence)
     return None if divergence is None else State("diverged", step=divergence.step, message=divergence.message)
+
+
+class _Evaluation(msgspec.Struct):
+    AP: float | None = None
+
+
+class _Summary(msgspec.Struct):
+    steps: int
+    seconds: float
+    evaluation: _Evaluation | None
+
+
+class _Divergence(msgspec.Struct):
+    step: int | None
+    message: str = ""
 
 
 def _read(path: Path, kind: type[T]) -> T | None:
