@@ -11,7 +11,7 @@ import pytest
 
 
 class SmallDisk:
-    """A file system of a few MB in a mount namespace of its own, seen from outside it under /proc."""
+    """A file system of a few MB in its own mount namespace, visible from outside under /proc."""
 
     def __init__(self, folder: Path, size: str) -> None:
         """`folder` is where it is mounted, for commands run `inside`. Raises OSError where nobody may mount."""
@@ -33,31 +33,31 @@ class SmallDisk:
         self.folder = Path(f"/proc/{self.holder}/root{folder}")
 
     def close(self) -> None:
-        """Everything on it is gone."""
+        """Unmounts the disk and deletes its content."""
         self._holder.stdin.close()
         self._holder.stdout.close()
         self._holder.wait(10)
 
     def fill(self, left: int = 0) -> None:
-        """Leave so many bytes."""
+        """Fills the disk up to this many free bytes."""
         stat = os.statvfs(self.folder)
         (self.folder / "ballast").write_bytes(bytes(stat.f_bavail * stat.f_frsize - left))
 
     def empty(self) -> None:
-        """Take back what `fill` wrote."""
+        """Deletes what `fill` wrote."""
         (self.folder / "ballast").unlink()
 
     def resize(self, size: str) -> None:
-        """Make it larger, with what is on it."""
+        """Enlarges the disk and keeps its content."""
         self._run("mount", "-o", f"remount,size={size}", self.mounted)
 
     def turn_read_only(self) -> None:
-        """Also under a process that has a file open for writing there, as a disk with errors turns."""
+        """Makes the disk read-only, also for a process that has a file open for writing, as a disk with errors does."""
         self._run("mount", "--bind", self.mounted, self.mounted)
         self._run("mount", "-o", "remount,bind,ro", self.mounted)
 
     def turn_writable(self) -> None:
-        """Undo it."""
+        """Makes the disk writable again."""
         self._run("umount", self.mounted)
 
     def _run(self, *command: object) -> None:
@@ -65,7 +65,7 @@ class SmallDisk:
 
 
 def mounted(folder: Path) -> SmallDisk:
-    """A disk of 6 MB; the test is skipped where there can be none."""
+    """Returns a disk of 6 MB; skips the test if it cannot be mounted."""
     if not shutil.which("unshare") or not shutil.which("nsenter"):
         pytest.skip("no unshare or no nsenter here")
     try:

@@ -34,7 +34,7 @@ def get_config():
 
 
 def write_config(folder: Path) -> Path:
-    """A config that reaches AP 0.25 in 60 steps of 8 images. Its norms are constant, which halves the time of a start."""
+    """Writes a config that reaches AP 0.3 in 100 steps of 8 images, in about ten seconds."""
     path = folder / "learns.py"
     path.write_text(LEARNS.format(scenes=str(folder / "scenes")))
     return path

@@ -148,7 +148,7 @@ def test_scores_do_not_depend_on_ids_names_and_order(folder: Path, draw: st.Data
         assert (-1 if value is None else value) == of_class[by_name[name]], name
 
 
-def test_classes_meet_by_id_and_name_or_by_a_name_that_is_unique() -> None:
+def test_classes_are_matched_by_unique_name_or_by_id_and_name() -> None:
     assert class_indices([(1, "a"), (2, "b")], [(2, "a"), (1, "b")]) == [0, 1]
     assert class_indices([(1, "a"), (2, "a"), (3, "b")], [(9, "b"), (2, "a"), (1, "a")]) == [2, 1, 0]
     assert class_indices([(1, "a"), (2, "a")], [(2, "a"), (3, "a")]) == [None, 0]
@@ -162,7 +162,7 @@ def test_classes_meet_by_id_and_name_or_by_a_name_that_is_unique() -> None:
     ("boxes_of", "named"),
     [((3, "c"), "detector lacks: c \\(3\\)"), ((3, "a"), "boxes of a \\(3\\) .* a \\(1\\), a \\(2\\)")],
 )
-def test_boxes_of_no_class_are_refused_and_named(boxes_of: Category, named: str) -> None:
+def test_boxes_of_an_unknown_class_are_refused_by_name(boxes_of: Category, named: str) -> None:
     annotated = frozenset([boxes_of[0]])
     data = Source("data", [], [boxes_of, (9, "z")], {}, str.encode, str, dict, annotated=annotated)
     with pytest.raises(ConfigError, match=f"^here: .*{named}"):

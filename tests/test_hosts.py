@@ -74,7 +74,7 @@ with joined(Hosts(coordinator="127.0.0.1:" + port, hosts=2, host=host)):
         pytest.param(1, "os._exit(9)", "", 9, False, marks=pytest.mark.slow),  # JAX's heartbeat: 30 seconds
     ],
 )
-def test_the_end_of_one_host_ends_the_other(
+def test_a_host_ends_if_the_other_ends(
     tmp_path: Path, failing: int, what: str, own: str, status: int, collective: bool
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:

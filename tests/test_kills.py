@@ -92,8 +92,10 @@ class Life:
 
 
 @pytest.fixture(scope="module")
-def unbroken_and_lives(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> tuple[Path, Path, dict[str, Life]]:
-    """The folders of a run that nothing happened to and of one that all of this happened to, one start after the other."""
+def uninterrupted_and_lives(
+    tmp_path_factory: pytest.TempPathFactory, trained: Path
+) -> tuple[Path, Path, dict[str, Life]]:
+    """Returns the folder of an uninterrupted run, the folder of a run with all these signals, and its starts."""
     folder = tmp_path_factory.mktemp("kills")
     setting, workdir = dataclasses.replace(SHORT, config=trained.with_name("learns.py")), folder / "often_stopped"
     lives: dict[str, Life] = {}
@@ -154,11 +156,11 @@ def resumed_at(life: Life, workdir: Path) -> int:
 
 
 def test_kills_and_signals_do_not_change_the_result(
-    unbroken_and_lives: tuple[Path, Path, dict[str, Life]],
+    uninterrupted_and_lives: tuple[Path, Path, dict[str, Life]],
 ) -> None:
     """The parameters are equal to the last bit, and the folder has no other files than that of the uninterrupted
     run."""
-    unbroken, workdir, lives = unbroken_and_lives
+    unbroken, workdir, lives = uninterrupted_and_lives
     for phase in ("training", "saving", "evaluating"):
         assert lives[f"SIGKILL in {phase}"].status == -signal.SIGKILL
     assert "saving" in lives["SIGKILL in saving"].checkpoints
@@ -170,9 +172,9 @@ def test_kills_and_signals_do_not_change_the_result(
 
 
 def test_sigterm_saves_the_current_step_and_exits_0(
-    unbroken_and_lives: tuple[Path, Path, dict[str, Life]],
+    uninterrupted_and_lives: tuple[Path, Path, dict[str, Life]],
 ) -> None:
-    _, workdir, lives = unbroken_and_lives
+    _, workdir, lives = uninterrupted_and_lives
     first = lives["SIGTERM before a step"]
     assert first.status == 0 and not first.metrics and not first.checkpoints
     assert "SIGTERM" in first.said.splitlines()[-1]
@@ -182,9 +184,9 @@ def test_sigterm_saves_the_current_step_and_exits_0(
 
 
 def test_sigterm_in_an_evaluation_postpones_it_to_the_next_start(
-    unbroken_and_lives: tuple[Path, Path, dict[str, Life]],
+    uninterrupted_and_lives: tuple[Path, Path, dict[str, Life]],
 ) -> None:
-    _, workdir, lives = unbroken_and_lives
+    _, workdir, lives = uninterrupted_and_lives
     life, after = lives["SIGTERM in evaluating"], lives["SIGINT"]
     assert life.status == 0 and life.seconds < 30
     step = stopped_at(life, "SIGTERM")
@@ -194,9 +196,9 @@ def test_sigterm_in_an_evaluation_postpones_it_to_the_next_start(
 
 
 def test_ctrl_c_saves_and_exits_130_and_twice_ends_at_once(
-    unbroken_and_lives: tuple[Path, Path, dict[str, Life]],
+    uninterrupted_and_lives: tuple[Path, Path, dict[str, Life]],
 ) -> None:
-    _, workdir, lives = unbroken_and_lives
+    _, workdir, lives = uninterrupted_and_lives
     once, twice = lives["SIGINT"], lives["SIGINT twice"]
     assert once.status == 130 and twice.status == 130
     assert resumed_at(twice, workdir) == stopped_at(once, "SIGINT")

@@ -31,7 +31,7 @@ def config(trained: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path, config: Path, trained: Path) -> Path:
-    """20 steps further, by one process on four devices."""
+    """Trains the same run for 30 more steps."""
     workdir = shutil.copytree(trained, folder / "alone")
     process = start(config, workdir, *MORE, "--training.profile-steps", "65:67", devices=4)
     assert process.wait(300) == 0, workdir.with_suffix(".log").read_text()
@@ -42,7 +42,8 @@ def alone(folder: Path, config: Path, trained: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def shared(folder: Path, config: Path, trained: Path) -> tuple[Path, Path]:
-    """The same by two hosts: SIGTERM to one, resumed, SIGKILL of host 1, resumed to its end; and a copy of it at SIGTERM."""
+    """Trains the same run on two hosts: SIGTERM to one, resumed, SIGKILL of host 1, resumed to its end. Also returns a
+    copy of the run at SIGTERM."""
     workdir = shutil.copytree(trained, folder / "shared")
     with Pair(config, workdir, *LONG) as pair:
         wait_for_step(workdir, 62, *pair.hosts)
@@ -85,10 +86,10 @@ def test_two_hosts_are_one_process_with_as_many_devices(alone: Path, shared: tup
 
 
 @pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
-def test_a_run_of_two_hosts_goes_on_alone(
+def test_a_run_of_two_hosts_resumes_on_one(
     folder: Path, config: Path, alone: Path, shared: tuple[Path, Path], devices: int
 ) -> None:
-    """Saved on 2 x 2 devices, resumed on 1 x 1 and on 1 x 8."""
+    """It is saved on 2 x 2 devices, and resumed on 1 x 1 and on 1 x 8."""
     workdir = shutil.copytree(shared[1], folder / f"on_{devices}")
     before = len(losses(workdir))
     process = start(
@@ -110,7 +111,8 @@ def test_hosts_of_other_configs_refuse_each_other(folder: Path, config: Path) ->
 
 
 def broken(folder: Path, config: Path) -> tuple[object, ...]:
-    """Options for the same images as a COCO folder, the last of them cut short. `trained` has made them."""
+    """Returns options for the same images as a COCO folder, in which the last image is truncated. `begun` has written
+    them."""
     folder = folder / "broken"
     if not folder.exists():
         annotations = next(path for path in (config.parent / "scenes").rglob("*train*.json"))
@@ -128,7 +130,7 @@ def broken(folder: Path, config: Path) -> tuple[object, ...]:
 
 
 def test_an_image_that_cannot_be_read_ends_all_hosts_by_name(folder: Path, config: Path) -> None:
-    """The host that reads it names it; the other ends with it."""
+    """The host that reads the image names it; the other one ends too."""
     with Pair(config, folder / "stops", *broken(folder, config)) as pair:
         statuses = pair.ended()
         assert 2 in statuses and {*statuses} <= {2, 75, -signal.SIGABRT}, pair.said()

@@ -179,7 +179,7 @@ def test_the_error_names_the_option_that_accepts_the_file(tmp_path: Path, case: 
     assert option in found[kind][0].text and not check.ready
 
 
-def test_boxes_that_are_right_can_be_kept_as_they_are(tmp_path: Path) -> None:
+def test_an_option_keeps_correct_boxes_that_look_wrong(tmp_path: Path) -> None:
     source = read_coco(*written(tmp_path, each_box(corners)), data=DataConfig(box_format="xywh"))
     assert source.counts["clipped"] == 8 and source.notes == ()
 

@@ -41,7 +41,8 @@ def plain_size(width: int, height: int, short: int, long: int) -> tuple[int, int
 
 @pytest.fixture(scope="module")
 def of_every_size(tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, list[dict[str, Any]]]:
-    """Images of one colour each, JPEG and PNG in turn, each with a box of all of it and one inside; the annotations."""
+    """Writes images of one colour each, JPEG and PNG in turn, each with a box of the complete image and one inside;
+    returns the annotations."""
     folder = tmp_path_factory.mktemp("sizes")
     rng = np.random.default_rng(5)
     images, annotations = [], []

@@ -96,7 +96,7 @@ start = peak()
 
 
 def measured(folder: Path, code: str) -> str:
-    """Returns what a fresh process prints; it may not print anything else, warnings least of all."""
+    """Runs a fresh process and returns what it prints; it must not print anything else, such as warnings."""
     script = folder.with_suffix(".py")
     script.write_text(MEASURE + code)
     done = processes.run(script, folder)

@@ -104,7 +104,7 @@ def shows(orientation: int, size: tuple[int, int]) -> bool:
 
 @settings(deadline=None, max_examples=80)
 @given(datasets())
-def test_squares_are_where_their_boxes_are_or_the_doubt_is_reported(drawn: list) -> None:
+def test_squares_are_in_their_boxes_or_the_ambiguity_is_reported(drawn: list) -> None:
     with tempfile.TemporaryDirectory() as folder:
         right, lines = opened(write_squares(Path(folder), drawn))
     affected = [(convention, shows(o, size)) for o, convention, _, size in drawn if o > 1]

@@ -37,7 +37,9 @@ def case(images: int, anchors: int, classes: int, seed: int = 0, dtype: str = "f
     return logits, jnp.asarray(labels, jnp.int32)
 
 
-def plainly(loss: LossConfig, logits: jax.Array, labels: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def by_formula(
+    loss: LossConfig, logits: jax.Array, labels: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     def total(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         sums = classification_loss(loss)(logits, labels).sum(axis=(1, 2))
         return (weights * sums).sum(), sums
@@ -55,7 +57,7 @@ def test_tiles_and_one_pass_equal_the_plain_sum_and_gradient(
 ) -> None:
     monkeypatch.setattr(cpu, "TILE", 64)  # tiles of a few anchors, the last one mostly incomplete
     logits, labels = case(*shape)
-    sums, gradient = plainly(KINDS[kind], logits, labels, jnp.ones(shape[0]))
+    sums, gradient = by_formula(KINDS[kind], logits, labels, jnp.ones(shape[0]))
     for form in (cpu.in_tiles, sums_and_gradient.__wrapped__):
         found = jax.jit(functools.partial(form, value_and_gradient(KINDS[kind])))(logits, labels)
         np.testing.assert_allclose(found[0], sums, rtol=1e-5)
@@ -93,7 +95,7 @@ def assert_formula(config: LossConfig, dtype: str) -> None:
 def test_a_kind_without_a_fast_form_uses_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_curve", lambda config: None)
     logits, labels = case(1, 30, 4)
-    sums, gradient = plainly(LossConfig(), logits, labels, jnp.ones(1))
+    sums, gradient = by_formula(LossConfig(), logits, labels, jnp.ones(1))
     value, pull_back = jax.vjp(lambda logits: summed(LossConfig())(logits, labels), logits)
     np.testing.assert_allclose(value, sums, rtol=1e-6)
     np.testing.assert_allclose(pull_back(jnp.ones(1))[0], gradient, rtol=1e-6)
@@ -110,7 +112,7 @@ def test_a_kind_without_a_fast_form_uses_its_formula(monkeypatch: pytest.MonkeyP
 def test_every_anchor_counts_once_with_any_tile(images: int, anchors: int, classes: int, tile: int, seed: int) -> None:
     logits, labels = case(images, anchors, classes, seed)
     weights = jnp.arange(1.0, images + 1)
-    sums, gradient = plainly(LossConfig(), logits, labels, weights)
+    sums, gradient = by_formula(LossConfig(), logits, labels, weights)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "TILE", tile)
         of_images = summed(LossConfig())
@@ -131,7 +133,7 @@ def test_the_gradient_keeps_the_logits_precision_and_sums_are_float32() -> None:
     of_images = summed(LossConfig())
     sums, pull_back = jax.vjp(lambda logits: of_images(logits, labels), logits)
     (gradient,) = pull_back(jnp.full(2, 1 / 3))
-    exact_sums, exact = plainly(LossConfig(), logits.astype(jnp.float32), labels, jnp.full(2, 1 / 3))
+    exact_sums, exact = by_formula(LossConfig(), logits.astype(jnp.float32), labels, jnp.full(2, 1 / 3))
     assert sums.dtype == jnp.float32 and gradient.dtype == jnp.bfloat16
     np.testing.assert_allclose(sums, exact_sums, rtol=1e-5)
     np.testing.assert_allclose(gradient.astype(jnp.float32), exact, rtol=2**-7, atol=1e-9)

@@ -485,7 +485,7 @@ def test_an_unknown_suffix_or_an_unwritable_path_is_refused_in_one_line(tmp_path
         save(figure1(), tmp_path / "file" / "x.png")
 
 
-def test_the_script_refuses_in_one_line() -> None:
+def test_an_invalid_option_ends_in_one_line() -> None:
     done = processes.run("figures", "--figure", 4, "--out", "x.png", "--negatives", 0)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--negatives" in done.stderr, done.stderr
 

@@ -608,7 +608,7 @@ def test_log_ticks_are_round_numbers() -> None:
     )
 
 
-def test_a_chart_of_nothing_is_refused_and_one_of_a_constant_is_drawn() -> None:
+def test_an_empty_chart_is_refused_and_a_constant_one_is_drawn() -> None:
     with pytest.raises(ValueError):
         line_chart([("a", [(0.0, 0.0)])], "x", "y", log_y=True)
     ElementTree.fromstring(line_chart([("a", [(5.0, 0.0), (5.0, 0.0)])], "x", "y"))
@@ -697,7 +697,7 @@ def test_a_single_run_or_an_empty_folder_is_refused_in_one_line(sweeps: Path) ->
         read_sweeps(sweeps / "sweeps")
 
 
-def test_the_script_writes_both_files_and_says_where(sweeps: Path) -> None:
+def test_the_script_writes_both_files_and_prints_their_names(sweeps: Path) -> None:
     done = processes.run("report", "--workdir", sweeps)
     assert done.returncode == 0, done.stderr
     assert (
@@ -709,6 +709,6 @@ def test_the_script_writes_both_files_and_says_where(sweeps: Path) -> None:
     assert "](report_table1b_ap.svg)" in markdown and (sweeps / "report_table1b_ap.svg").is_file()
 
 
-def test_the_script_ends_in_one_line_where_there_is_nothing_to_report(tmp_path: Path) -> None:
+def test_the_script_ends_in_one_line_if_there_is_nothing_to_report(tmp_path: Path) -> None:
     done = processes.run("report", "--workdir", tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no sweep there" in done.stderr

@@ -59,14 +59,15 @@ def compiled_step(config: Config, inputs: Inputs) -> str:
 
 
 def assert_one_exchange(text: str) -> None:
-    """One all-reduce and no other collective."""
+    """Asserts that there is one all-reduce and no other collective."""
     assert len(re.findall(r"= .*\ball-reduce(?:-start)?\(", text)) == 1
     assert not [name for name in COLLECTIVES if name in text]
 
 
-def test_drivers_and_device_counts_train_alike(tiny: Config, make_inputs: Make) -> None:
-    """Eight steps of the same batches under jit on 1, 2 and 8 devices and pmap on 8: the same losses and parameters, but
-    for the order in which float32 numbers are added. Gradients cross between devices in one all-reduce."""
+def test_training_is_the_same_with_any_driver_and_number_of_devices(tiny: Config, make_inputs: Make) -> None:
+    """Eight steps of the same batches under jit on 1, 2 and 8 devices and under pmap on 8 give the same losses and
+    parameters, up to the order in which float32 numbers are added. Gradients cross between devices in one
+    all-reduce."""
     batches = [make_inputs(seed) for seed in range(8)]
     reference, parameters = run(with_drivers(tiny, "jit", 1), batches)
     assert len({round(m["loss"], 4) for m in reference}) == 8  # the losses of different batches differ
@@ -101,7 +102,8 @@ def test_normalisers_agree_between_drivers_and_under_accumulation(
 
 
 def test_accumulation_mines_each_image_and_leaves_out_invalid_ones(tiny: Config, make_inputs: Make) -> None:
-    """2 micro-batches on each of 2 devices are the batch on 8 devices. Either way gradients cross in one all-reduce."""
+    """2 micro-batches on each of 2 devices equal the batch on 8 devices. In both cases gradients cross in one
+    all-reduce."""
     batches = [make_inputs(seed)._replace(valid=np.arange(8) != 5) for seed in range(2)]
     on_eight = with_drivers(tiny, "jit", 8, loss__mining="ohem_1_3")
     accumulating = with_drivers(tiny, "jit", 2, loss__mining="ohem_1_3", training__accumulate=2)
@@ -172,8 +174,8 @@ def test_winograds_convolutions_gather_no_batch(
 
 
 def test_a_step_copies_no_kernel(tiny: Config, make_inputs: Make) -> None:
-    """Each is updated where it is: none is copied in the program's order of business, as XLA did where an update could
-    come before a gradient that still reads the kernel."""
+    """Each kernel is updated in place. XLA copied kernels when an update could precede a gradient that still reads the
+    kernel."""
     text = compiled_step(with_drivers(tiny, "jit", 1), make_inputs(0))
     entry = text[text.index("\nENTRY ") :]
     assert "fusion(" in entry  # the complete program
@@ -190,8 +192,8 @@ def test_grouped_convolutions_gather_no_batch(tiny: Config, make_inputs: Make) -
     assert four == pytest.approx(one, rel=1e-5, abs=1e-7)
 
 
-def test_an_invalid_image_counts_for_nothing(tiny: Config, make_inputs: Make) -> None:
-    """Whatever stands in its row, the loss and the parameters after the step are the same."""
+def test_an_invalid_image_has_no_effect(tiny: Config, make_inputs: Make) -> None:
+    """The loss and the parameters after the step do not depend on the content of its row."""
     inputs, config = make_inputs(3), with_drivers(tiny, "jit", 1)
     valid = inputs.valid.copy()
     valid[2] = False
@@ -215,8 +217,8 @@ def test_frozen_parameters_never_change(tiny: Config, make_inputs: Make) -> None
     jax.tree.map(np.testing.assert_array_equal, before, after["frozen"])
 
 
-def test_step_equals_one_written_out_plainly(tiny: Config, make_inputs: Make) -> None:
-    """Against jax.grad of the mean over images of each one's loss by its positives, and SGD by hand."""
+def test_the_step_equals_a_plain_implementation(tiny: Config, make_inputs: Make) -> None:
+    """Compares with jax.grad of the mean over images of each loss divided by its positives, and with SGD by hand."""
     from retina_jax.losses.total import image_losses
     from retina_jax.ops.anchors import anchor_grid
 

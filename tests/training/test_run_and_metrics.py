@@ -63,7 +63,7 @@ def test_a_resumed_run_neither_starts_nor_stops_averaging(tmp_path: Path) -> Non
         assert (folder / "config.json").read_text() == saved
 
 
-def test_a_fact_of_the_start_stays_when_the_run_is_opened_again(tmp_path: Path) -> None:
+def test_a_fact_of_the_first_start_stays_when_the_run_is_opened_again(tmp_path: Path) -> None:
     record_fact(open_and_save(tmp_path, Config()), "backbone_sha256", "abc")
     run = open_run(tmp_path, override(Config(), {"training.steps": 100}), NAMES, IDS)
     saved = json.loads((tmp_path / "config.json").read_text())
