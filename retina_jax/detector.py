@@ -12,19 +12,25 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int, PyTree, UInt8
+from PIL import Image, ImageOps
 
 from retina_jax.config import Config, ConfigError, DataConfig, DetectionConfig
 from retina_jax.config_io import override, validate
 from retina_jax.data import transforms
 from retina_jax.data.classes import unique_names
+from retina_jax.data.decoding import opaque, read_rgb
 from retina_jax.data.pipeline import LARGE, Batch
+from retina_jax.data.survey import decoding_of_files
+from retina_jax.errors import shortened
 from retina_jax.ops.nms import nms
 from retina_jax.ops.postprocess import Detections
-from retina_jax.runs.folder import read_run
+from retina_jax.runs.folder import best_step, read_run
+from retina_jax.runs.record import f1_threshold
 from retina_jax.training.checkpoints import Checkpoints, Step
 from retina_jax.training.parallel import Driver, local_rows
 from retina_jax.training.restore import load_variables
@@ -53,6 +59,7 @@ class Detector:
     class_names: tuple[str, ...]  # as in the training data, where names may repeat
     category_ids: tuple[int, ...]  # category id of each class in the training data
     step: int = 0  # training steps of its weights in this project; 0 for imported weights
+    f1_threshold: float | None = None  # score with the highest F1 in the evaluation of this step; None: not evaluated
 
     @classmethod
     def of(cls, driver: Driver, state: TrainState, names: tuple[str, ...], category_ids: tuple[int, ...]) -> Detector:
@@ -70,23 +77,38 @@ class Detector:
         """Config of the driver."""
         return self.driver.config
 
-    def detect(self, images: Iterable[np.ndarray], *, batch_size: int = 1) -> list[ImageDetections]:
-        """Returns the detections of uint8 images [h w 3] (RGB) of any sizes, each in its own pixels. Images of a batch have
-        one padded shape; the padding can change detections a little, as in torchvision and detectron2. Raises ValueError for
-        any other array."""
+    def detect(
+        self, images: Iterable[np.ndarray | Image.Image | str | Path], *, batch_size: int = 1
+    ) -> list[ImageDetections]:
+        """Returns the detections of images of any sizes, each in its own pixels: files, PIL images, or uint8 arrays
+        [h w 3] (RGB). Files are turned as image viewers show them. Images of a batch have one padded shape; the padding
+        can change detections a little, as in torchvision and detectron2. Raises ValueError for anything else."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size: invalid value {batch_size}; must be at least 1")
+        if isinstance(images, str | Path | Image.Image) or not isinstance(images, Iterable):
+            raise ValueError(f"images: give a list of images, not one {type(images).__name__}")
         found: list[ImageDetections] = []
         remaining = iter(images)
         while group := list(itertools.islice(remaining, batch_size)):
-            for number, image in enumerate(group, start=len(found)):
-                if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
-                    raise ValueError(
-                        f"image {number}: {image.dtype} of shape {image.shape}; give uint8 arrays [h, w, 3]"
-                    )
+            group = [self._pixels(image, f"image {number}") for number, image in enumerate(group, start=len(found))]
             rows = -(-len(group) // self.driver.num_devices) * self.driver.num_devices
             batches = (padded_batch(group, data, rows) for data in sizes(self.config))
             merged = self.merged(self.detect_batches(batches, [image.shape[:2] for image in group]))
             found += [merged[row] for row in range(len(group))]
         return found
+
+    def _pixels(self, image: Any, called: str) -> UInt8[np.ndarray, "h w 3"]:
+        """Returns the RGB of an image for `detect`."""
+        if isinstance(image, str | Path):
+            return read_rgb(Path(image), decoding_of_files([Path(image)], self.config.data))
+        if isinstance(image, Image.Image):
+            if image.mode.startswith("I"):
+                raise ValueError(f"{called}: has more than 8 bits per value; give its file, or 8 bits")
+            image = opaque(ImageOps.exif_transpose(image))
+        kind, shape = getattr(image, "dtype", type(image).__name__), getattr(image, "shape", ())
+        if not isinstance(image, np.ndarray) or kind != np.uint8 or shape[2:] != (3,) or image.size == 0:
+            raise ValueError(f"{called}: {kind} of shape {shape}; give uint8 arrays [h, w, 3], PIL images or files")
+        return image
 
     def detect_batches(
         self, batches: Iterable[Batch], sizes_hw: Sequence[tuple[int, int]]
@@ -111,7 +133,9 @@ class Detector:
                     found = transforms.flip_boxes(found, int(batch.image_sizes[row, 1]))
                 found = transforms.to_original_pixels(found, batch.scales[row], self.config.data.box_ends)
                 found = np.clip(found, 0, np.array([width, height, width, height], np.float32)[None])
-                yield index, self._detections(found.astype(np.float32), scores[row][kept], labels[row][kept])
+                solid = (found[:, 2:] > found[:, :2]).all(axis=1)  # as detectron2: no boxes without area
+                arrays = (array[solid] for array in (found.astype(np.float32), scores[row][kept], labels[row][kept]))
+                yield index, self._detections(*arrays)
 
     def merged(self, found: Iterable[tuple[int, ImageDetections]]) -> dict[int, ImageDetections]:
         """Merges the detections of all versions of an image, by index; without augmentation there is one version."""
@@ -181,7 +205,8 @@ def load_detector(
         detectron2 or detectron.
       short_side, long_side: length that the shorter image side is resized to, and bound of the longer one, pixels; None: as
         in training, long_side in proportion to short_side.
-      step: saved step of a run, or "best", that with the highest AP; None: the newest.
+      step: saved step of a run; "best", that with the highest AP; "newest"; None: the best, or the newest if none was
+        evaluated.
       config: replaces the detector's own, from which inference may differ (thresholds, devices, image size); None: its own,
         on one device.
       class_names: of weights from elsewhere whose classes are not COCO's.
@@ -196,22 +221,30 @@ def load_detector(
         imported = import_detector(str(source), class_names=class_names, batchnorm_eps=batchnorm_eps)
     elif class_names or batchnorm_eps is not None:
         raise ConfigError(f"{source}: is a run's folder, whose class_names and batchnorm_eps are fixed")
+    folder = Path(source) / "checkpoints"
+    if imported is None and not (Path(source) / "config.json").is_file():
+        kinds = "KIND:FILE or KIND:NAME (KIND is torchvision, detectron2 or detectron)"
+        raise ConfigError(f"{shortened(source)}: is neither a run's folder (no config.json in it) nor {kinds}")
     saved = imported or read_run(Path(source))
     config = config or override(saved.config, {"devices": 1})
     if short_side is not None or long_side is not None:
-        short = short_side or config.data.short_side
-        long = long_side or round(config.data.long_side * short / config.data.short_side)
+        short = config.data.short_side if short_side is None else short_side
+        if short < 1:
+            raise ConfigError(f"short_side: invalid value {short_side}; must be at least 1")
+        long = round(config.data.long_side * short / config.data.short_side) if long_side is None else long_side
         size = {"data.short_side": short, "data.long_side": long, "data.jitter_short_sides": ()}
         config = validate(override(config, size))
     driver = Driver(config, len(saved.class_names))
     if imported is not None:
         return Detector(driver, driver.replicate(imported.variables), imported.class_names, imported.category_ids)
-    folder = Path(source) / "checkpoints"
     if not folder.is_dir():
-        raise ConfigError(f"--workdir {source}: its run has saved no checkpoint yet; wait for the first, or train it")
+        raise ConfigError(f"{shortened(source)}: its run has saved no checkpoint yet; wait for the first, or train it")
+    if step is None:
+        step = "newest" if best_step(folder) is None else "best"
     with Checkpoints(folder, keep=None, read_only=True) as checkpoints:
         variables, number = load_variables(driver, checkpoints, step)
-    return Detector(driver, variables, saved.class_names, saved.category_ids, number)
+    threshold = f1_threshold(Path(source), number)
+    return Detector(driver, variables, saved.class_names, saved.category_ids, number, threshold)
 
 
 def sizes(config: Config) -> tuple[DataConfig, ...]:

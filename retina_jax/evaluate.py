@@ -1,15 +1,15 @@
-"""Evaluates a detector on a data set: detections, COCO scores and pictures, written to a run's folder."""
+"""Evaluates a detector on a dataset: detections, COCO scores and pictures, written to a run's folder."""
 
 from __future__ import annotations
 
 import io
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
@@ -62,10 +62,10 @@ def evaluate(
         results += coco_results(records[index].image_id, d.boxes_xyxy, d.scores, d.labels, ids)
     scores = evaluate_coco(source.ground_truth, results, [record.image_id for record in records], training.evaluator)
     if distributed.is_primary():
-        write_json(run.path("detections", step, f"{variant}.json"), results)
+        write_json(run.path("detections", step, f"{variant}.json"), results, compact=True)
         if source.labelled:
             values = {"step": step, "images": len(records), **scores.summary, "per_class": scores.per_class}
-            values |= {"settings": dict(settings)} if settings else {}
+            values |= {"f1_threshold": scores.f1_threshold} | ({"settings": dict(settings)} if settings else {})
             write_json(run.path("evaluation", step, f"{variant}.json"), values)
         _write_pictures(run, detector, source, pictured, step, variant)
     return scores
@@ -120,8 +120,8 @@ def write_submission(run: Run, step: int, variant: str, annotations: str) -> Pat
     split = Path(annotations).stem.removeprefix("image_info_")
     path = run.folder / "detections" / f"detections_{split}_{run.folder.resolve().name}_results.json"
     if distributed.is_primary():
-        results = json.loads(run.path("detections", step, f"{variant}.json").read_text())
+        results = msgspec.json.decode(run.path("detections", step, f"{variant}.json").read_bytes())
         for result in results:
             result |= {"bbox": [round(side, 2) for side in result["bbox"]], "score": round(result["score"], 6)}
-        write_json(path, results, indent=None)
+        write_json(path, results, compact=True)
     return path

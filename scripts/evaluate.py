@@ -46,8 +46,8 @@ class Arguments:
     workdir: Path
     """Folder of the run."""
     settings: Annotated[Config, tyro.conf.arg(name="")]
-    step: Step = None
-    """Saved step, or best: the step with the highest AP; None: the newest."""
+    step: Step = "newest"
+    """Saved step, best (the step with the highest AP) or newest."""
     weights: str = ""
     """KIND:FILE or KIND:NAME of a detector of another library; KIND is torchvision, detectron2 or detectron."""
     class_names: tuple[str, ...] = ()

@@ -47,7 +47,7 @@ class Arguments:
     format: Literal["stablehlo", "savedmodel", "onnx"] = "stablehlo"
     """Format of the file; savedmodel and onnx are refused, because no converter works yet (docs/export.md)."""
     step: Step = None
-    """Saved step, or best: the step with the highest AP; default: the newest."""
+    """Saved step, best (the step with the highest AP) or newest; default: the best, or the newest if none was evaluated."""
     short_side: int | None = None
     """Length that the shorter image side is resized to, pixels; default: as in training."""
     class_names: tuple[str, ...] = ()

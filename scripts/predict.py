@@ -17,18 +17,16 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from PIL import Image
 
 from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import ConfigError, DetectionConfig
 from retina_jax.config_io import validate
-from retina_jax.data.decoding import MAX_PIXELS, largest_file, to_rgb
+from retina_jax.data.decoding import read_rgb
 from retina_jax.data.image_paths import image_files
-from retina_jax.data.reading import read_file
 from retina_jax.data.source import BadImage
 from retina_jax.data.survey import decoding_of_files
 from retina_jax.detector import load_detector
-from retina_jax.errors import reason
+from retina_jax.evaluate import write_picture
 from retina_jax.evaluation.drawing import draw
 from retina_jax.runs.files import write_json
 from retina_jax.runs.folder import settings_of
@@ -48,9 +46,10 @@ class Arguments:
     weights: str = ""
     """KIND:FILE or KIND:NAME of a detector of another library; KIND is torchvision, detectron2 or detectron."""
     step: Step = None
-    """Saved step, or best: the step with the highest AP; None: the newest."""
-    score: float = 0.3
-    """Lowest score that is drawn; detections.json contains all detections that the run's config keeps."""
+    """Saved step, best (the step with the highest AP) or newest; default: the best, or the newest if none was evaluated."""
+    score: float | None = None
+    """Lowest score that is drawn; default: the one with the highest F1 in the evaluation of that step, or 0.3.
+    detections.json contains all detections that the run's config keeps."""
     short_side: int | None = None
     """Length that the shorter image side is resized to, pixels; None: as in training."""
     class_names: tuple[str, ...] = ()
@@ -66,7 +65,7 @@ def main() -> None:
     arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__)
     if (arguments.workdir is None) == (not arguments.weights):
         raise ConfigError("--workdir: give the folder of a run, or --weights KIND:FILE, and not both")
-    if not 0 <= arguments.score <= 1:
+    if arguments.score is not None and not 0 <= arguments.score <= 1:
         raise ConfigError(f"--score: invalid value {arguments.score}; must be from 0 to 1")
     set_up_jax()
     files = image_files(arguments.images, arguments.out)
@@ -81,20 +80,26 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {arguments.out}: cannot be written: {error.strerror}") from None
+    score, chosen = arguments.score, "--score"
+    if score is None:
+        score, chosen = detector.f1_threshold, "the highest F1 in its evaluation"
+    if score is None:
+        score, chosen = 0.3, "the default; the detector was not evaluated"
+    print(f"step {detector.step}; detections with a score of {score:.2f} or more are drawn ({chosen})", flush=True)
     decoding = decoding_of_files(list(files), detector.config.data)
     entries, bad = [], []
     for file, target in files.items():
         try:
-            image = to_rgb(read_file(file, largest_file(MAX_PIXELS)), decoding)
-        except (OSError, BadImage) as error:
-            bad.append(f"{file}: {reason(error) if isinstance(error, OSError) else error}")
+            image = read_rgb(file, decoding)
+        except BadImage as error:
+            bad.append(str(error))
             continue
         (found,) = detector.detect([image])
-        good = found.scores >= arguments.score
+        good = found.scores >= score
         picture = draw(
             image, found.boxes_xyxy[good], found.labels[good], found.scores[good], class_names=detector.shown_names
         )
-        Image.fromarray(picture).save(arguments.out / target)
+        write_picture(arguments.out / target, picture)
         entries.append(
             {
                 "file": str(file),
@@ -106,7 +111,7 @@ def main() -> None:
                 "category_ids": [detector.category_ids[label] for label in found.labels],
             }
         )
-        print(f"{file}: {int(good.sum())} detections at {arguments.score} or above -> {arguments.out / target}")
+        print(f"{file}: {int(good.sum())} detections -> {arguments.out / target}")
     write_json(
         arguments.out / "detections.json",
         {"detector": arguments.weights or str(arguments.workdir), "step": detector.step, "images": entries},

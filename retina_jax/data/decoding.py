@@ -103,17 +103,32 @@ def to_rgb(encoded: bytes, decoding: Decoding = AS_VIEWERS, *, expected_size: Si
             # Newer versions of PIL turn TIFFs when they load them.
             turn = None if turn is not None else UNDO[header.orientation]
         shown = eight if turn is None else eight.transpose(turn)
-        if ImageMode.getmode(shown.mode).basetype == "F":
-            raise BadImage("has floating-point pixels of unknown range; 8 or 16 bits are supported")
-        if shown.has_transparency_data:
-            layer = shown.convert("RGBA")
-            shown = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-        return np.asarray(shown.convert("RGB"))
+        return opaque(shown)
     except BadImage:
         raise
     except Exception as error:
         # PIL's decoders raise nearly anything for a broken file: OSError, SyntaxError, struct.error, IndexError.
         raise BadImage(f"cannot be decoded: {reason(error)}") from None
+
+
+def opaque(image: Image.Image) -> RGB:
+    """Returns the pixels of an 8-bit image as RGB, transparency as white. Raises BadImage for floating-point pixels."""
+    if ImageMode.getmode(image.mode).basetype == "F":
+        raise BadImage("has floating-point pixels of unknown range; 8 or 16 bits are supported")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return np.asarray(image.convert("RGB"))
+
+
+def read_rgb(path: Path, decoding: Decoding = AS_VIEWERS) -> RGB:
+    """Reads and decodes an image file without annotations. Raises BadImage, which names the file."""
+    try:
+        return to_rgb(read_file(path, largest_file(MAX_PIXELS)), decoding)
+    except BadImage as error:
+        raise BadImage(f"{path}: {error}") from None
+    except OSError as error:
+        raise BadImage(f"{path}: cannot be read: {reason(error)}") from None
 
 
 def image_of(source: Source, index: int) -> RGB:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from retina_jax.config import ConfigError
+from retina_jax.console import warn
 from retina_jax.data.coco_entries import escapes, short
 
 MOST = 2_000_000  # files below a folder that are searched
@@ -147,7 +148,11 @@ def image_files(paths: Sequence[Path], out: Path) -> dict[Path, str]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            named_as_images = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES or p.is_symlink())
+            inside = [p for p in named_as_images if p.suffix.lower() in SUFFIXES and p.is_file()]
+            if others := [str(p) for p in named_as_images if not p.is_file()]:
+                shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+                warn(f"{path}: {len(others)} links, pipes or folders are skipped: {shown}")
             inside = [p for p in inside if path.resolve() == out.resolve() or out.resolve() not in p.resolve().parents]
             if not inside:
                 raise ConfigError(f"{path}: no image in this folder ({', '.join(SUFFIXES)})")

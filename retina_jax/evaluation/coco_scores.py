@@ -16,7 +16,14 @@ from pycocotools.cocoeval import COCOeval
 
 from retina_jax.data.classes import unique_names
 from retina_jax.errors import PlainError
-from retina_jax.evaluation.precision_recall import DetectedBoxes, GroundTruth, coco_curves, coco_stats, mean
+from retina_jax.evaluation.precision_recall import (
+    DetectedBoxes,
+    GroundTruth,
+    coco_curves,
+    coco_operating_point,
+    coco_stats,
+    mean,
+)
 
 SUMMARY = {
     # score: (kind, its abbreviation, IoU, area, detections per image), in pycocotools' order
@@ -44,6 +51,7 @@ class Scores(NamedTuple):
 
     summary: dict[str, float | None]  # the scores of SUMMARY, by name
     per_class: dict[str, float | None]  # AP of each class by its unique name, by ascending category id
+    f1_threshold: float | None = None  # score from which on detections have the highest F1 at IoU 0.5
 
 
 def coco_results(
@@ -83,8 +91,9 @@ def evaluate_coco(
     image or category, or if a box or score is not finite.
     """
     check_inputs(ground_truth, detections, image_ids)
+    objects, found, categories = as_arrays(ground_truth, detections, sorted(image_ids))
     if evaluator == "arrays":
-        curves = coco_curves(*as_arrays(ground_truth, detections, sorted(image_ids)))
+        curves = coco_curves(objects, found, categories)
         stats, precision = coco_stats(curves), curves.precision
     else:
         stats, precision = _by_pycocotools(ground_truth, detections, sorted(image_ids))
@@ -92,7 +101,9 @@ def evaluate_coco(
     names = unique_names(sorted((c["id"], str(c.get("name", c["id"]))) for c in ground_truth["categories"]))
     aps = [mean(precision[:, :, k, 0, -1]) for k in range(len(names))]  # all areas, 100 detections
     summary, per_class = ([None if value < 0 else float(value) for value in values] for values in (stats, aps))
-    return Scores(dict(zip(SUMMARY, summary, strict=True)), dict(zip(names, per_class, strict=True)))
+    best = coco_operating_point(objects, found)
+    by_name = dict(zip(SUMMARY, summary, strict=True)), dict(zip(names, per_class, strict=True))
+    return Scores(*by_name, best.score if best else None)
 
 
 def as_arrays(

@@ -21,7 +21,16 @@ from retina_jax.data.classes import Category, unique_names
 from retina_jax.data.datasets import open_source
 from retina_jax.evaluation import precision_recall
 from retina_jax.evaluation.coco_scores import EvaluationError, as_arrays, check_inputs
-from retina_jax.evaluation.precision_recall import AREAS, DetectedBoxes, GroundTruth, Pairs, coco_match, overlapping
+from retina_jax.evaluation.precision_recall import (
+    AREAS,
+    DetectedBoxes,
+    GroundTruth,
+    OperatingPoint,
+    Pairs,
+    best_f1,
+    coco_match,
+    overlapping,
+)
 
 KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
 CLASSIFICATION, LOCALISATION, BOTH, DUPLICATE, BACKGROUND, MISSED = range(len(KINDS))
@@ -143,15 +152,6 @@ def _class_aps(
     return values
 
 
-class OperatingPoint(NamedTuple):
-    """Precision and recall at IoU 0.5 over all categories together if detections below `score` are dropped."""
-
-    score: float
-    precision: float
-    recall: float
-    f1: float
-
-
 class Counts(NamedTuple):
     """Numbers of right and wrong detections from a score on, and of objects that they do not find, by image."""
 
@@ -167,18 +167,10 @@ class Counts(NamedTuple):
 
 
 def operating_point(errors: Errors) -> OperatingPoint | None:
-    """Returns the score with the highest F1 (of equals the highest score); None if no detection is right."""
-    rows = np.flatnonzero(errors.of_found != LEFT_OUT)
-    rows = rows[np.argsort(-errors.found.scores[rows], kind="stable")]
-    scores, right = errors.found.scores[rows], errors.of_found[rows] == RIGHT
-    if not right.any():
-        return None
-    objects, hits = int((errors.of_objects != LEFT_OUT).sum()), right.cumsum()
-    f1 = 2 * hits / (np.arange(1, len(rows) + 1) + objects)
-    f1[:-1][scores[1:] == scores[:-1]] = -1  # detections of one score are dropped or kept together
-    best = int(f1.argmax())
-    values = scores[best], hits[best] / (best + 1), hits[best] / objects, f1[best]
-    return OperatingPoint(*map(float, values))
+    """Returns `best_f1` of the detections that count."""
+    counted = errors.of_found != LEFT_OUT
+    right, objects = errors.of_found[counted] == RIGHT, int((errors.of_objects != LEFT_OUT).sum())
+    return best_f1(errors.found.scores[counted], right, objects)
 
 
 def count_by_image(errors: Errors, images: int, score: float) -> Counts:

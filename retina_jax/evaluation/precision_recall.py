@@ -112,6 +112,38 @@ def coco_stats(curves: Curves) -> Float[np.ndarray, " 12"]:
     return np.array([*by_iou, *by_size[0], *recalls, *by_size[1]])
 
 
+class OperatingPoint(NamedTuple):
+    """Precision and recall at IoU 0.5 over all categories together if detections below `score` are dropped."""
+
+    score: float
+    precision: float
+    recall: float
+    f1: float
+
+
+def best_f1(scores: Float[np.ndarray, " N"], right: Bool[np.ndarray, " N"], objects: int) -> OperatingPoint | None:
+    """Returns the score with the highest F1 (of equals the highest score) of detections, `right` or not, of `objects`
+    objects; None if no detection is right."""
+    if not right.any():
+        return None
+    order = np.argsort(-scores, kind="stable")
+    scores, hits = scores[order], right[order].cumsum()
+    f1 = 2 * hits / (np.arange(1, len(scores) + 1) + objects)
+    f1[:-1][scores[1:] == scores[:-1]] = -1  # detections of one score are dropped or kept together
+    best = int(f1.argmax())
+    return OperatingPoint(*map(float, (scores[best], hits[best] / (best + 1), hits[best] / objects, f1[best])))
+
+
+def coco_operating_point(ground_truth: GroundTruth, found: DetectedBoxes) -> OperatingPoint | None:
+    """Returns `best_f1` at IoU 0.5. Detections that take a crowd region do not count."""
+    matches = coco_match(ground_truth, found, IOU_THRESHOLDS[:1], {"all": AREAS["all"]})
+    took, ignored = matches.boxes[0, 0], matches.ignored_boxes[0]
+    right = took >= 0
+    right[right] = ~ignored[took[right]]
+    counted = (right | (took < 0)) & ~matches.outside[0]
+    return best_f1(found.scores[matches.detections[counted]], right[counted], int((~ignored).sum()))
+
+
 @np.errstate(all="ignore")  # areas that are not finite, see the last sentence
 def coco_match(
     ground_truth: GroundTruth,

@@ -20,11 +20,10 @@ from jaxtyping import UInt8
 from retina_jax.config import ConfigError, ScenesConfig
 from retina_jax.console import log
 from retina_jax.data.datasets import open_source
-from retina_jax.data.decoding import MAX_PIXELS, image_of, largest_file, to_rgb
+from retina_jax.data.decoding import image_of, read_rgb
 from retina_jax.data.image_paths import image_files
-from retina_jax.data.reading import read_file
 from retina_jax.data.scenes import VAL, draw_scene
-from retina_jax.data.source import BadImage, DataError
+from retina_jax.data.source import DataError
 from retina_jax.data.survey import decoding_of_files
 from retina_jax.detector import Detector, ImageDetections, versions
 from retina_jax.errors import PlainError, reason
@@ -81,6 +80,7 @@ def write_file(path: Path, detector: Detector, source: str) -> None:
         "bits": None if data.bits == "auto" else data.bits,
         "canvases": padded_shapes(data),
         **{k: getattr(detection, k) for k in ("max_detections", "score_threshold")},
+        "f1_threshold": detector.f1_threshold,
         "platforms": PLATFORMS,
         "commit": code_commit(),
         "versions": package_versions(),
@@ -187,11 +187,7 @@ def images_for(detector: Detector, files: Path | None, count: int) -> tuple[Imag
     if files is not None:
         found = list(image_files([files], out=Path(os.devnull)))[:count]  # nothing is drawn
         decoding = decoding_of_files(found, detector.config.data)
-        for file in found:
-            try:
-                images.append(to_rgb(read_file(file, largest_file(MAX_PIXELS)), decoding))
-            except (OSError, BadImage) as error:
-                raise BadImage(f"{file}: {reason(error)}") from None
+        images = [read_rgb(file, decoding) for file in found]
         return images, f"{len(images)} images of {files}"
     try:
         source = open_source(detector.config.data, "val")

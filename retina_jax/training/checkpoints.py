@@ -28,7 +28,7 @@ from retina_jax.runs.files import CHECKSUMS, DiskError, damage, sync, write_chec
 from retina_jax.runs.folder import best_step, saved_ap, saved_steps
 
 T = TypeVar("T")
-Step = int | Literal["best"] | None  # a saved step: its number, "best" by AP, or None, the newest
+Step = int | Literal["best", "newest"] | None  # a saved step: its number, "best" by AP, or the newest
 
 LEFTOVERS = ("saving", "deleting-*", "*.orbax-checkpoint-tmp*")
 """What a kill may leave behind. None of it is named by a number, so it is never read as a checkpoint."""
@@ -125,12 +125,13 @@ class Checkpoints:
     def restore(self, like: T, step: Step = None, *, partial: bool = False) -> T:
         """Returns the state saved at `step`, with the types and shardings of `like`. Called by all hosts together.
 
-        `like` holds arrays, or shapes with shardings; with `partial` it may be a dict of some fields of the state. If `step`
-        is None, damaged steps are skipped with a warning and, unless read_only, renamed to `damaged-STEP`.
+        `like` holds arrays, or shapes with shardings; with `partial` it may be a dict of some fields of the state. For the
+        newest step (also None), damaged steps are skipped with a warning and, unless read_only, renamed to `damaged-STEP`.
 
         Raises ConfigError if there is no such step, none is intact, or an intact one is of another network.
         """
-        if step == "best":
+        is_best, step = step == "best", None if step == "newest" else step
+        if is_best:
             step = distributed.from_primary(best_step(self.folder))
             if step is None:
                 raise ConfigError(f"--step best: no step in {self.folder} was evaluated; saved steps: {self.steps()}")
@@ -142,6 +143,8 @@ class Checkpoints:
                     self._set_aside(damaged, left[-1])
                 return state
             damaged[left[-1]] = wrong
+        if is_best and step not in self.steps():  # its run has saved a better one and deleted it meanwhile
+            return self.restore(like, "best", partial=partial)
         if damaged:
             listed = "; ".join(f"{step}: {wrong}" for step, wrong in damaged.items())
             raise ConfigError(f"{self.folder}: no checkpoint can be restored ({listed}); saved steps: {self.steps()}")

@@ -49,7 +49,7 @@ def restore_or_init(
         state = checkpoints.restore(driver.init_state())
         origin = f"resuming {run.folder} at step {int(state.step)}"
         if int(state.step) >= driver.config.training.steps:
-            origin = f"{run.folder} is complete: it has all {int(state.step)} steps"
+            origin += ", which is its last"
     elif driver.config.model.backbone_weights:
         from retina_jax.weights.importing import with_backbone  # reads foreign formats, which other runs do not need
 

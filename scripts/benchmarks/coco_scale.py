@@ -40,7 +40,7 @@ TASKS = {
         "retina_jax",
         "import json; from pathlib import Path; from retina_jax.runs.files import write_json\n"
         "results = json.loads(Path('{detections}').read_bytes())",
-        "write_json(Path('{folder}/written.json'), results, indent=None)",
+        "write_json(Path('{folder}/written.json'), results, compact=True)",
     ),
     "list the paper's sweeps": (
         "retina_jax",

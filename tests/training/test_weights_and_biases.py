@@ -88,7 +88,7 @@ def test_curves_pictures_and_config_are_sent(tmp_path: Path, wandb: FakeWandb) -
 def test_a_resumed_run_continues_the_same_curves(tmp_path: Path, wandb: FakeWandb) -> None:
     for _ in range(2):
         with Metrics(opened(tmp_path), 0):
-            pass
+            (tmp_path / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)
     first, second = wandb.started
     assert first["id"] == second["id"] and first["resume"] == "allow"
     assert json.loads((tmp_path / "config.json").read_text())["facts"]["wandb_id"] == first["id"]
