@@ -20,6 +20,7 @@ from benchmarks.worker import WARM_UP
 
 from retina_jax.config_io import override
 
+pytestmark = pytest.mark.usefixtures("few_objects")
 ROOT = Path(__file__).parents[1]
 TASK = Task(
     name="nms",
