@@ -34,7 +34,10 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "retina
 QUICK = {"xla_cpu_use_fusion_emitters": "false", "xla_cpu_parallel_codegen_split_count": "1"}
 """A tiny training step compiles in 1.4 s of processor time with these and without LLVM's passes, in 9.2 s as users' do."""
 SHARES = 16
-LONGEST = ("test_several_hosts", "test_parallel", "test_kills", "test_end_to_end", "test_full_disks", "test_sweep_runs")
+LONGEST = (
+    "test_several_hosts", "test_parallel", "test_end_to_end", "test_kills", "test_full_disks", "test_compilation",
+    "test_sweep_runs", "test_imported_runs", "test_documents", "test_averaging", "test_shipping", "test_torchvision",
+)  # fmt: skip
 """Files, by the time that their tests take."""
 
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
@@ -114,6 +117,14 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 20, 50)
+
+
+@pytest.fixture(scope="module")
+def few_objects() -> None:
+    """The objects that tests before have left are not searched for garbage again: `CompiledStep` collects it after each
+    compilation, which takes 2 s of processor time late in a test run."""
+    gc.collect(1)
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ from retina_jax.evaluate import evaluate
 from retina_jax.runs.folder import Run
 from retina_jax.training.opening import open_run
 
+pytestmark = pytest.mark.usefixtures("few_objects")
 ROOT = Path(__file__).parents[1]
 CONFIG = override(Config(), {"data.buckets": 1, "data.short_side": 64, "data.long_side": 64, "training.pictures": 0})
 IDS = st.integers(1 - LARGEST_ID, LARGEST_ID - 1)
@@ -288,7 +289,7 @@ def test_training_is_the_same_with_any_ids_and_names(tmp_path: Path, monkeypatch
             "--data.buckets", 1, "--data.batch-size", 1, "--devices", 1,
             "--model.backbone", "resnet18", "--model.base-width", 8, "--model.stage-blocks", 1, 1, 1, 1,
             "--model.max-level", 5, "--model.fpn-channels", 8, "--model.head-channels", 8, "--model.head-convs", 1,
-            "--training.steps", 2, "--training.eval-every", 0, "--detection.score-threshold", 0.0,
+            "--model.norm", "frozen", "--training.steps", 2, "--training.eval-every", 0, "--detection.score-threshold", 0.0,
             "--training.no-tensorboard",
         )  # fmt: skip
         summary = json.loads((tmp_path / name / "summary.json").read_text())

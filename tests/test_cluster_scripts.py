@@ -194,7 +194,7 @@ def start_container(tmp_path: Path, train: str, late: str = "") -> subprocess.Po
     ids=["complete", "stopped", "lost host", "error", "killed"],
 )
 def test_kubernetes_container_exit_status(tmp_path: Path, train: str, status: int) -> None:
-    assert start_container(tmp_path, train).wait(20) == status
+    assert start_container(tmp_path, train).wait(100) == status
     (call,) = calls(tmp_path / ".venv" / "bin", "python")
     assert call.split() == [
         "scripts/train.py", "--config", "c.py", "--workdir", "run",
@@ -203,25 +203,25 @@ def test_kubernetes_container_exit_status(tmp_path: Path, train: str, status: in
 
 
 def test_kubernetes_container_returns_the_status_of_a_process_that_ended_before_the_wait(tmp_path: Path) -> None:
-    assert start_container(tmp_path, "exit 2", late="sleep 0.3").wait(20) == 2
+    assert start_container(tmp_path, "exit 2", late="sleep 0.3").wait(100) == 2
 
 
 def test_kubernetes_container_forwards_sigterm_and_waits_for_the_save(tmp_path: Path) -> None:
     train = "trap 'sleep 0.5; touch run/saved; exit 0' TERM; touch run/started; while true; do sleep 0.05; done"
     process = start_container(tmp_path, train)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 100
     while not (tmp_path / "run" / "started").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == LOST
+    assert process.wait(100) == LOST
     assert (tmp_path / "run" / "saved").exists()
 
 
 def test_kubernetes_container_does_not_start_a_complete_run(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json").touch()
-    assert start_container(tmp_path, "exit 1").wait(20) == 0
+    assert start_container(tmp_path, "exit 1").wait(100) == 0
     assert calls(tmp_path / ".venv" / "bin", "python") == []
 
 

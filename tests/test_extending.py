@@ -22,7 +22,7 @@ TINY = shlex.split("""
 --data.scenes.train-images 8 --data.scenes.val-images 4 --data.batch-size 4 --data.short-side 64 --data.long-side 64
 --data.scenes.size 64 --data.scenes.min-side 16 --data.scenes.max-side 40 --model.base-width 8 --training.steps 2
 --model.stage-blocks 1 1 1 1 --model.max-level 5 --model.fpn-channels 16 --model.head-channels 16 --model.head-convs 1
---training.log-every 1 --training.eval-every -1 --training.no-tensorboard
+--model.norm frozen --training.log-every 1 --training.eval-every -1 --training.no-tensorboard
 """)
 LOGITS = np.array([-20.0, -3.0, -0.5, 0.0, 0.5, 3.0, 20.0])
 PROBE = """

@@ -148,22 +148,21 @@ def test_large_images_are_decoded_within_the_budget(tmp_path: Path) -> None:
     for i in range(1, 6):
         (images / f"{i}.png").write_bytes(encoded)
     code = f"""
-import time
 from retina_jax.config import DataConfig
 from retina_jax.data import pipeline
 from retina_jax.data.decoding import Budget
 from retina_jax.data.datasets import read_coco
-def slowly(*arguments, **options):
+def together(*arguments, **options):
     image = to_rgb(*arguments, **options)
-    time.sleep(0.8)  # So that threads that may decode at once do, however few cores there are.
+    all_here.wait(100)  # Threads that may decode at once do, however few cores there are.
     return image
-pipeline.to_rgb = slowly
+pipeline.to_rgb = together
 pipeline.tf.constant(0)  # TensorFlow itself is no part of what is measured.
 start = peak()
 source = read_coco({str(path)!r}, {str(images)!r})
 data = DataConfig(batch_size=5, short_side=64, long_side=64, workers=5)
 for at_once in (1, 5):
-    pipeline.DECODING = Budget(at_once * 4000 * 4000)
+    pipeline.DECODING, all_here = Budget(at_once * 4000 * 4000), threading.Barrier(at_once)
     (batch,) = pipeline.eval_batches(source, data, batch_size=5)
     assert batch.valid.all() and (batch.images == 90).all()
     print(peak() - start)

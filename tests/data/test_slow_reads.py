@@ -142,7 +142,7 @@ def test_a_read_that_hangs_is_reported_and_its_batch_still_arrives(
     monkeypatch.setattr(waiting, "PATIENCE", 0.3)
     plain = rectangles(tmp_path, [(80, 60)] * 8)
     goes_on, taken = threading.Event(), []
-    source = reading(plain, 5, lambda: goes_on.wait(50))
+    source = reading(plain, 5, lambda: goes_on.wait(100))
 
     def take() -> None:
         taken.extend(itertools.islice(train_batches(source, DATA, seed=0), 2))
@@ -150,12 +150,12 @@ def test_a_read_that_hangs_is_reported_and_its_batch_still_arrives(
     with caplog.at_level(logging.WARNING, "retina_jax"):
         thread = threading.Thread(target=take)
         thread.start()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not caplog.records and time.monotonic() < deadline:
             time.sleep(0.05)
         assert thread.is_alive() and len(taken) < 2
         goes_on.set()
-        thread.join(30)
+        thread.join(100)
     expected = list(itertools.islice(train_batches(plain, DATA, seed=0), 2))
     assert all(
         np.array_equal(a, b) for one, two in zip(taken, expected, strict=True) for a, b in zip(one, two, strict=True)
@@ -177,7 +177,7 @@ def test_batches_that_arrive_in_time_are_not_reported(
 def test_one_thread_watches_many_batches_and_ends_after_them(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(waiting, "PATIENCE", 0.2)
+    monkeypatch.setattr(waiting, "PATIENCE", 2.0)
     before = set(threading.enumerate())
     reads = waiting.SlowReadMonitor(str)
     for step in range(100):
@@ -185,11 +185,15 @@ def test_one_thread_watches_many_batches_and_ends_after_them(
             watchers = set(threading.enumerate()) - before
             assert len(watchers) == 1
     (thread,) = watchers
-    thread.join(5)
+    thread.join(60)
     assert thread.daemon and not thread.is_alive() and not caplog.records
-    for step in (100, 101):  # Another thread now; each batch is spoken of once.
+    monkeypatch.setattr(waiting, "PATIENCE", 0.2)
+    for number, step in enumerate((100, 101), start=1):  # another thread now; one line per batch
         with reads.reading(7), reads.waiting(step):
-            time.sleep(0.7)
+            deadline = time.monotonic() + 60
+            while len(caplog.records) < number and time.monotonic() < deadline:
+                time.sleep(0.02)
+            time.sleep(0.5)  # time for a second line
     lines = [record.getMessage() for record in caplog.records]
     assert [line.partition(":")[0] for line in lines] == ["batch 100", "batch 101"]
     assert all("reading 7 (" in line for line in lines)
@@ -202,6 +206,6 @@ def test_batches_that_are_not_requested_are_not_watched(tmp_path: Path, monkeypa
     next(batches)
     for thread in set(threading.enumerate()) - before:
         if thread.name == "slow files":
-            thread.join(5)
+            thread.join(60)
             assert not thread.is_alive()
     assert next(batches).indices.shape == (4,)

@@ -230,7 +230,7 @@ def test_ohem_over_a_mesh_needs_no_collective() -> None:
         assert f"{collective}(" not in text
 
 
-def test_a_mined_step_is_the_same_on_one_device_and_on_eight() -> None:
+def test_a_mined_step_is_the_same_on_one_device_by_jit_and_on_eight_by_pmap() -> None:
     config = override(
         Config(optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=0)),
         {
@@ -265,12 +265,11 @@ def test_a_mined_step_is_the_same_on_one_device_and_on_eight() -> None:
         valid=np.ones(8, bool),
     )
     results = []
-    for parallel, devices in (("jit", 1), ("jit", 8), ("pmap", 8)):
+    for parallel, devices in (("jit", 1), ("pmap", 8)):  # jit on eight devices: test_parallel.py
         driver = Driver(override(config, {"parallel": parallel, "devices": devices}), 3)
         state, metrics = driver.step(driver.init_state(), driver.shard_batch(inputs))
         results.append(({name: float(value) for name, value in metrics.items()}, jax.device_get(state.params)))
-    (one, parameters), *others = results
+    (one, parameters), (eight, got) = results
     assert one["positives_per_image"] > 1 and one["gradient_norm"] > 0
-    for metrics, got in others:
-        assert metrics == pytest.approx(one, rel=2e-4, abs=1e-6)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), parameters, got)
+    assert eight == pytest.approx(one, rel=2e-4, abs=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), parameters, got)

@@ -48,6 +48,16 @@ def by_formula(
     return sums, gradient
 
 
+def assert_same_gradient(found: jax.Array, expected: jax.Array, logits: jax.Array) -> None:
+    """Equal but for rounding: within 6 ulps times 1 + |x| for a logit x.
+
+    The fast form takes p_t as 1 - q_t, which for p_t near 0 is off by half an ulp of 1, times gamma times a loss that grows
+    with |x|; the formula takes exponentials of numbers as large as x. 3 ulps were measured over 72,000 logits of each kind.
+    """
+    bound = 6 * np.finfo(np.float32).eps * (1 + np.abs(logits)) * np.abs(expected)
+    assert (np.abs(found - expected) <= bound).all()
+
+
 @pytest.mark.parametrize(
     ("kind", "shape"),
     [*((kind, (3, 100, 4)) for kind in KINDS), *(("focal", shape) for shape in [(1, 7, 5), (2, 33, 1), (40, 3, 2)])],
@@ -61,7 +71,7 @@ def test_tiles_and_one_pass_equal_the_plain_sum_and_gradient(
     for form in (cpu.in_tiles, sums_and_gradient.__wrapped__):
         found = jax.jit(functools.partial(form, value_and_gradient(KINDS[kind])))(logits, labels)
         np.testing.assert_allclose(found[0], sums, rtol=1e-5)
-        np.testing.assert_allclose(found[1], gradient, rtol=1e-5, atol=1e-8)
+        assert_same_gradient(found[1], gradient, logits)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -118,7 +128,7 @@ def test_every_anchor_counts_once_with_any_tile(images: int, anchors: int, class
         of_images = summed(LossConfig())
         value, pull_back = jax.vjp(lambda logits: of_images(logits, labels), logits)
     np.testing.assert_allclose(value, sums, rtol=1e-5)
-    np.testing.assert_allclose(pull_back(weights)[0], gradient, rtol=1e-5, atol=1e-9)
+    assert_same_gradient(pull_back(weights)[0], gradient, logits)
 
 
 def test_without_a_gradient_the_sum_is_the_same() -> None:

@@ -27,6 +27,7 @@ from retina_jax.training.parallel import Driver
 from retina_jax.training.restore import adapt_classes
 from retina_jax.weights.importing import import_detector, with_backbone
 
+pytestmark = pytest.mark.usefixtures("few_objects")
 ROOT = Path(__file__).parents[2]
 CLASSES = ("square", "disc", "moon")
 
