@@ -68,7 +68,13 @@ def uninterrupted_and_lives(
         disk.empty()
         live("full", lambda: 30 in saved(workdir) and newest(workdir) >= 32)
         disk.resize("10m")
-        live("read-only", lambda: 40 in saved(workdir) and newest(workdir) >= 42, disk.turn_read_only)
+        # The life before may have come to step 50, in room that a deleted checkpoint left: this one must take steps itself.
+        log = folder / "read-only.log"
+        live(
+            "read-only",
+            lambda: takes_steps(log) and 40 in saved(workdir) and newest(workdir) >= 42,
+            disk.turn_read_only,
+        )
         live("read-only from the start")
         disk.turn_writable()
         damaged = workdir / "checkpoints" / str(lives["read-only"].saved)
@@ -81,6 +87,11 @@ def uninterrupted_and_lives(
 def saved(workdir: Path) -> list[int]:
     """Returns the steps of the complete checkpoints, oldest first."""
     return sorted(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
+
+
+def takes_steps(log: Path) -> bool:
+    """Whether the process that writes `log` has logged a step."""
+    return re.search(r"^step \d+/", log.read_text(errors="replace"), re.MULTILINE) is not None
 
 
 def newest(workdir: Path) -> int:
