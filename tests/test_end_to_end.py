@@ -80,7 +80,7 @@ def test_a_run_writes_all_its_files(run: Path) -> None:
     scores = read(run / "evaluation" / "step_00000012.json")
     assert summary["evaluation"] == scores
     assert set(scores) == {
-        "step", "images", "per_class",
+        "step", "images", "per_class", "f1_threshold",
         "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
     }  # fmt: skip
     assert scores["images"] == 10 and len(scores["per_class"]) == 3
