@@ -20,9 +20,8 @@ from jaxtyping import Array, Float, Float32, Int
 
 TILE = 2**15  # logits per tile: 128 KiB in float32
 
-ValueAndGradient = Callable[
-    [Float[Array, "*N K"], Int[Array, "*N"]], tuple[Float32[Array, "*N K"], Float[Array, "*N K"]]
-]
+Numbers, Labels = Float[Array, "*N K"], Int[Array, "*N"]
+ValueAndGradient = Callable[[Numbers, Labels], tuple[Float32[Array, "*N K"], Numbers]]
 
 kernels = jax.make_user_context(None)
 """The switch. `with kernels(False):` traces programs without CPU kernels, `kernels(True)` with them. None, the default:

@@ -159,6 +159,4 @@ def _backward(
     )
 
 
-convolve_on_cpu.defvjp(
-    lambda plain, x, kernel, *sizes: (convolve_on_cpu(plain, x, kernel, *sizes), (x, kernel)), _backward
-)
+convolve_on_cpu.defvjp(lambda f, x, kernel, *sizes: (convolve_on_cpu(f, x, kernel, *sizes), (x, kernel)), _backward)

@@ -56,7 +56,7 @@ def anchor_grid(padded_hw: tuple[int, int], anchors: AnchorConfig, model: ModelC
     grids = []
     for level, (rows, columns) in zip(levels(model), level_sizes(padded_hw, model), strict=True):
         stride = step_y = step_x = 2**level
-        cell, offset = CELLS[anchors.style](stride, anchors), 0.5 * stride
+        cell, offset = STYLES[anchors.style](stride, anchors), 0.5 * stride
         if anchors.style == "torchvision":
             offset, step_y, step_x = 0.0, padded_hw[0] // rows, padded_hw[1] // columns
         elif anchors.style == "detectron2":
@@ -97,7 +97,7 @@ def _around_origin(sizes: list[tuple[float, float]]) -> Float64[np.ndarray, "a 4
     return np.array([(-width / 2, -height / 2, width / 2, height / 2) for width, height in sizes], np.float64)
 
 
-CELLS = {
+STYLES = {
     "paper": _paper_cell,
     "detectron": _detectron_cell,
     "detectron2": _paper_cell,

@@ -260,7 +260,7 @@ def _difference(saved: PyTree, like: PyTree, partial: bool) -> str:
     """Returns the first array whose shape differs, by name. Orbax reports that too, but leaves unfinished tasks behind."""
     there, here = (
         {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (saved, like))
+        for leaves in map(jax.tree.leaves_with_path, (saved, like))
     )
     for name in sorted(here if partial else there | here):
         if there.get(name) != here.get(name):

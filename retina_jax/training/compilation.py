@@ -173,7 +173,7 @@ def _kind(leaf: Any) -> tuple[Any, Any]:
 
 def _kinds(state: PyTree, inputs: PyTree) -> Kinds:
     """Returns the kind of each array by name, state.params... and inputs...; of the images without height and width."""
-    leaves = jax.tree_util.tree_leaves_with_path({"inputs": inputs, "state": state})
+    leaves = jax.tree.leaves_with_path({"inputs": inputs, "state": state})
     kinds = {jax.tree_util.keystr(path, simple=True, separator="."): _kind(leaf) for path, leaf in leaves}
     aval, sharding = kinds["inputs.images"]
     return {**kinds, "inputs.images": (aval.update(shape=(*aval.shape[:-3], aval.shape[-1])), sharding)}

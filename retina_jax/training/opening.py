@@ -100,9 +100,7 @@ def _changes(before: Run, run: Run, allowed: Sequence[str]) -> list[str]:
     if class_indices(before.categories, run.categories) != list(range(len(run.categories))):
         raise differ(before.categories, run.categories, where)
     if ((decay := old.optimizer.ema_decay) > 0) != (new.optimizer.ema_decay > 0):
-        found = (
-            f"its run has optimizer.ema_decay {decay:g}, and a resumed run can neither start nor stop averaging (EMA)"
-        )
+        found = f"its run has optimizer.ema_decay {decay:g}; a resumed run can neither start nor stop averaging (EMA)"
         raise ConfigError(f"{where}: {found}; use that value, or another --workdir")
     changes = meaning_changes(old, new)
     if refused := {change: name for change in changes if (name := change.partition(":")[0]) not in allowed}:

@@ -69,12 +69,10 @@ def skipped_update(before: optax.OptState, after: optax.OptState) -> optax.OptSt
 
 
 def _not_kernels(tree: PyTree) -> PyTree[bool]:
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "kernel", tree)
+    return jax.tree.map_with_path(lambda path, _: path[-1].key != "kernel", tree)
 
 
 def _decayed(tree: PyTree, *, biases: bool) -> PyTree[bool]:
     """Returns the mask of the kernels and, with `biases`, of the biases of modules without a `scale` (convolutions)."""
-    norms = {path[:-1] for path, _ in jax.tree_util.tree_leaves_with_path(tree) if path[-1].key == "scale"}
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key == "kernel" or (biases and path[:-1] not in norms), tree
-    )
+    norms = {path[:-1] for path, _ in jax.tree.leaves_with_path(tree) if path[-1].key == "scale"}
+    return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel" or (biases and path[:-1] not in norms), tree)

@@ -138,15 +138,9 @@ class Driver:
     @cached_property
     def step(self) -> Callable[[TrainState, Inputs], tuple[TrainState, dict[str, Array]]]:
         """The compiled training step; one program per padded shape. Its argument `state` is consumed (donated)."""
-        step = partial(
-            train_step,
-            model=self.model,
-            config=self.config,
-            optimizer=self.optimizer,
-            schedule=self.schedule,
-            num_devices=self.num_devices,
-            axis_name=AXIS if self.device_view else None,
-        )
+        parts = {"model": self.model, "config": self.config, "optimizer": self.optimizer, "schedule": self.schedule}
+        axis = AXIS if self.device_view else None
+        step = partial(train_step, **parts, num_devices=self.num_devices, axis_name=axis)
         if self.config.parallel == "pmap":
             devices = list(self.mesh.devices.flat)
             axes = {"axis_name": AXIS, "in_axes": (None, 0), "out_axes": (None, None)}

@@ -69,7 +69,7 @@ def state_from(
 
 def parameters_sha256(variables: dict[str, PyTree]) -> str:
     """Returns the checksum of all arrays of `variables`: names, shapes and bytes, in sorted order of the names."""
-    named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
+    named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(variables)}
     digest = hashlib.sha256()
     for name in sorted(named):
         array = np.ascontiguousarray(jax.device_get(named[name]))

@@ -152,25 +152,19 @@ def fill(
             differing.append(f"{path} is {weight.shape}, expected {leaf.shape}")
         elif not np.issubdtype(weight.dtype, np.floating):
             differing.append(f"{path} is {weight.dtype}, expected {leaf.dtype}")
+    unknown = [part for part in allow_missing if not any(is_within(path, part) for path in leaves)]
     problems = {
         "missing": sorted(set(absent) - set(kept)),
         "surplus": sorted(weights.keys() - leaves.keys()),
         "of another shape or dtype": differing,
-        "allowed to be missing, but not part of the network": [
-            part for part in allow_missing if not any(is_within(path, part) for path in leaves)
-        ],
+        "allowed to be missing, but not part of the network": unknown,
     }
     if any(problems.values()):
         hint = " (--allow-missing PREFIX keeps random values)" if problems["missing"] else ""
         raise WeightsError(f"{source}: {report(problems)}{hint}")
-    filled = {
-        collection: {
-            path: np.ascontiguousarray(weights[path], leaf.dtype) if path in weights else leaf
-            for path, leaf in tree.items()
-        }
-        for collection, tree in flat.items()
-    }
-    return {collection: unflatten_dict(tree, sep="/") for collection, tree in filled.items()}, kept
+    for tree in flat.values():
+        tree.update({path: np.ascontiguousarray(weights[path], tree[path].dtype) for path in tree if path in weights})
+    return {collection: unflatten_dict(tree, sep="/") for collection, tree in flat.items()}, kept
 
 
 def is_within(path: str, part: str) -> bool:
