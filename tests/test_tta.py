@@ -86,7 +86,7 @@ def test_all_versions_are_merged_as_by_a_plain_loop() -> None:
         (found,) = detector(**FLIPPED_AND_SMALLER).detect([image])
         assert_same(found, ImageDetections(boxes[kept], scores[kept], labels[kept], names))
         of_version = np.repeat(np.arange(4), [len(part.scores) for part in parts])
-        assert set(of_version[kept]) >= {0, 1}, "the result has detections of several versions"
+        assert len({*of_version[kept].tolist()}) > 1, "the result has detections of several versions"
 
 
 @settings(max_examples=40, deadline=None)
@@ -109,7 +109,8 @@ def test_detections_of_a_mirrored_image_are_the_mirrored_detections() -> None:
     for detecting, equal in ((augmented, True), (plain, False)):
         one, other = detecting.detect([image]), detecting.detect([image[:, ::-1]])
         back = flipped_back(other[0], 90)
-        assert np.allclose(np.sort(back.scores), np.sort(one[0].scores), atol=1e-6) == equal
+        same = len(back.scores) == len(one[0].scores)
+        assert (same and np.allclose(np.sort(back.scores), np.sort(one[0].scores), atol=1e-6)) == equal
         if equal:
             assert_same(back, one[0])
 

@@ -120,7 +120,8 @@ class ExportedDetector:
             pixels = [prepare(_stored(image), *both) for image, *both in zip(images, original, resized, strict=True)]
         detect = self._program("detect", shape)
         found = jax.device_get(detect(self._parameters, jax.numpy.stack(pixels), resized, original))
-        return [Found(*(array[i][kept] for array in found)) for i, kept in enumerate(found[2] >= 0)]
+        real = (found[2] >= 0) & (found[0][..., 2:] > found[0][..., :2]).all(axis=-1)  # padding, boxes without area
+        return [Found(*(array[i][kept] for array in found)) for i, kept in enumerate(real)]
 
     def _program(self, kind: str, shape: tuple[int, int]) -> Any:
         name = f"programs/{kind}_{shape[0]}x{shape[1]}"
