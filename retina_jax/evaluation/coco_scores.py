@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 import pycocotools.coco
 import pycocotools.cocoeval
@@ -46,6 +47,21 @@ class EvaluationError(PlainError, ValueError):
     """Detections that do not fit the ground truth they are scored against; one line that names the ids."""
 
 
+class Result(msgspec.Struct, gc=False):
+    """A detection in COCO's results format, in half the memory of a dict; its fields are read as those of a dict."""
+
+    image_id: int
+    category_id: int
+    bbox: tuple[float, float, float, float]
+    score: float
+
+    def __getitem__(self, key: str) -> Any:
+        return getattr(self, key)
+
+
+Results = Sequence[Mapping[str, Any]] | Sequence[Result]
+
+
 class Scores(NamedTuple):
     """COCO scores, each in [0, 1], or None where there is no ground truth to define it."""
 
@@ -75,7 +91,7 @@ def coco_results(
 
 def evaluate_coco(
     ground_truth: Mapping[str, Any],
-    detections: Sequence[Mapping[str, Any]],
+    detections: Results,
     image_ids: Sequence[int],
     evaluator: Literal["arrays", "pycocotools"] = "arrays",
 ) -> Scores:
@@ -107,7 +123,7 @@ def evaluate_coco(
 
 
 def as_arrays(
-    ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], image_ids: Sequence[int]
+    ground_truth: Mapping[str, Any], detections: Results, image_ids: Sequence[int]
 ) -> tuple[GroundTruth, DetectedBoxes, int]:
     """Returns the arguments of `coco_curves`: images by their index in `image_ids`, categories by ascending id, and their
     number. Ground truth of other images is left out; the detections must have passed `check_inputs`."""
@@ -115,7 +131,7 @@ def as_arrays(
     categories = {k: i for i, k in enumerate(sorted({category["id"] for category in ground_truth["categories"]}))}
     boxes = [a for a in ground_truth["annotations"] if a["image_id"] in images and a["category_id"] in categories]
 
-    def columns(records: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def columns(records: Results) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         of_image = np.array([images[record["image_id"]] for record in records], np.int64)
         of_category = np.array([categories[record["category_id"]] for record in records], np.int64)
         boxes_xywh = np.array([record["bbox"] for record in records], np.float64).reshape(len(records), 4)
@@ -132,7 +148,7 @@ def _area(record: Mapping[str, Any]) -> float:
 
 
 def _by_pycocotools(
-    ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], image_ids: Sequence[int]
+    ground_truth: Mapping[str, Any], detections: Results, image_ids: Sequence[int]
 ) -> tuple[Float[np.ndarray, " 12"], Float[np.ndarray, "10 101 K 4 3"]]:
     """Returns the twelve scores and the precisions of pycocotools; `image_ids` ascend."""
     wanted = set(image_ids)
@@ -177,9 +193,7 @@ def _without_progress() -> Iterator[None]:
             del module.print
 
 
-def check_inputs(
-    ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], image_ids: Sequence[int]
-) -> None:
+def check_inputs(ground_truth: Mapping[str, Any], detections: Results, image_ids: Sequence[int]) -> None:
     """Raises the EvaluationErrors of `evaluate_coco`."""
     if not image_ids:
         raise EvaluationError("image_ids is empty: give at least one image to score")

@@ -7,12 +7,12 @@ the AP is pycocotools' AP50.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -20,7 +20,7 @@ from retina_jax.config import DataConfig
 from retina_jax.data.classes import Category, unique_names
 from retina_jax.data.datasets import open_source
 from retina_jax.evaluation import precision_recall
-from retina_jax.evaluation.coco_scores import EvaluationError, as_arrays, check_inputs
+from retina_jax.evaluation.coco_scores import EvaluationError, Result, as_arrays, check_inputs
 from retina_jax.evaluation.precision_recall import (
     AREAS,
     DetectedBoxes,
@@ -36,7 +36,6 @@ KINDS = ("classification", "localisation", "both", "duplicate", "background", "m
 CLASSIFICATION, LOCALISATION, BOTH, DUPLICATE, BACKGROUND, MISSED = range(len(KINDS))
 RIGHT, LEFT_OUT = -1, -2  # a detection that found its object, or an object that was found; what counts neither way
 FOREGROUND, NOTHING = 0.5, 0.1  # IoU from which a detection finds an object, and up to which it is on background
-RESULT_KEYS = {"image_id", "category_id", "bbox", "score"}  # keys of a detection in COCO's results format
 
 
 class Errors(NamedTuple):
@@ -140,11 +139,12 @@ def _class_aps(
     """Returns AP of the detections `kept`, those that are `right` in the category of the object they find."""
     found, classes = errors.found, errors.ground_truth.categories
     moved = np.where(right, classes[errors.finds], found.categories) if len(classes) else found.categories
-    order = np.lexsort((found.images, -found.scores))
+    order = np.lexsort((found.images, -found.scores, moved))
     order = order[kept[order]]
+    ends = np.searchsorted(moved[order], np.arange(categories + 1))
     values = np.full(categories, np.nan)
     for k in np.unique(classes[errors.of_objects != LEFT_OUT]):
-        hits = right[order[moved[order] == k]]
+        hits = right[order[ends[k] : ends[k + 1]]]
         objects = int((counted & (classes == k)).sum())
         values[k] = float(not len(hits))
         if objects:  # COCO's AP at one IoU is the mean precision at 101 recalls
@@ -203,11 +203,9 @@ class Analysis:
         Raises PlainError, one line: the file is missing or malformed, the data cannot be opened, or they do not fit.
         """
         try:
-            found = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise EvaluationError(f"{file}: cannot be read: {error}") from None
-        if not isinstance(found, list) or not all(isinstance(d, dict) and d.keys() >= RESULT_KEYS for d in found):
-            raise EvaluationError(f"{file}: must be a list of COCO results ({', '.join(sorted(RESULT_KEYS))})")
+            found = msgspec.json.decode(file.read_bytes(), type=list[Result])
+        except (OSError, ValueError, RecursionError) as error:
+            raise EvaluationError(f"{file}: cannot be read as a list of COCO results: {error}") from None
         if data.source == "coco" and not Path(data.val_images).is_dir() and Path(data.val_annotations).is_file():
             # The pictures alone need the images. Any folder will do: drawing reports that images are missing.
             data = replace(data, val_images=str(Path(data.val_annotations).parent))
@@ -221,9 +219,8 @@ class Analysis:
         self.records = [records[image_id] for image_id in image_ids]
         self.names = unique_names(sorted(source.categories))
         self.errors = classify_errors(ground_truth, detections)
-        self.precision = curves.precision[
-            ..., 0, -1
-        ]  # by IoU, recall and category; -1 for a category without an object
+        # By IoU, recall and category; -1 for a category without an object.
+        self.precision = curves.precision[..., 0, -1]
         now, then = float(precision_recall.coco_stats(curves)[0]), scores["AP"]
         self.note = ""
         if abs(now - (-1.0 if then is None else then)) >= 1e-6:

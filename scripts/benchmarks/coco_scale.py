@@ -103,16 +103,18 @@ def generate(folder: Path) -> dict[str, Path]:
     detections = run / "detections" / f"step_{STEPS:08d}.json"
     paths = {"folder": folder, "images": folder / "images", "run": run, "detections": detections}
     paths |= {"train": folder / "train.json", "val": folder / "val.json"}
-    paths["images"].mkdir(parents=True, exist_ok=True)
+    paths["val_images"] = folder / "val_images"
     for split, size in (("train", TRAIN), ("val", VAL)):
         if not paths[split].exists():
             print(f"writing {paths[split]} ...", flush=True)
             names = write_annotations(paths[split], *size)
+            images = paths["images" if split == "train" else "val_images"]
+            images.mkdir()
             for name in names:  # empty: no task decodes an image
-                (paths["images"] / name).touch()
+                (images / name).touch()
     if not (run / "summary.json").exists():
         print(f"writing {run} ...", flush=True)
-        write_run(run, paths["val"], paths["images"])
+        write_run(run, paths["val"], paths["val_images"])
     return paths
 
 

@@ -302,7 +302,7 @@ def test_a_file_with_other_detections_is_not_kept(
     monkeypatch.setattr(agreement, "write_file", lambda path, *_: tampered(file, path))
     out = tmp_path / "detector.zip"
     out.write_bytes(b"older")
-    with pytest.raises(ExportError, match="is not kept: 2 images, [0-9]+ detections"):
+    with pytest.raises(ExportError, match=r"is not kept: 2 images, [0-9]+ detections"):
         agreement.export_detector(live, out, "a test", photographs()[:1])
     assert out.read_bytes() == b"older" and list(tmp_path.iterdir()) == [out]
 
