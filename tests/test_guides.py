@@ -82,13 +82,13 @@ def test_operations_equal_those_of_list(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["1c", "1d", "1e", "2", "5.1"])
+@pytest.mark.parametrize("name", ["1c", "1d", "1e", "2", "Section 5.1"])
 def test_operations_of_other_networks_equal_those_of_list(name: str) -> None:
     _compare(name)
 
 
 def _compare(name: str) -> None:
-    file = {"Figure 7": "fig7", "5.1": "section5_1"}.get(name, f"table{name}")
+    file = {"Figure 7": "fig7", "Section 5.1": "section5_1"}.get(name, f"table{name}")
     path = ROOT / "configs" / "sweeps" / f"{file}.py"
     points = expand(path, load_sweep(path), BASE, (0,))
     runs, pflop, *_ = costs()[name]
