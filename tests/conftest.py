@@ -26,7 +26,6 @@ from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from jax._src import compiler
 from jaxtyping import _import_hook, install_import_hook
-from jaxtyping._import_hook import _JaxtypingLoader, _optimized_cache_from_source
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -55,21 +54,23 @@ settings.register_profile("tests", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("tests")
 
 
-class CheckedModule(_JaxtypingLoader):
-    """Looks for jaxtyping's own bytecode for the module alone, not for all that it imports: TensorFlow's, Flax' and others'
-    bytecode would not be found, and 3400 files would be compiled in each process."""
+if hasattr(_import_hook, "_JaxtypingLoader") and hasattr(_import_hook, "_optimized_cache_from_source"):  # private names
 
-    def get_code(self, fullname: str) -> CodeType | None:
-        """Returns the code of the module with its checks."""
-        marked = partial(_optimized_cache_from_source, self._typechecker.get_hash())
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("importlib._bootstrap_external.cache_from_source", marked)
-            return super().get_code(fullname)
+    class CheckedModule(_import_hook._JaxtypingLoader):
+        """Looks for jaxtyping's own bytecode for the module alone, not for all that it imports: TensorFlow's, Flax' and
+        others' bytecode would not be found, and 3400 files would be compiled in each process."""
 
-    exec_module = SourceFileLoader.exec_module
+        def get_code(self, fullname: str) -> CodeType | None:
+            """Returns the code of the module with its checks."""
+            marked = partial(_import_hook._optimized_cache_from_source, self._typechecker.get_hash())
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("importlib._bootstrap_external.cache_from_source", marked)
+                return super().get_code(fullname)
 
+        exec_module = SourceFileLoader.exec_module
 
-_import_hook._JaxtypingLoader = CheckedModule
+    _import_hook._JaxtypingLoader = CheckedModule
+
 install_import_hook("retina_jax", "beartype.beartype").__enter__()
 
 
