@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -24,6 +25,14 @@ import numpy as np
 
 FORMAT = "retina_jax detector 1"
 PILLOW_FORMAT = "retina_jax detector 2"  # without programs that resize: Pillow does it
+
+
+MOST_TIMES = 100  # largest ratio of the unpacked contents to the file; exported programs have about 10
+SETTINGS = {"class_names", "category_ids", "short_side", "long_side", "size_rounding", "canvases"}  # in about.json
+DAMAGE = (
+    zipfile.BadZipFile, zlib.error, EOFError, LookupError, TypeError, ValueError, RuntimeError, AttributeError,
+    MemoryError, RecursionError, OverflowError,
+)  # fmt: skip
 
 
 class LoadError(ValueError):
@@ -38,21 +47,30 @@ class Found(NamedTuple):
     labels: np.ndarray  # int32 [N], indices into `class_names`
 
 
+def _bounded(archive: zipfile.ZipFile, size: int) -> zipfile.ZipFile:
+    """Returns an archive of `size` bytes; ValueError if it is made to fill the memory."""
+    if sum(entry.file_size for entry in archive.infolist()) > MOST_TIMES * size:
+        raise ValueError(f"its contents have more than {MOST_TIMES} times its size")
+    return archive
+
+
 def load(path: str) -> ExportedDetector:
     """Returns the detector in the file; LoadError if it is damaged or a package is missing, OSError if it is unreadable."""
     try:
         with zipfile.ZipFile(path) as file:
-            files = {name: file.read(name) for name in file.namelist()}
-        about = json.loads(files.pop("about.json"))
-        version = about["format"]
-        with np.load(io.BytesIO(files.pop("parameters.npz")), allow_pickle=False) as arrays:
+            files = {name: file.read(name) for name in _bounded(file, os.path.getsize(path)).namelist()}
+        about, stored = json.loads(files.pop("about.json")), files.pop("parameters.npz")
+        version, missing = about["format"], ", ".join(sorted(SETTINGS - about.keys()))
+        _bounded(zipfile.ZipFile(io.BytesIO(stored)), len(stored))
+        with np.load(io.BytesIO(stored), allow_pickle=False) as arrays:
             parameters = [arrays[name] for name in arrays.files]
-    except (zipfile.BadZipFile, zlib.error, EOFError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise LoadError(
-            f"{path}: not a complete file of scripts/export.py ({error}); copy or export it again"
-        ) from None
+    except DAMAGE as error:
+        found = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise LoadError(f"{path}: not a file of scripts/export.py, or damaged ({found}); export it again") from None
     if version not in (FORMAT, PILLOW_FORMAT):
         raise LoadError(f"{path}: has format {version}, but this loader reads {FORMAT}; use the loader of its release")
+    if missing:
+        raise LoadError(f"{path}: about.json lacks {missing}; export it again")
     needed = {"flatbuffers": "flatbuffers"} | ({"PIL": "pillow"} if version == PILLOW_FORMAT else {})
     for module, package in needed.items():
         if importlib.util.find_spec(module) is None:
@@ -126,7 +144,13 @@ class ExportedDetector:
     def _program(self, kind: str, shape: tuple[int, int]) -> Any:
         name = f"programs/{kind}_{shape[0]}x{shape[1]}"
         if name not in self._compiled:
-            self._compiled[name] = jax.jit(jax.export.deserialize(bytearray(self._programs[name])).call)
+            try:
+                exported = jax.export.deserialize(bytearray(self._programs[name]))
+            except Exception as error:  # flatbuffers raises nearly anything for a malformed program
+                raise LoadError(
+                    f"{name}: cannot be read ({type(error).__name__}); copy or export the file again"
+                ) from None
+            self._compiled[name] = jax.jit(exported.call)
         return self._compiled[name]
 
 

@@ -372,6 +372,23 @@ def repacked(file: Path, path: Path, **files: bytes | None) -> Path:
     return path
 
 
+def inflated() -> bytes:
+    """Returns an archive of parameters that unpacks to a thousand times its size."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, np.zeros(2**24, np.uint8))
+    return buffer.getvalue()
+
+
+def claiming(count: int) -> bytes:
+    """Returns an archive with one array whose header claims this many numbers; it holds four."""
+    array, buffer = io.BytesIO(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(array, {"descr": "<f4", "fortran_order": False, "shape": (count,)})
+    array.write(bytes(16))
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr("arr_0.npy", array.getvalue())
+    return buffer.getvalue()
+
+
 def pickled() -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, np.array([{"any": "object"}], dtype=object))
@@ -393,6 +410,10 @@ def pickled() -> bytes:
         lambda file, path: repacked(file, path, parameters=b"no arrays"),
         lambda file, path: repacked(file, path, parameters=pickled()),
         lambda file, path: repacked(file, path, about=json.dumps({"format": "retina_jax detector 3"}).encode()),
+        lambda file, path: repacked(file, path, about=json.dumps({"format": loader.FORMAT}).encode()),
+        lambda file, path: repacked(file, path, about=b"[" * 200_000),
+        lambda file, path: repacked(file, path, parameters=inflated()),
+        lambda file, path: repacked(file, path, parameters=claiming(10**15)),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_refused_in_one_line(
@@ -403,6 +424,15 @@ def test_a_damaged_file_is_refused_in_one_line(
     with pytest.raises(LoadError) as caught:
         load(str(path))
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("program", [b"", b"no program", bytes(1000)])
+def test_a_damaged_program_is_refused_in_one_line(file: Path, program: bytes) -> None:
+    detector = load(str(file))
+    detector._programs = dict.fromkeys(detector._programs, program)
+    with pytest.raises(LoadError, match=r"programs/\w+: cannot be read") as caught:
+        detector.detect(photographs()[:1])
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
