@@ -12,7 +12,7 @@ enforce a 1:3 ratio between positives and negatives". The paper leaves the rest 
   positives, or all if there are fewer, and the hardest negatives that fill the minibatch. ohem_1_3_strict: the same
   positives, and 3 of the hardest negatives per positive, or 3 in an image without one. An image rarely has batch // 4
   positives after NMS, so with the strict ratio the batch size changes nothing, while the paper's rows of 1:3 fall with it.
-- An infinite or NaN loss takes no part in NMS and is always in the sum, so that a diverged network shows.
+- An infinite or NaN loss takes no part in NMS and is always in the sum, so that divergence is visible in the loss.
 
 The result equals NMS among all 100k anchors followed by the choice, but only the survivors needed are computed. ohem goes
 through the anchors by falling loss and stops when `batch` have survived. ohem_1_3 also needs positives from the end of that

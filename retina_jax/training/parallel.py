@@ -104,7 +104,7 @@ class Driver:
             raise ConfigError(f"data.batch_size: {found}; use a multiple of {self.num_microbatches} or --devices")
 
     def replicate(self, state: PyTree) -> PyTree:
-        """Returns `state`, which is the same on every host, on every device."""
+        """Copies `state`, equal on all hosts, to every device."""
         if jax.process_count() == 1:
             return jax.device_put(state, self.replicated)
         # device_put would compare the hosts' arrays one by one over the network.
@@ -157,8 +157,8 @@ class Driver:
 
     @cached_property
     def detect(self) -> Callable[[dict[str, PyTree], Inputs], Detections]:
-        """The compiled inference step: (variables, sharded batch) -> Detections in pixels of the padded images, [B, D, ...];
-        each host holds its own rows."""
+        """The compiled inference step: (variables, batch split over the devices) -> Detections in pixels of the padded
+        images, [B, D, ...]; each host holds its own rows."""
 
         @self._traced
         def one_device(variables: dict[str, PyTree], inputs: Inputs) -> Detections:

@@ -174,6 +174,14 @@ def test_weights_of_another_convention_are_refused_by_field(tmp_path: Path) -> N
         with_backbone({}, backbone_config(Path("absent")))
 
 
+@pytest.mark.parametrize("pixels", ["detectron", "imagenet"])
+def test_a_backbone_without_published_imagenet_weights_is_refused_by_name(pixels: str) -> None:
+    """Such as the one that docs/extending.md adds."""
+    config = ModelConfig(backbone="resnet26", backbone_weights="imagenet", input_normalisation=pixels)
+    with pytest.raises(ConfigError, match=r"^model\.backbone_weights: imagenet\b[^\n]*\bresnet26\b[^\n]*$"):
+        with_backbone({}, config)
+
+
 def test_a_detector_defines_the_size_of_its_images(weights: Path) -> None:
     detector = load_detector(f"torchvision:{weights}")
     assert (detector.config.data.short_side, detector.config.data.long_side) == (800, 1333)
