@@ -13,8 +13,9 @@ detectron2 publishes for the same images without trained norms.
 
 It uses AdamW with decay 0.05 on kernels and convolution biases; GIoU; GroupNorm in the subnets; BatchNorm over the
 batch of all devices in the stages that train (C3 to C5); P6 from C5; short sides from 480 to 800.
-`--model.dtype bfloat16` reduces its cost, `--model.remat` its memory. Test-time augmentation (mirrored, three sizes) takes at least six times
-as long:
+`--model.dtype bfloat16` reduces its cost, `--model.remat` its memory.
+
+Test-time augmentation (mirrored, three sizes) takes at least six times as long:
 
     python scripts/evaluate.py --workdir runs/strong_r50_800 --step best --detection.tta-flip \
         --detection.tta-short-sides 640 960

@@ -172,8 +172,7 @@ def padded_batch(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], data: DataConfig,
     padded = min(fitting, key=lambda shape: shape[0] * shape[1], default=transforms.exact_padded_shape(largest, data))
     pixels = np.zeros((rows, *padded, 3), data.pixels)
     for row, (image, size) in enumerate(zip(images, resized, strict=True)):
-        large = image.shape[0] * image.shape[1] > LARGE
-        resize_image = transforms.resize_large if large else transforms.resize
+        resize_image = transforms.resize_large if image.shape[0] * image.shape[1] > LARGE else transforms.resize
         pixels[row, : size[0], : size[1]] = np.asarray(resize_image(image, size, data.resize, data.pixels))
     pixels[len(images) :] = pixels[len(images) - 1]
     image_of_row = np.minimum(np.arange(rows), len(images) - 1)

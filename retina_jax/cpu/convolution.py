@@ -37,8 +37,7 @@ def convolve_on_cpu(
 def by_columns(x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"], stride: int) -> Float[Array, "B h w D"]:
     """Computes the convolution of one group as one matrix product."""
     columns = _columns(x, len(kernel), stride)
-    y = _flat(columns) @ kernel.reshape(-1, kernel.shape[-1])
-    return y.reshape(*columns.shape[:3], kernel.shape[-1])
+    return (_flat(columns) @ kernel.reshape(-1, kernel.shape[-1])).reshape(*columns.shape[:3], kernel.shape[-1])
 
 
 def map_gradient(

@@ -59,8 +59,7 @@ def balanced_cross_entropy(logits: Logits, labels: Labels, *, alpha: float) -> L
 
 
 def focal(logits: Logits, labels: Labels, *, alpha: float, gamma: float) -> Losses:
-    """Computes FL = -alpha_t (1 - p_t)^gamma log(p_t) (equation 5). Without alpha_t it is equation 4, with gamma = 0
-    equation 3."""
+    """Computes FL = -alpha_t (1 - p_t)^gamma log(p_t) (equation 5). Without alpha_t: equation 4; gamma = 0: equation 3."""
     y, alpha_t = targets(logits, labels, alpha, 1.0 - alpha)
     x_t = y * logits.astype(jnp.float32)
     log_p_t = jax.nn.log_sigmoid(x_t)

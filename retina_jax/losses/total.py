@@ -1,8 +1,8 @@
 """The training loss (Section 4.1): matching, loss sums of each image, and what the sums are divided by.
 
-The paper's "total focal loss of an image" is the sum over its anchors, "normalized by the number of anchors assigned to a
-ground-truth box": normaliser `per_image`, the default. Detectron counts per GPU (`per_device`), detectron2 keeps a running
-mean (`ema`), others count over the batch (`global`). All have the form
+The paper's "total focal loss of an image" is "normalized by the number of anchors assigned to a ground-truth box" (normaliser
+`per_image`). Detectron counts per GPU (`per_device`), detectron2 keeps a running mean (`ema`), others count over the batch
+(`global`). All have the form
 
     loss = sum_i w_i * (classification_i + box_weight * box_i) / D
 

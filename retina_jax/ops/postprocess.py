@@ -40,8 +40,7 @@ def detect(
     Without config.threshold_coarsest the coarsest level keeps every score above 0. With config.clip "after_nms" unclipped
     boxes are suppressed, then clipped, and those without area are dropped, so there may be fewer than D.
 
-    level_counts are the anchors of each level; image_sizes is (height, width) of the image in the upper left corner of the
-    padded one.
+    level_counts are the anchors of each level; image_sizes is (height, width) of each image without its padding.
     """
     if (total := sum(level_counts)) != logits.shape[1]:
         raise ValueError(f"level_counts {level_counts} add up to {total}, but there are {logits.shape[1]} anchors")
