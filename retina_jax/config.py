@@ -345,9 +345,8 @@ class TrainingConfig:
     wandb: str = option("", outcome=False)
     """Weights & Biases project that receives metrics and pictures (pip install wandb); empty: none."""
     accumulate: int = option(1, ">= 1")
-    """Micro-batches per step and device (gradient accumulation): less memory, the same step. A micro-batch is the images of
-    one device in one accumulation step. Normalisers per_device and ema count positives per micro-batch; norm batch takes
-    the statistics of one accumulation step."""
+    """Micro-batches per step and device (gradient accumulation): less memory, the same step, except that normalisers
+    per_device and ema count positives per micro-batch, and norm batch takes statistics of one accumulation step."""
     skip_non_finite: int = option(0, ">= 0", unit="steps")
     """Most steps in a run that are skipped because of a non-finite loss, gradient or parameter; one more stops the run."""
     profile_steps: str = ""

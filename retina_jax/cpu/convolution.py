@@ -2,8 +2,8 @@
 
 A convolution is a sum over the k * k taps of its kernel; each tap is a matrix product with a shifted map. It can be
 computed tap by tap, or as one product with the shifted maps in columns. For gradients, XLA on the CPU first transposes
-kernels and maps element by element, which takes longer than the sums. Large maps with 3x3 kernels use Winograd's method,
-which needs fewer products. The choice depends on shapes alone. docs/results/performance.md has the measurements.
+kernels and maps element by element, which takes longer than the sums. Large maps with 3x3 kernels use Winograd's method.
+The choice depends on shapes alone. docs/results/performance.md has the measurements.
 """
 
 from collections.abc import Callable

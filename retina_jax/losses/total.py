@@ -1,6 +1,6 @@
 """The training loss (Section 4.1): matching, loss sums of each image, and what the sums are divided by.
 
-The paper's "total focal loss of an image" is "normalized by the number of anchors assigned to a ground-truth box" (normaliser
+The "total focal loss of an image" is "normalized by the number of anchors assigned to a ground-truth box" (normaliser
 `per_image`). Detectron counts per GPU (`per_device`), detectron2 keeps a running mean (`ema`), others count over the batch
 (`global`). All have the form
 
@@ -19,9 +19,8 @@ training.accumulate) and B images in the global batch:
 D depends on no parameter, so grad(loss) = grad(sum_i w_i loss_i) / D: gradients, sums and N are added over the devices in
 one all-reduce, and divided afterwards.
 
-With mining (`retina_jax.losses.mining`) the classification loss is summed over the minibatch only. N, n_i and the box loss
-still count all anchors assigned to a box, as in SSD; the paper names no other divisor. OHEM averages over the minibatch:
-with `loss.mining_normaliser minibatch` the n_i of the classification loss are the sizes of the minibatches.
+With mining (`retina_jax.losses.mining`) only the classification loss is that of the minibatch: N, n_i and the box loss count
+all anchors assigned to a box. With `loss.mining_normaliser minibatch` its n_i are the sizes of the minibatches.
 """
 
 from functools import partial

@@ -84,9 +84,8 @@ def best_logits(
     Equals `lax.top_k` of the flattened logits, including the order of equal ones (by anchor, then class), without sorting
     all A * K: sort the A anchors by their best class, keep the first k anchors, and sort their k * K logits.
 
-    Nothing is lost: if a logit were on an anchor that was not kept, the best logits of k anchors would come before it. The
-    kept anchors are sorted by index so that equal logits come out in order. Logits have the order of their scores, because
-    the sigmoid is monotone, and still differ where it saturates.
+    Nothing is lost: the best logits of the k kept anchors come before every logit of another anchor. Kept anchors are sorted
+    by index so that equal logits stay in order. Logits have the order of their scores, and differ where those saturate.
     """
     anchors, classes = logits.shape
     _, kept = lax.top_k(logits.max(axis=1), min(top_k, anchors))

@@ -1,8 +1,7 @@
 """The step over many devices: jit over a data mesh (the default), or pmap. Both run the same `train_step`.
 
 Under jit the program is written for the global batch, and the compiler splits it. Under pmap it is written for the images of
-one device, and sums go over the named axis. Parameters are replicated, images are split over the one axis `data`. Inference
-has no sums over images: each device processes its own.
+one device, and sums go over the named axis. Parameters are replicated, images are split over the one axis `data`.
 """
 
 import re
