@@ -48,7 +48,7 @@ def draw_weight(path: str, shape: tuple[int, ...], config: ModelConfig, seed: in
     value = 1.0 if leaf in ("scale", "var") else 0.0
     last_norm = "norm3" if ARCHITECTURES[config.backbone].bottleneck else "norm2"  # of a block, before the addition
     if path == "class_head/output/bias":
-        # Every anchor starts as foreground of each class with probability pi = config.prior (Section 3.3).
+        # At every anchor each class starts with the probability pi = config.prior (Section 3.3).
         value = -math.log((1 - config.prior) / config.prior)
     elif config.norm == "frozen" and path == "backbone/stem/norm/var":
         # The variance of the stem's output on photographs, so that the frozen norm returns variance 1.
