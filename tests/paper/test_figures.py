@@ -403,8 +403,8 @@ def test_a_latency_is_stored_with_its_hardware_and_measured_again_on_another(
     (tmp_path / "config.json").write_text(json.dumps(saved))
     measured = []
 
-    def loaded(folder: Path, config: Config) -> Detector:
-        assert config == override(trained_on_eight, {"devices": 1})
+    def loaded(folder: Path, config: Config, step: str) -> Detector:
+        assert config == override(trained_on_eight, {"devices": 1}) and step == "newest"
         return detector
 
     monkeypatch.setattr("retina_jax.paper.measured.load_detector", loaded)
