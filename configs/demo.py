@@ -3,8 +3,9 @@
     make demo
 
 The scenes of 128 x 128 have six classes (a shape in a hue), clutter, look-alikes, occlusion, and objects of at least 8 px.
-All parts are the paper's (FPN, shared heads, focal loss with its prior, matching, NMS). Widths, anchors and schedule are
-smaller, and AdamW replaces SGD, which needs more steps from random weights.
+FPN, subnets shared by the levels, focal loss with its prior, matching and NMS are the paper's. Widths, anchors and
+schedule are smaller. Not the paper's: GroupNorm, the normaliser `global`, and AdamW, since SGD needs more steps from
+random weights.
 """
 
 from retina_jax.config import (

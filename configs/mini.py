@@ -1,4 +1,4 @@
-"""Table 1 in miniature: every experiment of the paper, small enough to train in minutes on a CPU core.
+"""Tables 1 and 3 in miniature: the paper's experiments, small enough to train in minutes on a CPU core.
 
     make mini
 
@@ -24,7 +24,7 @@ from retina_jax.config import (
 
 
 def get_config() -> Config:
-    """Returns the paper's defaults, except for sizes and optimizer."""
+    """Returns the paper's defaults, except for sizes, data, backbone, optimizer, head_std, max_level and pixels."""
     return Config(
         data=DataConfig(
             source="scenes",

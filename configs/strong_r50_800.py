@@ -1,18 +1,23 @@
-"""The strongest recipe for a ResNet-50 here: torchvision v2's training with this project's conventions, and EMA.
+r"""The strongest recipe for a ResNet-50 here: torchvision v2's training with this project's conventions, and EMA.
 
     python scripts/train.py --config configs/strong_r50_800.py --workdir runs/strong_r50_800
 
 Expected, not measured: AP about 41.5 on val2017, what torchvision publishes for `retinanet_resnet50_fpn_v2` (26 epochs
-of 16 images on 8 GPUs). It differs from that recipe, `configs/torchvision_v2_r50_800.py`, in two points: the paper's
-anchors instead of torchvision's rounded ones, and EMA of the parameters, which may gain nothing after both drops of
-the learning rate (docs/results/ema_tta.md). Expected cost: 4146 PFLOP, 3.8 times the paper's ResNet-50-600; 11 hours
-on 8 V100 at the 0.205 s per step that detectron2 publishes for the same images without trained norms.
+of 16 images on 8 GPUs). It differs from that recipe, `configs/torchvision_v2_r50_800.py`, where this project's defaults
+do: the paper's anchors instead of torchvision's rounded ones, four padded shapes, sides of images rounded to nearest,
+pixels rounded to uint8, and 100 instead of 300 detections. EMA of the parameters is added; it may gain nothing after
+both drops of the learning rate (docs/results/ema_tta.md).
 
-It uses AdamW with decay 0.05 on kernels only; GIoU; GroupNorm in the heads; BatchNorm over the batch of all devices in
-the stages that train (C3 to C5); P6 from C5; short sides from 480 to 800. `--model.dtype bfloat16` reduces its cost,
-`--model.remat` its memory. Test-time augmentation (mirrored, three sizes) takes at least six times as long:
+Expected cost: 4146 PFLOP, 3.8 times the paper's ResNet-50-600; 11 hours on 8 V100 at the 0.205 s per step that
+detectron2 publishes for the same images without trained norms.
 
-    python scripts/evaluate.py --workdir runs/strong_r50_800 --step best --detection.tta-flip \\
+It uses AdamW with decay 0.05 on kernels and convolution biases; GIoU; GroupNorm in the subnets; BatchNorm over the
+batch of all devices in the stages that train (C3 to C5); P6 from C5; short sides from 480 to 800.
+`--model.dtype bfloat16` reduces its cost, `--model.remat` its memory.
+
+Test-time augmentation (mirrored, three sizes) takes at least six times as long:
+
+    python scripts/evaluate.py --workdir runs/strong_r50_800 --step best --detection.tta-flip \
         --detection.tta-short-sides 640 960
 """
 

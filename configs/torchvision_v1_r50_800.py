@@ -1,15 +1,15 @@
-"""torchvision's `retinanet_resnet50_fpn` (its COCO weights, v1), trained by its recipe.
+r"""torchvision's `retinanet_resnet50_fpn` (its COCO weights, v1), trained by its recipe.
 
     python scripts/train.py --config configs/torchvision_v1_r50_800.py --workdir runs/torchvision_v1
 
 Published: AP 36.4 on val2017, 26 epochs of 16 images, rate 0.01 dropped after 16 and 22 epochs (8 GPUs). To score the
 published weights without training:
 
-    python scripts/evaluate.py --weights torchvision:retinanet_resnet50_fpn_coco --workdir runs/torchvision_v1_theirs \\
+    python scripts/evaluate.py --weights torchvision:retinanet_resnet50_fpn_coco --workdir runs/torchvision_v1_theirs \
         --data.val-annotations data/coco/annotations/instances_val2017.json --data.val-images data/coco/val2017
 
 An epoch is 7329 steps: 117266 images with objects. torchvision pads a batch to its largest image, here training has four
-padded shapes. The other differences are listed in `retina_jax.presets`.
+padded shapes. The other differences are listed in docs/conventions.md.
 """
 
 from retina_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig

@@ -1,4 +1,4 @@
-"""torchvision's `retinanet_resnet50_fpn_v2`, trained by its recipe.
+r"""torchvision's `retinanet_resnet50_fpn_v2`, trained by its recipe.
 
     python scripts/train.py --config configs/torchvision_v2_r50_800.py --workdir runs/torchvision_v2
 
@@ -6,11 +6,11 @@ Published: AP 41.5, AP50 61.8, AP75 43.9, APs 27.0, APm 45.7, APl 53.8 on val201
 rate 1e-4 dropped after 16 and 22 epochs, decay 0.05, short sides from 480 to 800, trained BatchNorm, GroupNorm heads,
 GIoU (8 GPUs). To score the published weights without training:
 
-    python scripts/evaluate.py --weights torchvision:retinanet_resnet50_fpn_v2_coco --workdir runs/torchvision_v2_theirs \\
+    python scripts/evaluate.py --weights torchvision:retinanet_resnet50_fpn_v2_coco --workdir runs/torchvision_v2_theirs \
         --data.val-annotations data/coco/annotations/instances_val2017.json --data.val-images data/coco/val2017
 
 An epoch is 7329 steps: 117266 images with objects. The remaining differences from torchvision are listed in
-`retina_jax.presets`.
+docs/conventions.md.
 """
 
 from retina_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig

@@ -132,8 +132,8 @@ class DataConfig:
     bad_images: Literal["stop", "skip"] = option("stop", resume=True)
     """An image that is missing, broken or whose size differs from the JSON: stop with its name, or skip and count it."""
     orientation: Literal["auto", "stored", "turned"] = "auto"
-    """Pixels that boxes refer to if an EXIF orientation leaves it open: as stored, or turned, as viewers show them. auto: as
-    in those images whose size shows it."""
+    """Whether boxes refer to the stored pixels or to the rotated ones (turned), if an image has an EXIF orientation. auto:
+    decided from images whose annotated size fits only one of the two."""
     undecided_orientation: Literal["turned", "stored"] = "turned"
     """Used by auto if no image decides. Training sets it from its training or evaluation images."""
     bits: Literal["auto", 8, 10, 12, 14, 16] = "auto"
@@ -183,7 +183,7 @@ class ModelConfig:
     head_std: float = option(0.01, "> 0")
     """Standard deviation of the heads' initial weights. Paper: 0.01."""
     prior: float = option(0.01, "> 0, < 1")
-    """Initial foreground probability of an anchor, pi: class bias = -log((1 - pi) / pi). Paper: 0.01."""
+    """Initial probability pi of each class at every anchor: class bias = -log((1 - pi) / pi). Paper: 0.01."""
     input_normalisation: Literal["detectron", "detectron2", "imagenet"] = "detectron"
     """detectron: BGR 0-255 minus (102.9801, 115.9465, 122.7717); detectron2: BGR minus (103.53, 116.28, 123.675);
     imagenet: RGB 0-1 minus mean over standard deviation (torchvision)."""
@@ -216,7 +216,7 @@ class MatchingConfig:
     """Assignment of anchors to ground truth (Section 4, Anchors)."""
 
     positive_iou: float = option(0.5, "> 0, <= 1")
-    """IoU from which an anchor is foreground, the threshold included. Paper: 0.5."""
+    """Smallest IoU of a positive anchor, the threshold included. Paper: 0.5."""
     negative_iou: float = option(0.4, "> 0, <= 1")
     """IoU below which an anchor is background; between the two it is ignored. Paper: 0.4."""
     low_quality: Literal["none", "band", "all"] = "band"
@@ -231,7 +231,7 @@ class LossConfig:
     kind: Literal["cross_entropy", "balanced_cross_entropy", "focal", "focal_star", "hinge"] = "focal"
     """Classification loss: equation 1, 3, 5 or 8, or the hinge on p_t of Section 5.1. Paper: focal."""
     alpha: float = option(0.25, ">= 0, <= 1")
-    """Weight of the foreground, 1 - alpha of the background (not used by cross_entropy). Paper: 0.25 with gamma 2."""
+    """Weight of positives, 1 - alpha of negatives (not used by cross_entropy). Paper: 0.25 with gamma 2."""
     gamma: float = option(2.0, ">= 0", basic=True)
     """Focusing parameter of focal (0 is cross entropy); steepness of focal_star, above 0. Paper: 2."""
     star_beta: float = 0.0
@@ -306,7 +306,8 @@ class DetectionConfig:
     nms_iou: float = option(0.5, "> 0, <= 1", basic=True)
     """A box is suppressed by a better one of its class with an IoU above this. Paper: 0.5."""
     clip: Literal["before_nms", "after_nms"] = "before_nms"
-    """When boxes are clipped to the image: before NMS (Detectron, torchvision), or after it; empty ones go (detectron2)."""
+    """When boxes are clipped to the image: before NMS (Detectron, torchvision), or after it; after_nms: then boxes without
+    area are removed (detectron2)."""
     max_detections: int = option(100, ">= 1")
     """Most detections per image. COCO: 100."""
     parameters: Literal["ema", "raw"] = "ema"
@@ -344,8 +345,8 @@ class TrainingConfig:
     wandb: str = option("", outcome=False)
     """Weights & Biases project that receives metrics and pictures (pip install wandb); empty: none."""
     accumulate: int = option(1, ">= 1")
-    """Micro-batches per step and device (gradient accumulation): less memory, the same step. Each counts as a device for
-    normalisers per_device and ema; norm batch computes statistics per micro-batch."""
+    """Micro-batches per step and device (gradient accumulation): less memory, the same step, except that normalisers
+    per_device and ema count positives per micro-batch, and norm batch takes statistics of one accumulation step."""
     skip_non_finite: int = option(0, ">= 0", unit="steps")
     """Most steps in a run that are skipped because of a non-finite loss, gradient or parameter; one more stops the run."""
     profile_steps: str = ""

@@ -172,8 +172,7 @@ def padded_batch(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], data: DataConfig,
     padded = min(fitting, key=lambda shape: shape[0] * shape[1], default=transforms.exact_padded_shape(largest, data))
     pixels = np.zeros((rows, *padded, 3), data.pixels)
     for row, (image, size) in enumerate(zip(images, resized, strict=True)):
-        large = image.shape[0] * image.shape[1] > LARGE
-        resize_image = transforms.resize_large if large else transforms.resize
+        resize_image = transforms.resize_large if image.shape[0] * image.shape[1] > LARGE else transforms.resize
         pixels[row, : size[0], : size[1]] = np.asarray(resize_image(image, size, data.resize, data.pixels))
     pixels[len(images) :] = pixels[len(images) - 1]
     image_of_row = np.minimum(np.arange(rows), len(images) - 1)
@@ -201,14 +200,12 @@ def load_detector(
     """Returns the detector of a run's folder, or of weights from elsewhere.
 
     Args:
-      source: a run's folder, KIND:FILE, or KIND:NAME (`retina_jax.weights.named`, downloaded once); KIND is torchvision,
-        detectron2 or detectron.
+      source: a run's folder, KIND:FILE, or KIND:NAME (docs/conventions.md lists kinds and names).
       short_side, long_side: length that the shorter image side is resized to, and bound of the longer one, pixels; None: as
         in training, long_side in proportion to short_side.
       step: saved step of a run; "best", that with the highest AP; "newest"; None: the best, or the newest if none was
         evaluated.
-      config: replaces the detector's own, from which inference may differ (thresholds, devices, image size); None: its own,
-        on one device.
+      config: replaces the detector's own, with other settings of inference; None: its own, on one device.
       class_names: of weights from elsewhere whose classes are not COCO's.
       batchnorm_eps: of torchvision's weights; see `weights.importing.convert`.
 

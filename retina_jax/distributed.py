@@ -3,9 +3,8 @@
 Every host runs the same command. Host 0, the primary, writes the run's folder and the log; the others print errors only. All
 hosts take the same decisions from the same values, so that no host waits for a collective that another never enters.
 
-If a host ends, the others end by JAX's heartbeat or by an error of the network library. Measured with two processes on one
-machine (JAX 0.10.2, gloo): host 0 ended within 2 seconds of host 1 inside a collective, and within 30 outside one; host 1
-within a second of host 0. The status was LOST, or SIGABRT where JAX ended it.
+If a host ends, the others end by JAX's heartbeat or by an error of the network library, with status LOST, or SIGABRT if JAX
+ends them. docs/results/reliability.md has the times.
 """
 
 import contextlib

@@ -75,8 +75,8 @@ def _detect(
     run: Run, detector: Detector, source: Source, count: int, check: Callable[[Iterable[Batch]], Iterable[Batch]]
 ) -> dict[int, ImageDetections]:
     """Returns the detections in the readable ones of the first `count` images, by ascending index, of all hosts."""
-    training, shards = run.config.training, detector.driver.num_devices
-    batch_size = -(-(training.eval_batch_size or run.config.data.batch_size) // shards) * shards
+    training, num_devices = run.config.training, detector.driver.num_devices
+    batch_size = -(-(training.eval_batch_size or run.config.data.batch_size) // num_devices) * num_devices
     original_sizes = [(record.height, record.width) for record in source.records]
     log(f"evaluating {count:,} images of {source.name} ...")
     started, of_hosts = time.monotonic(), []

@@ -1,7 +1,6 @@
 """Ends a script with one line at a signal while its imports run. Scripts import this module before all others.
 
-Imports take seconds. Python would end with a traceback at Ctrl-C, and without a line at SIGTERM. In
-`cli.one_line_errors` the signals are Python's again.
+Python would end with a traceback at Ctrl-C, and without a line at SIGTERM. `cli.one_line_errors` restores its handlers.
 """
 
 import os
@@ -34,7 +33,6 @@ def catch() -> None:
             signal.signal(number, end_at_start)
 
 
-if (
-    Path(getattr(sys.modules["__main__"], "__file__", None) or "").parent.name == "scripts"
-):  # not where they are imported
+_main = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+if _main.parent.name == "scripts":  # not where scripts are imported
     catch()

@@ -4,9 +4,7 @@
 
 All presets set the same fields, so that one can replace another. They hold the conventions and the optimizer; data, backbone
 and number of classes stay as they are, and the length of the schedule is in `configs/*_r50_800.py`. Weights that come from
-one of these systems select its preset (`retina_jax.weights`).
-
-docs/conventions.md has the differences that remain.
+one of these systems select its preset (`retina_jax.weights`). docs/conventions.md lists the differences that remain.
 """
 
 from collections.abc import Mapping

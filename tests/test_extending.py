@@ -28,9 +28,10 @@ LOGITS = np.array([-20.0, -3.0, -0.5, 0.0, 0.5, 3.0, 20.0])
 PROBE = """
 import json, sys
 import jax, jax.numpy as jnp
-from retina_jax.config import LossConfig, ModelConfig
+from retina_jax.config import ConfigError, LossConfig, ModelConfig
 from retina_jax.losses.focal import classification_loss
 from retina_jax.model.resnet import ResNet
+from retina_jax.weights.importing import with_backbone
 import retina_jax
 
 logits = jnp.array(json.loads(sys.argv[1]), jnp.float32)[:, None]
@@ -45,6 +46,10 @@ for label in (0, -1, -2):
 config = ModelConfig(backbone="resnet26")
 shapes = jax.eval_shape(ResNet(config).init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
 answers["kernels"] = sum(a.size for a in jax.tree.leaves(shapes) if len(a.shape) == 4)
+try:
+    with_backbone({}, ModelConfig("resnet26", backbone_weights="imagenet", input_normalisation="imagenet"))
+except ConfigError as error:
+    answers["refused"] = str(error)
 print(json.dumps(answers))
 """
 TRAIN_AND_LIST = """
@@ -113,6 +118,7 @@ def poly(x_t: np.ndarray, weight: float) -> np.ndarray:
 def test_the_backbone_and_the_loss_of_the_guide_are_correct(extended: Path) -> None:
     answers = json.loads(run(extended, "-c", PROBE, json.dumps(LOGITS.tolist())).splitlines()[-1])
     assert Path(answers["package"]).is_relative_to(extended)
+    assert "resnet26" in answers["refused"] and "\n" not in answers["refused"]
     for label, sign, weight in (("0", 1, 0.3), ("-1", -1, 0.7), ("-2", 1, 0.0)):
         value, gradient = answers[label]
         x, step = sign * LOGITS, 1e-4

@@ -73,7 +73,7 @@ def test_the_rate_of_the_cpu_is_that_of_the_measured_step() -> None:
     )
     assert float(named[1]) == pytest.approx(int(measured[1]) / 1000, abs=5e-4)
     assert float(named[2]) == pytest.approx(3 * forward_flops(BASE, 80, (256, 256)) / 1e12, abs=5e-5)
-    assert f"| {float(named[2]) / float(named[1]) * 1000:.0f} · 10⁹ a core |" in (DOCS / "reproducing.md").read_text()
+    assert f"| {float(named[2]) / float(named[1]) * 1000:.0f} · 10⁹ per core |" in (DOCS / "reproducing.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["1a", "1b", "3", "Figure 7"])

@@ -14,7 +14,7 @@ from retina_jax.paper.settings import balanced_cross_entropy, focal
 
 
 def get_sweep(base: Config) -> dict[str, dict[str, Any]]:
-    """Returns the four runs. Without the prior, the initial probability of foreground is 0.5 for every anchor."""
+    """Returns the four runs. Without the prior, the initial probability of each class is 0.5 at every anchor."""
     return {
         "no_prior": {**balanced_cross_entropy(0.5), "model.prior": 0.5},
         "prior_0.01": {**balanced_cross_entropy(0.5), "model.prior": 0.01},

@@ -2,8 +2,8 @@
 
 A convolution is a sum over the k * k taps of its kernel; each tap is a matrix product with a shifted map. It can be
 computed tap by tap, or as one product with the shifted maps in columns. For gradients, XLA on the CPU first transposes
-kernels and maps element by element, which takes longer than the sums. Large maps with 3x3 kernels use Winograd's method,
-which needs fewer products. The choice depends on shapes alone. docs/results/performance.md has the measurements.
+kernels and maps element by element, which takes longer than the sums. Large maps with 3x3 kernels use Winograd's method.
+The choice depends on shapes alone. docs/results/performance.md has the measurements.
 """
 
 from collections.abc import Callable
@@ -37,8 +37,7 @@ def convolve_on_cpu(
 def by_columns(x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"], stride: int) -> Float[Array, "B h w D"]:
     """Computes the convolution of one group as one matrix product."""
     columns = _columns(x, len(kernel), stride)
-    y = _flat(columns) @ kernel.reshape(-1, kernel.shape[-1])
-    return y.reshape(*columns.shape[:3], kernel.shape[-1])
+    return (_flat(columns) @ kernel.reshape(-1, kernel.shape[-1])).reshape(*columns.shape[:3], kernel.shape[-1])
 
 
 def map_gradient(

@@ -3,8 +3,7 @@
 A block of 2x2 outputs needs 16 products instead of 36: the map's 4x4 patch and the kernel are each transformed to 16
 numbers (sums, differences, halves) and multiplied number by number, which over all blocks and channels makes 16 matrix
 products, and the result is transformed to 2x2 outputs. See Lavin and Gray, "Fast Algorithms for Convolutional Neural
-Networks" (2015), F(2x2, 3x3). Rounding errors stay as small as in the plain sum; blocks of 4x4 outputs are no faster here
-and ten times less accurate. Maps are padded by one zero on all sides, the stride is 1.
+Networks" (2015), F(2x2, 3x3). Maps are padded by one zero on all sides, the stride is 1.
 """
 
 from collections.abc import Sequence

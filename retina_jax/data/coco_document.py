@@ -221,14 +221,12 @@ class _Parser:
     def segmentation(self, index: int) -> Any:
         """Returns the decoded segmentation of an annotation. Those of a CocoFile are read from the file again: with all of
         them a file of COCO's size would take half as much memory again, and hardly any is needed."""
-        entry = self.lists["annotations"][index]
-        if isinstance(entry, dict):
+        annotations = self.lists["annotations"]
+        if isinstance(entry := annotations[index], dict):
             return entry.get("segmentation")
         if self.segmentations is None:
             again = load_json(self.path, coco_entries.Segmentations)
-            if not isinstance(again, coco_entries.Segmentations) or len(again.annotations) != len(
-                self.lists["annotations"]
-            ):
+            if not isinstance(again, coco_entries.Segmentations) or len(again.annotations) != len(annotations):
                 raise DataError(f"{self.path}: was changed while it was read; start again")
             self.segmentations = again.annotations
         raw = self.segmentations[index].segmentation

@@ -160,8 +160,7 @@ def read_headers(paths: Sequence[Path]) -> list[Header | str]:
 
 
 def read_sizes(annotations: Path, paths: Sequence[Path]) -> list[Header | str]:
-    """Returns `read_headers` of images whose annotations have no size; cached by path, length and time of change in one file
-    per annotation file."""
+    """Returns `read_headers` of images; cached by path, length and time of change, in one file per annotation file."""
     digest = hashlib.sha256(str(annotations.absolute()).encode(errors="surrogatepass")).hexdigest()[:24]
     cache, stamps = cache_folder() / "image_sizes" / f"{digest}.json", {}
     for path in map(str, paths):

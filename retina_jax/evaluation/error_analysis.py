@@ -1,8 +1,7 @@
 """Errors by kind, after TIDE (Bolya et al., A General Toolbox for Identifying Object Detection Errors, ECCV 2020).
 
 Every wrong detection and every object that was not found is of exactly one kind. Each kind has a gain: the AP50 that would
-be added if its errors alone were fixed. Matching is COCO's at IoU 0.5 (`precision_recall.coco_match`), so with nothing fixed
-the AP is pycocotools' AP50.
+be added if its errors alone were fixed. Matching is COCO's at IoU 0.5 (`precision_recall.coco_match`).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 pycocotools loops over images, categories, areas, thresholds, detections and boxes in Python. Here the overlaps of all pairs
 are one array without padding. The r-th best detections of all images and categories are matched together, at all thresholds
-and areas, because they never compete for a box; at most 100 rounds remain. The arithmetic is pycocotools', operation by
-operation, so the results are equal to the last bit (except where a compiler fuses its products and sums, as on ARM).
+and areas, because they never compete for a box. The arithmetic is pycocotools', so the results are equal to the last bit
+(except where a compiler fuses its products and sums, as on ARM).
 """
 
 from __future__ import annotations

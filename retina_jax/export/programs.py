@@ -2,9 +2,8 @@
 
 The resize is that of evaluation (`data.transforms.resize`, TensorFlow's) on the device: the same float32 operations in the
 same order. Sizes are values and not shapes, so one program serves every image that fits its storage. On the CPU all uint8
-pixels are equal (tested); on a device that rounds differently, a pixel can differ by one grey level. XLA fuses a product
-with a sum, and two divisions, which rounds once where TensorFlow rounds twice: `rounded` separates them. docs/export.md has
-measurements of jax.image.scale_and_translate, whose pixels differ.
+pixels are equal (tested). XLA fuses a product with a sum, and two divisions, which rounds once where TensorFlow rounds
+twice: `rounded` separates them. docs/export.md compares with jax.image.scale_and_translate, whose pixels differ.
 """
 
 from __future__ import annotations

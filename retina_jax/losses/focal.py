@@ -59,7 +59,7 @@ def balanced_cross_entropy(logits: Logits, labels: Labels, *, alpha: float) -> L
 
 
 def focal(logits: Logits, labels: Labels, *, alpha: float, gamma: float) -> Losses:
-    """Computes FL = -alpha_t (1 - p_t)^gamma log(p_t) (equation 5; 4 without alpha_t). gamma = 0 is equation 3."""
+    """Computes FL = -alpha_t (1 - p_t)^gamma log(p_t) (equation 5). Without alpha_t: equation 4; gamma = 0: equation 3."""
     y, alpha_t = targets(logits, labels, alpha, 1.0 - alpha)
     x_t = y * logits.astype(jnp.float32)
     log_p_t = jax.nn.log_sigmoid(x_t)
@@ -80,7 +80,7 @@ def hinge(logits: Logits, labels: Labels, *, alpha: float, margin: float) -> Los
 
     Section 5.1 states only that the hinge loss on p_t "sets loss to 0 above a certain value of p_t" and was unstable. The
     slope of 1, the margin and alpha_t are choices of this project. The derivative by x_t, -alpha_t p_t (1 - p_t) below the
-    margin, vanishes where an example is most wrong: a foreground that starts at p_t = pi hardly moves.
+    margin, vanishes where an example is most wrong: a positive anchor that starts at p_t = pi gets almost no gradient.
     """
     y, alpha_t = targets(logits, labels, alpha, 1.0 - alpha)
     p_t = jax.nn.sigmoid(y * logits.astype(jnp.float32))

@@ -27,8 +27,7 @@ e from 0 to 1 (least squares with higher weights where the error is largest)."""
 def summed(config: LossConfig) -> SummedLoss:
     """Returns the loss named by `loss.kind`, summed over the anchors and classes of each image: [B A K], [B A] -> [B].
 
-    Value and gradient equal those of the plain sum except for the order of the additions. It can be differentiated once,
-    in reverse mode.
+    Equals the plain sum except for the order of the additions. It can be differentiated once, in reverse mode.
     """
     loss = value_and_gradient(config)
 

@@ -10,16 +10,14 @@ enforce a 1:3 ratio between positives and negatives". The paper leaves the rest 
   IoU of exactly the threshold stays.
 - The minibatch is per image. ohem: the `batch` hardest survivors. ohem_1_3: of the survivors the batch // 4 hardest
   positives, or all if there are fewer, and the hardest negatives that fill the minibatch. ohem_1_3_strict: the same
-  positives, and 3 of the hardest negatives per positive, or 3 in an image without one. An image rarely has batch // 4
-  positives after NMS, so with the strict ratio the batch size changes nothing, while the paper's rows of 1:3 fall with it.
-- An infinite or NaN loss takes no part in NMS and is always in the sum, so that a diverged network shows.
+  positives, and 3 of the hardest negatives per positive, or 3 in an image without one (docs/conventions.md).
+- An infinite or NaN loss takes no part in NMS and is always in the sum, so that divergence is visible in the loss.
 
-The result equals NMS among all 100k anchors followed by the choice, but only the survivors needed are computed. ohem goes
-through the anchors by falling loss and stops when `batch` have survived. ohem_1_3 also needs positives from the end of that
-order. An anchor survives if it is harder than every remaining anchor that it overlaps, whatever happens elsewhere. So for
-each positive, hardest first, the search climbs to the hardest remaining anchor it overlaps, and from there on, until none is
-harder. That anchor survives, those that it overlaps are removed, and the next positive follows. The negatives are then found
-as for ohem. Each step is one row of IoUs and one search for the maximum: no A x A matrix, no sort.
+The result equals NMS among all 100k anchors followed by the choice, but only the survivors needed are computed. ohem takes
+anchors by falling loss until `batch` have survived. ohem_1_3 also needs positives from the end of that order: an anchor
+survives if it is harder than every remaining anchor that it overlaps. So from each positive, hardest first, the search
+climbs to the hardest remaining anchor it overlaps, until none is harder. That anchor survives, and those that it overlaps
+are removed. Then come the negatives, as for ohem. A step is one row of IoUs and one search for the maximum, without a sort.
 """
 
 from typing import Literal, NamedTuple

@@ -11,8 +11,7 @@ from retina_jax.ops.boxes import decode, encode, giou
 def smooth_l1(error: Float[Array, "*N"], *, beta: float) -> Float[Array, "*N"]:
     """Computes error^2 / (2 beta) where |error| < beta, |error| - beta / 2 elsewhere; elementwise, beta >= 0.
 
-    At |error| = beta the two pieces agree in value (beta / 2) and slope (1). beta = 0 is exactly `l1`. Detectron's beta
-    is 0.11 in units of the box deltas; Fast R-CNN's is 1.
+    beta = 0 is exactly `l1`. Detectron's beta is 0.11 in units of the box deltas; Fast R-CNN's is 1.
     """
     size = l1(error)
     if beta == 0:

@@ -1,27 +1,26 @@
 """The training loss (Section 4.1): matching, loss sums of each image, and what the sums are divided by.
 
-The paper's "total focal loss of an image" is the sum over its anchors, "normalized by the number of anchors assigned to a
-ground-truth box": normaliser `per_image`, the default. Detectron counts per GPU (`per_device`), detectron2 keeps a running
-mean (`ema`), others count over the batch (`global`). All have the form
+The "total focal loss of an image" is "normalized by the number of anchors assigned to a ground-truth box" (normaliser
+`per_image`). Detectron counts per GPU (`per_device`), detectron2 keeps a running mean (`ema`), others count over the batch
+(`global`). All have the form
 
     loss = sum_i w_i * (classification_i + box_weight * box_i) / D
 
 over the images i of the global batch. The device of image i knows its weight w_i (`image_weights`); D (`denominator`) needs
-N, the number of positive anchors of the global batch. With n_i of them in image i, S shards (devices times micro-batches)
-and B images in the global batch:
+N, the number of positive anchors of the global batch. With n_i of them in image i, M micro-batches (devices times
+training.accumulate) and B images in the global batch:
 
     normaliser    w_i                                     D
     global        1                                       max(N, 1)
     per_image     1 / (max(n_i, 1) B)                     1
-    per_device    1 / (max(n of i's shard, 1) S)          1
-    ema           1                                       S e,   e <- 0.9 e + 0.1 max(N / S, 1)
+    per_device    1 / (max(n of i's micro-batch, 1) M)    1
+    ema           1                                       M e,   e <- 0.9 e + 0.1 max(N / M, 1)
 
 D depends on no parameter, so grad(loss) = grad(sum_i w_i loss_i) / D: gradients, sums and N are added over the devices in
 one all-reduce, and divided afterwards.
 
-With mining (`retina_jax.losses.mining`) the classification loss is summed over the minibatch only. N, n_i and the box loss
-still count all anchors assigned to a box, as in SSD; the paper names no other divisor. OHEM averages over the minibatch:
-with `loss.mining_normaliser minibatch` the n_i of the classification loss are the sizes of the minibatches.
+With mining (`retina_jax.losses.mining`) only the classification loss is that of the minibatch: N, n_i and the box loss count
+all anchors assigned to a box. With `loss.mining_normaliser minibatch` its n_i are the sizes of the minibatches.
 """
 
 from functools import partial
@@ -42,7 +41,7 @@ from retina_jax.ops.matching import IGNORED, Matches, match
 Normaliser = Literal["per_image", "per_device", "global", "ema"]
 
 EMA_START, EMA_MOMENTUM = 100.0, 0.9
-"""Start of the running mean of normaliser `ema`, in positive anchors per shard, and weight of the old mean (detectron2)."""
+"""Of normaliser `ema` (detectron2): first running mean, in positive anchors per micro-batch, and weight of the old mean."""
 
 
 class ImageLosses(NamedTuple):
@@ -104,39 +103,39 @@ def _mined_labels(
 
 
 def image_weights(
-    counts: Float32[Array, " B"], scope: Normaliser, *, batch_size: int, shards: int
+    counts: Float32[Array, " B"], scope: Normaliser, *, batch_size: int, num_microbatches: int
 ) -> Float32[Array, " B"]:
     """Returns w_i of the given images for normaliser `scope`, from their `counts` n_i.
 
-    The images are the global batch or some complete shards of it; the images of a shard are consecutive. batch_size and
-    shards are always the global numbers. A shard or image whose count is 0 counts as having one anchor. ConfigError: the
-    batch or the images do not divide evenly into shards.
+    The images are the global batch or some complete micro-batches of it, whose images are consecutive. batch_size and
+    num_microbatches are always the global numbers. A count of 0, of an image or a micro-batch, is replaced by 1.
+    ConfigError: the batch or the images do not divide evenly into micro-batches.
     """
     images = counts.shape[0]
-    if batch_size % shards or images % (batch_size // shards):
-        found = f"{batch_size} ({images} images here) does not divide evenly into {shards} shards"
+    if batch_size % num_microbatches or images % (batch_size // num_microbatches):
+        found = f"{batch_size} ({images} images here) does not divide evenly into {num_microbatches} micro-batches"
         raise ConfigError(f"data.batch_size: {found}")
     if scope == "per_image":
         return 1.0 / (jnp.maximum(counts, 1.0) * batch_size)
     if scope == "per_device":
-        per_shard = batch_size // shards
-        of_shard = counts.reshape(-1, per_shard).sum(axis=1)
-        return jnp.repeat(1.0 / (jnp.maximum(of_shard, 1.0) * shards), per_shard)
+        size = batch_size // num_microbatches
+        of_microbatch = counts.reshape(-1, size).sum(axis=1)
+        return jnp.repeat(1.0 / (jnp.maximum(of_microbatch, 1.0) * num_microbatches), size)
     return jnp.ones_like(counts)
 
 
 def denominator(
-    total_positives: Float32[Array, ""], scope: Normaliser, ema: Float32[Array, ""], *, shards: int
+    total_positives: Float32[Array, ""], scope: Normaliser, ema: Float32[Array, ""], *, num_microbatches: int
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Returns (D, new ema) for normaliser `scope`, from the positive anchors of the global batch over all devices.
 
-    ema is the running mean of positive anchors per shard, EMA_START before the first step. The mean that includes this
-    step divides it, as in detectron2 (which keeps one mean per process; this is their common mean). The other scopes
-    return it unchanged. D is at least 1 for global, and never 0.
+    ema is the running mean of positive anchors per micro-batch, EMA_START before the first step. The loss of a step is
+    divided by the mean that already includes that step, as in detectron2 (which has one mean per process; here there is
+    one). The other scopes return it unchanged. D is at least 1 for global, and never 0.
     """
     if scope == "global":
         return jnp.maximum(total_positives, 1.0), ema
     if scope == "ema":
-        ema = EMA_MOMENTUM * ema + (1.0 - EMA_MOMENTUM) * jnp.maximum(total_positives / shards, 1.0)
-        return ema * shards, ema
+        ema = EMA_MOMENTUM * ema + (1.0 - EMA_MOMENTUM) * jnp.maximum(total_positives / num_microbatches, 1.0)
+        return ema * num_microbatches, ema
     return jnp.ones((), jnp.float32), ema

@@ -10,7 +10,7 @@ from retina_jax.model.layers import Conv, relu
 
 
 def upsample(x: Float[Array, "B h w C"], size_hw: tuple[int, int]) -> Float[Array, "B H W C"]:
-    """Doubles the sides by nearest neighbour and crops to `size_hw`: the finer map of a side n has the side 2n or 2n - 1."""
+    """Doubles the sides (nearest neighbour) and crops to `size_hw`: if the coarser side is n, the finer is 2n or 2n - 1."""
     height, width = size_hw
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)[:, :height, :width]
 

@@ -25,8 +25,8 @@ def initialise(model: RetinaNet, seed: int) -> dict[str, Any]:
     Each array has a generator of its own, seeded by (seed, its path): its values do not depend on the other parts of the
     network, nor on whether it is trained or frozen. seed is >= 0.
 
-    A backbone of norm "frozen" is expected to receive imported weights. From this start its activations have a normal size
-    and it trains, but poorly: to train from scratch use norm "group" or "batch" and frozen_stages 0.
+    A backbone of norm "frozen" is expected to receive imported weights. With random weights its activations keep a normal
+    scale and it trains, but poorly: to train from scratch use norm "group" or "batch" and frozen_stages 0.
     """
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)  # the shapes of weights do not depend on the image size
     image_sizes = jax.ShapeDtypeStruct((1, 2), jnp.int32)
@@ -48,7 +48,7 @@ def draw_weight(path: str, shape: tuple[int, ...], config: ModelConfig, seed: in
     value = 1.0 if leaf in ("scale", "var") else 0.0
     last_norm = "norm3" if ARCHITECTURES[config.backbone].bottleneck else "norm2"  # of a block, before the addition
     if path == "class_head/output/bias":
-        # Every anchor starts as foreground of each class with probability pi = config.prior (Section 3.3).
+        # At every anchor each class starts with the probability pi = config.prior (Section 3.3).
         value = -math.log((1 - config.prior) / config.prior)
     elif config.norm == "frozen" and path == "backbone/stem/norm/var":
         # The variance of the stem's output on photographs, so that the frozen norm returns variance 1.

@@ -46,8 +46,8 @@ def anchor_grid(padded_hw: tuple[int, int], anchors: AnchorConfig, model: ModelC
       exactly (s * scale)^2. Centred on the cell, at (column + 0.5, row + 0.5) * 2^level.
     - detectron: as its generate_anchors. The sides of a stride-sized box of each ratio are rounded to integers (half to
       even) and then multiplied; for each scale, for each ratio from 1 upwards, then the ratios below 1: (1, 2, 0.5) by
-      default. Centred on the cell. Detectron's boxes have inclusive ends; here its [-12, -12, 19, 19] is
-      [-12, -12, 20, 20], so that its formulas, which add 1 to every width, become those of `retina_jax.ops.boxes`.
+      default. Centred on the cell. Detectron's boxes include their last pixel; here 1 is added to x2 and y2, so that
+      widths are x2 - x1 as in `retina_jax.ops.boxes`.
     - detectron2: the anchors of the paper, centred on the cell's upper left corner, at (column, row) * 2^level.
     - torchvision: sides s * scale truncated to integers (32, 40, 50), corners of each anchor rounded (half to even); for
       each ratio, for each scale. Centred on the cell's upper left corner; the step between cells is the padded side divided

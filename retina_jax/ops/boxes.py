@@ -49,9 +49,8 @@ def giou(a_xyxy: Boxes, b_xyxy: Boxes) -> Float[Array, "*N"]:
 def encode(boxes_xyxy: Boxes, anchors_xyxy: Boxes) -> Float[Array, "*N 4"]:
     """Returns box deltas (dx, dy, dw, dh) from anchors to boxes (R-CNN, Girshick et al. 2014, appendix C; weights 1).
 
-    dx = (box centre - anchor centre) / anchor width, dw = log(box width / anchor width); dy, dh alike.
-    Anchors must have positive sides. A box side <= 0 (padding) counts as the anchor's side, so its logarithm is 0: value
-    and gradient are finite, and the caller masks them.
+    dx = (box centre - anchor centre) / anchor width, dw = log(box width / anchor width); dy, dh alike. Anchors must have
+    positive sides. A box side <= 0 (padding) counts as the anchor's side: the result is finite, and the caller masks it.
     """
     centre_x, centre_y, width, height = _centre_and_size(boxes_xyxy)
     anchor_x, anchor_y, anchor_width, anchor_height = _centre_and_size(anchors_xyxy)

@@ -34,13 +34,11 @@ def match(
         IoU <  negative_iou (0.4)    BACKGROUND
         otherwise                    IGNORED
 
-    So an IoU of exactly 0.5 is positive, and one of exactly 0.4 is ignored unless low_quality makes it positive. Of boxes
-    with equal IoU the first wins.
+    So an IoU of exactly 0.5 is positive and one of exactly 0.4 is not background. Of boxes with equal IoU the first wins.
 
-    low_quality also makes anchors positive whose largest IoU is below positive_iou, if no anchor has a larger IoU with
-    some box (all anchors that tie): `none` does not, `band` if the anchor's IoU is at least negative_iou (Detectron, which
-    assigns background last), `all` always (detectron2, torchvision). Such an anchor takes the box it overlaps most, which
-    may be another box than the one it is best for.
+    low_quality: an anchor below positive_iou is also positive if it is the best anchor of some box (ties included): `none`
+    never, `band` (default) if its IoU is at least negative_iou (Detectron), `all` always (detectron2, torchvision). Such an
+    anchor takes the box it overlaps most, which may be another box than the one it is best for.
 
     Boxes and anchors are in the same pixels. labels[g] is the class of box g, -1 if row g is padding. Padded rows match
     nothing, and an image without boxes is all background. A box can only win anchors that it overlaps (IoU > 0).

@@ -94,8 +94,8 @@ def _add_block(
 def _survivors(candidate: Bool[Array, " b"], overlaps: Bool[Array, "b b"]) -> Bool[Array, " b"]:
     """Returns which of these boxes, in order of their scores, are not overlapped by an earlier survivor.
 
-    Iterates to the fixed point. The first i + 1 boxes are right after i rounds; without long chains of overlaps, all are
-    right after two or three.
+    Iterates to the fixed point. After i rounds the first i + 1 boxes are correct; without long chains of overlaps, all
+    are correct after two or three.
     """
     place = lax.iota(jnp.int32, candidate.shape[0])
     earlier = overlaps & (place[:, None] < place[None])

@@ -40,8 +40,7 @@ def detect(
     Without config.threshold_coarsest the coarsest level keeps every score above 0. With config.clip "after_nms" unclipped
     boxes are suppressed, then clipped, and those without area are dropped, so there may be fewer than D.
 
-    level_counts are the anchors of each level; image_sizes is (height, width) of the image in the upper left corner of the
-    padded one.
+    level_counts are the anchors of each level; image_sizes is (height, width) of each image without its padding.
     """
     if (total := sum(level_counts)) != logits.shape[1]:
         raise ValueError(f"level_counts {level_counts} add up to {total}, but there are {logits.shape[1]} anchors")
@@ -85,9 +84,8 @@ def best_logits(
     Equals `lax.top_k` of the flattened logits, including the order of equal ones (by anchor, then class), without sorting
     all A * K: sort the A anchors by their best class, keep the first k anchors, and sort their k * K logits.
 
-    Nothing is lost: if a logit were on an anchor that was not kept, the best logits of k anchors would come before it. The
-    kept anchors are sorted by index so that equal logits come out in order. Logits have the order of their scores, because
-    the sigmoid is monotone, and still differ where it saturates.
+    Nothing is lost: the best logits of the k kept anchors come before every logit of another anchor. Kept anchors are sorted
+    by index so that equal logits stay in order. Logits have the order of their scores, and differ where those saturate.
     """
     anchors, classes = logits.shape
     _, kept = lax.top_k(logits.max(axis=1), min(top_k, anchors))

@@ -124,8 +124,7 @@ def latency(detector: Detector, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], *,
     """Returns milliseconds per image at batch 1, as in Figure 2: the median over `repeats` runs of each image in its padded
     shape, after one that compiles and one that warms up. The detector must be on one device.
 
-    Network, decoding and NMS are timed; reading, resizing and the transfer are not. The time of NMS grows with the number of
-    detections, so give images of the detector's data.
+    Network, decoding and NMS are timed. NMS takes longer with more detections, so give images of the detector's data.
     """
     times = []
     for image in images:
@@ -176,9 +175,8 @@ def val_windows(
 ) -> dict[str, Float32[np.ndarray, " N"]]:
     """Returns x_t of the windows of `images` random evaluation images (0: all) of a run, by kind: positives, negatives.
 
-    "We apply this model to a large number of random images and sample the predicted probability for ~10^7 negative windows
-    and ~10^5 positive windows" (Section 5.1; Figure 4). A window is an anchor, matched as in training; ignored anchors are
-    not sampled. Samples are x_t (equation 6), since p_t rounds to 1 in float32 for easy negatives.
+    A window (Section 5.1; Figure 4) is an anchor, matched as in training; ignored anchors are not sampled. Samples are x_t
+    (equation 6), since p_t rounds to 1 in float32 for easy negatives.
     """
     run = read_run(folder)
     source = open_source(run.config.data, "val", run.categories).arranged(run.categories, f"--workdir {folder}")
@@ -186,9 +184,8 @@ def val_windows(
     batch_size = min(run.config.training.eval_batch_size or run.config.data.batch_size, 8)
     batches = eval_batches(source, run.config.data, batch_size=batch_size)
     log(f"applying the network to {len(source):,} images of {source.name} ...")
-    samples = sample_windows(
-        load_detector(folder, step="newest"), batches, positives=positives, negatives=negatives, seed=seed
-    )
+    detector = load_detector(folder, step="newest")
+    samples = sample_windows(detector, batches, positives=positives, negatives=negatives, seed=seed)
     kinds = {kind: sample.values() for kind, sample in zip(("positives", "negatives"), samples, strict=True)}
     if empty := [kind for kind, x_t in kinds.items() if not len(x_t)]:
         raise ConfigError(f"--workdir {folder}: its evaluation images have no {empty[0]} among their anchors")

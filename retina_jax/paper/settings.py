@@ -2,8 +2,7 @@
 
 Scores are in percent, as printed (tables.txt), under the names of `configs/sweeps/`. Settings are relative to the base,
 which stands for RetinaNet-50-600: 400 pixels are 400/600 of the base's short side, and ResNet-101 is the next deeper
-backbone. The same sweep therefore runs at full size on `configs/paper_ablations.py` and as a miniature on a base with small
-images.
+backbone. The same sweep therefore runs at full size (`configs/paper_ablations.py`) and as a miniature (`configs/mini.py`).
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def settings_of(argv: Sequence[str]) -> Config:
 
 
 def fresh_import(folder: Path) -> Run | None:
-    """Returns what `import_weights.py` put into `folder`, from which any training may start; None once a step is saved."""
+    """Returns what `import_weights.py` saved in `folder`, which any training may start from; None if a step > 0 is saved."""
     fresh = (folder / "imported.json").is_file() and not any(saved_steps(folder / "checkpoints"))
     return read_run(folder, "imported.json") if fresh else None
 

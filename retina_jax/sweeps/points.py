@@ -248,8 +248,7 @@ def chosen(tasks: Sequence[Task], only: Sequence[str], seeds: Sequence[int] | No
 
 def distinct(tasks: Sequence[Task]) -> list[Task]:
     """Returns the first task of each folder."""
-    first = {task.point.folder: task for task in reversed(tasks)}
-    return sorted(first.values(), key=lambda task: task.index)
+    return sorted({task.point.folder: task for task in reversed(tasks)}.values(), key=lambda task: task.index)
 
 
 def _from_root(path: Path) -> str:

@@ -130,10 +130,8 @@ def _read(path: Path, kind: type[T]) -> T | None:
 
 def mean_padded_area(config: Config) -> float:
     """Returns the mean pixels of the padded shapes in training, all assumed equally frequent."""
-    areas = [
-        math.prod(shape) for shape in buckets(config.data, config.data.jitter_short_sides or (config.data.short_side,))
-    ]
-    return sum(areas) / len(areas)
+    shapes = buckets(config.data, config.data.jitter_short_sides or (config.data.short_side,))
+    return sum(map(math.prod, shapes)) / len(shapes)
 
 
 def training_pflop(config: Config) -> float:

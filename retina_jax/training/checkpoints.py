@@ -1,4 +1,4 @@
-"""Checkpoints: host 0 writes them in a thread next to training; every host reads them and checks them first.
+"""Checkpoints: host 0 writes them in a thread next to training and verifies the checksums; then every host reads.
 
 RUN/checkpoints/STEP holds state/ (orbax), checksums.json, and metrics/metrics with the AP. A step is written under
 RUN/checkpoints/saving and renamed once the disk has it: a kill or a power cut leaves it complete or absent.

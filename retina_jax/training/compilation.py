@@ -40,11 +40,9 @@ class Memory(NamedTuple):
 class CompiledStep:
     """The step of a driver, with log lines before and after the compilation of each program, with time and memory.
 
-    One program per padded shape is expected. A warning names what differs if a program was compiled for another reason (a
-    dtype, a batch size, a sharding), and one is logged for each padded shape beyond the expected number.
-
-    The shapes in `ahead` are compiled with the first one, so that a rare shape does not interrupt the run later; not in
-    parallel with steps, which would disturb XLA's measurements on GPUs. Raises OutOfMemory in compiling and in running.
+    A warning names what differs if a program was compiled for another reason than a new padded shape (a dtype, a batch size,
+    a sharding), and one is logged for each padded shape beyond the expected number. The shapes in `ahead` are compiled with
+    the first one. Raises OutOfMemory in compiling and in running.
     """
 
     def __init__(

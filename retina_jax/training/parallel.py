@@ -1,8 +1,7 @@
 """The step over many devices: jit over a data mesh (the default), or pmap. Both run the same `train_step`.
 
 Under jit the program is written for the global batch, and the compiler splits it. Under pmap it is written for the images of
-one device, and sums go over the named axis. Parameters are replicated, images are split over the one axis `data`. Inference
-has no sums over images: each device processes its own.
+one device, and sums go over the named axis. Parameters are replicated, images are split over the one axis `data`.
 """
 
 import re
@@ -104,7 +103,7 @@ class Driver:
             raise ConfigError(f"data.batch_size: {found}; use a multiple of {self.num_microbatches} or --devices")
 
     def replicate(self, state: PyTree) -> PyTree:
-        """Returns `state`, which is the same on every host, on every device."""
+        """Copies `state`, equal on all hosts, to every device."""
         if jax.process_count() == 1:
             return jax.device_put(state, self.replicated)
         # device_put would compare the hosts' arrays one by one over the network.
@@ -157,8 +156,8 @@ class Driver:
 
     @cached_property
     def detect(self) -> Callable[[dict[str, PyTree], Inputs], Detections]:
-        """The compiled inference step: (variables, sharded batch) -> Detections in pixels of the padded images, [B, D, ...];
-        each host holds its own rows."""
+        """The compiled inference step: (variables, batch split over the devices) -> Detections in pixels of the padded
+        images, [B, D, ...]; each host holds its own rows."""
 
         @self._traced
         def one_device(variables: dict[str, PyTree], inputs: Inputs) -> Detections:

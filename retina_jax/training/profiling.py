@@ -18,9 +18,8 @@ from retina_jax.errors import reason
 class Profiler(contextlib.AbstractContextManager):
     """A trace of the steps of one window; other steps cost nothing. The loop calls `begin` and `end` around each step.
 
-    It waits for the device before the first step and after the last one, so that the trace holds exactly these steps. A run
-    that resumes or ends inside the window, also by an exception, traces its part. If the trace cannot be written, the run
-    continues with a warning. Choose later steps than the first of a padded shape, which compiles.
+    It waits for the device before the first step and after the last one. A run that resumes or ends inside the window traces
+    its part. If the trace cannot be written, the run continues with a warning.
     """
 
     def __init__(self, run_folder: Path, window: tuple[int, int] | None, announce: Callable[[str], None] = log) -> None:

@@ -1,4 +1,4 @@
-"""Where training starts: the newest checkpoint, an imported detector, a backbone's weights, or random weights."""
+"""Where training starts: an imported detector, else the newest checkpoint, else a backbone's weights or random ones."""
 
 from __future__ import annotations
 

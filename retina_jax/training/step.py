@@ -56,7 +56,8 @@ def train_step(
 
     With axis_name None, `inputs` is the global batch, which the compiler splits over the `num_devices` devices (jit). With
     an axis name it holds the images of one device, and sums go over the axis (pmap, shard_map). `per_device` wraps the
-    function of the losses so that every device runs it on its own images; otherwise all would wait in each of its loops.
+    function of the losses so that every device runs it on its own images; otherwise all devices would synchronise in
+    every iteration of its loops.
 
     The normalisers global and ema are sums over the global batch, known only after the forward pass. So gradients are
     taken of the weighted sum of the images' losses and divided afterwards: one all-reduce of gradients, losses and counts.
@@ -65,13 +66,13 @@ def train_step(
     (also that of the schedule) and `state.skipped`.
     """
     batch_size = inputs.images.shape[0] * (num_devices if axis_name else 1)
-    shards = num_devices * config.training.accumulate
-    weights_of = partial(image_weights, scope=config.loss.normaliser, batch_size=batch_size, shards=shards)
+    scope, num_microbatches = config.loss.normaliser, num_devices * config.training.accumulate
+    weights_of = partial(image_weights, scope=scope, batch_size=batch_size, num_microbatches=num_microbatches)
     gradients, sums, stats = _gradients(state, inputs, model, config, weights_of, per_device)
     if axis_name is not None:
         gradients, sums = jax.lax.psum((gradients, sums), axis_name)
 
-    divisor, normaliser = denominator(sums["positives"], config.loss.normaliser, state.normaliser, shards=shards)
+    divisor, normaliser = denominator(sums["positives"], scope, state.normaliser, num_microbatches=num_microbatches)
     gradients = jax.tree.map(lambda g: g / divisor, gradients)
     gradient_norm = optax.tree.norm(gradients)
     # This makes every update depend on the last gradient. Otherwise XLA on the CPU copies all parameters before each step,
@@ -107,7 +108,7 @@ def _gradients(
     """Returns the gradients of sum_i w_i loss_i (`losses.total`), the sums, and the new BatchNorm statistics.
 
     They are added up over the micro-batches, one after the other. For the normalisers per_device and ema each of them counts
-    as a device. BatchNorm takes its statistics of one micro-batch of every device.
+    as a device. BatchNorm takes its statistics over all devices, in one accumulation step.
     """
     anchors = jnp.asarray(anchor_grid(inputs.images.shape[1:3], config.anchors, config.model))
     losses_of = per_device(partial(image_losses, matching=config.matching, loss=config.loss))

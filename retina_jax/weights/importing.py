@@ -90,6 +90,9 @@ def with_backbone(
     """
     if model.backbone_weights == "imagenet":
         key = model.backbone, model.input_normalisation == "imagenet"
+        if (model.backbone, True) not in IMAGENET:
+            found = f"imagenet, but no ImageNet weights of {model.backbone} are published"
+            raise ConfigError(f"model.backbone_weights: {found}; give a file, or leave it empty for random weights")
         if key not in IMAGENET:
             found = f"{model.input_normalisation}, for which no ImageNet weights of {model.backbone} are published"
             raise ConfigError(f"model.input_normalisation: {found}; use imagenet")

@@ -83,7 +83,7 @@ NAMED: dict[tuple[str, str], Named] = {
 }
 """(kind, name) to file."""
 
-IMAGENET = {(name, True): ("torchvision", name) for name in ARCHITECTURES} | {
+IMAGENET = {(name, True): (kind, name) for kind, name in NAMED if kind == "torchvision" and name in ARCHITECTURES} | {
     ("resnet50", False): ("detectron", "R-50"),
     ("resnet101", False): ("detectron", "R-101"),
     ("resnext101_32x8d", False): ("detectron", "X-101-32x8d"),

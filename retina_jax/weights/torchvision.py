@@ -60,8 +60,7 @@ def convert_torchvision(
     """Converts `retinanet_resnet50_fpn`, its v2, or an ImageNet ResNet or ResNeXt with torchvision's names.
 
     Errors call the weights `source`. `eps`: epsilon of their BatchNorms, 1e-5, but 0 for the COCO weights of v1.
-    `class_names`: one per column, or one per column except the first, which then is the background. Empty: COCO's if there
-    are 91 columns, else "class 0" and so on.
+    `class_names`: one per column, or all but the first, the background; empty: COCO's for 91 columns, else "class 0" ...
     """
     weights = converted.with_epsilon(converted.renamed(state_dict, RULES, source), eps)
     changes = converted.architecture(weights, source)

@@ -148,33 +148,35 @@ N = np.array([3.0, 0.0, 5.0, 1.0, 0.0, 0.0, 2.0, 9.0])  # positive anchors of 8 
 L = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])  # and their losses
 
 
-def total_loss(scope: str, shards: int, ema: float = EMA_START) -> float:
-    weights = image_weights(jnp.asarray(N, jnp.float32), scope, batch_size=8, shards=shards)
-    by, _ = denominator(jnp.float32(N.sum()), scope, jnp.float32(ema), shards=shards)
+def total_loss(scope: str, num_microbatches: int, ema: float = EMA_START) -> float:
+    weights = image_weights(jnp.asarray(N, jnp.float32), scope, batch_size=8, num_microbatches=num_microbatches)
+    by, _ = denominator(jnp.float32(N.sum()), scope, jnp.float32(ema), num_microbatches=num_microbatches)
     return float((weights * jnp.asarray(L, jnp.float32)).sum() / by)
 
 
 def test_global_divides_by_all_positives() -> None:
-    assert total_loss("global", shards=4) == pytest.approx(L.sum() / N.sum())
+    assert total_loss("global", num_microbatches=4) == pytest.approx(L.sum() / N.sum())
 
 
 def test_per_image_is_the_mean_of_the_images_ratios() -> None:
-    assert total_loss("per_image", shards=4) == pytest.approx(np.mean(L / np.maximum(N, 1)))
+    assert total_loss("per_image", num_microbatches=4) == pytest.approx(np.mean(L / np.maximum(N, 1)))
 
 
 def test_per_device_is_the_mean_of_the_devices_ratios() -> None:
     ratios = L.reshape(4, 2).sum(axis=1) / np.maximum(N.reshape(4, 2).sum(axis=1), 1)
-    assert total_loss("per_device", shards=4) == pytest.approx(np.mean(ratios))
-    assert total_loss("per_device", shards=1) == pytest.approx(total_loss("global", shards=1))
-    assert total_loss("per_device", shards=8) == pytest.approx(total_loss("per_image", shards=8))
-    assert total_loss("per_device", shards=4) != pytest.approx(total_loss("global", shards=4), rel=0.01)
+    assert total_loss("per_device", num_microbatches=4) == pytest.approx(np.mean(ratios))
+    assert total_loss("per_device", num_microbatches=1) == pytest.approx(total_loss("global", num_microbatches=1))
+    assert total_loss("per_device", num_microbatches=8) == pytest.approx(total_loss("per_image", num_microbatches=8))
+    assert total_loss("per_device", num_microbatches=4) != pytest.approx(
+        total_loss("global", num_microbatches=4), rel=0.01
+    )
 
 
 def test_ema_equals_the_values_computed_by_hand() -> None:
     ema = jnp.float32(EMA_START)
     trace = []
     for total in (40.0, 0.0, 2000.0):  # on 4 devices: 10, at least 1, 500 a device
-        by, ema = denominator(jnp.float32(total), "ema", ema, shards=4)
+        by, ema = denominator(jnp.float32(total), "ema", ema, num_microbatches=4)
         assert float(by) == pytest.approx(4 * float(ema))
         trace.append(float(ema))
     assert trace == pytest.approx([91.0, 82.0, 123.8], rel=1e-5)
@@ -182,20 +184,20 @@ def test_ema_equals_the_values_computed_by_hand() -> None:
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_other_normalisers_do_not_change_the_ema_and_never_divide_by_zero(scope: str) -> None:
-    by, ema = denominator(jnp.float32(0), scope, jnp.float32(7), shards=2)
+    by, ema = denominator(jnp.float32(0), scope, jnp.float32(7), num_microbatches=2)
     assert float(by) > 0
     assert float(ema) == (pytest.approx(6.4) if scope == "ema" else 7)
-    weights = image_weights(jnp.zeros(4), scope, batch_size=4, shards=2)
+    weights = image_weights(jnp.zeros(4), scope, batch_size=4, num_microbatches=2)
     assert np.isfinite(weights).all()
 
 
-@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_microbatches", [1, 2, 4, 8])
 @pytest.mark.parametrize("scope", SCOPES)
-def test_the_weights_of_a_shard_are_its_share_of_all_weights(scope: str, shards: int) -> None:
-    every = image_weights(jnp.asarray(N, jnp.float32), scope, batch_size=8, shards=shards)
+def test_the_weights_of_a_micro_batch_are_its_share_of_all_weights(scope: str, num_microbatches: int) -> None:
+    every = image_weights(jnp.asarray(N, jnp.float32), scope, batch_size=8, num_microbatches=num_microbatches)
     mine = [
-        image_weights(jnp.asarray(part, jnp.float32), scope, batch_size=8, shards=shards)
-        for part in N.reshape(shards, -1)
+        image_weights(jnp.asarray(part, jnp.float32), scope, batch_size=8, num_microbatches=num_microbatches)
+        for part in N.reshape(num_microbatches, -1)
     ]
     np.testing.assert_array_equal(np.concatenate(mine), every)
 
@@ -206,28 +208,28 @@ def test_dividing_after_the_gradient_equals_dividing_before_it(scope: str) -> No
 
     def weighted(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         sums = compiled("smooth_l1")({**case, "logits": logits})
-        weights = image_weights(sums.positives, scope, batch_size=B, shards=1)
+        weights = image_weights(sums.positives, scope, batch_size=B, num_microbatches=1)
         return (weights * (sums.classification + sums.box)).sum(), sums.positives.sum()
 
     def ratio(logits: jax.Array) -> jax.Array:
         value, positives = weighted(logits)
-        return value / denominator(positives, scope, jnp.float32(EMA_START), shards=1)[0]
+        return value / denominator(positives, scope, jnp.float32(EMA_START), num_microbatches=1)[0]
 
     @jax.jit
     def both(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         gradient, positives = jax.grad(weighted, has_aux=True)(logits)
-        by, _ = denominator(positives, scope, jnp.float32(EMA_START), shards=1)
+        by, _ = denominator(positives, scope, jnp.float32(EMA_START), num_microbatches=1)
         return gradient / by, jax.grad(ratio)(logits)
 
     after, before = both(case["logits"])
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-9)
 
 
-def test_uneven_shards_are_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"data\.batch_size: 8 .* 3 shards"):
-        image_weights(jnp.zeros(8), "per_device", batch_size=8, shards=3)
-    with pytest.raises(ConfigError, match=r"data\.batch_size: 8 .*\b3 .* 4 shards"):
-        image_weights(jnp.zeros(3), "global", batch_size=8, shards=4)
+def test_uneven_micro_batches_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"data\.batch_size: 8 .* 3 micro-batches"):
+        image_weights(jnp.zeros(8), "per_device", batch_size=8, num_microbatches=3)
+    with pytest.raises(ConfigError, match=r"data\.batch_size: 8 .*\b3 .* 4 micro-batches"):
+        image_weights(jnp.zeros(3), "global", batch_size=8, num_microbatches=4)
 
 
 def test_the_sum_distinguishes_background_from_ignored() -> None:

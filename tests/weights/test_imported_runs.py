@@ -26,6 +26,7 @@ from retina_jax.runs.folder import Run
 from retina_jax.training.parallel import Driver
 from retina_jax.training.restore import adapt_classes
 from retina_jax.weights.importing import import_detector, with_backbone
+from retina_jax.weights.named import IMAGENET
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 ROOT = Path(__file__).parents[2]
@@ -172,6 +173,16 @@ def test_weights_of_another_convention_are_refused_by_field(tmp_path: Path) -> N
         import_detector(f"torchvision:{path}")
     with pytest.raises(WeightsError, match=r"^absent: "):
         with_backbone({}, backbone_config(Path("absent")))
+
+
+@pytest.mark.parametrize("pixels", ["detectron", "imagenet"])
+def test_a_backbone_without_published_imagenet_weights_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, pixels: str
+) -> None:
+    monkeypatch.delitem(IMAGENET, ("resnet18", True))  # as for a backbone that a user adds
+    config = ModelConfig(backbone="resnet18", backbone_weights="imagenet", input_normalisation=pixels)
+    with pytest.raises(ConfigError, match=r"^model\.backbone_weights: imagenet\b[^\n]*\bresnet18\b[^\n]*$"):
+        with_backbone({}, config)
 
 
 def test_a_detector_defines_the_size_of_its_images(weights: Path) -> None:
