@@ -163,7 +163,7 @@ class ModelConfig:
     norm: Literal["frozen", "group", "batch"] = "frozen"
     """Backbone normalisation: frozen BatchNorm (a fixed affine; Detectron), GroupNorm, or BatchNorm over all devices."""
     norm_groups: int = option(32, ">= 1")
-    """Groups of GroupNorm; lowered to a divisor of the channels if there are fewer channels."""
+    """Groups of GroupNorm; lowered to the largest divisor of the channels if it does not divide them."""
     frozen_stages: int = option(2, ">= 0, <= 5")
     """Number of fixed backbone stages, counted from the stem: 0 none, 1 stem, 2 stem and C2, ... 5 all. Detectron: 2."""
     min_level: int = option(3, ">= 2, <= 5")
@@ -233,7 +233,7 @@ class LossConfig:
     alpha: float = option(0.25, ">= 0, <= 1")
     """Weight of the foreground, 1 - alpha of the background (not used by cross_entropy). Paper: 0.25 with gamma 2."""
     gamma: float = option(2.0, ">= 0", basic=True)
-    """Focusing parameter of focal (0 is cross entropy); steepness of focal_star, above 0. Paper: 2."""
+    """Focusing parameter of focal (0 is balanced cross entropy, equation 3); steepness of focal_star, above 0. Paper: 2."""
     star_beta: float = 0.0
     """Shift of focal_star, equation 7's beta. Paper: 1 with gamma 2, 0 with gamma 4."""
     hinge_margin: float = option(0.5, "> 0, <= 1")
@@ -344,8 +344,8 @@ class TrainingConfig:
     wandb: str = option("", outcome=False)
     """Weights & Biases project that receives metrics and pictures (pip install wandb); empty: none."""
     accumulate: int = option(1, ">= 1")
-    """Micro-batches per step and device (gradient accumulation): less memory, the same step. Each counts as a device for
-    normalisers per_device and ema; norm batch computes statistics per micro-batch."""
+    """Micro-batches per step and device (gradient accumulation): less memory, the same step, except with model.norm batch
+    and with loss.normaliser per_device or ema, where each micro-batch counts as a device."""
     skip_non_finite: int = option(0, ">= 0", unit="steps")
     """Most steps in a run that are skipped because of a non-finite loss, gradient or parameter; one more stops the run."""
     profile_steps: str = ""

@@ -127,8 +127,10 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
     if data.resize == "pillow" and data.pixels != "uint8":
         yield "data.pixels", "uint8 with data.resize pillow"
     most = 0.75 * scenes.size
-    if not scenes.min_side <= scenes.max_side <= most:
-        yield "data.scenes.min_side", f"at most max_side ({scenes.max_side}), and max_side at most 0.75 size ({most})"
+    if scenes.min_side > scenes.max_side:
+        yield "data.scenes.min_side", f"at most data.scenes.max_side ({scenes.max_side})"
+    if scenes.max_side > most:
+        yield "data.scenes.max_side", f"at most 0.75 data.scenes.size ({most})"
     if len(config.model.stage_blocks) not in (0, 4):
         yield "model.stage_blocks", "four numbers, or none"
     for name, values in (("scales", anchors.scales), ("ratios", anchors.ratios)):

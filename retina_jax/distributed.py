@@ -43,7 +43,7 @@ class Hosts:
     """Options by which this process finds the others. On one host none is given."""
 
     distributed: bool = False
-    """Train on several hosts, which JAX finds through SLURM, Open MPI, Kubernetes or the TPU pod."""
+    """Run on several hosts, which JAX finds through SLURM, Open MPI, Kubernetes or the TPU pod."""
     coordinator: str = ""
     """Without --distributed: ADDRESS:PORT of host 0, the same on every host; a port that is free there."""
     hosts: int = 0

@@ -64,7 +64,10 @@ def out_of_memory(error: BaseException, program: str = "a program", needed: obje
     detail = re.sub(r"^.*?RESOURCE_EXHAUSTED: ", "", str(error).strip().splitlines()[0])
     detail = re.sub(r"\b([0-9]{7,}) bytes", lambda match: size(int(match[1])), detail).rstrip(".: ")
     has = f"; a device has {size(limit)}" if limit else ""
-    helps = "use a smaller data.batch_size, or keep it with training.accumulate, model.remat True, model.dtype bfloat16"
+    helps = "use a smaller --short-side (evaluate.py: --data.short-side or --training.eval-batch-size)"
+    if program.startswith("the step"):
+        fewer = "training.accumulate, model.remat True, model.dtype bfloat16"
+        helps = f"use a smaller data.batch_size, or keep it with {fewer}"
     if jax.default_backend() == "gpu":
         helps += ", or, if nothing else runs on this GPU, XLA_PYTHON_CLIENT_MEM_FRACTION=0.92"
     return f"out of memory: {program} needs {needed or 'more than there is'}{has} ({detail}); {helps}"

@@ -37,6 +37,8 @@ from retina_jax.training.checkpoints import Step
 
 # These fields, and those that a resumed run may change, may differ from training.
 INFERENCE = ("data.", "training.")
+OVERRIDABLE = r"data\.|detection\.|training\.(eval_(images|batch_size)|evaluator|pictures)|cpu_kernels|parallel|devices"
+"""Fields that `--help` lists."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Arguments:
     """Options of this script; all others are fields of the run's config."""
 
     workdir: Path
-    """Folder of the run."""
+    """Folder of the run; with --weights, the folder that receives the results."""
     settings: Annotated[Config, tyro.conf.arg(name="")]
     step: Step = "newest"
     """Saved step, best (the step with the highest AP) or newest."""
@@ -59,7 +61,8 @@ class Arguments:
 def main() -> None:
     """Evaluates the detector, writes RUN/evaluation/step_N.json, prints the COCO table."""
     settings = settings_of(sys.argv[1:])
-    arguments = parse_command_line(Arguments, Arguments(tyro.MISSING, settings), sys.argv[1:], __doc__)
+    defaults = Arguments(tyro.MISSING, settings)
+    arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__, listed=OVERRIDABLE)
     set_up_jax()
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM ends this at once
     with distributed.joined(arguments.together):

@@ -2,7 +2,7 @@
 
 The run has the detector as step 0, and the config that its weights need. evaluate.py and predict.py use it like any other
 run; train.py --workdir RUN --data.train-annotations ... continues from it, with a new class head if the classes differ.
-The library is torchvision, timm, detectron2 or detectron. Instead of FILE, give the name of a published file to download it.
+The library is torchvision, detectron2 or detectron. Instead of FILE, give the name of a published file to download it.
 """
 
 from __future__ import annotations

@@ -46,7 +46,8 @@ class Arguments:
 
 def main() -> None:
     """Draws the crops, trains, writes the file and prints the accuracy on held-out crops."""
-    arguments = parse_command_line(Arguments, Arguments(config_of(sys.argv[1:], str(MINI))), sys.argv[1:], __doc__)
+    defaults = Arguments(config_of(sys.argv[1:], str(MINI)))
+    arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__, listed=r"model\.|seed$")
     set_up_jax()
     config = validate(arguments.settings)
     path = Path(config.model.backbone_weights)

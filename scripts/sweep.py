@@ -10,7 +10,7 @@ that diverges is recorded in DIR/FOLDER/diverged.json and is not tried again unt
                               the CPU's cores; with one, --jobs 1 gives each point the complete device
     --launcher slurm          submits one SLURM array: --slurm timeout_min=2880 gpus_per_node=8 slurm_partition=gpu
     --index I                 runs one point in this process; I is $SLURM_ARRAY_TASK_ID, $JOB_COMPLETION_INDEX (Kubernetes),
-                              ...; exit status 0 if it is done or diverged, 75 if another worker trains it
+                              ...; exit status: 0 done or diverged; 75 stopped, or trained by another worker; 1 failed
 """
 
 from __future__ import annotations

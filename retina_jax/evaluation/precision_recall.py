@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float, Int
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
-# Square pixels; both ends are included, so an area of 1024 is small and medium.
 IOU_INDEX = {"0.50": 0, "0.75": 5}  # places of these thresholds in IOU_THRESHOLDS
+# Square pixels; both ends are included, so an area of 1024 is small and medium.
 AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
 MAX_DETECTIONS = (1, 10, 100)  # detections that count, per image and category
 PAIRS = 1 << 19  # pairs of a detection and a box processed together: about 50 MiB

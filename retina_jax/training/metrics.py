@@ -17,7 +17,7 @@ from retina_jax import distributed
 from retina_jax.console import Progress, warn
 from retina_jax.errors import PlainError, Stopped, reason
 from retina_jax.runs.files import DiskError, write_bytes
-from retina_jax.runs.folder import Run, is_due
+from retina_jax.runs.folder import Run, is_due, saved_steps
 from retina_jax.training.parallel import peak_memory_bytes
 from retina_jax.training.step import FINITE
 from retina_jax.training.writers import Board, WeightsAndBiases
@@ -32,7 +32,7 @@ class NonFiniteLoss(PlainError, RuntimeError):
 
 
 class Metrics(contextlib.AbstractContextManager):
-    """The steps' metrics, kept on the device; their means are written once per window, so that the loop never waits."""
+    """The steps' metrics, kept on the device; their means are written per window, so that the loop waits once per window."""
 
     def __init__(self, run: Run, start_step: int) -> None:
         training = run.config.training
@@ -92,10 +92,11 @@ class Metrics(contextlib.AbstractContextManager):
         images, allowed = ", ".join(map(str, image_ids)), self._run.config.training.skip_non_finite
         if not 0 < skipped <= allowed:
             after = f", after {allowed} skipped steps (training.skip_non_finite)" if allowed else ""
+            folder = self._run.folder / "checkpoints"
+            saved = f"; the newest checkpoint in {folder} is from before this step" if saved_steps(folder) else ""
             raise NonFiniteLoss(
                 f"{found} (seen in the window {self._pending[0][0]} to {self._pending[-1][0]}), images {images}{after}; "
-                "lower optimizer.learning_rate, set optimizer.clip_norm, or check these images; "
-                f"{self._run.folder / 'checkpoints'} holds the last finite state"
+                f"lower optimizer.learning_rate, set optimizer.clip_norm, or check these images{saved}"
             )
         self.write(step, {"event": "left_out", "reason": found, "images": image_ids, "skipped": skipped})
         warn(f"{found}, images {images}: step skipped ({skipped} of at most {allowed})")

@@ -76,7 +76,7 @@ class Driver:
 
     @cached_property
     def model(self) -> RetinaNet:
-        """The network. It knows the axis only if BatchNorm statistics must cross it by name."""
+        """The network. It gets the axis name if a step is written for one device (`device_view`)."""
         axis = AXIS if self.device_view else None
         return RetinaNet(self.config.model, self.num_classes, anchors_per_cell(self.config.anchors), axis_name=axis)
 

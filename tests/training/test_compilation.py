@@ -286,6 +286,8 @@ def test_out_of_memory_is_one_line_with_advice(message: str, kept: str, monkeypa
     options = ("data.batch_size", "training.accumulate", "model.remat", "model.dtype bfloat16")
     assert line is not None and "\n" not in line
     assert [name for name in (*named, *options) if name not in line] == []
+    of_inference = out_of_memory(JaxRuntimeError(message))
+    assert "--short-side" in of_inference and not any(option in of_inference for option in options)
 
 
 @pytest.mark.parametrize(
