@@ -21,6 +21,8 @@ from retina_jax.errors import one_line
 
 T = TypeVar("T")
 INVALID = object()  # result of `_typed` for a value of the wrong type
+VALID = {int: "an integer below 2^63", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
+VALID |= {tuple[int, ...]: "a list of integers", tuple[float, ...]: "a list of numbers"}
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 
@@ -226,10 +228,8 @@ def _build(kind: type, values: Any, where: str, prefix: str) -> Any:
             continue
         made[name] = _typed(value, hint := hints[name])
         if made[name] is INVALID:
-            right = "int below 2^63" if hint is int else str(hint) if typing.get_args(hint) else hint.__name__
-            if typing.get_origin(hint) is typing.Literal:
-                right = "one of " + ", ".join(map(str, typing.get_args(hint)))
-            raise ConfigError(f"{where}: {prefix}{name}: {reprlib.repr(value)} is not {right}")
+            right = VALID.get(hint) or " or ".join(VALID.get(kind, str(kind)) for kind in typing.get_args(hint))
+            raise ConfigError(f"{where}: {prefix}{name}: invalid value {reprlib.repr(value)}; must be {right}")
     return kind(**made)
 
 

@@ -37,7 +37,9 @@ from retina_jax.training.checkpoints import Step
 
 # These fields, and those that a resumed run may change, may differ from training.
 INFERENCE = ("data.", "training.")
-OVERRIDABLE = r"data\.|detection\.|training\.(eval_(images|batch_size)|evaluator|pictures)|cpu_kernels|parallel|devices"
+OVERRIDABLE = (
+    r"data\.(?!train_)|detection\.|training\.(eval_(images|batch_size)|evaluator|pictures)|cpu_kernels|parallel|devices"
+)
 """Fields that `--help` lists."""
 
 

@@ -61,7 +61,7 @@ def main() -> None:
     if config.model.input_normalisation != "imagenet":
         raise ConfigError("model.input_normalisation: must be imagenet for a backbone with torchvision's names")
     if path.exists():
-        print(f"{path} already exists")
+        print(f"keeping {path}; delete it to pretrain again")
         return
     count = -(-arguments.crops // ACROSS**2) * ACROSS**2
     train, held_out = draw_crops(count, config.seed), draw_crops(1800, config.seed, count)

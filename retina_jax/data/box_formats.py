@@ -125,8 +125,8 @@ def guess_other(numbers: Numbers, areas: Areas, sizes_wh: Sizes, chosen: BoxForm
     if chosen == "xyxy" and "xywh" in good and _areas_of_corners(numbers, areas) == -1:
         return Guess(("xywh",), False, f"{why}: their areas are width times height")
     if good and fit.get(chosen, 0.0) < NEARLY_ALL:
-        share = f"{fit.get(chosen, 0.0):.0%} of them are inside their images"
-        return Guess(good, False, f"{why}: read so, {share}, read as {' or '.join(good)} nearly all do")
+        share = f"with it, {fit.get(chosen, 0.0):.0%} of the boxes are inside their images"
+        return Guess(good, False, f"{why}: {share}; as {' or '.join(good)}, nearly all are")
     return None if fractions else guess_fractions(numbers, sizes_wh)
 
 
@@ -140,8 +140,9 @@ def _guess_layout(numbers: Numbers, areas: Areas, sizes_wh: Sizes) -> Guess | No
     if by_area == 1 and "xyxy" in formats:
         return Guess(("xyxy",), True, "the boxes look like x1, y1, x2, y2: their areas are (x2 - x1) (y2 - y1)")
     if formats and far >= SOME:
-        why = f"the boxes look like {' or '.join(LAYOUTS[layout] for layout in formats)}: read as x, y, width, height "
-        return Guess(formats, many, f"{why}{far:.0%} of them extend far beyond their images, read so almost none does")
+        other = " or ".join(LAYOUTS[layout] for layout in formats)
+        share = f"as x, y, width, height, {far:.0%} extend far beyond their images"
+        return Guess(formats, many, f"the boxes look like {other}: {share}; as {other}, almost none")
     # Whether the boxes are in an image of `scale` by `scale`, and not all of them in its upper left.
     shares = {s: max(_inside(numbers / s, layout, np.ones_like(sizes_wh)).mean() for layout in LAYOUTS) for s in SCALES}
     scaled = [scale for scale, share in shares.items() if share >= NEARLY_ALL and numbers.max() >= scale / 2]

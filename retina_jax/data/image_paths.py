@@ -162,7 +162,7 @@ def image_files(paths: Sequence[Path], out: Path) -> dict[Path, str]:
         else:
             raise ConfigError(f"{path}: no such file or folder")
     if not files:
-        raise ConfigError("no image: name image files or folders of them")
+        raise ConfigError("no images given; list image files or folders")
     named: dict[str, Path] = {}
     originals = {file.resolve() for file in files}
     for file in dict.fromkeys(files):

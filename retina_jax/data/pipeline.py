@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -15,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 
 from retina_jax.config import DataConfig
+from retina_jax.console import cores
 from retina_jax.data import sampler, transforms
 from retina_jax.data.decoding import DECODING, is_one_colour, is_plain_jpeg, to_rgb
 from retina_jax.data.reading import SlowReadMonitor, read_again
@@ -140,7 +140,7 @@ class Batches(Iterator[Batch]):
                 raise self._bad[index]
             name = self._source.where(index)
             if name not in self.skipped:
-                log.warning("skipped: %s", self._bad[index])
+                log.warning("warning: skipped: %s", self._bad[index])
             self.skipped[name] += 1
         self._check_colours(batch)
         self._step += 1
@@ -156,11 +156,11 @@ class Batches(Iterator[Batch]):
             if is_one_colour(batch.images[row, :height, :width], boxes[boxes[:, 2] > boxes[:, 0]]):
                 self.one_colour.append(self._source.where(index))
                 if len(self.one_colour) <= NAMED:
-                    log.warning("image of (nearly) one colour: %s", self.one_colour[-1])
+                    fault = "image of (nearly) one colour; nothing can be learned from it, check the file"
+                    log.warning("warning: %s: %s", self.one_colour[-1], fault)
 
     def _dataset(self) -> tf.data.Dataset:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = self._data.workers or cores
+        workers = self._data.workers or cores()
         options = tf.data.Options()
         options.deterministic = True
         options.autotune.enabled = False

@@ -14,6 +14,8 @@ from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from retina_jax.data.classes import Category, class_indices, differ
 from retina_jax.errors import PlainError
 
+DROPPED = {"crowd": "crowd", "zero_size": "without area", "outside": "outside the image", "without_box": "without bbox"}
+"""Why a box is dropped, by key of `Source.counts`."""
 Orientation = Literal["stored", "turned"]
 Size = tuple[int, int]  # width and height in pixels; height and width where a name ends in `_hw`
 Image = tuple[int, str, int, int]  # id, file name, width and height in pixels (0, 0 if unknown)
@@ -105,8 +107,18 @@ class Source:
 
     def __str__(self) -> str:
         """Returns the numbers of images and classes, and `counts`."""
-        found = ", ".join(f"{count} {what}" for what, count in self.counts.items() if count) or "nothing unusual"
-        return f"{len(self)} images, {len(self.categories)} classes; {found}"
+        found = {
+            "dropped boxes": self.dropped,
+            "clipped boxes": self.counts.get("clipped"),
+            "images without boxes": self.counts.get("images_without_boxes"),
+        }
+        unusual = "; ".join(f"{what}: {number}" for what, number in found.items() if number) or "nothing unusual"
+        return f"{len(self)} images, {len(self.categories)} classes; {unusual}"
+
+    @property
+    def dropped(self) -> str:
+        """How many boxes are dropped, for each reason: "5 crowd, 2 without area"; "" if none is."""
+        return ", ".join(f"{self.counts[rule]} {why}" for rule, why in DROPPED.items() if self.counts.get(rule))
 
     @cached_property
     def sha256(self) -> str:

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import itertools
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from jaxtyping import Bool, Float32, Int64
 from PIL import Image
 
 from retina_jax.config import DataConfig
-from retina_jax.console import track
+from retina_jax.console import cores, track
 from retina_jax.data.classes import Category, unique_names
 from retina_jax.data.coco_document import DEFAULTS, Content, load_json, parse_document
 from retina_jax.data.coco_entries import Mistake, as_number
@@ -190,7 +189,7 @@ def check_images(split: Split, decoding: Decoding, workers: int) -> tuple[list[F
         return Finding(fault[0], split.name, file_name, fault[1]) if fault else None, digest
 
     rows = range(len(split.images))
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(workers or cores()) as pool:
         checked = list(track(f"{split.name}: images", pool.map(check, rows), len(rows)))
     digests = {split.images[row][1]: digest for row, (_, digest) in zip(rows, checked, strict=True) if digest}
     return [finding for finding, _ in checked if finding], digests

@@ -114,11 +114,11 @@ def damage(folder: Path) -> str:
                 return f"{name} is missing"
             found = _size_and_sum(folder / name)
             if found[0] < expected[0]:
-                return f"{name} holds {found[0]} of {expected[0]} bytes"
+                return f"{name} is truncated ({found[0]} of {expected[0]} bytes)"
             if found != expected:
-                return f"{name} holds other bytes"
+                return f"{name}: its content has changed"
     except FileNotFoundError:
-        return f"{CHECKSUMS} is missing" if folder.is_dir() else "it is gone"
+        return f"{CHECKSUMS} is missing" if folder.is_dir() else "the folder was deleted"
     except OSError as error:
         return f"{Path(error.filename or folder).name}: {reason(error)}"
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError):  # the list itself is damaged

@@ -87,7 +87,8 @@ def run_point(workdir: Path, point: Point, train: Callable[[Config, Path], None]
             write_json(folder / "diverged.json", {"step": int(step[1]) if step else None, "message": str(error)})
         end = ended(folder, point.config)
     if end is None:
-        raise ConfigError(f"{folder / 'summary.json'}: missing after training, or of another step than training.steps")
+        found = "missing after training, or of another step than training.steps"
+        raise ConfigError(f"{folder / 'summary.json'}: {found}; delete it and run the point again")
     return end
 
 

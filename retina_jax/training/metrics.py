@@ -124,9 +124,9 @@ class Metrics(contextlib.AbstractContextManager):
             self._progress.update(
                 step,
                 f"loss {mean['loss']:.4f} (class {mean['classification_loss']:.4f} box {mean['box_loss']:.4f})  "
-                f"rate {mean['learning_rate']:.2g}  gradient {mean['gradient_norm']:.2f}  "
+                f"lr {mean['learning_rate']:.2g}  gradient {mean['gradient_norm']:.2f}  "
                 f"positives {mean['positives_per_image']:.1f}  {mean['images_per_second']:.1f} img/s  "
-                f"data wait {mean['data_wait_percent']:.0f}%  {mean['peak_memory_mib'] / 1024:.1f} GiB",
+                f"data wait {mean['data_wait_percent']:.0f}%  peak memory {mean['peak_memory_mib'] / 1024:.1f} GiB",
             )
 
     def restart_window(self) -> None:

@@ -114,8 +114,8 @@ def _changes(before: Run, run: Run, allowed: Sequence[str]) -> list[str]:
     if None not in counts and counts[0] != counts[1] and (norm or new.loss.normaliser in PER_MICROBATCH):
         field = "model.norm batch" if norm else f"loss.normaliser {new.loss.normaliser}"
         raise ConfigError(
-            f"{where}: its run split each batch into {counts[0]} micro-batches (devices x training.accumulate), this one "
-            f"would into {counts[1]}, and {field} depends on it; set devices x training.accumulate to {counts[0]}"
+            f"{where}: its run split each batch into {counts[0]} micro-batches (devices x training.accumulate), and {field} "
+            f"depends on it; this command would split it into {counts[1]}; set devices x training.accumulate to {counts[0]}"
         )
     return changes
 

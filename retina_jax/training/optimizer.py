@@ -39,7 +39,9 @@ def schedule_warning(config: Config) -> str | None:
     named = [f"optimizer.boundaries {' '.join(map(str, late))}"] if late else []
     if optimizer.warmup_steps and optimizer.warmup_steps >= steps:
         named.append(f"optimizer.warmup_steps {optimizer.warmup_steps}")
-    advice = f"; drops are usual at about {steps * 2 // 3} and {steps * 8 // 9}" if late else ""
+    advice = (
+        f"; set --optimizer.boundaries {steps * 2 // 3} {steps * 8 // 9} (2/3 and 8/9, as in the paper)" if late else ""
+    )
     return f"{' and '.join(named)}: not reached in training.steps {steps}{advice}" if named else None
 
 

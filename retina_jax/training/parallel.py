@@ -47,7 +47,8 @@ class Driver:
         devices, hosts = jax.devices(), jax.process_count()
         wanted = self.config.devices or len(devices)
         if wanted > len(devices):
-            raise ConfigError(f"devices: {wanted} requested, {len(devices)} found ({devices[0].platform})")
+            found = f"{wanted} requested, {len(devices)} found ({devices[0].platform})"
+            raise ConfigError(f"devices: {found}; use --devices 1, or 0 for all")
         if wanted % hosts:
             raise ConfigError(f"devices: {wanted} is not divisible by {hosts} hosts; use a multiple of {hosts}")
         of_host = [[d for d in devices if d.process_index == host][: wanted // hosts] for host in range(hosts)]
