@@ -113,6 +113,8 @@ def _for_help(value: Any, all_fields: bool, listed: str, prefix: str = "") -> An
             continue
         valid = ", ".join(filter(None, (known.unit, known.bounds)))
         text = docs.get(field.name, "") + (f" ({valid})" if valid else "")
+        if re.search("default: ", text, re.IGNORECASE):  # the text describes it; tyro would print another one
+            hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
         made.append((field.name, hint, dataclasses.field(default=part, metadata={"help": text})))
     return dataclasses.make_dataclass(kind.__name__, made, frozen=True)()
 

@@ -48,13 +48,13 @@ class Arguments:
     batch: int = 1
     """Images per repetition."""
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d"] = "resnet50"
-    """Backbone."""
+    """Backbone of step, forward, detect and compile."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of convolutions and logits."""
     rows: int = 0
     """Anchors of loss and match, candidates of nms; 0: 100000, 120000, 5000."""
     classes: int = 80
-    """Classes."""
+    """Number of classes of the network, and in loss and nms."""
     boxes: int = 0
     """Ground-truth boxes per image; 0: 7, COCO's mean, and 50 for match."""
     kept: int = 300

@@ -5,7 +5,7 @@ settings can be overridden (--detection.nms-iou 0.6, --data.short-side 800, --da
 --training.eval-images 500); the network cannot. For images without annotations (--data.val-annotations
 image_info_test-dev2017.json) a submission to COCO's server is written to RUN/detections. Test-time augmentation:
 --detection.tta-flip, --detection.tta-short-sides 500 700. A run with averaged parameters (EMA) is evaluated with them;
---detection.parameters raw uses the others.
+--detection.parameters raw uses the parameters without averaging.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Trains every point of one or several sweep files over a base config, each distin
 again, it skips runs that have ended, resumes interrupted ones and skips those that another process or machine trains. A run
 that diverges is recorded in DIR/FOLDER/diverged.json and is not tried again until you remove that file.
 
-    --list                    prints the points, their states and their costs, and writes nothing; without --workdir, no
-                              point has been run
+    --list                    prints the points, their states and their costs, and writes nothing; without --workdir,
+                              every point is listed as waiting
     --launcher local          runs --jobs points at a time on this machine (the default). Without a GPU or TPU the jobs share
                               the CPU's cores; with one, --jobs 1 gives each point the complete device
     --launcher slurm          submits one SLURM array: --slurm timeout_min=2880 gpus_per_node=8 slurm_partition=gpu

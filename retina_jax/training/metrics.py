@@ -23,7 +23,7 @@ from retina_jax.training.step import FINITE
 from retina_jax.training.writers import Board, WeightsAndBiases
 
 AHEAD_ON_CPU = 16
-"""Most steps that CPU devices have in flight: with some hundreds they wait for each other until XLA aborts."""
+"""Maximum number of steps that CPU devices have in flight: with some hundreds they wait for each other until XLA aborts."""
 FIRST_STEPS = 50  # without a positive anchor, after which a warning is given
 
 
