@@ -101,15 +101,14 @@ def _for_help(value: Any, all_fields: bool, listed: str, prefix: str = "") -> An
     hints, docs = typing.get_type_hints(kind, include_extras=True), _docstrings(kind)
     for field in dataclasses.fields(value):
         part, hint, known = getattr(value, field.name), hints[field.name], field.metadata.get("option", Option())
+        shown = known.basic or all_fields
         if dataclasses.is_dataclass(part):
             part = _for_help(part, all_fields, listed, "" if isinstance(part, Config) else f"{prefix}{field.name}.")
             if not dataclasses.fields(part):
                 continue
             extras = typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
             hint = Annotated[(type(part), *extras)] if extras else type(part)
-        elif kind.__module__ == Config.__module__ and not (
-            (known.basic or all_fields) and re.match(listed, prefix + field.name)
-        ):
+        elif kind.__module__ == Config.__module__ and not (shown and re.match(listed, prefix + field.name)):
             continue
         valid = ", ".join(filter(None, (known.unit, known.bounds)))
         text = docs.get(field.name, "") + (f" ({valid})" if valid else "")

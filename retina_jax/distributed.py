@@ -5,7 +5,7 @@ hosts take the same decisions from the same values, so that no host waits for a 
 
 If a host ends, the others end by JAX's heartbeat or by an error of the network library. Measured with two processes on one
 machine (JAX 0.10.2, gloo): host 0 ended within 2 seconds of host 1 inside a collective, and within 30 outside one; host 1
-within a second of host 0. The status was LOST, or SIGABRT where JAX ended it.
+within a second of host 0. The status was TRY_AGAIN, or SIGABRT where JAX ended it.
 """
 
 import contextlib
@@ -27,13 +27,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from retina_jax.config import ConfigError
-from retina_jax.errors import Stopped, ending, one_line, reason
+from retina_jax.errors import TRY_AGAIN, Stopped, ending, one_line, reason
 from retina_jax.interrupts import SIGNALS
 
 T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 30  # JAX's runtime ends all hosts if one of them has sent no heartbeat for this long
-LOST = 75  # exit status if another host is gone (EX_TEMPFAIL): the same command on all hosts resumes the run
 PRIMARY_GRACE_SECONDS = 2.0  # for the others to report their own error before host 0, JAX's coordinator, ends
 NETWORK = re.compile(r"\b(Gloo|NCCL|coordination service)\b", re.IGNORECASE)  # in the message of a failed collective
 
@@ -86,7 +85,7 @@ def joined(options: Hosts) -> Iterator[None]:
         if isinstance(error, ValueError | RuntimeError) and line is None and NETWORK.search(str(error)):
             how = "start all hosts again with the same command, and the run resumes from its newest checkpoint"
             line = f"error: the connection to another host failed ({reason(error)}); its log has the cause; {how}"
-            status = LOST
+            status = TRY_AGAIN
         if line is None:
             traceback.print_exc()
         else:
@@ -164,7 +163,7 @@ def _connect(options: Hosts) -> None:
     except (ValueError, RuntimeError) as error:
         how = "--distributed" if options.distributed else f"--coordinator {options.coordinator}"
         print(f"error: {how}: the hosts did not find each other: {str(error).splitlines()[0]}", file=sys.stderr)
-        end_at_once(LOST)  # a later start may find them; JAX's half-initialised runtime prevents an orderly exit
+        end_at_once(TRY_AGAIN)  # a later start may find them; JAX's half-initialised runtime prevents an orderly exit
 
 
 def _leave() -> None:

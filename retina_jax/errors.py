@@ -10,6 +10,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO,
 """Errors that libraries wrap in long messages of their own."""
 LONGEST_LINE, LONGEST_REASON, LONGEST_NAME = 1000, 200, 120
 """Maximum number of characters of a message, of a reason in it, and of a name in it."""
+TRY_AGAIN = 75  # exit status of a process that the same command would resume (EX_TEMPFAIL)
 # The code RESOURCE_EXHAUSTED does not suffice: a message that is too long for the network has it too.
 OUT_OF_MEMORY = re.compile(
     r"out of memory|CUDA_ERROR_OUT_OF_MEMORY|failed to allocate|attempting to (allocate|reserve)", re.IGNORECASE

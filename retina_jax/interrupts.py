@@ -34,7 +34,6 @@ def catch() -> None:
             signal.signal(number, end_at_start)
 
 
-if (
-    Path(getattr(sys.modules["__main__"], "__file__", None) or "").parent.name == "scripts"
-):  # not where they are imported
+# Not where the scripts are imported.
+if Path(getattr(sys.modules["__main__"], "__file__", None) or "").parent.name == "scripts":
     catch()

@@ -32,7 +32,8 @@ import tyro
 from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import load_config
-from retina_jax.sweeps.launchers import HELD, launch_local, launch_slurm
+from retina_jax.errors import TRY_AGAIN
+from retina_jax.sweeps.launchers import launch_local, launch_slurm
 from retina_jax.sweeps.points import Task, base_file, chosen, load_sweeps, open_sweep, tasks_of
 from retina_jax.sweeps.status import listing, run_point
 
@@ -124,10 +125,10 @@ def run_index(every_task: Sequence[Task], index: int, workdir: Path) -> int:
         with one_line_errors():
             state = run_point(workdir, point, train)
     except SystemExit as end:  # a stopped run ends with 0, but the point is not done
-        return {0: HELD, 2: 1}.get(end.code, end.code)
+        return {0: TRY_AGAIN, 2: 1}.get(end.code, end.code)
     result = "skipped, another worker trains it" if state.kind == "running" else state
     print(f"index {index}, {point.name}: {result}")
-    return HELD if state.kind == "running" else 0
+    return TRY_AGAIN if state.kind == "running" else 0
 
 
 if __name__ == "__main__":

@@ -226,9 +226,8 @@ class _Parser:
             return entry.get("segmentation")
         if self.segmentations is None:
             again = load_json(self.path, coco_entries.Segmentations)
-            if not isinstance(again, coco_entries.Segmentations) or len(again.annotations) != len(
-                self.lists["annotations"]
-            ):
+            same = isinstance(again, coco_entries.Segmentations)
+            if not same or len(again.annotations) != len(self.lists["annotations"]):
                 raise DataError(f"{self.path}: was changed while it was read; start again")
             self.segmentations = again.annotations
         raw = self.segmentations[index].segmentation

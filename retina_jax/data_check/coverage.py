@@ -197,7 +197,6 @@ def coverage_findings(shares: Shares) -> list[Finding]:
         kind = "hopeless" if 1 - uncovered < least else "poor" if not total and by_iou < POOR else None
         if kind is not None:
             text = f"{by_iou:.1%} by IoU, {by_low_quality:.1%} by the low-quality rule only, {uncovered:.1%} none"
-            found.append(
-                Finding(kind, "train", "all boxes" if total else share.name, f"{text}, of {share.boxes} boxes")
-            )
+            name = "all boxes" if total else share.name
+            found.append(Finding(kind, "train", name, f"{text}, of {share.boxes} boxes"))
     return found

@@ -221,9 +221,8 @@ class Analysis:
         self.records = [records[image_id] for image_id in image_ids]
         self.names = unique_names(sorted(source.categories))
         self.errors = classify_errors(ground_truth, detections)
-        self.precision = curves.precision[
-            ..., 0, -1
-        ]  # by IoU, recall and category; -1 for a category without an object
+        # By IoU, recall and category; -1 for a category without an object.
+        self.precision = curves.precision[..., 0, -1]
         now, then = float(precision_recall.coco_stats(curves)[0]), scores["AP"]
         self.note = ""
         if abs(now - (-1.0 if then is None else then)) >= 1e-6:

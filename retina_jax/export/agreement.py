@@ -130,9 +130,8 @@ def check(original: Detector, exported: ExportedDetector, images: Images) -> str
         text += f"; {untried} of {shapes} padded shapes were not tried"
     taken: tuple[list[float], list[float]] = ([], [])
     for turn in range(max(10, len(images))):
-        for detector, seconds in zip(
-            (original, exported), taken, strict=True
-        ):  # alternate: the machine's speed may change
+        # In turn, because the machine's speed may change.
+        for detector, seconds in zip((original, exported), taken, strict=True):
             start = time.perf_counter()
             detector.detect([images[turn % len(images)]])
             seconds.append(1e3 * (time.perf_counter() - start))

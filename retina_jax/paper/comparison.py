@@ -31,10 +31,8 @@ class Cell(NamedTuple):
 
 def build_report(sweeps: Sequence[SweepResult]) -> list[Section]:
     """Returns one section per sweep: the paper's tables in its order, then the user's own sweeps."""
-    order = [*TABLES, *OWN_TITLES]
-    return list(
-        map(Section, sorted(sweeps, key=lambda s: (order.index(s.name) if s.name in order else len(order), s.name)))
-    )
+    places = {name: place for place, name in enumerate((*TABLES, *OWN_TITLES))}
+    return [Section(sweep) for sweep in sorted(sweeps, key=lambda s: (places.get(s.name, len(places)), s.name))]
 
 
 class Section:

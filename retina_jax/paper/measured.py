@@ -186,9 +186,8 @@ def val_windows(
     batch_size = min(run.config.training.eval_batch_size or run.config.data.batch_size, 8)
     batches = eval_batches(source, run.config.data, batch_size=batch_size)
     log(f"applying the network to {len(source):,} images of {source.name} ...")
-    samples = sample_windows(
-        load_detector(folder, step="newest"), batches, positives=positives, negatives=negatives, seed=seed
-    )
+    detector = load_detector(folder, step="newest")
+    samples = sample_windows(detector, batches, positives=positives, negatives=negatives, seed=seed)
     kinds = {kind: sample.values() for kind, sample in zip(("positives", "negatives"), samples, strict=True)}
     if empty := [kind for kind, x_t in kinds.items() if not len(x_t)]:
         raise ConfigError(f"--workdir {folder}: its evaluation images have no {empty[0]} among their anchors")

@@ -94,9 +94,8 @@ def convert_detectron2(
 ) -> Converted:
     """Converts a RetinaNet of detectron2, or a backbone with its names. Arguments as in `convert_detectron`. A
     FrozenBatchNorm without running statistics, as in files converted from Caffe2, is an affine."""
-    return _converted(
-        converted.with_statistics(converted.renamed(state_dict, DETECTRON2, source)), "detectron2", source, class_names
-    )
+    weights = converted.with_statistics(converted.renamed(state_dict, DETECTRON2, source))
+    return _converted(weights, "detectron2", source, class_names)
 
 
 def _converted(weights: dict[str, np.ndarray], system: str, source: str, class_names: Sequence[str]) -> Converted:
