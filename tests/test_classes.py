@@ -251,8 +251,8 @@ def test_both_splits_decide_the_classes_and_a_run_keeps_its_classes(tmp_path: Pa
 
 def test_a_run_is_resumed_by_other_ids_unless_a_name_repeats(tmp_path: Path) -> None:
     for name in ("unique", "repeated"):
-        (tmp_path / name / "checkpoints" / "1").mkdir(parents=True)
         open_run(tmp_path / name, CONFIG, ("a", "b") if name == "unique" else ("a", "a"), (1, 2))
+        (tmp_path / name / "checkpoints" / "1").mkdir(parents=True)
     open_run(tmp_path / "unique", CONFIG, ("a", "b"), (2**50, -1))
     open_run(tmp_path / "repeated", CONFIG, ("a", "a"), (1, 2))
     for ids in ((2, 1), (1, 3)):

@@ -227,7 +227,7 @@ def test_annotations_without_a_box_are_dropped_and_counted(tmp_path: Path) -> No
 
     path, images = written(tmp_path, edit)
     source = read_coco(path, images)
-    assert source.counts["without_box"] == 3 and "3 without_box" in str(source)
+    assert source.counts["without_box"] == 3 and "3 without bbox" in str(source)
     assert [a["id"] for a in source.ground_truth["annotations"]] == [4, 5, 6, 7, 8]
     groups = {group.kind: group for group in check_data(Config(), {"train": (path, images)}).groups}
     assert [f.name for f in groups["without_box"].findings] == ["annotation 1", "annotation 2", "annotation 3"]

@@ -132,7 +132,7 @@ def test_the_number_of_micro_batches_may_change_if_the_loss_does_not_depend_on_i
     open_and_save(tmp_path, config, num_microbatches=8)
     open_run(tmp_path, override(config, {"training.accumulate": 4, "devices": 2}), NAMES, IDS, num_microbatches=8)
     with (
-        pytest.raises(ConfigError, match=r"into 8 .* into 4, .*loss.normaliser")
+        pytest.raises(ConfigError, match=r"into 8 .*loss.normaliser.* into 4")
         if refused
         else contextlib.nullcontext()
     ):
@@ -150,7 +150,7 @@ def test_batch_norm_with_micro_batches_keeps_its_devices(tmp_path: Path) -> None
     """The images that share statistics are those of one micro-batch of every device."""
     config = override(Config(), {"model.norm": "batch", "training.accumulate": 2})
     open_and_save(tmp_path, config, num_microbatches=8)
-    with pytest.raises(ConfigError, match=r"into 8 micro-batches .* into 4, and model.norm batch"):
+    with pytest.raises(ConfigError, match=r"into 8 micro-batches .*model.norm batch.* into 4"):
         open_run(tmp_path, config, NAMES, IDS, num_microbatches=4)
 
 
