@@ -249,7 +249,7 @@ def _typed(value: Any, hint: Any) -> Any:
     return value if type(value) is hint else INVALID
 
 
-def meaning_changes(old: Config, new: Config) -> list[str]:
+def training_changes(old: Config, new: Config) -> list[str]:
     """Returns "field: old -> new" for each difference that changes what a training step computes."""
     before, after, known = flatten(old), flatten(new), options(Config)
     changed = [k for k in before if before[k] != after[k]]

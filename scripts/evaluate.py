@@ -26,7 +26,7 @@ import tyro
 from retina_jax import distributed
 from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_io import flatten, meaning_changes, override, validate
+from retina_jax.config_io import flatten, override, training_changes, validate
 from retina_jax.console import warn
 from retina_jax.data.datasets import check_classes, open_source
 from retina_jax.detector import load_detector
@@ -76,7 +76,7 @@ def score(arguments: Arguments, settings: Config) -> None:
     config = validate(arguments.settings)
     usual = flatten(settings)
     others = {name: value for name, value in flatten(config).items() if value != usual[name]}
-    of_network = [change for change in meaning_changes(settings, config) if not change.startswith(INFERENCE)]
+    of_network = [change for change in training_changes(settings, config) if not change.startswith(INFERENCE)]
     if of_network:
         raise ConfigError(f"{'; '.join(of_network)}: the network must stay as it was trained; leave this option out")
     detector = load_detector(

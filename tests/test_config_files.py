@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from retina_jax.cli import parse_command_line
 from retina_jax.config import Config, ConfigError, LossConfig
-from retina_jax.config_io import flatten, from_dict, load_config, meaning_changes, options, override, to_dict, validate
+from retina_jax.config_io import flatten, from_dict, load_config, options, override, to_dict, training_changes, validate
 from retina_jax.runs.folder import config_of
 
 ROOT = Path(__file__).parents[1]
@@ -186,8 +186,8 @@ def test_json_with_a_wrong_field_or_type_is_refused_by_name() -> None:
 
 def test_only_fields_that_change_the_computation_are_changes() -> None:
     old = Config()
-    assert meaning_changes(old, override(old, {"training.log_every": 7, "parallel": "pmap", "data.workers": 3})) == []
-    assert meaning_changes(old, override(old, {"loss.gamma": 5.0, "seed": 3})) == [
+    assert training_changes(old, override(old, {"training.log_every": 7, "parallel": "pmap", "data.workers": 3})) == []
+    assert training_changes(old, override(old, {"loss.gamma": 5.0, "seed": 3})) == [
         "loss.gamma: 2.0 -> 5.0",
         "seed: 0 -> 3",
     ]

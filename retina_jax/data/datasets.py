@@ -73,7 +73,7 @@ def open_source(
     data: DataConfig, split: Literal["train", "val"], known: Sequence[Category] = (), *, unlabelled: bool = False
 ) -> Source:
     """Opens the training or the evaluation images; evaluation always keeps images without boxes. `known` are classes
-    that remain classes although the data has no box of them (`classes.placeholders`). With `unlabelled`, a COCO file
+    that remain classes although the data has no box of them (`classes.excluded_categories`). With `unlabelled`, a COCO file
     without `annotations` is accepted (`Source.labelled`). Raises ConfigError for a missing field, DataError for
     annotations that cannot be used and, in training, without a usable box. Logs the source's notes."""
     without_boxes = data.images_without_boxes if split == "train" else "keep"
@@ -125,8 +125,8 @@ def open_sources(
         nonlocal config
         source = open_source(config.data, "train", known)
         changes: dict[str, Any] = {"data.bits": source.decoding.bits or config.data.bits}
-        if config.data.orientation == "auto" and source.shown in ("stored", "turned"):
-            changes["data.undecided_orientation"] = source.shown
+        if config.data.orientation == "auto" and source.annotated_orientation in ("stored", "turned"):
+            changes["data.undecided_orientation"] = source.annotated_orientation
         config = override(config, changes)
         return source
 
@@ -134,7 +134,8 @@ def open_sources(
         train = val = open_train(known)
     else:
         train, val = open_both(open_train, lambda known: open_source(config.data, "val", known), known)
-        if config.data.orientation == "auto" and (train.shown, val.shown) == ("open", "stored"):
+        orientations = train.annotated_orientation, val.annotated_orientation
+        if config.data.orientation == "auto" and orientations == ("open", "stored"):
             stored = "the evaluation images are annotated as stored"
             log(f"EXIF orientation: {stored}; reading the training images the same way: {train.name} ...")
             config = override(config, {"data.undecided_orientation": "stored"})

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from retina_jax.config import ConfigError
 from retina_jax.console import warn
-from retina_jax.data.coco_entries import escapes, short
+from retina_jax.data.coco_entries import leads_outside, short
 
-MOST = 2_000_000  # files below a folder that are searched
-NAMED = 20  # missing files that are searched elsewhere, to report the places
+SEARCHED_FILES = 2_000_000  # files below a folder that are searched
+LOCATED = 20  # missing files that are searched elsewhere, to report the places
 SIBLINGS = 100  # folders next to the image folder in which a missing file is searched
 PREFIX = re.compile(r"[0-9a-f]{8}-(?=.)")  # what Label Studio puts before the names of files
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -45,8 +45,9 @@ def find_images(folder: Path, names: Sequence[str]) -> Places:
     def exists(path: str) -> bool:  # some systems ignore case: a name that is not listed may exist
         return os.path.basename(path) in names_in(os.path.dirname(path)) or os.path.exists(path)
 
-    paths = [os.path.join(root, part if escapes(name) else name) for name, part in zip(names, inside, strict=True)]
-    lost = {row for row, path in enumerate(paths) if escapes(names[row]) or not (inside[row] and exists(path))}
+    outside = [leads_outside(name) for name in names]
+    paths = [os.path.join(root, inside[row] if outside[row] else name) for row, name in enumerate(names)]
+    lost = {row for row, path in enumerate(paths) if outside[row] or not (inside[row] and exists(path))}
     found = {row: path for row in lost if inside[row] and exists(path := os.path.join(root, inside[row]))}
     below = _files_below(root) if len(found) < len(lost) else {}
 
@@ -66,7 +67,7 @@ def find_images(folder: Path, names: Sequence[str]) -> Places:
         if not inside[row] or parent in filled or (parent and os.path.isdir(os.path.join(root, parent))):
             continue  # the folder in the name exists: the file is missing, not elsewhere
         above = os.path.join(os.path.dirname(os.path.abspath(root)), inside[row])
-        if not escapes(names[row]) and exists(above):
+        if not outside[row] and exists(above):
             found[row] = above
             continue
         ends, parts = ends_of(os.path.basename(inside[row])), inside[row].split("/")
@@ -79,7 +80,7 @@ def find_images(folder: Path, names: Sequence[str]) -> Places:
     paths = [found.get(row, path) for row, path in enumerate(paths)]
     missing = dict.fromkeys(sorted(lost - set(found)), "")
     alike = {_stem(base): files[0] for base, files in below.items()} if missing else {}
-    for row in list(missing)[:NAMED]:
+    for row in list(missing)[:LOCATED]:
         missing[row] = _elsewhere(root, inside[row], below, alike)
     real = cache(os.path.realpath)
 
@@ -98,7 +99,7 @@ def _relative(name: str) -> str:
 
 
 def _files_below(root: str) -> dict[str, list[str]]:
-    """Maps the base names of the first MOST files below `root` to their relative paths; follows links to folders once."""
+    """Maps base names of files below `root`, at most SEARCHED_FILES, to their paths; follows links to folders once."""
     found, seen, count = defaultdict(list), set(), 0
     for folder, inner, files in os.walk(root, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
@@ -107,7 +108,7 @@ def _files_below(root: str) -> dict[str, list[str]]:
         seen.add(real)
         inner.sort()
         below = os.path.relpath(folder, root)
-        for name in sorted(files)[: MOST - count]:
+        for name in sorted(files)[: SEARCHED_FILES - count]:
             found[name].append(name if below == os.curdir else os.path.join(below, name))
             count += 1
     return found

@@ -28,8 +28,8 @@ FEWEST = 8  # rows that boxes are padded to at least, above that powers of two, 
 THREADS = 2  # images matched at the same time
 POOR = 0.9  # a class with a smaller share of boxes with an anchor of sufficient IoU gets a warning
 HOPELESS = 0.5  # if a smaller share of all boxes has any anchor, the data is not ready to train
-CLASS_HOPELESS = 0.1  # the same for a class of MANY boxes: it would never be detected
-MANY = 10
+CLASS_HOPELESS = 0.1  # the same for a class of CLASS_BOXES boxes: it would never be detected
+CLASS_BOXES = 10
 
 
 class Views(NamedTuple):
@@ -193,7 +193,7 @@ def coverage_findings(shares: Shares) -> list[Finding]:
     for share in (shares.total, *sorted(shares.classes, key=lambda share: share.part("by_iou"))):
         by_iou, by_low_quality, uncovered = map(share.part, ("by_iou", "by_low_quality", "uncovered"))
         total = share is shares.total
-        least = HOPELESS if total else CLASS_HOPELESS if share.boxes >= MANY else 0.0
+        least = HOPELESS if total else CLASS_HOPELESS if share.boxes >= CLASS_BOXES else 0.0
         kind = "hopeless" if 1 - uncovered < least else "poor" if not total and by_iou < POOR else None
         if kind is not None:
             text = f"{by_iou:.1%} by IoU, {by_low_quality:.1%} by the low-quality rule only, {uncovered:.1%} none"

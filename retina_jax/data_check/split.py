@@ -21,7 +21,7 @@ from retina_jax.data.classes import Category, unique_names
 from retina_jax.data.coco_document import DEFAULTS, Content, load_json, parse_document
 from retina_jax.data.coco_entries import Mistake, as_number
 from retina_jax.data.decoding import DECODING, NO_BOXES, is_one_colour, read_image, to_rgb
-from retina_jax.data.source import BadImage, Decoding, Record, Size, WrongSize, sort_boxes
+from retina_jax.data.source import BadImage, Decoding, Record, Size, WrongSize, classify_boxes
 from retina_jax.data_check.findings import Finding
 from retina_jax.errors import reason
 
@@ -42,7 +42,7 @@ class Split(Content):
     folder: Path
     annotation_ids: list[Any]  # id of each entry of the file's list of annotations; None without one
     mistakes: list[Mistake]
-    rules: dict[str, Bool[np.ndarray, " M"]]  # by rule of `sort_boxes`, the boxes it applies to
+    rules: dict[str, Bool[np.ndarray, " M"]]  # by rule of `classify_boxes`, the boxes it applies to
     records: list[Record]  # the records of training (of evaluation for val)
     record_images: list[int]  # row in `images` of each record
 
@@ -90,7 +90,7 @@ def read_split(
         folder=folder,
         annotation_ids=[entry.get("id") if isinstance(entry, dict) else None for entry in document["annotations"]],
         mistakes=mistakes,
-        rules=sort_boxes(content.boxes_xyxy, content.crowd, content.sizes_wh)[1],
+        rules=classify_boxes(content.boxes_xyxy, content.crowd, content.sizes_wh)[1],
         records=records,
         record_images=record_images,
     )

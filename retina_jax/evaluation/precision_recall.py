@@ -222,17 +222,19 @@ def _take_boxes(
     crowds: Bool[np.ndarray, " G"],
     thresholds: Float[np.ndarray, " T"],
 ) -> Int[np.ndarray, "A T N"]:
-    """Returns the box that each of N detections takes by area and threshold, -1: none."""
+    """Returns the box that each of N detections takes by area and threshold, -1: none. `pairs` are those of an IoU of the
+    lowest threshold or more. Detections of one rank are of different images or categories, and choose together."""
     boxes = np.full((len(ignored), len(thresholds), len(ranks)), -1, np.int32)
     taken = np.zeros((len(ignored), len(thresholds), len(crowds)), bool)
     detections, segment = np.unique(pairs.detections, return_inverse=True)
     turns = ranks[detections]
-    # Pairs in the order of the walk: the detection's rank, the detection, and which box it prefers.
+    # The pairs by the rank of their detection, then by detection, then by its preference: largest IoU, last of equals.
     order = np.lexsort((-pairs.boxes, -pairs.ious, segment, turns[segment]))
     walk = np.argsort(turns, kind="stable")
     detections, sizes = detections[walk], np.bincount(segment, minlength=len(walk))[walk]
     starts = np.concatenate([[0], sizes.cumsum()])
     segment = np.repeat(np.arange(len(walk)), sizes)
+    # For each area, boxes that are not ignored come first.
     by_area = [order[np.argsort(2 * segment + later[pairs.boxes[order]], kind="stable")] for later in ignored]
     preferred, ious = (array[np.stack(by_area)] for array in (pairs.boxes, pairs.ious))
 
@@ -242,6 +244,7 @@ def _take_boxes(
         for span in _spans(sizes[first:last], PAIRS // (len(ignored) * len(thresholds))):
             own = slice(first + span.start, first + span.stop)
             here = slice(starts[own.start], starts[own.stop])
+            # The first pair of each detection whose box is free and whose IoU reaches the threshold, by area and threshold.
             box, iou = preferred[:, None, here], ious[:, None, here]
             fits = ~taken[area, level, box] & (iou >= thresholds[None, :, None])
             nowhere = here.stop - here.start

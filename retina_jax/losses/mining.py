@@ -100,6 +100,8 @@ class _Walk(NamedTuple):
 
 
 def _one_to_three(examples: _Examples, batch: int, filled: bool) -> Bool[Array, " N"]:
+    """Returns the hardest surviving positives, at most a quarter of `batch`, and the hardest surviving negatives: with
+    `filled` as many as fill the batch (ohem_1_3), else 3 per positive (ohem_1_3_strict)."""
     positive = examples.positive
     index = lax.iota(jnp.int32, positive.shape[0])
 
@@ -108,6 +110,7 @@ def _one_to_three(examples: _Examples, batch: int, filled: bool) -> Bool[Array, 
         return _Walk(*_hardest(jnp.where(pool, remaining, -jnp.inf)), remaining, mined, taken)
 
     def climb(walk: _Walk) -> _Walk:
+        """Mines the anchor and moves to the next positive if it survives; else moves to the hardest that suppresses it."""
         at, remaining = walk.at, walk.remaining
         near = examples.suppressed_by(at)
         harder = near & ((remaining > remaining[at]) | ((remaining == remaining[at]) & (index < at)))
@@ -123,6 +126,7 @@ def _one_to_three(examples: _Examples, batch: int, filled: bool) -> Bool[Array, 
         )
 
     def step(walk: _Walk) -> _Walk:
+        """Mines the anchor, which survives because it is the hardest that remains, and removes those it overlaps."""
         at = walk.at
         take = ~positive[at]  # the positives are already mined
         return move(

@@ -47,7 +47,7 @@ class Result:
 
 @dataclass(frozen=True)
 class PointResult:
-    """Run of a sweep."""
+    """A point of a sweep with one seed, and what its run has measured."""
 
     name: str
     overrides: Mapping[str, Any]

@@ -37,7 +37,7 @@ def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def to_html(sections: Sequence[Section], title: str) -> str:
-    """Returns the page."""
+    """Returns the page of a report: one section per sweep, with its tables and charts; a single HTML file."""
     tables = [(section, charts_of(section)) for section in sections]
     return str(render("sweep.html", title=title, sections=[section.name for section in sections], tables=tables))
 

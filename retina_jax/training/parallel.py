@@ -83,12 +83,12 @@ class Driver:
 
     @cached_property
     def schedule(self) -> optax.Schedule:
-        """Learning rate by step."""
+        """Learning rate as a function of the step, from 0; for the batch over all devices and hosts."""
         return learning_rate_schedule(self.config.optimizer, self.config.data.batch_size)
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        """Gradient transformation."""
+        """The gradient transformation of `make_optimizer`, with `schedule`."""
         return make_optimizer(self.config.optimizer, self.schedule)
 
     @cached_property

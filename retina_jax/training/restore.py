@@ -36,8 +36,9 @@ RANDOM_FROZEN = (
 def restore_or_init(
     driver: Driver, run: Run, checkpoints: Checkpoints, allow_missing: Sequence[str] = ()
 ) -> tuple[TrainState, str]:
-    """Returns the state that training starts from, on the devices, and one line about its origin. `allow_missing`: parts of
-    the backbone that `model.backbone_weights` may lack. ConfigError if the hosts' states differ."""
+    """Returns the state that training starts from, on the devices, and one line about its origin: the first that exists of
+    a detector imported into the run (step 0), its newest checkpoint, the backbone in `model.backbone_weights`, random
+    weights. `allow_missing`: parts that the backbone file may lack. ConfigError if the hosts' states differ."""
     imported = fresh_import(run.folder)
     if imported is not None:
         variables, _ = load_variables(Driver(imported.config, len(imported.class_names)), checkpoints, 0)
@@ -64,7 +65,7 @@ def restore_or_init(
         if driver.config.model.frozen_stages or driver.config.model.norm == "frozen":
             origin = RANDOM_FROZEN
     if distributed.is_multihost():
-        facts = {"step": int(state.step), "sha256": parameters_sha256(state.everything)}
+        facts = {"step": int(state.step), "sha256": parameters_sha256(state.all_parameters)}
         distributed.check_same("the parameters that training starts from", facts)
     return state, origin
 

@@ -169,7 +169,7 @@ def check_hash(path: Path, named: Named, digest: str) -> None:
 
 
 def download(url: str, part: Path) -> None:
-    """Downloads to the file `part`, from its end on if it exists. Raises OSError if the download ends early."""
+    """Downloads `url` to the file `part`, or the rest of it if `part` exists. Raises OSError if the download ends early."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"User-Agent": "retina_jax", "Range": f"bytes={have}-"})
     try:

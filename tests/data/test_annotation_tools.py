@@ -272,7 +272,7 @@ def test_the_size_of_a_rotated_image_is_that_of_the_displayed_image(tmp_path: Pa
     (images / "1.png").write_bytes(encode(np.zeros((HEIGHT, WIDTH, 3), np.uint8), "PNG", exif=exif))
     source = read_coco(path, images)
     assert (source.records[1].width, source.records[1].height) == (HEIGHT, WIDTH)
-    assert 1 in source.unsized and with_decoding(source, DataConfig()).shown == "open"
+    assert 1 in source.unsized and with_decoding(source, DataConfig()).annotated_orientation == "open"
 
 
 def test_a_size_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -132,9 +132,7 @@ def test_the_number_of_micro_batches_may_change_if_the_loss_does_not_depend_on_i
     open_and_save(tmp_path, config, num_microbatches=8)
     open_run(tmp_path, override(config, {"training.accumulate": 4, "devices": 2}), NAMES, IDS, num_microbatches=8)
     with (
-        pytest.raises(ConfigError, match=r"into 8 .*loss.normaliser.* into 4")
-        if refused
-        else contextlib.nullcontext()
+        pytest.raises(ConfigError, match=r"into 8 .*loss.normaliser.* into 4") if refused else contextlib.nullcontext()
     ):
         open_run(tmp_path, config, NAMES, IDS, num_microbatches=4)
 
