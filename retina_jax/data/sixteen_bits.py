@@ -79,9 +79,7 @@ def to_eight_bits(values: UInt16[np.ndarray, "h w c"], bits: int) -> Image.Image
 
 @functools.cache
 def _warn_once(bits: int) -> None:
-    log.warning(
-        "warning: a 16-bit image has values above the range of %d bits, which become white; set data.bits", bits
-    )
+    log.warning("warning: a 16-bit image has values above %d bits, which become white; set data.bits", bits)
 
 
 def _combined(high: UInt8[np.ndarray, "h w c"], low: UInt8[np.ndarray, "h w c"]) -> UInt16[np.ndarray, "h w c"]:

@@ -75,9 +75,7 @@ class Source:
     missing: Mapping[int, str] = field(default_factory=dict)  # records without image file; where files of that name are
     decoding: Decoding = AS_VIEWERS  # how its image files are decoded; set by `survey.with_decoding`
     unsized: frozenset[int] = frozenset()  # records whose annotations have no size: it is that of the file
-    annotated_orientation: Orientation | Literal["open"] | None = (
-        None  # `survey.Votes.shown`; set by `survey.with_decoding`
-    )
+    annotated_orientation: Orientation | Literal["open"] | None = None  # `Votes.shown`; set by `survey.with_decoding`
 
     @cached_property
     def ground_truth(self) -> dict[str, Any]:

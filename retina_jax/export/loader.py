@@ -48,9 +48,7 @@ def load(path: str) -> ExportedDetector:
         with np.load(io.BytesIO(files.pop("parameters.npz")), allow_pickle=False) as arrays:
             parameters = [arrays[name] for name in arrays.files]
     except (zipfile.BadZipFile, zlib.error, EOFError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise LoadError(
-            f"{path}: not a complete file of scripts/export.py ({error}); copy or export it again"
-        ) from None
+        raise LoadError(f"{path}: not a complete file of export.py ({error}); copy or export it again") from None
     if version not in (FORMAT, PILLOW_FORMAT):
         raise LoadError(f"{path}: has format {version}, but this loader reads {FORMAT}; use the loader of its release")
     needed = {"flatbuffers": "flatbuffers"} | ({"PIL": "pillow"} if version == PILLOW_FORMAT else {})

@@ -162,10 +162,8 @@ class Checkpoints:
         if not (wrong := _first_failure(wrong)):
             return state, ""
         if distributed.from_primary((folder / CHECKSUMS).exists()):  # otherwise its run has deleted it meanwhile
-            found = f"its checksums match, but it cannot be loaded: {wrong}"
-            raise ConfigError(
-                f"{folder}: {found}; use the config it was trained with, and a folder that all hosts reach"
-            )
+            how = "use the config it was trained with, and a folder that all hosts reach"
+            raise ConfigError(f"{folder}: its checksums match, but it cannot be loaded: {wrong}; {how}")
         return None, wrong
 
     def _set_aside(self, damaged: dict[int, str], taken: int) -> None:
