@@ -64,8 +64,7 @@ def parse_command_line(arguments: type[T], defaults: T, argv: Sequence[str], des
     """Parses `argv` into the dataclass `arguments` with tyro; every failure is a ConfigError of one line.
 
     Booleans have two forms: `--data.no-flip` and `--data.flip False`. `--help` prints the script's own options and the basic
-    fields of a config, `--help-all` all of them; both exit, and list only fields whose dotted name matches `listed`, those
-    that the script uses.
+    fields of a config, `--help-all` all fields, of those whose dotted names match `listed`; both exit.
     """
     if {"-h", "--help", "--help-all"} & set(argv):
         every = _for_help(defaults, True, listed)
@@ -90,13 +89,11 @@ def parse_command_line(arguments: type[T], defaults: T, argv: Sequence[str], des
         # The first sentence in the box that tyro draws around an error.
         lines = [line.strip("│ ").strip() for line in printed.getvalue().splitlines() if line[:1] not in "╭╰"]
         sentence = itertools.takewhile(lambda line: set(line) != {"─"}, filter(None, lines))
-        text = " ".join(sentence) or "invalid command line; --help lists the options"
-        raise ConfigError(one_line(text)) from None
+        raise ConfigError(one_line(" ".join(sentence) or "invalid command line; --help lists the options")) from None
 
 
 def _for_help(value: Any, all_fields: bool, listed: str, prefix: str = "") -> Any:
-    """Returns a copy of a dataclass instance whose help has bounds and units; of configs, only the basic fields or all,
-    of those whose name, after `prefix`, matches `listed`."""
+    """Returns a copy of a dataclass instance whose help has bounds and units; of configs, only the fields to be listed."""
     kind, made = type(value), []
     hints, docs = typing.get_type_hints(kind, include_extras=True), _docstrings(kind)
     for field in dataclasses.fields(value):

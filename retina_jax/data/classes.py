@@ -88,11 +88,10 @@ def excluded_categories(
     """Returns the categories without annotations that are not classes, each with the reason:
 
     - empty parents: the supercategory of another category, or Roboflow's entry of the project, with id 0 and alone with
-      the supercategory "none"; unless `known`, the classes of a run or of the other split, contains it, or without
-      `known`, `empty_parents` is keep;
+      the supercategory "none". They are classes if `known`, the classes of a run or of the other split, contains them,
+      or without `known` if `empty_parents` is keep.
     - categories with the name of an annotated one, unless several of `known` share the name.
-
-    Every other category is a class: another split may have boxes of it."""
+    """
     parents = Counter(supercategories)
     names = {name for category_id, name in categories if category_id in annotated}
     kept, known_names = set(class_indices(known, categories)), Counter(name for _, name in known)
@@ -112,9 +111,8 @@ def excluded_categories(
 
 
 def open_both(train: Opener, val: Opener, known: Sequence[Category] = ()) -> tuple[Opened, Opened]:
-    """Opens the training and the evaluation data, each by a function of the classes that it must keep. A category that
-    training would leave out is a class if evaluation has boxes of it, unless `known`, the classes of a run to be
-    resumed, decide."""
+    """Opens the training and the evaluation data, each by a function of the classes that it must keep. Without `known`,
+    the classes of a resumed run, a category that training would leave out is a class if evaluation has boxes of it."""
     first = train(known)
     second = val(first.categories)
     every = [*first.categories, *first.left_out]

@@ -136,8 +136,7 @@ def open_sources(
         train, val = open_both(open_train, lambda known: open_source(config.data, "val", known), known)
         orientations = train.annotated_orientation, val.annotated_orientation
         if config.data.orientation == "auto" and orientations == ("open", "stored"):
-            stored = "the evaluation images are annotated as stored"
-            log(f"EXIF orientation: {stored}; reading the training images the same way: {train.name} ...")
+            log(f"EXIF orientation: evaluation images are annotated as stored; reading {train.name} the same way ...")
             config = override(config, {"data.undecided_orientation": "stored"})
             train = open_train(train.categories)
     if known:

@@ -102,8 +102,7 @@ def to_rgb(encoded: bytes, decoding: Decoding = AS_VIEWERS, *, expected_size: Si
         if image.format == "TIFF" and header.orientation in TURNS and ORIENTATION_TAG not in image.getexif():
             # Newer versions of PIL turn TIFFs when they load them.
             turn = None if turn is not None else UNDO[header.orientation]
-        shown = eight if turn is None else eight.transpose(turn)
-        return opaque(shown)
+        return opaque(eight if turn is None else eight.transpose(turn))
     except BadImage:
         raise
     except Exception as error:

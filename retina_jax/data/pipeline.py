@@ -156,8 +156,7 @@ class Batches(Iterator[Batch]):
             if is_one_colour(batch.images[row, :height, :width], boxes[boxes[:, 2] > boxes[:, 0]]):
                 self.one_colour.append(self._source.where(index))
                 if len(self.one_colour) <= LOGGED:
-                    fault = "image of (nearly) one colour; nothing can be learned from it, check the file"
-                    log.warning("warning: %s: %s", self.one_colour[-1], fault)
+                    log.warning("warning: %s: one colour, nothing to learn from; check the file", self.one_colour[-1])
 
     def _dataset(self) -> tf.data.Dataset:
         workers = self._data.workers or cores()

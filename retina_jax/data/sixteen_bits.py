@@ -64,8 +64,7 @@ def colours(values: UInt16[np.ndarray, "h w c"]) -> UInt16[np.ndarray, "h w _"]:
 
 def to_eight_bits(values: UInt16[np.ndarray, "h w c"], bits: int) -> Image.Image:
     """Returns the upper 8 of `bits` bits, in PIL's mode L, LA, RGB or RGBA. Overwrites `values`. Larger values become
-    white, which is logged once unless they are SATURATED. Alpha has `bits` bits if that is enough for all its values,
-    else 16."""
+    white, logged once unless they are SATURATED. Alpha has `bits` bits if they suffice for all its values, else 16."""
     shown = colours(values)
     if shown.max(initial=0) >= 2**bits and shown.max(initial=0, where=shown < SATURATED) >= 2**bits:
         _warn_once(bits)

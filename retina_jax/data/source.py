@@ -14,8 +14,12 @@ from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from retina_jax.data.classes import Category, class_indices, classes_error
 from retina_jax.errors import PlainError
 
-DROPPED = {"crowd": "crowd", "zero_size": "without area", "outside": "outside the image", "without_box": "without bbox"}
-"""Why a box is dropped, by key of `Source.counts`."""
+WHY_DROPPED = {
+    "crowd": "crowd",
+    "zero_size": "without area",
+    "outside": "outside the image",
+    "without_box": "without bbox",
+}
 Orientation = Literal["stored", "turned"]
 Size = tuple[int, int]  # width and height in pixels; height and width where a name ends in `_hw`
 ImageRow = tuple[int, str, int, int]  # id, file name, width and height in pixels (0, 0 if unknown)
@@ -114,8 +118,8 @@ class Source:
 
     @property
     def dropped(self) -> str:
-        """How many boxes are dropped, for each reason: "5 crowd, 2 without area"; "" if none is."""
-        return ", ".join(f"{self.counts[rule]} {why}" for rule, why in DROPPED.items() if self.counts.get(rule))
+        """The dropped boxes in `counts`: "5 crowd, 2 without area"; empty if there are none."""
+        return ", ".join(f"{self.counts[rule]} {why}" for rule, why in WHY_DROPPED.items() if self.counts.get(rule))
 
     @cached_property
     def sha256(self) -> str:

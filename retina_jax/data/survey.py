@@ -109,9 +109,8 @@ def with_decoding(source: Source, data: DataConfig) -> Source:
 
 
 def decoding_of_files(paths: Sequence[Path], data: DataConfig) -> Decoding:
-    """Returns how a detector of this config decodes image files without annotations, and logs what decided it. They are
-    turned as in image viewers unless data.orientation is stored. 16-bit images have the range of the training images
-    or, if there were none, their own."""
+    """Returns how a detector of this config decodes files without annotations, and logs what decided it: turned as in image
+    viewers unless data.orientation is stored; 16-bit images have the range of the training images, or else their own."""
     data = replace(data, orientation="turned" if data.orientation == "auto" else data.orientation)
     return _decide(survey_files([path.name for path in paths], paths, [(0, 0)] * len(paths)), data)
 
@@ -161,8 +160,7 @@ def read_headers(paths: Sequence[Path]) -> list[Header | str]:
 
 
 def read_sizes(annotations: Path, paths: Sequence[Path]) -> list[Header | str]:
-    """Returns `read_headers` of images whose annotations have no size; cached by path, length and time of change in one file
-    per annotation file."""
+    """Returns `read_headers`, cached by path, length and time of change in one file per annotation file."""
     digest = hashlib.sha256(str(annotations.absolute()).encode(errors="surrogatepass")).hexdigest()[:24]
     cache, stamps = cache_folder() / "image_sizes" / f"{digest}.json", {}
     for path in map(str, paths):

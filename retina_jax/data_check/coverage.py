@@ -1,5 +1,4 @@
-"""Anchor coverage: the boxes at the sizes of training, which of them get anchors by training's own matching, and counts by
-class, size and aspect ratio."""
+"""Anchor coverage: which boxes get anchors by training's own matching, and counts by class, size and aspect ratio."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -114,9 +113,7 @@ def _program(padded_hw: tuple[int, int], config: Config) -> Callable[..., tuple[
     grid = anchor_grid(padded_hw, config.anchors, config.model)
 
     @jax.jit
-    def cover_boxes(
-        boxes_xyxy: Float[Array, "G 4"], labels: Int[Array, " G"]
-    ) -> tuple[Float[Array, " G"], Int[Array, " G"]]:
+    def cover_boxes(boxes_xyxy: Float[Array, "G 4"], labels: Int[Array, " G"]) -> tuple[Array, Array]:
         matches = match(grid, boxes_xyxy, labels, config.matching)
         won = jnp.zeros(labels.shape, jnp.int32).at[matches.box_index].add((matches.labels >= 0).astype(jnp.int32))
         return iou_matrix(boxes_xyxy, grid).max(axis=1), won
@@ -142,8 +139,7 @@ class Share(NamedTuple):
     def as_dict(self) -> dict[str, str | int | float | None]:
         """Returns counts and shares for JSON; without boxes the shares are null."""
         kinds = ("by_iou", "by_low_quality", "uncovered")
-        parts = {f"{kind}_share": round(self.part(kind), 6) if self.boxes else None for kind in kinds}
-        return self._asdict() | parts
+        return self._asdict() | {f"{kind}_share": round(self.part(kind), 6) if self.boxes else None for kind in kinds}
 
 
 class Shares(NamedTuple):

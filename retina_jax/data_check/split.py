@@ -136,8 +136,7 @@ def _refusals(split: Split) -> list[Finding]:
     found = []
     for mistake, entry in entries:
         owners = {("images", _hashed(entry.get("image_id"))), ("categories", _hashed(entry.get("category_id")))}
-        orphaned = mistake.key == "annotations" and owners & gone
-        kind = "orphaned" if orphaned else REFUSED[mistake.key]
+        kind = "orphaned" if mistake.key == "annotations" and owners & gone else REFUSED[mistake.key]
         found.append(Finding(kind, split.name, mistake.place, mistake.text))
     return found
 

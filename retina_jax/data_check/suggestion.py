@@ -47,8 +47,7 @@ class Suggestion(NamedTuple):
 
 def suggest(records: Sequence[Record], config: Config, class_names: Sequence[str], before: Shares) -> Suggestion | None:
     """Returns the cheapest of some hundred settings that is GOOD, or if none is, CLOSE to the best; None if `config` is
-    good enough or no setting gains more than CLOSE. Larger images are tried only if no anchors are GOOD at the smaller
-    size."""
+    good enough or no setting gains more than CLOSE. Larger images are tried only if no anchors are GOOD before."""
     filled = [record for record in records if len(record.labels)]
     some = filled[:: max(1, sum(len(record.labels) for record in filled) // SEARCHED)]
     boxes = view_boxes(some, config.data)

@@ -37,6 +37,7 @@ CLASSIFICATION, LOCALISATION, BOTH, DUPLICATE, BACKGROUND, MISSED = range(len(KI
 RIGHT, LEFT_OUT = -1, -2  # a detection that found its object, or an object that was found; what counts neither way
 FOREGROUND_IOU = 0.5  # IoU from which a detection finds an object
 BACKGROUND_IOU = 0.1  # IoU up to which it is on background
+Mistakes = Literal["false_positives", "false_negatives"]
 RESULT_KEYS = {"image_id", "category_id", "bbox", "score"}  # keys of a detection in COCO's results format
 
 
@@ -117,9 +118,7 @@ def fixed_ap(errors: Errors, categories: int, kinds: Collection[int] = ()) -> Fl
     return _class_aps(errors, categories, right, kept, counted)
 
 
-def ap_without(
-    without: Literal["false_positives", "false_negatives"], errors: Errors, categories: int
-) -> Float[np.ndarray, " K"]:
+def ap_without(without: Mistakes, errors: Errors, categories: int) -> Float[np.ndarray, " K"]:
     """Returns AP50 of each category if all wrong detections are removed, or if objects that were not found do not count."""
     right = errors.of_found == RIGHT
     kept = right if without == "false_positives" else errors.of_found != LEFT_OUT

@@ -64,8 +64,7 @@ class CocoMatches(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """Results of COCOeval.accumulate by IoU threshold, recall, category, area and number of detections; -1 where a
-    category has no box of the area."""
+    """Precision by IoU threshold, recall, category, area and number of detections; -1 for a category without a box."""
 
     precision: Float[np.ndarray, "10 101 K 4 3"]  # the highest at this recall or above, 0 if none
     recall: Float[np.ndarray, "10 K 4 3"]  # the highest reached

@@ -65,18 +65,14 @@ def run_page(folder: Path) -> tuple[str, str]:
     aps = {name: [(float(n), s[name]) for n, s in scores_of if s[name] is not None] for name in list(SUMMARY)[:6]}
     ap_lines = [(name, of_name) for name, of_name in aps.items() if len(of_name) > 1]
     own, paper = flatten(record.config), flatten(Config())
+    differing = [name for name in own if paper[name] not in (None, own[name])]  # None is taken from the data
     page = render(
         "run.html",
         title=f"Run {folder.resolve().name}",
         sections=["run", "learning", "evaluations", "classes", *(["errors", "images"] if analysis else [])],
         headline=headline(record),
         facts=facts(record),
-        differences=[
-            # A paper value of None is taken from the data.
-            (name, show(value), show(paper[name]))
-            for name, value in own.items()
-            if value != paper[name] and paper[name] is not None
-        ],
+        differences=[(name, show(own[name]), show(paper[name])) for name in differing],
         changes=[(c.get("after_step"), c.get("field")) for c in changes if isinstance(c, dict)],
         settings=[(name, show(value)) for name, value in own.items()],
         curves=learning_curves(record.windows),

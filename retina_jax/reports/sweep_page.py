@@ -49,8 +49,7 @@ def to_markdown(sections: Sequence[Section], title: str, charts: Mapping[tuple[s
 
 def plain(text: str) -> str:
     """Returns `text` on one line, escaped so that Markdown shows it unchanged."""
-    one_line = " ".join(text.split())
-    return re.sub(r"([\\|*`\[\]])", r"\\\1", html.escape(one_line, quote=False))
+    return re.sub(r"([\\|*`\[\]])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 TEMPLATES.filters |= {"plain": plain, "address": quote}

@@ -96,8 +96,7 @@ def outcome(config: Config) -> dict[str, Any]:
 
 def digest(config: Config) -> str:
     """Returns eight hex digits of the outcome; runs with equal digests are the same. Only differences from the first
-    defaults of `Config` count, so that a new field keeps the names of existing folders, and a changed default does not
-    give a new run the name of an old one."""
+    defaults of `Config` count: a new field keeps the names of folders, and a changed default gives runs another name."""
     changed_since = {k: known.first_default for k, known in options(Config).items() if known.first_default is not None}
     defaults = outcome(Config()) | changed_since
     differing = {name: value for name, value in outcome(config).items() if value != defaults[name]}
@@ -248,8 +247,7 @@ def chosen(tasks: Sequence[Task], only: Sequence[str], seeds: Sequence[int] | No
 
 def distinct(tasks: Sequence[Task]) -> list[Task]:
     """Returns the first task of each folder."""
-    first = {task.point.folder: task for task in reversed(tasks)}
-    return sorted(first.values(), key=lambda task: task.index)
+    return sorted({task.point.folder: task for task in reversed(tasks)}.values(), key=lambda task: task.index)
 
 
 def _from_root(path: Path) -> str:

@@ -69,9 +69,8 @@ class Driver:
 
     @property
     def device_view(self) -> bool:
-        """Whether a step is written for the images of one device: under pmap; with accumulation, so that micro-batches are
-        added up before devices exchange them; and with grouped convolutions, for which the compiler would otherwise gather
-        the global batch on every device."""
+        """Whether a step is written for the images of one device: under pmap; with accumulation, to add up micro-batches
+        before devices exchange them; with grouped convolutions, for which the compiler would gather the global batch."""
         grouped = ARCHITECTURES[self.config.model.backbone].groups > 1
         return self.config.parallel == "pmap" or self.config.training.accumulate > 1 or grouped
 
