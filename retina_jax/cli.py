@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import io
 import itertools
+import re
 import sys
 import textwrap
 import typing
@@ -59,15 +60,16 @@ def option_value(argv: Sequence[str], option: str) -> str | None:
     return parser.parse_known_args(argv)[0].value
 
 
-def parse_command_line(arguments: type[T], defaults: T, argv: Sequence[str], description: str) -> T:
+def parse_command_line(arguments: type[T], defaults: T, argv: Sequence[str], description: str, listed: str = "") -> T:
     """Parses `argv` into the dataclass `arguments` with tyro; every failure is a ConfigError of one line.
 
     Booleans have two forms: `--data.no-flip` and `--data.flip False`. `--help` prints the script's own options and the basic
-    fields of a config, `--help-all` all of them; both exit.
+    fields of a config, `--help-all` all fields, of those whose dotted names match `listed`; both exit.
     """
     if {"-h", "--help", "--help-all"} & set(argv):
-        shown = _for_help(defaults, "--help-all" in argv)
-        if hidden := len(flatten(defaults)) - len(flatten(shown)):
+        every = _for_help(defaults, True, listed)
+        shown = every if "--help-all" in argv else _for_help(defaults, False, listed)
+        if hidden := len(flatten(every)) - len(flatten(shown)):
             description += f"\n{hidden} more options are fields of the config: --help-all lists them too."
         tyro.cli(type(shown), default=shown, args=["--help"], description=description)
     known: dict[str, Any] = {}
@@ -87,26 +89,28 @@ def parse_command_line(arguments: type[T], defaults: T, argv: Sequence[str], des
         # The first sentence in the box that tyro draws around an error.
         lines = [line.strip("│ ").strip() for line in printed.getvalue().splitlines() if line[:1] not in "╭╰"]
         sentence = itertools.takewhile(lambda line: set(line) != {"─"}, filter(None, lines))
-        text = " ".join(sentence) or "invalid command line; --help lists the options"
-        raise ConfigError(one_line(text)) from None
+        raise ConfigError(one_line(" ".join(sentence) or "invalid command line; --help lists the options")) from None
 
 
-def _for_help(value: Any, all_fields: bool) -> Any:
-    """Returns a copy of a dataclass instance whose help has bounds and units; of configs, only the basic fields or all."""
+def _for_help(value: Any, all_fields: bool, listed: str, prefix: str = "") -> Any:
+    """Returns a copy of a dataclass instance whose help has bounds and units; of configs, only the fields to be listed."""
     kind, made = type(value), []
     hints, docs = typing.get_type_hints(kind, include_extras=True), _docstrings(kind)
     for field in dataclasses.fields(value):
         part, hint, known = getattr(value, field.name), hints[field.name], field.metadata.get("option", Option())
+        shown = known.basic or all_fields
         if dataclasses.is_dataclass(part):
-            part = _for_help(part, all_fields)
+            part = _for_help(part, all_fields, listed, "" if isinstance(part, Config) else f"{prefix}{field.name}.")
             if not dataclasses.fields(part):
                 continue
             extras = typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
             hint = Annotated[(type(part), *extras)] if extras else type(part)
-        elif kind.__module__ == Config.__module__ and not (known.basic or all_fields):
+        elif kind.__module__ == Config.__module__ and not (shown and re.match(listed, prefix + field.name)):
             continue
         valid = ", ".join(filter(None, (known.unit, known.bounds)))
         text = docs.get(field.name, "") + (f" ({valid})" if valid else "")
+        if re.search("default: ", text, re.IGNORECASE):  # the text describes it; tyro would print another one
+            hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
         made.append((field.name, hint, dataclasses.field(default=part, metadata={"help": text})))
     return dataclasses.make_dataclass(kind.__name__, made, frozen=True)()
 

@@ -56,13 +56,13 @@ class ScenesConfig:
     classes: int = option(6, ">= 2, <= 12")
     """Object classes; each is one shape in one hue."""
     max_objects: int = option(5, ">= 0")
-    """Most objects in an image; each image has 0 to this many."""
+    """Maximum number of objects in an image; each image has 0 to this many."""
     min_side: float = option(8.0, ">= 4", unit="px")
     """Smallest object, square root of the box area."""
     max_side: float = option(56.0, ">= 4", unit="px")
     """Largest object, square root of the box area; at most 0.75 size."""
     lookalikes: int = option(4, ">= 0")
-    """Most distractors per image: the right shape in a wrong hue or the right hue in a wrong shape."""
+    """Maximum number of distractors per image: the right shape in a wrong hue or the right hue in a wrong shape."""
     seed: int = 0
     """Seed of the scenes."""
 
@@ -78,7 +78,7 @@ class DataConfig:
     train_images: str = option("", outcome=False, per_host=True, basic=True)
     """Folder of the training images (source coco)."""
     val_annotations: str = option("", resume=True, outcome="file name", per_host=True, basic=True)
-    """COCO JSON of the evaluation images. Paper: minival, instances_val2017.json. Empty: TFDS's features (source tfds)."""
+    """COCO JSON of the evaluation images. Paper: minival, instances_val2017.json. Empty: the boxes in TFDS (source tfds)."""
     val_images: str = option("", outcome=False, per_host=True, basic=True)
     """Folder of the evaluation images (source coco)."""
     tfds_name: str = "coco/2017"
@@ -122,9 +122,9 @@ class DataConfig:
     """Numbers of a bbox (source coco): xywh, COCO's corner and size in pixels; xyxy, two corners; cxcywh, centre and size;
     or fractions of the image's sides. auto: xywh, refused if the boxes look like another format."""
     crowds: Literal["ignore", "objects"] = option("ignore", resume=True)
-    """Annotations with iscrowd 1 (source coco): ignore, as COCO does, or objects, for tools that mark every mask so."""
+    """Annotations with iscrowd 1 (source coco): ignore (COCO), or objects, for tools that set iscrowd on every mask."""
     max_boxes: int = option(100, ">= 1")
-    """Most ground-truth boxes per image; further ones are dropped, counted and logged. COCO's largest number is 93."""
+    """Maximum number of ground-truth boxes per image; the others are dropped and counted. COCO's maximum is 93."""
     images_without_boxes: Literal["drop", "keep"] = "drop"
     """Training images without a box: drop (Detectron) or keep as background."""
     empty_parents: Literal["drop", "keep"] = "drop"
@@ -135,7 +135,7 @@ class DataConfig:
     """Whether boxes refer to the stored pixels or to the rotated ones (turned), if an image has an EXIF orientation. auto:
     decided from images whose annotated size fits only one of the two."""
     undecided_orientation: Literal["turned", "stored"] = "turned"
-    """Used by auto if no image decides. Training sets it from its training or evaluation images."""
+    """Used by data.orientation auto if no image decides; set automatically in training."""
     bits: Literal["auto", 8, 10, 12, 14, 16] = "auto"
     """Bits that 16-bit images use: 2^bits - 1 is white. auto: found on a sample of the training images."""
     workers: int = option(0, ">= 0", outcome=False, per_host=True)
@@ -163,7 +163,7 @@ class ModelConfig:
     norm: Literal["frozen", "group", "batch"] = "frozen"
     """Backbone normalisation: frozen BatchNorm (a fixed affine; Detectron), GroupNorm, or BatchNorm over all devices."""
     norm_groups: int = option(32, ">= 1")
-    """Groups of GroupNorm; lowered to a divisor of the channels if there are fewer channels."""
+    """Groups of GroupNorm; lowered to the largest divisor of the channels if it does not divide them."""
     frozen_stages: int = option(2, ">= 0, <= 5")
     """Number of fixed backbone stages, counted from the stem: 0 none, 1 stem, 2 stem and C2, ... 5 all. Detectron: 2."""
     min_level: int = option(3, ">= 2, <= 5")
@@ -233,7 +233,7 @@ class LossConfig:
     alpha: float = option(0.25, ">= 0, <= 1")
     """Weight of positives, 1 - alpha of negatives (not used by cross_entropy). Paper: 0.25 with gamma 2."""
     gamma: float = option(2.0, ">= 0", basic=True)
-    """Focusing parameter of focal (0 is cross entropy); steepness of focal_star, above 0. Paper: 2."""
+    """Focusing parameter of focal (0 is balanced cross entropy, equation 3); steepness of focal_star, above 0. Paper: 2."""
     star_beta: float = 0.0
     """Shift of focal_star, equation 7's beta. Paper: 1 with gamma 2, 0 with gamma 4."""
     hinge_margin: float = option(0.5, "> 0, <= 1")
@@ -300,7 +300,7 @@ class DetectionConfig:
     score_threshold: float = option(0.05, ">= 0, < 1", basic=True)
     """Scores at or below this are dropped. Paper: 0.05."""
     threshold_coarsest: bool = True
-    """Drop them on the coarsest level too. Detectron keeps all scores above 0 there."""
+    """Apply score_threshold on the coarsest level too; otherwise every score above 0 is kept there (Detectron)."""
     top_k: int = option(1000, ">= 1")
     """Number of best scores per pyramid level that are decoded. Paper: 1000."""
     nms_iou: float = option(0.5, "> 0, <= 1", basic=True)
@@ -309,7 +309,7 @@ class DetectionConfig:
     """When boxes are clipped to the image: before NMS (Detectron, torchvision), or after it; after_nms: then boxes without
     area are removed (detectron2)."""
     max_detections: int = option(100, ">= 1")
-    """Most detections per image. COCO: 100."""
+    """Maximum number of detections per image. COCO: 100."""
     parameters: Literal["ema", "raw"] = "ema"
     """Parameters for detection: their average if the run has one (optimizer.ema_decay), or the parameters themselves."""
     tta_flip: bool = False
@@ -345,10 +345,10 @@ class TrainingConfig:
     wandb: str = option("", outcome=False)
     """Weights & Biases project that receives metrics and pictures (pip install wandb); empty: none."""
     accumulate: int = option(1, ">= 1")
-    """Micro-batches per step and device (gradient accumulation): less memory, the same step, except that normalisers
-    per_device and ema count positives per micro-batch, and norm batch takes statistics of one accumulation step."""
+    """Micro-batches per step and device (gradient accumulation): less memory, the same step, except with model.norm batch
+    and with loss.normaliser per_device or ema, where each micro-batch counts as a device."""
     skip_non_finite: int = option(0, ">= 0", unit="steps")
-    """Most steps in a run that are skipped because of a non-finite loss, gradient or parameter; one more stops the run."""
+    """Maximum number of skipped steps, those with a non-finite loss, gradient or parameter; one more stops the run."""
     profile_steps: str = ""
     """FIRST:LAST, steps to record with the profiler, both included, in RUN/profile; empty: none."""
 

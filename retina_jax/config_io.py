@@ -21,6 +21,8 @@ from retina_jax.errors import one_line
 
 T = TypeVar("T")
 INVALID = object()  # result of `_typed` for a value of the wrong type
+VALID = {int: "an integer below 2^63", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
+VALID |= {tuple[int, ...]: "a list of integers", tuple[float, ...]: "a list of numbers"}
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 
@@ -127,8 +129,10 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
     if data.resize == "pillow" and data.pixels != "uint8":
         yield "data.pixels", "uint8 with data.resize pillow"
     most = 0.75 * scenes.size
-    if not scenes.min_side <= scenes.max_side <= most:
-        yield "data.scenes.min_side", f"at most max_side ({scenes.max_side}), and max_side at most 0.75 size ({most})"
+    if scenes.min_side > scenes.max_side:
+        yield "data.scenes.min_side", f"at most data.scenes.max_side ({scenes.max_side})"
+    if scenes.max_side > most:
+        yield "data.scenes.max_side", f"at most 0.75 data.scenes.size ({most})"
     if len(config.model.stage_blocks) not in (0, 4):
         yield "model.stage_blocks", "four numbers, or none"
     for name, values in (("scales", anchors.scales), ("ratios", anchors.ratios)):
@@ -224,10 +228,8 @@ def _build(kind: type, values: Any, where: str, prefix: str) -> Any:
             continue
         made[name] = _typed(value, hint := hints[name])
         if made[name] is INVALID:
-            right = "int below 2^63" if hint is int else str(hint) if typing.get_args(hint) else hint.__name__
-            if typing.get_origin(hint) is typing.Literal:
-                right = "one of " + ", ".join(map(str, typing.get_args(hint)))
-            raise ConfigError(f"{where}: {prefix}{name}: {reprlib.repr(value)} is not {right}")
+            right = VALID.get(hint) or " or ".join(VALID.get(kind, str(kind)) for kind in typing.get_args(hint))
+            raise ConfigError(f"{where}: {prefix}{name}: invalid value {reprlib.repr(value)}; must be {right}")
     return kind(**made)
 
 
@@ -247,7 +249,7 @@ def _typed(value: Any, hint: Any) -> Any:
     return value if type(value) is hint else INVALID
 
 
-def meaning_changes(old: Config, new: Config) -> list[str]:
+def training_changes(old: Config, new: Config) -> list[str]:
     """Returns "field: old -> new" for each difference that changes what a training step computes."""
     before, after, known = flatten(old), flatten(new), options(Config)
     changed = [k for k in before if before[k] != after[k]]

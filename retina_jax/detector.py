@@ -103,7 +103,7 @@ class Detector:
             return read_rgb(Path(image), decoding_of_files([Path(image)], self.config.data))
         if isinstance(image, Image.Image):
             if image.mode.startswith("I"):
-                raise ValueError(f"{called}: has more than 8 bits per value; give its file, or 8 bits")
+                raise ValueError(f"{called}: has more than 8 bits per value; pass its path, or convert it to 8 bits")
             image = opaque(ImageOps.exif_transpose(image))
         kind, shape = getattr(image, "dtype", type(image).__name__), getattr(image, "shape", ())
         if not isinstance(image, np.ndarray) or kind != np.uint8 or shape[2:] != (3,) or image.size == 0:

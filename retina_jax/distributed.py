@@ -3,7 +3,7 @@
 Every host runs the same command. Host 0, the primary, writes the run's folder and the log; the others print errors only. All
 hosts take the same decisions from the same values, so that no host waits for a collective that another never enters.
 
-If a host ends, the others end by JAX's heartbeat or by an error of the network library, with status LOST, or SIGABRT if JAX
+If a host ends, the others end by JAX's heartbeat or by an error of the network library, with status TRY_AGAIN, or SIGABRT if JAX
 ends them. docs/results/reliability.md has the times.
 """
 
@@ -26,13 +26,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from retina_jax.config import ConfigError
-from retina_jax.errors import Stopped, ending, one_line, reason
+from retina_jax.errors import TRY_AGAIN, Stopped, ending, one_line, reason
 from retina_jax.interrupts import SIGNALS
 
 T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 30  # JAX's runtime ends all hosts if one of them has sent no heartbeat for this long
-LOST = 75  # exit status if another host is gone (EX_TEMPFAIL): the same command on all hosts resumes the run
 PRIMARY_GRACE_SECONDS = 2.0  # for the others to report their own error before host 0, JAX's coordinator, ends
 NETWORK = re.compile(r"\b(Gloo|NCCL|coordination service)\b", re.IGNORECASE)  # in the message of a failed collective
 
@@ -42,7 +41,7 @@ class Hosts:
     """Options by which this process finds the others. On one host none is given."""
 
     distributed: bool = False
-    """Train on several hosts, which JAX finds through SLURM, Open MPI, Kubernetes or the TPU pod."""
+    """Run on several hosts, which JAX finds through SLURM, Open MPI, Kubernetes or the TPU pod."""
     coordinator: str = ""
     """Without --distributed: ADDRESS:PORT of host 0, the same on every host; a port that is free there."""
     hosts: int = 0
@@ -85,7 +84,7 @@ def joined(options: Hosts) -> Iterator[None]:
         if isinstance(error, ValueError | RuntimeError) and line is None and NETWORK.search(str(error)):
             how = "start all hosts again with the same command, and the run resumes from its newest checkpoint"
             line = f"error: the connection to another host failed ({reason(error)}); its log has the cause; {how}"
-            status = LOST
+            status = TRY_AGAIN
         if line is None:
             traceback.print_exc()
         else:
@@ -163,7 +162,7 @@ def _connect(options: Hosts) -> None:
     except (ValueError, RuntimeError) as error:
         how = "--distributed" if options.distributed else f"--coordinator {options.coordinator}"
         print(f"error: {how}: the hosts did not find each other: {str(error).splitlines()[0]}", file=sys.stderr)
-        end_at_once(LOST)  # a later start may find them; JAX's half-initialised runtime prevents an orderly exit
+        end_at_once(TRY_AGAIN)  # a later start may find them; JAX's half-initialised runtime prevents an orderly exit
 
 
 def _leave() -> None:

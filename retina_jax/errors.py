@@ -9,11 +9,10 @@ import traceback
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
 """Errors that libraries wrap in long messages of their own."""
 LONGEST_LINE, LONGEST_REASON, LONGEST_NAME = 1000, 200, 120
-"""Most characters of a message, of a reason in it, and of a name in it."""
+"""Maximum number of characters of a message, of a reason in it, and of a name in it."""
+TRY_AGAIN = 75  # exit status of a process that the same command would resume (EX_TEMPFAIL)
 # The code RESOURCE_EXHAUSTED does not suffice: a message that is too long for the network has it too.
-OUT_OF_MEMORY = re.compile(
-    r"out of memory|CUDA_ERROR_OUT_OF_MEMORY|failed to allocate|attempting to (allocate|reserve)", re.IGNORECASE
-)
+OUT_OF_MEMORY = re.compile(r"out.of.memory|failed to allocate|attempting to (allocate|reserve)", re.IGNORECASE)
 
 
 class PlainError(Exception):
@@ -64,7 +63,9 @@ def out_of_memory(error: BaseException, program: str = "a program", needed: obje
     detail = re.sub(r"^.*?RESOURCE_EXHAUSTED: ", "", str(error).strip().splitlines()[0])
     detail = re.sub(r"\b([0-9]{7,}) bytes", lambda match: size(int(match[1])), detail).rstrip(".: ")
     has = f"; a device has {size(limit)}" if limit else ""
-    helps = "use a smaller data.batch_size, or keep it with training.accumulate, model.remat True, model.dtype bfloat16"
+    training = "data.batch_size, or keep it with training.accumulate, model.remat True, model.dtype bfloat16"
+    inference = "--short-side (evaluate.py: --data.short-side or --training.eval-batch-size)"
+    helps = f"use a smaller {training if program.startswith('the step') else inference}"
     if jax.default_backend() == "gpu":
         helps += ", or, if nothing else runs on this GPU, XLA_PYTHON_CLIENT_MEM_FRACTION=0.92"
     return f"out of memory: {program} needs {needed or 'more than there is'}{has} ({detail}); {helps}"

@@ -27,7 +27,7 @@ from retina_jax.runs.files import write_bytes, write_json
 from retina_jax.runs.folder import Run
 from retina_jax.training.compilation import COMPILED, compile_events
 
-NOTHING = ImageDetections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
+NO_DETECTIONS = ImageDetections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
 
 
 def evaluate(
@@ -56,7 +56,7 @@ def evaluate(
     pictured = dict(itertools.islice(found.items(), training.pictures))
     if unread := set(range(len(records))) - set(found):
         warn(f"{len(unread)} images could not be read and score as images without detections")
-        found |= dict.fromkeys(unread, NOTHING)
+        found |= dict.fromkeys(unread, NO_DETECTIONS)
     results = []
     for index, d in sorted(found.items()):
         results += coco_results(records[index].image_id, d.boxes_xyxy, d.scores, d.labels, ids)

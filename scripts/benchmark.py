@@ -15,7 +15,7 @@ import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_type_hints
 
 import tyro
 from benchmarks.alternation import measure
@@ -25,11 +25,12 @@ from benchmarks.variants import HERE, OURS, PEERS
 from benchmarks.work import Task
 
 from retina_jax.cli import one_line_errors, parse_command_line
-from retina_jax.config import Config, ConfigError
+from retina_jax.config import Config, ConfigError, ModelConfig
 from retina_jax.console import cores
 
 ROWS = {"loss": 100_000, "match": 120_000, "nms": 5000}
 BOXES = {"match": 50}
+Backbone = get_type_hints(ModelConfig)["backbone"]
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,14 @@ class Arguments:
     """Padded shape, pixels: 512, or 800x1344 (height x width)."""
     batch: int = 1
     """Images per repetition."""
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d"] = "resnet50"
-    """Backbone."""
+    backbone: Backbone = "resnet50"
+    """Backbone of step, forward, detect and compile."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of convolutions and logits."""
     rows: int = 0
     """Anchors of loss and match, candidates of nms; 0: 100000, 120000, 5000."""
     classes: int = 80
-    """Classes."""
+    """Number of classes of the network, and in loss and nms."""
     boxes: int = 0
     """Ground-truth boxes per image; 0: 7, COCO's mean, and 50 for match."""
     kept: int = 300
@@ -98,12 +99,8 @@ def task_of(arguments: Arguments) -> Task:
             raise ConfigError(f"--{option} {getattr(arguments, option)}: give a number from 1")
     if not 0 <= arguments.cores <= cores():
         raise ConfigError(f"--cores {arguments.cores}: give 0 (not pinned) to {cores()}, the available cores")
-    if arguments.boxes > (most := Config().data.max_boxes) and arguments.name in (
-        "step",
-        "forward",
-        "detect",
-        "compile",
-    ):
+    of_network = arguments.name in ("step", "forward", "detect", "compile")
+    if arguments.boxes > (most := Config().data.max_boxes) and of_network:
         raise ConfigError(f"--boxes {arguments.boxes}: a training image has at most {most} (data.max_boxes)")
     given = {f.name: getattr(arguments, f.name) for f in fields(Task)}
     given["rows"] = arguments.rows or ROWS.get(arguments.name, 0)

@@ -29,7 +29,8 @@ from retina_jax.config_io import validate
 from retina_jax.console import log
 from retina_jax.data_check.check import Check, check_data, facts_of
 from retina_jax.reports.check_page import check_page, worst_pictures
-from retina_jax.runs.folder import config_of, write_json
+from retina_jax.runs.files import write_json
+from retina_jax.runs.folder import config_of
 
 OWN_DATA = Path(__file__).parents[1] / "configs" / "own_data.py"
 NOT_READY = 3
@@ -60,7 +61,8 @@ class Arguments:
 def main() -> None:
     """Checks, writes the page and the facts, prints a summary."""
     defaults = Arguments(*[tyro.MISSING] * 3, settings=config_of(sys.argv[1:], str(OWN_DATA)))
-    arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__)
+    used = r"(?!data\.(train|val)_(annotations|images)$)"
+    arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__, listed=used)
     config = validate(arguments.settings)
     if arguments.pictures < 0:
         raise ConfigError(f"--pictures: invalid value {arguments.pictures}; must be 0 or more")

@@ -5,7 +5,7 @@ settings can be overridden (--detection.nms-iou 0.6, --data.short-side 800, --da
 --training.eval-images 500); the network cannot. For images without annotations (--data.val-annotations
 image_info_test-dev2017.json) a submission to COCO's server is written to RUN/detections. Test-time augmentation:
 --detection.tta-flip, --detection.tta-short-sides 500 700. A run with averaged parameters (EMA) is evaluated with them;
---detection.parameters raw uses the others.
+--detection.parameters raw uses the parameters without averaging.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import tyro
 from retina_jax import distributed
 from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_io import flatten, meaning_changes, override, validate
+from retina_jax.config_io import flatten, override, training_changes, validate
 from retina_jax.console import warn
 from retina_jax.data.datasets import check_classes, open_source
 from retina_jax.detector import load_detector
@@ -37,6 +37,10 @@ from retina_jax.training.checkpoints import Step
 
 # These fields, and those that a resumed run may change, may differ from training.
 INFERENCE = ("data.", "training.")
+OVERRIDABLE = (
+    r"data\.(?!train_)|detection\.|training\.(eval_(images|batch_size)|evaluator|pictures)|cpu_kernels|parallel|devices"
+)
+"""Fields that `--help` lists."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Arguments:
     """Options of this script; all others are fields of the run's config."""
 
     workdir: Path
-    """Folder of the run."""
+    """Folder of the run; with --weights, the folder that receives the results."""
     settings: Annotated[Config, tyro.conf.arg(name="")]
     step: Step = "newest"
     """Saved step, best (the step with the highest AP) or newest."""
@@ -59,7 +63,8 @@ class Arguments:
 def main() -> None:
     """Evaluates the detector, writes RUN/evaluation/step_N.json, prints the COCO table."""
     settings = settings_of(sys.argv[1:])
-    arguments = parse_command_line(Arguments, Arguments(tyro.MISSING, settings), sys.argv[1:], __doc__)
+    defaults = Arguments(tyro.MISSING, settings)
+    arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__, listed=OVERRIDABLE)
     set_up_jax()
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM ends this at once
     with distributed.joined(arguments.together):
@@ -71,7 +76,7 @@ def score(arguments: Arguments, settings: Config) -> None:
     config = validate(arguments.settings)
     usual = flatten(settings)
     others = {name: value for name, value in flatten(config).items() if value != usual[name]}
-    of_network = [change for change in meaning_changes(settings, config) if not change.startswith(INFERENCE)]
+    of_network = [change for change in training_changes(settings, config) if not change.startswith(INFERENCE)]
     if of_network:
         raise ConfigError(f"{'; '.join(of_network)}: the network must stay as it was trained; leave this option out")
     detector = load_detector(

@@ -67,7 +67,7 @@ def main() -> None:
     defaults = Arguments(tyro.MISSING, detection=settings.detection)
     arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__)
     if (arguments.workdir is None) == (not arguments.weights):
-        raise ConfigError("--workdir: give either the folder of a run or --weights KIND:FILE")
+        raise ConfigError("--workdir: give the folder of a run, or --weights KIND:FILE, and not both")
     if arguments.format in REFUSED:
         raise ConfigError(f"--format {arguments.format}: {REFUSED[arguments.format]}; see docs/export.md")
     if arguments.count < 1:

@@ -2,7 +2,7 @@
 
 The run has the detector as step 0, and the config that its weights need. evaluate.py and predict.py use it like any other
 run; train.py --workdir RUN --data.train-annotations ... continues from it, with a new class head if the classes differ.
-The library is torchvision, timm, detectron2 or detectron. Instead of FILE, give the name of a published file to download it.
+The library is torchvision, detectron2 or detectron. Instead of FILE, give the name of a published file to download it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 import tyro
 
 from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
+from retina_jax.console import warn
 from retina_jax.model.summary import parameter_table
 from retina_jax.training.restore import make_run
 from retina_jax.weights.converted import report
@@ -53,7 +54,7 @@ def main() -> None:
     run = make_run(imported, arguments.workdir)
     print(parameter_table(imported.variables))
     if imported.missing:
-        print("warning: " + report({"missing and left random": imported.missing}))
+        warn(report({"missing and left random": imported.missing}))
     print(f"{len(imported.class_names)} classes; {arguments.weights} is step 0 of {run.folder}")
 
 

@@ -49,7 +49,7 @@ class Arguments:
     """Saved step, best (the step with the highest AP) or newest; default: the best, or the newest if none was evaluated."""
     score: float | None = None
     """Lowest score that is drawn; default: the one with the highest F1 in the evaluation of that step, or 0.3.
-    detections.json contains all detections that the run's config keeps."""
+    detections.json contains all detections above --detection.score-threshold."""
     short_side: int | None = None
     """Length that the shorter image side is resized to, pixels; None: as in training."""
     class_names: tuple[str, ...] = ()

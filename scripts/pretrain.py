@@ -46,7 +46,8 @@ class Arguments:
 
 def main() -> None:
     """Draws the crops, trains, writes the file and prints the accuracy on held-out crops."""
-    arguments = parse_command_line(Arguments, Arguments(config_of(sys.argv[1:], str(MINI))), sys.argv[1:], __doc__)
+    defaults = Arguments(config_of(sys.argv[1:], str(MINI)))
+    arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__, listed=r"model\.|seed$")
     set_up_jax()
     config = validate(arguments.settings)
     path = Path(config.model.backbone_weights)
@@ -60,7 +61,7 @@ def main() -> None:
     if config.model.input_normalisation != "imagenet":
         raise ConfigError("model.input_normalisation: must be imagenet for a backbone with torchvision's names")
     if path.exists():
-        print(f"{path} already exists")
+        print(f"keeping {path}; delete it to pretrain again")
         return
     count = -(-arguments.crops // ACROSS**2) * ACROSS**2
     train, held_out = draw_crops(count, config.seed), draw_crops(1800, config.seed, count)

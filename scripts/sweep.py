@@ -4,13 +4,13 @@ Trains every point of one or several sweep files over a base config, each distin
 again, it skips runs that have ended, resumes interrupted ones and skips those that another process or machine trains. A run
 that diverges is recorded in DIR/FOLDER/diverged.json and is not tried again until you remove that file.
 
-    --list                    prints the points, their states and their costs, and writes nothing; without --workdir, no
-                              point has been run
+    --list                    prints the points, their states and their costs, and writes nothing; without --workdir,
+                              every point is listed as waiting
     --launcher local          runs --jobs points at a time on this machine (the default). Without a GPU or TPU the jobs share
                               the CPU's cores; with one, --jobs 1 gives each point the complete device
     --launcher slurm          submits one SLURM array: --slurm timeout_min=2880 gpus_per_node=8 slurm_partition=gpu
     --index I                 runs one point in this process; I is $SLURM_ARRAY_TASK_ID, $JOB_COMPLETION_INDEX (Kubernetes),
-                              ...; exit status 0 if it is done or diverged, 75 if another worker trains it
+                              ...; exit status: 0 done or diverged; 75 stopped, or trained by another worker; 1 failed
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ import tyro
 from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import load_config
-from retina_jax.sweeps.launchers import HELD, launch_local, launch_slurm
+from retina_jax.errors import TRY_AGAIN
+from retina_jax.sweeps.launchers import launch_local, launch_slurm
 from retina_jax.sweeps.points import Task, base_file, chosen, load_sweeps, open_sweep, tasks_of
 from retina_jax.sweeps.status import listing, run_point
 
@@ -124,10 +125,10 @@ def run_index(every_task: Sequence[Task], index: int, workdir: Path) -> int:
         with one_line_errors():
             state = run_point(workdir, point, train)
     except SystemExit as end:  # a stopped run ends with 0, but the point is not done
-        return {0: HELD, 2: 1}.get(end.code, end.code)
+        return {0: TRY_AGAIN, 2: 1}.get(end.code, end.code)
     result = "skipped, another worker trains it" if state.kind == "running" else state
     print(f"index {index}, {point.name}: {result}")
-    return HELD if state.kind == "running" else 0
+    return TRY_AGAIN if state.kind == "running" else 0
 
 
 if __name__ == "__main__":

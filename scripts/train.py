@@ -31,7 +31,7 @@ from retina_jax.data.source import Source
 from retina_jax.detector import Detector
 from retina_jax.distributed import Interruption
 from retina_jax.evaluate import evaluate
-from retina_jax.evaluation.coco_scores import SUMMARY, Scores, coco_table, number
+from retina_jax.evaluation.coco_scores import SUMMARY, Scores, coco_table, score_text
 from retina_jax.model.summary import parameter_table
 from retina_jax.runs.folder import Clock, Run, config_of, finish_run, is_due, started_run, training_lock
 from retina_jax.training.checkpoints import Checkpoints
@@ -63,7 +63,7 @@ class Arguments:
     allow_changes: tuple[str, ...] = ()
     """Config fields, such as loss.gamma, that may differ from the run's config; each change is recorded in config.json."""
     together: Annotated[distributed.Hosts, tyro.conf.arg(name="")] = distributed.ALONE
-    """Several hosts."""
+    """Several hosts, which train one run together and share each batch."""
 
 
 def main() -> None:
@@ -143,12 +143,12 @@ def score_step(
     scores = evaluate(run, detector, source, step, check=partial(interruption.checked, step))
     checkpoints.score(step, scores.summary["AP"])
     metrics.evaluated(step, scores.summary)
-    log(f"step {step}: AP {number(scores.summary['AP'])}, AP50 {number(scores.summary['AP50'])}")
+    log(f"step {step}: AP {score_text(scores.summary['AP'])}, AP50 {score_text(scores.summary['AP50'])}")
 
 
 def report_end(run: Run, state: TrainState, clock: Clock, batches: Batches) -> None:
     """Writes summary.json; logs the last evaluation and the images of all hosts that were skipped or have one colour."""
-    summary = finish_run(run, int(state.step), clock.seconds(), parameters_sha256(state.everything))
+    summary = finish_run(run, int(state.step), clock.seconds(), parameters_sha256(state.all_parameters))
     if (evaluation := summary["evaluation"]) is not None:
         log(coco_table(Scores({name: evaluation[name] for name in SUMMARY}, evaluation["per_class"])))
     for what, names in (

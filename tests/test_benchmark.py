@@ -167,6 +167,29 @@ def test_the_networks_benchmarks_run(name: str, narrow: None) -> None:
     assert work.images == 2 and work.flops > 1e7 and work.facts["matmul_tflops"] > 0
 
 
+def test_the_benchmark_of_compilation_reports_the_size_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a trivial step; the tests' own compilation cache is used again afterwards."""
+
+    class Trivial:
+        config, num_classes = None, 3
+
+        def __init__(self, *arguments: object) -> None:
+            self.step = jax.jit(lambda state, inputs: state + inputs)
+
+        def init_state(self) -> jax.Array:
+            return jax.numpy.ones(1 << 20, "float32")
+
+    monkeypatch.setattr(network, "Driver", Trivial)
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        work = network.compile_step(TASK, Trivial(), Trivial().init_state())
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    assert work.facts["programs"] >= 1 and work.facts["program_mib"] == pytest.approx(12, abs=0.1)
+
+
 def test_detection_has_the_declared_number_of_scores_above_the_threshold(narrow: None) -> None:
     task = replace(TASK, name="detect", size="128")
     driver = network.Driver(network.config_of(task), 3)

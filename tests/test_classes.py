@@ -24,7 +24,7 @@ from small_sets import rectangles, write_coco
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import override
-from retina_jax.data.classes import Category, category_ids, class_indices, placeholders, unique_names
+from retina_jax.data.classes import Category, category_ids, class_indices, excluded_categories, unique_names
 from retina_jax.data.coco_entries import LARGEST_ID
 from retina_jax.data.datasets import open_sources, read_coco
 from retina_jax.data.source import Source
@@ -196,19 +196,19 @@ def test_empty_parents_and_unused_repeated_names_are_not_classes(
     listed: list[tuple[int, str, str | None]], annotated: set[int], dropped: set[int]
 ) -> None:
     categories, above = [entry[:2] for entry in listed], [entry[2] for entry in listed]
-    assert {i for i, _ in placeholders(categories, above, annotated)} == dropped
-    assert placeholders(categories, above, annotated, known=categories) == {}
-    kept = {i for i, _ in placeholders(categories, above, annotated, empty_parents="keep")}
+    assert {i for i, _ in excluded_categories(categories, above, annotated)} == dropped
+    assert excluded_categories(categories, above, annotated, known=categories) == {}
+    kept = {i for i, _ in excluded_categories(categories, above, annotated, empty_parents="keep")}
     assert kept == dropped - {0, 3}
 
 
 def test_the_classes_of_a_run_decide_which_categories_are_left_out() -> None:
     """A resumed run keeps its classes, and an unused repetition of a name does not hide the category with boxes."""
     parent = [(0, "things"), (1, "red")], ["none", None], {1}
-    assert placeholders(*parent, known=[(1, "red")], empty_parents="keep").keys() == {(0, "things")}
-    assert placeholders(*parent, known=parent[0]) == {}
+    assert excluded_categories(*parent, known=[(1, "red")], empty_parents="keep").keys() == {(0, "things")}
+    assert excluded_categories(*parent, known=parent[0]) == {}
     permuted = [(7, "red"), (3, "blue"), (2, "blue")]
-    left_out = placeholders(permuted, [None] * 3, {7, 3}, known=[(1, "red"), (2, "blue")])
+    left_out = excluded_categories(permuted, [None] * 3, {7, 3}, known=[(1, "red"), (2, "blue")])
     assert left_out.keys() == {(2, "blue")}
 
 

@@ -17,7 +17,8 @@ import yaml
 
 from retina_jax.config import Config
 from retina_jax.config_io import flatten
-from retina_jax.distributed import LOST, Hosts
+from retina_jax.distributed import Hosts
+from retina_jax.errors import TRY_AGAIN
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "scripts" / "cluster"
@@ -64,7 +65,7 @@ def test_options_of_train_py_in_scripts_and_readme_exist() -> None:
 def test_the_readme_is_short_and_names_the_exit_status_of_a_lost_host() -> None:
     readme = (CLUSTER / "README.md").read_text()
     assert len(readme.splitlines()) <= 40
-    assert f"| {LOST} on the others" in readme
+    assert f"| {TRY_AGAIN} on the others" in readme
 
 
 # SLURM
@@ -113,7 +114,7 @@ def test_slurm_ends_with_a_complete_run(tmp_path: Path) -> None:
     assert len(calls(tmp_path / "programs", "srun")) == 1
 
 
-@pytest.mark.parametrize("status", [0, LOST, 128 + signal.SIGKILL, 128 + signal.SIGTERM])
+@pytest.mark.parametrize("status", [0, TRY_AGAIN, 128 + signal.SIGKILL, 128 + signal.SIGTERM])
 def test_slurm_queues_a_run_again_that_was_stopped_or_lost_a_host(tmp_path: Path, status: int) -> None:
     assert slurm(tmp_path, f"exit {status}", restarts=3).returncode == 0
     assert calls(tmp_path / "programs", "scontrol") == ["requeue 17"]
@@ -125,7 +126,7 @@ def test_slurm_does_not_restart_a_run_with_an_error(tmp_path: Path) -> None:
 
 
 def test_slurm_restarts_a_run_at_most_20_times(tmp_path: Path) -> None:
-    ended = slurm(tmp_path, f"exit {LOST}", restarts=20)
+    ended = slurm(tmp_path, f"exit {TRY_AGAIN}", restarts=20)
     assert ended.returncode == 1 and "not complete after 20 restarts" in ended.stderr
     assert calls(tmp_path / "programs", "scontrol") == []
 
@@ -172,7 +173,7 @@ def test_kubernetes_counts_neither_sigterm_nor_a_lost_host_as_a_failure() -> Non
     assert by_status["onExitCodes"] == {
         "containerName": container()["name"],
         "operator": "In",
-        "values": [LOST, 128 + signal.SIGABRT],
+        "values": [TRY_AGAIN, 128 + signal.SIGABRT],
     }
     assert by_condition["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
 
@@ -190,7 +191,13 @@ def start_container(tmp_path: Path, train: str, late: str = "") -> subprocess.Po
 
 @pytest.mark.parametrize(
     ("train", "status"),
-    [("touch run/summary.json", 0), ("exit 0", LOST), (f"exit {LOST}", LOST), ("exit 2", 2), ("kill -9 $$", 137)],
+    [
+        ("touch run/summary.json", 0),
+        ("exit 0", TRY_AGAIN),
+        (f"exit {TRY_AGAIN}", TRY_AGAIN),
+        ("exit 2", 2),
+        ("kill -9 $$", 137),
+    ],
     ids=["complete", "stopped", "lost host", "error", "killed"],
 )
 def test_kubernetes_container_exit_status(tmp_path: Path, train: str, status: int) -> None:
@@ -214,7 +221,7 @@ def test_kubernetes_container_forwards_sigterm_and_waits_for_the_save(tmp_path: 
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(100) == LOST
+    assert process.wait(100) == TRY_AGAIN
     assert (tmp_path / "run" / "saved").exists()
 
 

@@ -86,8 +86,8 @@ def script(path: Path) -> ModuleType:
     sys.modules[module.__name__] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
 
-    def parse_only(*arguments: object) -> None:
-        made = cli.parse_command_line(*arguments)
+    def parse_only(*arguments: object, **options: object) -> None:
+        made = cli.parse_command_line(*arguments, **options)
         if isinstance(settings := getattr(made, "settings", None), Config):
             validate(settings)
         raise Parsed

@@ -45,7 +45,7 @@ import os, time
 from pathlib import Path
 from retina_jax.config import ConfigError
 from retina_jax.training.metrics import NonFiniteLoss
-from retina_jax.runs.folder import write_json
+from retina_jax.runs.files import write_json
 
 def train(config, folder):
     folder.mkdir(parents=True, exist_ok=True)

@@ -125,9 +125,7 @@ def _for_winograd(x: Array, kernel: Array, stride: int, groups: int) -> bool:
     return fits and _wide(kernel) and x.shape[1] * x.shape[2] >= 1024
 
 
-def _backward(
-    plain: Convolution, stride: int, groups: int, saved: tuple[Array, Array], dy: Array
-) -> tuple[Array, Array]:
+def _vjp(plain: Convolution, stride: int, groups: int, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = saved
     k, features = len(kernel), dy.shape[-1]
     by_winograd = _for_winograd(x, kernel, stride, groups)
@@ -158,4 +156,4 @@ def _backward(
     )
 
 
-convolve_on_cpu.defvjp(lambda f, x, kernel, *sizes: (convolve_on_cpu(f, x, kernel, *sizes), (x, kernel)), _backward)
+convolve_on_cpu.defvjp(lambda f, x, kernel, *sizes: (convolve_on_cpu(f, x, kernel, *sizes), (x, kernel)), _vjp)

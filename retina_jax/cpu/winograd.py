@@ -21,8 +21,7 @@ ROTATED = (3, 1, 2, 0)  # order of a kernel's four numbers along a side after ro
 
 def convolution(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
     """Convolves `x` with `kernel`."""
-    products = [patch @ tap for patch, tap in zip(_of_patches(x), _of_kernel(kernel), strict=True)]
-    return _outputs(products, x)
+    return _outputs([patch @ tap for patch, tap in zip(_of_patches(x), _of_kernel(kernel), strict=True)], x)
 
 
 def map_gradient(dy: Float[Array, "B H W D"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W C"]:

@@ -13,8 +13,8 @@ Sizes = Int64[np.ndarray, "M 2"]  # width and height of each box's image; 0 if u
 LAYOUTS = {"xywh": "x, y, width, height", "xyxy": "x1, y1, x2, y2", "cxcywh": "centre x, centre y, width, height"}
 SCALES = {100: "percent of the image's sides", 1000: "thousandths of the image's sides"}  # no option converts them
 NEARLY_ALL = 0.95  # share of the boxes that must agree with a format
-MOST = 0.5  # share of boxes outside their images from which on they are refused in any format; at least SEVERAL
-MANY = 0.2  # share of boxes far outside their images, read as xywh, from which on they are refused; at least SEVERAL
+OUTSIDE_REFUSED = 0.5  # share of boxes outside their images from which on any format is refused; at least SEVERAL
+FAR_REFUSED = 0.2  # the same for boxes that are far outside their images, read as xywh
 SEVERAL = 3
 SAMPLE = 100_000  # larger files are judged by some 50,000 to 100,000 boxes, evenly spread (860,000 take 1.4 s)
 SOME = 0.05  # share from which on there is a warning
@@ -108,7 +108,7 @@ def are_fractions(numbers: Numbers, sizes_wh: Sizes) -> bool:
     """Returns whether nearly all boxes are fractions of their image; some may extend beyond it."""
     large = _solid(numbers, sizes_wh, LEAST_SIDE)
     near = (np.abs(numbers[large] - 0.5) < 1.5).all(1)
-    return bool(large.any() and near.mean() >= NEARLY_ALL and _units(numbers, sizes_wh)[large].mean() >= MOST)
+    return bool(large.any() and near.mean() >= NEARLY_ALL and _units(numbers, sizes_wh)[large].mean() >= 0.5)
 
 
 def guess_other(numbers: Numbers, areas: Areas, sizes_wh: Sizes, chosen: BoxFormat) -> Guess | None:
@@ -125,23 +125,24 @@ def guess_other(numbers: Numbers, areas: Areas, sizes_wh: Sizes, chosen: BoxForm
     if chosen == "xyxy" and "xywh" in good and _areas_of_corners(numbers, areas) == -1:
         return Guess(("xywh",), False, f"{why}: their areas are width times height")
     if good and fit.get(chosen, 0.0) < NEARLY_ALL:
-        share = f"{fit.get(chosen, 0.0):.0%} of them are inside their images"
-        return Guess(good, False, f"{why}: read so, {share}, read as {' or '.join(good)} nearly all do")
+        share = f"with it, {fit.get(chosen, 0.0):.0%} of the boxes are inside their images"
+        return Guess(good, False, f"{why}: {share}; as {' or '.join(good)}, nearly all are")
     return None if fractions else guess_fractions(numbers, sizes_wh)
 
 
 def _guess_layout(numbers: Numbers, areas: Areas, sizes_wh: Sizes) -> Guess | None:
     """Does the work of `guess_format` for boxes with an area that are no fractions."""
     far = float((~_inside(numbers, "xywh", sizes_wh, 0.05)).mean())
-    many = far >= MANY and far * len(numbers) >= SEVERAL
+    many = far >= FAR_REFUSED and far * len(numbers) >= SEVERAL
     by_area = _areas_of_corners(numbers, areas)
     others = ("xyxy", "cxcywh") if by_area >= 0 or many else ("cxcywh",)
     formats = tuple(name for name in others if _inside(numbers, name, sizes_wh).mean() >= NEARLY_ALL)
     if by_area == 1 and "xyxy" in formats:
         return Guess(("xyxy",), True, "the boxes look like x1, y1, x2, y2: their areas are (x2 - x1) (y2 - y1)")
     if formats and far >= SOME:
-        why = f"the boxes look like {' or '.join(LAYOUTS[layout] for layout in formats)}: read as x, y, width, height "
-        return Guess(formats, many, f"{why}{far:.0%} of them extend far beyond their images, read so almost none does")
+        other = " or ".join(LAYOUTS[layout] for layout in formats)
+        share = f"as x, y, width, height, {far:.0%} extend far beyond their images"
+        return Guess(formats, many, f"the boxes look like {other}: {share}; as {other}, almost none")
     # Whether the boxes are in an image of `scale` by `scale`, and not all of them in its upper left.
     shares = {s: max(_inside(numbers / s, layout, np.ones_like(sizes_wh)).mean() for layout in LAYOUTS) for s in SCALES}
     scaled = [scale for scale, share in shares.items() if share >= NEARLY_ALL and numbers.max() >= scale / 2]
@@ -149,7 +150,7 @@ def _guess_layout(numbers: Numbers, areas: Areas, sizes_wh: Sizes) -> Guess | No
     if scaled:
         convert = f"they may be {' or '.join(SCALES[scale] for scale in scaled)}; if so, convert them to pixels"
     outside = (numbers[:, :2] >= sizes_wh).any(1) | (numbers[:, :2] + numbers[:, 2:] <= 0).any(1)
-    if outside.mean() >= MOST and outside.sum() >= SEVERAL:
+    if outside.mean() >= OUTSIDE_REFUSED and outside.sum() >= SEVERAL:
         return Guess((), True, f"{outside.mean():.0%} of the boxes are outside their images: {convert}")
     if many:
         return Guess((), False, f"{far:.0%} of the boxes extend far beyond their images: {convert}")

@@ -17,7 +17,7 @@ class HasClasses(Protocol):
 
     categories: list[Category]  # its classes, by label
     annotated: frozenset[int]  # ids of the categories with an annotation, crowds included
-    left_out: dict[Category, str]  # categories that are no classes, each with the reason (`placeholders`)
+    left_out: dict[Category, str]  # categories that are not classes, each with the reason (`excluded_categories`)
 
 
 Opened = TypeVar("Opened", bound=HasClasses)
@@ -58,7 +58,7 @@ def _with_ids(categories: Sequence[Category]) -> str:
     return ", ".join(f"{name} ({category_id})" for category_id, name in categories[:SHOWN])
 
 
-def differ(classes: Sequence[Category], categories: Sequence[Category], where: str) -> ConfigError:
+def classes_error(classes: Sequence[Category], categories: Sequence[Category], where: str) -> ConfigError:
     """Returns the error of a run of `classes` that cannot be resumed on data of `categories`."""
     sides = f"{len(classes)} classes ({listed(classes)}), the data has {len(categories)} ({listed(categories)})"
     return ConfigError(f"{where}: its run has {sides}; use the same data or another --workdir")
@@ -78,18 +78,20 @@ def listed(categories: Sequence[Category]) -> str:
     return ", ".join(unique_names(categories)[:SHOWN]) + (", ..." if len(categories) > SHOWN else "")
 
 
-def placeholders(
+def excluded_categories(
     categories: Sequence[Category],
     supercategories: Sequence[str | None],
     annotated: Collection[int],
     known: Sequence[Category] = (),
     empty_parents: Literal["drop", "keep"] = "drop",
 ) -> dict[Category, str]:
-    """Returns the categories that are no classes, each with the reason. None of them has an annotation. An empty parent
-    category is the supercategory of another one, or Roboflow's entry of the project, with id 0 and alone with the
-    supercategory "none". It is a class if it is one of `known`, the classes of a run or of the other split; with `known`,
-    `empty_parents` has no effect. A category with the name of an annotated one is left out too, unless several of `known`
-    share the name. Every other category is a class: another split may have boxes of it."""
+    """Returns the categories without annotations that are not classes, each with the reason:
+
+    - empty parents: the supercategory of another category, or Roboflow's entry of the project, with id 0 and alone with
+      the supercategory "none". They are classes if `known`, the classes of a run or of the other split, contains them,
+      or without `known` if `empty_parents` is keep.
+    - categories with the name of an annotated one, unless several of `known` share the name.
+    """
     parents = Counter(supercategories)
     names = {name for category_id, name in categories if category_id in annotated}
     kept, known_names = set(class_indices(known, categories)), Counter(name for _, name in known)
@@ -109,9 +111,8 @@ def placeholders(
 
 
 def open_both(train: Opener, val: Opener, known: Sequence[Category] = ()) -> tuple[Opened, Opened]:
-    """Opens the training and the evaluation data, each by a function of the classes that it must keep. A category that
-    training would leave out is a class if evaluation has boxes of it, unless `known`, the classes of a run to be
-    resumed, decide."""
+    """Opens the training and the evaluation data, each by a function of the classes that it must keep. Without `known`,
+    the classes of a resumed run, a category that training would leave out is a class if evaluation has boxes of it."""
     first = train(known)
     second = val(first.categories)
     every = [*first.categories, *first.left_out]

@@ -15,12 +15,12 @@ from jaxtyping import Int64
 from retina_jax.config import DataConfig
 from retina_jax.data import coco_entries
 from retina_jax.data.box_formats import boxes_in_pixels
-from retina_jax.data.classes import Category, placeholders, unique_names
-from retina_jax.data.coco_entries import CocoFile, Entry, Mistake, escapes, short
+from retina_jax.data.classes import Category, excluded_categories, unique_names
+from retina_jax.data.coco_entries import CocoFile, Entry, Mistake, leads_outside, short
 from retina_jax.data.decoding import Header
 from retina_jax.data.image_paths import Places, find_images
 from retina_jax.data.reading import read_file
-from retina_jax.data.source import BoxTable, DataError, Image, Size, paused_collector
+from retina_jax.data.source import BoxTable, DataError, ImageRow, Size, paused_collector
 from retina_jax.data.survey import read_sizes, survey_files
 from retina_jax.errors import reason
 
@@ -41,7 +41,7 @@ class Note(NamedTuple):
 class Content(BoxTable):
     """The boxes of a COCO JSON file, and how it was read; the classes are in the order of the file."""
 
-    left_out: dict[Category, str]  # categories that are no classes, each with the reason (`classes.placeholders`)
+    left_out: dict[Category, str]  # categories that are not classes, each with the reason (`excluded_categories`)
     rows: Rows  # position of each box in the file's list of annotations
     without_box: list[int]  # positions in that list of the annotations without a box: points and keypoints
     paths: list[str]  # file of each image, or where it should be; empty if the folder was not given
@@ -86,7 +86,7 @@ def parse_document(
     data: DataConfig = DEFAULTS,
 ) -> Content:
     """Returns the content of `document`: a CocoFile, or any JSON value. `known` are classes that stay classes without a box
-    (`classes.placeholders`). Without a `folder`, images are not located, and missing sizes stay 0. The first mistake raises
+    (`excluded_categories`). Without a `folder`, images are not located, and missing sizes stay 0. The first mistake raises
     DataError. With a list of `mistakes`, entries that cannot be used are added to it and left out, refused notes are kept,
     and only a file without its three lists raises DataError."""
     if not isinstance(document, CocoFile | dict):
@@ -121,7 +121,7 @@ class _Parser:
             text = f"numbers are written as text ({counted}); they are read as numbers"
             self.notes.append(Note("text_numbers", text))
         above = [entry.supercategory if isinstance(entry.supercategory, str) else None for entry in listed]
-        left_out = placeholders(categories, above, table.annotated, known, self.data.empty_parents)
+        left_out = excluded_categories(categories, above, table.annotated, known, self.data.empty_parents)
         is_class = np.array([category not in left_out for category in categories], bool)
         classes = [category for category in categories if category not in left_out]
         columns = vars(table) | {"categories": classes, "labels": (np.cumsum(is_class) - 1)[table.labels]}
@@ -173,11 +173,11 @@ class _Parser:
 
     def locate(
         self, positions: Sequence[int], entries: list[coco_entries.ImageEntry], folder: Path | None
-    ) -> tuple[list[Image], list[str], dict[int, str], frozenset[int]]:
+    ) -> tuple[list[ImageRow], list[str], dict[int, str], frozenset[int]]:
         """Returns the images and their `Content.paths`, `missing` and `unsized`; refuses names that lead out of `folder`."""
         images = [(e.id, e.file_name, *((e.width, e.height) if e.width and e.height else (0, 0))) for e in entries]
         names = [entry.file_name for entry in entries]
-        places = Places([""] * len(names), {row: "" for row, name in enumerate(names) if escapes(name)}, [])
+        places = Places([""] * len(names), {row: "" for row, name in enumerate(names) if leads_outside(name)}, [])
         sizes: dict[int, Size | str] = {}
         if folder is not None:
             places = find_images(folder, names)
@@ -189,7 +189,7 @@ class _Parser:
         kept, missing = [], {}
         for row, index in enumerate(positions):
             size, place = sizes.get(row), f"; {places.missing[row]}" if places.missing.get(row) else ""
-            if row in places.missing and escapes(names[row]):
+            if row in places.missing and leads_outside(names[row]):
                 wrong = f"file_name must be a path inside the image folder, not {short(names[row])}"
                 self.refuse("images", index, wrong + place)
             elif isinstance(size, str):
@@ -203,7 +203,7 @@ class _Parser:
         unsized = frozenset(place for place, row in enumerate(kept) if row in sizes)
         return [images[row] for row in kept], [places.paths[row] for row in kept if folder], missing, unsized
 
-    def missing_sizes(self, images: list[Image], paths: list[Path]) -> dict[int, Size | str]:
+    def missing_sizes(self, images: list[ImageRow], paths: list[Path]) -> dict[int, Size | str]:
         """Returns the width and height of the files of images without a size, by row, or why a file cannot be read.
         They are turned by their EXIF orientation or not as the other images show (`survey.Votes`)."""
         unsized = [row for row, image in enumerate(images) if not image[2]]
@@ -232,7 +232,7 @@ class _Parser:
         raw = self.segmentations[index].segmentation
         return msgspec.json.decode(raw) if bytes(raw) else None
 
-    def boxes(self, images: list[Image], categories: list[Category]) -> tuple[BoxTable, Rows, list[int]]:
+    def boxes(self, images: list[ImageRow], categories: list[Category]) -> tuple[BoxTable, Rows, list[int]]:
         """Returns the boxes of `categories`, and `Content.rows` and `without_box`; notes what the boxes look like."""
         positions, found = self.entries("annotations", coco_entries.AnnotationEntry)
         row_of = {image[0]: row for row, image in enumerate(images)}

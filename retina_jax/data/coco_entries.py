@@ -130,13 +130,13 @@ def parse_entry(entry: Any, kind: type[Entry], texts: Counter[str]) -> Entry:
 
 
 def as_number(value: Any) -> Any:
-    """Returns the number that a text is, and integers for 3.0 and "3"; any other value unchanged."""
+    """Returns a decimal text as a number, and a number without fraction as an integer ("3" and 3.0: 3); others unchanged."""
     if isinstance(value, str) and DECIMAL.fullmatch(value):
         value = float(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def escapes(name: str) -> bool:
+def leads_outside(name: str) -> bool:
     """Returns whether a file name leads out of the folder that it is relative to: an absolute path, a drive, or `..`."""
     return name.startswith(("/", "\\")) or bool(DRIVE.match(name)) or ".." in name.replace("\\", "/").split("/")
 

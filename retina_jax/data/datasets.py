@@ -73,7 +73,7 @@ def open_source(
     data: DataConfig, split: Literal["train", "val"], known: Sequence[Category] = (), *, unlabelled: bool = False
 ) -> Source:
     """Opens the training or the evaluation images; evaluation always keeps images without boxes. `known` are classes
-    that remain classes although the data has no box of them (`classes.placeholders`). With `unlabelled`, a COCO file
+    that remain classes although the data has no box of them (`classes.excluded_categories`). With `unlabelled`, a COCO file
     without `annotations` is accepted (`Source.labelled`). Raises ConfigError for a missing field, DataError for
     annotations that cannot be used and, in training, without a usable box. Logs the source's notes."""
     without_boxes = data.images_without_boxes if split == "train" else "keep"
@@ -82,8 +82,8 @@ def open_source(
 
         annotations = "" if split == "train" else data.val_annotations
         if annotations and not os.path.exists(annotations):
-            features = f"the features of {data.tfds_name}, whose areas are truncated to integers"
-            warn(f"data.val_annotations: {annotations} does not exist; evaluating against {features}")
+            found = f"{annotations} does not exist; set it to instances_val2017.json for exact areas"
+            warn(f"data.val_annotations: {found}. Using the boxes in {data.tfds_name} of TFDS instead")
             annotations = ""
         name, folder, of_split = data.tfds_name, data.tfds_folder, getattr(data, f"tfds_{split}_split")
         options = {"ground_truth_annotations": annotations, "empty_parents": data.empty_parents}
@@ -103,8 +103,9 @@ def open_source(
     for note in source.notes:
         warn(f"{source.name}: {note}")
     if split == "train" and not any(len(record.labels) for record in source.records):
-        hint = "; data.crowds objects takes crowds as objects" if source.counts["crowd"] else ""
-        raise DataError(f"{source.name}: has no usable box ({source.counts}); training needs at least one{hint}")
+        hint = "; with data.crowds objects, crowds are objects" if source.counts["crowd"] else ""
+        found = f"no usable box: {source.dropped or 'none is annotated'}"
+        raise DataError(f"{source.name}: {found}; training needs at least one{hint}")
     source = with_decoding(source, data)
     if split == "val" and data.bits == "auto" and source.decoding.bits:
         used = f"the range found here, {source.decoding.bits} bits, is used; data.bits sets another"
@@ -124,8 +125,8 @@ def open_sources(
         nonlocal config
         source = open_source(config.data, "train", known)
         changes: dict[str, Any] = {"data.bits": source.decoding.bits or config.data.bits}
-        if config.data.orientation == "auto" and source.shown in ("stored", "turned"):
-            changes["data.undecided_orientation"] = source.shown
+        if config.data.orientation == "auto" and source.annotated_orientation in ("stored", "turned"):
+            changes["data.undecided_orientation"] = source.annotated_orientation
         config = override(config, changes)
         return source
 
@@ -133,8 +134,9 @@ def open_sources(
         train = val = open_train(known)
     else:
         train, val = open_both(open_train, lambda known: open_source(config.data, "val", known), known)
-        if config.data.orientation == "auto" and (train.shown, val.shown) == ("open", "stored"):
-            log(f"reading the training images as stored, as the evaluation images show it: {train.name} ...")
+        orientations = train.annotated_orientation, val.annotated_orientation
+        if config.data.orientation == "auto" and orientations == ("open", "stored"):
+            log(f"EXIF orientation: evaluation images are annotated as stored; reading {train.name} the same way ...")
             config = override(config, {"data.undecided_orientation": "stored"})
             train = open_train(train.categories)
     if known:
@@ -150,7 +152,8 @@ def open_sources(
     log(f"train: {train}\nval: {val}")
     images, boxes = overflow(train, config.data)
     if boxes:
-        warn(f"data.max_boxes leaves out {boxes} boxes of {images} images")
+        most = max(len(record.labels) for record in train.records)
+        warn(f"data.max_boxes leaves out {boxes} boxes of {images} images; set --data.max-boxes {most} to keep them")
     return train, val, config
 
 

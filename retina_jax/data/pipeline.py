@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -15,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 
 from retina_jax.config import DataConfig
+from retina_jax.console import cores
 from retina_jax.data import sampler, transforms
 from retina_jax.data.decoding import DECODING, is_one_colour, is_plain_jpeg, to_rgb
 from retina_jax.data.reading import SlowReadMonitor, read_again
@@ -25,9 +25,9 @@ from retina_jax.errors import reason
 log = logging.getLogger(__name__)
 # Larger images (in pixels) are decoded and resized within the budget `DECODING`, which bounds the memory that they use.
 LARGE = 2**22
-NAMED = 5  # number of images of one colour that are logged; all are counted
+LOGGED = 5  # number of images of one colour that are logged; all are counted
 LOOK_AHEAD = 1000  # largest number of batches that `Batches.padded_shapes` checks
-NOTHING = np.zeros((0, 0, 3), np.uint8)
+NO_IMAGE = np.zeros((0, 0, 3), np.uint8)
 
 
 class Batch(NamedTuple):
@@ -140,14 +140,14 @@ class Batches(Iterator[Batch]):
                 raise self._bad[index]
             name = self._source.where(index)
             if name not in self.skipped:
-                log.warning("skipped: %s", self._bad[index])
+                log.warning("warning: skipped: %s", self._bad[index])
             self.skipped[name] += 1
         self._check_colours(batch)
         self._step += 1
         return batch
 
     def _check_colours(self, batch: Batch) -> None:
-        """Checks each image of the dataset once; logs the first NAMED of one colour."""
+        """Checks each image of the dataset once; logs the first LOGGED of one colour."""
         for row in np.flatnonzero(batch.valid & ~self._seen[batch.indices]).tolist():
             index, (height, width), boxes = int(batch.indices[row]), batch.image_sizes[row], batch.boxes_xyxy[row]
             if self._seen[index]:  # an earlier row of this batch
@@ -155,12 +155,11 @@ class Batches(Iterator[Batch]):
             self._seen[index] = True
             if is_one_colour(batch.images[row, :height, :width], boxes[boxes[:, 2] > boxes[:, 0]]):
                 self.one_colour.append(self._source.where(index))
-                if len(self.one_colour) <= NAMED:
-                    log.warning("image of (nearly) one colour: %s", self.one_colour[-1])
+                if len(self.one_colour) <= LOGGED:
+                    log.warning("warning: %s: one colour, nothing to learn from; check the file", self.one_colour[-1])
 
     def _dataset(self) -> tf.data.Dataset:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = self._data.workers or cores
+        workers = self._data.workers or cores()
         options = tf.data.Options()
         options.deterministic = True
         options.autotune.enabled = False
@@ -205,7 +204,7 @@ class Batches(Iterator[Batch]):
             # Raised in `__next__`, as TensorFlow would turn it into another error.
             self._bad[index] = error
             size, scales, black = np.ones(2, np.int32), np.ones(2, np.float32), np.zeros((1, 1, 3), data.pixels)
-            return b"", NOTHING, black, False, shape, size, boxes, labels, np.int64(index), False, scales
+            return b"", NO_IMAGE, black, False, shape, size, boxes, labels, np.int64(index), False, scales
         scales = np.array([width / record.width, height / record.height])
         n = min(len(record.labels), data.max_boxes)
         # In float64, so that a box that ends at the image's edge still does after the resize.
@@ -220,7 +219,7 @@ class Batches(Iterator[Batch]):
         if index in self._bad:
             raise self._bad[index]
         record, data = self._source.records[index], self._data
-        not_resized = NOTHING.astype(data.pixels)
+        not_resized = NO_IMAGE.astype(data.pixels)
         try:
             with self._reads.reading(index):
                 encoded = read_again(lambda: self._source.read(index), self._source.where(index))
@@ -232,10 +231,10 @@ class Batches(Iterator[Batch]):
             if pixels > LARGE:
                 with DECODING.share(pixels):
                     image = to_rgb(encoded, decoding, **annotated)
-                    return b"", NOTHING, transforms.resize_large(image, size_hw, data.resize, data.pixels)
+                    return b"", NO_IMAGE, transforms.resize_large(image, size_hw, data.resize, data.pixels)
             if is_plain_jpeg(encoded, decoding, **annotated):
                 if index not in self._doubted:
-                    return encoded, NOTHING, not_resized
+                    return encoded, NO_IMAGE, not_resized
                 # Its batch failed, perhaps because of another image: as before, TensorFlow decodes it if it can.
                 with contextlib.suppress(tf.errors.OpError):
                     return b"", decode_jpeg(encoded).numpy(), not_resized

@@ -53,7 +53,7 @@ def read_again(read: Callable[[], T], name: str) -> T:
         except OSError as error:
             if error.errno not in TEMPORARY and not isinstance(error, TimeoutError):
                 raise
-            log.warning("%s: cannot be read: %s; trying again in %g s", name, reason(error), pause)
+            log.warning("warning: %s: cannot be read: %s; trying again in %g s", name, reason(error), pause)
         time.sleep(pause)
     return read()
 
@@ -107,5 +107,5 @@ class SlowReadMonitor:
                 reported = waits
                 longest = sorted(self._reads.copy().values(), key=lambda read: read[1])[:3]
                 files = ", ".join(f"{self._where(index)} ({now - since:.0f} s)" for index, since in longest)
-                waited = waits[0], now - waits[1]
-                log.warning("batch %d: waited %.0f s for its images; reading %s", *waited, files or "none")
+                line = "warning: batch %d: waited %.0f s for its images; reading %s"
+                log.warning(line, waits[0], now - waits[1], files or "none")

@@ -51,8 +51,7 @@ class BucketSampler:
         epoch = self._epoch(number)
         k = step - self._batches_before(number)
         bucket = int(epoch.buckets[k])
-        stream = np.arange(epoch.ends[k] - size, epoch.ends[k])
-        epochs, ranks = np.divmod(stream, self._sizes[bucket])
+        epochs, ranks = np.divmod(np.arange(epoch.ends[k] - size, epoch.ends[k]), self._sizes[bucket])
         indices = np.empty(size, np.int64)
         for e in np.unique(epochs):
             now = epochs == e

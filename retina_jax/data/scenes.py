@@ -76,8 +76,7 @@ class Scene(NamedTuple):
 
 def write_scenes(config: ScenesConfig) -> Path:
     """Writes the scenes as JPEGs and COCO JSONs, unless they exist. Returns the folder of train.json, train, val.json,
-    val. Its name has a hash of the settings. It gets that name when complete, so several processes may write at the
-    same time."""
+    val, named by a hash of the settings. It gets the name when complete, so several processes may write at once."""
     setting = {key: value for key, value in dataclasses.asdict(config).items() if key != "folder"}
     digest = hashlib.sha256(json.dumps([VERSION, setting], sort_keys=True).encode()).hexdigest()[:10]
     folder = Path(config.folder) / f"{config.size}px_{config.classes}classes_{digest}"
@@ -130,8 +129,7 @@ def draw_scene(config: ScenesConfig, stream: int, index: int) -> Scene:
                 areas, visible = np.append(areas, solid.sum()), np.append(visible, solid.sum())
             break
     picture += 0.012 * rng.standard_normal(picture.shape, np.float32)
-    image = (picture.clip(0, 1) * 255 + 0.5).astype(np.uint8)
-    return Scene(image, labels, boxes, (visible / areas).tolist())
+    return Scene((picture.clip(0, 1) * 255 + 0.5).astype(np.uint8), labels, boxes, (visible / areas).tolist())
 
 
 def draw_background(rng: Generator, size: int) -> Float32[np.ndarray, "size size 3"]:
@@ -165,8 +163,7 @@ def draw_shape(
     shape: str, box_xywh: tuple[float, float, float, float], rotation: float, outline: float
 ) -> tuple[tuple[int, int], Float32[np.ndarray, "h w"], Float32[np.ndarray, "h w"]]:
     """Draws a shape, rotated by `rotation` (radians) and then stretched to fill the box exactly. Returns the pixel (x,
-    y) of the patch's upper left corner, the share of each pixel covered by the shape, and the share that is more than
-    `outline` pixels inside it."""
+    y) of the patch's corner, the share of each pixel inside the shape, and the share more than `outline` pixels inside."""
     x, y, width, height = box_xywh
     left, top = int(np.floor(x)), int(np.floor(y))
     patch_w, patch_h = int(np.ceil(x + width)) - left, int(np.ceil(y + height)) - top

@@ -64,8 +64,7 @@ def colours(values: UInt16[np.ndarray, "h w c"]) -> UInt16[np.ndarray, "h w _"]:
 
 def to_eight_bits(values: UInt16[np.ndarray, "h w c"], bits: int) -> Image.Image:
     """Returns the upper 8 of `bits` bits, in PIL's mode L, LA, RGB or RGBA. Overwrites `values`. Larger values become
-    white, which is logged once unless they are SATURATED. Alpha has `bits` bits if that is enough for all its values,
-    else 16."""
+    white, logged once unless they are SATURATED. Alpha has `bits` bits if they suffice for all its values, else 16."""
     shown = colours(values)
     if shown.max(initial=0) >= 2**bits and shown.max(initial=0, where=shown < SATURATED) >= 2**bits:
         _warn_once(bits)
@@ -79,7 +78,7 @@ def to_eight_bits(values: UInt16[np.ndarray, "h w c"], bits: int) -> Image.Image
 
 @functools.cache
 def _warn_once(bits: int) -> None:
-    log.warning("a 16-bit image has values above the range of %d bits, which become white; set data.bits", bits)
+    log.warning("warning: a 16-bit image has values above %d bits, which become white; set data.bits", bits)
 
 
 def _combined(high: UInt8[np.ndarray, "h w c"], low: UInt8[np.ndarray, "h w c"]) -> UInt16[np.ndarray, "h w c"]:
@@ -130,8 +129,9 @@ class Range(NamedTuple):
         bits, number = configured or self.bits, len(self.images)
         line = f"16-bit images: values up to {self.largest} in a sample of {number}, a range of {self.bits} bits"
         if configured and (self.bits > bits or self.bits <= bits - DARK):
-            effect = "cut off at white" if self.bits > bits else "dark"
-            return [(f"{line}, but data.bits is {bits} (set, or of the training images): images are {effect}", True)]
+            effect = "cut off at white" if self.bits > bits else "too dark"
+            found = f"data.bits is {bits} (your option, or found in the training images), so images are {effect}"
+            return [(f"{line}, but {found}; convert them or set data.bits", True)]
         doubts = []
         saturated = sum(image.saturated for image in self.images)
         if not configured and saturated and self.largest != SATURATED:

@@ -11,12 +11,18 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
-from retina_jax.data.classes import Category, class_indices, differ
+from retina_jax.data.classes import Category, class_indices, classes_error
 from retina_jax.errors import PlainError
 
+WHY_DROPPED = {
+    "crowd": "crowd",
+    "zero_size": "without area",
+    "outside": "outside the image",
+    "without_box": "without bbox",
+}
 Orientation = Literal["stored", "turned"]
 Size = tuple[int, int]  # width and height in pixels; height and width where a name ends in `_hw`
-Image = tuple[int, str, int, int]  # id, file name, width and height in pixels (0, 0 if unknown)
+ImageRow = tuple[int, str, int, int]  # id, file name, width and height in pixels (0, 0 if unknown)
 
 
 class DataError(PlainError, ValueError):
@@ -61,23 +67,23 @@ class Source:
     name: str  # for messages: the path of its JSON, or the TFDS name and split
     records: list[Record]
     categories: list[Category]  # id and name of the class of each label; names may repeat
-    # Boxes by rule of `sort_boxes`, `images_without_boxes`, and of a COCO JSON `without_box`: points and such, dropped.
+    # Boxes by rule of `classify_boxes`, `images_without_boxes`, and of a COCO JSON `without_box`: points and such, dropped.
     counts: dict[str, int]
     read: Callable[[int], bytes]  # reads a record's encoded image, BadImage if that fails; many threads call it at once
     where: Callable[[int], str]  # returns the name of a record's image for messages
     make_ground_truth: Callable[[], dict[str, Any]]  # makes `ground_truth`
     labelled: bool = True  # False: images without annotations (COCO's test images), which cannot be scored
     annotated: frozenset[int] = frozenset()  # ids of the categories with an annotation, crowds included
-    left_out: dict[Category, str] = field(default_factory=dict)  # as from `classes.placeholders`
+    left_out: dict[Category, str] = field(default_factory=dict)  # as from `classes.excluded_categories`
     notes: tuple[str, ...] = ()  # how the dataset was read, one line each; `open_source` logs them as warnings
     missing: Mapping[int, str] = field(default_factory=dict)  # records without image file; where files of that name are
     decoding: Decoding = AS_VIEWERS  # how its image files are decoded; set by `survey.with_decoding`
     unsized: frozenset[int] = frozenset()  # records whose annotations have no size: it is that of the file
-    shown: Orientation | Literal["open"] | None = None  # `survey.Votes.shown`; set by `survey.with_decoding`
+    annotated_orientation: Orientation | Literal["open"] | None = None  # `Votes.shown`; set by `survey.with_decoding`
 
     @cached_property
     def ground_truth(self) -> dict[str, Any]:
-        """Ground truth in COCO's format for pycocotools: every box as annotated, uncut, crowds included. It always has
+        """Ground truth in COCO's format for pycocotools: every box as annotated, unclipped, crowds included. It always has
         `iscrowd`, `area` and unique ids from 1 on, no `segmentation`, and as categories only the classes."""
         return self.make_ground_truth()
 
@@ -95,7 +101,7 @@ class Source:
         """Returns the data with the labels of a run of `classes`; ConfigError, starting with `where`, for other classes."""
         order = class_indices(classes, self.categories)
         if None in order or len(order) != len(self.categories):
-            raise differ(classes, self.categories, where)
+            raise classes_error(classes, self.categories, where)
         labels = np.argsort(order).astype(np.int32)
         records = [replace(record, labels=labels[record.labels]) for record in self.records]
         return replace(self, records=records, categories=[self.categories[k] for k in order])
@@ -105,8 +111,15 @@ class Source:
 
     def __str__(self) -> str:
         """Returns the numbers of images and classes, and `counts`."""
-        found = ", ".join(f"{count} {what}" for what, count in self.counts.items() if count) or "nothing unusual"
-        return f"{len(self)} images, {len(self.categories)} classes; {found}"
+        clipped, empty = self.counts.get("clipped"), self.counts.get("images_without_boxes")
+        found = {"dropped boxes": self.dropped, "clipped boxes": clipped, "images without boxes": empty}
+        unusual = "; ".join(f"{what}: {number}" for what, number in found.items() if number) or "nothing unusual"
+        return f"{len(self)} images, {len(self.categories)} classes; {unusual}"
+
+    @property
+    def dropped(self) -> str:
+        """The dropped boxes in `counts`: "5 crowd, 2 without area"; empty if there are none."""
+        return ", ".join(f"{self.counts[rule]} {why}" for rule, why in WHY_DROPPED.items() if self.counts.get(rule))
 
     @cached_property
     def sha256(self) -> str:
@@ -118,7 +131,7 @@ class Source:
         return digest.hexdigest()
 
 
-def sort_boxes(
+def classify_boxes(
     boxes_xyxy: Float64[np.ndarray, "M 4"], crowd: Bool[np.ndarray, " M"], sizes_wh: Int64[np.ndarray, "M 2"]
 ) -> tuple[Float32[np.ndarray, "M 4"], dict[str, Bool[np.ndarray, " M"]]]:
     """Returns the boxes cut to their images, and which of them each rule applies to. A box is dropped by the first rule
@@ -154,7 +167,7 @@ def paused_collector() -> Iterator[None]:
 class BoxTable:
     """Annotations of a dataset as columns of M boxes."""
 
-    images: list[Image]
+    images: list[ImageRow]
     categories: list[Category]  # the class of label k
     owners: Int64[np.ndarray, " M"]  # row in `images`
     labels: Int64[np.ndarray, " M"]
@@ -176,7 +189,7 @@ class BoxTable:
 
     def make_records(self, images_without_boxes: str) -> tuple[list[Record], list[int], dict[str, int]]:
         """Returns the records, each one's row in `images`, and `Source.counts`; "drop" leaves out images without a box."""
-        boxes, kinds = sort_boxes(self.boxes_xyxy, self.crowd, self.sizes_wh)
+        boxes, kinds = classify_boxes(self.boxes_xyxy, self.crowd, self.sizes_wh)
         rows = np.flatnonzero(kinds.pop("usable"))
         rows = rows[np.argsort(self.owners[rows], kind="stable")]
         number = np.bincount(self.owners[rows], minlength=len(self.images))

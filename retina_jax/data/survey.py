@@ -25,7 +25,7 @@ from retina_jax.data.source import Decoding, Orientation, Size, Source
 from retina_jax.errors import reason
 
 SAMPLE = 64  # number of 16-bit images that are decoded to find their range, spread evenly over the dataset
-MANY = 5_000  # number of images from which on a line is logged before their headers are read
+ANNOUNCED = 5_000  # number of images from which on a line is logged before their headers are read
 READERS = 16  # threads, which mostly wait for files
 
 
@@ -104,13 +104,13 @@ def with_decoding(source: Source, data: DataConfig) -> Source:
         paths = [Path(source.where(row)) for row in range(len(source))]
         sizes = [(record.width, record.height) for record in source.records]
         survey = survey_files(names, paths, [None if row in source.unsized else size for row, size in enumerate(sizes)])
-    return replace(source, decoding=_decide(survey, data, f"{source.name}: "), shown=survey.votes.shown)
+    decoding = _decide(survey, data, f"{source.name}: ")
+    return replace(source, decoding=decoding, annotated_orientation=survey.votes.shown)
 
 
 def decoding_of_files(paths: Sequence[Path], data: DataConfig) -> Decoding:
-    """Returns how a detector of this config decodes image files without annotations, and logs what decided it. They are
-    turned as in image viewers unless data.orientation is stored. 16-bit images have the range of the training images
-    or, if there were none, their own."""
+    """Returns how a detector of this config decodes files without annotations, and logs what decided it: turned as in image
+    viewers unless data.orientation is stored; 16-bit images have the range of the training images, or else their own."""
     data = replace(data, orientation="turned" if data.orientation == "auto" else data.orientation)
     return _decide(survey_files([path.name for path in paths], paths, [(0, 0)] * len(paths)), data)
 
@@ -138,7 +138,7 @@ def survey_files(names: Sequence[str], paths: Sequence[Path], sizes_wh: Sequence
 
 def read_headers(paths: Sequence[Path]) -> list[Header | str]:
     """Returns the header of each image file, or in one line why it cannot be read."""
-    if len(paths) > MANY:
+    if len(paths) > ANNOUNCED:
         log(f"reading the headers of {len(paths)} images ...")
 
     def read(path: Path) -> Header:

@@ -1,6 +1,5 @@
-"""TensorFlow datasets with COCO's features, read by index: no shuffle buffer, no state. Features: `image`, and `objects`
-with `bbox` (ymin, xmin, ymax, xmax as fractions of the sides) and `label`; optionally `image/id`, `image/filename`, and of
-the objects `is_crowd` and `area`."""
+"""TensorFlow datasets with COCO's features, read by index: `image`, and `objects` with `bbox` (ymin, xmin, ymax, xmax as
+fractions of the sides) and `label`; optionally `image/id`, `image/filename`, and `is_crowd` and `area` of the objects."""
 
 import contextlib
 import hashlib

@@ -1,5 +1,4 @@
-"""Anchor coverage: the boxes at the sizes of training, which of them get anchors by training's own matching, and counts by
-class, size and aspect ratio."""
+"""Anchor coverage: which boxes get anchors by training's own matching, and counts by class, size and aspect ratio."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +27,8 @@ FEWEST = 8  # rows that boxes are padded to at least, above that powers of two, 
 THREADS = 2  # images matched at the same time
 POOR = 0.9  # a class with a smaller share of boxes with an anchor of sufficient IoU gets a warning
 HOPELESS = 0.5  # if a smaller share of all boxes has any anchor, the data is not ready to train
-CLASS_HOPELESS = 0.1  # the same for a class of MANY boxes: it would never be detected
-MANY = 10
+CLASS_HOPELESS = 0.1  # the same for a class of CLASS_BOXES boxes: it would never be detected
+CLASS_BOXES = 10
 
 
 class Views(NamedTuple):
@@ -114,9 +113,7 @@ def _program(padded_hw: tuple[int, int], config: Config) -> Callable[..., tuple[
     grid = anchor_grid(padded_hw, config.anchors, config.model)
 
     @jax.jit
-    def cover_boxes(
-        boxes_xyxy: Float[Array, "G 4"], labels: Int[Array, " G"]
-    ) -> tuple[Float[Array, " G"], Int[Array, " G"]]:
+    def cover_boxes(boxes_xyxy: Float[Array, "G 4"], labels: Int[Array, " G"]) -> tuple[Array, Array]:
         matches = match(grid, boxes_xyxy, labels, config.matching)
         won = jnp.zeros(labels.shape, jnp.int32).at[matches.box_index].add((matches.labels >= 0).astype(jnp.int32))
         return iou_matrix(boxes_xyxy, grid).max(axis=1), won
@@ -142,8 +139,7 @@ class Share(NamedTuple):
     def as_dict(self) -> dict[str, str | int | float | None]:
         """Returns counts and shares for JSON; without boxes the shares are null."""
         kinds = ("by_iou", "by_low_quality", "uncovered")
-        parts = {f"{kind}_share": round(self.part(kind), 6) if self.boxes else None for kind in kinds}
-        return self._asdict() | parts
+        return self._asdict() | {f"{kind}_share": round(self.part(kind), 6) if self.boxes else None for kind in kinds}
 
 
 class Shares(NamedTuple):
@@ -193,7 +189,7 @@ def coverage_findings(shares: Shares) -> list[Finding]:
     for share in (shares.total, *sorted(shares.classes, key=lambda share: share.part("by_iou"))):
         by_iou, by_low_quality, uncovered = map(share.part, ("by_iou", "by_low_quality", "uncovered"))
         total = share is shares.total
-        least = HOPELESS if total else CLASS_HOPELESS if share.boxes >= MANY else 0.0
+        least = HOPELESS if total else CLASS_HOPELESS if share.boxes >= CLASS_BOXES else 0.0
         kind = "hopeless" if 1 - uncovered < least else "poor" if not total and by_iou < POOR else None
         if kind is not None:
             text = f"{by_iou:.1%} by IoU, {by_low_quality:.1%} by the low-quality rule only, {uncovered:.1%} none"

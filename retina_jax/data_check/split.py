@@ -3,7 +3,6 @@
 import hashlib
 import io
 import itertools
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -17,12 +16,12 @@ from jaxtyping import Bool, Float32, Int64
 from PIL import Image
 
 from retina_jax.config import DataConfig
-from retina_jax.console import track
+from retina_jax.console import cores, track
 from retina_jax.data.classes import Category, unique_names
 from retina_jax.data.coco_document import DEFAULTS, Content, load_json, parse_document
 from retina_jax.data.coco_entries import Mistake, as_number
 from retina_jax.data.decoding import DECODING, NO_BOXES, is_one_colour, read_image, to_rgb
-from retina_jax.data.source import BadImage, Decoding, Record, Size, WrongSize, sort_boxes
+from retina_jax.data.source import BadImage, Decoding, Record, Size, WrongSize, classify_boxes
 from retina_jax.data_check.findings import Finding
 from retina_jax.errors import reason
 
@@ -43,7 +42,7 @@ class Split(Content):
     folder: Path
     annotation_ids: list[Any]  # id of each entry of the file's list of annotations; None without one
     mistakes: list[Mistake]
-    rules: dict[str, Bool[np.ndarray, " M"]]  # by rule of `sort_boxes`, the boxes it applies to
+    rules: dict[str, Bool[np.ndarray, " M"]]  # by rule of `classify_boxes`, the boxes it applies to
     records: list[Record]  # the records of training (of evaluation for val)
     record_images: list[int]  # row in `images` of each record
 
@@ -91,7 +90,7 @@ def read_split(
         folder=folder,
         annotation_ids=[entry.get("id") if isinstance(entry, dict) else None for entry in document["annotations"]],
         mistakes=mistakes,
-        rules=sort_boxes(content.boxes_xyxy, content.crowd, content.sizes_wh)[1],
+        rules=classify_boxes(content.boxes_xyxy, content.crowd, content.sizes_wh)[1],
         records=records,
         record_images=record_images,
     )
@@ -137,8 +136,7 @@ def _refusals(split: Split) -> list[Finding]:
     found = []
     for mistake, entry in entries:
         owners = {("images", _hashed(entry.get("image_id"))), ("categories", _hashed(entry.get("category_id")))}
-        orphaned = mistake.key == "annotations" and owners & gone
-        kind = "orphaned" if orphaned else REFUSED[mistake.key]
+        kind = "orphaned" if mistake.key == "annotations" and owners & gone else REFUSED[mistake.key]
         found.append(Finding(kind, split.name, mistake.place, mistake.text))
     return found
 
@@ -190,7 +188,7 @@ def check_images(split: Split, decoding: Decoding, workers: int) -> tuple[list[F
         return Finding(fault[0], split.name, file_name, fault[1]) if fault else None, digest
 
     rows = range(len(split.images))
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(workers or cores()) as pool:
         checked = list(track(f"{split.name}: images", pool.map(check, rows), len(rows)))
     digests = {split.images[row][1]: digest for row, (_, digest) in zip(rows, checked, strict=True) if digest}
     return [finding for finding, _ in checked if finding], digests

@@ -47,8 +47,7 @@ class Suggestion(NamedTuple):
 
 def suggest(records: Sequence[Record], config: Config, class_names: Sequence[str], before: Shares) -> Suggestion | None:
     """Returns the cheapest of some hundred settings that is GOOD, or if none is, CLOSE to the best; None if `config` is
-    good enough or no setting gains more than CLOSE. Larger images are tried only if no anchors are GOOD at the smaller
-    size."""
+    good enough or no setting gains more than CLOSE. Larger images are tried only if no anchors are GOOD before."""
     filled = [record for record in records if len(record.labels)]
     some = filled[:: max(1, sum(len(record.labels) for record in filled) // SEARCHED)]
     boxes = view_boxes(some, config.data)
@@ -66,13 +65,13 @@ def suggest(records: Sequence[Record], config: Config, class_names: Sequence[str
             # and rows of the losses; of two equally costly settings the one with fewer changes is better.
             more = max(0.0, anchors_per_cell(other.anchors) / per_cell - 1)
             cost, score = pixels + 0.1 * more + 0.001 * len(changes), _score(best_iou(views, other), views, other)
-            tried.append((cost, -score, changes, pixels))
+            tried.append((cost, score, changes, pixels))
             best = max(best, score)
         if best >= GOOD:
             break
-    enough = [entry for entry in tried if -entry[1] >= min(GOOD, best - CLOSE)]
-    _, loss, changes, pixels = min(enough, key=lambda entry: entry[:2])
-    if -loss < now + CLOSE:
+    enough = [entry for entry in tried if entry[1] >= min(GOOD, best - CLOSE)]
+    _, score, changes, pixels = min(enough, key=lambda entry: (entry[0], -entry[1]))
+    if score < now + CLOSE:
         return None
     other = override(config, changes)
     views = view_boxes(list(records), other.data)

@@ -217,7 +217,7 @@ def check_inputs(ground_truth: Mapping[str, Any], detections: Results, image_ids
                 raise EvaluationError(f"{where} has bbox {record['bbox']}{scored}: give finite numbers")
 
 
-def number(value: float | None) -> str:
+def score_text(value: float | None) -> str:
     """Returns a score to three digits, n/a if it is undefined."""
     return "n/a" if value is None else f"{value:.3f}"
 
@@ -225,9 +225,9 @@ def number(value: float | None) -> str:
 def coco_table(scores: Scores) -> str:
     """Returns COCO's twelve lines and the AP of each class; n/a if there is no ground truth. No trailing newline."""
     lines = [
-        f" {kind:<17} {short} @[ IoU={iou:<9} | area={area:>6} | maxDets={count:>3} ] = {number(scores.summary[key]):>5}"
+        f" {kind:<17} {short} @[ IoU={iou:<9} | area={area:>6} | maxDets={count:>3} ] = {score_text(scores.summary[key]):>5}"
         for key, (kind, short, iou, area, count) in SUMMARY.items()
     ]
     width = max((len(name) for name in scores.per_class), default=0)
-    lines += [f" AP of {name:<{width}}  {number(value):>5}" for name, value in scores.per_class.items()]
+    lines += [f" AP of {name:<{width}}  {score_text(value):>5}" for name, value in scores.per_class.items()]
     return "\n".join(lines)

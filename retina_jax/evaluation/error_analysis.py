@@ -34,7 +34,9 @@ from retina_jax.evaluation.precision_recall import (
 KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
 CLASSIFICATION, LOCALISATION, BOTH, DUPLICATE, BACKGROUND, MISSED = range(len(KINDS))
 RIGHT, LEFT_OUT = -1, -2  # a detection that found its object, or an object that was found; what counts neither way
-FOREGROUND, NOTHING = 0.5, 0.1  # IoU from which a detection finds an object, and up to which it is on background
+FOREGROUND_IOU = 0.5  # IoU from which a detection finds an object
+BACKGROUND_IOU = 0.1  # IoU up to which it is on background
+Mistakes = Literal["false_positives", "false_negatives"]
 
 
 class Errors(NamedTuple):
@@ -63,12 +65,13 @@ def classify_errors(ground_truth: GroundTruth, found: DetectedBoxes) -> Errors:
     If several detections of the first two kinds have the same target and none has found it, the one with the highest score
     (of equals the first) finds it once it is fixed; the others would be suppressed.
     """
-    matches = coco_match(ground_truth, found, np.array([FOREGROUND]), {"all": AREAS["all"]})
+    matches = coco_match(ground_truth, found, np.array([FOREGROUND_IOU]), {"all": AREAS["all"]})
     rows, took, ignored = matches.detections, matches.boxes[0, 0], matches.ignored_boxes[0]
-    pairs = overlapping(ground_truth, found.boxes_xywh[rows], ground_truth.images, found.images[rows], NOTHING)
+    pairs = overlapping(ground_truth, found.boxes_xywh[rows], ground_truth.images, found.images[rows], BACKGROUND_IOU)
     same = found.categories[rows][pairs.detections] == ground_truth.categories[pairs.boxes]
     (s, own), (o, other) = (_best(pairs, of & ~ignored[pairs.boxes], len(rows)) for of in (same, ~same))
-    conditions = (s >= NOTHING) & (s < FOREGROUND), o >= FOREGROUND, s >= FOREGROUND, np.maximum(s, o) <= NOTHING
+    on_own, on_other = s >= FOREGROUND_IOU, o >= FOREGROUND_IOU
+    conditions = (s >= BACKGROUND_IOU) & ~on_own, on_other, on_own, np.maximum(s, o) <= BACKGROUND_IOU
     kinds = np.select(conditions, (LOCALISATION, CLASSIFICATION, DUPLICATE, BACKGROUND), BOTH)
     kinds[matches.outside[0]] = LEFT_OUT
     kinds[took >= 0] = np.where(ignored[took[took >= 0]], LEFT_OUT, RIGHT)
@@ -113,12 +116,11 @@ def fixed_ap(errors: Errors, categories: int, kinds: Collection[int] = ()) -> Fl
     return _class_aps(errors, categories, right, kept, counted)
 
 
-def ap_without(wrong: Literal["found", "missed"], errors: Errors, categories: int) -> Float[np.ndarray, " K"]:
-    """Returns AP50 of each category without any false positive ("found": all wrong detections removed), or without any
-    false negative ("missed": objects that were not found do not count)."""
+def ap_without(without: Mistakes, errors: Errors, categories: int) -> Float[np.ndarray, " K"]:
+    """Returns AP50 of each category if all wrong detections are removed, or if objects that were not found do not count."""
     right = errors.of_found == RIGHT
-    kept = right if wrong == "found" else errors.of_found != LEFT_OUT
-    counted = errors.of_objects == RIGHT if wrong == "missed" else errors.of_objects != LEFT_OUT
+    kept = right if without == "false_positives" else errors.of_found != LEFT_OUT
+    counted = errors.of_objects == RIGHT if without == "false_negatives" else errors.of_objects != LEFT_OUT
     return _class_aps(errors, categories, right, kept, counted)
 
 

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float, Int
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
-# Square pixels; both ends are included, so an area of 1024 is small and medium.
 IOU_INDEX = {"0.50": 0, "0.75": 5}  # places of these thresholds in IOU_THRESHOLDS
+# Square pixels; both ends are included, so an area of 1024 is small and medium.
 AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
 MAX_DETECTIONS = (1, 10, 100)  # detections that count, per image and category
 PAIRS = 1 << 19  # pairs of a detection and a box processed together: about 50 MiB
@@ -64,8 +64,7 @@ class CocoMatches(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """Results of COCOeval.accumulate by IoU threshold, recall, category, area and number of detections; -1 where a
-    category has no box of the area."""
+    """Precision by IoU threshold, recall, category, area and number of detections; -1 for a category without a box."""
 
     precision: Float[np.ndarray, "10 101 K 4 3"]  # the highest at this recall or above, 0 if none
     recall: Float[np.ndarray, "10 K 4 3"]  # the highest reached
@@ -222,17 +221,19 @@ def _take_boxes(
     crowds: Bool[np.ndarray, " G"],
     thresholds: Float[np.ndarray, " T"],
 ) -> Int[np.ndarray, "A T N"]:
-    """Returns the box that each of N detections takes by area and threshold, -1: none."""
+    """Returns the box that each of N detections takes by area and threshold, -1: none. `pairs` are those of an IoU of the
+    lowest threshold or more. Detections of one rank are of different images or categories, and choose together."""
     boxes = np.full((len(ignored), len(thresholds), len(ranks)), -1, np.int32)
     taken = np.zeros((len(ignored), len(thresholds), len(crowds)), bool)
     detections, segment = np.unique(pairs.detections, return_inverse=True)
     turns = ranks[detections]
-    # Pairs in the order of the walk: the detection's rank, the detection, and which box it prefers.
+    # The pairs by the rank of their detection, then by detection, then by its preference: largest IoU, last of equals.
     order = np.lexsort((-pairs.boxes, -pairs.ious, segment, turns[segment]))
     walk = np.argsort(turns, kind="stable")
     detections, sizes = detections[walk], np.bincount(segment, minlength=len(walk))[walk]
     starts = np.concatenate([[0], sizes.cumsum()])
     segment = np.repeat(np.arange(len(walk)), sizes)
+    # For each area, boxes that are not ignored come first.
     by_area = [order[np.argsort(2 * segment + later[pairs.boxes[order]], kind="stable")] for later in ignored]
     preferred, ious = (array[np.stack(by_area)] for array in (pairs.boxes, pairs.ious))
 
@@ -242,6 +243,7 @@ def _take_boxes(
         for span in _spans(sizes[first:last], PAIRS // (len(ignored) * len(thresholds))):
             own = slice(first + span.start, first + span.stop)
             here = slice(starts[own.start], starts[own.stop])
+            # The first pair of each detection whose box is free and whose IoU reaches the threshold, by area and threshold.
             box, iou = preferred[:, None, here], ious[:, None, here]
             fits = ~taken[area, level, box] & (iou >= thresholds[None, :, None])
             nowhere = here.stop - here.start

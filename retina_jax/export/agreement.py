@@ -122,16 +122,16 @@ def check(original: Detector, exported: ExportedDetector, images: Images) -> str
     if compared.unmatched:
         raise ExportError(f"the exported detector gives other detections than the original and is not kept: {compared}")
     if compared.detections == 0:
-        raise ExportError(f"nothing was found in {len(tried)} images and compared; give others with --images")
+        found = f"the detector found nothing in {len(tried)} images, so nothing was compared"
+        raise ExportError(f"{found}; give other images with --images")
     text = f"{compared}" + (f"; {len(made)} images were made from the first, for other padded shapes" if made else "")
     shapes = len(exported.about["canvases"])
     if untried := shapes - len(_shapes_of(exported, tried)):
         text += f"; {untried} of {shapes} padded shapes were not tried"
     taken: tuple[list[float], list[float]] = ([], [])
     for turn in range(max(10, len(images))):
-        for detector, seconds in zip(
-            (original, exported), taken, strict=True
-        ):  # alternate: the machine's speed may change
+        # In turn, because the machine's speed may change.
+        for detector, seconds in zip((original, exported), taken, strict=True):
             start = time.perf_counter()
             detector.detect([images[turn % len(images)]])
             seconds.append(1e3 * (time.perf_counter() - start))

@@ -98,44 +98,41 @@ class _Walk(NamedTuple):
 
 
 def _one_to_three(examples: _Examples, batch: int, filled: bool) -> Bool[Array, " N"]:
+    """Returns the hardest surviving positives, at most a quarter of `batch`, and the hardest surviving negatives: with
+    `filled` as many as fill the batch (ohem_1_3), else 3 per positive (ohem_1_3_strict)."""
     positive = examples.positive
     index = lax.iota(jnp.int32, positive.shape[0])
 
-    def move(remaining: Array, pool: Array | bool, mined: Array, taken: Array) -> _Walk:
-        """Moves to the hardest remaining anchor of the pool."""
-        return _Walk(*_hardest(jnp.where(pool, remaining, -jnp.inf)), remaining, mined, taken)
+    def start(remaining: Array, pool: Array | bool, mined: Array) -> _Walk:
+        """Starts at the hardest remaining anchor of the pool; none is taken yet."""
+        none = jnp.zeros_like(positive, jnp.int32, ())
+        return _Walk(*_hardest(jnp.where(pool, remaining, -jnp.inf)), remaining, mined, none)
+
+    def move(walk: _Walk, take: Array, gone: Array, pool: Array | bool) -> _Walk:
+        """Mines the anchor if `take`, removes those `gone`, and moves to the hardest remaining anchor of the pool."""
+        next_walk = start(jnp.where(gone, -jnp.inf, walk.remaining), pool, walk.mined.at[walk.at].max(take))
+        return next_walk._replace(taken=walk.taken + take.astype(jnp.int32))
 
     def climb(walk: _Walk) -> _Walk:
+        """Mines the anchor and moves to the next positive if it survives; else moves to the hardest that suppresses it."""
         at, remaining = walk.at, walk.remaining
         near = examples.suppressed_by(at)
         harder = near & ((remaining > remaining[at]) | ((remaining == remaining[at]) & (index < at)))
         survives = ~harder.any()
-        take = survives & positive[at]
         # A surviving negative remains: it is taken among the negatives later.
         gone = survives & near & (positive | (index != at))
-        return move(
-            jnp.where(gone, -jnp.inf, remaining),
-            jnp.where(survives, positive, harder),
-            walk.mined.at[at].set(walk.mined[at] | take),
-            walk.taken + take.astype(jnp.int32),
-        )
+        return move(walk, survives & positive[at], gone, jnp.where(survives, positive, harder))
 
     def step(walk: _Walk) -> _Walk:
-        at = walk.at
-        take = ~positive[at]  # the positives are already mined
-        return move(
-            jnp.where(examples.suppressed_by(at), -jnp.inf, walk.remaining),
-            True,
-            walk.mined.at[at].set(walk.mined[at] | take),
-            walk.taken + take.astype(jnp.int32),
-        )
+        """Mines the anchor, which survives because it is the hardest that remains, and removes those it overlaps."""
+        return move(walk, ~positive[walk.at], examples.suppressed_by(walk.at), True)  # the positives are mined already
 
     # zeros_like instead of zeros: inside a shard_map the state must vary over the devices as the examples do.
-    start = move(examples.hardness, positive, jnp.zeros_like(positive), jnp.zeros_like(positive, jnp.int32, ()))
-    positives = lax.while_loop(lambda walk: walk.found & (walk.taken < batch // (1 + NEGATIVES)), climb, start)
+    first = start(examples.hardness, positive, jnp.zeros_like(positive))
+    positives = lax.while_loop(lambda walk: walk.found & (walk.taken < batch // (1 + NEGATIVES)), climb, first)
     wanted = batch - positives.taken if filled else NEGATIVES * jnp.maximum(positives.taken, 1)
-    start = move(positives.remaining, True, positives.mined, jnp.zeros_like(positives.taken))
-    return lax.while_loop(lambda walk: walk.found & (walk.taken < wanted), step, start).mined
+    first = start(positives.remaining, True, positives.mined)
+    return lax.while_loop(lambda walk: walk.found & (walk.taken < wanted), step, first).mined
 
 
 def _hardest(remaining: Float[Array, " N"]) -> tuple[Int[Array, ""], Bool[Array, ""]]:

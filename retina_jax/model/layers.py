@@ -51,10 +51,9 @@ def convolve(
     Each of the groups maps c = C / groups neighbouring channels to D / groups. The padding is that of Caffe2 and PyTorch;
     XLA's "SAME" pads an even side by (0, 1) for stride 2, which would shift the map by a pixel.
     """
-    padding, layout = [(kernel.shape[0] // 2,) * 2] * 2, ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=layout, feature_group_count=groups
-    )
+    padding = [(kernel.shape[0] // 2,) * 2] * 2
+    layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": groups}
+    return lax.conv_general_dilated(x, kernel, (stride, stride), padding, **layout)
 
 
 class Conv(nn.Module):

@@ -102,5 +102,4 @@ def normalise(
     height, width = images.shape[1:3]
     rows = jnp.arange(height)[None, :] < image_sizes[:, :1]
     columns = jnp.arange(width)[None, :] < image_sizes[:, 1:]
-    inside = rows[:, :, None, None] & columns[:, None, :, None]
-    return jnp.where(inside, x, 0)
+    return jnp.where(rows[:, :, None, None] & columns[:, None, :, None], x, 0)

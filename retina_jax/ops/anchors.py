@@ -87,8 +87,7 @@ def _torchvision_cell(stride: int, anchors: AnchorConfig) -> Float64[np.ndarray,
     sides = np.array([int(anchors.size_factor * stride * scale) for scale in anchors.scales], np.float32)
     # In float32, as in torchvision, so that the rounding below sees the same halves.
     height_ratios = np.sqrt(np.array(anchors.ratios, np.float32))
-    width_ratios = np.float32(1) / height_ratios
-    pairs = zip(width_ratios, height_ratios, strict=True)
+    pairs = zip(np.float32(1) / height_ratios, height_ratios, strict=True)
     return np.round(_around_origin([(float(w * side), float(h * side)) for w, h in pairs for side in sides]))
 
 

@@ -14,7 +14,7 @@ from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import load_config, override
 from retina_jax.paper.results import PointResult, Side, SweepResult, divergence, sides_of, splits_of, started
 from retina_jax.paper.settings import AP, TABLES, Row
-from retina_jax.runs.record import FILE
+from retina_jax.runs.record import TEST_DEV_FILE
 from retina_jax.sweeps.points import ROOT, load_sweep, outcome
 
 OWN_TITLES = {"fig7": "Figure 7: FL* over γ and β"}  # titles of sweeps of the paper for which it prints no numbers
@@ -78,8 +78,8 @@ class Section:
             notes.append(
                 "The paper's scores are on test-dev, whose labels are not public; our runs were evaluated on "
                 f"{splits_of(sweep)}. Scores on different splits are not subtracted. On minival the paper has "
-                f"RetinaNet-50-600 (Table 1b) and RetinaNet-101-600 (Table 1d). RUN/{FILE}, with the scores that COCO's "
-                "server returned for a run, adds our scores on test-dev."
+                f"RetinaNet-50-600 (Table 1b) and RetinaNet-101-600 (Table 1d). RUN/{TEST_DEV_FILE}, with the scores that "
+                "COCO's server returned for a run, adds our scores on test-dev."
             )
         return notes
 

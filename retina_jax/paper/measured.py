@@ -214,9 +214,8 @@ def sample_windows(
     def of_batch(variables: dict[str, PyTree], inputs: Inputs) -> tuple[Array, Array, Array]:
         logits, _ = driver.model.apply(variables, inputs.images, inputs.image_sizes, train=False)
         anchors = jnp.asarray(anchor_grid(inputs.images.shape[1:3], driver.config.anchors, driver.config.model))
-        labels = jax.vmap(lambda boxes, labels: match(anchors, boxes, labels, driver.config.matching).labels)(
-            inputs.boxes_xyxy, inputs.labels
-        )
+        assigned = jax.vmap(lambda boxes, labels: match(anchors, boxes, labels, driver.config.matching).labels)
+        labels = assigned(inputs.boxes_xyxy, inputs.labels)
         return window_x_t(logits.astype(jnp.float32), labels, inputs.valid)
 
     of_positives, of_negatives = Sample(positives, seed), Sample(negatives, seed + 1)

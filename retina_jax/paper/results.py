@@ -12,7 +12,8 @@ from retina_jax.config import Config, ConfigError
 from retina_jax.console import log
 from retina_jax.evaluation.coco_scores import SUMMARY
 from retina_jax.paper.settings import Row, Table
-from retina_jax.runs.record import read_json, read_record, read_test_dev
+from retina_jax.runs.files import read_json
+from retina_jax.runs.record import read_record, read_test_dev
 from retina_jax.sweeps.points import read_manifest
 from retina_jax.sweeps.status import ended
 
@@ -46,7 +47,7 @@ class Result:
 
 @dataclass(frozen=True)
 class PointResult:
-    """Run of a sweep."""
+    """A point of a sweep with one seed, and what its run has measured."""
 
     name: str
     overrides: Mapping[str, Any]

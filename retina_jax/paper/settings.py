@@ -86,9 +86,8 @@ def _table(text: str) -> Table:
 _, *_TABLES, _SYSTEMS = Path(__file__).with_name("tables.txt").read_text(encoding="utf-8").split("\n\n")
 TABLES = {table.name: table for table in map(_table, _TABLES)}  # in the paper's order
 # Figure 2's other systems: milliseconds per image, and AP on test-dev.
-OTHER_SYSTEMS = {
-    name.strip(): (float(time), float(ap)) for name, time, ap in (line.split("|") for line in _SYSTEMS.splitlines()[2:])
-}
+_CELLS = [line.split("|") for line in _SYSTEMS.splitlines()[2:]]
+OTHER_SYSTEMS = {name.strip(): (float(time), float(ap)) for name, time, ap in _CELLS}
 
 
 def deeper(base: Config) -> Overrides:
@@ -99,9 +98,7 @@ def deeper(base: Config) -> Overrides:
     """
     backbone = DEEPER.get(base.model.backbone)
     if backbone is None:
-        raise ConfigError(
-            f"model.backbone: {base.model.backbone} has no deeper one; use {' or '.join(DEEPER)} as the base"
-        )
+        raise ConfigError(f"model.backbone: {base.model.backbone} has no deeper one; use {' or '.join(DEEPER)}")
     changes: Overrides = {"model.backbone": backbone, **_weights(base, backbone)}
     if base.model.stage_blocks:
         c2, c3, c4, c5 = base.model.stage_blocks

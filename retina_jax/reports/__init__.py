@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from retina_jax.evaluation.coco_scores import number
+from retina_jax.evaluation.coco_scores import score_text
 
 TEMPLATES = Environment(
     loader=PackageLoader("retina_jax.reports"),
@@ -22,7 +22,7 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-TEMPLATES.filters["score"] = number
+TEMPLATES.filters["score"] = score_text
 TEMPLATES.filters["percent"] = "{:.1%}".format
 
 

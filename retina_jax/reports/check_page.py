@@ -111,5 +111,4 @@ def draw_coverage(
     tagged = {n for n in worst_last if colours[n] != COVERED}
     tagged = tagged if len(tagged) <= TAGGED else set()
     texts = [f"{class_names[views.labels[n]]} {coverage.best_iou[n]:.2f}" if n in tagged else "" for n in worst_last]
-    on_image = [ON_IMAGES[colours[n]] for n in worst_last]
-    return draw_boxes(image, views.boxes_xyxy[worst_last], on_image, texts, side=720)
+    return draw_boxes(image, views.boxes_xyxy[worst_last], [ON_IMAGES[colours[n]] for n in worst_last], texts, side=720)

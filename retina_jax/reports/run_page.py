@@ -21,7 +21,7 @@ from retina_jax.data.decoding import image_of
 from retina_jax.data.source import BadImage
 from retina_jax.errors import PlainError
 from retina_jax.evaluation import error_analysis
-from retina_jax.evaluation.coco_scores import SUMMARY, number
+from retina_jax.evaluation.coco_scores import SUMMARY, score_text
 from retina_jax.evaluation.drawing import draw
 from retina_jax.evaluation.error_analysis import CLASSIFICATION, KINDS, LEFT_OUT, MISSED, RIGHT, Analysis, mean_ap
 from retina_jax.evaluation.precision_recall import IOU_INDEX, RECALLS
@@ -65,18 +65,14 @@ def run_page(folder: Path) -> tuple[str, str]:
     aps = {name: [(float(n), s[name]) for n, s in scores_of if s[name] is not None] for name in list(SUMMARY)[:6]}
     ap_lines = [(name, of_name) for name, of_name in aps.items() if len(of_name) > 1]
     own, paper = flatten(record.config), flatten(Config())
+    differing = [name for name in own if paper[name] not in (None, own[name])]  # None is taken from the data
     page = render(
         "run.html",
         title=f"Run {folder.resolve().name}",
         sections=["run", "learning", "evaluations", "classes", *(["errors", "images"] if analysis else [])],
         headline=headline(record),
         facts=facts(record),
-        differences=[
-            # A paper value of None is taken from the data.
-            (name, show(value), show(paper[name]))
-            for name, value in own.items()
-            if value != paper[name] and paper[name] is not None
-        ],
+        differences=[(name, show(own[name]), show(paper[name])) for name in differing],
         changes=[(c.get("after_step"), c.get("field")) for c in changes if isinstance(c, dict)],
         settings=[(name, show(value)) for name, value in own.items()],
         curves=learning_curves(record.windows),
@@ -85,7 +81,7 @@ def run_page(folder: Path) -> tuple[str, str]:
         ap_chart=line_chart(ap_lines, "step", "AP") if ap_lines else "",
         variants=[_variant(step, scores) for step, scores in record.variants],
         why=why,
-        per_class=[(name, number(value)) for name, value in newest.get("per_class", {}).items()],
+        per_class=[(name, score_text(value)) for name, value in newest.get("per_class", {}).items()],
         point=point,
         score=score,
         errors=errors_section(analysis, score) if analysis else None,
@@ -103,7 +99,7 @@ def headline(record: RunRecord) -> str:
         state = f"Not finished: step {record.step} of {record.config.training.steps}"
     if record.evaluations:
         step, scores = max(record.evaluations.items())
-        reached = ", ".join(f"{name} {number(scores[name])}" for name in ("AP", "AP50", "AP75"))
+        reached = ", ".join(f"{name} {score_text(scores[name])}" for name in ("AP", "AP50", "AP75"))
         state += f". {reached} on {scores['images']} images at step {step}"
     return state + "."
 
@@ -171,7 +167,7 @@ def points(windows: Sequence[dict[str, Any]], metric: str) -> list[tuple[float, 
 
 
 def _scores(step: int, scores: dict[str, Any]) -> list[str]:
-    return [str(step), str(scores["images"]), *(number(scores[name]) for name in SUMMARY)]
+    return [str(step), str(scores["images"]), *(score_text(scores[name]) for name in SUMMARY)]
 
 
 def _variant(step: int, scores: dict[str, Any]) -> list[str]:
@@ -204,7 +200,7 @@ def _by_class(analysis: Analysis) -> dict[str, list[list[str]]]:
         objects = errors.of_objects[errors.ground_truth.categories == k]
         detections = errors.of_found[errors.found.categories == k]
         levels = (analysis.precision[t, :, k] for t in (slice(None), *IOU_INDEX.values()))
-        aps = [number(float(p.mean()) if (p > -1).all() else None) for p in levels]
+        aps = [score_text(float(p.mean()) if (p > -1).all() else None) for p in levels]
         scores.append([name, str((objects != LEFT_OUT).sum()), str(len(detections)), *aps])
         counts = [((objects if kind == MISSED else detections) == kind).sum() for kind in (RIGHT, *range(len(KINDS)))]
         kinds.append([name, *map(str, counts)])
@@ -251,7 +247,8 @@ def _kinds(analysis: Analysis, score: float) -> dict[str, Any]:
         rows.append((kind, gains[k], max(0.0, 5 * gains[k] / widest), cells))
     others = {"right": (RIGHT,), "left out": (LEFT_OUT,), "all": (*range(len(KINDS)), RIGHT, LEFT_OUT)}
     rows += [(label, None, 0.0, counts(*kinds)) for label, kinds in others.items()]
-    without = {wrong: mean_ap(error_analysis.ap_without(wrong, errors, classes)) for wrong in ("found", "missed")}
+    sides = ("false_positives", "false_negatives")
+    without = {side: mean_ap(error_analysis.ap_without(side, errors, classes)) for side in sides}
     return {"ap50": base, "ap50_without": without, "kinds": rows}
 
 

@@ -37,7 +37,7 @@ def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def to_html(sections: Sequence[Section], title: str) -> str:
-    """Returns the page."""
+    """Returns the page of a report: one section per sweep, with its tables and charts; a single HTML file."""
     tables = [(section, charts_of(section)) for section in sections]
     return str(render("sweep.html", title=title, sections=[section.name for section in sections], tables=tables))
 
@@ -49,8 +49,7 @@ def to_markdown(sections: Sequence[Section], title: str, charts: Mapping[tuple[s
 
 def plain(text: str) -> str:
     """Returns `text` on one line, escaped so that Markdown shows it unchanged."""
-    one_line = " ".join(text.split())
-    return re.sub(r"([\\|*`\[\]])", r"\\\1", html.escape(one_line, quote=False))
+    return re.sub(r"([\\|*`\[\]])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 TEMPLATES.filters |= {"plain": plain, "address": quote}

@@ -67,10 +67,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file; ConfigError if it cannot be read or holds anything else."""
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of too many digits
-        raise ConfigError(f"{path}: cannot be read: not valid JSON: {reason(error)}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {reason(error)}") from None
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of too many digits
+        raise ConfigError(f"{path}: is not valid JSON: {reason(error)}; restore or delete it") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: cannot be read: must hold an object, not a {type(value).__name__}")
+        raise ConfigError(f"{path}: must hold an object, not a {type(value).__name__}; restore or delete it")
     return value
 
 
@@ -112,11 +114,11 @@ def damage(folder: Path) -> str:
                 return f"{name} is missing"
             found = _size_and_sum(folder / name)
             if found[0] < expected[0]:
-                return f"{name} holds {found[0]} of {expected[0]} bytes"
+                return f"{name} is truncated ({found[0]} of {expected[0]} bytes)"
             if found != expected:
-                return f"{name} holds other bytes"
+                return f"{name}: its content has changed"
     except FileNotFoundError:
-        return f"{CHECKSUMS} is missing" if folder.is_dir() else "it is gone"
+        return f"{CHECKSUMS} is missing" if folder.is_dir() else "the folder was deleted"
     except OSError as error:
         return f"{Path(error.filename or folder).name}: {reason(error)}"
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError):  # the list itself is damaged

@@ -15,7 +15,7 @@ SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "AR
 """Names of the scores of an evaluation, each a fraction from 0 to 1, or None if it is undefined."""
 EVALUATION = re.compile(r"step_([0-9]{8})(_[0-9a-f]{8})?\.json")
 """Names of evaluations; those with other settings than the run's (`evaluate.py`) have a hash after the step."""
-FILE = Path("evaluation") / "test_dev.json"
+TEST_DEV_FILE = Path("evaluation") / "test_dev.json"
 """Within a run's folder: scores of COCO's evaluation server on test-dev, which the user writes there."""
 SERVER_NAMES = {"AP": "AP", "AP50": "AP_50", "AP75": "AP_75", "APs": "AP_small", "APm": "AP_medium", "APl": "AP_large"}
 """The server's name of each score."""
@@ -104,9 +104,9 @@ def f1_threshold(folder: Path, step: int) -> float | None:
 
 
 def read_test_dev(folder: Path) -> dict[str, float]:
-    """Returns the scores of COCO's evaluation server in percent, by AP, AP50, AP75, APs, APm, APl; empty without FILE. FILE
+    """Returns the scores of COCO's evaluation server in percent, by AP, AP50, AP75, APs, APm, APl; {} without the file. It
     holds fractions, by these names or the server's; AP is required, other keys are ignored. Raises ConfigError."""
-    file = folder / FILE
+    file = folder / TEST_DEV_FILE
     if not file.is_file():
         return {}
     values, scores = read_json(file), {}

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from retina_jax.config import ConfigError
+from retina_jax.errors import TRY_AGAIN
 from retina_jax.sweeps.points import Task, distinct
 from retina_jax.sweeps.status import ENDED, State, state_of
 
 ACCELERATORS = ("nvidia[0-9]*", "accel[0-9]*", "kfd")  # devices under /dev: NVIDIA, TPU, AMD
-HELD = 75  # exit status of a point that another worker trains, or that was stopped and will be resumed (EX_TEMPFAIL)
 MOST_TIMEOUTS = 100  # default number of times that a SLURM job may be queued again
 GRACE = 300.0  # seconds in which a stopped process may save before it is killed; a second Ctrl-C kills it at once
 
@@ -87,7 +87,7 @@ def _succeeded(child: _Child, workdir: Path) -> bool:
     """Logs how a process ended; returns whether it did not fail."""
     took = f"after {(time.monotonic() - child.started) / 60:.1f} min"
     code = child.process.returncode
-    if code not in (0, HELD):
+    if code not in (0, TRY_AGAIN):
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
         _log(child.task, f"failed {took} ({how}): {_last_line(child.log)}; {child.log}")
         return False
@@ -141,7 +141,7 @@ class SlurmPoint:
     def __call__(self, index: int) -> None:
         """Runs the point; raises CalledProcessError if it fails, which also fails the job."""
         done = subprocess.run([*self.command, "--index", str(index)], preexec_fn=_leave_signals_to_submitit)
-        if done.returncode != HELD:
+        if done.returncode != TRY_AGAIN:  # another worker trains it, or it was stopped
             done.check_returncode()
 
     def checkpoint(self, index: int) -> Any:

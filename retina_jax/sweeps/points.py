@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Point:
-    """Run of a sweep."""
+    """A point of a sweep with one seed: the run to train."""
 
     name: str
     overrides: dict[str, Any]  # dotted fields of the base config and their values, without the seed
@@ -96,8 +96,7 @@ def outcome(config: Config) -> dict[str, Any]:
 
 def digest(config: Config) -> str:
     """Returns eight hex digits of the outcome; runs with equal digests are the same. Only differences from the first
-    defaults of `Config` count: a new field whose default changes nothing changes no folder's name, and no run of an
-    earlier version passes for one of today's."""
+    defaults of `Config` count: a new field keeps the names of folders, and a changed default gives runs another name."""
     changed_since = {k: known.first_default for k, known in options(Config).items() if known.first_default is not None}
     defaults = outcome(Config()) | changed_since
     differing = {name: value for name, value in outcome(config).items() if value != defaults[name]}

@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from retina_jax.config import Config, ConfigError
-from retina_jax.data.transforms import buckets
+from retina_jax.data.transforms import buckets, train_short_sides
 from retina_jax.model.summary import forward_flops
 from retina_jax.runs.files import exclusive_lock, write_json
 from retina_jax.sweeps.points import Point, Task
@@ -87,7 +88,8 @@ def run_point(workdir: Path, point: Point, train: Callable[[Config, Path], None]
             write_json(folder / "diverged.json", {"step": int(step[1]) if step else None, "message": str(error)})
         end = ended(folder, point.config)
     if end is None:
-        raise ConfigError(f"{folder / 'summary.json'}: missing after training, or of another step than training.steps")
+        found = "missing after training, or of another step than training.steps"
+        raise ConfigError(f"{folder / 'summary.json'}: {found}; delete it and run the point again")
     return end
 
 
@@ -130,8 +132,7 @@ def _read(path: Path, kind: type[T]) -> T | None:
 
 def mean_padded_area(config: Config) -> float:
     """Returns the mean pixels of the padded shapes in training, all assumed equally frequent."""
-    shapes = buckets(config.data, config.data.jitter_short_sides or (config.data.short_side,))
-    return sum(map(math.prod, shapes)) / len(shapes)
+    return fmean(map(math.prod, buckets(config.data, train_short_sides(config.data))))
 
 
 def training_pflop(config: Config) -> float:

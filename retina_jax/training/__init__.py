@@ -1,1 +1,1 @@
-"""Training: optimizer, state, the pure step, its two drivers, checkpoints, and a run's folder."""
+"""Training: optimizer, state, the pure step, the driver (jit or pmap), checkpoints, metrics."""

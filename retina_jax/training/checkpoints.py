@@ -149,8 +149,9 @@ class Checkpoints:
             listed = "; ".join(f"{step}: {wrong}" for step, wrong in damaged.items())
             raise ConfigError(f"{self.folder}: no checkpoint can be restored ({listed}); saved steps: {self.steps()}")
         if step is None or not self.steps():
-            raise ConfigError(f"{self.folder}: holds no checkpoint")
-        raise ConfigError(f"--step {step}: {self.folder} holds {', '.join(map(str, self.steps()))}")
+            raise ConfigError(f"{self.folder}: no checkpoint yet; train the run first")
+        saved = ", ".join(map(str, self.steps()))
+        raise ConfigError(f"--step {step}: no such checkpoint in {self.folder}; saved steps: {saved}")
 
     def _read(self, step: int, like: T, partial: bool) -> tuple[T | None, str]:
         """Returns the state, or what is wrong with it; the same on all hosts."""
@@ -161,7 +162,8 @@ class Checkpoints:
         if not (wrong := _first_failure(wrong)):
             return state, ""
         if distributed.from_primary((folder / CHECKSUMS).exists()):  # otherwise its run has deleted it meanwhile
-            raise ConfigError(f"{folder}: its files are intact, but of another network or unreachable: {wrong}")
+            how = "use the config it was trained with, and a folder that all hosts reach"
+            raise ConfigError(f"{folder}: its checksums match, but it cannot be loaded: {wrong}; {how}")
         return None, wrong
 
     def _set_aside(self, damaged: dict[int, str], taken: int) -> None:
@@ -172,8 +174,8 @@ class Checkpoints:
             if not self._read_only:
                 shutil.rmtree(aside := self.folder / f"damaged-{step}", ignore_errors=True)
                 folder.rename(aside)
-                moved = f"; moved to {aside.name}"
-            warn(f"{folder}: is damaged ({wrong}); step {taken} is used instead{moved}")
+                moved = f" and was moved to {aside.name}"
+            warn(f"{folder}: is damaged ({wrong}){moved}; step {taken} is used instead")
 
     def _write(self, step: int, state: PyTree) -> None:
         temporary = self.folder / "saving" / str(step)
@@ -264,5 +266,6 @@ def _difference(saved: PyTree, like: PyTree, partial: bool) -> str:
     )
     for name in sorted(here if partial else there | here):
         if there.get(name) != here.get(name):
-            return f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+            shown, own = (f"shape {shapes[name]}" if name in shapes else "missing" for shapes in (there, here))
+            return f"{name}: {shown} in the checkpoint, {own} in this network"
     return ""

@@ -92,8 +92,8 @@ class CompiledStep:
             self._announce(f"warning: step {step} recompiled: {differing}")
         if shape not in self._signatures and (number := len(self._signatures) + 1) > self._expected:
             known = ", ".join(f"{height}x{width}" for height, width in self._signatures)
-            found = f"padded shape number {number}, {shape[0]}x{shape[1]}, but {self._expected} are expected"
-            self._announce(f"warning: step {step} has {found}: before it came {known}")
+            found = f"unexpected padded shape {shape[0]}x{shape[1]} (number {number}; {self._expected} expected)"
+            self._announce(f"warning: step {step}: {found}; earlier: {known}")
 
     def _make(self, shape: Shape, state: PyTree, inputs: PyTree) -> bool:
         """Makes the program that a later call finds; returns whether there was none before."""

@@ -17,13 +17,13 @@ from retina_jax import distributed
 from retina_jax.console import Progress, warn
 from retina_jax.errors import PlainError, Stopped, reason
 from retina_jax.runs.files import DiskError, write_bytes
-from retina_jax.runs.folder import Run, is_due
+from retina_jax.runs.folder import Run, is_due, saved_steps
 from retina_jax.training.parallel import peak_memory_bytes
 from retina_jax.training.step import FINITE
 from retina_jax.training.writers import Board, WeightsAndBiases
 
 AHEAD_ON_CPU = 16
-"""Most steps that CPU devices have in flight: with some hundreds they wait for each other until XLA aborts."""
+"""Maximum number of steps that CPU devices have in flight: with some hundreds they wait for each other until XLA aborts."""
 FIRST_STEPS = 50  # without a positive anchor, after which a warning is given
 
 
@@ -32,7 +32,7 @@ class NonFiniteLoss(PlainError, RuntimeError):
 
 
 class Metrics(contextlib.AbstractContextManager):
-    """The steps' metrics, kept on the device; their means are written once per window, so that the loop never waits."""
+    """The steps' metrics, kept on the device; their means are written per window, so that the loop waits once per window."""
 
     def __init__(self, run: Run, start_step: int) -> None:
         training = run.config.training
@@ -92,10 +92,11 @@ class Metrics(contextlib.AbstractContextManager):
         images, allowed = ", ".join(map(str, image_ids)), self._run.config.training.skip_non_finite
         if not 0 < skipped <= allowed:
             after = f", after {allowed} skipped steps (training.skip_non_finite)" if allowed else ""
+            folder = self._run.folder / "checkpoints"
+            saved = f"; the newest checkpoint in {folder} is from before this step" if saved_steps(folder) else ""
             raise NonFiniteLoss(
                 f"{found} (seen in the window {self._pending[0][0]} to {self._pending[-1][0]}), images {images}{after}; "
-                "lower optimizer.learning_rate, set optimizer.clip_norm, or check these images; "
-                f"{self._run.folder / 'checkpoints'} holds the last finite state"
+                f"lower optimizer.learning_rate, set optimizer.clip_norm, or check these images{saved}"
             )
         self.write(step, {"event": "left_out", "reason": found, "images": image_ids, "skipped": skipped})
         warn(f"{found}, images {images}: step skipped ({skipped} of at most {allowed})")
@@ -123,9 +124,9 @@ class Metrics(contextlib.AbstractContextManager):
             self._progress.update(
                 step,
                 f"loss {mean['loss']:.4f} (class {mean['classification_loss']:.4f} box {mean['box_loss']:.4f})  "
-                f"rate {mean['learning_rate']:.2g}  gradient {mean['gradient_norm']:.2f}  "
+                f"lr {mean['learning_rate']:.2g}  gradient {mean['gradient_norm']:.2f}  "
                 f"positives {mean['positives_per_image']:.1f}  {mean['images_per_second']:.1f} img/s  "
-                f"data wait {mean['data_wait_percent']:.0f}%  {mean['peak_memory_mib'] / 1024:.1f} GiB",
+                f"data wait {mean['data_wait_percent']:.0f}%  peak memory {mean['peak_memory_mib'] / 1024:.1f} GiB",
             )
 
     def restart_window(self) -> None:

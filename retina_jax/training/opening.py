@@ -15,9 +15,9 @@ import jax
 
 from retina_jax import distributed
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_io import flatten, meaning_changes, options, to_dict, unknown_name
+from retina_jax.config_io import flatten, options, to_dict, training_changes, unknown_name
 from retina_jax.console import processor
-from retina_jax.data.classes import class_indices, differ
+from retina_jax.data.classes import class_indices, classes_error
 from retina_jax.runs.files import read_json, write_json
 from retina_jax.runs.folder import Run, make_writable, saved_steps, started_run
 
@@ -98,11 +98,11 @@ def _changes(before: Run, run: Run, allowed: Sequence[str]) -> list[str]:
     """Returns how `run` differs from the run that is in its folder; ConfigError if a difference is not allowed."""
     where, old, new = f"--workdir {run.folder}", before.config, run.config
     if class_indices(before.categories, run.categories) != list(range(len(run.categories))):
-        raise differ(before.categories, run.categories, where)
+        raise classes_error(before.categories, run.categories, where)
     if ((decay := old.optimizer.ema_decay) > 0) != (new.optimizer.ema_decay > 0):
         found = f"its run has optimizer.ema_decay {decay:g}; a resumed run can neither start nor stop averaging (EMA)"
         raise ConfigError(f"{where}: {found}; use that value, or another --workdir")
-    changes = meaning_changes(old, new)
+    changes = training_changes(old, new)
     if refused := {change: name for change in changes if (name := change.partition(":")[0]) not in allowed}:
         found = f"a resumed run keeps its config, but {'; '.join(refused)}"
         raise ConfigError(f"{where}: {found} (if this is intended: --allow-changes {' '.join(refused.values())})")
@@ -114,8 +114,8 @@ def _changes(before: Run, run: Run, allowed: Sequence[str]) -> list[str]:
     if None not in counts and counts[0] != counts[1] and (norm or new.loss.normaliser in PER_MICROBATCH):
         field = "model.norm batch" if norm else f"loss.normaliser {new.loss.normaliser}"
         raise ConfigError(
-            f"{where}: its run split each batch into {counts[0]} micro-batches (devices x training.accumulate), this one "
-            f"would into {counts[1]}, and {field} depends on it; set devices x training.accumulate to {counts[0]}"
+            f"{where}: its run split each batch into {counts[0]} micro-batches (devices x training.accumulate), and {field} "
+            f"depends on it; this command would split it into {counts[1]}; set devices x training.accumulate to {counts[0]}"
         )
     return changes
 

@@ -39,7 +39,8 @@ def schedule_warning(config: Config) -> str | None:
     named = [f"optimizer.boundaries {' '.join(map(str, late))}"] if late else []
     if optimizer.warmup_steps and optimizer.warmup_steps >= steps:
         named.append(f"optimizer.warmup_steps {optimizer.warmup_steps}")
-    advice = f"; drops are usual at about {steps * 2 // 3} and {steps * 8 // 9}" if late else ""
+    usual = f"{steps * 2 // 3} {steps * 8 // 9} (2/3 and 8/9, as in the paper)"
+    advice = f"; set --optimizer.boundaries {usual}" if late else ""
     return f"{' and '.join(named)}: not reached in training.steps {steps}{advice}" if named else None
 
 
@@ -58,7 +59,8 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
     if config.clip_norm > 0:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     if config.bias_learning_rate_factor != 1.0:
-        parts.append(optax.masked(optax.scale(config.bias_learning_rate_factor), _not_kernels))
+        others = partial(jax.tree.map_with_path, lambda path, _: path[-1].key != "kernel")
+        parts.append(optax.masked(optax.scale(config.bias_learning_rate_factor), others))
     return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
 
 
@@ -66,10 +68,6 @@ def skipped_update(before: optax.OptState, after: optax.OptState) -> optax.OptSt
     """Returns the optimizer state after a skipped update: `before`, with the step count of the schedule of `after`. The
     schedule is the last part of `make_optimizer`; its boundaries are steps of the run."""
     return (*before[:-1], after[-1])
-
-
-def _not_kernels(tree: PyTree) -> PyTree[bool]:
-    return jax.tree.map_with_path(lambda path, _: path[-1].key != "kernel", tree)
 
 
 def _decayed(tree: PyTree, *, biases: bool) -> PyTree[bool]:

@@ -46,7 +46,8 @@ class Driver:
         devices, hosts = jax.devices(), jax.process_count()
         wanted = self.config.devices or len(devices)
         if wanted > len(devices):
-            raise ConfigError(f"devices: {wanted} requested, {len(devices)} found ({devices[0].platform})")
+            found = f"{wanted} requested, {len(devices)} found ({devices[0].platform})"
+            raise ConfigError(f"devices: {found}; use --devices 1, or 0 for all")
         if wanted % hosts:
             raise ConfigError(f"devices: {wanted} is not divisible by {hosts} hosts; use a multiple of {hosts}")
         of_host = [[d for d in devices if d.process_index == host][: wanted // hosts] for host in range(hosts)]
@@ -67,26 +68,25 @@ class Driver:
 
     @property
     def device_view(self) -> bool:
-        """Whether a step is written for the images of one device: under pmap; with accumulation, so that micro-batches are
-        added up before devices exchange them; and with grouped convolutions, for which the compiler would otherwise gather
-        the global batch on every device."""
+        """Whether a step is written for the images of one device: under pmap; with accumulation, to add up micro-batches
+        before devices exchange them; with grouped convolutions, for which the compiler would gather the global batch."""
         grouped = ARCHITECTURES[self.config.model.backbone].groups > 1
         return self.config.parallel == "pmap" or self.config.training.accumulate > 1 or grouped
 
     @cached_property
     def model(self) -> RetinaNet:
-        """The network. It knows the axis only if BatchNorm statistics must cross it by name."""
+        """The network. It gets the axis name if a step is written for one device (`device_view`)."""
         axis = AXIS if self.device_view else None
         return RetinaNet(self.config.model, self.num_classes, anchors_per_cell(self.config.anchors), axis_name=axis)
 
     @cached_property
     def schedule(self) -> optax.Schedule:
-        """Learning rate by step."""
+        """Learning rate as a function of the step, from 0; for the batch over all devices and hosts."""
         return learning_rate_schedule(self.config.optimizer, self.config.data.batch_size)
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        """Gradient transformation."""
+        """The gradient transformation of `make_optimizer`, with `schedule`."""
         return make_optimizer(self.config.optimizer, self.schedule)
 
     @cached_property

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from retina_jax import distributed
 from retina_jax.config import ConfigError
+from retina_jax.console import warn
 from retina_jax.data.classes import Category, class_indices
 from retina_jax.model.initialisation import initialise
 from retina_jax.ops.anchors import anchors_per_cell
@@ -26,18 +27,14 @@ if TYPE_CHECKING:
     from retina_jax.weights.importing import Imported
 
 CLASS_OUTPUT = "class_head/output"
-RANDOM = "starting from random weights"
-RANDOM_FROZEN = (
-    "warning: frozen layers start from random weights and are never trained; set --model.backbone-weights, or train with "
-    "--model.norm group --model.frozen-stages 0"
-)
 
 
 def restore_or_init(
     driver: Driver, run: Run, checkpoints: Checkpoints, allow_missing: Sequence[str] = ()
 ) -> tuple[TrainState, str]:
-    """Returns the state that training starts from, on the devices, and one line about its origin. `allow_missing`: parts of
-    the backbone that `model.backbone_weights` may lack. ConfigError if the hosts' states differ."""
+    """Returns the state that training starts from, on the devices, and one line about its origin: the first that exists of
+    a detector imported into the run (step 0), its newest checkpoint, the backbone in `model.backbone_weights`, random
+    weights. `allow_missing`: parts that the backbone file may lack. ConfigError if the hosts' states differ."""
     imported = fresh_import(run.folder)
     if imported is not None:
         variables, _ = load_variables(Driver(imported.config, len(imported.class_names)), checkpoints, 0)
@@ -59,12 +56,12 @@ def restore_or_init(
         record_fact(run, "backbone_sha256", parameters_sha256(backbone))
         state = driver.init_state(variables)
     else:
-        state = driver.init_state()
-        origin = RANDOM
+        state, origin = driver.init_state(), "starting from random weights"
         if driver.config.model.frozen_stages or driver.config.model.norm == "frozen":
-            origin = RANDOM_FROZEN
+            how = "set --model.backbone-weights, or train with --model.norm group --model.frozen-stages 0"
+            warn(f"frozen layers start from random weights and are never trained; {how}")
     if distributed.is_multihost():
-        facts = {"step": int(state.step), "sha256": parameters_sha256(state.everything)}
+        facts = {"step": int(state.step), "sha256": parameters_sha256(state.all_parameters)}
         distributed.check_same("the parameters that training starts from", facts)
     return state, origin
 

@@ -30,7 +30,7 @@ class TrainState:
         return {"params": self.params, "frozen": self.frozen, "stats": self.stats}
 
     @property
-    def everything(self) -> dict[str, PyTree]:
+    def all_parameters(self) -> dict[str, PyTree]:
         """All that the run has learned, with the averages; its checksum is taken of this."""
         return {**self.variables, "ema": self.ema} if isinstance(self, AveragedState) else self.variables
 

@@ -102,7 +102,7 @@ def find_weights(kind: str, name_or_file: str) -> tuple[Path, float]:
         named = NAMED.get((kind, name_or_file))
         if named is None:
             known = ", ".join(name for k, name in NAMED if k == kind)
-            names = f", and no name; the names of {kind} are {known}" if known else ""
+            names = f", and not the name of a published file; published for {kind}: {known}" if known else ""
             raise WeightsError(f"{path}: no such file{names}")
         return fetch(named), named.eps
     digest = sha256_of(path)
@@ -169,7 +169,7 @@ def check_hash(path: Path, named: Named, digest: str) -> None:
 
 
 def download(url: str, part: Path) -> None:
-    """Downloads to the file `part`, from its end on if it exists. Raises OSError if the download ends early."""
+    """Downloads `url` to the file `part`, or the rest of it if `part` exists. Raises OSError if the download ends early."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"User-Agent": "retina_jax", "Range": f"bytes={have}-"})
     try:

@@ -158,9 +158,9 @@ def write_run(run: Path, annotations: Path, images: Path) -> None:
     from retina_jax.config_io import override, to_dict
     from retina_jax.evaluation.coco_scores import evaluate_coco
 
-    random, truth = np.random.default_rng(0), json.loads(annotations.read_text())
-    boxes: dict[int, list[dict]] = {image["id"]: [] for image in truth["images"]}
-    for entry in truth["annotations"]:
+    random, ground_truth = np.random.default_rng(0), json.loads(annotations.read_text())
+    boxes: dict[int, list[dict]] = {image["id"]: [] for image in ground_truth["images"]}
+    for entry in ground_truth["annotations"]:
         boxes[entry["image_id"]].append(entry)
     detections = []
     for image_id, entries in boxes.items():
@@ -173,7 +173,7 @@ def write_run(run: Path, annotations: Path, images: Path) -> None:
     for kind in ("detections", "evaluation"):
         (run / kind).mkdir(parents=True, exist_ok=True)
     (run / "detections" / f"step_{STEPS:08d}.json").write_text(json.dumps(detections))
-    scores = evaluate_coco(truth, detections, list(boxes))
+    scores = evaluate_coco(ground_truth, detections, list(boxes))
     evaluation = {"step": STEPS, "images": len(boxes), **scores.summary, "per_class": scores.per_class}
     (run / "evaluation" / f"step_{STEPS:08d}.json").write_text(json.dumps(evaluation))
     names = ("loss", "classification_loss", "box_loss", "gradient_norm", "learning_rate", "positives_per_image")
@@ -185,7 +185,7 @@ def write_run(run: Path, annotations: Path, images: Path) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     changes = {"data.val_annotations": str(annotations), "data.val_images": str(images)}
     saved = {"config": to_dict(override(Config(), changes))}
-    categories = truth["categories"]
+    categories = ground_truth["categories"]
     saved |= {"class_names": [c["name"] for c in categories], "category_ids": [c["id"] for c in categories]}
     (run / "config.json").write_text(json.dumps(saved))
     summary = {"steps": STEPS, "images": 16 * STEPS, "seconds": 90_000.0, "evaluation": evaluation}

@@ -19,7 +19,7 @@ from benchmarks.work import Task, Work
 from retina_jax.config import Config
 from retina_jax.config_io import override
 from retina_jax.model.summary import forward_flops, jaxpr_flops
-from retina_jax.training.compilation import CompiledStep, compile_events, memory_of
+from retina_jax.training.compilation import COMPILED, CompiledStep, compile_events, memory_of
 from retina_jax.training.parallel import Driver
 from retina_jax.training.step import Inputs
 
@@ -134,10 +134,10 @@ def compile_step(task: Task, driver: Driver, inputs: Inputs) -> Work:
     program = compiled()
     memory = memory_of(program)
     facts = {
-        "programs": events["/jax/core/compile/backend_compile_duration"],
+        "programs": events[COMPILED],
         "cached_cpu_ms": cached_cpu,
         "cached_wall_ms": cached_wall,
-        "program_mib": memory.total / 2**20 if memory else None,
+        "program_mib": sum(memory) / 2**20 if memory else None,
     }
     return Work(compiled, facts=facts)
 

@@ -29,14 +29,14 @@ def scored(task: Task, evaluator: Literal["arrays", "pycocotools"]) -> Work:
     path = Path(task.annotations)
     if not path.is_file():
         raise BenchmarkError(f"{path}: no such file; --annotations must be a COCO JSON or text of boxes")
-    truth = read_boxes(path) if path.suffix == ".txt" else parse_coco(path).ground_truth()
-    ids = [image["id"] for image in truth["images"]]
-    found = detections_like(truth, task.detections / len(ids), task.seed)
-    summary = evaluate_coco(truth, found, ids, evaluator=evaluator).summary
+    ground_truth = read_boxes(path) if path.suffix == ".txt" else parse_coco(path).ground_truth()
+    ids = [image["id"] for image in ground_truth["images"]]
+    found = detections_like(ground_truth, task.detections / len(ids), task.seed)
+    summary = evaluate_coco(ground_truth, found, ids, evaluator=evaluator).summary
     return Work(
-        lambda: evaluate_coco(truth, found, ids, evaluator=evaluator),
+        lambda: evaluate_coco(ground_truth, found, ids, evaluator=evaluator),
         images=len(ids),
-        facts={"detections": len(found), "boxes": len(truth["annotations"]), "AP": summary["AP"]},
+        facts={"detections": len(found), "boxes": len(ground_truth["annotations"]), "AP": summary["AP"]},
     )
 
 
@@ -64,12 +64,12 @@ def read_boxes(path: Path) -> dict[str, Any]:
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def detections_like(truth: Mapping[str, Any], per_image: float, seed: int) -> list[dict[str, Any]]:
+def detections_like(ground_truth: Mapping[str, Any], per_image: float, seed: int) -> list[dict[str, Any]]:
     """Generates COCO result records: most ground-truth boxes, slightly shifted, with high scores; duplicates, some with
     another class, and random boxes, with low scores. AP is about 0.36 on val2017.
 
     Args:
-      truth: COCO dict of images (with sizes), annotations (at least one) and categories.
+      ground_truth: COCO dict of images (with sizes), annotations (at least one) and categories.
       per_image: mean number of detections per image; the total is `round(per_image * images)`.
       seed: random seed.
 
@@ -77,7 +77,7 @@ def detections_like(truth: Mapping[str, Any], per_image: float, seed: int) -> li
       Records sorted by image, then by falling score, with float32 values, as from `coco_results`.
     """
     rng = np.random.default_rng(seed)
-    images, annotations = truth["images"], truth["annotations"]
+    images, annotations = ground_truth["images"], ground_truth["annotations"]
     total = round(per_image * len(images))
     row_of = {image["id"]: row for row, image in enumerate(images)}
     rows = np.array([row_of[a["image_id"]] for a in annotations])

@@ -1,6 +1,6 @@
 """Crops for classification, which replace ImageNet in the miniature: one of 12 shapes in one of 12 hues per crop.
 
-A backbone that classifies them has learnt the shapes and hues of generated scenes, but nothing about boxes, background or
+A backbone that classifies them has learned the shapes and hues of generated scenes, but nothing about boxes, background or
 detection losses. The same holds for the paper's ImageNet backbone.
 """
 

@@ -227,7 +227,7 @@ def test_annotations_without_a_box_are_dropped_and_counted(tmp_path: Path) -> No
 
     path, images = written(tmp_path, edit)
     source = read_coco(path, images)
-    assert source.counts["without_box"] == 3 and "3 without_box" in str(source)
+    assert source.counts["without_box"] == 3 and "3 without bbox" in str(source)
     assert [a["id"] for a in source.ground_truth["annotations"]] == [4, 5, 6, 7, 8]
     groups = {group.kind: group for group in check_data(Config(), {"train": (path, images)}).groups}
     assert [f.name for f in groups["without_box"].findings] == ["annotation 1", "annotation 2", "annotation 3"]
@@ -272,7 +272,7 @@ def test_the_size_of_a_rotated_image_is_that_of_the_displayed_image(tmp_path: Pa
     (images / "1.png").write_bytes(encode(np.zeros((HEIGHT, WIDTH, 3), np.uint8), "PNG", exif=exif))
     source = read_coco(path, images)
     assert (source.records[1].width, source.records[1].height) == (HEIGHT, WIDTH)
-    assert 1 in source.unsized and with_decoding(source, DataConfig()).shown == "open"
+    assert 1 in source.unsized and with_decoding(source, DataConfig()).annotated_orientation == "open"
 
 
 def test_a_size_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from retina_jax.data.classes import COCO_CATEGORIES
 from retina_jax.data.coco_document import parse_coco, parse_document
 from retina_jax.data.coco_entries import Mistake
 from retina_jax.data.datasets import open_source, read_coco
-from retina_jax.data.source import BadImage, DataError, sort_boxes
+from retina_jax.data.source import BadImage, DataError, classify_boxes
 
 
 def edited(**changes: Any) -> dict[str, Any]:
@@ -267,7 +267,7 @@ coordinate = st.floats(-100, 200, width=32) | st.integers(-2, 110)
 def test_every_box_is_kept_or_counted(found: list[tuple]) -> None:
     columns = np.array(found, np.float64).reshape(-1, 5)
     sizes = np.tile(np.array([[100, 60]]), (len(columns), 1))
-    cleaned, kinds = sort_boxes(columns[:, :4], columns[:, 4] > 0, sizes)
+    cleaned, kinds = classify_boxes(columns[:, :4], columns[:, 4] > 0, sizes)
     usable = kinds["usable"]
     assert (sum(kinds[kind].astype(int) for kind in ("usable", "crowd", "zero_size", "outside")) == 1).all()
     assert not (kinds["clipped"] & ~usable).any()

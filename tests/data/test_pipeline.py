@@ -236,7 +236,7 @@ def test_bad_image_is_skipped_named_once_and_counted(
         assert not batch.images[bad].any() and (batch.image_sizes[bad] == 1).all() and (batch.labels[bad] == -1).all()
     assert times > 1 and batches.skipped == {path: times}
     (line,) = [r.getMessage() for r in caplog.records if r.name.startswith("retina_jax")]
-    assert line.startswith(f"skipped: {path}: {message}")
+    assert line.startswith(f"warning: skipped: {path}: {message}")
 
 
 def test_skipped_evaluation_image_is_not_valid(tmp_path: Path) -> None:

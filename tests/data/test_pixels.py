@@ -160,11 +160,11 @@ def test_images_without_a_size_follow_those_with_one(
     drawn = [(orientation, convention, "JPEG", (32, 24)) for orientation in (6, 6, 8, 3)]
     some = write_squares(tmp_path / "some", drawn, unsized=(0, 2, 3))
     source = with_decoding(read_coco(*some), DataConfig())
-    assert source.shown == source.decoding.orientation == convention and squares_are_in_boxes(source)
+    assert source.annotated_orientation == source.decoding.orientation == convention and squares_are_in_boxes(source)
     decoding, _, found = checked(some)
     assert decoding == source.decoding and [finding.kind for finding in found] == ["decoding"]
     none = write_squares(tmp_path / "none", drawn, unsized=range(4))
-    assert with_decoding(read_coco(*none), DataConfig()).shown == "open"
+    assert with_decoding(read_coco(*none), DataConfig()).annotated_orientation == "open"
     assert [finding.kind for finding in checked(none)[2]] == ["pixels"]
     for pairs in ({"train": some, "val": none}, {"train": none, "val": some}):
         train, val, config = open_sources(Config(data=DataConfig(**split_paths(**pairs))))

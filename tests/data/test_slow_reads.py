@@ -93,7 +93,7 @@ def test_a_read_that_fails_temporarily_is_retried(
     assert np.all(np.diff(calls) >= [0.01, 0.02, 0.08])
     lines = [record.getMessage() for record in caplog.records if str(tmp_path) in record.getMessage()]
     assert lines == [
-        f"{source.where(0)}: cannot be read: {os.strerror(number)}; trying again in {pause} s"
+        f"warning: {source.where(0)}: cannot be read: {os.strerror(number)}; trying again in {pause} s"
         for pause in (0.01, 0.02, 0.08)
     ]
     # A fourth failure is the image's.
@@ -161,7 +161,7 @@ def test_a_read_that_hangs_is_reported_and_its_batch_still_arrives(
         np.array_equal(a, b) for one, two in zip(taken, expected, strict=True) for a, b in zip(one, two, strict=True)
     )
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith("batch ") and f"reading {plain.where(5)} (" in line and "\n" not in line
+    assert line.startswith("warning: batch ") and f"reading {plain.where(5)} (" in line and "\n" not in line
 
 
 def test_batches_that_arrive_in_time_are_not_reported(
@@ -195,7 +195,7 @@ def test_one_thread_watches_many_batches_and_ends_after_them(
                 time.sleep(0.02)
             time.sleep(0.5)  # time for a second line
     lines = [record.getMessage() for record in caplog.records]
-    assert [line.partition(":")[0] for line in lines] == ["batch 100", "batch 101"]
+    assert [line.split(":")[1] for line in lines] == [" batch 100", " batch 101"]
     assert all("reading 7 (" in line for line in lines)
 
 

@@ -109,8 +109,8 @@ def test_fixing_missed_objects_leaves_the_others() -> None:
     assert errors.of_objects.tolist() == [RIGHT, MISSED]
     assert fixed_ap(errors, 2)[CAT] == pytest.approx(51 / 101)
     assert fixed_ap(errors, 2, (MISSED,))[CAT] == pytest.approx(1.0)
-    assert ap_without("missed", errors, 2)[CAT] == pytest.approx(1.0)
-    assert ap_without("found", errors, 2)[CAT] == pytest.approx(51 / 101)
+    assert ap_without("false_negatives", errors, 2)[CAT] == pytest.approx(1.0)
+    assert ap_without("false_positives", errors, 2)[CAT] == pytest.approx(51 / 101)
     assert np.isnan(fixed_ap(errors, 2)[DOG])
 
 
@@ -163,8 +163,8 @@ def check_sums(errors: Errors, categories: int) -> None:
     assert (-1 if base is None else base) == pytest.approx(theirs, abs=1e-12)
     fixed = fixed_ap(errors, categories, ALL)
     assert fixed[~np.isnan(fixed)] == pytest.approx(1.0, abs=1e-12)
-    for wrong in ("found", "missed"):
-        alone = mean_ap(ap_without(wrong, errors, categories))
+    for side in ("false_positives", "false_negatives"):
+        alone = mean_ap(ap_without(side, errors, categories))
         assert alone is None or alone >= base - 1e-12
 
 

@@ -121,7 +121,7 @@ def test_a_resumed_average_equals_the_uninterrupted_one_to_the_last_bit(
         checkpoints.save(2, train_on(driver.init_state(), range(2)))
         resumed = train_on(checkpoints.restore(driver.init_state()), range(2, 4))
     assert_equal(resumed, unbroken)
-    assert parameters_sha256(resumed.everything) == parameters_sha256(unbroken.everything)
+    assert parameters_sha256(resumed.all_parameters) == parameters_sha256(unbroken.all_parameters)
 
 
 def test_a_loaded_detector_uses_the_averages_unless_raw_parameters_are_requested(tiny: Config, tmp_path: Path) -> None:
@@ -153,12 +153,12 @@ class StateBefore:
 def test_runs_without_averages_read_checkpoints_from_before_ema(tiny: Config, tmp_path: Path, norm: str) -> None:
     driver = Driver(override(tiny, {"devices": 1, "model.norm": norm}), 3)
     state = driver.init_state()
-    assert type(state) is TrainState and state.everything == state.detector() == state.variables
+    assert type(state) is TrainState and state.all_parameters == state.detector() == state.variables
     before = StateBefore(**{name: getattr(state, name) for name in StateBefore.__dataclass_fields__})
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, before)
         assert_equal(checkpoints.restore(driver.init_state()), state)
         checkpoints.save(2, state)
         assert_equal(checkpoints.restore(before, 2), before)
-        with pytest.raises(ConfigError, match=r"ema/params/.* is missing there"):
+        with pytest.raises(ConfigError, match=r"ema/params/.*: missing in the checkpoint"):
             checkpoints.restore(Driver(averaged(tiny, model__norm=norm), 3).init_state(), 1)

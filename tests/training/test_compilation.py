@@ -168,7 +168,7 @@ def test_a_padded_shape_beyond_the_expected_number_is_a_warning(uncached: None) 
     step = CompiledStep(fresh(), num_shapes=2, announce=said.append)
     take(step, new_state(), pixels(), pixels(canvas=(48, 32)), pixels(), pixels(canvas=(64, 64)))
     assert len(said) == 7
-    assert re.fullmatch(r"warning: step 4\b.*\b3, 64x64\b.*\b2\b.* 32x48, 48x32", said[-1])
+    assert re.fullmatch(r"warning: step 4\b.*\b64x64\b.*\b3\b.*\b2\b.* 32x48, 48x32", said[-1])
 
 
 def test_a_program_from_the_cache_is_reported_as_such(tmp_path: object) -> None:
@@ -286,6 +286,8 @@ def test_out_of_memory_is_one_line_with_advice(message: str, kept: str, monkeypa
     options = ("data.batch_size", "training.accumulate", "model.remat", "model.dtype bfloat16")
     assert line is not None and "\n" not in line
     assert [name for name in (*named, *options) if name not in line] == []
+    of_inference = out_of_memory(JaxRuntimeError(message))
+    assert "--short-side" in of_inference and not any(option in of_inference for option in options)
 
 
 @pytest.mark.parametrize(

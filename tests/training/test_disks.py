@@ -58,7 +58,7 @@ def test_a_truncated_missing_or_unreadable_file_is_named(checkpoint: Path) -> No
         intact, name = file.read_bytes(), file.relative_to(checkpoint).as_posix()
         for part in (b"", intact[:-1]):
             file.write_bytes(part)
-            expected = f"{name} holds {len(part)} of {len(intact)} bytes"
+            expected = f"{name} is truncated ({len(part)} of {len(intact)} bytes)"
             if file.name == CHECKSUMS:
                 expected = "" if part and part.endswith(b"}") else "checksums.json cannot be read"
             assert damage(checkpoint) == expected
@@ -68,7 +68,7 @@ def test_a_truncated_missing_or_unreadable_file_is_named(checkpoint: Path) -> No
         assert damage(checkpoint)
         file.rmdir()
         file.write_bytes(intact)
-    assert damage(checkpoint) == "" and damage(checkpoint / "nowhere") == "it is gone"
+    assert damage(checkpoint) == "" and damage(checkpoint / "nowhere") == "the folder was deleted"
 
 
 def test_files_added_later_are_ignored(tmp_path: Path) -> None:

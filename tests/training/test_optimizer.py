@@ -66,7 +66,7 @@ def test_a_run_that_is_too_short_for_its_schedule_is_refused_by_name(
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=steps))
     said = schedule_warning(config)
     assert said == named or (named and said.startswith(f"{named}: not reached in training.steps {steps}"))
-    assert ("usual at about 200 and 266" in (said or "")) == (steps == 300 and bool(boundaries))
+    assert ("--optimizer.boundaries 200 266" in (said or "")) == (steps == 300 and bool(boundaries))
 
 
 def follow(config: OptimizerConfig, gradients: list[dict], params: dict) -> dict:
