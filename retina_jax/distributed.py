@@ -3,8 +3,8 @@
 Every host runs the same command. Host 0, the primary, writes the run's folder and the log; the others print errors only. All
 hosts take the same decisions from the same values, so that no host waits for a collective that another never enters.
 
-If a host ends, the others end by JAX's heartbeat or by an error of the network library, with status TRY_AGAIN, or SIGABRT if JAX
-ends them. docs/results/reliability.md has the times.
+If a host ends, the others end by JAX's heartbeat or by an error of the network library, with status TRY_AGAIN, or SIGABRT
+if JAX ends them. docs/results/reliability.md has the times.
 """
 
 import contextlib
@@ -171,10 +171,8 @@ def _leave() -> None:
 
 
 class Interruption:
-    """A `with` block in which Ctrl-C, SIGTERM and SIGHUP stop the run.
-
-    At first they raise Stopped at once; after `defer`, at the next `check`. A second Ctrl-C then ends the process at once.
-    """
+    """A `with` block in which Ctrl-C, SIGTERM and SIGHUP stop the run: they raise Stopped, at first at once, after `defer`
+    at the next `check`. A second Ctrl-C then ends the process at once."""
 
     def __init__(self) -> None:
         self._number, self._checks, self._deferred = 0, 0, False

@@ -25,14 +25,10 @@ import numpy as np
 
 FORMAT = "retina_jax detector 1"
 PILLOW_FORMAT = "retina_jax detector 2"  # without programs that resize: Pillow does it
-
-
-MOST_TIMES = 100  # largest ratio of the unpacked contents to the file; exported programs have about 10
+MOST_TIMES = 100  # largest ratio of the unpacked contents to the file
 SETTINGS = {"class_names", "category_ids", "short_side", "long_side", "size_rounding", "canvases"}  # in about.json
-DAMAGE = (
-    zipfile.BadZipFile, zlib.error, EOFError, LookupError, TypeError, ValueError, RuntimeError, AttributeError,
-    MemoryError, RecursionError, OverflowError,
-)  # fmt: skip
+BROKEN = zipfile.BadZipFile, zlib.error, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError
+DAMAGE = (*BROKEN, RuntimeError, TypeError, ValueError)  # what a file that is not this project's raises when it is read
 
 
 class LoadError(ValueError):
