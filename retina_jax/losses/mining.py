@@ -110,8 +110,8 @@ def _one_to_three(examples: _Examples, batch: int, filled: bool) -> Bool[Array, 
 
     def move(walk: _Walk, take: Array, gone: Array, pool: Array | bool) -> _Walk:
         """Mines the anchor if `take`, removes those `gone`, and moves to the hardest remaining anchor of the pool."""
-        next_walk = start(jnp.where(gone, -jnp.inf, walk.remaining), pool, walk.mined.at[walk.at].max(take))
-        return next_walk._replace(taken=walk.taken + take.astype(jnp.int32))
+        mined, taken = walk.mined.at[walk.at].set(walk.mined[walk.at] | take), walk.taken + take.astype(jnp.int32)
+        return start(jnp.where(gone, -jnp.inf, walk.remaining), pool, mined)._replace(taken=taken)
 
     def climb(walk: _Walk) -> _Walk:
         """Mines the anchor and moves to the next positive if it survives; else moves to the hardest that suppresses it."""
