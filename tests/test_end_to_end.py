@@ -210,7 +210,7 @@ def test_bad_input_is_one_line_that_names_it(folder: Path) -> None:
     refused("train", *tiny, "--data.source", "coco", names="data.train_annotations")
     refused("evaluate", "--workdir", folder / "nowhere", names=str(folder / "nowhere"))
     (folder / "typed.py").write_text((folder / "tiny.py").read_text().replace("steps=12", "steps='12'"))
-    refused("train", "--config", folder / "typed.py", "--workdir", folder / "bad", names="training.steps: '12'")
+    refused("train", "--config", folder / "typed.py", "--workdir", folder / "bad", names="training.steps: ")
     (folder / "is_a_file").write_text("")
     refused("train", "--config", folder / "tiny.py", "--workdir", folder / "is_a_file", names=str(folder / "is_a_file"))
     assert not (folder / "bad" / "checkpoints").exists()
