@@ -4,7 +4,6 @@ import errno
 import os
 import re
 import signal
-import traceback
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
 """Errors that libraries wrap in long messages of their own."""
@@ -46,7 +45,7 @@ def ending(error: BaseException) -> tuple[str | None, int]:
         return one_line(f"error: {error.filename}: {error.strerror}"), 2
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; everything saved before is intact", 130
-    if isinstance(error, RuntimeError | AssertionError) and (line := out_of_memory(error) or no_device(error)):
+    if isinstance(error, RuntimeError | AssertionError) and (line := out_of_memory(error) or no_device()):
         return one_line(f"error: {line}"), 2
     if isinstance(error, SystemExit):
         return None, error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -71,13 +70,16 @@ def out_of_memory(error: BaseException, program: str = "a program", needed: obje
     return f"out of memory: {program} needs {needed or 'more than there is'}{has} ({detail}); {helps}"
 
 
-def no_device(error: BaseException) -> str | None:
-    """Returns one line about an error of JAX that means it finds no device; None for any other error."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if not frames or not frames[-1].filename.endswith("xla_bridge.py"):  # also an AssertionError without a message
-        return None
-    chosen = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: " if os.environ.get("JAX_PLATFORMS") else ""
-    return f"{chosen}JAX finds no such device here ({reason(error)}); JAX_PLATFORMS=cpu runs on the CPU"
+def no_device() -> str | None:
+    """Returns one line if JAX finds no device, which its error may not say (an AssertionError without text); else None."""
+    import jax
+
+    try:
+        jax.devices()
+    except Exception as failure:
+        chosen = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: " if os.environ.get("JAX_PLATFORMS") else ""
+        return f"{chosen}JAX finds no such device here ({reason(failure)}); JAX_PLATFORMS=cpu runs on the CPU"
+    return None
 
 
 def device_memory() -> int | None:

@@ -63,7 +63,7 @@ def test_a_run_that_saved_no_step_leaves_its_folder_free(tmp_path: Path) -> None
 def test_a_missing_platform_is_one_line() -> None:
     program = (
         "import jax; from retina_jax.cli import one_line_errors\n"
-        "with one_line_errors():\n    jax.config.update('jax_platforms', 'cuda'); jax.devices()"
+        "with one_line_errors():\n    jax.config.update('jax_platforms', 'cuda'); jax.jit(lambda x: x + 1)(1.0)"
     )
     environment = {**os.environ, "JAX_PLATFORMS": "cuda"}
     command = [sys.executable, "-c", program]
