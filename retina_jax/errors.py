@@ -45,7 +45,7 @@ def ending(error: BaseException) -> tuple[str | None, int]:
         return one_line(f"error: {error.filename}: {error.strerror}"), 2
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; everything saved before is intact", 130
-    if isinstance(error, RuntimeError | AssertionError) and (line := out_of_memory(error) or no_device()):
+    if isinstance(error, RuntimeError | AssertionError) and (line := out_of_memory(error) or no_device(error)):
         return one_line(f"error: {line}"), 2
     if isinstance(error, SystemExit):
         return None, error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -70,8 +70,10 @@ def out_of_memory(error: BaseException, program: str = "a program", needed: obje
     return f"out of memory: {program} needs {needed or 'more than there is'}{has} ({detail}); {helps}"
 
 
-def no_device() -> str | None:
-    """Returns one line if JAX finds no device, which its error may not say (an AssertionError without text); else None."""
+def no_device(error: BaseException) -> str | None:
+    """Returns one line if `error` is JAX's that there is no device, else None. Its text is about a backend, or empty."""
+    if str(error) and "backend" not in str(error):
+        return None
     import jax
 
     try:
