@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
 
 from retina_jax import distributed
@@ -96,9 +97,9 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
         start = int(state.step)
         clock = Clock(workdir, resumed=start > 0)
         batches = train_batches(source, config.data, seed=config.seed, start_step=start, **distributed.share())
-        take_step = CompiledStep(
-            driver.step, config.data.buckets or 4, ahead=batches.padded_shapes(training.steps - start)
-        )
+        shapes = batches.padded_shapes(training.steps - start)
+        eager = jax.default_backend() != "cpu"  # a program takes 30 s on a CPU, and a first run is often stopped early
+        take_step = CompiledStep(driver.step, config.data.buckets or 4, ahead=shapes, eager=eager)
         with clock, Metrics(run, start) as metrics, Profiler(workdir, parse_window(training.profile_steps)) as profiler:
             score = partial(score_step, run, driver, val_source, checkpoints, metrics, interruption)
             if metrics.evaluation_is_missing():  # it failed or was interrupted before

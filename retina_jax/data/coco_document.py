@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from retina_jax.config import DataConfig
+from retina_jax.console import log
 from retina_jax.data import coco_entries
 from retina_jax.data.box_formats import boxes_in_pixels
 from retina_jax.data.classes import Category, excluded_categories, unique_names
@@ -25,6 +26,7 @@ from retina_jax.data.survey import read_sizes, survey_files
 from retina_jax.errors import reason
 
 LARGEST_JSON = 2**33  # bytes of an annotation file; the largest of COCO has half a gigabyte
+SLOW_JSON = 10**8  # bytes of a file that takes more than a second
 DEFAULTS = DataConfig()
 Rows = Int64[np.ndarray, " M"]
 
@@ -59,6 +61,8 @@ def parse_coco(path: Path, known: Sequence[Category] = (), data: DataConfig = DE
 def load_json(path: Path, expected: Any = Any) -> Any:
     """Decodes a file as `expected`, else as any JSON value; raises DataError with the line and column of malformed JSON."""
     try:
+        if (size := path.stat().st_size) >= SLOW_JSON:
+            log(f"reading {path.name} ({size / 1e6:.0f} MB) ...")
         encoded = read_file(path, LARGEST_JSON)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {reason(error)}; it must be a COCO JSON") from None

@@ -42,14 +42,19 @@ class CompiledStep:
 
     A warning names what differs if a program was compiled for another reason than a new padded shape (a dtype, a batch size,
     a sharding), and one is logged for each padded shape beyond the expected number. The shapes in `ahead` are compiled with
-    the first one. Raises OutOfMemory in compiling and in running.
+    the first one if `eager`, else each before its first step. Raises OutOfMemory in compiling and in running.
     """
 
     def __init__(
-        self, step: Any, num_shapes: int, announce: Callable[[str], None] = log, ahead: Sequence[Shape] = ()
+        self,
+        step: Any,
+        num_shapes: int,
+        announce: Callable[[str], None] = log,
+        ahead: Sequence[Shape] = (),
+        eager: bool = True,
     ) -> None:
         """Takes a jax.jit or jax.pmap of (state, inputs) to (state, metrics), and the expected number of padded shapes."""
-        self._step, self._expected, self._announce, self._ahead = step, num_shapes, announce, ahead
+        self._step, self._expected, self._announce, self._ahead, self._eager = step, num_shapes, announce, ahead, eager
         self._signatures: dict[Shape, list[Any]] = {}  # the latest of each padded shape
         self._memory: dict[Shape, Memory | None] = {}
         self._kinds: Kinds = {}  # of the latest program
@@ -63,7 +68,8 @@ class CompiledStep:
         if self._signatures.get(shape) != signature:
             self._compile(shape, state, inputs)
             self._signatures[shape] = signature
-            self._compile_ahead(state, inputs, signature)
+            if self._eager:
+                self._compile_ahead(state, inputs, signature)
             self._steps_until_freed = STEPS_UNTIL_FREED
         self._steps_until_freed -= 1
         if self._steps_until_freed == 0:

@@ -1,6 +1,7 @@
 """COCO files: what is read and what is cleaned, and one line for every mistake."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pycocotools.coco import COCO
 from small_sets import document, write_coco
 
 from retina_jax.config import DataConfig
+from retina_jax.data import coco_document
 from retina_jax.data.classes import COCO_CATEGORIES
 from retina_jax.data.coco_document import parse_coco, parse_document
 from retina_jax.data.coco_entries import Mistake
@@ -223,6 +225,17 @@ def test_a_correct_file_is_decoded_at_once(tmp_path: Path, monkeypatch: pytest.M
     for field, value in vars(expected).items():
         assert np.array_equal(getattr(found, field), value), field
     assert found.boxes_xywh[1].tolist() == [1.5, 2, 3, 4.25]
+
+
+def test_reading_a_large_file_is_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_coco(tmp_path, document())[0]
+    parse_coco(path)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(coco_document, "SLOW_JSON", path.stat().st_size)
+    parse_coco(path)
+    assert re.fullmatch(rf"reading {path.name} \(\d+ MB\) \.\.\.\n", capsys.readouterr().out)
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:

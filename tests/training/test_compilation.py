@@ -91,6 +91,15 @@ def test_two_hundred_batches_of_four_shapes_are_four_programs_and_four_lines(unc
     assert re.search(rf"32x48 .*\d+\.\d s: \d+\.\d\d MiB .*\({sizes}\)$", said[1])
 
 
+def test_without_eager_a_program_is_compiled_before_its_first_step(uncached: None) -> None:
+    jitted, said = fresh(), []
+    step = CompiledStep(jitted, 2, said.append, ahead=[(32, 48), (48, 32)], eager=False)
+    state = take(step, new_state(), pixels(), pixels())
+    assert jitted._cache_size() == 1 and said[0].startswith("compiling program 1 of 2 (32x48)")
+    take(step, state, pixels(canvas=(48, 32)))
+    assert jitted._cache_size() == 2 and said[2].startswith("compiling program 2 of 2 (48x32)")
+
+
 def test_the_announced_program_is_the_one_that_runs(uncached: None) -> None:
     """It is compiled once, ahead of the call; the call compiles nothing."""
     heard: list[str] = []
