@@ -9,6 +9,7 @@ from jaxtyping import Float32
 
 from retina_jax.config import Config
 from retina_jax.config_io import flatten, override
+from retina_jax.console import track
 from retina_jax.data.source import Record
 from retina_jax.data_check.coverage import Share, Shares, count_shares, cover, view_boxes
 from retina_jax.data_check.nearest import Views, best_iou
@@ -59,7 +60,8 @@ def suggest(records: Sequence[Record], config: Config, class_names: Sequence[str
     for data in _sizes(some, config):
         views = view_boxes(some, override(config, data).data)
         pixels = (data["data.short_side"] / config.data.short_side) ** 2
-        for anchors in _anchors(boxes, config):
+        settings = list(_anchors(boxes, config))
+        for anchors in track(f"suggestion: settings at {data['data.short_side']} px", settings, len(settings)):
             other = override(config, data | anchors)
             changes = {name: value for name, value in flatten(other).items() if value != fields[name]}
             # A rule of thumb: time is proportional to the pixels; more anchors cost only channels of the last convolution
