@@ -56,6 +56,8 @@ class Arguments:
     """Folder of the evaluation images; None: the folder of the training images."""
     pictures: int = 8
     """Maximum number of images on the page."""
+    suggestion: bool = True
+    """Search for anchors and an image size that cover the boxes better; --no-suggestion saves a third of the time."""
 
 
 def main() -> None:
@@ -74,7 +76,7 @@ def main() -> None:
     page, facts = arguments.out / "data_check.html", arguments.out / "data_check.json"
     arguments.out.mkdir(parents=True, exist_ok=True)
     set_up_jax()
-    check = check_data(config, pairs)
+    check = check_data(config, pairs, search=arguments.suggestion)
     pictures = worst_pictures(
         check.splits[0], check.config.data, check.decoding, check.views, check.coverage, arguments.pictures
     )

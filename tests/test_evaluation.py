@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from retina_jax.evaluation.coco_scores import SUMMARY, EvaluationError, coco_results, coco_table, evaluate_coco
+from retina_jax.evaluation import coco_scores
+from retina_jax.evaluation.coco_scores import (
+    SUMMARY,
+    EvaluationError,
+    as_arrays,
+    coco_results,
+    coco_table,
+    evaluate_coco,
+    read_results,
+)
 
 TRUTH = {
     "images": [{"id": 1, "width": 100, "height": 100}, {"id": 5, "width": 100, "height": 100}],
@@ -139,6 +148,24 @@ def test_errors_name_the_mistake_in_one_line(arguments: dict, message: str) -> N
     with pytest.raises(EvaluationError, match=message) as error:
         evaluate_coco(**{"ground_truth": TRUTH, "detections": [], "image_ids": [1, 5]} | arguments)
     assert "\n" not in str(error.value)
+
+
+def test_results_in_pieces_are_those_of_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pieces are smaller than the file; numbers of records in errors are those in the file."""
+    rng = np.random.default_rng(0)
+    found = [DETECTION | {"bbox": rng.uniform(0, 99, 4).tolist(), "score": float(rng.uniform())} for _ in range(8)]
+    at_once = as_arrays(TRUTH, found, [1, 5])
+    monkeypatch.setattr(coco_scores, "PIECE", 3)
+    file = tmp_path / "found.json"
+    file.write_text(json.dumps(found))
+    for records in (found, read_results(file)):
+        for a, b in zip(as_arrays(TRUTH, records, [1, 5])[1], at_once[1], strict=True):
+            np.testing.assert_array_equal(a, b, strict=True)
+    with pytest.raises(EvaluationError, match=r"detections\[7\] \(image 1\) .*nan"):
+        as_arrays(TRUTH, [*found[:7], DETECTION | {"score": float("nan")}], [1, 5])
+    strange = [one | {"image_id": 6 + i} for i, one in enumerate(found)]
+    with pytest.raises(EvaluationError, match=r"6, 7, 8, 9, 10, 11, 12, 13 \(8 in all\)"):
+        as_arrays(TRUTH, strange, [1, 5])
 
 
 def test_results_are_xywh_by_category_id_without_padding() -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -181,11 +181,13 @@ class _Parser:
         """Returns the images and their `Content.paths`, `missing` and `unsized`; refuses names that lead out of `folder`."""
         images = [(e.id, e.file_name, *((e.width, e.height) if e.width and e.height else (0, 0))) for e in entries]
         names = [entry.file_name for entry in entries]
-        places = Places([""] * len(names), {row: "" for row, name in enumerate(names) if leads_outside(name)}, [])
         sizes: dict[int, Size | str] = {}
         if folder is not None:
             places = find_images(folder, names)
-            sizes = self.missing_sizes(images, [Path(path) for path in places.paths])
+            sizes = self.missing_sizes(images, places.paths)
+        else:
+            outside = {row: "" for row, name in enumerate(names) if leads_outside(name)}
+            places = Places([""] * len(names), outside, [])
         if places.moved:
             first = f"{short(names[places.moved[0]])} is read from {places.paths[places.moved[0]]}"
             text = f"{len(places.moved)} of {len(names)} images are not at the path in file_name: {first}"
@@ -207,18 +209,20 @@ class _Parser:
         unsized = frozenset(place for place, row in enumerate(kept) if row in sizes)
         return [images[row] for row in kept], [places.paths[row] for row in kept if folder], missing, unsized
 
-    def missing_sizes(self, images: list[ImageRow], paths: list[Path]) -> dict[int, Size | str]:
+    def missing_sizes(self, images: list[ImageRow], paths: list[str]) -> dict[int, Size | str]:
         """Returns the width and height of the files of images without a size, by row, or why a file cannot be read.
         They are turned by their EXIF orientation or not as the other images show (`survey.Votes`)."""
         unsized = [row for row, image in enumerate(images) if not image[2]]
-        headers = read_sizes(self.path, [paths[row] for row in unsized])
+        headers = read_sizes(self.path, [Path(paths[row]) for row in unsized])
         orientation = self.data.orientation
         if orientation == "auto":
             orientation = self.data.undecided_orientation
             if any(isinstance(header, Header) and header.orientation >= 5 for header in headers):
                 sized = [row for row, image in enumerate(images) if image[2]]
                 names, sizes_wh = [images[row][1] for row in sized], [images[row][2:] for row in sized]
-                orientation = survey_files(names, [paths[row] for row in sized], sizes_wh).votes.convention(orientation)
+                orientation = survey_files(names, [Path(paths[row]) for row in sized], sizes_wh).votes.convention(
+                    orientation
+                )
         sizes = (header if isinstance(header, str) else header.sizes[orientation] for header in headers)
         return dict(zip(unsized, sizes, strict=True))
 
@@ -239,10 +243,8 @@ class _Parser:
     def boxes(self, images: list[ImageRow], categories: list[Category]) -> tuple[BoxTable, Rows, list[int]]:
         """Returns the boxes of `categories`, and `Content.rows` and `without_box`; notes what the boxes look like."""
         positions, found = self.entries("annotations", coco_entries.AnnotationEntry)
-        row_of = {image[0]: row for row, image in enumerate(images)}
-        label_of = {category_id: label for label, (category_id, _) in enumerate(categories)}
-        owners = np.array([row_of.get(entry.image_id, -1) for entry in found], np.int64)
-        labels = np.array([label_of.get(entry.category_id, -1) for entry in found], np.int64)
+        owners = _places((image[0] for image in images), (entry.image_id for entry in found))
+        labels = _places((category[0] for category in categories), (entry.category_id for entry in found))
         flat = chain.from_iterable(entry.bbox or (0.0, 0.0, 0.0, 0.0) for entry in found)
         numbers = np.fromiter(flat, np.float64, 4 * len(found)).reshape(-1, 4)
         areas = np.array([np.nan if entry.area is None else entry.area for entry in found], np.float64)
@@ -255,7 +257,7 @@ class _Parser:
             if owners[m] < 0:
                 wrong = f"image_id must be the id of one of the images, not {entry.image_id}"
             elif labels[m] < 0:
-                wrong = f"category_id must be one of {short(sorted(label_of))}, not {entry.category_id}"
+                wrong = f"category_id must be one of {short(sorted(c[0] for c in categories))}, not {entry.category_id}"
             else:
                 try:
                     segmentation = self.segmentation(index)
@@ -272,7 +274,8 @@ class _Parser:
             elif entry.bbox is None:
                 kept[m] = False
                 without_box.append(index)
-        owners, labels, numbers, areas, origin = (part[kept] for part in (owners, labels, numbers, areas, origin))
+        if not kept.all():
+            owners, labels, numbers, areas, origin = (part[kept] for part in (owners, labels, numbers, areas, origin))
         sizes_wh = np.array([image[2:] for image in images], np.int64).reshape(-1, 2)[owners]
         box_format = self.data.box_format
         boxes, areas, guesses = boxes_in_pixels(numbers, areas, sizes_wh, origin, box_format)
@@ -284,3 +287,11 @@ class _Parser:
         boxes_xyxy = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
         table = BoxTable(images, categories, owners, labels, crowd, boxes_xyxy, boxes, areas, ids)
         return table, np.array(positions, np.int64)[kept], without_box
+
+
+def _places(ids: Iterable[int], wanted: Iterable[int]) -> Rows:
+    """Returns the position of each wanted id in `ids`, -1 if absent; a dict misses the processor's cache each time."""
+    every, wanted = np.array([*ids, coco_entries.LARGEST_ID], np.int64), np.fromiter(wanted, np.int64)
+    order = np.argsort(every)
+    found = order[np.searchsorted(every[order], wanted)]
+    return np.where(every[found] == wanted, found, -1)

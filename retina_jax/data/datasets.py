@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from retina_jax import distributed
 from retina_jax.config import Config, ConfigError, DataConfig
 from retina_jax.config_io import override, with_classes
 from retina_jax.console import log, warn
@@ -15,11 +14,12 @@ from retina_jax.data.coco_entries import CocoFile
 from retina_jax.data.decoding import read_image
 from retina_jax.data.pipeline import overflow
 from retina_jax.data.scenes import write_scenes
-from retina_jax.data.source import BadImage, DataError, Source
+from retina_jax.data.source import BadImage, DataError, Source, paused_collector
 from retina_jax.data.survey import with_decoding
 from retina_jax.errors import reason
 
 
+@paused_collector()
 def read_coco(
     annotations: str | Path,
     images: str | Path,
@@ -129,6 +129,8 @@ def open_sources(
             changes["data.undecided_orientation"] = source.annotated_orientation
         config = override(config, changes)
         return source
+
+    from retina_jax import distributed  # imports JAX (100 MiB), which reading a file does not need
 
     if config.training.eval_every < 0:
         train = val = open_train(known)

@@ -18,6 +18,7 @@ from retina_jax.errors import shortened
 SEARCHED_FILES = 2_000_000  # files below a folder that are searched
 LOCATED = 20  # missing files that are searched elsewhere, to report the places
 SIBLINGS = 100  # folders next to the image folder in which a missing file is searched
+PLAIN = re.compile(r"(?!\.)[^/\\:]+(/(?!\.)[^/\\:]+)*")  # a relative name that nothing has to be removed from
 PREFIX = re.compile(r"[0-9a-f]{8}-(?=.)")  # what Label Studio puts before the names of files
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
@@ -35,9 +36,14 @@ def find_images(folder: Path, names: Sequence[str]) -> Places:
     leading drive, root or `..`. If a folder does not exist and none of its names has a file, they are searched in the
     parent of `folder`, and below `folder`: the only file of that base name, or of several the one that shares most of the
     path. A file that two names would share belongs to neither."""
-    root, inside, exists = str(folder), [_relative(name) for name in names], _existence()
+    root, exists = str(folder), _existence()
+    prefix = os.path.join(root, "")
+    paths = [prefix + name for name in names]
+    if all(map(PLAIN.fullmatch, names)) and all(map(exists, paths)):  # of COCO's 118,287 images: 0.4 s instead of 1.2 s
+        return Places(paths, {}, [])
+    inside = [_relative(name) for name in names]
     outside = [leads_outside(name) for name in names]
-    paths = [os.path.join(root, inside[row] if outside[row] else name) for row, name in enumerate(names)]
+    paths = [os.path.join(root, inside[row]) if outside[row] else path for row, path in enumerate(paths)]
     lost = {row for row, path in enumerate(paths) if outside[row] or not (inside[row] and exists(path))}
     found = {row: path for row in lost if inside[row] and exists(path := os.path.join(root, inside[row]))}
     below = _files_below(root) if len(found) < len(lost) else {}
@@ -77,8 +83,11 @@ def _existence() -> Callable[[str], bool]:
             return set(os.listdir(folder))
         return set()
 
-    # Some systems ignore case: a name that is not listed may exist.
-    return lambda path: os.path.basename(path) in names_in(os.path.dirname(path)) or os.path.exists(path)
+    def exists(path: str) -> bool:
+        parent, _, name = path.rpartition(os.sep)
+        return name in names_in(parent) or os.path.exists(path)  # some systems ignore case: it may exist unlisted
+
+    return exists
 
 
 def _closest_path(below: dict[str, list[str]]) -> Callable[[str], str | None]:

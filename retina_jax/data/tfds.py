@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 from jaxtyping import Bool, Float64, Int64, Shaped
 
 from retina_jax.config import DataConfig
-from retina_jax.console import cache_folder
+from retina_jax.console import cache_folder, track
 from retina_jax.data.classes import COCO_CATEGORIES, Category, class_indices, listed
 from retina_jax.data.coco_document import Content, parse_coco
 from retina_jax.data.decoding import open_image
@@ -187,7 +187,7 @@ def _load_index(builder: tfds.core.DatasetBuilder, split: str, images: Examples,
 
 def _make_index(images: Examples, called: str) -> Index:
     columns: dict[str, list] = {field: [] for field in Index._fields}
-    for row in range(len(images)):
+    for row in track(f"{called}: indexing, once: examples", range(len(images)), len(images)):
         try:
             example = images[row]
             columns["sizes_wh"].append(open_image(bytes(example["image"])).size)

@@ -15,8 +15,9 @@ from retina_jax.console import log
 from retina_jax.data.classes import Category, category_ids, open_both
 from retina_jax.data.source import Decoding
 from retina_jax.data.survey import Survey, survey_files
-from retina_jax.data_check.coverage import Coverage, Shares, Views, count_shares, cover, coverage_findings, view_boxes
+from retina_jax.data_check.coverage import Coverage, Shares, count_shares, cover, coverage_findings, view_boxes
 from retina_jax.data_check.findings import Finding, Group, grouped
+from retina_jax.data_check.nearest import Views
 from retina_jax.data_check.split import Split, check_images, duplicates, read_split, split_findings
 from retina_jax.data_check.suggestion import Suggestion, suggest
 
@@ -46,6 +47,7 @@ class Check:
     coverage: Coverage
     shares: Shares
     suggestion: Suggestion | None
+    searched: bool  # whether a suggestion was searched for
 
     @property
     def ready(self) -> bool:
@@ -59,8 +61,9 @@ class Check:
         return f"{'Ready' if self.ready else 'Not ready'} to train. Errors: {errors}, warnings: {warnings}"
 
 
-def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
-    """Checks the splits `train` and, if given, `val`: each a COCO JSON and a folder. Raises DataError as `read_split`."""
+def check_data(config: Config, pairs: dict[str, tuple[Path, Path]], *, search: bool = True) -> Check:
+    """Checks the splits `train` and, if given, `val`: each a COCO JSON and a folder; `search` for a suggestion or not.
+    Raises DataError as `read_split`."""
 
     def opened(name: str, known: Sequence[Category] = ()) -> Split:
         without_boxes = config.data.images_without_boxes if name == "train" else "keep"
@@ -106,8 +109,8 @@ def check_data(config: Config, pairs: dict[str, tuple[Path, Path]]) -> Check:
     else:
         found.append(Finding("nothing_to_learn", "train", str(train.annotations)))
     groups = grouped(found, BAD_IMAGES if config.data.bad_images == "skip" else ())
-    suggestion = suggest(train.records, config, train.class_names, shares)
-    return Check(config, decodings[train.name], splits, counts, groups, views, coverage, shares, suggestion)
+    suggestion = suggest(train.records, config, train.class_names, shares) if search else None
+    return Check(config, decodings[train.name], splits, counts, groups, views, coverage, shares, suggestion, search)
 
 
 def survey_split(split: Split) -> Survey:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -16,32 +15,24 @@ from retina_jax.console import track
 from retina_jax.data.source import Record
 from retina_jax.data.transforms import assign_bucket, buckets, resized_size, to_padded_pixels, train_short_sides
 from retina_jax.data_check.findings import Finding
-from retina_jax.ops.anchors import anchor_grid
+from retina_jax.data_check.nearest import Views, anchors_near, best_iou
 from retina_jax.ops.boxes import iou_matrix
 from retina_jax.ops.matching import match
 
 # Ends of the bins, half octaves, of the square root of the area in pixels, and of height over width.
 SIDES = np.array([0.0, *(2.0 ** (np.arange(4, 21) / 2)), np.inf])
 ASPECTS = np.array([0.0, *(2.0 ** (np.arange(-6, 7) / 2)), np.inf])
-FEWEST = 8  # rows that boxes are padded to at least, above that powers of two, so that few programs are compiled
+FEWEST = (
+    8,
+    1024,
+)  # boxes and anchors are padded to these numbers times a power of four, so that few programs are compiled
+NOWHERE = (-2.0, -2.0, -1.0, -1.0)  # an anchor that overlaps no box
+ROUNDING = 1e-4  # more than the relative error of an IoU in float32
 THREADS = 2  # images matched at the same time
 POOR = 0.9  # a class with a smaller share of boxes with an anchor of sufficient IoU gets a warning
 HOPELESS = 0.5  # if a smaller share of all boxes has any anchor, the data is not ready to train
 CLASS_HOPELESS = 0.1  # the same for a class of CLASS_BOXES boxes: it would never be detected
 CLASS_BOXES = 10
-
-
-class Views(NamedTuple):
-    """V views, each an image at one of its sizes, with N boxes in all. If training draws the short side at random, every
-    image has one view per short side. Nothing is flipped."""
-
-    padded_hw: list[tuple[int, int]]  # padded shape (height, width) of each view
-    sizes_hw: list[tuple[int, int]]  # size of each image within it
-    records: Int64[np.ndarray, " V"]  # record of each view
-    ends: Int64[np.ndarray, " V+1"]  # view v has the boxes ends[v] to ends[v + 1]
-    boxes_xyxy: Float32[np.ndarray, "N 4"]  # pixels of the padded image, exactly what training matches with the anchors
-    labels: Int64[np.ndarray, " N"]
-    boxes: Int64[np.ndarray, " N"]  # index of each box among those of all records, one record after the other
 
 
 def view_boxes(records: list[Record], data: DataConfig) -> Views:
@@ -89,17 +80,26 @@ class Coverage(NamedTuple):
 
 
 def cover(views: Views, config: Config, what: str = "anchors") -> Coverage:
-    """Matches the anchors of every view with its boxes; `what` names the progress line."""
-    counts = np.diff(views.ends)
-    best, anchors = np.zeros(len(views.labels), np.float32), np.zeros(len(views.labels), np.int64)
+    """Matches the anchors of every view with its boxes; `what` names the progress line. Only anchors that can be positive
+    are matched, which changes nothing for the boxes: of 100,000 in an image, a few hundred."""
+    counts, closest = np.diff(views.ends), best_iou(views, config)
+    best, anchors = closest.copy(), np.zeros(len(views.labels), np.int64)
+    program, matching = _program(config), config.matching
+    # An anchor of a smaller IoU is positive for no box.
+    lowest = {"none": matching.positive_iou, "band": matching.negative_iou, "all": 0.0}[matching.low_quality]
+    least = (1 - ROUNDING) * np.clip(closest, lowest, matching.positive_iou)
 
     def cover_view(v: int) -> None:
         of_view, n = slice(views.ends[v], views.ends[v + 1]), int(counts[v])
-        rows = max(FEWEST, 1 << (n - 1).bit_length())
-        boxes, labels = np.zeros((rows, 4), np.float32), np.full(rows, -1, np.int32)
+        near = anchors_near(views.boxes_xyxy[of_view], least[of_view], views.padded_hw[v], config)
+        grid = np.full((_padded(len(near), FEWEST[1]), 4), NOWHERE, np.float32)
+        boxes = np.zeros((_padded(n, FEWEST[0]), 4), np.float32)
+        labels = np.full(len(boxes), -1, np.int32)
+        grid[: len(near)] = near
         boxes[:n], labels[:n] = views.boxes_xyxy[of_view], views.labels[of_view]
-        iou, won = _program(views.padded_hw[v], config)(boxes, labels)
-        best[of_view], anchors[of_view] = np.asarray(iou)[:n], np.asarray(won)[:n]
+        iou, won = program(grid, boxes, labels)
+        best[of_view] = np.where(closest[of_view] < least[of_view], closest[of_view], np.asarray(iou)[:n])
+        anchors[of_view] = np.asarray(won)[:n]
 
     filled = np.flatnonzero(counts).tolist()
     with ThreadPoolExecutor(THREADS) as pool:
@@ -107,13 +107,19 @@ def cover(views: Views, config: Config, what: str = "anchors") -> Coverage:
     return Coverage(best, anchors, config.matching.positive_iou)
 
 
-@lru_cache(maxsize=16)
-def _program(padded_hw: tuple[int, int], config: Config) -> Callable[..., tuple[Array, Array]]:
-    """Maps the boxes and labels of an image to the best IoU and the number of positive anchors of each box."""
-    grid = anchor_grid(padded_hw, config.anchors, config.model)
+def _padded(number: int, fewest: int) -> int:
+    while fewest < number:
+        fewest *= 4
+    return fewest
+
+
+def _program(config: Config) -> Callable[..., tuple[Array, Array]]:
+    """Maps anchors, and boxes and labels of an image, to the best IoU and the number of positive anchors of each box."""
 
     @jax.jit
-    def cover_boxes(boxes_xyxy: Float[Array, "G 4"], labels: Int[Array, " G"]) -> tuple[Array, Array]:
+    def cover_boxes(
+        grid: Float[Array, "A 4"], boxes_xyxy: Float[Array, "G 4"], labels: Int[Array, " G"]
+    ) -> tuple[Array, Array]:
         matches = match(grid, boxes_xyxy, labels, config.matching)
         won = jnp.zeros(labels.shape, jnp.int32).at[matches.box_index].add((matches.labels >= 0).astype(jnp.int32))
         return iou_matrix(boxes_xyxy, grid).max(axis=1), won

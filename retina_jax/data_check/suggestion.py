@@ -9,9 +9,11 @@ from jaxtyping import Float32
 
 from retina_jax.config import Config
 from retina_jax.config_io import flatten, override
+from retina_jax.console import track
 from retina_jax.data.source import Record
-from retina_jax.data_check.coverage import Share, Shares, Views, count_shares, cover, view_boxes
-from retina_jax.ops.anchors import anchor_grid, anchors_per_cell, level_sizes
+from retina_jax.data_check.coverage import Share, Shares, count_shares, cover, view_boxes
+from retina_jax.data_check.nearest import Views, best_iou
+from retina_jax.ops.anchors import anchors_per_cell
 
 GOOD = 0.98  # this share of the boxes, and mean share of the classes, with an anchor of sufficient IoU is enough
 CLOSE = 0.01  # if no setting is GOOD, the cheapest this near to the best is suggested; a smaller gain is no reason to
@@ -58,7 +60,8 @@ def suggest(records: Sequence[Record], config: Config, class_names: Sequence[str
     for data in _sizes(some, config):
         views = view_boxes(some, override(config, data).data)
         pixels = (data["data.short_side"] / config.data.short_side) ** 2
-        for anchors in _anchors(boxes, config):
+        settings = list(_anchors(boxes, config))
+        for anchors in track(f"suggestion: settings at {data['data.short_side']} px", settings, len(settings)):
             other = override(config, data | anchors)
             changes = {name: value for name, value in flatten(other).items() if value != fields[name]}
             # A rule of thumb: time is proportional to the pixels; more anchors cost only channels of the last convolution
@@ -121,41 +124,3 @@ def _score(iou: Float32[np.ndarray, " N"], views: Views, config: Config) -> floa
     counts = np.bincount(views.labels)
     of_classes = np.bincount(views.labels, weights=good)[counts > 0] / counts[counts > 0]
     return float(min(good.mean(), of_classes.mean())) if len(good) else 1.0
-
-
-def best_iou(views: Views, config: Config) -> Float32[np.ndarray, " N"]:
-    """Returns the largest IoU of each box with any anchor of `anchor_grid`, without looking at all anchors. Anchors of one
-    shape on one level differ only in position, and two boxes of given sizes overlap the more, the closer their centres
-    are along x and along y. So only the anchor with the nearest centre counts, one per level and shape."""
-    best, shapes = np.zeros(len(views.labels), np.float32), anchors_per_cell(config.anchors)
-    padded_of = np.repeat(np.array(views.padded_hw, np.int64).reshape(-1, 2), np.diff(views.ends), axis=0)
-    for height, width in sorted(set(views.padded_hw)):
-        chosen = np.flatnonzero((padded_of == (height, width)).all(1))
-        boxes = views.boxes_xyxy[chosen]
-        sides = boxes[:, None, 2:] - boxes[:, None, :2]
-        # The x of an anchor depends on its column alone and its y on its row: the grid's first row and column are enough.
-        grids = (anchor_grid(hw, config.anchors, config.model) for hw in ((1, width), (height, 1)))
-        row, column = (grid.reshape(-1, shapes, 4) for grid in grids)
-        across = down = 0
-        for rows, columns in level_sizes((height, width), config.model):
-            x1, x2 = _nearest(row[across : across + columns, :, 0::2], boxes[:, 0::2])
-            y1, y2 = _nearest(column[down : down + rows, :, 1::2], boxes[:, 1::2])
-            across, down = across + columns, down + rows
-            overlap_x = np.minimum(x2, boxes[:, 2, None]) - np.maximum(x1, boxes[:, 0, None])
-            overlap_y = np.minimum(y2, boxes[:, 3, None]) - np.maximum(y1, boxes[:, 1, None])
-            shared = np.maximum(overlap_x, 0) * np.maximum(overlap_y, 0)
-            ious = shared / (sides[..., 0] * sides[..., 1] + (x2 - x1) * (y2 - y1) - shared)
-            best[chosen] = np.maximum(best[chosen], ious.max(1, initial=0))
-    return best
-
-
-def _nearest(
-    ends: Float32[np.ndarray, "cells a 2"], boxes: Float32[np.ndarray, "n 2"]
-) -> tuple[Float32[np.ndarray, "n a"], Float32[np.ndarray, "n a"]]:
-    """Returns, along one axis, both ends of the anchor of each shape whose centre is nearest to each box's."""
-    centres = ends.sum(axis=2, dtype=np.float64) / 2
-    step = centres[1, 0] - centres[0, 0] if len(centres) > 1 else 1.0
-    middle = boxes.sum(axis=1, dtype=np.float64)[:, None] / 2
-    cell = np.clip(np.rint((middle - centres[0]) / step), 0, len(ends) - 1).astype(np.int64)
-    found = ends[cell, np.arange(ends.shape[1])]
-    return found[..., 0], found[..., 1]

@@ -57,10 +57,19 @@ class CocoMatches(NamedTuple):
 
     detections: Int[np.ndarray, " N"]  # the 100 best of each category and image, by category, image, descending score
     ranks: Int[np.ndarray, " N"]  # rank of each in its category and image, from 0
-    boxes: Int[np.ndarray, "A T N"]  # index of the box taken; -1 where there is none
+    takers: Int[np.ndarray, " P"]  # the detections (indices into N) that overlap a box at all
+    taken: Int[np.ndarray, "A T P"]  # index of the box that each takes; -1 where there is none
     # Crowd regions and boxes outside the area: no object to find, and a detection that takes one counts neither way.
     ignored_boxes: Bool[np.ndarray, "A G"]
     outside: Bool[np.ndarray, "A N"]  # detections whose own area is outside: without a box they do not count as wrong
+
+    def right_and_wrong(self, area: int) -> tuple[Bool[np.ndarray, "T N"], Bool[np.ndarray, "T N"]]:
+        """Returns by threshold which detections take an object, and which take no box and count as wrong."""
+        taken, shape = self.taken[area], (self.taken.shape[1], len(self.ranks))
+        right, free = np.zeros(shape, bool), np.ones(shape, bool)
+        right[:, self.takers] = ~np.append(self.ignored_boxes[area], True)[taken]  # index -1 is the one appended
+        free[:, self.takers] = taken < 0
+        return right, free & ~self.outside[area]
 
 
 class Curves(NamedTuple):
@@ -83,9 +92,7 @@ def coco_curves(ground_truth: GroundTruth, found: DetectedBoxes, categories: int
     recall = np.full((len(IOU_THRESHOLDS), *shape), -1.0)
     for a, ignored in enumerate(matches.ignored_boxes):
         objects = np.bincount(ground_truth.categories[~ignored], minlength=categories)
-        boxes = matches.boxes[a][:, order]
-        hits = (boxes >= 0) & ~np.append(ignored, True)[boxes]  # index -1 is the one appended
-        misses = (boxes < 0) & ~matches.outside[a, order]
+        hits, misses = (which[:, order] for which in matches.right_and_wrong(a))
         for k in np.flatnonzero(objects):
             of_class = slice(bounds[k], bounds[k + 1])
             for m, most in enumerate(MAX_DETECTIONS):
@@ -136,11 +143,9 @@ def best_f1(scores: Float[np.ndarray, " N"], right: Bool[np.ndarray, " N"], obje
 def coco_operating_point(ground_truth: GroundTruth, found: DetectedBoxes) -> OperatingPoint | None:
     """Returns `best_f1` at IoU 0.5. Detections that take a crowd region do not count."""
     matches = coco_match(ground_truth, found, IOU_THRESHOLDS[:1], {"all": AREAS["all"]})
-    took, ignored = matches.boxes[0, 0], matches.ignored_boxes[0]
-    right = took >= 0
-    right[right] = ~ignored[took[right]]
-    counted = (right | (took < 0)) & ~matches.outside[0]
-    return best_f1(found.scores[matches.detections[counted]], right[counted], int((~ignored).sum()))
+    right, wrong = (which[0] for which in matches.right_and_wrong(0))
+    counted = (right & ~matches.outside[0]) | wrong
+    return best_f1(found.scores[matches.detections[counted]], right[counted], int((~matches.ignored_boxes).sum()))
 
 
 @np.errstate(all="ignore")  # areas that are not finite, see the last sentence
@@ -166,8 +171,9 @@ def coco_match(
     found = DetectedBoxes(*(column[kept] for column in found))
     ignored = ground_truth.crowds[None] | _outside(ground_truth.areas, areas)
     pairs = overlapping(ground_truth, found.boxes_xywh, box_groups, groups[kept], float(thresholds[0]))
-    taken = _take_boxes(pairs, ranks, ignored, ground_truth.crowds, thresholds)
-    return CocoMatches(kept, ranks, taken, ignored, _outside(found.boxes_xywh[:, 2] * found.boxes_xywh[:, 3], areas))
+    takers, taken = _take_boxes(pairs, ranks, ignored, ground_truth.crowds, thresholds)
+    outside = _outside(found.boxes_xywh[:, 2] * found.boxes_xywh[:, 3], areas)
+    return CocoMatches(kept, ranks, takers, taken, ignored, outside)
 
 
 def _outside(values: Float[np.ndarray, " N"], areas: Mapping[str, tuple[float, float]]) -> Bool[np.ndarray, "A N"]:
@@ -220,10 +226,10 @@ def _take_boxes(
     ignored: Bool[np.ndarray, "A G"],
     crowds: Bool[np.ndarray, " G"],
     thresholds: Float[np.ndarray, " T"],
-) -> Int[np.ndarray, "A T N"]:
-    """Returns the box that each of N detections takes by area and threshold, -1: none. `pairs` are those of an IoU of the
-    lowest threshold or more. Detections of one rank are of different images or categories, and choose together."""
-    boxes = np.full((len(ignored), len(thresholds), len(ranks)), -1, np.int32)
+) -> tuple[Int[np.ndarray, " P"], Int[np.ndarray, "A T P"]]:
+    """Returns the detections of the pairs and the box that each takes by area and threshold, -1: none. `pairs` are those
+    of an IoU of the lowest threshold or more. Detections of one rank are of different images or categories, and choose
+    together."""
     taken = np.zeros((len(ignored), len(thresholds), len(crowds)), bool)
     detections, segment = np.unique(pairs.detections, return_inverse=True)
     turns = ranks[detections]
@@ -231,6 +237,7 @@ def _take_boxes(
     order = np.lexsort((-pairs.boxes, -pairs.ious, segment, turns[segment]))
     walk = np.argsort(turns, kind="stable")
     detections, sizes = detections[walk], np.bincount(segment, minlength=len(walk))[walk]
+    boxes = np.full((len(ignored), len(thresholds), len(walk)), -1, np.int32)
     starts = np.concatenate([[0], sizes.cumsum()])
     segment = np.repeat(np.arange(len(walk)), sizes)
     # For each area, boxes that are not ignored come first.
@@ -252,8 +259,8 @@ def _take_boxes(
             a, t, d = np.nonzero(best < nowhere)
             chosen = preferred[a, here.start + best[a, t, d]]
             taken[a, t, chosen] = ~crowds[chosen]
-            boxes[a, t, detections[own][d]] = chosen
-    return boxes
+            boxes[a, t, own.start + d] = chosen
+    return detections, boxes
 
 
 def precision_curve(

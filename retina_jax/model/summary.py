@@ -14,7 +14,7 @@ from jax.extend import core
 from retina_jax import cpu
 from retina_jax.config import Config, ModelConfig
 from retina_jax.model.retinanet import RetinaNet
-from retina_jax.ops.anchors import anchors_per_cell
+from retina_jax.ops.anchors import anchors_per_cell, level_sizes
 
 
 def forward_flops(config: Config, num_classes: int, padded_hw: tuple[int, int]) -> int:
@@ -24,12 +24,17 @@ def forward_flops(config: Config, num_classes: int, padded_hw: tuple[int, int]) 
     not: they are below a hundredth of the total.
     """
     model = replace(config.model, prior=0.5, head_std=1.0, backbone_weights="")  # values that change no operation
-    return _network_flops(model, num_classes, anchors_per_cell(config.anchors), padded_hw)
+    # Only the last 3x3 convolutions of the heads depend on the anchors: a sweep over them traces one network.
+    cells = sum(height * width for height, width in level_sizes(padded_hw, model))
+    channels = model.head_channels if model.head_convs else model.fpn_channels
+    of_anchor = 2 * 9 * channels * (num_classes + 4) * cells
+    return _network_flops(model, num_classes, padded_hw) + (anchors_per_cell(config.anchors) - 1) * of_anchor
 
 
 @functools.cache
-def _network_flops(config: ModelConfig, num_classes: int, cell: int, padded_hw: tuple[int, int]) -> int:
-    model = RetinaNet(config, num_classes, cell)
+def _network_flops(config: ModelConfig, num_classes: int, padded_hw: tuple[int, int]) -> int:
+    """Counts the operations with one anchor per cell."""
+    model = RetinaNet(config, num_classes, 1)
     images = jax.ShapeDtypeStruct((1, *padded_hw, 3), jnp.uint8)
     image_sizes = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     with cpu.kernels(False):  # `init` makes the parameters and applies the network to them in one trace

@@ -13,7 +13,8 @@ from retina_jax.data.decoding import DECODING, read_image, to_rgb
 from retina_jax.data.source import BadImage, Decoding
 from retina_jax.data.transforms import resize_large
 from retina_jax.data_check.check import Check
-from retina_jax.data_check.coverage import ASPECTS, SIDES, Coverage, Share, Views
+from retina_jax.data_check.coverage import ASPECTS, SIDES, Coverage, Share
+from retina_jax.data_check.nearest import Views
 from retina_jax.data_check.split import Split
 from retina_jax.evaluation.drawing import draw_boxes
 from retina_jax.reports import jpeg, render

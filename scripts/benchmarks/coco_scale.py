@@ -2,13 +2,15 @@
 
 Generates annotations of 118,287 images with 860,001 boxes and polygons (490 MB of JSON), and the folder of a run of 90,000
 steps with an evaluation of 5,000 images. Then it runs each task in a process of its own and prints its processor time and
-its peak memory. The time is that of the task alone; the memory includes the imported packages.
+its peak memory. The time is that of the task alone; the memory includes the imported packages. The task "padding" prints
+the pixels of padded images over those of the images, by number of padded shapes, for images of sizes as frequent as COCO's.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,6 +21,17 @@ import tyro
 
 TRAIN, VAL = (118_287, 860_001), (5_000, 36_781)
 """Images and boxes of COCO's train2017 and val2017."""
+SIZES = {
+    # width and height: how many of 517 images of COCO; the others have different sizes, most of them a side of 640
+    **{(640, 480): 110, (640, 427): 63, (480, 640): 45, (640, 426): 22, (500, 375): 20, (427, 640): 16, (640, 425): 15},
+    **{(640, 428): 15, (375, 500): 12, (612, 612): 6, (425, 640): 6, (500, 333): 6},
+}
+OTHER_SIZES = 181
+RATIOS = (
+    (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1),
+    (1, 1.012, 1.092, 1.24, 1.325, 1.339, 1.435, 1.495, 1.506, 1.572, 1.778, 1.823, 2.251, 3.005),
+)
+"""Quantiles of longer over shorter side of the other sizes."""
 CATEGORIES, CORNERS = 80, 25
 STEPS, LOG_EVERY = 90_000, 20
 DETECTIONS_PER_IMAGE = 100
@@ -53,10 +66,33 @@ TASKS = {
         "from pathlib import Path; from retina_jax.reports.run_page import run_page",
         "Path('{folder}/page.html').write_text(run_page(Path('{run}'))[0])",
     ),
+    "score 500,000 detections": (
+        "retina_jax",
+        "import json; from pathlib import Path; from retina_jax.evaluation.coco_scores import evaluate_coco\n"
+        "truth, found = (json.loads(Path(file).read_bytes()) for file in ('{val}', '{detections}'))",
+        "evaluate_coco(truth, found, [image['id'] for image in truth['images']])",
+    ),
+    "score 500,000 detections, pycocotools": (
+        "pycocotools",
+        "from pycocotools.coco import COCO; from pycocotools.cocoeval import COCOeval\n"
+        "truth = COCO('{val}'); scores = COCOeval(truth, truth.loadRes('{detections}'), 'bbox')",
+        "scores.evaluate(); scores.accumulate(); scores.summarize()",
+    ),
+    "score 500,000 detections, hotcoco": (
+        "hotcoco",
+        "import hotcoco\n"
+        "truth = hotcoco.COCO('{val}'); scores = hotcoco.COCOeval(truth, truth.load_res('{detections}'), 'bbox')",
+        "scores.evaluate(); scores.accumulate(); scores.summarize()",
+    ),
     "check the training data, without images": (
         "retina_jax",
         "from pathlib import Path; from retina_jax.config import Config; from retina_jax.data_check.check import check_data",
         "check_data(Config(), {{'train': (Path('{train}'), Path('{images}'))}})",
+    ),
+    "check the training data, no suggestion": (
+        "retina_jax",
+        "from pathlib import Path; from retina_jax.config import Config; from retina_jax.data_check.check import check_data",
+        "check_data(Config(), {{'train': (Path('{train}'), Path('{images}'))}}, search=False)",
     ),
 }
 MEASURE = """
@@ -84,6 +120,8 @@ class Arguments:
 def main() -> None:
     """Generates the files and prints one line per task."""
     arguments = tyro.cli(Arguments, description=__doc__)
+    if not arguments.only or "padding" in arguments.only:
+        print_padding()
     paths = generate(arguments.folder)
     for name, (module, imports, work) in TASKS.items():
         if arguments.only and not any(word in name for word in arguments.only):
@@ -95,6 +133,30 @@ def main() -> None:
         done = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True)
         seconds, gib = map(float, done.stdout.splitlines()[-1].split())
         print(f"{name}: {seconds:.1f} s CPU, peak {gib:.2f} GiB", flush=True)
+
+
+def image_sizes(number: int) -> list[tuple[int, int]]:
+    """Returns widths and heights that are as frequent as in COCO; the other sizes have random ratios of its quantiles."""
+    random, known = np.random.default_rng(0), list(SIZES)
+    shares = np.array([*SIZES.values(), OTHER_SIZES]) / (sum(SIZES.values()) + OTHER_SIZES)
+    shorter = np.rint(640 / np.interp(random.random(number), *RATIOS)).astype(int).tolist()
+    upright = random.random(number) < 1 / 3
+    others = [(side, 640) if tall else (640, side) for side, tall in zip(shorter, upright, strict=True)]
+    chosen = random.choice(len(shares), number, p=shares).tolist()
+    return [known[of] if of < len(known) else other for of, other in zip(chosen, others, strict=True)]
+
+
+def print_padding() -> None:
+    """Prints padded over real pixels at COCO's two short sides, by number of padded shapes."""
+    from retina_jax.config import DataConfig
+    from retina_jax.data.transforms import assign_bucket, buckets, resized_size
+
+    for short, long in ((600, 1000), (800, 1333)):
+        sizes = [resized_size(height, width, short, long) for width, height in image_sizes(TRAIN[0])]
+        for number in (1, 2, 4, 6):
+            shapes = buckets(DataConfig(short_side=short, long_side=long, buckets=number), (short,))
+            padded = sum(math.prod(shapes[assign_bucket(size, shapes)]) for size in sizes)
+            print(f"padding at {short} px, {number} shapes: {padded / sum(map(math.prod, sizes)):.3f}", flush=True)
 
 
 def generate(folder: Path) -> dict[str, Path]:

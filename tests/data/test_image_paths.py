@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from pathlib import Path
 
 import pytest
 
-from retina_jax.data.image_paths import Places, find_images
+from retina_jax.data.coco_entries import leads_outside
+from retina_jax.data.image_paths import PLAIN, Places, _relative, find_images
 
 
 def tree(root: Path, *files: str) -> Path:
@@ -102,3 +104,12 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "images/linked").symlink_to(tmp_path / "store")
     (tmp_path / "store/loop").symlink_to(tmp_path / "images")
     assert found(tmp_path / "images", find_images(tmp_path / "images", ["1.png"])) == ["linked/1.png"]
+
+
+def test_plain_names_need_no_change_and_stay_inside() -> None:
+    """Complete datasets of such names are not looked at more closely."""
+    parts = ["a", "1.png", "a:b", ".", "..", "", "a\\b", "C:", ".a", "a."]
+    names = ["/".join(name) for n in (1, 2, 3) for name in itertools.product(parts, repeat=n)]
+    plain = [name for name in names if PLAIN.fullmatch(name)]
+    assert len(plain) == 3 + 3**2 + 3**3
+    assert all(_relative(name) == name and not leads_outside(name) for name in plain)

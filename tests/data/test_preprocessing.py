@@ -1,5 +1,7 @@
 """Sizes, padded shapes, resize and mirroring."""
 
+import math
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -84,6 +86,23 @@ def test_every_image_fits_into_a_padded_shape(
 def test_padded_shapes(changes: dict, expected: tuple) -> None:
     data = DataConfig(**changes)
     assert buckets(data, train_short_sides(data)) == expected
+
+
+@pytest.mark.parametrize(("short", "long"), [(600, 1000), (800, 1333), (256, 416)])
+def test_six_padded_shapes_add_the_ratio_3_to_2_and_need_fewer_pixels(short: int, long: int) -> None:
+    """Sizes are mostly 4:3 and 3:2, as COCO's are. The reference tries every shape on every image."""
+    rng = np.random.default_rng(0)
+    sides = [(480, 640), (427, 640), (426, 640), (375, 500), (333, 500), *rng.integers(320, 641, (8, 2)).tolist()]
+    sizes = [resized_size(*(hw if i % 3 else hw[::-1]), short, long) for i in range(4) for hw in sides]
+    padded, up = {}, lambda side: -(-side // 32) * 32
+    for number, ratios in ((4, (4 / 3,)), (6, (4 / 3, 1.5))):
+        shapes = buckets(DataConfig(short_side=short, long_side=long, buckets=number), (short,))
+        expected = [(up(short), up(math.ceil(ratio * short))) for ratio in ratios] + [(up(short), up(long))]
+        assert sorted(shapes) == sorted({*expected, *(shape[::-1] for shape in expected)})
+        least = [min(h * w for h, w in shapes if h >= size[0] and w >= size[1]) for size in sizes]
+        padded[number] = [math.prod(shapes[assign_bucket(size, shapes)]) for size in sizes]
+        assert padded[number] == least
+    assert all(six <= four for six, four in zip(padded[6], padded[4], strict=True)) and sum(padded[6]) < sum(padded[4])
 
 
 def test_the_smallest_padded_shape_is_used() -> None:

@@ -1,6 +1,7 @@
 """A TFDS dataset reads as the COCO files it was made from."""
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +129,18 @@ def test_the_index_is_written_once_and_rewritten_if_it_is_damaged(
     index.write_bytes(index.read_bytes()[:100])
     assert [r.width for r in read_tfds(folder, "", "train").records] == [size[0] for size in SIZES]
     assert len(read_tfds(folder, "", "train[:2]")) == 2
+
+
+def test_progress_is_reported_while_the_index_is_made(
+    pair: tuple[Source, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("retina_jax.console.SECONDS_IN_LOG", 0.0)
+    _, folder = pair
+    read_tfds(folder, "", "train[1:]")
+    rows = [
+        int(row) for row in re.findall(rf"indexing, once: examples (\d+)/{len(SIZES) - 1}", capsys.readouterr().out)
+    ]
+    assert rows == list(range(1, len(SIZES)))
 
 
 def test_the_index_is_in_the_home_folder_if_the_data_folder_is_read_only(

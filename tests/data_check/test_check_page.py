@@ -117,6 +117,18 @@ def test_tiny_boxes_are_not_ready_until_the_suggestion_is_applied(
     assert facts["coverage"] == claimed["coverage"] and facts["coverage"]["all"]["by_iou"] == 12
 
 
+def test_no_suggestion_is_searched_for_if_none_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = clean()
+    for document in splits.documents.values():
+        for box in document["annotations"]:
+            box["bbox"][2:] = [11, 13]
+    monkeypatch.setattr("retina_jax.data_check.check.suggest", lambda *arguments: pytest.fail("searched"))
+    assert run(monkeypatch, splits.write(tmp_path), tmp_path / "out", "--no-suggestion") == 3
+    facts = json.loads((tmp_path / "out" / "data_check.json").read_text())
+    assert facts["suggestion"] is None and facts["coverage"]["all"]["by_iou_share"] < 1
+    assert "--no-suggestion" in (tmp_path / "out" / "data_check.html").read_text()
+
+
 def test_the_page_requests_nothing_and_escapes_every_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     splits = hostile()
     assert run(monkeypatch, splits.write(tmp_path), tmp_path / "out") == 3

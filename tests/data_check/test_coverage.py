@@ -24,7 +24,8 @@ from retina_jax.data_check.coverage import (
     coverage_findings,
     view_boxes,
 )
-from retina_jax.data_check.suggestion import GOOD, as_options, best_iou, suggest
+from retina_jax.data_check.nearest import best_iou
+from retina_jax.data_check.suggestion import GOOD, as_options, suggest
 from retina_jax.ops.anchors import anchor_grid
 
 SMALL = override(Config(), {"data.short_side": 96, "data.long_side": 128})

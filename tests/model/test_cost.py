@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
 
+from retina_jax import cpu
 from retina_jax.config import AnchorConfig, Config, ModelConfig
 from retina_jax.model.retinanet import RetinaNet
 from retina_jax.model.summary import forward_flops, jaxpr_flops
@@ -63,6 +66,19 @@ def test_the_last_convolutions_cost_by_anchors_and_classes() -> None:
     cells = sum((256 >> level) ** 2 for level in range(3, 8))
     more = forward_flops(config, 7, (256, 256)) - forward_flops(config, 6, (256, 256))
     assert more == 2 * cells * 2 * 9 * 32
+
+
+@pytest.mark.parametrize("head_convs", [0, 1])
+def test_more_anchors_cost_as_in_the_traced_network(head_convs: int) -> None:
+    """The cost is that of a network with one anchor per cell and a term for the others."""
+    config = Config(
+        model=replace(SMALL, head_convs=head_convs, head_channels=16), anchors=AnchorConfig(scales=(1.0, 1.5))
+    )
+    model = RetinaNet(config.model, 5, 6)
+    images, sizes = jax.ShapeDtypeStruct((1, 64, 128, 3), jnp.uint8), jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    with cpu.kernels(False):
+        traced = jax.make_jaxpr(model.init)(jax.random.key(0), images, sizes)
+    assert forward_flops(config, 5, (64, 128)) == jaxpr_flops(traced.jaxpr)
 
 
 def test_recomputing_does_not_change_the_forward_pass() -> None:

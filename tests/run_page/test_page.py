@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -184,3 +186,10 @@ def test_the_script_writes_the_page_of_a_run(tiny_run: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Finished after 40 steps" in done.stdout and f"written: {tiny_run / 'report.html'}" in done.stdout
     assert (tiny_run / "report.html").read_text() == run_page(tiny_run)[0]
+
+
+def test_the_page_needs_no_tensorflow(tiny_run: Path) -> None:
+    program = "import runpy, sys; sys.modules['tensorflow'] = None; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = f"import sys; sys.argv = ['scripts/report.py', '--workdir', {str(tiny_run)!r}]; {program}"
+    subprocess.run([sys.executable, "-c", command], check=True, cwd=Path(__file__).parents[2])
+    assert "data:image" in (tiny_run / "report.html").read_text()

@@ -266,7 +266,7 @@ sides = st.integers(1, 400)
 @settings(deadline=None, max_examples=100)
 @example(163, 197, 801, 1333, 0, True)  # 163 * (801 / 163) is rounded down to 800
 @example(343, 6, 33, 385, 0, True)
-@given(sides, sides, st.integers(1, 300), st.integers(1, 400), st.sampled_from([0, 1, 2, 4]), st.booleans())
+@given(sides, sides, st.integers(1, 300), st.integers(1, 400), st.sampled_from([0, 1, 2, 4, 6]), st.booleans())
 def test_sizes_and_padded_shapes_are_those_of_evaluation(
     h: int, w: int, short: int, long: int, count: int, down: bool
 ) -> None:
