@@ -36,6 +36,11 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
+def without_links(path: str, flags: int) -> int:
+    """Opens a file for `open(path, mode, opener=without_links)`; OSError if the path is a symbolic link."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 def read_file(path: Path, largest: int) -> bytes:
     """Returns the content of a regular file. Raises OSError like `open_file`, or if it has more than `largest` bytes."""
     with open_file(path) as file:

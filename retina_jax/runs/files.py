@@ -14,6 +14,7 @@ import msgspec
 
 from retina_jax import distributed
 from retina_jax.config import ConfigError
+from retina_jax.data.reading import without_links
 from retina_jax.errors import PlainError, reason
 
 CHECKSUMS = "checksums.json"
@@ -46,7 +47,8 @@ def write_bytes(path: Path, data: bytes) -> None:
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(data)
+        with open(temporary, "wb", opener=without_links) as file:
+            file.write(data)
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
