@@ -64,7 +64,9 @@ def load(path: str) -> ExportedDetector:
         found = str(error).partition("\n")[0][:200] or type(error).__name__
         raise LoadError(f"{path}: not a file of scripts/export.py, or damaged ({found}); export it again") from None
     if version not in (FORMAT, PILLOW_FORMAT):
-        raise LoadError(f"{path}: has format {version}, but this loader reads {FORMAT}; use the loader of its release")
+        raise LoadError(
+            f"{path}: has format {str(version)[:40]!r}, but this loader reads {FORMAT}; use the loader of its release"
+        )
     if missing:
         raise LoadError(f"{path}: about.json lacks {missing}; export it again")
     needed = {"flatbuffers": "flatbuffers"} | ({"PIL": "pillow"} if version == PILLOW_FORMAT else {})

@@ -1,4 +1,4 @@
-"""What a run has measured, read from its folder: metrics, evaluations, summary."""
+"""What a run has measured, read from its folder: metrics, evaluations, and the summary, which is written at its end."""
 
 import json
 import re
@@ -8,8 +8,8 @@ from typing import Any
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.data.classes import Category
-from retina_jax.runs.files import read_json
-from retina_jax.runs.folder import read_run
+from retina_jax.runs.files import DAMAGED, finite_json, read_json, write_json
+from retina_jax.runs.folder import Run, read_run
 
 SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """Names of the scores of an evaluation, each a fraction from 0 to 1, or None if it is undefined."""
@@ -71,10 +71,25 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         try:
             values = json.loads(line)
             found.append({**values, "step": int(values["step"])})
-        except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+        except DAMAGED as error:
             if number < len(lines):
                 raise ConfigError(f"{path}, line {number}: cannot be read: {type(error).__name__}: {error}") from None
     return found
+
+
+def finish_run(run: Run, step: int, seconds: float, parameters_sha256: str) -> dict[str, Any]:
+    """Writes and returns RUN/summary.json: length, last evaluation, and the checksum by which two runs are compared. Raises
+    ConfigError if the evaluation is damaged."""
+    evaluations = sorted((run.folder / "evaluation").glob(f"step_{'[0-9]' * 8}.json"))
+    summary = {
+        "steps": step,
+        "images": step * run.config.data.batch_size,
+        "seconds": round(seconds, 1),
+        "evaluation": _evaluation(evaluations[-1]) if evaluations else None,
+        "parameters_sha256": parameters_sha256,
+    }
+    write_json(run.folder / "summary.json", summary)
+    return summary
 
 
 def _evaluation(path: Path) -> dict[str, Any]:
@@ -97,8 +112,8 @@ def _is_score(value: object) -> bool:
 def f1_threshold(folder: Path, step: int) -> float | None:
     """Returns the score with the highest F1 in the evaluation of a step; None if there is no such number."""
     try:
-        value = json.loads((folder / "evaluation" / f"step_{step:08d}.json").read_bytes())["f1_threshold"]
-    except (OSError, ValueError, TypeError, LookupError, RecursionError):  # not evaluated, or by an earlier version
+        value = finite_json((folder / "evaluation" / f"step_{step:08d}.json").read_bytes())["f1_threshold"]
+    except DAMAGED:  # not evaluated, or by an earlier version
         return None
     return value if isinstance(value, float) and 0 <= value <= 1 else None
 
