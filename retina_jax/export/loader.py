@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -52,9 +51,11 @@ def _bounded(archive: zipfile.ZipFile, size: int) -> zipfile.ZipFile:
 
 def load(path: str) -> ExportedDetector:
     """Returns the detector in the file; LoadError if it is damaged or a package is missing, OSError if it is unreadable."""
+    with open(path, "rb") as opened:
+        content = opened.read()
     try:
-        with zipfile.ZipFile(path) as file:
-            files = {name: file.read(name) for name in _bounded(file, os.path.getsize(path)).namelist()}
+        with zipfile.ZipFile(io.BytesIO(content)) as file:
+            files = {name: file.read(name) for name in _bounded(file, len(content)).namelist()}
         about, stored = json.loads(files.pop("about.json")), files.pop("parameters.npz")
         version, missing = about["format"], ", ".join(sorted(SETTINGS - about.keys()))
         _bounded(zipfile.ZipFile(io.BytesIO(stored)), len(stored))

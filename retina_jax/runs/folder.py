@@ -7,6 +7,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from retina_jax import distributed
 from retina_jax.cli import option_value
@@ -45,20 +48,35 @@ class Run:
         return path
 
 
+class _Saved(msgspec.Struct):
+    """The fields of a config.json that are used."""
+
+    class_names: list[str]
+    category_ids: list[int]
+    config: Any = None
+    data_sha256: str | None = None
+    parts: int | None = None
+    command: list[Any] | None = None
+    versions: dict[str, Any] | None = None
+    facts: dict[str, Any] | None = None
+    first_start: dict[str, Any] | None = None
+    changes: list[Any] | None = None
+
+
 def read_run(folder: Path, name: str = "config.json") -> Run:
     """Returns the run in `folder` from its config.json; ConfigError if there is none, or it cannot be read."""
     path = folder / name
     if not path.is_file():
         raise ConfigError(f"--workdir {folder}: no run there ({path} is missing)")
-    saved = read_json(path)
     try:
-        classes, ids = tuple(map(str, saved["class_names"])), tuple(map(int, saved["category_ids"]))
+        saved = msgspec.convert(read_json(path), _Saved)
+        classes, ids = tuple(saved.class_names), tuple(saved.category_ids)
         if len(classes) != len(ids):
             raise ValueError(f"{len(classes)} class_names, {len(ids)} category_ids")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {type(error).__name__}: {error}") from None
-    config = from_dict(saved.get("config"), str(path))
-    return Run(folder, config, classes, ids, saved.get("data_sha256"), saved.get("parts"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    config = from_dict(saved.config, str(path))
+    return Run(folder, config, classes, ids, saved.data_sha256, saved.parts)
 
 
 def config_of(argv: Sequence[str], default: str) -> Config:

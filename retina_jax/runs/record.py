@@ -13,6 +13,7 @@ from retina_jax.runs.folder import Run, read_run
 
 SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """Names of the scores of an evaluation, each a fraction from 0 to 1, or None if it is undefined."""
+LARGEST = 1e300  # numbers beyond it are not finite, or would not be after arithmetic
 EVALUATION = re.compile(r"step_([0-9]{8})(_[0-9a-f]{8})?\.json")
 """Names of evaluations; those with other settings than the run's (`evaluate.py`) have a hash after the step."""
 TEST_DEV_FILE = Path("evaluation") / "test_dev.json"
@@ -63,14 +64,18 @@ def read_record(folder: Path) -> RunRecord:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl, except an incomplete last one; [] without a file. ConfigError for a bad line."""
+    """Returns the lines of metrics.jsonl without non-finite numbers; not an incomplete last line; [] without a file. Raises
+    ConfigError for a damaged line."""
     path = folder / "metrics.jsonl"
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     found = []
     for number, line in enumerate(lines, start=1):
         try:
             values = json.loads(line)
-            found.append({**values, "step": int(values["step"])})
+            if not 0 <= (step := int(values["step"])) < 2**63:
+                raise ValueError(f"step is {str(step)[:40]}")
+            finite = {k: v for k, v in values.items() if not isinstance(v, int | float) or abs(v) < LARGEST}
+            found.append({**finite, "step": step})
         except DAMAGED as error:
             if number < len(lines):
                 raise ConfigError(f"{path}, line {number}: cannot be read: {type(error).__name__}: {error}") from None
