@@ -100,8 +100,8 @@ def finish_run(run: Run, step: int, seconds: float, parameters_sha256: str) -> d
 def _evaluation(path: Path) -> dict[str, Any]:
     scores = read_json(path)
     per_class = scores.get("per_class")
-    valid = {name: name in scores and _is_score(scores[name]) for name in SCORES}
-    valid["per_class"] = isinstance(per_class, dict) and all(map(_is_score, per_class.values()))
+    valid = {name: name in scores and is_score(scores[name]) for name in SCORES}
+    valid["per_class"] = isinstance(per_class, dict) and all(map(is_score, per_class.values()))
     valid["images"] = isinstance(scores.get("images"), int)
     valid["settings"] = isinstance(scores.get("settings", {}), dict)
     for name, is_valid in valid.items():
@@ -110,7 +110,8 @@ def _evaluation(path: Path) -> dict[str, Any]:
     return scores
 
 
-def _is_score(value: object) -> bool:
+def is_score(value: object) -> bool:
+    """Returns whether this can be a score: a number from 0 to 1, or None."""
     return value is None or (isinstance(value, int | float) and 0 <= value <= 1)
 
 
