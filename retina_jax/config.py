@@ -1,8 +1,8 @@
 """All options of an experiment, as frozen dataclasses.
 
-A config file (`configs/*.py`) is a Python file with a function `get_config() -> Config`. Every field can be overridden on
-the command line by its dotted name (`--loss.gamma 5 --data.batch-size 16`). Defaults are the paper's (RetinaNet-50-600,
-Table 1) and, where the paper is silent, those of its authors' code (Detectron).
+A config file (`configs/*.py`) is a Python file, which is executed, with a function `get_config() -> Config`. Every field can
+be overridden on the command line by its dotted name (`--loss.gamma 5 --data.batch-size 16`). Defaults are the paper's
+(RetinaNet-50-600, Table 1) and, where the paper is silent, those of its authors' code (Detectron).
 
 `option` holds what is known about a field besides its type; `config_io` reads it, and has the rules between fields.
 """

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from retina_jax.config import Config, ConfigError, Option
-from retina_jax.errors import one_line
+from retina_jax.errors import one_line, shortened
 
 T = TypeVar("T")
 INVALID = object()  # result of `_typed` for a value of the wrong type
@@ -170,7 +170,7 @@ def override(config: T, changes: Mapping[str, Any]) -> T:
     known = flatten(config)
     for name, value in changes.items():
         if name not in known:
-            raise ConfigError(f"{name}: {unknown_name(name, known)}")
+            raise ConfigError(f"{name}: {unknown_name(shortened(name), known)}")
         config = replaced(config, name, value)
     return config
 
@@ -222,7 +222,7 @@ def _build(kind: type, values: Any, where: str, prefix: str) -> Any:
     made = {}
     for name, value in values.items():
         if name not in hints:
-            raise ConfigError(f"{where}: {prefix}{one_line(name)}: {unknown_name(str(name), hints)}")
+            raise ConfigError(f"{where}: {prefix}{shortened(name)}: {unknown_name(shortened(name), hints)}")
         if dataclasses.is_dataclass(hints[name]):
             made[name] = _build(hints[name], value, where, f"{prefix}{name}.")
             continue

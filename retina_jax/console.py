@@ -10,17 +10,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from retina_jax.errors import one_line
+from retina_jax.errors import bounded, one_line
 
 T = TypeVar("T")
 BAR = 20  # columns of a progress bar
 SECONDS_IN_TERMINAL, SECONDS_IN_LOG = 0.2, 15.0  # time between two reports of `track`, on a terminal and in a log file
 
 
-def log(line: str) -> None:
-    """Prints `line` at once. A log that cannot be written, as on a full disk, ends nothing."""
+def log(text: str) -> None:
+    """Prints the lines of `text` at once, each as `one_line` does but with its spaces. A log that cannot be written, as on a
+    full disk, ends nothing."""
     with contextlib.suppress(OSError):
-        print(line, flush=True)
+        print("\n".join(map(bounded, text.split("\n"))), flush=True)
 
 
 def warn(line: str) -> None:

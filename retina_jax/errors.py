@@ -110,13 +110,20 @@ def reason(error: BaseException) -> str:
 def one_line(message: object) -> str:
     """Returns a message on one line of at most LONGEST_LINE printable characters; a longer one loses its middle."""
     try:
-        text = printable(" ".join(str(message).split()))
+        return bounded(" ".join(str(message).split()))
     except Exception:
         return "an error that cannot be shown"
-    if len(text) <= LONGEST_LINE:
-        return text
+
+
+def bounded(line: str) -> str:
+    """Returns a line of at most LONGEST_LINE printable characters; a longer one loses its middle."""
+    if (
+        len(line := printable(line[:LONGEST_LINE] + line[max(len(line) - LONGEST_LINE, LONGEST_LINE) :]))
+        <= LONGEST_LINE
+    ):
+        return line
     end = LONGEST_LINE * 3 // 10
-    return f"{text[: LONGEST_LINE - end - 5]} ... {text[-end:]}"
+    return f"{line[: LONGEST_LINE - end - 5]} ... {line[-end:]}"
 
 
 def printable(text: str) -> str:

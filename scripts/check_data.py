@@ -29,7 +29,7 @@ from retina_jax.config_io import validate
 from retina_jax.console import log
 from retina_jax.data_check.check import Check, check_data, facts_of
 from retina_jax.reports.check_page import check_page, worst_pictures
-from retina_jax.runs.files import write_json
+from retina_jax.runs.files import write_bytes, write_json
 from retina_jax.runs.folder import config_of
 
 OWN_DATA = Path(__file__).parents[1] / "configs" / "own_data.py"
@@ -81,10 +81,7 @@ def main() -> None:
         check.splits[0], check.config.data, check.decoding, check.views, check.coverage, arguments.pictures
     )
     html = check_page(check, pictures, f"Data check: {arguments.annotations.name}")
-    try:
-        page.write_text(html, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise ConfigError(f"{page}: cannot be written: {error.strerror}") from None
+    write_bytes(page, html.encode(errors="backslashreplace"))
     write_json(facts, facts_of(check))
     summarise(check)
     log(f"page: {page}\nfacts: {facts}\n{check.verdict()}")

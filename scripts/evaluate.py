@@ -27,7 +27,7 @@ from retina_jax import distributed
 from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import flatten, override, training_changes, validate
-from retina_jax.console import warn
+from retina_jax.console import log, warn
 from retina_jax.data.datasets import check_classes, open_source
 from retina_jax.detector import load_detector
 from retina_jax.evaluate import evaluate, write_submission
@@ -102,13 +102,13 @@ def score(arguments: Arguments, settings: Config) -> None:
     scores = evaluate(run, detector, source, step, variant, others)
     if not source.labelled:
         submission = write_submission(run, step, variant, config.data.val_annotations)
-        print(
+        log(
             f"nothing to score: {source.name} has no annotations\n"
             f"step {step}; written to {submission}: zip it and upload it to COCO's evaluation server"
         )
         return
-    print(coco_table(scores))
-    print(f"step {step}; written to {run.path('evaluation', step, f'{variant}.json')}")
+    log(coco_table(scores))
+    log(f"step {step}; written to {run.path('evaluation', step, f'{variant}.json')}")
 
 
 if __name__ == "__main__":

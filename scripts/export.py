@@ -23,6 +23,7 @@ import tyro
 from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import ConfigError, DetectionConfig
 from retina_jax.config_io import validate
+from retina_jax.console import log
 from retina_jax.detector import load_detector
 from retina_jax.export.agreement import export_detector, images_for
 from retina_jax.runs.folder import settings_of
@@ -84,9 +85,9 @@ def main() -> None:
         class_names=arguments.class_names,
     )
     images, description = images_for(detector, arguments.images, arguments.count)
-    print(f"images for the comparison: {description}", flush=True)
-    print(export_detector(detector, arguments.out, source, images))
-    print(f"{arguments.out}: {arguments.out.stat().st_size / 2**20:.1f} MiB, step {detector.step}")
+    log(f"images for the comparison: {description}")
+    log(export_detector(detector, arguments.out, source, images))
+    log(f"{arguments.out}: {arguments.out.stat().st_size / 2**20:.1f} MiB, step {detector.step}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import tyro
 
 from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import ConfigError
+from retina_jax.console import log
 from retina_jax.paper import figures
 from retina_jax.paper.measured import (
     NEGATIVES,
@@ -66,7 +67,7 @@ def main() -> None:
         raise ConfigError(f"--out {arguments.out}: its suffix must be one of {', '.join(figures.SUFFIXES)}")
     set_up_jax()
     figures.save(draw(arguments), arguments.out)
-    print(f"wrote figure {arguments.figure} to {arguments.out}")
+    log(f"wrote figure {arguments.figure} to {arguments.out}")
 
 
 def draw(arguments: Arguments) -> figures.Figure:
@@ -84,7 +85,7 @@ def draw(arguments: Arguments) -> figures.Figure:
         samples = val_windows(
             arguments.workdir, arguments.images, arguments.positives, arguments.negatives, arguments.seed
         )
-        print(f"{run}\n{figures.shares_table(samples)}")
+        log(f"{run}\n{figures.shares_table(samples)}")
         return figures.figure4(samples, run)
     sweeps = read_sweeps(arguments.workdir)
     if arguments.figure == 2:

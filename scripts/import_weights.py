@@ -18,7 +18,7 @@ from pathlib import Path
 import tyro
 
 from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
-from retina_jax.console import warn
+from retina_jax.console import log, warn
 from retina_jax.model.summary import parameter_table
 from retina_jax.training.restore import make_run
 from retina_jax.weights.converted import report
@@ -52,10 +52,10 @@ def main() -> None:
         allow_missing=arguments.allow_missing,
     )
     run = make_run(imported, arguments.workdir)
-    print(parameter_table(imported.variables))
+    log(parameter_table(imported.variables))
     if imported.missing:
         warn(report({"missing and left random": imported.missing}))
-    print(f"{len(imported.class_names)} classes; {arguments.weights} is step 0 of {run.folder}")
+    log(f"{len(imported.class_names)} classes; {arguments.weights} is step 0 of {run.folder}")
 
 
 if __name__ == "__main__":

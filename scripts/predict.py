@@ -21,6 +21,7 @@ import tyro
 from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import ConfigError, DetectionConfig
 from retina_jax.config_io import validate
+from retina_jax.console import log
 from retina_jax.data.decoding import read_rgb
 from retina_jax.data.image_paths import image_files
 from retina_jax.data.source import BadImage
@@ -85,7 +86,7 @@ def main() -> None:
         score, chosen = detector.f1_threshold, "the highest F1 in its evaluation"
     if score is None:
         score, chosen = 0.3, "the default; the detector was not evaluated"
-    print(f"step {detector.step}; detections with a score of {score:.2f} or more are drawn ({chosen})", flush=True)
+    log(f"step {detector.step}; detections with a score of {score:.2f} or more are drawn ({chosen})")
     decoding = decoding_of_files(list(files), detector.config.data)
     entries, bad = [], []
     for file, target in files.items():
@@ -111,12 +112,14 @@ def main() -> None:
                 "category_ids": [detector.category_ids[label] for label in found.labels],
             }
         )
-        print(f"{file}: {int(good.sum())} detections -> {arguments.out / target}")
+        log(f"{file}: {int(good.sum())} detections -> {arguments.out / target}")
+    if not entries:
+        raise BadImage(f"none of the images could be read: {'; '.join(bad)}")
     write_json(
         arguments.out / "detections.json",
         {"detector": arguments.weights or str(arguments.workdir), "step": detector.step, "images": entries},
     )
-    print(f"{len(entries)} images; boxes in {arguments.out / 'detections.json'}")
+    log(f"{len(entries)} images; boxes in {arguments.out / 'detections.json'}")
     if bad:
         raise BadImage(f"{len(bad)} of {len(files)} images could not be read: {'; '.join(bad)}")
 

@@ -21,10 +21,12 @@ import tyro
 
 from retina_jax.cli import one_line_errors, parse_command_line
 from retina_jax.config import ConfigError
+from retina_jax.console import log
 from retina_jax.paper.comparison import build_report
 from retina_jax.paper.results import read_sweeps
 from retina_jax.reports.run_page import run_page
 from retina_jax.reports.sweep_page import charts_of, to_html, to_markdown
+from retina_jax.runs.files import write_bytes
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,12 @@ def main() -> None:
         summary = "\n".join(section.summary for section in sections)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        for file, text in files.items():
-            file.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
-    print(summary)
-    print(f"written: {' and '.join(str(file) for file in files if file.suffix != '.svg')}")
+    for file, text in files.items():
+        write_bytes(file, text.encode(errors="backslashreplace"))
+    log(summary)
+    log(f"written: {' and '.join(str(file) for file in files if file.suffix != '.svg')}")
 
 
 if __name__ == "__main__":

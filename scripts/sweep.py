@@ -46,7 +46,7 @@ class Arguments:
     """Options of this script; all others are fields of the base config."""
 
     sweep: tuple[Path, ...]
-    """Sweep files."""
+    """Sweep files, in Python: they are executed."""
     settings: Annotated[Config, tyro.conf.arg(name="")]
     workdir: Path | None = None
     """Folder of all runs; created if missing."""

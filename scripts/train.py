@@ -34,7 +34,8 @@ from retina_jax.distributed import Interruption
 from retina_jax.evaluate import evaluate
 from retina_jax.evaluation.coco_scores import SUMMARY, Scores, coco_table, score_text
 from retina_jax.model.summary import parameter_table
-from retina_jax.runs.folder import Clock, Run, config_of, finish_run, is_due, started_run, training_lock
+from retina_jax.runs.folder import Clock, Run, config_of, is_due, started_run, training_lock
+from retina_jax.runs.record import finish_run
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.compilation import CompiledStep
 from retina_jax.training.metrics import Metrics
@@ -57,8 +58,8 @@ class Arguments:
     """Folder of the run; created if missing, resumed if it holds a run."""
     settings: Annotated[Config, tyro.conf.arg(name="")]
     config: Path = PAPER
-    """Config file; the other options override its fields. Default: the config of the run in --workdir, or
-    configs/paper_r50_600.py for a new run."""
+    """Config file, in Python: it is executed. The other options override its fields. Default: the config of the run in
+    --workdir, or configs/paper_r50_600.py for a new run."""
     allow_missing: tuple[str, ...] = ()
     """Parts of the backbone (backbone/c5) that model.backbone_weights may lack; they start random."""
     allow_changes: tuple[str, ...] = ()

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.numpy import save
+from small_sets import document, write_coco
 
 from retina_jax.cli import one_line_errors
-from retina_jax.console import warn
+from retina_jax.config import Config, ConfigError, DataConfig
+from retina_jax.config_io import from_dict
+from retina_jax.console import log, warn
+from retina_jax.data.datasets import open_sources
+from retina_jax.data.pipeline import train_batches
 from retina_jax.errors import LONGEST_LINE, PlainError, one_line
+from retina_jax.evaluation.coco_scores import SUMMARY, Scores, coco_table
+from retina_jax.evaluation.drawing import draw
 from retina_jax.weights.importing import convert
 
 RED = "\x1b[31mred\x1b[0m\n"
@@ -36,8 +45,59 @@ def test_errors_and_warnings_cannot_colour_the_terminal(capsys: pytest.CaptureFi
         with pytest.raises(SystemExit), one_line_errors():
             raise error
     warn(RED * 1000)
+    log(f"{RED * 1000}\n  indented as before")
     for line in "".join(capsys.readouterr()).splitlines():
         assert line.isprintable() and len(line) <= LONGEST_LINE
+
+
+def test_log_lines_keep_their_form(capsys: pytest.CaptureFixture[str]) -> None:
+    table = "part      trained\n  stem   1,000\n\nγ × 3"
+    log(table)
+    assert capsys.readouterr().out == f"{table}\n"
+
+
+LONG = RED * 1_000_000  # 12 MB
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("place", ["a class", "an unused class", "a missing file", "a class of evaluation", "a file"])
+def test_names_in_annotations_are_shortened_and_escaped(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, place: str
+) -> None:
+    exif = Image.Exif()
+    exif[0x112] = 6  # so that a line about orientations names a file
+    content, other = document(), document()
+    names = {"a missing file": LONG, "a file": f"{RED}.jpg"}
+    for shown in (content, other):
+        shown["categories"][1]["name"] = LONG if place == "a class" else "cat"
+        shown["categories"].append({"id": 77, "name": LONG if place == "an unused class" else "dog"})
+    content["images"][0]["file_name"] = name = names.get(place, "one.jpg")
+    other["categories"][0]["name"] = LONG if place == "a class of evaluation" else "dog"
+    paths = {}
+    for split, value in (("train", content), ("val", other)):
+        (tmp_path / split).mkdir()
+        annotations, images = write_coco(tmp_path / split, value)
+        paths |= {f"{split}_annotations": str(annotations), f"{split}_images": str(images)}
+        for file, size in (("one.jpg", (64, 48)), (name[:50], (64, 48)), ("two.jpg", (40, 60))):
+            Image.new("RGB", size, "red").save(images / file, "JPEG", exif=exif)
+    with contextlib.suppress(SystemExit), one_line_errors():
+        source, *_ = open_sources(Config(data=DataConfig(source="coco", **paths)))
+        batches = train_batches(source, DataConfig(batch_size=2, short_side=64, long_side=64, workers=1), seed=0)
+        next(batches)
+    lines = "".join([*capfd.readouterr(), caplog.text]).splitlines()
+    assert lines and all(line.isprintable() and len(line) <= LONGEST_LINE + 100 for line in lines)
+
+
+def test_the_table_of_scores_and_keys_of_configs_are_shortened(capsys: pytest.CaptureFixture[str]) -> None:
+    table = coco_table(Scores(dict.fromkeys(SUMMARY, 0.5), {LONG: 0.5, "plain": None}))
+    assert len(table) < 5_000 and all(line.isprintable() for line in table.splitlines())
+    with pytest.raises(ConfigError) as raised:
+        from_dict({LONG: 1})
+    assert len(str(raised.value)) < LONGEST_LINE and str(raised.value).isprintable()
+    drawn = draw(
+        np.zeros((40, 40, 3), np.uint8), np.array([[2, 2, 20, 20]], np.float32), np.array([0]), class_names=[LONG]
+    )
+    assert drawn.any()
 
 
 @pytest.mark.parametrize("kind", ["torchvision", "detectron2", "detectron"])

@@ -4,12 +4,15 @@ step."""
 from __future__ import annotations
 
 import re
+import runpy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
+from PIL import Image
 from small_disk import SmallDisk, mounted
 from small_runs import measured, metrics, start, stopped_when, summary, wait_for_step, write_config
 
@@ -190,6 +193,53 @@ def test_the_run_with_all_faults_equals_the_uninterrupted_run(
     assert summary(workdir)["parameters_sha256"] == summary(unbroken)["parameters_sha256"]
     for name, life in lives.items():
         assert "Traceback" not in "\n".join(life.lines), name
+
+
+def test_a_page_or_figure_that_does_not_fit_on_the_disk_leaves_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted_and_lives: tuple[Path, Path, dict[str, Life]]
+) -> None:
+    run, small = uninterrupted_and_lives[0], mounted(tmp_path)
+    try:
+        outs = [small.folder / name for name in ("report.html", "figure.png", "figure.svg")]
+        for out in outs:
+            out.write_text("earlier")
+        small.fill()
+        commands = [("report", "--workdir", run, "--out", outs[0].with_suffix(""))]
+        commands += [("figures", "--figure", 1, "--out", out) for out in outs[1:]]
+        for name, *arguments in commands:
+            monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
+            with pytest.raises(DiskError, match="cannot be written: No space left on device"):
+                runpy.run_path(str(processes.SCRIPTS / f"{name}.py"))["main"]()
+        assert [out.read_text() for out in outs] == ["earlier"] * 3
+        assert {path.name for path in small.folder.iterdir()} == {"ballast", *(out.name for out in outs)}
+    finally:
+        small.close()
+
+
+def test_predictions_that_do_not_fit_on_the_disk_or_cannot_be_read_leave_the_earlier_ones(
+    tmp_path: Path, uninterrupted_and_lives: tuple[Path, Path, dict[str, Life]]
+) -> None:
+    run, photos, small = uninterrupted_and_lives[0], tmp_path / "photos", mounted(tmp_path)
+    photos.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(photos / "a.png")
+    (photos / "bad.png").write_bytes(b"no image")
+    try:
+        out = small.folder / "out"
+        out.mkdir()
+        (out / "detections.json").write_text("earlier")
+        (out / "a.png").write_text("earlier")
+        small.fill()
+        for image, line in (
+            ("a.png", "a.png: cannot be written: No space left on device"),
+            ("bad.png", "bad.png: is not"),
+        ):
+            done = processes.run("predict", photos / image, "--workdir", run, "--out", out)
+            assert done.returncode == 2 and line in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+        assert {path.name: path.read_text() for path in out.iterdir()} == dict.fromkeys(
+            ("detections.json", "a.png"), "earlier"
+        )
+    finally:
+        small.close()
 
 
 def test_a_picture_that_does_not_fit_on_the_disk_is_reported_in_one_line(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 from retina_jax.config import ConfigError
+from retina_jax.errors import shortened
 
 Category = tuple[int, str]  # id and name
 SHOWN = 5  # classes that a message names
@@ -55,7 +56,7 @@ def category_ids(classes: Sequence[Category], data: HasClasses, where: str) -> l
 
 
 def _with_ids(categories: Sequence[Category]) -> str:
-    return ", ".join(f"{name} ({category_id})" for category_id, name in categories[:SHOWN])
+    return ", ".join(f"{shortened(name)} ({category_id})" for category_id, name in categories[:SHOWN])
 
 
 def classes_error(classes: Sequence[Category], categories: Sequence[Category], where: str) -> ConfigError:
@@ -75,7 +76,7 @@ def unique_names(categories: Sequence[Category]) -> tuple[str, ...]:
 
 def listed(categories: Sequence[Category]) -> str:
     """Returns the `unique_names` of the first SHOWN."""
-    return ", ".join(unique_names(categories)[:SHOWN]) + (", ..." if len(categories) > SHOWN else "")
+    return ", ".join(map(shortened, unique_names(categories)[:SHOWN])) + (", ..." if len(categories) > SHOWN else "")
 
 
 def excluded_categories(

@@ -16,7 +16,7 @@ from retina_jax.data.pipeline import overflow
 from retina_jax.data.scenes import write_scenes
 from retina_jax.data.source import BadImage, DataError, Source, paused_collector
 from retina_jax.data.survey import with_decoding
-from retina_jax.errors import reason
+from retina_jax.errors import quoted, reason, shortened
 
 
 @paused_collector()
@@ -99,7 +99,7 @@ def open_source(
         options = {"images_without_boxes": without_boxes, "unlabelled": unlabelled, "known": known, "data": data}
         source = read_coco(*paths.values(), **options)
     for (category_id, name), why in source.left_out.items():
-        log(f"{source.name}: category {name} ({category_id}) is left out: {why}")
+        log(f"{source.name}: category {shortened(name)} ({category_id}) is left out: {why}")
     for note in source.notes:
         warn(f"{source.name}: {note}")
     if split == "train" and not any(len(record.labels) for record in source.records):
@@ -174,6 +174,6 @@ def _check_images_exist(source: Source, number: int) -> None:
         known = next((f"; {place}" for index in missing if (place := source.missing[index])), "")
         raise DataError(
             f"{source.name}: {len(missing)} of {min(number, len(source))} images are missing: file_name "
-            f"{first.file_name!r} of image id {first.image_id} is not {source.where(missing[0])}{known}; put the files "
-            "there, name the folder that file_name is relative to, or leave these images out with data.bad_images skip"
+            f"{quoted(first.file_name)} of image id {first.image_id} is not {source.where(missing[0])}{known}; put the "
+            "files there, name the folder that file_name is relative to, or leave these images out with data.bad_images skip"
         )

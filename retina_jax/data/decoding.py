@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import struct
 import threading
 import warnings
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageMode, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from retina_jax.data.reading import read_again, read_file
 from retina_jax.data.sixteen_bits import is_deep, samples, to_eight_bits
@@ -52,6 +54,9 @@ class Budget:
 
 # Pixels that threads decode and resize at once. Each takes 14 to 24 bytes (16 bits with transparency): 3 to 4 GB.
 DECODING = Budget(MAX_PIXELS)
+# A scan of a dozen bytes takes as long as one with content. Progressive JPEGs have 10 or so; libtiff's limit is 100 too.
+MAX_SCANS = 100
+SCAN, MARKER = b"\xff\xda", re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 ORIENTATION_TAG = 0x0112
 # The transposition that turns an image of an EXIF orientation upright; from 5 on it swaps width and height.
 _NAMES = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
@@ -185,7 +190,24 @@ def open_image(encoded: bytes) -> Image.Image:
         raise BadImage(f"is not an image in one of the formats {', '.join(FORMATS)}{why}") from None
     if image.width * image.height > MAX_PIXELS:
         raise BadImage(f"has {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+    if isinstance(image, JpegImageFile) and not _has_few_scans(image, encoded):
+        raise BadImage(f"is a JPEG with more than {MAX_SCANS} scans, whose decoding might take hours")
     return image
+
+
+def _has_few_scans(image: JpegImageFile, encoded: bytes) -> bool:
+    """Returns whether a JPEG has at most MAX_SCANS. PIL has read the header of the first, most often the only one."""
+    length = 6 + 2 * image.layers  # of the header of a scan of all components
+    of_all = encoded.startswith(SCAN + bytes([0, length, image.layers]), image.fp.tell() - length - 2)
+    if (of_all and not image.info.get("progressive")) or encoded.count(SCAN) <= MAX_SCANS:
+        return True
+    scans, place = 0, 2
+    while (marker := MARKER.search(encoded, place)) and marker[0] != b"\xff\xd9":  # the end of the image
+        scans += marker[0] == SCAN
+        place = marker.end() + int.from_bytes(encoded[marker.end() : marker.end() + 2])
+        if scans > MAX_SCANS:
+            return False
+    return True
 
 
 def read_header(image: Image.Image) -> Header:

@@ -20,7 +20,7 @@ from retina_jax.data.decoding import DECODING, is_one_colour, is_plain_jpeg, to_
 from retina_jax.data.reading import SlowReadMonitor, read_again
 from retina_jax.data.source import BadImage, Size, Source
 from retina_jax.data.transforms import Shapes, tf
-from retina_jax.errors import reason
+from retina_jax.errors import one_line, reason
 
 log = logging.getLogger(__name__)
 # Larger images (in pixels) are decoded and resized within the budget `DECODING`, which bounds the memory that they use.
@@ -140,7 +140,7 @@ class Batches(Iterator[Batch]):
                 raise self._bad[index]
             name = self._source.where(index)
             if name not in self.skipped:
-                log.warning("warning: skipped: %s", self._bad[index])
+                log.warning("warning: skipped: %s", one_line(self._bad[index]))
             self.skipped[name] += 1
         self._check_colours(batch)
         self._step += 1
@@ -156,7 +156,8 @@ class Batches(Iterator[Batch]):
             if is_one_colour(batch.images[row, :height, :width], boxes[boxes[:, 2] > boxes[:, 0]]):
                 self.one_colour.append(self._source.where(index))
                 if len(self.one_colour) <= LOGGED:
-                    log.warning("warning: %s: one colour, nothing to learn from; check the file", self.one_colour[-1])
+                    shown = one_line(self.one_colour[-1])
+                    log.warning("warning: %s: one colour, nothing to learn from; check the file", shown)
 
     def _dataset(self) -> tf.data.Dataset:
         workers = self._data.workers or cores()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from retina_jax.errors import reason
+from retina_jax.errors import one_line, reason
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -36,6 +36,11 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
+def without_links(path: str, flags: int) -> int:
+    """Opens a file for `open(path, mode, opener=without_links)`; OSError if the path is a symbolic link."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 def read_file(path: Path, largest: int) -> bytes:
     """Returns the content of a regular file. Raises OSError like `open_file`, or if it has more than `largest` bytes."""
     with open_file(path) as file:
@@ -53,7 +58,7 @@ def read_again(read: Callable[[], T], name: str) -> T:
         except OSError as error:
             if error.errno not in TEMPORARY and not isinstance(error, TimeoutError):
                 raise
-            log.warning("warning: %s: cannot be read: %s; trying again in %g s", name, reason(error), pause)
+            log.warning("warning: %s: cannot be read: %s; trying again in %g s", one_line(name), reason(error), pause)
         time.sleep(pause)
     return read()
 
@@ -106,6 +111,6 @@ class SlowReadMonitor:
             if now - waits[1] >= PATIENCE and waits is not reported:
                 reported = waits
                 longest = sorted(self._reads.copy().values(), key=lambda read: read[1])[:3]
-                files = ", ".join(f"{self._where(index)} ({now - since:.0f} s)" for index, since in longest)
+                files = ", ".join(f"{one_line(self._where(index))} ({now - since:.0f} s)" for index, since in longest)
                 line = "warning: batch %d: waited %.0f s for its images; reading %s"
                 log.warning(line, waits[0], now - waits[1], files or "none")

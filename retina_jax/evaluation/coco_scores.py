@@ -18,7 +18,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from retina_jax.data.classes import unique_names
-from retina_jax.errors import PlainError
+from retina_jax.errors import PlainError, shortened
 from retina_jax.evaluation.precision_recall import (
     DetectedBoxes,
     GroundTruth,
@@ -255,6 +255,8 @@ def coco_table(scores: Scores) -> str:
         f" {kind:<17} {short} @[ IoU={iou:<9} | area={area:>6} | maxDets={count:>3} ] = {score_text(scores.summary[key]):>5}"
         for key, (kind, short, iou, area, count) in SUMMARY.items()
     ]
-    width = max((len(name) for name in scores.per_class), default=0)
-    lines += [f" AP of {name:<{width}}  {score_text(value):>5}" for name, value in scores.per_class.items()]
+    names = [shortened(name) for name in scores.per_class]
+    width = max(map(len, names), default=0)
+    of_classes = zip(names, scores.per_class.values(), strict=True)
+    lines += [f" AP of {name:<{width}}  {score_text(value):>5}" for name, value in of_classes]
     return "\n".join(lines)

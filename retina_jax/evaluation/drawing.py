@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from retina_jax.errors import shortened
+
 READABLE_SIDE = 480  # small images are enlarged to about this length of their longer side, pixels
 GAP = 6  # pixels between the images of a contact sheet
 
@@ -38,7 +40,7 @@ def draw(
     order = order[labels[order] >= 0]
     texts = []
     for i in order.tolist():
-        words = [class_names[labels[i]] if labels[i] < len(class_names) else f"class {labels[i]}"]
+        words = [shortened(class_names[labels[i]]) if labels[i] < len(class_names) else f"class {labels[i]}"]
         words += [] if scores is None else [format_score(float(scores[i]))]
         texts.append(" ".join([*words, *([notes[i]] if notes and notes[i] else [])]))
     colours = [class_colour(label) for label in labels[order].tolist()]

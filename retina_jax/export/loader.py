@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -52,9 +51,11 @@ def _bounded(archive: zipfile.ZipFile, size: int) -> zipfile.ZipFile:
 
 def load(path: str) -> ExportedDetector:
     """Returns the detector in the file; LoadError if it is damaged or a package is missing, OSError if it is unreadable."""
+    with open(path, "rb") as opened:
+        content = opened.read()
     try:
-        with zipfile.ZipFile(path) as file:
-            files = {name: file.read(name) for name in _bounded(file, os.path.getsize(path)).namelist()}
+        with zipfile.ZipFile(io.BytesIO(content)) as file:
+            files = {name: file.read(name) for name in _bounded(file, len(content)).namelist()}
         about, stored = json.loads(files.pop("about.json")), files.pop("parameters.npz")
         version, missing = about["format"], ", ".join(sorted(SETTINGS - about.keys()))
         _bounded(zipfile.ZipFile(io.BytesIO(stored)), len(stored))
@@ -64,7 +65,9 @@ def load(path: str) -> ExportedDetector:
         found = str(error).partition("\n")[0][:200] or type(error).__name__
         raise LoadError(f"{path}: not a file of scripts/export.py, or damaged ({found}); export it again") from None
     if version not in (FORMAT, PILLOW_FORMAT):
-        raise LoadError(f"{path}: has format {version}, but this loader reads {FORMAT}; use the loader of its release")
+        raise LoadError(
+            f"{path}: has format {str(version)[:40]!r}, but this loader reads {FORMAT}; use the loader of its release"
+        )
     if missing:
         raise LoadError(f"{path}: about.json lacks {missing}; export it again")
     needed = {"flatbuffers": "flatbuffers"} | ({"PIL": "pillow"} if version == PILLOW_FORMAT else {})

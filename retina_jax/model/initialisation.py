@@ -28,15 +28,20 @@ def initialise(model: RetinaNet, seed: int) -> dict[str, Any]:
     A backbone of norm "frozen" is expected to receive imported weights. With random weights its activations keep a normal
     scale and it trains, but poorly: to train from scratch use norm "group" or "batch" and frozen_stages 0.
     """
-    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)  # the shapes of weights do not depend on the image size
-    image_sizes = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images, image_sizes)
     variables = {}
-    for collection in COLLECTIONS:
-        leaves = flatten_dict(shapes.get(collection, {}), sep="/")
+    for collection, shapes in variable_shapes(model).items():
+        leaves = flatten_dict(shapes, sep="/")
         drawn = {path: draw_weight(path, leaf.shape, model.config, seed) for path, leaf in leaves.items()}
         variables[collection] = unflatten_dict(drawn, sep="/")
     return variables
+
+
+def variable_shapes(model: RetinaNet) -> dict[str, Any]:
+    """Returns the shapes and dtypes of `initialise`, without its memory."""
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)  # the shapes of weights do not depend on the image size
+    image_sizes = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images, image_sizes)
+    return {collection: shapes.get(collection, {}) for collection in COLLECTIONS}
 
 
 def draw_weight(path: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> np.ndarray:

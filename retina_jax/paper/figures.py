@@ -3,6 +3,7 @@ single class and target 1 the logit is x_t, and with alpha = 1 the weight is 1, 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from retina_jax.config import ConfigError
 from retina_jax.losses.focal import ClassificationLoss, cross_entropy, focal, focal_star
 from retina_jax.paper.measured import StarRun, Timed
 from retina_jax.paper.settings import OTHER_SYSTEMS, TABLES
+from retina_jax.runs.files import write_bytes
 
 SUFFIXES = (".png", ".svg", ".pdf")  # of the files that can be written
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's, for colour-blind readers
@@ -213,12 +215,14 @@ def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Axes
 
 
 def save(figure: Figure, out: Path) -> None:
-    """Writes a PNG, SVG or PDF, by the suffix of `out`; ConfigError for another suffix or if it cannot be written."""
+    """Writes a PNG, SVG or PDF, by the suffix of `out`, completely or not at all; ConfigError for another suffix."""
     if out.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"--out {out}: its suffix must be one of {', '.join(SUFFIXES)}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with mpl.rc_context(LOOK):
-            figure.savefig(out)
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
+    drawn = io.BytesIO()
+    with mpl.rc_context(LOOK):
+        figure.savefig(drawn, format=out.suffix[1:].lower())
+    write_bytes(out, drawn.getvalue())

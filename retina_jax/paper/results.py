@@ -13,7 +13,7 @@ from retina_jax.console import log
 from retina_jax.evaluation.coco_scores import SUMMARY
 from retina_jax.paper.settings import Row, Table
 from retina_jax.runs.files import read_json
-from retina_jax.runs.record import read_record, read_test_dev
+from retina_jax.runs.record import is_score, read_record, read_test_dev
 from retina_jax.sweeps.points import read_manifest
 from retina_jax.sweeps.status import ended
 
@@ -157,8 +157,8 @@ def read_result(folder: Path) -> Result:
         return replace(result, status="diverged", step=end.step, message=end.message)
     evaluation = summary["evaluation"] or {}
     fractions = {name: evaluation[name] for name in SUMMARY if evaluation.get(name) is not None}
-    if invalid := [name for name, value in fractions.items() if not isinstance(value, int | float)]:
-        raise ConfigError(f"{folder / 'summary.json'}: evaluation.{invalid[0]}: must be a number or null")
+    if invalid := [name for name, value in fractions.items() if not is_score(value)]:
+        raise ConfigError(f"{folder / 'summary.json'}: evaluation.{invalid[0]}: must be a number from 0 to 1, or null")
     scores = {name: 100 * value for name, value in fractions.items()}
     return replace(result, status="finished", scores=scores, test_dev=read_test_dev(folder))
 

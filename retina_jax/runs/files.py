@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,12 @@ import msgspec
 
 from retina_jax import distributed
 from retina_jax.config import ConfigError
+from retina_jax.data.reading import without_links
 from retina_jax.errors import PlainError, reason
 
 CHECKSUMS = "checksums.json"
+DAMAGED = (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
+"""Errors of the use of a JSON file that is missing, or not what was written."""
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -46,7 +50,8 @@ def write_bytes(path: Path, data: bytes) -> None:
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(data)
+        with open(temporary, "wb", opener=without_links) as file:
+            file.write(data)
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -61,10 +66,21 @@ def write_json(path: Path, value: Any, compact: bool = False) -> None:
     write_bytes(path, encoded + b"\n")
 
 
+def finite_json(text: str | bytes) -> Any:
+    """Returns the value of a JSON text; ValueError for NaN and infinity, which JSON does not have, else as json.loads."""
+
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            raise ValueError(f"{number[:20]} is not a finite number")
+        return value
+
+    return json.loads(text, parse_float=finite, parse_constant=finite)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file; ConfigError if it cannot be read or holds anything else."""
     try:
-        value = json.loads(path.read_bytes())
+        value = finite_json(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {reason(error)}") from None
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of too many digits
@@ -117,7 +133,7 @@ def damage(folder: Path) -> str:
         return f"{CHECKSUMS} is missing" if folder.is_dir() else "the folder was deleted"
     except OSError as error:
         return f"{Path(error.filename or folder).name}: {reason(error)}"
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):  # the list itself is damaged
+    except DAMAGED:  # the list itself
         return f"{CHECKSUMS} cannot be read"
     return ""
 

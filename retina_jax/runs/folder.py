@@ -1,8 +1,6 @@
 """A run's folder: its config, its lock, its list of checkpoints, and the summary that training writes at the end."""
 
 import contextlib
-import json
-import math
 import os
 import re
 import time
@@ -11,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from retina_jax import distributed
 from retina_jax.cli import option_value
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import from_dict, load_config, override
 from retina_jax.data.classes import Category
-from retina_jax.runs.files import DiskError, exclusive_lock, read_json, write_json
+from retina_jax.runs.files import DAMAGED, DiskError, exclusive_lock, finite_json, read_json, write_json
 
 TEMPORARY = re.compile(r"\.(.+\.jsonl?\.[0-9]+|write_test_[0-9]+|metrics\.jsonl)")
 """Names of files that a killed process was writing."""
@@ -48,20 +48,35 @@ class Run:
         return path
 
 
+class _Saved(msgspec.Struct):
+    """The fields of a config.json that are used."""
+
+    class_names: list[str]
+    category_ids: list[int]
+    config: Any = None
+    data_sha256: str | None = None
+    parts: int | None = None
+    command: list[Any] | None = None
+    versions: dict[str, Any] | None = None
+    facts: dict[str, Any] | None = None
+    first_start: dict[str, Any] | None = None
+    changes: list[Any] | None = None
+
+
 def read_run(folder: Path, name: str = "config.json") -> Run:
     """Returns the run in `folder` from its config.json; ConfigError if there is none, or it cannot be read."""
     path = folder / name
     if not path.is_file():
         raise ConfigError(f"--workdir {folder}: no run there ({path} is missing)")
-    saved = read_json(path)
     try:
-        classes, ids = tuple(map(str, saved["class_names"])), tuple(map(int, saved["category_ids"]))
+        saved = msgspec.convert(read_json(path), _Saved)
+        classes, ids = tuple(saved.class_names), tuple(saved.category_ids)
         if len(classes) != len(ids):
             raise ValueError(f"{len(classes)} class_names, {len(ids)} category_ids")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {type(error).__name__}: {error}") from None
-    config = from_dict(saved.get("config"), str(path))
-    return Run(folder, config, classes, ids, saved.get("data_sha256"), saved.get("parts"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    config = from_dict(saved.config, str(path))
+    return Run(folder, config, classes, ids, saved.data_sha256, saved.parts)
 
 
 def config_of(argv: Sequence[str], default: str) -> Config:
@@ -105,8 +120,8 @@ def saved_steps(checkpoints: Path) -> list[int]:
 def saved_ap(checkpoints: Path, step: int) -> float | None:
     """Returns the AP of a saved step; None if it was not evaluated, or the file is damaged."""
     try:
-        return float(json.loads((checkpoints / str(step) / "metrics" / "metrics").read_bytes())["AP"])
-    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return float(finite_json((checkpoints / str(step) / "metrics" / "metrics").read_bytes())["AP"])
+    except DAMAGED:
         return None
 
 
@@ -157,20 +172,6 @@ def record_fact(run: Run, name: str, value: str) -> None:
         write_json(run.folder / "config.json", {**saved, "facts": {**saved.get("facts", {}), name: value}})
 
 
-def finish_run(run: Run, step: int, seconds: float, parameters_sha256: str) -> dict[str, Any]:
-    """Writes and returns RUN/summary.json: length, last evaluation, and the checksum by which two runs are compared."""
-    evaluations = sorted((run.folder / "evaluation").glob(f"step_{'[0-9]' * 8}.json"))
-    summary = {
-        "steps": step,
-        "images": step * run.config.data.batch_size,
-        "seconds": round(seconds, 1),
-        "evaluation": read_json(evaluations[-1]) if evaluations else None,
-        "parameters_sha256": parameters_sha256,
-    }
-    write_json(run.folder / "summary.json", summary)
-    return summary
-
-
 def is_due(step: int, every: int, last: bool) -> bool:
     """Returns whether something done every `every` steps (0: only at the last, -1: never) is due after `step`."""
     return every >= 0 and (last or (every > 0 and step % every == 0))
@@ -182,10 +183,10 @@ class Clock(contextlib.AbstractContextManager):
     def __init__(self, folder: Path, resumed: bool) -> None:
         self._path = folder / "seconds.json"
         try:
-            before = float(json.loads(self._path.read_text())) if resumed else 0.0
-        except (OSError, ValueError, TypeError, RecursionError):  # only the time of earlier starts is lost
+            before = float(finite_json(self._path.read_bytes())) if resumed else 0.0
+        except DAMAGED:  # only the time of earlier starts is lost
             before = 0.0
-        self._start = time.monotonic() - (before if math.isfinite(before) else 0.0)
+        self._start = time.monotonic() - before
 
     def __exit__(self, *error: object) -> None:
         self.save()

@@ -1,4 +1,4 @@
-"""What a run has measured, read from its folder: metrics, evaluations, summary."""
+"""What a run has measured, read from its folder: metrics, evaluations, and the summary, which is written at its end."""
 
 import json
 import re
@@ -8,11 +8,12 @@ from typing import Any
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.data.classes import Category
-from retina_jax.runs.files import read_json
-from retina_jax.runs.folder import read_run
+from retina_jax.runs.files import DAMAGED, finite_json, read_json, write_json
+from retina_jax.runs.folder import Run, read_run
 
 SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """Names of the scores of an evaluation, each a fraction from 0 to 1, or None if it is undefined."""
+LARGEST = 1e300  # numbers beyond it are not finite, or would not be after arithmetic
 EVALUATION = re.compile(r"step_([0-9]{8})(_[0-9a-f]{8})?\.json")
 """Names of evaluations; those with other settings than the run's (`evaluate.py`) have a hash after the step."""
 TEST_DEV_FILE = Path("evaluation") / "test_dev.json"
@@ -63,25 +64,44 @@ def read_record(folder: Path) -> RunRecord:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl, except an incomplete last one; [] without a file. ConfigError for a bad line."""
+    """Returns the lines of metrics.jsonl without non-finite numbers; not an incomplete last line; [] without a file. Raises
+    ConfigError for a damaged line."""
     path = folder / "metrics.jsonl"
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     found = []
     for number, line in enumerate(lines, start=1):
         try:
             values = json.loads(line)
-            found.append({**values, "step": int(values["step"])})
-        except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+            if not 0 <= (step := int(values["step"])) < 2**63:
+                raise ValueError(f"step is {str(step)[:40]}")
+            finite = {k: v for k, v in values.items() if not isinstance(v, int | float) or abs(v) < LARGEST}
+            found.append({**finite, "step": step})
+        except DAMAGED as error:
             if number < len(lines):
                 raise ConfigError(f"{path}, line {number}: cannot be read: {type(error).__name__}: {error}") from None
     return found
 
 
+def finish_run(run: Run, step: int, seconds: float, parameters_sha256: str) -> dict[str, Any]:
+    """Writes and returns RUN/summary.json: length, last evaluation, and the checksum by which two runs are compared. Raises
+    ConfigError if the evaluation is damaged."""
+    evaluations = sorted((run.folder / "evaluation").glob(f"step_{'[0-9]' * 8}.json"))
+    summary = {
+        "steps": step,
+        "images": step * run.config.data.batch_size,
+        "seconds": round(seconds, 1),
+        "evaluation": _evaluation(evaluations[-1]) if evaluations else None,
+        "parameters_sha256": parameters_sha256,
+    }
+    write_json(run.folder / "summary.json", summary)
+    return summary
+
+
 def _evaluation(path: Path) -> dict[str, Any]:
     scores = read_json(path)
     per_class = scores.get("per_class")
-    valid = {name: name in scores and _is_score(scores[name]) for name in SCORES}
-    valid["per_class"] = isinstance(per_class, dict) and all(map(_is_score, per_class.values()))
+    valid = {name: name in scores and is_score(scores[name]) for name in SCORES}
+    valid["per_class"] = isinstance(per_class, dict) and all(map(is_score, per_class.values()))
     valid["images"] = isinstance(scores.get("images"), int)
     valid["settings"] = isinstance(scores.get("settings", {}), dict)
     for name, is_valid in valid.items():
@@ -90,15 +110,16 @@ def _evaluation(path: Path) -> dict[str, Any]:
     return scores
 
 
-def _is_score(value: object) -> bool:
+def is_score(value: object) -> bool:
+    """Returns whether this can be a score: a number from 0 to 1, or None."""
     return value is None or (isinstance(value, int | float) and 0 <= value <= 1)
 
 
 def f1_threshold(folder: Path, step: int) -> float | None:
     """Returns the score with the highest F1 in the evaluation of a step; None if there is no such number."""
     try:
-        value = json.loads((folder / "evaluation" / f"step_{step:08d}.json").read_bytes())["f1_threshold"]
-    except (OSError, ValueError, TypeError, LookupError, RecursionError):  # not evaluated, or by an earlier version
+        value = finite_json((folder / "evaluation" / f"step_{step:08d}.json").read_bytes())["f1_threshold"]
+    except DAMAGED:  # not evaluated, or by an earlier version
         return None
     return value if isinstance(value, float) and 0 <= value <= 1 else None
 

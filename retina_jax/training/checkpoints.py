@@ -5,10 +5,13 @@ RUN/checkpoints/saving and renamed once the disk has it: a kill or a power cut l
 """
 
 import contextlib
+import gc
 import logging
 import shutil
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -33,9 +36,7 @@ Step = int | Literal["best", "newest"] | None  # a saved step: its number, "best
 LEFTOVERS = ("saving", "deleting-*", "*.orbax-checkpoint-tmp*")
 """What a kill may leave behind. None of it is named by a number, so it is never read as a checkpoint."""
 
-# If a save fails, orbax's threads log at length what they also raise, and asyncio logs every array after the first.
-for _logger, _text in (("absl", "_SignalingThread"), ("asyncio", ".orbax-checkpoint-tmp")):
-    logging.getLogger(_logger).addFilter(lambda record, text=_text: text not in record.getMessage())
+warnings.filterwarnings("ignore", "coroutine '.*' was never awaited")  # the rest of an array whose file was deleted
 
 
 class Checkpoints:
@@ -228,16 +229,35 @@ def save_arrays(folder: Path, arrays: PyTree) -> None:
     orbax's `training.Checkpointer` or `ocp.save`, which wait for the other hosts."""
     alone = orbax.options.MultiprocessingOptions(primary_host=0, active_processes={0})
     items = orbax.CompositeCheckpointHandler(composite_options=orbax.CompositeOptions(multiprocessing_options=alone))
-    hook = sys.unraisablehook
-    sys.unraisablehook = lambda event: None if str(event.exc_value) == "Event loop is closed" else hook(event)
+    with _one_error(), orbax.Checkpointer(items, multiprocessing_options=alone) as checkpointer:
+        checkpointer.save(folder.resolve(), orbax.args.Composite(state=orbax.args.PyTreeSave(arrays)))
+
+
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+    """Drops what libraries print of an error that they raise: orbax raises that of the first array; its threads,
+    tensorstore's and asyncio print those of all, until a second later."""
+
+    loggers, hooks = [logging.getLogger(name) for name in ("absl", "asyncio")], (sys.excepthook, sys.unraisablehook)
+    for logger in loggers:
+        logger.addFilter(_never)
+    main = threading.main_thread()
+    sys.excepthook = lambda *error: hooks[0](*error) if threading.current_thread() is main else None
+    sys.unraisablehook = lambda event: None
     try:
-        with orbax.Checkpointer(items, multiprocessing_options=alone) as checkpointer:
-            checkpointer.save(folder.resolve(), orbax.args.Composite(state=orbax.args.PyTreeSave(arrays)))
-    except Exception:  # orbax raises at the first array that fails; the tracebacks of the others are dropped
+        yield
+    except Exception:
         time.sleep(1)
+        gc.collect()
         raise
     finally:
-        sys.unraisablehook = hook
+        sys.excepthook, sys.unraisablehook = hooks
+        for logger in loggers:
+            logger.removeFilter(_never)
+
+
+def _never(record: logging.LogRecord) -> bool:
+    return False
 
 
 def load_arrays(folder: Path, like: T, partial: bool) -> tuple[T | None, str]:
@@ -249,7 +269,7 @@ def load_arrays(folder: Path, like: T, partial: bool) -> tuple[T | None, str]:
     context.pytree.loading.partial_load = partial
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
     try:
-        with context:
+        with _one_error(), context:
             saved = ocp.metadata(folder.resolve(), checkpointable_name="state").metadata
             if difference := _difference(saved, like, partial):
                 return None, difference

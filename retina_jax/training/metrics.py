@@ -16,7 +16,7 @@ from jaxtyping import Array
 from retina_jax import distributed
 from retina_jax.console import Progress, warn
 from retina_jax.errors import PlainError, Stopped, reason
-from retina_jax.runs.files import DiskError, write_bytes
+from retina_jax.runs.files import DAMAGED, DiskError, write_bytes
 from retina_jax.runs.folder import Run, is_due, saved_steps
 from retina_jax.training.parallel import peak_memory_bytes
 from retina_jax.training.step import FINITE
@@ -186,7 +186,7 @@ def _drop_after(path: Path, step: int) -> list[int]:
         try:
             entry = json.loads(line)
             line_step = int(entry["step"])
-        except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
+        except DAMAGED:
             continue
         if line_step <= step:
             kept.append(line + b"\n")

@@ -14,7 +14,7 @@ from retina_jax import distributed
 from retina_jax.config import ConfigError
 from retina_jax.console import warn
 from retina_jax.data.classes import Category, class_indices
-from retina_jax.model.initialisation import initialise
+from retina_jax.model.initialisation import initialise, variable_shapes
 from retina_jax.ops.anchors import anchors_per_cell
 from retina_jax.runs.files import read_json, write_json
 from retina_jax.runs.folder import Run, fresh_import, record_fact
@@ -72,8 +72,8 @@ def load_variables(driver: Driver, checkpoints: Checkpoints, step: Step = None) 
     These are the averaged parameters (EMA) of a run that has them, unless detection.parameters is "raw". No optimizer state
     is made or read. Raises as `Checkpoints.restore` does.
     """
-    template = initialise(driver.model, driver.config.seed)
-    template["step"] = np.zeros((), np.int32)
+    template = variable_shapes(driver.model)
+    template["step"] = jax.ShapeDtypeStruct((), np.int32)
     template = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=driver.replicated), template)
     learned = {name: template.pop(name) for name in ("params", "stats")}
     averaged = driver.config.optimizer.ema_decay > 0 and driver.config.detection.parameters == "ema"

@@ -98,7 +98,7 @@ def architecture(weights: Mapping[str, np.ndarray], source: str) -> dict[str, An
     no stem, or a detector lacks a stage, its FPN, or heads with nine anchors per cell."""
     if "backbone/stem/conv/kernel" not in weights:
         raise WeightsError(f"{source}: has no stem convolution; give a complete backbone or detector")
-    blocks = tuple(_largest(weights, rf"backbone/c{stage}/block(\d+)/.*") for stage in range(2, 6))
+    blocks = tuple(_count(weights, rf"backbone/c{stage}/(block\d+)/.*") for stage in range(2, 6))
     if min(blocks) == 0 and is_detector(weights):
         raise WeightsError(f"{source}: has {blocks} blocks in C2 to C5; every stage must have at least one")
     bottleneck = "backbone/c2/block1/conv3/kernel" in weights
@@ -128,7 +128,7 @@ def architecture(weights: Mapping[str, np.ndarray], source: str) -> dict[str, An
         "model.max_level": max(outputs, default=5),
         "model.p6_from": "p5" if from_p5 else "c5",
         "model.fpn_channels": channels,
-        "model.head_convs": _largest(weights, r"class_head/conv(\d+)/kernel"),
+        "model.head_convs": _count(weights, r"class_head/(conv\d+)/kernel"),
         "model.head_channels": _shape(weights, "class_head/output/kernel", source)[2],
         "model.head_norm": "group" if "class_head/norm1/scale" in weights else "none",
     }
@@ -147,8 +147,8 @@ def class_count(weights: Mapping[str, np.ndarray], source: str) -> int:
     return outputs // cell
 
 
-def _largest(weights: Mapping[str, np.ndarray], pattern: str) -> int:
-    return max((int(match[1]) for path in weights if (match := re.fullmatch(pattern, path))), default=0)
+def _count(weights: Mapping[str, np.ndarray], pattern: str) -> int:
+    return len({match[1] for path in weights if (match := re.fullmatch(pattern, path))})
 
 
 def _shape(weights: Mapping[str, np.ndarray], path: str, source: str) -> tuple[int, ...]:

@@ -22,9 +22,9 @@ BRANCHES = {"1": "shortcut", "2a": "conv1", "2b": "conv2", "2c": "conv3"}
 NORMS = {"1": "shortcut_norm", "2a": "norm1", "2b": "norm2", "2c": "norm3"}
 
 HEAD, CAFFE2_LEAF = r"(?P<head>cls|bbox)", r"(?P<leaf>[wb])"
-CAFFE2_BLOCK = r"res(?P<stage>\d)_(?P<block>\d+)_branch(?P<branch>1|2a|2b|2c)"
+CAFFE2_BLOCK = r"res(?P<stage>\d)_(?P<block>\d\d?\d?)_branch(?P<branch>1|2a|2b|2c)"
 BODY = r"(?:backbone\.)?(?:bottom_up\.)?"
-BLOCK = rf"{BODY}res(?P<stage>\d)\.(?P<block>\d+)\."
+BLOCK = rf"{BODY}res(?P<stage>\d)\.(?P<block>\d\d?\d?)\."
 
 
 def _block(place: re.Match[str]) -> str:
@@ -65,7 +65,7 @@ DETECTRON2: tuple[Rule, ...] = (
     ),
     (rf"backbone\.top_block\.p(?P<n>\d)\.{LEAF}", lambda m: f"fpn/output{m['n']}/{CONV[m['leaf']]}"),
     # ReLUs are numbered too: the convolutions are 0, 2, 4, 6.
-    (rf"head\.{HEAD}_subnet\.(?P<n>\d+)\.{LEAF}", lambda m: f"{_head_conv(m, 2)}/{CONV[m['leaf']]}"),
+    (rf"head\.{HEAD}_subnet\.(?P<n>\d\d?\d?)\.{LEAF}", lambda m: f"{_head_conv(m, 2)}/{CONV[m['leaf']]}"),
     (rf"head\.{HEAD}_(score|pred)\.{LEAF}", lambda m: f"{HEADS[m['head']]}/output/{CONV[m['leaf']]}"),
     # Buffers that repeat the config, and the ImageNet classifier.
     (r"anchor_generator\..*|pixel_mean|pixel_std|.*num_batches_tracked|.*\b(linear|fc|fc1000)\.(weight|bias)", None),

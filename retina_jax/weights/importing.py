@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from retina_jax.config import Config, ConfigError, ModelConfig
 from retina_jax.config_io import override
 from retina_jax.errors import WeightsError
-from retina_jax.model.initialisation import initialise
+from retina_jax.model.initialisation import initialise, variable_shapes
 from retina_jax.model.retinanet import RetinaNet
 from retina_jax.ops.anchors import anchors_per_cell
 from retina_jax.weights.converted import Converted, is_detector, report
@@ -75,8 +75,12 @@ def import_detector(
         raise WeightsError(f"{source}: a backbone without heads; {how}")
     config = override(Config(), converted.changes)
     model = RetinaNet(config.model, len(converted.class_names), anchors_per_cell(config.anchors))
-    template = initialise(model, config.seed)
-    variables, missing = fill(template, converted.weights, source=source, allow_missing=allow_missing)
+    # The file decides the shapes: they are compared before memory is taken for them.
+    variables, missing = fill(variable_shapes(model), converted.weights, source=source, allow_missing=allow_missing)
+    if missing:
+        variables, _ = fill(
+            initialise(model, config.seed), converted.weights, source=source, allow_missing=allow_missing
+        )
     return Imported(source, config, variables, converted.class_names, converted.category_ids, tuple(missing))
 
 
@@ -136,7 +140,7 @@ def fill(
 ) -> tuple[dict[str, Any], list[str]]:
     """Replaces every leaf of a network's variables by its weight.
 
-    `template` is {"params": ..., "frozen": ..., "stats": ...}, as from `initialisation.initialise`. `weights` maps a path
+    `template` is {"params": ..., "frozen": ..., "stats": ...}, of arrays or their shapes. `weights` maps a path
     without its collection ("backbone/stem/conv/kernel") to an array of floats, kernels HWIO; errors call them `source`.
     `allow_missing` are parts that may keep the template's value: paths or their first complete components ("backbone/c4").
 

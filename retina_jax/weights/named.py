@@ -1,24 +1,27 @@
 """Published weights by name: where they are downloaded from, and how a damaged copy is recognised.
 
-They are downloaded once, to ~/.cache/retina_jax/weights. No other file is ever loaded from the network.
+They are downloaded once, to ~/.cache/retina_jax/weights. No other file is ever loaded from the network. If a publisher gives
+no hash, that of the first download is kept in FILE.sha256, and another file is refused.
 """
 
 import contextlib
 import errno
 import hashlib
 import http.client
+import re
 import sys
 import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from retina_jax.console import cache_folder
-from retina_jax.errors import WeightsError, reason
+from retina_jax.data.reading import read_file, without_links
+from retina_jax.errors import WeightsError, reason, shortened
 from retina_jax.model.resnet import ARCHITECTURES
 
 CACHE = cache_folder() / "weights"
@@ -113,29 +116,45 @@ def find_weights(kind: str, name_or_file: str) -> tuple[Path, float]:
 
 
 def fetch(named: Named, folder: Path | None = None) -> Path:
-    """Returns the file in the cache `folder` (CACHE), downloaded if it is not there. The hash is checked each time.
+    """Returns the file in the cache `folder` (CACHE), downloaded if it is not there. Its hash, the published or the first
+    one, is checked each time.
 
     One process at a time downloads a file; others wait. An interrupted download leaves FILE.part, to be resumed. Without a
     network and for a wrong hash, WeightsError says where to put the file.
     """
     path = (folder or CACHE) / named.file
+    first = path.with_name(f"{named.file}.sha256")
+    known = named.sha256 or _recorded(first)
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(path, named.url) as part:
                 if not path.is_file():
                     download(named.url, part)
-                    if not sha256_of(part).startswith(named.sha256):
+                    if not (digest := sha256_of(part)).startswith(known):
                         part.unlink()
-                        wrong = f"SHA-256 is not {named.sha256}...; the download was deleted; try again"
+                        again = "try again" if named.sha256 else f"if it was replaced there, delete {first}"
+                        wrong = f"SHA-256 is not {known[:8]}... but {digest[:8]}...; the download was deleted; {again}"
                         raise WeightsError(f"{named.url}: {wrong}")
                     part.replace(path)
         except (OSError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", None) or reason(error)
             how = f"put the file at {path}, or try again to resume the download"
             raise WeightsError(f"{named.url}: cannot be downloaded ({cause}); {how}") from error
-    check_hash(path, named, sha256_of(path) if named.sha256 else "")
+    check_hash(path, replace(named, sha256=known), digest := sha256_of(path))
+    if not known:
+        # On a full disk the next start records it.
+        with contextlib.suppress(OSError), open(first, "w", opener=without_links) as file:
+            file.write(f"{digest}\n")
     return path
+
+
+def _recorded(file: Path) -> str:
+    """Returns the hash in FILE.sha256; "" if there is none, or it is damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        if re.fullmatch("[0-9a-f]{64}", text := read_file(file, 100).decode().strip()):
+            return text
+    return ""
 
 
 @contextlib.contextmanager
@@ -162,15 +181,16 @@ def _locked(path: Path, url: str) -> Iterator[Path]:
 
 
 def check_hash(path: Path, named: Named, digest: str) -> None:
-    """Raises WeightsError if `digest` is not the published one."""
+    """Raises WeightsError if `digest` does not begin with the hash in `named`."""
     if not digest.startswith(named.sha256):
-        found = f"SHA-256 is {digest[:8]}..., expected {named.sha256}...: damaged or a different file"
+        found = f"SHA-256 is {digest[:8]}..., expected {named.sha256[:8]}...: damaged or a different file"
         raise WeightsError(f"{path}: {found}; delete it, or replace it by {named.url}")
 
 
 def download(url: str, part: Path) -> None:
-    """Downloads `url` to the file `part`, or the rest of it if `part` exists. Raises OSError if the download ends early."""
-    have = part.stat().st_size if part.exists() else 0
+    """Downloads `url` to the file `part`, or the rest of it if `part` exists. Raises OSError if the download ends early, if
+    its end cannot be recognised, or if the server sends another part of the file."""
+    have = part.stat().st_size if part.exists() and not part.is_symlink() else 0
     request = urllib.request.Request(url, headers={"User-Agent": "retina_jax", "Range": f"bytes={have}-"})
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
@@ -182,9 +202,16 @@ def download(url: str, part: Path) -> None:
     with response:
         resumes = response.status == 206
         have = have if resumes else 0
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        with part.open("ab" if resumes else "wb") as file:
+        total = None if response.length is None else have + response.length
+        sent = response.headers.get("Content-Range", "")
+        if resumes and not re.fullmatch(rf"bytes {have}-\d+/(\*|{total or '.*'})", sent):
+            part.unlink(missing_ok=True)
+            raise OSError(
+                f"asked for what follows byte {have}, the server sent {shortened(sent) or 'an unknown range'}"
+            )
+        if total is None and not response.chunked:
+            raise OSError("the server does not report the length of the file")
+        with open(part, "ab" if resumes else "wb", opener=without_links) as file:
             while chunk := response.read(1 << 20):
                 file.write(chunk)
                 have += len(chunk)

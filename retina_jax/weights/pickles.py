@@ -1,7 +1,7 @@
 """Pickles of torch tensors and numpy arrays, read without torch and without running code from the file.
 
 Three things make a hostile file harmless: `scan` checks every opcode before anything is built; `Unpickler.find_class` gives
-stand-ins for the allowed names and never looks a name up in a module; a budget limits what the stand-ins copy. All functions
+stand-ins for the allowed names and never looks a name up in a module; a budget limits what the stand-ins make. All functions
 raise ValueError with the reason.
 """
 
@@ -12,7 +12,7 @@ import pickletools
 import reprlib
 import warnings
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import ml_dtypes
@@ -23,6 +23,7 @@ from retina_jax.errors import quoted
 
 Buffer = bytes | bytearray | memoryview
 ReadStorage = Callable[[str], Buffer]
+Sizes = list[int] | tuple[int, ...]
 
 NUMPY_KINDS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -43,6 +44,11 @@ OPCODES = frozenset((
     "INST", "OBJ", "NEWOBJ",
 ))  # fmt: skip
 """Allowed besides those above and MARK. The last three only ever fail, after `find_class` has named what they refer to."""
+# A memo reference of two bytes can make a call copy any object. So calls get BUDGET bytes of memory per byte of the pickle;
+# weights need up to 25: two calls for a tensor, which takes 70 bytes or more.
+BUDGET, CALL, ENTRY = 40, 400, 100  # the last two: bytes that a call takes, and an entry of a list, tuple or dict in it
+MEMOISED = frozenset(("EMPTY_DICT", "EMPTY_LIST", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "LIST", "DICT", *PUTS))
+"""Opcodes of one byte that take about 80 bytes of memory; at most every second byte of a file can be one."""
 LARGEST_KEY = 2**61 - 1  # Python hashes integers modulo this number, so that larger keys of a dict could all collide
 ERRORS = (pickle.UnpicklingError, AttributeError, EOFError, LookupError, OverflowError, RecursionError, TypeError)
 
@@ -105,8 +111,9 @@ class Array(StandIn):
     def __init__(self, read: Callable[[], Shaped[np.ndarray, "..."]] | None = None) -> None:
         self.contents = read
 
-    def read(self) -> Shaped[np.ndarray, "..."]:
-        """Returns the numbers."""
+    @cached_property
+    def numbers(self) -> Shaped[np.ndarray, "..."]:
+        """The numbers, made once however many names the array has."""
         if self.contents is None:
             raise ValueError("malformed pickle: a numpy array without contents")
         return self.contents()
@@ -152,14 +159,14 @@ def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any)
     # A tensor that is larger than its storage repeats numbers (stride 0). So a few bytes could ask for any amount of memory.
     if math.prod(shape) and max(last + 1, math.prod(shape)) > storage.count:
         raise ValueError(f"tensor of shape {shape}, strides {strides}, offset {offset} in a storage of {storage.count}")
+    return Array(partial(_view, storage, offset, shape, strides))
 
-    def read() -> Shaped[np.ndarray, "..."]:
-        numbers, size = storage.numbers, storage.numbers.itemsize
-        # The stride of a side of length 1 is not used, and files hold any number there.
-        steps = [stride * size if side > 1 else 0 for side, stride in zip(shape, strides, strict=True)]
-        return np.ndarray(shape, numbers.dtype, numbers if math.prod(shape) else None, offset * size, steps)
 
-    return Array(read)
+def _view(storage: Storage, offset: int, shape: Sizes, strides: Sizes) -> Shaped[np.ndarray, "..."]:
+    numbers, size = storage.numbers, storage.numbers.itemsize
+    # The stride of a side of length 1 is not used, and files hold any number there.
+    steps = [stride * size if side > 1 else 0 for side, stride in zip(shape, strides, strict=True)]
+    return np.ndarray(shape, numbers.dtype, numbers if math.prod(shape) else None, offset * size, steps)
 
 
 def latin1_bytes(text: Any, encoding: Any) -> bytes:
@@ -169,11 +176,18 @@ def latin1_bytes(text: Any, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
+def size(sides: Any = ()) -> tuple[int, ...]:
+    """Replaces `torch.Size`."""
+    if not are_sizes(sides):
+        raise ValueError("malformed pickle: a torch.Size of anything but sizes")
+    return tuple(sides)
+
+
 FUNCTIONS: dict[str, Callable[..., Any] | None] = {
     "collections.OrderedDict": Dict,
     "_codecs.encode": latin1_bytes,
     "numpy.dtype": Dtype,
-    "torch.Size": tuple,
+    "torch.Size": size,
     "torch.device": lambda *_: None,
     **dict.fromkeys(("__builtin__.bytes", "builtins.bytes"), lambda: b""),
     **dict.fromkeys(("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"), rebuild_tensor),
@@ -213,8 +227,12 @@ def scan(file: io.BytesIO) -> None:
     stack: list[bool] = []  # for each object: whether it may be a key
     marks: list[int] = []
     memo: dict[int, bool] = {}
+    objects = len(file.getbuffer()) // 2 + 1000
     for opcode, argument, _ in pickletools.genops(file):
         name, operands = opcode.name, opcode.stack_before
+        objects -= name in MEMOISED
+        if objects < 0:
+            raise ValueError("the pickle has more containers than data")
         if name in LITERALS:
             stack.append(not isinstance(argument, int) or abs(argument) < LARGEST_KEY)
         elif name in GETS:
@@ -249,14 +267,16 @@ class Unpickler(pickle.Unpickler):
 
     def __init__(self, file: io.BytesIO, size: int, read: ReadStorage | None, big_endian: bool) -> None:
         super().__init__(file, fix_imports=False, encoding="latin1")
-        self.budget = 4 * size + 1000  # weights need about 2 for each byte of the pickle
+        self.budget = BUDGET * size + 100_000
         self.read_storage, self.big_endian = read, big_endian
         self.storages: dict[str, Storage] = {}
+        self.globals: dict[str, Global] = {}
 
     def charge(self, arguments: Any) -> None:
-        """Subtracts what a call may copy. Arguments from the memo take two bytes, however large and often used they are."""
-        copied = [part for part in arguments if isinstance(part, list | tuple | dict | str | bytes | bytearray)]
-        self.budget -= len(arguments) + sum(map(len, copied))
+        """Subtracts the memory that a call may take."""
+        entries = sum(len(part) for part in arguments if isinstance(part, list | tuple | dict))
+        copied = sum(len(part) for part in arguments if isinstance(part, str | bytes | bytearray))
+        self.budget -= CALL + ENTRY * (len(arguments) + entries) + copied
         if self.budget < 0:
             raise ValueError("the pickle copies the same objects many times and would make far more than its size")
 
@@ -264,8 +284,8 @@ class Unpickler(pickle.Unpickler):
         full = f"{module}.{name}"
         if full not in FUNCTIONS:
             allowed = "only tensors, numpy arrays and containers are read"
-            raise ValueError(f"refers to {full[:100]!r}; {allowed} (nothing was executed); save the state dict alone")
-        return Global(full, self.charge)
+            raise ValueError(f"refers to {quoted(full)}; {allowed} (nothing was executed); save the state dict alone")
+        return self.globals.setdefault(full, Global(full, self.charge))
 
     def persistent_load(self, identity: Any) -> Storage:
         """Returns the storage of ("storage", type, key, device, count[, None]), the same for the same key."""

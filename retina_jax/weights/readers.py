@@ -91,7 +91,7 @@ def arrays_of(root: Any) -> dict[str, np.ndarray]:
     if not weights:
         keys = ", ".join(repr(key)[:40] for key in list(root)[:10]) or "none"
         raise ValueError(f"contains no arrays by name at its top or under {', '.join(WRAPPERS)}; its keys: {keys}")
-    return {name: array.read() for name, array in weights.items()}
+    return {name: array.numbers for name, array in weights.items()}
 
 
 def unwrap(root: dict[Any, Any], deepest: int) -> dict[str, Array]:

@@ -22,7 +22,7 @@ COCO_OUTPUTS = 91
 BODY = r"(?:backbone\.body\.)?"
 FPN = r"backbone\.fpn\."
 HEAD = r"head\.(?P<head>classification|regression)_head\."
-PLACE = r"layer(?P<stage>\d)\.(?P<block>\d+)\."
+PLACE = r"layer(?P<stage>\d)\.(?P<block>\d\d?\d?)\."
 HEADS = {"classification": "class_head", "regression": "box_head"}
 
 

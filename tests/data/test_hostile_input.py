@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import math
 import os
@@ -14,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 from fuzzing import assert_named
+from PIL import Image
 from small_sets import document, encode, named, write_coco
 
 from retina_jax.config import DataConfig
 from retina_jax.data.datasets import read_coco
-from retina_jax.data.decoding import largest_file, to_rgb
+from retina_jax.data.decoding import MAX_SCANS, is_plain_jpeg, largest_file, to_rgb
 from retina_jax.data.pipeline import LARGE, eval_batches, overflow, train_batches
 from retina_jax.data.reading import read_file
 from retina_jax.data.source import BadImage, Source
@@ -31,6 +33,38 @@ SIZES = [
     (333, 500), (640, 480), (2048, 2048), (2049, 2048), (5000, 999),
 ]  # fmt: skip
 """Width and height, from 1x1 to 20000x200, on both sides of LARGE."""
+
+
+def with_scans(jpeg: bytes, number: int, between: bytes = b"") -> bytes:
+    """Returns the JPEG with copies of its last scan, so that it has `number`, and a segment before each copy."""
+    start = jpeg.rindex(b"\xff\xda")
+    copies = number - jpeg.count(b"\xff\xda")
+    return jpeg[:-2] + (between + jpeg[start:-2]) * copies + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("kind", ["progressive", "grey", "one scan per component"])
+def test_a_jpeg_with_many_scans_is_refused_before_it_is_decoded(kind: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    image, file = Image.fromarray(pixels).convert("L" if kind == "grey" else "RGB"), io.BytesIO()
+    image.save(file, "JPEG", progressive=kind != "one scan per component", quality=90)
+    jpeg = file.getvalue()
+    assert to_rgb(jpeg).shape == (64, 64, 3) and is_plain_jpeg(jpeg)
+    if kind == "one scan per component":
+        start = jpeg.index(b"\xff\xda")
+        jpeg = jpeg[:start] + b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" + jpeg[start + 14 :]
+    assert len(to_rgb(with_scans(jpeg, MAX_SCANS))) == 64
+    comment = b"\xff\xfe\x00\x04\xff\xd9"  # that holds the marker of the end
+    for many in (with_scans(jpeg, MAX_SCANS + 1), with_scans(jpeg, 2_000_000 // len(jpeg), comment)):
+        for read in (to_rgb, is_plain_jpeg):
+            with pytest.raises(BadImage, match="more than 100 scans"):
+                read(many)
+
+
+def test_what_follows_a_jpeg_is_not_taken_for_scans() -> None:
+    """Phones append a film to a photograph."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "JPEG", progressive=True)
+    assert len(to_rgb(file.getvalue() + b"\xff\xda" * 1000)) == 64
 
 
 def plain_size(width: int, height: int, short: int, long: int) -> tuple[int, int]:

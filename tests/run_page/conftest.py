@@ -12,7 +12,7 @@ from retina_jax.config import Config, DataConfig, ScenesConfig, TrainingConfig
 from retina_jax.data.datasets import open_source
 from retina_jax.evaluation.coco_scores import evaluate_coco
 from retina_jax.runs.files import write_json
-from retina_jax.runs.folder import finish_run
+from retina_jax.runs.record import finish_run
 from retina_jax.training.metrics import Metrics
 from retina_jax.training.opening import open_run
 

@@ -275,6 +275,49 @@ def test_a_reader_restores_another_step_if_the_run_deletes_the_first(
     assert capsys.readouterr().out == ""
 
 
+PRUNED = """
+import shutil, sys, threading, time
+from pathlib import Path
+import jax, numpy as np
+from retina_jax.training import checkpoints as module
+folder, load = Path(sys.argv[1]), module.load_arrays
+state = jax.device_put({f"a{k}": np.full((300, 300), k, np.float32) for k in range(40)})
+with module.Checkpoints(folder, keep=None) as checkpoints:
+    for step, ap in ((1, 0.1), (2, 0.3)):
+        checkpoints.save(step, state)
+        checkpoints.score(step, ap)
+
+def load_while_pruned(step, like, partial):
+    def prune():
+        time.sleep(delay)
+        (folder / "2").rename(folder / "deleting-2")
+        shutil.rmtree(folder / "deleting-2")
+    if step.name == "2":
+        threading.Thread(target=prune).start()
+    return load(step, like, partial)
+
+shutil.copytree(folder / "2", folder.with_name("2"))
+module.load_arrays = load_while_pruned
+for delay in np.linspace(0, float(sys.argv[2]), int(sys.argv[3])):
+    shutil.copytree(folder.with_name("2"), folder / "2", dirs_exist_ok=True)
+    with module.Checkpoints(folder, keep=None, read_only=True) as checkpoints:
+        found = checkpoints.restore(state, "best")
+    assert all(np.array_equal(found[name], state[name]) for name in state)
+    while (folder / "2").exists() or (folder / "deleting-2").exists():
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("times", [3, pytest.param(40, marks=pytest.mark.slow)])
+def test_a_reader_of_the_best_step_survives_its_deletion_without_a_librarys_traceback(
+    tmp_path: Path, times: int
+) -> None:
+    script = tmp_path / "pruned.py"
+    script.write_text(PRUNED)
+    done = processes.run(script, tmp_path / "checkpoints", 0.06, times)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
 def test_a_failed_save_is_reported_once_and_the_next_one_is_tried(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

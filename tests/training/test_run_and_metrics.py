@@ -15,8 +15,8 @@ import pytest
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import override
 from retina_jax.runs.files import DiskError, read_json
-from retina_jax.runs.folder import Clock, Run, finish_run, read_run, record_fact, training_lock
-from retina_jax.runs.record import read_metrics
+from retina_jax.runs.folder import Clock, Run, read_run, record_fact, training_lock
+from retina_jax.runs.record import finish_run, read_metrics
 from retina_jax.training.metrics import Metrics, NonFiniteLoss
 from retina_jax.training.opening import open_run
 

@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import sys
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -225,3 +226,29 @@ def test_the_presets_of_torchvision_have_its_number_of_parameters(name: str, num
         if not (names[-1] in buffers and "norm" in names[-2]):
             count += int(np.prod(leaf.shape))
     assert count == numbers
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("backbone.body.conv1.weight", (100_000, 1, 1, 1)),  # the width of the network
+        ("backbone.body.conv1.weight", (10**9, 0, 7, 7)),
+        ("backbone.fpn.inner_blocks.2.0.weight", (10**9, 0, 1, 1)),
+        ("head.classification_head.cls_logits.weight", (27, 10**9, 0, 3)),
+        ("head.classification_head.cls_logits.bias", (900_000,)),  # the number of classes
+        ("backbone.body.layer1.999.conv1.weight", (1, 1, 1, 1)),  # the number of blocks
+        ("backbone.body.layer1.999999999.conv1.weight", (1, 1, 1, 1)),
+        (f"backbone.body.layer1.{'9' * 5_000}.conv1.weight", (1, 1, 1, 1)),  # too many digits for Python
+    ],
+)
+def test_a_network_far_larger_than_its_file_is_refused_before_it_is_made(
+    tmp_path: Path, name: str, shape: tuple[int, ...]
+) -> None:
+    weights = drawn(torchvision_shapes(3), seed=0, spread=1.0) | {name: np.zeros(shape, np.float32)}
+    (tmp_path / "w.safetensors").write_bytes(safetensors({name: ("F32", array) for name, array in weights.items()}))
+    tracemalloc.start()
+    with pytest.raises(WeightsError) as caught:
+        import_detector(f"torchvision:{tmp_path / 'w.safetensors'}")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(str(caught.value).splitlines()) == 1 and peak < 2**26

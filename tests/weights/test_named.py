@@ -30,6 +30,9 @@ class Server(ThreadingHTTPServer):
     """Serves CONTENT with ranges; closes one connection after `breaks_after` bytes, and calls `pause` halfway."""
 
     breaks_after: int | None = None
+    content = CONTENT
+    shift = 0  # the sent range starts so many bytes after the wanted one
+    length = True  # whether the length is reported
     ranges = True
     pause: Callable[[], object] | None = None
 
@@ -58,9 +61,13 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        body = CONTENT[start:]
+        content, start = self.server.content, start + self.server.shift
+        body = content[start:]
         self.send_response(206 if wanted and self.server.ranges else 200)
-        self.send_header("Content-Length", str(len(body)))
+        if wanted and self.server.ranges:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        if self.server.length:
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         stop, self.server.breaks_after = self.server.breaks_after, None
         half = len(body) // 2 if self.server.pause else 0
@@ -94,7 +101,7 @@ def test_a_file_is_downloaded_once(server: Server, tmp_path: Path, capsys: pytes
     assert "w.pth: 0 MB downloaded" in capsys.readouterr().err
     assert fetch(weights, tmp_path / "cache") == path
     assert len(server.requested) == 1
-    assert names(path.parent) == ["w.pth", "w.pth.lock"]
+    assert names(path.parent) == ["w.pth", "w.pth.lock"]  # its hash is published
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -141,7 +148,7 @@ def test_of_two_processes_one_downloads_and_the_other_waits(server: Server, tmp_
     goes_on.set()
     assert [process.wait(60) for process in both] == [0, 0]
     assert found == ["w.pth.lock", "w.pth.part"]
-    assert (cache / "w.pth").read_bytes() == CONTENT and names(cache) == ["w.pth", "w.pth.lock"]
+    assert (cache / "w.pth").read_bytes() == CONTENT and names(cache) == ["w.pth", "w.pth.lock", "w.pth.sha256"]
     assert server.requested == ["bytes=0-"]
     assert sorted(log.read_text() for log in logs) == [
         "w.pth: 0 MB downloaded\n",
@@ -162,12 +169,12 @@ def test_without_locks_each_process_downloads_a_separate_file(
     with ThreadPoolExecutor(2) as pool:
         paths = list(pool.map(lambda _: fetch(Named(server.url, "w.pth"), tmp_path), range(2)))
     assert paths == [tmp_path / "w.pth"] * 2 and paths[0].read_bytes() == CONTENT
-    assert server.requested == ["bytes=0-"] * 2 and names(tmp_path) == ["w.pth", "w.pth.lock"]
+    assert server.requested == ["bytes=0-"] * 2 and names(tmp_path) == ["w.pth", "w.pth.lock", "w.pth.sha256"]
     paths[0].unlink()
     server.pause, server.breaks_after = None, 100
     with pytest.raises(WeightsError, match="interrupted after 100 of 300000 bytes"):
         fetch(Named(server.url, "w.pth"), tmp_path)
-    assert names(tmp_path) == ["w.pth.lock"]
+    assert names(tmp_path) == ["w.pth.lock", "w.pth.sha256"]
 
 
 def test_a_wrong_hash_is_refused_by_name(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +188,55 @@ def test_a_wrong_hash_is_refused_by_name(server: Server, tmp_path: Path, monkeyp
     monkeypatch.setitem(NAMED, ("torchvision", "w"), Named(server.url, "w.pth", SHA256[:8]))
     with pytest.raises(WeightsError, match=r"w\.pth: SHA-256 is"):
         find_weights("torchvision", str(tmp_path / "w.pth"))
+
+
+def test_the_first_hash_of_a_file_without_a_published_one_is_kept(server: Server, tmp_path: Path) -> None:
+    weights = Named(server.url, "w.pth")
+    path = fetch(weights, tmp_path)
+    assert (tmp_path / "w.pth.sha256").read_text() == f"{SHA256}\n" and fetch(weights, tmp_path) == path
+    path.write_bytes(CONTENT[:-1])
+    with pytest.raises(WeightsError, match=rf"w\.pth: SHA-256 is .*, expected {SHA256[:8]}\.\.\.: .* delete it"):
+        fetch(weights, tmp_path)
+    path.unlink()
+    server.content = CONTENT[::-1]
+    with pytest.raises(
+        WeightsError, match=rf"SHA-256 is not {SHA256[:8]}.*; if it was replaced there, delete .*\.sha256"
+    ):
+        fetch(weights, tmp_path)
+    assert names(tmp_path) == ["w.pth.lock", "w.pth.sha256"]
+    (tmp_path / "w.pth.sha256").write_bytes(b"\xff" * 64)  # damaged: recorded again
+    assert fetch(weights, tmp_path).read_bytes() == CONTENT[::-1]
+    assert (tmp_path / "w.pth.sha256").read_text() == hashlib.sha256(CONTENT[::-1]).hexdigest() + "\n"
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_a_range_that_does_not_follow_the_part_is_not_kept(server: Server, tmp_path: Path, shift: int) -> None:
+    (tmp_path / "w.pth.part").write_bytes(CONTENT[:1000])
+    server.shift = shift
+    with pytest.raises(WeightsError, match=rf"asked for what follows byte 1000, the server sent bytes {1000 + shift}-"):
+        fetch(Named(server.url, "w.pth"), tmp_path)
+    server.shift = 0
+    assert fetch(Named(server.url, "w.pth"), tmp_path).read_bytes() == CONTENT
+
+
+def test_a_body_of_unknown_length_is_not_kept(server: Server, tmp_path: Path) -> None:
+    server.length, server.ranges, server.breaks_after = False, False, 1000
+    with pytest.raises(WeightsError, match="does not report the length"):
+        fetch(Named(server.url, "w.pth"), tmp_path)
+    assert names(tmp_path) == ["w.pth.lock"]
+
+
+@pytest.mark.parametrize("suffix", [".part", ".lock"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_links_are_not_followed(server: Server, tmp_path: Path, suffix: str, exists: bool) -> None:
+    cache, other = tmp_path / "cache", tmp_path / "other"
+    cache.mkdir()
+    if exists:
+        other.write_bytes(b"mine")
+    (cache / f"w.pth{suffix}").symlink_to(other)
+    with pytest.raises(WeightsError, match="symbolic links"):
+        fetch(Named(server.url, "w.pth"), cache)
+    assert other.read_bytes() == b"mine" if exists else not other.exists()
 
 
 def test_without_network_one_line_names_the_file_and_its_path(tmp_path: Path) -> None:
