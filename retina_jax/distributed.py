@@ -4,7 +4,7 @@ Every host runs the same command. Host 0, the primary, writes the run's folder a
 hosts take the same decisions from the same values, so that no host waits for a collective that another never enters.
 
 If a host ends, the others end by JAX's heartbeat or by an error of the network library, with status TRY_AGAIN, or SIGABRT
-if JAX ends them. docs/results/reliability.md has the times.
+if JAX ends them. A host for which the others wait is named before that. docs/results/reliability.md has the times.
 """
 
 import contextlib
@@ -12,11 +12,13 @@ import os
 import pickle
 import re
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -28,10 +30,12 @@ from jax.experimental import multihost_utils
 from retina_jax.config import ConfigError
 from retina_jax.errors import TRY_AGAIN, Stopped, ending, one_line, reason
 from retina_jax.interrupts import SIGNALS
+from retina_jax.watch import Watch
 
 T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 30  # JAX's runtime ends all hosts if one of them has sent no heartbeat for this long
+CONNECT_SECONDS = 300  # for all hosts to start
 PRIMARY_GRACE_SECONDS = 2.0  # for the others to report their own error before host 0, JAX's coordinator, ends
 NETWORK = re.compile(r"\b(Gloo|NCCL|coordination service)\b", re.IGNORECASE)  # in the message of a failed collective
 
@@ -51,6 +55,7 @@ class Hosts:
 
 
 ALONE = Hosts()  # this process trains alone
+_watch = Watch()
 
 
 def is_primary() -> bool:
@@ -74,6 +79,7 @@ def joined(options: Hosts) -> Iterator[None]:
         return
     if not is_primary():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for the rest of the process
+    _watch.start(_state().client, _state().process_id)
     try:
         yield
     except Stopped:  # raised on all hosts at the same step
@@ -104,6 +110,7 @@ def exchange(value: Any) -> list[Any]:
     """Returns the value of every host (anything that can be pickled), by number of the host. All hosts must call it."""
     if not is_multihost():
         return [value]
+    _watch.reached()
     own = np.frombuffer(pickle.dumps(value), np.uint8)
     lengths = multihost_utils.process_allgather(np.array([len(own)], np.int32)).reshape(-1)
     padded = np.zeros(int(lengths.max()), np.uint8)
@@ -146,27 +153,64 @@ def _connect(options: Hosts) -> None:
     if options.distributed:
         if explicit != ("", 0, -1):
             raise ConfigError("--distributed: finds the hosts itself; leave out --coordinator, --hosts and --host")
-    elif not re.fullmatch(r".+:[0-9]+", options.coordinator):
+    elif not re.fullmatch(r".+:[0-9]+", options.coordinator) or not 0 < _port(options.coordinator) < 2**16:
         raise ConfigError(f"--coordinator {options.coordinator or '(missing)'}: must be ADDRESS:PORT of host 0")
     elif options.hosts < 1:
         raise ConfigError(f"--hosts {options.hosts}: must be the number of hosts")
     elif not 0 <= options.host < options.hosts:
         raise ConfigError(f"--host {options.host}: must be the number of this host, 0 to {options.hosts - 1}")
-    if options.host == 0:
-        print(f"host 0: waiting for {options.hosts - 1} more hosts at {options.coordinator}", flush=True)
-    given = (None, None, None) if options.distributed else explicit
+    how = "--distributed" if options.distributed else f"--coordinator {options.coordinator}"
+    pool = ThreadPoolExecutor(1, "connect")  # so that Ctrl-C and the time limit end the wait, JAX's own by SIGABRT
+    try:
+        pool.submit(_initialize, options, how).result(CONNECT_SECONDS)
+    except ConfigError:
+        raise
+    except (TimeoutError, ValueError, RuntimeError) as error:
+        needs = "every host must run the same command and reach that address, where host 0 and no other program listens"
+        why = f"not within {CONNECT_SECONDS} s; {needs}" if isinstance(error, TimeoutError) else reason(error)
+        print(f"error: {how}: the hosts did not find each other: {why}", file=sys.stderr)
+        end_at_once(TRY_AGAIN)  # a later start may find them; JAX's half-initialised runtime prevents an orderly exit
+    pool.shutdown()
+
+
+def _initialize(options: Hosts, how: str) -> None:
+    """Starts JAX's distributed runtime. Host 0 first checks the port, since JAX would crash if it is taken."""
+    given = (None, None, None) if options.distributed else (options.coordinator, options.hosts, options.host)
+    address, hosts, host = given
+    if options.distributed:
+        from jax._src.clusters import ClusterEnv
+
+        known = os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, CONNECT_SECONDS
+        address, hosts, host, _ = ClusterEnv.auto_detect_unset_distributed_params(*known)
+    if host == 0:
+        check_port(_port(os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", address)), how)
+        print(f"host 0: waiting for {hosts - 1} more hosts at {address}", flush=True)
     # With explicit options detection is off: under SLURM it would leave each process one GPU.
     method = None if options.distributed else "deactivate"
+    times = {"initialization_timeout": CONNECT_SECONDS + 60, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    jax.distributed.initialize(*given, cluster_detection_method=method, **times)
+
+
+def check_port(port: int, how: str) -> None:
+    """Raises ConfigError, for the option `how`, unless this host can listen on `port` at all its addresses, and alone: JAX
+    would crash, or share the port with another program. The port of a run that has just ended is free."""
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
     try:
-        jax.distributed.initialize(*given, cluster_detection_method=method, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except (ValueError, RuntimeError) as error:
-        how = "--distributed" if options.distributed else f"--coordinator {options.coordinator}"
-        print(f"error: {how}: the hosts did not find each other: {str(error).splitlines()[0]}", file=sys.stderr)
-        end_at_once(TRY_AGAIN)  # a later start may find them; JAX's half-initialised runtime prevents an orderly exit
+        socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+    except OSError as error:
+        other = "JAX_COORDINATOR_PORT=PORT sets another" if how == "--distributed" else "use a free one"
+        taken = f"host 0 cannot listen on port {port} ({os.strerror(error.errno)})"
+        raise ConfigError(f"{how}: {taken}; {other}, the same on all hosts") from None
+
+
+def _port(address: str) -> int:
+    return int(address.rpartition(":")[2])
 
 
 def _leave() -> None:
     multihost_utils.sync_global_devices("retina_jax: the end")
+    _watch.stop()
     jax.distributed.shutdown()
 
 
@@ -197,6 +241,7 @@ class Interruption:
 
     def check(self, step: int) -> None:
         """Raises Stopped after `step` if a signal has come. All hosts call it equally often and stop at the same call."""
+        _watch.reached(f"step {step}")
         self._checks += 1
         if is_multihost():
             if multihost_utils.reached_preemption_sync_point(self._checks):

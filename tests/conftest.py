@@ -76,6 +76,7 @@ install_import_hook("retina_jax", "beartype.beartype").__enter__()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds --share COMMIT."""
+    parser.addoption("--plots", metavar="FOLDER", help="draw the threads and memory that tests/test_growth.py measures")
     parser.addoption("--share", metavar="COMMIT", help=f"run one of {SHARES} shares of the tests, chosen by the commit")
 
 

@@ -3,8 +3,10 @@ them."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import processes
@@ -14,6 +16,7 @@ from retina_jax import distributed as hosts
 from retina_jax.config import ConfigError
 from retina_jax.distributed import ALONE, Hosts, check_same, exchange, from_primary, joined
 from retina_jax.errors import TRY_AGAIN
+from retina_jax.watch import LATE_SECONDS, Watch
 
 
 def test_a_single_host_is_primary_and_receives_its_own_messages() -> None:
@@ -30,6 +33,8 @@ def test_a_single_host_is_primary_and_receives_its_own_messages() -> None:
         (Hosts(hosts=2, host=0), r"--coordinator \(missing\): must be ADDRESS:PORT of host 0"),
         (Hosts(coordinator="here", hosts=2, host=0), "--coordinator here: must be ADDRESS:PORT"),
         (Hosts(coordinator=":80", hosts=2, host=0), "--coordinator :80: must be ADDRESS:PORT"),
+        (Hosts(coordinator="a:65536", hosts=2, host=0), "--coordinator a:65536: must be ADDRESS:PORT"),
+        (Hosts(coordinator="a:0", hosts=2, host=0), "--coordinator a:0: must be ADDRESS:PORT"),
         (Hosts(coordinator="a:80", host=0), "--hosts 0: must be the number of hosts"),
         (Hosts(coordinator="a:80", hosts=2), r"--host -1: must be the number of this host, 0 to 1"),
         (Hosts(coordinator="a:80", hosts=2, host=2), r"--host 2: must be the number of this host, 0 to 1"),
@@ -47,6 +52,86 @@ def test_the_first_fact_that_differs_is_named(monkeypatch: pytest.MonkeyPatch) -
         ConfigError, match=r"run: seed is 3 on host 0 and 4 on host 1; it must be the same on all hosts"
     ):
         check_same("run", {"data": "abc", "seed": 3})
+
+
+@contextlib.contextmanager
+def listener(address: str = "127.0.0.1", shares_port: bool = False) -> Iterator[int]:
+    """Listens at a free port, which it yields. Servers of gRPC share their port (SO_REUSEPORT)."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    if family == socket.AF_INET6 and not socket.has_ipv6:
+        pytest.skip("no IPv6")
+    with socket.create_server((address, 0), family=family, reuse_port=shares_port) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize("shares_port", [False, True])
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::1", "::"])
+def test_a_port_is_taken_at_whatever_address_another_program_listens(address: str, shares_port: bool) -> None:
+    with listener(address, shares_port) as port:
+        with pytest.raises(
+            ConfigError, match=rf"^--coordinator a:1: host 0 cannot listen on port {port} \(Address alr"
+        ):
+            hosts.check_port(port, "--coordinator a:1")
+        with pytest.raises(ConfigError, match=rf"^--distributed: .* port {port} .*; JAX_COORDINATOR_PORT=PORT"):
+            hosts.check_port(port, "--distributed")
+    hosts.check_port(port, "--coordinator a:1")
+
+
+def test_the_port_of_a_server_that_has_just_ended_is_free() -> None:
+    """Its connections, which it closed first, keep the port in the state TIME_WAIT."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            server.accept()[0].close()
+            assert client.recv(1) == b""
+    with socket.socket() as plain, pytest.raises(OSError, match="in use"):
+        plain.bind(("127.0.0.1", port))
+    hosts.check_port(port, "--coordinator a:1")
+
+
+JOINS = """
+import sys
+from retina_jax import distributed
+from retina_jax.cli import one_line_errors
+from retina_jax.distributed import Hosts, joined
+distributed.CONNECT_SECONDS = 1
+with one_line_errors(), joined(Hosts(coordinator="127.0.0.1:" + sys.argv[2], hosts=2, host=int(sys.argv[1]))):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("host", "status", "says"), [(0, 2, "cannot listen on port"), (1, TRY_AGAIN, "not within 1 s")]
+)
+def test_hosts_end_with_one_line_if_another_program_has_the_port(
+    tmp_path: Path, host: int, status: int, says: str
+) -> None:
+    (script := tmp_path / "joins.py").write_text(JOINS)
+    with listener() as port:
+        ended = processes.run(script, host, port, timeout=60)
+    assert ended.returncode == status and ended.stdout == "", ended
+    assert ended.stderr.startswith(f"error: --coordinator 127.0.0.1:{port}: ") and says in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_a_host_that_stays_behind_is_named_once() -> None:
+    watch, late = Watch(), float(LATE_SECONDS)
+    assert watch.late({0: 5, 1: 5, 2: 5}, 0.0) == []
+    assert watch.late({0: 5, 1: 5, 2: 5}, 10 * late) == []  # all are busy, and nobody waits
+    begun = 10 * late + 1
+    assert watch.late({0: 6, 1: 5, 2: 6}, begun) == []
+    assert watch.late({0: 6, 1: 5, 2: 6}, begun + late - 1) == []
+    assert watch.late({0: 9, 1: 5, 2: 9}, begun + late) == [1]
+    assert watch.late({0: 9, 1: 5, 2: 9}, begun + 2 * late) == []
+    assert watch.late({0: 9, 1: 6, 2: 9}, begun + 2 * late) == []  # it advances, slowly
+    assert watch.late({0: 9, 1: 9, 2: 9}, begun + 4 * late) == []
+    assert watch.late({0: 9, 1: 10, 2: 9}, begun + 5 * late) == []
+    assert watch.late({0: 9, 1: 10, 2: 9}, begun + 6 * late) == [0, 2]
+    assert watch.late({0: -1, 1: 11}, begun + 7 * late) == []  # host 0 does not answer
+    assert watch.late({0: -1, 1: 11}, begun + 8 * late) == [0]
+    assert watch.late({0: 12, 1: 12}, begun + 9 * late) == []
+    assert watch.late({0: -1, 1: 12}, begun + 10 * late) == []
+    assert watch.late({0: -1, 1: 12}, begun + 11 * late) == [0]
 
 
 FAILS = """
@@ -98,3 +183,32 @@ def test_a_host_ends_if_the_other_ends(
         "error: the connection to another host failed" in output[1 - failing] or "task died" in output[1 - failing]
     ), output
     assert "Traceback" not in output[1 - failing]
+
+
+WAITS = """
+import sys, time
+from retina_jax.distributed import Hosts, Interruption, exchange, joined
+host, port = int(sys.argv[1]), sys.argv[2]
+with joined(Hosts(coordinator="127.0.0.1:" + port, hosts=2, host=host)), Interruption() as interruption:
+    for step in (1, 2):
+        interruption.check(step)
+        if host == {waiting} and step == 2:
+            time.sleep(40)
+        exchange("still here")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("waiting", [0, 1])
+def test_a_host_that_waits_for_a_file_is_named_by_the_other(tmp_path: Path, waiting: int) -> None:
+    """It sleeps instead, longer than JAX's heartbeat may be absent; the thread that sends it is not affected."""
+    with listener() as port:
+        pass
+    script, logs = tmp_path / "waits.py", [tmp_path / "0.log", tmp_path / "1.log"]
+    script.write_text(WAITS.format(waiting=waiting))
+    with logs[0].open("w") as first, logs[1].open("w") as second:
+        pair = [processes.start(script, host, port, stdout=log) for host, log in enumerate((first, second))]
+    assert [process.wait(240) for process in pair] == [0, 0]
+    line = f"warning: no progress of host {waiting} for {LATE_SECONDS} s, last seen at step 2; others wait for it"
+    assert logs[1 - waiting].read_text().count(line) == 1
+    assert "warning" not in logs[waiting].read_text()

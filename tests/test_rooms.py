@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ROOMS = (
-    ("interrupts", "errors", "console", "config", "config_io", "presets", "cli", "distributed"),
+    ("interrupts", "errors", "console", "config", "config_io", "presets", "cli", "distributed", "watch"),
     ("cpu",),
     ("ops",),
     ("model",),

@@ -144,3 +144,30 @@ def test_an_image_that_is_skipped_on_one_host_is_skipped_by_all(folder: Path, co
         assert pair.ended() == [0, 0], pair.said()
         assert re.search(r"^warning: 1 .*image", pair.said(), re.MULTILINE)
     assert len(losses(workdir)) == 20
+
+
+def named(pair: Pair, hung: int, times: int = 1) -> None:
+    """Waits until the other host has named `hung` this often; fails if it ends before."""
+    line = re.compile(
+        rf"^warning: no progress of host {hung} for .* last seen at step [0-9]+; others wait", re.MULTILINE
+    )
+    while len(line.findall(pair.logs[1 - hung].read_text())) < times:
+        assert pair.hosts[1 - hung].poll() is None, pair.said()
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hung", [0, 1])
+def test_a_stopped_host_is_named_by_the_other(folder: Path, config: Path, hung: int) -> None:
+    """It resumes in time, and both train on; it stops again for good, is named again, and the other one ends."""
+    workdir = folder / f"stopped_{hung}"
+    with Pair(config, workdir, *LONG) as pair:
+        wait_for_step(workdir, 12, *pair.hosts)
+        pair.hosts[hung].send_signal(signal.SIGSTOP)
+        named(pair, hung)
+        at = metrics(workdir)[-1]["step"]
+        pair.hosts[hung].send_signal(signal.SIGCONT)
+        wait_for_step(workdir, at + 200, *pair.hosts)
+        pair.hosts[hung].send_signal(signal.SIGSTOP)
+        named(pair, hung, times=2)
+        assert pair.hosts[1 - hung].wait(60) in (75, -signal.SIGABRT), pair.said()
