@@ -85,8 +85,8 @@ def cover(views: Views, config: Config, what: str = "anchors") -> Coverage:
     counts, closest = np.diff(views.ends), best_iou(views, config)
     best, anchors = closest.copy(), np.zeros(len(views.labels), np.int64)
     program, matching = _program(config), config.matching
-    # An anchor of a smaller IoU is positive for no box.
-    lowest = {"none": matching.positive_iou, "band": matching.negative_iou, "all": 0.0}[matching.low_quality]
+    # Positive are anchors of positive_iou or more, and with low-quality matches the best ones of every box.
+    lowest = matching.positive_iou if matching.low_quality == "none" else 0.0
     least = (1 - ROUNDING) * np.clip(closest, lowest, matching.positive_iou)
 
     def cover_view(v: int) -> None:

@@ -106,6 +106,13 @@ def anchors_near(
     sizes = rows * columns
     of = np.repeat(np.arange(len(box)), sizes)
     place = np.arange(len(of)) - np.repeat(sizes.cumsum() - sizes, sizes)
-    cell = (y[of] + place // columns[of]) * lattices.numbers[shape[of], 0] + x[of] + place % columns[of]
-    found = np.unique(lattices.starts[shape[of]] + shapes * cell)
+    of_box, of_shape = box[of], shape[of]
+    cell_xy = np.stack([x[of] + place % columns[of], y[of] + place // columns[of]], axis=1)
+    # The few of them that overlap enough: matching the others would take four times as long.
+    both, sides = lattices.sides[of_shape], sides[of_box, 0]
+    apart = np.abs(lattices.first[of_shape] + lattices.steps[of_shape] * cell_xy - middle[of_box, 0])
+    shared = np.minimum(np.minimum(sides, both), (sides + both) / 2 - apart).clip(0).prod(axis=1)
+    near = shared >= (1 - 1e-3) * least_iou[of_box] * (sides.prod(axis=1) + both.prod(axis=1) - shared)
+    cell = cell_xy[near, 1] * lattices.numbers[of_shape[near], 0] + cell_xy[near, 0]
+    found = np.unique(lattices.starts[of_shape[near]] + shapes * cell)
     return anchor_grid(padded_hw, config.anchors, config.model)[found]

@@ -161,6 +161,7 @@ def print_padding() -> None:
 
 def generate(folder: Path) -> dict[str, Path]:
     """Writes the files that are missing; returns their paths by the names in TASKS."""
+    folder.mkdir(parents=True, exist_ok=True)
     run = folder / "run"
     detections = run / "detections" / f"step_{STEPS:08d}.json"
     paths = {"folder": folder, "images": folder / "images", "run": run, "detections": detections}

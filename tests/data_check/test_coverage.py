@@ -98,6 +98,23 @@ def test_coverage_equals_the_count_over_all_anchors(low_quality: str) -> None:
     assert shares.total.by_low_quality <= low and (low_quality == "none" or shares.total.by_low_quality > 0)
 
 
+def test_the_best_anchor_of_a_small_box_in_a_large_one_counts_for_the_large_one() -> None:
+    """It is a low-quality match because of the small box, and takes the large one, which it overlaps most."""
+    anchor = anchor_grid((96, 128), SMALL.anchors, SMALL.model).astype(float)
+    sides = anchor[:, 2:] - anchor[:, :2]
+    square = anchor[
+        np.isclose(sides, 32, atol=1e-3).all(1) & (anchor[:, :2] > 20).all(1) & (anchor[:, 2:] < 76).all(1)
+    ][0]
+    large = square + np.array([0, 0, 32 / 0.46 - 32, 0])  # IoU 0.46 with the anchor
+    small = np.concatenate([square[:2] + 15, square[:2] + 17])
+    views = view_boxes(records_of([large.tolist(), small.tolist()], [large.tolist()]), SMALL.data)
+    coverage = cover(views, SMALL)
+    best, won = by_hand(views, SMALL)
+    np.testing.assert_allclose(coverage.best_iou, best, atol=1e-5)
+    np.testing.assert_array_equal(coverage.anchors, won)
+    assert best[1] < SMALL.matching.negative_iou and won[0] > won[2]
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_the_nearest_anchor_is_the_best_one(style: str) -> None:
     rng = np.random.default_rng(2)
