@@ -3,8 +3,8 @@ step."""
 
 from __future__ import annotations
 
+import importlib
 import re
-import runpy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,7 +209,7 @@ def test_a_page_or_figure_that_does_not_fit_on_the_disk_leaves_the_earlier_one(
         for name, *arguments in commands:
             monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
             with pytest.raises(DiskError, match="cannot be written: No space left on device"):
-                runpy.run_path(str(processes.SCRIPTS / f"{name}.py"))["main"]()
+                importlib.import_module(name).main()
         assert [out.read_text() for out in outs] == ["earlier"] * 3
         assert {path.name for path in small.folder.iterdir()} == {"ballast", *(out.name for out in outs)}
     finally:

@@ -112,7 +112,7 @@ def _evaluation(path: Path) -> dict[str, Any]:
 
 def is_score(value: object) -> bool:
     """Returns whether this can be a score: a number from 0 to 1, or None."""
-    return value is None or (isinstance(value, int | float) and 0 <= value <= 1)
+    return value is None or (type(value) in (int, float) and 0 <= value <= 1)
 
 
 def f1_threshold(folder: Path, step: int) -> float | None:
