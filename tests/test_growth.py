@@ -53,9 +53,11 @@ def draw(path: Path, steps: np.ndarray, threads: np.ndarray, memory: np.ndarray,
     with plt.rc_context(LOOK):
         figure, (upper, lower) = plt.subplots(2, sharex=True, figsize=(6, 4.2), layout="constrained")
         upper.plot(steps, threads, ".", markersize=3)
-        upper.set(ylabel="threads", ylim=(0, None))
+        upper.set(ylabel="threads", ylim=(0, 1.2 * threads.max()))
         lower.plot(steps, memory, ".", markersize=3)
-        lower.set(ylabel="resident memory, MB", ylim=(0, None), xlabel=f"step (an evaluation every {EVERY})")
+        lower.set(
+            ylabel="resident memory, MB", ylim=(0, 1.2 * memory.max()), xlabel=f"step (an evaluation every {EVERY})"
+        )
         lower.set_title(f"{growth:+.1f} MB per 1000 steps after step {WARM}", fontsize=9)
         figure.savefig(path)
         plt.close(figure)
@@ -68,10 +70,10 @@ def test_threads_and_memory_do_not_grow(tmp_path: Path, request: pytest.FixtureR
     steps, threads, memory = sampled(write_config(tmp_path), tmp_path / "run", *flags, "--data.workers", 8).T
     evaluations = [line["step"] for line in metrics(tmp_path / "run") if line["event"] == "evaluation"]
     assert evaluations == [*range(EVERY, LAST, EVERY), LAST] and len(evaluations) == 25
-    first, last = (np.median(threads[(steps > begin) & (steps < begin + 50)]) for begin in (EVERY, LAST - 50))
+    first, last = (np.median(threads[(steps > at) & (steps <= at + 350)]) for at in (EVERY, LAST - 350))
     growth = 1000 * slope(steps[steps > WARM], memory[steps > WARM])
-    print(f"threads {first:.0f} after evaluation 1, {last:.0f} after evaluation 24; {growth:+.2f} MB per 1000 steps")
+    print(f"threads: {first:.0f} from step {EVERY}, {last:.0f} up to step {LAST}; {growth:+.2f} MB per 1000 steps")
     if folder := request.config.getoption("--plots"):
         draw(Path(folder) / "threads_and_memory.png", steps, threads, memory, growth)
-    assert last <= first
+    assert last <= first + 2  # some come and go: of a save, of the watch for slow files
     assert growth < 5
