@@ -147,7 +147,11 @@ def read_result(folder: Path) -> Result:
         config=record.config,
         details={key: str(value) for key, value in details.items() if value},
         ap=[(float(n), 100 * scores["AP"]) for n, scores in record.evaluations.items() if scores["AP"] is not None],
-        loss=[(float(w["step"]), w["classification_loss"]) for w in record.windows if "classification_loss" in w],
+        loss=[
+            (float(w["step"]), w["classification_loss"])
+            for w in record.windows
+            if isinstance(w.get("classification_loss"), int | float)
+        ],
         latency=read_latency(folder),
     )
     end = ended(folder, record.config)
