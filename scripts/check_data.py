@@ -57,7 +57,7 @@ class Arguments:
     pictures: int = 8
     """Maximum number of images on the page."""
     suggestion: bool = True
-    """Search for anchors and an image size that cover the boxes better; --no-suggestion saves a third of the time."""
+    """Search for anchors and an image size that cover the boxes better, and match all boxes with them."""
 
 
 def main() -> None:
