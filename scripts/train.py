@@ -101,7 +101,7 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
         batches = train_batches(source, config.data, seed=config.seed, start_step=start, **distributed.share())
         shapes = batches.padded_shapes(training.steps - start)
         eager = jax.default_backend() != "cpu"  # a program takes 30 s on a CPU, and a first run is often stopped early
-        take_step = CompiledStep(driver.step, config.data.buckets or 4, ahead=shapes, eager=eager)
+        take_step = CompiledStep(driver.step, batches.num_shapes, ahead=shapes, eager=eager)
         with clock, Metrics(run, start) as metrics, Profiler(workdir, parse_window(training.profile_steps)) as profiler:
             score = partial(score_step, run, driver, val_source, checkpoints, metrics, interruption)
             if metrics.evaluation_is_missing():  # it failed or was interrupted before

@@ -111,6 +111,11 @@ class Batches(Iterator[Batch]):
         self._reads = SlowReadMonitor(source.where)
         self._iterator: Iterator[tuple] | None = None
 
+    @property
+    def num_shapes(self) -> int:
+        """Number of padded shapes that batches can have."""
+        return len(self._shapes)
+
     def padded_shapes(self, steps: int) -> list[Size]:
         """Returns the padded shapes of the next `steps` batches (at most LOOK_AHEAD), each once, in order of first use."""
         buckets = (self._batch_at(self._step + i).bucket for i in range(min(steps, LOOK_AHEAD)))
