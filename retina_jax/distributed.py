@@ -106,6 +106,11 @@ def share() -> dict[str, int]:
     return {"host": _state().process_id, "hosts": _state().num_processes}
 
 
+def reached() -> None:
+    """Counts a point that all hosts reach equally often, for the watch that names a late host. It does not wait."""
+    _watch.reached()
+
+
 def exchange(value: Any) -> list[Any]:
     """Returns the value of every host (anything that can be pickled), by number of the host. All hosts must call it."""
     if not is_multihost():

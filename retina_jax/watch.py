@@ -1,8 +1,8 @@
 """Names the hosts for which the others wait: stopped, or stuck in reading a file.
 
 Each host counts the points that all hosts reach equally often: steps, batches of an evaluation, exchanges. A thread shares
-the counts through JAX's coordinator. A host that stays behind is named by those ahead of it. The watch ends nothing: a slow
-disk may answer again, and JAX's heartbeat ends the others if a host is stopped or lost.
+the counts through JAX's coordinator. A host that stays behind, or silent, is named by the others. The watch ends nothing: a
+slow disk may answer again, and JAX's heartbeat ends the others if a host is stopped or lost.
 """
 
 import math
@@ -14,8 +14,9 @@ from typing import Any
 
 from jax.errors import JaxRuntimeError
 
-LATE_SECONDS = 15  # after which a host is named, before JAX's heartbeat ends the others
+LATE_SECONDS = 8  # after which a host is named: JAX's heartbeat may end the others 15 s after a host is stopped
 LOOK_SECONDS, ANSWER_SECONDS = 2.0, 1.0  # between two looks at the counts, and for host 0 to answer
+SILENT_SECONDS = 3.0  # without a look of its own, after which a host counts as behind all others
 KEYS = "retina_jax/points/"  # in JAX's coordinator, each with the number of a host behind it
 
 
@@ -27,6 +28,8 @@ class Watch:
         self._since: dict[
             tuple[int, int], float
         ] = {}  # when a host at a count was first seen behind others; inf: named
+        self._looks = 0
+        self._heard: dict[int, tuple[str, float]] = {}  # the number of a host's last look, and when it was first seen
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -69,6 +72,12 @@ class Watch:
         """Shares this host's count; returns the count and the place of every host."""
         if own:  # of these calls, only this one has a time limit
             client.blocking_key_value_get(f"{KEYS}0", int(1000 * ANSWER_SECONDS))
-        client.key_value_set(f"{KEYS}{own}", f"{self._count} {self._where}", allow_overwrite=True)
-        found = ((key.rpartition("/")[2], *value.split(" ", 1)) for key, value in client.key_value_dir_get(KEYS))
-        return {int(host): (int(count), where) for host, count, where in found}
+        self._looks += 1
+        client.key_value_set(f"{KEYS}{own}", f"{self._count} {self._looks} {self._where}", allow_overwrite=True)
+        shared = {int(key.rpartition("/")[2]): value.split(" ", 2) for key, value in client.key_value_dir_get(KEYS)}
+        now = time.monotonic()
+        for host, (_, look, _) in shared.items():
+            if look != self._heard.get(host, ("", now))[0]:
+                self._heard[host] = look, now
+        silent = {host for host, (_, since) in self._heard.items() if now - since > SILENT_SECONDS}
+        return {host: (-1 if host in silent else int(count), where) for host, (count, _, where) in shared.items()}

@@ -112,6 +112,7 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
                 with checkpoints.save_on_error(step - 1, state, first=metrics.flush):
                     interruption.check(step - 1)
                     batch = next(batches)
+                distributed.reached()
                 waited = time.monotonic() - started
                 state, measured = take_step(state, driver.shard_batch(Inputs.of(batch)))
                 interruption.defer()  # there is a step to save from here on

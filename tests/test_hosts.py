@@ -13,6 +13,7 @@ import processes
 import pytest
 
 from retina_jax import distributed as hosts
+from retina_jax import watch as watch_module
 from retina_jax.config import ConfigError
 from retina_jax.distributed import ALONE, Hosts, check_same, exchange, from_primary, joined
 from retina_jax.errors import TRY_AGAIN
@@ -52,6 +53,28 @@ def test_the_first_fact_that_differs_is_named(monkeypatch: pytest.MonkeyPatch) -
         ConfigError, match=r"run: seed is 3 on host 0 and 4 on host 1; it must be the same on all hosts"
     ):
         check_same("run", {"data": "abc", "seed": 3})
+
+
+class Coordinator(dict):
+    """The values that hosts share, as JAX's client keeps them."""
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool) -> None:
+        self[key] = value
+
+    def key_value_dir_get(self, prefix: str) -> list[tuple[str, str]]:
+        return list(self.items())
+
+
+def test_a_silent_host_counts_as_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is stopped at the same point as the others, and shares nothing more."""
+    now, watch, client = [0.0], Watch(), Coordinator({"retina_jax/points/1": "1 8 step 7"})
+    monkeypatch.setattr(watch_module.time, "monotonic", lambda: now[0])
+    watch.reached("step 7")
+    assert watch._shared(client, 0) == {0: (1, "step 7"), 1: (1, "step 7")}
+    now[0] = 2 * watch_module.SILENT_SECONDS
+    assert watch._shared(client, 0) == {0: (1, "step 7"), 1: (-1, "step 7")}
+    client["retina_jax/points/1"] = "1 9 step 7"
+    assert watch._shared(client, 0) == {0: (1, "step 7"), 1: (1, "step 7")}
 
 
 @contextlib.contextmanager
