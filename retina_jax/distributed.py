@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 30  # JAX's runtime ends all hosts if one of them has sent no heartbeat for this long
 CONNECT_SECONDS = 300  # for all hosts to start
+START_GRACE_SECONDS = 1.0  # for Python to handle a signal during the start
 PRIMARY_GRACE_SECONDS = 2.0  # for the others to report their own error before host 0, JAX's coordinator, ends
 NETWORK = re.compile(r"\b(Gloo|NCCL|coordination service)\b", re.IGNORECASE)  # in the message of a failed collective
 
@@ -226,6 +227,7 @@ class Interruption:
     def __init__(self) -> None:
         self._number, self._checks, self._deferred = 0, 0, False
         self._before: dict[int, object] = {}
+        self._signalled: int | None = None  # the end of a pipe that gets the number of each signal, on one host
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():  # only there may Python handle signals
@@ -234,9 +236,18 @@ class Interruption:
                 handled_by_jax = is_multihost() and number == signal.SIGTERM
                 if not handled_by_jax and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
                     self._before[number] = signal.signal(number, self._on_signal)
+        if self._before and not is_multihost():
+            pipe, self._signalled = os.pipe()
+            os.set_blocking(self._signalled, False)
+            signal.set_wakeup_fd(self._signalled, warn_on_full_buffer=False)
+            threading.Thread(target=self._end_start, args=(pipe,), name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._deferred = True
+        if self._signalled is not None:
+            signal.set_wakeup_fd(-1)
+            os.close(self._signalled)  # ends the thread
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -259,6 +270,17 @@ class Interruption:
         for item in items:
             self.check(step)
             yield item
+
+    def _end_start(self, pipe: int) -> None:
+        """Ends the process at a signal while it starts, if Python has not: it calls a handler after a compiler's call, which
+        may take minutes, and drops what the handler raises if that happens in the garbage collector."""
+        while sent := os.read(pipe, 1):
+            time.sleep(START_GRACE_SECONDS)
+            if not self._deferred and sent[0] in self._before:
+                line, status = ending(Stopped(sent[0], None))
+                print(line, flush=True)
+                end_at_once(status)
+        os.close(pipe)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._number == signal.SIGINT == number:

@@ -50,6 +50,28 @@ def test_a_signal_stops_a_start_at_once_and_a_run_at_a_check(number: int) -> Non
     assert signal.signal(number, before) == signal.SIG_DFL
 
 
+COMPILING = """
+import ctypes, os, signal, threading
+from retina_jax.cli import one_line_errors
+from retina_jax.distributed import Interruption
+signal.signal(signal.{name}, signal.SIG_DFL)  # it is ignored where the tests run in the background
+with one_line_errors(), Interruption():
+    print("compiling", flush=True)
+    library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.{name})).start()
+    for _ in range(2):  # the second lock waits for ever, and no signal interrupts it
+        library.pthread_mutex_lock(mutex)
+"""
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 0)])
+def test_a_signal_during_a_long_call_of_a_compiler_ends_the_start(name: str, status: int) -> None:
+    command = [sys.executable, "-c", COMPILING.format(name=name)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == status and done.stderr == ""
+    assert done.stdout.startswith("compiling\n") and done.stdout.count("\n") == 2 and name in done.stdout
+
+
 def test_a_run_that_saved_no_step_leaves_its_folder_free(tmp_path: Path) -> None:
     first = Config(data=DataConfig(batch_size=4))
     open_run(tmp_path, first, ["a"], [1])
