@@ -56,7 +56,8 @@ def set_up_jax() -> None:
 
 def return_large_arrays() -> None:
     """Makes glibc return arrays of 128 KiB and more to the system at once. By default it raises this limit to as much as
-    32 MiB, and the arrays of many threads leave holes in its heaps: a small run grew by 8 MB per 1000 steps, not by 4 or 5. It costs configs/demo.py 2 % of its CPU time."""
+    32 MiB, and the arrays of many threads leave holes in its heaps: a small run grew by 8 MB per 1000 steps, not
+    by 4 or 5. It costs configs/demo.py 2 % of its CPU time."""
     with contextlib.suppress(AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(-3, 2**17)  # M_MMAP_THRESHOLD
 

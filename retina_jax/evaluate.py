@@ -37,7 +37,7 @@ def evaluate(
     step: int,
     variant: str = "",
     settings: Mapping[str, Any] | None = None,
-    check: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
+    check: Callable[[Iterable[Batch]], Iterable[Batch]] = distributed.counted,
 ) -> Scores:
     """Detects on `source`, scores against its ground truth, writes the results to the run's folder, returns the scores.
 

@@ -25,9 +25,8 @@ class Watch:
 
     def __init__(self) -> None:
         self._count, self._where = 0, "the start"
-        self._since: dict[
-            tuple[int, int], float
-        ] = {}  # when a host at a count was first seen behind others; inf: named
+        # when a host at a count was first seen behind others; inf: named
+        self._since: dict[tuple[int, int], float] = {}
         self._looks = 0
         self._heard: dict[int, tuple[str, float]] = {}  # the number of a host's last look, and when it was first seen
         self._end = threading.Event()

@@ -56,7 +56,7 @@ class Budget:
 DECODING = Budget(MAX_PIXELS)
 # A scan of a dozen bytes takes as long as one with content. Progressive JPEGs have 10 or so; libtiff's limit is 100 too.
 MAX_SCANS = 100
-SCAN, MARKER = b"\xff\xda", re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+SCAN, MARKER = b"\xff\xda", re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
 ORIENTATION_TAG = 0x0112
 # The transposition that turns an image of an EXIF orientation upright; from 5 on it swaps width and height.
 _NAMES = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"

@@ -127,7 +127,10 @@ def read_results(file: Path) -> Iterator[Result]:
     entries = msgspec.json.decode(file.read_bytes(), type=list[msgspec.Raw])
     for start in range(0, len(entries), PIECE):
         piece = b",".join(entries[start : start + PIECE])
-        yield from msgspec.json.decode(b"[" + piece + b"]", type=list[Result])
+        try:
+            yield from msgspec.json.decode(b"[" + piece + b"]", type=list[Result])
+        except msgspec.ValidationError as error:
+            raise msgspec.ValidationError(f"{error} of the entries from {start}") from None
 
 
 def as_arrays(

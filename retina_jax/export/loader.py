@@ -66,7 +66,7 @@ def load(path: str) -> ExportedDetector:
         raise LoadError(f"{path}: not a file of scripts/export.py, or damaged ({found}); export it again") from None
     if version not in (FORMAT, PILLOW_FORMAT):
         raise LoadError(
-            f"{path}: has format {str(version)[:40]!r}, but this loader reads {FORMAT}; use the loader of its release"
+            f"{path}: has format {str(version)[:40]}, but this loader reads {FORMAT}; use the loader of its release"
         )
     if missing:
         raise LoadError(f"{path}: about.json lacks {missing}; export it again")

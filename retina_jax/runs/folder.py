@@ -58,9 +58,9 @@ class _Saved(msgspec.Struct):
     parts: int | None = None
     command: list[Any] | None = None
     versions: dict[str, Any] | None = None
-    facts: dict[str, Any] | None = None
+    facts: dict[str, Any] = {}
     first_start: dict[str, Any] | None = None
-    changes: list[Any] | None = None
+    changes: list[Any] = []
 
 
 def read_run(folder: Path, name: str = "config.json") -> Run:

@@ -141,7 +141,8 @@ def fetch(named: Named, folder: Path | None = None) -> Path:
             cause = getattr(error, "reason", None) or reason(error)
             how = f"put the file at {path}, or try again to resume the download"
             raise WeightsError(f"{named.url}: cannot be downloaded ({cause}); {how}") from error
-    check_hash(path, replace(named, sha256=known), digest := sha256_of(path))
+    another = "" if named.sha256 else f"; if this file is the right one, delete {first}"
+    check_hash(path, replace(named, sha256=known), digest := sha256_of(path), another)
     if not known:
         # On a full disk the next start records it.
         with contextlib.suppress(OSError), open(first, "w", opener=without_links) as file:
@@ -180,11 +181,11 @@ def _locked(path: Path, url: str) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
-def check_hash(path: Path, named: Named, digest: str) -> None:
-    """Raises WeightsError if `digest` does not begin with the hash in `named`."""
+def check_hash(path: Path, named: Named, digest: str, advice: str = "") -> None:
+    """Raises WeightsError, which ends with `advice`, if `digest` does not begin with the hash in `named`."""
     if not digest.startswith(named.sha256):
         found = f"SHA-256 is {digest[:8]}..., expected {named.sha256[:8]}...: damaged or a different file"
-        raise WeightsError(f"{path}: {found}; delete it, or replace it by {named.url}")
+        raise WeightsError(f"{path}: {found}; delete it, or replace it by {named.url}{advice}")
 
 
 def download(url: str, part: Path) -> None:
@@ -207,7 +208,7 @@ def download(url: str, part: Path) -> None:
         if resumes and not re.fullmatch(rf"bytes {have}-\d+/(\*|{total or '.*'})", sent):
             part.unlink(missing_ok=True)
             raise OSError(
-                f"asked for what follows byte {have}, the server sent {shortened(sent) or 'an unknown range'}"
+                f"the server sent {shortened(sent) or 'an unknown range'} instead of the bytes from {have}; try again"
             )
         if total is None and not response.chunked:
             raise OSError("the server does not report the length of the file")

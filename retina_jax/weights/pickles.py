@@ -45,8 +45,8 @@ OPCODES = frozenset((
 ))  # fmt: skip
 """Allowed besides those above and MARK. The last three only ever fail, after `find_class` has named what they refer to."""
 # A memo reference of two bytes can make a call copy any object. So calls get BUDGET bytes of memory per byte of the pickle;
-# weights need up to 25: two calls for a tensor, which takes 70 bytes or more.
-BUDGET, CALL, ENTRY = 40, 400, 100  # the last two: bytes that a call takes, and an entry of a list, tuple or dict in it
+# weights need up to 45: of a parameter in protocol 4, which takes 61 bytes or more.
+BUDGET, CALL, ENTRY = 50, 400, 100  # the last two: bytes that a call takes, and an entry of a list, tuple or dict in it
 MEMOISED = frozenset(("EMPTY_DICT", "EMPTY_LIST", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "LIST", "DICT", *PUTS))
 """Opcodes of one byte that take about 80 bytes of memory; at most every second byte of a file can be one."""
 LARGEST_KEY = 2**61 - 1  # Python hashes integers modulo this number, so that larger keys of a dict could all collide

@@ -54,7 +54,11 @@ def test_a_jpeg_with_many_scans_is_refused_before_it_is_decoded(kind: str) -> No
         jpeg = jpeg[:start] + b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" + jpeg[start + 14 :]
     assert len(to_rgb(with_scans(jpeg, MAX_SCANS))) == 64
     comment = b"\xff\xfe\x00\x04\xff\xd9"  # that holds the marker of the end
-    for many in (with_scans(jpeg, MAX_SCANS + 1), with_scans(jpeg, 2_000_000 // len(jpeg), comment)):
+    lone = b"\xff\x01"  # a marker without a length
+    for many in (
+        with_scans(jpeg, MAX_SCANS + 1),
+        *(with_scans(jpeg, 2_000_000 // len(jpeg), b) for b in (comment, lone)),
+    ):
         for read in (to_rgb, is_plain_jpeg):
             with pytest.raises(BadImage, match="more than 100 scans"):
                 read(many)

@@ -93,6 +93,7 @@ def test_attacked_files_of_a_run_heal_or_are_refused_in_one_line(
     for file, text in (("seconds.json", "12.5"), ("checkpoints/40/metrics/metrics", '{"AP": 0.5}')):
         (tiny_run / file).parent.mkdir(parents=True, exist_ok=True)
         (tiny_run / file).write_text(text)
+    record_fact(read_run(tiny_run), "name", "value")
     use(shutil.copytree(tiny_run, tmp_path / "intact"))
     rows = []
     for name, parts in FILES.items():
