@@ -39,10 +39,14 @@ class Driver:
 
     config: Config
     num_classes: int
+    topology: tuple[Any, ...] = ()
+    """Described devices, in place of those of JAX, for programs that are only compiled (`accelerators.targets`)."""
 
     @cached_property
     def mesh(self) -> Mesh:
         """One axis, `data`, over the devices used, host by host, the same number on each."""
+        if self.topology:
+            return Mesh(np.array(self.topology), (AXIS,))
         devices, hosts = jax.devices(), jax.process_count()
         wanted = self.config.devices or len(devices)
         if wanted > len(devices):

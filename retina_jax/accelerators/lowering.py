@@ -1,0 +1,60 @@
+"""The programs that training and inference run, lowered for described devices: no arrays are made on them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+from retina_jax.config import Config
+from retina_jax.model.initialisation import initialise
+from retina_jax.training.parallel import AXIS, Driver
+from retina_jax.training.state import state_from
+from retina_jax.training.step import Inputs
+
+What = Literal["step", "detect"]
+
+
+def trace(
+    config: Config, num_classes: int, devices: Sequence[Any], what: What, padded_hw: tuple[int, int]
+) -> jax.stages.Traced:
+    """Traces `Driver.step` or `Driver.detect` for a global batch of `config.data.batch_size` images of shape `padded_hw`.
+
+    `.jaxpr` counts operations (`summary.jaxpr_flops`); `.lower().compile()` makes the program of the devices. CPU kernels
+    are off, as on an accelerator. Raises ConfigError if the batch does not divide evenly over the devices.
+    """
+    driver = Driver(replace(config, cpu_kernels=False), num_classes, tuple(devices))
+    driver.check_batch_size()
+    inputs = _inputs(driver, padded_hw)
+    variables = initialise(driver.model, config.seed)
+    if what == "detect":
+        return driver.detect.trace(_shapes(variables, driver.replicated), inputs)
+    state = state_from(variables, driver.optimizer, averaged=config.optimizer.ema_decay > 0)
+    return driver.step.trace(_shapes(state, driver.replicated), inputs)
+
+
+def _shapes(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def _inputs(driver: Driver, padded_hw: tuple[int, int]) -> Inputs:
+    """Returns the shapes of a global batch, split over the devices."""
+    data, images = driver.config.data, driver.config.data.batch_size
+    split = NamedSharding(driver.mesh, P(AXIS))
+
+    def of(*shape: int, dtype: Any) -> jax.ShapeDtypeStruct:
+        if driver.config.parallel == "pmap":  # as `Driver.shard_batch` arranges them
+            return jax.ShapeDtypeStruct((driver.num_devices, images // driver.num_devices, *shape), dtype)
+        return jax.ShapeDtypeStruct((images, *shape), dtype, sharding=split)
+
+    return Inputs(
+        images=of(*padded_hw, 3, dtype=np.dtype(data.pixels)),
+        image_sizes=of(2, dtype=np.int32),
+        boxes_xyxy=of(data.max_boxes, 4, dtype=np.float32),
+        labels=of(data.max_boxes, dtype=np.int32),
+        valid=of(dtype=np.bool_),
+    )

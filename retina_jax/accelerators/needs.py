@@ -1,0 +1,95 @@
+"""What a config needs on an accelerator: memory, exchanges between devices, and the time of a step between a floor and an
+estimate. Nothing here is measured on a device."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jax.errors import JaxRuntimeError
+
+from retina_jax.accelerators.hlo import Program, parse
+from retina_jax.accelerators.lowering import What, trace
+from retina_jax.accelerators.targets import Target
+from retina_jax.config import Config
+from retina_jax.errors import OutOfMemory, out_of_memory
+from retina_jax.model.summary import jaxpr_flops
+from retina_jax.training.compilation import Memory, memory_of
+
+LARGEST = 12  # places in the model that are listed
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one program needs, per device unless it says otherwise."""
+
+    padded_hw: tuple[int, int]
+    images: int  # per device
+    memory: Memory | None
+    fits: bool
+    largest_batch: int  # images per device that fit, estimated from the memory of this batch; 0 if unknown
+    compile_seconds: float
+    flops: int
+    collectives: dict[str, tuple[int, int]]  # number and bytes by kind and dtype
+    host_transfers: int
+    cycles: int  # the compiler's estimate; 0 for GPUs
+    kernels: dict[str, tuple[int, int]]  # number and bytes moved by kind; empty for TPUs
+    floor_seconds: float  # at the peaks of the matrix units and of the memory
+    estimate_seconds: float  # TPU: the compiler's cycles; GPU: arithmetic and memory one after the other
+    largest: list[tuple[str, int]]  # places in the model with the most cycles or bytes
+
+
+def needs(
+    config: Config, num_classes: int, target: Target, devices: Sequence[Any], what: What, padded_hw: tuple[int, int]
+) -> tuple[Needs, str]:
+    """Compiles a program for `devices` of `target`; returns what it needs, and its text (scheduled HLO)."""
+    traced = trace(config, num_classes, devices, what, padded_hw)
+    flops = jaxpr_flops(traced.jaxpr.jaxpr) // len(devices)
+    images = config.data.batch_size // len(devices)
+    started = time.monotonic()
+    try:
+        compiled = traced.lower().compile()
+    except JaxRuntimeError as error:
+        if line := out_of_memory(error, f"the {what} for {padded_hw[0]}x{padded_hw[1]}", None):
+            raise OutOfMemory(line) from error
+        raise
+    seconds = time.monotonic() - started
+    text, memory = compiled.as_text(), memory_of(compiled)
+    # The loop of the matching ends after an image's last box, so its trips are not known; most is max_boxes.
+    program = parse(text, unknown_trips=config.data.max_boxes)
+    floor, estimate, kernels = _times(program, target, flops)
+    return Needs(
+        padded_hw=padded_hw,
+        images=images,
+        memory=memory,
+        fits=memory is None or sum(memory) <= target.memory,
+        largest_batch=_largest_batch(memory, images, target),
+        compile_seconds=seconds,
+        flops=flops,
+        collectives=program.collectives(),
+        host_transfers=program.host_transfers(),
+        cycles=program.cycles(),
+        kernels=kernels,
+        floor_seconds=floor,
+        estimate_seconds=estimate,
+        largest=program.largest(LARGEST),
+    ), text
+
+
+def _times(program: Program, target: Target, flops: int) -> tuple[float, float, dict[str, tuple[int, int]]]:
+    """Returns the floor and the estimate of the time of a program, seconds, and the kernels of a GPU."""
+    arithmetic = flops / target.peak_flops
+    if target.clock:
+        return arithmetic, program.cycles() / target.clock, {}
+    numbers, moved = program.kernels()
+    memory = moved.total() / target.bandwidth
+    return max(arithmetic, memory), arithmetic + memory, {kind: (numbers[kind], moved[kind]) for kind in numbers}
+
+
+def _largest_batch(memory: Memory | None, images: int, target: Target) -> int:
+    """Estimates how many images per device fit: temporaries grow with them, all else is constant."""
+    if memory is None or not memory.temporaries:  # small programs live in the cores' own memory
+        return 0
+    constant = sum(memory) - memory.temporaries
+    return max(math.floor((target.memory - constant) / (memory.temporaries / images)), 0)

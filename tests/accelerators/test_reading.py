@@ -1,0 +1,116 @@
+"""What is read from a compiled program, compared with programs whose contents are known; targets and shapes from text."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compile_for import padded_shapes
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from retina_jax.accelerators import targets
+from retina_jax.accelerators.hlo import parse
+from retina_jax.accelerators.targets import TARGETS, TPU_TOPOLOGIES, parse_target, topology_devices
+from retina_jax.config import Config, ConfigError
+
+TPU_TEXT = """\
+HloModule jit_f, is_scheduled=true
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %g = f32[8]{0} get-tuple-element(%p), index=1
+  ROOT %fusion.1 = (s32[], f32[8]{0}) fusion(%g), kind=kLoop, calls=%inside, backend_config={"estimated_cycles":"40"}
+}
+
+%cond (p.1: (s32[], f32[8])) -> pred[] {
+  %p.1 = (s32[], f32[8]{0}) parameter(0)
+  ROOT %lt = pred[] fusion(%p.1), kind=kLoop, calls=%compare, backend_config={"estimated_cycles":"2"}
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %start = (s32[], f32[8]{0}) tuple(%a, %a)
+  %while.1 = (s32[], f32[8]{0}) while(%start), condition=%cond, body=%body, \
+backend_config={"known_trip_count":{"n":"5"}}
+  %all-reduce-start = f32[8]{0} all-reduce-start(%a), to_apply=%add
+  %all-reduce-done = f32[8]{0} all-reduce-done(%all-reduce-start)
+  ROOT %fusion.2 = f32[8]{0} fusion(%all-reduce-done), kind=kLoop, calls=%x, \
+metadata={op_name="jit(f)/transpose(jvp(RetinaNet))/class_head/conv0/add"}, backend_config={"estimated_cycles":"100"}
+}
+"""
+
+
+def test_cycles_count_loops_with_their_trips() -> None:
+    program = parse(TPU_TEXT)
+    assert program.cycles() == 5 * (40 + 2) + 100
+    assert (
+        parse(re.sub(", backend_config=.*trip_count.*", "", TPU_TEXT), unknown_trips=3).cycles() == 3 * (40 + 2) + 100
+    )
+    assert program.collectives() == {"all-reduce f32": (1, 32)}
+    assert program.largest(2) == [("forward fusion", 210), ("backward class_head/conv0/add", 100)]
+
+
+def test_collectives_and_loops_of_a_program_of_this_machine() -> None:
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+
+    def inside(x: jax.Array) -> jax.Array:
+        x = lax.fori_loop(0, 7, lambda _, x: jnp.sin(x), x)
+        return lax.psum(x, "data"), lax.all_gather(x, "data")
+
+    f = jax.shard_map(inside, mesh=mesh, in_specs=P("data"), out_specs=(P(), P()), check_vma=False)
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=NamedSharding(mesh, P("data")))
+    program = parse(jax.jit(f).lower(x).compile().as_text())
+    assert program.collectives() == {"all-reduce f32": (1, 128 * 4), "all-gather f32": (1, 8 * 128 * 4)}
+    assert program.host_transfers() == 0 and program.cycles() == 0
+    assert max(times for _, times in program.walk()) == 7
+
+
+def test_kernels_move_their_operands_and_results() -> None:
+    def f(a: jax.Array, b: jax.Array) -> jax.Array:
+        return a @ b
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((512, 256), (256, 384))]
+    numbers, moved = parse(jax.jit(f).lower(*shapes).compile().as_text()).kernels()
+    assert numbers["convolutions and products"] == 1
+    assert moved["convolutions and products"] == 4 * (512 * 256 + 256 * 384 + 512 * 384)
+
+
+@pytest.mark.parametrize("text", ["v5e-8", "tpu:v5e", "tpu:v5e-7", "gpu:h100-0", "gpu:v5e-8", "tpu:v9-8", ""])
+def test_an_unknown_target_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"--target {re.escape(text)}"):
+        parse_target(text)
+
+
+def test_targets_are_consistent() -> None:
+    for (platform, kind), target in TARGETS.items():
+        assert (target.platform, target.kind) == (platform, kind)
+        assert (target.clock > 0) == (platform == "tpu") and (target.cores > 0) == (platform == "gpu")
+    for kind, shapes in TPU_TOPOLOGIES.items():
+        assert ("tpu", kind) in TARGETS
+        for number, shape in shapes.items():
+            chips = 1
+            for side in shape.split("x"):
+                chips *= int(side)
+            assert chips == number or number == 1
+
+
+@pytest.mark.parametrize("target", ["tpu:v5e-8", "gpu:h100-8"])
+def test_a_missing_compiler_names_the_extra(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    extra = targets.EXTRAS[target[:3]][1]
+    with pytest.raises(ConfigError, match=rf"pip install retina-jax\[{extra}\]"):
+        topology_devices(*parse_target(target))
+
+
+def test_shapes_are_those_of_training_or_given() -> None:
+    assert (608, 1024) in padded_shapes("", Config()) and len(padded_shapes("", Config())) == 4
+    assert padded_shapes("64x96", Config()) == [(64, 96)]
+    for text in ("64", "64x", "64x95", "0x64", "64x96x3", "-64x96"):
+        with pytest.raises(ConfigError, match=f"--shape {text}"):
+            padded_shapes(text, Config())
