@@ -40,7 +40,7 @@ def schedule_warning(config: Config) -> str | None:
     if optimizer.warmup_steps and optimizer.warmup_steps >= steps:
         named.append(f"optimizer.warmup_steps {optimizer.warmup_steps}")
     usual = f"{steps * 2 // 3} {steps * 8 // 9} (2/3 and 8/9, as in the paper)"
-    advice = f"; set --optimizer.boundaries {usual}" if late else ""
+    advice = f"; set --optimizer.boundaries {usual}" if late and steps > 3 else ""  # fewer steps have no two boundaries
     return f"{' and '.join(named)}: not reached in training.steps {steps}{advice}" if named else None
 
 

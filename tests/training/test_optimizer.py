@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import optax
 import pytest
 
 from retina_jax.config import Config, OptimizerConfig
+from retina_jax.config_io import override, validate
 from retina_jax.training.optimizer import learning_rate_schedule, make_optimizer, schedule_warning
 
 PAPER = OptimizerConfig()
@@ -67,6 +69,18 @@ def test_a_run_that_is_too_short_for_its_schedule_is_refused_by_name(
     said = schedule_warning(config)
     assert said == named or (named and said.startswith(f"{named}: not reached in training.steps {steps}"))
     assert ("--optimizer.boundaries 200 266" in (said or "")) == (steps == 300 and bool(boundaries))
+
+
+@pytest.mark.parametrize("steps", [*range(1, 12), 90_000])
+def test_the_advised_boundaries_are_accepted_and_reached(steps: int) -> None:
+    config = override(Config(), {"training.steps": steps, "optimizer.boundaries": (steps, steps + 1)})
+    advised = re.search(r"--optimizer.boundaries (\d+) (\d+)", schedule_warning(config))
+    assert (advised is None) == (steps < 4)
+    if advised:
+        better = override(
+            config, {"optimizer.boundaries": tuple(map(int, advised.groups())), "optimizer.warmup_steps": 0}
+        )
+        assert schedule_warning(validate(better)) is None
 
 
 def follow(config: OptimizerConfig, gradients: list[dict], params: dict) -> dict:
