@@ -54,12 +54,11 @@ def set_up_jax() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def return_large_arrays() -> None:
-    """Makes glibc return arrays of 128 KiB and more to the system at once. By default it raises this limit to as much as
-    32 MiB, and the arrays of many threads leave holes in its heaps: a small run grew by 8 MB per 1000 steps, not
-    by 4 or 5. It costs configs/demo.py 2 % of its CPU time."""
+def limit_heaps() -> None:
+    """Makes the threads of a process share two heaps of glibc: by default each gets its own, and their arrays leave holes, so
+    that a small run grew by 8 MB per 1000 steps."""
     with contextlib.suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(-3, 2**17)  # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-8, 2)  # M_ARENA_MAX
 
 
 def option_value(argv: Sequence[str], option: str) -> str | None:
