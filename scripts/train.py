@@ -22,7 +22,7 @@ import jax
 import tyro
 
 from retina_jax import distributed
-from retina_jax.cli import one_line_errors, parse_command_line, limit_heaps, set_up_jax
+from retina_jax.cli import limit_heaps, one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config
 from retina_jax.config_io import parse_window, validate
 from retina_jax.console import devices_line, log, warn
