@@ -54,12 +54,13 @@ def set_up_jax() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def return_large_arrays() -> None:
-    """Makes glibc return arrays of 128 KiB and more to the system at once. By default it raises this limit to as much as
-    32 MiB, and the arrays of many threads leave holes in its heaps: a small run grew by 8 MB per 1000 steps, not
-    by 4 or 5. It costs configs/demo.py 2 % of its CPU time."""
+def limit_heaps() -> None:
+    """Makes glibc's threads share two heaps, and return arrays of 128 KiB and more to the system at once. By default each
+    thread has a heap, in which arrays leave holes: a small run grew by 8 MB per 1000 steps."""
     with contextlib.suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(-3, 2**17)  # M_MMAP_THRESHOLD
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-8, 2)  # M_ARENA_MAX
+        mallopt(-3, 2**17)  # M_MMAP_THRESHOLD, which glibc otherwise raises to as much as 32 MiB
 
 
 def option_value(argv: Sequence[str], option: str) -> str | None:

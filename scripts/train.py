@@ -22,7 +22,7 @@ import jax
 import tyro
 
 from retina_jax import distributed
-from retina_jax.cli import one_line_errors, parse_command_line, return_large_arrays, set_up_jax
+from retina_jax.cli import limit_heaps, one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config
 from retina_jax.config_io import parse_window, validate
 from retina_jax.console import devices_line, log, warn
@@ -72,7 +72,7 @@ def main() -> None:
     """Reads the command line and trains."""
     defaults = Arguments(workdir=tyro.MISSING, settings=config_of(sys.argv[1:], str(PAPER)))
     arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__)
-    return_large_arrays()
+    limit_heaps()
     set_up_jax()
     with distributed.joined(arguments.together):
         train(validate(arguments.settings), arguments.workdir, arguments.allow_missing, arguments.allow_changes)
