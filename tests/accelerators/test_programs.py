@@ -70,5 +70,7 @@ def test_a_program_fits_and_costs_no_more_than_recorded(name: str, target: str) 
     if os.environ.get("RETINA_JAX_RECORD"):
         recorded.setdefault(name, {})[target] = costs
         RECORDED.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
+    if target not in recorded.get(name, {}):
+        pytest.skip(f"it fits, but no costs are recorded for {target}")
     for kind, cost in costs.items():
         assert cost <= TOLERANCE * recorded[name][target][kind], kind
