@@ -27,9 +27,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from retina_jax import interrupts
 from retina_jax.config import ConfigError
 from retina_jax.errors import TRY_AGAIN, Stopped, ending, one_line, reason
+from retina_jax.interrupts import SIGNALS
 from retina_jax.watch import Watch
 
 T = TypeVar("T")
@@ -174,7 +174,6 @@ def _connect(options: Hosts) -> None:
         raise ConfigError(f"--host {options.host}: must be the number of this host, 0 to {options.hosts - 1}")
     how = "--distributed" if options.distributed else f"--coordinator {options.coordinator}"
     pool = ThreadPoolExecutor(1, "connect")  # so that Ctrl-C and the time limit end the wait, JAX's own by SIGABRT
-    interrupts.catch()
     try:
         pool.submit(_initialize, options, how).result(CONNECT_SECONDS)
     except ConfigError:
@@ -184,8 +183,6 @@ def _connect(options: Hosts) -> None:
         why = f"not within {CONNECT_SECONDS} s; {needs}" if isinstance(error, TimeoutError) else reason(error)
         print(f"error: {how}: the hosts did not find each other: {why}", file=sys.stderr)
         end_at_once(TRY_AGAIN)  # a later start may find them; JAX's half-initialised runtime prevents an orderly exit
-    finally:
-        interrupts.restore()
     pool.shutdown()
 
 
@@ -241,7 +238,7 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():  # only there may Python handle signals
-            for number in interrupts.SIGNALS:
+            for number in SIGNALS:
                 # On several hosts JAX handles SIGTERM: it notifies the others and agrees with them on where to stop.
                 handled_by_jax = is_multihost() and number == signal.SIGTERM
                 if not handled_by_jax and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
