@@ -81,7 +81,7 @@ def main() -> None:
         check.splits[0], check.config.data, check.decoding, check.views, check.coverage, arguments.pictures
     )
     html = check_page(check, pictures, f"Data check: {arguments.annotations.name}")
-    write_bytes(page.resolve(), html.encode(errors="backslashreplace"))
+    write_bytes(page.resolve() if page.is_symlink() else page, html.encode(errors="backslashreplace"))
     write_json(facts, facts_of(check))
     summarise(check)
     log(f"page: {page}\nfacts: {facts}\n{check.verdict()}")

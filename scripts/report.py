@@ -60,7 +60,7 @@ def main() -> None:
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
     for file, text in files.items():
-        write_bytes(file.resolve(), text.encode(errors="backslashreplace"))
+        write_bytes(file.resolve() if file.is_symlink() else file, text.encode(errors="backslashreplace"))
     log(summary)
     log(f"written: {' and '.join(str(file) for file in files if file.suffix != '.svg')}")
 

@@ -225,4 +225,4 @@ def save(figure: Figure, out: Path) -> None:
     drawn = io.BytesIO()
     with mpl.rc_context(LOOK):
         figure.savefig(drawn, format=out.suffix[1:].lower())
-    write_bytes(out.resolve(), drawn.getvalue())
+    write_bytes(out.resolve() if out.is_symlink() else out, drawn.getvalue())
