@@ -30,6 +30,7 @@ from retina_jax.console import log
 from retina_jax.data.transforms import buckets, train_short_sides
 from retina_jax.runs.folder import config_of
 
+PAPER = Path(__file__).parents[1] / "configs" / "paper_r50_600.py"
 CLASSES = 80  # of a config whose number of classes comes from the data
 
 
@@ -40,7 +41,7 @@ class Arguments:
     target: str
     """Accelerator and number of devices: tpu:v5e-8, tpu:v6e-4, gpu:h100-8."""
     settings: Annotated[Config, tyro.conf.arg(name="")]
-    config: Path = Path("configs/paper_r50_600.py")
+    config: Path = PAPER
     """Config file; the other options override its fields."""
     what: Literal["step", "detect"] = "step"
     """Program: the training step, or detection."""
@@ -55,7 +56,7 @@ class Arguments:
 def main() -> None:
     """Compiles each padded shape, and prints what it needs."""
     jax.config.update("jax_platforms", "cpu")  # the plugins would look for devices
-    defaults = Arguments(tyro.MISSING, config_of(sys.argv[1:], "configs/paper_r50_600.py"))
+    defaults = Arguments(tyro.MISSING, config_of(sys.argv[1:], str(PAPER)))
     arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__)
     config = validate(arguments.settings)
     target, number = parse_target(arguments.target)

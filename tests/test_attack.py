@@ -19,16 +19,16 @@ from retina_jax.training.checkpoints import Checkpoints
 
 @both_shares
 def test_attacked_checkpoints_are_replaced_by_the_one_before_or_refused(tmp_path: Path, share: float) -> None:
-    folder, whole = tmp_path / "checkpoints", tmp_path / "intact"
+    folder, intact = tmp_path / "checkpoints", tmp_path / "intact"
     states = {k: jax.device_put({f"a{i}": np.full((50, 50), k, np.float32) for i in range(3)}) for k in (1, 2)}
-    with Checkpoints(whole, keep=None) as checkpoints:
+    with Checkpoints(intact, keep=None) as checkpoints:
         for step, state in states.items():
             checkpoints.save(step, state)
-    files = sorted(path.relative_to(whole) for path in (whole / "2").rglob("*") if path.is_file())
+    files = sorted(path.relative_to(intact) for path in (intact / "2").rglob("*") if path.is_file())
 
     def case(rng: random.Random) -> str:
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(whole, folder)
+        shutil.copytree(intact, folder)
         for file in rng.sample(files, rng.randint(1, 2)):
             content = (folder / file).read_bytes()
             if not content or rng.random() < 0.1:

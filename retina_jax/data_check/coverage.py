@@ -22,10 +22,8 @@ from retina_jax.ops.matching import match
 # Ends of the bins, half octaves, of the square root of the area in pixels, and of height over width.
 SIDES = np.array([0.0, *(2.0 ** (np.arange(4, 21) / 2)), np.inf])
 ASPECTS = np.array([0.0, *(2.0 ** (np.arange(-6, 7) / 2)), np.inf])
-FEWEST = (
-    8,
-    1024,
-)  # boxes and anchors are padded to these numbers times a power of four, so that few programs are compiled
+# Boxes and anchors are padded to these numbers times a power of four, so that few programs are compiled.
+FEWEST = 8, 1024
 NOWHERE = (-2.0, -2.0, -1.0, -1.0)  # an anchor that overlaps no box
 ROUNDING = 1e-4  # more than the relative error of an IoU in float32
 THREADS = 2  # images matched at the same time

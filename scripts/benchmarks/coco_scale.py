@@ -69,19 +69,19 @@ TASKS = {
     "score 500,000 detections": (
         "retina_jax",
         "import json; from pathlib import Path; from retina_jax.evaluation.coco_scores import evaluate_coco\n"
-        "truth, found = (json.loads(Path(file).read_bytes()) for file in ('{val}', '{detections}'))",
-        "evaluate_coco(truth, found, [image['id'] for image in truth['images']])",
+        "expected, found = (json.loads(Path(file).read_bytes()) for file in ('{val}', '{detections}'))",
+        "evaluate_coco(expected, found, [image['id'] for image in expected['images']])",
     ),
     "score 500,000 detections, pycocotools": (
         "pycocotools",
         "from pycocotools.coco import COCO; from pycocotools.cocoeval import COCOeval\n"
-        "truth = COCO('{val}'); scores = COCOeval(truth, truth.loadRes('{detections}'), 'bbox')",
+        "coco = COCO('{val}'); scores = COCOeval(coco, coco.loadRes('{detections}'), 'bbox')",
         "scores.evaluate(); scores.accumulate(); scores.summarize()",
     ),
     "score 500,000 detections, hotcoco": (
         "hotcoco",
         "import hotcoco\n"
-        "truth = hotcoco.COCO('{val}'); scores = hotcoco.COCOeval(truth, truth.load_res('{detections}'), 'bbox')",
+        "coco = hotcoco.COCO('{val}'); scores = hotcoco.COCOeval(coco, coco.load_res('{detections}'), 'bbox')",
         "scores.evaluate(); scores.accumulate(); scores.summarize()",
     ),
     "check the training data, without images": (
