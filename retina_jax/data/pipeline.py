@@ -8,7 +8,7 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, UInt8
@@ -25,9 +25,10 @@ from retina_jax.errors import one_line, reason
 log = logging.getLogger(__name__)
 # Larger images (in pixels) are decoded and resized within the budget `DECODING`, which bounds the memory that they use.
 LARGE = 2**22
+GROUP = 8  # images that are read by one call of Python
 LOGGED = 5  # number of images of one colour that are logged; all are counted
 LOOK_AHEAD = 1000  # largest number of batches that `Batches.padded_shapes` checks
-NO_IMAGE = np.zeros((0, 0, 3), np.uint8)
+T = TypeVar("T")
 
 
 class Batch(NamedTuple):
@@ -40,6 +41,16 @@ class Batch(NamedTuple):
     indices: Int64[np.ndarray, " b"]  # rows in `source.records`
     valid: Bool[np.ndarray, " b"]  # False: repeated to fill an evaluation batch, or bad (black, 1x1, without boxes)
     scales: Float32[np.ndarray, "b 2"]  # pixels per original pixel, along x and y
+
+
+class Rows(NamedTuple):
+    """This host's rows of a step, without what is read from files."""
+
+    indices: Int64[np.ndarray, " b"]
+    valid: Bool[np.ndarray, " b"]
+    sizes_hw: Int32[np.ndarray, "b 2"]
+    flips: list[bool]
+    padded_hw: Size
 
 
 def train_batches(
@@ -105,6 +116,7 @@ class Batches(Iterator[Batch]):
         self._source, self._data = source, data
         self._shapes, self._augment, self._mine = shapes, augment, mine
         self._batch_at = functools.lru_cache(maxsize=64)(batch_at)
+        self._rows = functools.lru_cache(maxsize=64)(self._make_rows)
         self._local, self._step, self._stop = mine.stop - mine.start, start, stop
         self._bad: dict[int, BadImage] = {}
         self._doubted: set[int] = set()
@@ -127,7 +139,7 @@ class Batches(Iterator[Batch]):
                 self._iterator = self._dataset().as_numpy_iterator()
             try:
                 with self._reads.waiting(self._step):
-                    batch = Batch(*next(self._iterator))
+                    batch = self._batch(*next(self._iterator))
                 break
             except StopIteration:
                 self._iterator = None  # ends its threads
@@ -139,7 +151,7 @@ class Batches(Iterator[Batch]):
                     raise
                 self._doubted |= suspects
                 self._iterator = None
-        for index in batch.indices[self._batch_at(self._step).valid[self._mine] & ~batch.valid].tolist():
+        for index in batch.indices[self._rows(self._step).valid & ~batch.valid].tolist():
             if self._data.bad_images == "stop":
                 self._iterator = None  # so that the next call returns this step again
                 raise self._bad[index]
@@ -164,87 +176,129 @@ class Batches(Iterator[Batch]):
                     shown = one_line(self.one_colour[-1])
                     log.warning("warning: %s: one colour, nothing to learn from; check the file", shown)
 
+    def _make_rows(self, step: int) -> Rows:
+        batch, data = self._batch_at(step), self._data
+        indices = batch.indices[self._mine]
+        drawn = [self._augment(position) for position in batch.positions[self._mine].tolist()]
+        sizes = [
+            transforms.resized_size(record.height, record.width, short_side, data.long_side, data.size_rounding)
+            for record, (short_side, _) in zip((self._source.records[i] for i in indices), drawn, strict=True)
+        ]
+        flips = [flip for _, flip in drawn]
+        return Rows(indices, batch.valid[self._mine], np.array(sizes, np.int32), flips, self._shapes[batch.bucket])
+
+    def _batch(
+        self, images: UInt8[np.ndarray, "b H W 3"] | Float32[np.ndarray, "b H W 3"], good: Bool[np.ndarray, " b"]
+    ) -> Batch:
+        """Returns the batch of this step; `good` is False for bad images."""
+        rows, data = self._rows(self._step), self._data
+        boxes = np.zeros((self._local, data.max_boxes, 4), np.float32)
+        labels, scales = np.full(boxes.shape[:2], -1, np.int32), np.ones((self._local, 2), np.float32)
+        for row in np.flatnonzero(good).tolist():
+            record, (height, width) = self._source.records[rows.indices[row]], rows.sizes_hw[row].tolist()
+            scale = np.array([width / record.width, height / record.height])
+            n = min(len(record.labels), data.max_boxes)
+            # In float64, so that a box that ends at the image's edge still does after the resize.
+            scaled = transforms.to_padded_pixels(record.boxes_xyxy[:n], scale, data.box_ends).astype(np.float32)
+            boxes[row, :n] = transforms.flip_boxes(scaled, width) if rows.flips[row] else scaled
+            labels[row, :n], scales[row] = record.labels[:n], scale
+        sizes = np.where(good[:, None], rows.sizes_hw, np.int32(1))
+        return Batch(images, sizes, boxes, labels, rows.indices, rows.valid & good, scales)
+
     def _dataset(self) -> tf.data.Dataset:
-        workers = self._data.workers or cores()
+        parallel = {"num_parallel_calls": self._data.workers or cores()}
         options = tf.data.Options()
         options.deterministic = True
         options.autotune.enabled = False
-        options.threading.private_threadpool_size = workers
+        options.threading.private_threadpool_size = parallel["num_parallel_calls"]
         options.threading.max_intra_op_parallelism = 1  # images are processed in parallel instead
         stop = tf.int64.max if self._stop is None else self._stop * self._local
-        element = tf.autograph.experimental.do_not_convert(self._element)
-        elements = tf.data.Dataset.range(self._step * self._local, stop).map(element, num_parallel_calls=workers)
-        return elements.batch(self._local, drop_remainder=True).prefetch(self._data.prefetch).with_options(options)
+        groups = tf.data.Dataset.range(self._step * self._local, stop, GROUP).map(self._group, **parallel)
+        image = tf.autograph.experimental.do_not_convert(self._image)
+        batches = groups.unbatch().map(image, **parallel).batch(self._local, drop_remainder=True)
+        return batches.prefetch(self._data.prefetch).with_options(options)
 
-    def _element(self, i: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        """Returns one row of a Batch: Python decides what to make, TensorFlow makes the pixels without holding the GIL."""
-        columns = tf.bool, tf.int32, tf.int32, tf.float32, tf.int32, tf.int64, tf.bool, tf.float32
-        inputs = tf.string, tf.uint8, tf.as_dtype(self._data.pixels)
-        encoded, decoded, resized, flip, shape, size, *others = tf.numpy_function(self._load, [i], inputs + columns)
-        decoded.set_shape((None, None, 3))
-        resized.set_shape((None, None, 3))
+    def _group(self, first: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        encoded, plans = tf.numpy_function(self._load, [first], (tf.string, tf.int64))
+        return tf.ensure_shape(encoded, (None,)), tf.ensure_shape(plans, (None, 7))
 
-        def resize() -> tf.Tensor:
-            image = tf.cond(tf.strings.length(encoded) > 0, lambda: decode_jpeg(encoded), lambda: decoded)
-            return transforms.resize(image, size, self._data.resize, self._data.pixels)
+    def _image(self, encoded: tf.Tensor, plan: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns a padded image, and whether it is good. TensorFlow makes its pixels, without holding the GIL."""
+        index, by_tensorflow, flip = tf.unstack(plan[:3])
+        size, shape = tf.unstack(tf.reshape(tf.cast(plan[3:], tf.int32), (2, 2)))
+        kind, pixels = self._data.resize, self._data.pixels
 
-        image = tf.cond(tf.size(resized) > 0, lambda: resized, resize)
+        def by_python() -> tf.Tensor:
+            image = tf.numpy_function(self._resized, [index, size, encoded], tf.as_dtype(pixels))
+            return tf.ensure_shape(image, (None, None, 3))
+
+        image = tf.cond(
+            by_tensorflow > 0, lambda: transforms.resize(decode_jpeg(encoded), size, kind, pixels), by_python
+        )
         # Flipped last, so that a flipped image has exactly the pixels of the original.
-        image = tf.cond(flip, lambda: tf.reverse(image, axis=[1]), lambda: image)
-        return transforms.pad(image, shape), size, *others
+        flipped = tf.cond(flip > 0, lambda: tf.reverse(image, axis=[1]), lambda: image)
+        return transforms.pad(flipped, shape), tf.size(image) > 0
 
-    def _load(self, i: np.int64) -> tuple:
-        """Returns element i without work on pixels: the image from `_read`, flip, padded shape, other fields of Batch."""
-        step, row = divmod(int(i), self._local)
-        rows, data, row = self._batch_at(step), self._data, self._mine.start + row
-        index = int(rows.indices[row])
+    def _load(self, first: np.int64) -> tuple[np.ndarray, Int64[np.ndarray, "n 7"]]:
+        """Returns GROUP encoded images from element `first` on, and of each its index, whether TensorFlow decodes it,
+        whether to flip it, and (height, width) resized and padded. Pixels evict Python's code from the processor's caches:
+        a call per image takes three times as long."""
+        end = int(first) + GROUP
+        images, plans = [], []
+        for i in range(int(first), end if self._stop is None else min(end, self._stop * self._local)):
+            step, row = divmod(i, self._local)
+            rows = self._rows(step)
+            index, encoded, plain = int(rows.indices[row]), b"", False
+            record = self._source.records[index]
+            if index not in self._bad and record.width * record.height <= LARGE:
+                with self._noting(index):
+                    encoded = self._encoded(index)
+                    plain = index not in self._doubted and self._decode(is_plain_jpeg, index, encoded)
+            images.append(encoded)
+            plans.append((index, plain, rows.flips[row], *rows.sizes_hw[row], *rows.padded_hw))
+        return np.array(images, object), np.array(plans, np.int64)
+
+    def _resized(self, index: np.int64, size_hw: Int32[np.ndarray, " 2"], encoded: bytes) -> transforms.Resized:
+        """Decodes and resizes an image that TensorFlow alone does not; without pixels if it is bad."""
+        index, size, data = int(index), tuple(size_hw.tolist()), self._data
         record = self._source.records[index]
-        shape = np.array(self._shapes[rows.bucket], np.int32)
-        boxes, labels = np.zeros((data.max_boxes, 4), np.float32), np.full(data.max_boxes, -1, np.int32)
-        short_side, flip = self._augment(int(rows.positions[row]))
-        rule = short_side, data.long_side, data.size_rounding
-        height, width = transforms.resized_size(record.height, record.width, *rule)
-        try:
-            inputs = self._read(index, (height, width))
-        except BadImage as error:
-            # Raised in `__next__`, as TensorFlow would turn it into another error.
-            self._bad[index] = error
-            size, scales, black = np.ones(2, np.int32), np.ones(2, np.float32), np.zeros((1, 1, 3), data.pixels)
-            return b"", NO_IMAGE, black, False, shape, size, boxes, labels, np.int64(index), False, scales
-        scales = np.array([width / record.width, height / record.height])
-        n = min(len(record.labels), data.max_boxes)
-        # In float64, so that a box that ends at the image's edge still does after the resize.
-        scaled = transforms.to_padded_pixels(record.boxes_xyxy[:n], scales, data.box_ends).astype(np.float32)
-        boxes[:n] = transforms.flip_boxes(scaled, width) if flip else scaled
-        labels[:n] = record.labels[:n]
-        size, valid = np.array([height, width], np.int32), bool(rows.valid[row])
-        return *inputs, flip, shape, size, boxes, labels, np.int64(index), valid, scales.astype(np.float32)
+        if index not in self._bad:
+            with self._noting(index):
+                if (area := record.width * record.height) > LARGE:
+                    encoded = self._encoded(index)
+                    with DECODING.share(area):
+                        image = self._decode(to_rgb, index, encoded)
+                        return transforms.resize_large(image, size, data.resize, data.pixels)
+                image = None
+                if self._decode(is_plain_jpeg, index, encoded):
+                    # Its batch failed, perhaps because of another image: as before, TensorFlow decodes it if it can.
+                    with contextlib.suppress(tf.errors.OpError):
+                        image = decode_jpeg(encoded)
+                image = self._decode(to_rgb, index, encoded) if image is None else image
+                return transforms.resize(image, size, data.resize, data.pixels).numpy()
+        return np.zeros((0, 0, 3), data.pixels)
 
-    def _read(self, index: int, size_hw: Size) -> tuple[bytes, np.ndarray, np.ndarray]:
-        """Returns (encoded, decoded, resized), two of them empty. Plain JPEGs stay encoded, large images are resized."""
-        if index in self._bad:
-            raise self._bad[index]
-        record, data = self._source.records[index], self._data
-        not_resized = NO_IMAGE.astype(data.pixels)
+    @contextlib.contextmanager
+    def _noting(self, index: int) -> Iterator[None]:
+        """Keeps a BadImage for `__next__`: TensorFlow would turn it into another error."""
+        try:
+            yield
+        except BadImage as error:
+            self._bad[index] = error
+
+    def _encoded(self, index: int) -> bytes:
+        """Reads an image; BadImage names it."""
         try:
             with self._reads.reading(index):
-                encoded = read_again(lambda: self._source.read(index), self._source.where(index))
+                return read_again(lambda: self._source.read(index), self._source.where(index))
         except OSError as error:
             raise BadImage(f"{self._source.where(index)}: cannot be read: {reason(error)}") from None
-        pixels, annotated = record.width * record.height, {"expected_size": (record.width, record.height)}
-        decoding = self._source.decoding
+
+    def _decode(self, function: Callable[..., T], index: int, encoded: bytes) -> T:
+        """Calls `to_rgb` or `is_plain_jpeg` for an image; BadImage names it."""
+        record = self._source.records[index]
         try:
-            if pixels > LARGE:
-                with DECODING.share(pixels):
-                    image = to_rgb(encoded, decoding, **annotated)
-                    return b"", NO_IMAGE, transforms.resize_large(image, size_hw, data.resize, data.pixels)
-            if is_plain_jpeg(encoded, decoding, **annotated):
-                if index not in self._doubted:
-                    return encoded, NO_IMAGE, not_resized
-                # Its batch failed, perhaps because of another image: as before, TensorFlow decodes it if it can.
-                with contextlib.suppress(tf.errors.OpError):
-                    return b"", decode_jpeg(encoded).numpy(), not_resized
-            return b"", to_rgb(encoded, decoding, **annotated), not_resized
+            return function(encoded, self._source.decoding, expected_size=(record.width, record.height))
         except BadImage as error:
             raise BadImage(f"{self._source.where(index)}: {error}") from None
 

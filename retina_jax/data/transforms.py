@@ -99,11 +99,14 @@ def resize(image: tf.Tensor | np.ndarray, size_hw: tf.Tensor | Size, kind: str, 
         return resized
     # The weights of a pixel sum to 1, so the 0.5 for rounding can be added to the input, in the same pass as the cast.
     halves = plus_half(image) if pixels == "uint8" else tf.cast(image, tf.float32)
-    # For enlarging, the antialiased kernel is the plain one, at a third of the speed.
-    widen = tf.reduce_any(tf.shape(image)[:2] > size_hw) if kind == "antialias" else tf.constant(False)
-    bilinear = functools.partial(tf.image.resize, halves, size_hw, method="bilinear")
-    resized = tf.cond(widen, functools.partial(bilinear, antialias=True), bilinear)
+    resized = tf.image.resize(halves, size_hw, method="bilinear") if kind == "bilinear" else _antialias(halves, size_hw)
     return tf.cast(resized, tf.uint8 if pixels == "uint8" else tf.float32)
+
+
+def _antialias(image: tf.Tensor, size_hw: tf.Tensor | Size) -> tf.Tensor:
+    bilinear = functools.partial(tf.image.resize, image, size_hw, method="bilinear")
+    # For enlarging, the antialiased kernel is the plain one, at a third of the speed.
+    return tf.cond(tf.reduce_any(tf.shape(image)[:2] > size_hw), functools.partial(bilinear, antialias=True), bilinear)
 
 
 def resize_by_pillow(image: Pixels, size_hw: Size | Int[np.ndarray, " 2"]) -> UInt8[np.ndarray, "h2 w2 3"]:
