@@ -11,6 +11,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float, Float32
@@ -46,13 +47,14 @@ def map_gradient(
     """Computes the gradient by the map of size `size_hw`, without transposing the kernel; float32, like its sums."""
     (batch, h, w, features), (k, _, c, _) = dy.shape, kernel.shape
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    if groups > 1:
-        taps = kernel.reshape(k * k, c, groups, features // groups)
-        columns = product("ngd,tcgd->ntgc", _grouped(dy, groups), taps)
+    if groups > 1:  # as maps of the groups, so that XLA does not transpose the columns
+        columns = product("gnd,gcd->gnc", _by_group(dy, groups), _by_group(kernel, groups))
     else:
         columns = product("nd,cd->nc", _flat(dy), kernel.reshape(k * k * c, features))
-    x = jax.ShapeDtypeStruct((batch, *size_hw, groups * c), columns.dtype)
-    (dx,) = jax.linear_transpose(lambda x: _columns(x, k, stride), x)(columns.reshape(batch, h, w, k * k * groups * c))
+    x = jax.ShapeDtypeStruct((groups * batch, *size_hw, c), columns.dtype)
+    (dx,) = jax.linear_transpose(lambda x: _columns(x, k, stride), x)(columns.reshape(-1, h, w, k * k * c))
+    if groups > 1:
+        dx = jnp.moveaxis(dx.reshape(groups, batch, *size_hw, c), 0, 3).reshape(batch, *size_hw, groups * c)
     return dx
 
 
@@ -71,6 +73,10 @@ def kernel_gradient(
 
     if groups == 1 and _places(dy) <= c:
         return product(_columns(x, k, stride), dy).reshape(k, k, c, features)
+    if groups > 1 and stride == 1 and k > 1:
+        windows, dy = lax.optimization_barrier((_windows(x, k, groups), _by_group(dy, groups)))
+        products = jnp.einsum("gnd,gnc->gdc", dy, windows, preferred_element_type=jnp.float32)
+        return products.transpose(2, 0, 1).reshape(k, k, c, features)
     taps = [(i, j) for i in range(k) for j in range(k)]
     if stride == 1:  # shifting dy costs less than shifting x, whose channels are the contiguous ones of the product
         products = [product(x, _shifted(dy, k, 1, k - 1 - i, k - 1 - j)) for i, j in taps]
@@ -100,6 +106,24 @@ def _padded(x: Array, k: int) -> Array:
 def _flat(x: Array) -> Array:
     """Reshapes to [B * h * w, C]: XLA takes factors of two axes as they are, and copies others to a new layout."""
     return x.reshape(-1, x.shape[-1])
+
+
+def _by_group(x: Array, groups: int) -> Array:
+    """Reshapes to [groups, all other axes, C / groups]."""
+    return _grouped(x, groups).swapaxes(0, 1)
+
+
+def _windows(x: Array, k: int, groups: int) -> Array:
+    """Returns the inputs of all taps at each place, one group after another: [groups, B * H * W, k * k * C / groups]. They
+    are read by a table of places, which is up to ten times as fast as slices of padded maps."""
+    batch, height, width, channels = x.shape
+    places = np.pad(np.arange(height * width).reshape(height, width), k // 2, constant_values=height * width)
+    table = np.lib.stride_tricks.sliding_window_view(places, (k, k)).reshape(-1).astype(np.int32)
+    maps = _by_group(x, groups).reshape(groups, batch, height * width, channels // groups)
+    maps = jnp.pad(maps, ((0, 0), (0, 0), (0, 1), (0, 0)))  # a place of zeros
+    maps = lax.optimization_barrier(maps)
+    windows = maps.at[:, :, table].get(mode="promise_in_bounds")
+    return windows.reshape(groups, -1, k * k * channels // groups)
 
 
 def _grouped(x: Array, groups: int) -> Array:
