@@ -6,6 +6,7 @@ import dataclasses
 
 from benchmarks.photographs import IMAGES, batches_per_repetition, rest
 from benchmarks.work import BenchmarkError, Task, Work
+from retina_jax.cli import limit_heaps
 from retina_jax.config import DataConfig
 from retina_jax.data.datasets import read_coco
 from retina_jax.data.pipeline import train_batches
@@ -15,6 +16,7 @@ from retina_jax.data.source import DataError
 def make(task: Task) -> Work:
     """Prepares `train_batches` of the first IMAGES of `task.annotations`; `task.size` gives the short and the long
     side."""
+    limit_heaps()  # as scripts/train.py does
     short_side, long_side = task.padded_hw
     try:
         source = read_coco(task.annotations, task.images)
