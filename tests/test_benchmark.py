@@ -10,12 +10,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import device_check
 import jax
 import numpy as np
 import processes
 import pytest
-from benchmarks import network
+from benchmarks import device_check, network
 from benchmarks.alternation import measure
 from benchmarks.inputs import candidates, class_outputs, scene
 from benchmarks.table import table
@@ -124,14 +123,13 @@ def test_a_device_check_that_runs_out_of_time_loses_only_the_variant_it_waits_fo
 def test_the_device_check_compares_and_times_on_the_cpu(tmp_path: Path) -> None:
     """--small, with quick compilation; the networks agree up to rounding."""
     command = [
-        sys.executable,
-        ROOT / "scripts" / "device_check.py",
+        ROOT / "scripts" / "device_check.sh",
         "--small",
         "--peers",
         "--out",
         tmp_path / "out.json",
     ]
-    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHON": sys.executable}
     done = subprocess.run(command, env=os.environ | quick, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "out.json").read_text())

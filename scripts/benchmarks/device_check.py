@@ -1,4 +1,4 @@
-"""Checks one GPU in at most 8 minutes: PYTHONPATH=. python scripts/device_check.py --out FILE.json [--small]
+"""Checks one GPU in at most 8 minutes: scripts/device_check.sh --out FILE.json [--small]
 
 Compares outputs, losses and gradients with the CPU of the machine, then times the training step and detection in bfloat16
 alongside torchvision's, eager and compiled. It needs jax, flax, optax and jaxtyping, and torchvision for its rows. FILE is
@@ -28,7 +28,7 @@ from benchmarks.inputs import COCO_BOXES
 from benchmarks.variants import HERE, OURS, PEERS
 from benchmarks.work import BenchmarkError, Task
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "optax", "numpy", "nvidia-cudnn-cu13", "torch", "torchvision")
 EAGER, COMPILED = "torchvision", "torchvision.compiled"
 COMPARE = "compare"
@@ -60,7 +60,9 @@ class Check(NamedTuple):
 
 def main() -> None:
     """Runs the parts until the time is over."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="device_check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=(), help="parts to run; default: all")
     parser.add_argument("--minutes", type=float, default=8.0, help="time limit; later parts are left out (default 8)")
