@@ -42,8 +42,11 @@ class Arguments:
         tyro.conf.Positional,
     ]
     """Benchmark to run."""
-    peer: tuple[Literal["torchvision", "kerashub", "optax", "pycocotools", "tf.data", "pil"], ...] = ()
-    """Compare with: torchvision, kerashub, optax (loss), pycocotools (evaluate), tf.data and pil (input)."""
+    peer: tuple[
+        Literal["torchvision", "torchvision.compiled", "kerashub", "optax", "pycocotools", "tf.data", "pil"], ...
+    ] = ()
+    """Compare with: torchvision, kerashub, optax (loss), pycocotools (evaluate), tf.data and pil (input). The backbone and
+    heads of torchvision.compiled are compiled by torch.compile."""
     size: str = "256"
     """Padded shape, pixels: 512, or 800x1344 (height x width)."""
     batch: int = 1

@@ -13,6 +13,7 @@ import retina_jax.interrupts  # noqa: F401  handles signals during the imports b
 
 # isort: split
 
+import shlex
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -86,7 +87,9 @@ def main() -> None:
     )
     images, description = images_for(detector, arguments.images, arguments.count)
     log(f"images for the comparison: {description}")
-    log(export_detector(detector, arguments.out, source, images))
+    step = ["--step", str(detector.step)] if arguments.workdir and arguments.step is None else []
+    renew = shlex.join(["scripts/export.py", *sys.argv[1:], *step])  # the best step may be another one by then
+    log(export_detector(detector, arguments.out, source, images, renew))
     log(f"{arguments.out}: {arguments.out.stat().st_size / 2**20:.1f} MiB, step {detector.step}")
 
 

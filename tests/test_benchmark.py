@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +14,7 @@ import jax
 import numpy as np
 import processes
 import pytest
-from benchmarks import network
+from benchmarks import device_check, network
 from benchmarks.alternation import measure
 from benchmarks.inputs import candidates, class_outputs, scene
 from benchmarks.table import table
@@ -91,6 +95,7 @@ def test_time_and_peak_memory_are_measured_per_variant(folder: Path) -> None:
             "b: no",
         ),
         ("def make(task): raise SystemExit(3)\n", "b: its process ended with status 3"),
+        ("def make(task): raise RuntimeError('CUDA out of memory. Tried to')\n", "b: CUDA out of memory"),
         (
             "import os\ndef make(task): return Work(lambda n=[]: n.append(0) or len(n) < 4 or os._exit(9))\n",
             "b: its proc",
@@ -101,6 +106,41 @@ def test_a_variant_that_cannot_run_is_named(folder: Path, body: str, line: str) 
     good = variant(folder, "good", "def make(task): return Work(lambda: None)\n")
     with pytest.raises(BenchmarkError, match=line):
         measure(TASK, {"a": good, "b": variant(folder, "bad", body)}, 5)
+
+
+def test_a_device_check_that_runs_out_of_time_loses_only_the_variant_it_waits_for(folder: Path) -> None:
+    good = variant(folder, "good", "def make(task): return Work(lambda: None, images=2)\n")
+    endless = variant(folder, "endless", "import time\ndef make(task): time.sleep(600)\n")
+    jobs = {("step", device_check.HERE): (good, TASK), ("step", device_check.COMPILED): (endless, TASK)}
+    check = device_check.Check(True, (device_check.COMPILED,), sys.executable, time.monotonic() + 5)
+    made, errors = device_check.measured(jobs, check, 2)
+    ((key, (answer, figures)),) = made.items()
+    assert key == ("step", "retina_jax") and answer["images"] == 2 and len(figures) == 2
+    assert "the time was over" in errors["errors"]["step torchvision.compiled"]
+
+
+@pytest.mark.slow
+def test_the_device_check_compares_and_times_on_the_cpu(tmp_path: Path) -> None:
+    """--small, with quick compilation; the networks agree up to rounding."""
+    command = [
+        ROOT / "scripts" / "device_check.sh",
+        "--small",
+        "--peers",
+        "--out",
+        tmp_path / "out.json",
+    ]
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHON": sys.executable}
+    done = subprocess.run(command, env=os.environ | quick, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["versions"]["jax"] == jax.__version__
+    for row in report["parts"]["compare"]["rows"]:
+        most = 0.05 if row["precision"] == "bfloat16" else 1e-4
+        assert max(row["outputs"], row["losses"], row["gradients"]) < most
+        assert row["worst_gradient"] > 0
+    rows = report["parts"]["r50_600"]["rows"]
+    assert [row["name"] for row in rows] == ["step", "detect"]
+    assert all(min(row["wall_ms"], row["program_mib"], row["peak_mib"], row["tflops"]) > 0 for row in rows)
 
 
 def test_every_benchmark_has_a_module_and_every_module_exists() -> None:

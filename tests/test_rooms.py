@@ -1,7 +1,9 @@
 """The structure of the package: rooms import only from rooms below them, without circles, and no two files have one
-name."""
+name. The private names of other packages are listed."""
 
 import ast
+import pkgutil
+import re
 from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -80,3 +82,24 @@ def package_at_the_top() -> dict[str, list[str]]:
         name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
         found[name] = [node.module for node in nodes] + [f"{n.module}.{a.name}" for n in nodes for a in n.names]
     return found
+
+
+PRIVATE = {
+    "jax._src.distributed.global_state.process_id": "distributed.is_primary and share: the number of this host",
+    "jax._src.distributed.global_state.num_processes": "distributed.is_multihost: without initialising the devices",
+    "jax._src.distributed.global_state.client": "watch.Watch: names a late host through JAX's coordinator",
+    "jax._src.clusters.ClusterEnv.auto_detect_unset_distributed_params": "--distributed: host 0 checks its port before",
+    "jax._src.compiler.get_compile_options": "the fixture `optimised`: XLA's fusion emitters in one module",
+    "jaxtyping._import_hook._JaxtypingLoader": "only the time that each process of the tests takes to import",
+    "jaxtyping._import_hook._optimized_cache_from_source": "the same",
+}
+"""Names without a public equivalent, and what breaks if one disappears."""
+
+
+def test_private_names_of_jax_and_jaxtyping_exist_and_are_listed() -> None:
+    for name in PRIVATE:
+        pkgutil.resolve_name(name)  # AttributeError or ImportError names it
+    files = (file for room in ("retina_jax", "scripts", "tests") for file in ROOT.glob(f"{room}/**/*.py"))
+    code = "\n".join(file.read_text() for file in files if file != Path(__file__))
+    used = {name.replace(" import ", ".") for name in re.findall(r"jax\._src[\w.]*(?: import \w+)?", code)}
+    assert used and {name for name in used if not any(known.startswith(name) for known in PRIVATE)} == set()

@@ -10,6 +10,7 @@ import statistics
 import time
 import zipfile
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ from retina_jax.training.opening import code_commit, package_versions
 
 BOX_TOLERANCE = 1e-4  # of a side of a box, as a share of the longer side of its image: 0.06 pixels of 640
 SCORE_TOLERANCE = 1e-3  # maximum difference of a score
+RENEW = "scripts/export.py"
 MOST_SHAPES = 4  # number of padded shapes up to which each one is tried; each takes time to compile
 
 Images = list[UInt8[np.ndarray, "_ _ 3"]]
@@ -42,8 +44,9 @@ class ExportError(PlainError, RuntimeError):
     """Detector that cannot be exported; the message is one line with the reason."""
 
 
-def export_detector(detector: Detector, path: Path, source: str, images: Images) -> str:
+def export_detector(detector: Detector, path: Path, source: str, images: Images, renew: str = RENEW) -> str:
     """Writes the file, loads it, and keeps it if both give the same detections in `images`; returns the text of `check`.
+    `renew` is the command that writes it again, which the loader names before the file expires.
 
     Raises ExportError if they differ, if the file cannot be written, or if the detector uses test-time augmentation, which
     cannot be exported. Then an older file at `path` stays as it was.
@@ -55,7 +58,7 @@ def export_detector(detector: Detector, path: Path, source: str, images: Images)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         log(f"exporting the programs for {len(padded_shapes(detector.config.data))} padded shapes ...")
-        write_file(temporary, detector, source)
+        write_file(temporary, detector, source, renew)
         log(f"detecting with both detectors in {len(images)} images ...")
         text = check(detector, load(str(temporary)), images)
         temporary.replace(path)
@@ -67,7 +70,7 @@ def export_detector(detector: Detector, path: Path, source: str, images: Images)
     return text
 
 
-def write_file(path: Path, detector: Detector, source: str) -> None:
+def write_file(path: Path, detector: Detector, source: str, renew: str = RENEW) -> None:
     """Writes `detector`, which was loaded from `source`, for loader.py."""
     data, detection = detector.config.data, detector.config.detection
     about = {
@@ -84,6 +87,8 @@ def write_file(path: Path, detector: Detector, source: str) -> None:
         "platforms": PLATFORMS,
         "commit": code_commit(),
         "versions": package_versions(),
+        "exported": date.today().isoformat(),
+        "renew": renew,
     }
     arrays = io.BytesIO()
     # Numbered in the order of the programs' first argument.

@@ -14,9 +14,11 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
+from datetime import date
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +26,7 @@ import numpy as np
 
 FORMAT = "retina_jax detector 1"
 PILLOW_FORMAT = "retina_jax detector 2"  # without programs that resize: Pillow does it
+RENEW_DAYS = 150  # jax reads the programs of a release for six months: the file is renewed a month before
 MOST_TIMES = 100  # largest ratio of the unpacked contents to the file
 SETTINGS = {"class_names", "category_ids", "short_side", "long_side", "size_rounding", "canvases"}  # in about.json
 BROKEN = zipfile.BadZipFile, zlib.error, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError
@@ -58,6 +61,7 @@ def load(path: str) -> ExportedDetector:
             files = {name: file.read(name) for name in _bounded(file, len(content)).namelist()}
         about, stored = json.loads(files.pop("about.json")), files.pop("parameters.npz")
         version, missing = about["format"], ", ".join(sorted(SETTINGS - about.keys()))
+        expiring = _expiring(about)
         _bounded(zipfile.ZipFile(io.BytesIO(stored)), len(stored))
         with np.load(io.BytesIO(stored), allow_pickle=False) as arrays:
             parameters = [arrays[name] for name in arrays.files]
@@ -74,7 +78,18 @@ def load(path: str) -> ExportedDetector:
     for module, package in needed.items():
         if importlib.util.find_spec(module) is None:
             raise LoadError(f"{path}: needs the package {package}, which is not installed; pip install {package}")
+    if expiring:
+        warnings.warn(f"{path}: {expiring}", stacklevel=2)
     return ExportedDetector(about, parameters, files)
+
+
+def _expiring(about: dict[str, Any]) -> str:
+    """Returns one line for a file older than RENEW_DAYS, else "". Files of the first releases have no date."""
+    if "exported" not in about or (date.today() - date.fromisoformat(about["exported"])).days <= RENEW_DAYS:
+        return ""
+    made = f"exported on {about['exported']} with jax {about['versions']['jax']}"
+    line = f"{made}; a jax released six months after that one may not read it; renew it with {about['renew']}"
+    return " ".join(line.split())[:500]
 
 
 class ExportedDetector:

@@ -44,15 +44,15 @@ def measure(
     with ExitStack() as stack:
         workers, made = {}, {}
         for name, module in variants.items():  # set up one after the other, as they time matrix products
-            workers[name] = stack.enter_context(_worker(name, module, task, python if workers else sys.executable))
-            made[name] = _answer(name, workers[name])
+            workers[name] = stack.enter_context(started(name, module, task, python if workers else sys.executable))
+            made[name] = answer_of(name, workers[name])
         figures: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
         for _ in range(repetitions):
             for name, worker in workers.items():
                 if task.device == "cpu":
                     time.sleep(REST)
-                figures[name].append(_ask(name, worker))
-    rows = [_row(task, name, made[name], figures[name]) for name in workers]
+                figures[name].append(ask(name, worker))
+    rows = [row_of(task, name, made[name], figures[name]) for name in workers]
     for row in rows:
         row["wall_ratio"] = row["wall_ms"] / rows[0]["wall_ms"]
         row["ratio"] = row["wall_ratio"] if task.device == "gpu" else row["cpu_ms"] / rows[0]["cpu_ms"]
@@ -60,7 +60,8 @@ def measure(
 
 
 @contextmanager
-def _worker(name: str, module: str, task: Task, python: str) -> Iterator[subprocess.Popen[str]]:
+def started(name: str, module: str, task: Task, python: str) -> Iterator[subprocess.Popen[str]]:
+    """Starts the process of a variant; leaving the `with` block ends it."""
     command = [python, "-m", "benchmarks.worker", module, json.dumps(asdict(task))]
     environment = {
         **os.environ,
@@ -71,7 +72,7 @@ def _worker(name: str, module: str, task: Task, python: str) -> Iterator[subproc
         try:
             yield process
         finally:
-            with suppress(BrokenPipeError):  # the process has ended; `_answer` reports why
+            with suppress(BrokenPipeError):  # the process has ended; `answer_of` reports why
                 process.stdin.close()
             try:
                 process.wait(timeout=30)
@@ -79,16 +80,18 @@ def _worker(name: str, module: str, task: Task, python: str) -> Iterator[subproc
                 process.kill()
 
 
-def _ask(name: str, worker: subprocess.Popen[str]) -> dict[str, Any]:
+def ask(name: str, worker: subprocess.Popen[str]) -> dict[str, Any]:
+    """Runs one repetition and returns its figures."""
     try:
         worker.stdin.write("go\n")
         worker.stdin.flush()
     except BrokenPipeError:
         raise BenchmarkError(f"{name}: its process ended; what it printed is above") from None
-    return _answer(name, worker)
+    return answer_of(name, worker)
 
 
-def _answer(name: str, worker: subprocess.Popen[str]) -> dict[str, Any]:
+def answer_of(name: str, worker: subprocess.Popen[str]) -> dict[str, Any]:
+    """Returns the next answer: of a process just started, what `Work` says; BenchmarkError if it fails or ends."""
     line = worker.stdout.readline()
     if not line:
         raise BenchmarkError(f"{name}: its process ended with status {worker.wait()}; what it printed is above")
@@ -98,7 +101,8 @@ def _answer(name: str, worker: subprocess.Popen[str]) -> dict[str, Any]:
     return answer
 
 
-def _row(task: Task, name: str, made: dict[str, Any], figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def row_of(task: Task, name: str, made: dict[str, Any], figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the medians of the repetitions, from a worker's first answer and their figures."""
     cpu, wall = (statistics.median(figure[key] for figure in figures) for key in ("cpu_ms", "wall_ms"))
     peaks = [figure["peak_mib"] for figure in figures if figure["peak_mib"] is not None]
     row = {

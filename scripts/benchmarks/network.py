@@ -71,13 +71,14 @@ def step(task: Task, driver: Driver, inputs: Inputs) -> Work:
     flops = jaxpr_flops(jax.make_jaxpr(driver.step)(state, inputs).jaxpr)
     jax.clear_caches()  # of programs that training does not trace
     compiled = CompiledStep(driver.step, num_shapes=1, announce=lambda line: None)
+    facts = memory_facts(driver.step.lower(state, inputs).compile())
 
     def run() -> None:
         nonlocal state
         state, metrics = compiled(state, inputs)
         jax.block_until_ready((state, metrics))
 
-    return Work(run, task.batch, flops, peak_of(task))
+    return Work(run, task.batch, flops, facts | peak_of(task))
 
 
 def forward(task: Task, driver: Driver, inputs: Inputs) -> Work:
@@ -97,7 +98,8 @@ def detect(task: Task, driver: Driver, inputs: Inputs) -> Work:
     """Prepares detection, from pixels to detections."""
     variables = variables_with_scores(driver, inputs, task.batch)
     flops = task.batch * forward_flops(driver.config, task.classes, task.padded_hw)
-    return Work(lambda: jax.block_until_ready(driver.detect(variables, inputs)), task.batch, flops, peak_of(task))
+    facts = memory_facts(driver.detect.lower(variables, inputs).compile()) | peak_of(task)
+    return Work(lambda: jax.block_until_ready(driver.detect(variables, inputs)), task.batch, flops, facts)
 
 
 def variables_with_scores(driver: Driver, inputs: Inputs, batch: int) -> dict[str, Any]:
@@ -105,10 +107,10 @@ def variables_with_scores(driver: Driver, inputs: Inputs, batch: int) -> dict[st
     network's, and shifted so that SCORES_ABOVE scores per image are above the threshold."""
     variables = driver.init_state().variables
     output = variables["params"]["class_head"]["output"]
-    logits, _ = driver.model.apply(variables, inputs.images, inputs.image_sizes)
-    logits = np.sort(np.asarray(logits, np.float32).reshape(-1)) - output["bias"].mean()
-    scale = LOGIT_STD / logits.std()
-    lowest = scale * logits[-min(SCORES_ABOVE * batch, logits.size)]
+    logits, _ = jax.jit(driver.model.apply)(variables, inputs.images, inputs.image_sizes)
+    logits = np.asarray(logits, np.float32).reshape(-1) - output["bias"].mean()
+    scale, last = LOGIT_STD / logits.std(), logits.size - min(SCORES_ABOVE * batch, logits.size)
+    lowest = scale * np.partition(logits, last)[last]
     threshold = driver.config.detection.score_threshold
     output["kernel"] = output["kernel"] * scale
     output["bias"] = jnp.full_like(output["bias"], np.log(threshold / (1 - threshold)) - lowest)
@@ -131,15 +133,14 @@ def compile_step(task: Task, driver: Driver, inputs: Inputs) -> Work:
         cached_cpu, cached_wall = _timed(compiled)
         jax.config.update("jax_compilation_cache_dir", None)
         compilation_cache.reset_cache()  # else it would write to the deleted folder
-    program = compiled()
+    facts = {"programs": events[COMPILED], "cached_cpu_ms": cached_cpu, "cached_wall_ms": cached_wall}
+    return Work(compiled, facts=facts | memory_facts(compiled()))
+
+
+def memory_facts(program: jax.stages.Compiled) -> dict[str, Any]:
+    """Returns the memory that `program` needs on the device, by XLA's account; None if its backend gives none."""
     memory = memory_of(program)
-    facts = {
-        "programs": events[COMPILED],
-        "cached_cpu_ms": cached_cpu,
-        "cached_wall_ms": cached_wall,
-        "program_mib": sum(memory) / 2**20 if memory else None,
-    }
-    return Work(compiled, facts=facts)
+    return {"program_mib": sum(memory) / 2**20 if memory else None}
 
 
 def _timed(function: Callable[[], Any]) -> tuple[float, float]:

@@ -11,6 +11,7 @@ OURS = {
 }
 PEERS = {
     "torchvision": f"{PACKAGE}.peers.torchvision",
+    "torchvision.compiled": f"{PACKAGE}.peers.torchvision_compiled",
     "kerashub": f"{PACKAGE}.peers.kerashub",
     "optax": f"{PACKAGE}.peers.optax",
     "pycocotools": f"{PACKAGE}.peers.pycocotools",

@@ -39,12 +39,15 @@ def main(module: str, task: str) -> None:
         work = importlib.import_module(module).make(Task(**wanted))
         if wanted["device"] == "gpu" and not has_gpu():
             raise BenchmarkError("--device gpu: no GPU is found here; --device cpu times the CPU")
-    except (ImportError, BenchmarkError) as error:
+        for _ in range(WARM_UP):
+            work.before()
+            work.run()
+    except (ImportError, RuntimeError) as error:  # BenchmarkError, and JAX's and torch's errors, are RuntimeErrors
+        expected = isinstance(error, (ImportError, BenchmarkError)) or "out of memory" in str(error).lower()
+        if not expected:
+            raise
         answer(error=str(error).splitlines()[0])
         return
-    for _ in range(WARM_UP):
-        work.before()
-        work.run()
     facts = {"hardware": accelerator()} | work.facts if wanted["device"] == "gpu" else work.facts
     answer(images=work.images, flops=work.flops, facts=facts)
     reset_peak()

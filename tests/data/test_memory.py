@@ -168,7 +168,7 @@ for at_once in (1, 5):
     print(peak() - start)
 """
     one, five = map(float, measured(tmp_path, code).split())
-    assert one < 250 < five, (one, five)
+    assert one < 300 < five, (one, five)  # 240 with Python 3.11, 256 with 3.13
 
 
 def test_the_budget_is_never_exceeded_and_is_released() -> None:

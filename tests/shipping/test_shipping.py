@@ -14,6 +14,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from datetime import date, timedelta
 from pathlib import Path
 from types import ModuleType
 
@@ -199,6 +200,26 @@ def test_the_file_describes_its_contents(exported: loader.ExportedDetector, file
     with zipfile.ZipFile(file) as inside:
         for name in (n for n in inside.namelist() if n.startswith("programs/")):
             assert jax.export.deserialize(bytearray(inside.read(name))).platforms == PLATFORMS
+
+
+def test_a_file_names_the_command_that_renews_it_before_jax_may_refuse_it(file: Path, tmp_path: Path) -> None:
+    """A warning of one line, from 151 days on. Files of the first releases, without a date, load without one."""
+    with zipfile.ZipFile(file) as inside:
+        about = json.loads(inside.read("about.json"))
+    assert date.today() - date.fromisoformat(about["exported"]) <= timedelta(days=1)
+    assert about["renew"].startswith("scripts/export.py --workdir RUN --out ") and about["renew"].endswith(" --step 3")
+
+    def aged(days: int) -> str:
+        old = {**about, "exported": (date.today() - timedelta(days=days)).isoformat()}
+        return str(repacked(file, tmp_path / f"{days}.zip", about=json.dumps(old).encode()))
+
+    assert load(aged(150)).about["versions"] == about["versions"]  # warnings are errors in tests
+    with pytest.warns(UserWarning, match=rf"exported on \S+ with jax {re.escape(jax.__version__)}; .*") as caught:
+        load(aged(160))
+    (line,) = [str(warning.message) for warning in caught]
+    assert line.endswith(f"renew it with {about['renew']}") and "\n" not in line
+    first = {name: value for name, value in about.items() if name not in ("exported", "renew")}
+    assert load(str(repacked(file, tmp_path / "first.zip", about=json.dumps(first).encode()))).about == first
 
 
 ELSEWHERE = """
@@ -412,6 +433,7 @@ def pickled() -> bytes:
         lambda file, path: repacked(file, path, about=json.dumps({"format": "retina_jax detector 3"}).encode()),
         lambda file, path: repacked(file, path, about=json.dumps({"format": loader.FORMAT}).encode()),
         lambda file, path: repacked(file, path, about=b"[" * 200_000),
+        lambda file, path: repacked(file, path, about=json.dumps({"exported": "2026-02-30"}).encode()),
         lambda file, path: repacked(file, path, parameters=inflated()),
         lambda file, path: repacked(file, path, parameters=claiming(10**15)),
     ],

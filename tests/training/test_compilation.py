@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.errors import JaxRuntimeError
+from jax.experimental.compilation_cache import compilation_cache
 
 from retina_jax import errors
 from retina_jax.config import Config
@@ -65,10 +66,10 @@ def uncached() -> Iterator[None]:
     """Switches off the tests' compilation cache on disk, in which the second run of a test would find its programs."""
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
-    jax._src.compilation_cache.reset_cache()
+    compilation_cache.reset_cache()
     yield
     jax.config.update("jax_enable_compilation_cache", before)
-    jax._src.compilation_cache.reset_cache()
+    compilation_cache.reset_cache()
 
 
 def take(step: CompiledStep, state: State, *batches: Pixels) -> State:
@@ -190,7 +191,7 @@ def test_a_program_from_the_cache_is_reported_as_such(tmp_path: object) -> None:
     try:
         for name, value in settings.items():
             jax.config.update(name, value)
-        jax._src.compilation_cache.reset_cache()
+        compilation_cache.reset_cache()
         said: list[str] = []
         for _ in range(2):
             jax.clear_caches()
@@ -198,7 +199,7 @@ def test_a_program_from_the_cache_is_reported_as_such(tmp_path: object) -> None:
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
-        jax._src.compilation_cache.reset_cache()
+        compilation_cache.reset_cache()
     assert "32x48" in said[1] and "cache" not in said[1]
     assert "32x48" in said[3] and "cache" in said[3]
 

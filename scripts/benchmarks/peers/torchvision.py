@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,19 @@ from benchmarks.work import BenchmarkError, Task, Work
 SCORES_ABOVE, LOGIT_STD = 1000, 1.5
 
 
-def make(task: Task) -> Work:
-    """The work of `task`."""
-    makers = {"step": step, "forward": forward, "detect": detect, "loss": loss, "match": match_anchors, "nms": nms}
-    if task.name not in makers:
+def make(task: Task, prepare: Callable[[RetinaNet], RetinaNet] = lambda model: model) -> Work:
+    """The work of `task`; `prepare` changes the network."""
+    of_network = {"step": step, "forward": forward, "detect": detect}
+    others = {"loss": loss, "match": match_anchors, "nms": nms}
+    if task.name not in of_network | others:
         raise BenchmarkError(f"torchvision has no benchmark {task.name}")
     if task.device == "cpu":
         torch.set_num_threads(task.cores or torch.get_num_threads())
     torch.manual_seed(task.seed)
-    work = makers[task.name](task)
+    if task.name in of_network:
+        work = of_network[task.name](task, prepare(network(task)))
+    else:
+        work = others[task.name](task)
     return work._replace(
         facts={"version": f"torchvision {torchvision.__version__}, torch {torch.__version__}"} | work.facts
     )
@@ -57,9 +62,9 @@ def batch(task: Task) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]
     return images, targets
 
 
-def step(task: Task) -> Work:
+def step(task: Task, model: RetinaNet) -> Work:
     """Prepares a training step with SGD."""
-    model = network(task).train()
+    model.train()
     images, targets = batch(task)
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), 1e-8, 0.9, weight_decay=1e-4)
 
@@ -74,9 +79,9 @@ def step(task: Task) -> Work:
     return Work(run, task.batch)
 
 
-def forward(task: Task) -> Work:
+def forward(task: Task, model: RetinaNet) -> Work:
     """Prepares the forward pass, from normalised pixels to logits and deltas."""
-    model = network(task).eval()
+    model.eval()
     images, _ = batch(task)
 
     def run() -> None:
@@ -88,9 +93,9 @@ def forward(task: Task) -> Work:
     return Work(run, task.batch)
 
 
-def detect(task: Task) -> Work:
+def detect(task: Task, model: RetinaNet) -> Work:
     """Prepares detection, from pixels to boxes, with as many scores above the threshold as this project's variant."""
-    model = network(task).eval()
+    model.eval()
     images, _ = batch(task)
     with torch.inference_mode():
         prepared, _ = model.transform(images)
