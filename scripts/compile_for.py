@@ -28,6 +28,7 @@ from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import validate
 from retina_jax.console import log
 from retina_jax.data.transforms import buckets, train_short_sides
+from retina_jax.errors import OutOfMemory
 from retina_jax.runs.folder import config_of
 
 PAPER = Path(__file__).parents[1] / "configs" / "paper_r50_600.py"
@@ -66,12 +67,19 @@ def main() -> None:
     for index, shape in enumerate(shapes, start=1):
         if not arguments.json:
             log(f"compiling program {index} of {len(shapes)} ({shape[0]}x{shape[1]}) for {number} x {target.kind} ...")
-        result, text = needs(config, config.model.num_classes or CLASSES, target, devices, arguments.what, shape)
+        try:
+            result, text = needs(config, config.model.num_classes or CLASSES, target, devices, arguments.what, shape)
+        except OutOfMemory as error:  # the compilers of TPUs refuse a program that does not fit
+            print(
+                json.dumps({"padded_hw": shape, "fits": False}) if arguments.json else f"does NOT fit: {error}",
+                flush=True,
+            )
+            continue
         print(json.dumps(asdict(result)) if arguments.json else report(result, target), flush=True)
         found.append(result)
         if arguments.hlo:
             arguments.hlo.write_text(text)
-    if not arguments.json:
+    if found and not arguments.json:
         print(schedule(found, config, number, arguments.what))
 
 

@@ -111,11 +111,11 @@ def test_detectron2_centres_the_papers_cells_on_the_corner() -> None:
 
 def found(logits: np.ndarray, anchors: np.ndarray, counts: tuple[int, ...], **options: object) -> Detections:
     """Detects on a 100 x 100 image with one class and deltas 0."""
+    ends = np.cumsum(counts)[:-1]
     return detect(
-        jnp.asarray(logits, jnp.float32)[None, :, None],
-        jnp.zeros((1, len(anchors), 4)),
+        jnp.split(jnp.asarray(logits, jnp.float32)[None, :, None], ends, axis=1),
+        jnp.split(jnp.zeros((1, len(anchors), 4)), ends, axis=1),
         jnp.asarray(anchors, jnp.float32),
-        counts,
         jnp.array([[100, 100]], jnp.int32),
         DetectionConfig(max_detections=5, **options),
     )

@@ -22,7 +22,11 @@ A = len(GRID)
 
 @functools.cache
 def compiled(config: DetectionConfig) -> jax.stages.Wrapped:
-    return jax.jit(lambda logits, deltas, sizes: detect(logits, deltas, GRID, COUNTS, sizes, config))
+    return jax.jit(lambda logits, deltas, sizes: detect(levels(logits), levels(deltas), GRID, sizes, config))
+
+
+def levels(outputs: jax.Array) -> list[jax.Array]:
+    return jnp.split(outputs, np.cumsum(COUNTS)[:-1], axis=1)
 
 
 def run(logits: np.ndarray, deltas: np.ndarray, sizes: list[tuple[int, int]], **options: float) -> Detections:
@@ -135,7 +139,7 @@ def test_detect_equals_brute_force_on_every_image(top_k: int) -> None:
 
 def test_bfloat16_outputs_are_decoded_in_float32() -> None:
     logits, deltas, _ = planted()
-    found = jax.jit(lambda x, d, s: detect(x, d, GRID, COUNTS, s, DetectionConfig()))(
+    found = jax.jit(lambda x, d, s: detect(levels(x), levels(d), GRID, s, DetectionConfig()))(
         jnp.asarray(logits, jnp.bfloat16), jnp.asarray(deltas, jnp.bfloat16), jnp.array([PADDED_HW], jnp.int32)
     )
     assert found.boxes_xyxy.dtype == found.scores.dtype == jnp.float32
@@ -144,15 +148,9 @@ def test_bfloat16_outputs_are_decoded_in_float32() -> None:
 
 
 def test_levels_that_do_not_match_the_outputs_are_refused() -> None:
+    logits, deltas = levels(jnp.zeros((1, A, K))), levels(jnp.zeros((1, A, 4)))
     with pytest.raises(ValueError, match=f"there are {A} anchors"):
-        detect(
-            jnp.zeros((1, A, K)),
-            jnp.zeros((1, A, 4)),
-            GRID,
-            COUNTS[:-1],
-            jnp.array([PADDED_HW], jnp.int32),
-            DetectionConfig(),
-        )
+        detect(logits[:-1], deltas[:-1], GRID, jnp.array([PADDED_HW], jnp.int32), DetectionConfig())
 
 
 def test_detect_is_the_same_under_shard_map() -> None:

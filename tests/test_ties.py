@@ -63,7 +63,7 @@ def in_loss_program(boxes: jax.Array, labels: jax.Array) -> jax.Array:
 
     def total(logits: jax.Array) -> jax.Array:
         deltas = jnp.zeros((len(labels), len(ANCHORS), 4))
-        sums = image_losses(logits, deltas, ANCHORS, boxes, labels, matching=RULE, loss=LossConfig())
+        sums = image_losses([logits], [deltas], ANCHORS, boxes, labels, matching=RULE, loss=LossConfig())
         return (sums.classification + sums.box).sum()
 
     gradient = jax.grad(total)(jnp.zeros((len(labels), len(ANCHORS), CLASSES)))

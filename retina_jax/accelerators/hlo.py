@@ -4,7 +4,7 @@ and the bytes that kernels read and write (GPU). Loops count with their trips.""
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 BYTES = {
@@ -126,6 +126,8 @@ class Program:
 def parse(text: str, unknown_trips: int = 1) -> Program:
     """Parses `compiled.as_text()`."""
     computations: dict[str, list[Operation]] = {}
+    constants: dict[str, int] = {}
+    limits: dict[str, int] = {}  # by computation: n of its comparison i < n, the condition of a loop from 0
     entry = current = ""
     for line in text.splitlines():
         if (head := _HEAD.match(line)) and not line.startswith(" "):
@@ -133,7 +135,17 @@ def parse(text: str, unknown_trips: int = 1) -> Program:
             computations[current] = []
             entry = current if head[1] else entry
         elif current and (match := _LINE.match(line)):
-            computations[current].append(_operation(*match.groups()))
+            operation = _operation(*match.groups())
+            computations[current].append(operation)
+            if constant := re.match(r"(\d+)\)", match[4]) if operation.kind == "constant" else None:
+                constants[operation.name] = int(constant[1])
+            if operation.kind == "compare" and "direction=LT" in match[4]:
+                limits.update((current, constants[name]) for name in operation.operands if name in constants)
+    for operations in computations.values():
+        for place, operation in enumerate(operations):
+            if operation.trips is None:
+                trips = next((limits[called] for called in operation.calls if called in limits), None)
+                operations[place] = replace(operation, trips=trips)
     return Program(entry, unknown_trips, computations)
 
 

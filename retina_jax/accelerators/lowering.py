@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from retina_jax.config import Config
 from retina_jax.model.initialisation import initialise
+from retina_jax.model.summary import jaxpr_flops
 from retina_jax.training.parallel import AXIS, Driver
 from retina_jax.training.state import state_from
 from retina_jax.training.step import Inputs
@@ -19,25 +20,31 @@ from retina_jax.training.step import Inputs
 What = Literal["step", "detect"]
 
 
-def trace(
+def lower(
     config: Config, num_classes: int, devices: Sequence[Any], what: What, padded_hw: tuple[int, int]
-) -> jax.stages.Traced:
-    """Traces `Driver.step` or `Driver.detect` for a global batch of `config.data.batch_size` images of shape `padded_hw`.
+) -> tuple[jax.stages.Lowered, int]:
+    """Lowers `Driver.step` or `Driver.detect` for a global batch of `config.data.batch_size` images of shape `padded_hw`.
 
-    `.jaxpr` counts operations (`summary.jaxpr_flops`); `.lower().compile()` makes the program of the devices. CPU kernels
-    are off, as on an accelerator. Raises ConfigError if the batch does not divide evenly over the devices.
+    Returns the program, which `.compile()` makes for the devices, and its operations over all devices
+    (`summary.jaxpr_flops`). With `config.parallel` "pmap" the operations are those of jit, whose step is the same;
+    detection is always that of jit. Raises ConfigError if the batch does not divide evenly over the devices.
     """
-    driver = Driver(replace(config, cpu_kernels=False), num_classes, tuple(devices))
+    driver = Driver(config, num_classes, tuple(devices))
     driver.check_batch_size()
-    inputs = _inputs(driver, padded_hw)
+    by_jit = Driver(replace(config, parallel="jit"), num_classes, tuple(devices))
     variables = initialise(driver.model, config.seed)
     if what == "detect":
-        return driver.detect.trace(_shapes(variables, driver.replicated), inputs)
+        traced = by_jit.detect.trace(_shapes(variables, driver.replicated), _inputs(by_jit, padded_hw))
+        return traced.lower(), jaxpr_flops(traced.jaxpr.jaxpr)
     state = state_from(variables, driver.optimizer, averaged=config.optimizer.ema_decay > 0)
-    return driver.step.trace(_shapes(state, driver.replicated), inputs)
+    traced = by_jit.step.trace(_shapes(state, driver.replicated), _inputs(by_jit, padded_hw))
+    lowered = traced.lower()
+    if config.parallel == "pmap":
+        lowered = driver.step.lower(_shapes(state, None), _inputs(driver, padded_hw))
+    return lowered, jaxpr_flops(traced.jaxpr.jaxpr)
 
 
-def _shapes(tree: PyTree, sharding: NamedSharding) -> PyTree:
+def _shapes(tree: PyTree, sharding: NamedSharding | None) -> PyTree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 

@@ -10,14 +10,15 @@ from typing import Any
 from jax.errors import JaxRuntimeError
 
 from retina_jax.accelerators.hlo import Program, parse
-from retina_jax.accelerators.lowering import What, trace
+from retina_jax.accelerators.lowering import What, lower
 from retina_jax.accelerators.targets import Target
 from retina_jax.config import Config
 from retina_jax.errors import OutOfMemory, out_of_memory
-from retina_jax.model.summary import jaxpr_flops
 from retina_jax.training.compilation import Memory, memory_of
 
 LARGEST = 12  # places in the model that are listed
+UNKNOWN_TRIPS = 3
+"""Assumed for loops that end by their data: two blocks of NMS keep 100 boxes, and its rounds settle after two or three."""
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,19 @@ def needs(
     config: Config, num_classes: int, target: Target, devices: Sequence[Any], what: What, padded_hw: tuple[int, int]
 ) -> tuple[Needs, str]:
     """Compiles a program for `devices` of `target`; returns what it needs, and its text (scheduled HLO)."""
-    traced = trace(config, num_classes, devices, what, padded_hw)
-    flops = jaxpr_flops(traced.jaxpr.jaxpr) // len(devices)
+    lowered, flops = lower(config, num_classes, devices, what, padded_hw)
     images = config.data.batch_size // len(devices)
     started = time.monotonic()
     try:
-        compiled = traced.lower().compile()
+        compiled = lowered.compile()
     except JaxRuntimeError as error:
         if line := out_of_memory(error, f"the {what} for {padded_hw[0]}x{padded_hw[1]}", None):
             raise OutOfMemory(line) from error
         raise
     seconds = time.monotonic() - started
     text, memory = compiled.as_text(), memory_of(compiled)
-    # The loop of the matching ends after an image's last box, so its trips are not known; most is max_boxes.
-    program = parse(text, unknown_trips=config.data.max_boxes)
-    floor, estimate, kernels = _times(program, target, flops)
+    program = parse(text, unknown_trips=UNKNOWN_TRIPS)
+    floor, estimate, kernels = _times(program, target, flops // len(devices))
     return Needs(
         padded_hw=padded_hw,
         images=images,
@@ -66,7 +65,7 @@ def needs(
         fits=memory is None or sum(memory) <= target.memory,
         largest_batch=_largest_batch(memory, images, target),
         compile_seconds=seconds,
-        flops=flops,
+        flops=flops // len(devices),
         collectives=program.collectives(),
         host_transfers=program.host_transfers(),
         cycles=program.cycles(),

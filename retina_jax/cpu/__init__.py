@@ -24,13 +24,19 @@ Numbers, Labels = Float[Array, "*N K"], Int[Array, "*N"]
 ValueAndGradient = Callable[[Numbers, Labels], tuple[Float32[Array, "*N K"], Numbers]]
 
 kernels = jax.make_user_context(None)
-"""The switch. `with kernels(False):` traces programs without CPU kernels, `kernels(True)` with them. None, the default:
-with them if the default backend is the CPU. It is read when a program is traced, and is part of the key of JAX's caches."""
+"""The switch. `with kernels("cpu"):` traces programs with CPU kernels, "tpu" with the forms for TPUs (`model.layers`), and
+"" with neither. None, the default: those of the default backend. It is read when a program is traced, and is part of the
+key of JAX's caches."""
+
+
+def platform() -> str:
+    """Returns the platform whose forms a program gets that is traced now."""
+    return jax.default_backend() if kernels.value is None else kernels.value
 
 
 def enabled() -> bool:
     """Returns whether a program that is traced now gets CPU kernels."""
-    return jax.default_backend() == "cpu" if kernels.value is None else kernels.value
+    return platform() == "cpu"
 
 
 def on_cpu(kernel: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -23,7 +23,7 @@ from retina_jax.config import DataConfig
 from retina_jax.data.pipeline import LARGE
 from retina_jax.data.transforms import buckets, exact_padded_shape
 from retina_jax.detector import Detector
-from retina_jax.ops.anchors import anchor_grid, level_counts
+from retina_jax.ops.anchors import anchor_grid
 from retina_jax.ops.boxes import rounded
 from retina_jax.ops.postprocess import detect
 
@@ -71,7 +71,6 @@ def _detect(detector: Detector, shape: tuple[int, int]) -> Any:
     config, model = detector.config, detector.driver.model
     structure = jax.tree.structure(detector.variables)
     anchors = anchor_grid(shape, config.anchors, config.model)
-    counts = level_counts(shape, config.anchors, config.model)
 
     def detect_batch(
         parameters: list[Array],
@@ -79,9 +78,12 @@ def _detect(detector: Detector, shape: tuple[int, int]) -> Any:
         resized_hw: Int[Array, "b 2"],
         size_hw: Int[Array, "b 2"],
     ) -> tuple[Float32[Array, "b D 4"], Float32[Array, "b D"], Int[Array, "b D"]]:
-        with cpu.kernels(config.cpu_kernels):  # whatever the backend here: the program also runs on the CPU
-            logits, deltas = model.apply(jax.tree.unflatten(structure, parameters), images, resized_hw, train=False)
-        found = detect(logits, deltas, jnp.asarray(anchors), counts, resized_hw, config.detection)
+        with cpu.kernels(
+            "cpu" if config.cpu_kernels else ""
+        ):  # whatever the backend here: the program also runs on the CPU
+            variables = jax.tree.unflatten(structure, parameters)
+            levels = model.apply(variables, images, resized_hw, train=False, method="levels")
+        found = detect(*zip(*levels, strict=True), anchors, resized_hw, config.detection)
         # To pixels of the original images, as in evaluation, and clipped to them.
         before, after = (jnp.tile(size[:, ::-1], 2)[:, None].astype(jnp.float32) for size in (size_hw, resized_hw))
         scale, boxes_xyxy = after / before, found.boxes_xyxy

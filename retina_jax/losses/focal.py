@@ -25,6 +25,8 @@ from retina_jax.ops.matching import IGNORED
 Logits, Labels, Losses = Float[Array, "*N K"], Int[Array, "*N"], Float32[Array, "*N K"]
 ClassificationLoss = Callable[[Logits, Labels], Losses]
 
+FAR = -(2**30)  # below all differences between two classes
+
 
 def classification_loss(config: LossConfig) -> ClassificationLoss:
     """Returns the loss named by `loss.kind`, with the parameters of `config`."""
@@ -40,9 +42,12 @@ def classification_loss(config: LossConfig) -> ClassificationLoss:
 
 def targets(logits: Logits, labels: Labels, foreground: float = 1.0, background: float = 1.0) -> tuple[Losses, Losses]:
     """Returns (y, alpha_t) of each logit: y is 1 or -1, alpha_t is `foreground` for y = 1, `background` for y = -1."""
-    # XLA fuses this comparison, so the one-hot array [... K] is never stored.
-    is_class = lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1) == labels[..., None]
-    alpha_t = jnp.where(is_class, foreground, jnp.where(labels == IGNORED, 0.0, background)[..., None])
+    # XLA fuses these comparisons, so the one-hot array [... K] is never stored. All compare the difference from the class:
+    # TPUs do store the labels repeated for each class, and would store a comparison of the label alone in the same way.
+    labels = jnp.where(labels == IGNORED, FAR, labels)[..., None]
+    difference = labels - lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
+    is_class = difference == 0
+    alpha_t = jnp.where(is_class, foreground, jnp.where(difference <= FAR, 0.0, background))
     return jnp.where(is_class, 1.0, -1.0), alpha_t
 
 

@@ -10,10 +10,11 @@ from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
 from retina_jax.config import LossConfig
-from retina_jax.cpu import ValueAndGradient, on_cpu, tiled_sums_and_gradient
+from retina_jax.cpu import ValueAndGradient, on_cpu, platform, tiled_sums_and_gradient
 from retina_jax.losses.focal import Labels, Logits, classification_loss, targets
 
 SummedLoss = Callable[[Float[Array, "B A K"], Int[Array, "B A"]], Float32[Array, " B"]]
@@ -51,6 +52,11 @@ def sums_and_gradient(
 ) -> tuple[Float32[Array, " B"], Float[Array, "B A K"]]:
     """Returns (loss summed over the anchors and classes of each image, gradient of the sum by the logits)."""
     values, gradient = loss(logits, labels)
+    if platform() != "tpu":
+        # Two passes over the logits, which leave only the gradient. XLA on GPUs would store what they have in common, in
+        # float32, and compute the gradient again wherever it is used. On TPUs both end in the convolution's own loop.
+        values, _ = loss(lax.optimization_barrier(logits), labels)
+        gradient = lax.optimization_barrier(gradient)
     return values.sum(axis=(1, 2)), gradient
 
 

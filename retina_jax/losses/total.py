@@ -23,6 +23,7 @@ With mining (`retina_jax.losses.mining`) only the classification loss is that of
 all anchors assigned to a box. With `loss.mining_normaliser minibatch` its n_i are the sizes of the minibatches.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -36,7 +37,7 @@ from retina_jax.config import ConfigError, LossConfig, MatchingConfig
 from retina_jax.losses.fused import summed, value_and_gradient
 from retina_jax.losses.mining import mine
 from retina_jax.losses.regression import box_loss
-from retina_jax.ops.matching import IGNORED, Matches, match
+from retina_jax.ops.matching import IGNORED, match
 
 Normaliser = Literal["per_image", "per_device", "global", "ema"]
 
@@ -56,8 +57,8 @@ class ImageLosses(NamedTuple):
 
 
 def image_losses(
-    logits: Float[Array, "B A K"],
-    deltas: Float[Array, "B A 4"],
+    logits: Sequence[Float[Array, "B _ K"]],
+    deltas: Sequence[Float[Array, "B _ 4"]],
     anchors: Float[Array | np.ndarray, "A 4"],
     boxes_xyxy: Float[Array, "B G 4"],
     labels: Int[Array, "B G"],
@@ -67,38 +68,50 @@ def image_losses(
 ) -> ImageLosses:
     """Matches the anchors of each image and sums the classification loss of all (or the mined) anchors, and the box loss.
 
-    labels is -1 on padded boxes. An image without boxes is all background: its box loss and positives are 0. The sums are
-    float32 in any dtype of logits and deltas.
+    logits and deltas are those of each pyramid level; the anchors of all levels follow each other. labels is -1 on padded
+    boxes. An image without boxes is all background: its box loss and positives are 0. The sums are float32 in any dtype of
+    logits and deltas.
     """
-    boxes_xyxy, anchors = boxes_xyxy.astype(jnp.float32), jnp.asarray(anchors)
+    boxes_xyxy = boxes_xyxy.astype(jnp.float32)
+    ends = np.cumsum([part.shape[1] for part in logits])
+
+    def by_level(rows: Array | np.ndarray, axis: int) -> list[Array]:
+        return jnp.split(rows, ends[:-1], axis)
+
     matches = jax.vmap(partial(match, config=matching), in_axes=(None, 0, 0))(anchors, boxes_xyxy, labels)
     positives = (matches.labels >= 0).sum(axis=1).astype(jnp.float32)
     averaged_over, trained_labels = positives, matches.labels
     if loss.mining != "none":
-        mined = jax.vmap(partial(_mined_labels, anchors=anchors, config=loss))
-        trained_labels = mined(lax.stop_gradient(logits), matches.labels)
+        of_logits, outputs = value_and_gradient(loss), lax.stop_gradient(tuple(logits))
+        sums = [of_logits(*level)[0].sum(axis=-1) for level in zip(outputs, by_level(matches.labels, 1), strict=True)]
+        trained_labels = jax.vmap(partial(_mined_labels, anchors=anchors, config=loss))(
+            jnp.concatenate(sums, axis=1), matches.labels
+        )
         if loss.mining_normaliser == "minibatch":
             averaged_over = (trained_labels != IGNORED).sum(axis=1).astype(jnp.float32)
 
-    def box_sum(deltas: Float[Array, "A 4"], boxes_xyxy: Float[Array, "G 4"], matches: Matches) -> Float32[Array, ""]:
-        losses = box_loss(deltas.astype(jnp.float32), anchors, boxes_xyxy[matches.box_index], config=loss)
-        return jnp.where(matches.labels >= 0, losses, 0.0).sum()
+    def box_sum(
+        deltas: Float[Array, "A 4"], anchors: Array, labels: Array, box_index: Array, boxes_xyxy: Float[Array, "G 4"]
+    ) -> Float32[Array, ""]:
+        losses = box_loss(deltas.astype(jnp.float32), anchors, boxes_xyxy[box_index], config=loss)
+        return jnp.where(labels >= 0, losses, 0.0).sum()
 
+    targets = by_level(anchors, 0), by_level(matches.labels, 1), by_level(matches.box_index, 1)
+    box_sums = jax.vmap(box_sum, in_axes=(0, None, 0, 0, 0))
     return ImageLosses(
-        classification=summed(loss)(logits, trained_labels),
-        box=jax.vmap(box_sum)(deltas, boxes_xyxy, matches),
+        classification=sum(map(summed(loss), logits, by_level(trained_labels, 1))),
+        box=sum(box_sums(*level, boxes_xyxy) for level in zip(deltas, *targets, strict=True)),
         positives=positives,
         averaged_over=averaged_over,
     )
 
 
 def _mined_labels(
-    logits: Float[Array, "A K"], labels: Int[Array, " A"], *, anchors: Float[Array, "A 4"], config: LossConfig
+    losses: Float32[Array, " A"], labels: Int[Array, " A"], *, anchors: Float[Array, "A 4"], config: LossConfig
 ) -> Int[Array, " A"]:
-    """Returns `labels`, with IGNORED for the anchors that are not mined."""
-    values, _ = value_and_gradient(config)(logits, labels)
+    """Returns `labels`, with IGNORED for the anchors that are not mined, by their `losses`."""
     settings = {"kind": config.mining, "batch": config.mining_batch, "iou_threshold": config.mining_nms_iou}
-    mined = mine(values.sum(axis=-1), labels >= 0, labels != IGNORED, anchors, **settings)
+    mined = mine(losses, labels >= 0, labels != IGNORED, anchors, **settings)
     return jnp.where(mined, labels, IGNORED)
 
 

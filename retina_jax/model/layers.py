@@ -10,10 +10,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from retina_jax.cpu import convolution, on_cpu
+from retina_jax.cpu import convolution, on_cpu, platform
 
 FLOAT32 = np.dtype("float32")
 EPSILON = 1e-5  # added to every variance, as in the systems whose weights are imported
+LANES = 128  # rows and columns of a TPU's matrix units
 MOMENTUM = 0.9  # weight of the old running statistics in each step
 
 
@@ -39,7 +40,12 @@ def relu(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
     return jnp.maximum(x, 0)
 
 
-relu.defvjp(lambda x: (relu(x),) * 2, lambda y, dy: (jnp.where(y > 0, dy, 0),))
+def _relu(x: Array) -> tuple[Array, Array]:
+    y = relu(x)
+    return y, lax.optimization_barrier(y)  # XLA would compare x instead of y with 0, and store both
+
+
+relu.defvjp(_relu, lambda y, dy: (jnp.where(y > 0, dy, 0),))
 
 
 @on_cpu(convolution.convolve_on_cpu)
@@ -51,13 +57,52 @@ def convolve(
     Each of the groups maps c = C / groups neighbouring channels to D / groups. The padding is that of Caffe2 and PyTorch;
     XLA's "SAME" pads an even side by (0, 1) for stride 2, which would shift the map by a pixel.
     """
+    if platform() == "tpu":
+        return _convolve_on_tpu(x, kernel, stride, groups)
+    return _convolve(x, kernel, stride, groups)
+
+
+def _convolve(x: Array, kernel: Array, stride: int, groups: int) -> Array:
+    if len(kernel) == 1:  # two convolutions of the same map then share the smaller one
+        x, stride = x[:, ::stride, ::stride], 1
     padding = [(kernel.shape[0] // 2,) * 2] * 2
     layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": groups}
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, **layout)
 
 
+def _convolve_on_tpu(x: Array, kernel: Array, stride: int, groups: int) -> Array:
+    """Computes `_convolve` in forms that XLA leaves alone on TPUs; docs/results/accelerators.md has the cycles.
+
+    With few images per chip XLA cuts maps into strips, to fill the rows of the matrix units, and copying the strips takes
+    longer than convolving. It does not if the last spatial axis has size 1, nor for matrix products. With few channels the
+    strips pay. Groups of few channels are joined to blocks of 128, as wide as the units, with zeros between the groups.
+    """
+    k, features = len(kernel), kernel.shape[-1]
+    kernel, groups = _joined_groups(kernel, groups)
+    channels = kernel.shape[2]
+    if channels < LANES or (k == 1 and features < LANES):
+        return _convolve(x, kernel, stride, groups)
+    if k == 1 and groups == 1:
+        x = x[:, ::stride, ::stride]
+        return (x.reshape(-1, channels) @ kernel[0, 0]).reshape(*x.shape[:3], features)
+    padding = [(k // 2,) * 2, (k // 2,) * 2, (0, 0)]
+    layout = {"dimension_numbers": ("NHWTC", "HWTIO", "NHWTC"), "feature_group_count": groups}
+    y = lax.conv_general_dilated(x[:, :, :, None], kernel[:, :, None], (stride, stride, 1), padding, **layout)
+    return y[:, :, :, 0]
+
+
+def _joined_groups(kernel: Float[Array, "k k c D"], groups: int) -> tuple[Float[Array, "k k C D"], int]:
+    """Returns the kernel of an equal convolution with fewer groups, of at most LANES channels if c is not more."""
+    c, features = kernel.shape[2:]
+    joined = largest_divisor(groups, max(1, LANES // c))
+    group_of_row, group_of_column = np.arange(joined * c) // c, np.arange(features) // (features // groups) % joined
+    mask = (group_of_row[:, None] == group_of_column)[None, None]
+    return jnp.where(mask, jnp.tile(kernel, (1, 1, joined, 1)), 0), groups // joined
+
+
 class Conv(nn.Module):
-    """`convolve` with a trained or frozen kernel [k, k, C / groups, features], plus an optional bias."""
+    """`convolve` with a trained or frozen kernel [k, k, C / groups, features], plus an optional bias. `gain` [features]
+    multiplies the kernel's outputs."""
 
     features: int
     kernel_size: int
@@ -68,10 +113,12 @@ class Conv(nn.Module):
     dtype: np.dtype = FLOAT32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+    def __call__(self, x: Float[Array, "B H W C"], gain: Float[Array, " D"] | None = None) -> Float[Array, "B h w D"]:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
-        kernel = weight(self, "kernel", shape, jnp.zeros, self.frozen).astype(self.dtype)
-        y = convolve(x.astype(self.dtype), kernel, self.stride, self.groups)
+        kernel = weight(self, "kernel", shape, jnp.zeros, self.frozen)
+        if gain is not None:
+            kernel = kernel * gain[None, None, None]
+        y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.groups)
         if self.bias:
             bias = weight(self, "bias", (self.features,), jnp.zeros, self.frozen)
             y = y + bias.astype(self.dtype)[None, None, None]
@@ -79,14 +126,16 @@ class Conv(nn.Module):
 
 
 class Norm(nn.Module):
-    """(x - mean) / sqrt(var + 1e-5) * scale + bias, computed in float32 and returned in `dtype`.
+    """(x - mean) / sqrt(var + 1e-5) * scale + bias, computed in float32 and returned in `dtype`; with `conv`, of conv(x).
 
     kind "frozen": mean and var are weights, and none of the four weights is trained (collection `frozen`).
     kind "group": mean and var of each image over groups of channels; `groups` is lowered to a divisor of the channels.
-    kind "batch": with `train`, mean and var of the global batch (under pmap through `axis_name`), and the running statistics
-    in `stats` move a tenth of the way to them; without `train`, the running statistics. The running variance is biased.
+    kind "batch": with `train`, mean and var of the global batch (through `axis_name` of all devices), and the running
+    statistics in `stats` move a tenth of the way to them; without `train`, the running statistics. The running variance is
+    biased.
 
-    With `frozen` scale and bias move to the collection `frozen`, and "batch" becomes "frozen".
+    With `frozen` scale and bias move to the collection `frozen`, and "batch" becomes "frozen". If mean and var are known
+    before `conv`, its kernel is multiplied by scale / sqrt(var + 1e-5): only an addition remains for each number.
     """
 
     kind: Literal["frozen", "group", "batch"]
@@ -96,28 +145,36 @@ class Norm(nn.Module):
     dtype: np.dtype = FLOAT32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"], train: bool = False) -> Float[Array, "B H W C"]:
+    def __call__(
+        self, x: Float[Array, "B H W C"], train: bool = False, conv: Conv | None = None
+    ) -> Float[Array, "B h w D"]:
         frozen = self.frozen or self.kind == "frozen"
-        channels = x.shape[-1:]
+        channels = (conv.features,) if conv else x.shape[-1:]
         scale = weight(self, "scale", channels, jnp.ones, frozen)
         bias = weight(self, "bias", channels, jnp.zeros, frozen)
-        x = x.astype(jnp.float32)
+        known = self.kind == "frozen" or (self.kind == "batch" and (frozen or not train))
+        if not known:
+            x = (conv(x) if conv else x).astype(jnp.float32)
         if self.kind == "group":
             mean, var = group_moments(x, largest_divisor(x.shape[-1], self.groups))
         elif frozen:
-            mean = weight(self, "mean", channels, jnp.zeros, frozen)[None, None, None]
-            var = weight(self, "var", channels, jnp.ones, frozen)[None, None, None]
+            mean = weight(self, "mean", channels, jnp.zeros, frozen)
+            var = weight(self, "var", channels, jnp.ones, frozen)
         else:
             running_mean = self.variable("stats", "mean", jnp.zeros, channels, jnp.float32)
             running_var = self.variable("stats", "var", jnp.ones, channels, jnp.float32)
+            mean, var = running_mean.value, running_var.value
             if train:
                 mean, var = batch_moments(x, self.axis_name)
                 running_mean.value = MOMENTUM * running_mean.value + (1 - MOMENTUM) * mean[0, 0, 0]
                 running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * var[0, 0, 0]
-            else:
-                mean, var = running_mean.value[None, None, None], running_var.value[None, None, None]
+        if known and conv:
+            gain = scale * lax.rsqrt(var + EPSILON)
+            return conv(x, gain) + (bias - mean * gain).astype(self.dtype)[None, None, None]
+        if known:
+            mean, var = mean[None, None, None], var[None, None, None]
         gain = scale[None, None, None] * lax.rsqrt(var + EPSILON)
-        return ((x - mean) * gain + bias[None, None, None]).astype(self.dtype)
+        return ((x.astype(jnp.float32) - mean) * gain + bias[None, None, None]).astype(self.dtype)
 
 
 def group_moments(x: Float[Array, "B H W C"], groups: int) -> tuple[Float[Array, "B 1 1 C"], Float[Array, "B 1 1 C"]]:

@@ -73,12 +73,12 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w D"]:
         y = x
         for i, layer in enumerate(self.layers, start=1):
-            y = self.norm(name=f"norm{i}")(self.conv(*layer, name=f"conv{i}")(y), train)
+            y = self.norm(name=f"norm{i}")(y, train, self.conv(*layer, name=f"conv{i}"))
             if i < len(self.layers):
                 y = relu(y)
         if x.shape != y.shape:
             stride = int(np.prod([layer.stride for layer in self.layers]))
-            x = self.norm(name="shortcut_norm")(self.conv(y.shape[-1], 1, stride, name="shortcut")(x), train)
+            x = self.norm(name="shortcut_norm")(x, train, self.conv(y.shape[-1], 1, stride, name="shortcut"))
         return relu(x + y)
 
 
@@ -91,7 +91,7 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W 3"], train: bool) -> Float[Array, "B h w C"]:
-        x = relu(self.norm(name="norm")(self.conv(self.features, 7, 2, name="conv")(x), train))
+        x = relu(self.norm(name="norm")(x, train, self.conv(self.features, 7, 2, name="conv")))
         return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pads with -inf
 
 

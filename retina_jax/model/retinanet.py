@@ -36,22 +36,25 @@ class RetinaNet(nn.Module):
     axis_name: str | None = None
     """Named axis over which norm "batch" takes its statistics; None if the batch is the global one (jit)."""
 
-    @nn.compact
     def __call__(self, images: Images, image_sizes: Int[Array, "B 2"], train: bool = False) -> Outputs:
         """Computes logits and deltas of all anchors, in the precision of the convolutions.
 
         `images` are RGB, 0 to 255, padded to H x W; `image_sizes` is (height, width) of the image in the upper left corner,
         and the content of the padding has no effect. With `train`, norm "batch" takes its statistics from this batch.
         """
+        levels = self.levels(images, image_sizes, train)
+        return Outputs(*(jnp.concatenate(parts, axis=1) for parts in zip(*levels, strict=True)))
+
+    @nn.compact
+    def levels(self, images: Images, image_sizes: Int[Array, "B 2"], train: bool = False) -> tuple[Outputs, ...]:
+        """Computes the outputs of each pyramid level, finest first: [B H*W*a K] and [B H*W*a 4]. Losses and detection take
+        them as they are, because joining them would copy the largest array of the network."""
         config = self.config
         x = normalise(images, image_sizes, config.input_normalisation)
         levels = FPN(config, name="fpn")(ResNet(config, self.axis_name, name="backbone")(x, train))
         class_head = Head(config, self.anchors_per_cell, self.num_classes, name="class_head")
         box_head = Head(config, self.anchors_per_cell, 4, name="box_head")
-        return Outputs(
-            logits=jnp.concatenate([class_head(level) for level in levels], axis=1),
-            deltas=jnp.concatenate([box_head(level) for level in levels], axis=1),
-        )
+        return tuple(Outputs(logits=class_head(level), deltas=box_head(level)) for level in levels)
 
 
 class Head(nn.Module):
@@ -72,10 +75,10 @@ class Head(nn.Module):
         config, dtype = self.config, np.dtype(self.config.dtype)
         plain = config.head_norm == "none"
         for i in range(1, config.head_convs + 1):
-            x = Conv(config.head_channels, 3, bias=plain, dtype=dtype, name=f"conv{i}")(x)
-            if not plain:
-                x = Norm("group", config.norm_groups, dtype=dtype, name=f"norm{i}")(x)
-            x = relu(x)
+            conv = Conv(config.head_channels, 3, bias=plain, dtype=dtype, name=f"conv{i}")
+            x = relu(
+                conv(x) if plain else Norm("group", config.norm_groups, dtype=dtype, name=f"norm{i}")(x, conv=conv)
+            )
         x = Conv(self.anchors_per_cell * self.outputs, 3, bias=True, dtype=dtype, name="output")(x)
         return x.reshape(x.shape[0], -1, self.outputs)
 
@@ -97,7 +100,7 @@ def normalise(
     torchvision. This runs on the device, because uint8 images are a quarter of the bytes.
     """
     order, mean, std = STATISTICS[kind]
-    x = images[..., np.array(order)].astype(jnp.float32)
+    x = (images if order == (0, 1, 2) else images[..., ::-1]).astype(jnp.float32)  # a gather would cost loops on TPUs
     x = (x - np.array(mean, np.float32)[None, None, None]) / np.array(std, np.float32)[None, None, None]
     height, width = images.shape[1:3]
     rows = jnp.arange(height)[None, :] < image_sizes[:, :1]

@@ -37,7 +37,7 @@ def _network_flops(config: ModelConfig, num_classes: int, padded_hw: tuple[int, 
     model = RetinaNet(config, num_classes, 1)
     images = jax.ShapeDtypeStruct((1, *padded_hw, 3), jnp.uint8)
     image_sizes = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    with cpu.kernels(False):  # `init` makes the parameters and applies the network to them in one trace
+    with cpu.kernels(""):  # `init` makes the parameters and applies the network to them in one trace
         return jaxpr_flops(jax.make_jaxpr(model.init)(jax.random.key(0), images, image_sizes).jaxpr)
 
 
@@ -57,7 +57,8 @@ def jaxpr_flops(jaxpr: core.Jaxpr) -> int:
             (contracted, _), _ = equation.params["dimension_numbers"]
             total += 2 * out * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
         parts = {key: [jaxpr_flops(part) for part in _parts(value)] for key, value in equation.params.items()}
-        total += sum(max(of, default=0) if key == "branches" else sum(of) for key, of in parts.items())
+        devices = equation.params["mesh"].size if equation.primitive.name == "shard_map" else 1  # each runs the body
+        total += devices * sum(max(of, default=0) if key == "branches" else sum(of) for key, of in parts.items())
     return total
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Num
 
 Boxes = Float[Array | np.ndarray, "*N 4"]
+Sides = tuple[Array, Array, Array, Array]
 
 MAX_LOG_SCALE = math.log(1000 / 16)
 """Largest dw and dh that `decode` applies: a side of 62.5 times the anchor's. Detectron's BBOX_XFORM_CLIP."""
@@ -24,8 +25,14 @@ def iou_matrix(
     Boxes that only touch have IoU 0, and so do two boxes without area (x2 <= x1 or y2 <= y1). Every operation is rounded to
     the dtype, as in numpy and detectron2: which anchors tie for the largest IoU depends on the last bit.
     """
-    ax1, ay1, ax2, ay2 = (side[:, None] for side in jnp.asarray(a_xyxy).T)
-    bx1, by1, bx2, by2 = (side[None, :] for side in jnp.asarray(b_xyxy).T)
+    a, b = jnp.asarray(a_xyxy).T, jnp.asarray(b_xyxy).T
+    return iou(tuple(a[:, :, None]), tuple(b[:, None]))
+
+
+def iou(a: Sides, b: Sides) -> Float[Array, "*N"]:
+    """Returns the intersection over union of boxes given as (x1, y1, x2, y2), four arrays each; see `iou_matrix`. Arrays
+    of one side fill the lanes of a vector unit; rows of four numbers do not."""
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a, b
     intersection = _area(jnp.maximum(ax1, bx1), jnp.maximum(ay1, by1), jnp.minimum(ax2, bx2), jnp.minimum(ay2, by2))
     areas = intersection, _area(ax1, ay1, ax2, ay2), _area(bx1, by1, bx2, by2)
     intersection, area_a, area_b = map(rounded, areas)

@@ -8,10 +8,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from retina_jax.config import MatchingConfig
-from retina_jax.ops.boxes import iou_matrix
+from retina_jax.ops.boxes import iou
 
 BACKGROUND = -1  # label of a background anchor: all K targets are 0
 IGNORED = -2  # label of an anchor that is not trained
+BLOCK, LANES = 4, 128  # boxes compared with all anchors in one pass, and anchors in a row
 
 
 class Matches(NamedTuple):
@@ -46,26 +47,33 @@ def match(
     Memory is O(A): a running maximum over the boxes. The loop always runs G times, because a number of iterations that
     depends on the data would cost a collective per iteration on a device mesh.
     """
-    boxes_xyxy = boxes_xyxy.astype(jnp.float32)
-    anchors = jnp.asarray(anchors).astype(jnp.float32)
+    # Rows of LANES anchors: TPUs would take one row of all anchors apart and put it together in each pass.
+    rows = jnp.pad(jnp.asarray(anchors, jnp.float32).T, ((0, 0), (0, -len(anchors) % (8 * LANES)))).reshape(
+        4, -1, LANES
+    )
+    padding = -boxes_xyxy.shape[0] % BLOCK
+    boxes = jnp.pad(boxes_xyxy.astype(jnp.float32), ((0, padding), (0, 0)))
+    is_box = jnp.pad(labels >= 0, (0, padding))
 
-    def add_box(g: Int[Array, ""], state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def add_boxes(block: Int[Array, ""], state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         best, box_index, is_best = state
-        iou = jnp.where(labels[g] >= 0, iou_matrix(anchors, boxes_xyxy[g][None])[:, 0], -1.0)
-        # The barrier keeps the compiler from computing iou twice, for its maximum and for the comparisons with it.
-        iou = lax.optimization_barrier(iou)
-        largest = iou.max()
-        better = iou > best
-        return (
-            jnp.where(better, iou, best),
-            jnp.where(better, g, box_index),
-            # A largest IoU of 0 does not count: a box that overlaps no anchor would tie with all of them.
-            is_best | ((iou == largest) & (largest > 0)),
+        numbers = [block * BLOCK + i for i in range(BLOCK)]
+        # The barrier keeps the compiler from computing an IoU twice, for its maximum and for the comparisons with it.
+        ious = lax.optimization_barrier(
+            [jnp.where(is_box[g], iou(tuple(rows), tuple(boxes[g])), -1.0) for g in numbers]
         )
+        for g, overlap in zip(numbers, ious, strict=True):
+            largest = overlap.max()
+            better = overlap > best
+            best, box_index = jnp.where(better, overlap, best), jnp.where(better, g, box_index)
+            # A largest IoU of 0 does not count: a box that overlaps no anchor would tie with all of them.
+            is_best |= (overlap == largest) & (largest > 0)
+        return best, box_index, is_best
 
     # zeros_like instead of zeros: inside a shard_map the state must vary over the devices as the labels do.
-    start = tuple(jnp.zeros_like(labels, dtype, len(anchors)) for dtype in (jnp.float32, jnp.int32, jnp.bool_))
-    best, box_index, is_best = lax.fori_loop(0, boxes_xyxy.shape[0], add_box, start)
+    start = tuple(jnp.zeros_like(labels, dtype, rows.shape[1:]) for dtype in (jnp.float32, jnp.int32, jnp.bool_))
+    found = lax.fori_loop(0, len(boxes) // BLOCK, add_boxes, start)
+    best, box_index, is_best = (part.reshape(-1)[: len(anchors)] for part in found)
 
     background = best < config.negative_iou
     low_quality_matches = {"none": jnp.zeros_like(is_best), "band": is_best & ~background, "all": is_best}

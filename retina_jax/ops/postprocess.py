@@ -1,5 +1,6 @@
 """Logits to detections (Section 4.1, Inference)."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,10 +25,9 @@ class Detections(NamedTuple):
 
 
 def detect(
-    logits: Float[Array, "B A K"],
-    deltas: Float[Array, "B A 4"],
+    logits: Sequence[Float[Array, "B _ K"]],
+    deltas: Sequence[Float[Array, "B _ 4"]],
     anchors: Float[Array | np.ndarray, "A 4"],
-    level_counts: tuple[int, ...],
     image_sizes: Int[Array, "B 2"],
     config: DetectionConfig,
 ) -> Detections:
@@ -40,24 +40,25 @@ def detect(
     Without config.threshold_coarsest the coarsest level keeps every score above 0. With config.clip "after_nms" unclipped
     boxes are suppressed, then clipped, and those without area are dropped, so there may be fewer than D.
 
-    level_counts are the anchors of each level; image_sizes is (height, width) of each image without its padding.
+    logits and deltas are those of each level, finest first; the anchors of all levels follow each other. image_sizes is
+    (height, width) of each image without its padding.
     """
-    if (total := sum(level_counts)) != logits.shape[1]:
-        raise ValueError(f"level_counts {level_counts} add up to {total}, but there are {logits.shape[1]} anchors")
-    anchors = jnp.asarray(anchors)
-    thresholds = [config.score_threshold] * len(level_counts)
+    ends = np.cumsum([part.shape[1] for part in logits])
+    if ends[-1] != len(anchors):
+        raise ValueError(f"the levels have {ends[-1]} logits per class, but there are {len(anchors)} anchors")
+    thresholds = [config.score_threshold] * len(logits)
     if not config.threshold_coarsest:
         thresholds[-1] = 0.0
+    of_levels = jnp.split(jnp.asarray(anchors), ends[:-1])
 
-    def of_image(logits: Float[Array, "A K"], deltas: Float[Array, "A 4"], size_hw: Int[Array, "2"]) -> tuple:
-        found, start = [], 0  # per level
-        for count, threshold in zip(level_counts, thresholds, strict=True):
-            values, anchor, label = best_logits(logits[start : start + count], config.top_k)
-            found.append((values, anchor + start, label, jnp.full(values.shape, threshold, jnp.float32)))
-            start += count
-        best, anchor, label, threshold = (jnp.concatenate(parts) for parts in zip(*found, strict=True))
+    def of_image(logits: tuple[Array, ...], deltas: tuple[Array, ...], size_hw: Int[Array, "2"]) -> tuple:
+        found = []  # per level
+        for level, anchors, of_anchors, threshold in zip(logits, of_levels, deltas, thresholds, strict=True):
+            values, anchor, label = best_logits(level, config.top_k)
+            boxes_xyxy = decode(of_anchors[anchor].astype(jnp.float32), anchors[anchor])
+            found.append((values, boxes_xyxy, label, jnp.full(values.shape, threshold, jnp.float32)))
+        best, boxes_xyxy, label, threshold = (jnp.concatenate(parts) for parts in zip(*found, strict=True))
         scores = jax.nn.sigmoid(best.astype(jnp.float32))
-        boxes_xyxy = decode(deltas[anchor].astype(jnp.float32), anchors[anchor])
         if config.clip == "before_nms":
             boxes_xyxy = clip(boxes_xyxy, size_hw)
         limits = {"iou_threshold": config.nms_iou, "max_detections": config.max_detections}
@@ -73,7 +74,7 @@ def detect(
             jnp.where(valid, label[kept], PADDING),
         )
 
-    return Detections(*jax.vmap(of_image)(logits, deltas, image_sizes))
+    return Detections(*jax.vmap(of_image)(tuple(logits), tuple(deltas), image_sizes))
 
 
 def best_logits(

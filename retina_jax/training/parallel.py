@@ -1,7 +1,7 @@
 """The step over many devices: jit over a data mesh (the default), or pmap. Both run the same `train_step`.
 
-Under jit the program is written for the global batch, and the compiler splits it. Under pmap it is written for the images of
-one device, and sums go over the named axis. Parameters are replicated, images are split over the one axis `data`.
+It is written for the images of one device, and sums go over the named axis `data`. So devices exchange exactly what is
+summed: gradients and losses, once, in float32. Parameters are replicated, images are split over the axis.
 """
 
 import re
@@ -22,9 +22,8 @@ from jaxtyping import Array, PyTree
 from retina_jax import cpu
 from retina_jax.config import Config, ConfigError
 from retina_jax.model.initialisation import initialise
-from retina_jax.model.resnet import ARCHITECTURES
 from retina_jax.model.retinanet import RetinaNet
-from retina_jax.ops.anchors import anchor_grid, anchors_per_cell, level_counts
+from retina_jax.ops.anchors import anchor_grid, anchors_per_cell
 from retina_jax.ops.postprocess import Detections, detect
 from retina_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from retina_jax.training.state import TrainState, state_from
@@ -71,17 +70,15 @@ class Driver:
         return self.num_devices * self.config.training.accumulate
 
     @property
-    def device_view(self) -> bool:
-        """Whether a step is written for the images of one device: under pmap; with accumulation, to add up micro-batches
-        before devices exchange them; with grouped convolutions, for which the compiler would gather the global batch."""
-        grouped = ARCHITECTURES[self.config.model.backbone].groups > 1
-        return self.config.parallel == "pmap" or self.config.training.accumulate > 1 or grouped
+    def axis_name(self) -> str | None:
+        """Named axis of the sums over devices; None for one device, where XLA on the CPU would copy what it sums."""
+        return AXIS if self.num_devices > 1 else None
 
     @cached_property
     def model(self) -> RetinaNet:
-        """The network. It gets the axis name if a step is written for one device (`device_view`)."""
-        axis = AXIS if self.device_view else None
-        return RetinaNet(self.config.model, self.num_classes, anchors_per_cell(self.config.anchors), axis_name=axis)
+        """The network, as part of a step."""
+        per_cell = anchors_per_cell(self.config.anchors)
+        return RetinaNet(self.config.model, self.num_classes, per_cell, axis_name=self.axis_name)
 
     @cached_property
     def schedule(self) -> optax.Schedule:
@@ -128,11 +125,15 @@ class Driver:
         split = NamedSharding(self.mesh, P(AXIS))
         return jax.tree.map(partial(jax.make_array_from_process_local_data, split), inputs)
 
-    def _traced(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns `function`, traced with CPU kernels if config.cpu_kernels is on and the backend is the CPU."""
+    def _traced(self, function: Callable[..., Any], differentiated: bool) -> Callable[..., Any]:
+        """Returns `function`, traced in the forms for the platform: on CPUs only with config.cpu_kernels, and on TPUs only
+        if it is differentiated, because a forward pass alone takes fewer cycles in the plain form."""
+        platform = self.mesh.devices.flat[0].platform
+        plain = {"cpu": not self.config.cpu_kernels, "tpu": not differentiated}.get(platform, False)
+        forms = "" if plain else platform
 
         def traced(*arguments: Any) -> Any:
-            with cpu.kernels(None if self.config.cpu_kernels else False):
+            with cpu.kernels(forms):
                 return function(*arguments)
 
         traced.__name__ = getattr(getattr(function, "func", function), "__name__", "traced")  # names the program
@@ -142,35 +143,27 @@ class Driver:
     def step(self) -> Callable[[TrainState, Inputs], tuple[TrainState, dict[str, Array]]]:
         """The compiled training step; one program per padded shape. Its argument `state` is consumed (donated)."""
         parts = {"model": self.model, "config": self.config, "optimizer": self.optimizer, "schedule": self.schedule}
-        axis = AXIS if self.device_view else None
-        step = partial(train_step, **parts, num_devices=self.num_devices, axis_name=axis)
+        step = partial(train_step, **parts, num_devices=self.num_devices, axis_name=self.axis_name)
         if self.config.parallel == "pmap":
             devices = list(self.mesh.devices.flat)
             axes = {"axis_name": AXIS, "in_axes": (None, 0), "out_axes": (None, None)}
-            return jax.pmap(self._traced(step), **axes, devices=devices, donate_argnums=0)
-        images, everywhere = P(AXIS), P()
-        on_every_device = partial(jax.shard_map, mesh=self.mesh, check_vma=False)
-        if self.device_view:
-            step = on_every_device(step, in_specs=(everywhere, images), out_specs=(everywhere, everywhere))
-        else:
-            of_losses = (images, images, everywhere, images, images)  # the arguments of `image_losses`
-            step = partial(step, per_device=partial(on_every_device, in_specs=of_losses, out_specs=images))
-        shardings = self.replicated, NamedSharding(self.mesh, images)
-        return jax.jit(self._traced(step), in_shardings=shardings, out_shardings=self.replicated, donate_argnums=0)
+            return jax.pmap(self._traced(step, True), **axes, devices=devices, donate_argnums=0)
+        specs = {"in_specs": (P(), P(AXIS)), "out_specs": P()}
+        mapped = jax.shard_map(self._traced(step, True), mesh=self.mesh, **specs, check_vma=False)
+        shardings = self.replicated, NamedSharding(self.mesh, P(AXIS))
+        return jax.jit(mapped, in_shardings=shardings, out_shardings=self.replicated, donate_argnums=0)
 
     @cached_property
     def detect(self) -> Callable[[dict[str, PyTree], Inputs], Detections]:
         """The compiled inference step: (variables, batch split over the devices) -> Detections in pixels of the padded
         images, [B, D, ...]; each host holds its own rows."""
 
-        @self._traced
         def one_device(variables: dict[str, PyTree], inputs: Inputs) -> Detections:
-            padded_hw = inputs.images.shape[1:3]
-            logits, deltas = self.model.apply(variables, inputs.images, inputs.image_sizes, train=False)
-            anchors = jax.numpy.asarray(anchor_grid(padded_hw, self.config.anchors, self.config.model))
-            counts = level_counts(padded_hw, self.config.anchors, self.config.model)
-            return detect(logits, deltas, anchors, counts, inputs.image_sizes, self.config.detection)
+            levels = self.model.apply(variables, inputs.images, inputs.image_sizes, train=False, method="levels")
+            anchors = anchor_grid(inputs.images.shape[1:3], self.config.anchors, self.config.model)
+            return detect(*zip(*levels, strict=True), anchors, inputs.image_sizes, self.config.detection)
 
+        one_device = self._traced(one_device, False)
         if self.config.parallel == "pmap":
             mapped = jax.pmap(one_device, axis_name=AXIS, in_axes=(None, 0), devices=list(self.mesh.devices.flat))
             return lambda *arguments: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), mapped(*arguments))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from retina_jax.training.state import AveragedState, TrainState
 FINITE = ("classification_loss", "box_loss", "gradient_norm", "parameter_norm")
 """Metrics that must be finite: a non-finite gradient or parameter spoils all later steps, even if the loss is finite."""
 
-F = TypeVar("F", bound=Callable[..., Any])
 Sums = dict[str, Float32[Array, ""]]
 """Sums over the images: weighted "classification" and "box" losses, and "positives", the number of positive anchors."""
 
@@ -50,14 +49,11 @@ def train_step(
     schedule: optax.Schedule,
     num_devices: int,
     axis_name: str | None = None,
-    per_device: Callable[[F], F] = lambda function: function,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Takes one step of synchronous SGD on a global batch; returns the new state and the metrics of the step.
 
-    With axis_name None, `inputs` is the global batch, which the compiler splits over the `num_devices` devices (jit). With
-    an axis name it holds the images of one device, and sums go over the axis (pmap, shard_map). `per_device` wraps the
-    function of the losses so that every device runs it on its own images; otherwise all devices would synchronise in
-    every iteration of its loops.
+    `inputs` holds the images of one of the `num_devices` devices, and sums go over the axis `axis_name` (shard_map, pmap).
+    Without an axis it is the global batch, on one device.
 
     The normalisers global and ema are sums over the global batch, known only after the forward pass. So gradients are
     taken of the weighted sum of the images' losses and divided afterwards: one all-reduce of gradients, losses and counts.
@@ -68,7 +64,7 @@ def train_step(
     batch_size = inputs.images.shape[0] * (num_devices if axis_name else 1)
     scope, num_microbatches = config.loss.normaliser, num_devices * config.training.accumulate
     weights_of = partial(image_weights, scope=scope, batch_size=batch_size, num_microbatches=num_microbatches)
-    gradients, sums, stats = _gradients(state, inputs, model, config, weights_of, per_device)
+    gradients, sums, stats = _gradients(state, inputs, model, config, weights_of)
     if axis_name is not None:
         gradients, sums = jax.lax.psum((gradients, sums), axis_name)
 
@@ -103,7 +99,7 @@ def train_step(
 
 
 def _gradients(
-    state: TrainState, inputs: Inputs, model: RetinaNet, config: Config, weights_of: Callable, per_device: Callable
+    state: TrainState, inputs: Inputs, model: RetinaNet, config: Config, weights_of: Callable
 ) -> tuple[PyTree, Sums, PyTree]:
     """Returns the gradients of sum_i w_i loss_i (`losses.total`), the sums, and the new BatchNorm statistics.
 
@@ -111,12 +107,13 @@ def _gradients(
     as a device. BatchNorm takes its statistics over all devices, in one accumulation step.
     """
     anchors = jnp.asarray(anchor_grid(inputs.images.shape[1:3], config.anchors, config.model))
-    losses_of = per_device(partial(image_losses, matching=config.matching, loss=config.loss))
 
     def loss_sum(params: PyTree, stats: PyTree, inputs: Inputs) -> tuple[Array, tuple[Sums, PyTree]]:
         variables = {"params": params, "frozen": state.frozen, "stats": stats}
-        outputs, updated = model.apply(variables, inputs.images, inputs.image_sizes, train=True, mutable=["stats"])
-        losses = losses_of(*outputs, anchors, inputs.boxes_xyxy, inputs.labels)
+        images = inputs.images, inputs.image_sizes
+        levels, updated = model.apply(variables, *images, train=True, mutable=["stats"], method="levels")
+        truth = inputs.boxes_xyxy, inputs.labels
+        losses = image_losses(*zip(*levels, strict=True), anchors, *truth, matching=config.matching, loss=config.loss)
         positives = jnp.where(inputs.valid, losses.positives, 0.0)
 
         def weighted(losses: Array, counts: Array) -> Array:

@@ -52,6 +52,12 @@ def test_cycles_count_loops_with_their_trips() -> None:
     assert (
         parse(re.sub(", backend_config=.*trip_count.*", "", TPU_TEXT), unknown_trips=3).cycles() == 3 * (40 + 2) + 100
     )
+    limited = TPU_TEXT.replace(
+        "ROOT %lt = pred[] fusion(%p.1), kind=kLoop, calls=%compare",
+        """%n = s32[] constant(7)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT""",
+    )
+    assert parse(re.sub(", backend_config=.*trip_count.*", "", limited)).cycles() == 7 * (40 + 2) + 100
     assert program.collectives() == {"all-reduce f32": (1, 32)}
     assert program.largest(2) == [("forward fusion", 210), ("backward class_head/conv0/add", 100)]
 

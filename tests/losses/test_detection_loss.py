@@ -40,10 +40,16 @@ def small_case() -> dict[str, jax.Array]:
     }
 
 
+def losses_of(logits: jax.Array, deltas: jax.Array, **others: object) -> ImageLosses:
+    """Computes the losses of two levels, whose outputs follow each other in `logits` and `deltas`."""
+    cut = logits.shape[1] // 3
+    return image_losses(*([x[:, :cut], x[:, cut:]] for x in (logits, deltas)), **others)
+
+
 @functools.cache
 def compiled(box: str) -> jax.stages.Wrapped:
     return jax.jit(
-        lambda case: image_losses(**case, matching=MatchingConfig(), loss=LossConfig(box=box)),
+        lambda case: losses_of(**case, matching=MatchingConfig(), loss=LossConfig(box=box)),
     )
 
 
@@ -241,7 +247,7 @@ def test_the_sum_distinguishes_background_from_ignored() -> None:
         "boxes_xyxy": jnp.array([[[0.0, 0, 10, 1]]] * 2),
         "labels": jnp.array([[0], [BACKGROUND]], jnp.int32),
     }
-    result = image_losses(**case, matching=MatchingConfig(low_quality="none"), loss=LossConfig())
+    result = losses_of(**case, matching=MatchingConfig(low_quality="none"), loss=LossConfig())
     assert float(result.classification[0]) == 0
     assert float(result.classification[1]) > 1
 
@@ -253,7 +259,7 @@ def test_images_on_a_device_mesh_need_no_collective() -> None:
     eight = {name: jnp.concatenate([x, x, x])[:8] for name, x in case.items()}
 
     def of_images(case: dict[str, jax.Array]) -> ImageLosses:
-        return image_losses(**case, anchors=anchors, matching=MatchingConfig(), loss=LossConfig())
+        return losses_of(**case, anchors=anchors, matching=MatchingConfig(), loss=LossConfig())
 
     program = jax.jit(of_images, in_shardings=NamedSharding(mesh, PartitionSpec("data"))).lower(eight).compile()
     for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
@@ -295,7 +301,7 @@ def test_mined_loss_and_gradient_are_those_of_the_mined_anchors() -> None:
 
         def total(logits: jax.Array, deltas: jax.Array, loss: LossConfig = loss) -> tuple[jax.Array, ImageLosses]:
             outputs = {**case, "logits": logits, "deltas": deltas}
-            result = image_losses(**outputs, matching=MatchingConfig(), loss=loss)
+            result = losses_of(**outputs, matching=MatchingConfig(), loss=loss)
             return (result.classification + result.box).sum(), result
 
         sums[mining] = jax.jit(jax.grad(total, (0, 1), has_aux=True))(case["logits"], case["deltas"])
@@ -315,7 +321,7 @@ def test_mined_loss_and_gradient_are_those_of_the_mined_anchors() -> None:
 def test_a_mined_loss_can_be_averaged_over_the_minibatch() -> None:
     case, config = mined_case()
     config = dataclasses.replace(config, mining_normaliser="minibatch")
-    result = jax.jit(lambda case: image_losses(**case, matching=MatchingConfig(), loss=config))(case)
+    result = jax.jit(lambda case: losses_of(**case, matching=MatchingConfig(), loss=config))(case)
     np.testing.assert_array_equal(result.averaged_over, masks_of_mined(case, config).sum(axis=1))
     assert (result.averaged_over != result.positives).all()
 
@@ -325,7 +331,7 @@ def test_a_nan_logit_makes_a_mined_loss_nan(mining: str) -> None:
     case, _ = mined_case()
     case["logits"] = case["logits"].at[2, 3, 0].set(jnp.nan)  # an image without boxes: all background
     config = LossConfig(mining=mining, mining_batch=4)
-    result = jax.jit(lambda case: image_losses(**case, matching=MatchingConfig(), loss=config))(case)
+    result = jax.jit(lambda case: losses_of(**case, matching=MatchingConfig(), loss=config))(case)
     assert np.isnan(result.classification).tolist() == [False, False, True]
 
 
@@ -333,7 +339,7 @@ def test_without_mining_its_other_fields_do_not_change_the_program() -> None:
     case = small_case()
 
     def program(loss: LossConfig) -> str:
-        return jax.jit(lambda case: image_losses(**case, matching=MatchingConfig(), loss=loss)).lower(case).as_text()
+        return jax.jit(lambda case: losses_of(**case, matching=MatchingConfig(), loss=loss)).lower(case).as_text()
 
     plain = program(LossConfig())
     assert program(LossConfig(mining_batch=7, mining_nms_iou=0.9)) == plain

@@ -76,7 +76,7 @@ def test_more_anchors_cost_as_in_the_traced_network(head_convs: int) -> None:
     )
     model = RetinaNet(config.model, 5, 6)
     images, sizes = jax.ShapeDtypeStruct((1, 64, 128, 3), jnp.uint8), jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    with cpu.kernels(False):
+    with cpu.kernels(""):
         traced = jax.make_jaxpr(model.init)(jax.random.key(0), images, sizes)
     assert forward_flops(config, 5, (64, 128)) == jaxpr_flops(traced.jaxpr)
 

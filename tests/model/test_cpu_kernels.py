@@ -37,7 +37,7 @@ def test_the_switch_decides_while_a_program_is_traced() -> None:
     program = jax.jit(convolve)
     assert cpu.enabled()  # the tests' backend is the CPU
     for on in (True, False, True):
-        with cpu.kernels(on):
+        with cpu.kernels("cpu" if on else ""):
             assert cpu.enabled() == on
             assert ("dot_general" in str(program.trace(X, KERNEL).jaxpr)) == on
             assert (branches(gradients, X, KERNEL) > 0) == on

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retina_jax.model.layers import Conv, Norm, batch_moments, group_moments, largest_divisor
+from retina_jax import cpu
+from retina_jax.model.layers import Conv, Norm, batch_moments, convolve, group_moments, largest_divisor
 
 
 def draw(*shape: int, seed: int = 0) -> np.ndarray:
@@ -55,6 +56,34 @@ def test_grouped_convolution_is_a_block_diagonal_one(k: int) -> None:
     np.testing.assert_allclose(
         grouped, Conv(groups * 2, k).apply({"params": {"kernel": dense}}, x), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("k", "stride", "groups", "channels", "features"),
+    [
+        (1, 1, 1, 128, 130),
+        (1, 2, 1, 128, 128),
+        (3, 1, 1, 128, 5),
+        (3, 2, 1, 128, 8),
+        (3, 1, 32, 256, 256),
+        (3, 2, 2, 256, 8),
+    ],
+)
+def test_the_forms_for_tpus_equal_the_plain_convolution(
+    k: int, stride: int, groups: int, channels: int, features: int
+) -> None:
+    x, kernel = jnp.asarray(draw(2, 5, 6, channels)), jnp.asarray(draw(k, k, channels // groups, features, seed=1))
+    found = []
+    for platform in ("tpu", ""):
+        with cpu.kernels(platform):
+
+            def loss(x: jax.Array, kernel: jax.Array) -> jax.Array:
+                return jnp.square(convolve(x, kernel, stride, groups)).sum()
+
+            value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(x, kernel)
+            found.append((value, *gradients))
+    for got, expected in zip(*found, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_frozen_weights_are_in_a_separate_collection() -> None:
@@ -140,3 +169,29 @@ def test_norm_computes_in_float32_and_returns_its_dtype() -> None:
     exact = Norm("group", 2).apply(variables, x.astype(jnp.float32))
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("kind", ["frozen", "batch"])
+def test_a_known_norm_is_folded_into_the_convolution(kind: str) -> None:
+    """The kernel is multiplied: nothing but a sum is computed of the convolution's result."""
+
+    class Both(nn.Module):
+        folded: bool
+
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            conv, norm = Conv(6, 3, name="conv"), Norm(kind, name="norm")
+            return norm(x, conv=conv) if self.folded else norm(conv(x))
+
+    x = jnp.asarray(draw(2, 5, 6, 4))
+    variables = jax.tree.map(
+        lambda a: jnp.abs(jnp.asarray(draw(*a.shape, seed=a.size))) + 0.5, Both(True).init(jax.random.key(0), x)
+    )
+    one, two = (Both(folded).apply(variables, x) for folded in (True, False))
+    np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
+    multiplied = {
+        str(e.outvars[0].aval.shape)
+        for e in jax.make_jaxpr(lambda x: Both(True).apply(variables, x))(x).eqns
+        if e.primitive.name == "mul"
+    }
+    assert str((2, 5, 6, 6)) not in multiplied

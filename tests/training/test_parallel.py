@@ -231,7 +231,7 @@ def test_the_step_equals_a_plain_implementation(tiny: Config, make_inputs: Make)
     def loss(params: dict) -> jax.Array:
         outputs = driver.model.apply({**state.variables, "params": params}, images, sizes)
         parts = image_losses(
-            outputs.logits, outputs.deltas, anchors, boxes, labels,
+            [outputs.logits], [outputs.deltas], anchors, boxes, labels,
             matching=config.matching, loss=config.loss,
         )  # fmt: skip
         return ((parts.classification + parts.box) / jax.numpy.maximum(parts.positives, 1.0)).mean()

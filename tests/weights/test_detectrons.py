@@ -267,7 +267,8 @@ def test_matching_equals_the_example_of_detectron2(monkeypatch: pytest.MonkeyPat
     anchor."""
     quality = jnp.array([[0.15, 0.45, 0.2, 0.6], [0.3, 0.65, 0.05, 0.1], [0.05, 0.4, 0.25, 0.4]])
     # The first coordinate of a box is the number of its row.
-    monkeypatch.setattr("retina_jax.ops.matching.iou_matrix", lambda _, box: quality[box[0, 0].astype(int)][:, None])
+    rows = jnp.pad(quality[:, None], ((0, 0), (0, 7), (0, 124)))  # as `match` arranges the anchors
+    monkeypatch.setattr("retina_jax.ops.matching.iou", lambda _, box: rows[box[0].astype(int)])
     boxes = jnp.zeros((3, 4)).at[:, 0].set(jnp.arange(3.0))
     config = MatchingConfig(positive_iou=0.7, negative_iou=0.3, low_quality="all")
     matches = match(jnp.zeros((4, 4)), boxes, jnp.array([10, 11, 12], jnp.int32), config)
