@@ -61,7 +61,7 @@ def limit_heaps() -> None:
     with contextlib.suppress(AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-8, 2)  # M_ARENA_MAX
-        mallopt(-3, 2**26)  # M_MMAP_THRESHOLD: more than a batch of 16 images has
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: the largest that glibc takes, more than 16 images of 600x1000
         mallopt(-1, 2**28)  # M_TRIM_THRESHOLD
 
 

@@ -139,7 +139,7 @@ def parse(text: str, unknown_trips: int = 1) -> Program:
             computations[current].append(operation)
             if constant := re.match(r"(\d+)\)", match[4]) if operation.kind == "constant" else None:
                 constants[operation.name] = int(constant[1])
-            if operation.kind == "compare" and "direction=LT" in match[4]:
+            if operation.kind == "compare" and "direction=LT" in match[4] and line.lstrip().startswith("ROOT"):
                 limits.update((current, constants[name]) for name in operation.operands if name in constants)
     for operations in computations.values():
         for place, operation in enumerate(operations):

@@ -3,9 +3,11 @@ step i // b, a pure function of (seed, step, row), so that training can start at
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
@@ -25,10 +27,18 @@ from retina_jax.errors import one_line, reason
 log = logging.getLogger(__name__)
 # Larger images (in pixels) are decoded and resized within the budget `DECODING`, which bounds the memory that they use.
 LARGE = 2**22
-GROUP = 8  # images that are read by one call of Python
+GROUP, GROUP_BYTES = 8, 2**22  # images, and about how many bytes of them, that are read by one call of Python
+OPEN: weakref.WeakSet[Batches] = weakref.WeakSet()
 LOGGED = 5  # number of images of one colour that are logged; all are counted
 LOOK_AHEAD = 1000  # largest number of batches that `Batches.padded_shapes` checks
 T = TypeVar("T")
+
+
+@atexit.register
+def _close() -> None:
+    """Ends the threads of all batches: one that runs Python while the interpreter ends would abort the process."""
+    for batches in list(OPEN):
+        batches._iterator = None
 
 
 class Batch(NamedTuple):
@@ -115,13 +125,14 @@ class Batches(Iterator[Batch]):
         self._seen = np.zeros(len(source), bool)  # whether an image's colours were checked
         self._source, self._data = source, data
         self._shapes, self._augment, self._mine = shapes, augment, mine
-        self._batch_at = functools.lru_cache(maxsize=64)(batch_at)
-        self._rows = functools.lru_cache(maxsize=64)(self._make_rows)
+        self._batch_at = functools.lru_cache(maxsize=256)(batch_at)
+        self._rows = functools.lru_cache(maxsize=256)(self._make_rows)
         self._local, self._step, self._stop = mine.stop - mine.start, start, stop
         self._bad: dict[int, BadImage] = {}
         self._doubted: set[int] = set()
         self._reads = SlowReadMonitor(source.where)
         self._iterator: Iterator[tuple] | None = None
+        OPEN.add(self)
 
     @property
     def num_shapes(self) -> int:
@@ -241,18 +252,19 @@ class Batches(Iterator[Batch]):
 
     def _load(self, first: np.int64) -> tuple[np.ndarray, Int64[np.ndarray, "n 7"]]:
         """Returns GROUP encoded images from element `first` on, and of each its index, whether TensorFlow decodes it,
-        whether to flip it, and (height, width) resized and padded. Pixels evict Python's code from the processor's caches:
-        a call per image takes three times as long."""
+        whether to flip it, and (height, width) resized and padded. After GROUP_BYTES, images are left to `_resized`. Pixels
+        evict Python's code from the processor's caches: a call per image takes three times as long."""
         end = int(first) + GROUP
-        images, plans = [], []
+        images, plans, read = [], [], 0
         for i in range(int(first), end if self._stop is None else min(end, self._stop * self._local)):
             step, row = divmod(i, self._local)
             rows = self._rows(step)
             index, encoded, plain = int(rows.indices[row]), b"", False
             record = self._source.records[index]
-            if index not in self._bad and record.width * record.height <= LARGE:
+            if index not in self._bad and record.width * record.height <= LARGE and read < GROUP_BYTES:
                 with self._noting(index):
                     encoded = self._encoded(index)
+                    read += len(encoded)
                     plain = index not in self._doubted and self._decode(is_plain_jpeg, index, encoded)
             images.append(encoded)
             plans.append((index, plain, rows.flips[row], *rows.sizes_hw[row], *rows.padded_hw))
@@ -269,7 +281,7 @@ class Batches(Iterator[Batch]):
                     with DECODING.share(area):
                         image = self._decode(to_rgb, index, encoded)
                         return transforms.resize_large(image, size, data.resize, data.pixels)
-                image = None
+                image, encoded = None, encoded or self._encoded(index)
                 if self._decode(is_plain_jpeg, index, encoded):
                     # Its batch failed, perhaps because of another image: as before, TensorFlow decodes it if it can.
                     with contextlib.suppress(tf.errors.OpError):

@@ -61,7 +61,6 @@ def load(path: str) -> ExportedDetector:
             files = {name: file.read(name) for name in _bounded(file, len(content)).namelist()}
         about, stored = json.loads(files.pop("about.json")), files.pop("parameters.npz")
         version, missing = about["format"], ", ".join(sorted(SETTINGS - about.keys()))
-        expiring = _expiring(about)
         _bounded(zipfile.ZipFile(io.BytesIO(stored)), len(stored))
         with np.load(io.BytesIO(stored), allow_pickle=False) as arrays:
             parameters = [arrays[name] for name in arrays.files]
@@ -78,17 +77,21 @@ def load(path: str) -> ExportedDetector:
     for module, package in needed.items():
         if importlib.util.find_spec(module) is None:
             raise LoadError(f"{path}: needs the package {package}, which is not installed; pip install {package}")
-    if expiring:
-        warnings.warn(f"{path}: {expiring}", stacklevel=2)
+    if line := _expiring(about):
+        warnings.warn(f"{path}: {line}", stacklevel=2)
     return ExportedDetector(about, parameters, files)
 
 
 def _expiring(about: dict[str, Any]) -> str:
     """Returns one line for a file older than RENEW_DAYS, else "". Files of the first releases have no date."""
-    if "exported" not in about or (date.today() - date.fromisoformat(about["exported"])).days <= RENEW_DAYS:
+    try:
+        if (date.today() - date.fromisoformat(about["exported"])).days <= RENEW_DAYS:
+            return ""
+        made = f"exported on {about['exported']} with jax {about['versions']['jax']}"
+    except (KeyError, TypeError, ValueError):
         return ""
-    made = f"exported on {about['exported']} with jax {about['versions']['jax']}"
-    line = f"{made}; a jax released six months after that one may not read it; renew it with {about['renew']}"
+    renew = about.get("renew", "scripts/export.py")
+    line = f"{made}; a jax released six months after that one may not read it; renew it with {renew}"
     return " ".join(line.split())[:500]
 
 

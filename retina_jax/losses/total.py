@@ -107,7 +107,11 @@ def image_losses(
 
 
 def _mined_labels(
-    losses: Float32[Array, " A"], labels: Int[Array, " A"], *, anchors: Float[Array, "A 4"], config: LossConfig
+    losses: Float32[Array, " A"],
+    labels: Int[Array, " A"],
+    *,
+    anchors: Float[Array | np.ndarray, "A 4"],
+    config: LossConfig,
 ) -> Int[Array, " A"]:
     """Returns `labels`, with IGNORED for the anchors that are not mined, by their `losses`."""
     settings = {"kind": config.mining, "batch": config.mining_batch, "iou_threshold": config.mining_nms_iou}

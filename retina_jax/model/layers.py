@@ -126,7 +126,8 @@ class Conv(nn.Module):
 
 
 class Norm(nn.Module):
-    """(x - mean) / sqrt(var + 1e-5) * scale + bias, computed in float32 and returned in `dtype`; with `conv`, of conv(x).
+    """(x - mean) / sqrt(var + 1e-5) * scale + bias, computed in float32 and returned in `dtype`; with `conv`, which has no
+    bias, of conv(x).
 
     kind "frozen": mean and var are weights, and none of the four weights is trained (collection `frozen`).
     kind "group": mean and var of each image over groups of channels; `groups` is lowered to a divisor of the channels.
@@ -148,6 +149,8 @@ class Norm(nn.Module):
     def __call__(
         self, x: Float[Array, "B H W C"], train: bool = False, conv: Conv | None = None
     ) -> Float[Array, "B h w D"]:
+        if conv and conv.bias:
+            raise ValueError("a convolution with a norm needs no bias of its own")
         frozen = self.frozen or self.kind == "frozen"
         channels = (conv.features,) if conv else x.shape[-1:]
         scale = weight(self, "scale", channels, jnp.ones, frozen)

@@ -44,8 +44,8 @@ def match(
     Boxes and anchors are in the same pixels. labels[g] is the class of box g, -1 if row g is padding. Padded rows match
     nothing, and an image without boxes is all background. A box can only win anchors that it overlaps (IoU > 0).
 
-    Memory is O(A): a running maximum over the boxes. The loop always runs G times, because a number of iterations that
-    depends on the data would cost a collective per iteration on a device mesh.
+    Memory is O(A): a running maximum over the boxes. The number of passes does not depend on the data, so images of a batch
+    do not wait for each other.
     """
     # Rows of LANES anchors: TPUs would take one row of all anchors apart and put it together in each pass.
     rows = jnp.pad(jnp.asarray(anchors, jnp.float32).T, ((0, 0), (0, -len(anchors) % (8 * LANES)))).reshape(

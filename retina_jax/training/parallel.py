@@ -1,7 +1,8 @@
 """The step over many devices: jit over a data mesh (the default), or pmap. Both run the same `train_step`.
 
 It is written for the images of one device, and sums go over the named axis `data`. So devices exchange exactly what is
-summed: gradients and losses, once, in float32. Parameters are replicated, images are split over the axis.
+summed: gradients and losses once, in float32, and the statistics of norm "batch". Parameters are replicated, images are
+split over the axis.
 """
 
 import re

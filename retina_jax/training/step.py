@@ -61,7 +61,7 @@ def train_step(
     With training.skip_non_finite, a step whose loss, gradient or new parameters are not finite changes only the step number
     (also that of the schedule) and `state.skipped`.
     """
-    batch_size = inputs.images.shape[0] * (num_devices if axis_name else 1)
+    batch_size = inputs.images.shape[0] * num_devices
     scope, num_microbatches = config.loss.normaliser, num_devices * config.training.accumulate
     weights_of = partial(image_weights, scope=scope, batch_size=batch_size, num_microbatches=num_microbatches)
     gradients, sums, stats = _gradients(state, inputs, model, config, weights_of)

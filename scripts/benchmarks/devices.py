@@ -77,7 +77,7 @@ def results(config: Config, task: Task, device: Any, products: str | None) -> di
 
     @jax.jit
     def forward(variables: PyTree, images: PyTree, sizes: PyTree) -> PyTree:
-        with cpu.kernels(None if config.cpu_kernels else False):
+        with cpu.kernels(None if config.cpu_kernels else ""):
             return driver.model.apply(variables, images, sizes, train=False)
 
     with jax.default_matmul_precision(products):

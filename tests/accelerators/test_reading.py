@@ -58,6 +58,12 @@ def test_cycles_count_loops_with_their_trips() -> None:
   ROOT %lt = pred[] compare(%i, %n), direction=LT""",
     )
     assert parse(re.sub(", backend_config=.*trip_count.*", "", limited)).cycles() == 7 * (40 + 2) + 100
+    by_data = limited.replace(
+        "ROOT %lt = pred[] compare(%i, %n), direction=LT",
+        """%lt = pred[] compare(%i, %n), direction=LT
+  ROOT %both = pred[] and(%lt, %p.1), metadata={}""",
+    )
+    assert parse(re.sub(", backend_config=.*trip_count.*", "", by_data), unknown_trips=3).cycles() == 3 * (40 + 2) + 100
     assert program.collectives() == {"all-reduce f32": (1, 32)}
     assert program.largest(2) == [("forward fusion", 210), ("backward class_head/conv0/add", 100)]
 

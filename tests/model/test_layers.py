@@ -73,7 +73,7 @@ def test_the_forms_for_tpus_equal_the_plain_convolution(
     k: int, stride: int, groups: int, channels: int, features: int
 ) -> None:
     x, kernel = jnp.asarray(draw(2, 5, 6, channels)), jnp.asarray(draw(k, k, channels // groups, features, seed=1))
-    found = []
+    found, programs = [], set()
     for platform in ("tpu", ""):
         with cpu.kernels(platform):
 
@@ -82,8 +82,10 @@ def test_the_forms_for_tpus_equal_the_plain_convolution(
 
             value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(x, kernel)
             found.append((value, *gradients))
+            programs.add(str(jax.make_jaxpr(lambda x, kernel: convolve(x, kernel, stride, groups))(x, kernel)))
     for got, expected in zip(*found, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-3)
+    assert len(programs) == 2
 
 
 def test_frozen_weights_are_in_a_separate_collection() -> None:
