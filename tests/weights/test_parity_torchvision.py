@@ -132,9 +132,12 @@ def test_the_published_v1_weights_add_no_epsilon_to_a_variance(tmp_path: Path) -
     assert not np.allclose(off.scores[:10], theirs[0]["scores"][:10], atol=1e-3)
 
 
-@pytest.mark.parametrize(("version", "rate"), [("v1", 1e-5), ("v2", 1e-3)])
-def test_loss_gradients_and_five_steps_of_sgd_are_torchvisions(version: str, rate: float, tmp_path: Path) -> None:
-    model, images = small_model(version, 5, 7, **SIDES), photographs(SIZES, 7)
+@pytest.mark.parametrize(("version", "rate", "seed"), [("v1", 1e-5, 7), ("v2", 1e-3, 8)])
+def test_loss_gradients_and_five_steps_of_sgd_are_torchvisions(
+    version: str, rate: float, seed: int, tmp_path: Path
+) -> None:
+    # With seed 7 and version v2 an activation of P4 is so near 0 in the second step that rounding decides ReLU's gradient.
+    model, images = small_model(version, 5, seed, **SIDES), photographs(SIZES, seed)
     boxes = [
         np.array([[10, 20, 80, 90], [100, 30, 190, 140], [40, 60, 70, 75]], np.float32),
         np.array([[20, 20, 150, 200]], np.float32),
