@@ -1,4 +1,5 @@
 """What a run needs on accelerators that this machine does not have: scripts/compile_for.py --target tpu:v5e-8 --config FILE
+or, one line per run of a sweep: scripts/compile_for.py --target gpu:h100-8 --config FILE --sweep SWEEP_FILE ...
 
 Compiles the programs of training and inference with the accelerator's own compiler, and prints memory, exchanges between
 devices, and the time of a step as a range from a floor (all arithmetic at the peak) to the compiler's estimate. No time is
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
@@ -30,6 +31,7 @@ from retina_jax.console import log
 from retina_jax.data.transforms import buckets, train_short_sides
 from retina_jax.errors import OutOfMemory
 from retina_jax.runs.folder import config_of
+from retina_jax.sweeps.points import expand, load_sweeps
 
 PAPER = Path(__file__).parents[1] / "configs" / "paper_r50_600.py"
 CLASSES = 80  # of a config whose number of classes comes from the data
@@ -48,6 +50,8 @@ class Arguments:
     """Program: the training step, or detection."""
     shape: str = ""
     """Padded shape, height x width: 640x1024; default: each shape that training uses."""
+    sweep: tuple[str, ...] = ()
+    """Sweep files: compile the largest landscape shape of each of their runs; programs that are equal only once."""
     json: bool = False
     """Print one JSON object per padded shape instead of text."""
     hlo: Path | None = None
@@ -62,6 +66,8 @@ def main() -> None:
     config = validate(arguments.settings)
     target, number = parse_target(arguments.target)
     devices = topology_devices(target, number)
+    if arguments.sweep:
+        return compile_sweeps(arguments, config, target, devices)
     shapes = padded_shapes(arguments.shape, config)
     found = []
     for index, shape in enumerate(shapes, start=1):
@@ -81,6 +87,29 @@ def main() -> None:
             arguments.hlo.write_text(text)
     if found and not arguments.json:
         print(schedule(found, config, number, arguments.what))
+
+
+def compile_sweeps(arguments: Arguments, config: Config, target: Target, devices: Sequence[Any]) -> None:
+    """Compiles the largest landscape shape of each run of the sweeps, and prints one line per run."""
+    modules = load_sweeps(arguments.sweep)
+    runs: dict[str, tuple[str, Config]] = {}
+    for path, module in modules.items():
+        for point in expand(path, module, config, [config.seed]):
+            runs.setdefault(point.folder, (f"{path.stem}/{point.name}", point.config))
+    known: dict[str, tuple[Needs, str]] = {}
+    for name, settings in runs.values():
+        shape = max(padded_shapes(arguments.shape, settings), key=lambda hw: (hw[0] <= hw[1], hw[0] * hw[1]))
+        classes = settings.model.num_classes or CLASSES
+        try:
+            found, _ = needs(settings, classes, target, devices, arguments.what, shape, known)
+        except OutOfMemory as error:
+            line = json.dumps({"point": name, "fits": False}) if arguments.json else f"{name}  does NOT fit: {error}"
+        else:
+            verdict = "fits" if found.fits else "does NOT fit"
+            times = f"{1e3 * found.floor_seconds:.1f} to {1e3 * found.estimate_seconds:.1f} ms"
+            line = f"{name}  {shape[0]}x{shape[1]}  {found.memory}: {verdict}  {times}"
+            line = json.dumps({"point": name, **asdict(found)}) if arguments.json else line
+        print(line, flush=True)
 
 
 def padded_shapes(given: str, config: Config) -> Sequence[tuple[int, int]]:

@@ -2,6 +2,7 @@
 estimate. Nothing here is measured on a device."""
 
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from retina_jax.config import Config
 from retina_jax.errors import OutOfMemory, out_of_memory
 from retina_jax.training.compilation import Memory, memory_of
 
+_SCALAR = re.compile(r"dense<[-+0-9.eE]+>")
 LARGEST = 12  # places in the model that are listed
 UNKNOWN_TRIPS = 3
 """Assumed for loops that end by their data: two blocks of NMS keep 100 boxes, and its rounds settle after two or three."""
@@ -42,10 +44,22 @@ class Needs:
 
 
 def needs(
-    config: Config, num_classes: int, target: Target, devices: Sequence[Any], what: What, padded_hw: tuple[int, int]
+    config: Config,
+    num_classes: int,
+    target: Target,
+    devices: Sequence[Any],
+    what: What,
+    padded_hw: tuple[int, int],
+    known: dict[str, tuple[Needs, str]] | None = None,
 ) -> tuple[Needs, str]:
-    """Compiles a program for `devices` of `target`; returns what it needs, and its text (scheduled HLO)."""
+    """Compiles a program for `devices` of `target`; returns what it needs, and its text (scheduled HLO).
+
+    A program in `known` is not compiled again; there, programs that differ in the values of scalar constants only are one.
+    """
     lowered, flops = lower(config, num_classes, devices, what, padded_hw)
+    key = _SCALAR.sub("dense<>", lowered.as_text()) if known is not None else ""
+    if known and key in known:
+        return known[key]
     images = config.data.batch_size // len(devices)
     started = time.monotonic()
     try:
@@ -58,7 +72,7 @@ def needs(
     text, memory = compiled.as_text(), memory_of(compiled)
     program = parse(text, unknown_trips=UNKNOWN_TRIPS)
     floor, estimate, kernels = _times(program, target, flops // len(devices))
-    return Needs(
+    found = Needs(
         padded_hw=padded_hw,
         images=images,
         memory=memory,
@@ -73,7 +87,10 @@ def needs(
         floor_seconds=floor,
         estimate_seconds=estimate,
         largest=program.largest(LARGEST),
-    ), text
+    )
+    if known is not None:
+        known[key] = found, text
+    return found, text
 
 
 def _times(program: Program, target: Target, flops: int) -> tuple[float, float, dict[str, tuple[int, int]]]:
