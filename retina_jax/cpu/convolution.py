@@ -3,6 +3,7 @@
 A convolution is a sum over the k * k taps of its kernel; each tap is a matrix product with a shifted map. It can be
 computed tap by tap, or as one product with the shifted maps in columns. For gradients, XLA on the CPU first transposes
 kernels and maps element by element, which takes longer than the sums. Large maps with 3x3 kernels use Winograd's method.
+A small convolution is left to XLA, whose own is as fast there; each other form is many small programs to compile.
 The choice depends on shapes alone. docs/results/performance.md has the measurements.
 """
 
@@ -20,6 +21,9 @@ from retina_jax.cpu import winograd
 
 Convolution = Callable[[Array, Array, int, int], Array]
 
+FEW_PRODUCTS, SMALL_KERNEL = 2**26, 2**18
+"""Products of a small convolution of one image, for instance 128 channels on a map of 21x21, and numbers in its kernel."""
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
 def convolve_on_cpu(
@@ -30,7 +34,7 @@ def convolve_on_cpu(
     by_xla = partial(plain, stride=stride, groups=groups)
     if _for_winograd(x, kernel, stride, groups):
         return lax.platform_dependent(x, kernel, cpu=winograd.convolution, default=by_xla)
-    if groups == 1 and (len(kernel) == 1 or (_wide(kernel) and 4 * _places(x, stride) <= x.shape[-1])):
+    if groups == 1 and (len(kernel) == 1 or (_for_products(x, kernel) and 4 * _places(x, stride) <= x.shape[-1])):
         return lax.platform_dependent(x, kernel, cpu=partial(by_columns, stride=stride), default=by_xla)
     return by_xla(x, kernel)
 
@@ -137,16 +141,18 @@ def _places(x: Array, stride: int = 1) -> int:
     return (1 if is_symbolic_dim(batch) else batch) * -(-height // stride) * -(-width // stride)
 
 
-def _wide(kernel: Array) -> bool:
-    """Returns whether a tap fills a matrix product; the three channels of an image do not."""
-    return min(kernel.shape[2:]) >= 32
+def _for_products(x: Array, kernel: Array) -> bool:
+    """Returns whether a tap fills a matrix product, which the three channels of an image do not, and the convolution of one
+    image is large enough for a form of its own."""
+    small = kernel.size <= SMALL_KERNEL and x.shape[1] * x.shape[2] * kernel.size <= FEW_PRODUCTS
+    return min(kernel.shape[2:]) >= 32 and not small
 
 
 def _for_winograd(x: Array, kernel: Array, stride: int, groups: int) -> bool:
     """Returns whether the saved products outweigh the transformations, above all of the kernel. It depends on the size of
     one image, so a batch is computed in the same way on one device and on several."""
     fits = len(kernel) == 3 and stride == groups == 1 and x.dtype == jnp.float32
-    return fits and _wide(kernel) and x.shape[1] * x.shape[2] >= 1024
+    return fits and _for_products(x, kernel) and x.shape[1] * x.shape[2] >= 1024
 
 
 def _vjp(plain: Convolution, stride: int, groups: int, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
@@ -170,7 +176,7 @@ def _vjp(plain: Convolution, stride: int, groups: int, saved: tuple[Array, Array
             return winograd.kernel_gradient(x, dy)
         return kernel_gradient(x, dy, k, stride, groups).astype(dy.dtype)
 
-    fast = k == 1 or groups > 1 or _wide(kernel)
+    fast = k == 1 or groups > 1 or _for_products(x, kernel)
     map_outweighs_kernel = k > 1 and stride == groups == 1 and _places(dy) > 4 * features and not by_winograd
     dx = fast_dx if fast and not map_outweighs_kernel else plain_dx
     dkernel = fast_dkernel if fast else plain_dkernel

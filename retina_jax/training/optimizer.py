@@ -44,8 +44,9 @@ def schedule_warning(config: Config) -> str | None:
     return f"{' and '.join(named)}: not reached in training.steps {steps}{advice}" if named else None
 
 
-def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns the gradient transformation, which applies the learning rate of `schedule` last.
+def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Returns the gradient transformation, which applies the learning rate of `schedule` last. Its `update` needs
+    `gradient_norm`, the global norm of the gradients.
 
     sgd: g <- clip(g) + decay * w;  v <- momentum * v + g;  w <- w - rate * v. The decay is not decoupled, and a lower rate
     takes effect at once. Every leaf not named `kernel` (biases, normalisation) takes `bias_learning_rate_factor` times the
@@ -57,11 +58,21 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
     else:
         parts = [optax.scale_by_adam(b1=config.momentum), decay]
     if config.clip_norm > 0:
-        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+        parts.insert(0, clip_by_norm(config.clip_norm))
     if config.bias_learning_rate_factor != 1.0:
         others = partial(jax.tree.map_with_path, lambda path, _: path[-1].key != "kernel")
         parts.append(optax.masked(optax.scale(config.bias_learning_rate_factor), others))
-    return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+    return optax.with_extra_args_support(optax.chain(*parts, optax.scale_by_learning_rate(schedule)))
+
+
+def clip_by_norm(largest: float) -> optax.GradientTransformationExtraArgs:
+    """Returns optax's `clip_by_global_norm`, but `update` takes the norm, `gradient_norm`, which a step computes anyway."""
+
+    def update(gradients: PyTree, state: optax.EmptyState, params: PyTree = None, *, gradient_norm: Array) -> tuple:
+        scaled = partial(jax.tree.map, lambda g: jnp.where(gradient_norm < largest, g, g / gradient_norm * largest))
+        return scaled(gradients), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def skipped_update(before: optax.OptState, after: optax.OptState) -> optax.OptState:

@@ -87,7 +87,7 @@ class Driver:
         return learning_rate_schedule(self.config.optimizer, self.config.data.batch_size)
 
     @cached_property
-    def optimizer(self) -> optax.GradientTransformation:
+    def optimizer(self) -> optax.GradientTransformationExtraArgs:
         """The gradient transformation of `make_optimizer`, with `schedule`."""
         return make_optimizer(self.config.optimizer, self.schedule)
 

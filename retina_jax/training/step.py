@@ -45,7 +45,7 @@ def train_step(
     *,
     model: RetinaNet,
     config: Config,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     num_devices: int,
     axis_name: str | None = None,
@@ -75,7 +75,7 @@ def train_step(
     # because a layer's kernel may still be read when it is updated. A step whose norm is not finite is of no use anyway.
     gradients = jax.tree.map(lambda g: jnp.where(jnp.isfinite(gradient_norm), g, jnp.nan), gradients)
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes its int32 count with floats
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, gradient_norm=gradient_norm)
     params = optax.apply_updates(state.params, updates)
 
     changed = {"params": params, "stats": stats, "opt_state": opt_state, "normaliser": normaliser}

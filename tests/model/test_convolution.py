@@ -15,11 +15,17 @@ from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from retina_jax.cpu import winograd
+from retina_jax.cpu import convolution, winograd
 from retina_jax.cpu.convolution import by_columns, kernel_gradient, map_gradient
 from retina_jax.model.layers import convolve
 
 Form = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@pytest.fixture(autouse=True)
+def every_form_for_small_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The maps of these tests are small enough for XLA's own convolution."""
+    monkeypatch.setattr(convolution, "FEW_PRODUCTS", 0)
 
 
 class Case(NamedTuple):
@@ -140,6 +146,22 @@ def test_winograd_is_used_only_where_it_is_faster() -> None:
     for change in ({"stride": 2}, {"k": 5}, {"groups": 2}, {"features": 24}, {"height": 20}):
         assert products("cpu", **change) < 3 * 16, change
     assert products("cpu", "bfloat16") < 3 * 16
+
+
+def test_a_small_convolution_is_left_to_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    def products(case: Case) -> int:
+        exported = export.export(both(case)[0], platforms=("cpu",))(*integers(case))
+        return exported.mlir_module().count("stablehlo.dot_general")
+
+    for case in (COLUMNS, TAPS, STRIDED, WINOGRAD):
+        number = case.height * case.width * case.channels * case.features * case.k**2
+        monkeypatch.setattr(convolution, "FEW_PRODUCTS", number)
+        assert products(case) == 0
+        monkeypatch.setattr(convolution, "FEW_PRODUCTS", number - 1)
+        assert products(case) > 0
+    monkeypatch.setattr(convolution, "FEW_PRODUCTS", 10**9)
+    monkeypatch.setattr(convolution, "SMALL_KERNEL", 9 * 32 * 32)
+    assert products(TAPS) == 0 and products(WINOGRAD) > 0
 
 
 RANDOM = [COLUMNS, FEW, TAPS, STRIDED, GROUPS, STRIDED_GROUPS, WINOGRAD]

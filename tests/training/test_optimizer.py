@@ -88,7 +88,7 @@ def follow(config: OptimizerConfig, gradients: list[dict], params: dict) -> dict
     state = optimizer.init(params)
     for gradient in gradients:
         with jax.numpy_dtype_promotion("standard"):
-            updates, state = optimizer.update(gradient, state, params)
+            updates, state = optimizer.update(gradient, state, params, gradient_norm=optax.tree.norm(gradient))
         params = optax.apply_updates(params, updates)
     return params
 

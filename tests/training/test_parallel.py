@@ -12,7 +12,7 @@ import pytest
 
 from retina_jax.config import Config, ConfigError, ModelConfig
 from retina_jax.config_io import override
-from retina_jax.cpu import winograd
+from retina_jax.cpu import convolution, winograd
 from retina_jax.training.parallel import Driver
 from retina_jax.training.state import TrainState, parameters_sha256
 from retina_jax.training.step import Inputs
@@ -162,6 +162,7 @@ def test_winograds_convolutions_gather_no_batch(
     all-reduce."""
     taken = []
     whole = winograd.convolution
+    monkeypatch.setattr(convolution, "FEW_PRODUCTS", 0)
     monkeypatch.setattr(winograd, "convolution", lambda x, kernel: taken.append(x.shape) or whole(x, kernel))
     large = override(tiny, {"model.min_level": 2, "model.fpn_channels": 32, "model.head_channels": 32})
     inputs = make_inputs(0, batch_size=4, canvas=(128, 128))
