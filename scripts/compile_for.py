@@ -1,4 +1,4 @@
-"""What a run needs on accelerators that this machine does not have: scripts/compile_for.py --target tpu:v5e-8 --config FILE
+"""Reports what a run needs on accelerators that this machine lacks: scripts/compile_for.py --target tpu:v5e-8 --config FILE
 
 Compiles the programs of training and inference with the accelerator's own compiler, and prints memory, exchanges between
 devices, and the time of a step as a range from a floor (all arithmetic at the peak) to the compiler's estimate. No time is
