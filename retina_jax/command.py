@@ -61,10 +61,12 @@ def overview(commands: Mapping[str, Path]) -> str:
 
 
 def as_typed(text: str) -> str:
-    """Returns the text with `retina-jax NAME` for `python scripts/NAME.py`, if that is what the user typed."""
+    """Returns the text with `retina-jax NAME` for `python scripts/NAME.py` and NAME.py, if that is what the user typed."""
     if not sys.argv[0].startswith(f"{NAME} "):
         return text
-    return re.sub(r"(?:python )?scripts/(\w+)\.py", lambda script: f"{NAME} {script[1].replace('_', '-')}", text)
+    scripts = "|".join(file.stem for file in SCRIPTS.glob("*.py"))
+    called = rf"(?<![\w/])(?:python )?(?:scripts/)?({scripts})\.py"
+    return re.sub(called, lambda script: f"{NAME} {script[1].replace('_', '-')}", text)
 
 
 def first_sentence(file: Path) -> str:

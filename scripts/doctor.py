@@ -64,7 +64,7 @@ def packages() -> Iterator[str]:
     except PackageNotFoundError:
         yield f"{installation.NAME} is not installed, so its requirements are unknown: pip install -e ."
         return
-    found.insert(1, ("jaxlib", installation.version_of("jaxlib"), ""))
+    found = sorted([*found, ("jaxlib", installation.version_of("jaxlib"), "")])
     yield ", ".join(f"{name} {version}" for name, version, _ in found if version)
     for name, version, tested in found:
         if version is None:
