@@ -19,6 +19,7 @@ import jax
 import tyro
 
 from retina_jax import interrupts
+from retina_jax.command import as_typed
 from retina_jax.config import Config, ConfigError, Option
 from retina_jax.config_io import flatten, unknown_name
 from retina_jax.console import cache_folder
@@ -78,6 +79,7 @@ def parse_command_line(arguments: type[T], defaults: T, argv: Sequence[str], des
     Booleans have two forms: `--data.no-flip` and `--data.flip False`. `--help` prints the script's own options and the basic
     fields of a config, `--help-all` all fields, of those whose dotted names match `listed`; both exit.
     """
+    description = as_typed(description)
     if {"-h", "--help", "--help-all"} & set(argv):
         every = _for_help(defaults, True, listed)
         shown = every if "--help-all" in argv else _for_help(defaults, False, listed)

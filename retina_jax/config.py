@@ -344,7 +344,7 @@ class TrainingConfig:
     tensorboard: bool = option(True, outcome=False)
     """Write TensorBoard files in addition to metrics.jsonl, with the pictures of each evaluation."""
     wandb: str = option("", outcome=False)
-    """Weights & Biases project that receives metrics and pictures (pip install wandb); empty: none."""
+    """Weights & Biases project that receives metrics and pictures (pip install retina-jax[wandb]); empty: none."""
     accumulate: int = option(1, ">= 1")
     """Micro-batches per step and device (gradient accumulation): less memory, the same step, except with model.norm batch
     and with loss.normaliser per_device or ema, where each micro-batch counts as a device."""

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from retina_jax.config import Config, ConfigError, Option
 from retina_jax.errors import one_line, shortened
+from retina_jax.installation import HOME, config_path
 
 T = TypeVar("T")
 INVALID = object()  # result of `_typed` for a value of the wrong type
@@ -28,8 +29,9 @@ COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": oper
 
 def load_config(path: str | Path) -> Config:
     """Returns the `get_config()` of the Python file at `path`, with values of exactly their fields' types. Raises
-    ConfigError with one line that names the file and the line or field, whatever the file does or returns."""
-    path = Path(path)
+    ConfigError with one line that names the file and the line or field, whatever the file does or returns. configs/...
+    is one of the package's files if this folder has none of that name."""
+    path = config_path(Path(path), "--config")
     module = load_module(path, "--config", "get_config", "get_config() that returns a Config")
     with named_errors(path):
         config = module.get_config()
@@ -45,7 +47,8 @@ def load_module(path: Path, option: str, function: str, described: str) -> Modul
     try:
         source = path.read_bytes()
     except OSError as error:
-        others = sorted(map(str, path.parent.glob("*.py")))[:6]
+        folder = path.parent if path.parent.is_dir() else HOME / path.parent
+        others = [str(path.with_name(file.name)) for file in sorted(folder.glob("*.py"))][:6]
         there = f"; there are {', '.join(others)}" if others else ""
         raise ConfigError(f"{option} {one_line(path)}: {str(error.strerror).lower()}{there}") from None
     module = ModuleType(f"{option.strip('-')}_{path.stem}")

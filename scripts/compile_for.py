@@ -1,4 +1,4 @@
-"""What a run needs on accelerators that this machine does not have: scripts/compile_for.py --target tpu:v5e-8 --config FILE
+"""Reports what a run needs on accelerators that this machine lacks: scripts/compile_for.py --target tpu:v5e-8 --config FILE
 or, one line per run of a sweep: scripts/compile_for.py --target gpu:h100-8 --config FILE --sweep SWEEP_FILE ...
 
 Compiles the programs of training and inference with the accelerator's own compiler, and prints memory, exchanges between

@@ -1,4 +1,6 @@
-"""Pretrains a small backbone on crops of generated shapes, which replace ImageNet in the miniature (configs/mini.py).
+"""Pretrains the backbone of the miniature, configs/mini.py, on crops of generated shapes.
+
+These replace ImageNet:
 
     python scripts/pretrain.py --config configs/mini.py
 

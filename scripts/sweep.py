@@ -33,6 +33,7 @@ from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import load_config
 from retina_jax.errors import TRY_AGAIN
+from retina_jax.installation import config_path
 from retina_jax.sweeps.launchers import launch_local, launch_slurm
 from retina_jax.sweeps.points import Task, base_file, chosen, load_sweeps, open_sweep, tasks_of
 from retina_jax.sweeps.status import listing, run_point
@@ -73,7 +74,7 @@ def main() -> int:
     argv = sys.argv[1:]
     files, named_base, command = early_options(argv)
     modules = load_sweeps(files)
-    base = Path(named_base or base_file(modules, PAPER))
+    base = config_path(Path(named_base), "--base") if named_base else base_file(modules, PAPER)
     defaults = Arguments(sweep=tyro.MISSING, settings=load_config(base))
     arguments = parse_command_line(Arguments, defaults, argv, __doc__)
 

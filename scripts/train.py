@@ -1,4 +1,4 @@
-"""Train a RetinaNet: python scripts/train.py --config configs/demo.py --workdir runs/demo [--loss.gamma 5 ...]
+"""Trains a RetinaNet: python scripts/train.py --config configs/demo.py --workdir runs/demo [--loss.gamma 5 ...]
 
 The same command again resumes the run from its newest checkpoint.
 """

@@ -104,11 +104,13 @@ def check(words: list[str]) -> None:
         names = re.findall(r"^(\w+)\b(?=:| \?=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert {word.partition("=")[0] for word in arguments} <= {*names, "PYTHON"}, words
     elif program == "pip" or (program == PYTHON and arguments[:2] == ["-m", "pip"]):
-        assert "install" in arguments
+        assert {"install", "wheel"} & set(arguments)
     elif program == ".venv/bin/pytest" or (program == PYTHON and arguments[:2] == ["-m", "pytest"]):
         check_pytest(arguments[2 * (program == PYTHON) :])
     elif program == PYTHON:
         check_script(arguments)
+    elif program == "retina-jax":
+        check_script([f"scripts/{arguments[0].replace('-', '_')}.py", *arguments[1:]])
     else:
         path = ROOT / program
         assert path.suffix == ".sh" and os.access(path, os.X_OK), f"{program}: no program of this checkout"
@@ -117,6 +119,9 @@ def check(words: list[str]) -> None:
 def check_script(arguments: list[str]) -> None:
     path = ROOT / arguments[0]
     assert path.is_file(), f"{path} is no file"
+    if path.stem == "doctor":
+        assert not arguments[1:], "doctor has no options"
+        return
     given = []
     for word in arguments[1:]:  # expands patterns as a shell does
         matching = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(word)) if re.search(r"[?*]", word) else []
@@ -165,11 +170,19 @@ def test_commands_are_valid(block: Block) -> None:
         check(words)
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_in_the_text_are_valid(path: Path) -> None:
+    prose = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for span in re.findall(r"`(retina-jax [a-z][^`]*)`", prose):
+        check(shlex.split(span))
+
+
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
         ("make everything", "everything"),
         (".venv/bin/python scripts/trian.py --workdir runs/a", "trian.py is no file"),
+        ("retina-jax trian --workdir runs/a", "trian.py is no file"),
         (".venv/bin/python scripts/train.py --workdir runs/a --loss.gama 2", "loss.gama: no such field"),
         (".venv/bin/python scripts/train.py --workdir runs/a --loss.gamma two", "two"),
         (".venv/bin/python scripts/train.py --workdir runs/a --loss.gamma -2", "loss.gamma"),
@@ -189,7 +202,8 @@ def known_options() -> set[str]:
     """Returns the options of all scripts, as fields."""
     names = set(flatten(Config())) | set(flatten(Hosts())) | {"help"}
     for path in (ROOT / "scripts").glob("*.py"):
-        names |= set(script(path).Arguments.__dataclass_fields__)
+        if path.stem != "doctor":  # it has no options
+            names |= set(script(path).Arguments.__dataclass_fields__)
     return names
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ROOMS = (
-    ("interrupts", "errors", "console", "config", "config_io", "presets", "cli", "distributed", "watch"),
+    ("interrupts", "errors", "installation", "command"),
+    ("console", "config", "config_io", "presets", "cli", "distributed", "watch"),
     ("cpu",),
     ("ops",),
     ("model",),

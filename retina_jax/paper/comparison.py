@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import load_config, override
+from retina_jax.installation import HOME
 from retina_jax.paper.results import PointResult, Side, SweepResult, divergence, sides_of, splits_of, started
 from retina_jax.paper.settings import AP, TABLES, Row
 from retina_jax.runs.record import TEST_DEV_FILE
-from retina_jax.sweeps.points import ROOT, load_sweep, outcome
+from retina_jax.sweeps.points import load_sweep, outcome
 
 OWN_TITLES = {"fig7": "Figure 7: FL* over γ and β"}  # titles of sweeps of the paper for which it prints no numbers
 PAPER_CONFIG = "paper_ablations.py"  # base of sweeps whose absolute values are comparable with the paper's
@@ -204,8 +205,8 @@ def _value(value: Any) -> str:
 def departures(sweep: SweepResult) -> list[str]:
     """Returns the reasons why absolute values are not comparable with the paper's; empty: no reason known. Each run is
     compared with its row over the paper's base, in every field that affects the outcome; before the first run, the base."""
-    paper = load_config(ROOT / "configs" / PAPER_CONFIG)
-    file = ROOT / "configs" / "sweeps" / f"{sweep.name}.py"
+    paper = load_config(HOME / "configs" / PAPER_CONFIG)
+    file = HOME / "configs" / "sweeps" / f"{sweep.name}.py"
     rows = load_sweep(file).get_sweep(paper) if file.is_file() else {}
 
     def overridden(overrides: Mapping[str, Any], where: str) -> Config:

@@ -25,6 +25,7 @@ from retina_jax.evaluation.coco_scores import SUMMARY, score_text
 from retina_jax.evaluation.drawing import draw
 from retina_jax.evaluation.error_analysis import CLASSIFICATION, KINDS, LEFT_OUT, MISSED, RIGHT, Analysis, mean_ap
 from retina_jax.evaluation.precision_recall import IOU_INDEX, RECALLS
+from retina_jax.installation import NAME
 from retina_jax.reports import jpeg, render
 from retina_jax.reports.charts import Line, line_chart
 from retina_jax.runs.record import RunRecord, read_record
@@ -126,7 +127,11 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
 
 def _command(start: dict[str, Any]) -> str | None:
     words = start.get("command")
-    return "python " + shlex.join(map(str, words)) if isinstance(words, list) else None
+    if not isinstance(words, list) or not words:
+        return None
+    program, *options = map(str, words)
+    installed = program.startswith(f"{NAME} ")  # retina-jax train
+    return f"{program if installed else f'python {shlex.quote(program)}'} {shlex.join(options)}"
 
 
 def _speed(windows: Sequence[dict[str, Any]]) -> str | None:

@@ -23,9 +23,8 @@ import msgspec
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import flatten, load_config, load_module, named_errors, options, override, validate
+from retina_jax.installation import HOME, config_path
 from retina_jax.runs.files import exclusive_lock, write_json
-
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -46,20 +45,21 @@ def load_sweep(path: Path) -> ModuleType:
 
 def load_sweeps(files: Sequence[str]) -> dict[Path, ModuleType]:
     """Returns the sweep files as modules, in their order; ConfigError if two have the same name."""
-    modules = {Path(file): load_sweep(Path(file)) for file in files}
+    paths = [config_path(Path(file), "--sweep") for file in files]
+    modules = {path: load_sweep(path) for path in paths}
     if len({path.stem for path in modules}) < len(modules):
         raise ConfigError("--sweep: two files have the same name; sweeps are identified by the name of their file")
     return modules
 
 
 def base_file(modules: Mapping[Path, ModuleType], default: Path) -> Path:
-    """Returns the sweeps' BASE, relative to the current folder or this repository, else `default`."""
+    """Returns the sweeps' BASE, relative to the current folder or the installation, else `default`."""
     named = {path: str(module.BASE) for path, module in modules.items() if hasattr(module, "BASE")}
     if len(set(named.values())) > 1:
         files = " and ".join(f"{path} has {base}" for path, base in named.items())
         raise ConfigError(f"--base: required, since the sweeps have different bases: {files}")
     base = Path(next(iter(named.values()), default))
-    return base if base.is_file() or not (ROOT / base).is_file() else ROOT / base
+    return base if base.is_file() or not (HOME / base).is_file() else HOME / base
 
 
 def expand(path: Path, module: ModuleType, base: Config, seeds: Sequence[int]) -> list[Point]:
@@ -251,6 +251,6 @@ def distinct(tasks: Sequence[Task]) -> list[Task]:
 
 
 def _from_root(path: Path) -> str:
-    """Returns the path relative to this repository if it is inside, else the absolute path."""
+    """Returns the path relative to HOME if it is inside, else the absolute path."""
     path = path.resolve()
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+    return str(path.relative_to(HOME)) if path.is_relative_to(HOME) else str(path)

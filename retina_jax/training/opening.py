@@ -18,6 +18,7 @@ from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import flatten, options, to_dict, training_changes, unknown_name
 from retina_jax.console import processor
 from retina_jax.data.classes import class_indices, classes_error
+from retina_jax.installation import HOME, PACKAGE
 from retina_jax.runs.files import read_json, write_json
 from retina_jax.runs.folder import Run, make_writable, saved_steps, started_run
 
@@ -134,7 +135,9 @@ def _kept(folder: Path, changes: Sequence[str]) -> dict[str, Any]:
 
 def code_commit() -> str | None:
     """Returns the git commit of this code, with "+changes" if the tree differs from it; None outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
+    if HOME == PACKAGE:  # a repository around an installed package is another one
+        return None
+    git = ["git", "-C", str(HOME)]
     try:
         commit, changes = (
             subprocess.run([*git, *arguments], capture_output=True, text=True, timeout=10, check=True).stdout.strip()

@@ -93,7 +93,9 @@ class WeightsAndBiases:
         try:
             import wandb
         except ImportError:
-            raise ConfigError(f"training.wandb: {project}: pip install wandb, or leave the field empty") from None
+            raise ConfigError(
+                f"training.wandb: {project}: pip install retina-jax[wandb], or leave the field empty"
+            ) from None
         identity = read_json(run.folder / "config.json").get("facts", {}).get(FACT)
         if identity is None:
             record_fact(run, FACT, identity := secrets.token_hex(8))

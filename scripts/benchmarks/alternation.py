@@ -16,9 +16,10 @@ from typing import Any
 
 from benchmarks.work import BenchmarkError, Task
 from retina_jax.console import processor
+from retina_jax.installation import HOME, PACKAGE
 
 SCRIPTS = Path(__file__).parents[1]
-"""Folder from which a worker imports `benchmarks`; the package is next to it."""
+"""Folder from which a worker imports `benchmarks`."""
 REST = 0.1
 """Seconds between two repetitions: threads of the previous one may still free memory on the same core."""
 
@@ -63,10 +64,9 @@ def measure(
 def started(name: str, module: str, task: Task, python: str) -> Iterator[subprocess.Popen[str]]:
     """Starts the process of a variant; leaving the `with` block ends it."""
     command = [python, "-m", "benchmarks.worker", module, json.dumps(asdict(task))]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join((str(SCRIPTS), str(SCRIPTS.parent), os.environ.get("PYTHONPATH", ""))),
-    }
+    checkout = [] if HOME == PACKAGE else [str(HOME)]  # an installed package would bring all its neighbours along
+    folders = [str(SCRIPTS), *checkout, os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, **pipes, text=True, env=environment) as process:
         try:
