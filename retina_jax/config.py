@@ -270,7 +270,10 @@ class OptimizerConfig:
     learning_rate: float = option(0.01, ">= 0", basic=True)
     """Peak learning rate. Paper: 0.01 for 16 images per step."""
     scale_learning_rate: bool = False
-    """Multiply the learning rate by data.batch_size / 16."""
+    """Multiply the learning rate by data.batch_size / 16 (the linear scaling rule)."""
+    schedule: Literal["piecewise", "cosine", "constant"] = "piecewise"
+    """Learning rate, before the warm-up's factor. piecewise: drops at the boundaries (paper); cosine: half a cosine, from
+    the peak at step 0 to 0 at training.steps, so that a resumed run keeps its steps; constant: the peak."""
     momentum: float = option(0.9, ">= 0, < 1")
     """Momentum of sgd, beta 1 of adamw. Paper: 0.9."""
     weight_decay: float = option(1e-4, ">= 0")
@@ -284,7 +287,9 @@ class OptimizerConfig:
     warmup_factor: float = option(1 / 3, ">= 0, <= 1")
     """Learning rate at step 0 over the peak. Detectron: 1/3."""
     boundaries: tuple[int, ...] = option((60_000, 80_000), ">= 1", unit="steps")
-    """Steps at which the learning rate is multiplied by decay_factor. Paper: 60000 80000."""
+    """Steps at which the learning rate is multiplied by decay_factor (piecewise). Paper: 60000 80000."""
+    boundary_epochs: tuple[float, ...] = option((), "> 0", unit="epochs")
+    """The boundaries in epochs of the training images; if given, they replace boundaries, as training.epochs does steps."""
     decay_factor: float = option(0.1, "> 0")
     """Factor of the learning rate at each boundary. Paper: 0.1."""
     clip_norm: float = option(0.0, ">= 0")
@@ -325,10 +330,19 @@ class TrainingConfig:
 
     steps: int = option(90_000, ">= 0", unit="steps", basic=True)
     """Training steps. Paper: 90000."""
+    epochs: float = option(0.0, ">= 0", unit="epochs")
+    """Passes over the training images. If above 0, training.steps is epochs times images over data.batch_size, rounded up.
+    0: training.steps is used (paper: about 12 epochs)."""
     log_every: int = option(20, ">= 1", unit="steps", outcome=False)
     """Steps between two lines of metrics."""
     eval_every: int = option(10_000, ">= -1", unit="steps", outcome=False)
     """Steps between evaluations; the last step is always evaluated. 0: only the last; -1: never."""
+    patience: int = option(0, ">= 0", unit="evaluations")
+    """Early stopping: training ends after this many evaluations in a row without a new best AP; the best step is kept. 0: it
+    does not end early. Paper: none."""
+    validation_loss: bool = option(False, outcome=False)
+    """Compute the training loss of the evaluation images at each evaluation, with the parameters for detection: one more
+    pass over the images, and one more program per padded shape."""
     eval_images: int = option(0, ">= 0")
     """Number of evaluation images, the first of the split; 0: all."""
     eval_batch_size: int = option(0, ">= 0", unit="images", outcome=False)
