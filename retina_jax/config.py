@@ -149,9 +149,10 @@ class DataConfig:
 class ModelConfig:
     """The network (Section 4, Figure 3)."""
 
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d"] = option(
-        "resnet50", basic=True
-    )
+    backbone: Literal[
+        "resnet18", "resnet34", "resnet50", "resnet101",
+        "resnext50_32x4d", "resnext101_32x4d", "resnext101_32x8d", "resnext101_64x4d",
+    ] = option("resnet50", basic=True)  # fmt: skip
     """Backbone. Paper: resnet50 for the ablations, resnet101 in Tables 1d, 1e and 2, resnext101_32x8d in Table 2."""
     base_width: int = option(64, ">= 1")
     """Channels of the backbone's stem; all stages scale with it. ResNet: 64."""
@@ -161,8 +162,9 @@ class ModelConfig:
     """Object classes K; None: the number of categories in the data. COCO: 80."""
     stride_position: Literal["1x1", "3x3"] = "1x1"
     """Convolution with the stride of a bottleneck. 1x1: the paper's MSRA weights, Detectron; 3x3: torchvision."""
-    norm: Literal["frozen", "group", "batch"] = "frozen"
-    """Backbone normalisation: frozen BatchNorm (a fixed affine; Detectron), GroupNorm, or BatchNorm over all devices."""
+    norm: Literal["frozen", "frozen_statistics", "group", "batch"] = "frozen"
+    """Backbone normalisation: frozen BatchNorm (a fixed affine; Detectron); frozen_statistics: fixed mean and variance,
+    trained scale and bias (mmdetection); GroupNorm; or BatchNorm over all devices."""
     norm_groups: int = option(32, ">= 1")
     """Groups of GroupNorm; lowered to the largest divisor of the channels if it does not divide them."""
     frozen_stages: int = option(2, ">= 0, <= 5")
@@ -179,8 +181,9 @@ class ModelConfig:
     """3x3 convolutions before the last one in each head. Paper: 4."""
     head_channels: int = option(256, ">= 1")
     """Channels of the heads. Paper: 256."""
-    head_norm: Literal["none", "group"] = "none"
-    """Normalisation in the heads. Paper: none; torchvision v2: group."""
+    head_norm: Literal["none", "group", "batch"] = "none"
+    """Normalisation in the heads: none (paper); group (torchvision v2); batch: a BatchNorm over all devices for each pyramid
+    level, between shared convolutions (TensorFlow Model Garden, EfficientDet)."""
     head_std: float = option(0.01, "> 0")
     """Standard deviation of the heads' initial weights. Paper: 0.01."""
     prior: float = option(0.01, "> 0, < 1")
@@ -295,7 +298,7 @@ class OptimizerConfig:
     clip_norm: float = option(0.0, ">= 0")
     """Largest global norm of the gradient; 0: no clipping. Paper: none."""
     ema_decay: float = option(0.0, ">= 0, < 1")
-    """Average the parameters (and statistics of model.norm batch) for evaluation and detection: after t steps,
+    """Average the parameters (and statistics of BatchNorm) for evaluation and detection: after t steps,
     mean = d mean + (1 - d) new with d = min(ema_decay, (1 + t) / (10 + t)). 0: no average. Paper: none."""
 
 
@@ -311,6 +314,8 @@ class DetectionConfig:
     """Number of best scores per pyramid level that are decoded. Paper: 1000."""
     nms_iou: float = option(0.5, "> 0, <= 1", basic=True)
     """A box is suppressed by a better one of its class with an IoU above this. Paper: 0.5."""
+    class_agnostic_nms: bool = False
+    """A box is suppressed by a better one of any class: at most one class per object. Paper: no."""
     clip: Literal["before_nms", "after_nms"] = "before_nms"
     """When boxes are clipped to the image: before NMS (Detectron, torchvision), or after it; after_nms: then boxes without
     area are removed (detectron2)."""
@@ -360,8 +365,8 @@ class TrainingConfig:
     wandb: str = option("", outcome=False)
     """Weights & Biases project that receives metrics and pictures (pip install wandb); empty: none."""
     accumulate: int = option(1, ">= 1")
-    """Micro-batches per step and device (gradient accumulation): less memory, the same step, except with model.norm batch
-    and with loss.normaliser per_device or ema, where each micro-batch counts as a device."""
+    """Micro-batches per step and device (gradient accumulation): less memory, the same step, except with BatchNorm (batch in
+    model.norm or head_norm) and with loss.normaliser per_device or ema, where each micro-batch counts as a device."""
     skip_non_finite: int = option(0, ">= 0", unit="steps")
     """Maximum number of skipped steps, those with a non-finite loss, gradient or parameter; one more stops the run."""
     profile_steps: str = ""
