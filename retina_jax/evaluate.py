@@ -114,13 +114,13 @@ def validation_loss(
     batches = eval_batches(
         source, run.config.data, batch_size=_batch_size(run, detector), limit=limit, **distributed.share()
     )
-    found: dict[int, list[float]] = {}
+    found: list[list[float]] = []
     for batch in check(batches):
         inputs = driver.shard_batch(Inputs.of(batch._replace(labels=labels[batch.labels])))
         rows = np.stack(local_rows(driver.losses(detector.variables, inputs)), axis=1)
-        found |= {int(batch.indices[row]): rows[row].tolist() for row in np.flatnonzero(batch.valid)}
-    every = {index: row for of_host in distributed.exchange(found) for index, row in of_host.items()}
-    columns = np.array([every[index] for index in sorted(every)], np.float64).reshape(-1, len(ImageLosses._fields))
+        found += rows[batch.valid].tolist()
+    every = sorted(itertools.chain(*distributed.exchange(found)))  # in one order, whichever host had an image
+    columns = np.array(every, np.float64).reshape(-1, len(ImageLosses._fields))
     images_per_microbatch = run.config.data.batch_size / driver.num_microbatches
     return mean_losses(ImageLosses(*columns.T), run.config.loss, ema / images_per_microbatch)
 
