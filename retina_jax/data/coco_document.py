@@ -96,10 +96,11 @@ def parse_document(
         raise DataError(f"{path}: must be an object with images, annotations and categories, not {short(document)}")
     if folder is not None and not folder.is_dir():
         raise DataError(f"{folder}: no such folder; it must hold the images that {path} names")
-    lists = document if isinstance(document, dict) else msgspec.structs.asdict(document)
-    if isinstance(document, CocoFile):
-        document.annotations = []  # so that the parser can free their text, most of the memory, when they are decoded
-    return _Parser(path, lists, mistakes, data).parse(folder, known)
+    if isinstance(document, dict):
+        return _Parser(path, document, mistakes, data).parse(folder, known)
+    parser = _Parser(path, msgspec.structs.asdict(document), mistakes, data)
+    document.annotations = []  # so that the parser frees their text, most of the memory, when they are decoded
+    return parser.parse(folder, known)
 
 
 class _Parser:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,7 @@ import pytest
 
 from retina_jax.config import Config
 from retina_jax.config_io import load_config, override, validate, with_epochs
-from retina_jax.losses.total import ImageLosses, mean_losses
+from retina_jax.losses.total import EMA_START, ImageLosses, mean_losses
 from retina_jax.model.resnet import ARCHITECTURES
 from retina_jax.training.metrics import Metrics
 from retina_jax.training.opening import open_run
@@ -61,28 +62,28 @@ def reduced(path: Path) -> Config:
     return validate(override(Config(**parts), changes))
 
 
-def test_every_recipe_takes_a_finite_step(make_inputs: Callable[..., Inputs]) -> None:
-    """Recipes that differ in their data or schedule alone are compiled once."""
-    for config in dict.fromkeys(map(reduced, RECIPES)):
-        driver = Driver(config, 3)
-        state = driver.init_state()
-        before = jax.device_get(state.params)
-        state, measured = driver.step(state, driver.shard_batch(make_inputs(1, batch_size=2)))
-        assert all(np.isfinite(value) for value in measured.values()), config
-        assert measured["loss"] > 0 and measured["gradient_norm"] > 0
-        pairs = zip(jax.tree.leaves(before), jax.tree.leaves(jax.device_get(state.params)), strict=True)
-        assert sum(not np.array_equal(a, b) for a, b in pairs) > 5
+NEW = ("mmdetection_r50_800", "tf_model_garden_r50_640", "mlperf_resnext50_800")  # the others with -m slow
 
 
-def test_the_validation_loss_is_that_of_the_training_step(tiny: Config, make_inputs: Callable[..., Inputs]) -> None:
-    """The norms of this network are constant, so the network is the same in training and in inference."""
-    driver, inputs = Driver(override(tiny, {"devices": 2}), 3), make_inputs(2)
-    state = driver.init_state()
-    losses = jax.device_get(driver.losses(state.variables, driver.shard_batch(inputs)))
-    found = mean_losses(ImageLosses(*map(np.asarray, losses)), driver.config.loss, 1.0)
-    _, measured = driver.step(state, driver.shard_batch(inputs))
-    for name, value in found.items():
-        assert value == pytest.approx(float(measured[name]), rel=1e-5) and value > 0
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=() if path.stem in NEW else pytest.mark.slow, id=path.stem) for path in RECIPES]
+)
+def test_a_recipe_takes_a_finite_step(path: Path, make_inputs: Callable[..., Inputs]) -> None:
+    """Where the network is the same in training and in inference, the validation loss of a batch is that of the step."""
+    config = reduced(path)
+    driver = Driver(config, 3)
+    state, inputs = driver.init_state(), driver.shard_batch(make_inputs(1, batch_size=2))
+    before, found = jax.device_get(state.params), {}
+    if "batch" not in (config.model.norm, config.model.head_norm):
+        losses = ImageLosses(*map(np.asarray, driver.losses(state.variables, inputs)))
+        after_step = 0.9 * EMA_START + 0.1 * float(losses.positives.sum())
+        found = mean_losses(losses, config.loss, after_step / 2)
+    state, measured = driver.step(state, inputs)
+    assert all(np.isfinite(value) for value in measured.values())
+    assert measured["loss"] > 0 and measured["gradient_norm"] > 0 and measured["positives_per_image"] > 0
+    assert found == pytest.approx({name: float(measured[name]) for name in found}, rel=1e-4)
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(jax.device_get(state.params)), strict=True)
+    assert sum(not np.array_equal(a, b) for a, b in pairs) > 5
 
 
 @pytest.mark.parametrize("normaliser", ["per_image", "per_device", "global", "ema"])
@@ -136,7 +137,7 @@ from retina_jax.config import *
 
 def get_config():
     return Config(
-        data=DataConfig(source="scenes", batch_size=4, short_side=64, long_side=64, max_boxes=8,
+        data=DataConfig(source="scenes", batch_size=4, short_side=64, long_side=64, max_boxes=8, images_without_boxes="keep",
             scenes=ScenesConfig(folder={scenes!r}, train_images=30, val_images=6, size=64, classes=2, max_side=40.0)),
         model=ModelConfig(backbone="resnet18", base_width=4, stage_blocks=(1, 1, 1, 1), norm="frozen_statistics",
             frozen_stages=1, min_level=4, max_level=5, fpn_channels=8, head_channels=8, head_convs=1, head_norm="batch"),
@@ -154,7 +155,7 @@ def get_config():
 def script() -> ModuleType:
     """Returns scripts/train.py as a module."""
     spec = importlib.util.spec_from_file_location("train_script", ROOT / "scripts" / "train.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -178,7 +179,9 @@ def test_a_run_with_every_switch_is_resumed_to_the_bit_and_ends_early(
         rate = 0.01 * (1 + np.cos(np.pi * step / 9)) / 2 * min(1.0, 1 / 3 + 2 / 3 * step / 2)
         (line,) = [line for line in lines if line["event"] == "train" and line["step"] == step + 1]
         assert line["learning_rate"] == pytest.approx(rate, rel=1e-5)
-    assert all(line["loss"] == pytest.approx(line["classification_loss"] + line["box_loss"]) for line in lines)
+    assert all(
+        line["loss"] == pytest.approx(line["classification_loss"] + line["box_loss"], rel=1e-4) for line in lines
+    )
 
     shutil.copytree(tmp_path / "run", tmp_path / "resumed")
     for step in (4, 5, 6):  # as after a kill during step 4
