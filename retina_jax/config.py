@@ -149,9 +149,10 @@ class DataConfig:
 class ModelConfig:
     """The network (Section 4, Figure 3)."""
 
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d"] = option(
-        "resnet50", basic=True
-    )
+    backbone: Literal[
+        "resnet18", "resnet34", "resnet50", "resnet101",
+        "resnext50_32x4d", "resnext101_32x4d", "resnext101_32x8d", "resnext101_64x4d",
+    ] = option("resnet50", basic=True)  # fmt: skip
     """Backbone. Paper: resnet50 for the ablations, resnet101 in Tables 1d, 1e and 2, resnext101_32x8d in Table 2."""
     base_width: int = option(64, ">= 1")
     """Channels of the backbone's stem; all stages scale with it. ResNet: 64."""
@@ -161,8 +162,9 @@ class ModelConfig:
     """Object classes K; None: the number of categories in the data. COCO: 80."""
     stride_position: Literal["1x1", "3x3"] = "1x1"
     """Convolution with the stride of a bottleneck. 1x1: the paper's MSRA weights, Detectron; 3x3: torchvision."""
-    norm: Literal["frozen", "group", "batch"] = "frozen"
-    """Backbone normalisation: frozen BatchNorm (a fixed affine; Detectron), GroupNorm, or BatchNorm over all devices."""
+    norm: Literal["frozen", "frozen_statistics", "group", "batch"] = "frozen"
+    """Backbone normalisation: frozen BatchNorm (a fixed affine; Detectron); frozen_statistics: fixed mean and variance,
+    trained scale and bias (mmdetection); GroupNorm; or BatchNorm over all devices."""
     norm_groups: int = option(32, ">= 1")
     """Groups of GroupNorm; lowered to the largest divisor of the channels if it does not divide them."""
     frozen_stages: int = option(2, ">= 0, <= 5")
@@ -179,8 +181,9 @@ class ModelConfig:
     """3x3 convolutions before the last one in each head. Paper: 4."""
     head_channels: int = option(256, ">= 1")
     """Channels of the heads. Paper: 256."""
-    head_norm: Literal["none", "group"] = "none"
-    """Normalisation in the heads. Paper: none; torchvision v2: group."""
+    head_norm: Literal["none", "group", "batch"] = "none"
+    """Normalisation in the heads: none (paper); group (torchvision v2); batch: a BatchNorm over all devices for each pyramid
+    level, between shared convolutions (TensorFlow Model Garden, EfficientDet)."""
     head_std: float = option(0.01, "> 0")
     """Standard deviation of the heads' initial weights. Paper: 0.01."""
     prior: float = option(0.01, "> 0, < 1")
@@ -270,7 +273,10 @@ class OptimizerConfig:
     learning_rate: float = option(0.01, ">= 0", basic=True)
     """Peak learning rate. Paper: 0.01 for 16 images per step."""
     scale_learning_rate: bool = False
-    """Multiply the learning rate by data.batch_size / 16."""
+    """Multiply the learning rate by data.batch_size / 16 (the linear scaling rule)."""
+    schedule: Literal["piecewise", "cosine", "constant"] = "piecewise"
+    """Learning rate, before the warm-up's factor. piecewise: drops at the boundaries (paper); cosine: half a cosine, from
+    the peak at step 0 to 0 at training.steps, so that a resumed run keeps its steps; constant: the peak."""
     momentum: float = option(0.9, ">= 0, < 1")
     """Momentum of sgd, beta 1 of adamw. Paper: 0.9."""
     weight_decay: float = option(1e-4, ">= 0")
@@ -284,13 +290,15 @@ class OptimizerConfig:
     warmup_factor: float = option(1 / 3, ">= 0, <= 1")
     """Learning rate at step 0 over the peak. Detectron: 1/3."""
     boundaries: tuple[int, ...] = option((60_000, 80_000), ">= 1", unit="steps")
-    """Steps at which the learning rate is multiplied by decay_factor. Paper: 60000 80000."""
+    """Steps at which the learning rate is multiplied by decay_factor (piecewise). Paper: 60000 80000."""
+    boundary_epochs: tuple[float, ...] = option((), "> 0", unit="epochs")
+    """The boundaries in epochs of the training images; if given, they replace boundaries, as training.epochs does steps."""
     decay_factor: float = option(0.1, "> 0")
     """Factor of the learning rate at each boundary. Paper: 0.1."""
     clip_norm: float = option(0.0, ">= 0")
     """Largest global norm of the gradient; 0: no clipping. Paper: none."""
     ema_decay: float = option(0.0, ">= 0, < 1")
-    """Average the parameters (and statistics of model.norm batch) for evaluation and detection: after t steps,
+    """Average the parameters (and statistics of BatchNorm) for evaluation and detection: after t steps,
     mean = d mean + (1 - d) new with d = min(ema_decay, (1 + t) / (10 + t)). 0: no average. Paper: none."""
 
 
@@ -306,6 +314,8 @@ class DetectionConfig:
     """Number of best scores per pyramid level that are decoded. Paper: 1000."""
     nms_iou: float = option(0.5, "> 0, <= 1", basic=True)
     """A box is suppressed by a better one of its class with an IoU above this. Paper: 0.5."""
+    class_agnostic_nms: bool = False
+    """A box is suppressed by a better one of any class: at most one class per object. Paper: no."""
     clip: Literal["before_nms", "after_nms"] = "before_nms"
     """When boxes are clipped to the image: before NMS (Detectron, torchvision), or after it; after_nms: then boxes without
     area are removed (detectron2)."""
@@ -325,10 +335,19 @@ class TrainingConfig:
 
     steps: int = option(90_000, ">= 0", unit="steps", basic=True)
     """Training steps. Paper: 90000."""
+    epochs: float = option(0.0, ">= 0", unit="epochs")
+    """Passes over the training images. If above 0, training.steps is epochs times images over data.batch_size, rounded up.
+    0: training.steps is used (paper: about 12 epochs)."""
     log_every: int = option(20, ">= 1", unit="steps", outcome=False)
     """Steps between two lines of metrics."""
     eval_every: int = option(10_000, ">= -1", unit="steps", outcome=False)
     """Steps between evaluations; the last step is always evaluated. 0: only the last; -1: never."""
+    patience: int = option(0, ">= 0", unit="evaluations")
+    """Early stopping: training ends after this many evaluations in a row without a new best AP; the best step is kept. 0: it
+    does not end early. Paper: none."""
+    validation_loss: bool = option(False, outcome=False)
+    """Compute the training loss of the evaluation images at each evaluation, with the parameters for detection: one more
+    pass over the images, and one more program per padded shape."""
     eval_images: int = option(0, ">= 0")
     """Number of evaluation images, the first of the split; 0: all."""
     eval_batch_size: int = option(0, ">= 0", unit="images", outcome=False)
@@ -346,8 +365,8 @@ class TrainingConfig:
     wandb: str = option("", outcome=False)
     """Weights & Biases project that receives metrics and pictures (pip install retina-jax[wandb]); empty: none."""
     accumulate: int = option(1, ">= 1")
-    """Micro-batches per step and device (gradient accumulation): less memory, the same step, except with model.norm batch
-    and with loss.normaliser per_device or ema, where each micro-batch counts as a device."""
+    """Micro-batches per step and device (gradient accumulation): less memory, the same step, except with BatchNorm (batch in
+    model.norm or head_norm) and with loss.normaliser per_device or ema, where each micro-batch counts as a device."""
     skip_non_finite: int = option(0, ">= 0", unit="steps")
     """Maximum number of skipped steps, those with a non-finite loss, gradient or parameter; one more stops the run."""
     profile_steps: str = ""

@@ -12,6 +12,7 @@ import reprlib
 import traceback
 import typing
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -149,8 +150,11 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
         yield "loss.mining_batch", "at least 4 with loss.mining ohem_1_3"
     if loss.mining != "none" and loss.mining_normaliser != "assigned" and loss.normaliser in ("global", "ema"):
         yield "loss.mining_normaliser", f"assigned: loss.normaliser {loss.normaliser} divides both losses by one number"
-    if list(boundaries := config.optimizer.boundaries) != sorted(set(boundaries)):
-        yield "optimizer.boundaries", "in increasing order"
+    for name in ("boundaries", "boundary_epochs"):
+        if list(boundaries := getattr(config.optimizer, name)) != sorted(set(boundaries)):
+            yield f"optimizer.{name}", "in increasing order"
+    if config.training.patience and config.training.eval_every < 1:
+        yield "training.patience", "0 unless training.eval_every is above 0, or it has no evaluations to count"
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -256,8 +260,9 @@ def training_changes(old: Config, new: Config) -> list[str]:
     """Returns "field: old -> new" for each difference that changes what a training step computes."""
     before, after, known = flatten(old), flatten(new), options(Config)
     changed = [k for k in before if before[k] != after[k]]
-    # The BatchNorm statistics are those of a micro-batch.
-    fixed = {"training.accumulate"} if new.model.norm == "batch" else set()
+    # The BatchNorm statistics are those of a micro-batch; the rate of a cosine is a function of the last step.
+    fixed = {"training.accumulate"} if "batch" in (new.model.norm, new.model.head_norm) else set()
+    fixed |= {"training.steps"} if new.optimizer.schedule == "cosine" else set()
     return [f"{k}: {before[k]} -> {after[k]}" for k in changed if k in fixed or not known[k].resume]
 
 
@@ -267,3 +272,18 @@ def with_classes(config: Config, classes: int) -> Config:
         how = f"leave it out, or use {classes}"
         raise ConfigError(f"model.num_classes: {own}, but the data has {classes} classes; {how}")
     return override(config, {"model.num_classes": classes})
+
+
+def with_epochs(config: Config, images: int) -> Config:
+    """Returns `config` with the steps of `training.epochs` and `optimizer.boundary_epochs`, if given, for this number of
+    training images. Step ceil(epochs * images / data.batch_size) is the first after which so many epochs are complete."""
+
+    def steps(epochs: float) -> int:
+        return math.ceil(Fraction(str(epochs)) * images / config.data.batch_size)  # in floats 0.7 * 10 exceeds 7
+
+    changes: dict[str, Any] = {}
+    if config.training.epochs:
+        changes["training.steps"] = steps(config.training.epochs)
+    if config.optimizer.boundary_epochs:
+        changes["optimizer.boundaries"] = tuple(map(steps, config.optimizer.boundary_epochs))
+    return override(config, changes)

@@ -2,7 +2,8 @@
 
 Test-time augmentation runs the detector at several sizes (detection.tta_short_sides) and on the mirrored image
 (detection.tta_flip). Merging is that of detectron2's GeneralizedRCNNWithTTA: the boxes are mapped to the original image,
-those of a class suppress one another at detection.nms_iou, and the best detection.max_detections remain.
+those of a class (with detection.class_agnostic_nms, all) suppress one another at detection.nms_iou, and the best
+detection.max_detections remain.
 """
 
 from __future__ import annotations
@@ -279,7 +280,7 @@ def merge(
     kept, real = _nms(
         np.pad(boxes_xyxy.astype(np.float32), ((0, room), (0, 0))),
         np.pad(scores.astype(np.float32), (0, room), constant_values=-np.inf),
-        np.pad(labels.astype(np.int32), (0, room)),
+        np.pad(labels.astype(np.int32) * (not config.class_agnostic_nms), (0, room)),
         iou_threshold=config.nms_iou,
         max_detections=config.max_detections,
     )

@@ -16,16 +16,19 @@ from PIL import Image
 
 from retina_jax import distributed
 from retina_jax.console import log, warn
-from retina_jax.data.classes import category_ids
+from retina_jax.data.classes import category_ids, class_indices
 from retina_jax.data.decoding import image_of
 from retina_jax.data.pipeline import Batch, eval_batches
 from retina_jax.data.source import Source
 from retina_jax.detector import Detector, ImageDetections, sizes
 from retina_jax.evaluation.coco_scores import Scores, coco_results, evaluate_coco
 from retina_jax.evaluation.drawing import contact_sheet, draw
+from retina_jax.losses.total import ImageLosses, mean_losses
 from retina_jax.runs.files import write_bytes, write_json
 from retina_jax.runs.folder import Run
 from retina_jax.training.compilation import COMPILED, compile_events
+from retina_jax.training.parallel import local_rows
+from retina_jax.training.step import Inputs
 
 NO_DETECTIONS = ImageDetections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
 
@@ -75,8 +78,7 @@ def _detect(
     run: Run, detector: Detector, source: Source, count: int, check: Callable[[Iterable[Batch]], Iterable[Batch]]
 ) -> dict[int, ImageDetections]:
     """Returns the detections in the readable ones of the first `count` images, by ascending index, of all hosts."""
-    training, num_devices = run.config.training, detector.driver.num_devices
-    batch_size = -(-(training.eval_batch_size or run.config.data.batch_size) // num_devices) * num_devices
+    batch_size = _batch_size(run, detector)
     original_sizes = [(record.height, record.width) for record in source.records]
     log(f"evaluating {count:,} images of {source.name} ...")
     started, of_hosts = time.monotonic(), []
@@ -89,6 +91,38 @@ def _detect(
     compiled = f", {events[COMPILED + ' seconds']:.1f} of them to compile detection" if events[COMPILED] else ""
     log(f"evaluated {count} images in {elapsed:.1f} s ({count / max(elapsed, 1e-9):.1f} img/s{compiled})")
     return dict(sorted(found.items()))
+
+
+def _batch_size(run: Run, detector: Detector) -> int:
+    """Returns the images per evaluation step, a multiple of the devices."""
+    num_devices = detector.driver.num_devices
+    return -(-(run.config.training.eval_batch_size or run.config.data.batch_size) // num_devices) * num_devices
+
+
+def validation_loss(
+    run: Run,
+    detector: Detector,
+    source: Source,
+    ema: float,
+    check: Callable[[Iterable[Batch]], Iterable[Batch]] = distributed.counted,
+) -> dict[str, float]:
+    """Returns the training loss of `detector` on the readable images that `evaluate` scores (`losses.total.mean_losses`).
+    `ema` is the state's running mean of positive anchors. Batch size, devices and hosts do not change the result."""
+    limit, driver = run.config.training.eval_images, detector.driver
+    own = [-1 if index is None else index for index in class_indices(source.categories, run.categories)]
+    labels = np.array([*own, -1], np.int32)  # the last one is that of padded rows, -1
+    batches = eval_batches(
+        source, run.config.data, batch_size=_batch_size(run, detector), limit=limit, **distributed.share()
+    )
+    found: list[list[float]] = []
+    for batch in check(batches):
+        inputs = driver.shard_batch(Inputs.of(batch._replace(labels=labels[batch.labels])))
+        rows = np.stack(local_rows(driver.losses(detector.variables, inputs)), axis=1)
+        found += rows[batch.valid].tolist()
+    every = sorted(itertools.chain(*distributed.exchange(found)))  # in one order, whichever host had an image
+    columns = np.array(every, np.float64).reshape(-1, len(ImageLosses._fields))
+    images_per_microbatch = run.config.data.batch_size / driver.num_microbatches
+    return mean_losses(ImageLosses(*columns.T), run.config.loss, ema / images_per_microbatch)
 
 
 def _write_pictures(

@@ -24,14 +24,14 @@ import tyro
 from retina_jax import distributed
 from retina_jax.cli import limit_heaps, one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config
-from retina_jax.config_io import parse_window, validate
+from retina_jax.config_io import parse_window, validate, with_epochs
 from retina_jax.console import devices_line, log, warn
 from retina_jax.data.datasets import open_sources
 from retina_jax.data.pipeline import Batches, train_batches
 from retina_jax.data.source import Source
 from retina_jax.detector import Detector
 from retina_jax.distributed import Interruption
-from retina_jax.evaluate import evaluate
+from retina_jax.evaluate import evaluate, validation_loss
 from retina_jax.evaluation.coco_scores import SUMMARY, Scores, coco_table, score_text
 from retina_jax.model.summary import parameter_table
 from retina_jax.runs.folder import Clock, Run, config_of, is_due, started_run, training_lock
@@ -40,7 +40,7 @@ from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.compilation import CompiledStep
 from retina_jax.training.metrics import Metrics
 from retina_jax.training.opening import open_run
-from retina_jax.training.optimizer import schedule_warning
+from retina_jax.training.optimizer import rate_warning, schedule_warning
 from retina_jax.training.parallel import Driver
 from retina_jax.training.profiling import Profiler
 from retina_jax.training.restore import restore_or_init
@@ -84,6 +84,7 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
         log(devices_line(small=config.data.short_side < 400))
         before = started_run(workdir)
         source, val_source, config = open_sources(config, before.categories if before else (), workdir)
+        config = in_steps(config, len(source))
         driver = Driver(config, config.model.num_classes)
         driver.check_batch_size()
         training = config.training
@@ -94,7 +95,7 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
         )
         state, origin = restore_or_init(driver, run, checkpoints, missing)
         log(f"{parameter_table(state.variables)}\n{origin}")
-        if warning := schedule_warning(config):
+        for warning in filter(None, (schedule_warning(config), rate_warning(config))):
             warn(warning)
         start = int(state.step)
         clock = Clock(workdir, resumed=start > 0)
@@ -106,7 +107,7 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
             score = partial(score_step, run, driver, val_source, checkpoints, metrics, interruption)
             if metrics.evaluation_is_missing():  # it failed or was interrupted before
                 score(state, start)
-            for step in range(start + 1, training.steps + 1):
+            for step in metrics.remaining_steps():
                 started = time.monotonic()
                 profiler.begin(step)
                 with checkpoints.save_on_error(step - 1, state, first=metrics.flush):
@@ -129,7 +130,18 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
                         score(state, step)
                     clock.save()
                     metrics.restart_window()
-    report_end(run, state, clock, batches)
+    report_end(run, state, clock, batches, "training.patience" if metrics.ended_early() else "training.steps")
+
+
+def in_steps(config: Config, images: int) -> Config:
+    """Returns `config` with its epochs of this number of images in steps (`with_epochs`), which it logs."""
+    resolved = with_epochs(config, images)
+    if resolved.training.epochs or resolved.optimizer.boundary_epochs:
+        steps, boundaries = resolved.training.steps, ", ".join(f"{step:,}" for step in resolved.optimizer.boundaries)
+        drops = f"; boundaries at steps {boundaries}" if resolved.optimizer.schedule == "piecewise" else ""
+        length = f"{steps * config.data.batch_size / images:g} epochs are {steps:,} steps"
+        log(f"{length} of {config.data.batch_size} images, of {images:,} training images{drops}")
+    return resolved
 
 
 def score_step(
@@ -144,15 +156,22 @@ def score_step(
 ) -> None:
     """Evaluates `state`, which is saved as `step`; saves its AP with the checkpoint and its scores in the metrics."""
     detector = Detector.of(driver, state, run.class_names, run.category_ids)
-    scores = evaluate(run, detector, source, step, check=partial(interruption.checked, step))
+    check = partial(interruption.checked, step)
+    scores = evaluate(run, detector, source, step, check=check)
+    losses: dict[str, float] = {}
+    if run.config.training.validation_loss and source.labelled:
+        losses = validation_loss(run, detector, source, float(state.normaliser), check)
     checkpoints.score(step, scores.summary["AP"])
-    metrics.evaluated(step, scores.summary)
-    log(f"step {step}: AP {score_text(scores.summary['AP'])}, AP50 {score_text(scores.summary['AP50'])}")
+    metrics.evaluated(step, {**scores.summary, **losses})
+    shown = f", validation loss {losses['loss']:.4f}" if losses else ""
+    log(f"step {step}: AP {score_text(scores.summary['AP'])}, AP50 {score_text(scores.summary['AP50'])}{shown}")
 
 
-def report_end(run: Run, state: TrainState, clock: Clock, batches: Batches) -> None:
-    """Writes summary.json; logs the last evaluation and the images of all hosts that were skipped or have one colour."""
-    summary = finish_run(run, int(state.step), clock.seconds(), parameters_sha256(state.all_parameters))
+def report_end(run: Run, state: TrainState, clock: Clock, batches: Batches, ended: str) -> None:
+    """Writes summary.json, with the field that `ended` training; logs the last evaluation and the images of all hosts that
+    were skipped or have one colour."""
+    checksum = parameters_sha256(state.all_parameters)
+    summary = finish_run(run, int(state.step), clock.seconds(), checksum, ended)
     if (evaluation := summary["evaluation"]) is not None:
         log(coco_table(Scores({name: evaluation[name] for name in SUMMARY}, evaluation["per_class"])))
     for what, names in (

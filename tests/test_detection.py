@@ -115,17 +115,18 @@ def brute_force(
         if len(kept) == config.max_detections:
             break
         _, a, k = candidate
-        rivals = [boxes[b] for _, b, j in kept if j == k]
+        rivals = [boxes[b] for _, b, j in kept if j == k or config.class_agnostic_nms]
         if all(iou(boxes[a], rival) <= config.nms_iou for rival in rivals):
             kept.append(candidate)
     return boxes[[a for _, a, _ in kept]], np.array([s for s, _, _ in kept]), np.array([k for _, _, k in kept])
 
 
-@pytest.mark.parametrize("top_k", [5, 60])
-def test_detect_equals_brute_force_on_every_image(top_k: int) -> None:
+@pytest.mark.parametrize(("top_k", "class_agnostic"), [(5, False), (60, False), (60, True)])
+def test_detect_equals_brute_force_on_every_image(top_k: int, class_agnostic: bool) -> None:
     rng = np.random.default_rng(top_k)
     logits, deltas = rng.normal(-3, 1.5, (2, A, K)).astype(np.float32), rng.normal(0, 0.2, (2, A, 4)).astype(np.float32)
     sizes, options = [(64, 96), (50, 70)], {"top_k": top_k, "max_detections": 20, "score_threshold": 0.25}
+    options["class_agnostic_nms"] = class_agnostic
     found = run(logits, deltas, sizes, **options)
     for i in range(2):
         boxes, scores, labels = brute_force(logits[i], deltas[i], sizes[i], DetectionConfig(**options))

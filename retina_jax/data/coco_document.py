@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from retina_jax.console import log
 from retina_jax.data import coco_entries
 from retina_jax.data.box_formats import boxes_in_pixels
 from retina_jax.data.classes import Category, excluded_categories, unique_names
-from retina_jax.data.coco_entries import CocoFile, Entry, Mistake, leads_outside, short
+from retina_jax.data.coco_entries import CocoFile, Columns, Entry, Mistake, leads_outside, short
 from retina_jax.data.decoding import Header
 from retina_jax.data.image_paths import Places, find_images
 from retina_jax.data.reading import read_file
@@ -89,16 +88,19 @@ def parse_document(
     known: Sequence[Category] = (),
     data: DataConfig = DEFAULTS,
 ) -> Content:
-    """Returns the content of `document`: a CocoFile, or any JSON value. `known` are classes that stay classes without a box
-    (`excluded_categories`). Without a `folder`, images are not located, and missing sizes stay 0. The first mistake raises
-    DataError. With a list of `mistakes`, entries that cannot be used are added to it and left out, refused notes are kept,
-    and only a file without its three lists raises DataError."""
+    """Returns the content of `document`: any JSON value, or a CocoFile, which loses its annotations. `known` are classes
+    that stay classes without a box (`excluded_categories`). Without a `folder`, images are not located, and missing sizes
+    stay 0. The first mistake raises DataError. With a list of `mistakes`, entries that cannot be used are added to it and
+    left out, refused notes are kept, and only a file without its three lists raises DataError."""
     if not isinstance(document, CocoFile | dict):
         raise DataError(f"{path}: must be an object with images, annotations and categories, not {short(document)}")
     if folder is not None and not folder.is_dir():
         raise DataError(f"{folder}: no such folder; it must hold the images that {path} names")
-    lists = document if isinstance(document, dict) else msgspec.structs.asdict(document)
-    return _Parser(path, lists, mistakes, data).parse(folder, known)
+    if isinstance(document, dict):
+        return _Parser(path, document, mistakes, data).parse(folder, known)
+    parser = _Parser(path, msgspec.structs.asdict(document), mistakes, data)
+    document.annotations = []  # so that the parser frees their text, most of the memory, when they are decoded
+    return parser.parse(folder, known)
 
 
 class _Parser:
@@ -108,7 +110,6 @@ class _Parser:
         self.path, self.lists, self.mistakes, self.data = path, lists, mistakes, data
         self.notes: list[Note] = []
         self.texts: Counter[str] = Counter()
-        self.segmentations: list[coco_entries.SegmentationEntry] | None = None
 
     def parse(self, folder: Path | None, known: Sequence[Category]) -> Content:
         """Returns the content of the file; `folder` and `known` are as in `parse_document`."""
@@ -144,7 +145,7 @@ class _Parser:
 
     def refuse(self, key: str, index: int, text: str) -> None:
         """Raises DataError for an entry that cannot be used, or collects it."""
-        mistake = Mistake(key, index, self.lists[key][index], text)
+        mistake = Mistake(key, index, _decoded(self.lists[key][index]), text)
         if self.mistakes is None:
             raise DataError(f"{self.path}: {mistake.place}: {text}")
         self.mistakes.append(mistake)
@@ -157,7 +158,7 @@ class _Parser:
             if key == "annotations" and key not in self.lists:
                 found += "; only evaluate.py accepts a file without it, such as COCO's image_info of test images"
             raise DataError(f"{self.path}: {key} must be a list of objects, but is {found}")
-        if listed and isinstance(listed[0], kind):  # from a CocoFile, in which every entry has its type
+        if listed and isinstance(listed[0], kind):  # from a CocoFile, in which each of these has its type
             positions, parsed = range(len(listed)), listed
         else:
             positions, parsed = [], []
@@ -226,44 +227,37 @@ class _Parser:
         sizes = (header if isinstance(header, str) else header.sizes[orientation] for header in headers)
         return dict(zip(unsized, sizes, strict=True))
 
-    def segmentation(self, index: int) -> Any:
-        """Returns the decoded segmentation of an annotation. Those of a CocoFile are read from the file again: with all of
-        them a file of COCO's size would take half as much memory again, and hardly any is needed."""
-        annotations = self.lists["annotations"]
-        if isinstance(entry := annotations[index], dict):
-            return entry.get("segmentation")
-        if self.segmentations is None:
-            again = load_json(self.path, coco_entries.Segmentations)
-            if not isinstance(again, coco_entries.Segmentations) or len(again.annotations) != len(annotations):
-                raise DataError(f"{self.path}: was changed while it was read; start again")
-            self.segmentations = again.annotations
-        raw = self.segmentations[index].segmentation
-        return msgspec.json.decode(raw) if bytes(raw) else None
+    def annotations(self) -> tuple[Sequence[int], Columns]:
+        """Returns the annotations that have the right types, by field, and their positions."""
+        listed = self.lists.get("annotations")
+        if isinstance(listed, list) and listed and isinstance(listed[0], msgspec.Raw):
+            try:
+                return range(len(listed)), Columns.decoded(listed)
+            except ValueError:  # each is then converted or refused by itself
+                self.lists["annotations"] = [_decoded(raw) for raw in listed]
+        positions, found = self.entries("annotations", coco_entries.AnnotationEntry)
+        return positions, Columns.of(found)
 
     def boxes(self, images: list[ImageRow], categories: list[Category]) -> tuple[BoxTable, Rows, list[int]]:
         """Returns the boxes of `categories`, and `Content.rows` and `without_box`; notes what the boxes look like."""
-        positions, found = self.entries("annotations", coco_entries.AnnotationEntry)
-        owners = _places((image[0] for image in images), (entry.image_id for entry in found))
-        labels = _places((category[0] for category in categories), (entry.category_id for entry in found))
-        flat = chain.from_iterable(entry.bbox or (0.0, 0.0, 0.0, 0.0) for entry in found)
-        numbers = np.fromiter(flat, np.float64, 4 * len(found)).reshape(-1, 4)
-        areas = np.array([np.nan if entry.area is None else entry.area for entry in found], np.float64)
-        origin, kept = np.full(len(found), "bbox", "U8"), np.ones(len(found), bool)
+        positions, (image_ids, category_ids, numbers, has_box, areas, crowd, ids) = self.annotations()
+        owners = _places((image[0] for image in images), image_ids)
+        labels = _places((category[0] for category in categories), category_ids)
+        origin, kept = np.full(len(ids), "bbox", object), np.ones(len(ids), bool)
         without_box: list[int] = []
         # Only annotations without image, category or a bbox of positive size, one by one: COCO has 860,000 others.
         for m in np.flatnonzero((owners < 0) | (labels < 0) | (numbers[:, 2:] <= 0).any(1)).tolist():
-            index, entry = positions[m], found[m]
-            wrong, around = "", None
+            index, wrong, around = positions[m], "", None
             if owners[m] < 0:
-                wrong = f"image_id must be the id of one of the images, not {entry.image_id}"
+                wrong = f"image_id must be the id of one of the images, not {image_ids[m]}"
             elif labels[m] < 0:
-                wrong = f"category_id must be one of {short(sorted(c[0] for c in categories))}, not {entry.category_id}"
+                wrong = f"category_id must be one of {short(sorted(c[0] for c in categories))}, not {category_ids[m]}"
             else:
                 try:
-                    segmentation = self.segmentation(index)
+                    segmentation = _decoded(self.lists["annotations"][index]).get("segmentation")
                     around = coco_entries.box_of(segmentation, images[owners[m]][2:])
                 except (ValueError, RecursionError) as error:
-                    if entry.bbox is None:  # a bbox without area is dropped later, and counted
+                    if not has_box[m]:  # a bbox without area is dropped later, and counted
                         wrong = str(error) if isinstance(error, DataError) else coco_entries.NOT_POLYGONS
             if around is not None:
                 numbers[m], origin[m] = around, "mask" if isinstance(segmentation, dict) else "polygons"
@@ -271,27 +265,33 @@ class _Parser:
             elif wrong:
                 kept[m] = False
                 self.refuse("annotations", index, wrong)
-            elif entry.bbox is None:
+            elif not has_box[m]:
                 kept[m] = False
                 without_box.append(index)
+        self.lists = {}
         if not kept.all():
-            owners, labels, numbers, areas, origin = (part[kept] for part in (owners, labels, numbers, areas, origin))
+            parts = owners, labels, numbers, areas, origin, crowd, ids
+            owners, labels, numbers, areas, origin, crowd, ids = (part[kept] for part in parts)
         sizes_wh = np.array([image[2:] for image in images], np.int64).reshape(-1, 2)[owners]
         box_format = self.data.box_format
         boxes, areas, guesses = boxes_in_pixels(numbers, areas, sizes_wh, origin, box_format)
         for guess in guesses:
             kind = "box_format" if guess.sure else "likely_format"
             self.notes.append(Note(kind, guess.text(box_format), refused=guess.sure))
-        crowd = np.array([bool(entry.iscrowd) for entry in found], bool)[kept] & (self.data.crowds == "ignore")
-        ids = np.array([entry.id or 0 for entry in found], np.int64)[kept]
+        crowd &= self.data.crowds == "ignore"
         boxes_xyxy = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
         table = BoxTable(images, categories, owners, labels, crowd, boxes_xyxy, boxes, areas, ids)
         return table, np.array(positions, np.int64)[kept], without_box
 
 
-def _places(ids: Iterable[int], wanted: Iterable[int]) -> Rows:
+def _decoded(entry: Any) -> Any:
+    """Returns the JSON value of an annotation of a CocoFile; others unchanged. json reads more than msgspec (1e400)."""
+    return json.loads(bytes(entry)) if isinstance(entry, msgspec.Raw) else entry
+
+
+def _places(ids: Iterable[int], wanted: Rows) -> Rows:
     """Returns the position of each wanted id in `ids`, -1 if absent; a dict misses the processor's cache each time."""
-    every, wanted = np.array([*ids, coco_entries.LARGEST_ID], np.int64), np.fromiter(wanted, np.int64)
+    every = np.array([*ids, coco_entries.LARGEST_ID], np.int64)
     order = np.argsort(every)
     found = order[np.searchsorted(every[order], wanted)]
     return np.where(every[found] == wanted, found, -1)

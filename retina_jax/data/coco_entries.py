@@ -6,10 +6,12 @@ import itertools
 import re
 import reprlib
 from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
+from jaxtyping import Bool, Float64, Int64
 from msgspec import Meta, Raw
 
 from retina_jax.data.source import DataError
@@ -18,6 +20,7 @@ LARGEST = 1e9  # size, coordinate or area, in pixels
 LARGEST_ID = 2**53  # every id is smaller: JSON writers keep such integers exact
 LONGEST = 4096  # characters of a name
 LARGEST_SIDE = 2**15  # pixels of a mask's side
+CHUNK = 2**16  # annotations decoded at once
 # Control characters, line ends and lone surrogates break file names, log lines and terminals.
 UNSHOWN = r"\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"
 DRIVE = re.compile(r"[A-Za-z]:[\\/]")  # start of an absolute path of Windows
@@ -66,23 +69,51 @@ class AnnotationEntry(msgspec.Struct, gc=False):
 
 
 class CocoFile(msgspec.Struct):
-    """A COCO JSON file in which every field has its type."""
+    """A COCO JSON file in which every field of images and categories has its type; its annotations are not decoded yet."""
 
     categories: list[CategoryEntry]
     images: list[ImageEntry]
-    annotations: list[AnnotationEntry]
+    annotations: list[Raw]
 
 
-class SegmentationEntry(msgspec.Struct, gc=False):
-    """The segmentation of an annotation, which is decoded if the annotation has no box."""
+class Columns(NamedTuple):
+    """Annotations by field."""
 
-    segmentation: Raw = Raw()
+    image_ids: Int64[np.ndarray, " M"]
+    category_ids: Int64[np.ndarray, " M"]
+    numbers: Float64[np.ndarray, "M 4"]  # bbox; zeros if it is missing
+    has_box: Bool[np.ndarray, " M"]
+    areas: Float64[np.ndarray, " M"]  # NaN if missing
+    crowd: Bool[np.ndarray, " M"]
+    ids: Int64[np.ndarray, " M"]  # 0 if missing
 
+    @classmethod
+    def of(cls, entries: Sequence[AnnotationEntry]) -> "Columns":
+        """Returns the fields of `entries`."""
+        number = len(entries)
+        flat = itertools.chain.from_iterable(entry.bbox or (0.0, 0.0, 0.0, 0.0) for entry in entries)
+        return cls(
+            np.fromiter((entry.image_id for entry in entries), np.int64, number),
+            np.fromiter((entry.category_id for entry in entries), np.int64, number),
+            np.fromiter(flat, np.float64, 4 * number).reshape(-1, 4),
+            np.fromiter((entry.bbox is not None for entry in entries), np.bool_, number),
+            np.fromiter((np.nan if entry.area is None else entry.area for entry in entries), np.float64, number),
+            np.fromiter((bool(entry.iscrowd) for entry in entries), np.bool_, number),
+            np.fromiter((entry.id or 0 for entry in entries), np.int64, number),
+        )
 
-class Segmentations(msgspec.Struct):
-    """A COCO JSON file of which only the segmentations are read."""
-
-    annotations: list[SegmentationEntry]
+    @classmethod
+    def decoded(cls, annotations: Sequence[Raw]) -> "Columns":
+        """Decodes CHUNK annotations at a time: as objects, all would take several times the memory of their text. Raises
+        ValueError if one has a field of another type."""
+        columns = cls.of([])
+        columns = cls(*(np.zeros((len(annotations), *column.shape[1:]), column.dtype) for column in columns))
+        for start in range(0, len(annotations), CHUNK):
+            text = b"[" + b",".join(annotations[start : start + CHUNK]) + b"]"
+            part = cls.of(msgspec.json.decode(text, type=list[AnnotationEntry]))
+            for column, of_part in zip(columns, part, strict=True):
+                column[start : start + CHUNK] = of_part
+        return columns
 
 
 class Mistake(NamedTuple):

@@ -156,3 +156,17 @@ def denominator(
         ema = EMA_MOMENTUM * ema + (1.0 - EMA_MOMENTUM) * jnp.maximum(total_positives / num_microbatches, 1.0)
         return ema * num_microbatches, ema
     return jnp.ones((), jnp.float32), ema
+
+
+def mean_losses(losses: ImageLosses, config: LossConfig, ema_per_image: float) -> dict[str, float]:
+    """Returns the loss of B images, as numpy arrays, as if they were one batch on one device, by the names of the metrics.
+    For normaliser `ema` the divisor is B times `ema_per_image`, the running mean in positive anchors per image."""
+    number = max(len(losses.positives), 1)
+
+    def mean(values: np.ndarray, counts: np.ndarray) -> float:
+        if config.normaliser == "per_image":
+            return float((values / np.maximum(counts, 1)).sum() / number)
+        return float(values.sum() / (number * ema_per_image if config.normaliser == "ema" else max(counts.sum(), 1)))
+
+    classification, box = mean(losses.classification, losses.averaged_over), mean(losses.box, losses.positives)
+    return {"loss": classification + config.box_weight * box, "classification_loss": classification, "box_loss": box}

@@ -51,15 +51,16 @@ def draw_weight(path: str, shape: tuple[int, ...], config: ModelConfig, seed: in
     if leaf == "kernel":
         return _kernel(part, shape, config, generator)
     value = 1.0 if leaf in ("scale", "var") else 0.0
+    fixed_statistics = config.norm in ("frozen", "frozen_statistics")
     last_norm = "norm3" if ARCHITECTURES[config.backbone].bottleneck else "norm2"  # of a block, before the addition
     if path == "class_head/output/bias":
         # At every anchor each class starts with the probability pi = config.prior (Section 3.3).
         value = -math.log((1 - config.prior) / config.prior)
-    elif config.norm == "frozen" and path == "backbone/stem/norm/var":
+    elif fixed_statistics and path == "backbone/stem/norm/var":
         # The variance of the stem's output on photographs, so that the frozen norm returns variance 1.
         of_pixels = np.array(STATISTICS["imagenet"][2]) / np.array(STATISTICS[config.input_normalisation][2])
         value = 2 * np.square(of_pixels).sum() / config.base_width
-    elif config.norm == "frozen" and path.startswith("backbone/c") and path.endswith(f"{last_norm}/scale"):
+    elif fixed_statistics and path.startswith("backbone/c") and path.endswith(f"{last_norm}/scale"):
         # A frozen norm does not bound the sum: branches as large as what they are added to would double the variance.
         value = sum(config.stage_blocks or ARCHITECTURES[config.backbone].blocks) ** -0.5
     return np.full(shape, value, np.float32)

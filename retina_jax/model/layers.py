@@ -130,16 +130,18 @@ class Norm(nn.Module):
     bias, of conv(x).
 
     kind "frozen": mean and var are weights, and none of the four weights is trained (collection `frozen`).
+    kind "frozen_statistics": mean and var are in `frozen`, scale and bias are trained.
     kind "group": mean and var of each image over groups of channels; `groups` is lowered to a divisor of the channels.
     kind "batch": with `train`, mean and var of the global batch (through `axis_name` of all devices), and the running
     statistics in `stats` move a tenth of the way to them; without `train`, the running statistics. The running variance is
     biased.
 
-    With `frozen` scale and bias move to the collection `frozen`, and "batch" becomes "frozen". If mean and var are known
-    before `conv`, its kernel is multiplied by scale / sqrt(var + 1e-5): only an addition remains for each number.
+    With `frozen` scale and bias move to the collection `frozen`, and "frozen_statistics" and "batch" become "frozen". If
+    mean and var are known before `conv`, its kernel is multiplied by scale / sqrt(var + 1e-5): only an addition remains for
+    each number.
     """
 
-    kind: Literal["frozen", "group", "batch"]
+    kind: Literal["frozen", "frozen_statistics", "group", "batch"]
     groups: int = 32
     frozen: bool = False
     axis_name: str | None = None
@@ -155,14 +157,15 @@ class Norm(nn.Module):
         channels = (conv.features,) if conv else x.shape[-1:]
         scale = weight(self, "scale", channels, jnp.ones, frozen)
         bias = weight(self, "bias", channels, jnp.zeros, frozen)
-        known = self.kind == "frozen" or (self.kind == "batch" and (frozen or not train))
+        fixed = frozen or self.kind == "frozen_statistics"
+        known = self.kind != "group" and (fixed or not train)
         if not known:
             x = (conv(x) if conv else x).astype(jnp.float32)
         if self.kind == "group":
             mean, var = group_moments(x, largest_divisor(x.shape[-1], self.groups))
-        elif frozen:
-            mean = weight(self, "mean", channels, jnp.zeros, frozen)
-            var = weight(self, "var", channels, jnp.ones, frozen)
+        elif fixed:
+            mean = weight(self, "mean", channels, jnp.zeros, frozen=True)
+            var = weight(self, "var", channels, jnp.ones, frozen=True)
         else:
             running_mean = self.variable("stats", "mean", jnp.zeros, channels, jnp.float32)
             running_var = self.variable("stats", "var", jnp.ones, channels, jnp.float32)

@@ -30,7 +30,10 @@ ARCHITECTURES = {
     "resnet34": Architecture((3, 4, 6, 3), bottleneck=False),
     "resnet50": Architecture((3, 4, 6, 3), bottleneck=True),
     "resnet101": Architecture((3, 4, 23, 3), bottleneck=True),
+    "resnext50_32x4d": Architecture((3, 4, 6, 3), bottleneck=True, groups=32, inner=2),
+    "resnext101_32x4d": Architecture((3, 4, 23, 3), bottleneck=True, groups=32, inner=2),
     "resnext101_32x8d": Architecture((3, 4, 23, 3), bottleneck=True, groups=32, inner=4),
+    "resnext101_64x4d": Architecture((3, 4, 23, 3), bottleneck=True, groups=64, inner=4),
 }
 
 

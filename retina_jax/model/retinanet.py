@@ -34,7 +34,7 @@ class RetinaNet(nn.Module):
     num_classes: int
     anchors_per_cell: int
     axis_name: str | None = None
-    """Named axis of the devices over which norm "batch" takes its statistics; None if one device has the whole batch."""
+    """Named axis of the devices over which BatchNorm takes its statistics; None if one device has the whole batch."""
 
     def __call__(self, images: Images, image_sizes: Int[Array, "B 2"], train: bool = False) -> Outputs:
         """Computes logits and deltas of all anchors, in the precision of the convolutions.
@@ -52,33 +52,40 @@ class RetinaNet(nn.Module):
         config = self.config
         x = normalise(images, image_sizes, config.input_normalisation)
         levels = FPN(config, name="fpn")(ResNet(config, self.axis_name, name="backbone")(x, train))
-        class_head = Head(config, self.anchors_per_cell, self.num_classes, name="class_head")
-        box_head = Head(config, self.anchors_per_cell, 4, name="box_head")
-        return tuple(Outputs(logits=class_head(level), deltas=box_head(level)) for level in levels)
+        class_head = Head(config, self.anchors_per_cell, self.num_classes, self.axis_name, name="class_head")
+        box_head = Head(config, self.anchors_per_cell, 4, self.axis_name, name="box_head")
+        numbered = enumerate(levels, start=config.min_level)
+        return tuple(Outputs(class_head(x, level, train), box_head(x, level, train)) for level, x in numbered)
 
 
 class Head(nn.Module):
     """The class or box subnet (Section 4): `head_convs` 3x3 convolutions with ReLU, then a 3x3 convolution to `outputs`
     numbers per anchor.
 
-    One instance is applied to every level, so the levels share its weights; the two subnets share none. With `head_norm`
-    "group" a GroupNorm precedes each ReLU and replaces the convolution's bias; its statistics are per level. The channels
-    of the last convolution are anchor-major, so the result is ordered by row, column, anchor.
+    One instance is applied to every level, so the levels share its weights; the two subnets share none. With `head_norm` a
+    norm precedes each ReLU and replaces the convolution's bias: "group" has statistics per level, and shared weights;
+    "batch" is a BatchNorm of its own for each level. The channels of the last convolution are anchor-major, so the result is
+    ordered by row, column, anchor.
     """
 
     config: ModelConfig
     anchors_per_cell: int
     outputs: int
+    axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H*W*{self.anchors_per_cell} {self.outputs}"]:
+    def __call__(
+        self, x: Float[Array, "B H W C"], level: int, train: bool = False
+    ) -> Float[Array, "B H*W*{self.anchors_per_cell} {self.outputs}"]:
         config, dtype = self.config, np.dtype(self.config.dtype)
-        plain = config.head_norm == "none"
+        plain, of_level = config.head_norm == "none", f"_p{level}" if config.head_norm == "batch" else ""
         for i in range(1, config.head_convs + 1):
             conv = Conv(config.head_channels, 3, bias=plain, dtype=dtype, name=f"conv{i}")
-            x = relu(
-                conv(x) if plain else Norm("group", config.norm_groups, dtype=dtype, name=f"norm{i}")(x, conv=conv)
-            )
+            if plain:
+                x = relu(conv(x))
+            else:
+                options = {"groups": config.norm_groups, "axis_name": self.axis_name, "dtype": dtype}
+                x = relu(Norm(config.head_norm, **options, name=f"norm{i}{of_level}")(x, train, conv))
         x = Conv(self.anchors_per_cell * self.outputs, 3, bias=True, dtype=dtype, name="output")(x)
         return x.reshape(x.shape[0], -1, self.outputs)
 

@@ -34,8 +34,9 @@ def detect(
     """Detects the objects of each image: at most D = config.max_detections.
 
     On each pyramid level: take the top_k best scores over all anchors and classes, drop those at or below score_threshold,
-    decode the boxes and clip them to the image. Then merge the levels and suppress class by class (`nms`). An anchor can
-    give several classes. Boxes that clipping leaves without area are kept. All computations are in float32.
+    decode the boxes and clip them to the image. Then merge the levels and suppress class by class (`nms`), or all classes
+    together with config.class_agnostic_nms. An anchor can give several classes. Boxes that clipping leaves without area are
+    kept. All computations are in float32.
 
     Without config.threshold_coarsest the coarsest level keeps every score above 0. With config.clip "after_nms" unclipped
     boxes are suppressed, then clipped, and those without area are dropped, so there may be fewer than D.
@@ -62,7 +63,8 @@ def detect(
         if config.clip == "before_nms":
             boxes_xyxy = clip(boxes_xyxy, size_hw)
         limits = {"iou_threshold": config.nms_iou, "max_detections": config.max_detections}
-        kept, valid = nms(boxes_xyxy, jnp.where(scores > threshold, scores, -jnp.inf), label, **limits)
+        group = jnp.zeros_like(label) if config.class_agnostic_nms else label
+        kept, valid = nms(boxes_xyxy, jnp.where(scores > threshold, scores, -jnp.inf), group, **limits)
         if config.clip == "after_nms":
             boxes_xyxy = clip(boxes_xyxy, size_hw)
             valid = valid & (boxes_xyxy[kept, 2:] > boxes_xyxy[kept, :2]).all(axis=1)

@@ -127,11 +127,17 @@ def jitter(base: Config) -> Overrides:
 
 
 def longer(base: Config, factor: float | int) -> Overrides:
-    """Returns `factor` times the steps and the boundaries of the schedule; the warm-up keeps its length."""
-    return {
+    """Returns `factor` times the steps and the boundaries of the schedule, and the epochs if the base has them; the warm-up
+    keeps its length."""
+    changes: Overrides = {
         "training.steps": round(base.training.steps * factor),
         "optimizer.boundaries": tuple(round(step * factor) for step in base.optimizer.boundaries),
     }
+    if epochs := base.training.epochs:
+        changes["training.epochs"] = epochs * factor
+    if boundaries := base.optimizer.boundary_epochs:
+        changes["optimizer.boundary_epochs"] = tuple(boundary * factor for boundary in boundaries)
+    return changes
 
 
 def balanced_cross_entropy(alpha: float) -> Overrides:

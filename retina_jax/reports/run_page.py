@@ -76,7 +76,7 @@ def run_page(folder: Path) -> tuple[str, str]:
         differences=[(name, show(own[name]), show(paper[name])) for name in differing],
         changes=[(c.get("after_step"), c.get("field")) for c in changes if isinstance(c, dict)],
         settings=[(name, show(value)) for name, value in own.items()],
-        curves=learning_curves(record.windows),
+        curves=learning_curves(record.windows, record.validation),
         summary=SUMMARY,
         evaluations=[_scores(step, scores) for step, scores in scores_of],
         ap_chart=line_chart(ap_lines, "step", "AP") if ap_lines else "",
@@ -153,11 +153,14 @@ def show(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value) if value != "" else "none"
 
 
-def learning_curves(windows: Sequence[dict[str, Any]]) -> list[str]:
-    """Returns the charts of the metrics over the steps; none for fewer than two windows."""
+def learning_curves(windows: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]] = ()) -> list[str]:
+    """Returns the charts of the metrics over the steps, the validation loss with the others; none for fewer than two
+    windows."""
     charts = []
     for label, log_y, curves in CHARTS if len(windows) > 1 else ():
         lines = [(legend, drawn) for legend, metric in curves if (drawn := points(windows, metric))]
+        if label == "loss" and (drawn := points(validation, "loss")):
+            lines.append(("validation loss", drawn))
         if any(y > 0 or not log_y for _, drawn in lines for _, y in drawn):
             charts.append(line_chart(lines, "step", label, log_y=log_y))
     return charts

@@ -31,6 +31,7 @@ class RunRecord:
     categories: list[Category]  # id and name of each class
     saved: dict[str, Any]  # the contents of config.json: command, commit, versions, facts, changes
     windows: list[dict[str, Any]]  # the training lines of metrics.jsonl, by step
+    validation: list[dict[str, Any]]  # the evaluation lines of metrics.jsonl, by step; `loss` is the validation loss
     evaluations: dict[int, dict[str, Any]]  # by step, the evaluations with the run's own settings
     variants: list[tuple[int, dict[str, Any]]]
     """(step, scores) of evaluations with other settings, by step; `settings` of the scores are those that differ."""
@@ -54,13 +55,14 @@ def read_record(folder: Path) -> RunRecord:
                 variants.append((step, scores))
             else:
                 evaluations[step] = scores
-    windows = [line for line in read_metrics(folder) if line.get("event") == "train"]
+    lines = read_metrics(folder)
+    windows, validation = ([line for line in lines if line.get("event") == kind] for kind in ("train", "evaluation"))
     path = folder / "summary.json"
     summary = read_json(path) if path.is_file() else None
     if summary is not None and not isinstance(summary.get("steps"), int):
         raise ConfigError(f"{path}: steps: invalid value {summary.get('steps')!r}; must be an integer")
     saved = read_json(folder / "config.json")
-    return RunRecord(folder, run.config, run.categories, saved, windows, evaluations, variants, summary)
+    return RunRecord(folder, run.config, run.categories, saved, windows, validation, evaluations, variants, summary)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -82,14 +84,17 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def finish_run(run: Run, step: int, seconds: float, parameters_sha256: str) -> dict[str, Any]:
-    """Writes and returns RUN/summary.json: length, last evaluation, and the checksum by which two runs are compared. Raises
-    ConfigError if the evaluation is damaged."""
+def finish_run(
+    run: Run, step: int, seconds: float, parameters_sha256: str, ended: str = "training.steps"
+) -> dict[str, Any]:
+    """Writes and returns RUN/summary.json: length, the field that `ended` training, last evaluation, and the checksum by
+    which two runs are compared. Raises ConfigError if the evaluation is damaged."""
     evaluations = sorted((run.folder / "evaluation").glob(f"step_{'[0-9]' * 8}.json"))
     summary = {
         "steps": step,
         "images": step * run.config.data.batch_size,
         "seconds": round(seconds, 1),
+        "ended": ended,
         "evaluation": _evaluation(evaluations[-1]) if evaluations else None,
         "parameters_sha256": parameters_sha256,
     }

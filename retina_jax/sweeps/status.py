@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from retina_jax.config import Config, ConfigError
+from retina_jax.config_io import with_epochs
 from retina_jax.data.transforms import buckets, train_short_sides
 from retina_jax.model.summary import forward_flops
 from retina_jax.runs.files import exclusive_lock, write_json
@@ -27,6 +28,7 @@ from retina_jax.training.metrics import NonFiniteLoss
 T = TypeVar("T")
 ENDED = ("done", "diverged")  # kinds of state in which a point is not trained again
 PAPER_CLASSES = 80  # number of classes assumed for costs if `model.num_classes` is taken from the data
+PAPER_IMAGES = 117_266  # number of training images assumed for costs if `training.epochs` decides the steps: COCO's
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ def run_point(workdir: Path, point: Point, train: Callable[[Config, Path], None]
 def ended(folder: Path, config: Config) -> State | None:
     """Returns the state done or diverged of the run in `folder`, else None; ConfigError if the file about it is damaged."""
     summary = _read(folder / "summary.json", _Summary)
-    if summary is not None and summary.steps == config.training.steps:
+    # Training deletes the summary of a run that is to be trained further, so one of these runs is at its end.
+    flexible = config.training.epochs > 0 or config.training.patience > 0
+    if summary is not None and (flexible or summary.steps == config.training.steps):
         if summary.evaluation is not None:
             return State("done", ap=summary.evaluation.AP, seconds=summary.seconds)
         if config.training.eval_every < 0:
@@ -140,7 +144,8 @@ def training_pflop(config: Config) -> float:
     # The cost is proportional to the area where all strides divide the sides: one small shape serves runs of all sizes.
     side = 2**config.model.max_level
     forward = forward_flops(config, config.model.num_classes or PAPER_CLASSES, (side, side)) / side**2
-    return 3 * forward * mean_padded_area(config) * config.data.batch_size * config.training.steps / 1e15
+    steps = with_epochs(config, PAPER_IMAGES).training.steps
+    return 3 * forward * mean_padded_area(config) * config.data.batch_size * steps / 1e15
 
 
 def listing(workdir: Path | None, tasks: Sequence[Task]) -> str:

@@ -5,7 +5,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from retina_jax import distributed
-from retina_jax.console import Progress, warn
+from retina_jax.console import Progress, log, warn
 from retina_jax.errors import PlainError, Stopped, reason
 from retina_jax.runs.files import DAMAGED, DiskError, write_bytes
 from retina_jax.runs.folder import Run, is_due, saved_steps
@@ -38,7 +38,7 @@ class Metrics(contextlib.AbstractContextManager):
         training = run.config.training
         self._run, self._file, self._start_step = run, run.folder / "metrics.jsonl", start_step
         self._writes, self._place = distributed.is_primary(), _identity(run.folder)
-        self._evaluated = distributed.from_primary(_drop_after(self._file, start_step) if self._writes else [])
+        self._evaluated = distributed.from_primary(_drop_after(self._file, start_step) if self._writes else {})
         self._progress = Progress("step", training.steps, start_step)
         self._views: list[Board | WeightsAndBiases] = []
         if self._writes and training.wandb:
@@ -58,6 +58,22 @@ class Metrics(contextlib.AbstractContextManager):
         """Returns whether the run resumes from a step whose evaluation was due and is missing; the same on all hosts."""
         training, step = self._run.config.training, self._start_step
         return step > 0 and is_due(step, training.eval_every, step >= training.steps) and step not in self._evaluated
+
+    def remaining_steps(self) -> Iterator[int]:
+        """Yields the steps to take, up to `training.steps`; fewer if `ended_early`. The same on all hosts."""
+        for step in range(self._start_step + 1, self._run.config.training.steps + 1):
+            if self.ended_early():
+                waited = f"{self._run.config.training.patience} evaluations without a new best AP (training.patience)"
+                log(f"training is complete at step {step - 1}: {waited}")
+                return
+            yield step
+
+    def ended_early(self) -> bool:
+        """Returns whether the last `training.patience` evaluations had no AP above the best before; a score that is
+        undefined is none. A function of the AP in metrics.jsonl, and so the same after a resume."""
+        aps = [ap for _, ap in sorted(self._evaluated.items()) if ap is not None]
+        patience = self._run.config.training.patience
+        return 0 < patience < len(aps) and aps.index(max(aps)) < len(aps) - patience
 
     def add(self, step: int, metrics: dict[str, Array], image_ids: list[int], waited: float) -> None:
         """Adds a step: its metrics, still on the device, its images, and the seconds that it waited for data."""
@@ -139,18 +155,23 @@ class Metrics(contextlib.AbstractContextManager):
             return
         if _identity(self._run.folder) != self._place:
             raise DiskError(f"{self._run.folder}: was moved or replaced; the same command resumes with its new path")
-        rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
-        _append(self._file, json.dumps({"step": step, **rounded}) + "\n")
+        _append(self._file, json.dumps({"step": step, **{name: _rounded(v) for name, v in values.items()}}) + "\n")
         for view in self._views:
             view.add(step, values)
 
     def evaluated(self, step: int, scores: Mapping[str, float | None]) -> None:
         """Writes the scores of an evaluation, and shows the pictures in RUN/pictures that it drew."""
+        self._evaluated[step] = _rounded(scores["AP"])
         self.write(step, {"event": "evaluation", **scores})
         drawn, folder = re.compile(rf"step_{step:08d}_(-?[0-9]+)\.png"), self._run.folder / "pictures"
         pictures = {match[1]: path for path in sorted(folder.glob("*.png")) if (match := drawn.fullmatch(path.name))}
         for view in self._views:
             view.add_pictures(step, pictures)
+
+
+def _rounded(value: Any) -> Any:
+    """Returns a float as metrics.jsonl has it, with six digits; others unchanged."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
@@ -177,11 +198,12 @@ def _append(path: Path, line: str) -> None:
         raise DiskError(f"{path}: cannot be written: {reason(error)}") from error
 
 
-def _drop_after(path: Path, step: int) -> list[int]:
-    """Removes the lines after `step`, which a resumed run writes again, and malformed ones; returns the evaluated steps."""
+def _drop_after(path: Path, step: int) -> dict[int, float | None]:
+    """Removes the lines after `step`, which a resumed run writes again, and malformed ones; returns the AP of each
+    evaluated step."""
     if not path.exists():
-        return []
-    before, kept, evaluated = path.read_bytes(), [], []
+        return {}
+    before, kept, evaluated = path.read_bytes(), [], {}
     for line in before.split(b"\n"):
         try:
             entry = json.loads(line)
@@ -191,7 +213,7 @@ def _drop_after(path: Path, step: int) -> list[int]:
         if line_step <= step:
             kept.append(line + b"\n")
             if entry.get("event") == "evaluation":
-                evaluated.append(line_step)
+                evaluated[line_step] = entry.get("AP")
     if (after := b"".join(kept)) != before:
         write_bytes(path, after)
     return evaluated

@@ -111,9 +111,10 @@ def _changes(before: Run, run: Run, allowed: Sequence[str]) -> list[str]:
         found = "its run was trained on other images or boxes than the training data has now"
         raise ConfigError(f"{where}: {found}; restore them, or use another --workdir")
     counts = before.num_microbatches, run.num_microbatches
-    norm = new.model.norm == "batch" and new.training.accumulate > 1
+    batch_norms = [name for name in ("norm", "head_norm") if getattr(new.model, name) == "batch"]
+    norm = batch_norms and new.training.accumulate > 1
     if None not in counts and counts[0] != counts[1] and (norm or new.loss.normaliser in PER_MICROBATCH):
-        field = "model.norm batch" if norm else f"loss.normaliser {new.loss.normaliser}"
+        field = f"model.{batch_norms[0]} batch" if norm else f"loss.normaliser {new.loss.normaliser}"
         raise ConfigError(
             f"{where}: its run split each batch into {counts[0]} micro-batches (devices x training.accumulate), and {field} "
             f"depends on it; this command would split it into {counts[1]}; set devices x training.accumulate to {counts[0]}"

@@ -10,18 +10,23 @@ from jaxtyping import Array, PyTree
 
 from retina_jax.config import Config, OptimizerConfig
 
-PAPER_BATCH_SIZE = 16
+PAPER_RATE, PAPER_BATCH_SIZE = 0.01, 16
+MOST_OFF = 4  # factor between the learning rate and that of the linear scaling rule above which a warning is given
 
 
-def learning_rate_schedule(config: OptimizerConfig, batch_size: int) -> optax.Schedule:
-    """Returns the learning rate by step, counted from 0.
+def learning_rate_schedule(config: OptimizerConfig, batch_size: int, steps: int) -> optax.Schedule:
+    """Returns the learning rate by step, counted from 0, of a run of `steps` steps.
 
-    It is piecewise constant, multiplied by `decay_factor` at each boundary: step 59999 still has the first rate, step 60000
-    the second. The warm-up multiplies the first `warmup_steps` steps by a linear factor, from `warmup_factor` at step 0 to 1
-    at step `warmup_steps`; it does not shift the boundaries.
+    piecewise: the peak, multiplied by `decay_factor` at each boundary: step 59999 still has the first rate, step 60000 the
+    second. cosine: peak (1 + cos(pi step / steps)) / 2. The warm-up multiplies the first `warmup_steps` steps by a linear
+    factor, from `warmup_factor` at step 0 to 1 at step `warmup_steps`; it does not shift the schedule.
     """
     peak = config.learning_rate * (batch_size / PAPER_BATCH_SIZE if config.scale_learning_rate else 1.0)
-    pieces = optax.piecewise_constant_schedule(peak, dict.fromkeys(config.boundaries, config.decay_factor))
+    pieces = {
+        "piecewise": optax.piecewise_constant_schedule(peak, dict.fromkeys(config.boundaries, config.decay_factor)),
+        "cosine": optax.cosine_decay_schedule(peak, max(steps, 1)),
+        "constant": optax.constant_schedule(peak),
+    }[config.schedule]
     first = config.warmup_factor if config.warmup_steps else 1.0
     warmup = optax.linear_schedule(first, 1.0, max(config.warmup_steps, 1))
 
@@ -35,13 +40,28 @@ def learning_rate_schedule(config: OptimizerConfig, batch_size: int) -> optax.Sc
 def schedule_warning(config: Config) -> str | None:
     """Returns one line that names the boundaries, and the end of the warm-up, that are not reached; None if all are."""
     steps, optimizer = config.training.steps, config.optimizer
-    late = [boundary for boundary in optimizer.boundaries if boundary >= steps]
+    boundaries = optimizer.boundaries if optimizer.schedule == "piecewise" else ()
+    late = [boundary for boundary in boundaries if boundary >= steps]
     named = [f"optimizer.boundaries {' '.join(map(str, late))}"] if late else []
     if optimizer.warmup_steps and optimizer.warmup_steps >= steps:
         named.append(f"optimizer.warmup_steps {optimizer.warmup_steps}")
     usual = f"{steps * 2 // 3} {steps * 8 // 9} (2/3 and 8/9, as in the paper)"
     advice = f"; set --optimizer.boundaries {usual}" if late and steps > 3 else ""  # fewer steps have no two boundaries
     return f"{' and '.join(named)}: not reached in training.steps {steps}{advice}" if named else None
+
+
+def rate_warning(config: Config) -> str | None:
+    """Returns one line if the learning rate of sgd is more than MOST_OFF times that of the linear scaling rule, 0.01 for 16
+    images, or less than a MOST_OFF-th of it; else None. AdamW's rate has no such rule."""
+    optimizer, batch_size = config.optimizer, config.data.batch_size
+    fitting = PAPER_RATE * batch_size / PAPER_BATCH_SIZE
+    ratio = optimizer.learning_rate / fitting
+    if optimizer.name != "sgd" or optimizer.scale_learning_rate or 1 / MOST_OFF <= ratio <= MOST_OFF or ratio == 0:
+        return None
+    found = f"optimizer.learning_rate {optimizer.learning_rate:g} does not fit data.batch_size {batch_size}"
+    rule = f"the linear scaling rule from {PAPER_RATE:g} for {PAPER_BATCH_SIZE} images gives {fitting:.3g}"
+    automatic = f" (or --optimizer.scale-learning-rate with {PAPER_RATE:g})"
+    return f"{found}: {rule}; set --optimizer.learning-rate {fitting:.3g}{automatic}"
 
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
@@ -22,6 +23,7 @@ from jaxtyping import Array, PyTree
 
 from retina_jax import cpu
 from retina_jax.config import Config, ConfigError
+from retina_jax.losses.total import ImageLosses, image_losses
 from retina_jax.model.initialisation import initialise
 from retina_jax.model.retinanet import RetinaNet
 from retina_jax.ops.anchors import anchor_grid, anchors_per_cell
@@ -84,7 +86,7 @@ class Driver:
     @cached_property
     def schedule(self) -> optax.Schedule:
         """Learning rate as a function of the step, from 0; for the batch over all devices and hosts."""
-        return learning_rate_schedule(self.config.optimizer, self.config.data.batch_size)
+        return learning_rate_schedule(self.config.optimizer, self.config.data.batch_size, self.config.training.steps)
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformationExtraArgs:
@@ -164,6 +166,23 @@ class Driver:
             anchors = anchor_grid(inputs.images.shape[1:3], self.config.anchors, self.config.model)
             return detect(*zip(*levels, strict=True), anchors, inputs.image_sizes, self.config.detection)
 
+        return self._by_rows(one_device)
+
+    @cached_property
+    def losses(self) -> Callable[[dict[str, PyTree], Inputs], ImageLosses]:
+        """The compiled loss sums without gradients, of a network in inference: (variables, batch split over the devices) ->
+        ImageLosses; each host holds its own rows."""
+
+        def losses(variables: dict[str, PyTree], inputs: Inputs) -> ImageLosses:
+            levels = self.model.apply(variables, inputs.images, inputs.image_sizes, train=False, method="levels")
+            anchors = jnp.asarray(anchor_grid(inputs.images.shape[1:3], self.config.anchors, self.config.model))
+            rules = {"matching": self.config.matching, "loss": self.config.loss}
+            return image_losses(*zip(*levels, strict=True), anchors, inputs.boxes_xyxy, inputs.labels, **rules)
+
+        return self._by_rows(losses)
+
+    def _by_rows(self, one_device: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        """Compiles a function of (variables, rows of a batch) without gradients, whose results have one row per image."""
         one_device = self._traced(one_device, False)
         if self.config.parallel == "pmap":
             mapped = jax.pmap(one_device, axis_name=AXIS, in_axes=(None, 0), devices=list(self.mesh.devices.flat))

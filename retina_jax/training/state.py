@@ -19,7 +19,7 @@ class TrainState:
     step: Any  # steps taken, int32 []
     params: PyTree  # trained parameters, float32
     frozen: PyTree  # parameters never trained: frozen BatchNorm and frozen stages
-    stats: PyTree  # running statistics of model.norm "batch"; empty otherwise
+    stats: PyTree  # running statistics of BatchNorm ("batch"); empty otherwise
     opt_state: optax.OptState
     normaliser: Any  # float32 []: running mean of positive anchors per micro-batch (loss.normaliser "ema")
     skipped: Any  # int32 []: steps skipped so far because they were not finite (training.skip_non_finite)

@@ -9,7 +9,7 @@ import numpy as np
 
 from retina_jax.config import AnchorConfig
 from retina_jax.errors import WeightsError, shortened
-from retina_jax.model.layers import EPSILON
+from retina_jax.model.layers import EPSILON, largest_divisor
 from retina_jax.model.resnet import ARCHITECTURES
 
 ANCHORS_PER_CELL = len(AnchorConfig().scales) * len(AnchorConfig().ratios)
@@ -102,14 +102,22 @@ def architecture(weights: Mapping[str, np.ndarray], source: str) -> dict[str, An
     if min(blocks) == 0 and is_detector(weights):
         raise WeightsError(f"{source}: has {blocks} blocks in C2 to C5; every stage must have at least one")
     bottleneck = "backbone/c2/block1/conv3/kernel" in weights
-    second = weights.get("backbone/c2/block1/conv2/kernel", np.zeros((3, 3, 1, 1)))
-    grouped = bottleneck and second.shape[2] != second.shape[3]
+    width = weights["backbone/stem/conv/kernel"].shape[-1]
+    of_group, inner = weights.get("backbone/c2/block1/conv2/kernel", np.zeros((3, 3, width, width))).shape[2:]
     # The backbone with these blocks; if there is none, the smallest of its kind with `stage_blocks` set.
-    alike = [n for n, a in ARCHITECTURES.items() if a.bottleneck == bottleneck and (a.groups > 1) == grouped]
+    alike = [
+        name
+        for name, a in ARCHITECTURES.items()
+        if (a.bottleneck, a.inner * width) == (bottleneck, inner)
+        and largest_divisor(inner, a.groups) == inner // of_group
+    ]
+    if not alike:
+        found = f"3x3 convolutions of {inner} channels in groups of {of_group} after a stem of {width}"
+        raise WeightsError(f"{source}: {found}, as no backbone here has; there are {', '.join(ARCHITECTURES)}")
     name = next((name for name in alike if ARCHITECTURES[name].blocks == blocks), alike[0])
     made: dict[str, Any] = {
         "model.backbone": name,
-        "model.base_width": weights["backbone/stem/conv/kernel"].shape[-1],
+        "model.base_width": width,
         "model.stage_blocks": () if ARCHITECTURES[name].blocks == blocks else blocks,
     }
     if not is_detector(weights):

@@ -112,7 +112,7 @@ def with_backbone(
     same_pixels = (model.input_normalisation == "imagenet") == (pixels == "imagenet")
     same_stride = model.stride_position == stride or "backbone/c2/block1/conv3/kernel" not in weights
     checks = (
-        ("norm", model.norm in ("frozen", "batch"), "frozen or batch, as they contain BatchNorms"),
+        ("norm", model.norm != "group", "frozen, frozen_statistics or batch, as they contain BatchNorms"),
         ("input_normalisation", same_pixels, pixels),
         ("stride_position", same_stride, stride),
     )

@@ -64,10 +64,17 @@ def _imagenet(folder: str, name: str, system: str) -> Named:
 NAMED: dict[tuple[str, str], Named] = {
     ("torchvision", "retinanet_resnet50_fpn_coco"): _torchvision("retinanet_resnet50_fpn_coco", "eeacb38b", eps=0.0),
     ("torchvision", "retinanet_resnet50_fpn_v2_coco"): _torchvision("retinanet_resnet50_fpn_v2_coco", "5905b1c5"),
-    ("torchvision", "resnext101_32x8d"): _torchvision("resnext101_32x8d", "8ba56ff5"),
     **{
-        ("torchvision", f"resnet{depth}"): _torchvision(f"resnet{depth}", sha256)
-        for depth, sha256 in ((18, "f37072fd"), (34, "b627a593"), (50, "0676ba61"), (101, "63fe2227"))
+        ("torchvision", f"resnet{kind}"): _torchvision(f"resnet{kind}", sha256)
+        for kind, sha256 in (
+            ("18", "f37072fd"),
+            ("34", "b627a593"),
+            ("50", "0676ba61"),
+            ("101", "63fe2227"),
+            ("ext50_32x4d", "7cdf4587"),
+            ("ext101_32x8d", "8ba56ff5"),
+            ("ext101_64x4d", "173b62eb"),
+        )
     },
     ("detectron2", "retinanet_R_50_FPN_1x"): _detectron2("retinanet_R_50_FPN_1x", 190397773, "bfca0b"),
     ("detectron2", "retinanet_R_50_FPN_3x"): _detectron2("retinanet_R_50_FPN_3x", 190397829, "5bd44e"),

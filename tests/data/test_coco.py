@@ -214,8 +214,10 @@ def test_an_unusual_value_changes_nothing(tmp_path: Path, case: str) -> None:
     assert bool(source.notes) == ("as text" in case and "polygons" not in case)
 
 
-def test_a_correct_file_is_decoded_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunk", [1, 2, 1000])
+def test_a_correct_file_is_decoded_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """Decoding entry by entry takes ten times as long; only files with unusual values or mistakes need it."""
+    monkeypatch.setattr("retina_jax.data.coco_entries.CHUNK", chunk)
     content = document()
     content["annotations"][0]["segmentation"] = [[4, 5, 24, 5, 24, 15, 4, 15]]
     content["annotations"][1] |= {"bbox": [0, 0, 0, 0], "segmentation": [[1.5, 2, 4.5, 6.25]]}

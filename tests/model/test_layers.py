@@ -122,6 +122,12 @@ def test_frozen_norm_is_the_affine_of_batch_norm_in_evaluation() -> None:
     np.testing.assert_allclose(Norm("batch").apply(split, jnp.asarray(x)), expected, rtol=1e-5, atol=1e-5)
     batch_frozen = Norm("batch", frozen=True).apply({"frozen": weights}, jnp.asarray(x), train=True)
     np.testing.assert_array_equal(batch_frozen, frozen)
+    fixed = {"params": split["params"], "frozen": split["stats"]}
+    y, updated = Norm("frozen_statistics").apply(fixed, jnp.asarray(x), train=True, mutable=["stats"])
+    np.testing.assert_array_equal(y, frozen)
+    assert not updated.get("stats")
+    shapes = jax.eval_shape(Norm("frozen_statistics").init, jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, fixed)
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(64, 32), (48, 24), (16, 16)])
@@ -173,7 +179,7 @@ def test_norm_computes_in_float32_and_returns_its_dtype() -> None:
     np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("kind", ["frozen", "batch"])
+@pytest.mark.parametrize("kind", ["frozen", "frozen_statistics", "batch"])
 def test_a_known_norm_is_folded_into_the_convolution(kind: str) -> None:
     """The kernel is multiplied: nothing but a sum is computed of the convolution's result."""
 

@@ -31,12 +31,15 @@ def variables_of(config: ModelConfig) -> dict:
 
 
 PUBLISHED = {
-    # torchvision's counts less the last layer (fc)
+    # torchvision's counts (resnext101_32x4d: timm's) less the last layer (fc): 25,028,904 - 2,049,000 for resnext50_32x4d
     "resnet18": 11_176_512,
     "resnet34": 21_284_672,
     "resnet50": 23_508_032,
     "resnet101": 42_500_160,
+    "resnext50_32x4d": 22_979_904,
+    "resnext101_32x4d": 42_128_704,
     "resnext101_32x8d": 86_742_336,
+    "resnext101_64x4d": 81_406_272,
 }
 
 
@@ -80,9 +83,11 @@ def test_resnext_has_32_groups_of_8_channels_and_fewer_if_it_is_narrow() -> None
     config = ModelConfig(backbone="resnext101_32x8d")
     assert block_layers(config, 64, 1)[1] == (256, 3, 1, 32)
     assert block_layers(config, 3, 1)[1] == (12, 3, 1, 12)
+    assert block_layers(ModelConfig(backbone="resnext101_64x4d"), 64, 1)[1] == (256, 3, 1, 64)
+    assert block_layers(ModelConfig(backbone="resnext50_32x4d"), 64, 1)[1] == (128, 3, 1, 32)
 
 
-@pytest.mark.parametrize("norm", ["frozen", "group", "batch"])
+@pytest.mark.parametrize("norm", ["frozen", "frozen_statistics", "group", "batch"])
 @pytest.mark.parametrize("frozen_stages", range(6))
 def test_frozen_stages_have_no_trained_parameters(norm: str, frozen_stages: int) -> None:
     parts = ["stem", "c2", "c3", "c4", "c5"]

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from retina_jax.config import ModelConfig
 from retina_jax.model.initialisation import initialise
+from retina_jax.model.layers import convolve
 from retina_jax.model.retinanet import Head, Outputs, RetinaNet, normalise
 from retina_jax.model.summary import parameter_counts, parameter_table
 
@@ -83,7 +84,7 @@ def test_head_channels_are_anchor_major_and_rows_come_first() -> None:
     head, x = Head(config, CELL, K), jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 5, 16), np.float32))
     kernel = np.random.default_rng(1).standard_normal((3, 3, 16, CELL * K), np.float32)
     weights = {"output": {"kernel": kernel, "bias": np.zeros(CELL * K, np.float32)}}
-    out = head.apply({"params": weights}, x).reshape(4, 5, CELL, K)
+    out = head.apply({"params": weights}, x, 3).reshape(4, 5, CELL, K)
     row, column, anchor = 2, 3, 7
     window = x[0, row - 1 : row + 2, column - 1 : column + 2]
     expected = np.einsum("ijc,ijck->k", window, kernel[..., anchor * K : (anchor + 1) * K])
@@ -180,6 +181,29 @@ def test_head_group_norm_replaces_the_bias_of_its_convolution() -> None:
     assert "bias" in plain["conv1"] and "norm1" not in plain
     assert "bias" not in group["conv1"] and set(group["norm1"]) == {"scale", "bias"}
     assert np.isfinite(run(replace(TINY, head_norm="group"), pixels(1, 64, 64)).logits).all()
+
+
+def test_head_batch_norms_are_of_one_level_each_between_shared_convolutions() -> None:
+    """Compares with NumPy: two levels whose statistics differ are normalised and remembered separately."""
+    config, rng = replace(TINY, head_norm="batch", head_convs=1), np.random.default_rng(0)
+    variables = initialise(RetinaNet(config, K, CELL), 0)
+    assert set(variables["params"]["class_head"]) == {"conv1", *(f"norm1_p{level}" for level in range(3, 8)), "output"}
+    head = Head(config, CELL, K)
+    own = jax.tree.map(jnp.asarray, {kind: variables[kind]["class_head"] for kind in ("params", "stats")})
+    for level, scale in ((3, 1.0), (4, 20.0)):
+        x = scale * rng.standard_normal((2, 4, 5, 16)).astype(np.float32)
+        convolved = np.asarray(convolve(jnp.asarray(x), own["params"]["conv1"]["kernel"]), np.float64)
+        mean, var = convolved.mean((0, 1, 2)), convolved.var((0, 1, 2))
+        expected = np.maximum((convolved - mean) / np.sqrt(var + 1e-5), 0).astype(np.float32)
+        out, updated = head.apply(own, jnp.asarray(x), level, train=True, mutable=["stats"])
+        last = convolve(jnp.asarray(expected), own["params"]["output"]["kernel"])
+        plain = (last + own["params"]["output"]["bias"][None, None, None]).reshape(2, -1, K)
+        np.testing.assert_allclose(out, plain, rtol=1e-4, atol=1e-4)
+        stats = updated["stats"]
+        np.testing.assert_allclose(stats[f"norm1_p{level}"]["mean"], 0.1 * mean, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(stats[f"norm1_p{level}"]["var"], 0.9 + 0.1 * var, rtol=1e-3)
+        changed = {name for name in own["stats"] if not np.array_equal(stats[name]["var"], own["stats"][name]["var"])}
+        assert changed == {f"norm1_p{level}"}
 
 
 def test_initial_values_follow_the_rule_of_each_part() -> None:

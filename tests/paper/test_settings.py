@@ -212,6 +212,9 @@ def test_weights_without_the_backbones_name_are_refused() -> None:
 def test_a_longer_schedule_moves_the_boundaries() -> None:
     base = Config(optimizer=OptimizerConfig(boundaries=(800, 1067)))
     assert settings.longer(base, 1.5) == {"training.steps": 135_000, "optimizer.boundaries": (1200, 1600)}
+    in_epochs = override(base, {"training.epochs": 12.0, "optimizer.boundary_epochs": (8.0, 11.0)})
+    changes = {"training.epochs": 18.0, "optimizer.boundary_epochs": (12.0, 16.5)}
+    assert settings.longer(in_epochs, 1.5) == settings.longer(base, 1.5) | changes
 
 
 def test_focal_of_gamma_zero_is_written_as_cross_entropy() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -12,8 +13,8 @@ import optax
 import pytest
 
 from retina_jax.config import Config, OptimizerConfig
-from retina_jax.config_io import override, validate
-from retina_jax.training.optimizer import learning_rate_schedule, make_optimizer, schedule_warning
+from retina_jax.config_io import override, validate, with_epochs
+from retina_jax.training.optimizer import learning_rate_schedule, make_optimizer, rate_warning, schedule_warning
 
 PAPER = OptimizerConfig()
 
@@ -33,18 +34,20 @@ PAPER = OptimizerConfig()
     ],
 )
 def test_the_learning_rate_is_that_of_the_paper(step: int, rate: float) -> None:
-    np.testing.assert_allclose(learning_rate_schedule(PAPER, 16)(step), rate, rtol=1e-5)
+    np.testing.assert_allclose(learning_rate_schedule(PAPER, 16, 90_000)(step), rate, rtol=1e-5)
 
 
 def test_the_learning_rate_scales_with_the_batch_only_on_request() -> None:
     scaled = dataclasses.replace(PAPER, scale_learning_rate=True)
-    assert float(learning_rate_schedule(PAPER, 64)(1000)) == pytest.approx(0.01)
-    assert float(learning_rate_schedule(scaled, 64)(1000)) == pytest.approx(0.04)
-    assert float(learning_rate_schedule(scaled, 2)(1000)) == pytest.approx(0.00125)
+    assert float(learning_rate_schedule(PAPER, 64, 90_000)(1000)) == pytest.approx(0.01)
+    assert float(learning_rate_schedule(scaled, 64, 90_000)(1000)) == pytest.approx(0.04)
+    assert float(learning_rate_schedule(scaled, 2, 90_000)(1000)) == pytest.approx(0.00125)
 
 
 def test_no_warmup_starts_at_the_peak() -> None:
-    assert float(learning_rate_schedule(dataclasses.replace(PAPER, warmup_steps=0), 16)(0)) == pytest.approx(0.01)
+    assert float(learning_rate_schedule(dataclasses.replace(PAPER, warmup_steps=0), 16, 90_000)(0)) == pytest.approx(
+        0.01
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +87,7 @@ def test_the_advised_boundaries_are_accepted_and_reached(steps: int) -> None:
 
 
 def follow(config: OptimizerConfig, gradients: list[dict], params: dict) -> dict:
-    optimizer = make_optimizer(config, learning_rate_schedule(config, 16))
+    optimizer = make_optimizer(config, learning_rate_schedule(config, 16, 90_000))
     state = optimizer.init(params)
     for gradient in gradients:
         with jax.numpy_dtype_promotion("standard"):
@@ -156,3 +159,56 @@ def test_adamw_equals_optax_adamw() -> None:
             updates, state = reference.update(gradient, state, expected)
         expected = optax.apply_updates(expected, updates)
     np.testing.assert_allclose(follow(config, gradients, params)["kernel"], expected["kernel"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["piecewise", "cosine", "constant"])
+def test_each_schedule_is_its_formula_times_the_warm_up(schedule: str) -> None:
+    config = dataclasses.replace(PAPER, schedule=schedule, warmup_steps=4, warmup_factor=0.25, boundaries=(6, 8))
+    rate = learning_rate_schedule(config, 16, 10)
+    for step in range(11):
+        shape = {"piecewise": 0.1 ** ((step >= 6) + (step >= 8)), "cosine": (1 + math.cos(math.pi * step / 10)) / 2}
+        expected = 0.01 * shape.get(schedule, 1.0) * min(1.0, 0.25 + 0.75 * step / 4)
+        np.testing.assert_allclose(rate(step), expected, rtol=1e-5, atol=1e-9)
+
+
+def test_boundaries_are_not_checked_where_no_schedule_uses_them() -> None:
+    assert "boundaries" in (schedule_warning(override(Config(), {"training.steps": 501})) or "")
+    assert schedule_warning(override(Config(), {"training.steps": 501, "optimizer.schedule": "cosine"})) is None
+
+
+@pytest.mark.parametrize(
+    ("rate", "batch_size", "changes", "fitting"),
+    [
+        (0.01, 16, {}, None),
+        (0.01, 4, {}, None),
+        (0.01, 2, {}, "0.00125"),
+        (0.01, 256, {}, "0.16"),
+        (0.00125, 2, {}, None),
+        (0.01, 2, {"optimizer.scale_learning_rate": True}, None),
+        (0.001, 2, {"optimizer.name": "adamw"}, None),
+        (0.0, 2, {}, None),
+    ],
+)
+def test_a_rate_that_does_not_fit_the_batch_is_named_with_one_that_does(
+    rate: float, batch_size: int, changes: dict, fitting: str | None
+) -> None:
+    config = override(Config(), {"optimizer.learning_rate": rate, "data.batch_size": batch_size, **changes})
+    warning = rate_warning(config)
+    assert (warning is None) == (fitting is None)
+    if warning:
+        assert f"--optimizer.learning-rate {fitting} " in warning
+        assert rate_warning(override(config, {"optimizer.learning_rate": float(fitting)})) is None
+
+
+@pytest.mark.parametrize(
+    ("epochs", "images", "batch_size", "steps"),
+    [(12.0, 117_266, 16, 87_950), (1.0, 64, 8, 8), (0.7, 10, 1, 7), (1.0, 65, 8, 9), (0.5, 5, 1, 3)],
+)
+def test_the_last_step_of_the_epochs_is_the_first_that_completes_them(
+    epochs: float, images: int, batch_size: int, steps: int
+) -> None:
+    changes = {"training.epochs": epochs, "optimizer.boundary_epochs": (epochs, 2 * epochs)}
+    config = with_epochs(override(Config(), {"data.batch_size": batch_size, **changes}), images)
+    assert config.training.steps == config.optimizer.boundaries[0] == steps
+    assert with_epochs(config, images) == config == validate(config)
+    assert with_epochs(Config(), images) == Config()

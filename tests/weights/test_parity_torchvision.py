@@ -207,7 +207,9 @@ def assert_close_arrays(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarra
     assert max(off.values()) <= relative, sorted(off.items(), key=lambda item: -item[1])[:5]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "resnext101_32x8d"]
+)
 def test_imagenet_backbones_give_torchvisions_maps(name: str) -> None:
     model = getattr(torchvision.models, name)(weights=None)
     load_drawn(model, 8, spread=1.0)

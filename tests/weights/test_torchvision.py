@@ -8,17 +8,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from recipes import drawn, photographs
 from weight_files import safetensors
 
 from retina_jax import load_detector
-from retina_jax.config import Config
+from retina_jax.config import Config, ModelConfig
 from retina_jax.config_io import override
 from retina_jax.detector import padded_batch
 from retina_jax.errors import WeightsError
+from retina_jax.model.resnet import ARCHITECTURES, ResNet, block_layers
 from retina_jax.ops.anchors import anchor_grid
 from retina_jax.presets import PRESETS
-from retina_jax.weights.converted import with_epsilon
+from retina_jax.weights.converted import architecture, with_epsilon
 from retina_jax.weights.torchvision import classes, convert_torchvision
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -134,3 +136,22 @@ def test_a_renamed_a_missing_and_a_duplicate_tensor_are_named(tmp_path: Path) ->
         load_detector(f"torchvision:{path}")
     with pytest.raises(WeightsError, match=r"has no stem convolution"):
         convert_torchvision({"fc.weight": np.zeros((2, 2), np.float32)})
+
+
+@pytest.mark.parametrize("width", [64, 16])
+@pytest.mark.parametrize("backbone", ARCHITECTURES)
+def test_a_backbone_is_recognised_by_the_shapes_of_its_kernels(backbone: str, width: int) -> None:
+    model = ModelConfig(backbone=backbone, base_width=width)
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+    leaves = flatten_dict(jax.eval_shape(ResNet(model).init, jax.random.key(0), images)["frozen"], sep="/")
+    weights = {f"backbone/{path}": np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in leaves.items()}
+    found = override(Config(), architecture(weights, "file")).model
+    layers = [block_layers(config, width, 2) for config in (model, found)]
+    # Of narrow networks two may be equal: 64 groups of 4 channels and 32 of 8 are the same 64 channels in 32 groups.
+    assert (found.backbone == backbone or width < 64) and layers[0] == layers[1] and found.base_width == width
+    assert ARCHITECTURES[found.backbone].blocks == ARCHITECTURES[backbone].blocks and found.stage_blocks == ()
+    weights["backbone/c2/block1/conv2/kernel"] = np.zeros((3, 3, 5, 5 * width), np.float32)
+    with pytest.raises(
+        WeightsError, match=rf"file: 3x3 convolutions of {5 * width} channels in groups of 5 .*resnet50"
+    ):
+        architecture(weights, "file")
