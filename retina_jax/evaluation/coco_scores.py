@@ -20,6 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from retina_jax.data.classes import unique_names
 from retina_jax.errors import PlainError, shortened
 from retina_jax.evaluation.precision_recall import (
+    MAX_DETECTIONS,
     DetectedBoxes,
     GroundTruth,
     coco_curves,
@@ -69,6 +70,9 @@ class Scores(NamedTuple):
     summary: dict[str, float | None]  # the scores of SUMMARY, by name
     per_class: dict[str, float | None]  # AP of each class by its unique name, by ascending category id
     f1_threshold: float | None = None  # score from which on detections have the highest F1 at IoU 0.5
+    objects: int = 0  # largest number of objects of a class in an image, crowds left out
+    # AP of all detections, if `objects` is above COCO's limit of 100 detections of a class in an image.
+    ap_of_all: float | None = None
 
 
 def coco_results(
@@ -117,9 +121,14 @@ def evaluate_coco(
     names = unique_names(sorted((c["id"], str(c.get("name", c["id"]))) for c in ground_truth["categories"]))
     aps = [mean(precision[:, :, k, 0, -1]) for k in range(len(names))]  # all areas, 100 detections
     summary, per_class = ([None if value < 0 else float(value) for value in values] for values in (stats, aps))
-    best = coco_operating_point(objects, found)
     by_name = dict(zip(SUMMARY, summary, strict=True)), dict(zip(names, per_class, strict=True))
-    return Scores(*by_name, best.score if best else None)
+    groups = np.unique(np.stack([objects.images, objects.categories])[:, ~objects.crowds], axis=1, return_counts=True)
+    most, limit, ap_of_all = int(groups[1].max(initial=0)), MAX_DETECTIONS[-1], None
+    if most > limit:
+        limit = max(limit, len(found.scores))
+        ap_of_all = mean(coco_curves(objects, found, categories, (limit,)).precision[..., 0, 0])
+    best = coco_operating_point(objects, found, limit)
+    return Scores(*by_name, best.score if best else None, most, ap_of_all)
 
 
 def read_results(file: Path) -> Iterator[Result]:
