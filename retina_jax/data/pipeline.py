@@ -230,7 +230,8 @@ class Batches(Iterator[Batch]):
             # In float64, so that a box that ends at the image's edge still does after the resize.
             scaled = transforms.to_padded_pixels(record.boxes_xyxy, scale, data.box_ends)
             if data.scale_jitter:
-                scaled, kept = crop_boxes(scaled, rows.corners_yx[row].tolist(), rows.sizes_hw[row].tolist())
+                crop = tuple(rows.corners_yx[row].tolist()), tuple(rows.sizes_hw[row].tolist())
+                scaled, kept = crop_boxes(scaled, *crop)
                 of_boxes = of_boxes[kept]
             scaled, n = scaled[: self._max_boxes].astype(np.float32), min(len(of_boxes), self._max_boxes)
             width = int(rows.sizes_hw[row, 1])

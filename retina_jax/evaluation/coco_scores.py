@@ -26,7 +26,9 @@ from retina_jax.evaluation.precision_recall import (
     coco_curves,
     coco_operating_point,
     coco_stats,
+    detection_limit,
     mean,
+    most_objects,
 )
 
 SUMMARY = {
@@ -122,12 +124,10 @@ def evaluate_coco(
     aps = [mean(precision[:, :, k, 0, -1]) for k in range(len(names))]  # all areas, 100 detections
     summary, per_class = ([None if value < 0 else float(value) for value in values] for values in (stats, aps))
     by_name = dict(zip(SUMMARY, summary, strict=True)), dict(zip(names, per_class, strict=True))
-    groups = np.unique(np.stack([objects.images, objects.categories])[:, ~objects.crowds], axis=1, return_counts=True)
-    most, limit, ap_of_all = int(groups[1].max(initial=0)), MAX_DETECTIONS[-1], None
-    if most > limit:
-        limit = max(limit, len(found.scores))
-        ap_of_all = mean(coco_curves(objects, found, categories, (limit,)).precision[..., 0, 0])
-    best = coco_operating_point(objects, found, limit)
+    best, most, ap_of_all = coco_operating_point(objects, found), most_objects(objects), None
+    if most > MAX_DETECTIONS[-1]:
+        curves = coco_curves(objects, found, categories, (detection_limit(objects, found),))
+        ap_of_all = mean(curves.precision[..., 0, 0])
     return Scores(*by_name, best.score if best else None, most, ap_of_all)
 
 

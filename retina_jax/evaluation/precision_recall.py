@@ -44,6 +44,18 @@ class DetectedBoxes(NamedTuple):
     scores: Float[np.ndarray, " D"]
 
 
+def most_objects(ground_truth: GroundTruth) -> int:
+    """Returns the largest number of objects of a category in an image, crowds left out."""
+    groups = np.stack([ground_truth.images, ground_truth.categories])[:, ~ground_truth.crowds]
+    return int(np.unique(groups, axis=1, return_counts=True)[1].max(initial=0))
+
+
+def detection_limit(ground_truth: GroundTruth, found: DetectedBoxes) -> int:
+    """Returns how many detections of a category in an image are judged: COCO's 100, or all if there are more objects."""
+    coco = MAX_DETECTIONS[-1]
+    return coco if most_objects(ground_truth) <= coco else max(coco, len(found.scores))
+
+
 class Pairs(NamedTuple):
     """Overlapping pairs of a detection and a ground-truth box, by ascending detection."""
 
@@ -146,12 +158,10 @@ def best_f1(scores: Float[np.ndarray, " N"], right: Bool[np.ndarray, " N"], obje
     return OperatingPoint(*map(float, (scores[best], hits[best] / (best + 1), hits[best] / objects, f1[best])))
 
 
-def coco_operating_point(
-    ground_truth: GroundTruth, found: DetectedBoxes, most: int = MAX_DETECTIONS[-1]
-) -> OperatingPoint | None:
-    """Returns `best_f1` at IoU 0.5 of the `most` best detections per image and category. Detections that take a crowd region
-    do not count."""
-    matches = coco_match(ground_truth, found, IOU_THRESHOLDS[:1], {"all": AREAS["all"]}, most)
+def coco_operating_point(ground_truth: GroundTruth, found: DetectedBoxes) -> OperatingPoint | None:
+    """Returns `best_f1` at IoU 0.5, with `detection_limit`. Detections that take a crowd region do not count."""
+    limit = detection_limit(ground_truth, found)
+    matches = coco_match(ground_truth, found, IOU_THRESHOLDS[:1], {"all": AREAS["all"]}, limit)
     right, wrong = (which[0] for which in matches.right_and_wrong(0))
     counted = (right & ~matches.outside[0]) | wrong
     return best_f1(found.scores[matches.detections[counted]], right[counted], int((~matches.ignored_boxes).sum()))

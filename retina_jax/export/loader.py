@@ -26,7 +26,7 @@ import numpy as np
 
 FORMAT = "retina_jax detector 1"
 PILLOW_FORMAT = "retina_jax detector 2"  # without programs that resize: Pillow does it
-STRETCH_FORMAT = "retina_jax detector 3"  # both sides become `short_side`; with "resize": "pillow" also as format 2
+STRETCH_FORMAT = "retina_jax detector 3"  # both sides become `short_side`, which older loaders cannot do
 RENEW_DAYS = 150  # jax reads the programs of a release for six months: the file is renewed a month before
 MOST_TIMES = 100  # largest ratio of the unpacked contents to the file
 SETTINGS = {"class_names", "category_ids", "short_side", "long_side", "size_rounding", "canvases"}  # in about.json
@@ -74,7 +74,7 @@ def load(path: str) -> ExportedDetector:
         )
     if missing:
         raise LoadError(f"{path}: about.json lacks {missing}; export it again")
-    needed = {"flatbuffers": "flatbuffers"} | ({"PIL": "pillow"} if _needs_pillow(about) else {})
+    needed = {"flatbuffers": "flatbuffers"} | ({"PIL": "pillow"} if about.get("resize") == "pillow" else {})
     for module, package in needed.items():
         if importlib.util.find_spec(module) is None:
             raise LoadError(f"{path}: needs the package {package}, which is not installed; pip install {package}")
@@ -138,7 +138,7 @@ class ExportedDetector:
 
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
         """Returns the (height, width) that an image is resized to."""
-        if self.about["format"] == STRETCH_FORMAT:
+        if self.about.get("resize_rule") == "stretch":
             return self.about["short_side"], self.about["short_side"]
         scale = min(self.about["short_side"] / min(height, width), self.about["long_side"] / max(height, width))
         half = 0.5 if self.about["size_rounding"] == "nearest" else 0.0
@@ -151,7 +151,7 @@ class ExportedDetector:
 
     def _batch(self, shape: tuple[int, int], images: list[np.ndarray], sizes: list[tuple[int, int]]) -> list[Found]:
         original, resized = (np.array(s, np.int32) for s in ([image.shape[:2] for image in images], sizes))
-        if _needs_pillow(self.about):
+        if self.about.get("resize") == "pillow":
             pixels = [_by_pillow(image, size, shape) for image, size in zip(images, sizes, strict=True)]
         else:
             prepare = self._program("prepare", shape)
@@ -172,11 +172,6 @@ class ExportedDetector:
                 ) from None
             self._compiled[name] = jax.jit(exported.call)
         return self._compiled[name]
-
-
-def _needs_pillow(about: dict[str, Any]) -> bool:
-    """Returns whether Pillow resizes the images."""
-    return about["format"] == PILLOW_FORMAT or (about["format"], about.get("resize")) == (STRETCH_FORMAT, "pillow")
 
 
 def _stored(image: np.ndarray) -> np.ndarray:

@@ -289,16 +289,25 @@ sides = st.integers(1, 400)
 @example(343, 6, 33, 385, 0, True)
 @given(sides, sides, st.integers(1, 300), st.integers(1, 400), st.sampled_from([0, 1, 2, 4, 6]), st.booleans())
 def test_sizes_and_padded_shapes_are_those_of_evaluation(
-    h: int, w: int, short: int, long: int, count: int, down: bool
+    h: int, w: int, short: int, long: int, count: int, down: bool, rule: str = "fit"
 ) -> None:
     rounding = "floor" if down else "nearest"
-    data = DataConfig(short_side=short, long_side=long, buckets=count, size_rounding=rounding, max_boxes=1)
-    about = {"class_names": [], "category_ids": [], "short_side": short, "long_side": long, "size_rounding": rounding}
-    exported = loader.ExportedDetector({**about, "canvases": padded_shapes(data)}, [], {})
+    sides = {"short_side": short, "long_side": long, "size_rounding": rounding, "resize_rule": rule}
+    data = DataConfig(**sides, buckets=count, max_boxes=1)
+    about = {"class_names": [], "category_ids": [], **sides, "canvases": padded_shapes(data)}
+    exported = loader.ExportedDetector(about, [], {})
     size = exported.resized_size(h, w)
-    assert size == resized_size(h, w, short, long, rounding)
+    assert size == resized_size(h, w, short, long, rounding, rule)
     image = np.broadcast_to(np.zeros(3, np.uint8), (h, w, 3))
     assert exported.padded_shape(size) == padded_batch([image], data, 1).images.shape[1:3]
+
+
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_stretched_sizes_and_padded_shapes_are_those_of_evaluation(count: int) -> None:
+    for h, w in ((7, 300), (120, 90), (64, 64)):
+        of_rule = test_sizes_and_padded_shapes_are_those_of_evaluation.hypothesis.inner_test
+        of_rule(h, w, 100, 100, count, False, rule="stretch")
+    assert agreement._format_of(DataConfig(resize_rule="stretch", resize="pillow")) == loader.STRETCH_FORMAT
 
 
 def tampered(path: Path, into: Path) -> None:
