@@ -36,13 +36,13 @@ def draw(data: DataConfig, seed: int, position: int) -> Draw:
     uniform = ((bits >> np.uint64(11)) * 2.0**-53).tolist()  # in [0, 1)
     short_sides = train_short_sides(data)
     low, high = data.scale_jitter or (1.0, 1.0)
-    return Draw(
+    drawn = Draw(
         short_side=short_sides[int(bits[1]) % len(short_sides)],
         flip=data.flip and int(bits[0]) % 2 == 1,
         factor=low + (high - low) * uniform[2],
         place_yx=(uniform[3], uniform[4]),
-        colours=colour_change(data.colour_jitter, *uniform[5:]),
     )
+    return drawn._replace(colours=colour_change(data.colour_jitter, *uniform[5:])) if data.colour_jitter else drawn
 
 
 def crop_of(place_yx: tuple[float, float], resized_hw: Size, padded_hw: Size) -> tuple[Size, Size]:
