@@ -100,11 +100,21 @@ class DataConfig:
     jitter_short_sides: tuple[int, ...] = option((), ">= 1", unit="px")
     """Short sides of multi-scale training (scale jitter, Table 2), drawn for each image and epoch with equal probability;
     empty: short_side only, as evaluation uses. The largest decides the padded shapes, and so the cost of every step."""
+    scale_jitter: tuple[float, float] | None = option(None, "> 0, <= 8")
+    """Smallest and largest factor of the resized size in training, drawn for each image and epoch uniformly, such as 0.8 1.2
+    (TF Model Garden) or 0.1 2 (detectron2's large-scale jitter): a random crop of an image larger than its padded shape,
+    padding of a smaller one. Boxes are clipped to the crop; those with nothing inside are dropped. Paper: none."""
+    colour_jitter: float = option(0.0, ">= 0, <= 1")
+    """Largest change of brightness, contrast and saturation in training, as a fraction; the hue turns by up to a quarter of
+    it, in full turns. Drawn for each image and epoch. Paper: 0."""
     flip: bool = True
     """Flip half of the training images left to right. Paper: the only augmentation."""
     resize: Literal["bilinear", "antialias", "pillow"] = "bilinear"
     """bilinear: without antialiasing (cv2, Detectron, torchvision); antialias: with it; pillow: with it, bit-exact with
     Pillow, which has integer weights and rounds twice (detectron2). pillow needs data.pixels uint8."""
+    resize_rule: Literal["fit", "stretch"] = "fit"
+    """fit: keeps the aspect ratio, within short_side and long_side; stretch: both sides become short_side (MLPerf: 800),
+    which needs long_side to be the same."""
     size_rounding: Literal["nearest", "floor"] = "nearest"
     """Rounding of a resized image's sides: nearest (Detectron, detectron2) or floor (torchvision)."""
     pixels: Literal["uint8", "float32"] = "uint8"
@@ -124,8 +134,14 @@ class DataConfig:
     or fractions of the image's sides. auto: xywh, refused if the boxes look like another format."""
     crowds: Literal["ignore", "objects"] = option("ignore", resume=True)
     """Annotations with iscrowd 1 (source coco): ignore (COCO), or objects, for tools that set iscrowd on every mask."""
-    max_boxes: int = option(100, ">= 1")
-    """Maximum number of ground-truth boxes per image; the others are dropped and counted. COCO's maximum is 93."""
+    tile: int = option(0, ">= 0", unit="px")
+    """Side of the overlapping square tiles that images are cut into, in training, evaluation and detection, for large
+    images with small objects; each tile is resized like an image. 0: images are not cut. docs/own_data.md has the rules."""
+    tile_overlap: float = option(0.25, ">= 0, <= 0.9")
+    """Smallest overlap of neighbouring tiles as a fraction of data.tile; it should hold the largest object."""
+    max_boxes: int | Literal["auto"] = option(100, ">= 1")
+    """Maximum number of ground-truth boxes per image (or tile); the others are dropped and counted. COCO's maximum is 93.
+    auto: the largest number in the training data, rounded up to a multiple of 8; training writes it to the run's config."""
     images_without_boxes: Literal["drop", "keep"] = "drop"
     """Training images without a box: drop (Detectron) or keep as background."""
     empty_parents: Literal["drop", "keep"] = "drop"

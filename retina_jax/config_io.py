@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from retina_jax.config import Config, ConfigError, Option
 from retina_jax.errors import one_line, shortened
@@ -25,6 +25,7 @@ T = TypeVar("T")
 INVALID = object()  # result of `_typed` for a value of the wrong type
 VALID = {int: "an integer below 2^63", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
 VALID |= {tuple[int, ...]: "a list of integers", tuple[float, ...]: "a list of numbers"}
+VALID |= {tuple[float, float]: "two numbers", Literal["auto"]: "auto"}
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 
@@ -100,7 +101,8 @@ def validate(config: Config) -> Config:
         limits = re.findall(r"([<>]=?) (\S+?)(?:,|$)", known[name].bounds)
         for number in value if isinstance(value, tuple) else (value,):
             finite = not isinstance(number, float) or math.isfinite(number)
-            within = number is None or all(COMPARISONS[sign](number, float(limit)) for sign, limit in limits)
+            free = number is None or isinstance(number, str)
+            within = free or all(COMPARISONS[sign](number, float(limit)) for sign, limit in limits)
             if not (finite and within):
                 right = f"{known[name].bounds} {known[name].unit}".rstrip() if finite else "finite"
                 raise ConfigError(f"{name}: invalid value {value}; must be {right}")
@@ -128,6 +130,14 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
     for name, sides in (("short_side", (data.short_side,)), ("jitter_short_sides", data.jitter_short_sides)):
         if max(sides, default=0) > data.long_side:
             yield f"data.{name}", f"at most data.long_side ({data.long_side})"
+    if data.resize_rule == "stretch" and data.long_side != data.short_side:
+        yield "data.long_side", f"data.short_side ({data.short_side}) with data.resize_rule stretch"
+    if data.scale_jitter and data.scale_jitter[0] > data.scale_jitter[1]:
+        yield "data.scale_jitter", "the smaller factor, then the larger one"
+    if data.scale_jitter and data.jitter_short_sides:
+        yield "data.jitter_short_sides", "empty with data.scale_jitter, which draws the size too"
+    if 0 < data.tile < 32:
+        yield "data.tile", "0, or at least 32 px"
     if data.pad_multiple % 32:
         yield "data.pad_multiple", "a multiple of 32"
     if data.resize == "pillow" and data.pixels != "uint8":
@@ -247,7 +257,8 @@ def _typed(value: Any, hint: Any) -> Any:
         return next((a for a in arguments if type(a) is type(value) and a == value), INVALID)
     if origin is tuple:
         parts = [_typed(v, arguments[0]) for v in value] if isinstance(value, (list, tuple)) else [INVALID]
-        return INVALID if any(part is INVALID for part in parts) else tuple(parts)
+        wrong = arguments[-1] is not ... and len(parts) != len(arguments)
+        return INVALID if wrong or any(part is INVALID for part in parts) else tuple(parts)
     if arguments:  # int | None
         return next((made for a in arguments if (made := _typed(value, a)) is not INVALID), INVALID)
     if hint in (int, float) and isinstance(value, (int, hint)) and not isinstance(value, bool):

@@ -4,6 +4,10 @@ Test-time augmentation runs the detector at several sizes (detection.tta_short_s
 (detection.tta_flip). Merging is that of detectron2's GeneralizedRCNNWithTTA: the boxes are mapped to the original image,
 those of a class (with detection.class_agnostic_nms, all) suppress one another at detection.nms_iou, and the best
 detection.max_detections remain.
+
+With data.tile the detector runs on the tiles of an image (`data.tiles`). Detections that a border of their tile cuts off are
+dropped if another tile has room around them, and the others suppress one another like those of test-time augmentation.
+detection.max_detections is then the limit of a tile, not of the image.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from retina_jax.data.classes import unique_names
 from retina_jax.data.decoding import opaque, read_rgb
 from retina_jax.data.pipeline import LARGE, Batch
 from retina_jax.data.survey import decoding_of_files
+from retina_jax.data.tiles import Tile, cut_off, tiles_of
 from retina_jax.errors import shortened
 from retina_jax.ops.nms import nms
 from retina_jax.ops.postprocess import Detections
@@ -49,6 +54,7 @@ class ImageDetections:
     scores: Float[np.ndarray, " N"]
     labels: Int[np.ndarray, " N"]  # indices into the detector's `class_names`
     class_names: tuple[str, ...] = ()  # class name of each detection, as in the detector's `shown_names`
+    full_from: float = 0.0  # detections below this score may be missing, because of detection.max_detections
 
 
 @dataclass(frozen=True)
@@ -92,11 +98,21 @@ class Detector:
         remaining = iter(images)
         while group := list(itertools.islice(remaining, batch_size)):
             group = [self._pixels(image, f"image {number}") for number, image in enumerate(group, start=len(found))]
-            rows = -(-len(group) // self.driver.num_devices) * self.driver.num_devices
-            batches = (padded_batch(group, data, rows) for data in sizes(self.config))
-            merged = self.merged(self.detect_batches(batches, [image.shape[:2] for image in group]))
+            tiles = [tile for row, image in enumerate(group) for tile in self.tiles(row, *image.shape[:2])]
+            of_tiles: list[tuple[int, ImageDetections]] = []
+            for start in range(0, len(tiles), batch_size):
+                parts = [tile.of(group[tile.image]) for tile in tiles[start : start + batch_size]]
+                rows = -(-len(parts) // self.driver.num_devices) * self.driver.num_devices
+                batches = (padded_batch(parts, data, rows) for data in sizes(self.config))
+                detected = self.detect_batches(batches, [part.shape[:2] for part in parts])
+                of_tiles += ((start + row, detections) for row, detections in detected)
+            merged = self.merged(of_tiles, tiles)
             found += [merged[row] for row in range(len(group))]
         return found
+
+    def tiles(self, image: int, height: int, width: int) -> list[Tile]:
+        """Returns the tiles of data.tile of an image of this size; one without tiles."""
+        return tiles_of(image, height, width, self.config.data.tile, self.config.data.tile_overlap)
 
     def _pixels(self, image: Any, called: str) -> UInt8[np.ndarray, "h w 3"]:
         """Returns the RGB of an image for `detect`."""
@@ -135,29 +151,59 @@ class Detector:
                 found = transforms.to_original_pixels(found, batch.scales[row], self.config.data.box_ends)
                 found = np.clip(found, 0, np.array([width, height, width, height], np.float32)[None])
                 solid = (found[:, 2:] > found[:, :2]).all(axis=1)  # as detectron2: no boxes without area
-                arrays = (array[solid] for array in (found.astype(np.float32), scores[row][kept], labels[row][kept]))
-                yield index, self._detections(*arrays)
+                arrays = [array[solid] for array in (found.astype(np.float32), scores[row][kept], labels[row][kept])]
+                full = kept.sum() == self.config.detection.max_detections
+                yield index, self._detections(*arrays, full_from=float(scores[row][kept].min()) if full else 0.0)
 
-    def merged(self, found: Iterable[tuple[int, ImageDetections]]) -> dict[int, ImageDetections]:
-        """Merges the detections of all versions of an image, by index; without augmentation there is one version."""
-        rule, count = self.config.detection, versions(self.config)
-        of_image: dict[int, list[ImageDetections]] = {}
+    def merged(self, found: Iterable[tuple[int, ImageDetections]], tiles: Sequence[Tile]) -> dict[int, ImageDetections]:
+        """Merges the detections of all tiles and versions of an image, by `Tile.image`. `found` has the index of each one's
+        tile in `tiles`, which holds all of an image. Images of which no detections were `found` are left out."""
+        detection, count = self.config.detection, versions(self.config)
+        of_tile: dict[int, list[ImageDetections]] = {}
         for index, detections in found:
-            of_image.setdefault(index, []).append(detections)
+            of_tile.setdefault(index, []).append(detections)
+        of_image: dict[int, list[int]] = {}
+        for index, tile in enumerate(tiles):
+            of_image.setdefault(tile.image, []).append(index)
         merged = {}
-        for index, group in of_image.items():
-            if count == 1:
-                (merged[index],) = group  # an image that several hosts evaluated is an error
+        for image, indices in of_image.items():
+            groups = [(tiles[index], detections) for index in indices for detections in of_tile.get(index, ())]
+            if not groups:
                 continue
-            arrays = [np.concatenate([getattr(d, name) for d in group]) for name in ("boxes_xyxy", "scores", "labels")]
-            kept = merge(*arrays, rule, count * rule.max_detections)
-            merged[index] = self._detections(*(array[kept] for array in arrays))
+            if count == len(indices) == 1:
+                ((_, merged[image]),) = groups  # an image that several hosts evaluated is an error
+                continue
+            parts = _uncut(groups, [tiles[index] for index in indices])
+            arrays = [np.concatenate(column) for column in zip(*parts, strict=True)]
+            # A power of two, so that few programs serve all numbers of tiles.
+            most = count * detection.max_detections * (1 << (len(indices) - 1).bit_length())
+            kept = merge(*arrays, replace(detection, max_detections=most) if len(indices) > 1 else detection, most)
+            full_from = max(detections.full_from for _, detections in groups)
+            if len(kept) == detection.max_detections and len(indices) == 1:
+                full_from = max(full_from, float(arrays[1][kept].min()))
+            merged[image] = self._detections(*(array[kept] for array in arrays), full_from=full_from)
         return merged
 
     def _detections(
-        self, boxes_xyxy: Float[np.ndarray, "N 4"], scores: Float[np.ndarray, " N"], labels: Int[np.ndarray, " N"]
+        self,
+        boxes_xyxy: Float[np.ndarray, "N 4"],
+        scores: Float[np.ndarray, " N"],
+        labels: Int[np.ndarray, " N"],
+        full_from: float,
     ) -> ImageDetections:
-        return ImageDetections(boxes_xyxy, scores, labels, tuple(self.shown_names[label] for label in labels))
+        names = tuple(self.shown_names[label] for label in labels)
+        return ImageDetections(boxes_xyxy, scores, labels, names, full_from)
+
+
+def _uncut(
+    found: Sequence[tuple[Tile, ImageDetections]], tiles: Sequence[Tile]
+) -> Iterator[tuple[Float[np.ndarray, "n 4"], Float[np.ndarray, " n"], Int[np.ndarray, " n"]]]:
+    """Yields boxes, in pixels of the image, scores and labels of the detections that their tile does not cut off."""
+    size_wh = max(tile.left + tile.width for tile in tiles), max(tile.top + tile.height for tile in tiles)
+    for tile, detections in found:
+        boxes = detections.boxes_xyxy + np.array([[tile.left, tile.top] * 2], np.float32)
+        kept = ~cut_off(boxes, tile, tiles, size_wh)
+        yield boxes[kept], detections.scores[kept], detections.labels[kept]
 
 
 def padded_batch(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], data: DataConfig, rows: int) -> Batch:
@@ -165,7 +211,7 @@ def padded_batch(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], data: DataConfig,
     padded shape is the smallest of the configured ones that holds all images. If none does, or `data.buckets` is 0, it is
     the smallest multiple of `data.pad_multiple` that does."""
     original = np.array([image.shape[:2] for image in images])
-    rule = data.short_side, data.long_side, data.size_rounding
+    rule = data.short_side, data.long_side, data.size_rounding, data.resize_rule
     resized = [transforms.resized_size(height, width, *rule) for height, width in original.tolist()]
     largest = tuple(np.max(resized, axis=0).tolist())
     shapes = transforms.buckets(data, (data.short_side,)) if data.buckets else ()
@@ -177,11 +223,12 @@ def padded_batch(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], data: DataConfig,
         pixels[row, : size[0], : size[1]] = np.asarray(resize_image(image, size, data.resize, data.pixels))
     pixels[len(images) :] = pixels[len(images) - 1]
     image_of_row = np.minimum(np.arange(rows), len(images) - 1)
+    boxes = 1 if data.max_boxes == "auto" else data.max_boxes  # detection needs none
     return Batch(
         images=pixels,
         image_sizes=np.array(resized, np.int32)[image_of_row],
-        boxes_xyxy=np.zeros((rows, data.max_boxes, 4), np.float32),
-        labels=np.full((rows, data.max_boxes), -1, np.int32),
+        boxes_xyxy=np.zeros((rows, boxes, 4), np.float32),
+        labels=np.full((rows, boxes), -1, np.int32),
         indices=image_of_row.astype(np.int64),
         valid=np.arange(rows) < len(images),
         scales=(np.array(resized) / original)[image_of_row, ::-1].astype(np.float32),

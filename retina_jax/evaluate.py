@@ -6,6 +6,7 @@ import io
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from retina_jax.data.decoding import image_of
 from retina_jax.data.pipeline import Batch, eval_batches
 from retina_jax.data.source import Source
 from retina_jax.detector import Detector, ImageDetections, sizes
-from retina_jax.evaluation.coco_scores import Scores, coco_results, evaluate_coco
+from retina_jax.evaluation.coco_scores import Scores, coco_results, evaluate_coco, score_text
 from retina_jax.evaluation.drawing import contact_sheet, draw
+from retina_jax.evaluation.precision_recall import MAX_DETECTIONS
 from retina_jax.losses.total import ImageLosses, mean_losses
 from retina_jax.runs.files import write_bytes, write_json
 from retina_jax.runs.folder import Run
@@ -64,11 +66,17 @@ def evaluate(
     for index, d in sorted(found.items()):
         results += coco_results(records[index].image_id, d.boxes_xyxy, d.scores, d.labels, ids)
     scores = evaluate_coco(source.ground_truth, results, [record.image_id for record in records], training.evaluator)
+    if scores.ap_of_all is not None:
+        found_in = (
+            f"images have up to {scores.objects} objects of a class, of which COCO's AP counts {MAX_DETECTIONS[-1]}"
+        )
+        log(f"{found_in}; AP of all detections: {score_text(scores.ap_of_all)}")
     if distributed.is_primary():
         write_json(run.path("detections", step, f"{variant}.json"), results, compact=True)
         if source.labelled:
             values = {"step": step, "images": len(records), **scores.summary, "per_class": scores.per_class}
             values |= {"f1_threshold": scores.f1_threshold} | ({"settings": dict(settings)} if settings else {})
+            values |= {} if scores.ap_of_all is None else {"AP_of_all_detections": scores.ap_of_all}
             write_json(run.path("evaluation", step, f"{variant}.json"), values)
         _write_pictures(run, detector, source, pictured, step, variant)
     return scores
@@ -79,14 +87,26 @@ def _detect(
 ) -> dict[int, ImageDetections]:
     """Returns the detections in the readable ones of the first `count` images, by ascending index, of all hosts."""
     batch_size = _batch_size(run, detector)
-    original_sizes = [(record.height, record.width) for record in source.records]
-    log(f"evaluating {count:,} images of {source.name} ...")
+    records = source.records[:count]
+    tiles = [tile for i, record in enumerate(records) for tile in detector.tiles(i, record.height, record.width)]
+    original_sizes = [(tile.height, tile.width) for tile in tiles]
+    parts = ""
+    if side := detector.config.data.tile:
+        source = replace(source, records=records).tiled(side, detector.config.data.tile_overlap)
+        parts = f" in {len(tiles):,} tiles"
+    most, objects = detector.config.detection.max_detections, max(len(r.labels) for r in source.records[: len(tiles)])
+    if objects > most:
+        fix = f"set --detection.max-detections {objects} or more, or cut images into smaller tiles (--data.tile)"
+        warn(
+            f"{source.name}: up to {objects} objects in an image or tile, but detection.max_detections is {most}; {fix}"
+        )
+    log(f"evaluating {count:,} images of {source.name}{parts} ...")
     started, of_hosts = time.monotonic(), []
     with compile_events() as events:
         for data in sizes(detector.config):
-            batches = eval_batches(source, data, batch_size=batch_size, limit=count, **distributed.share())
+            batches = eval_batches(source, data, batch_size=batch_size, limit=len(tiles), **distributed.share())
             of_hosts += distributed.exchange(list(detector.detect_batches(check(batches), original_sizes)))
-    found = detector.merged(itertools.chain(*of_hosts))
+    found = detector.merged(itertools.chain(*of_hosts), tiles)
     elapsed = time.monotonic() - started
     compiled = f", {events[COMPILED + ' seconds']:.1f} of them to compile detection" if events[COMPILED] else ""
     log(f"evaluated {count} images in {elapsed:.1f} s ({count / max(elapsed, 1e-9):.1f} img/s{compiled})")

@@ -2,7 +2,7 @@
 
 Writes DIR/detections.json (for each image: boxes in its pixels, scores, class names and ids) and one picture per image.
 Inference settings can be overridden, for example --detection.nms-iou 0.6. Test-time augmentation: --detection.tta-flip,
---detection.tta-short-sides 500 700.
+--detection.tta-short-sides 500 700. Large images with small objects: --tile 800 --overlap 0.25.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ import tyro
 
 from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import ConfigError, DetectionConfig
-from retina_jax.config_io import validate
-from retina_jax.console import log
+from retina_jax.config_io import override, validate
+from retina_jax.console import log, warn
+from retina_jax.data import transforms
 from retina_jax.data.decoding import read_rgb
 from retina_jax.data.image_paths import image_files
 from retina_jax.data.source import BadImage
 from retina_jax.data.survey import decoding_of_files
 from retina_jax.detector import load_detector
+from retina_jax.errors import shortened
 from retina_jax.evaluate import write_picture
 from retina_jax.evaluation.drawing import draw
 from retina_jax.runs.files import write_json
@@ -53,6 +55,11 @@ class Arguments:
     detections.json contains all detections above --detection.score-threshold."""
     short_side: int | None = None
     """Length that the shorter image side is resized to, pixels; None: as in training."""
+    tile: int | None = None
+    """Side of the overlapping square tiles that images are cut into, pixels; each is resized like an image. 0: images are
+    not cut; default: as in training (data.tile)."""
+    overlap: float | None = None
+    """Smallest overlap of neighbouring tiles as a fraction of --tile; default: as in training (data.tile_overlap)."""
     class_names: tuple[str, ...] = ()
     """Names of the classes of --weights, if they are not COCO's."""
     detection: DetectionConfig = field(default_factory=DetectionConfig)
@@ -68,6 +75,8 @@ def main() -> None:
         raise ConfigError("--workdir: give the folder of a run, or --weights KIND:FILE, and not both")
     if arguments.score is not None and not 0 <= arguments.score <= 1:
         raise ConfigError(f"--score: invalid value {arguments.score}; must be from 0 to 1")
+    tiles = {"data.tile": arguments.tile, "data.tile_overlap": arguments.overlap}
+    settings = override(settings, {name: value for name, value in tiles.items() if value is not None})
     set_up_jax()
     files = image_files(arguments.images, arguments.out)
     detector = load_detector(
@@ -87,8 +96,12 @@ def main() -> None:
     if score is None:
         score, chosen = 0.3, "the default; the detector was not evaluated"
     log(f"step {detector.step}; detections with a score of {score:.2f} or more are drawn ({chosen})")
-    decoding = decoding_of_files(list(files), detector.config.data)
-    entries, bad = [], []
+    data, most = detector.config.data, detector.config.detection.max_detections
+    if data.tile:
+        side = transforms.resized_size(data.tile, data.tile, data.short_side, data.long_side)[0]
+        log(f"images are cut into tiles of {data.tile} px, which are resized to {side} px")
+    decoding = decoding_of_files(list(files), data)
+    entries, bad, full = [], [], []
     for file, target in files.items():
         try:
             image = read_rgb(file, decoding)
@@ -97,6 +110,8 @@ def main() -> None:
             continue
         (found,) = detector.detect([image])
         good = found.scores >= score
+        if found.full_from >= score:
+            full.append(file.name)
         picture = draw(
             image, found.boxes_xyxy[good], found.labels[good], found.scores[good], class_names=detector.shown_names
         )
@@ -120,6 +135,10 @@ def main() -> None:
         {"detector": arguments.weights or str(arguments.workdir), "step": detector.step, "images": entries},
     )
     log(f"{len(entries)} images; boxes in {arguments.out / 'detections.json'}")
+    if full:
+        shown = ", ".join(map(shortened, full[:5])) + (", ..." if len(full) > 5 else "")
+        found = f"detection.max_detections {most} leaves out detections that would be drawn, in {len(full)} images ({shown})"
+        warn(f"{found}; set --detection.max-detections {3 * most}, or --tile")
     if bad:
         raise BadImage(f"{len(bad)} of {len(files)} images could not be read: {'; '.join(bad)}")
 

@@ -161,7 +161,7 @@ def test_predict_writes_boxes_in_original_pixels_and_pictures(run: Path, folder:
     rotated = Image.Exif()
     rotated[0x0112] = 6
     Image.fromarray(rng.integers(0, 256, (30, 70, 3), np.uint8)).save(images / "deeper" / "r.jpg", exif=rotated)
-    versions = ("--step", "best", "--detection.tta-flip", "--detection.tta-short-sides", 48, 96)
+    versions = ("--step", "best", "--detection.tta-flip", "--detection.tta-short-sides", 48, 96, "--tile", 64)
     script("predict", images, images / "a.jpg", "--workdir", run, "--out", folder / "out", "--score", 0.01, *versions)
     written = read(folder / "out" / "detections.json")
     found = written["images"]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from retina_jax.evaluation.drawing import class_colour, contact_sheet, draw, format_score
+from retina_jax.evaluation.drawing import LABELLED, class_colour, contact_sheet, draw, format_score
 
 NAMES = [f"class{k}" for k in range(12)]
 
@@ -97,3 +97,12 @@ def test_a_note_lengthens_only_the_label_of_its_box() -> None:
         return int(np.ptp(np.nonzero(near(picture, class_colour(label)))[1]))
 
     assert width(noted, 0) == width(without, 0) and width(noted, 1) > width(without, 1) + 30
+
+
+def test_labels_of_many_boxes_are_left_out() -> None:
+    grey = np.full((400, 400, 3), 128, np.uint8)
+    corners = np.array([[40 * (i % 9) + 10, 40 * (i // 9) + 30] for i in range(LABELLED + 1)], np.float32)
+    boxes = np.concatenate([corners, corners + 20], axis=1)
+    drawn = [draw(grey, boxes[:n], np.zeros(n, int), np.ones(n), class_names=("a",)) for n in (LABELLED, LABELLED + 1)]
+    changed = [int((picture != 128).any(-1).sum()) / n for picture, n in zip(drawn, (50, 51), strict=True)]
+    assert 20 * 4 - 4 <= changed[1] <= 21 * 4 < 2 * changed[1] < changed[0]

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from retina_jax.config import Config
+from retina_jax.config import Config, ConfigError
 from retina_jax.model.initialisation import initialise
 from retina_jax.model.summary import jaxpr_flops
 from retina_jax.training.parallel import AXIS, Driver
@@ -53,6 +53,8 @@ def _shapes(tree: PyTree, sharding: NamedSharding | None) -> PyTree:
 def _inputs(driver: Driver, padded_hw: tuple[int, int]) -> Inputs:
     """Returns the shapes of a global batch, split over the devices."""
     data, images = driver.config.data, driver.config.data.batch_size
+    if data.max_boxes == "auto":
+        raise ConfigError("data.max_boxes: auto needs the data; give a number, such as --data.max-boxes 100")
     split = NamedSharding(driver.mesh, P(AXIS))
 
     def of(*shape: int, dtype: Any) -> jax.ShapeDtypeStruct:

@@ -12,7 +12,7 @@ from retina_jax.data.classes import Category, category_ids, listed, open_both
 from retina_jax.data.coco_document import DEFAULTS, load_json, parse_document
 from retina_jax.data.coco_entries import CocoFile
 from retina_jax.data.decoding import read_image
-from retina_jax.data.pipeline import overflow
+from retina_jax.data.pipeline import max_boxes, overflow
 from retina_jax.data.scenes import write_scenes
 from retina_jax.data.source import BadImage, DataError, Source, paused_collector
 from retina_jax.data.survey import with_decoding
@@ -148,15 +148,31 @@ def open_sources(
         _check_images_exist(train, len(train))
         _check_images_exist(val, config.training.eval_images or len(val))
     config = with_classes(config, len(train.class_names))
+    if config.data.tile:
+        train = _cut_into_tiles(train, config.data)
     facts = {"training": train.sha256, "evaluation": val.sha256, "images": [len(train), len(val)]}
     facts |= {"decoding": [str(train.decoding), str(val.decoding)]}
     distributed.check_same("data", {**facts, "classes": list(train.class_names), "ids": list(val.category_ids)})
     log(f"train: {train}\nval: {val}")
+    most = max(len(record.labels) for record in train.records)
+    if config.data.max_boxes == "auto":
+        config = override(config, {"data.max_boxes": max_boxes(train, config.data)})
+        log(f"data.max_boxes auto: {config.data.max_boxes}, for at most {most} boxes of an image or tile")
     images, boxes = overflow(train, config.data)
     if boxes:
-        most = max(len(record.labels) for record in train.records)
-        warn(f"data.max_boxes leaves out {boxes} boxes of {images} images; set --data.max-boxes {most} to keep them")
+        warn(
+            f"data.max_boxes leaves out {boxes} boxes of {images} images; set --data.max-boxes {most} or auto to keep them"
+        )
     return train, val, config
+
+
+def _cut_into_tiles(train: Source, data: DataConfig) -> Source:
+    """Returns the tiles of the training images, and logs their number. Raises DataError if none shows a box."""
+    tiles = train.tiled(data.tile, data.tile_overlap, data.images_without_boxes)
+    if not any(len(record.labels) for record in tiles.records):
+        raise DataError(f"{train.name}: no tile of {data.tile} px shows half of a box; raise data.tile")
+    log(f"{train.name}: {len(tiles)} tiles of {len(train)} images (data.tile {data.tile})")
+    return tiles
 
 
 def check_classes(classes: Sequence[Category], val: Source) -> None:

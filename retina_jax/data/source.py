@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
 from retina_jax.data.classes import Category, class_indices, classes_error
+from retina_jax.data.tiles import Tile, boxes_in, tiles_of
 from retina_jax.errors import PlainError
 
 WHY_DROPPED = {
@@ -19,6 +20,7 @@ WHY_DROPPED = {
     "zero_size": "without area",
     "outside": "outside the image",
     "without_box": "without bbox",
+    "in_no_tile": "too large for data.tile",
 }
 Orientation = Literal["stored", "turned"]
 Size = tuple[int, int]  # width and height in pixels; height and width where a name ends in `_hw`
@@ -50,7 +52,7 @@ AS_VIEWERS = Decoding()  # decodes as image viewers: turned by the EXIF orientat
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """One image and the boxes that can be trained on."""
+    """One image, or a tile of one, and the boxes that can be trained on."""
 
     image_id: int  # in the ground truth of the evaluation
     file_name: str
@@ -58,6 +60,7 @@ class Record:
     height: int
     boxes_xyxy: Float32[np.ndarray, "n 4"]  # pixels of the original image, inside it, no crowds, sides longer than 0
     labels: Int32[np.ndarray, " n"]  # 0 to K-1
+    tile: Tile | None = None  # the part of `Source.uncut` that this is; sizes and boxes are those of the tile
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +83,7 @@ class Source:
     decoding: Decoding = AS_VIEWERS  # how its image files are decoded; set by `survey.with_decoding`
     unsized: frozenset[int] = frozenset()  # records whose annotations have no size: it is that of the file
     annotated_orientation: Orientation | Literal["open"] | None = None  # `Votes.shown`; set by `survey.with_decoding`
+    uncut: "Source | None" = None  # the images that the records are tiles of
 
     @cached_property
     def ground_truth(self) -> dict[str, Any]:
@@ -105,6 +109,26 @@ class Source:
         labels = np.argsort(order).astype(np.int32)
         records = [replace(record, labels=labels[record.labels]) for record in self.records]
         return replace(self, records=records, categories=[self.categories[k] for k in order])
+
+    def tiled(self, side: int, overlap: float, without_boxes: Literal["drop", "keep"] = "keep") -> "Source":
+        """Returns the tiles of all images (`tiles_of`, `boxes_in`), image by image; with "drop", those that show a box."""
+        records, lost = [], 0
+        for image, record in enumerate(self.records):
+            unseen = np.ones(len(record.labels), bool)
+            for tile in tiles_of(image, record.height, record.width, side, overlap):
+                boxes, kept = boxes_in(tile, record.boxes_xyxy)
+                unseen[kept] = False
+                if len(kept) or without_boxes == "keep":
+                    size = {"width": tile.width, "height": tile.height}
+                    records.append(replace(record, boxes_xyxy=boxes, labels=record.labels[kept], tile=tile, **size))
+            lost += int(unseen.sum())
+
+        def image_of(index: int) -> int:
+            return records[index].tile.image
+
+        reading = {"read": lambda i: self.read(image_of(i)), "where": lambda i: self.where(image_of(i))}
+        counts = {**self.counts, "in_no_tile": lost}
+        return replace(self, records=records, counts=counts, uncut=self, missing={}, unsized=frozenset(), **reading)
 
     def __len__(self) -> int:
         return len(self.records)

@@ -46,12 +46,24 @@ def load() -> ModuleType:
     return tensorflow
 
 
-def resized_size(height: int, width: int, short_side: int, long_side: int, rounding: str = "nearest") -> Size:
+def resized_size(
+    height: int,
+    width: int,
+    short_side: int,
+    long_side: int,
+    rounding: str = "nearest",
+    rule: str = "fit",
+    factor: float = 1.0,
+) -> Size:
     """Returns (height, width) of an image resized to a short side of `short_side`, or long side of `long_side` if
-    smaller. Sides are rounded to the nearest pixel (halves up), or down with "floor", and are at least 1. The short
-    side is from the paper (Section 4.1), the bound of the long side from Detectron: 1000 with 600, 1333 with 800."""
-    scale = min(short_side / min(height, width), long_side / max(height, width))
+    smaller, times `factor`. Sides are rounded to the nearest pixel (halves up), or down with "floor", and are at least 1.
+    The short side is from the paper (Section 4.1), the bound of the long side from Detectron: 1000 with 600, 1333 with
+    800. With the rule "stretch" both sides are `short_side` times `factor`."""
     half = 0.5 if rounding == "nearest" else 0.0
+    if rule == "stretch":
+        side = max(1, int(short_side * factor + half))
+        return side, side
+    scale = min(short_side / min(height, width), long_side / max(height, width)) * factor
     return max(1, int(height * scale + half)), max(1, int(width * scale + half))
 
 

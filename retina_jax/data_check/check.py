@@ -84,7 +84,7 @@ def check_data(config: Config, pairs: dict[str, tuple[Path, Path]], *, search: b
         log(f"{split.name}: {len(split.images)} images, {len(split.labels)} boxes, {len(split.class_names)} classes")
         decodings[split.name], config, of_files = decide_decoding(split, surveys[split.name], config)
         bad_images, digests[split.name] = check_images(split, decodings[split.name], config.data.workers)
-        found += [*of_files, *split_findings(split, config.data.max_boxes), *bad_images]
+        found += [*of_files, *split_findings(split, config), *bad_images]
     found += duplicates(digests, splits)
     train = splits[0]
     counts = {split.name: count_classes(split) for split in splits}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int64
 from retina_jax.config import Config, DataConfig
 from retina_jax.console import track
 from retina_jax.data.source import Record
+from retina_jax.data.tiles import boxes_in, tiles_of
 from retina_jax.data.transforms import assign_bucket, buckets, resized_size, to_padded_pixels, train_short_sides
 from retina_jax.data_check.findings import Finding
 from retina_jax.data_check.nearest import Views, anchors_near, best_iou
@@ -34,22 +36,27 @@ CLASS_BOXES = 10
 
 
 def view_boxes(records: list[Record], data: DataConfig) -> Views:
-    """Returns the views of all records as training would make them; of each image the first `data.max_boxes` boxes."""
+    """Returns the views of all records as training would make them, without data.scale_jitter; of each image or tile the
+    first `data.max_boxes` boxes."""
     short_sides = train_short_sides(data)
-    shapes, rule = buckets(data, short_sides), (data.long_side, data.size_rounding)
+    shapes, rule = buckets(data, short_sides), (data.long_side, data.size_rounding, data.resize_rule)
+    cut = partial(tiles_of, side=data.tile, overlap=data.tile_overlap)
     starts = np.cumsum([0, *(len(record.labels) for record in records)])
     views = []
-    for row, record in enumerate(records):
-        n = min(len(record.labels), data.max_boxes)
-        largest = resized_size(record.height, record.width, max(short_sides), *rule)
+    for tile in (tile for row, record in enumerate(records) for tile in cut(row, record.height, record.width)):
+        row = tile.image
+        inside, kept = boxes_in(tile, records[row].boxes_xyxy)
+        if data.tile and not len(kept) and data.images_without_boxes == "drop":
+            continue
+        n = len(kept) if data.max_boxes == "auto" else min(len(kept), data.max_boxes)
+        largest = resized_size(tile.height, tile.width, max(short_sides), *rule)
         for short_side in short_sides:
-            height, width = resized_size(record.height, record.width, short_side, *rule)
-            scale_xy = np.array([width / record.width, height / record.height])
-            boxes = to_padded_pixels(record.boxes_xyxy[:n], scale_xy, data.box_ends).astype(np.float32)
-            places = np.arange(starts[row], starts[row] + n)
-            shape = shapes[assign_bucket(largest, shapes)]
-            views.append((shape, (height, width), row, boxes, record.labels[:n], places))
-    padded, sizes, rows, boxes, labels, places = list(zip(*views, strict=True)) or [()] * 6
+            height, width = resized_size(tile.height, tile.width, short_side, *rule)
+            scale_xy = np.array([width / tile.width, height / tile.height])
+            boxes = to_padded_pixels(inside[:n], scale_xy, data.box_ends).astype(np.float32)
+            of_view = boxes, records[row].labels[kept[:n]], starts[row] + kept[:n]
+            views.append((shapes[assign_bucket(largest, shapes)], (height, width), row, *of_view, tile))
+    padded, sizes, rows, boxes, labels, places, tiles = list(zip(*views, strict=True)) or [()] * 7
     return Views(
         padded_hw=list(padded),
         sizes_hw=list(sizes),
@@ -58,6 +65,7 @@ def view_boxes(records: list[Record], data: DataConfig) -> Views:
         boxes_xyxy=np.concatenate([np.zeros((0, 4), np.float32), *boxes]),
         labels=np.concatenate([np.zeros(0, np.int64), *labels]).astype(np.int64),
         boxes=np.concatenate([np.zeros(0, np.int64), *places]),
+        tiles=list(tiles),
     )
 
 

@@ -63,7 +63,10 @@ KINDS: dict[str, Kind] = {name: Kind(*kind) for name, *kind in (
     ("same_id", "warning", "ids of several annotations",
      "Training ignores the ids; evaluation gives new ids to all boxes."),
     ("overflow", "warning", "images with more boxes than data.max_boxes",
-     "The boxes beyond it become background. Raise data.max_boxes."),
+     "The boxes beyond it become background. Set data.max_boxes auto, or cut images into tiles (data.tile)."),
+    ("undetectable", "warning", "images with more boxes than detection.max_detections",
+     "Detection finds at most so many of them. Raise detection.max_detections, or cut images into tiles (data.tile). COCO's "
+     "AP counts 100 detections of a class in an image; evaluation adds the AP of all."),
     ("same_name", "warning", "names of several categories",
      "Each is a separate class, shown with its id: wheel (1), wheel (2)."),
     ("empty_class", "warning", "classes without boxes", "They cannot be learned, and their AP is undefined."),

@@ -1,5 +1,6 @@
 """The anchors near boxes, found without looking at all: anchors of one shape on one level differ only in position."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -7,12 +8,13 @@ import numpy as np
 from jaxtyping import Float, Float32, Int64
 
 from retina_jax.config import AnchorConfig, Config, ModelConfig
+from retina_jax.data.tiles import Tile
 from retina_jax.ops.anchors import anchor_grid, anchors_per_cell, level_sizes
 
 
 class Views(NamedTuple):
-    """V views, each an image at one of its sizes, with N boxes in all. If training draws the short side at random, every
-    image has one view per short side. Nothing is flipped."""
+    """V views, each an image, or a tile of one, at one of its sizes, with N boxes in all. If training draws the short side
+    at random, there is one view per short side. Nothing is flipped."""
 
     padded_hw: list[tuple[int, int]]  # padded shape (height, width) of each view
     sizes_hw: list[tuple[int, int]]  # size of each image within it
@@ -21,6 +23,7 @@ class Views(NamedTuple):
     boxes_xyxy: Float32[np.ndarray, "N 4"]  # pixels of the padded image, exactly what training matches with the anchors
     labels: Int64[np.ndarray, " N"]
     boxes: Int64[np.ndarray, " N"]  # index of each box among those of all records, one record after the other
+    tiles: Sequence[Tile] = ()  # the part of the image that each view shows
 
 
 def best_iou(views: Views, config: Config) -> Float32[np.ndarray, " N"]:

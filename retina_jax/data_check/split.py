@@ -15,13 +15,14 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64
 from PIL import Image
 
-from retina_jax.config import DataConfig
+from retina_jax.config import Config, DataConfig
 from retina_jax.console import cores, track
 from retina_jax.data.classes import Category, unique_names
 from retina_jax.data.coco_document import DEFAULTS, Content, load_json, parse_document
 from retina_jax.data.coco_entries import Mistake, as_number
 from retina_jax.data.decoding import DECODING, NO_BOXES, is_one_colour, read_image, to_rgb
 from retina_jax.data.source import BadImage, Decoding, Record, Size, WrongSize, classify_boxes
+from retina_jax.data.tiles import boxes_in, tiles_of
 from retina_jax.data_check.findings import Finding
 from retina_jax.errors import reason
 
@@ -96,9 +97,9 @@ def read_split(
     )
 
 
-def split_findings(split: Split, max_boxes: int) -> list[Finding]:
+def split_findings(split: Split, config: Config) -> list[Finding]:
     """Returns what the annotations alone show: refused entries, how they were read, annotations without a box, repeated ids
-    and category names, boxes that are dropped, clipped or duplicate, and images with more than `max_boxes` boxes or none."""
+    and category names, boxes that are dropped, clipped or duplicate, images without boxes or with too many for a setting."""
     annotation_ids = [split.annotation_ids[row] for row in split.rows]
     ids = Counter(_hashed(annotation_id) for annotation_id in annotation_ids if annotation_id is not None)
     names = Counter(name for _, name in split.categories)
@@ -109,6 +110,7 @@ def split_findings(split: Split, max_boxes: int) -> list[Finding]:
         *(Finding("same_id", split.name, f"annotation {i}", f"{n} annotations") for i, n in ids.items() if n > 1),
         *(Finding("same_name", split.name, name, f"{n} categories") for name, n in names.items() if n > 1),
         *_duplicates(split),
+        *_too_many(split, config),
     ]
     for rule in ("zero_size", "outside", "clipped", "crowd"):
         for m in np.flatnonzero(split.rules[rule]).tolist():
@@ -119,10 +121,26 @@ def split_findings(split: Split, max_boxes: int) -> list[Finding]:
     usable = np.bincount(split.owners[split.rules["usable"]], minlength=len(split.images)).tolist()
     in_file = np.bincount(split.owners, minlength=len(split.images)).tolist()
     for (_, name, _, _), count, listed in zip(split.images, usable, in_file, strict=True):
-        if count > max_boxes:
-            found.append(Finding("overflow", split.name, name, f"{count} boxes, of which {max_boxes} are trained on"))
         if count == 0:
             found.append(Finding("no_boxes", split.name, name, f"{listed} in the file, none usable" if listed else ""))
+    return found
+
+
+def _too_many(split: Split, config: Config) -> list[Finding]:
+    """Returns images with more usable boxes, in them or in one of their tiles, than a setting allows."""
+    data, detected, found = config.data, config.detection.max_detections, []
+    trained = np.inf if data.max_boxes == "auto" else data.max_boxes
+    for row, record in zip(split.record_images, split.records, strict=True):
+        if len(record.labels) <= min(trained, detected):
+            continue
+        _, name, width, height = split.images[row]
+        tiles = tiles_of(row, height, width, data.tile, data.tile_overlap)
+        count = max(len(boxes_in(tile, record.boxes_xyxy)[1]) for tile in tiles)
+        what = f"{count} boxes in a tile" if data.tile else f"{count} boxes"
+        if count > trained:
+            found.append(Finding("overflow", split.name, name, f"{what}, of which {trained} are trained on"))
+        if count > detected:
+            found.append(Finding("undetectable", split.name, name, f"{what}, of which at most {detected} are detected"))
     return found
 
 

@@ -20,12 +20,15 @@ from pycocotools.cocoeval import COCOeval
 from retina_jax.data.classes import unique_names
 from retina_jax.errors import PlainError, shortened
 from retina_jax.evaluation.precision_recall import (
+    MAX_DETECTIONS,
     DetectedBoxes,
     GroundTruth,
     coco_curves,
     coco_operating_point,
     coco_stats,
+    detection_limit,
     mean,
+    most_objects,
 )
 
 SUMMARY = {
@@ -69,6 +72,9 @@ class Scores(NamedTuple):
     summary: dict[str, float | None]  # the scores of SUMMARY, by name
     per_class: dict[str, float | None]  # AP of each class by its unique name, by ascending category id
     f1_threshold: float | None = None  # score from which on detections have the highest F1 at IoU 0.5
+    objects: int = 0  # largest number of objects of a class in an image, crowds left out
+    # AP of all detections, if `objects` is above COCO's limit of 100 detections of a class in an image.
+    ap_of_all: float | None = None
 
 
 def coco_results(
@@ -117,9 +123,12 @@ def evaluate_coco(
     names = unique_names(sorted((c["id"], str(c.get("name", c["id"]))) for c in ground_truth["categories"]))
     aps = [mean(precision[:, :, k, 0, -1]) for k in range(len(names))]  # all areas, 100 detections
     summary, per_class = ([None if value < 0 else float(value) for value in values] for values in (stats, aps))
-    best = coco_operating_point(objects, found)
     by_name = dict(zip(SUMMARY, summary, strict=True)), dict(zip(names, per_class, strict=True))
-    return Scores(*by_name, best.score if best else None)
+    best, most, ap_of_all = coco_operating_point(objects, found), most_objects(objects), None
+    if most > MAX_DETECTIONS[-1]:
+        curves = coco_curves(objects, found, categories, (detection_limit(objects, found),))
+        ap_of_all = mean(curves.precision[..., 0, 0])
+    return Scores(*by_name, best.score if best else None, most, ap_of_all)
 
 
 def read_results(file: Path) -> Iterator[Result]:

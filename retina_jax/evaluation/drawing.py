@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from retina_jax.errors import shortened
 
 READABLE_SIDE = 480  # small images are enlarged to about this length of their longer side, pixels
+LABELLED = 50  # boxes up to which they are labelled, with thick lines: more labels would hide the image
 GAP = 6  # pixels between the images of a contact sheet
 
 
@@ -55,7 +56,8 @@ def draw_boxes(
     dashed_xyxy: Float[np.ndarray, "G 4"] | None = None,
     side: int = READABLE_SIDE,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns the RGB image with boxes, clipped to it, and a label above each that has a text; the last box is on top.
+    """Returns the RGB image with boxes, clipped to it, and a label above each that has a text; the last box is on top. Of
+    more than LABELLED texts none is drawn, and lines are thin.
 
     The image is enlarged by the integer factor that brings its longer side closest to `side` pixels (1 if it is longer than
     2/3 of `side`). `dashed_xyxy` are drawn as dashed white lines below the other boxes.
@@ -65,6 +67,8 @@ def draw_boxes(
     picture = Image.fromarray(image).resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)
     pen, longer = ImageDraw.Draw(picture), max(picture.size)
     line, font = max(2, round(longer / 300)), ImageFont.load_default(max(11, round(longer / 42)))
+    if sum(map(bool, texts)) > LABELLED:
+        line, texts = max(1, line // 2), [""] * len(texts)
     limit = np.array([picture.width - 1, picture.height - 1] * 2)
 
     def place(box: np.ndarray) -> tuple[float, ...]:

@@ -28,6 +28,7 @@ from retina_jax.evaluation.precision_recall import (
     Pairs,
     best_f1,
     coco_match,
+    detection_limit,
     overlapping,
 )
 
@@ -66,7 +67,8 @@ def classify_errors(ground_truth: GroundTruth, found: DetectedBoxes) -> Errors:
     If several detections of the first two kinds have the same target and none has found it, the one with the highest score
     (of equals the first) finds it once it is fixed; the others would be suppressed.
     """
-    matches = coco_match(ground_truth, found, np.array([FOREGROUND_IOU]), {"all": AREAS["all"]})
+    limit = detection_limit(ground_truth, found)
+    matches = coco_match(ground_truth, found, np.array([FOREGROUND_IOU]), {"all": AREAS["all"]}, limit)
     rows, ignored = matches.detections, matches.ignored_boxes[0]
     took = np.full(len(rows), -1)
     took[matches.takers] = matches.taken[0, 0]

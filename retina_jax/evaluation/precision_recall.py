@@ -44,6 +44,18 @@ class DetectedBoxes(NamedTuple):
     scores: Float[np.ndarray, " D"]
 
 
+def most_objects(ground_truth: GroundTruth) -> int:
+    """Returns the largest number of objects of a category in an image, crowds left out."""
+    groups = np.stack([ground_truth.images, ground_truth.categories])[:, ~ground_truth.crowds]
+    return int(np.unique(groups, axis=1, return_counts=True)[1].max(initial=0))
+
+
+def detection_limit(ground_truth: GroundTruth, found: DetectedBoxes) -> int:
+    """Returns how many detections of a category in an image are judged: COCO's 100, or all if there are more objects."""
+    coco = MAX_DETECTIONS[-1]
+    return coco if most_objects(ground_truth) <= coco else max(coco, len(found.scores))
+
+
 class Pairs(NamedTuple):
     """Overlapping pairs of a detection and a ground-truth box, by ascending detection."""
 
@@ -55,7 +67,7 @@ class Pairs(NamedTuple):
 class CocoMatches(NamedTuple):
     """Boxes that the detections take, for A areas and T IoU thresholds."""
 
-    detections: Int[np.ndarray, " N"]  # the 100 best of each category and image, by category, image, descending score
+    detections: Int[np.ndarray, " N"]  # the best of each category and image, by category, image, descending score
     ranks: Int[np.ndarray, " N"]  # rank of each in its category and image, from 0
     takers: Int[np.ndarray, " P"]  # the detections (indices into N) that overlap a box at all
     taken: Int[np.ndarray, "A T P"]  # index of the box that each takes; -1 where there is none
@@ -75,19 +87,25 @@ class CocoMatches(NamedTuple):
 class Curves(NamedTuple):
     """Precision by IoU threshold, recall, category, area and number of detections; -1 for a category without a box."""
 
-    precision: Float[np.ndarray, "10 101 K 4 3"]  # the highest at this recall or above, 0 if none
-    recall: Float[np.ndarray, "10 K 4 3"]  # the highest reached
+    precision: Float[np.ndarray, "10 101 K 4 M"]  # the highest at this recall or above, 0 if none
+    recall: Float[np.ndarray, "10 K 4 M"]  # the highest reached
 
 
-def coco_curves(ground_truth: GroundTruth, found: DetectedBoxes, categories: int) -> Curves:
-    """Returns precision and recall of `found`, equal to pycocotools' for finite input (K = categories). See `coco_match`."""
-    matches = coco_match(ground_truth, found)
+def coco_curves(
+    ground_truth: GroundTruth,
+    found: DetectedBoxes,
+    categories: int,
+    limits: tuple[int, ...] = MAX_DETECTIONS,
+) -> Curves:
+    """Returns precision and recall of `found`, equal to pycocotools' for finite input (K = categories). See `coco_match`.
+    The ascending `limits`, numbers of detections that count per image and category, are the last axis."""
+    matches = coco_match(ground_truth, found, most=limits[-1])
     scores, of_category = found.scores[matches.detections], found.categories[matches.detections]
     # The detections of all images by category, the best first; of equal scores those of the earlier image.
     order = np.lexsort((-scores, of_category))
     ranks = matches.ranks[order]
     bounds = np.searchsorted(of_category[order], np.arange(categories + 1))
-    shape = (categories, len(AREAS), len(MAX_DETECTIONS))
+    shape = (categories, len(AREAS), len(limits))
     precision = np.full((len(IOU_THRESHOLDS), len(RECALLS), *shape), -1.0)
     recall = np.full((len(IOU_THRESHOLDS), *shape), -1.0)
     for a, ignored in enumerate(matches.ignored_boxes):
@@ -95,7 +113,7 @@ def coco_curves(ground_truth: GroundTruth, found: DetectedBoxes, categories: int
         hits, misses = (which[:, order] for which in matches.right_and_wrong(a))
         for k in np.flatnonzero(objects):
             of_class = slice(bounds[k], bounds[k + 1])
-            for m, most in enumerate(MAX_DETECTIONS):
+            for m, most in enumerate(limits):
                 counted = ranks[of_class] < most
                 right, wrong = hits[:, of_class][:, counted], misses[:, of_class][:, counted]
                 precision[:, :, k, a, m], recall[:, k, a, m] = precision_curve(right, wrong, int(objects[k]))
@@ -141,8 +159,9 @@ def best_f1(scores: Float[np.ndarray, " N"], right: Bool[np.ndarray, " N"], obje
 
 
 def coco_operating_point(ground_truth: GroundTruth, found: DetectedBoxes) -> OperatingPoint | None:
-    """Returns `best_f1` at IoU 0.5. Detections that take a crowd region do not count."""
-    matches = coco_match(ground_truth, found, IOU_THRESHOLDS[:1], {"all": AREAS["all"]})
+    """Returns `best_f1` at IoU 0.5, with `detection_limit`. Detections that take a crowd region do not count."""
+    limit = detection_limit(ground_truth, found)
+    matches = coco_match(ground_truth, found, IOU_THRESHOLDS[:1], {"all": AREAS["all"]}, limit)
     right, wrong = (which[0] for which in matches.right_and_wrong(0))
     counted = (right & ~matches.outside[0]) | wrong
     return best_f1(found.scores[matches.detections[counted]], right[counted], int((~matches.ignored_boxes).sum()))
@@ -154,12 +173,13 @@ def coco_match(
     found: DetectedBoxes,
     thresholds: Float[np.ndarray, " T"] = IOU_THRESHOLDS,
     areas: Mapping[str, tuple[float, float]] = AREAS,
+    most: int = MAX_DETECTIONS[-1],
 ) -> CocoMatches:
     """Matches detections with ground-truth boxes as pycocotools does, for each threshold (ascending) and area.
 
-    Per image and category the 100 best detections count. Each of them, the best first, takes the free box that it overlaps
-    most (the last of equals) with an IoU of the threshold or more, exactly the threshold included. It takes an ignored box
-    (a crowd region, or a box outside the area) only if no other fits. A crowd region stays free, and the IoU with it is the
+    Per image and category the `most` best detections count. Each, the best first, takes the free box that it overlaps most
+    (the last of equals) with an IoU of the threshold or more, exactly the threshold included. It takes an ignored box (a
+    crowd region, or a box outside the area) only if no other fits. A crowd region stays free, and the IoU with it is the
     overlap over the detection's own area. Two boxes whose areas are not finite or are denormal in float64 (products beyond
     1e308, or below 1e-308) do not overlap here; pycocotools matches them always.
     """
@@ -167,7 +187,7 @@ def coco_match(
     box_groups, groups = (boxes.categories * images + boxes.images for boxes in (ground_truth, found))
     order = np.lexsort((-found.scores, groups))
     ranks = np.arange(len(order)) - np.searchsorted(groups[order], groups[order])
-    kept, ranks = order[ranks < MAX_DETECTIONS[-1]], ranks[ranks < MAX_DETECTIONS[-1]]
+    kept, ranks = order[ranks < most], ranks[ranks < most]
     found = DetectedBoxes(*(column[kept] for column in found))
     ignored = ground_truth.crowds[None] | _outside(ground_truth.areas, areas)
     pairs = overlapping(ground_truth, found.boxes_xywh, box_groups, groups[kept], float(thresholds[0]))

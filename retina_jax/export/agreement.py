@@ -10,6 +10,7 @@ import statistics
 import time
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +19,9 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from retina_jax.config import ConfigError, ScenesConfig
-from retina_jax.console import log
+from retina_jax.config import ConfigError, DataConfig, ScenesConfig
+from retina_jax.config_io import override
+from retina_jax.console import log, warn
 from retina_jax.data.datasets import open_source
 from retina_jax.data.decoding import image_of, read_rgb
 from retina_jax.data.image_paths import image_files
@@ -28,7 +30,7 @@ from retina_jax.data.source import DataError
 from retina_jax.data.survey import decoding_of_files
 from retina_jax.detector import Detector, ImageDetections, versions
 from retina_jax.errors import PlainError, reason
-from retina_jax.export.loader import FORMAT, PILLOW_FORMAT, ExportedDetector, Found, load
+from retina_jax.export.loader import FORMAT, PILLOW_FORMAT, STRETCH_FORMAT, ExportedDetector, Found, load
 from retina_jax.export.programs import PLATFORMS, padded_shapes, programs
 from retina_jax.training.opening import code_commit, package_versions
 
@@ -54,6 +56,10 @@ def export_detector(detector: Detector, path: Path, source: str, images: Images,
     if versions(detector.config) > 1:
         options = "--detection.no-tta-flip --detection.tta-short-sides"
         raise ExportError(f"test-time augmentation cannot be exported; add {options}")
+    if side := detector.config.data.tile:
+        warn(f"data.tile {side} is not part of the file: cut images into tiles (data/tiles.py) before its detector")
+        config = override(detector.config, {"data.tile": 0})
+        detector = replace(detector, driver=replace(detector.driver, config=config))
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,12 +80,14 @@ def write_file(path: Path, detector: Detector, source: str, renew: str = RENEW) 
     """Writes `detector`, which was loaded from `source`, for loader.py."""
     data, detection = detector.config.data, detector.config.detection
     about = {
-        "format": PILLOW_FORMAT if data.resize == "pillow" else FORMAT,
+        "format": _format_of(data),
         "source": source,
         "step": detector.step,
         "class_names": list(detector.shown_names),
         "category_ids": list(detector.category_ids),
-        **{k: getattr(data, k) for k in ("short_side", "long_side", "size_rounding", "resize", "pixels")},
+        **{
+            k: getattr(data, k) for k in ("short_side", "long_side", "size_rounding", "resize", "resize_rule", "pixels")
+        },
         "bits": None if data.bits == "auto" else data.bits,
         "canvases": padded_shapes(data),
         **{k: getattr(detection, k) for k in ("max_detections", "score_threshold")},
@@ -98,6 +106,13 @@ def write_file(path: Path, detector: Detector, source: str, renew: str = RENEW) 
         file.writestr("parameters.npz", arrays.getbuffer(), zipfile.ZIP_STORED)
         for name, program in programs(detector):
             file.writestr(f"programs/{name}", program)
+
+
+def _format_of(data: DataConfig) -> str:
+    """Returns the oldest format whose loaders resize as `data` asks."""
+    if data.resize_rule == "stretch":
+        return STRETCH_FORMAT
+    return PILLOW_FORMAT if data.resize == "pillow" else FORMAT
 
 
 class Comparison(NamedTuple):

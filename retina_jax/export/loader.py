@@ -26,6 +26,7 @@ import numpy as np
 
 FORMAT = "retina_jax detector 1"
 PILLOW_FORMAT = "retina_jax detector 2"  # without programs that resize: Pillow does it
+STRETCH_FORMAT = "retina_jax detector 3"  # both sides become `short_side`, which older loaders cannot do
 RENEW_DAYS = 150  # jax reads the programs of a release for six months: the file is renewed a month before
 MOST_TIMES = 100  # largest ratio of the unpacked contents to the file
 SETTINGS = {"class_names", "category_ids", "short_side", "long_side", "size_rounding", "canvases"}  # in about.json
@@ -67,13 +68,13 @@ def load(path: str) -> ExportedDetector:
     except DAMAGE as error:
         found = str(error).partition("\n")[0][:200] or type(error).__name__
         raise LoadError(f"{path}: not a file of scripts/export.py, or damaged ({found}); export it again") from None
-    if version not in (FORMAT, PILLOW_FORMAT):
+    if version not in (FORMAT, PILLOW_FORMAT, STRETCH_FORMAT):
         raise LoadError(
             f"{path}: has format {str(version)[:40]}, but this loader reads {FORMAT}; use the loader of its release"
         )
     if missing:
         raise LoadError(f"{path}: about.json lacks {missing}; export it again")
-    needed = {"flatbuffers": "flatbuffers"} | ({"PIL": "pillow"} if version == PILLOW_FORMAT else {})
+    needed = {"flatbuffers": "flatbuffers"} | ({"PIL": "pillow"} if about.get("resize") == "pillow" else {})
     for module, package in needed.items():
         if importlib.util.find_spec(module) is None:
             raise LoadError(f"{path}: needs the package {package}, which is not installed; pip install {package}")
@@ -137,6 +138,8 @@ class ExportedDetector:
 
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
         """Returns the (height, width) that an image is resized to."""
+        if self.about.get("resize_rule") == "stretch":
+            return self.about["short_side"], self.about["short_side"]
         scale = min(self.about["short_side"] / min(height, width), self.about["long_side"] / max(height, width))
         half = 0.5 if self.about["size_rounding"] == "nearest" else 0.0
         return max(1, int(height * scale + half)), max(1, int(width * scale + half))
@@ -148,7 +151,7 @@ class ExportedDetector:
 
     def _batch(self, shape: tuple[int, int], images: list[np.ndarray], sizes: list[tuple[int, int]]) -> list[Found]:
         original, resized = (np.array(s, np.int32) for s in ([image.shape[:2] for image in images], sizes))
-        if self.about["format"] == PILLOW_FORMAT:
+        if self.about.get("resize") == "pillow":
             pixels = [_by_pillow(image, size, shape) for image, size in zip(images, sizes, strict=True)]
         else:
             prepare = self._program("prepare", shape)

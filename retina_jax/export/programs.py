@@ -34,6 +34,8 @@ def padded_shapes(data: DataConfig) -> tuple[tuple[int, int], ...]:
     """Returns every (height, width) that `detector.padded_batch` can choose for one image, in the order of `buckets`."""
     if data.buckets:
         return buckets(data, (data.short_side,))
+    if data.resize_rule == "stretch":
+        return (exact_padded_shape((data.short_side, data.short_side), data),)
     short, long = min(data.short_side, data.long_side), data.long_side
     # Rounded down, a side can be one less than `short` or `long`: 163 * (801 / 163) < 801.
     lost = (0, 1) if data.size_rounding == "floor" else (0,)

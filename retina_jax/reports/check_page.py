@@ -88,7 +88,8 @@ def worst_pictures(
         try:
             encoded = read_image(Path(split.paths[row]), *size)
             with DECODING.share(size[0] * size[1]):
-                image = resize_large(to_rgb(encoded, decoding, expected_size=tuple(size)), (height, width), data.resize)
+                pixels = views.tiles[v].of(to_rgb(encoded, decoding, expected_size=tuple(size)))
+                image = resize_large(pixels, (height, width), data.resize)
         except (OSError, BadImage):
             continue  # it is among the findings
         boxes = views.ends[v + 1] - views.ends[v]

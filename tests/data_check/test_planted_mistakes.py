@@ -125,7 +125,7 @@ def test_any_value_is_reported_exactly_if_training_refuses_it(
     except DataError as error:
         assert refused == str(error)
         return
-    found = split_findings(split, 4)
+    found = split_findings(split, CONFIG)
     lines = [f"{path}: {f.name}: {f.text}" for f in found if f.kind in ("orphaned", *REFUSED.values())]
     assert refused in lines if refused else not lines
     assert all(finding.name.isprintable() and finding.text.isprintable() for finding in found)

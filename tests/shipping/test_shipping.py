@@ -293,12 +293,22 @@ sides = st.integers(1, 400)
 def test_sizes_and_padded_shapes_are_those_of_evaluation(
     h: int, w: int, short: int, long: int, count: int, down: bool
 ) -> None:
-    rounding = "floor" if down else "nearest"
-    data = DataConfig(short_side=short, long_side=long, buckets=count, size_rounding=rounding, max_boxes=1)
-    about = {"class_names": [], "category_ids": [], "short_side": short, "long_side": long, "size_rounding": rounding}
-    exported = loader.ExportedDetector({**about, "canvases": padded_shapes(data)}, [], {})
+    check_sizes(h, w, count, short_side=short, long_side=long, size_rounding="floor" if down else "nearest")
+
+
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_stretched_sizes_and_padded_shapes_are_those_of_evaluation(count: int) -> None:
+    for h, w in ((7, 300), (120, 90), (64, 64)):
+        check_sizes(h, w, count, short_side=100, long_side=100, resize_rule="stretch")
+    assert agreement._format_of(DataConfig(resize_rule="stretch", resize="pillow")) == loader.STRETCH_FORMAT
+
+
+def check_sizes(h: int, w: int, count: int, **rule: int | str) -> None:
+    data = DataConfig(buckets=count, max_boxes=1, **rule)
+    about = {"class_names": [], "category_ids": [], "size_rounding": "nearest", **rule, "canvases": padded_shapes(data)}
+    exported = loader.ExportedDetector(about, [], {})
     size = exported.resized_size(h, w)
-    assert size == resized_size(h, w, short, long, rounding)
+    assert size == resized_size(h, w, data.short_side, data.long_side, data.size_rounding, data.resize_rule)
     image = np.broadcast_to(np.zeros(3, np.uint8), (h, w, 3))
     assert exported.padded_shape(size) == padded_batch([image], data, 1).images.shape[1:3]
 
@@ -328,6 +338,20 @@ def test_a_file_with_other_detections_is_not_kept(
     with pytest.raises(ExportError, match=r"is not kept: 2 images, [0-9]+ detections"):
         agreement.export_detector(live, out, "a test", photographs()[:1])
     assert out.read_bytes() == b"older" and list(tmp_path.iterdir()) == [out]
+
+
+def test_tiles_are_left_to_the_caller(
+    live: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def stop(path: Path, detector: Detector, *_: str) -> None:
+        raise OSError(f"data.tile {detector.config.data.tile}")
+
+    monkeypatch.setattr(agreement, "write_file", stop)
+    driver = dataclasses.replace(live.driver, config=override(live.config, {"data.tile": 64}))
+    tiled = dataclasses.replace(live, driver=driver)
+    with pytest.raises(ExportError, match=r"data\.tile 0"):
+        agreement.export_detector(tiled, tmp_path / "detector.zip", "a test", photographs()[:1])
+    assert "data.tile 64 is not part of the file" in capsys.readouterr().out
 
 
 def test_every_padded_shape_is_compared(file: Path) -> None:
