@@ -1,0 +1,204 @@
+"""YOLO: one text file per image, a line per box: class, centre x, centre y, width, height as fractions of the image. The
+classes, and the splits, are in a YAML file. Images without a text file have no objects, as Ultralytics reads them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from retina_jax.conversion.annotated import (
+    SPLITS,
+    Annotated,
+    Box,
+    Corners,
+    Files,
+    Picture,
+    Reading,
+    around,
+    by_stem,
+    class_name,
+    is_image,
+    number,
+    read_bytes,
+    read_lines,
+    split_of,
+)
+from retina_jax.data.classes import unique_names
+from retina_jax.data.coco_entries import short
+from retina_jax.data.source import DataError
+from retina_jax.errors import reason
+
+NAMES = ("classes.txt", "obj.names", "names.txt")
+Names = dict[int, str]
+
+
+def read_yolo(path: Path, reading: Reading, images: Path | None = None) -> Annotated:
+    """Reads a data.yaml, a folder with one, or a folder of text files with the classes in classes.txt or `reading`."""
+    file = yaml_in(path)
+    if file is None:
+        return read_folder(path, reading, images)
+    content = read_yaml(file)
+    names = names_of(content, file)
+    listed = {SPLITS[key]: list(images_of(content[key], content, file)) for key in SPLITS if content.get(key)}
+    if not listed:
+        raise DataError(f"{file}: has none of train, val and test; train must be the folder of the training images")
+    found = Annotated([], [], list(names.values()))
+    if set(listed.get("val", ())) == set(listed.get("train", ())):
+        listed.pop("val", None)  # data sets without a validation set repeat the training set
+    used: dict[Path, str] = {}
+    for split, paths in listed.items():
+        for image in paths:
+            if used.setdefault(image, split) != split:
+                raise DataError(f"{file}: {image} is in {used[image]} and in {split}; keep it in one of them")
+            found.pictures.append(picture_of(image, label_file(image), split, names, content.get("kpt_shape")))
+    check_labels(found, str(file))
+    return found
+
+
+def yaml_in(path: Path) -> Path | None:
+    """Returns the data.yaml that `path` is or has; None for a folder without one."""
+    if path.is_file():
+        return path
+    files = sorted(file for ending in ("yaml", "yml") for file in path.glob(f"*.{ending}"))
+    if len(files) > 1 and path / "data.yaml" not in files:
+        raise DataError(f"{path}: has several YAML files ({files[0].name}, {files[1].name}); name one of them")
+    return path / "data.yaml" if path / "data.yaml" in files else next(iter(files), None)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Returns the content of a YAML file."""
+    try:
+        content = yaml.safe_load(read_bytes(file))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}" if mark else reason(error)
+        raise DataError(f"{file}: is not YAML: {place}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: must have the keys names and train, not be {short(content)}")
+    return content
+
+
+def names_of(content: dict[str, Any], file: Path) -> Names:
+    """Returns the name of each class id; `names` is a list, or maps ids to names, with gaps or not."""
+    names = content.get("names")
+    entries = dict(enumerate(names)) if isinstance(names, list) else names
+    if not isinstance(entries, dict) or not entries:
+        raise DataError(f"{file}: names must be a list of class names, or map ids to names, not {short(names)}")
+    try:
+        found = {int(number(key, "id")): class_name(name, f"names[{key}]") for key, name in sorted(entries.items())}
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{file}: names: {reason(error)}") from None
+    return dict(zip(found, unique_names(list(found.items())), strict=True))
+
+
+def images_of(entry: Any, content: dict[str, Any], file: Path) -> Iterator[Path]:
+    """Yields the images of a split: of folders, or named by lists in text files. Roboflow writes ../train/images for
+    train/images; a `path` of another machine is ignored."""
+    root = file.parent / str(content.get("path") or "")
+    roots = [root, file.parent] if root.is_dir() else [file.parent]
+    for part in entry if isinstance(entry, list) else [entry]:
+        text = str(part)
+        tried = [base / name for base in roots for name in (text, text.removeprefix("../"))]
+        place = next((path for path in tried if path.exists()), None)
+        if place is None:
+            raise DataError(f"{file}: {short(text)}: no such folder or list of images ({tried[0]})")
+        if place.is_dir():
+            yield from sorted(path for path in place.rglob("*") if is_image(path))
+            continue
+        for n, line in enumerate(map(str.strip, read_lines(place)), 1):
+            bases = [place.parent] if line.startswith("./") else [*roots, place.parent]
+            paths = [base / line for base in bases if line]
+            if paths and not any(map(is_image, paths)):
+                raise DataError(f"{place}: line {n}: no such image: {paths[0]}")
+            yield from (path for path in paths if is_image(path))
+
+
+def label_file(image: Path) -> Path:
+    """Returns where the boxes of an image are: in labels/ instead of the last images/ of its path, else next to it."""
+    parts = list(image.parts)
+    places = [n for n, part in enumerate(parts[:-1]) if part == "images"]
+    if places:
+        parts[places[-1]] = "labels"
+        if (elsewhere := Path(*parts).with_suffix(".txt")).is_file():
+            return elsewhere
+    return image.with_suffix(".txt")
+
+
+def read_folder(root: Path, reading: Reading, images: Path | None) -> Annotated:
+    """Reads the text files of a folder; the images have the same paths in images/ next to it, in `images`, or in it."""
+    names_file = next((at for base in (root, root.parent) for name in NAMES if (at := base / name).is_file()), None)
+    names = reading.classes or tuple(filter(None, map(str.strip, read_lines(names_file) if names_file else ())))
+    if not names:
+        raise DataError(f"{root}: the class names are missing; give --classes, or write them into {root / NAMES[0]}")
+    labels = root / "labels" if (root / "labels").is_dir() else root
+    if images is None:
+        places = (labels.parent / "images", labels.parent / "JPEGImages", labels)
+        images = next((place for place in places if place.is_dir()), labels)
+    known = dict(enumerate(unique_names(list(enumerate(names)))))
+    found = Annotated([], [images], list(known.values()))
+    for image in sorted(path for path in images.rglob("*") if is_image(path)):
+        inside = image.relative_to(images)
+        found.pictures.append(
+            picture_of(image, labels / inside.with_suffix(".txt"), split_of(inside.as_posix()), known)
+        )
+    check_labels(found, str(labels), {*labels.rglob("*.txt")})
+    return found
+
+
+def picture_of(image: Path, labels: Path, split: str, names: Names, keypoints: Any = None) -> Picture:
+    """Returns an image with the boxes of its text file, if there is one."""
+    boxes = []
+    for n, line in enumerate(read_lines(labels) if labels.is_file() else (), 1):
+        if words := line.split():
+            try:
+                boxes.append(read_line(words, names, keypoints))
+            except ValueError as error:
+                raise DataError(f"{labels}: line {n}: {error}") from None
+    return Picture((image.as_posix(),), boxes, (0, 0), split, str(labels), fractions=True, path=image)
+
+
+def read_line(words: list[str], names: Names, keypoints: Any) -> Box:
+    """Returns the box of a line: four numbers, or with a confidence or keypoints after them, or those of a polygon."""
+    numbers = [number(word, f"number {n}") for n, word in enumerate(words)]
+    if numbers[0] not in names:
+        listed = ", ".join(map(str, list(names)[:5])) + (", ..." if len(names) > 5 else "")
+        raise ValueError(f"class {words[0][:20]} is not in names ({listed})")
+    corners: Corners
+    if len(numbers) in (5, 6) or keypoints:
+        if len(numbers) < 5:
+            raise ValueError("must be a class and four numbers")
+        x, y, width, height = numbers[1:5]
+        corners = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+    elif len(numbers) >= 7 and len(numbers) % 2:
+        corners = around(zip(numbers[1::2], numbers[2::2], strict=True))
+    else:
+        kinds = "a class with 4 numbers (a box), 5 (with confidence) or pairs (a polygon)"
+        raise ValueError(f"has {len(numbers)} numbers, but must be {kinds}; keypoints need kpt_shape in the YAML file")
+    return Box(names[int(numbers[0])], corners)
+
+
+def check_labels(found: Annotated, where: str, files: set[Path] | None = None) -> None:
+    """Raises DataError if no image has a text file; counts text files without an image."""
+    used = {Path(picture.place) for picture in found.pictures}
+    if not any(path.is_file() for path in used):
+        expected = f"; expected for example {min(used)}" if used else ""
+        raise DataError(f"{where}: none of {len(used)} images has a file of labels{expected}")
+    files = files or {file for folder in {path.parent for path in used} for file in folder.glob("*.txt")}
+    if alone := sorted(file for file in files - used if file.name not in (*NAMES, "labels.txt", "README.txt")):
+        found.skipped[f"text files without an image ({alone[0].name})"] += len(alone)
+
+
+def write_yolo(pictures: list[Picture], classes: list[str]) -> Files:
+    """Returns data.yaml and a text file per image."""
+    ids, files = {name: k for k, name in enumerate(classes)}, {}
+    for stem, picture in by_stem(pictures, ".txt"):
+        width, height = picture.size
+        lines = []
+        for label, (x1, y1, x2, y2), _ in picture.boxes:
+            fractions = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
+            lines.append(" ".join([str(ids[label]), *(f"{value:.10g}" for value in fractions)]) + "\n")
+        files[f"labels/{picture.split}/{stem}"] = "".join(lines).encode()
+    content = {split: f"images/{split}" for split in dict.fromkeys(picture.split for picture in pictures)}
+    described = content | {"names": dict(enumerate(classes))}
+    return files | {"data.yaml": yaml.safe_dump(described, allow_unicode=True, sort_keys=False).encode()}
