@@ -77,9 +77,9 @@ def main() -> None:
     classes = formats.classes_of(found, arguments.classes)
     folder = common_folder(found.pictures, arguments.images)
     if arguments.split is not None:
-        if found.splits != ["train"]:
+        if "val" in found.splits or "train" not in found.splits:
             raise ConfigError(f"--split: the annotations have the splits {', '.join(found.splits)} already")
-        split_by_content(found.pictures, arguments.split)
+        split_by_content(found.split("train"), arguments.split)
     files = formats.write(found, classes, arguments.to, reading, arguments.out)
     write_folder(arguments.out, files, images_in(arguments.to, found.pictures), arguments.copy_images)
     for what, count in found.skipped.items():
@@ -87,7 +87,7 @@ def main() -> None:
     log(f"{len(classes)} classes: {', '.join(map(shortened, classes))}\n{summary(found, classes)}")
     leaks = leakage(found)
     for (first, second), names in leaks.items():
-        warn(f"{len(names)} images of {second} are in {first} too, for example {names[0]}: their scores are too good")
+        warn(f"{len(names)} images of {second} are in {first} too, for example {names[0]}: scores on them are too high")
     if len(found.splits) > 1 and not leaks:
         log(f"no image file is in two of {', '.join(found.splits)}")
     log(f"images: {folder}\nwritten: {arguments.out} ({arguments.to})")

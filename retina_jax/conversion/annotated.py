@@ -23,7 +23,11 @@ Corners = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels, as anno
 Points = Iterable[tuple[float, float]]
 Files = dict[str, bytes]  # path inside the output folder to content
 LARGEST_FILE = 2**32  # bytes of an annotation file
-_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+_SPLITS = {
+    "train": ("train", "training", "obj_train_data"),
+    "val": ("val", "valid", "validation", "obj_valid_data"),
+    "test": ("test", "testing", "obj_test_data"),
+}
 SPLITS = {alias: split for split, aliases in _SPLITS.items() for alias in aliases}
 
 
@@ -169,10 +173,13 @@ def read_lines(path: Path) -> list[str]:
 
 def read_json(path: Path, expected: type[T], what: str) -> T:
     """Returns the content of a JSON file; DataError, which names the entry, if it is not as `expected`."""
-    value = load_json(path, expected)
     try:
-        return value if isinstance(value, expected) else msgspec.convert(value, expected)
-    except (msgspec.ValidationError, UnicodeEncodeError, RecursionError) as error:
+        return msgspec.json.decode(read_bytes(path), type=expected)
+    except (ValueError, RecursionError):
+        value = load_json(path)  # reads a byte order mark and NaN too, and names the line of malformed JSON
+    try:
+        return msgspec.convert(value, expected)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not {what}: {reason(error)}") from None
 
 

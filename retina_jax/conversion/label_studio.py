@@ -17,8 +17,10 @@ from retina_jax.conversion.annotated import (
     around,
     around_rotated,
     class_name,
+    is_image_name,
     number,
     read_json,
+    side,
 )
 from retina_jax.data.image_paths import PREFIX, SUFFIXES
 from retina_jax.data.source import DataError, Size
@@ -89,9 +91,9 @@ def names_of(data: dict[str, Any]) -> tuple[str, ...]:
     for url in filter(lambda text: isinstance(text, str), texts):
         parts = urlsplit(url)
         name = (parse_qs(parts.query).get("d") or [unquote(parts.path)])[0].lstrip("/")
-        if posixpath.splitext(name)[1].lower() in SUFFIXES:
+        if is_image_name(name):
             base = posixpath.basename(name)
-            return class_name(name, "the image"), *({base, PREFIX.sub("", base)} - {name})
+            return tuple(dict.fromkeys((class_name(name, "the image"), base, PREFIX.sub("", base))))
     raise ValueError(f"data names no image ({', '.join(SUFFIXES)})")
 
 
@@ -105,10 +107,11 @@ def read_regions(regions: list[Region], found: Annotated) -> tuple[list[Box], Si
             found.skipped["regions on a rotated image" if region.image_rotation else f"{region.type} results"] += 1
             continue
         try:
-            sides = [
-                int(number(getattr(region, f"original_{side}"), f"original_{side}")) for side in ("width", "height")
-            ]
-            size = sides[0], sides[1]
+            size = side(region.original_width, "original_width"), side(region.original_height, "original_height")
+            if not all(size):
+                raise ValueError(
+                    "original_width or original_height is missing, so that its percent are of unknown pixels"
+                )
             names = names if isinstance(names, list) else [names]
             boxes += [Box(class_name(name), corners_of_region(value, size)) for name in names]
         except ValueError as error:

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from retina_jax.config import ConfigError
-from retina_jax.console import cores, track, warn
-from retina_jax.conversion.annotated import Annotated, Picture
+from retina_jax.console import cores, log, track, warn
+from retina_jax.conversion.annotated import Annotated, Picture, is_image
 from retina_jax.data.decoding import MAX_PIXELS, largest_file
 from retina_jax.data.image_paths import SUFFIXES, find_images
 from retina_jax.data.reading import read_again, read_file
@@ -41,6 +41,14 @@ def locate(found: Annotated, images: Path | None) -> None:
         if len(missing) == len(found.pictures):
             raise DataError(f"{advice}; name their folder with --images DIR")
         warn(advice)
+    used = {os.path.abspath(picture.path) for picture in found.pictures if picture.path}
+    if lost and used:
+        folder = Path(os.path.commonpath([os.path.dirname(path) for path in used]))
+        extra = [path for path in folder.rglob("*") if is_image(path) and os.path.abspath(path) not in used]
+        if extra:
+            log(
+                f"{len(extra)} images in {folder} are not used, since they are not in the annotations: {min(extra).name}, ..."
+            )
     renamed = [p for p in lost if p.path and p.path.suffix.lower() not in {Path(n).suffix.lower() for n in p.names}]
     if renamed:
         warn(
@@ -68,7 +76,7 @@ def find_in(folder: Path, pictures: Sequence[Picture]) -> dict[int, Path]:
             keys = [key.casefold() for name in names for key in (name.as_posix(), name.name)]
             if path := next((path for key in keys if len(stems[key]) == 1 for path in stems[key]), None):
                 places[row] = path
-    users = Counter(places.values())
+    users = Counter(path for path, _ in {(path, pictures[row].names) for row, path in places.items()})
     return {row: path for row, path in places.items() if users[path] == 1}
 
 

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 from collections import Counter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
@@ -29,13 +29,10 @@ FOUND = {
 def write_folder(out: Path, files: Files, images: dict[str, Path], copy: bool) -> None:
     """Writes files, and links to images or copies of them, into a new folder, which appears when it is complete, or over
     files of the same names. Raises ConfigError if `out` has other files, DiskError if it cannot be written."""
-    names = {PurePosixPath(name).parts[0] for name in (*files, *images)}
-    if out.exists() and (
-        other := sorted({entry.name for entry in os.scandir(out)} - names if out.is_dir() else {out.name})
-    ):
+    present = sorted(os.listdir(out) if out.is_dir() else [out.name] if out.exists() else [])
+    flat = set() if images else {name for name in files if "/" not in name}
+    if other := [name for name in present if name not in flat]:
         raise ConfigError(f"--out {out}: has other files ({other[0]}); choose a new folder, or delete them")
-    if out.exists() and images and any(out.iterdir()):
-        raise ConfigError(f"--out {out}: exists; choose a new folder, or delete it")
     staged = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         for name, content in files.items():
@@ -44,12 +41,10 @@ def write_folder(out: Path, files: Files, images: dict[str, Path], copy: bool) -
         for name, path in images.items():
             (staged / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, staged / name) if copy else (staged / name).symlink_to(path.absolute())
-        if not out.exists():
-            staged.rename(out)
-        else:
-            for name in files:
-                (out / name).parent.mkdir(parents=True, exist_ok=True)
-                (staged / name).replace(out / name)
+        for name in files if present else ():
+            (staged / name).replace(out / name)
+        if not present:
+            staged.rename(out)  # an empty folder is replaced
     except OSError as error:
         raise DiskError(f"{out}: cannot be written: {reason(error)}") from error
     finally:

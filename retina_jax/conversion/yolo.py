@@ -1,7 +1,8 @@
 """YOLO: one text file per image, a line per box: class, centre x, centre y, width, height as fractions of the image. The
 classes, and the splits, are in a YAML file. Images without a text file have no objects, as Ultralytics reads them."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from retina_jax.data.source import DataError
 from retina_jax.errors import reason
 
 NAMES = ("classes.txt", "obj.names", "names.txt")
+OTHERS = {*NAMES, "labels.txt", "train.txt", "val.txt", "test.txt"}  # text files that hold no boxes
 Names = dict[int, str]
 
 
@@ -37,12 +39,12 @@ def read_yolo(path: Path, reading: Reading, images: Path | None = None) -> Annot
     """Reads a data.yaml, a folder with one, or a folder of text files with the classes in classes.txt or `reading`."""
     file = yaml_in(path)
     if file is None:
-        return read_folder(path, reading, images)
+        return read_folder(path, reading.classes or listed_names(path), images)
     content = read_yaml(file)
     names = names_of(content, file)
-    listed = {SPLITS[key]: list(images_of(content[key], content, file)) for key in SPLITS if content.get(key)}
-    if not listed:
-        raise DataError(f"{file}: has none of train, val and test; train must be the folder of the training images")
+    listed = {SPLITS[key]: list(dict.fromkeys(images_of(key, content, file))) for key in SPLITS if content.get(key)}
+    if not listed:  # supervision writes the names alone
+        return read_folder(file.parent, tuple(names.values()), images)
     found = Annotated([], [], list(names.values()))
     if set(listed.get("val", ())) == set(listed.get("train", ())):
         listed.pop("val", None)  # data sets without a validation set repeat the training set
@@ -92,17 +94,19 @@ def names_of(content: dict[str, Any], file: Path) -> Names:
     return dict(zip(found, unique_names(list(found.items())), strict=True))
 
 
-def images_of(entry: Any, content: dict[str, Any], file: Path) -> Iterator[Path]:
+def images_of(key: str, content: dict[str, Any], file: Path) -> Iterator[Path]:
     """Yields the images of a split: of folders, or named by lists in text files. Roboflow writes ../train/images for
-    train/images; a `path` of another machine is ignored."""
+    train/images, and a test that it did not export; a `path` of another machine is ignored."""
     root = file.parent / str(content.get("path") or "")
     roots = [root, file.parent] if root.is_dir() else [file.parent]
-    for part in entry if isinstance(entry, list) else [entry]:
+    for part in content[key] if isinstance(content[key], list) else [content[key]]:
         text = str(part)
         tried = [base / name for base in roots for name in (text, text.removeprefix("../"))]
         place = next((path for path in tried if path.exists()), None)
+        if place is None and key == "test":
+            continue
         if place is None:
-            raise DataError(f"{file}: {short(text)}: no such folder or list of images ({tried[0]})")
+            raise DataError(f"{file}: {key}: {tried[0]} does not exist; it must be a folder or a list of images")
         if place.is_dir():
             yield from sorted(path for path in place.rglob("*") if is_image(path))
             continue
@@ -125,24 +129,31 @@ def label_file(image: Path) -> Path:
     return image.with_suffix(".txt")
 
 
-def read_folder(root: Path, reading: Reading, images: Path | None) -> Annotated:
-    """Reads the text files of a folder; the images have the same paths in images/ next to it, in `images`, or in it."""
-    names_file = next((at for base in (root, root.parent) for name in NAMES if (at := base / name).is_file()), None)
-    names = reading.classes or tuple(filter(None, map(str.strip, read_lines(names_file) if names_file else ())))
-    if not names:
-        raise DataError(f"{root}: the class names are missing; give --classes, or write them into {root / NAMES[0]}")
+def listed_names(root: Path) -> tuple[str, ...]:
+    """Returns the class names in a text file next to the labels; DataError without one."""
+    for file in (base / name for base in (root, root.parent) for name in NAMES):
+        if file.is_file():
+            return tuple(filter(None, map(str.strip, read_lines(file))))
+    raise DataError(f"{root}: the class names are missing; give --classes, or write them into {root / NAMES[0]}")
+
+
+def read_folder(root: Path, names: Sequence[str], images: Path | None) -> Annotated:
+    """Reads the text files of a folder; the images are in `images`, in images/ next to it, or in it, and have the paths of the
+    text files there, or other ones and a stem that no other image has."""
     labels = root / "labels" if (root / "labels").is_dir() else root
     if images is None:
         places = (labels.parent / "images", labels.parent / "JPEGImages", labels)
         images = next((place for place in places if place.is_dir()), labels)
     known = dict(enumerate(unique_names(list(enumerate(names)))))
     found = Annotated([], [images], list(known.values()))
-    for image in sorted(path for path in images.rglob("*") if is_image(path)):
-        inside = image.relative_to(images)
-        found.pictures.append(
-            picture_of(image, labels / inside.with_suffix(".txt"), split_of(inside.as_posix()), known)
-        )
-    check_labels(found, str(labels), {*labels.rglob("*.txt")})
+    paths, files = sorted(path for path in images.rglob("*") if is_image(path)), {*labels.rglob("*.txt")}
+    stems = Counter(path.stem for path in paths), Counter(file.stem for file in files)
+    alone = {file.stem: file for file in files if stems[0][file.stem] == stems[1][file.stem] == 1}
+    for image in paths:
+        inside = image.relative_to(images).with_suffix(".txt")
+        file = labels / inside if labels / inside in files else alone.get(image.stem, labels / inside)
+        found.pictures.append(picture_of(image, file, split_of(file.relative_to(labels).as_posix()), known))
+    check_labels(found, str(labels), files)
     return found
 
 
@@ -185,7 +196,7 @@ def check_labels(found: Annotated, where: str, files: set[Path] | None = None) -
         expected = f"; expected for example {min(used)}" if used else ""
         raise DataError(f"{where}: none of {len(used)} images has a file of labels{expected}")
     files = files or {file for folder in {path.parent for path in used} for file in folder.glob("*.txt")}
-    if alone := sorted(file for file in files - used if file.name not in (*NAMES, "labels.txt", "README.txt")):
+    if alone := sorted(file for file in files - used if file.name not in OTHERS):
         found.skipped[f"text files without an image ({alone[0].name})"] += len(alone)
 
 
@@ -199,6 +210,6 @@ def write_yolo(pictures: list[Picture], classes: list[str]) -> Files:
             fractions = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
             lines.append(" ".join([str(ids[label]), *(f"{value:.10g}" for value in fractions)]) + "\n")
         files[f"labels/{picture.split}/{stem}"] = "".join(lines).encode()
-    content = {split: f"images/{split}" for split in dict.fromkeys(picture.split for picture in pictures)}
-    described = content | {"names": dict(enumerate(classes))}
+    described = {split: f"images/{split}" for split in dict.fromkeys(picture.split for picture in pictures)}
+    described |= {"names": dict(enumerate(classes))}
     return files | {"data.yaml": yaml.safe_dump(described, allow_unicode=True, sort_keys=False).encode()}
