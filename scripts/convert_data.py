@@ -27,7 +27,14 @@ from retina_jax.console import log, warn
 from retina_jax.conversion import formats
 from retina_jax.conversion.annotated import Annotated, Reading
 from retina_jax.conversion.formats import Format
-from retina_jax.conversion.locating import common_folder, complete_sizes, leakage, locate, split_by_content
+from retina_jax.conversion.locating import (
+    common_folder,
+    complete_sizes,
+    leakage,
+    locate,
+    report_unused,
+    split_by_content,
+)
 from retina_jax.conversion.output import commands, images_in, summary, write_folder
 from retina_jax.data.coco_document import load_json
 from retina_jax.errors import shortened
@@ -76,6 +83,7 @@ def main() -> None:
     complete_sizes(found.pictures, arguments.orientation)
     classes = formats.classes_of(found, arguments.classes)
     folder = common_folder(found.pictures, arguments.images)
+    report_unused(folder, found.pictures)
     if arguments.split is not None:
         if "val" in found.splits or "train" not in found.splits:
             raise ConfigError(f"--split: the annotations have the splits {', '.join(found.splits)} already")

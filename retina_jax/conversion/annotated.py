@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 from xml.etree import ElementTree
 
 import msgspec
@@ -18,7 +18,6 @@ from retina_jax.data.reading import read_file
 from retina_jax.data.source import DataError, Size
 from retina_jax.errors import quoted, reason
 
-T = TypeVar("T")
 Corners = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels, as annotated: reversed ones stay reversed
 Points = Iterable[tuple[float, float]]
 Files = dict[str, bytes]  # path inside the output folder to content
@@ -171,7 +170,7 @@ def read_lines(path: Path) -> list[str]:
         raise DataError(f"{path}: is not text in UTF-8 ({reason(error)}); save it as UTF-8") from None
 
 
-def read_json(path: Path, expected: type[T], what: str) -> T:
+def read_json(path: Path, expected: Any, what: str) -> Any:
     """Returns the content of a JSON file; DataError, which names the entry, if it is not as `expected`."""
     try:
         return msgspec.json.decode(read_bytes(path), type=expected)

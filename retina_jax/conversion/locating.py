@@ -41,19 +41,19 @@ def locate(found: Annotated, images: Path | None) -> None:
         if len(missing) == len(found.pictures):
             raise DataError(f"{advice}; name their folder with --images DIR")
         warn(advice)
-    used = {os.path.abspath(picture.path) for picture in found.pictures if picture.path}
-    if lost and used:
-        folder = Path(os.path.commonpath([os.path.dirname(path) for path in used]))
-        extra = [path for path in folder.rglob("*") if is_image(path) and os.path.abspath(path) not in used]
-        if extra:
-            log(
-                f"{len(extra)} images in {folder} are not used, since they are not in the annotations: {min(extra).name}, ..."
-            )
     renamed = [p for p in lost if p.path and p.path.suffix.lower() not in {Path(n).suffix.lower() for n in p.names}]
     if renamed:
         warn(
             f"{len(renamed)} images have another suffix than in the annotations: {renamed[0].path} is {renamed[0].name}"
         )
+
+
+def report_unused(folder: Path, pictures: Iterable[Picture]) -> None:
+    """Logs how many images of a folder have no annotations, which may be an oversight: they are not trained on."""
+    used = {os.path.abspath(picture.path) for picture in pictures if picture.path}
+    unused = [path for path in folder.rglob("*") if is_image(path) and os.path.abspath(path) not in used]
+    if unused:
+        log(f"{len(unused)} images in {folder} are not in the annotations and not used, for example {min(unused).name}")
 
 
 def find_in(folder: Path, pictures: Sequence[Picture]) -> dict[int, Path]:

@@ -138,8 +138,8 @@ def listed_names(root: Path) -> tuple[str, ...]:
 
 
 def read_folder(root: Path, names: Sequence[str], images: Path | None) -> Annotated:
-    """Reads the text files of a folder; the images are in `images`, in images/ next to it, or in it, and have the paths of the
-    text files there, or other ones and a stem that no other image has."""
+    """Reads the text files of a folder; the images are in `images`, in images/ next to it, or in it, and have the paths of
+    the text files there, or other ones and a stem that no other image has."""
     labels = root / "labels" if (root / "labels").is_dir() else root
     if images is None:
         places = (labels.parent / "images", labels.parent / "JPEGImages", labels)
