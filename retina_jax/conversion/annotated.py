@@ -112,7 +112,7 @@ def side(value: Any, what: str) -> int:
 def class_name(value: Any, what: str = "the class") -> str:
     """Returns the name of a class without spaces around it; ValueError, which names `what`, if it cannot be one."""
     try:
-        return msgspec.convert(str(value or "").strip(), Text)
+        return msgspec.convert(str(value).strip() if type(value) in (str, int, float) else None, Text)
     except (msgspec.ValidationError, UnicodeEncodeError):
         raise ValueError(f"{what} must be a name on one line, not {short(value)}") from None
 

@@ -23,7 +23,7 @@ def locate(found: Annotated, images: Path | None) -> None:
     DataError if none is found; images that are missing are counted in a warning, and keep their names."""
     if images is not None and not images.is_dir():
         raise ConfigError(f"--images {images}: no such folder")
-    lost = [picture for picture in found.pictures if picture.path is None]
+    lost = [picture for picture in found.pictures if picture.path is None or (images and not picture.fractions)]
     folders = [images] if images else [folder for folder in dict.fromkeys(found.folders) if folder.is_dir()]
     places: dict[int, Path] = {}
     for folder in folders:

@@ -130,8 +130,8 @@ def label_file(image: Path) -> Path:
 
 
 def listed_names(root: Path) -> tuple[str, ...]:
-    """Returns the class names in a text file next to the labels; DataError without one."""
-    for file in (base / name for base in (root, root.parent) for name in NAMES):
+    """Returns the class names in a text file in the folder of the labels, or above; DataError without one."""
+    for file in (base / name for base in (root, root / "labels", root.parent) for name in NAMES):
         if file.is_file():
             return tuple(filter(None, map(str.strip, read_lines(file))))
     raise DataError(f"{root}: the class names are missing; give --classes, or write them into {root / NAMES[0]}")
