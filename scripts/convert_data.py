@@ -95,7 +95,9 @@ def main() -> None:
     log(f"{len(classes)} classes: {', '.join(map(shortened, classes))}\n{summary(found, classes)}")
     leaks = leakage(found)
     for (first, second), names in leaks.items():
-        warn(f"{len(names)} images of {second} are in {first} too, for example {names[0]}: scores on them are too high")
+        warn(
+            f"images of {second} that are in {first} too: {len(names)}, such as {names[0]}; scores on them are too high"
+        )
     if len(found.splits) > 1 and not leaks:
         log(f"no image file is in two of {', '.join(found.splits)}")
     log(f"images: {folder}\nwritten: {arguments.out} ({arguments.to})")

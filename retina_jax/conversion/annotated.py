@@ -114,7 +114,7 @@ def class_name(value: Any, what: str = "the class") -> str:
     try:
         return msgspec.convert(str(value).strip() if type(value) in (str, int, float) else None, Text)
     except (msgspec.ValidationError, UnicodeEncodeError):
-        raise ValueError(f"{what} must be a name on one line, not {short(value)}") from None
+        raise ValueError(f"{what} must be text on one line, not {short(value)}") from None
 
 
 def around(points: Points) -> Corners:
@@ -152,6 +152,13 @@ def is_image(path: Path) -> bool:
         return is_image_name(path.name) and path.is_file()
     except (OSError, ValueError):  # a name that no file can have
         return False
+
+
+def files_below(folder: Path, *suffixes: str) -> list[Path]:
+    """Returns the files below a folder with one of these suffixes in any case, sorted, without hidden ones: macOS puts
+    `._1.jpg` next to 1.jpg into archives."""
+    named = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and not path.name.startswith("."))
+    return sorted(path for path in named if path.is_file())
 
 
 def read_bytes(path: Path) -> bytes:

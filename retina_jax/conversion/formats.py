@@ -43,8 +43,8 @@ def recognise(path: Path) -> Format:
 def sample_of(folder: Path) -> Path | None:
     """Returns a file that shows the format of a folder: a YAML file in it, else the first annotation file below it."""
     for pattern in ("*.y*ml", "Annotations/*.xml", "*.xml", "*.json", "*.csv", *(f"**/*.{s}" for s in SUFFIXES)):
-        if file := min(folder.glob(pattern), default=None):
-            return file
+        if files := [file for file in folder.glob(pattern) if not file.name.startswith(".")]:
+            return min(files)
     return None
 
 

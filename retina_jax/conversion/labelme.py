@@ -15,6 +15,7 @@ from retina_jax.conversion.annotated import (
     around,
     by_stem,
     class_name,
+    files_below,
     is_image,
     read_json,
     split_of,
@@ -45,7 +46,7 @@ class LabelMeFile(msgspec.Struct):
 def read_labelme(root: Path) -> Annotated:
     """Reads a file, or all JSON files of a folder."""
     folder = root if root.is_dir() else root.parent
-    files = sorted(root.rglob("*.[jJ][sS][oO][nN]")) if root.is_dir() else [root]
+    files = files_below(root, ".json") if root.is_dir() else [root]
     found = Annotated([], [folder, folder.parent / "images", folder.parent / "JPEGImages", folder.parent])
     for file in files:
         content = read_json(file, LabelMeFile, "LabelMe JSON")

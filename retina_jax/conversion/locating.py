@@ -9,7 +9,7 @@ from pathlib import Path
 
 from retina_jax.config import ConfigError
 from retina_jax.console import cores, log, track, warn
-from retina_jax.conversion.annotated import Annotated, Picture, is_image
+from retina_jax.conversion.annotated import Annotated, Picture, files_below
 from retina_jax.data.decoding import MAX_PIXELS, largest_file
 from retina_jax.data.image_paths import SUFFIXES, find_images
 from retina_jax.data.reading import read_again, read_file
@@ -37,23 +37,22 @@ def locate(found: Annotated, images: Path | None) -> None:
     if missing:
         searched = ", ".join(map(str, folders)) or "any folder"
         first = f"{quoted(missing[0].name)} ({missing[0].place})"
-        advice = f"{len(missing)} of {len(found.pictures)} images are not in {searched}, for example {first}"
+        advice = f"{len(missing)} of {len(found.pictures)} images are not in {searched}, such as {first}"
         if len(missing) == len(found.pictures):
             raise DataError(f"{advice}; name their folder with --images DIR")
         warn(advice)
     renamed = [p for p in lost if p.path and p.path.suffix.lower() not in {Path(n).suffix.lower() for n in p.names}]
     if renamed:
-        warn(
-            f"{len(renamed)} images have another suffix than in the annotations: {renamed[0].path} is {renamed[0].name}"
-        )
+        first = f"{renamed[0].path} for {renamed[0].name}"
+        warn(f"images with another suffix than in the annotations: {len(renamed)}, such as {first}")
 
 
 def report_unused(folder: Path, pictures: Iterable[Picture]) -> None:
     """Logs how many images of a folder have no annotations, which may be an oversight: they are not trained on."""
     used = {os.path.abspath(picture.path) for picture in pictures if picture.path}
-    unused = [path for path in folder.rglob("*") if is_image(path) and os.path.abspath(path) not in used]
+    unused = [path for path in files_below(folder, *SUFFIXES) if os.path.abspath(path) not in used]
     if unused:
-        log(f"{len(unused)} images in {folder} are not in the annotations and not used, for example {min(unused).name}")
+        log(f"images in {folder} without annotations, which are not used: {len(unused)}, such as {unused[0].name}")
 
 
 def find_in(folder: Path, pictures: Sequence[Picture]) -> dict[int, Path]:
@@ -66,11 +65,10 @@ def find_in(folder: Path, pictures: Sequence[Picture]) -> dict[int, Path]:
         places |= {row: Path(here.paths[k]) for k, row in enumerate(rows) if k not in here.missing}
     if len(places) < len(pictures):
         stems: dict[str, set[Path]] = defaultdict(set)
-        for path in folder.rglob("*"):
-            if path.suffix.lower() in SUFFIXES:
-                inside = path.relative_to(folder).with_suffix("")
-                for key in (inside.as_posix().casefold(), inside.name.casefold()):
-                    stems[key].add(path)
+        for path in files_below(folder, *SUFFIXES):
+            inside = path.relative_to(folder).with_suffix("")
+            for key in (inside.as_posix().casefold(), inside.name.casefold()):
+                stems[key].add(path)
         for row, picture in enumerate(pictures):
             names = [Path(name.replace("\\", "/")).with_suffix("") for name in picture.names if row not in places]
             keys = [key.casefold() for name in names for key in (name.as_posix(), name.name)]

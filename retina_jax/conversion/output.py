@@ -18,11 +18,12 @@ from retina_jax.errors import reason, shortened
 from retina_jax.runs.files import DiskError, write_bytes
 
 IMAGE_FOLDERS = {"yolo": "images/{split}", "voc": "JPEGImages"}  # formats whose tools expect the images in the folder
+CONTINUED = " \\\n    "  # continues a shell command on the next line
 FOUND = {
-    "crowd": "crowds, which are ignored",
-    "zero_size": "without area or reversed, which are dropped",
-    "outside": "outside the image, which are dropped",
-    "clipped": "partly outside, which are clipped",
+    "crowd": "crowds (ignored)",
+    "zero_size": "without area or reversed (dropped)",
+    "outside": "outside the image (dropped)",
+    "clipped": "partly outside (clipped)",
 }
 
 
@@ -74,25 +75,29 @@ def summary(found: Annotated, classes: list[str]) -> str:
         kinds = classify_boxes(corners, np.array([box.crowd for box in boxes], bool), sizes)[1]
         unusual = [f"{kinds[kind].sum()} {text}" for kind, text in FOUND.items() if kinds[kind].any()]
         if unusual:
-            lines.append(f"{split}: boxes {'; '.join(unusual)} in training; they are converted as they are")
+            lines.append(
+                f"{split}: boxes that are converted as they are, but that training changes: {', '.join(unusual)}"
+            )
     return "\n".join(lines)
 
 
 def commands(out: Path, splits: list[str], folder: Path) -> str:
     """Returns the commands that check and train on COCO JSON files, to be copied."""
     script = Path(sys.argv[0])
-    run = f"{interpreter()} {script.with_name('{}.py')}" if script.suffix == ".py" else f"{script.name} {{}}"
+    is_script = script.suffix == ".py"  # else the installed command, `retina-jax convert-data`
+    run = f"{interpreter()} {script.with_name('{}.py')}" if is_script else f"{sys.argv[0].split()[0]} {{}}"
     has_val = "val" in splits
     data = {"annotations": out / "train.json", "images": folder}
     val = {"val-annotations": out / "val.json", "val-images": folder} if has_val else {}
     check = {**data, **val, "out": Path("checks") / out.name}
     train = {"workdir": Path("runs") / out.name} | {f"data.train-{name}": value for name, value in data.items()}
     train |= {f"data.{name}": value for name, value in val.items()} or {"training.eval-every": "-1"}
-    config = ["--config", str(script.parent.parent / "configs" / "own_data.py")]
-    lines = ["check the data, then train:", " ".join([run.format("check_data"), *options(check)])]
+    own_data = script.parent.parent / "configs" / "own_data.py" if is_script else Path("configs/own_data.py")
+    config = f"--config {shlex.quote(str(own_data))}"
+    lines = ["check the data, then train:", CONTINUED.join([run.format("check_data"), *options(check)])]
     if not has_val:
         lines.insert(0, "there is no validation set: --split 0.8 makes one of a fifth of the images")
-    return "\n".join([*lines, " ".join([run.format("train"), *map(shlex.quote, config), *options(train)])])
+    return "\n".join([*lines, CONTINUED.join([f"{run.format('train')} {config}", *options(train)])])
 
 
 def options(values: dict[str, object]) -> list[str]:

@@ -14,6 +14,7 @@ from retina_jax.conversion.annotated import (
     by_stem,
     child,
     class_name,
+    files_below,
     is_image_name,
     number,
     plain,
@@ -32,7 +33,7 @@ def read_voc(root: Path, reading: Reading) -> Annotated:
     """Reads a file, a folder of XML files, or a folder with Annotations and ImageSets/Main, whose lists are the splits."""
     home = root.parent if root.name == "Annotations" else root
     folder = home / "Annotations" if (home / "Annotations").is_dir() else root
-    files = [root] if root.is_file() else sorted(folder.rglob("*.[xX][mM][lL]"))
+    files = [root] if root.is_file() else files_below(folder, ".xml")
     stems = [file.relative_to(folder).with_suffix("").as_posix() if root.is_dir() else file.stem for file in files]
     found = Annotated(
         [], [home / "JPEGImages", home / "images", home.parent / "JPEGImages", home.parent / "images", home]

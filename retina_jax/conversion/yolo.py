@@ -19,6 +19,7 @@ from retina_jax.conversion.annotated import (
     around,
     by_stem,
     class_name,
+    files_below,
     is_image,
     number,
     read_bytes,
@@ -27,6 +28,7 @@ from retina_jax.conversion.annotated import (
 )
 from retina_jax.data.classes import unique_names
 from retina_jax.data.coco_entries import short
+from retina_jax.data.image_paths import SUFFIXES
 from retina_jax.data.source import DataError
 from retina_jax.errors import reason
 
@@ -108,7 +110,7 @@ def images_of(key: str, content: dict[str, Any], file: Path) -> Iterator[Path]:
         if place is None:
             raise DataError(f"{file}: {key}: {tried[0]} does not exist; it must be a folder or a list of images")
         if place.is_dir():
-            yield from sorted(path for path in place.rglob("*") if is_image(path))
+            yield from files_below(place, *SUFFIXES)
             continue
         for n, line in enumerate(map(str.strip, read_lines(place)), 1):
             bases = [place.parent] if line.startswith("./") else [*roots, place.parent]
@@ -146,7 +148,7 @@ def read_folder(root: Path, names: Sequence[str], images: Path | None) -> Annota
         images = next((place for place in places if place.is_dir()), labels)
     known = dict(enumerate(unique_names(list(enumerate(names)))))
     found = Annotated([], [images], list(known.values()))
-    paths, files = sorted(path for path in images.rglob("*") if is_image(path)), {*labels.rglob("*.txt")}
+    paths, files = files_below(images, *SUFFIXES), {*files_below(labels, ".txt")}
     stems = Counter(path.stem for path in paths), Counter(file.stem for file in files)
     alone = {file.stem: file for file in files if stems[0][file.stem] == stems[1][file.stem] == 1}
     for image in paths:

@@ -57,7 +57,7 @@ BROKEN: dict[str, tuple[str, str, str]] = {
     "csv with few columns": ("a.csv", "a.png,1,2,3,4,a\n\na.png,1,2\n", "line 3: has 3 columns"),
     "csv without classes": ("a.csv", "image_path,xmin,ymin,xmax,ymax\n", "line 1: the header has no column label"),
     "csv with an open quote": ("a.csv", 'a.png,1,2,3,4,"a\n', "line 1: unexpected end of data"),
-    "csv without a class": ("a.csv", "a.png,1,2,3,4,\n", "line 1: the class must be a name"),
+    "csv without a class": ("a.csv", "a.png,1,2,3,4,\n", "line 1: the class must be text"),
     "csv in another encoding": ("a.csv", "\udcff", "UTF-8"),
     "labelme cut off": ("a.json", labelme()[:-9], "line 1, column"),
     "labelme without points": ("a.json", labelme(points=[[1]]), "$.shapes[0].points[0]"),
