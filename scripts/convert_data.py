@@ -73,13 +73,12 @@ class Arguments:
 
 
 def main() -> None:
-    """Reads, locates the images, splits, writes, and reports."""
+    """Reads, splits, writes, and reports."""
     arguments = parse_command_line(Arguments, Arguments(tyro.MISSING, tyro.MISSING), sys.argv[1:], __doc__)
     if arguments.split is not None and not 0 < arguments.split < 1:
         raise ConfigError(f"--split {arguments.split:g}: must be between 0 and 1, for example 0.8")
     reading = Reading(arguments.voc_one_based, arguments.difficult, arguments.classes)
     found = read_all(arguments, reading)
-    locate(found, arguments.images)
     complete_sizes(found.pictures, arguments.orientation)
     classes = formats.classes_of(found, arguments.classes)
     folder = common_folder(found.pictures, arguments.images)
@@ -106,7 +105,7 @@ def main() -> None:
 
 
 def read_all(arguments: Arguments, reading: Reading) -> Annotated:
-    """Reads the annotations of all splits."""
+    """Reads the annotations of all splits, and locates their images."""
     parts = {"train": arguments.annotations, "val": arguments.val_annotations, "test": arguments.test_annotations}
     found = Annotated([], [])
     for split, path in parts.items():
@@ -115,6 +114,7 @@ def read_all(arguments: Arguments, reading: Reading) -> Annotated:
         format = arguments.format or formats.recognise(path)
         log(f"reading {path} ({format}) ...")
         part = formats.read(path, format, reading, arguments.images)
+        locate(part, arguments.images)
         if split != "train" or arguments.val_annotations or arguments.test_annotations:
             for picture in part.pictures:
                 picture.split = split
@@ -123,7 +123,6 @@ def read_all(arguments: Arguments, reading: Reading) -> Annotated:
                 raise ConfigError(f"--annotations {path}: is COCO JSON already; --split splits it, --to converts it")
             part.document = load_json(path)
         found.pictures += part.pictures
-        found.folders += part.folders
         found.classes += [name for name in part.classes if name not in found.classes]
         found.skipped += part.skipped
         found.document = part.document

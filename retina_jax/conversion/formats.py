@@ -99,14 +99,12 @@ def read_coco_json(path: Path) -> Annotated:
 def classes_of(found: Annotated, classes: Sequence[str]) -> list[str]:
     """Returns the classes in order: `classes`, of which no box may have another one, else those that the files list, with
     the others by name."""
-    used = {box.label for picture in found.pictures for box in picture.boxes}
-    if classes:
-        for picture in found.pictures:
-            for box in picture.boxes:
-                if box.label not in classes:
-                    raise DataError(f"{picture.place}: class {quoted(box.label)} is not in --classes")
-        return list(dict.fromkeys(classes))
-    return found.classes + sorted(used - set(found.classes))
+    places = {box.label: picture.place for picture in found.pictures for box in picture.boxes}
+    if not classes:
+        return found.classes + sorted(places.keys() - set(found.classes))
+    if others := sorted(places.keys() - set(classes)):
+        raise DataError(f"{places[others[0]]}: class {quoted(others[0])} is not in --classes")
+    return list(dict.fromkeys(classes))
 
 
 def write(found: Annotated, classes: list[str], to: Format, reading: Reading, out: Path) -> Files:

@@ -176,6 +176,21 @@ def test_a_split_coco_file_keeps_its_entries(tmp_path: Path, monkeypatch: pytest
     assert [len(part["images"]) for part in parts] == [1, 2]
 
 
+def test_images_of_one_name_in_two_splits_stay_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Roboflow writes a folder per split, each with its COCO JSON and its images."""
+    words: list[object] = []
+    for option, split in (("--annotations", "train"), ("--val-annotations", "valid")):
+        image = {"id": len(split), "file_name": "1.png", "width": len(split), "height": 9}
+        box = {"id": 1, "image_id": len(split), "category_id": 1, "bbox": [0, 1, len(split), 2]}
+        document = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "a"}]}
+        source_images(tmp_path / split, document)
+        (tmp_path / split / "_annotations.coco.json").write_text(json.dumps(document))
+        words += [option, tmp_path / split / "_annotations.coco.json"]
+    convert(monkeypatch, *words, "--to", "csv", "--out", tmp_path / "out")
+    assert (tmp_path / "out/train.csv").read_text() == "train/1.png,0,1,5,3,a\n"
+    assert (tmp_path / "out/val.csv").read_text() == "valid/1.png,0,1,5,3,a\n"
+
+
 def test_voc_and_csv_of_deepforest_have_the_same_boxes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_data: Path
 ) -> None:
