@@ -48,13 +48,10 @@ def read_yolo(path: Path, reading: Reading, images: Path | None = None) -> Annot
     if not listed:  # supervision writes the names alone
         return read_folder(file.parent, tuple(names.values()), images)
     found = Annotated([], [], list(names.values()))
-    if set(listed.get("val", ())) == set(listed.get("train", ())):
-        listed.pop("val", None)  # data sets without a validation set repeat the training set
-    used: dict[Path, str] = {}
+    if listed.get("val") and listed["val"] == listed.get("train"):  # there is no validation set
+        found.skipped["images of val, which are those of train"] += len(listed.pop("val"))
     for split, paths in listed.items():
         for image in paths:
-            if used.setdefault(image, split) != split:
-                raise DataError(f"{file}: {image} is in {used[image]} and in {split}; keep it in one of them")
             found.pictures.append(picture_of(image, label_file(image), split, names, content.get("kpt_shape")))
     check_labels(found, str(file))
     return found
@@ -105,7 +102,7 @@ def images_of(key: str, content: dict[str, Any], file: Path) -> Iterator[Path]:
         text = str(part)
         tried = [base / name for base in roots for name in (text, text.removeprefix("../"))]
         place = next((path for path in tried if path.exists()), None)
-        if place is None and key == "test":
+        if place is None and SPLITS[key] == "test":
             continue
         if place is None:
             raise DataError(f"{file}: {key}: {tried[0]} does not exist; it must be a folder or a list of images")
@@ -114,10 +111,11 @@ def images_of(key: str, content: dict[str, Any], file: Path) -> Iterator[Path]:
             continue
         for n, line in enumerate(map(str.strip, read_lines(place)), 1):
             bases = [place.parent] if line.startswith("./") else [*roots, place.parent]
-            paths = [base / line for base in bases if line]
-            if paths and not any(map(is_image, paths)):
-                raise DataError(f"{place}: line {n}: no such image: {paths[0]}")
-            yield from (path for path in paths if is_image(path))
+            image = next(filter(is_image, (base / line for base in bases)), None)
+            if line and image is None:
+                raise DataError(f"{place}: line {n}: no such image: {bases[0] / line}")
+            if image is not None:
+                yield image
 
 
 def label_file(image: Path) -> Path:

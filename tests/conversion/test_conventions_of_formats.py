@@ -136,6 +136,7 @@ def test_yolo_keypoints_lists_of_images_and_repeated_training_sets(tmp_path: Pat
     text(tmp_path / "train.txt", "./images/a.png\n\nimages/a.png\n")
     found = read(file)
     assert boxes(found) == {"a.png": [("a", (10, 5, 30, 15))]} and found.splits == ["train"]
+    assert dict(found.skipped) == {"images of val, which are those of train": 1}
 
 
 def test_yolo_folders_of_roboflow_and_text_files_alone(tmp_path: Path) -> None:
