@@ -22,7 +22,7 @@ ROOMS = (
     ("training",),
     ("detector", "evaluation", "evaluate"),
     ("sweeps",),
-    ("paper", "export", "data_check", "accelerators"),
+    ("paper", "export", "data_check", "conversion", "accelerators"),
     ("reports",),
 )
 """From the lowest room to the highest. A module may import from its own row and from the rows above it in this list."""

@@ -1,0 +1,111 @@
+"""Writes converted annotations, and reports what they hold and how to train on them."""
+
+import contextlib
+import os
+import shlex
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from retina_jax.config import ConfigError
+from retina_jax.conversion.annotated import Annotated, Files, Picture
+from retina_jax.conversion.formats import Format
+from retina_jax.data.source import classify_boxes
+from retina_jax.errors import reason, shortened
+from retina_jax.runs.files import DiskError, write_bytes
+
+IMAGE_FOLDERS = {"yolo": "images/{split}", "voc": "JPEGImages"}  # formats whose tools expect the images in the folder
+CONTINUED = " \\\n    "  # continues a shell command on the next line
+FOUND = {
+    "crowd": "crowds (ignored)",
+    "zero_size": "without area or reversed (dropped)",
+    "outside": "outside the image (dropped)",
+    "clipped": "partly outside (clipped)",
+}
+
+
+def write_folder(out: Path, files: Files, images: dict[str, Path], copy: bool) -> None:
+    """Writes files, and links to images or copies of them, into a new folder, which appears when it is complete, or over
+    files of the same names. Raises ConfigError if `out` has other files, DiskError if it cannot be written."""
+    present = sorted(os.listdir(out) if out.is_dir() else [out.name] if out.exists() else [])
+    flat = set() if images else {name for name in files if "/" not in name}
+    if other := [name for name in present if name not in flat]:
+        raise ConfigError(f"--out {out}: has other files ({other[0]}); choose a new folder, or delete them")
+    staged = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        for name, content in files.items():
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(staged / name, content)
+        for name, path in images.items():
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, staged / name) if copy else (staged / name).symlink_to(path.absolute())
+        for name in files if present else ():
+            (staged / name).replace(out / name)
+        if not present:
+            staged.rename(out)  # an empty folder is replaced
+    except OSError as error:
+        raise DiskError(f"{out}: cannot be written: {reason(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(staged, ignore_errors=True)
+
+
+def images_in(to: Format, pictures: list[Picture]) -> dict[str, Path]:
+    """Returns the places of the image files in the folder of a format that needs them there."""
+    folder = IMAGE_FOLDERS.get(to)
+    located = [(picture, picture.path) for picture in pictures if picture.path]
+    return {f"{folder.format(split=p.split)}/{p.name}": path for p, path in located} if folder else {}
+
+
+def summary(found: Annotated, classes: list[str]) -> str:
+    """Returns a line per split, with its images, and its boxes by class, and a line per kind of unusual box."""
+    lines = []
+    for split in found.splits:
+        pictures = found.split(split)
+        boxes = [box for picture in pictures for box in picture.boxes]
+        counts = Counter(box.label for box in boxes)
+        empty = sum(not picture.boxes for picture in pictures)
+        by_class = ", ".join(f"{shortened(name)} {counts[name]}" for name in classes)
+        lines.append(f"{split}: {len(pictures)} images ({empty} without boxes), {len(boxes)} boxes: {by_class}")
+        sizes = np.array([p.size for p in pictures for _ in p.boxes], np.int64).reshape(-1, 2)
+        corners = np.array([box.corners for box in boxes], np.float64).reshape(-1, 4)
+        kinds = classify_boxes(corners, np.array([box.crowd for box in boxes], bool), sizes)[1]
+        unusual = [f"{kinds[kind].sum()} {text}" for kind, text in FOUND.items() if kinds[kind].any()]
+        if unusual:
+            lines.append(
+                f"{split}: boxes that are converted as they are, but that training changes: {', '.join(unusual)}"
+            )
+    return "\n".join(lines)
+
+
+def commands(out: Path, splits: list[str], folder: Path) -> str:
+    """Returns the commands that check and train on COCO JSON files, to be copied."""
+    script = Path(sys.argv[0])
+    is_script = script.suffix == ".py"  # else the installed command, `retina-jax convert-data`
+    run = f"{interpreter()} {script.with_name('{}.py')}" if is_script else f"{sys.argv[0].split()[0]} {{}}"
+    has_val = "val" in splits
+    data = {"annotations": out / "train.json", "images": folder}
+    val = {"val-annotations": out / "val.json", "val-images": folder} if has_val else {}
+    check = {**data, **val, "out": Path("checks") / out.name}
+    train = {"workdir": Path("runs") / out.name} | {f"data.train-{name}": value for name, value in data.items()}
+    train |= {f"data.{name}": value for name, value in val.items()} or {"training.eval-every": "-1"}
+    own_data = script.parent.parent / "configs" / "own_data.py" if is_script else Path("configs/own_data.py")
+    config = f"--config {shlex.quote(str(own_data))}"
+    lines = ["check the data, then train:", CONTINUED.join([run.format("check_data"), *options(check)])]
+    if not has_val:
+        lines.insert(0, "there is no validation set: --split 0.8 makes one of a fifth of the images")
+    return "\n".join([*lines, CONTINUED.join([f"{run.format('train')} {config}", *options(train)])])
+
+
+def options(values: dict[str, object]) -> list[str]:
+    """Returns options as words of a shell command."""
+    return [f"--{name} {shlex.quote(str(value))}" for name, value in values.items()]
+
+
+def interpreter() -> str:
+    """Returns the Python that runs this, relative to the working folder if it is inside."""
+    path = os.path.relpath(sys.executable)
+    return shlex.quote(sys.executable if path.startswith(os.pardir) else path)

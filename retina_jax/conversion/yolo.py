@@ -1,0 +1,215 @@
+"""YOLO: one text file per image, a line per box: class, centre x, centre y, width, height as fractions of the image. The
+classes, and the splits, are in a YAML file. Images without a text file have no objects, as Ultralytics reads them."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from retina_jax.conversion.annotated import (
+    SPLITS,
+    Annotated,
+    Box,
+    Corners,
+    Files,
+    Picture,
+    Reading,
+    around,
+    by_stem,
+    class_name,
+    files_below,
+    is_image,
+    number,
+    read_bytes,
+    read_lines,
+    split_of,
+)
+from retina_jax.data.classes import unique_names
+from retina_jax.data.coco_entries import short
+from retina_jax.data.image_paths import SUFFIXES
+from retina_jax.data.source import DataError
+from retina_jax.errors import reason
+
+NAMES = ("classes.txt", "obj.names", "names.txt")
+OTHERS = {*NAMES, "labels.txt", "train.txt", "val.txt", "test.txt"}  # text files that hold no boxes
+Names = dict[int, str]
+
+
+def read_yolo(path: Path, reading: Reading, images: Path | None = None) -> Annotated:
+    """Reads a data.yaml, a folder with one, or a folder of text files with the classes in classes.txt or `reading`."""
+    file = yaml_in(path)
+    if file is None:
+        return read_folder(path, reading.classes or listed_names(path), images)
+    content = read_yaml(file)
+    names = names_of(content, file)
+    listed = {SPLITS[key]: list(dict.fromkeys(images_of(key, content, file))) for key in SPLITS if content.get(key)}
+    if not listed:  # supervision writes the names alone
+        return read_folder(file.parent, tuple(names.values()), images)
+    found = Annotated([], [], list(names.values()))
+    if listed.get("val") and listed["val"] == listed.get("train"):  # there is no validation set
+        found.skipped["images of val, which are those of train"] += len(listed.pop("val"))
+    for split, paths in listed.items():
+        for image in paths:
+            found.pictures.append(picture_of(image, label_file(image), split, names, content.get("kpt_shape")))
+    check_labels(found, str(file))
+    return found
+
+
+def yaml_in(path: Path) -> Path | None:
+    """Returns the data.yaml that `path` is or has; None for a folder without one."""
+    if path.is_file():
+        return path
+    files = sorted(file for ending in ("yaml", "yml") for file in path.glob(f"*.{ending}"))
+    if len(files) > 1 and path / "data.yaml" not in files:
+        raise DataError(f"{path}: has several YAML files ({files[0].name}, {files[1].name}); name one of them")
+    return path / "data.yaml" if path / "data.yaml" in files else next(iter(files), None)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Returns the content of a YAML file."""
+    try:
+        content = yaml.safe_load(read_bytes(file))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}" if mark else reason(error)
+        raise DataError(f"{file}: is not YAML: {place}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: must have the keys names and train, not be {short(content)}")
+    return content
+
+
+def names_of(content: dict[str, Any], file: Path) -> Names:
+    """Returns the name of each class id; `names` is a list, or maps ids to names, with gaps or not."""
+    names = content.get("names")
+    entries = dict(enumerate(names)) if isinstance(names, list) else names
+    if not isinstance(entries, dict) or not entries:
+        raise DataError(f"{file}: names must be a list of class names, or map ids to names, not {short(names)}")
+    try:
+        found = {int(number(key, "id")): class_name(name, f"names[{key}]") for key, name in sorted(entries.items())}
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{file}: names: {reason(error)}") from None
+    return dict(zip(found, unique_names(list(found.items())), strict=True))
+
+
+def images_of(key: str, content: dict[str, Any], file: Path) -> Iterator[Path]:
+    """Yields the images of a split: of folders, or named by lists in text files. Roboflow writes ../train/images for
+    train/images, and a test that it did not export; a `path` of another machine is ignored."""
+    root = file.parent / str(content.get("path") or "")
+    roots = [root, file.parent] if root.is_dir() else [file.parent]
+    for part in content[key] if isinstance(content[key], list) else [content[key]]:
+        text = str(part)
+        tried = [base / name for base in roots for name in (text, text.removeprefix("../"))]
+        place = next((path for path in tried if path.exists()), None)
+        if place is None and SPLITS[key] == "test":
+            continue
+        if place is None:
+            raise DataError(f"{file}: {key}: {tried[0]} does not exist; it must be a folder or a list of images")
+        if place.is_dir():
+            yield from files_below(place, *SUFFIXES)
+            continue
+        for n, line in enumerate(map(str.strip, read_lines(place)), 1):
+            bases = [place.parent] if line.startswith("./") else [*roots, place.parent]
+            image = next(filter(is_image, (base / line for base in bases)), None)
+            if line and image is None:
+                raise DataError(f"{place}: line {n}: no such image: {bases[0] / line}")
+            if image is not None:
+                yield image
+
+
+def label_file(image: Path) -> Path:
+    """Returns where the boxes of an image are: in labels/ instead of the last images/ of its path, else next to it."""
+    parts = list(image.parts)
+    places = [n for n, part in enumerate(parts[:-1]) if part == "images"]
+    if places:
+        parts[places[-1]] = "labels"
+        if (elsewhere := Path(*parts).with_suffix(".txt")).is_file():
+            return elsewhere
+    return image.with_suffix(".txt")
+
+
+def listed_names(root: Path) -> tuple[str, ...]:
+    """Returns the class names in a text file in the folder of the labels, or above; DataError without one."""
+    for file in (base / name for base in (root, root / "labels", root.parent) for name in NAMES):
+        if file.is_file():
+            return tuple(filter(None, map(str.strip, read_lines(file))))
+    raise DataError(f"{root}: the class names are missing; give --classes, or write them into {root / NAMES[0]}")
+
+
+def read_folder(root: Path, names: Sequence[str], images: Path | None) -> Annotated:
+    """Reads the text files of a folder; the images are in `images`, in images/ next to it, or in it, and have the paths of
+    the text files there, or other ones and a stem that no other image has."""
+    labels = root / "labels" if (root / "labels").is_dir() else root
+    if images is None:
+        places = (labels.parent / "images", labels.parent / "JPEGImages", labels)
+        images = next((place for place in places if place.is_dir()), labels)
+    known = dict(enumerate(unique_names(list(enumerate(names)))))
+    found = Annotated([], [images], list(known.values()))
+    paths, files = files_below(images, *SUFFIXES), {*files_below(labels, ".txt")}
+    stems = Counter(path.stem for path in paths), Counter(file.stem for file in files)
+    alone = {file.stem: file for file in files if stems[0][file.stem] == stems[1][file.stem] == 1}
+    for image in paths:
+        inside = image.relative_to(images).with_suffix(".txt")
+        file = labels / inside if labels / inside in files else alone.get(image.stem, labels / inside)
+        found.pictures.append(picture_of(image, file, split_of(file.relative_to(labels).as_posix()), known))
+    check_labels(found, str(labels), files)
+    return found
+
+
+def picture_of(image: Path, labels: Path, split: str, names: Names, keypoints: Any = None) -> Picture:
+    """Returns an image with the boxes of its text file, if there is one."""
+    boxes = []
+    for n, line in enumerate(read_lines(labels) if labels.is_file() else (), 1):
+        if words := line.split():
+            try:
+                boxes.append(read_line(words, names, keypoints))
+            except ValueError as error:
+                raise DataError(f"{labels}: line {n}: {error}") from None
+    return Picture((image.as_posix(),), boxes, (0, 0), split, str(labels), fractions=True, path=image)
+
+
+def read_line(words: list[str], names: Names, keypoints: Any) -> Box:
+    """Returns the box of a line: four numbers, or with a confidence or keypoints after them, or those of a polygon."""
+    numbers = [number(word, f"number {n}") for n, word in enumerate(words)]
+    if numbers[0] not in names:
+        listed = ", ".join(map(str, list(names)[:5])) + (", ..." if len(names) > 5 else "")
+        raise ValueError(f"class {words[0][:20]} is not in names ({listed})")
+    corners: Corners
+    if len(numbers) in (5, 6) or keypoints:
+        if len(numbers) < 5:
+            raise ValueError("must be a class and four numbers")
+        x, y, width, height = numbers[1:5]
+        corners = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+    elif len(numbers) >= 7 and len(numbers) % 2:
+        corners = around(zip(numbers[1::2], numbers[2::2], strict=True))
+    else:
+        kinds = "a class with 4 numbers (a box), 5 (with confidence) or pairs (a polygon)"
+        raise ValueError(f"has {len(numbers)} numbers, but must be {kinds}; keypoints need kpt_shape in the YAML file")
+    return Box(names[int(numbers[0])], corners)
+
+
+def check_labels(found: Annotated, where: str, files: set[Path] | None = None) -> None:
+    """Raises DataError if no image has a text file; counts text files without an image."""
+    used = {Path(picture.place) for picture in found.pictures}
+    if not any(path.is_file() for path in used):
+        expected = f"; expected for example {min(used)}" if used else ""
+        raise DataError(f"{where}: none of {len(used)} images has a file of labels{expected}")
+    files = files or {file for folder in {path.parent for path in used} for file in folder.glob("*.txt")}
+    if alone := sorted(file for file in files - used if file.name not in OTHERS):
+        found.skipped[f"text files without an image ({alone[0].name})"] += len(alone)
+
+
+def write_yolo(pictures: list[Picture], classes: list[str]) -> Files:
+    """Returns data.yaml and a text file per image."""
+    ids, files = {name: k for k, name in enumerate(classes)}, {}
+    for stem, picture in by_stem(pictures, ".txt"):
+        width, height = picture.size
+        lines = []
+        for label, (x1, y1, x2, y2), _ in picture.boxes:
+            fractions = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
+            lines.append(" ".join([str(ids[label]), *(f"{value:.10g}" for value in fractions)]) + "\n")
+        files[f"labels/{picture.split}/{stem}"] = "".join(lines).encode()
+    described = {split: f"images/{split}" for split in dict.fromkeys(picture.split for picture in pictures)}
+    described |= {"names": dict(enumerate(classes))}
+    return files | {"data.yaml": yaml.safe_dump(described, allow_unicode=True, sort_keys=False).encode()}
