@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
@@ -23,10 +22,10 @@ from retina_jax.errors import PlainError
 from retina_jax.evaluation import error_analysis
 from retina_jax.evaluation.coco_scores import SUMMARY, score_text
 from retina_jax.evaluation.drawing import draw
-from retina_jax.evaluation.error_analysis import CLASSIFICATION, KINDS, LEFT_OUT, MISSED, RIGHT, Analysis, mean_ap
-from retina_jax.evaluation.precision_recall import IOU_INDEX, RECALLS
+from retina_jax.evaluation.error_analysis import KINDS, LEFT_OUT, MISSED, NOTHING, RIGHT, Analysis, mean_ap
+from retina_jax.evaluation.precision_recall import IOU_INDEX, RECALLS, OperatingPoint
 from retina_jax.reports import jpeg, render
-from retina_jax.reports.charts import Line, line_chart
+from retina_jax.reports.charts import Line, Mark, line_chart
 from retina_jax.runs.record import RunRecord, read_record
 
 MOST_POINTS = 400  # points of a curve; in longer runs each point is the mean of neighbours
@@ -37,29 +36,26 @@ CHARTS = (
     ("gradient norm", True, (("gradient norm", "gradient_norm"),)),
     ("positives per image", False, (("positive anchors per image", "positives_per_image"),)),
 )
-MOST_LINES = 10  # classes in one chart; with more classes each has a chart of its own
-MOST_IMAGES, LONGEST = 6, 800  # images drawn of the best and of the worst; their longer side at most, pixels
+MOST_LINES = 8  # classes in one chart; with more classes each has a chart of its own
+MOST_COLUMNS = 8  # classes in the table of confusions; with more classes the most frequent pairs are listed
+# Images drawn of the best and of the worst; their longer side at most, pixels; scale of labels, which are shown small.
+MOST_IMAGES, LONGEST, SCALE = 6, 800, 1.6
 
 
-def run_page(folder: Path) -> tuple[str, str]:
+def run_page(folder: Path, known: dict[Any, Any] | None = None) -> tuple[str, str]:
     """Returns the page of the run in `folder`, finished or not, and its headline. What is missing is named on the page.
+    `known` keeps what was made of the newest evaluation for the next call, which uses it if the files have not changed.
 
     Raises ConfigError, one line that names the file, if a file of the run itself is malformed.
     """
     record = read_record(folder)
-    analysis, why, newest = None, "", {}
-    if not record.evaluations:
-        why = f"{folder / 'evaluation'}: there is no evaluation yet"
-    else:
-        step, newest = max(record.evaluations.items())
-        log(f"analysing the errors of the evaluation at step {step} ...")
-        try:
-            file = folder / "detections" / f"step_{step:08d}.json"
-            analysis = Analysis(file, newest, record.config.data, record.categories)
-        except PlainError as error:
-            why = str(error)
-    point = error_analysis.operating_point(analysis.errors) if analysis else None
-    score = point.score if point else record.config.detection.score_threshold
+    step, newest = max(record.evaluations.items(), default=(0, {}))
+    files = [folder / kind / f"step_{step:08d}.json" for kind in ("evaluation", "detections")]
+    key, known = (step, *map(stamp, files)), {} if known is None else known
+    if key not in known:
+        known.clear()
+        known[key] = _analysed(record, step, newest)
+    why, point, score, errors = known[key]
     changes = record.saved.get("changes") or []
     scores_of = record.evaluations.items()
     aps = {name: [(float(n), s[name]) for n, s in scores_of if s[name] is not None] for name in list(SUMMARY)[:6]}
@@ -69,8 +65,15 @@ def run_page(folder: Path) -> tuple[str, str]:
     page = render(
         "run.html",
         title=f"Run {folder.resolve().name}",
-        sections=["run", "learning", "evaluations", "classes", *(["errors", "images"] if analysis else [])],
-        headline=headline(record),
+        sections=[
+            "curves",
+            *(["confusion", "images", "classes", "errors"] if errors else ["classes"]),
+            "scores",
+            "run",
+        ],
+        state=state(record),
+        progress=1.0 if record.summary else record.step / record.config.training.steps,
+        tiles=_tiles(record),
         facts=facts(record),
         differences=[(name, show(own[name]), show(paper[name])) for name in differing],
         changes=[(c.get("after_step"), c.get("field")) for c in changes if isinstance(c, dict)],
@@ -78,30 +81,84 @@ def run_page(folder: Path) -> tuple[str, str]:
         curves=learning_curves(record.windows),
         summary=SUMMARY,
         evaluations=[_scores(step, scores) for step, scores in scores_of],
-        ap_chart=line_chart(ap_lines, "step", "AP") if ap_lines else "",
+        ap_chart=line_chart(ap_lines, "step", "AP", emphasis=True) if ap_lines else "",
         variants=[_variant(step, scores) for step, scores in record.variants],
         why=why,
         per_class=[(name, score_text(value)) for name, value in newest.get("per_class", {}).items()],
         point=point,
         score=score,
-        errors=errors_section(analysis, score) if analysis else None,
+        errors=errors,
     )
     return str(page), headline(record)
 
 
+def stamp(file: Path) -> tuple[int, int] | None:
+    """Returns the time and size of a file, by which a change is noticed; None without the file."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+def _analysed(
+    record: RunRecord, step: int, newest: dict[str, Any]
+) -> tuple[str, OperatingPoint | None, float, dict[str, Any] | None]:
+    """Returns why the newest evaluation cannot be analysed ("": it can, or there is none), its score of the highest F1, the
+    score from which detections are drawn, and the contents of the sections on errors."""
+    if not newest:
+        return "", None, 0.0, None
+    log(f"analysing the errors of the evaluation at step {step} ...")
+    try:
+        file = record.folder / "detections" / f"step_{step:08d}.json"
+        analysis = Analysis(file, newest, record.config.data, record.categories)
+    except PlainError as error:
+        return str(error), None, 0.0, None
+    point = error_analysis.operating_point(analysis.errors)
+    score = point.score if point else record.config.detection.score_threshold
+    return "", point, score, errors_section(analysis, point, score)
+
+
+def state(record: RunRecord) -> str:
+    """Returns a sentence: the number of steps and their duration."""
+    if record.summary is None:
+        return f"Not finished: step {record.step} of {record.config.training.steps}."
+    seconds = record.summary.get("seconds")
+    took = f" in {duration(seconds)}" if isinstance(seconds, int | float) else ""
+    return f"Finished after {record.step} steps{took}."
+
+
 def headline(record: RunRecord) -> str:
-    """Returns one or two sentences: the number of steps, their duration, and the newest scores."""
-    if record.summary is not None:
-        state = f"Finished after {record.step} steps"
-        seconds = record.summary.get("seconds")
-        state += f" in {duration(seconds)}" if isinstance(seconds, int | float) else ""
-    else:
-        state = f"Not finished: step {record.step} of {record.config.training.steps}"
-    if record.evaluations:
-        step, scores = max(record.evaluations.items())
-        reached = ", ".join(f"{name} {score_text(scores[name])}" for name in ("AP", "AP50", "AP75"))
-        state += f". {reached} on {scores['images']} images at step {step}"
-    return state + "."
+    """Returns `state` and the newest scores."""
+    if not record.evaluations:
+        return state(record)
+    step, scores = max(record.evaluations.items())
+    reached = ", ".join(f"{name} {score_text(scores[name])}" for name in ("AP", "AP50", "AP75"))
+    return f"{state(record)} {reached} on {scores['images']} images at step {step}."
+
+
+def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
+    """Returns name, value and details of the figures at the top of the page; – for what is not known."""
+    step, newest = max(record.evaluations.items(), default=(0, {}))
+    of_newest = f"step {step}, {newest['images']} images" if newest else "no evaluation yet"
+    scored = [(scores["AP"], n) for n, scores in record.evaluations.items() if scores["AP"] is not None]
+    ap, best = max(scored, default=(0.0, 0))
+    speeds, waits = (measured(record.windows, name) for name in ("images_per_second", "data_wait_percent"))
+    kind = str((record.saved.get("versions") or {}).get("devices") or "–")
+    return [
+        *((name, score_text(newest[name]) if newest else "–", of_newest) for name in ("AP", "AP50")),
+        (
+            "best step",
+            str(best) if scored else "–",
+            f"AP {ap:.3f}, {f'highest of {len(scored)}' if scored[1:] else 'one evaluation'}" if scored else of_newest,
+        ),
+        (
+            "images/s",
+            f"{median(speeds):.1f}" if speeds else "–",
+            f"{median(waits):.0f} % of the time waiting for data" if waits else "",
+        ),
+        ("device", kind, "" if kind != "–" else "not recorded"),
+    ]
 
 
 def facts(record: RunRecord) -> list[tuple[str, str]]:
@@ -129,12 +186,15 @@ def _command(start: dict[str, Any]) -> str | None:
     return "python " + shlex.join(map(str, words)) if isinstance(words, list) else None
 
 
+def measured(windows: Sequence[dict[str, Any]], name: str) -> list[float]:
+    """Returns the values of a metric in the windows that have it."""
+    return [window[name] for window in windows if isinstance(window.get(name), int | float)]
+
+
 def _speed(windows: Sequence[dict[str, Any]]) -> str | None:
     """Returns medians of the windows, since the first ones include compilation."""
-    images, waits, memory = (
-        [window[name] for window in windows if isinstance(window.get(name), int | float)]
-        for name in ("images_per_second", "data_wait_percent", "peak_memory_mib")
-    )
+    names = ("images_per_second", "data_wait_percent", "peak_memory_mib")
+    images, waits, memory = (measured(windows, name) for name in names)
     parts = [f"{median(images):.1f} images/s"] if images else []
     parts += [f"{median(waits):.0f} % of the time waiting for data"] if waits else []
     parts += [f"peak memory {max(memory) / 1024:.1f} GiB"] if any(memory) else []
@@ -154,7 +214,7 @@ def learning_curves(windows: Sequence[dict[str, Any]]) -> list[str]:
     for label, log_y, curves in CHARTS if len(windows) > 1 else ():
         lines = [(legend, drawn) for legend, metric in curves if (drawn := points(windows, metric))]
         if any(y > 0 or not log_y for _, drawn in lines for _, y in drawn):
-            charts.append(line_chart(lines, "step", label, log_y=log_y))
+            charts.append(line_chart(lines, "step", label, log_y=log_y, emphasis=len(lines) > 1))
     return charts
 
 
@@ -175,21 +235,42 @@ def _variant(step: int, scores: dict[str, Any]) -> list[str]:
     return [*_scores(step, scores), ", ".join(settings) or "not known"]
 
 
-def errors_section(analysis: Analysis, score: float) -> dict[str, Any]:
-    """Returns the contents of the sections on classes, errors and images; detections with `score` or more are drawn."""
-    errors, names = analysis.errors, analysis.names
-    of = np.flatnonzero(errors.of_found == CLASSIFICATION)
-    true_classes = errors.ground_truth.categories[errors.target[of]]
-    confusions = Counter(zip(errors.found.categories[of].tolist(), true_classes.tolist(), strict=True))
+def errors_section(analysis: Analysis, point: OperatingPoint | None, score: float) -> dict[str, Any]:
+    """Returns the contents of the sections on precision, classes, errors and images; detections with `score` or more are
+    drawn."""
     return {
         "note": analysis.note,
         "kind_names": list(KINDS),
-        "confusions": [(names[a], names[b], count) for (a, b), count in confusions.most_common(12)],
+        **_confusion(analysis, score),
         **_by_class(analysis),
-        **_precision_recall(analysis),
+        **_precision_recall(analysis, point),
         **_kinds(analysis, score),
         **_best_and_worst_images(analysis, score),
     }
+
+
+def _confusion(analysis: Analysis, score: float) -> dict[str, Any]:
+    """Returns, up to MOST_COLUMNS classes, the `matrix`: rows of name and cells (count, share, whether it is right), the
+    last one for detections on no object, the last column for missed objects. Else `confusions`, the most frequent pairs."""
+    names, errors = analysis.names, analysis.errors
+    counts = error_analysis.confusions(errors, score)
+    objects = np.bincount(errors.ground_truth.categories[errors.of_objects != LEFT_OUT], minlength=len(names))
+    if len(names) > MOST_COLUMNS:
+        pairs = sorted((-n, a, b) for (a, b), n in counts.items() if a != b and NOTHING not in (a, b))[:12]
+        rows = [(names[a], names[b], str(-n), f"{-n / objects[a]:.1%} of {objects[a]}") for n, a, b in pairs]
+        return {"matrix": [], "confusions": rows}
+    classes = range(len(names))
+    matrix = []
+    for a in (*classes, NOTHING):
+        cells = [counts.get((a, b), 0) for b in (*classes, NOTHING)]
+        totals = [sum(cells)] * len(cells)
+        if a == NOTHING:
+            totals = [sum(counts.get((c, b), 0) for c in (*classes, NOTHING)) for b in classes] + [0]
+            cells[-1] = ""
+        shares = [cell / total if cell else 0.0 for cell, total in zip(cells, totals, strict=True)]
+        right = [b == a for b in (*classes, NOTHING)]
+        matrix.append((names[a] if a != NOTHING else "background", list(zip(cells, shares, right, strict=True))))
+    return {"matrix": matrix, "confusion_names": [*names, "missed"]}
 
 
 def _by_class(analysis: Analysis) -> dict[str, list[list[str]]]:
@@ -207,24 +288,36 @@ def _by_class(analysis: Analysis) -> dict[str, list[list[str]]]:
     return {"classes": scores, "by_class": kinds}
 
 
-def _precision_recall(analysis: Analysis) -> dict[str, list[str]]:
-    """Draws charts at IoU 0.5 and 0.75 of the mean over the classes and, up to MOST_LINES, of each; else one per class."""
+def _precision_recall(analysis: Analysis, point: OperatingPoint | None) -> dict[str, Any]:
+    """Draws `curve`, of all classes together at IoU 0.5 with the `point`, and `curves`, of the mean at both IoUs. Up to
+    MOST_LINES classes are in all of them; for more `class_curves` has one chart per class."""
     names, precision = analysis.names, analysis.precision
     defined = [k for k in range(len(names)) if (precision[0, :, k] > -1).all()]
+    if not defined:
+        return {"curve": "", "curves": [], "class_curves": []}
 
     def line(label: str, values: Float[np.ndarray, " 101"]) -> Line:
         return label, list(zip(RECALLS.tolist(), values.tolist(), strict=True))
 
-    few, together = len(defined) <= MOST_LINES, []
-    for iou, t in IOU_INDEX.items() if defined else ():
-        mean = line("mean of the classes", precision[t][:, defined].mean(axis=1))
-        each = [line(names[k], precision[t, :, k]) for k in (defined if few else ())]
-        together.append(line_chart([mean, *each], "recall", f"precision at IoU {iou}"))
+    pooled, few = (
+        line("all classes together", error_analysis.pooled_precision(analysis.errors)),
+        len(defined) <= MOST_LINES,
+    )
+    at_50, at_75 = (
+        [line("mean of the classes", precision[t][:, defined].mean(axis=1))]
+        + [line(names[k], precision[t, :, k]) for k in (defined if few and len(defined) > 1 else ())]
+        for t in IOU_INDEX.values()
+    )
+    mark = point and Mark(point.recall, point.precision, f"score {point.score:.2f}: highest F1, {point.f1:.3f}")
+    charts = [
+        line_chart(lines, "recall", f"precision at IoU {iou}", emphasis=True, mark=of)
+        for lines, iou, of in (([pooled, *at_50[1:]], "0.50", mark), (at_50, "0.50", None), (at_75, "0.75", None))
+    ]
     of_classes = []
     for k in () if few else defined:
         lines = [line(f"{names[k]}, IoU {iou}", precision[t, :, k]) for iou, t in IOU_INDEX.items()]
-        of_classes.append(line_chart(lines, "recall", "precision"))
-    return {"curves": together, "class_curves": of_classes}
+        of_classes.append(line_chart(lines, "recall", "precision", emphasis=True))
+    return {"curve": charts[0], "curves": charts[1:], "class_curves": of_classes}
 
 
 def _kinds(analysis: Analysis, score: float) -> dict[str, Any]:
@@ -253,11 +346,11 @@ def _kinds(analysis: Analysis, score: float) -> dict[str, Any]:
 
 
 def _best_and_worst_images(analysis: Analysis, score: float) -> dict[str, Any]:
-    """Returns (caption, image with ground truth, image with detections) of the worst and the best images, and why some
-    images could not be read; these have a caption alone."""
+    """Returns (name, counts, image with ground truth, image with detections) of the `worst` and the `best` images, and why
+    some images could not be read; these have no picture."""
     counts = error_analysis.count_by_image(analysis.errors, len(analysis.records), score)
     best, worst = error_analysis.best_and_worst(counts, MOST_IMAGES)
-    groups, unreadable = {"Worst": [], "Best": []}, []
+    groups, unreadable = {"worst": [], "best": []}, []
     for group, images in zip(groups.values(), (worst, best), strict=True):
         for image in images:
             record = analysis.source.records[analysis.records[image]]
@@ -267,9 +360,9 @@ def _best_and_worst_images(analysis: Analysis, score: float) -> dict[str, Any]:
             except BadImage as error:
                 unreadable.append(str(error))
                 pair = (None, None)
-            caption = f"{record.file_name or record.image_id}: {right} right, {wrong} wrong, {not_found} not found"
-            group.append((caption, *pair))
-    return {"images": groups, "unreadable": unreadable}
+            counted = f"{right} right, {wrong} wrong, {not_found} not found"
+            group.append((str(record.file_name or record.image_id), counted, *pair))
+    return {**groups, "unreadable": unreadable}
 
 
 def _draw(analysis: Analysis, image: int, score: float) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -290,8 +383,10 @@ def _draw(analysis: Analysis, image: int, score: float) -> tuple[dict[str, Any],
 
     crowds = ["crowd" if crowd else "" for crowd in objects.crowds[g]]
     kinds = ["" if kind == RIGHT else KINDS[kind] for kind in errors.of_found[d]]
-    of_objects = draw(pixels, corners(objects.boxes_xywh, g), objects.categories[g], class_names=names, notes=crowds)
+    of_objects = draw(
+        pixels, corners(objects.boxes_xywh, g), objects.categories[g], class_names=names, notes=crowds, scale=SCALE
+    )
     arrays, dashed = (found.categories[d], found.scores[d]), corners(objects.boxes_xywh, missed)
     boxes = corners(found.boxes_xywh, d)
-    of_found = draw(pixels, boxes, *arrays, class_names=names, ground_truth_xyxy=dashed, notes=kinds)
+    of_found = draw(pixels, boxes, *arrays, class_names=names, ground_truth_xyxy=dashed, notes=kinds, scale=SCALE)
     return jpeg(of_objects), jpeg(of_found)
