@@ -34,7 +34,7 @@ def examples(split: Split, most: int) -> Iterator[tuple[int, str]]:
         row = int(new.argmax())
         of_row = labels[(owners == row) & unseen[labels]]
         names = [split.class_names[label] for label in of_row[:3].tolist()]
-        shown[row] = ", ".join(names) + (f" and {len(of_row) - 3} more classes" if len(of_row) > 3 else "")
+        shown[row] = ", ".join(names) + (f" and {len(of_row) - 3} more" if len(of_row) > 3 else "")
         unseen[of_row] = False
     shown |= unusual
     spread = np.linspace(0, len(split.images) - 1, min(most, len(split.images))).round().astype(int).tolist()

@@ -35,7 +35,8 @@ def draw(
     """Returns the RGB image with its boxes (in its pixels), one colour per class, labelled "name .87"; see `draw_boxes`.
 
     A negative label is padding and is left out; a class without a name is labelled with its number. With `scores`, boxes
-    with the highest are on top. `ground_truth_xyxy` is dashed. `notes` are added to the label of each box. `scale` as in `draw_boxes`.
+    with the highest are on top. `ground_truth_xyxy` is dashed. `notes` are added to the label of each box, `scale` is as in
+    `draw_boxes`.
     """
     order = np.arange(len(labels)) if scores is None else np.argsort(scores, kind="stable")
     order = order[labels[order] >= 0]

@@ -94,8 +94,8 @@ def _tiles(check: Check) -> list[tuple[str, str, str]]:
 
 def labelled_images(split: Split, decoding: Decoding) -> list[tuple[np.ndarray, str, str, str]]:
     """Returns the first ON_WALL images of `examples` that can be read, with their boxes drawn: pixels, name, what the image
-    is shown for, and a description. Boxes that training drops are dashed. In an image with more than WALL_TAGGED boxes only the largest of each
-    class is labelled."""
+    is shown for, and a description. Boxes that training drops are dashed. If there are more than WALL_TAGGED boxes, only
+    one of each class is labelled, a large one."""
     names, pictures = split.class_names, []
     for row, shown_for in examples(split, ON_WALL):
         _, name, width, height = split.images[row]
