@@ -16,7 +16,8 @@ FLAGS = (
 DESKTOP, PHONE = (1280, 900), (390, 844)
 # Ratio of contrast (WCAG 2) of every element with text of its own that is shown; backgrounds are blended over the page's.
 CONTRASTS = """
-const context = Object.assign(document.createElement("canvas"), {width: 1, height: 1}).getContext("2d");
+const canvas = Object.assign(document.createElement("canvas"), {width: 1, height: 1});
+const context = canvas.getContext("2d", {willReadFrequently: true});
 const drawn = colours => {
   colours.forEach(colour => { context.fillStyle = colour; context.fillRect(0, 0, 1, 1); });
   return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);

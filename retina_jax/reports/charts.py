@@ -19,7 +19,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 DASHES = ("", "7 3", "2 3")  # beyond the colours lines are dashed, then dotted
 # Width of the picture and edges of the area for data; `LEFT` grows with the tick labels.
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 520.0, 64.0, 498.0, 12.0, 216.0
-CHARACTER, Y_LABEL = 8.5, 26.0  # width of a character of a tick label on a phone; of the y label and the gap next to it
+CHARACTER, Y_LABEL = 9.0, 28.0  # width of a character of a tick label on a phone; of the y label and the gap next to it
 GAP = 2.0  # pixels between two bars
 
 

@@ -21,7 +21,7 @@ from retina_jax.reports.charts import Line, Mark, line_chart
 MOST_LINES = 8  # classes in one chart; with more classes each has a chart of its own
 MOST_COLUMNS = 8  # classes in the table of confusions; with more classes the most frequent pairs are listed
 # Images drawn of the best and of the worst; their longer side at most, pixels; scale of labels, which are shown small.
-MOST_IMAGES, LONGEST, SCALE = 6, 800, 1.6
+MOST_IMAGES, LONGEST, SCALE = 6, 800, 1.3
 
 
 def errors_section(analysis: Analysis, point: OperatingPoint | None, score: float) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def run_page(folder: Path, known: dict[Any, Any] | None = None) -> tuple[str, st
         title=f"Run {folder.resolve().name}",
         sections=[
             "curves",
-            *(["confusion", "images", "classes", "errors"] if errors else ["classes"]),
+            *(["confusion", "classes", "images", "errors"] if errors else ["classes"]),
             "scores",
             "run",
         ],

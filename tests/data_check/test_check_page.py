@@ -140,7 +140,7 @@ def test_the_page_requests_nothing_and_escapes_every_name(tmp_path: Path, monkey
     assert page.tags.count("img") > 0 and not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(
         page.tags
     )
-    assert all(reference.startswith(("#", "data:image/jpeg;base64,")) for reference in page.references)
+    assert all(reference.startswith(("#", "data:image/jpeg;base64,", "--columns:")) for reference in page.references)
     outside = re.findall(r"https?://[^\s\"'<]*", re.sub(r"&lt;.*?&gt;", "", text))
     assert set(outside) <= {"http://www.w3.org/2000/svg"}  # a name, which is not fetched
     assert "url(" not in text and "@import" not in text

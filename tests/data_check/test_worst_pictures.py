@@ -70,7 +70,7 @@ def test_the_wall_shows_every_class_and_unusual_images_first(tmp_path: Path) -> 
     shown = [(split.images[row][1], why) for row, why in examples(split, 4)]
     assert shown[:3] == [
         ("004.jpg", "rare"),
-        ("001.jpg", "the most boxes: 3; a box extends beyond the image; a box has no area"),
+        ("001.jpg", "the most boxes: 3; the largest box: 60 x 48; a box extends beyond the image; a box has no area"),
         ("005.jpg", "the smallest box: 4 x 4"),
     ]
     assert sorted(name for name, _ in shown) == [f"00{i}.jpg" for i in range(6)], "each once"
