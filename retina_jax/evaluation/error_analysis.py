@@ -169,13 +169,11 @@ def confusions(errors: Errors, score: float) -> dict[tuple[int, int], int]:
     missed = errors.of_objects != LEFT_OUT
     missed[objects] = False
     classes, detected = errors.ground_truth.categories, errors.found.categories
-    pairs = (
-        (classes[objects], detected[on_object]),
-        (np.full(wrong.sum(), NOTHING), detected[wrong]),
-        (classes[missed], np.full(missed.sum(), NOTHING)),
-    )
-    rows, counts = np.unique(np.concatenate([np.stack(of, axis=1) for of in pairs]), axis=0, return_counts=True)
-    return {(a, b): count for (a, b), count in zip(rows.tolist(), counts.tolist(), strict=True)}
+    of_objects = np.concatenate([classes[objects], np.full(wrong.sum(), NOTHING), classes[missed]])
+    of_found = np.concatenate([detected[on_object], detected[wrong], np.full(missed.sum(), NOTHING)])
+    width = 2 + max(of_objects.max(initial=NOTHING), of_found.max(initial=NOTHING))
+    pairs, counts = np.unique((of_objects + 1) * width + of_found + 1, return_counts=True)
+    return {(pair // width - 1, pair % width - 1): n for pair, n in zip(pairs.tolist(), counts.tolist(), strict=True)}
 
 
 class Counts(NamedTuple):

@@ -65,15 +65,20 @@ def _confusion(analysis: Analysis, score: float) -> dict[str, Any]:
 def _by_class(analysis: Analysis) -> dict[str, list[list[str]]]:
     """Returns `classes`: rows of name, objects, detections, AP, AP50 and AP75; and `by_class`: rows of name, right
     detections, and errors of each kind: detections of the class, or for missed objects of it."""
-    errors, scores, kinds = analysis.errors, [], []
+    errors, scores, kinds, number = analysis.errors, [], [], len(KINDS) - LEFT_OUT
+
+    def count(categories: Int[np.ndarray, " N"], of: Int[np.ndarray, " N"]) -> Int[np.ndarray, "K 8"]:
+        cells = np.bincount(categories * number + of - LEFT_OUT, minlength=len(analysis.names) * number)
+        return cells.reshape(-1, number)
+
+    found = count(errors.found.categories, errors.of_found)
+    objects = count(errors.ground_truth.categories, errors.of_objects)
     for k, name in enumerate(analysis.names):
-        objects = errors.of_objects[errors.ground_truth.categories == k]
-        detections = errors.of_found[errors.found.categories == k]
         levels = (analysis.precision[t, :, k] for t in (slice(None), *IOU_INDEX.values()))
         aps = [score_text(float(p.mean()) if (p > -1).all() else None) for p in levels]
-        scores.append([name, str((objects != LEFT_OUT).sum()), str(len(detections)), *aps])
-        counts = [((objects if kind == MISSED else detections) == kind).sum() for kind in (RIGHT, *range(len(KINDS)))]
-        kinds.append([name, *map(str, counts)])
+        scores.append([name, str(objects[k].sum() - objects[k, 0]), str(found[k].sum()), *aps])
+        of_kinds = [(objects if kind == MISSED else found)[k, kind - LEFT_OUT] for kind in (RIGHT, *range(len(KINDS)))]
+        kinds.append([name, *map(str, of_kinds)])
     return {"classes": scores, "by_class": kinds}
 
 
@@ -88,10 +93,8 @@ def _precision_recall(analysis: Analysis, point: OperatingPoint | None) -> dict[
     def line(label: str, values: Float[np.ndarray, " 101"]) -> Line:
         return label, list(zip(RECALLS.tolist(), values.tolist(), strict=True))
 
-    pooled, few = (
-        line("all classes together", error_analysis.pooled_precision(analysis.errors)),
-        len(defined) <= MOST_LINES,
-    )
+    pooled = line("all classes together", error_analysis.pooled_precision(analysis.errors))
+    few = len(defined) <= MOST_LINES
     at_50, at_75 = (
         [line("mean of the classes", precision[t][:, defined].mean(axis=1))]
         + [line(names[k], precision[t, :, k]) for k in (defined if few and len(defined) > 1 else ())]
