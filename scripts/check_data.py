@@ -28,7 +28,7 @@ from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import validate
 from retina_jax.console import log
 from retina_jax.data_check.check import Check, check_data, facts_of
-from retina_jax.reports.check_page import check_page, worst_pictures
+from retina_jax.reports.check_page import check_page, labelled_images, worst_pictures
 from retina_jax.runs.files import write_bytes, write_json
 from retina_jax.runs.folder import config_of
 
@@ -55,7 +55,7 @@ class Arguments:
     val_images: Path | None = None
     """Folder of the evaluation images; None: the folder of the training images."""
     pictures: int = 8
-    """Maximum number of images on the page."""
+    """Maximum number of images that are drawn because their boxes have no anchor; 0: none."""
     suggestion: bool = True
     """Search for anchors and an image size that cover the boxes better, and match all boxes with them."""
 
@@ -80,7 +80,8 @@ def main() -> None:
     pictures = worst_pictures(
         check.splits[0], check.config.data, check.decoding, check.views, check.coverage, arguments.pictures
     )
-    html = check_page(check, pictures, f"Data check: {arguments.annotations.name}")
+    wall = labelled_images(check.splits[0], check.decoding)
+    html = check_page(check, wall, pictures, f"Data check: {arguments.annotations.name}")
     write_bytes(page.resolve() if page.is_symlink() else page, html.encode(errors="backslashreplace"))
     write_json(facts, facts_of(check))
     summarise(check)

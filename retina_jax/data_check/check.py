@@ -55,10 +55,10 @@ class Check:
         return all(group.severity != "error" for group in self.groups)
 
     def verdict(self) -> str:
-        """Returns one line: whether the data is ready, and the numbers of errors and warnings."""
+        """Returns one line: whether the data is ready, and the numbers of errors and warnings, if there are any."""
         counts = Counter(group.severity for group in self.groups for _ in group.findings)
-        errors, warnings = (counts[severity] or "none" for severity in ("error", "warning"))
-        return f"{'Ready' if self.ready else 'Not ready'} to train. Errors: {errors}, warnings: {warnings}"
+        counted = [f"{counts[s]} {s}{'s' * (counts[s] > 1)}" for s in ("error", "warning") if counts[s]]
+        return ": ".join(filter(None, (f"{'Ready' if self.ready else 'Not ready'} to train", ", ".join(counted))))
 
 
 def check_data(config: Config, pairs: dict[str, tuple[Path, Path]], *, search: bool = True) -> Check:

@@ -31,11 +31,13 @@ def draw(
     class_names: Sequence[str],
     ground_truth_xyxy: Float[np.ndarray, "G 4"] | None = None,
     notes: Sequence[str] = (),
+    scale: float = 1.0,
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Returns the RGB image with its boxes (in its pixels), one colour per class, labelled "name .87"; see `draw_boxes`.
 
     A negative label is padding and is left out; a class without a name is labelled with its number. With `scores`, boxes
-    with the highest are on top. `ground_truth_xyxy` is dashed. `notes` are added to the label of each box.
+    with the highest are on top. `ground_truth_xyxy` is dashed. `notes` are added to the label of each box, `scale` is as in
+    `draw_boxes`.
     """
     order = np.arange(len(labels)) if scores is None else np.argsort(scores, kind="stable")
     order = order[labels[order] >= 0]
@@ -45,7 +47,7 @@ def draw(
         words += [] if scores is None else [format_score(float(scores[i]))]
         texts.append(" ".join([*words, *([notes[i]] if notes and notes[i] else [])]))
     colours = [class_colour(label) for label in labels[order].tolist()]
-    return draw_boxes(image, boxes_xyxy[order], colours, texts, ground_truth_xyxy)
+    return draw_boxes(image, boxes_xyxy[order], colours, texts, ground_truth_xyxy, scale=scale)
 
 
 def draw_boxes(
@@ -55,20 +57,23 @@ def draw_boxes(
     texts: Sequence[str],
     dashed_xyxy: Float[np.ndarray, "G 4"] | None = None,
     side: int = READABLE_SIDE,
+    scale: float = 1.0,
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Returns the RGB image with boxes, clipped to it, and a label above each that has a text; the last box is on top. Of
     more than LABELLED texts none is drawn, and lines are thin.
 
     The image is enlarged by the integer factor that brings its longer side closest to `side` pixels (1 if it is longer than
-    2/3 of `side`). `dashed_xyxy` are drawn as dashed white lines below the other boxes.
+    2/3 of `side`). `dashed_xyxy` are drawn as dashed white lines below the other boxes. `scale` is that of lines and labels:
+    pictures that are shown smaller need larger ones.
     """
     height, width = image.shape[:2]
     zoom = max(1, round(side / max(height, width)))
     picture = Image.fromarray(image).resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)
     pen, longer = ImageDraw.Draw(picture), max(picture.size)
-    line, font = max(2, round(longer / 300)), ImageFont.load_default(max(11, round(longer / 42)))
+    line, font = max(2, round(scale * longer / 300)), ImageFont.load_default(max(11, round(scale * longer / 42)))
     if sum(map(bool, texts)) > LABELLED:
         line, texts = max(1, line // 2), [""] * len(texts)
+    pad = round(3 * scale)  # left and right of the text
     limit = np.array([picture.width - 1, picture.height - 1] * 2)
 
     def place(box: np.ndarray) -> tuple[float, ...]:
@@ -83,13 +88,13 @@ def draw_boxes(
     for box, colour, text in zip(boxes_xyxy, colours, texts, strict=True):
         if text:
             left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
-            plate_width, plate_height = right - left + 6, bottom - top + 4
+            plate_width, plate_height = right - left + 2 * pad, bottom - top + 2 * pad - 2
             x, y = place(box)[:2]
             x = max(0, min(x, picture.width - plate_width))
             y = max(0, min(y - plate_height, picture.height - plate_height))
             pen.rectangle((x, y, x + plate_width - 1, y + plate_height - 1), fill=colour)
             luminance = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
-            pen.text((x + 3 - left, y + 2 - top), text, fill="black" if luminance > 128 else "white", font=font)
+            pen.text((x + pad - left, y + pad - 1 - top), text, fill="black" if luminance > 128 else "white", font=font)
     return np.asarray(picture)
 
 

@@ -35,6 +35,7 @@ from retina_jax.evaluation.precision_recall import (
 KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
 CLASSIFICATION, LOCALISATION, BOTH, DUPLICATE, BACKGROUND, MISSED = range(len(KINDS))
 RIGHT, LEFT_OUT = -1, -2  # a detection that found its object, or an object that was found; what counts neither way
+NOTHING = -1  # in place of a category
 FOREGROUND_IOU = 0.5  # IoU from which a detection finds an object
 BACKGROUND_IOU = 0.1  # IoU up to which it is on background
 Mistakes = Literal["false_positives", "false_negatives"]
@@ -160,6 +161,23 @@ def _class_aps(
     return values
 
 
+def confusions(errors: Errors, score: float) -> dict[tuple[int, int], int]:
+    """Returns how often an object of a class is detected as a class, by (object's, detection's) category, of detections with
+    `score` or more. NOTHING as the object's: of a wrong detection of any kind but classification; as the detection's: of
+    an object without a detection that is right or of kind classification."""
+    kinds = np.where(errors.found.scores >= score, errors.of_found, LEFT_OUT)
+    on_object, wrong = (kinds == RIGHT) | (kinds == CLASSIFICATION), (kinds >= 0) & (kinds != CLASSIFICATION)
+    objects = np.where(kinds == RIGHT, errors.finds, errors.target)[on_object]
+    missed = errors.of_objects != LEFT_OUT
+    missed[objects] = False
+    classes, detected = errors.ground_truth.categories, errors.found.categories
+    of_objects = np.concatenate([classes[objects], np.full(wrong.sum(), NOTHING), classes[missed]])
+    of_found = np.concatenate([detected[on_object], detected[wrong], np.full(missed.sum(), NOTHING)])
+    width = 2 + max(of_objects.max(initial=NOTHING), of_found.max(initial=NOTHING))
+    pairs, counts = np.unique((of_objects + 1) * width + of_found + 1, return_counts=True)
+    return {(pair // width - 1, pair % width - 1): n for pair, n in zip(pairs.tolist(), counts.tolist(), strict=True)}
+
+
 class Counts(NamedTuple):
     """Numbers of right and wrong detections from a score on, and of objects that they do not find, by image."""
 
@@ -179,6 +197,14 @@ def operating_point(errors: Errors) -> OperatingPoint | None:
     counted = errors.of_found != LEFT_OUT
     right, objects = errors.of_found[counted] == RIGHT, int((errors.of_objects != LEFT_OUT).sum())
     return best_f1(errors.found.scores[counted], right, objects)
+
+
+def pooled_precision(errors: Errors) -> Float[np.ndarray, " 101"]:
+    """Returns precision at IoU 0.5 by recall with the detections of all classes in one ranking; see `precision_curve`. At
+    least one object must count. The point of `operating_point` is on this curve: a better one would have a higher F1."""
+    counted = errors.by_score[errors.of_found[errors.by_score] != LEFT_OUT]
+    hits, objects = (errors.of_found[counted] == RIGHT)[None], int((errors.of_objects != LEFT_OUT).sum())
+    return precision_recall.precision_curve(hits, ~hits, objects)[0][0]
 
 
 def count_by_image(errors: Errors, images: int, score: float) -> Counts:

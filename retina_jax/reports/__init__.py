@@ -31,9 +31,9 @@ def render(template: str, **values: Any) -> Markup:
     return Markup(TEMPLATES.get_template(template).render(values))
 
 
-def jpeg(pixels: UInt8[np.ndarray, "H W 3"]) -> dict[str, Any]:
+def jpeg(pixels: UInt8[np.ndarray, "H W 3"], quality: int = 80) -> dict[str, Any]:
     """Returns the size of an image and its data URL, by which a page embeds it."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=80)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
     data = base64.b64encode(buffer.getvalue()).decode()
     return {"src": f"data:image/jpeg;base64,{data}", "height": pixels.shape[0], "width": pixels.shape[1]}

@@ -19,8 +19,16 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 DASHES = ("", "7 3", "2 3")  # beyond the colours lines are dashed, then dotted
 # Width of the picture and edges of the area for data; `LEFT` grows with the tick labels.
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 520.0, 64.0, 498.0, 12.0, 216.0
-CHARACTER, Y_LABEL = 7.0, 26.0  # width of a character of a tick label; of the y label and the gap next to it
+CHARACTER, Y_LABEL = 9.0, 28.0  # width of a character of a tick label on a phone; of the y label and the gap next to it
 GAP = 2.0  # pixels between two bars
+
+
+class Mark(NamedTuple):
+    """A point of a line chart, with lines to both axes."""
+
+    x: float
+    y: float
+    label: str
 
 
 class Stack(NamedTuple):
@@ -31,9 +39,17 @@ class Stack(NamedTuple):
     colour: str  # #rrggbb
 
 
-def line_chart(lines: Sequence[Line], x_label: str, y_label: str, *, log_y: bool = False) -> Markup:
-    """Returns an <svg> element with axes, lines and a legend. With `log_y`, points with y <= 0 are left out. Raises
-    ValueError if there is no point to draw."""
+def line_chart(
+    lines: Sequence[Line],
+    x_label: str,
+    y_label: str,
+    *,
+    log_y: bool = False,
+    emphasis: bool = False,
+    mark: Mark | None = None,
+) -> Markup:
+    """Returns an <svg> element with axes, lines and a legend. With `log_y`, points with y <= 0 are left out. With `emphasis`
+    the first line is thick and on top of the others, which are thin. Raises ValueError if there is no point to draw."""
     kept = [(label, [(x, y) for x, y in points if not log_y or y > 0]) for label, points in lines]
     xs, ys = ([point[axis] for _, points in kept for point in points] for axis in (0, 1))
     scaled = math.log10 if log_y else float
@@ -47,16 +63,22 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str, *, log_y: bool
     x_at, y_at = _scale(*x_ends, left, RIGHT), _scale(*y_ends, BOTTOM, TOP)
 
     labels = list(dict.fromkeys(label for label, _ in kept))
-    looks = {name: (COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % 3]) for i, name in enumerate(labels)}
+    weights = ["strong", *["quiet"] * len(labels)] if emphasis else [""] * len(labels)
+    looks = {
+        name: (COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % 3], weight)
+        for i, (name, weight) in enumerate(zip(labels, weights, strict=False))
+    }
     return _chart(
         x_label=x_label, y_label=y_label, left=left,
         x_ticks=[(x_at(tick), f"{tick:g}") for tick in ticks(*x_ends)],
         y_ticks=[(y_at(scaled(tick)), f"{tick:g}") for tick in y_ticks],
         curves=[
             (*looks[label], " ".join(f"{x_at(x):.1f},{y_at(scaled(y)):.1f}" for x, y in points))
-            for label, points in kept if points
+            for label, points in (kept[::-1] if emphasis else kept) if points
         ],
-        bars=[], legend=[(name, *look) for name, look in looks.items()], columns=2 if max(map(len, labels)) <= 34 else 1,
+        bars=[], mark=mark and (x_at(mark.x), y_at(scaled(mark.y))),
+        legend=[(name, *look) for name, look in looks.items()] + ([(mark.label, "", "", "mark")] if mark else []),
+        columns=2 if max(map(len, labels)) <= (22 if emphasis else 34) else 1,
     )  # fmt: skip
 
 
@@ -80,16 +102,17 @@ def bar_chart(ends: Sequence[str], stacks: Sequence[Stack], x_label: str, y_labe
         x_label=x_label, y_label=y_label, left=LEFT,
         x_ticks=[(x_at(i), end) for i, end in enumerate(ends)],
         y_ticks=[(y_at(tick), f"{tick:g}") for tick in ticks(0.0, highest)],
-        curves=[], bars=bars, legend=[(stack.label, stack.colour, "") for stack in stacks], columns=len(stacks),
+        curves=[], bars=bars, mark=None, legend=[(stack.label, stack.colour, "", "") for stack in stacks], columns=2,
     )  # fmt: skip
 
 
-def _chart(left: float, legend: list[tuple[str, str, str]], columns: int, **drawn: Any) -> Markup:
-    """Renders the drawing; `legend` has (label, colour, dashes), in `columns` columns."""
-    places = [
-        (left + i % columns * (RIGHT - left) / columns, BOTTOM + 54 + 17 * (i // columns), *entry)
-        for i, entry in enumerate(legend)
-    ]
+def _chart(left: float, legend: list[tuple[str, str, str, str]], columns: int, **drawn: Any) -> Markup:
+    """Renders the drawing; `legend` has (label, colour, dashes, weight of the line or "mark"), in `columns` columns. A mark
+    is the last and has a row of its own, because its label is long."""
+    places = []
+    for i, entry in enumerate(legend):
+        row, column = divmod(i, columns) if entry[3] != "mark" else (-(-i // columns), 0)
+        places.append((left + column * (RIGHT - left) / columns, BOTTOM + 56 + 20 * row, *entry))
     edges = {"left": left, "right": RIGHT, "top": TOP, "bottom": BOTTOM, "width": WIDTH, "height": places[-1][1] + 13}
     return render("chart.svg", legend=places, **edges, **drawn)
 

@@ -1,12 +1,14 @@
-"""The page of a data check, with the images whose boxes are covered worst."""
+"""The page of a data check, with a wall of labelled images and those whose boxes the anchors cover worst."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
+from PIL import Image
 
 from retina_jax.config import DataConfig
 from retina_jax.data.decoding import DECODING, read_image, to_rgb
@@ -14,9 +16,11 @@ from retina_jax.data.source import BadImage, Decoding
 from retina_jax.data.transforms import resize_large
 from retina_jax.data_check.check import Check
 from retina_jax.data_check.coverage import ASPECTS, SIDES, Coverage, Share
+from retina_jax.data_check.examples import examples
 from retina_jax.data_check.nearest import Views
 from retina_jax.data_check.split import Split
-from retina_jax.evaluation.drawing import draw_boxes
+from retina_jax.errors import shortened
+from retina_jax.evaluation.drawing import class_colour, draw_boxes
 from retina_jax.reports import jpeg, render
 from retina_jax.reports.charts import Stack, bar_chart
 
@@ -24,19 +28,35 @@ from retina_jax.reports.charts import Stack, bar_chart
 COVERED, RESCUED, UNCOVERED = "#009E73", "#E69F00", "#D55E00"
 ON_IMAGES = {COVERED: (0, 255, 0), RESCUED: (255, 190, 0), UNCOVERED: (255, 0, 0)}  # visible on a photograph
 TAGGED = 12  # boxes of an image that are labelled; more labels would hide it
+# Images on the wall; their longer side, pixels; boxes that are all labelled, else one per class; size of labels and lines.
+ON_WALL, WALL_SIDE, WALL_TAGGED, WALL_SCALE = 16, 600, 5, 1.8
+LABEL_SIZE = (120, 30)  # width and height of most labels on the wall, pixels
+MARKS = {"error": "✕", "warning": "!", "note": "i"}  # of the severities, for readers who do not see colours
 SHARES = {"by_iou": "sufficient IoU", "by_low_quality": "low-quality only", "uncovered": "no anchor"}
 
 
-def check_page(check: Check, pictures: Sequence[tuple[np.ndarray, str]], title: str) -> str:
-    """Returns the page; `pictures` as from `worst_pictures`."""
+def check_page(
+    check: Check,
+    wall: Sequence[tuple[np.ndarray, str, str, str]],
+    pictures: Sequence[tuple[np.ndarray, str]],
+    title: str,
+) -> str:
+    """Returns the page; `wall` as from `labelled_images`, `pictures` as from `worst_pictures`."""
     shares = check.shares
     pairs = check.suggestion.pairs() if check.suggestion else []
     page = render(
         "check.html",
         title=title,
-        sections=["findings", "classes", "anchors", "suggestion", "pictures"],
-        colours={"rescued": RESCUED, "uncovered": UNCOVERED},
+        sections=["images", "findings", "suggestion", "classes", "anchors", "worst"],
         check=check,
+        marks=MARKS,
+        classes_header=[
+            "class",
+            *(f"{split}: {of}" for split in check.counts for of in ("boxes", "images", "dropped")),
+        ],
+        tiles=_tiles(check),
+        wall=[(jpeg(pixels, quality=75), *texts) for pixels, *texts in wall],
+        crowded=int(np.bincount(check.splits[0].owners, minlength=1).max()) > WALL_TAGGED,
         most_listed=200,  # findings of a kind on the page; the JSON has all
         open_up_to=10,  # lists of at most this many findings are open from the start
         class_names=list(dict.fromkeys(count.name for counts in check.counts.values() for count in counts)),
@@ -52,12 +72,74 @@ def check_page(check: Check, pictures: Sequence[tuple[np.ndarray, str]], title: 
     return str(page)
 
 
+def _tiles(check: Check) -> list[tuple[str, str, str]]:
+    """Returns name, value and details of the figures at the top of the page."""
+    train, val = check.splits[0], check.splits[1:]
+    total, counts = check.shares.total, check.counts[train.name]
+    unused, dropped = len(train.images) - len(train.records), int((~train.rules["usable"]).sum())
+    by_iou = f"IoU ≥ {check.config.matching.positive_iou:g}: {total.part('by_iou'):.1%}" if total.boxes else ""
+    rare = min(counts, key=lambda count: count.boxes, default=None)
+    return [
+        ("training images", f"{len(train.images):,}", f"{unused:,} not used" if unused else "all used"),
+        (
+            "training boxes",
+            f"{int(train.rules['usable'].sum()):,}",
+            f"{dropped:,} dropped" if dropped else "none dropped",
+        ),
+        ("classes", str(len(counts)), f"rarest: {rare.name}, {rare.boxes:,}" if rare else ""),
+        *(("validation images", f"{len(s.images):,}", f"{int(s.rules['usable'].sum()):,} boxes") for s in val),
+        ("boxes with an anchor", f"{1 - total.part('uncovered'):.1%}" if total.boxes else "–", by_iou),
+    ]
+
+
+def labelled_images(split: Split, decoding: Decoding) -> list[tuple[np.ndarray, str, str, str]]:
+    """Returns the first ON_WALL images of `examples` that can be read, with their boxes drawn: pixels, name, what the image
+    is shown for, and a description. Boxes that training drops are dashed. If there are more than WALL_TAGGED boxes, only
+    one of each class is labelled, a large one."""
+    names, pictures = split.class_names, []
+    for row, shown_for in examples(split, ON_WALL):
+        _, name, width, height = split.images[row]
+        try:
+            encoded = read_image(Path(split.paths[row]), width, height)
+            with DECODING.share(width * height):
+                original = Image.fromarray(to_rgb(encoded, decoding, expected_size=(width, height)))
+        except (OSError, BadImage):
+            continue  # it is among the findings
+        original.thumbnail((WALL_SIDE, WALL_SIDE), Image.Resampling.BILINEAR)
+        of_image = split.owners == row
+        kept, dropped = (np.flatnonzero(of_image & rule) for rule in (split.rules["usable"], ~split.rules["usable"]))
+        boxes = split.boxes_xyxy * (original.width / width)
+        labels, sides = split.labels[kept], boxes[kept, 2:] - boxes[kept, :2]
+        order = np.argsort(-sides.prod(axis=1), kind="stable")  # large boxes below
+        kept, labels = kept[order], labels[order].tolist()
+        tagged = _apart(boxes[kept, :2], labels) if len(kept) > WALL_TAGGED else set(range(len(kept)))
+        texts = [shortened(names[k]) if i in tagged else "" for i, k in enumerate(labels)]
+        colours = [class_colour(k) for k in labels]
+        drawn = draw_boxes(np.asarray(original), boxes[kept], colours, texts, boxes[dropped], WALL_SIDE, WALL_SCALE)
+        counted = ", ".join(f"{names[k]} ({n})" for k, n in sorted(Counter(labels).items())) or "no usable box"
+        pictures.append((drawn, name, shown_for, f"{name}: {counted}"))
+        if len(pictures) == ON_WALL:
+            break
+    return pictures
+
+
+def _apart(corners_xy: Float[np.ndarray, "n 2"], labels: Sequence[int]) -> set[int]:
+    """Returns one box per class: the first whose label does not cover that of another class, else the first."""
+    chosen: dict[int, int] = {}
+    for k in dict.fromkeys(labels):
+        others = corners_xy[list(chosen.values())]
+        of_class = [i for i, label in enumerate(labels) if label == k]
+        free = (i for i in of_class if (np.abs(corners_xy[i] - others) > LABEL_SIZE).any(axis=1).all())
+        chosen[k] = next(free, of_class[0])
+    return set(chosen.values())
+
+
 def _histogram(shares: Sequence[Share], ends: Sequence[str], label: str) -> str:
     """Draws the bins from the first to the last with boxes; with many bins every second end is labelled."""
     filled = [i for i, share in enumerate(shares) if share.boxes] or [0]
     first, last = filled[0], filled[-1] + 1
     names = ["∞" if end == "inf" else end for end in ends[first : last + 1]]
-    if len(names) > 12:
+    if len(names) > 9:
         names[1::2] = [""] * len(names[1::2])
     stacks = [
         Stack(text, [getattr(share, kind) for share in shares[first:last]], colour)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import DESKTOP, PHONE, Browser
 from planted import MISTAKES, Splits, clean
 from small_sets import encode
 
@@ -73,7 +74,7 @@ def test_a_clean_set_is_ready_to_train(
 ) -> None:
     assert run(monkeypatch, clean().write(tmp_path), tmp_path / "out") == 0
     out = capsys.readouterr().out
-    assert "Ready to train" in out and str(tmp_path / "out" / "data_check.html") in out
+    assert "\nReady to train\n" in out and str(tmp_path / "out" / "data_check.html") in out
     facts = json.loads((tmp_path / "out" / "data_check.json").read_text())
     assert facts["makes_sense"] and facts["findings"] == [] and facts["suggestion"] is None
     assert facts["coverage"]["all"]["by_iou_share"] == 1 and facts["splits"]["val"]["images"] == 3
@@ -96,6 +97,8 @@ def test_errors_are_not_ready_to_train_and_warnings_are(
     assert line.startswith("error: " if status else "warning: ")
     page = (tmp_path / "out" / "data_check.html").read_text()
     assert which in " ".join(Page(page).texts)
+    verdict = "Not ready to train: 1 error" if status else "Ready to train: 1 warning"
+    assert page.index("<h1>") < page.index(verdict) < page.index('<div class="wall">') < page.index("<table")
 
 
 def test_tiny_boxes_are_not_ready_until_the_suggestion_is_applied(
@@ -111,7 +114,7 @@ def test_tiny_boxes_are_not_ready_until_the_suggestion_is_applied(
     claimed = json.loads((tmp_path / "out" / "data_check.json").read_text())["suggestion"]
     assert line.removeprefix("suggestion: ").startswith(claimed["options"])
     page = Page((tmp_path / "out" / "data_check.html").read_text())
-    assert claimed["options"] in page.texts and page.tags.count("img") == 6
+    assert claimed["options"] in page.texts and page.tags.count("img") == 6 + 6
     assert run(monkeypatch, pairs, tmp_path / "again", *claimed["options"].split()) == 0
     facts = json.loads((tmp_path / "again" / "data_check.json").read_text())
     assert facts["coverage"] == claimed["coverage"] and facts["coverage"]["all"]["by_iou"] == 12
@@ -137,10 +140,16 @@ def test_the_page_requests_nothing_and_escapes_every_name(tmp_path: Path, monkey
     assert page.tags.count("img") > 0 and not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(
         page.tags
     )
-    assert all(reference.startswith(("#", "data:image/jpeg;base64,")) for reference in page.references)
+    assert all(reference.startswith(("#", "data:image/jpeg;base64,", "--columns:")) for reference in page.references)
     outside = re.findall(r"https?://[^\s\"'<]*", re.sub(r"&lt;.*?&gt;", "", text))
     assert set(outside) <= {"http://www.w3.org/2000/svg"}  # a name, which is not fetched
     assert "url(" not in text and "@import" not in text
+    with Browser() as browser:
+        for size, scheme in ((DESKTOP, "dark"), (PHONE, "light")):
+            browser.open(tmp_path / "out" / "data_check.html", size, scheme)
+            assert browser.overflow() <= 0 and browser.cut() == [] and browser.faint() == {}
+            assert len(browser.all(".wall img")) == 6 and len(browser.all(".verdict li a")) >= 2
+        assert browser.complaints() == [] and len(set(browser.requests())) == 1
     assert HOSTILE in page.texts and f"{HOSTILE.replace('/', '-')}.jpg" in page.texts
 
 

@@ -1,4 +1,4 @@
-"""The selection of the worst pictures, and the colours of their boxes."""
+"""The selection of the labelled and of the worst pictures, and the colours of their boxes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from planted import CONFIG, clean
 
 from retina_jax.data.source import AS_VIEWERS
 from retina_jax.data_check.coverage import Coverage, Views, view_boxes
+from retina_jax.data_check.examples import examples
 from retina_jax.data_check.split import Split, read_split
-from retina_jax.reports.check_page import ON_IMAGES, RESCUED, UNCOVERED, draw_coverage, worst_pictures
+from retina_jax.reports.check_page import ON_IMAGES, RESCUED, UNCOVERED, draw_coverage, labelled_images, worst_pictures
 
 
 def coverage_of(views: Views, states: dict[int, str]) -> Coverage:
@@ -56,3 +57,23 @@ def test_boxes_are_green_yellow_and_red(tmp_path: Path) -> None:
     red = draw_coverage(grey, split.class_names, views, coverage_of(views, {0: "outbid"}), 0)
     x1, _, _, y2 = (views.boxes_xyxy[0] * zoom).astype(int).tolist()
     assert tuple(red[y2 - 20, x1]) == ON_IMAGES[UNCOVERED] and tuple(red[y2 - 20, x1 + 60]) == (128, 128, 128)
+
+
+def test_the_wall_shows_every_class_and_unusual_images_first(tmp_path: Path) -> None:
+    splits = clean()
+    splits.documents["train"]["categories"].append({"id": 3, "name": "rare"})
+    splits.box(9)["category_id"] = 3  # in 004.jpg
+    splits.add_box(50, 15, (10, 20, 4, 4))
+    splits.add_box(51, 11, (100, 20, 60, 48))
+    splits.add_box(52, 11, (100, 20, 48, 0))
+    split = read_split("train", *splits.write(tmp_path)["train"], "keep")
+    shown = [(split.images[row][1], why) for row, why in examples(split, 4)]
+    assert shown[:3] == [
+        ("004.jpg", "rare"),
+        ("001.jpg", "the most boxes: 3; the largest box: 60 x 48; a box extends beyond the image; a box has no area"),
+        ("005.jpg", "the smallest box: 4 x 4"),
+    ]
+    assert sorted(name for name, _ in shown) == [f"00{i}.jpg" for i in range(6)], "each once"
+    (split.folder / "004.jpg").unlink()
+    pixels, name, why, text = labelled_images(split, AS_VIEWERS)[0]
+    assert (name, text) == ("001.jpg", "001.jpg: cell (2), dust (1)") and pixels.shape[1] >= 600 and "no area" in why

@@ -21,10 +21,12 @@ from retina_jax.evaluation.error_analysis import (
     LEFT_OUT,
     LOCALISATION,
     MISSED,
+    NOTHING,
     RIGHT,
     Errors,
     ap_without,
     classify_errors,
+    confusions,
     fixed_ap,
     mean_ap,
 )
@@ -90,6 +92,19 @@ def test_of_two_detections_with_one_target_the_better_finds_it() -> None:
     # Fixed, the dog is a cat of score .7 behind a false one of .9, and before two of .6 and .4: precision 1/2.
     assert ap == {(): 0.0, (LOCALISATION,): 0.0, (CLASSIFICATION,): pytest.approx(0.5)}
     assert fixed_ap(errors, 2, (CLASSIFICATION, BACKGROUND))[CAT] == pytest.approx(1.0)
+
+
+def test_confusions_are_of_right_and_classification_and_the_rest_is_nothing() -> None:
+    """A found cat that is a dog too, a dog found as a cat, a missed cat; a cat on nothing, and one below the score."""
+    truth, found = made([THE_CAT, (DOG, 30, 0, 10, 10), (CAT, 60, 0, 10, 10)], [
+        (CAT, 0, 0, 10, 10, 0.9), (DOG, 0, 0, 10, 9, 0.8), (CAT, 30, 0, 10, 10, 0.7), (CAT, 90, 0, 9, 9, 0.6),
+        (CAT, 60, 0, 10, 10, 0.4),
+    ])  # fmt: skip
+    errors = classify_errors(truth, found)
+    expected = {(CAT, CAT): 1, (CAT, DOG): 1, (DOG, CAT): 1, (NOTHING, CAT): 1, (CAT, NOTHING): 1}
+    assert confusions(errors, 0.5) == expected
+    assert confusions(errors, 0.4) == {**{pair: 1 for pair in expected if pair != (CAT, NOTHING)}, (CAT, CAT): 2}
+    assert confusions(errors, 1.0) == {(CAT, NOTHING): 2, (DOG, NOTHING): 1}
 
 
 def test_removing_a_wrong_class_on_a_found_object_raises_ap() -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ import pytest
 from markupsafe import escape
 
 from retina_jax.config import ConfigError
-from retina_jax.evaluation.coco_scores import SUMMARY
+from retina_jax.data.datasets import open_source
+from retina_jax.evaluation.coco_scores import SUMMARY, evaluate_coco
+from retina_jax.reports.follow import follow
 from retina_jax.reports.run_page import MOST_POINTS, points, run_page
 from retina_jax.runs.record import SCORES, read_record
 
@@ -36,7 +39,10 @@ def test_the_page_has_the_content_of_the_runs_files(tiny_run: Path) -> None:
     page, line = run_page(tiny_run)
     shown = text(page)
     scores = json.loads((tiny_run / "evaluation/step_00000040.json").read_text())
-    assert line.startswith("Finished after 40 steps in ") and line in shown
+    assert line.startswith("Finished after 40 steps in ") and line.split(" AP")[0] in shown
+    best = max((json.loads((tiny_run / f"evaluation/step_{n:08d}.json").read_text())["AP"], n) for n in (20, 40))
+    of_newest = f"{scores['AP']:.3f} step 40, 8 images AP50 {scores['AP50']:.3f} step 40, 8 images"
+    assert f" AP {of_newest} best step {best[1]} AP {best[0]:.3f}, highest of 2 images/s " in shown
     assert (
         f"AP {scores['AP']:.3f}, AP50 {scores['AP50']:.3f}, AP75 {scores['AP75']:.3f} on 8 images at step 40." in line
     )
@@ -55,8 +61,70 @@ def test_the_page_has_the_content_of_the_runs_files(tiny_run: Path) -> None:
     for label in ("loss", "learning rate", "gradient norm", "positives per image", "precision at IoU 0.50"):
         assert f'aria-label="{label} by ' in page
     assert f"AP50 is {scores['AP50']:.3f}." in shown
+    threshold = operating_point_of(tiny_run)
+    assert f"score {threshold:.2f}: highest F1" in shown and page.count('<circle class="mark"') == 2
     assert page.count("data:image/jpeg;base64,") % 2 == 0 and page.count('class="pair"') >= 2
     assert not re.search(r'(src|href)="(?!data:|#)', page), "nothing that would be fetched"
+
+
+def operating_point_of(folder: Path) -> float:
+    """Returns the score that an evaluation records as `f1_threshold`."""
+    source = open_source(read_record(folder).config.data, "val")
+    found = json.loads((folder / "detections/step_00000040.json").read_text())
+    return evaluate_coco(source.ground_truth, found, [record.image_id for record in source.records]).f1_threshold
+
+
+def test_the_table_of_confusions_sums_to_the_detections(tiny_run: Path) -> None:
+    threshold = operating_point_of(tiny_run)
+    found = json.loads((tiny_run / "detections/step_00000040.json").read_text())
+    table = run_page(tiny_run)[0].split('class="scroll confusion')[1].split("</table>")[0]
+    rows = [re.findall(r"<td class=[^>]*>(\d*)</td>", row) for row in table.split("<tr")[2:]]
+    counts = np.array([[int(cell or 0) for cell in row] for row in rows])
+    assert counts.shape == (4, 4) and counts[3, 3] == 0 and counts[:, :3].sum() > counts.trace() > 0
+    for k, column in enumerate(counts.T[:3], start=1):
+        assert column.sum() == sum(d["category_id"] == k and d["score"] >= threshold for d in found)
+
+
+def test_a_followed_run_is_written_when_it_changes_and_until_it_is_finished(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run, pages = tmp_path / "followed", []
+    late = [tiny_run / "evaluation/step_00000040.json", tiny_run / "summary.json"]
+
+    def start() -> None:
+        shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns(*(file.name for file in late)))
+
+    def log_more() -> None:
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"event": "train", "step": 45, "loss": 0.5}) + "\n")
+
+    def evaluate() -> None:
+        shutil.copy(late[0], run / "evaluation")
+
+    def finish() -> None:
+        shutil.copy(late[1], run)
+
+    steps = iter([lambda: None, start, lambda: None, log_more, evaluate, finish])
+    monkeypatch.setattr(time, "sleep", lambda seconds: next(steps)())
+    follow(run, pages.append)
+    assert [page.count("location.reload()") for page in pages] == [1, 1, 1, 1, 0] and next(steps, None) is None
+    assert "step 40 of 40" in text(pages[0]) and "step 45 of 40" in text(pages[1])
+    assert pages[-1] == run_page(run)[0]
+    printed = capsys.readouterr().out.splitlines()
+    of_run = [line for line in printed if not line.startswith("analysing")]
+    assert len(printed) - len(of_run) == 3, "each evaluation once, and the last line's own"
+    assert [line[:8] for line in of_run] == ["watching", "waiting ", "Not fini", "Not fini", "Finished"]
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", interrupt)
+    (run / "summary.json").unlink()
+    follow(run, pages.append)
+    assert "location.reload()" not in pages[-1] and capsys.readouterr().out.endswith("\nstopped watching\n")
+    (tmp_path / "sweeps").mkdir()
+    with pytest.raises(ConfigError, match="holds sweeps"):
+        follow(tmp_path, pages.append)
 
 
 def test_evaluations_with_other_settings_are_listed_with_them(tiny_run: Path) -> None:
@@ -75,7 +143,12 @@ def test_evaluations_with_other_settings_are_listed_with_them(tiny_run: Path) ->
     (tiny_run / "evaluation/step_00000040.json").unlink()
     assert not read_record(tiny_run).evaluations
     shown = text(run_page(tiny_run)[0])
-    assert "has not been evaluated yet" in shown and "not known" in shown and "devices 4" in shown
+    assert (
+        "has not been evaluated yet" in shown
+        and "no evaluation yet" in shown
+        and "not known" in shown
+        and "devices 4" in shown
+    )
 
     (tiny_run / "evaluation/step_00000040_0123abcd.json").write_text(json.dumps({**other, "settings": ["x"]}))
     with pytest.raises(ConfigError, match=r"step_00000040_0123abcd\.json: settings"):
@@ -84,8 +157,10 @@ def test_evaluations_with_other_settings_are_listed_with_them(tiny_run: Path) ->
 
 def test_the_kinds_of_error_on_the_page_sum_up(tiny_run: Path) -> None:
     page = run_page(tiny_run)[0]
-    rows = re.findall(r"<tr[^>]*><td>(\w[\w ]*).*?</tr>", page.split('<table class="kinds">')[1].split("</table>")[0])
-    body = page.split('<table class="kinds">')[1].split("<tbody>")[1].split("</tbody>")[0]
+    rows = re.findall(
+        r"<tr[^>]*><td>(\w[\w ]*).*?</tr>", page.split('<table class="kinds stack"')[1].split("</table>")[0]
+    )
+    body = page.split('<table class="kinds stack"')[1].split("<tbody>")[1].split("</tbody>")[0]
     cells = [[c or "0" for c in re.findall(r"<td>(\d*)</td>", row)][-3:] for row in body.split("</tr>")[:-1]]
     numbers = np.array(cells, int)
     assert rows[-1] == "all" and (numbers[:-1].sum(axis=0) == numbers[-1]).all()
@@ -107,8 +182,8 @@ def test_missing_images_are_named_and_the_rest_is_shown(tiny_run: Path) -> None:
         image.unlink()
     page = run_page(tiny_run)[0]
     assert "images could not be read" in page and "data:image" not in page
-    assert "not found. It cannot be read" in page
-    assert 'class="kinds"' in page and "precision at IoU 0.75" in page
+    assert "not found It cannot be read" in text(page)
+    assert 'class="kinds stack"' in page and "precision at IoU 0.75" in page
 
 
 def test_a_missing_folder_of_images_leaves_the_ground_truth(tiny_run: Path) -> None:
@@ -122,10 +197,10 @@ def test_a_missing_folder_of_images_leaves_the_ground_truth(tiny_run: Path) -> N
 
     edit(tiny_run / "config.json", to_coco)
     page = run_page(tiny_run)[0]
-    assert 'class="kinds"' in page and "images could not be read" in page
+    assert 'class="kinds stack"' in page and "images could not be read" in page
     annotations.unlink()
     page = run_page(tiny_run)[0]
-    assert NEEDED in page and 'class="kinds"' not in page
+    assert NEEDED in page and 'class="kinds stack"' not in page
     assert "n/a" in page or "0." in page, "AP of the classes is known from the evaluation"
 
 
@@ -135,7 +210,7 @@ def test_a_missing_folder_of_images_leaves_the_ground_truth(tiny_run: Path) -> N
 def test_detections_that_cannot_be_used_are_named(tiny_run: Path, content: str) -> None:
     (tiny_run / "detections/step_00000040.json").write_text(content)
     page = run_page(tiny_run)[0]
-    assert NEEDED in page and 'class="kinds"' not in page
+    assert NEEDED in page and 'class="kinds stack"' not in page
 
 
 def test_data_that_has_changed_is_noted(tiny_run: Path) -> None:
@@ -151,7 +226,7 @@ def test_a_run_that_has_just_started_has_a_page(tiny_run: Path) -> None:
     (tiny_run / "metrics.jsonl").write_text((tiny_run / "metrics.jsonl").read_text()[:700])  # in the middle of a line
     page, line = run_page(tiny_run)
     assert line == "Not finished: step 10 of 40."
-    assert "The run has not been evaluated yet." in page and "<svg" in page
+    assert "The run has not been evaluated yet." in page and "<svg" in page and '<progress value="0.2500"' in page
     (tiny_run / "metrics.jsonl").unlink()
     page, line = run_page(tiny_run)
     assert line == "Not finished: step 0 of 40." and "no curve to draw" in page
