@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -10,8 +11,10 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import doctor
+import jax
 import pytest
 
 from retina_jax import command, installation
@@ -168,6 +171,22 @@ def test_the_doctor_names_missing_and_untested_packages(monkeypatch: pytest.Monk
     first, *others = doctor.packages()
     assert "jax 0.1" in first and "numpy 2.4" in first and "tyro" not in first
     assert others == ["warning: jax 0.1 is outside the tested range <0.13,>=0.10", "missing: tyro"]
+
+
+def test_the_doctor_names_why_a_plugin_finds_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def devices(platform: str = "") -> list[SimpleNamespace]:
+        if platform:
+            raise RuntimeError(f"unknown backend {platform}\nmore")
+        logging.getLogger("jax.plugins").error("plugin error", exc_info=ValueError("no libcupti"))
+        return [SimpleNamespace(device_kind="v5e")] * 2
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setattr(doctor, "PLUGINS", {"cuda": "json", "tpu": "no_such_module"})
+    assert list(doctor.devices()) == [
+        "2 x v5e",
+        "no cuda device, although json is installed: unknown backend cuda more",
+        "warning of JAX: plugin error: no libcupti",
+    ]
 
 
 NEED_THE_CHECKOUT = {"scripts/benchmarks/coco_scale.py", "scripts/benchmarks/device_check.py"}
