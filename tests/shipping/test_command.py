@@ -22,6 +22,7 @@ from retina_jax.config import ConfigError
 from retina_jax.config_io import load_config
 from retina_jax.reports.run_page import _command
 from retina_jax.sweeps.points import base_file, load_sweeps, open_sweep, read_manifest
+from retina_jax.training import opening
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {path.stem for path in (ROOT / "scripts").glob("*.py")}
@@ -126,6 +127,12 @@ def test_an_installed_package_reads_its_own_configs(tmp_path: Path) -> None:
     done = started(code=loading, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(package.parent)})
     assert done.stdout == "sgd\n", done.stderr
     assert done.stderr.endswith(f"reading {package / 'configs' / 'mini_sgd.py'}\n") and done.stderr.count("\n") == 1
+
+
+def test_the_commit_is_that_of_the_checkout_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repository around an installed package is another one."""
+    monkeypatch.setattr(opening, "HOME", opening.PACKAGE)
+    assert opening.code_commit() is None
 
 
 def test_what_an_extra_adds_follows_from_the_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
