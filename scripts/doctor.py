@@ -12,6 +12,7 @@ import retina_jax.interrupts  # noqa: F401  handles signals during the imports b
 
 import argparse
 import importlib
+import logging
 import platform
 import sys
 import textwrap
@@ -21,7 +22,7 @@ from importlib.metadata import PackageNotFoundError
 from retina_jax import installation
 from retina_jax.command import as_typed
 from retina_jax.console import cache_folder, processor
-from retina_jax.errors import ending, one_line, size
+from retina_jax.errors import ending, one_line, reason, size
 
 PURPOSES = {
     "cuda": "NVIDIA GPUs, and compile-for --target gpu:...",
@@ -95,23 +96,32 @@ def caches() -> Iterator[str]:
 
 
 def devices() -> Iterator[str]:
-    """Yields the devices that JAX finds, and why it finds none of a platform whose plugin is installed."""
+    """Yields the devices that JAX finds, its warnings, and why it finds none of a platform whose plugin is installed."""
+    warnings: list[logging.LogRecord] = []
+    logger, handler = logging.getLogger("jax"), logging.Handler(logging.WARNING)
+    handler.emit = warnings.append
+    logger.addHandler(handler)
+    found = []
     try:
         import jax
 
         found = jax.devices()
     except Exception as error:  # whatever a broken installation raises
-        yield one_line(f"none: {type(error).__name__}: {error}")
-        return
+        yield one_line(f"none: {reason(error)}")
+    finally:
+        logger.removeHandler(handler)
     for kind in dict.fromkeys(device.device_kind for device in found):
         yield f"{sum(device.device_kind == kind for device in found)} x {kind}"
-    for name, module in PLUGINS.items():
+    for name, module in PLUGINS.items() if found else ():
         if importlib.util.find_spec(module) is None:
             continue
         try:
             jax.devices(name)
         except RuntimeError as error:
             yield one_line(f"no {name} device, although {module} is installed: {error}")
+    for record in warnings:
+        cause = f": {record.exc_info[1]}" if record.exc_info else ""
+        yield one_line(f"warning of JAX: {record.getMessage()}{cause}")
 
 
 def obstacle() -> str | None:

@@ -1,6 +1,6 @@
 """Pretrains the backbone of the miniature, configs/mini.py, on crops of generated shapes.
 
-These replace ImageNet:
+The crops replace the images of ImageNet.
 
     python scripts/pretrain.py --config configs/mini.py
 

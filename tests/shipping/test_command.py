@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -10,8 +11,10 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import doctor
+import jax
 import pytest
 
 from retina_jax import command, installation
@@ -19,6 +22,7 @@ from retina_jax.config import ConfigError
 from retina_jax.config_io import load_config
 from retina_jax.reports.run_page import _command
 from retina_jax.sweeps.points import base_file, load_sweeps, open_sweep, read_manifest
+from retina_jax.training import opening
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {path.stem for path in (ROOT / "scripts").glob("*.py")}
@@ -125,6 +129,12 @@ def test_an_installed_package_reads_its_own_configs(tmp_path: Path) -> None:
     assert done.stderr.endswith(f"reading {package / 'configs' / 'mini_sgd.py'}\n") and done.stderr.count("\n") == 1
 
 
+def test_the_commit_is_that_of_the_checkout_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repository around an installed package is another one."""
+    monkeypatch.setattr(opening, "HOME", opening.PACKAGE)
+    assert opening.code_commit() is None
+
+
 def test_what_an_extra_adds_follows_from_the_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs = {
         "detector": ["always", 'engine[gpu]; extra == "fast"', 'engine; extra == "plain"', 'absent; extra == "other"'],
@@ -168,6 +178,22 @@ def test_the_doctor_names_missing_and_untested_packages(monkeypatch: pytest.Monk
     first, *others = doctor.packages()
     assert "jax 0.1" in first and "numpy 2.4" in first and "tyro" not in first
     assert others == ["warning: jax 0.1 is outside the tested range <0.13,>=0.10", "missing: tyro"]
+
+
+def test_the_doctor_names_why_a_plugin_finds_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def devices(platform: str = "") -> list[SimpleNamespace]:
+        if platform:
+            raise RuntimeError(f"unknown backend {platform}\nmore")
+        logging.getLogger("jax.plugins").error("plugin error", exc_info=ValueError("no libcupti"))
+        return [SimpleNamespace(device_kind="v5e")] * 2
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setattr(doctor, "PLUGINS", {"cuda": "json", "tpu": "no_such_module"})
+    assert list(doctor.devices()) == [
+        "2 x v5e",
+        "no cuda device, although json is installed: unknown backend cuda more",
+        "warning of JAX: plugin error: no libcupti",
+    ]
 
 
 NEED_THE_CHECKOUT = {"scripts/benchmarks/coco_scale.py", "scripts/benchmarks/device_check.py"}
