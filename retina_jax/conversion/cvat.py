@@ -23,6 +23,7 @@ from retina_jax.conversion.annotated import (
 from retina_jax.data.source import DataError
 
 EDGES = ("xtl", "ytl", "xbr", "ybr")
+SUBSETS = {"train": "Train", "val": "Validation", "test": "Test"}
 WITHOUT_BOX = ("points", "polyline", "cuboid", "skeleton", "tag")
 
 
@@ -91,16 +92,17 @@ def corners_of_shape(shape: Element) -> Corners:
 
 
 def write_cvat(pictures: list[Picture], classes: list[str]) -> Files:
-    """Returns annotations.xml, with the splits as subsets."""
+    """Returns annotations.xml, with the splits as subsets if there are several."""
     root = Element("annotations")
     child(root, "version", "1.1")
     labels = child(child(child(root, "meta"), "task"), "labels")
     for name in classes:
         child(child(labels, "label"), "name", name)
+    alone = {picture.split for picture in pictures} == {"train"}
     for n, picture in enumerate(pictures):
         width, height = picture.size
-        subset = {"train": "Train", "val": "Validation", "test": "Test"}[picture.split]
-        image = child(root, "image", id=n, name=picture.name, subset=subset, width=width, height=height)
+        subset = {} if alone else {"subset": SUBSETS[picture.split]}
+        image = child(root, "image", id=n, name=picture.name, **subset, width=width, height=height)
         for label, corners, _ in picture.boxes:
             edges = dict(zip(EDGES, map(plain, corners), strict=True))
             child(image, "box", label=label, source="manual", occluded=0, **edges, z_order=0)

@@ -155,7 +155,8 @@ def write_label_studio(pictures: list[Picture], classes: list[str]) -> Files:
         ]  # fmt: skip
         data = {"image": f"/data/local-files/?d={quote(picture.name)}"}
         done = {"result": result, "was_cancelled": False, "ground_truth": False}
-        tasks.setdefault(picture.split, []).append({"data": data, "annotations": [done]})
+        listed = tasks.setdefault(picture.split, [])
+        listed.append({"id": len(listed) + 1, "data": data, "annotations": [done]})
     labels = "\n".join(f'    <Label value="{escape(name)}"/>' for name in classes)
     files = {f"{split}.json": msgspec.json.encode(listed) for split, listed in tasks.items()}
     return files | {"label_config.xml": CONFIG.format(labels=labels).encode()}

@@ -31,13 +31,12 @@ EDGES = ("xmin", "ymin", "xmax", "ymax")
 
 def read_voc(root: Path, reading: Reading) -> Annotated:
     """Reads a file, a folder of XML files, or a folder with Annotations and ImageSets/Main, whose lists are the splits."""
-    home = root.parent if root.name == "Annotations" else root
+    home = root.parent if root.is_file() or root.name == "Annotations" else root
     folder = home / "Annotations" if (home / "Annotations").is_dir() else root
     files = [root] if root.is_file() else files_below(folder, ".xml")
     stems = [file.relative_to(folder).with_suffix("").as_posix() if root.is_dir() else file.stem for file in files]
-    found = Annotated(
-        [], [home / "JPEGImages", home / "images", home.parent / "JPEGImages", home.parent / "images", home]
-    )
+    around = [place / name for place in (home, home.parent) for name in ("JPEGImages", "images", ".")]
+    found = Annotated([], around[:-1])
     listed = image_sets(home)
     for file, stem in zip(files, stems, strict=True):
         split = listed.get(stem, "") if listed else split_of(f"{stem}.xml")
