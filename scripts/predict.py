@@ -12,9 +12,10 @@ import retina_jax.interrupts  # noqa: F401  handles signals during the imports b
 # isort: split
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -27,7 +28,7 @@ from retina_jax.data.decoding import read_rgb
 from retina_jax.data.image_paths import image_files
 from retina_jax.data.source import BadImage
 from retina_jax.data.survey import decoding_of_files
-from retina_jax.detector import load_detector
+from retina_jax.detector import Detector, load_detector
 from retina_jax.errors import shortened
 from retina_jax.evaluate import write_picture
 from retina_jax.evaluation.drawing import draw
@@ -96,7 +97,24 @@ def main() -> None:
     if score is None:
         score, chosen = 0.3, "the default; the detector was not evaluated"
     log(f"step {detector.step}; detections with a score of {score:.2f} or more are drawn ({chosen})")
-    data, most = detector.config.data, detector.config.detection.max_detections
+    entries, bad = detect_all(detector, files, arguments.out, score)
+    if not entries:
+        raise BadImage(f"none of the images could be read: {'; '.join(bad)}")
+    write_json(
+        arguments.out / "detections.json",
+        {"detector": arguments.weights or str(arguments.workdir), "step": detector.step, "images": entries},
+    )
+    log(f"{len(entries)} images; boxes in {arguments.out / 'detections.json'}")
+    if bad:
+        raise BadImage(f"{len(bad)} of {len(files)} images could not be read: {'; '.join(bad)}")
+
+
+def detect_all(
+    detector: Detector, files: Mapping[Path, str], out: Path, score: float
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Detects in all files and writes their pictures; warns if detections that would be drawn are left out. Returns the
+    entries of detections.json, and why files could not be read."""
+    data = detector.config.data
     if data.tile:
         side = transforms.resized_size(data.tile, data.tile, data.short_side, data.long_side)[0]
         log(f"images are cut into tiles of {data.tile} px, which are resized to {side} px")
@@ -115,7 +133,7 @@ def main() -> None:
         picture = draw(
             image, found.boxes_xyxy[good], found.labels[good], found.scores[good], class_names=detector.shown_names
         )
-        write_picture(arguments.out / target, picture)
+        write_picture(out / target, picture)
         entries.append(
             {
                 "file": str(file),
@@ -127,20 +145,13 @@ def main() -> None:
                 "category_ids": [detector.category_ids[label] for label in found.labels],
             }
         )
-        log(f"{file}: {int(good.sum())} detections -> {arguments.out / target}")
-    if not entries:
-        raise BadImage(f"none of the images could be read: {'; '.join(bad)}")
-    write_json(
-        arguments.out / "detections.json",
-        {"detector": arguments.weights or str(arguments.workdir), "step": detector.step, "images": entries},
-    )
-    log(f"{len(entries)} images; boxes in {arguments.out / 'detections.json'}")
+        log(f"{file}: {int(good.sum())} detections -> {out / target}")
     if full:
+        most = detector.config.detection.max_detections
         shown = ", ".join(map(shortened, full[:5])) + (", ..." if len(full) > 5 else "")
         found = f"detection.max_detections {most} leaves out detections that would be drawn, in {len(full)} images ({shown})"
         warn(f"{found}; set --detection.max-detections {3 * most}, or --tile")
-    if bad:
-        raise BadImage(f"{len(bad)} of {len(files)} images could not be read: {'; '.join(bad)}")
+    return entries, bad
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def plain_recolour(image: np.ndarray, colours: tuple[float, ...]) -> np.ndarray:
     return (y + np.float32(0.5)).astype(np.uint8) if image.dtype == np.uint8 else y
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=10)
 @given(number, number, number, number, st.integers(0, 99))
 def test_colours_are_brightness_contrast_saturation_and_hue_in_turn(
     b: float, c: float, s: float, h: float, seed: int

@@ -26,7 +26,7 @@ from retina_jax.data.tiles import Tile, boxes_in, cut_off, tiles_of
 side = st.integers(32, 90)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(st.integers(1, 400), st.integers(1, 400), side, st.floats(0, 0.9))
 def test_tiles_cover_the_image_and_overlap_enough(height: int, width: int, size: int, overlap: float) -> None:
     tiles = tiles_of(3, height, width, size, overlap)
