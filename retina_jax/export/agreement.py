@@ -9,10 +9,10 @@ import os
 import statistics
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -36,6 +36,7 @@ RENEW = "scripts/export.py"
 MOST_SHAPES = 4  # number of padded shapes up to which each one is tried; each takes time to compile
 
 Images = list[UInt8[np.ndarray, "_ _ 3"]]
+Detect = Callable[[Images], Sequence[Found]]
 
 
 class ExportError(PlainError, RuntimeError):
@@ -96,7 +97,7 @@ def _write_programs(path: Path, detector: Detector, about: dict[str, Any], image
     log(f"detecting with both detectors in {len(images)} images ...")
     exported = load(str(path))
     made = for_other_shapes(exported, images)
-    text = check(detector, exported, images, made, PROGRAMS)
+    text = check(detector, exported.detect, images, made, PROGRAMS)
     shapes = len(exported.about["canvases"])
     untried = shapes - len(_shapes_of(exported, [*images, *made]))
     return f"{text}\n{untried} of {shapes} padded shapes were not tried" if untried else text
@@ -113,7 +114,7 @@ def _write_onnx(path: Path, detector: Detector, about: dict[str, Any], images: I
     log(f"detecting with both detectors in {len(images)} images ...")
     # Also the other orientation and another size, for which other branches of the graph may be taken.
     made = [image for image in (images[0].swapaxes(0, 1), images[0][:-1, :-3]) if image.size]
-    return check(detector, onnx_file.OnnxDetector(str(path)), images, made, ONNX)
+    return check(detector, onnx_file.OnnxDetector(str(path)).detect, images, made, ONNX)
 
 
 def write_file(path: Path, detector: Detector, about: dict[str, Any]) -> None:
@@ -154,19 +155,13 @@ class Comparison(NamedTuple):
         return f"{self.images} images, {self.detections} detections: {result}"
 
 
-class Exported(Protocol):
-    """Detector in a file."""
-
-    def detect(self, images: Images) -> Sequence[Found]: ...
-
-
-def check(original: Detector, exported: Exported, images: Images, made: Images, tolerance: Tolerance) -> str:
+def check(original: Detector, detect: Detect, images: Images, made: Images, tolerance: Tolerance) -> str:
     """Returns how the detections of both differ, and how fast both are; ExportError if they differ or if there are none.
-    `made` are images made from the first one of `images`, which alone are timed."""
+    `detect` is the exported detector's; `made` are images made from the first one of `images`, which alone are timed."""
     tried, rule = [*images, *made], original.config.detection
     threshold = rule.score_threshold if rule.threshold_coarsest else 0.0
     expected = [original.detect([image])[0] for image in tried]
-    compared = compare(expected, exported.detect(tried), tried, threshold, rule.max_detections, tolerance)
+    compared = compare(expected, detect(tried), tried, threshold, rule.max_detections, tolerance)
     if compared.unmatched:
         raise ExportError(f"the exported detector gives other detections than the original and is not kept: {compared}")
     if compared.detections == 0:
@@ -176,9 +171,9 @@ def check(original: Detector, exported: Exported, images: Images, made: Images, 
     taken: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
     for turn in range(max(10, len(images))):
         # In turn, because the machine's speed may change.
-        for detector, seconds in zip((original, exported), taken, strict=True):
+        for run, seconds in zip((original.detect, detect), taken, strict=True):
             start = time.perf_counter(), time.process_time()
-            detector.detect([images[turn % len(images)]])
+            run([images[turn % len(images)]])
             seconds.append((time.perf_counter() - start[0], time.process_time() - start[1]))
     before, after = (
         "{:.1f} ms ({:.1f} ms of CPU time)".format(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-Value = str | int | float | Sequence[int] | np.ndarray
+Value = str | int | float | Sequence[int] | np.ndarray | np.generic
 """Input of a node: the name of another node's output, or a constant. Python's numbers become int64 or float32."""
 
 
@@ -46,8 +46,8 @@ class Graph:
         """Converts numbers to a numpy type; positive ones are truncated to integers."""
         return self("Cast", value, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
-    def item(self, vector: Value, index: int) -> str:
-        """Returns element `index` of a vector, as a scalar."""
+    def item(self, vector: Value, index: int | str) -> str:
+        """Returns element `index` of a vector, or of the first axis of an array."""
         return self("Gather", vector, index, axis=0)
 
     def clip(self, value: Value, low: Value, high: Value) -> str:
