@@ -100,8 +100,8 @@ class Network:
         return self._group_norm(norm, y) if norm and not known else y
 
     def _group_norm(self, name: str, x: str) -> str:
-        """Adds a GroupNorm, with the sums of `layers.group_moments`. Those of ONNX Runtime's InstanceNormalization are wrong by
-        3e-5 where a map is mostly padding."""
+        """Adds a GroupNorm, with the sums of `layers.group_moments`. Those of ONNX Runtime's InstanceNormalization have an
+        error of up to 4e-5 where a map is mostly padding."""
         scale, bias = (self.weights[f"{name}/{key}"] for key in ("scale", "bias"))
         graph, groups = self.graph, largest_divisor(len(scale), self.config.norm_groups)
         mean, square = (

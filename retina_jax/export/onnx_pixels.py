@@ -2,6 +2,9 @@
 
 The resizes are those of `data.transforms`: the same operations in the same order, so that on a CPU every uint8 pixel is
 equal (tested). ONNX's own Resize rounds in other places. Sizes are computed in float64, as in Python.
+
+Pillow is x first, then y. Pillow 13 itself takes y first in some images, mostly reduced ones of more than twice the height
+than width; there pixels differ by one grey level.
 """
 
 from __future__ import annotations
