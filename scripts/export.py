@@ -1,7 +1,8 @@
 """Exports a detector to one file: scripts/export.py (--workdir RUN | --weights KIND:FILE) --out FILE
 
-The format stablehlo contains programs of jax.export for CPU, CUDA and TPU, from uint8 pixels to boxes, and the parameters.
-retina_jax/export/loader.py reads the file with jax, numpy and flatbuffers; docs/export.md shows how.
+Both formats contain everything from uint8 pixels to boxes, and the parameters. stablehlo: programs of jax.export for CPU,
+CUDA and TPU, which retina_jax/export/loader.py reads with jax, numpy and flatbuffers. onnx: a graph for ONNX Runtime and
+other runtimes. docs/export.md shows how to use them.
 
 The new file is loaded again and compared with the original detector on real images. If the detections differ by more than
 rounding, no file is written and the exit status is 2.
@@ -32,7 +33,6 @@ from retina_jax.training.checkpoints import Step
 
 REFUSED = {
     "savedmodel": "TensorFlow 2.21, the newest release, cannot read the files of jax 0.10.2",
-    "onnx": "jax2onnx 0.17.1 converts neither convolutions chosen by platform nor NMS",
 }
 
 
@@ -46,8 +46,9 @@ class Arguments:
     """Folder of the run whose detector is exported."""
     weights: str = ""
     """KIND:FILE or KIND:NAME of a detector of another library; KIND is torchvision, detectron2 or detectron."""
-    format: Literal["stablehlo", "savedmodel", "onnx"] = "stablehlo"
-    """Format of the file; savedmodel and onnx are refused, because no converter works yet (docs/export.md)."""
+    format: Literal["auto", "stablehlo", "savedmodel", "onnx"] = "auto"
+    """Format of the file; auto: onnx if its name ends in .onnx, otherwise stablehlo. savedmodel is refused, because no
+    converter works yet (docs/export.md)."""
     step: Step = None
     """Saved step, best (the step with the highest AP) or newest; default: the best, or the newest if none was evaluated."""
     short_side: int | None = None
@@ -59,6 +60,8 @@ class Arguments:
     none."""
     count: int = 16
     """Number of images to compare on: the first ones."""
+    licence: str = ""
+    """Licence of the detector, such as Apache-2.0, for the model card in the file; empty: not stated."""
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     """Inference settings; default: the detector's own. Test-time augmentation cannot be exported."""
 
@@ -89,7 +92,8 @@ def main() -> None:
     log(f"images for the comparison: {description}")
     step = ["--step", str(detector.step)] if arguments.workdir and arguments.step is None else []
     renew = shlex.join(["scripts/export.py", *sys.argv[1:], *step])  # the best step may be another one by then
-    log(export_detector(detector, arguments.out, source, images, renew))
+    onnx = arguments.format == "onnx" or (arguments.format == "auto" and arguments.out.suffix == ".onnx")
+    log(export_detector(detector, arguments.out, source, images, renew, arguments.licence, onnx))
     log(f"{arguments.out}: {arguments.out.stat().st_size / 2**20:.1f} MiB, step {detector.step}")
 
 

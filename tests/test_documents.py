@@ -31,6 +31,9 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted
 PYTHON = ".venv/bin/python"
 CHECKED_ELSEWHERE = {
     ("README.md", "runs/mine/config.json"): "a listing of a run's folder, not a command",
+    ("docs/export.md", "import json"): "programs for ONNX: tests/shipping/test_onnx.py runs them",
+    ("docs/export.md", 'name: "detector"'): "a file of Triton: tests/shipping/test_onnx.py reads it",
+    ("docs/export.md", "docker run"): "a command of Docker: tests/shipping/test_onnx.py reads it",
     ("docs/extending.md", "--- a/retina_jax/config.py"): "diffs: tests/test_extending.py applies them",
     ("docs/extending.md", '"""poly.py: is Poly-1'): "a sweep: tests/test_extending.py lists and trains it",
     ("docs/results/check_data.md", "train: 205 images"): "output of the command above",

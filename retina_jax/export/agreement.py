@@ -9,11 +9,11 @@ import os
 import statistics
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,28 +30,51 @@ from retina_jax.data.source import DataError
 from retina_jax.data.survey import decoding_of_files
 from retina_jax.detector import Detector, ImageDetections, versions
 from retina_jax.errors import PlainError, reason
-from retina_jax.export.loader import FORMAT, PILLOW_FORMAT, STRETCH_FORMAT, ExportedDetector, Found, load
+from retina_jax.export.card import CARD, card, facts
+from retina_jax.export.loader import FORMAT, PILLOW_FORMAT, RENEW_DAYS, STRETCH_FORMAT, ExportedDetector, Found, load
 from retina_jax.export.programs import PLATFORMS, padded_shapes, programs
-from retina_jax.training.opening import code_commit, package_versions
 
-BOX_TOLERANCE = 1e-4  # of a side of a box, as a share of the longer side of its image: 0.06 pixels of 640
-SCORE_TOLERANCE = 1e-3  # maximum difference of a score
 RENEW = "scripts/export.py"
 MOST_SHAPES = 4  # number of padded shapes up to which each one is tried; each takes time to compile
 
 Images = list[UInt8[np.ndarray, "_ _ 3"]]
+Detect = Callable[[Images], Sequence[Found]]
 
 
 class ExportError(PlainError, RuntimeError):
     """Detector that cannot be exported; the message is one line with the reason."""
 
 
-def export_detector(detector: Detector, path: Path, source: str, images: Images, renew: str = RENEW) -> str:
+class Tolerance(NamedTuple):
+    """Largest differences of two detections that count as equal."""
+
+    score: float
+    pixels: float = 0.0  # of a side of a box
+    share: float = 0.0  # of a side of a box, as a share of the longer side of its image
+
+    def of(self, image: UInt8[np.ndarray, "_ _ 3"]) -> float:
+        """Returns the tolerance of a side of a box, pixels."""
+        return self.pixels + self.share * max(image.shape[:2])
+
+
+PROGRAMS, ONNX = Tolerance(score=1e-3, share=1e-4), Tolerance(score=1e-5, pixels=0.01)
+"""Of the two formats. 1e-4 are 0.06 pixels of 640."""
+
+
+def export_detector(
+    detector: Detector,
+    path: Path,
+    source: str,
+    images: Images,
+    renew: str = RENEW,
+    licence: str = "",
+    onnx: bool = False,
+) -> str:
     """Writes the file, loads it, and keeps it if both give the same detections in `images`; returns the text of `check`.
     `renew` is the command that writes it again, which the loader names before the file expires.
 
-    Raises ExportError if they differ, if the file cannot be written, or if the detector uses test-time augmentation, which
-    cannot be exported. Then an older file at `path` stays as it was.
+    Raises ExportError if they differ, if the file cannot be written, if the detector uses test-time augmentation, which
+    cannot be exported, or if a package is missing. Then an older file at `path` stays as it was.
     """
     if versions(detector.config) > 1:
         options = "--detection.no-tta-flip --detection.tta-short-sides"
@@ -61,12 +84,10 @@ def export_detector(detector: Detector, path: Path, source: str, images: Images,
         config = override(detector.config, {"data.tile": 0})
         detector = replace(detector, driver=replace(detector.driver, config=config))
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write = _write_onnx if onnx else _write_programs
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        log(f"exporting the programs for {len(padded_shapes(detector.config.data))} padded shapes ...")
-        write_file(temporary, detector, source, renew)
-        log(f"detecting with both detectors in {len(images)} images ...")
-        text = check(detector, load(str(temporary)), images)
+        text = write(temporary, detector, facts(detector, source, renew, licence), images)
         temporary.replace(path)
     except OSError as error:
         raise ExportError(f"--out {path}: cannot be written: {reason(error)}") from None
@@ -76,32 +97,47 @@ def export_detector(detector: Detector, path: Path, source: str, images: Images,
     return text
 
 
-def write_file(path: Path, detector: Detector, source: str, renew: str = RENEW) -> None:
-    """Writes `detector`, which was loaded from `source`, for loader.py."""
-    data, detection = detector.config.data, detector.config.detection
+def _write_programs(path: Path, detector: Detector, about: dict[str, Any], images: Images) -> str:
+    log(f"exporting the programs for {len(padded_shapes(detector.config.data))} padded shapes ...")
+    write_file(path, detector, about)
+    log(f"detecting with both detectors in {len(images)} images ...")
+    exported = load(str(path))
+    made = for_other_shapes(exported, images)
+    text = check(detector, exported.detect, images, made, PROGRAMS)
+    shapes = len(exported.about["canvases"])
+    untried = shapes - len(_shapes_of(exported, [*images, *made]))
+    return f"{text}\n{untried} of {shapes} padded shapes were not tried" if untried else text
+
+
+def _write_onnx(path: Path, detector: Detector, about: dict[str, Any], images: Images) -> str:
+    try:
+        from retina_jax.export import onnx_file  # only this format needs these packages
+    except ModuleNotFoundError as error:
+        raise ExportError(f"--format onnx: needs the package {error.name}; pip install retina-jax[onnx]") from None
+    detector = onnx_file.in_float32(detector)
+    log("writing the graph ...")
+    onnx_file.write_model(path, detector, about, card(about))
+    log(f"detecting with both detectors in {len(images)} images ...")
+    # Also the other orientation and another size, for which other branches of the graph may be taken.
+    made = [image for image in (images[0].swapaxes(0, 1), images[0][:-1, :-3]) if image.size]
+    return check(detector, onnx_file.OnnxDetector(str(path)).detect, images, made, ONNX)
+
+
+def write_file(path: Path, detector: Detector, about: dict[str, Any]) -> None:
+    """Writes `detector` and the facts about it for loader.py, with a model card."""
+    data = detector.config.data
     about = {
         "format": _format_of(data),
-        "source": source,
-        "step": detector.step,
-        "class_names": list(detector.shown_names),
-        "category_ids": list(detector.category_ids),
-        **{
-            k: getattr(data, k) for k in ("short_side", "long_side", "size_rounding", "resize", "resize_rule", "pixels")
-        },
-        "bits": None if data.bits == "auto" else data.bits,
+        **about,
         "canvases": padded_shapes(data),
-        **{k: getattr(detection, k) for k in ("max_detections", "score_threshold")},
-        "f1_threshold": detector.f1_threshold,
         "platforms": PLATFORMS,
-        "commit": code_commit(),
-        "versions": package_versions(),
-        "exported": date.today().isoformat(),
-        "renew": renew,
+        "renew_before": (date.fromisoformat(about["exported"]) + timedelta(days=RENEW_DAYS)).isoformat(),
     }
     arrays = io.BytesIO()
     # Numbered in the order of the programs' first argument.
     np.savez(arrays, **{f"{i:04d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(detector.variables))})
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr(CARD, card(about))
         file.writestr("about.json", json.dumps(about, indent=1))
         file.writestr("parameters.npz", arrays.getbuffer(), zipfile.ZIP_STORED)
         for name, program in programs(detector):
@@ -132,30 +168,32 @@ class Comparison(NamedTuple):
         return f"{self.images} images, {self.detections} detections: {result}"
 
 
-def check(original: Detector, exported: ExportedDetector, images: Images) -> str:
-    """Returns how the detections of both differ, and how fast both are; ExportError if they differ or if there are none."""
-    made, rule = for_other_shapes(exported, images), original.config.detection
-    tried = [*images, *made]
+def check(original: Detector, detect: Detect, images: Images, made: Images, tolerance: Tolerance) -> str:
+    """Returns how the detections of both differ, and how fast both are; ExportError if they differ or if there are none.
+    `detect` is the exported detector's; `made` are images made from the first one of `images`, which alone are timed."""
+    tried, rule = [*images, *made], original.config.detection
     threshold = rule.score_threshold if rule.threshold_coarsest else 0.0
-    found, expected = ([detector.detect([image])[0] for image in tried] for detector in (exported, original))
-    compared = compare(expected, found, tried, threshold, rule.max_detections)
+    expected = [original.detect([image])[0] for image in tried]
+    compared = compare(expected, detect(tried), tried, threshold, rule.max_detections, tolerance)
     if compared.unmatched:
         raise ExportError(f"the exported detector gives other detections than the original and is not kept: {compared}")
     if compared.detections == 0:
         found = f"the detector found nothing in {len(tried)} images, so nothing was compared"
         raise ExportError(f"{found}; give other images with --images")
-    text = f"{compared}" + (f"; {len(made)} images were made from the first, for other padded shapes" if made else "")
-    shapes = len(exported.about["canvases"])
-    if untried := shapes - len(_shapes_of(exported, tried)):
-        text += f"; {untried} of {shapes} padded shapes were not tried"
-    taken: tuple[list[float], list[float]] = ([], [])
+    text = f"{compared}" + (f"; {len(made)} images were made from the first" if made else "")
+    taken: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
     for turn in range(max(10, len(images))):
         # In turn, because the machine's speed may change.
-        for detector, seconds in zip((original, exported), taken, strict=True):
-            start = time.perf_counter()
-            detector.detect([images[turn % len(images)]])
-            seconds.append(1e3 * (time.perf_counter() - start))
-    before, after = (f"{statistics.median(seconds):.1f} ms" for seconds in taken)
+        for run, seconds in zip((original.detect, detect), taken, strict=True):
+            start = time.perf_counter(), time.process_time()
+            run([images[turn % len(images)]])
+            seconds.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    before, after = (
+        "{:.1f} ms ({:.1f} ms of CPU time)".format(
+            *(1e3 * statistics.median(column) for column in zip(*s, strict=True))
+        )
+        for s in taken
+    )
     return f"{text}\nmedian time per image: {before} original, {after} exported ({jax.devices()[0].device_kind})"
 
 
@@ -174,19 +212,25 @@ def for_other_shapes(exported: ExportedDetector, images: Images) -> Images:
 
 
 def compare(
-    original: Sequence[ImageDetections], exported: Sequence[Found], images: Images, threshold: float, most: int
+    original: Sequence[ImageDetections],
+    exported: Sequence[Found],
+    images: Images,
+    threshold: float,
+    most: int,
+    tolerance: Tolerance,
 ) -> Comparison:
     """Matches the detections of each image one to one: same label, box and score within their tolerances.
 
-    A detection without a match is not counted if its score is within SCORE_TOLERANCE of the limit below which the other
+    A detection without a match is not counted if its score is within the tolerance of the limit below which the other
     detector drops it: the threshold, or its last score if it has `most` of them.
     """
     unmatched, box_difference, score_difference = 0, 0.0, 0.0
     for one, other, image in zip(original, exported, images, strict=True):
-        tolerance = BOX_TOLERANCE * max(image.shape[:2])
         boxes = np.abs(one.boxes_xyxy[:, None] - other.boxes_xyxy[None]).max(axis=2, initial=0.0)
         scores = np.abs(one.scores[:, None] - other.scores[None])
-        fits = (boxes <= tolerance) & (scores <= SCORE_TOLERANCE) & (one.labels[:, None] == other.labels[None])
+        fits = (
+            (boxes <= tolerance.of(image)) & (scores <= tolerance.score) & (one.labels[:, None] == other.labels[None])
+        )
         alone, free = np.ones(len(one.labels), bool), np.ones(len(other.labels), bool)
         for i in range(len(one.labels)):
             if (candidates := np.flatnonzero(fits[i] & free)).size:
@@ -196,7 +240,7 @@ def compare(
                 score_difference = max(score_difference, float(scores[i, nearest]))
         for mine, left, others in ((one.scores, alone, other.scores), (other.scores, free, one.scores)):
             limit = others.min() if len(others) >= most else threshold
-            unmatched += int((mine[left] > limit + SCORE_TOLERANCE).sum())
+            unmatched += int((mine[left] > limit + tolerance.score).sum())
     detections = sum(len(one.labels) for one in original)
     return Comparison(len(images), detections, unmatched, box_difference, score_difference)
 

@@ -55,18 +55,26 @@ def anchor_grid(padded_hw: tuple[int, int], anchors: AnchorConfig, model: ModelC
     """
     grids = []
     for level, (rows, columns) in zip(levels(model), level_sizes(padded_hw, model), strict=True):
-        stride = step_y = step_x = 2**level
-        cell, offset = STYLES[anchors.style](stride, anchors), 0.5 * stride
+        step_y = step_x = 2**level
+        cell, offset = cell_and_offset(level, anchors)
         if anchors.style == "torchvision":
-            offset, step_y, step_x = 0.0, padded_hw[0] // rows, padded_hw[1] // columns
-        elif anchors.style == "detectron2":
-            offset, cell = 0.0, cell.astype(np.float32)  # float32 before the sum: the last bit depends on it
+            step_y, step_x = padded_hw[0] // rows, padded_hw[1] // columns
         y, x = np.meshgrid(np.arange(rows) * step_y + offset, np.arange(columns) * step_x + offset, indexing="ij")
         centres = np.stack([x, y, x, y], axis=-1)
         grids.append((centres[:, :, None, :] + cell[None, None, :, :]).reshape(-1, 4))
     grid = np.concatenate(grids).astype(np.float32)
     grid.setflags(write=False)  # it is cached
     return grid
+
+
+def cell_and_offset(
+    level: int, anchors: AnchorConfig
+) -> tuple[Float64[np.ndarray, "a 4"] | Float32[np.ndarray, "a 4"], float]:
+    """Returns the anchors of a cell around (0, 0), and the x and y of the first cell's centre."""
+    cell = STYLES[anchors.style](2**level, anchors)
+    if anchors.style == "detectron2":
+        return cell.astype(np.float32), 0.0  # float32 before the sum: the last bit depends on it
+    return cell, 0.0 if anchors.style == "torchvision" else 0.5 * 2**level
 
 
 def _paper_cell(stride: int, anchors: AnchorConfig) -> Float64[np.ndarray, "a 4"]:

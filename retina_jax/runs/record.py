@@ -120,12 +120,18 @@ def is_score(value: object) -> bool:
     return value is None or (type(value) in (int, float) and 0 <= value <= 1)
 
 
+def saved_scores(folder: Path, step: int) -> dict[str, Any]:
+    """Returns the evaluation of a step with the run's own settings; {} if it was not evaluated, or the file is damaged."""
+    try:
+        scores = finite_json((folder / "evaluation" / f"step_{step:08d}.json").read_bytes())
+    except DAMAGED:
+        return {}
+    return scores if isinstance(scores, dict) else {}
+
+
 def f1_threshold(folder: Path, step: int) -> float | None:
     """Returns the score with the highest F1 in the evaluation of a step; None if there is no such number."""
-    try:
-        value = finite_json((folder / "evaluation" / f"step_{step:08d}.json").read_bytes())["f1_threshold"]
-    except DAMAGED:  # not evaluated, or by an earlier version
-        return None
+    value = saved_scores(folder, step).get("f1_threshold")  # evaluations of earlier versions lack it
     return value if isinstance(value, float) and 0 <= value <= 1 else None
 
 

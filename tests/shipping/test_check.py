@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from retina_jax.detector import ImageDetections
-from retina_jax.export.agreement import Comparison, compare
+from retina_jax.export.agreement import PROGRAMS, Comparison, compare
 from retina_jax.export.loader import Found
 
 IMAGE = np.zeros((50, 100, 3), np.uint8)
@@ -22,7 +22,7 @@ def compared(
     exported = Found(
         np.array(boxes, np.float32).reshape(-1, 4), np.array(scores, np.float32), np.array(labels, np.int32)
     )
-    return compare([live], [exported], [IMAGE], threshold, most)
+    return compare([live], [exported], [IMAGE], threshold, most, PROGRAMS)
 
 
 def test_equal_detections_agree() -> None:
