@@ -1,11 +1,13 @@
 """Writes the report on a run or on sweeps: python scripts/report.py --workdir DIR [--out FILE_WITHOUT_SUFFIX]
 
-For a single run (DIR/config.json) it writes DIR/report.html: settings, learning curves, COCO scores, classes, kinds of
-error, best and worst images. Images and ground truth are those of the run's evaluation: run this script in the
-folder in which training was started. For a folder of sweeps it compares their results with the paper's tables and
-writes DIR/report.md (its charts as SVG files) and DIR/report.html, from the manifests in DIR/sweeps/ and the runs they
-name. Each page is a single file. Runs may be unfinished. With --watch the page of a run is written again whenever there
-is something new, and an open page reloads itself, until the run is finished or Ctrl-C; the run may start later.
+For a single run (DIR/config.json) it writes DIR/report.html: AP, learning curves, precision over recall, confused
+classes, worst images, kinds of error, COCO scores, settings. Images and ground truth are those of the run's evaluation:
+run this script in the folder in which training was started. With --watch the page is written again whenever there is
+something new, and an open page reloads itself, until the run is finished or Ctrl-C; the run may start later.
+
+For a folder of sweeps it compares their results with the paper's tables and writes DIR/report.md (its charts as SVG
+files) and DIR/report.html, from the manifests in DIR/sweeps/ and the runs they name. Each page is a single file. Runs
+may be unfinished.
 """
 
 from __future__ import annotations
