@@ -102,10 +102,12 @@ def _decoded(graph: Graph, deltas: str, anchors: str) -> str:
 
 
 def _suppressed(graph: Graph, boxes: str, scores: str, labels: str, num_classes: int, rule: DetectionConfig) -> str:
-    """Adds NonMaxSuppression by class; returns the scores [B, N] of the boxes that it keeps, and ABSENT for the others."""
-    classes = np.arange(num_classes)[:, None]
-    of_class = graph("Equal", graph("Unsqueeze", labels, [1]), classes)
-    of_class = graph("Where", of_class, graph("Unsqueeze", scores, [1]), ABSENT)
+    """Adds NonMaxSuppression by class, or of all classes together with class_agnostic_nms. Returns the scores [B, N] of the
+    boxes that it keeps, and ABSENT for the others."""
+    of_class = graph("Unsqueeze", scores, [1])
+    if not rule.class_agnostic_nms:
+        its_own = graph("Equal", graph("Unsqueeze", labels, [1]), np.arange(num_classes)[:, None])
+        of_class = graph("Where", its_own, of_class, ABSENT)
     # Its corners may be in any order of x and y. No class can give more than max_detections of the final boxes.
     limits = [rule.max_detections], np.array([rule.nms_iou], np.float32), np.array([0], np.float32)
     selected = graph("NonMaxSuppression", boxes, of_class, *limits)

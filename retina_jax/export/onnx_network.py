@@ -33,8 +33,8 @@ class Network:
         order of the network's input channels in the RGB image x [B, 3, H, W]."""
         kernel = "backbone/stem/conv/kernel"
         self.weights[kernel] = self.weights[kernel][:, :, np.argsort(channels)]
-        pyramid = self._pyramid(self._backbone(x))
-        return [(self._head("class_head", level), self._head("box_head", level)) for level in pyramid]
+        pyramid = enumerate(self._pyramid(self._backbone(x)), start=self.config.min_level)
+        return [(self._head("class_head", x, level), self._head("box_head", x, level)) for level, x in pyramid]
 
     def _backbone(self, x: str) -> list[str]:
         config = self.config
@@ -75,23 +75,24 @@ class Network:
         rule = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor", "mode": "nearest"}
         return self.graph("Resize", x, "", np.array([1, 1, 2, 2], np.float32), **rule)
 
-    def _head(self, name: str, x: str) -> str:
+    def _head(self, name: str, x: str, level: int) -> str:
+        of_level = f"_p{level}" if self.config.head_norm == "batch" else ""
         for i in range(1, self.config.head_convs + 1):
-            norm = "" if self.config.head_norm == "none" else f"{name}/norm{i}"
-            x = self._relu(self._conv(f"{name}/conv{i}", x, norm=norm))
+            norm = "" if self.config.head_norm == "none" else f"{name}/norm{i}{of_level}"
+            x = self._relu(self._conv(f"{name}/conv{i}", x, norm=norm, of_level=of_level))
         return self._conv(f"{name}/output", x)
 
     def _relu(self, x: str) -> str:
         return self.graph("Relu", x)
 
-    def _conv(self, name: str, x: str, stride: int = 1, groups: int = 1, norm: str = "") -> str:
-        """Adds a convolution with its bias, or with the norm that follows it."""
+    def _conv(self, name: str, x: str, stride: int = 1, groups: int = 1, norm: str = "", of_level: str = "") -> str:
+        """Adds a convolution with its bias, or with the norm that follows it, whose name may end in its level."""
         kernel, bias = self.weights[f"{name}/kernel"], self.weights.get(f"{name}/bias")
         of_norm = {key: self.weights.get(f"{norm}/{key}") for key in ("scale", "bias", "mean", "var")}
         if known := of_norm["var"] is not None:
             gain = of_norm["scale"] / np.sqrt(of_norm["var"] + np.float32(EPSILON))
             kernel, bias = kernel * gain, of_norm["bias"] - of_norm["mean"] * gain
-        inputs = [self.graph.constant(kernel.transpose(3, 2, 0, 1), f"{name}/kernel")]
+        inputs = [self.graph.constant(kernel.transpose(3, 2, 0, 1), f"{name}{of_level}/kernel")]
         if bias is not None:
             inputs.append(self.graph.constant(bias, f"{norm if known else name}/bias"))
         size = len(kernel)

@@ -49,6 +49,8 @@ def prepare(graph: Graph, images: str, data: DataConfig, normalisation: str) -> 
 
 def _resized_size(graph: Graph, size: str, data: DataConfig) -> str:
     """Adds `transforms.resized_size`."""
+    if data.resize_rule == "stretch":
+        return graph.constant([data.short_side, data.short_side])
     short, long = (
         graph("Div", np.float64(side), graph.cast(graph(reduce, size, keepdims=0), np.float64))
         for side, reduce in ((data.short_side, "ReduceMin"), (data.long_side, "ReduceMax"))

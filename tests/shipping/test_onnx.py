@@ -96,6 +96,19 @@ def test_sizes_and_padded_shapes_are_those_of_evaluation(rounding: str, count: i
             assert tuple(padded) == padded_batch([image], data, 1).images.shape[1:3]
 
 
+def test_stretched_images_are_those_of_evaluation() -> None:
+    data = DataConfig(short_side=33, long_side=33, resize_rule="stretch", buckets=1)
+    image, graph = np.random.default_rng(0).integers(0, 256, (20, 51, 3), np.uint8), Graph()
+    prepared = onnx_pixels.prepare(graph, "images", data, "detectron")
+    run = session(graph, {"pixels": prepared.images, "size": prepared.resized_hw}, images=np.uint8)
+    pixels, size = run(None, {"images": image[None]})
+    batch = padded_batch([image], data, 1)
+    assert tuple(size) == tuple(batch.image_sizes[0]) == (33, 33)
+    mean = np.array(onnx_pixels.STATISTICS["detectron"][1][::-1], np.float32)
+    expected = np.asarray(batch.images[0, :33, :33], np.float32) - mean
+    np.testing.assert_allclose(pixels[0, :, :33, :33].transpose(1, 2, 0), expected, rtol=0, atol=1e-4)
+
+
 NETWORKS = {
     "resnet50": {
         "model.backbone": "resnet50", "model.norm": "frozen", "model.max_level": 7, "model.input_normalisation": "imagenet",
@@ -105,7 +118,8 @@ NETWORKS = {
         "model.stride_position": "3x3", "model.max_level": 8, "model.base_width": 16, "model.head_norm": "group",
     },
     "resnet34": {
-        "model.backbone": "resnet34", "model.stage_blocks": (1, 2, 1, 1), "model.min_level": 2, "model.head_convs": 0,
+        "model.backbone": "resnet34", "model.stage_blocks": (1, 2, 1, 1), "model.min_level": 2, "model.head_norm": "batch",
+        "model.norm": "frozen_statistics",
     },
 }  # fmt: skip
 
@@ -138,13 +152,17 @@ def test_outputs_are_those_of_the_network(name: str) -> None:
             np.testing.assert_allclose(mine, live, rtol=0, atol=1e-5 * np.abs(live).max())
 
 
-@pytest.mark.parametrize(("clip", "style"), [("before_nms", "torchvision"), ("after_nms", "detectron")])
-def test_equal_scores_keep_the_order_of_the_detector(clip: str, style: str) -> None:
+@pytest.mark.parametrize(
+    ("clip", "style", "agnostic"),
+    [("before_nms", "torchvision", False), ("after_nms", "detectron", False), ("before_nms", "detectron", True)],
+)
+def test_equal_scores_keep_the_order_of_the_detector(clip: str, style: str, agnostic: bool) -> None:
     """Logits take six values, so TopK, NMS and the final choice meet ties in every class and level, and at the
     threshold."""
     rule = DetectionConfig(
-        clip=clip, top_k=50, max_detections=30, score_threshold=0.5, threshold_coarsest=clip == "before_nms"
-    )
+        clip=clip, top_k=50, max_detections=30, score_threshold=0.5, threshold_coarsest=clip == "before_nms",
+        class_agnostic_nms=agnostic,
+    )  # fmt: skip
     config = override(GROUP, {"anchors.style": style, "model.max_level": 6})
     config = Config(data=config.data, model=config.model, anchors=config.anchors, detection=rule)
     padded, resized, classes, images = (64, 96), (60, 91), 3, 2
