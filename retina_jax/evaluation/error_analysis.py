@@ -173,7 +173,7 @@ def confusions(errors: Errors, score: float) -> dict[tuple[int, int], int]:
     classes, detected = errors.ground_truth.categories, errors.found.categories
     of_objects = np.concatenate([classes[objects], np.full(wrong.sum(), NOTHING), classes[missed]])
     of_found = np.concatenate([detected[on_object], detected[wrong], np.full(missed.sum(), NOTHING)])
-    width = 2 + max(of_objects.max(initial=NOTHING), of_found.max(initial=NOTHING))
+    width = 2 + int(max(of_objects.max(initial=NOTHING), of_found.max(initial=NOTHING)))
     pairs, counts = np.unique((of_objects + 1) * width + of_found + 1, return_counts=True)
     return {(pair // width - 1, pair % width - 1): n for pair, n in zip(pairs.tolist(), counts.tolist(), strict=True)}
 
@@ -194,7 +194,7 @@ class Counts(NamedTuple):
 
 def operating_point(errors: Errors) -> OperatingPoint | None:
     """Returns `best_f1` of the detections that count."""
-    counted = errors.of_found != LEFT_OUT
+    counted = errors.by_score[errors.of_found[errors.by_score] != LEFT_OUT]  # `best_f1` sorts sorted scores at once
     right, objects = errors.of_found[counted] == RIGHT, int((errors.of_objects != LEFT_OUT).sum())
     return best_f1(errors.found.scores[counted], right, objects)
 

@@ -146,7 +146,7 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
         (
             "images/s",
             f"{median(speeds):.1f}" if speeds else "–",
-            f"{median(waits):.0f} % of the time waiting for data" if waits else "",
+            f"{median(waits):.0f} % of the time waiting for data" if waits else "not measured yet",
         ),
         ("device", kind, "" if kind != "–" else "not recorded"),
     ]
