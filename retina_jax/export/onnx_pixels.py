@@ -157,5 +157,6 @@ def _triangle(graph: Graph, size: str, resized: str, dtype: type) -> tuple[str, 
     distance = graph("Abs", graph("Mul", distance, graph("Div", dtype(1), reach)))
     weights = graph("Sub", dtype(1), graph("Min", distance, dtype(1)))
     weights = graph("Where", graph("LessOrEqual", index, end), weights, dtype(0))
-    share = graph("Div", dtype(1), graph("ReduceSum", weights, [0], keepdims=0))
+    # In order, as TensorFlow: ReduceSum may add in another one, and the last bit decides halves.
+    share = graph("Div", dtype(1), graph.item(graph("CumSum", weights, 0), -1))
     return graph("Min", index, last), graph("Mul", weights, share)
