@@ -27,7 +27,8 @@ from retina_jax.training.step import Inputs
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for path in (ROOT / "configs").glob("*.py") if "Published:" in path.read_text())
 SMALL = {
-    "model.base_width": 2, "model.stage_blocks": (1, 1, 1, 1), "model.max_level": 5, "model.fpn_channels": 8,
+    "model.base_width": 2, "model.stage_blocks": (1, 1, 1, 1), "model.min_level": 4, "model.max_level": 5,
+    "model.fpn_channels": 8, "anchors.size_factor": 2.0,
     "model.head_channels": 8, "model.head_convs": 1, "model.num_classes": 3, "model.norm_groups": 2, "devices": 1,
 }  # fmt: skip
 IMAGES = 117_266  # of COCO, with objects
@@ -80,7 +81,8 @@ def test_a_recipe_takes_a_finite_step(path: Path, make_inputs: Callable[..., Inp
         found = mean_losses(losses, config.loss, after_step / 2)
     state, measured = driver.step(state, inputs)
     assert all(np.isfinite(value) for value in measured.values())
-    assert measured["loss"] > 0 and measured["gradient_norm"] > 0 and measured["positives_per_image"] > 0
+    assert measured["loss"] > 0 and measured["gradient_norm"] > 0
+    assert measured["positives_per_image"] > 0 or config.matching.low_quality != "all"
     assert found == pytest.approx({name: float(measured[name]) for name in found}, rel=1e-4)
     pairs = zip(jax.tree.leaves(before), jax.tree.leaves(jax.device_get(state.params)), strict=True)
     assert sum(not np.array_equal(a, b) for a, b in pairs) > 5
