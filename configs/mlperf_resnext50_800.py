@@ -36,6 +36,8 @@ def get_config() -> Config:
     changes = PRESETS["torchvision_v1"] | {
         "data.long_side": 800,
         "data.buckets": 1,
+        "data.resize_rule": "stretch",
+        "data.max_boxes": "auto",
         "optimizer.name": "adamw",
         "optimizer.schedule": "constant",
         "optimizer.learning_rate": 1e-4,

@@ -37,6 +37,7 @@ def get_config() -> Config:
             batch_size=256,
             short_side=640,
             long_side=640,
+            scale_jitter=(0.8, 1.2),
             buckets=1,
             images_without_boxes="keep",
         ),
