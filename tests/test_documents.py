@@ -211,7 +211,8 @@ def known_options() -> set[str]:
 
 
 OF_OTHERS = {"help_all", "nodes", "ntasks_per_node", "signal", "zone", "worker", "command"}
-"""Options of every script, of sbatch and of gcloud."""
+OF_OTHERS |= {"onnx", "saveEngine", "minShapes", "optShapes", "maxShapes", "gpus", "open_images"}
+"""Options of every script, of sbatch, gcloud, trtexec and docker, and of scripts/benchmarks/coco_scale.py."""
 
 
 def named_in_text(path: Path) -> set[str]:
