@@ -196,8 +196,11 @@ def known_options() -> set[str]:
     return names
 
 
-OF_OTHERS = {"help_all", "nodes", "ntasks_per_node", "signal", "zone", "worker", "command"}
-"""Options of every script, of sbatch and of gcloud."""
+OF_OTHERS = {
+    "help_all", "nodes", "ntasks_per_node", "signal", "zone", "worker", "command", "gpus", "onnx", "saveEngine",
+    "minShapes", "optShapes", "maxShapes",
+}  # fmt: skip
+"""Options of every script, of sbatch, gcloud, docker and trtexec."""
 
 
 def named_in_text(path: Path) -> set[str]:
