@@ -127,13 +127,14 @@ def validation_loss(
     check: Callable[[Iterable[Batch]], Iterable[Batch]] = distributed.counted,
 ) -> dict[str, float]:
     """Returns the training loss of `detector` on the readable images that `evaluate` scores (`losses.total.mean_losses`).
-    `ema` is the state's running mean of positive anchors. Batch size, devices and hosts do not change the result."""
-    limit, driver = run.config.training.eval_images, detector.driver
+    `ema` is the state's running mean of positive anchors. Batch size, devices and hosts do not change the result. With
+    data.tile each tile counts as an image, as in training."""
+    data, driver = run.config.data, detector.driver
+    source = replace(source, records=source.records[: run.config.training.eval_images or None])
+    source = source.tiled(data.tile, data.tile_overlap) if data.tile else source
     own = [-1 if index is None else index for index in class_indices(source.categories, run.categories)]
     labels = np.array([*own, -1], np.int32)  # the last one is that of padded rows, -1
-    batches = eval_batches(
-        source, run.config.data, batch_size=_batch_size(run, detector), limit=limit, **distributed.share()
-    )
+    batches = eval_batches(source, data, batch_size=_batch_size(run, detector), **distributed.share())
     found: list[list[float]] = []
     for batch in check(batches):
         inputs = driver.shard_batch(Inputs.of(batch._replace(labels=labels[batch.labels])))

@@ -210,9 +210,12 @@ def known_options() -> set[str]:
     return names
 
 
-OF_OTHERS = {"help_all", "nodes", "ntasks_per_node", "signal", "zone", "worker", "command"}
-OF_OTHERS |= {"onnx", "saveEngine", "minShapes", "optShapes", "maxShapes", "gpus", "open_images"}
-"""Options of every script, of sbatch, gcloud, trtexec and docker, and of scripts/benchmarks/coco_scale.py."""
+OF_OTHERS = {
+    "help_all", "nodes", "ntasks_per_node", "signal", "zone", "worker", "command", "gpus", "onnx", "saveEngine",
+    "minShapes", "optShapes", "maxShapes",
+    "open_images",
+}  # fmt: skip
+"""Options of every script, of sbatch, gcloud, docker and trtexec, and of scripts/benchmarks/coco_scale.py."""
 
 
 def named_in_text(path: Path) -> set[str]:

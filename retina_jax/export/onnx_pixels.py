@@ -1,7 +1,8 @@
 """Nodes that prepare images as evaluation does: resize, normalisation, padding.
 
 The resizes are those of `data.transforms`: the same operations in the same order, so that on a CPU every uint8 pixel is
-equal (tested). ONNX's own Resize rounds in other places. Sizes are computed in float64, as in Python.
+equal with bilinear, and all but about one number of 1000 with antialias (tested). ONNX's own Resize rounds in other
+places. Sizes are computed in float64, as in Python.
 
 Pillow is x first, then y. Pillow 13 itself takes y first in some images, mostly reduced ones of more than twice the height
 than width; there pixels differ by one grey level.
@@ -157,6 +158,5 @@ def _triangle(graph: Graph, size: str, resized: str, dtype: type) -> tuple[str, 
     distance = graph("Abs", graph("Mul", distance, graph("Div", dtype(1), reach)))
     weights = graph("Sub", dtype(1), graph("Min", distance, dtype(1)))
     weights = graph("Where", graph("LessOrEqual", index, end), weights, dtype(0))
-    # In order, as TensorFlow: ReduceSum may add in another one, and the last bit decides halves.
-    share = graph("Div", dtype(1), graph.item(graph("CumSum", weights, 0), -1))
+    share = graph("Div", dtype(1), graph("ReduceSum", weights, [0], keepdims=0))
     return graph("Min", index, last), graph("Mul", weights, share)

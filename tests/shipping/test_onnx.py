@@ -73,8 +73,11 @@ def test_pixels_are_those_of_evaluation(kind: str, pixels: str) -> None:
         for image, mine in zip(images, resized, strict=True):
             live = (resize_large if h * w > LARGE else resize)(image, tuple(new), kind, pixels)
             difference = np.abs(mine - np.asarray(live, np.float32))
-            if kind == "antialias" and h * w > LARGE:  # TensorFlow adds long spans in another order: halves may differ
-                assert difference.max() <= 1 and (difference > 1e-4).sum() <= 2
+            if (kind, pixels) == (
+                "antialias",
+                "uint8",
+            ):  # halves after many roundings: a grey level in 1 of 1000 numbers
+                assert difference.max() <= 1 and (difference > 0).sum() <= 1 + difference.size / 1000
             else:
                 assert difference.max() <= (0 if pixels == "uint8" else 1e-4)
 
