@@ -237,17 +237,19 @@ class Interruption:
         self._signalled: int | None = None  # the end of a pipe that gets the number of each signal, on one host
 
     def __enter__(self) -> "Interruption":
-        if threading.current_thread() is threading.main_thread():  # only there may Python handle signals
-            for number in SIGNALS:
-                # On several hosts JAX handles SIGTERM: it notifies the others and agrees with them on where to stop.
-                handled_by_jax = is_multihost() and number == signal.SIGTERM
-                if not handled_by_jax and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-                    self._before[number] = signal.signal(number, self._on_signal)
-        if self._before and not is_multihost():
+        if threading.current_thread() is not threading.main_thread():  # only there may Python handle signals
+            return self
+        if not is_multihost():
+            # Before the handlers: one that raises in the middle of a thread's start would leave `threading` inconsistent.
             pipe, self._signalled = os.pipe()
             os.set_blocking(self._signalled, False)
-            signal.set_wakeup_fd(self._signalled, warn_on_full_buffer=False)
             threading.Thread(target=self._end_start, args=(pipe,), name="signals", daemon=True).start()
+            signal.set_wakeup_fd(self._signalled, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            # On several hosts JAX handles SIGTERM: it notifies the others and agrees with them on where to stop.
+            handled_by_jax = is_multihost() and number == signal.SIGTERM
+            if not handled_by_jax and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -100,7 +100,9 @@ def changed(name: str, value: Any) -> Any:
     if isinstance(value, (int, float)):
         return value + 1
     if isinstance(value, tuple):
-        return (*value, 3.0) if name.startswith("anchors") else (*value, 3)
+        return (*value, 3.0) if name.startswith(("anchors", "optimizer.boundary_epochs")) else (*value, 3)
+    if name == "data.scale_jitter":
+        return 0.5, 2.0
     return 7 if value is None else value + "x"
 
 

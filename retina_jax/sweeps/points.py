@@ -117,7 +117,7 @@ def folder_name(config: Config, base: Config) -> str:
 
 def _typed(value: Any, default: Any) -> Any:
     if isinstance(value, tuple):
-        return tuple(map(float, value)) if any(isinstance(d, float) for d in default) else value
+        return tuple(map(float, value)) if any(isinstance(d, float) for d in default or ()) else value
     return float(value) if isinstance(default, float) else value
 
 

@@ -103,13 +103,14 @@ def architecture(weights: Mapping[str, np.ndarray], source: str) -> dict[str, An
         raise WeightsError(f"{source}: has {blocks} blocks in C2 to C5; every stage must have at least one")
     bottleneck = "backbone/c2/block1/conv3/kernel" in weights
     width = weights["backbone/stem/conv/kernel"].shape[-1]
-    of_group, inner = weights.get("backbone/c2/block1/conv2/kernel", np.zeros((3, 3, width, width))).shape[2:]
+    second = weights.get("backbone/c2/block1/conv2/kernel")
+    of_group, inner = (width, width) if second is None else second.shape[2:]
     # The backbone with these blocks; if there is none, the smallest of its kind with `stage_blocks` set.
     alike = [
         name
         for name, a in ARCHITECTURES.items()
         if (a.bottleneck, a.inner * width) == (bottleneck, inner)
-        and largest_divisor(inner, a.groups) == inner // of_group
+        and largest_divisor(inner, a.groups) == inner // max(of_group, 1)
     ]
     if not alike:
         found = f"3x3 convolutions of {inner} channels in groups of {of_group} after a stem of {width}"

@@ -158,7 +158,7 @@ def test_metrics_know_which_evaluations_they_contain(tmp_path: Path) -> None:
             metrics.write(step, {"event": "train", "loss": 1.0})
             metrics.write(step, {"event": "evaluation", "AP": 0.5})
     with Metrics(run_in(tmp_path), 3) as metrics:
-        assert metrics._evaluated == [2]
+        assert metrics._evaluated == {2: 0.5}
 
 
 def test_the_error_for_metrics_that_cannot_be_written_names_the_file(tmp_path: Path) -> None:
