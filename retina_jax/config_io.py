@@ -287,7 +287,8 @@ def with_classes(config: Config, classes: int) -> Config:
 
 def with_epochs(config: Config, images: int) -> Config:
     """Returns `config` with the steps of `training.epochs` and `optimizer.boundary_epochs`, if given, for this number of
-    training images. Step ceil(epochs * images / data.batch_size) is the first after which so many epochs are complete."""
+    training images. Step ceil(epochs * images / data.batch_size) is the first after which so many epochs are complete.
+    Raises ConfigError for boundaries at one step."""
 
     def steps(epochs: float) -> int:
         return math.ceil(Fraction(str(epochs)) * images / config.data.batch_size)  # in floats 0.7 * 10 exceeds 7
@@ -296,5 +297,8 @@ def with_epochs(config: Config, images: int) -> Config:
     if config.training.epochs:
         changes["training.steps"] = steps(config.training.epochs)
     if config.optimizer.boundary_epochs:
-        changes["optimizer.boundaries"] = tuple(map(steps, config.optimizer.boundary_epochs))
-    return override(config, changes)
+        boundaries = changes["optimizer.boundaries"] = tuple(map(steps, config.optimizer.boundary_epochs))
+        if len(set(boundaries)) < len(boundaries):
+            given = f"optimizer.boundary_epochs: invalid value {config.optimizer.boundary_epochs}"
+            raise ConfigError(f"{given}; two of them end at one step, of {boundaries}, with {images} training images")
+    return validate(override(config, changes))

@@ -128,8 +128,8 @@ def validation_loss(
 ) -> dict[str, float]:
     """Returns the training loss of `detector` on the readable images that `evaluate` scores (`losses.total.mean_losses`).
     `ema` is the state's running mean of positive anchors. Batch size, devices and hosts do not change the result. With
-    data.tile each tile counts as an image, as in training."""
-    data, driver = run.config.data, detector.driver
+    data.tile each tile counts as an image, as in training. All boxes count, data.max_boxes or not."""
+    data, driver = replace(run.config.data, max_boxes="auto"), detector.driver
     source = replace(source, records=source.records[: run.config.training.eval_images or None])
     source = source.tiled(data.tile, data.tile_overlap) if data.tile else source
     own = [-1 if index is None else index for index in class_indices(source.categories, run.categories)]

@@ -154,6 +154,9 @@ def schedule(found: Sequence[Needs], config: Config, devices: int, what: str) ->
     if what == "detect":
         rates = [config.data.batch_size / seconds for seconds in (estimate, floor)]
         return f"detection: {rates[0]:.0f} to {rates[1]:.0f} images/s on {devices} devices (not measured)"
+    if config.training.epochs:
+        rates = [config.data.batch_size / seconds for seconds in (estimate, floor)]
+        return f"training.epochs {config.training.epochs:g}: {rates[0]:.0f} to {rates[1]:.0f} images/s (not measured)"
     hours = [config.training.steps * seconds / 3600 for seconds in (floor, estimate)]
     return f"{config.training.steps} steps: {hours[0]:.2f} to {hours[1]:.2f} hours on {devices} devices (not measured)"
 

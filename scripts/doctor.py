@@ -52,7 +52,7 @@ def main() -> int:
     for title, lines in (("packages", packages()), ("extras", extras()), ("caches", caches()), ("devices", devices())):
         print(f"\n{title}")
         for line in lines:
-            print(textwrap.fill(line, **PAGE), flush=True)
+            print(textwrap.fill(line, **PAGE).replace("\xa0", " "), flush=True)
     problem = obstacle()
     print(f"\nnot ready to train: {problem}" if problem else "\nready to train")
     return int(problem is not None)
@@ -66,7 +66,7 @@ def packages() -> Iterator[str]:
         yield f"{installation.NAME} is not installed, so its requirements are unknown: pip install -e ."
         return
     found = sorted([*found, ("jaxlib", installation.version_of("jaxlib"), "")])
-    yield ", ".join(f"{name} {version}" for name, version, _ in found if version)
+    yield ", ".join(f"{name}\xa0{version}" for name, version, _ in found if version)  # not split between lines
     for name, version, tested in found:
         if version is None:
             yield f"missing: {name}"

@@ -139,8 +139,8 @@ def in_steps(config: Config, images: int) -> Config:
     if resolved.training.epochs or resolved.optimizer.boundary_epochs:
         steps, boundaries = resolved.training.steps, ", ".join(f"{step:,}" for step in resolved.optimizer.boundaries)
         drops = f"; boundaries at steps {boundaries}" if resolved.optimizer.schedule == "piecewise" else ""
-        length = f"{steps * config.data.batch_size / images:g} epochs are {steps:,} steps"
-        log(f"{length} of {config.data.batch_size} images, of {images:,} training images{drops}")
+        length = f"training.steps is {steps:,}: {steps * config.data.batch_size / images:g} epochs"
+        log(f"{length} of {images:,} training {'tiles' if config.data.tile else 'images'}{drops}")
     return resolved
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ROOMS = (
-    ("interrupts", "errors", "installation", "command"),
+    ("interrupts", "errors", "installation", "command", "__main__"),
     ("console", "config", "config_io", "presets", "cli", "distributed", "watch"),
     ("cpu",),
     ("ops",),

@@ -21,15 +21,16 @@ from retina_jax.training.opening import open_run
 IMPORTING = """
 import os, signal
 signal.signal(signal.{name}, signal.SIG_DFL)  # it is ignored where the tests run in the background
-from retina_jax import interrupts
-interrupts.catch()
+{first}
 os.kill(os.getpid(), signal.{name})
 """
+OF_A_SCRIPT, OF_THE_COMMAND = "from retina_jax import interrupts; interrupts.catch()", "import retina_jax.__main__"
 
 
+@pytest.mark.parametrize("first", [OF_A_SCRIPT, OF_THE_COMMAND])
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 0), ("SIGHUP", 0)])
-def test_a_signal_during_imports_ends_in_one_line(name: str, status: int) -> None:
-    command = [sys.executable, "-c", IMPORTING.format(name=name)]
+def test_a_signal_during_imports_ends_in_one_line(name: str, status: int, first: str) -> None:
+    command = [sys.executable, "-c", IMPORTING.format(name=name, first=first)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == status
     assert done.stderr.count("\n") == 1 and name in done.stderr

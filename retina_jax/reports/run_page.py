@@ -23,6 +23,8 @@ from retina_jax.reports.charts import line_chart
 from retina_jax.reports.run_errors import errors_section
 from retina_jax.runs.record import RunRecord, read_record
 
+FROM_DATA = ("model.num_classes",)
+"""Fields that training takes from the data; they are not among a run's differences from the paper."""
 MOST_POINTS = 400  # points of a curve; in longer runs each point is the mean of neighbours
 CHARTS = (
     # y label, logarithmic, curves: (legend, metric)
@@ -52,7 +54,7 @@ def run_page(folder: Path, known: dict[Any, Any] | None = None) -> tuple[str, st
     aps = {name: [(float(n), s[name]) for n, s in scores_of if s[name] is not None] for name in list(SUMMARY)[:6]}
     ap_lines = [(name, of_name) for name, of_name in aps.items() if len(of_name) > 1]
     own, paper = flatten(record.config), flatten(Config())
-    differing = [name for name in own if paper[name] not in (None, own[name])]  # None is taken from the data
+    differing = [name for name in own if own[name] != paper[name] and name not in FROM_DATA]
     page = render(
         "run.html",
         title=f"Run {folder.resolve().name}",
@@ -63,7 +65,7 @@ def run_page(folder: Path, known: dict[Any, Any] | None = None) -> tuple[str, st
             "run",
         ],
         state=state(record),
-        progress=1.0 if record.summary else record.step / record.config.training.steps,
+        progress=1.0 if record.summary else record.step / max(record.config.training.steps, 1),
         tiles=_tiles(record),
         facts=facts(record),
         differences=[(name, show(own[name]), show(paper[name])) for name in differing],

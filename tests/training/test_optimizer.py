@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from retina_jax.config import Config, OptimizerConfig
+from retina_jax.config import Config, ConfigError, OptimizerConfig
 from retina_jax.config_io import override, validate, with_epochs
 from retina_jax.training.optimizer import learning_rate_schedule, make_optimizer, rate_warning, schedule_warning
 
@@ -212,3 +212,10 @@ def test_the_last_step_of_the_epochs_is_the_first_that_completes_them(
     assert config.training.steps == config.optimizer.boundaries[0] == steps
     assert with_epochs(config, images) == config == validate(config)
     assert with_epochs(Config(), images) == Config()
+
+
+def test_boundaries_at_one_step_are_refused() -> None:
+    config = override(Config(), {"optimizer.boundary_epochs": (0.4, 0.45), "data.batch_size": 4})
+    with pytest.raises(ConfigError, match=r"optimizer.boundary_epochs: invalid value \(0.4, 0.45\)"):
+        with_epochs(config, 24)
+    assert with_epochs(config, 240).optimizer.boundaries == (24, 27)
