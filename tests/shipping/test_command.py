@@ -175,7 +175,7 @@ def test_the_doctor_reports_and_names_what_is_in_the_way(
 def test_the_doctor_names_missing_and_untested_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [("jax", "0.1", "<0.13,>=0.10"), ("tyro", None, ""), ("numpy", "2.4", "")]
     monkeypatch.setattr(installation, "required", lambda: found)
-    first, *others = doctor.packages()
+    first, *others = (line.replace("\xa0", " ") for line in doctor.packages())
     assert "jax 0.1" in first and "numpy 2.4" in first and "tyro" not in first
     assert others == ["warning: jax 0.1 is outside the tested range <0.13,>=0.10", "missing: tyro"]
 
