@@ -39,7 +39,7 @@ def one_line_errors() -> Iterator[None]:
         line, status = ending(error)
         if line is None:
             raise
-        where = sys.stdout if isinstance(error, Stopped) else sys.stderr
+        line, where = as_typed(line, bare=False), sys.stdout if isinstance(error, Stopped) else sys.stderr
         with contextlib.suppress(OSError):  # a log on a full disk
             print(f"\n{line}" if sys.stdout.isatty() else line, file=where, flush=True)
         if isinstance(error, KeyboardInterrupt):

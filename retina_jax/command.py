@@ -60,12 +60,13 @@ def overview(commands: Mapping[str, Path]) -> str:
     )
 
 
-def as_typed(text: str) -> str:
-    """Returns the text with `retina-jax NAME` for `python scripts/NAME.py` and NAME.py, if that is what the user typed."""
+def as_typed(text: str, bare: bool = True) -> str:
+    """Returns the text with `retina-jax NAME` for `python scripts/NAME.py` and, if `bare`, NAME.py, if that is what the user
+    typed. An error may name a user's own file train.py."""
     if not sys.argv[0].startswith(f"{NAME} "):
         return text
     scripts = "|".join(file.stem for file in SCRIPTS.glob("*.py"))
-    called = rf"(?<![\w/])(?:python )?(?:scripts/)?({scripts})\.py"
+    called = rf"(?<![\w/])(?:python )?(?:scripts/){'?' if bare else ''}({scripts})\.py"
     return re.sub(called, lambda script: f"{NAME} {script[1].replace('_', '-')}", text)
 
 

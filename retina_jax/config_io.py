@@ -50,8 +50,10 @@ def load_module(path: Path, option: str, function: str, described: str) -> Modul
         source = path.read_bytes()
     except OSError as error:
         folder = path.parent if path.parent.is_dir() else HOME / path.parent
-        others = [str(path.with_name(file.name)) for file in sorted(folder.glob("*.py"))][:6]
-        there = f"; there are {', '.join(others)}" if others else ""
+        others = [file.name for file in sorted(folder.glob("*.py"))]
+        others = difflib.get_close_matches(path.name, others, n=2) or others  # the nearest, or all
+        more = f" and {len(others) - 6} more" if len(others) > 6 else ""
+        there = f"; there are {', '.join(str(path.with_name(name)) for name in others[:6])}{more}" if others else ""
         raise ConfigError(f"{option} {one_line(path)}: {str(error.strerror).lower()}{there}") from None
     module = ModuleType(f"{option.strip('-')}_{path.stem}")
     module.__file__ = str(path)

@@ -78,6 +78,8 @@ def main() -> None:
         raise ConfigError(f"--score: invalid value {arguments.score}; must be from 0 to 1")
     tiles = {"data.tile": arguments.tile, "data.tile_overlap": arguments.overlap}
     settings = override(settings, {name: value for name, value in tiles.items() if value is not None})
+    if arguments.overlap is not None and not settings.data.tile:
+        raise ConfigError(f"--overlap {arguments.overlap:g}: has no effect without tiles; give --tile too")
     set_up_jax()
     files = image_files(arguments.images, arguments.out)
     detector = load_detector(
@@ -95,7 +97,7 @@ def main() -> None:
     if score is None:
         score, chosen = detector.f1_threshold, "the highest F1 in its evaluation"
     if score is None:
-        score, chosen = 0.3, "the default; the detector was not evaluated"
+        score, chosen = 0.3, "the default; there is no evaluation with a best F1"
     log(f"step {detector.step}; detections with a score of {score:.2f} or more are drawn ({chosen})")
     entries, bad = detect_all(detector, files, arguments.out, score)
     if not entries:

@@ -75,7 +75,7 @@ def topology_devices(target: Target, number: int) -> list[Any]:
     of the platform is not installed."""
     module, extra = EXTRAS[target.platform]
     if importlib.util.find_spec(module) is None:
-        raise ConfigError(f"--target {target.platform}: needs its compiler; pip install retina-jax[{extra}]")
+        raise ConfigError(f"--target {target.platform}: needs its compiler; pip install 'retina-jax[{extra}]'")
     if target.platform == "tpu":
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the metadata server of a TPU VM, which this machine lacks
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

@@ -64,7 +64,7 @@ def load_json(path: Path, expected: Any = Any) -> Any:
             log(f"reading {path.name} ({size / 1e6:.0f} MB) ...")
         encoded = read_file(path, LARGEST_JSON)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {reason(error)}; it must be a COCO JSON") from None
+        raise DataError(f"{path}: cannot be read: {reason(error)}; it must be a COCO JSON{_advice(path)}") from None
     try:
         return msgspec.json.decode(encoded, type=expected)
     except (ValueError, RecursionError):
@@ -75,7 +75,12 @@ def load_json(path: Path, expected: Any = Any) -> Any:
             why = reason(error)
             if isinstance(error, json.JSONDecodeError):
                 why = f"line {error.lineno}, column {error.colno}: {error.msg}"
-            raise DataError(f"{path}: is not JSON: {why}") from None
+            raise DataError(f"{path}: is not JSON: {why}{_advice(path)}") from None
+
+
+def _advice(path: Path) -> str:
+    """Returns where to go with annotations of another format, which the name or a folder gives away."""
+    return "" if path.suffix == ".json" else "; scripts/convert_data.py reads the formats of other tools"
 
 
 @paused_collector()

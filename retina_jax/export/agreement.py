@@ -113,7 +113,7 @@ def _write_onnx(path: Path, detector: Detector, about: dict[str, Any], images: I
     try:
         from retina_jax.export import onnx_file  # only this format needs these packages
     except ModuleNotFoundError as error:
-        raise ExportError(f"--format onnx: needs the package {error.name}; pip install retina-jax[onnx]") from None
+        raise ExportError(f"--format onnx: needs the package {error.name}; pip install 'retina-jax[onnx]'") from None
     detector = onnx_file.in_float32(detector)
     log("writing the graph ...")
     onnx_file.write_model(path, detector, about, card(about))

@@ -84,7 +84,7 @@ def read_sweeps(workdir: Path) -> list[SweepResult]:
         raise ConfigError(f"--workdir {workdir}: is the folder of a single run; give the folder of a sweep")
     files = sorted((workdir / "sweeps").glob("*.json"))
     if not files:
-        raise ConfigError(f"--workdir {workdir}: no sweep there (sweeps/*.json); run scripts/sweep.py first")
+        raise ConfigError(f"--workdir {workdir}: no sweep there (sweeps/*.json), and no run (config.json)")
     log(f"reading the runs of {len(files)} {'sweep' if len(files) == 1 else 'sweeps'} in {workdir} ...")
     known: dict[str, Result] = {}
     sweeps = [_read_sweep(file, workdir, known) for file in files]

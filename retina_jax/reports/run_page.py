@@ -118,7 +118,9 @@ def state(record: RunRecord) -> str:
         return f"Not finished: step {record.step} of {record.config.training.steps}."
     seconds = record.summary.get("seconds")
     took = f" in {duration(seconds)}" if isinstance(seconds, int | float) else ""
-    return f"Finished after {record.step} steps{took}."
+    planned, ended = record.config.training.steps, record.summary.get("ended")
+    early = f" of {planned} ({ended})" if record.step < planned and isinstance(ended, str) else ""
+    return f"Finished after {record.step} steps{early}{took}."
 
 
 def headline(record: RunRecord) -> str:

@@ -94,7 +94,7 @@ class WeightsAndBiases:
             import wandb
         except ImportError:
             raise ConfigError(
-                f"training.wandb: {project}: pip install retina-jax[wandb], or leave the field empty"
+                f"training.wandb: {project}: pip install 'retina-jax[wandb]', or leave the field empty"
             ) from None
         identity = read_json(run.folder / "config.json").get("facts", {}).get(FACT)
         if identity is None:
