@@ -123,7 +123,7 @@ def test_an_image_that_yolo_lists_by_two_paths_is_read_once(tmp_path: Path) -> N
     text(tmp_path / "labels/a.txt", "0 0.5 0.5 0.5 0.5\n")
     text(tmp_path / "list.txt", "images/a.png\nimages/../images/a.png\n")
     text(tmp_path / "data.yaml", "train: list.txt\nnames: [a]\n")
-    assert boxes(read(tmp_path)) == {"a.png": [("a", (10, 5, 30, 15))]}
+    assert [len(found.boxes) for found in read(tmp_path).pictures] == [1]
 
 
 @pytest.mark.parametrize("to", ["voc", "yolo", "labelme"])
