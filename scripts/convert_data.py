@@ -32,10 +32,11 @@ from retina_jax.conversion.locating import (
     complete_sizes,
     leakage,
     locate,
+    merge_repeated,
     report_unused,
     split_by_content,
 )
-from retina_jax.conversion.output import commands, images_in, summary, write_folder
+from retina_jax.conversion.output import check_inputs_kept, commands, images_in, summary, write_folder
 from retina_jax.data.coco_document import load_json
 from retina_jax.errors import shortened
 
@@ -83,11 +84,15 @@ def main() -> None:
     classes = formats.classes_of(found, arguments.classes)
     folder = common_folder(found.pictures, arguments.images)
     report_unused(folder, found.pictures)
+    if found.document is None:
+        merge_repeated(found)
     if arguments.split is not None:
         if "val" in found.splits or "train" not in found.splits:
             raise ConfigError(f"--split: the annotations have the splits {', '.join(found.splits)} already")
         split_by_content(found.split("train"), arguments.split)
     files = formats.write(found, classes, arguments.to, reading, arguments.out)
+    inputs = (arguments.annotations, arguments.val_annotations, arguments.test_annotations)
+    check_inputs_kept(arguments.out, files, found, filter(None, inputs))
     write_folder(arguments.out, files, images_in(arguments.to, found.pictures), arguments.copy_images)
     for what, count in found.skipped.items():
         warn(f"left out: {count} {what}")

@@ -2,6 +2,7 @@
 
 import math
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ Corners = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels, as anno
 Points = Iterable[tuple[float, float]]
 Files = dict[str, bytes]  # path inside the output folder to content
 LARGEST_FILE = 2**32  # bytes of an annotation file
+NOT_IN_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _SPLITS = {
     "train": ("train", "training", "obj_train_data"),
     "val": ("val", "valid", "validation", "obj_valid_data"),
@@ -216,9 +218,17 @@ def to_xml(root: ElementTree.Element) -> bytes:
 
 def child(parent: ElementTree.Element, tag: str, text: object = None, **attributes: object) -> ElementTree.Element:
     """Appends an element to an XML tree and returns it."""
-    element = ElementTree.SubElement(parent, tag, {name: str(value) for name, value in attributes.items()})
-    element.text = None if text is None else str(text)
+    element = ElementTree.SubElement(parent, tag, {name: xml_text(value) for name, value in attributes.items()})
+    element.text = None if text is None else xml_text(text)
     return element
+
+
+def xml_text(value: object) -> str:
+    """Returns the text of a value; DataError if it has a character that XML excludes, even as an escape."""
+    text = str(value)
+    if wrong := NOT_IN_XML.search(text):
+        raise DataError(f"{quoted(text)} has the character {ascii(wrong[0])[1:-1]}, which XML excludes; rename it")
+    return text
 
 
 def plain(value: float) -> str:
@@ -226,14 +236,13 @@ def plain(value: float) -> str:
     return str(int(value)) if value == int(value) else repr(float(value))
 
 
-def by_stem(pictures: Iterable[Picture], suffix: str) -> Iterator[tuple[str, Picture]]:
-    """Yields each image with the path of its annotation file, which has another suffix; DataError if two share one."""
-    users: dict[str, str] = {}
+def by_stem(pictures: Iterable[Picture], path: str) -> Iterator[tuple[str, Picture]]:
+    """Yields each image with its annotation file: `path` with its split and stem filled in. DataError if two share one."""
+    users: dict[str, Picture] = {}
     for picture in pictures:
-        stem = posixpath.splitext(picture.name)[0]
-        if (other := users.setdefault(stem, picture.name)) != picture.name:
-            both = f"{quoted(other)} and {quoted(picture.name)}"
-            raise DataError(
-                f"{both} would share one annotation file, {quoted(stem + suffix)}; rename one of the images"
-            )
-        yield stem + suffix, picture
+        file = path.format(split=picture.split, stem=posixpath.splitext(picture.name)[0])
+        if (other := users.setdefault(file, picture)) is not picture:
+            both = " and ".join(f"{quoted(each.name)} ({each.split})" for each in (other, picture))
+            advice = "rename one of the images" if other.split == picture.split else "keep one of them, or rename it"
+            raise DataError(f"{both} would share one annotation file, {quoted(file)}; {advice}")
+        yield file, picture

@@ -9,7 +9,7 @@ import msgspec
 from retina_jax.config import ConfigError
 from retina_jax.console import log, warn
 from retina_jax.conversion import csv_rows, cvat, label_studio, labelme, voc, yolo
-from retina_jax.conversion.annotated import Annotated, Box, Files, Picture, Reading, read_bytes
+from retina_jax.conversion.annotated import Annotated, Box, Files, Picture, Reading, class_name, read_bytes
 from retina_jax.data.classes import unique_names
 from retina_jax.data.coco_document import load_json, parse_document
 from retina_jax.data.coco_entries import CocoFile, as_number
@@ -101,7 +101,15 @@ def classes_of(found: Annotated, classes: Sequence[str]) -> list[str]:
     the others by name."""
     places = {box.label: picture.place for picture in found.pictures for box in picture.boxes}
     if not classes:
-        return found.classes + sorted(places.keys() - set(found.classes))
+        listed = found.classes + sorted(places.keys() - set(found.classes))
+        if not listed:
+            raise DataError(f"{found.pictures[0].place}: no box, and no list of classes in the files; give --classes")
+        return listed
+    try:
+        for name in classes:
+            class_name(name)
+    except ValueError as error:
+        raise ConfigError(f"--classes: {error}") from None
     if others := sorted(places.keys() - set(classes)):
         raise DataError(f"{places[others[0]]}: class {quoted(others[0])} is not in --classes")
     return list(dict.fromkeys(classes))

@@ -21,6 +21,7 @@ from retina_jax.conversion.annotated import (
     number,
     read_json,
     side,
+    xml_text,
 )
 from retina_jax.data.image_paths import PREFIX, SUFFIXES
 from retina_jax.data.source import DataError, Size
@@ -157,6 +158,6 @@ def write_label_studio(pictures: list[Picture], classes: list[str]) -> Files:
         done = {"result": result, "was_cancelled": False, "ground_truth": False}
         listed = tasks.setdefault(picture.split, [])
         listed.append({"id": len(listed) + 1, "data": data, "annotations": [done]})
-    labels = "\n".join(f'    <Label value="{escape(name)}"/>' for name in classes)
+    labels = "\n".join(f'    <Label value="{escape(xml_text(name))}"/>' for name in classes)
     files = {f"{split}.json": msgspec.json.encode(listed) for split, listed in tasks.items()}
     return files | {"label_config.xml": CONFIG.format(labels=labels).encode()}

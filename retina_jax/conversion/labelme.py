@@ -84,8 +84,7 @@ def corners_of_points(kind: str, points: list[tuple[float, float]]) -> Corners:
 def write_labelme(pictures: list[Picture], out: Path) -> Files:
     """Returns one file per image, in a folder per split; `imagePath` leads from the file in `out` to the image."""
     files: Files = {}
-    for stem, picture in by_stem(pictures, ".json"):
-        path = f"{picture.split}/{stem}"
+    for path, picture in by_stem(pictures, "{split}/{stem}.json"):
         image = os.path.relpath(picture.path, (out / path).parent) if picture.path else picture.name
         shapes = [
             {"label": label, "points": [[x1, y1], [x2, y2]], "group_id": None, "shape_type": "rectangle", "flags": {}}

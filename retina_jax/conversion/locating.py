@@ -90,6 +90,24 @@ def common_folder(pictures: Iterable[Picture], images: Path | None) -> Path:
     return Path(folder if shown.startswith(os.pardir) else shown)
 
 
+def merge_repeated(found: Annotated) -> None:
+    """Merges the entries of one image in one split, which formats with a file per image cannot keep apart."""
+    kept: dict[tuple[str, str, bool], Picture] = {}
+    merged = []
+    for picture in found.pictures:
+        first = kept.setdefault((picture.split, picture.name, picture.path is None), picture)
+        if first is picture:
+            continue
+        if first.size != picture.size:
+            sizes = " and ".join("{}x{} ({})".format(*each.size, each.place) for each in (first, picture))
+            raise DataError(f"{quoted(picture.name)} has two sizes, {sizes}; correct one of them")
+        first.boxes += picture.boxes
+        merged.append(picture)
+    if merged:
+        warn(f"entries of images that have another entry, merged: {len(merged)}, such as {merged[0].place}")
+    found.pictures = list(kept.values())
+
+
 def complete_sizes(pictures: Iterable[Picture], orientation: Orientation) -> None:
     """Reads the sizes that the annotations lack from the image files, and converts boxes in fractions to pixels."""
     unsized = [picture for picture in pictures if not all(picture.size)]

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,8 @@ def write_folder(out: Path, files: Files, images: dict[str, Path], copy: bool) -
     flat = set() if images else {name for name in files if "/" not in name}
     if other := [name for name in present if name not in flat]:
         raise ConfigError(f"--out {out}: has other files ({other[0]}); choose a new folder, or delete them")
-    staged = out.with_name(f".{out.name}.{os.getpid()}")
+    full = Path(os.path.abspath(out))  # "." has no name
+    staged = full.with_name(f".{full.name}.{os.getpid()}")
     try:
         for name, content in files.items():
             (staged / name).parent.mkdir(parents=True, exist_ok=True)
@@ -42,15 +44,27 @@ def write_folder(out: Path, files: Files, images: dict[str, Path], copy: bool) -
         for name, path in images.items():
             (staged / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, staged / name) if copy else (staged / name).symlink_to(path.absolute())
-        for name in files if present else ():
-            (staged / name).replace(out / name)
-        if not present:
-            staged.rename(out)  # an empty folder is replaced
+        if not out.is_dir():
+            staged.rename(out)
+        else:  # kept: it may be the working folder of the shell
+            for path in list(staged.iterdir()):
+                path.replace(out / path.name)
     except OSError as error:
         raise DiskError(f"{out}: cannot be written: {reason(error)}") from error
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(staged, ignore_errors=True)
+
+
+def check_inputs_kept(out: Path, files: Files, found: Annotated, annotations: Iterable[Path]) -> None:
+    """Raises ConfigError if a file that would be written, or `out`, is one that was read, by any path or link."""
+    targets = [path for path in (out, *(out / name for name in files)) if os.path.exists(path)]
+    if not targets:
+        return
+    places = {text for p in found.pictures for text in (p.place, p.place.rpartition(": ")[0])}  # a file, or its entry
+    read = {os.path.realpath(path) for path in (*annotations, *places, *(p.path for p in found.pictures if p.path))}
+    if same := [path for path in targets if os.path.realpath(path) in read]:
+        raise ConfigError(f"--out {out}: {same[0]} would be overwritten, but is an input; choose another folder")
 
 
 def images_in(to: Format, pictures: list[Picture]) -> dict[str, Path]:
@@ -86,15 +100,17 @@ def commands(out: Path, splits: list[str], folder: Path) -> str:
     script = Path(sys.argv[0])
     is_script = script.suffix == ".py"  # else the installed command, `retina-jax convert-data`
     run = f"{interpreter()} {script.with_name('{}.py')}" if is_script else f"{sys.argv[0].split()[0]} {{}}"
+    check_data = "check_data" if is_script else "check-data"
     has_val = "val" in splits
     data = {"annotations": out / "train.json", "images": folder}
     val = {"val-annotations": out / "val.json", "val-images": folder} if has_val else {}
-    check = {**data, **val, "out": Path("checks") / out.name}
-    train = {"workdir": Path("runs") / out.name} | {f"data.train-{name}": value for name, value in data.items()}
-    train |= {f"data.{name}": value for name, value in val.items()} or {"training.eval-every": "-1"}
+    name = Path(os.path.abspath(out)).name
+    check = {**data, **val, "out": Path("checks") / name}
+    train = {"workdir": Path("runs") / name} | {f"data.train-{key}": value for key, value in data.items()}
+    train |= {f"data.{key}": value for key, value in val.items()} or {"training.eval-every": "-1"}
     own_data = script.parent.parent / "configs" / "own_data.py" if is_script else Path("configs/own_data.py")
     config = f"--config {shlex.quote(str(own_data))}"
-    lines = ["check the data, then train:", CONTINUED.join([run.format("check_data"), *options(check)])]
+    lines = ["check the data, then train:", CONTINUED.join([run.format(check_data), *options(check)])]
     if not has_val:
         lines.insert(0, "there is no validation set: --split 0.8 makes one of a fifth of the images")
     return "\n".join([*lines, CONTINUED.join([f"{run.format('train')} {config}", *options(train)])])

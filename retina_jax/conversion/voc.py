@@ -92,7 +92,7 @@ def write_voc(pictures: list[Picture], reading: Reading) -> Files:
     """Returns one XML file per image and ImageSets/Main. Coordinates keep their fractions."""
     files: Files = {}
     lists: dict[str, list[str]] = {}
-    for path, picture in by_stem(pictures, ".xml"):
+    for path, picture in by_stem(pictures, "Annotations/{stem}.xml"):
         root = Element("annotation")
         child(root, "filename", picture.name)
         size = child(root, "size")
@@ -105,6 +105,6 @@ def write_voc(pictures: list[Picture], reading: Reading) -> Files:
             edges, first = child(element, "bndbox"), int(reading.voc_one_based)
             for edge, value in zip(EDGES, (x1 + first, y1 + first, x2, y2), strict=True):
                 child(edges, edge, plain(value))
-        files[f"Annotations/{path}"] = to_xml(root)
-        lists.setdefault(picture.split, []).append(path.removesuffix(".xml"))
+        files[path] = to_xml(root)
+        lists.setdefault(picture.split, []).append(path.removeprefix("Annotations/").removesuffix(".xml"))
     return files | {f"ImageSets/Main/{name}.txt": "\n".join([*stems, ""]).encode() for name, stems in lists.items()}

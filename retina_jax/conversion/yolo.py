@@ -1,6 +1,7 @@
 """YOLO: one text file per image, a line per box: class, centre x, centre y, width, height as fractions of the image. The
 classes, and the splits, are in a YAML file. Images without a text file have no objects, as Ultralytics reads them."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ from retina_jax.errors import reason
 NAMES = ("classes.txt", "obj.names", "names.txt")
 OTHERS = {*NAMES, "labels.txt", "train.txt", "val.txt", "test.txt"}  # text files that hold no boxes
 Names = dict[int, str]
+LARGEST_FRACTION = 1.5  # of a polygon that is partly outside the image; visible keypoints have the flag 2
 
 
 def read_yolo(path: Path, reading: Reading, images: Path | None = None) -> Annotated:
@@ -44,9 +46,13 @@ def read_yolo(path: Path, reading: Reading, images: Path | None = None) -> Annot
         return read_folder(path, reading.classes or listed_names(path), images)
     content = read_yaml(file)
     names = names_of(content, file)
-    listed = {SPLITS[key]: list(dict.fromkeys(images_of(key, content, file))) for key in SPLITS if content.get(key)}
+    listed = {
+        SPLITS[key]: list({os.path.abspath(image): image for image in images_of(key, content, file)}.values())
+        for key in SPLITS
+        if content.get(key)
+    }
     if not listed:  # supervision writes the names alone
-        return read_folder(file.parent, tuple(names.values()), images)
+        return read_folder(file.parent, tuple(names.values()), images, content.get("kpt_shape"))
     found = Annotated([], [], list(names.values()))
     if listed.get("val") and listed["val"] == listed.get("train"):  # there is no validation set
         found.skipped["images of val, which are those of train"] += len(listed.pop("val"))
@@ -137,7 +143,7 @@ def listed_names(root: Path) -> tuple[str, ...]:
     raise DataError(f"{root}: the class names are missing; give --classes, or write them into {root / NAMES[0]}")
 
 
-def read_folder(root: Path, names: Sequence[str], images: Path | None) -> Annotated:
+def read_folder(root: Path, names: Sequence[str], images: Path | None, keypoints: Any = None) -> Annotated:
     """Reads the text files of a folder; the images are in `images`, in images/ next to it, or in it, and have the paths of
     the text files there, or other ones and a stem that no other image has."""
     labels = root / "labels" if (root / "labels").is_dir() else root
@@ -152,7 +158,7 @@ def read_folder(root: Path, names: Sequence[str], images: Path | None) -> Annota
     for image in paths:
         inside = image.relative_to(images).with_suffix(".txt")
         file = labels / inside if labels / inside in files else alone.get(image.stem, labels / inside)
-        found.pictures.append(picture_of(image, file, split_of(file.relative_to(labels).as_posix()), known))
+        found.pictures.append(picture_of(image, file, split_of(file.relative_to(labels).as_posix()), known, keypoints))
     check_labels(found, str(labels), files)
     return found
 
@@ -182,6 +188,9 @@ def read_line(words: list[str], names: Names, keypoints: Any) -> Box:
         x, y, width, height = numbers[1:5]
         corners = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
     elif len(numbers) >= 7 and len(numbers) % 2:
+        if (largest := max(numbers[1:])) > LARGEST_FRACTION:
+            kinds = "a polygon has fractions of the image; keypoints need names and kpt_shape in a data.yaml"
+            raise ValueError(f"has the coordinate {largest:g}, but {kinds}")
         corners = around(zip(numbers[1::2], numbers[2::2], strict=True))
     else:
         kinds = "a class with 4 numbers (a box), 5 (with confidence) or pairs (a polygon)"
@@ -203,13 +212,13 @@ def check_labels(found: Annotated, where: str, files: set[Path] | None = None) -
 def write_yolo(pictures: list[Picture], classes: list[str]) -> Files:
     """Returns data.yaml and a text file per image."""
     ids, files = {name: k for k, name in enumerate(classes)}, {}
-    for stem, picture in by_stem(pictures, ".txt"):
+    for path, picture in by_stem(pictures, "labels/{split}/{stem}.txt"):
         width, height = picture.size
         lines = []
         for label, (x1, y1, x2, y2), _ in picture.boxes:
             fractions = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
             lines.append(" ".join([str(ids[label]), *(f"{value:.10g}" for value in fractions)]) + "\n")
-        files[f"labels/{picture.split}/{stem}"] = "".join(lines).encode()
+        files[path] = "".join(lines).encode()
     described = {split: f"images/{split}" for split in dict.fromkeys(picture.split for picture in pictures)}
     described |= {"names": dict(enumerate(classes))}
     return files | {"data.yaml": yaml.safe_dump(described, allow_unicode=True, sort_keys=False).encode()}

@@ -1,0 +1,200 @@
+"""A conversion keeps its inputs and every box, and what it writes can be read back; otherwise it is refused in one line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import convert_data
+import pytest
+from test_broken_annotations import LABELME
+from test_conventions_of_formats import boxes, picture, read, text
+from test_formats import convert
+
+from retina_jax.config import ConfigError
+from retina_jax.conversion import formats
+from retina_jax.conversion.annotated import Annotated, Box, Picture, Reading
+from retina_jax.conversion.formats import Format
+from retina_jax.errors import PlainError
+
+CSV = "a.png,1,2,3,4,a\nb.png,1,2,3,4,a\n"
+
+
+def coco(*names: str, size: tuple[int, int] = (40, 20)) -> str:
+    """Returns a COCO JSON with an image entry per name, each with one box; the k-th box starts at x = k."""
+    numbered = list(enumerate(names, 1))
+    images = [{"id": k, "file_name": name, "width": size[0], "height": size[1]} for k, name in numbered]
+    found = [{"id": k, "image_id": k, "category_id": 1, "bbox": [k, 2, 3, 4]} for k, _ in numbered]
+    return json.dumps({"images": images, "annotations": found, "categories": [{"id": 1, "name": "a"}]})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("train.json", coco("a.png", "b.png"), ["--split", "share"]),
+        ("train.csv", CSV, ["--to", "csv"]),
+        ("val.csv", CSV, ["--to", "csv", "--val-annotations", "data/val.csv"]),
+        (
+            "annotations.xml",
+            '<annotations><image name="a.png" width="40" height="20"/></annotations>',
+            ["--to", "cvat"],
+        ),
+        ("train.json", json.dumps(LABELME), []),
+    ],
+)
+@pytest.mark.parametrize("given", ["data/{}", "data/../data/{}", "link/{}", "linked-{}", "data"])
+def test_an_input_is_never_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, words: list[str], given: str
+) -> None:
+    if given == "data" and not (name.endswith(".xml") or "shapes" in content):
+        pytest.skip("this format is one file per split")
+    monkeypatch.chdir(tmp_path)
+    for image in "ab":
+        picture(tmp_path / f"images/{image}.png")
+    file = text(tmp_path / "data" / name, content)
+    text(tmp_path / "other.csv", CSV)
+    (tmp_path / "link").symlink_to("data")
+    (tmp_path / f"linked-{name}").symlink_to(file)
+    larger = max(hashlib.sha256(image.read_bytes()).hexdigest() for image in (tmp_path / "images").iterdir())
+    words = [str(int(larger[:8], 16) / 2**32) if word == "share" else word for word in words]  # one image on each side
+    path = "other.csv" if "--val-annotations" in words else given.format(name)
+    for out in ("data", "link"):
+        with pytest.raises(ConfigError, match="is an input; choose another folder"):
+            convert(monkeypatch, "--annotations", path, "--images", "images", "--classes", "a", "--out", out, *words)
+    assert file.read_text() == content and [each.name for each in file.parent.iterdir()] == [name]
+
+
+def test_results_are_replaced_and_an_empty_working_folder_is_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text(tmp_path / "train.csv", CSV)
+    for image in "ab":
+        picture(tmp_path / f"{image}.png")
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["retina-jax convert-data", "--annotations", "../train.csv", "--out", "."])
+        convert_data.main()
+        assert [path.name for path in Path.cwd().iterdir()] == ["train.json"] and Path("train.json").is_file()
+    printed = capsys.readouterr().out
+    assert "retina-jax check-data \\\n" in printed and "--out checks/mine" in printed and "_data " not in printed
+
+
+@pytest.mark.parametrize("to", ["voc", "yolo", "labelme", "coco", "csv"])
+@pytest.mark.parametrize("kind", ["coco", "labelme", "csv"])
+def test_entries_of_one_image_are_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str, to: str
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    picture(data / "a.png")
+    if kind == "coco":
+        if to == "coco":
+            pytest.skip("COCO JSON is only split")
+        given = text(data / "in.json", coco("a.png", "a.png"))
+    elif kind == "csv":
+        given = text(data / "in.csv", "a.png,1,2,4,6,a\n./a.png,2,2,5,6,a\n")
+    else:
+        given = data
+        for n in (1, 2):
+            shape = {"label": "a", "points": [[n, 2], [n + 3, 6]]}
+            content = LABELME | {"shapes": [shape], "imageWidth": 40, "imageHeight": 20}
+            text(data / f"{n}.json", json.dumps(content))
+    convert(monkeypatch, "--annotations", given, "--to", to, "--out", out)
+    assert "merged: 1, such as" in capsys.readouterr().out
+    written = out / f"train.{'csv' if to == 'csv' else 'json'}" if to in ("csv", "coco") else out
+    assert boxes(read(written, images=data if to != "yolo" else None)) == {
+        "a.png": [("a", (1, 2, 4, 6)), ("a", (2, 2, 5, 6))]
+    }
+
+
+def test_entries_of_one_image_with_two_sizes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(tmp_path / "a.png")
+    document = json.loads(coco("a.png", "a.png"))
+    document["images"][1]["width"] = 41
+    file = text(tmp_path / "in.json", json.dumps(document))
+    with pytest.raises(PlainError, match=r"'a.png' has two sizes, 40x20 .* and 41x20 "):
+        convert(monkeypatch, "--annotations", file, "--to", "csv", "--out", tmp_path / "out")
+
+
+def test_an_image_that_yolo_lists_by_two_paths_is_read_once(tmp_path: Path) -> None:
+    picture(tmp_path / "images/a.png")
+    text(tmp_path / "labels/a.txt", "0 0.5 0.5 0.5 0.5\n")
+    text(tmp_path / "list.txt", "images/a.png\nimages/../images/a.png\n")
+    text(tmp_path / "data.yaml", "train: list.txt\nnames: [a]\n")
+    assert [len(found.boxes) for found in read(tmp_path).pictures] == [1]
+
+
+@pytest.mark.parametrize("to", ["voc", "yolo", "labelme"])
+def test_one_file_never_holds_images_of_two_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Format) -> None:
+    picture(tmp_path / "a.png")
+    words: list[object] = []
+    for split in ("", "val-"):
+        words += [f"--{split}annotations", text(tmp_path / f"{split}in.json", coco("a.png"))]
+    words += ["--to", to, "--out", tmp_path / "out"]
+    if to == "voc":
+        with pytest.raises(PlainError, match=r"'a.png' \(train\) and 'a.png' \(val\) would share one annotation file"):
+            convert(monkeypatch, *words)
+        assert not (tmp_path / "out").exists()
+    else:
+        convert(monkeypatch, *words)
+        found = read(tmp_path / "out").pictures
+        assert sorted((p.split, len(p.boxes)) for p in found) == [("train", 1), ("val", 1)]
+    repeated = Annotated([Picture(("a.png",), [], (4, 4)) for _ in range(2)], [])
+    with pytest.raises(PlainError, match="would share one annotation file"):
+        formats.write(repeated, [], to, Reading(), tmp_path)
+
+
+@pytest.mark.parametrize("where", ["labels", "data.yaml"])
+def test_keypoints_are_not_taken_for_polygons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """The refusal gives advice that works."""
+    picture(tmp_path / "images/a.png")
+    content = "0 0.5 0.5 0.5 0.5\n0 0.5 0.5 0.1 0.1 0.2 0.2 2 0.3 0.3 2\n"
+    file = text(tmp_path / "labels/a.txt", content)
+    if where == "data.yaml":
+        text(tmp_path / "data.yaml", "names: [a]\n")
+    with pytest.raises(PlainError, match=r"line 2: has the coordinate 2, but a polygon .* kpt_shape") as caught:
+        convert(monkeypatch, "--annotations", tmp_path, "--classes", "a", "--out", tmp_path / "out")
+    assert str(caught.value).startswith(str(file))
+    text(tmp_path / "data.yaml", "names: [a]\nkpt_shape: [2, 3]\n")
+    assert boxes(read(tmp_path)) == {"a.png": [("a", (10, 5, 30, 15)), ("a", (18, 9, 22, 11))]}
+    text(file, "0 -0.1 0.5 1.2 0.5 1.2 1.1\n")  # a polygon that is partly outside the image
+    text(tmp_path / "data.yaml", "names: [a]\n")
+    assert boxes(read(tmp_path)) == {"a.png": [("a", (-4, 10, 48, 22))]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.xml", "<annotation><filename>a.png</filename></annotation>"),
+        ("a.csv", "a.png,,,,,\n"),
+        ("annotations.xml", '<annotations><image name="a.png"/></annotations>'),
+        ("a.json", json.dumps(LABELME | {"shapes": []})),
+    ],
+)
+def test_a_set_without_objects_needs_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str
+) -> None:
+    picture(tmp_path / "a.png")
+    words = ("--annotations", text(tmp_path / name, content), "--out", tmp_path / "out")
+    with pytest.raises(PlainError, match="no list of classes in the files; give --classes"):
+        convert(monkeypatch, *words)
+    for wrong in ("", "a\nb"):
+        with pytest.raises(PlainError, match="--classes: the class must be text"):
+            convert(monkeypatch, *words, "--classes", wrong)
+    convert(monkeypatch, *words, "--classes", "b")
+    written = json.loads((tmp_path / "out/train.json").read_text())
+    assert written["categories"] == [{"id": 1, "name": "b"}]
+
+
+@pytest.mark.parametrize("character", ["\ufffe", "\uffff", "\x01", "\x0b"])
+@pytest.mark.parametrize("to", ["voc", "cvat", "labelstudio"])
+def test_text_that_xml_excludes_is_refused(to: Format, character: str) -> None:
+    wrong = f"a{character}"
+    for label, name in ((wrong, "a.png"), ("a", f"{wrong}.png")):
+        if to == "labelstudio" and label == "a":
+            continue  # its images are in JSON
+        found = Annotated([Picture((name,), [Box(label, (1, 2, 3, 4))], (4, 4))], [])
+        with pytest.raises(PlainError, match="which XML excludes"):
+            formats.write(found, [label], to, Reading(), Path("out"))
