@@ -30,11 +30,13 @@ FOUND = {
 
 def write_folder(out: Path, files: Files, images: dict[str, Path], copy: bool) -> None:
     """Writes files, and links to images or copies of them, into a new folder, which appears when it is complete, or over
-    files of the same names. Raises ConfigError if `out` has other files, DiskError if it cannot be written."""
+    equal files. Raises ConfigError if `out` has other files, DiskError if it cannot be written."""
     present = sorted(os.listdir(out) if out.is_dir() else [out.name] if out.exists() else [])
-    flat = set() if images else {name for name in files if "/" not in name}
+    flat = (
+        set() if images else {name for name, content in files.items() if "/" not in name and is_in(out / name, content)}
+    )
     if other := [name for name in present if name not in flat]:
-        raise ConfigError(f"--out {out}: has other files ({other[0]}); choose a new folder, or delete them")
+        raise ConfigError(f"--out {out}: has another {other[0]} already; choose a new folder, or delete it")
     full = Path(os.path.abspath(out))  # "." has no name
     staged = full.with_name(f".{full.name}.{os.getpid()}")
     try:
@@ -54,6 +56,11 @@ def write_folder(out: Path, files: Files, images: dict[str, Path], copy: bool) -
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(staged, ignore_errors=True)
+
+
+def is_in(path: Path, content: bytes) -> bool:
+    """Returns whether the file at `path` is absent or has this content."""
+    return not path.exists() or (path.is_file() and path.read_bytes() == content)
 
 
 def check_inputs_kept(out: Path, files: Files, found: Annotated, annotations: Iterable[Path]) -> None:

@@ -168,9 +168,9 @@ def test_output_is_complete_or_absent_and_never_over_other_files(
         write_folder(out, {"a.txt": b"1"}, {"images/a.png": tmp_path / "absent"}, copy=True)
     assert list(tmp_path.iterdir()) == []
     write_folder(out, {"train.json": b"1"}, {}, copy=False)
-    write_folder(out, {"train.json": b"2"}, {}, copy=False)
-    assert (out / "train.json").read_bytes() == b"2"
-    for files in ({"val.json": b"3"}, {"a/b.txt": b"3"}):
+    write_folder(out, {"train.json": b"1"}, {}, copy=False)
+    for files in ({"train.json": b"2"}, {"train.json": b"1", "a/b.txt": b"3"}, {"val.json": b"3"}):
         with pytest.raises(PlainError, match=r"train\.json"):
             write_folder(out, files, {}, copy=False)
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "train.json"]
+    assert (out / "train.json").read_bytes() == b"1"
