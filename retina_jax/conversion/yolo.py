@@ -5,10 +5,10 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import yaml
-
+from retina_jax.config import ConfigError
 from retina_jax.conversion.annotated import (
     SPLITS,
     Annotated,
@@ -73,8 +73,18 @@ def yaml_in(path: Path) -> Path | None:
     return path / "data.yaml" if path / "data.yaml" in files else next(iter(files), None)
 
 
+def pyyaml() -> ModuleType:
+    """Returns the package that reads and writes data.yaml, which only this format needs."""
+    try:
+        import yaml
+    except ModuleNotFoundError:
+        raise ConfigError("data.yaml needs the package PyYAML; pip install 'retina-jax[convert]'") from None
+    return yaml
+
+
 def read_yaml(file: Path) -> dict[str, Any]:
     """Returns the content of a YAML file."""
+    yaml = pyyaml()
     try:
         content = yaml.safe_load(read_bytes(file))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -221,4 +231,4 @@ def write_yolo(pictures: list[Picture], classes: list[str]) -> Files:
         files[path] = "".join(lines).encode()
     described = {split: f"images/{split}" for split in dict.fromkeys(picture.split for picture in pictures)}
     described |= {"names": dict(enumerate(classes))}
-    return files | {"data.yaml": yaml.safe_dump(described, allow_unicode=True, sort_keys=False).encode()}
+    return files | {"data.yaml": pyyaml().safe_dump(described, allow_unicode=True, sort_keys=False).encode()}

@@ -12,6 +12,7 @@ from fuzzing import assert_named
 from test_conventions_of_formats import picture, region, text, voc, voc_box
 from test_formats import convert
 
+from retina_jax.conversion import yolo
 from retina_jax.conversion.output import write_folder
 from retina_jax.errors import PlainError, ending
 from retina_jax.runs.files import DiskError
@@ -158,6 +159,12 @@ def test_a_wrong_command_is_one_line_that_names_the_option(
         convert_data.main()
     assert_named(caught.value, expected)
     assert ending(caught.value)[1] == 2 and not (tmp_path / "out").exists()
+
+
+def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(PlainError, match=r"PyYAML; pip install 'retina-jax\[convert\]'"):
+        yolo.read_yaml(tmp_path / "data.yaml")
 
 
 def test_output_is_complete_or_absent_and_never_over_other_files(
