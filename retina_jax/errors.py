@@ -32,11 +32,12 @@ class Stopped(Exception):
     def __init__(self, number: int, step: int | None) -> None:
         after = f"after step {step}, which is saved; the same command resumes from there" if step else "while starting"
         super().__init__(f"stopped by {signal.Signals(number).name} {after}")
-        self.number = number
+        self.number, self.step = number, step
 
 
 def ending(error: BaseException) -> tuple[str | None, int]:
     """Returns the last line and the exit status of a script that `error` ends; None for the line: show the traceback."""
+    error = _signal_at_start(error) or error
     if isinstance(error, PlainError):
         return one_line(f"error: {error}"), 2
     if isinstance(error, Stopped):
@@ -50,6 +51,14 @@ def ending(error: BaseException) -> tuple[str | None, int]:
     if isinstance(error, SystemExit):
         return None, error.code if isinstance(error.code, int) else int(error.code is not None)
     return None, 1
+
+
+def _signal_at_start(error: BaseException | None) -> "Stopped | None":
+    """Returns the signal that ended a start and that led to `error`: a handler may raise in the middle of a library's code,
+    such as JAX's search for devices, which raises an error of its own."""
+    while error is not None and not (isinstance(error, Stopped) and not error.step):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def out_of_memory(error: BaseException, program: str = "a program", needed: object = None) -> str | None:

@@ -36,6 +36,21 @@ def test_a_signal_during_imports_ends_in_one_line(name: str, status: int, first:
     assert done.stderr.count("\n") == 1 and name in done.stderr
 
 
+def test_a_signal_in_the_middle_of_a_library_ends_the_start_in_its_line() -> None:
+    """JAX turns what its backends raise into an error of its own."""
+
+    def library(stopped: Stopped) -> None:
+        try:
+            raise stopped
+        except BaseException as error:
+            raise RuntimeError("Unable to initialize backend") from error
+
+    for step, expected in ((None, ("stopped by SIGTERM while starting", 0)), (7, (None, 1))):
+        with pytest.raises(RuntimeError) as caught:
+            library(Stopped(signal.SIGTERM, step))
+        assert ending(caught.value) == expected
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_a_start_at_once_and_a_run_at_a_check(number: int) -> None:
     before = signal.signal(number, signal.SIG_DFL)

@@ -116,7 +116,7 @@ def test_targets_are_consistent() -> None:
 def test_a_missing_compiler_names_the_extra(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     extra = targets.EXTRAS[target[:3]][1]
-    with pytest.raises(ConfigError, match=rf"pip install retina-jax\[{extra}\]"):
+    with pytest.raises(ConfigError, match=rf"pip install 'retina-jax\[{extra}\]'"):
         topology_devices(*parse_target(target))
 
 

@@ -278,7 +278,7 @@ def test_a_missing_package_is_named(
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "retina_jax.export.onnx_file")
     monkeypatch.delattr("retina_jax.export.onnx_file")
-    with pytest.raises(ExportError, match=rf"^--format onnx: .* {package}; pip install retina-jax\[onnx\]$"):
+    with pytest.raises(ExportError, match=rf"^--format onnx: .* {package}; pip install 'retina-jax\[onnx\]'$"):
         agreement.export_detector(live, tmp_path / "detector.onnx", "a test", photographs()[:1], onnx=True)
     assert not list(tmp_path.iterdir())
 

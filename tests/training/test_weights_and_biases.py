@@ -108,7 +108,7 @@ def test_without_a_project_nothing_is_imported(tmp_path: Path, monkeypatch: pyte
 
 def test_a_missing_package_or_a_refusal_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"^training\.wandb: cells: pip install retina-jax\[wandb\]"):
+    with pytest.raises(ConfigError, match=r"^training\.wandb: cells: pip install 'retina-jax\[wandb\]'"):
         Metrics(opened(tmp_path), 0)
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(fails="init"))
     with pytest.raises(ConfigError, match=r"^training\.wandb: .*: init: api_key not configured \(no-tty\)"):
