@@ -94,7 +94,10 @@ def _detect(
     if side := detector.config.data.tile:
         source = replace(source, records=records).tiled(side, detector.config.data.tile_overlap)
         parts = f" in {len(tiles):,} tiles"
-    most, objects = detector.config.detection.max_detections, max(len(r.labels) for r in source.records[: len(tiles)])
+    most, objects = (
+        detector.config.detection.max_detections,
+        max((len(r.labels) for r in source.records[: len(tiles)]), default=0),
+    )
     if objects > most:
         fix = f"set --detection.max-detections {objects} or more, or cut images into smaller tiles (--data.tile)"
         warn(

@@ -79,8 +79,8 @@ def colour_change(
 
 def recolour(image: tf.Tensor, colours: tf.Tensor) -> tf.Tensor:
     """Returns the RGB image [h w 3] with other colours, clipped to 0 and 255; of uint8 rounded to the nearest, halves up.
-    `colours` are a 3 x 3 matrix by rows and the factor of the image's mean grey, which is added. The mean is that of whole
-    levels, and no product is fused with a sum, so that all hosts compute the same pixels."""
+    `colours` are a 3 x 3 matrix by rows and the factor of the image's mean grey, which is added. For the mean,
+    pixels are rounded down to integers, and no product is fused with a sum, so that all hosts compute the same pixels."""
     size = tf.cast(tf.size(image) // 3, tf.float64)
     means = tf.cast(tf.reduce_sum(tf.cast(image, tf.int64), axis=(0, 1)), tf.float64) / size
     added = colours[9] * tf.cast(tf.reduce_sum(means * GREY), tf.float32)

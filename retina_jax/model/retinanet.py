@@ -34,7 +34,7 @@ class RetinaNet(nn.Module):
     num_classes: int
     anchors_per_cell: int
     axis_name: str | None = None
-    """Named axis of the devices over which BatchNorm takes its statistics; None if one device has the whole batch."""
+    """Named axis of the devices over which BatchNorm takes its statistics; None if one device has the complete batch."""
 
     def __call__(self, images: Images, image_sizes: Int[Array, "B 2"], train: bool = False) -> Outputs:
         """Computes logits and deltas of all anchors, in the precision of the convolutions.

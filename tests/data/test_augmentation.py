@@ -149,7 +149,7 @@ def test_colours_are_brightness_contrast_saturation_and_hue_in_turn(
     grey, strength = np.array([0.299, 0.587, 0.114]), 0.2
     fb, fc, fs = (1 + strength * (2 * u - 1) for u in (b, c, s))
     y = image.astype(np.float64) * fb
-    mean = (np.floor(image).mean((0, 1)) @ grey) * fb  # of whole levels
+    mean = (np.floor(image).mean((0, 1)) @ grey) * fb  # of pixels that are rounded down
     y = (y - mean) * fc + mean
     level = (y @ grey)[..., None]
     y = level + (y - level) * fs
