@@ -24,8 +24,8 @@ def get_config():
     return Config(
         data=DataConfig(source="scenes", batch_size=8, short_side=64, long_side=64, max_boxes=8, scenes=scenes),
         model=ModelConfig(backbone="resnet18", base_width=8, stage_blocks=(1, 1, 1, 1), norm="frozen",
-            frozen_stages=0, max_level=5, fpn_channels=16, head_channels=16, head_convs=1),
-        anchors=AnchorConfig(size_factor=4.0),
+            frozen_stages=0, min_level=4, max_level=5, fpn_channels=16, head_channels=16, head_convs=1),
+        anchors=AnchorConfig(size_factor=2.0),
         optimizer=OptimizerConfig(name="adamw", learning_rate=0.005, warmup_steps=10, boundaries=(50,), clip_norm=1.0,
             ema_decay=0.9),
         training=TrainingConfig(steps=60, log_every=1, eval_every=10, checkpoint_every=5, pictures=2, tensorboard=False),
@@ -34,7 +34,7 @@ def get_config():
 
 
 def write_config(folder: Path) -> Path:
-    """Writes a config that reaches AP 0.3 in 100 steps of 8 images, in about ten seconds."""
+    """Writes a config that reaches AP50 0.4 in 60 steps of 8 images, in about ten seconds."""
     path = folder / "learns.py"
     path.write_text(LEARNS.format(scenes=str(folder / "scenes")))
     return path

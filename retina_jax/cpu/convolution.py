@@ -23,6 +23,8 @@ Convolution = Callable[[Array, Array, int, int], Array]
 
 FEW_PRODUCTS, SMALL_KERNEL = 2**26, 2**18
 """Products of a small convolution of one image, for instance 128 channels on a map of 21x21, and numbers in its kernel."""
+WINOGRAD_PLACES = 1024
+"""Places of a map from which on Winograd's method is faster, for instance 32x32."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
@@ -152,7 +154,7 @@ def _for_winograd(x: Array, kernel: Array, stride: int, groups: int) -> bool:
     """Returns whether the saved products outweigh the transformations, above all of the kernel. It depends on the size of
     one image, so a batch is computed in the same way on one device and on several."""
     fits = len(kernel) == 3 and stride == groups == 1 and x.dtype == jnp.float32
-    return fits and _for_products(x, kernel) and x.shape[1] * x.shape[2] >= 1024
+    return fits and _for_products(x, kernel) and x.shape[1] * x.shape[2] >= WINOGRAD_PLACES
 
 
 def _vjp(plain: Convolution, stride: int, groups: int, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:

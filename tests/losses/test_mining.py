@@ -12,12 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from retina_jax.config import AnchorConfig, Config, ModelConfig, OptimizerConfig
-from retina_jax.config_io import override
+from retina_jax.config import AnchorConfig, ModelConfig
 from retina_jax.losses.mining import mine
 from retina_jax.ops.anchors import anchor_grid
-from retina_jax.training.parallel import Driver
-from retina_jax.training.step import Inputs
 
 KINDS = ("ohem", "ohem_1_3", "ohem_1_3_strict")
 GRID = anchor_grid((64, 96), AnchorConfig(size_factor=2.0), ModelConfig(max_level=5))
@@ -228,48 +225,3 @@ def test_ohem_over_a_mesh_needs_no_collective() -> None:
     text = jax.jit(of_images, in_shardings=split).lower(jnp.ones((8, len(GRID)))).compile().as_text()
     for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
         assert f"{collective}(" not in text
-
-
-def test_a_mined_step_is_the_same_on_one_device_by_jit_and_on_eight_by_pmap() -> None:
-    config = override(
-        Config(optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=0)),
-        {
-            "data.batch_size": 8,
-            "data.max_boxes": 2,
-            "model.backbone": "resnet18",
-            "model.base_width": 8,
-            "model.stage_blocks": (1, 1, 1, 1),
-            "model.norm": "frozen",
-            "model.frozen_stages": 0,
-            "model.max_level": 5,
-            "model.fpn_channels": 8,
-            "model.head_channels": 8,
-            "model.head_convs": 1,
-            "model.num_classes": 3,
-            "model.head_std": 0.3,
-            "anchors.size_factor": 2.0,
-            "loss.kind": "cross_entropy",
-            "loss.mining": "ohem_1_3",
-            "loss.mining_batch": 16,
-        },
-    )
-    rng = np.random.default_rng(1)
-    corner = rng.uniform(0, 30, (8, 2, 2))
-    labels = rng.integers(0, 3, (8, 2)).astype(np.int32)
-    labels[0] = -1
-    inputs = Inputs(
-        images=rng.integers(0, 256, (8, 64, 64, 3)).astype(np.uint8),
-        image_sizes=np.full((8, 2), 64, np.int32),
-        boxes_xyxy=np.concatenate([corner, corner + rng.uniform(12, 34, (8, 2, 2))], axis=-1).astype(np.float32),
-        labels=labels,
-        valid=np.ones(8, bool),
-    )
-    results = []
-    for parallel, devices in (("jit", 1), ("pmap", 8)):  # jit on eight devices: test_parallel.py
-        driver = Driver(override(config, {"parallel": parallel, "devices": devices}), 3)
-        state, metrics = driver.step(driver.init_state(), driver.shard_batch(inputs))
-        results.append(({name: float(value) for name, value in metrics.items()}, jax.device_get(state.params)))
-    (one, parameters), (eight, got) = results
-    assert one["positives_per_image"] > 1 and one["gradient_norm"] > 0
-    assert eight == pytest.approx(one, rel=2e-4, abs=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), parameters, got)

@@ -204,7 +204,7 @@ def test_a_program_from_the_cache_is_reported_as_such(tmp_path: object) -> None:
     assert "32x48" in said[3] and "cache" in said[3]
 
 
-@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+@pytest.mark.parametrize("parallel", ["jit", pytest.param("pmap", marks=pytest.mark.slow)])
 def test_a_driver_compiles_all_padded_shapes_at_the_first_one(
     tiny: Config, make_inputs: Callable[..., Inputs], parallel: str, uncached: None
 ) -> None:

@@ -43,19 +43,32 @@ def first_state(driver: Driver) -> TrainState:
     return driver.init_state(initial_variables(driver.config.model))
 
 
+@cache
+def program(config: Config, batch_size: int, padded_shape: tuple[int, int], dtype: np.dtype) -> jax.stages.Compiled:
+    """Returns the compiled step for such batches, so that it is compiled once for its text and for its results."""
+    images = np.zeros((batch_size, *padded_shape, 3), dtype)
+    boxes, labels = np.zeros((batch_size, 4, 4), np.float32), np.zeros((batch_size, 4), np.int32)
+    inputs = Inputs(images, np.zeros((batch_size, 2), np.int32), boxes, labels, np.ones((batch_size,), bool))
+    driver = driver_of(config)
+    return driver.step.lower(first_state(driver), driver.shard_batch(inputs)).compile()
+
+
+def program_for(config: Config, inputs: Inputs) -> jax.stages.Compiled:
+    return program(config, len(inputs.images), inputs.images.shape[1:3], inputs.images.dtype)
+
+
 def run(config: Config, batches: list[Inputs]) -> tuple[list[dict[str, float]], dict]:
     """Returns the metrics of each step, and the final variables on the host."""
     driver = driver_of(config)
     state, metrics = first_state(driver), []
     for inputs in batches:
-        state, measured = driver.step(state, driver.shard_batch(inputs))
+        state, measured = program_for(config, inputs)(state, driver.shard_batch(inputs))
         metrics.append({k: float(v) for k, v in measured.items()})
     return metrics, jax.device_get(state.variables)
 
 
 def compiled_step(config: Config, inputs: Inputs) -> str:
-    driver = driver_of(config)
-    return driver.step.lower(first_state(driver), driver.shard_batch(inputs)).compile().as_text()
+    return program_for(config, inputs).as_text()
 
 
 def assert_one_exchange(text: str) -> None:
@@ -80,53 +93,59 @@ def test_training_is_the_same_with_any_driver_and_number_of_devices(tiny: Config
     assert_one_exchange(compiled_step(with_drivers(tiny, "jit", 8), batches[0]))
 
 
-@pytest.mark.parametrize(
-    ("normaliser", "accumulating"), [("global", "jit"), ("per_image", "pmap"), ("per_device", "jit"), ("ema", "pmap")]
-)
+@pytest.mark.parametrize("normaliser", ["global", "per_image", "per_device", "ema"])
 def test_normalisers_agree_between_drivers_and_under_accumulation(
-    tiny: Config, make_inputs: Make, normaliser: str, accumulating: str
+    tiny: Config, make_inputs: Make, normaliser: str
 ) -> None:
-    """8 images on 4 devices under jit are 8 images on 4 devices under pmap, and 4 micro-batches of 2 on one device."""
+    """8 images on 4 devices under jit are 2 micro-batches of 2 images on each of 2 devices under pmap."""
     batches = [make_inputs(seed) for seed in range(3)]
     own = {"loss__normaliser": normaliser}
-    # Under `global`, jit on one device is the reference of the test above, and is compared with pmap there.
+    # Under `global`, jit on one device is the reference of the test above.
     expected, parameters = run(with_drivers(tiny, "jit", 1 if normaliser == "global" else 4, **own), batches)
-    if normaliser != "global":
-        under_pmap, _ = run(with_drivers(tiny, "pmap", 4, **own), batches)
-        for a, b in zip(expected, under_pmap, strict=True):
-            assert a == pytest.approx(b, rel=2e-4, abs=1e-5)
-    accumulated, got = run(with_drivers(tiny, accumulating, 1, **own, training__accumulate=4), batches)
+    accumulated, got = run(with_drivers(tiny, "pmap", 2, **own, training__accumulate=2), batches)
     for at_once, in_parts in zip(expected, accumulated, strict=True):
         assert in_parts == pytest.approx(at_once, rel=1e-5, abs=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), parameters, got)
 
 
 def test_accumulation_mines_each_image_and_leaves_out_invalid_ones(tiny: Config, make_inputs: Make) -> None:
-    """2 micro-batches on each of 2 devices equal the batch on 8 devices. In both cases gradients cross in one
-    all-reduce."""
+    """2 micro-batches on each of 2 devices under pmap equal the batch on 8 devices under jit. In both cases gradients
+    cross in one all-reduce."""
     batches = [make_inputs(seed)._replace(valid=np.arange(8) != 5) for seed in range(2)]
-    on_eight = with_drivers(tiny, "jit", 8, loss__mining="ohem_1_3")
-    accumulating = with_drivers(tiny, "jit", 2, loss__mining="ohem_1_3", training__accumulate=2)
+    mined = {"loss.kind": "cross_entropy", "loss.mining": "ohem_1_3", "loss.mining_batch": 16, "model.head_std": 0.3}
+    mining = override(tiny, mined)
+    on_eight = with_drivers(mining, "jit", 8)
+    accumulating = with_drivers(mining, "pmap", 2, training__accumulate=2)
     reference, parameters = run(on_eight, batches)
     parts, got = run(accumulating, batches)
     for expected, measured in zip(reference, parts, strict=True):
-        assert measured == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        assert expected["positives_per_image"] > 1 and expected["gradient_norm"] > 0
+        assert measured == pytest.approx(expected, rel=2e-5, abs=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), parameters, got)
     for config in (on_eight, accumulating):
         assert_one_exchange(compiled_step(config, batches[0]))
 
 
+def skipping(tiny: Config, parallel: str) -> Config:
+    return with_drivers(tiny, parallel, 2, training__skip_non_finite=2, model__frozen_stages=2)
+
+
+def in_floats(make_inputs: Make) -> list[Inputs]:
+    """Returns three batches of float images, which can contain NaN."""
+    batches = [make_inputs(seed) for seed in range(3)]
+    return [inputs._replace(images=inputs.images.astype(np.float32)) for inputs in batches]
+
+
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
 def test_a_non_finite_step_is_skipped(tiny: Config, make_inputs: Make, parallel: str) -> None:
     """The step is counted, everything else stays as before; without the option the parameters are lost."""
-    config = with_drivers(tiny, parallel, 2, training__skip_non_finite=2)
-    batches = [make_inputs(seed) for seed in range(3)]
-    batches = [inputs._replace(images=inputs.images.astype(np.float32)) for inputs in batches]
+    config = skipping(tiny, parallel)
+    batches = in_floats(make_inputs)
     poisoned = batches[1]._replace(images=batches[1].images * np.float32(np.nan))
-    driver = driver_of(config)
-    state, _ = driver.step(first_state(driver), driver.shard_batch(batches[0]))
+    driver, step = driver_of(config), program_for(config, poisoned)
+    state, _ = step(first_state(driver), driver.shard_batch(batches[0]))
     before = jax.device_get(state)
-    state, measured = driver.step(state, driver.shard_batch(poisoned))
+    state, measured = step(state, driver.shard_batch(poisoned))
     after = jax.device_get(state)
     assert not np.isfinite(measured["loss"]) and measured["skipped"] == 1
     assert after.step == 2 and after.skipped == 1
@@ -134,7 +153,7 @@ def test_a_non_finite_step_is_skipped(tiny: Config, make_inputs: Make, parallel:
     kept = (*before.opt_state[:-1], after.opt_state[-1])
     before = before.replace(step=after.step, skipped=after.skipped, opt_state=kept)
     jax.tree.map(np.testing.assert_array_equal, after, before)
-    state, measured = driver.step(state, driver.shard_batch(batches[2]))
+    state, measured = step(state, driver.shard_batch(batches[2]))
     assert np.isfinite(measured["loss"]) and measured["skipped"] == 1 and int(state.step) == 3
     assert parameters_sha256(jax.device_get(state.variables)) != parameters_sha256(after.variables)
     if parallel == "jit":  # under pmap the same code skips the step
@@ -158,19 +177,19 @@ def test_batch_norm_statistics_are_of_the_global_batch(tiny: Config, make_inputs
 def test_winograds_convolutions_gather_no_batch(
     tiny: Config, make_inputs: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """P2 of 128 x 128 pixels has the 1024 places from which on they are taken. Each such kernel is 16 arrays of the
-    all-reduce."""
+    """Here it is taken for P4 of 64 x 64 pixels. Each such kernel is 16 arrays of the all-reduce."""
     taken = []
     whole = winograd.convolution
     monkeypatch.setattr(convolution, "FEW_PRODUCTS", 0)
+    monkeypatch.setattr(convolution, "WINOGRAD_PLACES", 16)
     monkeypatch.setattr(winograd, "convolution", lambda x, kernel: taken.append(x.shape) or whole(x, kernel))
-    large = override(tiny, {"model.min_level": 2, "model.fpn_channels": 32, "model.head_channels": 32})
-    inputs = make_inputs(0, batch_size=4, canvas=(128, 128))
-    text = compiled_step(with_drivers(large, "jit", 4, data__batch_size=4), inputs)
-    assert taken and {shape[1:3] for shape in taken} == {(32, 32)}
+    wide = override(tiny, {"model.fpn_channels": 32, "model.head_channels": 32})
+    inputs = make_inputs(0, batch_size=4)
+    text = compiled_step(with_drivers(wide, "jit", 4, data__batch_size=4), inputs)
+    assert taken and {shape[1:3] for shape in taken} == {(4, 4)}
     assert_one_exchange(text)
-    (one,), _ = run(with_drivers(large, "jit", 1, data__batch_size=4), [inputs])
-    (four,), _ = run(with_drivers(large, "jit", 4, data__batch_size=4), [inputs])
+    (one,), _ = run(with_drivers(wide, "jit", 1, data__batch_size=4), [inputs])
+    (four,), _ = run(with_drivers(wide, "jit", 4, data__batch_size=4), [inputs])
     assert four == pytest.approx(one, rel=1e-5, abs=1e-7)
 
 
@@ -211,9 +230,9 @@ def test_an_invalid_image_has_no_effect(tiny: Config, make_inputs: Make) -> None
 
 
 def test_frozen_parameters_never_change(tiny: Config, make_inputs: Make) -> None:
-    config = with_drivers(tiny, "jit", 1, model__norm="frozen", model__frozen_stages=2)
+    config = skipping(tiny, "jit")
     before = jax.device_get(first_state(driver_of(config)).frozen)
-    _, after = run(config, [make_inputs(0), make_inputs(1)])
+    _, after = run(config, in_floats(make_inputs))
     assert len(jax.tree.leaves(before)) > 10
     jax.tree.map(np.testing.assert_array_equal, before, after["frozen"])
 

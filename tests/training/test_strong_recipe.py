@@ -39,8 +39,8 @@ def test_the_strong_recipe_takes_two_finite_steps(make_inputs: Callable[..., Inp
     """The network is narrow and shallow here, on two devices."""
     small = {
         "model.backbone": "resnet18", "model.base_width": 4, "model.stage_blocks": (1, 1, 1, 1), "model.fpn_channels": 8,
-        "model.head_channels": 8, "model.head_convs": 1, "model.num_classes": 3, "data.batch_size": 4, "data.max_boxes": 4,
-        "devices": 2,
+        "model.head_channels": 8, "model.head_convs": 1, "model.num_classes": 3, "model.min_level": 5, "model.max_level": 6,
+        "data.batch_size": 4, "data.max_boxes": 4, "devices": 2,
     }  # fmt: skip
     driver = Driver(validate(override(load_config(CONFIG), small)), 3)
     state = driver.init_state()
