@@ -252,6 +252,28 @@ def test_an_invalid_option_ends_in_one_line(folder: Path, sweep: Sweep, monkeypa
         assert error.startswith("error: ") and error.count("\n") == 1 and says in error, error
 
 
+def test_points_of_a_killed_launcher_are_trained_again(folder: Path, sweep: Sweep) -> None:
+    (folder / "runs").mkdir()
+    (folder / "runs" / "hold").touch()
+    chosen = ("--only", "gamma_1.0", "gamma_9.0")
+
+    def states() -> str:
+        return sweep("--list", *chosen).splitlines()[-1]
+
+    started = start(folder, "--jobs", 2, *chosen)
+    until(lambda: len(calls(folder)) == 2 and " diverged" in states(), started)
+    assert re.search(r"\b1 running\b", states())
+    os.killpg(started.process.pid, signal.SIGKILL)
+    assert started.process.wait(60) == -signal.SIGKILL
+    until(lambda: " running" not in states())
+    assert re.search(r"\b1 interrupted\b", states())
+    (folder / "runs" / "hold").unlink()
+    assert "AP 50.0" in line_of("gamma_1.0", sweep(*chosen))
+    named = folders(folder)
+    assert sorted(calls(folder)) == sorted([named["gamma_1.0"], named["gamma_1.0"], named["gamma_9.0"]])
+
+
+@pytest.mark.slow
 def test_a_killed_sweep_is_completed_by_starting_it_again(folder: Path, sweep: Sweep) -> None:
     """Trains in real processes: SIGKILL leaves finished, diverged and interrupted points; submitit then runs only the
     missing ones."""
