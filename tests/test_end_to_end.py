@@ -23,8 +23,8 @@ def get_config():
         data=DataConfig(source="scenes", batch_size=4, short_side=64, long_side=64, max_boxes=8,
             scenes=ScenesConfig(folder={scenes!r}, train_images=40, val_images=10, size=64, classes=3, max_side=30.0)),
         model=ModelConfig(backbone="resnet18", base_width=8, stage_blocks=(1, 1, 1, 1), norm="frozen",
-            frozen_stages=0, max_level=5, fpn_channels=16, head_channels=16, head_convs=1),
-        anchors=AnchorConfig(size_factor=2.0),
+            frozen_stages=0, min_level=4, max_level=5, fpn_channels=16, head_channels=16, head_convs=1),
+        anchors=AnchorConfig(size_factor=1.0),
         optimizer=OptimizerConfig(learning_rate=0.02, warmup_steps=4, boundaries=(9,), clip_norm=3.0),
         training=TrainingConfig(steps=12, log_every=1, eval_every=6, checkpoint_every=2, pictures=2),
         devices={devices},
@@ -337,7 +337,7 @@ def test_evaluate_with_other_settings_does_not_change_the_scores_of_the_run(run:
     assert read(run / "evaluation/step_00000012.json") == before
     (other,) = (path for path in (run / "evaluation").glob("step_00000012_*.json"))
     assert read(other)["images"] == 2 and read(other)["settings"] == {"training.eval_images": 2}
-    refused("evaluate", "--workdir", run, "--anchors.size-factor", 8, names="anchors.size_factor: 2.0 -> 8.0")
+    refused("evaluate", "--workdir", run, "--anchors.size-factor", 8, names="anchors.size_factor: 1.0 -> 8.0")
 
 
 def test_images_without_annotations_become_a_submission_and_are_refused_in_training(run: Path, folder: Path) -> None:

@@ -21,8 +21,8 @@ SWEEP = re.search(r"^```python\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)[1]
 TINY = shlex.split("""
 --data.scenes.train-images 8 --data.scenes.val-images 4 --data.batch-size 4 --data.short-side 64 --data.long-side 64
 --data.scenes.size 64 --data.scenes.min-side 16 --data.scenes.max-side 40 --model.base-width 8 --training.steps 2
---model.stage-blocks 1 1 1 1 --model.max-level 5 --model.fpn-channels 16 --model.head-channels 16 --model.head-convs 1
---model.norm frozen --training.log-every 1 --training.eval-every -1 --training.no-tensorboard
+--model.stage-blocks 1 1 1 1 --model.min-level 4 --model.max-level 5 --model.fpn-channels 16 --model.head-channels 16
+--model.head-convs 1 --model.norm frozen --training.log-every 1 --training.eval-every -1 --training.no-tensorboard
 """)
 LOGITS = np.array([-20.0, -3.0, -0.5, 0.0, 0.5, 3.0, 20.0])
 PROBE = """

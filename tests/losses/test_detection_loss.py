@@ -247,7 +247,8 @@ def test_the_sum_distinguishes_background_from_ignored() -> None:
         "boxes_xyxy": jnp.array([[[0.0, 0, 10, 1]]] * 2),
         "labels": jnp.array([[0], [BACKGROUND]], jnp.int32),
     }
-    result = losses_of(**case, matching=MatchingConfig(low_quality="none"), loss=LossConfig())
+    matching = MatchingConfig(low_quality="none")
+    result = jax.jit(lambda case: losses_of(**case, matching=matching, loss=LossConfig()))(case)
     assert float(result.classification[0]) == 0
     assert float(result.classification[1]) > 1
 
