@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 
 from retina_jax.ops.boxes import MAX_LOG_SCALE, clip, decode, encode, giou, iou_matrix
 
-pytestmark = pytest.mark.usefixtures("optimised")  # numerics, as users' programs compute them
-
 DEGENERATE = [
     [0.0, 0.0, 0.0, 0.0],  # padding
     [5.0, 5.0, 5.0, 9.0],  # no width
@@ -43,12 +41,6 @@ def brute_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return out
 
 
-@settings(max_examples=20, deadline=None)
-@given(proper_boxes(), proper_boxes())
-def test_iou_matrix_is_brute_force(a: np.ndarray, b: np.ndarray) -> None:
-    np.testing.assert_allclose(jax.jit(iou_matrix)(a, b[:7]), brute_iou(a, b[:7]), atol=2e-6)
-
-
 def test_iou_of_hand_values() -> None:
     a = array([0, 0, 2, 2])
     b = array([0, 0, 2, 2], [1, 0, 3, 2], [2, 0, 4, 2], [0, 0, 1, 1], [5, 5, 6, 6])
@@ -59,16 +51,6 @@ def test_iou_without_area_is_zero_not_nan() -> None:
     degenerate = array(*DEGENERATE)
     np.testing.assert_array_equal(iou_matrix(degenerate, degenerate), np.zeros((5, 5)))
     np.testing.assert_array_equal(iou_matrix(array([0, 0, 8, 8]), degenerate), np.zeros((1, 5)))
-
-
-@settings(max_examples=20, deadline=None)
-@given(proper_boxes(), proper_boxes())
-def test_decode_inverts_encode(boxes: np.ndarray, anchors: np.ndarray) -> None:
-    # An anchor more than 62.5 times smaller than its box is clipped by design: see the next test.
-    grown = (boxes[:, 2:] - boxes[:, :2]) / (anchors[:, 2:] - anchors[:, :2])
-    keep = grown.max(axis=1) < 62
-    recovered = np.asarray(jax.jit(decode)(jax.jit(encode)(boxes, anchors), anchors))
-    np.testing.assert_allclose(recovered[keep], boxes[keep], atol=2e-2)
 
 
 @settings(max_examples=20, deadline=None)
@@ -136,3 +118,21 @@ def test_clip_keeps_both_borders_of_a_tall_image() -> None:
     clipped = clip(boxes, jnp.array([800, 600], jnp.int32))
     expected = [[0, 0, 600, 800], [0, 0, 600, 800], [10, 20, 30, 40], [600, 10, 600, 20]]
     np.testing.assert_array_equal(clipped, expected)
+
+
+@pytest.mark.usefixtures("optimised")  # numerics, as users' programs compute them, from here on
+@settings(max_examples=20, deadline=None)
+@given(proper_boxes(), proper_boxes())
+def test_iou_matrix_is_brute_force(a: np.ndarray, b: np.ndarray) -> None:
+    np.testing.assert_allclose(jax.jit(iou_matrix)(a, b[:7]), brute_iou(a, b[:7]), atol=2e-6)
+
+
+@pytest.mark.usefixtures("optimised")
+@settings(max_examples=20, deadline=None)
+@given(proper_boxes(), proper_boxes())
+def test_decode_inverts_encode(boxes: np.ndarray, anchors: np.ndarray) -> None:
+    # An anchor more than 62.5 times smaller than its box is clipped by design: see the next test.
+    grown = (boxes[:, 2:] - boxes[:, :2]) / (anchors[:, 2:] - anchors[:, :2])
+    keep = grown.max(axis=1) < 62
+    recovered = np.asarray(jax.jit(decode)(jax.jit(encode)(boxes, anchors), anchors))
+    np.testing.assert_allclose(recovered[keep], boxes[keep], atol=2e-2)

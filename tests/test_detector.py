@@ -28,9 +28,9 @@ CONFIG = override(
     {
         "data.batch_size": 16, "data.short_side": 64, "data.long_side": 96, "data.max_boxes": 4,
         "model.backbone": "resnet18", "model.base_width": 4, "model.stage_blocks": (1, 1, 1, 1), "model.norm": "frozen",
-        "model.frozen_stages": 0, "model.min_level": 4, "model.max_level": 5, "model.fpn_channels": 8,
+        "model.frozen_stages": 0, "model.max_level": 5, "model.fpn_channels": 8,
         "model.head_channels": 8, "model.head_convs": 1, "model.num_classes": 2, "model.head_std": 0.2,
-        "anchors.size_factor": 1.0, "detection.score_threshold": 0.001, "detection.max_detections": 20,
+        "anchors.size_factor": 2.0, "detection.score_threshold": 0.001, "detection.max_detections": 20,
         "training.pictures": 2, "training.eval_batch_size": 10,
     },
 )  # fmt: skip

@@ -13,8 +13,6 @@ from retina_jax.config import MatchingConfig
 from retina_jax.ops.boxes import iou_matrix
 from retina_jax.ops.matching import BACKGROUND, BLOCK, IGNORED, Matches, match
 
-pytestmark = pytest.mark.usefixtures("optimised")  # numerics, as users' programs compute them
-
 MODES = ("none", "band", "all")
 A, G = 60, 6
 
@@ -46,26 +44,6 @@ def strip(width: float, x: float = 0.0) -> list[float]:
 def labels_of(anchors: list, boxes: list, classes: list[int], mode: str = "none") -> list[int]:
     anchors, boxes = np.array(anchors, np.float32), jnp.array(boxes, jnp.float32)
     return compiled(mode)(anchors, boxes, jnp.array(classes, jnp.int32)).labels.tolist()
-
-
-@pytest.mark.parametrize("mode", MODES)
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), real=st.integers(0, G), coarse=st.booleans())
-def test_match_equals_brute_force(mode: str, seed: int, real: int, coarse: bool) -> None:
-    rng = np.random.default_rng(seed)
-    # Integer coordinates in a small image give ties between anchors, between boxes, and at the thresholds.
-    corner = rng.uniform(0, 12, (A + G, 2))
-    boxes = np.concatenate([corner, corner + rng.uniform(1, 8, (A + G, 2))], axis=1)
-    boxes = np.round(boxes).astype(np.float32) if coarse else boxes.astype(np.float32)
-    boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 1)
-    anchors, boxes = boxes[:A], boxes[A:]
-    labels = np.full(G, -1, np.int32)
-    labels[rng.permutation(G)[:real]] = rng.integers(0, 80, real)  # padding may be in any row
-    matches = compiled(mode)(anchors, jnp.asarray(boxes), jnp.asarray(labels))
-    ious = np.asarray(jax.jit(iou_matrix)(anchors, boxes))
-    expected_labels, expected_index = brute_force(ious, labels, MatchingConfig(low_quality=mode))
-    np.testing.assert_array_equal(matches.labels, expected_labels)
-    np.testing.assert_array_equal(matches.box_index, expected_index)
 
 
 def test_iou_of_exactly_half_is_positive_and_exactly_four_tenths_ignored() -> None:
@@ -122,19 +100,6 @@ def test_box_that_overlaps_no_anchor_makes_nothing_positive(mode: str) -> None:
     assert labels_of([strip(10), strip(10, x=20)], [strip(5, x=1000)], [3], mode) == [BACKGROUND, BACKGROUND]
 
 
-def test_match_under_vmap_equals_match_of_each_image() -> None:
-    rng = np.random.default_rng(0)
-    corner = rng.uniform(0, 50, (A + 3 * G, 2))
-    boxes = np.concatenate([corner, corner + rng.uniform(5, 30, corner.shape)], axis=1).astype(np.float32)
-    anchors, boxes = boxes[:A], jnp.asarray(boxes[A:].reshape(3, G, 4))
-    labels = jnp.asarray(rng.integers(-1, 5, (3, G)), jnp.int32)
-    batched = jax.jit(jax.vmap(compiled("band"), in_axes=(None, 0, 0)))(anchors, boxes, labels)
-    for i in range(3):
-        one = compiled("band")(anchors, boxes[i], labels[i])
-        np.testing.assert_array_equal(batched.labels[i], one.labels)
-        np.testing.assert_array_equal(batched.box_index[i], one.box_index)
-
-
 def test_iou_is_computed_once_in_float32_and_memory_does_not_grow_with_boxes() -> None:
     anchors = jax.ShapeDtypeStruct((20_000, 4), jnp.float32)
     programs = [
@@ -151,3 +116,38 @@ def test_matches_are_integers() -> None:
     matches = compiled("none")(np.zeros((A, 4), np.float32), jnp.zeros((G, 4)), jnp.full(G, -1, jnp.int32))
     assert isinstance(matches, Matches)
     assert matches.labels.dtype == matches.box_index.dtype == jnp.int32
+
+
+@pytest.mark.usefixtures("optimised")  # numerics, as users' programs compute them, from here on
+@pytest.mark.parametrize("mode", MODES)
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), real=st.integers(0, G), coarse=st.booleans())
+def test_match_equals_brute_force(mode: str, seed: int, real: int, coarse: bool) -> None:
+    rng = np.random.default_rng(seed)
+    # Integer coordinates in a small image give ties between anchors, between boxes, and at the thresholds.
+    corner = rng.uniform(0, 12, (A + G, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(1, 8, (A + G, 2))], axis=1)
+    boxes = np.round(boxes).astype(np.float32) if coarse else boxes.astype(np.float32)
+    boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 1)
+    anchors, boxes = boxes[:A], boxes[A:]
+    labels = np.full(G, -1, np.int32)
+    labels[rng.permutation(G)[:real]] = rng.integers(0, 80, real)  # padding may be in any row
+    matches = compiled(mode)(anchors, jnp.asarray(boxes), jnp.asarray(labels))
+    ious = np.asarray(jax.jit(iou_matrix)(anchors, boxes))
+    expected_labels, expected_index = brute_force(ious, labels, MatchingConfig(low_quality=mode))
+    np.testing.assert_array_equal(matches.labels, expected_labels)
+    np.testing.assert_array_equal(matches.box_index, expected_index)
+
+
+@pytest.mark.usefixtures("optimised")
+def test_match_under_vmap_equals_match_of_each_image() -> None:
+    rng = np.random.default_rng(0)
+    corner = rng.uniform(0, 50, (A + 3 * G, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(5, 30, corner.shape)], axis=1).astype(np.float32)
+    anchors, boxes = boxes[:A], jnp.asarray(boxes[A:].reshape(3, G, 4))
+    labels = jnp.asarray(rng.integers(-1, 5, (3, G)), jnp.int32)
+    batched = jax.jit(jax.vmap(compiled("band"), in_axes=(None, 0, 0)))(anchors, boxes, labels)
+    for i in range(3):
+        one = compiled("band")(anchors, boxes[i], labels[i])
+        np.testing.assert_array_equal(batched.labels[i], one.labels)
+        np.testing.assert_array_equal(batched.box_index[i], one.box_index)

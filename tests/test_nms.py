@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from retina_jax.ops.boxes import iou_matrix
 from retina_jax.ops.nms import nms
 
-pytestmark = pytest.mark.usefixtures("optimised")  # numerics, as users' programs compute them
-
 N, D = 24, 10
 
 
@@ -39,22 +37,6 @@ def kept_by(boxes: list, scores: list, labels: list, **options: float) -> list[i
     )
     assert (np.asarray(indices)[~np.asarray(valid)] == 0).all()
     return np.asarray(indices)[np.asarray(valid)].tolist()
-
-
-@settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), threshold=st.sampled_from([0.3, 0.5]), classes=st.integers(1, 4))
-def test_nms_equals_the_textbook_loop(seed: int, threshold: float, classes: int) -> None:
-    rng = np.random.default_rng(seed)
-    corner = rng.integers(0, 10, (N, 2))
-    boxes = np.concatenate([corner, corner + rng.integers(1, 9, (N, 2))], axis=1).astype(np.float32)
-    scores = (rng.integers(1, 9, N) / 8).astype(np.float32)  # many equal scores
-    scores[rng.random(N) < 0.2] = -np.inf
-    labels = rng.integers(0, classes, N).astype(np.int32)
-    indices, valid = compiled(threshold)(jnp.asarray(boxes), jnp.asarray(scores), jnp.asarray(labels))
-    expected = textbook(boxes, scores, labels, threshold, D)
-    assert int(valid.sum()) == len(expected)
-    assert indices[: len(expected)].tolist() == expected
-    assert not np.asarray(valid[len(expected) :]).any()
 
 
 def test_iou_of_exactly_the_threshold_stays() -> None:
@@ -97,20 +79,6 @@ def test_far_away_boxes_keep_their_digits() -> None:
     # A class offset added to coordinates would round these away in float32.
     boxes = [[1.0, 1.0, 1.01, 1.01], [1.012, 1.0, 1.022, 1.01], [1.0, 1.0, 1.0101, 1.01]]
     assert kept_by(boxes, [0.9, 0.8, 0.7], [79, 79, 79]) == [0, 1]
-
-
-def test_nms_under_vmap_equals_nms_of_each_image() -> None:
-    rng = np.random.default_rng(0)
-    corner = rng.uniform(0, 40, (3, N, 2))
-    boxes = jnp.asarray(np.concatenate([corner, corner + rng.uniform(5, 30, (3, N, 2))], axis=-1), jnp.float32)
-    scores = jnp.asarray(rng.uniform(size=(3, N)), jnp.float32)
-    scores = scores.at[1, 4:].set(-jnp.inf)  # images of different lengths
-    labels = jnp.asarray(rng.integers(0, 2, (3, N)), jnp.int32)
-    indices, valid = jax.jit(jax.vmap(compiled()))(boxes, scores, labels)
-    for i in range(3):
-        one = compiled()(boxes[i], scores[i], labels[i])
-        np.testing.assert_array_equal(indices[i], one[0])
-        np.testing.assert_array_equal(valid[i], one[1])
 
 
 @functools.cache
@@ -160,3 +128,35 @@ def test_no_boxes_and_no_output_rows() -> None:
     assert indices.tolist() == [0, 0, 0] and not valid.any()
     one = jnp.array([[0.0, 0, 4, 4]]), jnp.ones(1), jnp.zeros(1, jnp.int32)
     assert nms(*one, iou_threshold=0.5, max_detections=0)[0].shape == (0,)
+
+
+@pytest.mark.usefixtures("optimised")  # numerics, as users' programs compute them, from here on
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), threshold=st.sampled_from([0.3, 0.5]), classes=st.integers(1, 4))
+def test_nms_equals_the_textbook_loop(seed: int, threshold: float, classes: int) -> None:
+    rng = np.random.default_rng(seed)
+    corner = rng.integers(0, 10, (N, 2))
+    boxes = np.concatenate([corner, corner + rng.integers(1, 9, (N, 2))], axis=1).astype(np.float32)
+    scores = (rng.integers(1, 9, N) / 8).astype(np.float32)  # many equal scores
+    scores[rng.random(N) < 0.2] = -np.inf
+    labels = rng.integers(0, classes, N).astype(np.int32)
+    indices, valid = compiled(threshold)(jnp.asarray(boxes), jnp.asarray(scores), jnp.asarray(labels))
+    expected = textbook(boxes, scores, labels, threshold, D)
+    assert int(valid.sum()) == len(expected)
+    assert indices[: len(expected)].tolist() == expected
+    assert not np.asarray(valid[len(expected) :]).any()
+
+
+@pytest.mark.usefixtures("optimised")
+def test_nms_under_vmap_equals_nms_of_each_image() -> None:
+    rng = np.random.default_rng(0)
+    corner = rng.uniform(0, 40, (3, N, 2))
+    boxes = jnp.asarray(np.concatenate([corner, corner + rng.uniform(5, 30, (3, N, 2))], axis=-1), jnp.float32)
+    scores = jnp.asarray(rng.uniform(size=(3, N)), jnp.float32)
+    scores = scores.at[1, 4:].set(-jnp.inf)  # images of different lengths
+    labels = jnp.asarray(rng.integers(0, 2, (3, N)), jnp.int32)
+    indices, valid = jax.jit(jax.vmap(compiled()))(boxes, scores, labels)
+    for i in range(3):
+        one = compiled()(boxes[i], scores[i], labels[i])
+        np.testing.assert_array_equal(indices[i], one[0])
+        np.testing.assert_array_equal(valid[i], one[1])

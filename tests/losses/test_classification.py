@@ -15,8 +15,6 @@ from retina_jax.config import LossConfig
 from retina_jax.losses.focal import balanced_cross_entropy, classification_loss, cross_entropy, focal, focal_star, hinge
 from retina_jax.ops.matching import BACKGROUND, IGNORED
 
-pytestmark = pytest.mark.usefixtures("optimised")  # numerics, as users' programs compute them
-
 GAMMAS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 LOGITS = np.array([0.0, -0.0, 1e-3, -1e-3, 0.5, -0.5, 2.0, -2.0, 20.0, -20.0, 60.0, -60.0, 100.0, -100.0, 1e4, -1e4])
 # Each logit occurs twice, as an anchor with K = 1: labelled with the class, and as background.
@@ -48,25 +46,10 @@ def derivatives(gamma: float, dtype: jnp.dtype = jnp.float32) -> tuple[np.ndarra
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
-def test_focal_is_equation_5_and_its_gradient_equation_10(gamma: float) -> None:
-    value, slope = reference(Y * X, gamma)
-    np.testing.assert_allclose(derivatives(gamma)[0], ALPHA_T * value, rtol=2e-5, atol=1e-36)
-    np.testing.assert_allclose(derivatives(gamma)[1], ALPHA_T * Y * slope, rtol=2e-5, atol=1e-36)
-
-
-@pytest.mark.parametrize("gamma", GAMMAS)
 def test_second_derivative_is_that_of_equation_10_at_zero_too(gamma: float) -> None:
     step = 1e-5
     expected = (reference(Y * X + step, gamma)[1] - reference(Y * X - step, gamma)[1]) / (2 * step)
     np.testing.assert_allclose(derivatives(gamma)[2], ALPHA_T * expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("gamma", GAMMAS)
-def test_value_and_gradients_are_finite_where_the_sigmoid_saturates(gamma: float, dtype: jnp.dtype) -> None:
-    for array in derivatives(gamma, dtype):
-        assert np.isfinite(array).all()
-    assert (derivatives(gamma, dtype)[0] >= 0).all()
 
 
 def test_cross_entropy_is_equation_1_and_its_gradient_equation_9() -> None:
@@ -169,19 +152,6 @@ def test_focal_star_is_equation_8_and_its_gradient_equation_11(gamma: float, bet
         assert (np.abs(got - exact) <= rtol * np.abs(exact) + 1e-36).all()
 
 
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1))
-def test_losses_equal_the_printed_definitions_and_their_autodiff(seed: int) -> None:
-    """If sigmoid and logarithm are in their normal range, the definitions as printed in the paper give the same
-    values."""
-    x = np.random.default_rng(seed).uniform(-4, 4, 16).astype(np.float32)
-    y = np.random.default_rng(seed + 1).choice([-1, 1], 16)
-    for ours, plain in plain_definitions():
-        (value, slope), (expected, expected_slope) = ours(x, y), plain(x, y)
-        np.testing.assert_allclose(value, expected, rtol=2e-4, atol=1e-6)
-        np.testing.assert_allclose(slope, expected_slope, rtol=2e-4, atol=2e-6)
-
-
 @functools.cache
 def plain_definitions() -> list[tuple[Callable, Callable]]:
     def compiled(of_x: Callable) -> Callable:
@@ -257,18 +227,6 @@ def test_hinge_at_the_margin_has_no_loss_and_no_derivative() -> None:
     assert slope[2] == pytest.approx(-0.25, rel=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(
-    "loss",
-    [functools.partial(focal_star, alpha=0.25, gamma=g, beta=b) for g, b in STARS]
-    + [functools.partial(hinge, alpha=0.25, margin=m) for m in (0.5, 1.0)],
-)
-def test_focal_star_and_hinge_are_finite_at_extreme_logits(loss: Callable, dtype: jnp.dtype) -> None:
-    value, slope = value_and_slope(loss, X, Y, dtype)
-    assert np.isfinite(value).all() and np.isfinite(slope).all()
-    assert (value >= 0).all()
-
-
 @pytest.mark.parametrize("kind", ["cross_entropy", "balanced_cross_entropy", "focal", "focal_star", "hinge"])
 def test_ignored_anchors_have_no_loss_and_no_gradient(kind: str) -> None:
     loss = classification_loss(LossConfig(kind=kind, hinge_margin=1.0))
@@ -302,3 +260,47 @@ def test_loss_is_the_same_under_jit_and_vmap() -> None:
     expected = loss(logits, labels)
     assert expected.shape == (4, 6, 5)
     np.testing.assert_allclose(jax.jit(jax.vmap(loss))(logits, labels), expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.usefixtures("optimised")  # numerics, as users' programs compute them, from here on
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_focal_is_equation_5_and_its_gradient_equation_10(gamma: float) -> None:
+    value, slope = reference(Y * X, gamma)
+    np.testing.assert_allclose(derivatives(gamma)[0], ALPHA_T * value, rtol=2e-5, atol=1e-36)
+    np.testing.assert_allclose(derivatives(gamma)[1], ALPHA_T * Y * slope, rtol=2e-5, atol=1e-36)
+
+
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_value_and_gradients_are_finite_where_the_sigmoid_saturates(gamma: float, dtype: jnp.dtype) -> None:
+    for array in derivatives(gamma, dtype):
+        assert np.isfinite(array).all()
+    assert (derivatives(gamma, dtype)[0] >= 0).all()
+
+
+@pytest.mark.usefixtures("optimised")
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_losses_equal_the_printed_definitions_and_their_autodiff(seed: int) -> None:
+    """If sigmoid and logarithm are in their normal range, the definitions as printed in the paper give the same
+    values."""
+    x = np.random.default_rng(seed).uniform(-4, 4, 16).astype(np.float32)
+    y = np.random.default_rng(seed + 1).choice([-1, 1], 16)
+    for ours, plain in plain_definitions():
+        (value, slope), (expected, expected_slope) = ours(x, y), plain(x, y)
+        np.testing.assert_allclose(value, expected, rtol=2e-4, atol=1e-6)
+        np.testing.assert_allclose(slope, expected_slope, rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "loss",
+    [functools.partial(focal_star, alpha=0.25, gamma=g, beta=b) for g, b in STARS]
+    + [functools.partial(hinge, alpha=0.25, margin=m) for m in (0.5, 1.0)],
+)
+def test_focal_star_and_hinge_are_finite_at_extreme_logits(loss: Callable, dtype: jnp.dtype) -> None:
+    value, slope = value_and_slope(loss, X, Y, dtype)
+    assert np.isfinite(value).all() and np.isfinite(slope).all()
+    assert (value >= 0).all()

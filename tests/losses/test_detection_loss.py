@@ -15,8 +15,6 @@ from retina_jax.losses.mining import mine
 from retina_jax.losses.total import EMA_START, ImageLosses, denominator, image_losses, image_weights
 from retina_jax.ops.matching import BACKGROUND, IGNORED, match
 
-pytestmark = pytest.mark.usefixtures("optimised")  # numerics, as users' programs compute them
-
 SCOPES = ("global", "per_image", "per_device", "ema")
 B, A, G, K = 3, 12, 4, 3
 
@@ -68,36 +66,6 @@ def losses(case: dict[str, jax.Array], box: str = "smooth_l1") -> ImageLosses:
     return ImageLosses(*(np.asarray(sums) for sums in compiled(box)(case)))
 
 
-def test_image_losses_are_the_sums_of_the_definitions() -> None:
-    case = small_case()
-    result, seen = losses(case), set()
-    find = jax.jit(jax.vmap(lambda boxes, labels: match(case["anchors"], boxes, labels, MatchingConfig())))
-    all_labels, all_indices = (np.asarray(x) for x in find(case["boxes_xyxy"], case["labels"]))
-    logits, deltas, anchors, boxes = (
-        np.asarray(case[name], np.float64) for name in ("logits", "deltas", "anchors", "boxes_xyxy")
-    )
-    for i in range(B):
-        classification = box = 0.0
-        for a, label in enumerate(all_labels[i]):
-            seen.add(min(label, 0))
-            if label == IGNORED:
-                continue
-            for k in range(K):
-                p = 1 / (1 + np.exp(-logits[i, a, k]))
-                p_t, alpha_t = (p, 0.25) if label == k else (1 - p, 0.75)
-                classification += -alpha_t * (1 - p_t) ** 2 * np.log(p_t)
-            if label >= 0:
-                anchor, target = anchors[a], boxes[i, all_indices[i, a]]
-                side, target_side = anchor[2:] - anchor[:2], target[2:] - target[:2]
-                shift = (target[2:] + target[:2] - anchor[2:] - anchor[:2]) / (2 * side)
-                error = np.abs(deltas[i, a] - np.concatenate([shift, np.log(target_side / side)]))
-                box += np.where(error < 0.11, error**2 / 0.22, error - 0.055).sum()
-        assert float(result.classification[i]) == pytest.approx(classification, rel=1e-5)
-        assert float(result.box[i]) == pytest.approx(box, rel=1e-5)
-        assert float(result.positives[i]) == (all_labels[i] >= 0).sum()
-    assert seen == {0, BACKGROUND, IGNORED}  # the case has all three
-
-
 @pytest.mark.parametrize("box", ["smooth_l1", "giou"])
 def test_image_without_boxes_is_all_background_with_finite_gradients(box: str) -> None:
     case = small_case()
@@ -109,34 +77,6 @@ def test_image_without_boxes_is_all_background_with_finite_gradients(box: str) -
     to_logits, to_deltas = compiled_gradient(box)(case)
     assert (np.asarray(to_logits) > 0).all()  # the logit of every class of every anchor is lowered
     np.testing.assert_array_equal(to_deltas, np.zeros((B, A, 4)))
-
-
-@pytest.mark.parametrize("box", ["smooth_l1", "giou"])
-def test_gradient_is_the_numerical_gradient(box: str) -> None:
-    case, rng = small_case(), np.random.default_rng(3)
-    logits, deltas = np.asarray(case["logits"]), np.asarray(case["deltas"])
-    to_logits, to_deltas = (np.asarray(g) for g in compiled_gradient(box)(case))
-    for _ in range(5):
-        up, along = rng.normal(size=logits.shape), rng.normal(size=deltas.shape)
-        ends = []
-        for step in (2e-3, -2e-3):
-            moved = {
-                "logits": jnp.asarray(logits + step * up, jnp.float32),
-                "deltas": jnp.asarray(deltas + step * along, jnp.float32),
-            }
-            sums = losses({**case, **moved}, box)
-            ends.append(np.sum(sums.classification, dtype=np.float64) + np.sum(sums.box, dtype=np.float64))
-        slope = (to_logits * up).sum() + (to_deltas * along).sum()
-        assert (ends[0] - ends[1]) / 4e-3 == pytest.approx(slope, rel=1e-2, abs=1e-2)
-
-
-def test_bfloat16_outputs_are_summed_in_float32() -> None:
-    case = small_case()
-    case |= {"logits": case["logits"].astype(jnp.bfloat16), "deltas": case["deltas"].astype(jnp.bfloat16)}
-    exact = losses({**case, "logits": case["logits"].astype(jnp.float32), "deltas": case["deltas"].astype(jnp.float32)})
-    for got, expected in zip(losses(case), exact, strict=True):
-        assert got.dtype == jnp.float32
-        np.testing.assert_array_equal(got, expected)
 
 
 def test_the_loss_of_an_image_does_not_depend_on_the_other_images() -> None:
@@ -345,3 +285,64 @@ def test_without_mining_its_other_fields_do_not_change_the_program() -> None:
     plain = program(LossConfig())
     assert program(LossConfig(mining_batch=7, mining_nms_iou=0.9)) == plain
     assert program(LossConfig(mining="ohem")) != plain
+
+
+@pytest.mark.usefixtures("optimised")  # numerics, as users' programs compute them, from here on
+def test_image_losses_are_the_sums_of_the_definitions() -> None:
+    case = small_case()
+    result, seen = losses(case), set()
+    find = jax.jit(jax.vmap(lambda boxes, labels: match(case["anchors"], boxes, labels, MatchingConfig())))
+    all_labels, all_indices = (np.asarray(x) for x in find(case["boxes_xyxy"], case["labels"]))
+    logits, deltas, anchors, boxes = (
+        np.asarray(case[name], np.float64) for name in ("logits", "deltas", "anchors", "boxes_xyxy")
+    )
+    for i in range(B):
+        classification = box = 0.0
+        for a, label in enumerate(all_labels[i]):
+            seen.add(min(label, 0))
+            if label == IGNORED:
+                continue
+            for k in range(K):
+                p = 1 / (1 + np.exp(-logits[i, a, k]))
+                p_t, alpha_t = (p, 0.25) if label == k else (1 - p, 0.75)
+                classification += -alpha_t * (1 - p_t) ** 2 * np.log(p_t)
+            if label >= 0:
+                anchor, target = anchors[a], boxes[i, all_indices[i, a]]
+                side, target_side = anchor[2:] - anchor[:2], target[2:] - target[:2]
+                shift = (target[2:] + target[:2] - anchor[2:] - anchor[:2]) / (2 * side)
+                error = np.abs(deltas[i, a] - np.concatenate([shift, np.log(target_side / side)]))
+                box += np.where(error < 0.11, error**2 / 0.22, error - 0.055).sum()
+        assert float(result.classification[i]) == pytest.approx(classification, rel=1e-5)
+        assert float(result.box[i]) == pytest.approx(box, rel=1e-5)
+        assert float(result.positives[i]) == (all_labels[i] >= 0).sum()
+    assert seen == {0, BACKGROUND, IGNORED}  # the case has all three
+
+
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.parametrize("box", ["smooth_l1", "giou"])
+def test_gradient_is_the_numerical_gradient(box: str) -> None:
+    case, rng = small_case(), np.random.default_rng(3)
+    logits, deltas = np.asarray(case["logits"]), np.asarray(case["deltas"])
+    to_logits, to_deltas = (np.asarray(g) for g in compiled_gradient(box)(case))
+    for _ in range(5):
+        up, along = rng.normal(size=logits.shape), rng.normal(size=deltas.shape)
+        ends = []
+        for step in (2e-3, -2e-3):
+            moved = {
+                "logits": jnp.asarray(logits + step * up, jnp.float32),
+                "deltas": jnp.asarray(deltas + step * along, jnp.float32),
+            }
+            sums = losses({**case, **moved}, box)
+            ends.append(np.sum(sums.classification, dtype=np.float64) + np.sum(sums.box, dtype=np.float64))
+        slope = (to_logits * up).sum() + (to_deltas * along).sum()
+        assert (ends[0] - ends[1]) / 4e-3 == pytest.approx(slope, rel=1e-2, abs=1e-2)
+
+
+@pytest.mark.usefixtures("optimised")
+def test_bfloat16_outputs_are_summed_in_float32() -> None:
+    case = small_case()
+    case |= {"logits": case["logits"].astype(jnp.bfloat16), "deltas": case["deltas"].astype(jnp.bfloat16)}
+    exact = losses({**case, "logits": case["logits"].astype(jnp.float32), "deltas": case["deltas"].astype(jnp.float32)})
+    for got, expected in zip(losses(case), exact, strict=True):
+        assert got.dtype == jnp.float32
+        np.testing.assert_array_equal(got, expected)

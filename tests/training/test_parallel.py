@@ -100,8 +100,8 @@ def test_normalisers_agree_between_drivers_and_under_accumulation(
     """8 images on 4 devices under jit are 2 micro-batches of 2 images on each of 2 devices under pmap."""
     batches = [make_inputs(seed) for seed in range(3)]
     own = {"loss__normaliser": normaliser}
-    # Under `global`, jit on one device is the reference of the test above.
-    expected, parameters = run(with_drivers(tiny, "jit", 1 if normaliser == "global" else 4, **own), batches)
+    # Under `per_image`, the default, jit on one device is the reference of the test above.
+    expected, parameters = run(with_drivers(tiny, "jit", 1 if normaliser == "per_image" else 4, **own), batches)
     accumulated, got = run(with_drivers(tiny, "pmap", 2, **own, training__accumulate=2), batches)
     for at_once, in_parts in zip(expected, accumulated, strict=True):
         assert in_parts == pytest.approx(at_once, rel=1e-5, abs=1e-6)

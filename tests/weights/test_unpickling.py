@@ -146,9 +146,9 @@ def doubled(times: int) -> bytes:
         b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x0f.",  # text of 2^60 characters
         b"\x80\x05\x96\xff\xff\xff\xff\xff\x00\x00\x00.",  # a bytearray of 2^40
         b"\x80\x02" + b"(" * 5_000 + b"t" * 5_000 + b".",  # tuples 5000 deep
-        b"\x80\x02})" + b"\x85" * 500_000 + b"K\x01s.",  # as a dict's key: its hash overflows the C stack
-        b"\x80\x02}(" + literal("a") + b"N)" + b"\x85" * 500_000 + b"Nu.",
-        b"\x80\x02()" + b"\x85" * 500_000 + b"Nd.",
+        b"\x80\x02})" + b"\x85" * 200_000 + b"K\x01s.",  # as a dict's key: its hash overflows the C stack
+        b"\x80\x02}(" + literal("a") + b"N)" + b"\x85" * 200_000 + b"Nu.",
+        b"\x80\x02()" + b"\x85" * 200_000 + b"Nd.",
         b"\x80\x02}q\x00" + literal("model") + b"h\x00s.",  # a dict that contains itself
     ],
 )
