@@ -108,6 +108,7 @@ def test_a_variant_that_cannot_run_is_named(folder: Path, body: str, line: str) 
         measure(TASK, {"a": good, "b": variant(folder, "bad", body)}, 5)
 
 
+@pytest.mark.slow
 def test_a_device_check_that_runs_out_of_time_loses_only_the_variant_it_waits_for(folder: Path) -> None:
     good = variant(folder, "good", "def make(task): return Work(lambda: None, images=2)\n")
     endless = variant(folder, "endless", "import time\ndef make(task): time.sleep(600)\n")
@@ -180,6 +181,7 @@ def test_a_table_has_one_line_per_variant_and_no_empty_columns() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_operations_of_a_training_step_equal_the_count_by_hand() -> None:
     """Counted by hand for R50 at 256 x 256 with stem and C2 frozen: 43.4 GMAC, of which 15.3 in the forward pass."""
     task = replace(TASK, name="step", size="256", backbone="resnet50", classes=80)
