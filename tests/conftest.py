@@ -139,11 +139,11 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(100_000, 20, 50)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def few_objects() -> None:
     """The objects that tests before have left are not searched for garbage again: `CompiledStep` collects it after each
     compilation, which takes 2 s of processor time late in a test run."""
-    gc.collect(1)
+    gc.collect()
     gc.freeze()
 
 
@@ -168,7 +168,7 @@ def optimised() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of `small_runs.write_config` on two devices, trained once for all workers. Copy it, do not change it.
+    """A finished run of `small_runs.write_config` on one device, trained once for all workers. Copy it, do not change it.
 
     Its config is `learns.py` next to it.
     """
@@ -180,7 +180,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = folder / "trained"
     with FileLock(folder / "lock"):
         if not (run / "summary.json").exists():
-            process = small_runs.start(small_runs.write_config(folder), run, devices=2)
+            process = small_runs.start(small_runs.write_config(folder), run, devices=1)
             assert process.wait(600) == 0, run.with_suffix(".log").read_text()
     return run
 

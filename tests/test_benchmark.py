@@ -24,7 +24,6 @@ from benchmarks.worker import WARM_UP
 
 from retina_jax.config_io import override
 
-pytestmark = pytest.mark.usefixtures("few_objects")
 ROOT = Path(__file__).parents[1]
 TASK = Task(
     name="nms",
@@ -195,8 +194,8 @@ def test_operations_of_a_training_step_equal_the_count_by_hand() -> None:
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the network an eighth as wide, with fewer layers, so that it compiles and runs faster."""
     small = {
-        "model.base_width": 8, "model.stage_blocks": (1, 1, 1, 1), "model.max_level": 5, "model.fpn_channels": 32,
-        "model.head_channels": 32, "model.head_convs": 1,
+        "model.base_width": 8, "model.stage_blocks": (1, 1, 1, 1), "model.min_level": 4, "model.max_level": 5,
+        "model.fpn_channels": 32, "model.head_channels": 32, "model.head_convs": 1,
     }  # fmt: skip
     of_task = network.config_of
     monkeypatch.setattr(network, "config_of", lambda task: override(of_task(task), small))

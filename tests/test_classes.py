@@ -33,7 +33,6 @@ from retina_jax.evaluate import evaluate
 from retina_jax.runs.folder import Run
 from retina_jax.training.opening import open_run
 
-pytestmark = pytest.mark.usefixtures("few_objects")
 ROOT = Path(__file__).parents[1]
 CONFIG = override(Config(), {"data.buckets": 1, "data.short_side": 64, "data.long_side": 64, "training.pictures": 0})
 IDS = st.integers(1 - LARGEST_ID, LARGEST_ID - 1)

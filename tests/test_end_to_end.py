@@ -35,7 +35,7 @@ def get_config():
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs")
-    (path / "tiny.py").write_text(TINY.format(scenes=str(path / "scenes"), devices=2))
+    (path / "tiny.py").write_text(TINY.format(scenes=str(path / "scenes"), devices=1))
     return path
 
 
@@ -126,7 +126,7 @@ def test_a_finished_run_started_again_changes_nothing(run: Path, folder: Path) -
 
 
 def test_pmap_trains_the_same_run(run: Path, folder: Path) -> None:
-    script("train", "--config", folder / "tiny.py", "--workdir", folder / "pmap", "--parallel", "pmap",
+    script("train", "--config", folder / "tiny.py", "--workdir", folder / "pmap", "--parallel", "pmap", "--devices", 2,
            "--training.steps", 6, "--training.eval-every", 6)  # fmt: skip
     for one, two in zip(train_lines(run)[:6], train_lines(folder / "pmap"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
@@ -142,10 +142,10 @@ def test_evaluate_reproduces_the_scores_of_the_run(run: Path, folder: Path) -> N
     done = script("evaluate", "--workdir", copy)
     assert read(copy / "evaluation/step_00000012.json") == expected
     assert "Average Precision" in done.stdout
-    script("evaluate", "--workdir", copy, "--devices", 1, "--training.eval-batch-size", 3)
+    script("evaluate", "--workdir", copy, "--devices", 2, "--training.eval-batch-size", 3)
     (other,) = (copy / "evaluation").glob("step_00000012_*.json")
     again = read(other)
-    assert again["settings"] == {"devices": 1, "training.eval_batch_size": 3} and "settings" not in expected
+    assert again["settings"] == {"devices": 2, "training.eval_batch_size": 3} and "settings" not in expected
     assert {k: v for k, v in again.items() if k.startswith("A")} == pytest.approx(
         {k: v for k, v in expected.items() if k.startswith("A")}, abs=1e-3, nan_ok=True
     )
@@ -205,7 +205,7 @@ def test_bad_input_is_one_line_that_names_it(folder: Path) -> None:
     tiny = ("--config", folder / "tiny.py", "--workdir", folder / "bad")
     refused("train", "--config", folder / "absent.py", "--workdir", folder / "bad", names="absent.py")
     refused("train", *tiny, "--loss.gama", 2, names="loss.gamma")
-    refused("train", *tiny, "--data.batch-size", 3, names="data.batch_size: 3 ")
+    refused("train", *tiny, "--devices", 2, "--data.batch-size", 3, names="data.batch_size: 3 ")
     refused("train", *tiny, "--model.prior", 2, names="model.prior")
     refused("train", *tiny, "--data.source", "coco", names="data.train_annotations")
     refused("evaluate", "--workdir", folder / "nowhere", names=str(folder / "nowhere"))

@@ -57,7 +57,7 @@ def uninterrupted_and_lives(
 
     def live(name: str, when: Callable[[], bool] | None = None, then: Callable[[], None] = disk.fill) -> None:
         log = folder / f"{name}.log"
-        with start(config, disk.mounted / "run", *OPTIONS, devices=2, log=log, namespaces_of=disk.holder) as process:
+        with start(config, disk.mounted / "run", *OPTIONS, devices=1, log=log, namespaces_of=disk.holder) as process:
             if when is not None:
                 with stopped_when(process, when):
                     then()
@@ -65,7 +65,7 @@ def uninterrupted_and_lives(
         lines = [line for line in log.read_text().splitlines() if not line.startswith("step ")]
         lives[name] = Life(status, lines, newest(workdir), max(saved(workdir)))
 
-    with start(config, unbroken, *OPTIONS, devices=2) as process:
+    with start(config, unbroken, *OPTIONS, devices=1) as process:
         wait_for_step(unbroken, 1, process)  # it writes the scenes for both
         live("full in a save", lambda: any(workdir.glob("checkpoints/saving/20*")), lambda: disk.fill(150_000))
         disk.empty()

@@ -33,7 +33,7 @@ class Setting:
         """Starts the run, or starts it again by the same command."""
         options = {"steps": self.steps, "checkpoint-every": self.checkpoint_every, "eval-every": self.eval_every}
         words = [word for name, value in options.items() for word in (f"--training.{name}", value)]
-        return start(self.config, workdir, *words, devices=2, log=log)
+        return start(self.config, workdir, *words, devices=1, log=log)
 
     def phase(self, workdir: Path, log: Path) -> str:
         """Returns what the process with this log was doing when it was stopped or killed."""

@@ -14,7 +14,7 @@ from small_runs import Pair, kill, losses, metrics, start, summary, wait_for_ste
 
 LAST = 80
 EVERY = ("--training.checkpoint-every", 10, "--training.eval-every", 0, "--training.pictures", 0)
-MORE = (*EVERY, "--training.steps", LAST, "--detection.tta-flip", "--detection.tta-short-sides", 48)
+MORE = (*EVERY, "--training.steps", LAST, "--detection.tta-flip")
 LONG = (*EVERY, "--training.steps", 10**6)
 
 

@@ -96,7 +96,7 @@ def by_mesh(function: Callable, boxes: jax.Array, labels: jax.Array) -> jax.Arra
     )
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_labels_equal_the_reference_in_every_program(count: int) -> None:
     boxes, labels, expected = map(np.stack, zip(*images_with_ties(count), strict=True))
     assert {BACKGROUND, IGNORED, 0, 1} == set(np.unique(expected))

@@ -13,8 +13,10 @@ from retina_jax.model.resnet import ResNet
 from retina_jax.model.retinanet import RetinaNet, normalise
 
 
-@pytest.mark.parametrize("norm", ["frozen", "group"])
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet101"])
+@pytest.mark.parametrize(
+    ("backbone", "norm"),
+    [("resnet18", "frozen"), ("resnet101", "group"), pytest.param("resnet101", "frozen", marks=pytest.mark.slow)],
+)
 def test_activations_neither_explode_nor_vanish(backbone: str, norm: str) -> None:
     config = ModelConfig(backbone=backbone, base_width=16, norm=norm, norm_groups=4)
     maps_of = jax.jit(lambda v, x: ResNet(config).apply(v, x, False))

@@ -471,7 +471,7 @@ for kill in range(kills):  # JAX is not started here, so that a fork is sound an
 """
 
 
-@pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, pytest.param(200, marks=pytest.mark.slow)])
 def test_after_a_kill_inside_a_save_the_newest_step_is_intact(tmp_path: Path, kills: int) -> None:
     script = tmp_path / "killed.py"
     script.write_text(KILLED)

@@ -27,7 +27,6 @@ from retina_jax.training.compilation import CompiledStep, Memory, memory_of
 from retina_jax.training.parallel import Driver
 from retina_jax.training.step import Inputs
 
-pytestmark = pytest.mark.usefixtures("few_objects")
 GIB = 2**30
 
 

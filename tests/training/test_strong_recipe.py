@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from retina_jax.config_io import load_config, override, validate
 from retina_jax.presets import PRESETS
@@ -35,6 +36,7 @@ def test_the_strong_recipe_equals_torchvisions_except_for_conventions() -> None:
     assert config.optimizer.ema_decay > 0
 
 
+@pytest.mark.slow
 def test_the_strong_recipe_takes_two_finite_steps(make_inputs: Callable[..., Inputs]) -> None:
     """The network is narrow and shallow here, on two devices."""
     small = {

@@ -29,7 +29,6 @@ from retina_jax.training.restore import adapt_classes
 from retina_jax.weights.importing import import_detector, with_backbone
 from retina_jax.weights.named import IMAGENET
 
-pytestmark = pytest.mark.usefixtures("few_objects")
 ROOT = Path(__file__).parents[2]
 CLASSES = ("square", "disc", "moon")
 
@@ -68,11 +67,11 @@ def test_a_detector_is_imported_evaluated_and_trained_on_other_classes(
     assert "4 classes" in output and source in output and f"step 0 of {run}" in output
     detector = load_detector(run, short_side=64, long_side=96)
     assert detector.class_names == ("__background__", *CLASSES) and detector.step == 0
+    direct = load_detector(source, short_side=64, long_side=96)
+    assert direct.config.model == detector.config.model and direct.config.detection == detector.config.detection
+    jax.tree.map(np.testing.assert_array_equal, detector.variables, direct.variables)
     image = photographs([(70, 90)], 1)
-    (mine,), (direct,) = (each.detect(image) for each in (detector, load_detector(source, short_side=64, long_side=96)))
-    assert len(mine.labels) > 0
-    for key in ("boxes_xyxy", "scores", "labels"):
-        np.testing.assert_array_equal(getattr(mine, key), getattr(direct, key))
+    assert len(detector.detect(image)[0].labels) > 0
 
     Image.fromarray(image[0]).save(tmp_path / "photo.png")
     script(
