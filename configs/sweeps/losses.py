@@ -1,9 +1,9 @@
-"""A control that is not in the paper: cross entropy and focal loss at three rates and two weights of the box loss, 12 runs.
+"""A control that is not in the paper: cross entropy and focal loss at four rates and two weights of the box loss, 16 runs.
 
     python scripts/sweep.py --sweep configs/sweeps/losses.py --base configs/own_data.py --workdir DIR --data...
 
-On your own data, each loss has its best rate and its best weight of the box loss somewhere else than the other. Choose both
-by the scores of the validation images, and repeat the chosen points with `--only NAMES --seeds 0 1 2`.
+The best rate and the best weight of the box loss may differ between the losses. Choose both by the scores of the validation
+images, and repeat the chosen points with `--only NAMES --seeds 0 1 2`.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from retina_jax.config import Config
 from retina_jax.paper.settings import balanced_cross_entropy, focal
 
-RATES = (1 / 3, 1.0, 3.0)
+RATES = (1 / 3, 1.0, 3.0, 9.0)
 BOX_WEIGHTS = (1.0, 5.0)
 
 
