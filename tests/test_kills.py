@@ -208,11 +208,17 @@ def test_ctrl_c_saves_and_exits_130_and_twice_ends_at_once(
 
 def test_unfinished_files_of_a_killed_run_are_deleted_and_files_being_written_are_not(tmp_path: Path) -> None:
     (tmp_path / "evaluation").mkdir()
-    left = [".config.json.123", ".write_test_123", ".metrics.jsonl", "evaluation/.step_00000010.json.7"]
-    others = ["config.json", ".config.json", ".nfs0001", ".seconds.json.456"]
+    left = [
+        ".seconds.json.456",
+        ".config.json.123",
+        ".write_test_123",
+        ".metrics.jsonl",
+        "evaluation/.step_00000010.json.7",
+    ]
+    others = ["config.json", ".config.json", ".nfs0001", ".config.json.456"]
     for name in (*left, *others):
         (tmp_path / name).write_text("{}")
-    for name in (*left, *others[:-1]):
+    for name in (*left[1:], *others[:-1]):  # the first one is new, but only training writes it
         os.utime(tmp_path / name, (0, 0))
     with training_lock(tmp_path):
         assert files(tmp_path) == {*others, "evaluation", ".lock"}

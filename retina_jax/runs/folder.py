@@ -156,13 +156,19 @@ def training_lock(folder: Path) -> Iterator[None]:
             raise ConfigError(f"--workdir {folder}: another process is training there; {how}")
         for path in [*folder.glob(".*"), *folder.glob("evaluation/.*"), *folder.glob("detections/.*")]:
             with contextlib.suppress(OSError):  # they are useless but harmless
-                if TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > SECONDS_TO_WRITE:
+                if _is_left_behind(path):
                     path.unlink()
         try:
             yield
         except KeyboardInterrupt:
             _HELD.append(stack.pop_all())
             raise
+
+
+def _is_left_behind(path: Path) -> bool:
+    """Returns whether a killed process has left this temporary file. Under the lock, seconds.json has no other writer."""
+    age = time.time() - path.stat().st_mtime
+    return bool(TEMPORARY.fullmatch(path.name)) and (path.name.startswith(".seconds.json.") or age > SECONDS_TO_WRITE)
 
 
 def record_fact(run: Run, name: str, value: str) -> None:

@@ -161,17 +161,15 @@ def test_a_non_finite_step_is_skipped(tiny: Config, make_inputs: Make, parallel:
         assert not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(lost["params"]))
 
 
-def test_batch_norm_statistics_are_of_the_global_batch(tiny: Config, make_inputs: Make) -> None:
+@pytest.mark.parametrize("parallel", [pytest.param("jit", marks=pytest.mark.slow), "pmap"])
+def test_batch_norm_statistics_are_of_the_global_batch(tiny: Config, make_inputs: Make, parallel: str) -> None:
     batches = [make_inputs(seed) for seed in range(2)]
     reference, expected = run(with_drivers(tiny, "jit", 1, model__norm="batch"), batches)
     assert expected["stats"]
-    for parallel in ("jit", "pmap"):
-        metrics, got = run(with_drivers(tiny, parallel, 4, model__norm="batch"), batches)
-        for a, b in zip(reference, metrics, strict=True):
-            assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), expected["stats"], got["stats"]
-        )
+    metrics, got = run(with_drivers(tiny, parallel, 4, model__norm="batch"), batches)
+    for a, b in zip(reference, metrics, strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), expected["stats"], got["stats"])
 
 
 def test_winograds_convolutions_gather_no_batch(
