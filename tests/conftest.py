@@ -141,8 +141,8 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_objects() -> None:
-    """The objects that tests before have left are not searched for garbage again: `CompiledStep` collects it after each
-    compilation, which takes 2 s of processor time late in a test run."""
+    """Excludes the objects of earlier tests from garbage collection: `CompiledStep` collects after each compilation, which
+    takes 2 s of processor time late in a test run."""
     gc.collect()
     gc.freeze()
 
@@ -150,12 +150,12 @@ def few_objects() -> None:
 @pytest.fixture(scope="module")
 def optimised() -> Iterator[None]:
     """Compiles programs with all of the compiler's passes, from this test to the end of the module."""
-    options_of, emitters = compiler.get_compile_options, {}
-    if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
-        emitters["xla_cpu_use_fusion_emitters"] = True
+    options_of, flags = compiler.get_compile_options, os.environ.get("XLA_FLAGS", "")
+    defaults = {"xla_cpu_use_fusion_emitters": True, "xla_cpu_prefer_vector_width": 256}
+    changed = {name: value for name, value in defaults.items() if name in flags}
 
     def as_users(*args: object, env_options_overrides: dict | None = None, **kwargs: object) -> object:
-        return options_of(*args, env_options_overrides={**emitters, **(env_options_overrides or {})}, **kwargs)
+        return options_of(*args, env_options_overrides={**changed, **(env_options_overrides or {})}, **kwargs)
 
     quickly = jax.config.read("jax_disable_most_optimizations")
     with pytest.MonkeyPatch.context() as patch:

@@ -288,7 +288,7 @@ def test_training_is_the_same_with_any_ids_and_names(tmp_path: Path, monkeypatch
             "--data.buckets", 1, "--data.batch-size", 1, "--devices", 1,
             "--model.backbone", "resnet18", "--model.base-width", 8, "--model.stage-blocks", 1, 1, 1, 1,
             "--model.min-level", 4, "--model.max-level", 5, "--model.fpn-channels", 8, "--model.head-channels", 8,
-            "--model.head-convs", 1, "--model.norm", "frozen",
+            "--model.head-convs", 1, "--model.norm", "frozen", "--anchors.size-factor", 1,
             "--training.steps", 2, "--training.eval-every", 0, "--detection.score-threshold", 0.0,
             "--training.no-tensorboard",
         )  # fmt: skip

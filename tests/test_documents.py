@@ -262,7 +262,7 @@ GUIDE = (ROOT / "docs" / "own_data.md").read_text()
 SMALL = {
     "train.py": """
         --data.short-side 64 --data.long-side 64 --data.batch-size 2 --model.base-width 8 --model.stage-blocks 1 1 1 1
-        --model.min-level 4 --model.max-level 5 --model.norm frozen
+        --model.min-level 4 --model.max-level 5 --model.norm frozen --anchors.size-factor 2
         --model.fpn-channels 16 --model.head-channels 16 --model.head-convs 1 --training.steps 2 --optimizer.boundaries 1
         --training.pictures 1 --training.no-tensorboard --model.prior 0.3
     """,

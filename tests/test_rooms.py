@@ -93,7 +93,7 @@ PRIVATE = {
     "jax._src.compiler.get_compile_options": "the fixture `optimised`: XLA's fusion emitters in one module",
     "jaxtyping._import_hook._JaxtypingLoader": "only the time that each process of the tests takes to import",
     "jaxtyping._import_hook._optimized_cache_from_source": "the same",
-    "jaxtyping._import_hook.JaxtypingTransformer": "the same",
+    "jaxtyping._import_hook.JaxtypingTransformer": "only the time of tracing: inner functions would be checked too",
 }
 """Names without a public equivalent, and what breaks if one disappears."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from small_runs import Pair, kill, losses, metrics, start, summary, wait_for_step
 
-LAST = 80
+LAST = 100
 EVERY = ("--training.checkpoint-every", 10, "--training.eval-every", 0, "--training.pictures", 0)
 MORE = (*EVERY, "--training.steps", LAST, "--detection.tta-flip")
 LONG = (*EVERY, "--training.steps", 10**6)
@@ -48,12 +48,12 @@ def killed(folder: Path, config: Path, trained: Path) -> Iterator[tuple[Path, Pa
         wait_for_step(workdir, saved + 2, *pair.hosts)
         assert resumed(pair.said(), workdir, saved)
         kill(pair.hosts[1])
-        yield workdir, stopped, pair, time.monotonic()
+        yield workdir, stopped, pair, time.time()
 
 
 @pytest.fixture(scope="module")
 def alone(folder: Path, config: Path, trained: Path, killed: object) -> Path:
-    """Trains the same run for 20 more steps."""
+    """Trains the same run for 40 more steps, while host 0 notices that host 1 was killed."""
     workdir = shutil.copytree(trained, folder / "alone")
     process = start(config, workdir, *MORE, "--training.profile-steps", "65:67", devices=4)
     assert process.wait(300) == 0, workdir.with_suffix(".log").read_text()
@@ -66,7 +66,8 @@ def alone(folder: Path, config: Path, trained: Path, killed: object) -> Path:
 def shared(config: Path, killed: tuple[Path, Path, Pair, float]) -> Path:
     """Waits until host 0 has ended; resumes the run to its end on two hosts."""
     workdir, _, pair, at = killed
-    status = pair.hosts[0].wait(max(0.1, at + 60 - time.monotonic()))
+    status = pair.hosts[0].wait(60)
+    assert pair.logs[0].stat().st_mtime - at < 60
     assert status in (75, -signal.SIGABRT), pair.said()  # gloo or JAX's heartbeat may abort
     assert status < 0 or re.search("error: .*start all hosts again", pair.said())
     with Pair(config, workdir, *MORE) as pair:
@@ -106,8 +107,7 @@ def test_hosts_of_other_configs_refuse_each_other(folder: Path, config: Path) ->
 
 
 def broken(folder: Path, config: Path) -> tuple[object, ...]:
-    """Returns options for the same images as a COCO folder, in which the last image is truncated. `begun` has written
-    them."""
+    """Returns options for the same images as a COCO folder, in which the last image is truncated."""
     folder = folder / "broken"
     if not folder.exists():
         annotations = next(path for path in (config.parent / "scenes").rglob("*train*.json"))

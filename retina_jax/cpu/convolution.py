@@ -24,7 +24,7 @@ Convolution = Callable[[Array, Array, int, int], Array]
 FEW_PRODUCTS, SMALL_KERNEL = 2**26, 2**18
 """Products of a small convolution of one image, for instance 128 channels on a map of 21x21, and numbers in its kernel."""
 WINOGRAD_PLACES = 1024
-"""Places of a map from which on Winograd's method is faster, for instance 32x32."""
+"""Smallest number of places of a map for which Winograd's method is faster, for instance 32x32."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))

@@ -15,7 +15,12 @@ from retina_jax.model.retinanet import RetinaNet, normalise
 
 @pytest.mark.parametrize(
     ("backbone", "norm"),
-    [("resnet18", "frozen"), ("resnet101", "group"), pytest.param("resnet101", "frozen", marks=pytest.mark.slow)],
+    [
+        ("resnet18", "frozen"),
+        ("resnet101", "group"),
+        pytest.param("resnet18", "group", marks=pytest.mark.slow),
+        pytest.param("resnet101", "frozen", marks=pytest.mark.slow),
+    ],
 )
 def test_activations_neither_explode_nor_vanish(backbone: str, norm: str) -> None:
     config = ModelConfig(backbone=backbone, base_width=16, norm=norm, norm_groups=4)

@@ -100,7 +100,9 @@ def test_a_followed_page_reloads_itself_and_keeps_its_place(tmp_path: Path, brow
     browser.value("(window.scrollTo(0, 1234), document.querySelector('details').open = true)")
     write("new")
     for _ in range(100):
-        kept = browser.value("[document.querySelector('p').innerText, scrollY, document.querySelector('details').open]")
+        kept = browser.value(
+            "[document.querySelector('p')?.innerText, scrollY, document.querySelector('details')?.open]"
+        )
         if kept == ["new", 1234, True]:
             break
         time.sleep(0.1)

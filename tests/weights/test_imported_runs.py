@@ -68,7 +68,8 @@ def test_a_detector_is_imported_evaluated_and_trained_on_other_classes(
     detector = load_detector(run, short_side=64, long_side=96)
     assert detector.class_names == ("__background__", *CLASSES) and detector.step == 0
     direct = load_detector(source, short_side=64, long_side=96)
-    assert direct.config.model == detector.config.model and direct.config.detection == detector.config.detection
+    for part in ("model", "anchors", "detection", "data"):
+        assert getattr(direct.config, part) == getattr(detector.config, part)
     jax.tree.map(np.testing.assert_array_equal, detector.variables, direct.variables)
     image = photographs([(70, 90)], 1)
     assert len(detector.detect(image)[0].labels) > 0
