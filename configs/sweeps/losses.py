@@ -3,8 +3,8 @@
     python scripts/sweep.py --sweep configs/sweeps/losses.py --base configs/own_data.py --workdir DIR
 
 with the options of your data. The best rate and the best weight of the box loss may differ between the losses. The rates
-are a third to nine times the base's: with AdamW and clipping, short trainings want high ones. Choose by the scores of the
-validation images, and repeat the chosen points with `--only NAMES --seeds 0 1 2`.
+are a third to nine times the base's. Choose by the scores of the validation images, and repeat the chosen points with
+`--only NAMES --seeds 0 1 2`.
 """
 
 from typing import Any

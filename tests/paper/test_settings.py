@@ -45,6 +45,13 @@ def test_every_sweep_is_valid_on_every_base(sweep: str, base: str) -> None:
     assert points(sweep, BASES[base])  # expand() validates each
 
 
+def test_the_recipes_accept_a_base_with_epochs_and_several_short_sides() -> None:
+    base = override(BASES["own_data"], {"training.epochs": 12.0, "data.jitter_short_sides": (400, 480)})
+    found = points("recipes", base)
+    assert found["patience"].config.training.epochs == 24 and found["scale_crop"].config.data.jitter_short_sides == ()
+    assert {point.config.training.eval_every for point in found.values()} == {base.training.eval_every}
+
+
 def test_tables_have_as_many_rows_as_the_papers() -> None:
     rows = {sweep: len(points(sweep)) for sweep in (*TABLE_1, "table2", "table3")}
     assert rows == {"table1a": 7, "table1b": 7, "table1c": 7, "table1d": 10, "table1e": 10, "table2": 2, "table3": 4}

@@ -122,7 +122,7 @@ def test_accumulation_mines_each_image_and_leaves_out_invalid_ones(tiny: Config,
     parts, got = run(accumulating, batches)
     for expected, measured in zip(reference, parts, strict=True):
         assert expected["positives_per_image"] > 1 and expected["gradient_norm"] > 0
-        assert measured == pytest.approx(expected, rel=2e-5, abs=1e-6)
+        assert measured == pytest.approx(expected, rel=1e-5, abs=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), parameters, got)
     for config in (on_eight, accumulating):
         assert_one_exchange(compiled_step(config, batches[0]))
