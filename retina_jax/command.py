@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from retina_jax.errors import one_line
+from retina_jax.errors import one_line, reader_may_leave
 from retina_jax.installation import NAME, SCRIPTS, version_of
 
 
@@ -23,7 +23,8 @@ def main() -> int:
     if name in commands:
         run(commands[name], f"{NAME} {name}")
     elif word in ("", "-h", "--help"):
-        print(overview(commands))
+        with reader_may_leave():
+            print(overview(commands))
     elif word == "--version":
         print(f"retina_jax {version_of(NAME)}")
     else:

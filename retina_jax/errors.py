@@ -1,9 +1,12 @@
 """Errors that end a script with one line instead of a traceback, and how any error becomes one line."""
 
+import contextlib
 import errno
 import os
 import re
 import signal
+import sys
+from collections.abc import Iterator
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
 """Errors that libraries wrap in long messages of their own."""
@@ -59,6 +62,17 @@ def _signal_at_start(error: BaseException | None) -> "Stopped | None":
     while error is not None and not (isinstance(error, Stopped) and not error.step):
         error = error.__cause__ or error.__context__
     return error
+
+
+@contextlib.contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Ends the process without a message, with the status of SIGPIPE, if nobody reads its output any more (`| head`)."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its exit
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def out_of_memory(error: BaseException, program: str = "a program", needed: object = None) -> str | None:

@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError
 from retina_jax import installation
 from retina_jax.command import as_typed
 from retina_jax.console import cache_folder, processor
-from retina_jax.errors import ending, one_line, reason, size
+from retina_jax.errors import ending, one_line, reader_may_leave, reason, size
 
 PURPOSES = {
     "cuda": "NVIDIA GPUs, and compile-for --target gpu:...",
@@ -137,4 +137,6 @@ def obstacle() -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with reader_may_leave():
+        status = main()
+    sys.exit(status)

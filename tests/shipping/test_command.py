@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -43,6 +44,15 @@ def test_help_lists_every_script_and_imports_no_library() -> None:
     assert {name.replace("-", "_") for name, _ in listed} == SCRIPTS and {"train", "doctor"} <= SCRIPTS
     assert not any("python" in sentence or "scripts/" in sentence for _, sentence in listed)
     assert not {"jax", "numpy", "tyro", "packaging"} & set(re.findall(r"'(\w+)'", done.stdout.splitlines()[-1]))
+
+
+def test_a_reader_that_leaves_ends_the_command_without_a_message() -> None:
+    """As in `retina-jax --help | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as closed:
+        done = subprocess.run([sys.executable, "-c", START, "--help"], stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize(
