@@ -24,7 +24,7 @@ from retina_jax.config import Config, ConfigError, Option
 from retina_jax.config_io import flatten, unknown_name
 from retina_jax.console import cache_folder
 from retina_jax.distributed import Hosts, end_at_once
-from retina_jax.errors import Stopped, ending, one_line
+from retina_jax.errors import Stopped, ending, one_line, reader_may_leave
 
 T = TypeVar("T")
 
@@ -34,7 +34,8 @@ def one_line_errors() -> Iterator[None]:
     """Ends the script with one line and exit status 2 at an error that its user can fix; others keep their traceback."""
     interrupts.restore()
     try:
-        yield
+        with reader_may_leave():
+            yield
     except BaseException as error:
         line, status = ending(error)
         if line is None:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO,
 """Errors that libraries wrap in long messages of their own."""
 LONGEST_LINE, LONGEST_REASON, LONGEST_NAME = 1000, 200, 120
 """Maximum number of characters of a message, of a reason in it, and of a name in it."""
+STDOUT = 1  # its file descriptor
 TRY_AGAIN = 75  # exit status of a process that the same command would resume (EX_TEMPFAIL)
 # The code RESOURCE_EXHAUSTED does not suffice: a message that is too long for the network has it too.
 OUT_OF_MEMORY = re.compile(r"out.of.memory|failed to allocate|attempting to (allocate|reserve)", re.IGNORECASE)
@@ -66,13 +68,24 @@ def _signal_at_start(error: BaseException | None) -> "Stopped | None":
 
 @contextlib.contextmanager
 def reader_may_leave() -> Iterator[None]:
-    """Ends the process without a message, with the status of SIGPIPE, if nobody reads its output any more (`| head`)."""
+    """Lets the process end without a message, with the status of SIGPIPE if it was writing, if nobody reads its output any
+    more, as after `| head`."""
     try:
         yield
-        sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its exit
+        if not _unread():  # it is another pipe
+            raise
         sys.exit(128 + signal.SIGPIPE)
+    finally:
+        if _unread():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # the interpreter flushes at its exit
+
+
+def _unread() -> bool:
+    """Returns whether the standard output is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(STDOUT, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def out_of_memory(error: BaseException, program: str = "a program", needed: object = None) -> str | None:

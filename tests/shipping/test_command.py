@@ -46,12 +46,14 @@ def test_help_lists_every_script_and_imports_no_library() -> None:
     assert not {"jax", "numpy", "tyro", "packaging"} & set(re.findall(r"'(\w+)'", done.stdout.splitlines()[-1]))
 
 
-def test_a_reader_that_leaves_ends_the_command_without_a_message() -> None:
+@pytest.mark.parametrize("words", [("--help",), ("train", "--help")])
+def test_a_reader_that_leaves_ends_the_command_without_a_message(words: tuple[str, ...]) -> None:
     """As in `retina-jax --help | head -1`."""
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "wb") as closed:
-        done = subprocess.run([sys.executable, "-c", START, "--help"], stdout=closed, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", START, *words]
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
