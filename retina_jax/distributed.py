@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -27,9 +27,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from retina_jax import interrupts
 from retina_jax.config import ConfigError
 from retina_jax.errors import TRY_AGAIN, Stopped, ending, one_line, reason
-from retina_jax.interrupts import SIGNALS
 from retina_jax.watch import Watch
 
 T = TypeVar("T")
@@ -173,9 +173,13 @@ def _connect(options: Hosts) -> None:
     elif not 0 <= options.host < options.hosts:
         raise ConfigError(f"--host {options.host}: must be the number of this host, 0 to {options.hosts - 1}")
     how = "--distributed" if options.distributed else f"--coordinator {options.coordinator}"
-    pool = ThreadPoolExecutor(1, "connect")  # so that Ctrl-C and the time limit end the wait, JAX's own by SIGABRT
+    pool = ThreadPoolExecutor(1, "connect")  # so that signals and the time limit end the wait, JAX's own by SIGABRT
+    interrupts.catch()
     try:
-        pool.submit(_initialize, options, how).result(CONNECT_SECONDS)
+        connected, until = pool.submit(_initialize, options, how), time.monotonic() + CONNECT_SECONDS
+        while time.monotonic() < until and not wait([connected], 0.5).done:
+            pass  # Python acts on a signal between two waits if it came just before the first
+        connected.result(0)
     except ConfigError:
         raise
     except (TimeoutError, ValueError, RuntimeError) as error:
@@ -183,6 +187,8 @@ def _connect(options: Hosts) -> None:
         why = f"not within {CONNECT_SECONDS} s; {needs}" if isinstance(error, TimeoutError) else reason(error)
         print(f"error: {how}: the hosts did not find each other: {why}", file=sys.stderr)
         end_at_once(TRY_AGAIN)  # a later start may find them; JAX's half-initialised runtime prevents an orderly exit
+    finally:
+        interrupts.restore()
     pool.shutdown()
 
 
@@ -245,7 +251,7 @@ class Interruption:
             os.set_blocking(self._signalled, False)
             threading.Thread(target=self._end_start, args=(pipe,), name="signals", daemon=True).start()
             signal.set_wakeup_fd(self._signalled, warn_on_full_buffer=False)
-        for number in SIGNALS:
+        for number in interrupts.SIGNALS:
             # On several hosts JAX handles SIGTERM: it notifies the others and agrees with them on where to stop.
             handled_by_jax = is_multihost() and number == signal.SIGTERM
             if not handled_by_jax and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it

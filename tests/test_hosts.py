@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,6 +123,20 @@ distributed.CONNECT_SECONDS = 1
 with one_line_errors(), joined(Hosts(coordinator="127.0.0.1:" + sys.argv[2], hosts=2, host=int(sys.argv[1]))):
     pass
 """
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_host_that_waits_for_the_others_ends_with_one_line_at_a_signal(tmp_path: Path, name: str) -> None:
+    (script := tmp_path / "joins.py").write_text(JOINS.replace("CONNECT_SECONDS = 1", "CONNECT_SECONDS = 60"))
+    with listener() as port:
+        pass
+    command = [sys.executable, script, "0", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as waits:
+        assert waits.stdout.readline().startswith("host 0: waiting for 1 more hosts")
+        waits.send_signal(getattr(signal, name))
+        out, error = waits.communicate(timeout=60)
+    assert waits.returncode == (130 if name == "SIGINT" else 0)
+    assert (out, error) == ("", f"stopped by {name} while starting\n")
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def _antialias(image: tf.Tensor, size_hw: tf.Tensor | Size) -> tf.Tensor:
 
 
 def resize_by_pillow(image: Pixels, size_hw: Size | Int[np.ndarray, " 2"]) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """Resizes as Pillow does, antialiased: along x, then y, with integer weights, rounded to uint8 after each."""
+    """Resizes as Pillow does, antialiased: one axis after the other, with integer weights, rounded to uint8 after each."""
     height, width = map(int, size_hw)
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 

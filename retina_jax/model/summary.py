@@ -43,7 +43,7 @@ def _network_flops(config: ModelConfig, num_classes: int, padded_hw: tuple[int, 
 
 def jaxpr_flops(jaxpr: core.Jaxpr) -> int:
     """Counts the operations of the convolutions and matrix products in a program, including its sub-programs. The body of a
-    loop is counted once. Of the branches of a conditional the most expensive one is counted."""
+    scan counts with its length, that of a loop without a known length once, of a conditional the most expensive branch."""
     total = 0
     for equation in jaxpr.eqns:
         out = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
@@ -58,7 +58,8 @@ def jaxpr_flops(jaxpr: core.Jaxpr) -> int:
             total += 2 * out * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
         parts = {key: [jaxpr_flops(part) for part in _parts(value)] for key, value in equation.params.items()}
         devices = equation.params["mesh"].size if equation.primitive.name == "shard_map" else 1  # each runs the body
-        total += devices * sum(max(of, default=0) if key == "branches" else sum(of) for key, of in parts.items())
+        runs = equation.params["length"] if equation.primitive.name == "scan" else devices
+        total += runs * sum(max(of, default=0) if key == "branches" else sum(of) for key, of in parts.items())
     return total
 
 
