@@ -44,6 +44,8 @@ def test_parts_of_a_program_are_counted() -> None:
     a = jnp.zeros((4, 4))
     product = jax.checkpoint(jax.jit(lambda a: a @ a))
     assert jaxpr_flops(jax.make_jaxpr(lambda a: product(a) + a @ a)(a).jaxpr) == 2 * 2 * 4**3
+    scanned = jax.make_jaxpr(lambda a: lax.scan(lambda a, _: (a @ a, None), a, length=3)[0])(a)
+    assert jaxpr_flops(scanned.jaxpr) == 3 * 2 * 4**3
     both = jaxpr_flops(jax.make_jaxpr(lambda a: lax.cond(True, lambda a: a @ a, lambda a: a, a))(a).jaxpr)
     assert both == 2 * 4**3
 
