@@ -42,7 +42,7 @@ def one_line_errors() -> Iterator[None]:
             raise
         line, where = as_typed(line, bare=False), sys.stdout if isinstance(error, Stopped) else sys.stderr
         with contextlib.suppress(OSError):  # a log on a full disk
-            print(f"\n{line}" if sys.stdout.isatty() else line, file=where, flush=True)
+            print(f"\n{line}" if sys.stdout and sys.stdout.isatty() else line, file=where, flush=True)
         if isinstance(error, KeyboardInterrupt):
             # A thread may be in the middle of a save, whose libraries once hung in an orderly exit of the interpreter.
             end_at_once(status)

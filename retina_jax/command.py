@@ -24,9 +24,10 @@ def main() -> int:
         run(commands[name], f"{NAME} {name}")
     elif word in ("", "-h", "--help"):
         with reader_may_leave():
-            print(overview(commands))
+            print(overview(commands), flush=True)
     elif word == "--version":
-        print(f"retina_jax {version_of(NAME)}")
+        with reader_may_leave():
+            print(f"retina_jax {version_of(NAME)}", flush=True)
     else:
         near = difflib.get_close_matches(name, commands, n=1, cutoff=0)
         print(one_line(f"error: {NAME} {word}: no such command; did you mean {NAME} {near[0]}?"), file=sys.stderr)

@@ -178,7 +178,7 @@ def _connect(options: Hosts) -> None:
     try:
         connected, until = pool.submit(_initialize, options, how), time.monotonic() + CONNECT_SECONDS
         while time.monotonic() < until and not wait([connected], 0.5).done:
-            pass  # Python acts on a signal between two waits if it came just before the first
+            pass  # not one long wait: Python acts on a signal that came just before a wait only after it
         connected.result(0)
     except ConfigError:
         raise
@@ -188,7 +188,8 @@ def _connect(options: Hosts) -> None:
         print(f"error: {how}: the hosts did not find each other: {why}", file=sys.stderr)
         end_at_once(TRY_AGAIN)  # a later start may find them; JAX's half-initialised runtime prevents an orderly exit
     finally:
-        interrupts.restore()
+        # JAX handles SIGTERM from now on. It set its handler without Python, which would replace it.
+        interrupts.restore({*interrupts.SIGNALS} - {signal.SIGTERM})
     pool.shutdown()
 
 

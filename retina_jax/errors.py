@@ -68,8 +68,8 @@ def _signal_at_start(error: BaseException | None) -> "Stopped | None":
 
 @contextlib.contextmanager
 def reader_may_leave() -> Iterator[None]:
-    """Lets the process end without a message, with the status of SIGPIPE if it was writing, if nobody reads its output any
-    more, as after `| head`."""
+    """Ends the process without a message, and with the status of SIGPIPE, if it writes what nobody reads any more, as after
+    `| head`. At the end of the block, what is still to be written to such a pipe is dropped."""
     try:
         yield
     except BrokenPipeError:
@@ -82,10 +82,12 @@ def reader_may_leave() -> Iterator[None]:
 
 
 def _unread() -> bool:
-    """Returns whether the standard output is a pipe that nobody reads any more."""
+    """Returns whether the standard output is a pipe or a socket that nobody reads any more."""
+    if sys.stdout is None:  # it is closed
+        return False
     poll = select.poll()
     poll.register(STDOUT, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def out_of_memory(error: BaseException, program: str = "a program", needed: object = None) -> str | None:

@@ -6,6 +6,8 @@ Python would end with a traceback at Ctrl-C, and without a line at SIGTERM. `cli
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 
@@ -19,15 +21,18 @@ def end_at_start(number: int, frame: FrameType | None) -> None:
     os._exit(130 if number == signal.SIGINT else 0)
 
 
-def restore() -> None:
+def restore(numbers: Iterable[int] = SIGNALS) -> None:
     """Returns the signals to Python."""
-    for number in SIGNALS:
+    for number in numbers:
         if signal.getsignal(number) is end_at_start:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def catch() -> None:
-    """Makes signals end the process by `end_at_start`, except those that are ignored, as nohup sets them."""
+    """Makes signals end the process by `end_at_start`, except those that are ignored, as nohup sets them. It does nothing
+    outside the main thread, where Python cannot handle signals."""
+    if threading.current_thread() is not threading.main_thread():
+        return
     for number in SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, end_at_start)

@@ -43,7 +43,7 @@ def _network_flops(config: ModelConfig, num_classes: int, padded_hw: tuple[int, 
 
 def jaxpr_flops(jaxpr: core.Jaxpr) -> int:
     """Counts the operations of the convolutions and matrix products in a program, including its sub-programs. The body of a
-    scan counts with its length, that of a loop without a known length once, of a conditional the most expensive branch."""
+    scan counts once per iteration, that of another loop once. Of the branches of a conditional the most expensive counts."""
     total = 0
     for equation in jaxpr.eqns:
         out = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0

@@ -46,7 +46,7 @@ def test_help_lists_every_script_and_imports_no_library() -> None:
     assert not {"jax", "numpy", "tyro", "packaging"} & set(re.findall(r"'(\w+)'", done.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("words", [("--help",), ("train", "--help")])
+@pytest.mark.parametrize("words", [("--help",), ("--version",), ("train", "--help")])
 def test_a_reader_that_leaves_ends_the_command_without_a_message(words: tuple[str, ...]) -> None:
     """As in `retina-jax --help | head -1`."""
     reader, writer = os.pipe()
