@@ -13,7 +13,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO,
 """Errors that libraries wrap in long messages of their own."""
 LONGEST_LINE, LONGEST_REASON, LONGEST_NAME = 1000, 200, 120
 """Maximum number of characters of a message, of a reason in it, and of a name in it."""
-STDOUT = 1  # its file descriptor
+STDOUT = 1  # the file descriptor of the standard output
 TRY_AGAIN = 75  # exit status of a process that the same command would resume (EX_TEMPFAIL)
 # The code RESOURCE_EXHAUSTED does not suffice: a message that is too long for the network has it too.
 OUT_OF_MEMORY = re.compile(r"out.of.memory|failed to allocate|attempting to (allocate|reserve)", re.IGNORECASE)

@@ -23,7 +23,7 @@ import tyro
 TRAIN, VAL = (118_287, 860_001), (5_000, 36_781)
 """Images and boxes of COCO's train2017 and val2017."""
 OPEN_IMAGES = 1_170_301, 13_650_000
-"""Images of the training split of MLPerf's OpenImages, and boxes, without polygons."""
+"""As many images as in the training split of MLPerf's OpenImages, and an assumed number of boxes, without polygons."""
 SIZES = {
     # width and height: how many of 517 images of COCO; the others have different sizes, most of them a side of 640
     **{(640, 480): 110, (640, 427): 63, (480, 640): 45, (640, 426): 22, (500, 375): 20, (427, 640): 16, (640, 425): 15},
