@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from retina_jax.config import ModelConfig
 from retina_jax.model.layers import Conv, relu
+from retina_jax.model.patches import Patches, cut, join, patches_of
 
 
 def upsample(x: Float[Array, "B h w C"], size_hw: tuple[int, int]) -> Float[Array, "B H W C"]:
@@ -29,17 +30,24 @@ class FPN(nn.Module):
     def __call__(self, maps: tuple[Float[Array, "B _ _ _"], ...]) -> tuple[Float[Array, "B _ _ C"], ...]:
         low, high, channels = self.config.min_level, self.config.max_level, self.config.fpn_channels
 
-        def conv(kernel_size: int, stride: int, name: str) -> Conv:
-            return Conv(channels, kernel_size, stride, bias=True, dtype=np.dtype(self.config.dtype), name=name)
+        def conv(x: Array, kernel_size: int, stride: int, name: str, patches: Patches) -> Array:
+            dtype = np.dtype(self.config.dtype)
+            return Conv(channels, kernel_size, stride, bias=True, dtype=dtype, patches=patches, name=name)(x)
 
         levels: dict[int, Array] = {}
         merged = None
         for level in range(5, low - 1, -1):
-            lateral = conv(1, 1, f"lateral{level}")(maps[level - 2])
-            merged = lateral if merged is None else lateral + upsample(merged, lateral.shape[1:3])
-            levels[level] = conv(3, 1, f"output{level}")(merged)
+            x = maps[level - 2]
+            patches, even = patches_of(x), patches_of(x, 2)  # `even` fit the coarser map too
+            finer = conv(cut(x, patches), 1, 1, f"lateral{level}", patches)
+            if merged is not None:
+                sides = x.shape[1] // even.rows, x.shape[2] // even.columns
+                finer = finer + cut(join(upsample(cut(merged, even), sides), even), patches)
+            merged = join(finer, patches)
+            levels[level] = join(conv(finer, 3, 1, f"output{level}", patches), patches)
         top = maps[-1] if self.config.p6_from == "c5" else levels[5]
         for level in range(6, high + 1):
-            top = conv(3, 2, f"output{level}")(top if level == 6 else relu(top))
-            levels[level] = top
+            patches = patches_of(top, 2)
+            x = cut(top if level == 6 else relu(top), patches)
+            levels[level] = top = join(conv(x, 3, 2, f"output{level}", patches), patches)
         return tuple(levels[level] for level in range(low, high + 1))

@@ -1,6 +1,7 @@
 """Convolution, ReLU and normalisation. The collection of a weight decides whether it is trained (`params`) or `frozen`."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from retina_jax.cpu import convolution, on_cpu, platform
+from retina_jax.model.patches import MAPS, WHOLE, Patches, with_edges
 
 FLOAT32 = np.dtype("float32")
 EPSILON = 1e-5  # added to every variance, as in the systems whose weights are imported
@@ -48,20 +50,25 @@ def _relu(x: Array) -> tuple[Array, Array]:
 relu.defvjp(_relu, lambda y, dy: (jnp.where(y > 0, dy, 0),))
 
 
-@on_cpu(convolution.convolve_on_cpu)
 def convolve(
-    x: Float[Array, "B H W C"], kernel: Float[Array, "k k c D"], stride: int = 1, groups: int = 1
+    x: Float[Array, "B H W C"],
+    kernel: Float[Array, "k k c D"],
+    stride: int = 1,
+    groups: int = 1,
+    patches: Patches = WHOLE,
 ) -> Float[Array, "B h w D"]:
     """Convolves x with k // 2 zeros of padding on all four sides, k odd: h = ceil(H / stride), w = ceil(W / stride).
 
     Each of the groups maps c = C / groups neighbouring channels to D / groups. The padding is that of Caffe2 and PyTorch;
-    XLA's "SAME" pads an even side by (0, 1) for stride 2, which would shift the map by a pixel.
+    XLA's "SAME" pads an even side by (0, 1) for stride 2, which would shift the map by a pixel. With `patches`, x and the
+    result are cut by `patches.cut`.
     """
     if platform() == "tpu":
-        return _convolve_on_tpu(x, kernel, stride, groups)
+        return _convolve_on_tpu(x, kernel, stride, groups, patches)
     return _convolve(x, kernel, stride, groups)
 
 
+@on_cpu(convolution.convolve_on_cpu)
 def _convolve(x: Array, kernel: Array, stride: int, groups: int) -> Array:
     if len(kernel) == 1:  # two convolutions of the same map then share the smaller one
         x, stride = x[:, ::stride, ::stride], 1
@@ -70,25 +77,55 @@ def _convolve(x: Array, kernel: Array, stride: int, groups: int) -> Array:
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, **layout)
 
 
-def _convolve_on_tpu(x: Array, kernel: Array, stride: int, groups: int) -> Array:
-    """Computes `_convolve` in forms that XLA leaves alone on TPUs; docs/results/accelerators.md has the cycles.
+def _convolve_on_tpu(x: Array, kernel: Array, stride: int, groups: int, patches: Patches) -> Array:
+    """Computes `_convolve` in forms that suit TPUs; docs/results/accelerators.md has the cycles.
 
-    With few images per chip XLA cuts maps into strips, to fill the rows of the matrix units, and copying the strips takes
-    longer than convolving. It does not if the last spatial axis has size 1, nor for matrix products. With few channels the
-    strips pay. Groups of few channels are joined to blocks of 128, as wide as the units, with zeros between the groups.
+    Groups of few channels are joined to blocks of 128, as wide as the matrix units, with zeros between the groups. XLA cuts
+    maps with channels enough for a unit into strips if there are fewer than MAPS of them; it does not if the last spatial
+    axis has size 1, nor for matrix products.
     """
-    k, features = len(kernel), kernel.shape[-1]
     kernel, groups = _joined_groups(kernel, groups)
-    channels = kernel.shape[2]
-    if channels < LANES or (k == 1 and features < LANES):
-        return _convolve(x, kernel, stride, groups)
-    if k == 1 and groups == 1:
+    channels, features = kernel.shape[2:]
+    few = len(x) < MAPS
+    if len(kernel) == 1 and groups == 1 and few and min(channels, features) >= LANES:
         x = x[:, ::stride, ::stride]
         return (x.reshape(-1, channels) @ kernel[0, 0]).reshape(*x.shape[:3], features)
-    padding = [(k // 2,) * 2, (k // 2,) * 2, (0, 0)]
+    if len(kernel) == 1 or (patches == WHOLE and channels < LANES):
+        return _convolve(x, kernel, stride, groups)
+    return (_same_size if stride == 1 else _with_stride)(x, kernel, stride, groups, patches)
+
+
+def _with_stride(x: Array, kernel: Array, stride: int, groups: int, patches: Patches) -> Array:
+    size = len(kernel) // 2
+    padding = [(0, 0) if parts > 1 else (size, size) for parts in patches]
+    x = with_edges(x, patches, size)
+    if len(x) >= MAPS:
+        layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": groups}
+        return lax.conv_general_dilated(x, kernel, (stride, stride), padding, **layout)
     layout = {"dimension_numbers": ("NHWTC", "HWTIO", "NHWTC"), "feature_group_count": groups}
-    y = lax.conv_general_dilated(x[:, :, :, None], kernel[:, :, None], (stride, stride, 1), padding, **layout)
-    return y[:, :, :, 0]
+    x, kernel = x[:, :, :, None], kernel[:, :, None]
+    return lax.conv_general_dilated(x, kernel, (stride, stride, 1), [*padding, (0, 0)], **layout)[:, :, :, 0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _same_size(x: Array, kernel: Array, stride: int, groups: int, patches: Patches) -> Array:
+    """Computes `_with_stride` of stride 1. The gradient by x is a convolution that fetches edges too; JAX's would add the
+    gradients of edges to the neighbouring patches, in a pass of its own."""
+    return _with_stride(x, kernel, stride, groups, patches)
+
+
+def _same_size_backward(
+    stride: int, groups: int, patches: Patches, saved: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
+    x, kernel = saved
+    k, _, channels, features = kernel.shape
+    mirrored = kernel[::-1, ::-1].reshape(k, k, channels, groups, features // groups)
+    mirrored = mirrored.swapaxes(2, 4).reshape(k, k, features // groups, groups * channels)
+    _, by_kernel = jax.vjp(lambda kernel: _with_stride(x, kernel, stride, groups, patches), kernel)
+    return _with_stride(dy, mirrored, stride, groups, patches), *by_kernel(dy)
+
+
+_same_size.defvjp(lambda x, kernel, *options: (_same_size(x, kernel, *options), (x, kernel)), _same_size_backward)
 
 
 def _joined_groups(kernel: Float[Array, "k k c D"], groups: int) -> tuple[Float[Array, "k k C D"], int]:
@@ -111,6 +148,7 @@ class Conv(nn.Module):
     bias: bool = False
     frozen: bool = False
     dtype: np.dtype = FLOAT32
+    patches: Patches = WHOLE
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], gain: Float[Array, " D"] | None = None) -> Float[Array, "B h w D"]:
@@ -118,7 +156,7 @@ class Conv(nn.Module):
         kernel = weight(self, "kernel", shape, jnp.zeros, self.frozen)
         if gain is not None:
             kernel = kernel * gain[None, None, None]
-        y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.groups)
+        y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.groups, self.patches)
         if self.bias:
             bias = weight(self, "bias", (self.features,), jnp.zeros, self.frozen)
             y = y + bias.astype(self.dtype)[None, None, None]
@@ -146,6 +184,7 @@ class Norm(nn.Module):
     frozen: bool = False
     axis_name: str | None = None
     dtype: np.dtype = FLOAT32
+    patches: Patches = WHOLE
 
     @nn.compact
     def __call__(
@@ -162,7 +201,7 @@ class Norm(nn.Module):
         if not known:
             x = (conv(x) if conv else x).astype(jnp.float32)
         if self.kind == "group":
-            mean, var = group_moments(x, largest_divisor(x.shape[-1], self.groups))
+            mean, var = group_moments(x, largest_divisor(x.shape[-1], self.groups), self.patches)
         elif fixed:
             mean = weight(self, "mean", channels, jnp.zeros, frozen=True)
             var = weight(self, "var", channels, jnp.ones, frozen=True)
@@ -183,11 +222,15 @@ class Norm(nn.Module):
         return ((x.astype(jnp.float32) - mean) * gain + bias[None, None, None]).astype(self.dtype)
 
 
-def group_moments(x: Float[Array, "B H W C"], groups: int) -> tuple[Float[Array, "B 1 1 C"], Float[Array, "B 1 1 C"]]:
-    """Returns mean and variance of each image and group of neighbouring channels, repeated over the group's channels."""
-    size = x.shape[-1] // groups
+def group_moments(
+    x: Float[Array, "N H W C"], groups: int, patches: Patches = WHOLE
+) -> tuple[Float[Array, "N 1 1 C"], Float[Array, "N 1 1 C"]]:
+    """Returns mean and variance of each image and group of neighbouring channels, repeated over the group's channels and
+    the image's patches."""
+    size, parts = x.shape[-1] // groups, patches.rows * patches.columns
     sums = jnp.stack([x.mean((1, 2)), jnp.square(x).mean((1, 2))])
-    mean, square = jnp.repeat(sums.reshape(2, x.shape[0], groups, size).mean(-1), size, axis=-1)[:, :, None, None]
+    of_groups = sums.reshape(2, -1, parts, groups, size).mean((2, 4))
+    mean, square = jnp.repeat(jnp.repeat(of_groups, size, axis=-1), parts, axis=1)[:, :, None, None]
     return mean, jnp.maximum(square - jnp.square(mean), 0)
 
 

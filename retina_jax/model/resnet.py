@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from retina_jax.config import ModelConfig
 from retina_jax.model.layers import Conv, Norm, largest_divisor, relu
+from retina_jax.model.patches import cut, join, patches_of
 
 
 class Architecture(NamedTuple):
@@ -112,10 +113,13 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w D"]:
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block  # argument 2 is `train`
+        patches = patches_of(x, self.stride)
+        conv, norm = partial(self.conv, patches=patches), partial(self.norm, patches=patches)
+        x = cut(x, patches)
         for i in range(self.blocks):
             layers = block_layers(self.config, self.width, self.stride if i == 0 else 1)
-            x = block(layers, self.conv, self.norm, name=f"block{i + 1}")(x, train)
-        return x
+            x = block(layers, conv, norm, name=f"block{i + 1}")(x, train)
+        return join(x, patches)
 
 
 class ResNet(nn.Module):

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Float32, Int, UInt8
 from retina_jax.config import ModelConfig
 from retina_jax.model.fpn import FPN
 from retina_jax.model.layers import Conv, Norm, relu
+from retina_jax.model.patches import cut, join, patches_of
 from retina_jax.model.resnet import ResNet
 
 Images = UInt8[Array, "B H W 3"] | Float32[Array, "B H W 3"]
@@ -79,15 +80,17 @@ class Head(nn.Module):
     ) -> Float[Array, "B H*W*{self.anchors_per_cell} {self.outputs}"]:
         config, dtype = self.config, np.dtype(self.config.dtype)
         plain, of_level = config.head_norm == "none", f"_p{level}" if config.head_norm == "batch" else ""
+        batch, patches = x.shape[0], patches_of(x)
+        x = cut(x, patches)
         for i in range(1, config.head_convs + 1):
-            conv = Conv(config.head_channels, 3, bias=plain, dtype=dtype, name=f"conv{i}")
+            conv = Conv(config.head_channels, 3, bias=plain, dtype=dtype, patches=patches, name=f"conv{i}")
             if plain:
                 x = relu(conv(x))
             else:
-                options = {"groups": config.norm_groups, "axis_name": self.axis_name, "dtype": dtype}
-                x = relu(Norm(config.head_norm, **options, name=f"norm{i}{of_level}")(x, train, conv))
-        x = Conv(self.anchors_per_cell * self.outputs, 3, bias=True, dtype=dtype, name="output")(x)
-        return x.reshape(x.shape[0], -1, self.outputs)
+                options = (config.head_norm, config.norm_groups, False, self.axis_name, dtype, patches)
+                x = relu(Norm(*options, name=f"norm{i}{of_level}")(x, train, conv))
+        x = Conv(self.anchors_per_cell * self.outputs, 3, bias=True, dtype=dtype, patches=patches, name="output")(x)
+        return join(x, patches).reshape(batch, -1, self.outputs)
 
 
 STATISTICS = {

@@ -128,11 +128,10 @@ class Driver:
         split = NamedSharding(self.mesh, P(AXIS))
         return jax.tree.map(partial(jax.make_array_from_process_local_data, split), inputs)
 
-    def _traced(self, function: Callable[..., Any], differentiated: bool) -> Callable[..., Any]:
-        """Returns `function`, traced in the forms for the platform: on CPUs only with config.cpu_kernels, and on TPUs only
-        if it is differentiated, because a forward pass alone takes fewer cycles in the plain form."""
+    def _traced(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns `function`, traced in the forms for the platform: on CPUs only with config.cpu_kernels."""
         platform = self.mesh.devices.flat[0].platform
-        plain = {"cpu": not self.config.cpu_kernels, "tpu": not differentiated}.get(platform, False)
+        plain = platform == "cpu" and not self.config.cpu_kernels
         forms = "" if plain else platform
 
         def traced(*arguments: Any) -> Any:
@@ -150,9 +149,9 @@ class Driver:
         if self.config.parallel == "pmap":
             devices = list(self.mesh.devices.flat)
             axes = {"axis_name": AXIS, "in_axes": (None, 0), "out_axes": (None, None)}
-            return jax.pmap(self._traced(step, True), **axes, devices=devices, donate_argnums=0)
+            return jax.pmap(self._traced(step), **axes, devices=devices, donate_argnums=0)
         specs = {"in_specs": (P(), P(AXIS)), "out_specs": P()}
-        mapped = jax.shard_map(self._traced(step, True), mesh=self.mesh, **specs, check_vma=False)
+        mapped = jax.shard_map(self._traced(step), mesh=self.mesh, **specs, check_vma=False)
         shardings = self.replicated, NamedSharding(self.mesh, P(AXIS))
         return jax.jit(mapped, in_shardings=shardings, out_shardings=self.replicated, donate_argnums=0)
 
@@ -183,7 +182,7 @@ class Driver:
 
     def _by_rows(self, one_device: Callable[..., PyTree]) -> Callable[..., PyTree]:
         """Compiles a function of (variables, rows of a batch) without gradients, whose results have one row per image."""
-        one_device = self._traced(one_device, False)
+        one_device = self._traced(one_device)
         if self.config.parallel == "pmap":
             mapped = jax.pmap(one_device, axis_name=AXIS, in_axes=(None, 0), devices=list(self.mesh.devices.flat))
             return lambda *arguments: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), mapped(*arguments))

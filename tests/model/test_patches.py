@@ -1,0 +1,116 @@
+"""Maps in patches, the form for TPUs: equal to whole maps in each part and in the complete network."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retina_jax import cpu
+from retina_jax.config import ModelConfig
+from retina_jax.model.initialisation import initialise
+from retina_jax.model.layers import convolve, group_moments
+from retina_jax.model.patches import LEAST, MAPS, WHOLE, Patches, cut, join, patches_of, with_edges
+from retina_jax.model.retinanet import RetinaNet
+
+TINY = ModelConfig(base_width=8, stage_blocks=(1, 1, 1, 1), fpn_channels=16, head_channels=16, head_convs=2)
+
+
+def draw(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+@given(batch=st.integers(1, 3), rows=st.integers(1, 3), columns=st.integers(1, 3), size=st.integers(1, 3))
+@settings(max_examples=12, deadline=None)
+def test_a_patch_and_its_edges_are_a_window_of_the_padded_map(batch: int, rows: int, columns: int, size: int) -> None:
+    h, w, patches = 3, 4, Patches(rows, columns)
+    x = draw(batch, rows * h, columns * w, 2)
+    np.testing.assert_array_equal(join(cut(jnp.asarray(x), patches), patches), x)
+    above, left = size if rows > 1 else 0, size if columns > 1 else 0
+    padded = np.pad(x, ((0, 0), (above, above), (left, left), (0, 0)))
+    found = np.asarray(with_edges(cut(jnp.asarray(x), patches), patches, size))
+    for index, got in enumerate(found):
+        image, row, column = index // (rows * columns), index // columns % rows * h, index % columns * w
+        np.testing.assert_array_equal(got, padded[image, row : row + h + 2 * above, column : column + w + 2 * left])
+
+
+@given(batch=st.integers(1, 12), height=st.integers(1, 200), width=st.integers(1, 340), stride=st.sampled_from([1, 2]))
+@settings(max_examples=200, deadline=None)
+def test_patches_divide_the_map_and_are_no_more_than_needed(batch: int, height: int, width: int, stride: int) -> None:
+    x = jnp.asarray(np.empty((batch, height, width, 0), np.float32))
+    assert patches_of(x, stride) == WHOLE  # on this machine
+    with cpu.kernels("tpu"):
+        found = patches_of(x, stride)
+    for side, parts in zip((height, width), found, strict=True):
+        assert parts == 1 or (side % (stride * parts) == 0 and side >= LEAST * stride * parts)
+    assert found == WHOLE or batch * found.rows * found.columns < 2 * MAPS
+    if height % (stride * MAPS) == 0 and height >= LEAST * stride * MAPS:
+        assert batch * found.rows >= MAPS and found.columns == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "k", "stride", "groups", "patches"),
+    [
+        ((1, 16, 32, 8), 3, 1, 1, Patches(4, 2)),
+        ((2, 16, 8, 8), 3, 1, 2, Patches(4, 1)),
+        ((3, 6, 24, 8), 3, 2, 1, Patches(1, 4)),
+        ((4, 8, 8, 128), 1, 2, 1, Patches(2, 1)),
+        ((1, 6, 12, 128), 3, 1, 4, Patches(1, 2)),
+    ],
+)
+def test_convolving_patches_convolves_the_map(
+    shape: tuple[int, ...], k: int, stride: int, groups: int, patches: Patches
+) -> None:
+    x, kernel = jnp.asarray(draw(*shape)), jnp.asarray(draw(k, k, shape[-1] // groups, 12, seed=1))
+
+    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return convolve(x, kernel, stride, groups)
+
+    def in_patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        with cpu.kernels("tpu"):
+            return join(convolve(cut(x, patches), kernel, stride, groups, patches), patches)
+
+    expected, pull_back = jax.vjp(plain, x, kernel)
+    got, pull_back_patches = jax.vjp(in_patches, x, kernel)
+    dy = jnp.asarray(draw(*expected.shape, seed=2))
+    for a, b in zip((got, *pull_back_patches(dy)), (expected, *pull_back(dy)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_moments_of_a_group_are_those_of_the_complete_map() -> None:
+    x, patches = jnp.asarray(draw(2, 8, 6, 4)), Patches(2, 3)
+    expected = [jnp.repeat(moment, 6, axis=0) for moment in group_moments(x, 2)]
+    for a, b in zip(group_moments(cut(x, patches), 2, patches), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (TINY, (2, 160, 256)),  # all levels but the coarsest are cut
+        (replace(TINY, backbone="resnext50_32x4d", stride_position="3x3", p6_from="p5"), (1, 96, 160)),
+        (replace(TINY, norm="group", head_norm="group", frozen_stages=0, min_level=2, max_level=6), (1, 128, 160)),
+    ],
+)
+def test_the_network_in_patches_equals_the_network(config: ModelConfig, shape: tuple[int, int, int]) -> None:
+    model, (batch, height, width) = RetinaNet(config, 2, 3), shape
+    variables = jax.tree.map(lambda x: x + 0.05 * np.abs(draw(*x.shape)), initialise(model, 0))
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8))
+    sizes = jnp.broadcast_to(jnp.array([height, width - 7])[None], (batch, 2))
+
+    def outputs(params: dict, form: str) -> tuple[jax.Array, object]:
+        with cpu.kernels(form):
+            found = model.apply({**variables, "params": params}, images, sizes)
+        return sum((x * draw(*x.shape, seed=i)).sum() for i, x in enumerate(found)), found
+
+    got, expected = (
+        jax.jit(jax.value_and_grad(lambda params: outputs(params, form), has_aux=True))(variables["params"])  # noqa: B023
+        for form in ("tpu", "")
+    )
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4 * float(jnp.abs(b).max()))
