@@ -3,7 +3,7 @@ and the bytes that kernels read and write (GPU). Loops count with their trips.""
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -27,6 +27,9 @@ NO_KERNEL = {
 }
 NO_KERNEL |= {f"{kind}-{end}" for kind in (*COLLECTIVES, "async", "copy") for end in ("done", "start", "update")}
 
+PARTS = ("slice", "dynamic-slice", "gather")
+"""Operations that read no more of their first operand than they return."""
+
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
@@ -44,6 +47,7 @@ class Operation:
     source: str  # the name scope of the traced function: jvp(RetinaNet)/class_head/...
     cycles: int  # the compiler's estimate; 0 if there is none
     fused: str = ""  # computation that a fusion runs as one kernel
+    index: int = 0  # of a parameter
     calls: tuple[str, ...] = ()  # computations that run: the body and condition of a loop, branches
     trips: int | None = 1  # of a loop; None if the compiler does not know them
 
@@ -110,8 +114,19 @@ class Program:
         return "reductions" if "reduce" in kinds else "elementwise"
 
     def moved(self, operation: Operation) -> int:
-        """Returns the bytes that an operation reads and writes, if each operand is read once."""
-        return operation.result + sum(self.sizes.get(operand, 0) for operand in set(operation.operands))
+        """Returns the bytes that an operation reads and writes, if each operand is read once. Of an operand that is only
+        sliced or gathered from, the parts count."""
+        inside = self.computations.get(operation.fused, ())
+        parameters = {inner.index: inner for inner in inside if inner.kind == "parameter"}
+        read = {}
+        for index, operand in enumerate(operation.operands):
+            if index in parameters:
+                size = _read(parameters[index], inside)
+            else:
+                first_of_part = operation.kind in PARTS and index == 0
+                size = operation.result if first_of_part else self.sizes.get(operand, 0)
+            read[operand] = max(size, read.get(operand, 0))
+        return operation.result + sum(read.values())
 
     def largest(self, number: int) -> list[tuple[str, int]]:
         """Returns the `number` places in the model with the most cycles (TPU) or bytes (GPU), most first."""
@@ -170,9 +185,20 @@ def _operation(name: str, result: str, kind: str, rest: str) -> Operation:
         source=source[1] if source else "",
         cycles=int(cycles[1]) if cycles else 0,
         fused=fused[1] if fused else "",
+        index=int(rest.split(")")[0]) if kind == "parameter" else 0,
         calls=tuple(calls),
         trips=int(trips[1]) if trips else None if kind == "while" else 1,
     )
+
+
+def _read(value: Operation, computation: Sequence[Operation]) -> int:
+    """Returns how many bytes of `value` a computation reads."""
+    total = 0
+    for user in computation:
+        if value.name in user.operands:
+            part = user.kind in PARTS and user.operands[0] == value.name and value.name not in user.operands[1:]
+            total += user.result if part else _read(user, computation) if user.kind == "bitcast" else value.result
+    return min(total, value.result)
 
 
 def _size(dtype: str, dimensions: str) -> int:

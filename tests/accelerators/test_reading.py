@@ -93,6 +93,34 @@ def test_kernels_move_their_operands_and_results() -> None:
     assert moved["convolutions and products"] == 4 * (512 * 256 + 256 * 384 + 512 * 384)
 
 
+def test_of_a_sliced_operand_the_slices_are_read() -> None:
+    text = """\
+HloModule m
+
+%part (p: f32[1024], i: s32[]) -> f32[8] {
+  %p = f32[1024]{0} parameter(0)
+  %i = s32[] parameter(1)
+  %b = f32[32,32]{1,0} bitcast(%p)
+  %s = f32[1,4]{1,0} slice(%b), slice={[0:1], [0:4]}
+  %d = f32[4]{0} dynamic-slice(%p, %i), dynamic_slice_sizes={4}
+  ROOT %c = f32[8]{0} concatenate(%s, %d), dimensions={0}
+}
+
+ENTRY %main (a: f32[1024], n: s32[]) -> (f32[8], f32[2], f32[1024]) {
+  %a = f32[1024]{0} parameter(0)
+  %n = s32[] parameter(1)
+  %fusion.1 = f32[8]{0} fusion(%a, %n), kind=kLoop, calls=%part
+  %slice.1 = f32[2]{0} slice(%a), slice={[0:2]}
+  ROOT %add.1 = f32[1024]{0} add(%a, %a)
+}
+"""
+    program = parse(text)
+    moved = {operation.name: program.moved(operation) for operation, _ in program.walk()}
+    assert moved["fusion.1"] == 4 * (8 + 4 + 4 + 1)
+    assert moved["slice.1"] == 4 * (2 + 2)
+    assert moved["add.1"] == 4 * (1024 + 1024)
+
+
 @pytest.mark.parametrize("text", ["v5e-8", "tpu:v5e", "tpu:v5e-7", "gpu:h100-0", "gpu:v5e-8", "tpu:v9-8", ""])
 def test_an_unknown_target_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=f"--target {re.escape(text)}"):
