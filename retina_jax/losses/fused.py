@@ -1,8 +1,9 @@
-"""The losses of `retina_jax.losses.focal` in the form that training uses: value and gradient together, in one pass.
+"""The losses of `retina_jax.losses.focal` in the form that training uses: sums over each image, and gradients written out.
 
-The derivatives are written out (Appendix B), and sigmoid and logarithms share one exponential. The losses are summed
-over each image at once, so the only array of the logits' size in memory is their gradient, in their precision. Sums are
-float32. On the CPU the pass runs in tiles (`retina_jax.cpu`).
+The derivatives are those of Appendix B; sigmoid and logarithms share one exponential. No array of the logits' size is in
+memory but the logits and their gradient, in their precision. Sums are float32. On accelerators, whose memory is slower than
+their arithmetic, the backward pass computes the gradient from the logits. On the CPU the forward pass computes it with the
+loss, in tiles (`retina_jax.cpu`).
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
 from retina_jax.config import LossConfig
-from retina_jax.cpu import ValueAndGradient, on_cpu, platform, tiled_sums_and_gradient
+from retina_jax.cpu import ValueAndGradient, enabled, on_cpu, tiled_sums_and_gradient
 from retina_jax.losses.focal import Labels, Logits, classification_loss, targets
 
 SummedLoss = Callable[[Float[Array, "B A K"], Int[Array, "B A"]], Float32[Array, " B"]]
@@ -30,16 +31,18 @@ def summed(config: LossConfig) -> SummedLoss:
 
     Equals the plain sum except for the order of the additions. It can be differentiated once, in reverse mode.
     """
-    loss = value_and_gradient(config)
+    loss, in_one_pass = value_and_gradient(config), enabled()
 
     @jax.custom_vjp
     def total(logits: Float[Array, "B A K"], labels: Int[Array, "B A"]) -> Float32[Array, " B"]:
         return loss(logits, labels)[0].sum(axis=(1, 2))
 
-    def forward(logits: Float[Array, "B A K"], labels: Int[Array, "B A"]) -> tuple[Array, Array]:
-        return sums_and_gradient(loss, logits, labels)
+    def forward(logits: Float[Array, "B A K"], labels: Int[Array, "B A"]) -> tuple[Array, tuple[Array, Array]]:
+        sums, saved = sums_and_gradient(loss, logits, labels) if in_one_pass else (total(logits, labels), logits)
+        return sums, (saved, labels)
 
-    def backward(gradient: Float[Array, "B A K"], of_sums: Float32[Array, " B"]) -> tuple[Array, None]:
+    def backward(saved: tuple[Array, Array], of_sums: Float32[Array, " B"]) -> tuple[Array, None]:
+        gradient = saved[0] if in_one_pass else loss(lax.optimization_barrier(saved[0]), saved[1])[1]
         return (gradient.astype(jnp.float32) * of_sums[:, None, None]).astype(gradient.dtype), None
 
     total.defvjp(forward, backward)
@@ -52,11 +55,6 @@ def sums_and_gradient(
 ) -> tuple[Float32[Array, " B"], Float[Array, "B A K"]]:
     """Returns (loss summed over the anchors and classes of each image, gradient of the sum by the logits)."""
     values, gradient = loss(logits, labels)
-    if platform() != "tpu":
-        # Two passes over the logits, which leave only the gradient. XLA on GPUs would store what they have in common, in
-        # float32, and compute the gradient again wherever it is used. On TPUs both end in the convolution's own loop.
-        values, _ = loss(lax.optimization_barrier(logits), labels)
-        gradient = lax.optimization_barrier(gradient)
     return values.sum(axis=(1, 2)), gradient
 
 
