@@ -62,13 +62,19 @@ def assert_same_gradient(found: jax.Array, expected: jax.Array, logits: jax.Arra
     ("kind", "shape"),
     [*((kind, (3, 100, 4)) for kind in KINDS), *(("focal", shape) for shape in [(1, 7, 5), (2, 33, 1), (40, 3, 2)])],
 )
-def test_tiles_and_one_pass_equal_the_plain_sum_and_gradient(
+def test_every_order_of_passes_gives_the_plain_sum_and_gradient(
     kind: str, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "TILE", 64)  # tiles of a few anchors, the last one mostly incomplete
     logits, labels = case(*shape)
     sums, gradient = by_formula(KINDS[kind], logits, labels, jnp.ones(shape[0]))
-    for form in (cpu.in_tiles, sums_and_gradient.__wrapped__):
+
+    def in_the_backward_pass(_: object, logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        with cpu.kernels("gpu"):
+            sums, pull_back = jax.vjp(lambda logits: summed(KINDS[kind])(logits, labels), logits)
+        return sums, pull_back(jnp.ones_like(sums))[0]
+
+    for form in (cpu.in_tiles, sums_and_gradient.__wrapped__, in_the_backward_pass):
         found = jax.jit(functools.partial(form, value_and_gradient(KINDS[kind])))(logits, labels)
         np.testing.assert_allclose(found[0], sums, rtol=1e-5)
         assert_same_gradient(found[1], gradient, logits)
