@@ -31,12 +31,19 @@ WHOLE = Patches(1, 1)
 
 def patches_of(x: Float[Array, "B H W C"], stride: int = 1) -> Patches:
     """Returns how to cut `x` for convolutions of which one has `stride`: on TPUs into enough patches for a batch of MAPS, if
-    the sides can be divided by so many powers of two; elsewhere not at all."""
+    the sides can be divided by so many powers of two; elsewhere not at all.
+
+    The side that holds more powers of two is cut first. It can be cut alike in coarser maps, so less is copied between them.
+    """
     if platform() != "tpu":
         return WHOLE
     batch, height, width = x.shape[:3]
-    rows = _parts(height, stride, MAPS / batch)
-    return Patches(rows, _parts(width, stride, MAPS / (batch * rows)))
+    wanted = MAPS / batch
+    if width & -width > height & -height:
+        columns = _parts(width, stride, wanted)
+        return Patches(_parts(height, stride, wanted / columns), columns)
+    rows = _parts(height, stride, wanted)
+    return Patches(rows, _parts(width, stride, wanted / rows))
 
 
 def _parts(side: int, stride: int, wanted: float) -> int:
