@@ -38,7 +38,7 @@ class FPN(nn.Module):
         merged = None
         for level in range(5, low - 1, -1):
             x = maps[level - 2]
-            patches, even = patches_of(x), patches_of(x, 2)  # `even` fit the coarser map too
+            patches, even = patches_of(x, level), patches_of(x, level, 2)  # `even` fit the coarser map too
             finer = conv(cut(x, patches), 1, 1, f"lateral{level}", patches)
             if merged is not None:
                 sides = x.shape[1] // even.rows, x.shape[2] // even.columns
@@ -47,7 +47,7 @@ class FPN(nn.Module):
             levels[level] = join(conv(finer, 3, 1, f"output{level}", patches), patches)
         top = maps[-1] if self.config.p6_from == "c5" else levels[5]
         for level in range(6, high + 1):
-            patches = patches_of(top, 2)
+            patches = patches_of(top, level - 1, 2)
             x = cut(top if level == 6 else relu(top), patches)
             levels[level] = top = join(conv(x, 3, 2, f"output{level}", patches), patches)
         return tuple(levels[level] for level in range(low, high + 1))

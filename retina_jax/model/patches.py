@@ -29,21 +29,23 @@ class Patches(NamedTuple):
 WHOLE = Patches(1, 1)
 
 
-def patches_of(x: Float[Array, "B H W C"], stride: int = 1) -> Patches:
-    """Returns how to cut `x` for convolutions of which one has `stride`: on TPUs into enough patches for a batch of MAPS, if
-    the sides can be divided by so many powers of two; elsewhere not at all.
+def patches_of(x: Float[Array, "B H W C"], level: int, stride: int = 1) -> Patches:
+    """Returns how to cut `x`, a map of pyramid level `level`, for convolutions of which one has `stride`: on TPUs into enough
+    patches for a batch of MAPS, if the sides can be divided by so many powers of two; elsewhere not at all.
 
-    The side that holds more powers of two is cut first. It can be cut alike in coarser maps, so less is copied between them.
+    Rows are cut first, because they are joined more cheaply, unless columns can be cut more often at level 5: levels that
+    are cut alike need no copies between them.
     """
     if platform() != "tpu":
         return WHOLE
     batch, height, width = x.shape[:3]
     wanted = MAPS / batch
-    if width & -width > height & -height:
-        columns = _parts(width, stride, wanted)
-        return Patches(_parts(height, stride, wanted / columns), columns)
-    rows = _parts(height, stride, wanted)
-    return Patches(rows, _parts(width, stride, wanted / rows))
+    at_level_5 = [_parts(side * 2**level // 32, 1, wanted) for side in (height, width)]
+    if at_level_5[0] >= at_level_5[1]:
+        rows = _parts(height, stride, wanted)
+        return Patches(rows, _parts(width, stride, wanted / rows))
+    columns = _parts(width, stride, wanted)
+    return Patches(_parts(height, stride, wanted / columns), columns)
 
 
 def _parts(side: int, stride: int, wanted: float) -> int:

@@ -106,9 +106,10 @@ class Stem(nn.Module):
 
 
 class Stage(nn.Module):
-    """The blocks of one of C2 to C5; the first one has the stride."""
+    """The blocks of one of C2 to C5; the first one has the stride. The input is of pyramid level `level`."""
 
     config: ModelConfig
+    level: int
     blocks: int
     width: int
     stride: int
@@ -119,7 +120,7 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w D"]:
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block  # argument 2 is `train`
-        patches = patches_of(x, self.stride)
+        patches = patches_of(x, self.level, self.stride)
         conv, norm = partial(self.conv, patches=patches), partial(self.norm, patches=patches)
         x = cut(x, patches)
         for i in range(self.blocks):
@@ -154,6 +155,7 @@ class ResNet(nn.Module):
         for i, number in enumerate(range(2, 6)):
             width, stride = config.base_width * 2**i, 1 if i == 0 else 2
             remat = config.remat and number > config.frozen_stages
-            x = Stage(config, blocks[i], width, stride, remat, **parts(number), name=f"c{number}")(x, train)
+            of_stage = (max(number - 1, 2), blocks[i], width, stride, remat)
+            x = Stage(config, *of_stage, **parts(number), name=f"c{number}")(x, train)
             maps.append(x)
         return tuple(maps)

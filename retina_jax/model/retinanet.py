@@ -80,7 +80,7 @@ class Head(nn.Module):
     ) -> Float[Array, "B H*W*{self.anchors_per_cell} {self.outputs}"]:
         config, dtype = self.config, np.dtype(self.config.dtype)
         plain, of_level = config.head_norm == "none", f"_p{level}" if config.head_norm == "batch" else ""
-        batch, patches = x.shape[0], patches_of(x)
+        batch, patches = x.shape[0], patches_of(x, level)
         x = cut(x, patches)
         for i in range(1, config.head_convs + 1):
             conv = Conv(config.head_channels, 3, bias=plain, dtype=dtype, patches=patches, name=f"conv{i}")

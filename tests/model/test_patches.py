@@ -39,18 +39,43 @@ def test_a_patch_and_its_edges_are_a_window_of_the_padded_map(batch: int, rows: 
         np.testing.assert_array_equal(got, padded[image, row : row + h + 2 * above, column : column + w + 2 * left])
 
 
-@given(batch=st.integers(1, 12), height=st.integers(1, 200), width=st.integers(1, 340), stride=st.sampled_from([1, 2]))
+@given(
+    batch=st.integers(1, 12),
+    height=st.integers(1, 200),
+    width=st.integers(1, 340),
+    level=st.integers(2, 7),
+    stride=st.sampled_from([1, 2]),
+)
 @settings(max_examples=80, deadline=None)
-def test_patches_divide_the_map_and_are_no_more_than_needed(batch: int, height: int, width: int, stride: int) -> None:
+def test_patches_divide_the_map_and_are_no_more_than_needed(
+    batch: int, height: int, width: int, level: int, stride: int
+) -> None:
     x = jnp.asarray(np.empty((batch, height, width, 0), np.float32))
-    assert patches_of(x, stride) == WHOLE  # on this machine
+    assert patches_of(x, level, stride) == WHOLE  # on this machine
     with cpu.kernels("tpu"):
-        found = patches_of(x, stride)
+        found = patches_of(x, level, stride)
     for side, parts in zip((height, width), found, strict=True):
         assert parts == 1 or (side % (stride * parts) == 0 and side >= LEAST * stride * parts)
     assert found == WHOLE or batch * found.rows * found.columns < 2 * MAPS
-    if height % (stride * MAPS) == 0 and height >= LEAST * stride * MAPS:
-        assert batch * found.rows >= MAPS and found.columns == 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "expected"),
+    [
+        (4, 640, 1024, [(2, 1), (2, 1), (2, 1), (2, 1)]),
+        (2, 608, 1024, [(1, 4), (1, 4), (1, 4), (1, 4)]),
+        (2, 1024, 608, [(4, 1), (4, 1), (4, 1), (4, 1)]),
+        (2, 800, 1344, [(1, 4), (1, 4), (2, 2), (1, 2)]),
+        (8, 800, 1344, [(1, 1), (1, 1), (1, 1), (1, 1)]),
+    ],
+)
+def test_maps_of_all_levels_are_cut_alike_if_they_can_be(
+    batch: int, height: int, width: int, expected: list[tuple[int, int]]
+) -> None:
+    with cpu.kernels("tpu"):
+        for level, patches in enumerate(expected, start=2):
+            x = np.empty((batch, height // 2**level, width // 2**level, 0), np.float32)
+            assert patches_of(jnp.asarray(x), level) == patches, level
 
 
 @pytest.mark.parametrize(
