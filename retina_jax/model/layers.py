@@ -128,29 +128,6 @@ def _same_size_backward(
 _same_size.defvjp(lambda x, kernel, *options: (_same_size(x, kernel, *options), (x, kernel)), _same_size_backward)
 
 
-def max_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
-    """Takes the maximum of 3x3 numbers at every second row and column; the padding of 1 never wins."""
-    return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-
-
-def convolve_and_pool(x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"]) -> Float[Array, "B h w D"]:
-    """Computes `max_pool(convolve(x, kernel, stride=2))`.
-
-    On TPUs two neighbouring columns of the convolution lie in the channels of one place, because the 64 channels of a stem
-    fill half a register, and columns are pooled last.
-    """
-    features, size = kernel.shape[-1], len(kernel) // 2
-    if platform() != "tpu" or 2 * features > LANES or x.shape[2] % 4:
-        return max_pool(convolve(x, kernel, 2))
-    columns = [jnp.pad(kernel, ((0, 0), (2 * i, 2 - 2 * i), (0, 0), (0, 0))) for i in (0, 1)]
-    layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
-    padding = [(size, size), (size, size - 1)]
-    y = lax.conv_general_dilated(x, jnp.concatenate(columns, axis=-1), (2, 4), padding, **layout)
-    left, right = jnp.split(nn.max_pool(y, (3, 1), (2, 1), ((1, 1), (0, 0))), 2, axis=-1)
-    before = jnp.pad(right[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)), constant_values=-jnp.inf)
-    return jnp.maximum(jnp.maximum(before, left), right)
-
-
 def _joined_groups(kernel: Float[Array, "k k c D"], groups: int) -> tuple[Float[Array, "k k C D"], int]:
     """Returns the kernel of an equal convolution with fewer groups, of at most LANES channels if c is not more."""
     c, features = kernel.shape[2:]
@@ -162,7 +139,7 @@ def _joined_groups(kernel: Float[Array, "k k c D"], groups: int) -> tuple[Float[
 
 class Conv(nn.Module):
     """`convolve` with a trained or frozen kernel [k, k, C / groups, features], plus an optional bias. `gain` [features]
-    multiplies the kernel's outputs. With `pool`, `convolve_and_pool`."""
+    multiplies the kernel's outputs."""
 
     features: int
     kernel_size: int
@@ -172,7 +149,6 @@ class Conv(nn.Module):
     frozen: bool = False
     dtype: np.dtype = FLOAT32
     patches: Patches = WHOLE
-    pool: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], gain: Float[Array, " D"] | None = None) -> Float[Array, "B h w D"]:
@@ -180,11 +156,7 @@ class Conv(nn.Module):
         kernel = weight(self, "kernel", shape, jnp.zeros, self.frozen)
         if gain is not None:
             kernel = kernel * gain[None, None, None]
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        if self.pool:
-            y = convolve_and_pool(x, kernel)
-        else:
-            y = convolve(x, kernel, self.stride, self.groups, self.patches)
+        y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.groups, self.patches)
         if self.bias:
             bias = weight(self, "bias", (self.features,), jnp.zeros, self.frozen)
             y = y + bias.astype(self.dtype)[None, None, None]
@@ -214,10 +186,6 @@ class Norm(nn.Module):
     dtype: np.dtype = FLOAT32
     patches: Patches = WHOLE
 
-    def known(self, train: bool) -> bool:
-        """Returns whether mean and var are known before the activations are."""
-        return self.kind != "group" and (self.frozen or self.kind != "batch" or not train)
-
     @nn.compact
     def __call__(
         self, x: Float[Array, "B H W C"], train: bool = False, conv: Conv | None = None
@@ -228,7 +196,8 @@ class Norm(nn.Module):
         channels = (conv.features,) if conv else x.shape[-1:]
         scale = weight(self, "scale", channels, jnp.ones, frozen)
         bias = weight(self, "bias", channels, jnp.zeros, frozen)
-        fixed, known = frozen or self.kind == "frozen_statistics", self.known(train)
+        fixed = frozen or self.kind == "frozen_statistics"
+        known = self.kind != "group" and (fixed or not train)
         if not known:
             x = (conv(x) if conv else x).astype(jnp.float32)
         if self.kind == "group":

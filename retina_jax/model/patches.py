@@ -30,8 +30,8 @@ WHOLE = Patches(1, 1)
 
 
 def patches_of(x: Float[Array, "B H W C"], level: int, stride: int = 1) -> Patches:
-    """Returns how to cut `x`, a map of pyramid level `level`, for convolutions of which one has `stride`: on TPUs into enough
-    patches for a batch of MAPS, if the sides can be divided by so many powers of two; elsewhere not at all.
+    """Returns how to cut `x`, a map of pyramid level `level`, for convolutions of which one has `stride`: on TPUs into
+    enough patches for a batch of MAPS, if the sides can be divided by so many powers of two; elsewhere not at all.
 
     Rows are cut first, because they are joined more cheaply, unless columns can be cut more often at level 5: levels that
     are cut alike need no copies between them.

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from retina_jax.config import ModelConfig
-from retina_jax.model.layers import Conv, Norm, largest_divisor, max_pool, relu
+from retina_jax.model.layers import Conv, Norm, largest_divisor, relu
 from retina_jax.model.patches import cut, join, patches_of
 
 
@@ -87,11 +87,7 @@ class Block(nn.Module):
 
 
 class Stem(nn.Module):
-    """7x7 convolution of stride 2, norm, ReLU, then 3x3 max-pooling of stride 2: a quarter of the sides, rounded up.
-
-    A norm whose gain is in the kernel only adds a bias. It and the ReLU keep the order of numbers, so pooling comes first
-    and leaves them a quarter of the places; the result is the same.
-    """
+    """7x7 convolution of stride 2, norm, ReLU, then 3x3 max-pooling of stride 2: a quarter of the sides, rounded up."""
 
     features: int
     conv: Callable[..., nn.Module]
@@ -99,10 +95,8 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W 3"], train: bool) -> Float[Array, "B h w C"]:
-        norm = self.norm(name="norm")
-        pool = norm.known(train)
-        x = relu(norm(x, train, self.conv(self.features, 7, 2, pool=pool, name="conv")))
-        return x if pool else max_pool(x)
+        x = relu(self.norm(name="norm")(x, train, self.conv(self.features, 7, 2, name="conv")))
+        return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pads with -inf
 
 
 class Stage(nn.Module):
