@@ -118,14 +118,14 @@ class Program:
         sliced or gathered from, the parts count."""
         inside = self.computations.get(operation.fused, ())
         parameters = {inner.index: inner for inner in inside if inner.kind == "parameter"}
-        read = {}
+        read: Counter[str] = Counter()
         for index, operand in enumerate(operation.operands):
             if index in parameters:
                 size = _read(parameters[index], inside)
             else:
                 first_of_part = operation.kind in PARTS and index == 0
                 size = operation.result if first_of_part else self.sizes.get(operand, 0)
-            read[operand] = max(size, read.get(operand, 0))
+            read[operand] = min(read[operand] + size, self.sizes.get(operand, 0))
         return operation.result + sum(read.values())
 
     def largest(self, number: int) -> list[tuple[str, int]]:
@@ -193,11 +193,12 @@ def _operation(name: str, result: str, kind: str, rest: str) -> Operation:
 
 def _read(value: Operation, computation: Sequence[Operation]) -> int:
     """Returns how many bytes of `value` a computation reads."""
-    total = 0
-    for user in computation:
-        if value.name in user.operands:
-            part = user.kind in PARTS and user.operands[0] == value.name and value.name not in user.operands[1:]
-            total += user.result if part else _read(user, computation) if user.kind == "bitcast" else value.result
+    total, users = 0, [user for user in computation if value.name in user.operands]
+    if not users:  # it is the result
+        return value.result
+    for user in users:
+        part = user.kind in PARTS and user.operands[0] == value.name and value.name not in user.operands[1:]
+        total += user.result if part else _read(user, computation) if user.kind == "bitcast" else value.result
     return min(total, value.result)
 
 

@@ -24,9 +24,9 @@ Numbers, Labels = Float[Array, "*N K"], Int[Array, "*N"]
 ValueAndGradient = Callable[[Numbers, Labels], tuple[Float32[Array, "*N K"], Numbers]]
 
 kernels = jax.make_user_context(None)
-"""The switch. `with kernels("cpu"):` traces programs with CPU kernels, "tpu" with the forms for TPUs (`model.layers`), and
-"" with neither. None, the default: those of the default backend. It is read when a program is traced, and is part of the
-key of JAX's caches."""
+"""The switch. `with kernels("cpu"):` traces programs with CPU kernels, "tpu" with the forms for TPUs (`model.layers`,
+`model.patches`), and "" with neither. None, the default: those of the default backend. It is read when a program is traced,
+and is part of the key of JAX's caches."""
 
 
 def platform() -> str:

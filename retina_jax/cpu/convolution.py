@@ -31,7 +31,7 @@ WINOGRAD_PLACES = 1024
 def convolve_on_cpu(
     plain: Convolution, x: Float[Array, "B H W C"], kernel: Float[Array, "k k c D"], stride: int = 1, groups: int = 1
 ) -> Float[Array, "B h w D"]:
-    """Computes `plain(x, kernel, stride, groups)`, which is `layers.convolve`, in the form that is fastest on the CPU. On
+    """Computes `plain(x, kernel, stride, groups)`, which is `layers._convolve`, in the form that is fastest on the CPU. On
     other devices it is `plain`. Only reverse-mode differentiation is defined, once."""
     by_xla = partial(plain, stride=stride, groups=groups)
     if _for_winograd(x, kernel, stride, groups):

@@ -1,9 +1,9 @@
 """The losses of `retina_jax.losses.focal` in the form that training uses: sums over each image, and gradients written out.
 
 The derivatives are those of Appendix B; sigmoid and logarithms share one exponential. No array of the logits' size is in
-memory but the logits and their gradient, in their precision. Sums are float32. On accelerators, whose memory is slower than
-their arithmetic, the backward pass computes the gradient from the logits. On the CPU the forward pass computes it with the
-loss, in tiles (`retina_jax.cpu`).
+memory but the logits and their gradient, in their precision. Sums are float32. The backward pass computes the gradient from
+the logits: accelerators compute faster than they store it. With CPU kernels (`retina_jax.cpu`) the forward pass computes it
+with the loss, in tiles.
 """
 
 from collections.abc import Callable

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float
 
 from retina_jax.cpu import convolution, on_cpu, platform
@@ -65,6 +66,8 @@ def convolve(
     """
     if platform() == "tpu":
         return _convolve_on_tpu(x, kernel, stride, groups, patches)
+    if patches != WHOLE:
+        raise ValueError(f"{patches}: maps are cut on TPUs only")
     return _convolve(x, kernel, stride, groups)
 
 
@@ -86,8 +89,7 @@ def _convolve_on_tpu(x: Array, kernel: Array, stride: int, groups: int, patches:
     """
     kernel, groups = _joined_groups(kernel, groups)
     channels, features = kernel.shape[2:]
-    few = len(x) < MAPS
-    if len(kernel) == 1 and groups == 1 and few and min(channels, features) >= LANES:
+    if len(kernel) == 1 and groups == 1 and _few(x) and min(channels, features) >= LANES:
         x = x[:, ::stride, ::stride]
         return (x.reshape(-1, channels) @ kernel[0, 0]).reshape(*x.shape[:3], features)
     if len(kernel) == 1 or (patches == WHOLE and channels < LANES):
@@ -95,11 +97,15 @@ def _convolve_on_tpu(x: Array, kernel: Array, stride: int, groups: int, patches:
     return (_same_size if stride == 1 else _with_stride)(x, kernel, stride, groups, patches)
 
 
+def _few(x: Array) -> bool:
+    return not is_symbolic_dim(x.shape[0]) and x.shape[0] < MAPS
+
+
 def _with_stride(x: Array, kernel: Array, stride: int, groups: int, patches: Patches) -> Array:
     size = len(kernel) // 2
     padding = [(0, 0) if parts > 1 else (size, size) for parts in patches]
     x = with_edges(x, patches, size)
-    if len(x) >= MAPS:
+    if not _few(x):
         layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": groups}
         return lax.conv_general_dilated(x, kernel, (stride, stride), padding, **layout)
     layout = {"dimension_numbers": ("NHWTC", "HWTIO", "NHWTC"), "feature_group_count": groups}

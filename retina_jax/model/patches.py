@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float
 
 from retina_jax.cpu import platform
@@ -31,12 +32,13 @@ WHOLE = Patches(1, 1)
 
 def patches_of(x: Float[Array, "B H W C"], level: int, stride: int = 1) -> Patches:
     """Returns how to cut `x`, a map of pyramid level `level`, for convolutions of which one has `stride`: on TPUs into
-    enough patches for a batch of MAPS, if the sides can be divided by so many powers of two; elsewhere not at all.
+    enough patches for a batch of MAPS, if the sides can be divided by so many powers of two; elsewhere, and for a symbolic
+    batch, not at all.
 
     Rows are cut first, because they are joined more cheaply, unless columns can be cut more often at level 5: levels that
-    are cut alike need no copies between them.
+    are cut alike need no copies between them. This rule expects the levels 2 to 5 of images whose sides are multiples of 32.
     """
-    if platform() != "tpu":
+    if platform() != "tpu" or is_symbolic_dim(x.shape[0]):
         return WHOLE
     batch, height, width = x.shape[:3]
     wanted = MAPS / batch

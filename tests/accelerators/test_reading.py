@@ -106,10 +106,15 @@ HloModule m
   ROOT %c = f32[8]{0} concatenate(%s, %d), dimensions={0}
 }
 
+%same (q: f32[1024]) -> f32[1024] {
+  ROOT %q = f32[1024]{0} parameter(0)
+}
+
 ENTRY %main (a: f32[1024], n: s32[]) -> (f32[8], f32[2], f32[1024]) {
   %a = f32[1024]{0} parameter(0)
   %n = s32[] parameter(1)
   %fusion.1 = f32[8]{0} fusion(%a, %n), kind=kLoop, calls=%part
+  %fusion.2 = f32[1024]{0} fusion(%a), kind=kLoop, calls=%same
   %slice.1 = f32[2]{0} slice(%a), slice={[0:2]}
   ROOT %add.1 = f32[1024]{0} add(%a, %a)
 }
@@ -117,6 +122,7 @@ ENTRY %main (a: f32[1024], n: s32[]) -> (f32[8], f32[2], f32[1024]) {
     program = parse(text)
     moved = {operation.name: program.moved(operation) for operation, _ in program.walk()}
     assert moved["fusion.1"] == 4 * (8 + 4 + 4 + 1)
+    assert moved["fusion.2"] == 4 * (1024 + 1024)
     assert moved["slice.1"] == 4 * (2 + 2)
     assert moved["add.1"] == 4 * (1024 + 1024)
 

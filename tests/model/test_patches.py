@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import export
 
 from retina_jax import cpu
 from retina_jax.config import ModelConfig
@@ -91,7 +92,8 @@ def test_maps_of_all_levels_are_cut_alike_if_they_can_be(
 def test_convolving_patches_convolves_the_map(
     shape: tuple[int, ...], k: int, stride: int, groups: int, patches: Patches
 ) -> None:
-    x, kernel = jnp.asarray(draw(*shape)), jnp.asarray(draw(k, k, shape[-1] // groups, 12, seed=1))
+    features = 128 if k == 1 else 12
+    x, kernel = jnp.asarray(draw(*shape)), jnp.asarray(draw(k, k, shape[-1] // groups, features, seed=1))
 
     def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return convolve(x, kernel, stride, groups)
@@ -107,6 +109,17 @@ def test_convolving_patches_convolves_the_map(
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
 
 
+def test_a_symbolic_batch_is_not_cut() -> None:
+    (batch,) = export.symbolic_shape("b")
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((batch, 8, 8, 128), (3, 3, 128, 4)))
+
+    def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        with cpu.kernels("tpu"):
+            return convolve(x, kernel, patches=patches_of(x, 5))
+
+    assert export.export(jax.jit(forward))(x, kernel).out_avals[0].shape == (batch, 8, 8, 4)
+
+
 def test_moments_of_a_group_are_those_of_the_complete_map() -> None:
     x, patches = jnp.asarray(draw(2, 8, 6, 4)), Patches(2, 3)
     expected = [jnp.repeat(moment, 6, axis=0) for moment in group_moments(x, 2)]
@@ -117,7 +130,7 @@ def test_moments_of_a_group_are_those_of_the_complete_map() -> None:
 @pytest.mark.parametrize(
     ("config", "shape"),
     [
-        (TINY, (2, 160, 256)),  # all levels but the coarsest are cut
+        (replace(TINY, backbone="resnet18", norm="batch", head_norm="batch", remat=True, max_level=8), (3, 96, 256)),
         (replace(TINY, backbone="resnext50_32x4d", stride_position="3x3", p6_from="p5"), (1, 96, 160)),
         (replace(TINY, norm="group", head_norm="group", frozen_stages=0, min_level=2, max_level=6), (1, 128, 160)),
     ],
@@ -130,12 +143,12 @@ def test_the_network_in_patches_equals_the_network(config: ModelConfig, shape: t
 
     def outputs(params: dict, form: str) -> tuple[jax.Array, object]:
         with cpu.kernels(form):
-            found = model.apply({**variables, "params": params}, images, sizes)
-        return sum((x * draw(*x.shape, seed=i)).sum() for i, x in enumerate(found)), found
+            found, stats = model.apply({**variables, "params": params}, images, sizes, True, mutable=["stats"])
+        return sum((x * draw(*x.shape, seed=i)).sum() for i, x in enumerate(found)), (found, stats)
 
     got, expected = (
         jax.jit(jax.value_and_grad(lambda params: outputs(params, form), has_aux=True))(variables["params"])  # noqa: B023
         for form in ("tpu", "")
     )
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4 * float(jnp.abs(b).max()))
+        np.testing.assert_allclose(a, b, rtol=5e-3, atol=2e-4 * float(jnp.abs(b).max()))
