@@ -19,7 +19,8 @@ from retina_jax.model.layers import convolve, group_moments
 from retina_jax.model.patches import LEAST, MAPS, WHOLE, Patches, cut, join, patches_of, with_edges
 from retina_jax.model.retinanet import RetinaNet
 
-TINY = ModelConfig(base_width=8, stage_blocks=(1, 1, 1, 1), fpn_channels=16, head_channels=16, head_convs=2)
+TINY = ModelConfig(base_width=8, stage_blocks=(1, 1, 1, 1), fpn_channels=16, head_channels=16, head_convs=1)
+OTHERWISE = {"backbone": "resnext50_32x4d", "stride_position": "3x3", "p6_from": "p5"}
 
 
 def draw(*shape: int, seed: int = 0) -> np.ndarray:
@@ -130,9 +131,8 @@ def test_moments_of_a_group_are_those_of_the_complete_map() -> None:
 @pytest.mark.parametrize(
     ("config", "shape"),
     [
-        (replace(TINY, backbone="resnet18", norm="batch", head_norm="batch", remat=True, max_level=8), (3, 96, 256)),
-        (replace(TINY, backbone="resnext50_32x4d", stride_position="3x3", p6_from="p5"), (1, 96, 160)),
-        (replace(TINY, norm="group", head_norm="group", frozen_stages=0, min_level=2, max_level=6), (1, 128, 160)),
+        (replace(TINY, backbone="resnet18", norm="batch", head_norm="batch", remat=True, max_level=8), (3, 64, 128)),
+        (replace(TINY, **OTHERWISE, norm="group", head_norm="group", frozen_stages=0, min_level=2), (1, 96, 128)),
     ],
 )
 def test_the_network_in_patches_equals_the_network(config: ModelConfig, shape: tuple[int, int, int]) -> None:
@@ -151,4 +151,4 @@ def test_the_network_in_patches_equals_the_network(config: ModelConfig, shape: t
         for form in ("tpu", "")
     )
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=5e-3, atol=2e-4 * float(jnp.abs(b).max()))
+        np.testing.assert_allclose(a, b, rtol=5e-3, atol=1e-8 + 2e-4 * float(jnp.abs(b).max()))
