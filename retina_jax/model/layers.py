@@ -13,7 +13,7 @@ from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float
 
 from retina_jax.cpu import convolution, on_cpu, platform
-from retina_jax.model.patches import MAPS, WHOLE, Patches, with_edges
+from retina_jax.model.patches import MAPS, UNCUT, Patches, with_edges
 
 FLOAT32 = np.dtype("float32")
 EPSILON = 1e-5  # added to every variance, as in the systems whose weights are imported
@@ -56,7 +56,7 @@ def convolve(
     kernel: Float[Array, "k k c D"],
     stride: int = 1,
     groups: int = 1,
-    patches: Patches = WHOLE,
+    patches: Patches = UNCUT,
 ) -> Float[Array, "B h w D"]:
     """Convolves x with k // 2 zeros of padding on all four sides, k odd: h = ceil(H / stride), w = ceil(W / stride).
 
@@ -66,7 +66,7 @@ def convolve(
     """
     if platform() == "tpu":
         return _convolve_on_tpu(x, kernel, stride, groups, patches)
-    if patches != WHOLE:
+    if patches != UNCUT:
         raise ValueError(f"{patches}: maps are cut on TPUs only")
     return _convolve(x, kernel, stride, groups)
 
@@ -83,25 +83,26 @@ def _convolve(x: Array, kernel: Array, stride: int, groups: int) -> Array:
 def _convolve_on_tpu(x: Array, kernel: Array, stride: int, groups: int, patches: Patches) -> Array:
     """Computes `_convolve` in forms that suit TPUs; docs/results/accelerators.md has the cycles.
 
-    Groups of few channels are joined to blocks of 128, as wide as the matrix units, with zeros between the groups. XLA cuts
-    maps with channels enough for a unit into strips if there are fewer than MAPS of them; it does not if the last spatial
-    axis has size 1, nor for matrix products.
+    Groups of few channels are joined to blocks of 128, as wide as the matrix units, with zeros between the groups. If the
+    batch has fewer than MAPS maps, XLA would cut them into strips. It does not do so for matrix products, nor if the last
+    spatial axis has size 1.
     """
     kernel, groups = _joined_groups(kernel, groups)
     channels, features = kernel.shape[2:]
     if len(kernel) == 1 and groups == 1 and _few(x) and min(channels, features) >= LANES:
         x = x[:, ::stride, ::stride]
         return (x.reshape(-1, channels) @ kernel[0, 0]).reshape(*x.shape[:3], features)
-    if len(kernel) == 1 or (patches == WHOLE and channels < LANES):
+    if len(kernel) == 1 or (patches == UNCUT and channels < LANES):
         return _convolve(x, kernel, stride, groups)
-    return (_same_size if stride == 1 else _with_stride)(x, kernel, stride, groups, patches)
+    return (_convolve_patches_at_stride_1 if stride == 1 else _convolve_patches)(x, kernel, stride, groups, patches)
 
 
 def _few(x: Array) -> bool:
     return not is_symbolic_dim(x.shape[0]) and x.shape[0] < MAPS
 
 
-def _with_stride(x: Array, kernel: Array, stride: int, groups: int, patches: Patches) -> Array:
+def _convolve_patches(x: Array, kernel: Array, stride: int, groups: int, patches: Patches) -> Array:
+    """Convolves maps in patches, each with the edges of its neighbours."""
     size = len(kernel) // 2
     padding = [(0, 0) if parts > 1 else (size, size) for parts in patches]
     x = with_edges(x, patches, size)
@@ -114,24 +115,26 @@ def _with_stride(x: Array, kernel: Array, stride: int, groups: int, patches: Pat
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _same_size(x: Array, kernel: Array, stride: int, groups: int, patches: Patches) -> Array:
-    """Computes `_with_stride` of stride 1. The gradient by x is a convolution that fetches edges too; JAX's would add the
-    gradients of edges to the neighbouring patches, in a pass of its own."""
-    return _with_stride(x, kernel, stride, groups, patches)
+def _convolve_patches_at_stride_1(x: Array, kernel: Array, stride: int, groups: int, patches: Patches) -> Array:
+    """Computes `_convolve_patches` with stride 1. Its gradient by x also fetches edges. The gradient that JAX derives would
+    add the gradients of edges to the neighbouring patches, in a separate pass."""
+    return _convolve_patches(x, kernel, stride, groups, patches)
 
 
-def _same_size_backward(
+def _stride_1_backward(
     stride: int, groups: int, patches: Patches, saved: tuple[Array, Array], dy: Array
 ) -> tuple[Array, Array]:
     x, kernel = saved
     k, _, channels, features = kernel.shape
     mirrored = kernel[::-1, ::-1].reshape(k, k, channels, groups, features // groups)
     mirrored = mirrored.swapaxes(2, 4).reshape(k, k, features // groups, groups * channels)
-    _, by_kernel = jax.vjp(lambda kernel: _with_stride(x, kernel, stride, groups, patches), kernel)
-    return _with_stride(dy, mirrored, stride, groups, patches), *by_kernel(dy)
+    _, by_kernel = jax.vjp(lambda kernel: _convolve_patches(x, kernel, stride, groups, patches), kernel)
+    return _convolve_patches(dy, mirrored, stride, groups, patches), *by_kernel(dy)
 
 
-_same_size.defvjp(lambda x, kernel, *options: (_same_size(x, kernel, *options), (x, kernel)), _same_size_backward)
+_convolve_patches_at_stride_1.defvjp(
+    lambda x, kernel, *options: (_convolve_patches(x, kernel, *options), (x, kernel)), _stride_1_backward
+)
 
 
 def _joined_groups(kernel: Float[Array, "k k c D"], groups: int) -> tuple[Float[Array, "k k C D"], int]:
@@ -154,7 +157,7 @@ class Conv(nn.Module):
     bias: bool = False
     frozen: bool = False
     dtype: np.dtype = FLOAT32
-    patches: Patches = WHOLE
+    patches: Patches = UNCUT
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], gain: Float[Array, " D"] | None = None) -> Float[Array, "B h w D"]:
@@ -190,7 +193,7 @@ class Norm(nn.Module):
     frozen: bool = False
     axis_name: str | None = None
     dtype: np.dtype = FLOAT32
-    patches: Patches = WHOLE
+    patches: Patches = UNCUT
 
     @nn.compact
     def __call__(
@@ -229,7 +232,7 @@ class Norm(nn.Module):
 
 
 def group_moments(
-    x: Float[Array, "N H W C"], groups: int, patches: Patches = WHOLE
+    x: Float[Array, "N H W C"], groups: int, patches: Patches = UNCUT
 ) -> tuple[Float[Array, "N 1 1 C"], Float[Array, "N 1 1 C"]]:
     """Returns mean and variance of each image and group of neighbouring channels, repeated over the group's channels and
     the image's patches."""

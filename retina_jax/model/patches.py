@@ -27,7 +27,7 @@ class Patches(NamedTuple):
     columns: int
 
 
-WHOLE = Patches(1, 1)
+UNCUT = Patches(1, 1)
 
 
 def patches_of(x: Float[Array, "B H W C"], level: int, stride: int = 1) -> Patches:
@@ -39,7 +39,7 @@ def patches_of(x: Float[Array, "B H W C"], level: int, stride: int = 1) -> Patch
     are cut alike need no copies between them. This rule expects the levels 2 to 5 of images whose sides are multiples of 32.
     """
     if platform() != "tpu" or is_symbolic_dim(x.shape[0]):
-        return WHOLE
+        return UNCUT
     batch, height, width = x.shape[:3]
     wanted = MAPS / batch
     at_level_5 = [_parts(side * 2**level // 32, 1, wanted) for side in (height, width)]
@@ -59,7 +59,7 @@ def _parts(side: int, stride: int, wanted: float) -> int:
 
 def cut(x: Float[Array, "B H W C"], patches: Patches) -> Float[Array, "N h w C"]:
     """Cuts each map of `x` into patches: N = B * rows * columns."""
-    if patches == WHOLE:
+    if patches == UNCUT:
         return x
     batch, height, width, channels = x.shape
     h, w = height // patches.rows, width // patches.columns
@@ -69,7 +69,7 @@ def cut(x: Float[Array, "B H W C"], patches: Patches) -> Float[Array, "N h w C"]
 
 def join(x: Float[Array, "N h w C"], patches: Patches) -> Float[Array, "B H W C"]:
     """Undoes `cut`."""
-    if patches == WHOLE:
+    if patches == UNCUT:
         return x
     h, w, channels = x.shape[1:]
     x = x.reshape(-1, *patches, h, w, channels).swapaxes(2, 3)

@@ -1,4 +1,4 @@
-"""Maps in patches, the form for TPUs: equal to whole maps in each part and in the complete network."""
+"""Maps cut into patches, the form for TPUs: convolutions, moments and the complete network equal those of uncut maps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from retina_jax import cpu
 from retina_jax.config import ModelConfig
 from retina_jax.model.initialisation import initialise
 from retina_jax.model.layers import convolve, group_moments
-from retina_jax.model.patches import LEAST, MAPS, WHOLE, Patches, cut, join, patches_of, with_edges
+from retina_jax.model.patches import LEAST, MAPS, UNCUT, Patches, cut, join, patches_of, with_edges
 from retina_jax.model.retinanet import RetinaNet
 
 TINY = ModelConfig(base_width=8, stage_blocks=(1, 1, 1, 1), fpn_channels=16, head_channels=16, head_convs=1)
@@ -53,12 +53,12 @@ def test_patches_divide_the_map_and_are_no_more_than_needed(
     batch: int, height: int, width: int, level: int, stride: int
 ) -> None:
     x = jnp.asarray(np.empty((batch, height, width, 0), np.float32))
-    assert patches_of(x, level, stride) == WHOLE  # on this machine
+    assert patches_of(x, level, stride) == UNCUT  # on this machine
     with cpu.kernels("tpu"):
         found = patches_of(x, level, stride)
     for side, parts in zip((height, width), found, strict=True):
         assert parts == 1 or (side % (stride * parts) == 0 and side >= LEAST * stride * parts)
-    assert found == WHOLE or batch * found.rows * found.columns < 2 * MAPS
+    assert found == UNCUT or batch * found.rows * found.columns < 2 * MAPS
 
 
 @pytest.mark.parametrize(
