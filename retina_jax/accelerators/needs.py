@@ -17,7 +17,7 @@ from retina_jax.config import Config
 from retina_jax.errors import OutOfMemory, out_of_memory
 from retina_jax.training.compilation import Memory, memory_of
 
-_SCALAR = re.compile(r"dense<[-+0-9.eE]+>")
+_FACTOR = re.compile(r"dense<[-+0-9.eE]+> : tensor<b?f\d+>")  # a scalar constant; those of integers are trips of loops
 LARGEST = 12  # places in the model that are listed
 UNKNOWN_TRIPS = 3
 """Assumed for loops that end by their data: two blocks of NMS keep 100 boxes, and its rounds settle after two or three."""
@@ -54,10 +54,10 @@ def needs(
 ) -> tuple[Needs, str]:
     """Compiles a program for `devices` of `target`; returns what it needs, and its text (scheduled HLO).
 
-    A program in `known` is not compiled again; there, programs that differ in the values of scalar constants only are one.
+    A program in `known` is not compiled again; programs that differ in the values of floating-point scalars only are one.
     """
     lowered, flops = lower(config, num_classes, devices, what, padded_hw)
-    key = _SCALAR.sub("dense<>", lowered.as_text()) if known is not None else ""
+    key = without_factors(lowered.as_text()) if known is not None else ""
     if known and key in known:
         return known[key]
     images = config.data.batch_size // len(devices)
@@ -91,6 +91,11 @@ def needs(
     if known is not None:
         known[key] = found, text
     return found, text
+
+
+def without_factors(text: str) -> str:
+    """Returns the text of a program (StableHLO) without the values of its floating-point scalars (alpha, a learning rate)."""
+    return _FACTOR.sub("dense<>", text)
 
 
 def _times(program: Program, target: Target, flops: int) -> tuple[float, float, dict[str, tuple[int, int]]]:

@@ -27,7 +27,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from retina_jax.ops.boxes import iou_matrix
+from retina_jax.ops.boxes import Sides, iou
 
 NEGATIVES = 3  # negatives per positive in ohem_1_3 and ohem_1_3_strict (SSD)
 ROW = 512  # anchors are padded to a multiple of this, for `_hardest`
@@ -55,7 +55,8 @@ def mine(
     examples = _Examples(
         hardness=jnp.pad(hardness, (0, padding), constant_values=-jnp.inf),
         positive=jnp.pad(positive, (0, padding)),
-        boxes_xyxy=jnp.pad(jnp.asarray(anchors), ((0, padding), (0, 0))),
+        boxes_xyxy=(boxes_xyxy := jnp.pad(jnp.asarray(anchors), ((0, padding), (0, 0)))),
+        sides=tuple(boxes_xyxy.T),
         iou_threshold=iou_threshold,
     )
     one_to_three = kind != "ohem"
@@ -67,11 +68,12 @@ class _Examples(NamedTuple):
     hardness: Float[Array, " N"]  # loss, or -inf for an anchor that is no example
     positive: Bool[Array, " N"]
     boxes_xyxy: Float[Array, "N 4"]
+    sides: Sides  # the same boxes, one array per side
     iou_threshold: float
 
     def suppressed_by(self, at: Int[Array, ""]) -> Bool[Array, " N"]:
         """Returns the anchors that overlap anchor `at`, including itself."""
-        overlaps = iou_matrix(self.boxes_xyxy[at][None], self.boxes_xyxy)[0] > self.iou_threshold
+        overlaps = iou(tuple(self.boxes_xyxy[at]), self.sides) > self.iou_threshold
         # Including itself by index, because an anchor without area has IoU 0 with itself. A scatter would not be fused.
         return overlaps | (lax.iota(jnp.int32, overlaps.shape[0]) == at)
 

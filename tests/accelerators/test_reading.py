@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from retina_jax.accelerators import targets
 from retina_jax.accelerators.hlo import parse
+from retina_jax.accelerators.needs import without_factors
 from retina_jax.accelerators.targets import TARGETS, TPU_TOPOLOGIES, parse_target, topology_devices
 from retina_jax.config import Config, ConfigError
 
@@ -160,3 +161,14 @@ def test_shapes_are_those_of_training_or_given() -> None:
     for text in ("64", "64x", "64x95", "0x64", "64x96x3", "-64x96"):
         with pytest.raises(ConfigError, match=f"--shape {text}"):
             padded_shapes(text, Config())
+
+
+def test_programs_are_equal_up_to_factors_but_not_up_to_trips_or_arrays() -> None:
+    def text(trips: int = 8, factor: float = 0.5, row: tuple[float, ...] = (1.0, 2.0, 3.0)) -> str:
+        def repeated(x: jax.Array) -> jax.Array:
+            return lax.fori_loop(0, trips, lambda _, y: factor * y + np.array(row, np.float32), x)
+
+        return without_factors(jax.jit(repeated).lower(jnp.ones(3)).as_text())
+
+    assert text() == text(factor=0.25) == text(factor=1e-30)
+    assert text() != text(trips=16) and text() != text(row=(1.0, 2.0, 4.0))
