@@ -37,11 +37,14 @@ def run(logits: np.ndarray, deltas: np.ndarray, sizes: list[tuple[int, int]], **
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), shape=st.sampled_from([(7, 3, 5), (20, 4, 9), (4, 2, 50), (3, 5, 3)]))
-def test_the_best_logits_are_the_top_k_of_all_with_ties(seed: int, shape: tuple[int, int, int]) -> None:
-    anchors, classes, top_k = shape
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shape=st.sampled_from([(7, 1, 3, 5), (6, 3, 3, 5), (20, 5, 4, 9), (4, 2, 2, 50), (60, 2, 5, 3)]),
+)
+def test_the_best_logits_are_the_top_k_of_all_with_ties(seed: int, shape: tuple[int, int, int, int]) -> None:
+    anchors, per_cell, classes, top_k = shape
     logits = jnp.asarray(np.random.default_rng(seed).integers(-3, 4, (anchors, classes)), jnp.float32)
-    values, anchor, label = best_logits(logits, top_k)
+    values, anchor, label = best_logits(logits, top_k, per_cell)
     expected, place = jax.lax.top_k(logits.reshape(-1), min(top_k, anchors * classes))
     np.testing.assert_array_equal(values, expected)
     np.testing.assert_array_equal(anchor * classes + label, place)

@@ -85,8 +85,11 @@ def _convolve_on_tpu(x: Array, kernel: Array, stride: int, groups: int, patches:
 
     Groups of few channels are joined to blocks of 128, as wide as the matrix units, with zeros between the groups. If the
     batch has fewer than MAPS maps, XLA would cut them into strips. It does not do so for matrix products, nor if the last
-    spatial axis has size 1.
+    spatial axis has size 1. From an image to 64 channels, half of the matrix units would wait: two columns are computed at
+    once, with a wider kernel.
     """
+    if kernel.shape[2:] == (3, LANES // 2) and x.shape[2] % (2 * stride) == 0:
+        return _convolve_two_columns(x, kernel, stride)
     kernel, groups = _joined_groups(kernel, groups)
     channels, features = kernel.shape[2:]
     if len(kernel) == 1 and groups == 1 and _few(x) and min(channels, features) >= LANES:
@@ -95,6 +98,40 @@ def _convolve_on_tpu(x: Array, kernel: Array, stride: int, groups: int, patches:
     if len(kernel) == 1 or (patches == UNCUT and channels < LANES):
         return _convolve(x, kernel, stride, groups)
     return (_convolve_patches_at_stride_1 if stride == 1 else _convolve_patches)(x, kernel, stride, groups, patches)
+
+
+def _convolve_two_columns(x: Array, kernel: Array, stride: int) -> Array:
+    """Computes `_convolve` with twice the stride along rows, to two neighbouring columns side by side in the channels."""
+    size, features = len(kernel) // 2, kernel.shape[3]
+    sides = ((0, stride), (stride, 0))
+    both = jnp.concatenate([jnp.pad(kernel, ((0, 0), side, (0, 0), (0, 0))) for side in sides], axis=3)
+    padding = [(size, size), (size, size + stride - 1)]
+    y = lax.conv_general_dilated(x, both, (stride, 2 * stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return y.reshape(*y.shape[:2], -1, features)  # in memory as it is
+
+
+def max_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+    """Takes the maximum over 3x3 windows with stride 2, padded with -inf: h = ceil(H / 2), w = ceil(W / 2)."""
+    return _max_pool_on_tpu(x) if platform() == "tpu" and x.shape[2] % 2 == 0 else _max_pool(x)
+
+
+def _max_pool(x: Array) -> Array:
+    return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+
+
+@jax.custom_vjp
+def _max_pool_on_tpu(x: Array) -> Array:
+    """Computes `_max_pool` from pairs of columns side by side in the channels, as `_convolve_two_columns` leaves them. Of
+    equal numbers `_max_pool` gives the gradient to the first, so the backward pass is its own."""
+    channels = x.shape[3]
+    pairs = x.reshape(*x.shape[:2], -1, 2 * channels)
+    pairs = nn.max_pool(pairs, (3, 1), (2, 1), ((1, 1), (0, 0)))
+    even, odd = pairs[..., :channels], pairs[..., channels:]
+    left = jnp.pad(odd, ((0, 0), (0, 0), (1, 0), (0, 0)), constant_values=-jnp.inf)[:, :, :-1]
+    return jnp.maximum(jnp.maximum(even, odd), left)
+
+
+_max_pool_on_tpu.defvjp(lambda x: (_max_pool_on_tpu(x), x), lambda x, dy: jax.vjp(_max_pool, x)[1](dy))
 
 
 def _few(x: Array) -> bool:

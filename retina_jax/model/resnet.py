@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from retina_jax.config import ModelConfig
-from retina_jax.model.layers import Conv, Norm, largest_divisor, relu
+from retina_jax.model.layers import Conv, Norm, largest_divisor, max_pool, relu
 from retina_jax.model.patches import cut, join, patches_of
 
 
@@ -96,7 +96,7 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W 3"], train: bool) -> Float[Array, "B h w C"]:
         x = relu(self.norm(name="norm")(x, train, self.conv(self.features, 7, 2, name="conv")))
-        return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pads with -inf
+        return max_pool(x)
 
 
 class Stage(nn.Module):

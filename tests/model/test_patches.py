@@ -15,7 +15,7 @@ from jax import export
 from retina_jax import cpu
 from retina_jax.config import ModelConfig
 from retina_jax.model.initialisation import initialise
-from retina_jax.model.layers import convolve, group_moments
+from retina_jax.model.layers import convolve, group_moments, max_pool
 from retina_jax.model.patches import LEAST, MAPS, UNCUT, Patches, cut, join, patches_of, with_edges
 from retina_jax.model.retinanet import RetinaNet
 
@@ -108,6 +108,36 @@ def test_convolving_patches_convolves_the_map(
     dy = jnp.asarray(draw(*expected.shape, seed=2))
     for a, b in zip((got, *pull_back_patches(dy)), (expected, *pull_back(dy)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("height", "width", "stride"), [(15, 12, 2), (9, 6, 1), (8, 10, 2)])
+def test_two_columns_at_once_equal_the_convolution_and_the_pooling(height: int, width: int, stride: int) -> None:
+    """With small integers, so that sums are exact and many are equal."""
+    x, kernel = jnp.asarray(np.round(draw(2, height, width, 3))), jnp.asarray(np.round(draw(7, 7, 3, 64, seed=1)))
+
+    def stem(x: jax.Array, kernel: jax.Array, form: str) -> jax.Array:
+        with cpu.kernels(form):
+            return max_pool(convolve(x, kernel, stride))
+
+    got, expected = (jax.vjp(lambda x, k: stem(x, k, form), x, kernel) for form in ("tpu", ""))  # noqa: B023
+    dy = jnp.asarray(draw(*expected[0].shape, seed=2))
+    np.testing.assert_array_equal(got[0], expected[0])
+    for a, b in zip(got[1](dy), expected[1](dy), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 8, 3), (2, 6, 7, 2), (1, 1, 2, 1)])
+def test_pooling_pairs_of_columns_gives_values_and_gradients_of_pooling(shape: tuple[int, ...]) -> None:
+    x = jnp.asarray(np.round(draw(*shape)) - 5)
+
+    def pooled(x: jax.Array, form: str) -> jax.Array:
+        with cpu.kernels(form):
+            return max_pool(x)
+
+    got, expected = (jax.vjp(lambda x: pooled(x, form), x) for form in ("tpu", ""))  # noqa: B023
+    dy = jnp.asarray(draw(*expected[0].shape, seed=1))
+    np.testing.assert_array_equal(got[0], expected[0])
+    np.testing.assert_allclose(got[1](dy)[0], expected[1](dy)[0], rtol=1e-6)
 
 
 def test_a_symbolic_batch_is_not_cut() -> None:
