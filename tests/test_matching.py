@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retina_jax import cpu
 from retina_jax.config import MatchingConfig
 from retina_jax.ops.boxes import iou_matrix
 from retina_jax.ops.matching import BACKGROUND, BLOCK, IGNORED, Matches, match
@@ -119,10 +120,10 @@ def test_matches_are_integers() -> None:
 
 
 @pytest.mark.usefixtures("optimised")  # numerics, as users' programs compute them, from here on
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "platform"), [*((mode, "cpu") for mode in MODES), ("all", "gpu")])
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), real=st.integers(0, G), coarse=st.booleans())
-def test_match_equals_brute_force(mode: str, seed: int, real: int, coarse: bool) -> None:
+def test_match_equals_brute_force(mode: str, platform: str, seed: int, real: int, coarse: bool) -> None:
     rng = np.random.default_rng(seed)
     # Integer coordinates in a small image give ties between anchors, between boxes, and at the thresholds.
     corner = rng.uniform(0, 12, (A + G, 2))
@@ -132,7 +133,8 @@ def test_match_equals_brute_force(mode: str, seed: int, real: int, coarse: bool)
     anchors, boxes = boxes[:A], boxes[A:]
     labels = np.full(G, -1, np.int32)
     labels[rng.permutation(G)[:real]] = rng.integers(0, 80, real)  # padding may be in any row
-    matches = compiled(mode)(anchors, jnp.asarray(boxes), jnp.asarray(labels))
+    with cpu.kernels(platform):
+        matches = compiled(mode)(anchors, jnp.asarray(boxes), jnp.asarray(labels))
     ious = np.asarray(jax.jit(iou_matrix)(anchors, boxes))
     expected_labels, expected_index = brute_force(ious, labels, MatchingConfig(low_quality=mode))
     np.testing.assert_array_equal(matches.labels, expected_labels)

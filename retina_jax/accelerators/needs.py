@@ -94,7 +94,7 @@ def needs(
 
 
 def without_factors(text: str) -> str:
-    """Returns the text of a program (StableHLO) without the values of its floating-point scalars (alpha, a learning rate)."""
+    """Returns the text of a program (StableHLO) without the values of floating-point scalars (alpha, a learning rate)."""
     return _FACTOR.sub("dense<>", text)
 
 

@@ -1,11 +1,14 @@
 """Feature pyramid (Section 4; Lin et al. 2017, Feature Pyramid Networks): the maps C2 to C5 to the levels P3 to P7."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from retina_jax.config import ModelConfig
+from retina_jax.cpu import platform
 from retina_jax.model.layers import Conv, relu
 from retina_jax.model.patches import Patches, cut, join, patches_of
 
@@ -14,6 +17,20 @@ def upsample(x: Float[Array, "B h w C"], size_hw: tuple[int, int]) -> Float[Arra
     """Doubles the sides (nearest neighbour) and crops to `size_hw`: if the coarser side is n, the finer is 2n or 2n - 1."""
     height, width = size_hw
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)[:, :height, :width]
+
+
+@jax.custom_vjp
+def separate(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    """Returns `x`. On GPUs its gradient is computed before another one is added to it: XLA would have cuDNN add the gradient
+    of a strided 1x1 convolution, which it would first pad with zeros and store."""
+    return x
+
+
+def _separate_backward(_: None, dy: Array) -> tuple[Array]:
+    return (lax.optimization_barrier(dy) if platform() == "gpu" else dy,)
+
+
+separate.defvjp(lambda x: (x, None), _separate_backward)
 
 
 class FPN(nn.Module):
@@ -37,7 +54,7 @@ class FPN(nn.Module):
         levels: dict[int, Array] = {}
         merged = None
         for level in range(5, low - 1, -1):
-            x = maps[level - 2]
+            x = separate(maps[level - 2])
             patches, even = patches_of(x, level), patches_of(x, level, 2)  # `even` fit the coarser map too
             finer = conv(cut(x, patches), 1, 1, f"lateral{level}", patches)
             if merged is not None:

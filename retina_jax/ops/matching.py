@@ -8,11 +8,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from retina_jax.config import MatchingConfig
+from retina_jax.cpu import platform
 from retina_jax.ops.boxes import iou
 
 BACKGROUND = -1  # label of a background anchor: all K targets are 0
 IGNORED = -2  # label of an anchor that is not trained
-BLOCK, LANES = 4, 128  # boxes compared with all anchors in one pass, and anchors in a row
+BLOCK, BLOCK_ON_GPUS = 4, 20  # boxes compared with all anchors in one pass
+LANES = 128  # anchors in a row
 
 
 class Matches(NamedTuple):
@@ -51,19 +53,24 @@ def match(
     rows = jnp.pad(jnp.asarray(anchors, jnp.float32).T, ((0, 0), (0, -len(anchors) % (8 * LANES)))).reshape(
         4, -1, LANES
     )
-    padding = -boxes_xyxy.shape[0] % BLOCK
+    on_gpu = platform() == "gpu"
+    size = BLOCK_ON_GPUS if on_gpu else BLOCK
+    padding = -boxes_xyxy.shape[0] % size
     boxes = jnp.pad(boxes_xyxy.astype(jnp.float32), ((0, padding), (0, 0)))
     is_box = jnp.pad(labels >= 0, (0, padding))
 
     def add_boxes(block: Int[Array, ""], state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         best, box_index, is_best = state
-        numbers = [block * BLOCK + i for i in range(BLOCK)]
-        # The barrier keeps the compiler from computing an IoU twice, for its maximum and for the comparisons with it.
-        ious = lax.optimization_barrier(
-            [jnp.where(is_box[g], iou(tuple(rows), tuple(boxes[g])), -1.0) for g in numbers]
-        )
-        for g, overlap in zip(numbers, ious, strict=True):
-            largest = overlap.max()
+        numbers = [block * size + i for i in range(size)]
+
+        def ious(rows: Array) -> list[Array]:
+            return [jnp.where(is_box[g], iou(tuple(rows), tuple(boxes[g])), -1.0) for g in numbers]
+
+        # An IoU is needed for its maximum and for the comparisons with it. GPUs compute it twice faster than they store and
+        # load it; other compilers are kept from computing it twice. It is the same number both times (`boxes.rounded`).
+        overlaps = ious(rows) if on_gpu else lax.optimization_barrier(ious(rows))
+        maxima = [overlap.max() for overlap in (ious(lax.optimization_barrier(rows)) if on_gpu else overlaps)]
+        for g, overlap, largest in zip(numbers, overlaps, maxima, strict=True):
             better = overlap > best
             best, box_index = jnp.where(better, overlap, best), jnp.where(better, g, box_index)
             # A largest IoU of 0 does not count: a box that overlaps no anchor would tie with all of them.
@@ -72,7 +79,7 @@ def match(
 
     # zeros_like instead of zeros: inside a shard_map the state must vary over the devices as the labels do.
     start = tuple(jnp.zeros_like(labels, dtype, rows.shape[1:]) for dtype in (jnp.float32, jnp.int32, jnp.bool_))
-    found = lax.fori_loop(0, len(boxes) // BLOCK, add_boxes, start)
+    found = lax.fori_loop(0, len(boxes) // size, add_boxes, start)
     best, box_index, is_best = (part.reshape(-1)[: len(anchors)] for part in found)
 
     background = best < config.negative_iou

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Float32, Int, PyTree
 
 from retina_jax.config import Config
+from retina_jax.cpu import platform
 from retina_jax.losses.total import denominator, image_losses, image_weights
 from retina_jax.model.retinanet import Images, RetinaNet
 from retina_jax.ops.anchors import anchor_grid
@@ -67,6 +69,9 @@ def train_step(
     gradients, sums, stats = _gradients(state, inputs, model, config, weights_of)
     if axis_name is not None:
         gradients, sums = jax.lax.psum((gradients, sums), axis_name)
+    if platform() == "gpu":
+        # Otherwise XLA updates all parameters in the layout of cuDNN's gradients, and copies them before and after.
+        gradients = jax.tree.map(lambda g: with_layout_constraint(g, Layout(tuple(range(g.ndim)))), gradients)
 
     divisor, normaliser = denominator(sums["positives"], scope, state.normaliser, num_microbatches=num_microbatches)
     gradients = jax.tree.map(lambda g: g / divisor, gradients)
