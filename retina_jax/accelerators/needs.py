@@ -17,7 +17,7 @@ from retina_jax.config import Config
 from retina_jax.errors import OutOfMemory, out_of_memory
 from retina_jax.training.compilation import Memory, memory_of
 
-_FACTOR = re.compile(r"dense<[-+0-9.eE]+> : tensor<b?f\d+>")  # a scalar constant; those of integers are trips of loops
+_FACTOR = re.compile(r"dense<[-+0-9.eE]+> : tensor<b?f\d+>")  # a scalar; an integer may be the trips of a loop
 LARGEST = 12  # places in the model that are listed
 UNKNOWN_TRIPS = 3
 """Assumed for loops that end by their data: two blocks of NMS keep 100 boxes, and its rounds settle after two or three."""
@@ -54,7 +54,7 @@ def needs(
 ) -> tuple[Needs, str]:
     """Compiles a program for `devices` of `target`; returns what it needs, and its text (scheduled HLO).
 
-    A program in `known` is not compiled again; programs that differ in the values of floating-point scalars only are one.
+    A program in `known` is not compiled again; those that differ only in floating-point scalars count as the same.
     """
     lowered, flops = lower(config, num_classes, devices, what, padded_hw)
     key = without_factors(lowered.as_text()) if known is not None else ""

@@ -52,10 +52,11 @@ def mine(
     finite = jnp.isfinite(loss)
     padding = -loss.shape[0] % ROW
     hardness = jnp.where(taking_part & finite & (loss > 0), loss, -jnp.inf)
+    boxes_xyxy = jnp.pad(jnp.asarray(anchors), ((0, padding), (0, 0)))
     examples = _Examples(
         hardness=jnp.pad(hardness, (0, padding), constant_values=-jnp.inf),
         positive=jnp.pad(positive, (0, padding)),
-        boxes_xyxy=(boxes_xyxy := jnp.pad(jnp.asarray(anchors), ((0, padding), (0, 0)))),
+        boxes_xyxy=boxes_xyxy,
         sides=tuple(boxes_xyxy.T),
         iou_threshold=iou_threshold,
     )

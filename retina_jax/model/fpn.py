@@ -20,17 +20,17 @@ def upsample(x: Float[Array, "B h w C"], size_hw: tuple[int, int]) -> Float[Arra
 
 
 @jax.custom_vjp
-def separate(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    """Returns `x`. On GPUs its gradient is computed before another one is added to it: XLA would have cuDNN add the gradient
-    of a strided 1x1 convolution, which it would first pad with zeros and store."""
+def separate_gradient(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    """Returns `x`. On GPUs a barrier keeps XLA from adding another gradient within the convolution that computes this one:
+    cuDNN needs that gradient, of the next stage's strided 1x1 convolutions, padded with zeros and stored."""
     return x
 
 
-def _separate_backward(_: None, dy: Array) -> tuple[Array]:
+def _backward(_: None, dy: Array) -> tuple[Array]:
     return (lax.optimization_barrier(dy) if platform() == "gpu" else dy,)
 
 
-separate.defvjp(lambda x: (x, None), _separate_backward)
+separate_gradient.defvjp(lambda x: (x, None), _backward)
 
 
 class FPN(nn.Module):
@@ -54,7 +54,7 @@ class FPN(nn.Module):
         levels: dict[int, Array] = {}
         merged = None
         for level in range(5, low - 1, -1):
-            x = separate(maps[level - 2])
+            x = separate_gradient(maps[level - 2])
             patches, even = patches_of(x, level), patches_of(x, level, 2)  # `even` fit the coarser map too
             finer = conv(cut(x, patches), 1, 1, f"lateral{level}", patches)
             if merged is not None:

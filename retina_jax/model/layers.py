@@ -85,10 +85,11 @@ def _convolve_on_tpu(x: Array, kernel: Array, stride: int, groups: int, patches:
 
     Groups of few channels are joined to blocks of 128, as wide as the matrix units, with zeros between the groups. If the
     batch has fewer than MAPS maps, XLA would cut them into strips. It does not do so for matrix products, nor if the last
-    spatial axis has size 1. From an image to 64 channels, half of the matrix units would wait: two columns are computed at
-    once, with a wider kernel.
+    spatial axis has size 1. From an image to 64 channels, half of the matrix units would be idle: two columns are computed
+    at once, with a wider kernel.
     """
-    if kernel.shape[2:] == (3, LANES // 2) and x.shape[2] % (2 * stride) == 0:
+    uncut = groups == 1 and patches == UNCUT
+    if uncut and kernel.shape[2:] == (3, LANES // 2) and x.shape[2] % (2 * stride) == 0:
         return _convolve_two_columns(x, kernel, stride)
     kernel, groups = _joined_groups(kernel, groups)
     channels, features = kernel.shape[2:]
@@ -107,7 +108,7 @@ def _convolve_two_columns(x: Array, kernel: Array, stride: int) -> Array:
     both = jnp.concatenate([jnp.pad(kernel, ((0, 0), side, (0, 0), (0, 0))) for side in sides], axis=3)
     padding = [(size, size), (size, size + stride - 1)]
     y = lax.conv_general_dilated(x, both, (stride, 2 * stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return y.reshape(*y.shape[:2], -1, features)  # in memory as it is
+    return y.reshape(*y.shape[:2], -1, features)  # the same order in memory
 
 
 def max_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
@@ -121,8 +122,8 @@ def _max_pool(x: Array) -> Array:
 
 @jax.custom_vjp
 def _max_pool_on_tpu(x: Array) -> Array:
-    """Computes `_max_pool` from pairs of columns side by side in the channels, as `_convolve_two_columns` leaves them. Of
-    equal numbers `_max_pool` gives the gradient to the first, so the backward pass is its own."""
+    """Computes `_max_pool` from pairs of columns side by side in the channels, as `_convolve_two_columns` leaves them. The
+    backward pass is that of `_max_pool`, which gives the gradient of equal numbers to the first."""
     channels = x.shape[3]
     pairs = x.reshape(*x.shape[:2], -1, 2 * channels)
     pairs = nn.max_pool(pairs, (3, 1), (2, 1), ((1, 1), (0, 0)))

@@ -70,7 +70,8 @@ def train_step(
     if axis_name is not None:
         gradients, sums = jax.lax.psum((gradients, sums), axis_name)
     if platform() == "gpu":
-        # Otherwise XLA updates all parameters in the layout of cuDNN's gradients, and copies them before and after.
+        # Otherwise XLA updates all parameters in the layout of cuDNN's gradients, and copies them before and after: 319
+        # instead of 141 copies per step.
         gradients = jax.tree.map(lambda g: with_layout_constraint(g, Layout(tuple(range(g.ndim)))), gradients)
 
     divisor, normaliser = denominator(sums["positives"], scope, state.normaliser, num_microbatches=num_microbatches)

@@ -71,7 +71,7 @@ def make(task: Task) -> Work:
 
 
 def results(config: Config, task: Task, device: Any, products: str | None) -> dict[str, PyTree]:
-    """Returns outputs, losses and gradients on `device`; the step is that of training."""
+    """Returns outputs, positive anchors, losses and gradients on `device`; the step is that of training."""
     driver = Driver(config, task.classes, (device,))
     variables, inputs = initialise(driver.model, task.seed), driver.shard_batch(inputs_of(task))
 
@@ -86,11 +86,12 @@ def results(config: Config, task: Task, device: Any, products: str | None) -> di
     (momentum,) = [part.trace for part in state.opt_state if isinstance(part, optax.TraceState)]
     losses = {name: metrics[name] for name in ("classification_loss", "box_loss")}
     # After the first step, without decay, the momentum is the gradient.
-    return jax.device_get({"outputs": outputs, "losses": losses, "gradients": momentum})
+    matches = metrics["positives_per_image"]  # exactly equal, or IoUs are rounded otherwise
+    return jax.device_get({"outputs": outputs, "matches": matches, "losses": losses, "gradients": momentum})
 
 
 def differences(one: dict[str, PyTree], other: dict[str, PyTree]) -> dict[str, Any]:
-    """Returns |one - other| / |other| of outputs, losses and gradients, and of the gradient with the largest."""
+    """Returns |one - other| / |other| of each part of the results, and of the gradient with the largest."""
     each = {
         jax.tree_util.keystr(path, simple=True, separator="/"): relative([leaf], [expected])
         for (path, leaf), expected in zip(

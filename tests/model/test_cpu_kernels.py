@@ -1,6 +1,7 @@
 """The switch of the CPU kernels is read when a program is traced, and programs without kernels have no branch."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from retina_jax.config import Config
 from retina_jax.config_io import from_dict, override, to_dict
 from retina_jax.model.layers import convolve
 from retina_jax.training.parallel import Driver
-from retina_jax.training.step import Inputs
+from retina_jax.training.step import Inputs, train_step
 
 TINY = override(
     Config(),
@@ -51,7 +52,7 @@ def test_on_another_backend_no_program_has_a_branch(monkeypatch: pytest.MonkeyPa
     assert branches(lambda x, kernel: convolve(x, kernel), X, KERNEL) == 0
 
 
-def test_a_step_without_kernels_has_no_branch_and_the_same_result() -> None:
+def test_a_step_without_kernels_or_in_the_form_for_gpus_has_the_same_result() -> None:
     inputs = Inputs(
         images=np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3)).astype(np.uint8),
         image_sizes=np.full((1, 2), 64, np.int32),
@@ -67,6 +68,10 @@ def test_a_step_without_kernels_has_no_branch_and_the_same_result() -> None:
         _, metrics = driver.step(state, batch)
         losses[on] = [float(metrics[name]) for name in ("loss", "gradient_norm")]
     assert losses[False] == pytest.approx(losses[True], rel=1e-5)
+    parts = {"model": driver.model, "config": driver.config, "optimizer": driver.optimizer, "schedule": driver.schedule}
+    with cpu.kernels("gpu"):
+        _, metrics = jax.jit(partial(train_step, **parts, num_devices=1, axis_name=None))(driver.init_state(), inputs)
+    assert [float(metrics[name]) for name in ("loss", "gradient_norm")] == pytest.approx(losses[True], rel=1e-5)
 
 
 def test_configs_without_the_field_have_the_kernels() -> None:
