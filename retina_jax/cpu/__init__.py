@@ -26,8 +26,7 @@ ValueAndGradient = Callable[[Numbers, Labels], tuple[Float32[Array, "*N K"], Num
 kernels = jax.make_user_context(None)
 """The switch. `with kernels("cpu"):` traces programs with CPU kernels, "tpu" with the forms for TPUs (`model.layers`,
 `model.patches`), "gpu" with those for GPUs (`ops.matching`, `training.step`, `model.fpn`), and "" with none of them. None,
-the default: those of the default backend. It is read when a program is traced,
-and is part of the key of JAX's caches."""
+the default: those of the default backend. It is read when a program is traced, and is part of the key of JAX's caches."""
 
 
 def platform() -> str:

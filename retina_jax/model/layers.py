@@ -84,9 +84,9 @@ def _convolve_on_tpu(x: Array, kernel: Array, stride: int, groups: int, patches:
     """Computes `_convolve` in forms that suit TPUs; docs/results/accelerators.md has the cycles.
 
     Groups of few channels are joined to blocks of 128, as wide as the matrix units, with zeros between the groups. If the
-    batch has fewer than MAPS maps, XLA would cut them into strips. It does not do so for matrix products, nor if the last
-    spatial axis has size 1. From an image to 64 channels, half of the matrix units would be idle: two columns are computed
-    at once, with a wider kernel.
+    batch has fewer than MAPS maps, XLA would cut them into strips. It leaves matrix products uncut, and convolutions whose
+    last spatial axis has size 1. From an image to 64 channels, half of the matrix units would be idle: two columns are
+    computed at once, with a wider kernel.
     """
     uncut = groups == 1 and patches == UNCUT
     if uncut and kernel.shape[2:] == (3, LANES // 2) and x.shape[2] % (2 * stride) == 0:

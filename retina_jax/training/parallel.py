@@ -163,8 +163,9 @@ class Driver:
         def one_device(variables: dict[str, PyTree], inputs: Inputs) -> Detections:
             levels = self.model.apply(variables, inputs.images, inputs.image_sizes, train=False, method="levels")
             anchors = anchor_grid(inputs.images.shape[1:3], self.config.anchors, self.config.model)
-            options = {"anchors_per_cell": self.model.anchors_per_cell}
-            return detect(*zip(*levels, strict=True), anchors, inputs.image_sizes, self.config.detection, **options)
+            logits, deltas = zip(*levels, strict=True)
+            sizes, per_cell = inputs.image_sizes, self.model.anchors_per_cell
+            return detect(logits, deltas, anchors, sizes, self.config.detection, anchors_per_cell=per_cell)
 
         return self._by_rows(one_device)
 
