@@ -223,7 +223,8 @@ class Norm(nn.Module):
 
     With `frozen` scale and bias move to the collection `frozen`, and "frozen_statistics" and "batch" become "frozen". If
     mean and var are known before `conv`, its kernel is multiplied by scale / sqrt(var + 1e-5): only an addition remains for
-    each number.
+    each number. On CPUs the outputs are multiplied, in the pass that adds: a product with the kernel would read and write
+    every kernel once more.
     """
 
     kind: Literal["frozen", "frozen_statistics", "group", "batch"]
@@ -262,7 +263,11 @@ class Norm(nn.Module):
                 running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * var[0, 0, 0]
         if known and conv:
             gain = scale * lax.rsqrt(var + EPSILON)
-            return conv(x, gain) + (bias - mean * gain).astype(self.dtype)[None, None, None]
+            shift = bias - mean * gain
+            if platform() == "cpu":
+                y = conv(x).astype(jnp.float32) * gain[None, None, None] + shift[None, None, None]
+                return y.astype(self.dtype)
+            return conv(x, gain) + shift.astype(self.dtype)[None, None, None]
         if known:
             mean, var = mean[None, None, None], var[None, None, None]
         gain = scale[None, None, None] * lax.rsqrt(var + EPSILON)
