@@ -223,8 +223,8 @@ class Norm(nn.Module):
 
     With `frozen` scale and bias move to the collection `frozen`, and "frozen_statistics" and "batch" become "frozen". If
     mean and var are known before `conv`, its kernel is multiplied by scale / sqrt(var + 1e-5): only an addition remains for
-    each number. On CPUs the outputs are multiplied, in the pass that adds: a product with the kernel would read and write
-    every kernel once more.
+    each number. With CPU kernels (also in exported programs) a "frozen" norm multiplies the outputs, in the pass that adds:
+    multiplying the kernel would read and write every weight once more.
     """
 
     kind: Literal["frozen", "frozen_statistics", "group", "batch"]
@@ -264,7 +264,7 @@ class Norm(nn.Module):
         if known and conv:
             gain = scale * lax.rsqrt(var + EPSILON)
             shift = bias - mean * gain
-            if platform() == "cpu":
+            if platform() == "cpu" and frozen:  # the gradient of a trained scale would store the convolution's result
                 y = conv(x).astype(jnp.float32) * gain[None, None, None] + shift[None, None, None]
                 return y.astype(self.dtype)
             return conv(x, gain) + shift.astype(self.dtype)[None, None, None]

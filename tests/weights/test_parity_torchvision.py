@@ -134,19 +134,21 @@ def test_the_published_v1_weights_add_no_epsilon_to_a_variance(tmp_path: Path) -
 
 @pytest.mark.parametrize(("version", "rate"), [("v1", 1e-5), ("v2", 1e-3)])
 def test_loss_gradients_and_five_steps_of_sgd_are_torchvisions(version: str, rate: float, tmp_path: Path) -> None:
-    """Some seeds have an activation so near 0 that rounding, another on each processor, decides ReLU's gradient: of four
-    seeds one must agree, which a wrong gradient does with none."""
+    """With some seeds an activation is so near 0 that rounding, which differs between processors, decides ReLU's gradient.
+    All seeds must agree roughly, and one of four to these tolerances."""
     found = []
     for seed in range(7, 11):
         found.append(differences_of_five_steps(version, rate, seed, tmp_path))
-        if all(value <= most for value, most in zip(found[-1], (1e-4, 1e-3, 5e-3), strict=True)):
+        values = np.array([value for value, _ in found[-1]])
+        if (values <= (1e-4, 1e-3, 5e-3)).all():
             return
+        assert (values <= (1e-2, 0.1, 0.1)).all(), found
     raise AssertionError(f"losses, gradients and updates of four seeds differ by {found}")
 
 
-def differences_of_five_steps(version: str, rate: float, seed: int, folder: Path) -> tuple[float, float, float]:
-    """Returns the largest relative differences to torchvision of five steps' losses, of the first gradients and of the
-    updates of the parameters."""
+def differences_of_five_steps(version: str, rate: float, seed: int, folder: Path) -> list[tuple[float, str]]:
+    """Returns the largest relative differences to torchvision, with their places: of five steps' losses, the first
+    gradients, and the updates of the parameters. The first losses must agree: no gradient is in them."""
     model, images = small_model(version, 5, seed, **SIDES), photographs(SIZES, seed)
     boxes = [
         np.array([[10, 20, 80, 90], [100, 30, 190, 140], [40, 60, 70, 75]], np.float32),
@@ -198,8 +200,9 @@ def differences_of_five_steps(version: str, rate: float, seed: int, folder: Path
         state, metrics = step(state, inputs)
         losses = model(tensors(images), [dict(target) for target in targets])
         for name, of_torch in (("classification_loss", "classification"), ("box_loss", "bbox_regression")):
-            theirs = losses[of_torch].item()
-            of_losses.append(abs(float(metrics[name]) - theirs) / theirs)
+            loss = losses[of_torch].item()
+            of_losses.append(abs(float(metrics[name]) - loss) / loss)
+        np.testing.assert_array_less(of_losses[:2], 1e-4)
         sgd.zero_grad()
         sum(losses.values()).backward()
         if number == 0:
@@ -209,13 +212,17 @@ def differences_of_five_steps(version: str, rate: float, seed: int, folder: Path
     ends = {name: p.detach().numpy() for name, p in model.named_parameters() if p.requires_grad}
     theirs = {path: array - start[path] for path, array in renamed(ends, RULES, "parameters").items()}
     ours = {path: array - start[path] for path, array in flat({"params": state.params}).items()}
-    return max(of_losses), of_gradients, largest(ours, theirs)
+    return [(float(np.max(of_losses)), "losses"), of_gradients, largest(ours, theirs)]
 
 
-def largest(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
-    """Returns the largest quotient, over all arrays, of the norms of the difference and of the array."""
+def largest(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> tuple[float, str]:
+    """Returns the largest quotient, over all arrays, of the norms of the difference and of the array, with its path; NaN if
+    one is NaN."""
     assert ours.keys() == theirs.keys()
-    return max(float(np.linalg.norm(ours[path] - b) / np.linalg.norm(b)) for path, b in theirs.items())
+    paths = list(theirs)
+    quotients = [np.linalg.norm(ours[path] - theirs[path]) / np.linalg.norm(theirs[path]) for path in paths]
+    place = int(np.argmax(quotients))
+    return float(quotients[place]), paths[place]
 
 
 @pytest.mark.parametrize(
