@@ -97,7 +97,7 @@ def test_a_followed_page_reloads_itself_and_keeps_its_place(tmp_path: Path, brow
 
     write("old")
     browser.open(page, DESKTOP)
-    # While a reload is under way: nothing that was saved before it would do.
+    # The page is already being reloaded when the list is opened, so its state must be saved last of all.
     browser.value("(location.reload(), window.scrollTo(0, 1234), document.querySelector('details').open = true)")
     write("new")
     for _ in range(100):
