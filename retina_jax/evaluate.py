@@ -166,8 +166,8 @@ def _write_pictures(
 
 def write_picture(path: Path, picture: UInt8[np.ndarray, "H W 3"]) -> None:
     """Writes an image in the format of its suffix. Raises DiskError."""
-    encoded = io.BytesIO()
-    Image.fromarray(picture).save(encoded, path.suffix.removeprefix("."), compress_level=1)  # of PNG: three times as fast
+    encoded, kind = io.BytesIO(), path.suffix.removeprefix(".")
+    Image.fromarray(picture).save(encoded, kind, compress_level=1)  # of PNG: three times as fast
     write_bytes(path, encoded.getvalue())
 
 

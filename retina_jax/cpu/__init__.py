@@ -1,8 +1,8 @@
 """Faster kernels for XLA's CPU backend, behind one switch (`--cpu-kernels`). A reader of the method does not need them.
 
 The method is written for every device. A function that has a faster form on the CPU is decorated with `on_cpu(kernel)`.
-With the switch on, a traced program holds both forms, and XLA is given one of them when the program is lowered for a
-device. With the switch off, the program is the plain one. The results are equal up to rounding.
+`Driver` traces programs with one of the forms. Others, and exported ones, hold both, and XLA takes one when they are
+lowered for a device. With the switch off, the program is the plain one. The results are equal up to rounding.
 
 Here is the classification loss in tiles: XLA makes several loops of the loss and its gradient on the CPU. Over all logits
 each would read and write main memory; a tile fits into the second-level cache. The gradient overwrites the logits tile by
@@ -11,7 +11,7 @@ tile, so a training step needs no second array of their size.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,22 +21,33 @@ from jaxtyping import Array, Float, Float32, Int
 TILE = 2**15  # logits per tile: 128 KiB in float32
 
 Numbers, Labels = Float[Array, "*N K"], Int[Array, "*N"]
+T = TypeVar("T")
 ValueAndGradient = Callable[[Numbers, Labels], tuple[Float32[Array, "*N K"], Numbers]]
 
 kernels = jax.make_user_context(None)
 """The switch. `with kernels("cpu"):` traces programs with CPU kernels, "tpu" with the forms for TPUs (`model.layers`,
-`model.patches`), "gpu" with those for GPUs (`ops.matching`, `training.step`, `model.fpn`), and "" with none of them. None,
-the default: those of the default backend. It is read when a program is traced, and is part of the key of JAX's caches."""
+`model.patches`), "gpu" with those for GPUs (`ops.matching`, `training.step`, `model.fpn`), and "" with none of them.
+"exported": with CPU kernels for CPUs and plain forms for others. None, the default: those of the default backend, if it is
+the CPU as exported. It is read when a program is traced, and is part of the key of JAX's caches."""
 
 
 def platform() -> str:
     """Returns the platform whose forms a program gets that is traced now."""
-    return jax.default_backend() if kernels.value is None else kernels.value
+    if kernels.value is not None:
+        return kernels.value
+    return "exported" if jax.default_backend() == "cpu" else jax.default_backend()
 
 
 def enabled() -> bool:
     """Returns whether a program that is traced now gets CPU kernels."""
-    return platform() == "cpu"
+    return platform() in ("cpu", "exported")
+
+
+def by_platform(kernel: Callable[..., T], plain: Callable[..., T], *arguments: Any) -> T:
+    """Calls one of both, or in a program to be exported the one for the platform that it is lowered for."""
+    if platform() == "exported":
+        return lax.platform_dependent(*arguments, cpu=kernel, default=plain)
+    return (kernel if platform() == "cpu" else plain)(*arguments)
 
 
 def on_cpu(kernel: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -57,7 +68,7 @@ def tiled_sums_and_gradient(
 ) -> tuple[Float32[Array, " B"], Float[Array, "B A K"]]:
     """Computes `plain(loss, logits, labels)`, in tiles on the CPU."""
     tiled, by_xla = functools.partial(in_tiles, loss), functools.partial(plain, loss)
-    return lax.platform_dependent(logits, labels, cpu=tiled, default=by_xla)
+    return by_platform(tiled, by_xla, logits, labels)
 
 
 def in_tiles(

@@ -17,7 +17,7 @@ from jax import lax
 from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float, Float32
 
-from retina_jax.cpu import winograd
+from retina_jax.cpu import by_platform, winograd
 
 Convolution = Callable[[Array, Array, int, int], Array]
 
@@ -35,9 +35,9 @@ def convolve_on_cpu(
     other devices it is `plain`. Only reverse-mode differentiation is defined, once."""
     by_xla = partial(plain, stride=stride, groups=groups)
     if _for_winograd(x, kernel, stride, groups):
-        return lax.platform_dependent(x, kernel, cpu=winograd.convolution, default=by_xla)
+        return by_platform(winograd.convolution, by_xla, x, kernel)
     if groups == 1 and (len(kernel) == 1 or (_for_products(x, kernel) and 4 * _places(x, stride) <= x.shape[-1])):
-        return lax.platform_dependent(x, kernel, cpu=partial(by_columns, stride=stride), default=by_xla)
+        return by_platform(partial(by_columns, stride=stride), by_xla, x, kernel)
     return by_xla(x, kernel)
 
 
@@ -183,8 +183,8 @@ def _vjp(plain: Convolution, stride: int, groups: int, saved: tuple[Array, Array
     dx = fast_dx if fast and not map_outweighs_kernel else plain_dx
     dkernel = fast_dkernel if fast else plain_dkernel
     return (
-        lax.platform_dependent(x, kernel, dy, cpu=dx, default=plain_dx),
-        lax.platform_dependent(x, kernel, dy, cpu=dkernel, default=plain_dkernel),
+        by_platform(dx, plain_dx, x, kernel, dy),
+        by_platform(dkernel, plain_dkernel, x, kernel, dy),
     )
 
 

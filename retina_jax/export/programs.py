@@ -80,7 +80,7 @@ def _detect(detector: Detector, shape: tuple[int, int]) -> Any:
         resized_hw: Int[Array, "b 2"],
         size_hw: Int[Array, "b 2"],
     ) -> tuple[Float32[Array, "b D 4"], Float32[Array, "b D"], Int[Array, "b D"]]:
-        forms = "cpu" if config.cpu_kernels else ""  # whatever the backend here: the program also runs on the CPU
+        forms = "exported" if config.cpu_kernels else ""  # whatever the backend here
         with cpu.kernels(forms):
             variables = jax.tree.unflatten(structure, parameters)
             levels = model.apply(variables, images, resized_hw, train=False, method="levels")

@@ -1,4 +1,5 @@
-"""The switch of the CPU kernels is read when a program is traced, and programs without kernels have no branch."""
+"""The switch of the CPU kernels is read when a program is traced; programs that may be lowered for other devices choose
+then."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from retina_jax import cpu
 from retina_jax.config import Config
@@ -41,9 +43,19 @@ def test_the_switch_decides_while_a_program_is_traced() -> None:
         with cpu.kernels("cpu" if on else ""):
             assert cpu.enabled() == on
             assert ("dot_general" in str(program.trace(X, KERNEL).jaxpr)) == on
-            assert (branches(gradients, X, KERNEL) > 0) == on
+            assert ("dot_general" in str(jax.make_jaxpr(gradients)(X, KERNEL))) == on
+            assert branches(gradients, X, KERNEL) == 0
     with cpu.kernels(None):
-        assert cpu.enabled()
+        assert cpu.enabled() and branches(gradients, X, KERNEL) > 0
+
+
+def test_an_exported_program_has_a_form_for_cpus_and_a_plain_one() -> None:
+    with cpu.kernels("exported"):
+        program = export.export(jax.jit(convolve), platforms=("cpu", "cuda"))(X, KERNEL)
+        assert branches(gradients, X, KERNEL) > 0
+    text = program.mlir_module()
+    assert "stablehlo.dot_general" in text and "stablehlo.convolution" in text
+    np.testing.assert_allclose(program.call(X, KERNEL), convolve(X, KERNEL), rtol=1e-6)
 
 
 def test_on_another_backend_no_program_has_a_branch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,14 +72,15 @@ def test_a_step_without_kernels_or_in_the_form_for_gpus_has_the_same_result() ->
         labels=np.zeros((1, 1), np.int32),
         valid=np.ones(1, bool),
     )
-    losses = {}
+    losses, by_xla = {}, {}
     for on in (True, False):
         driver = Driver(override(TINY, {"cpu_kernels": on}), 2)
         state, batch = driver.init_state(), driver.shard_batch(inputs)
-        assert (branches(driver.step, state, batch) > 0) == on
+        by_xla[on] = driver.step.lower(state, batch).as_text().count("stablehlo.convolution")
         _, metrics = driver.step(state, batch)
         losses[on] = [float(metrics[name]) for name in ("loss", "gradient_norm")]
     assert losses[False] == pytest.approx(losses[True], rel=1e-5)
+    assert by_xla[True] < by_xla[False]
     parts = {"model": driver.model, "config": driver.config, "optimizer": driver.optimizer, "schedule": driver.schedule}
     with cpu.kernels("gpu"):
         _, metrics = jax.jit(partial(train_step, **parts, num_devices=1, axis_name=None))(driver.init_state(), inputs)
