@@ -39,7 +39,7 @@ QUICK = {
 """A tiny training step compiles in 1.4 s of processor time with these and without LLVM's passes, in 9.2 s as users' do."""
 SHARES = 16
 LONGEST = (
-    "test_several_hosts", "test_parallel", "test_end_to_end", "test_kills", "test_full_disks", "test_compilation",
+    "test_several_hosts", "test_parallel", "test_end_to_end", "test_kills", "test_compilation",
     "test_sweep_runs", "test_imported_runs", "test_documents", "test_averaging", "test_shipping", "test_torchvision",
 )  # fmt: skip
 """Files, by the time that their tests take."""

@@ -201,7 +201,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "config_of", lambda task: override(of_task(task), small))
 
 
-@pytest.mark.parametrize("name", ["step", "forward", "detect"])
+@pytest.mark.parametrize("name", [pytest.param("step", marks=pytest.mark.slow), "forward", "detect"])
 def test_the_networks_benchmarks_run(name: str, narrow: None) -> None:
     work = network.make(replace(TASK, name=name, batch=2))
     work.run()

@@ -125,6 +125,7 @@ def test_a_finished_run_started_again_changes_nothing(run: Path, folder: Path) -
     assert {**before, "seconds": 0} == {**after, "seconds": 0}
 
 
+@pytest.mark.slow
 def test_pmap_trains_the_same_run(run: Path, folder: Path) -> None:
     script("train", "--config", folder / "tiny.py", "--workdir", folder / "pmap", "--parallel", "pmap", "--devices", 2,
            "--training.steps", 6, "--training.eval-every", 6)  # fmt: skip

@@ -116,6 +116,7 @@ def resumed_at(life: Life, disk: SmallDisk) -> int:
     return int(re.search(rf"{re.escape(str(disk.mounted))}/run.*\bstep (\d+)$", line)[1])
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_during_a_save_prevents_checkpoints_but_not_the_run(
     uninterrupted_and_lives: tuple[Path, Path, dict[str, Life]], disk: SmallDisk
 ) -> None:
@@ -131,6 +132,7 @@ def test_a_disk_that_fills_during_a_save_prevents_checkpoints_but_not_the_run(
     assert refuses_the_last_step(life.lines[-1], disk), life.lines[-1]
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_in_one_line(
     uninterrupted_and_lives: tuple[Path, Path, dict[str, Life]], disk: SmallDisk
 ) -> None:
@@ -152,6 +154,7 @@ def refuses_the_last_step(line: str, disk: SmallDisk) -> bool:
     return re.match(rf"{run}{file}.*No space left on device", line) is not None
 
 
+@pytest.mark.slow
 def test_a_disk_that_becomes_read_only_stops_the_run_in_one_line(
     uninterrupted_and_lives: tuple[Path, Path, dict[str, Life]], disk: SmallDisk
 ) -> None:
@@ -163,6 +166,7 @@ def test_a_disk_that_becomes_read_only_stops_the_run_in_one_line(
     assert life.lines[-1].endswith("Read-only file system")
 
 
+@pytest.mark.slow
 def test_a_read_only_folder_is_refused_in_one_line(
     uninterrupted_and_lives: tuple[Path, Path, dict[str, Life]], disk: SmallDisk
 ) -> None:
@@ -172,6 +176,7 @@ def test_a_read_only_folder_is_refused_in_one_line(
     assert life.lines[-1].endswith("Read-only file system")
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
     uninterrupted_and_lives: tuple[Path, Path, dict[str, Life]], disk: SmallDisk
 ) -> None:
@@ -184,6 +189,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
     assert (workdir / "checkpoints" / f"damaged-{bad}").is_dir()
 
 
+@pytest.mark.slow
 def test_the_run_with_all_faults_equals_the_uninterrupted_run(
     uninterrupted_and_lives: tuple[Path, Path, dict[str, Life]],
 ) -> None:
@@ -196,9 +202,9 @@ def test_the_run_with_all_faults_equals_the_uninterrupted_run(
 
 
 def test_a_page_or_figure_that_does_not_fit_on_the_disk_leaves_the_earlier_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted_and_lives: tuple[Path, Path, dict[str, Life]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Path
 ) -> None:
-    run, small = uninterrupted_and_lives[0], mounted(tmp_path)
+    run, small = trained, mounted(tmp_path)
     try:
         outs = [small.folder / name for name in ("report.html", "figure.png", "figure.svg")]
         for out in outs:
@@ -217,9 +223,9 @@ def test_a_page_or_figure_that_does_not_fit_on_the_disk_leaves_the_earlier_one(
 
 
 def test_predictions_that_do_not_fit_on_the_disk_or_cannot_be_read_leave_the_earlier_ones(
-    tmp_path: Path, uninterrupted_and_lives: tuple[Path, Path, dict[str, Life]]
+    tmp_path: Path, trained: Path
 ) -> None:
-    run, photos, small = uninterrupted_and_lives[0], tmp_path / "photos", mounted(tmp_path)
+    run, photos, small = trained, tmp_path / "photos", mounted(tmp_path)
     photos.mkdir()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(photos / "a.png")
     (photos / "bad.png").write_bytes(b"no image")

@@ -124,6 +124,7 @@ def broken(folder: Path, config: Path) -> tuple[object, ...]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_image_that_cannot_be_read_ends_all_hosts_by_name(folder: Path, config: Path) -> None:
     """The host that reads the image names it; the other one ends too."""
     with Pair(config, folder / "stops", *broken(folder, config)) as pair:

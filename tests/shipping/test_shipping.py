@@ -146,6 +146,7 @@ def test_detections_are_those_of_the_original(live: Detector, exported: loader.E
         )
 
 
+@pytest.mark.slow
 def test_the_other_conventions_are_exported_too(tmp_path: Path) -> None:
     """They are: frozen norm, antialiasing, float pixels, inclusive ends, one square padded shape, floor, clipping after
     NMS."""

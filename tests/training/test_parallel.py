@@ -94,7 +94,13 @@ def test_training_is_the_same_with_any_driver_and_number_of_devices(tiny: Config
 
 
 @pytest.mark.parametrize(
-    ("normaliser", "accumulating"), [("global", "jit"), ("per_image", "pmap"), ("per_device", "jit"), ("ema", "pmap")]
+    ("normaliser", "accumulating"),
+    [
+        ("global", "jit"),
+        ("per_device", "jit"),
+        pytest.param("per_image", "pmap", marks=pytest.mark.slow),
+        pytest.param("ema", "pmap", marks=pytest.mark.slow),
+    ],
 )
 def test_normalisers_agree_between_drivers_and_under_accumulation(
     tiny: Config, make_inputs: Make, normaliser: str, accumulating: str
@@ -138,7 +144,7 @@ def in_floats(make_inputs: Make) -> list[Inputs]:
     return [inputs._replace(images=inputs.images.astype(np.float32)) for inputs in batches]
 
 
-@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+@pytest.mark.parametrize("parallel", ["jit", pytest.param("pmap", marks=pytest.mark.slow)])
 def test_a_non_finite_step_is_skipped(tiny: Config, make_inputs: Make, parallel: str) -> None:
     """The step is counted, everything else stays as before; without the option the parameters are lost."""
     config = skipping(tiny, parallel)
