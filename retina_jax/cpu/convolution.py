@@ -17,7 +17,7 @@ from jax import lax
 from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float, Float32
 
-from retina_jax.cpu import by_platform, winograd
+from retina_jax.cpu import after, by_platform, winograd
 
 Convolution = Callable[[Array, Array, int, int], Array]
 
@@ -54,7 +54,7 @@ def map_gradient(
     (batch, h, w, features), (k, _, c, _) = dy.shape, kernel.shape
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     if groups > 1:  # as maps of the groups, so that XLA does not transpose the columns
-        columns = product("gnd,gcd->gnc", _by_group(dy, groups), _by_group(kernel, groups))
+        columns = product("gnd,gcd->gnc", _by_group(dy, groups), _by_group(after(kernel, dy), groups))
     else:
         columns = product("nd,cd->nc", _flat(dy), kernel.reshape(k * k * c, features))
     x = jax.ShapeDtypeStruct((groups * batch, *size_hw, c), columns.dtype)
@@ -78,15 +78,16 @@ def kernel_gradient(
         return jnp.einsum("ngc,ngd->cgd", a, b, preferred_element_type=jnp.float32)
 
     if groups == 1 and _places(dy) <= c:
-        return product(_columns(x, k, stride), dy).reshape(k, k, c, features)
+        return product(_columns(after(x, dy), k, stride), dy).reshape(k, k, c, features)
     if groups > 1 and stride == 1 and k > 1:
-        windows, dy = lax.optimization_barrier((_windows(x, k, groups), _by_group(dy, groups)))
+        windows, dy = lax.optimization_barrier((_windows(after(x, dy), k, groups), _by_group(dy, groups)))
         products = jnp.einsum("gnd,gnc->gdc", dy, windows, preferred_element_type=jnp.float32)
         return products.transpose(2, 0, 1).reshape(k, k, c, features)
     taps = [(i, j) for i in range(k) for j in range(k)]
     if stride == 1:  # shifting dy costs less than shifting x, whose channels are the contiguous ones of the product
         products = [product(x, _shifted(dy, k, 1, k - 1 - i, k - 1 - j)) for i, j in taps]
     else:
+        x = after(x, dy)
         products = [product(_shifted(x, k, stride, i, j), dy) for i, j in taps]
     return jnp.stack(products).reshape(k, k, c, features)
 
@@ -182,10 +183,12 @@ def _vjp(plain: Convolution, stride: int, groups: int, saved: tuple[Array, Array
     map_outweighs_kernel = k > 1 and stride == groups == 1 and _places(dy) > 4 * features and not by_winograd
     dx = fast_dx if fast and not map_outweighs_kernel else plain_dx
     dkernel = fast_dkernel if fast else plain_dkernel
-    return (
-        by_platform(dx, plain_dx, x, kernel, dy),
-        by_platform(dkernel, plain_dkernel, x, kernel, dy),
-    )
+    # A kernel can be updated in its place as soon as its gradient is known if nothing reads it later: its gradient waits
+    # for that of the map. Otherwise XLA copies it first.
+    of_map = by_platform(dx, plain_dx, x, kernel, dy)
+    if dy.size < kernel.size:
+        return of_map, by_platform(dkernel, plain_dkernel, x, kernel, after(dy, of_map))
+    return of_map, after(by_platform(dkernel, plain_dkernel, x, kernel, dy), of_map)
 
 
 convolve_on_cpu.defvjp(lambda f, x, kernel, *sizes: (convolve_on_cpu(f, x, kernel, *sizes), (x, kernel)), _vjp)

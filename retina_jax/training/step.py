@@ -11,7 +11,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Float32, Int, PyTree
 
 from retina_jax.config import Config
-from retina_jax.cpu import platform
+from retina_jax.cpu import enabled, platform
 from retina_jax.losses.total import denominator, image_losses, image_weights
 from retina_jax.model.retinanet import Images, RetinaNet
 from retina_jax.ops.anchors import anchor_grid
@@ -77,9 +77,11 @@ def train_step(
     divisor, normaliser = denominator(sums["positives"], scope, state.normaliser, num_microbatches=num_microbatches)
     gradients = jax.tree.map(lambda g: g / divisor, gradients)
     gradient_norm = optax.tree.norm(gradients)
-    # This makes every update depend on the last gradient. Otherwise XLA on the CPU copies all parameters before each step,
-    # because a layer's kernel may still be read when it is updated. A step whose norm is not finite is of no use anyway.
-    gradients = jax.tree.map(lambda g: jnp.where(jnp.isfinite(gradient_norm), g, jnp.nan), gradients)
+    if not enabled():
+        # This makes every update depend on the last gradient. Otherwise XLA on the CPU copies all parameters before each
+        # step, because a layer's kernel may still be read when it is updated. (`cpu.convolution` has dependencies of its
+        # own.) A step whose norm is not finite is of no use anyway.
+        gradients = jax.tree.map(lambda g: jnp.where(jnp.isfinite(gradient_norm), g, jnp.nan), gradients)
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes its int32 count with floats
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, gradient_norm=gradient_norm)
     params = optax.apply_updates(state.params, updates)
