@@ -1,8 +1,9 @@
 """Faster kernels for XLA's CPU backend, behind one switch (`--cpu-kernels`). A reader of the method does not need them.
 
 The method is written for every device. A function that has a faster form on the CPU is decorated with `on_cpu(kernel)`.
-`Driver` traces programs with one of the forms. Others, and exported ones, hold both, and XLA takes one when they are
-lowered for a device. With the switch off, the program is the plain one. The results are equal up to rounding.
+`Driver` traces programs with one of the forms. Exported programs hold both, as do others that are traced on a CPU, and XLA
+takes one when they are lowered for a device. With the switch off, the program is the plain one. The results are equal up
+to rounding.
 
 Here is the classification loss in tiles: XLA makes several loops of the loss and its gradient on the CPU. Over all logits
 each would read and write main memory; a tile fits into the second-level cache. The gradient overwrites the logits tile by
@@ -27,8 +28,8 @@ ValueAndGradient = Callable[[Numbers, Labels], tuple[Float32[Array, "*N K"], Num
 kernels = jax.make_user_context(None)
 """The switch. `with kernels("cpu"):` traces programs with CPU kernels, "tpu" with the forms for TPUs (`model.layers`,
 `model.patches`), "gpu" with those for GPUs (`ops.matching`, `training.step`, `model.fpn`), and "" with none of them.
-"exported": with CPU kernels for CPUs and plain forms for others. None, the default: those of the default backend, if it is
-the CPU as exported. It is read when a program is traced, and is part of the key of JAX's caches."""
+"exported": with CPU kernels for CPUs and plain forms for others. None, the default: "exported" if the default backend is the
+CPU, else the forms of that backend. It is read when a program is traced, and is part of the key of JAX's caches."""
 
 
 def platform() -> str:
@@ -51,9 +52,10 @@ def by_platform(kernel: Callable[..., T], plain: Callable[..., T], *arguments: A
 
 
 def after(x: Float[Array, "*S"], other: Float[Array, "a b c d"]) -> Float[Array, "*S"]:
-    """Returns `x`, which XLA computes after `other`, of four axes. (It removes barriers too early for that.) What depends on
-    parameters and feature maps alone would be computed in the forward pass, and kept until the backward pass."""
-    return x + jnp.where(jnp.isnan(other[:1, :1, :1, :1]), 1e-30, 0.0).astype(x.dtype)  # 0 unless all is lost
+    """Returns `x`, which XLA computes after `other`, of four axes. (It removes barriers too early for that.) Without this,
+    what depends on parameters and feature maps alone is computed in the forward pass, and kept until the backward pass."""
+    # Adds 0. XLA cannot know that: it is another number, far below all others, if `other` has no values any more.
+    return x + jnp.where(jnp.isnan(other[:1, :1, :1, :1]), 1e-30, 0.0).astype(x.dtype)
 
 
 def on_cpu(kernel: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -9,11 +9,13 @@ The choice depends on shapes alone. docs/results/performance.md has the measurem
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float, Float32
 
@@ -158,8 +160,16 @@ def _for_winograd(x: Array, kernel: Array, stride: int, groups: int) -> bool:
     return fits and _for_products(x, kernel) and x.shape[1] * x.shape[2] >= WINOGRAD_PLACES
 
 
-def _vjp(plain: Convolution, stride: int, groups: int, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, kernel = saved
+def _forward(plain: Convolution, x: Any, kernel: Any, stride: int, groups: int) -> tuple[Array, tuple]:
+    # Empty tuple or None: whether the gradient by the map is needed is known when the program is traced.
+    needed = () if x.perturbed else None
+    return convolve_on_cpu(plain, x.value, kernel.value, stride, groups), (x.value, kernel.value, needed)
+
+
+def _backward(plain: Convolution, stride: int, groups: int, saved: tuple, dy: Any) -> tuple[Array | None, Array]:
+    x, kernel, needed = saved
+    if isinstance(dy, SymbolicZero):
+        dy = jnp.zeros(dy.shape, dy.dtype)
     k, features = len(kernel), dy.shape[-1]
     by_winograd = _for_winograd(x, kernel, stride, groups)
 
@@ -183,12 +193,14 @@ def _vjp(plain: Convolution, stride: int, groups: int, saved: tuple[Array, Array
     map_outweighs_kernel = k > 1 and stride == groups == 1 and _places(dy) > 4 * features and not by_winograd
     dx = fast_dx if fast and not map_outweighs_kernel else plain_dx
     dkernel = fast_dkernel if fast else plain_dkernel
+    if needed is None:
+        return None, by_platform(dkernel, plain_dkernel, x, kernel, dy)
     # A kernel can be updated in its place as soon as its gradient is known if nothing reads it later: its gradient waits
     # for that of the map. Otherwise XLA copies it first.
     of_map = by_platform(dx, plain_dx, x, kernel, dy)
-    if dy.size < kernel.size:
+    if _places(dy) * features < kernel.size:
         return of_map, by_platform(dkernel, plain_dkernel, x, kernel, after(dy, of_map))
     return of_map, after(by_platform(dkernel, plain_dkernel, x, kernel, dy), of_map)
 
 
-convolve_on_cpu.defvjp(lambda f, x, kernel, *sizes: (convolve_on_cpu(f, x, kernel, *sizes), (x, kernel)), _vjp)
+convolve_on_cpu.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -264,7 +264,9 @@ class Norm(nn.Module):
         if known and conv:
             gain = scale * lax.rsqrt(var + EPSILON)
             shift = bias - mean * gain
-            if platform() == "cpu" and frozen:  # the gradient of a trained scale would store the convolution's result
+            # Not in exported programs, which other devices run too. The gradient of a trained scale would store the
+            # convolution's result.
+            if platform() == "cpu" and frozen:
                 y = conv(x).astype(jnp.float32) * gain[None, None, None] + shift[None, None, None]
                 return y.astype(self.dtype)
             return conv(x, gain) + shift.astype(self.dtype)[None, None, None]

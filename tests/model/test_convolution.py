@@ -15,6 +15,7 @@ from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from retina_jax import cpu
 from retina_jax.cpu import convolution, winograd
 from retina_jax.cpu.convolution import by_columns, kernel_gradient, map_gradient
 from retina_jax.model.layers import convolve
@@ -251,3 +252,27 @@ def test_one_exported_program_serves_all_devices(case: Case) -> None:
     exported = export.export(ours, platforms=("cpu", "cuda", "tpu"))(*arrays)
     for a, b in zip(exported.call(*arrays), plain(*arrays), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("case", [COLUMNS, TAPS, STRIDED, GROUPS, WINOGRAD], ids=str)
+def test_a_gradient_that_is_not_needed_is_not_computed(case: Case) -> None:
+    """The first trained convolution has a map without a gradient."""
+    x, kernel, _ = integers(case)
+
+    def flops(arguments: int | tuple[int, int]) -> float:
+        with cpu.kernels("cpu"):
+            gradient = jax.grad(lambda x, kernel: convolve(x, kernel, case.stride, case.groups).sum(), arguments)
+            return jax.jit(gradient).lower(x, kernel).compile().cost_analysis()["flops"]
+
+    assert flops(1) < 0.75 * flops((0, 1))
+
+
+def test_gradients_are_exported_with_a_symbolic_batch_size() -> None:
+    (batch,) = export.symbolic_shape("b")
+    for case in (COLUMNS, TAPS, WINOGRAD):
+        x, kernel, _ = integers(case)
+        gradient = jax.grad(lambda x, kernel, case=case: convolve(x, kernel, case.stride).sum(), (0, 1))
+        shape = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
+        program = export.export(jax.jit(gradient), platforms=("cpu", "cuda"))(shape, kernel)
+        for a, b in zip(program.call(x, kernel), gradient(x, kernel), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5)

@@ -197,11 +197,11 @@ def test_winograds_convolutions_gather_no_batch(
     assert_one_exchange(text)
 
 
-@pytest.mark.parametrize("kernels", [True, False])
-def test_a_step_copies_no_kernel(tiny: Config, make_inputs: Make, kernels: bool) -> None:
+@pytest.mark.parametrize(("kernels", "norm"), [(True, "frozen"), (False, "frozen"), (True, "frozen_statistics")])
+def test_a_step_copies_no_kernel(tiny: Config, make_inputs: Make, kernels: bool, norm: str) -> None:
     """Each kernel is updated in place. XLA copied kernels when an update could precede a gradient that still reads the
     kernel."""
-    text = compiled_step(with_drivers(tiny, "jit", 1, cpu_kernels=kernels), make_inputs(0))
+    text = compiled_step(with_drivers(tiny, "jit", 1, cpu_kernels=kernels, model__norm=norm), make_inputs(0))
     entry = text[text.index("\nENTRY ") :]
     assert len(re.findall(r"= f32\[\d+,\d+,\d+,\d+\]\S* parameter\(", entry)) > 20
     assert re.findall(r"= f32\[\d+,\d+,\d+,\d+\]\S* copy\(%\w*params", entry) == []
