@@ -167,7 +167,7 @@ def _write_pictures(
 def write_picture(path: Path, picture: UInt8[np.ndarray, "H W 3"]) -> None:
     """Writes an image in the format of its suffix. Raises DiskError."""
     encoded, kind = io.BytesIO(), path.suffix.removeprefix(".")
-    Image.fromarray(picture).save(encoded, kind, compress_level=1)  # of PNG: three times as fast
+    Image.fromarray(picture).save(encoded, kind, compress_level=1)  # PNG's quickest
     write_bytes(path, encoded.getvalue())
 
 

@@ -45,7 +45,7 @@ def enabled() -> bool:
 
 
 def by_platform(kernel: Callable[..., T], plain: Callable[..., T], *arguments: Any) -> T:
-    """Calls one of both, or in a program to be exported the one for the platform that it is lowered for."""
+    """Calls the form for the platform of the traced program. "exported" programs hold both, and XLA takes one of them."""
     if platform() == "exported":
         return lax.platform_dependent(*arguments, cpu=kernel, default=plain)
     return (kernel if platform() == "cpu" else plain)(*arguments)
@@ -54,7 +54,7 @@ def by_platform(kernel: Callable[..., T], plain: Callable[..., T], *arguments: A
 def after(x: Float[Array, "*S"], other: Float[Array, "a b c d"]) -> Float[Array, "*S"]:
     """Returns `x`, which XLA computes after `other`, of four axes. (It removes barriers too early for that.) Without this,
     what depends on parameters and feature maps alone is computed in the forward pass, and kept until the backward pass."""
-    # Adds 0. XLA cannot know that: it is another number, far below all others, if `other` has no values any more.
+    # Adds 0. XLA cannot leave that out: where `other` is NaN, another number is added, too small to matter.
     return x + jnp.where(jnp.isnan(other[:1, :1, :1, :1]), 1e-30, 0.0).astype(x.dtype)
 
 

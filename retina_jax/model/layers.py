@@ -223,7 +223,7 @@ class Norm(nn.Module):
 
     With `frozen` scale and bias move to the collection `frozen`, and "frozen_statistics" and "batch" become "frozen". If
     mean and var are known before `conv`, its kernel is multiplied by scale / sqrt(var + 1e-5): only an addition remains for
-    each number. With CPU kernels (also in exported programs) a "frozen" norm multiplies the outputs, in the pass that adds:
+    each number. In a `Driver`'s programs with CPU kernels a "frozen" norm multiplies the outputs, in the pass that adds:
     multiplying the kernel would read and write every weight once more.
     """
 
