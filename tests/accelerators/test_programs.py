@@ -6,9 +6,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import pytest
 
 from retina_jax.accelerators.lowering import What
@@ -20,6 +22,15 @@ pytestmark = pytest.mark.accelerators
 ROOT = Path(__file__).parents[2]
 RECORDED = Path(__file__).with_name("ratchets.json")
 TOLERANCE = 1.05  # compilers of other versions differ by a few percent
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache() -> Iterator[None]:
+    """JAX writes programs for described devices to its cache, but cannot read them without the devices."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
 
 
 @dataclass(frozen=True)
