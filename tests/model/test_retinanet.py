@@ -84,7 +84,7 @@ def test_head_channels_are_anchor_major_and_rows_come_first() -> None:
     head, x = Head(config, CELL, K), jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 5, 16), np.float32))
     kernel = np.random.default_rng(1).standard_normal((3, 3, 16, CELL * K), np.float32)
     weights = {"output": {"kernel": kernel, "bias": np.zeros(CELL * K, np.float32)}}
-    out = head.apply({"params": weights}, x, 3).reshape(4, 5, CELL, K)
+    out = head.apply({"params": weights}, [x], 3)[0].reshape(4, 5, CELL, K)
     row, column, anchor = 2, 3, 7
     window = x[0, row - 1 : row + 2, column - 1 : column + 2]
     expected = np.einsum("ijc,ijck->k", window, kernel[..., anchor * K : (anchor + 1) * K])
@@ -195,7 +195,7 @@ def test_head_batch_norms_are_of_one_level_each_between_shared_convolutions() ->
         convolved = np.asarray(convolve(jnp.asarray(x), own["params"]["conv1"]["kernel"]), np.float64)
         mean, var = convolved.mean((0, 1, 2)), convolved.var((0, 1, 2))
         expected = np.maximum((convolved - mean) / np.sqrt(var + 1e-5), 0).astype(np.float32)
-        out, updated = head.apply(own, jnp.asarray(x), level, train=True, mutable=["stats"])
+        (out,), updated = head.apply(own, [jnp.asarray(x)], level, train=True, mutable=["stats"])
         last = convolve(jnp.asarray(expected), own["params"]["output"]["kernel"])
         plain = (last + own["params"]["output"]["bias"][None, None, None]).reshape(2, -1, K)
         np.testing.assert_allclose(out, plain, rtol=1e-4, atol=1e-4)
