@@ -222,6 +222,9 @@ def test_a_longer_schedule_moves_the_boundaries() -> None:
     in_epochs = override(base, {"training.epochs": 12.0, "optimizer.boundary_epochs": (8.0, 11.0)})
     changes = {"training.epochs": 18.0, "optimizer.boundary_epochs": (12.0, 16.5)}
     assert settings.longer(in_epochs, 1.5) == settings.longer(base, 1.5) | changes
+    for config, eval_every in ((base, 36_000), (in_epochs, None)):
+        runs = load_sweep(CONFIGS / "sweeps" / "long.py").get_sweep(config).values()
+        assert [run.get("training.eval_every") for run in runs] == [eval_every, eval_every]
 
 
 def test_focal_of_gamma_zero_is_written_as_cross_entropy() -> None:
