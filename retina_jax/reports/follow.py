@@ -17,13 +17,17 @@ FILES = ("config.json", "metrics.jsonl", "summary.json")
 
 def follow(folder: Path, write: Callable[[str], None]) -> None:
     """Writes the page of the run in `folder`, again when its files change, and logs each new state of the scores. Waits for
-    a run that has not started. Returns when the run is finished, or at Ctrl-C; then the last page no longer reloads itself.
+    a run that has not started. Returns when the run is finished, or at Ctrl-C; the last page no longer reloads itself.
 
     Raises ConfigError if a file of the run is malformed, or if `folder` holds sweeps.
     """
     if (folder / "sweeps").is_dir():
         raise ConfigError(f"--watch: {folder} holds sweeps; give the folder of one run")
     known, seen, scored, page, finished = {}, None, None, "", False
+
+    def write_following(seconds: int) -> None:
+        write(page.replace("</head>", f"{render('follow.html', seconds=seconds)}</head>", 1))
+
     log(f"watching {folder}; Ctrl-C stops it")
     try:
         while not finished:
@@ -34,7 +38,7 @@ def follow(folder: Path, write: Callable[[str], None]) -> None:
             elif now != seen:
                 finished = now[2] is not None
                 page, line = run_page(folder, known)
-                write(page.replace("</head>", f"{render('follow.html', seconds=RELOAD_SECONDS)}</head>", 1))
+                write_following(RELOAD_SECONDS)
                 if scored != evaluations or finished:
                     log(line)
                 scored = evaluations
@@ -45,4 +49,4 @@ def follow(folder: Path, write: Callable[[str], None]) -> None:
         log("stopped watching")
     finally:
         if page:
-            write(page)
+            write_following(0)

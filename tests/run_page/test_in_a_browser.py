@@ -89,17 +89,19 @@ def test_a_page_with_a_fault_is_detected(tmp_path: Path, browser: Browser) -> No
 
 
 def test_a_followed_page_reloads_itself_and_keeps_its_place(tmp_path: Path, browser: Browser) -> None:
-    page, reload = tmp_path / "report.html", render("follow.html", seconds=1)
+    """Also the last page, which no longer reloads itself."""
+    page = tmp_path / "report.html"
 
-    def write(word: str) -> None:
+    def write(word: str, seconds: int) -> None:
+        reload = render("follow.html", seconds=seconds)
         text = f"<p style='height:3000px'>{word}</p><details><summary>more</summary></details>"
         page.write_text(f"<!doctype html><head>{reload}</head><body>{text}</body>")
 
-    write("old")
+    write("old", 1)
     browser.open(page, DESKTOP)
     # The page is already being reloaded when the list is opened, so its state must be saved last of all.
     browser.value("(location.reload(), window.scrollTo(0, 1234), document.querySelector('details').open = true)")
-    write("new")
+    write("new", 0)
     for _ in range(100):
         kept = browser.value(
             "[document.querySelector('p')?.innerText, scrollY, document.querySelector('details')?.open]"
