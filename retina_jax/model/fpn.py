@@ -45,6 +45,7 @@ class FPN(nn.Module):
 
     @nn.compact
     def __call__(self, maps: tuple[Float[Array, "B _ _ _"], ...]) -> tuple[Float[Array, "B _ _ C"], ...]:
+        """`maps` are those of the backbone up to C5; those below C`min_level` are not used."""
         low, high, channels = self.config.min_level, self.config.max_level, self.config.fpn_channels
 
         def conv(x: Array, kernel_size: int, stride: int, name: str, patches: Patches) -> Array:
@@ -54,7 +55,7 @@ class FPN(nn.Module):
         levels: dict[int, Array] = {}
         merged = None
         for level in range(5, low - 1, -1):
-            x = separate_gradient(maps[level - 2])
+            x = separate_gradient(maps[level - 6])
             patches, even = patches_of(x, level), patches_of(x, level, 2)  # `even` fit the coarser map too
             finer = conv(cut(x, patches), 1, 1, f"lateral{level}", patches)
             if merged is not None:

@@ -47,12 +47,12 @@ class Layer(NamedTuple):
     groups: int = 1
 
 
-def block_layers(config: ModelConfig, width: int, stride: int) -> tuple[Layer, ...]:
+def block_layers(config: ModelConfig, width: int, stride: int, early: int = 1) -> tuple[Layer, ...]:
     """Returns the convolutions of a block in a stage of `width`.
 
     `config.stride_position` places a bottleneck's stride in the 1x1 (the paper's MSRA weights) or the 3x3 (torchvision;
-    Detectron for ResNeXt). A basic block's stride is in its first 3x3. The number of groups is lowered to a divisor if a
-    small base_width leaves fewer channels.
+    Detectron for ResNeXt). A basic block's stride is in its first 3x3. `early` is the next stage's stride, if this block has
+    it (`strides_early`): in the 3x3. The number of groups is lowered to a divisor if a small base_width has fewer channels.
     """
     architecture = ARCHITECTURES[config.backbone]
     if not architecture.bottleneck:
@@ -60,13 +60,20 @@ def block_layers(config: ModelConfig, width: int, stride: int) -> tuple[Layer, .
     first, second = (stride, 1) if config.stride_position == "1x1" else (1, stride)
     inner = width * architecture.inner
     groups = largest_divisor(inner, architecture.groups)
-    return Layer(inner, 1, first), Layer(inner, 3, second, groups), Layer(4 * width, 1)
+    return Layer(inner, 1, first), Layer(inner, 3, second * early, groups), Layer(4 * width, 1)
+
+
+def strides_early(config: ModelConfig, number: int) -> bool:
+    """Returns whether C`number` is computed at every second row and column only: the next stage's 1x1 convolutions of stride
+    2 need no others, and neither does the pyramid. Norms with statistics of the map need all."""
+    strided = ARCHITECTURES[config.backbone].bottleneck and config.stride_position == "1x1"
+    return strided and number < config.min_level and config.norm in ("frozen", "frozen_statistics")
 
 
 class Block(nn.Module):
     """Residual block: ReLU(shortcut + convolutions), with a norm after each convolution and a ReLU between two.
 
-    The shortcut is the identity, or a strided 1x1 convolution with a norm if the shape changes (option B of He et al.).
+    The shortcut is the identity, or a strided 1x1 convolution with a norm if the channels change (option B of He et al.).
     """
 
     layers: tuple[Layer, ...]
@@ -80,8 +87,10 @@ class Block(nn.Module):
             y = self.norm(name=f"norm{i}")(y, train, self.conv(*layer, name=f"conv{i}"))
             if i < len(self.layers):
                 y = relu(y)
-        if x.shape != y.shape:
-            stride = int(np.prod([layer.stride for layer in self.layers]))
+        stride = int(np.prod([layer.stride for layer in self.layers]))
+        if x.shape[-1] == y.shape[-1]:
+            x = x[:, ::stride, ::stride]
+        else:
             x = self.norm(name="shortcut_norm")(x, train, self.conv(y.shape[-1], 1, stride, name="shortcut"))
         return relu(x + y)
 
@@ -100,13 +109,15 @@ class Stem(nn.Module):
 
 
 class Stage(nn.Module):
-    """The blocks of one of C2 to C5; the first one has the stride. The input is of pyramid level `level`."""
+    """The blocks of one of C2 to C5; the first one has the stride, the last one `early`, a stride of the next stage. The
+    input is of pyramid level `level`."""
 
     config: ModelConfig
     level: int
     blocks: int
     width: int
     stride: int
+    early: int
     remat: bool
     conv: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
@@ -114,17 +125,19 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w D"]:
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block  # argument 2 is `train`
-        patches = patches_of(x, self.level, self.stride)
+        patches = patches_of(x, self.level, self.stride * self.early)
         conv, norm = partial(self.conv, patches=patches), partial(self.norm, patches=patches)
         x = cut(x, patches)
         for i in range(self.blocks):
-            layers = block_layers(self.config, self.width, self.stride if i == 0 else 1)
+            stride, early = self.stride if i == 0 else 1, self.early if i == self.blocks - 1 else 1
+            layers = block_layers(self.config, self.width, stride, early)
             x = block(layers, conv, norm, name=f"block{i + 1}")(x, train)
         return join(x, patches)
 
 
 class ResNet(nn.Module):
-    """Backbone: normalised images to (C2, C3, C4, C5), whose sides are those of the image over 4, 8, 16, 32, rounded up.
+    """Backbone: normalised images to C2 to C5, whose sides are those of the image over 4, 8, 16, 32, rounded up. Only those
+    from `config.min_level` are returned.
 
     The parts are numbered 1 (stem) and 2 to 5 (C2 to C5). The first `config.frozen_stages` of them are not trained: their
     weights are in `frozen`. No backward pass reaches them, so they are not rematerialised.
@@ -145,11 +158,12 @@ class ResNet(nn.Module):
             return {"conv": partial(Conv, frozen=frozen, dtype=dtype), "norm": norm}
 
         x = Stem(config.base_width, **parts(1), name="stem")(x, train)
-        maps = []
+        maps, level = [], 2
         for i, number in enumerate(range(2, 6)):
-            width, stride = config.base_width * 2**i, 1 if i == 0 else 2
+            stride, early = 2 ** (number - level), 2 if strides_early(config, number) else 1
             remat = config.remat and number > config.frozen_stages
-            of_stage = (max(number - 1, 2), blocks[i], width, stride, remat)
+            of_stage = (level, blocks[i], config.base_width * 2**i, stride, early, remat)
             x = Stage(config, *of_stage, **parts(number), name=f"c{number}")(x, train)
             maps.append(x)
-        return tuple(maps)
+            level = number + (early == 2)
+        return tuple(maps[config.min_level - 2 :])

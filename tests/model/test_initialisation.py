@@ -23,7 +23,7 @@ from retina_jax.model.retinanet import RetinaNet, normalise
     ],
 )
 def test_activations_neither_explode_nor_vanish(backbone: str, norm: str) -> None:
-    config = ModelConfig(backbone=backbone, base_width=16, norm=norm, norm_groups=4)
+    config = ModelConfig(backbone=backbone, base_width=16, norm=norm, norm_groups=4, min_level=2)
     maps_of = jax.jit(lambda v, x: ResNet(config).apply(v, x, False))
     # Like a photograph: bright and dark regions around the mean colour, with noise.
     rng = np.random.default_rng(0)

@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from jaxtyping import Array
 
+from retina_jax import cpu
 from retina_jax.config import ModelConfig
+from retina_jax.model import resnet
 from retina_jax.model.initialisation import draw_weight
-from retina_jax.model.resnet import ARCHITECTURES, ResNet, block_layers
+from retina_jax.model.resnet import ARCHITECTURES, ResNet, block_layers, strides_early
 
-TINY = ModelConfig(base_width=8, stage_blocks=(1, 1, 1, 1))
+TINY = ModelConfig(base_width=8, stage_blocks=(1, 1, 1, 1), min_level=2)  # all maps
 
 
 def shapes(config: ModelConfig, height: int = 64, width: int = 64) -> dict:
@@ -77,6 +80,51 @@ def test_stride_position_moves_the_stride_and_not_the_shapes() -> None:
     assert [x.shape for x in outputs[0]] == [x.shape for x in outputs[1]]
     np.testing.assert_array_equal(outputs[0][0], outputs[1][0])  # C2 has no stride
     assert np.abs(outputs[0][1] - outputs[1][1]).max() > 0.1 * np.abs(outputs[0][1]).max()
+
+
+@pytest.mark.parametrize(("norm", "blocks", "low"), [("frozen", 1, 3), ("frozen_statistics", 2, 4)])
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (65, 31)])
+@pytest.mark.parametrize("forms", ["cpu", "tpu"])
+def test_what_no_one_reads_of_a_map_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, forms: str, height: int, width: int, norm: str, blocks: int, low: int
+) -> None:
+    """Maps and gradients equal those of the complete maps, with fewer operations."""
+    config = replace(TINY, stage_blocks=(blocks,) * 4, norm=norm, min_level=low, frozen_stages=0)
+    variables, rng = variables_of(config), np.random.default_rng(0)
+    images = jnp.asarray(rng.standard_normal((1, height, width, 3), np.float32))
+
+    def sums(params: dict, images: Array) -> tuple[Array, tuple[Array, ...]]:
+        maps = ResNet(config).apply({**variables, "params": params}, images)
+        return sum(jnp.square(x).sum() for x in maps), maps
+
+    def compiled() -> jax.stages.Compiled:
+        with cpu.kernels(forms):
+            return (
+                jax.jit(lambda *a: jax.grad(sums, argnums=(0, 1), has_aux=True)(*a))
+                .lower(variables["params"], images)
+                .compile()
+            )
+
+    early = compiled()
+    monkeypatch.setattr(resnet, "strides_early", lambda config, number: False)
+    late = compiled()
+    found, expected = (program(variables["params"], images) for program in (early, late))
+    assert len(found[1]) == 6 - low
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max()), found, expected)
+    assert early.cost_analysis()["flops"] < 0.95 * late.cost_analysis()["flops"]
+
+
+def test_maps_that_are_read_completely_are_complete() -> None:
+    plain = replace(TINY, min_level=3)
+    assert [strides_early(plain, number) for number in (2, 3, 4, 5)] == [True, False, False, False]
+    changes = (
+        {"norm": "group"},
+        {"norm": "batch"},
+        {"backbone": "resnet18"},
+        {"stride_position": "3x3"},
+        {"min_level": 2},
+    )
+    assert not any(strides_early(replace(plain, **change), 2) for change in changes)
 
 
 def test_resnext_has_32_groups_of_8_channels_and_fewer_if_it_is_narrow() -> None:

@@ -234,7 +234,7 @@ def test_imagenet_backbones_give_torchvisions_maps(name: str) -> None:
     load_drawn(model, 8, spread=1.0)
     state = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
     converted = convert_backbone(state, source=name)
-    config = override(Config(), {**converted.changes, "model.frozen_stages": 5})
+    config = override(Config(), {**converted.changes, "model.frozen_stages": 5, "model.min_level": 2})
     assert config.model.backbone == name
     variables, missing = fill(
         {
