@@ -36,7 +36,9 @@ from retina_jax.errors import reason
 NAMES = ("classes.txt", "obj.names", "names.txt")
 OTHERS = {*NAMES, "labels.txt", "train.txt", "val.txt", "test.txt"}  # text files that hold no boxes
 Names = dict[int, str]
-LARGEST_FRACTION = 1.5  # of what is partly outside the image; visible keypoints have the flag 2
+LARGEST_FRACTION = (
+    1.5  # what is partly outside the image may exceed 1; pixels and the flags of keypoints (2) are larger
+)
 
 
 def read_yolo(path: Path, reading: Reading, images: Path | None = None) -> Annotated:
@@ -196,8 +198,8 @@ def read_line(words: list[str], names: Names, keypoints: Any) -> Box:
         if len(numbers) < 5:
             raise ValueError("must be a class and four numbers")
         x, y, width, height = numbers[1:5]
-        if (largest := max(x, y)) > LARGEST_FRACTION:
-            raise ValueError(f"has its centre at {largest:g}, but a box has fractions of the image, not pixels")
+        if (largest := max(map(abs, numbers[1:5]))) > LARGEST_FRACTION:
+            raise ValueError(f"has the number {largest:g}, but a box has fractions of the image, not pixels")
         corners = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
     elif len(numbers) >= 7 and len(numbers) % 2:
         if (largest := max(numbers[1:])) > LARGEST_FRACTION:

@@ -1,7 +1,8 @@
 """Nodes of the network: `model.retinanet` in evaluation, written from the parameter tree.
 
 Constants have the names of the parameters, such as backbone/c2/block1/conv1/kernel. A norm whose statistics are known is
-multiplied into the kernel before it, as in the model.
+multiplied into the kernel before it, as in the model. All maps are complete (the model leaves places of C2 out that no layer
+reads).
 """
 
 from __future__ import annotations

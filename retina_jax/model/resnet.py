@@ -51,8 +51,9 @@ def block_layers(config: ModelConfig, width: int, stride: int, early: int = 1) -
     """Returns the convolutions of a block in a stage of `width`.
 
     `config.stride_position` places a bottleneck's stride in the 1x1 (the paper's MSRA weights) or the 3x3 (torchvision;
-    Detectron for ResNeXt). A basic block's stride is in its first 3x3. `early` is the next stage's stride, if this block has
-    it (`strides_early`): in the 3x3. The number of groups is lowered to a divisor if a small base_width has fewer channels.
+    Detectron for ResNeXt). A basic block's stride is in its first 3x3. `early` is a stride that a bottleneck takes over from
+    the next stage (`strides_early`), in its 3x3. The number of groups is lowered to a divisor if a small base_width leaves
+    fewer channels.
     """
     architecture = ARCHITECTURES[config.backbone]
     if not architecture.bottleneck:
@@ -64,10 +65,16 @@ def block_layers(config: ModelConfig, width: int, stride: int, early: int = 1) -
 
 
 def strides_early(config: ModelConfig, number: int) -> bool:
-    """Returns whether C`number` is computed at every second row and column only: the next stage's 1x1 convolutions of stride
-    2 need no others, and neither does the pyramid. Norms with statistics of the map need all."""
+    """Returns whether C`number` is computed at every second row and column only.
+
+    With `stride_position` "1x1" the next stage reads no others, because both of its first convolutions are 1x1 of stride 2.
+    The pyramid reads only maps from C`min_level`. Norms with statistics of the map need it complete.
+    """
     strided = ARCHITECTURES[config.backbone].bottleneck and config.stride_position == "1x1"
-    return strided and number < config.min_level and config.norm in ("frozen", "frozen_statistics")
+    fixed = config.norm in ("frozen", "frozen_statistics") or (
+        config.norm == "batch" and number <= config.frozen_stages
+    )
+    return strided and fixed and number < config.min_level
 
 
 class Block(nn.Module):
@@ -109,8 +116,8 @@ class Stem(nn.Module):
 
 
 class Stage(nn.Module):
-    """The blocks of one of C2 to C5; the first one has the stride, the last one `early`, a stride of the next stage. The
-    input is of pyramid level `level`."""
+    """The blocks of one of C2 to C5. The first has the stride, the last has `early`, the stride taken over from the next
+    stage. The input is of pyramid level `level`."""
 
     config: ModelConfig
     level: int

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from retina_jax.config import ModelConfig
-from retina_jax.model import canvas
+from retina_jax.model import side_by_side
 from retina_jax.model.fpn import FPN
 from retina_jax.model.layers import Conv, Norm, relu
 from retina_jax.model.patches import cut, join, patches_of
@@ -58,7 +58,7 @@ class RetinaNet(nn.Module):
         class_head = Head(config, self.anchors_per_cell, self.num_classes, self.axis_name, name="class_head")
         box_head = Head(config, self.anchors_per_cell, 4, self.axis_name, name="box_head")
         outputs, level = [], config.min_level
-        for maps in canvas.groups(levels, shared=config.head_norm == "none"):
+        for maps in side_by_side.groups(levels, shared=config.head_norm == "none"):
             heads = (head(maps, level, train) for head in (class_head, box_head))
             outputs += [Outputs(*of_map) for of_map in zip(*heads, strict=True)]
             level += len(maps)
@@ -85,20 +85,20 @@ class Head(nn.Module):
         self, maps: Sequence[Float[Array, "B _ _ C"]], level: int, train: bool = False
     ) -> list[Float[Array, "B _ {self.outputs}"]]:
         """Returns the outputs of each of the maps, [B, H * W * anchors_per_cell, outputs]; `level` is that of the first, and
-        all of them share a canvas."""
+        all of them share a side_by_side."""
         config, dtype = self.config, np.dtype(self.config.dtype)
         plain, of_level = config.head_norm == "none", f"_p{level}" if config.head_norm == "batch" else ""
         patches = patches_of(maps[0], level)
-        x = cut(canvas.painted(maps), patches)
+        x = cut(side_by_side.joined(maps), patches)
         for i in range(1, config.head_convs + 1):
             conv = Conv(config.head_channels, 3, bias=plain, dtype=dtype, patches=patches, name=f"conv{i}")
             if plain:
-                x = canvas.cleared(relu(conv(x)), maps)
+                x = side_by_side.cleared(relu(conv(x)), maps)
             else:
                 options = (config.head_norm, config.norm_groups, False, self.axis_name, dtype, patches)
                 x = relu(Norm(*options, name=f"norm{i}{of_level}")(x, train, conv))
         x = Conv(self.anchors_per_cell * self.outputs, 3, bias=True, dtype=dtype, patches=patches, name="output")(x)
-        parts = canvas.parted(join(x, patches), maps)
+        parts = side_by_side.parted(join(x, patches), maps)
         return [part.reshape(part.shape[0], -1, self.outputs) for part in parts]
 
 

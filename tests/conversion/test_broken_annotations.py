@@ -105,8 +105,8 @@ def test_a_broken_file_is_named_in_one_line_and_nothing_is_written(
         ("dog 0.5 0.5 0.5 0.5", "number 0 must be a number"),
         ("0 0.5 0.5 nan 0.5", "number 3 must be a number"),
         ("0 0.5 0.5 1e999 0.5", "number 3 must be a number"),
-        ("0 120 60 40 20", "has its centre at 120, but a box has fractions of the image, not pixels"),
-        ("0 0.5 60 40 20 0.9", "has its centre at 60"),
+        ("0 120 60 40 20", "has the number 120, but a box has fractions of the image, not pixels"),
+        ("0 0.5 0.5 40 0.2 0.9", "has the number 40"),
     ],
 )
 def test_a_broken_line_of_yolo_is_named(

@@ -109,7 +109,7 @@ def test_a_followed_run_is_written_when_it_changes_and_until_it_is_finished(
     follow(run, pages.append)
     assert [page.count("location.reload()") for page in pages] == [1, 1, 1, 1, 0] and next(steps, None) is None
     assert "step 40 of 40" in text(pages[0]) and "step 45 of 40" in text(pages[1])
-    assert text(pages[-1]) == text(run_page(run)[0])
+    assert text(pages[-1]) == text(run_page(run)[0]) and "refresh" not in pages[-1]
     printed = capsys.readouterr().out.splitlines()
     of_run = [line for line in printed if not line.startswith("analysing")]
     assert len(printed) - len(of_run) == 3, "each evaluation once, and the last line's own"

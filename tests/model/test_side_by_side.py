@@ -1,5 +1,6 @@
-"""The subnets on one canvas of coarse levels, next to the subnets on each level alone."""
+"""Subnets on coarse levels side by side, compared with subnets on each level alone."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,8 +13,9 @@ from jaxtyping import Array
 
 from retina_jax import cpu
 from retina_jax.config import ModelConfig
-from retina_jax.model import canvas
-from retina_jax.model.retinanet import Head
+from retina_jax.model import side_by_side
+from retina_jax.model.initialisation import initialise
+from retina_jax.model.retinanet import Head, RetinaNet
 
 HEAD = ModelConfig(fpn_channels=4, head_channels=6, head_convs=2)
 
@@ -26,10 +28,10 @@ def maps_of(sizes: list[tuple[int, int]], channels: int = 4) -> list[Array]:
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=5))
 def test_maps_of_any_size_have_places_of_their_own(sizes: list[tuple[int, int]]) -> None:
     maps = maps_of(sizes)
-    painted = canvas.painted(maps)
-    jax.tree.map(np.testing.assert_array_equal, canvas.parted(painted, maps), maps)
-    cleared = canvas.cleared(jnp.ones_like(painted), maps)
-    np.testing.assert_array_equal(cleared, painted != 0)
+    joined = side_by_side.joined(maps)
+    jax.tree.map(np.testing.assert_array_equal, side_by_side.parted(joined, maps), maps)
+    cleared = side_by_side.cleared(jnp.ones_like(joined), maps)
+    np.testing.assert_array_equal(cleared, joined != 0)
     assert cleared.sum() == sum(x.size for x in maps)
 
 
@@ -55,8 +57,26 @@ def test_a_head_gives_each_map_what_it_gets_alone(size: tuple[int, int], levels:
 @pytest.mark.parametrize(
     ("forms", "shared", "expected"), [("cpu", True, [1, 3]), ("cpu", False, 4 * [1]), ("exported", True, 4 * [1])]
 )
-def test_only_programs_for_cpus_share_a_canvas(forms: str, shared: bool, expected: list[int]) -> None:
+def test_only_programs_for_cpus_join_levels(forms: str, shared: bool, expected: list[int]) -> None:
     levels = maps_of([(8, 8), (4, 4), (2, 2), (1, 1)])
     with cpu.kernels(forms):
-        assert [len(maps) for maps in canvas.groups(levels, shared)] == expected
-        assert [len(maps) for maps in canvas.groups(levels[:1], shared)] == [1]
+        assert [len(maps) for maps in side_by_side.groups(levels, shared)] == expected
+        assert [len(maps) for maps in side_by_side.groups(levels[:1], shared)] == [1]
+
+
+@pytest.mark.parametrize(("head_norm", "parts"), [("none", [1, 4]), ("group", 5 * [1]), ("batch", 5 * [1])])
+def test_the_network_joins_levels_unless_a_norm_would_mix_them(
+    monkeypatch: pytest.MonkeyPatch, head_norm: str, parts: list[int]
+) -> None:
+    config = replace(HEAD, base_width=4, stage_blocks=(1, 1, 1, 1), head_norm=head_norm, norm_groups=2)
+    model, sizes = RetinaNet(config, 3, 2), []
+    variables, rng = initialise(model, 0), np.random.default_rng(0)
+    images, image_sizes = jnp.asarray(rng.integers(0, 256, (1, 64, 96, 3), np.uint8)), jnp.array([[64, 90]], jnp.int32)
+    real = side_by_side.joined
+    monkeypatch.setattr(side_by_side, "joined", lambda maps: sizes.append(len(maps)) or real(maps))
+    outputs = []
+    for forms in ("cpu", ""):
+        with cpu.kernels(forms):
+            outputs.append(jax.jit(model.apply)(variables, images, image_sizes))
+    assert sizes == [n for n in parts for _ in range(2)] + 10 * [1]
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), *outputs)
