@@ -198,8 +198,6 @@ def read_line(words: list[str], names: Names, keypoints: Any) -> Box:
         if len(numbers) < 5:
             raise ValueError("must be a class and four numbers")
         x, y, width, height = numbers[1:5]
-        if (largest := max(map(abs, numbers[1:5]))) > LARGEST_FRACTION:
-            raise ValueError(f"has the number {largest:g}, but a box has fractions of the image, not pixels")
         corners = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
     elif len(numbers) >= 7 and len(numbers) % 2:
         if (largest := max(numbers[1:])) > LARGEST_FRACTION:
@@ -213,11 +211,18 @@ def read_line(words: list[str], names: Names, keypoints: Any) -> Box:
 
 
 def check_labels(found: Annotated, where: str, files: set[Path] | None = None) -> None:
-    """Raises DataError if no image has a text file; counts text files without an image."""
+    """Raises DataError if no image has a text file, or if most boxes are in pixels; counts text files without an image."""
     used = {Path(picture.place) for picture in found.pictures}
     if not any(path.is_file() for path in used):
         expected = f"; expected for example {min(used)}" if used else ""
         raise DataError(f"{where}: none of {len(used)} images has a file of labels{expected}")
+    corners = [(max(map(abs, box.corners)), picture.place) for picture in found.pictures for box in picture.boxes]
+    large = [(number, place) for number, place in corners if number > LARGEST_FRACTION]
+    if 2 * len(large) > len(corners):
+        number, place = large[0]
+        raise DataError(
+            f"{place}: has a box up to {number:g}, as most others; numbers must be fractions of the image, not pixels"
+        )
     files = files or {file for folder in {path.parent for path in used} for file in folder.glob("*.txt")}
     if alone := sorted(file for file in files - used if file.name not in OTHERS):
         found.skipped[f"text files without an image ({alone[0].name})"] += len(alone)

@@ -105,8 +105,6 @@ def test_a_broken_file_is_named_in_one_line_and_nothing_is_written(
         ("dog 0.5 0.5 0.5 0.5", "number 0 must be a number"),
         ("0 0.5 0.5 nan 0.5", "number 3 must be a number"),
         ("0 0.5 0.5 1e999 0.5", "number 3 must be a number"),
-        ("0 120 60 40 20", "has the number 120, but a box has fractions of the image, not pixels"),
-        ("0 0.5 0.5 40 0.2 0.9", "has the number 40"),
     ],
 )
 def test_a_broken_line_of_yolo_is_named(
@@ -119,6 +117,26 @@ def test_a_broken_line_of_yolo_is_named(
         convert(monkeypatch, "--annotations", tmp_path, "--out", tmp_path / "out")
     assert_named(caught.value, f"{file}: line 2: {expected}")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "refused"), [(["0 90 60 40 20", "0 30 20 9 8"], True), (["0 0.5 0.5 0.2 0.2", "0 90 60 40 20"], False)]
+)
+def test_boxes_of_yolo_in_pixels_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str], refused: bool
+) -> None:
+    """Unless most boxes are fractions: then the others are wrong, and reported."""
+    picture(tmp_path / "images/a.png")
+    file = text(tmp_path / "labels/a.txt", "\n".join(lines))
+    text(tmp_path / "data.yaml", "train: images\nnames: [a, b]\n")
+    given = ("--annotations", tmp_path, "--out", tmp_path / "out")
+    if refused:
+        with pytest.raises(PlainError) as caught:
+            convert(monkeypatch, *given)
+        assert_named(caught.value, str(file), "has a box up to 110", "not pixels")
+    else:
+        convert(monkeypatch, *given)
+    assert (tmp_path / "out").exists() != refused
 
 
 @pytest.mark.parametrize("depth", [1_000, 300_000])
