@@ -25,6 +25,7 @@ def maps_of(sizes: list[tuple[int, int]], channels: int = 4) -> list[Array]:
     return [jnp.asarray(rng.uniform(1, 2, (2, *size, channels)), jnp.float32) for size in sizes]
 
 
+@settings(max_examples=12)
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=5))
 def test_maps_of_any_size_have_places_of_their_own(sizes: list[tuple[int, int]]) -> None:
     maps = maps_of(sizes)
