@@ -71,9 +71,8 @@ def strides_early(config: ModelConfig, number: int) -> bool:
     The pyramid reads only maps from C`min_level`. Norms with statistics of the map need it complete.
     """
     strided = ARCHITECTURES[config.backbone].bottleneck and config.stride_position == "1x1"
-    fixed = config.norm in ("frozen", "frozen_statistics") or (
-        config.norm == "batch" and number <= config.frozen_stages
-    )
+    frozen = number <= config.frozen_stages
+    fixed = config.norm in ("frozen", "frozen_statistics") or (config.norm == "batch" and frozen)
     return strided and fixed and number < config.min_level
 
 
