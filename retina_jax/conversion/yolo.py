@@ -36,9 +36,8 @@ from retina_jax.errors import reason
 NAMES = ("classes.txt", "obj.names", "names.txt")
 OTHERS = {*NAMES, "labels.txt", "train.txt", "val.txt", "test.txt"}  # text files that hold no boxes
 Names = dict[int, str]
-LARGEST_FRACTION = (
-    1.5  # what is partly outside the image may exceed 1; pixels and the flags of keypoints (2) are larger
-)
+LARGEST_FRACTION = 1.5
+"""What is partly outside the image may exceed 1; pixels, and the flags of keypoints (2), exceed this."""
 
 
 def read_yolo(path: Path, reading: Reading, images: Path | None = None) -> Annotated:
@@ -220,9 +219,8 @@ def check_labels(found: Annotated, where: str, files: set[Path] | None = None) -
     large = [(number, place) for number, place in corners if number > LARGEST_FRACTION]
     if 2 * len(large) > len(corners):
         number, place = large[0]
-        raise DataError(
-            f"{place}: has a box up to {number:g}, as most others; numbers must be fractions of the image, not pixels"
-        )
+        message = f"{place}: has a corner at {number:g}, and most boxes have such numbers"
+        raise DataError(f"{message}; they must be fractions of the image, not pixels")
     files = files or {file for folder in {path.parent for path in used} for file in folder.glob("*.txt")}
     if alone := sorted(file for file in files - used if file.name not in OTHERS):
         found.skipped[f"text files without an image ({alone[0].name})"] += len(alone)

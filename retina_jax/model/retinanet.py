@@ -84,8 +84,8 @@ class Head(nn.Module):
     def __call__(
         self, maps: Sequence[Float[Array, "B _ _ C"]], level: int, train: bool = False
     ) -> list[Float[Array, "B _ {self.outputs}"]]:
-        """Returns the outputs of each of the maps, [B, H * W * anchors_per_cell, outputs]; `level` is that of the first, and
-        all of them share a side_by_side."""
+        """Returns the outputs of each of the maps, [B, H * W * anchors_per_cell, outputs]. `level` is that of the first. The
+        maps are side by side in the convolutions (`side_by_side`)."""
         config, dtype = self.config, np.dtype(self.config.dtype)
         plain, of_level = config.head_norm == "none", f"_p{level}" if config.head_norm == "batch" else ""
         patches = patches_of(maps[0], level)
