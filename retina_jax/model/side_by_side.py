@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from retina_jax.cpu import platform
 
-Maps = Sequence[Float[Array, "B _ _ _"]]
+Maps = Sequence[Float[Array, "_ _ _ _"]]
 
 
 def groups(levels: Maps, shared: bool) -> list[Maps]:
@@ -54,7 +54,7 @@ def parted(x: Float[Array, "B H W D"], maps: Maps) -> list[Float[Array, "B _ _ D
 
 
 def cleared(x: Float[Array, "B H W C"], maps: Maps) -> Float[Array, "B H W C"]:
-    """Returns `x` with zeros wherever there is no map."""
+    """Returns `x` with zeros wherever there is no map. A single map may be cut into patches, which are more images."""
     if len(maps) == 1:
         return x
     inside = np.zeros((1, *x.shape[1:3], 1), bool)

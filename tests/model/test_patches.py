@@ -163,6 +163,7 @@ def test_moments_of_a_group_are_those_of_the_complete_map() -> None:
     ("config", "shape"),
     [
         (replace(TINY, backbone="resnet18", norm="batch", head_norm="batch", remat=True, max_level=8), (3, 64, 128)),
+        (replace(TINY, backbone="resnet18", max_level=5), (1, 64, 128)),
         pytest.param(
             replace(TINY, **OTHERWISE, norm="group", head_norm="group", frozen_stages=0, min_level=2),
             (1, 96, 128),
