@@ -55,7 +55,7 @@ def after(x: Float[Array, "*S"], other: Float[Array, "a b c d"]) -> Float[Array,
     """Returns `x`, which XLA computes after `other`, of four axes. (It removes barriers too early for that.) Without this,
     what depends on parameters and feature maps alone is computed in the forward pass, and kept until the backward pass."""
     # Adds 0. XLA cannot leave that out: where `other` is NaN, another number is added, too small to matter.
-    return x + jnp.where(jnp.isnan(other[:1, :1, :1, :1]), 1e-30, 0.0).astype(x.dtype)
+    return x + jnp.where(jnp.isnan(other[0, 0, 0, 0]), 1e-30, 0.0).astype(x.dtype)
 
 
 def on_cpu(kernel: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -4,88 +4,158 @@ A block of 2x2 outputs needs 16 products instead of 36: the map's 4x4 patch and 
 numbers (sums, differences, halves) and multiplied number by number, which over all blocks and channels makes 16 matrix
 products, and the result is transformed to 2x2 outputs. See Lavin and Gray, "Fast Algorithms for Convolutional Neural
 Networks" (2015), F(2x2, 3x3). Maps are padded by one zero on all sides, the stride is 1.
+
+A loop computes some rows of blocks of one image at a time, whose numbers fit into the cache. Each transform is one program
+that reads its terms by a table of places; as slices of the map it would be 16 programs, which take longer to compile.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
 
 from retina_jax.cpu import after
 
-Matrix = Sequence[Sequence[float]]
+OF_MAP = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], np.float32)
+OF_KERNEL = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
+TO_OUTPUT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]], np.float32)
+ROTATED = [3, 1, 2, 0]  # order of a kernel's four numbers along a side after rotating the kernel by 180 degrees
+CACHED, REUSED = 2**21, 2
+"""Least numbers of the rows that are computed at a time, before and after the products (8 MiB), and how many times as many
+as those of the transformed kernel, which each step of the loop reads."""
 
-OF_MAP: Matrix = ((1.0, 0.0, -1.0, 0.0), (0.0, 1.0, 1.0, 0.0), (0.0, -1.0, 1.0, 0.0), (0.0, 1.0, 0.0, -1.0))
-OF_KERNEL: Matrix = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
-TO_OUTPUT: Matrix = ((1.0, 1.0, 1.0, 0.0), (0.0, 1.0, -1.0, -1.0))
-ROTATED = (3, 1, 2, 0)  # order of a kernel's four numbers along a side after rotating the kernel by 180 degrees
+Terms = list[tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]]
+
+
+class Rows(NamedTuple):
+    """The blocks that are computed at a time: `number` rows of `columns` blocks, `count` times per image."""
+
+    number: int
+    columns: int
+    count: int
 
 
 def convolution(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
     """Convolves `x` with `kernel`."""
-    return _outputs([patch @ tap for patch, tap in zip(_of_patches(x), _of_kernel(kernel), strict=True)], x)
+    taps = _on_both_sides(OF_KERNEL, kernel, x)
+    return _by_rows(lambda patches: jnp.einsum("tnc,tcd->tnd", patches, taps), x, kernel.shape[3])
 
 
 def map_gradient(dy: Float[Array, "B H W D"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W C"]:
     """Computes the gradient of `convolution` by its map."""
-    taps = _of_kernel(kernel)
-    rotated = [taps[4 * u + v] for u in ROTATED for v in ROTATED]
-    products = [jnp.einsum("nd,cd->nc", patch, tap) for patch, tap in zip(_of_patches(dy), rotated, strict=True)]
-    return _outputs(products, dy)
+    taps = _on_both_sides(OF_KERNEL[ROTATED], kernel, dy)
+    return _by_rows(lambda patches: jnp.einsum("tnd,tcd->tnc", patches, taps), dy, kernel.shape[2])
 
 
 def kernel_gradient(x: Float[Array, "B H W C"], dy: Float[Array, "B H W D"]) -> Float[Array, "3 3 C D"]:
     """Computes the gradient of `convolution` by its kernel."""
-    # Otherwise XLA keeps the transformed numbers of the forward pass, which take four times the memory of the map.
-    x, dy = after(x, dy), _evened(dy)
-    blocks = [dy[:, i::2, j::2].reshape(-1, dy.shape[-1]) for i in range(2) for j in range(2)]
-    blocks = _transform(_transposed(TO_OUTPUT), blocks)
-    taps = [jnp.einsum("nc,nd->cd", patch, block) for patch, block in zip(_of_patches(x), blocks, strict=True)]
-    return jnp.stack(_transform(_transposed(OF_KERNEL), taps)).reshape(3, 3, x.shape[-1], dy.shape[-1])
+    channels, features = x.shape[3], dy.shape[3]
+    rows = _rows(x, features)
+    # Without `after`, XLA keeps x as the forward pass padded it.
+    x, dy = _padded(after(x, dy), rows, 1), _padded(dy, rows, 0)
+
+    def add(step: Int[Array, ""], taps: Float[Array, "16 C D"]) -> Float[Array, "16 C D"]:
+        patches = _of_patches(OF_MAP, _taken(x, step, rows, 1), rows)
+        blocks = _of_patches(TO_OUTPUT.T, _taken(dy, step, rows, 0), rows)
+        return taps + jnp.einsum("tnc,tnd->tcd", patches, blocks)
+
+    taps = lax.fori_loop(0, x.shape[0] * rows.count, add, _zeros((16, channels, features), dy))
+    return _on_both_sides(OF_KERNEL.T, taps.reshape(4, 4, channels, features), dy).reshape(3, 3, channels, features)
 
 
-def _of_patches(x: Float[Array, "B H W C"]) -> list[Float[Array, "N C"]]:
-    """Returns the 16 numbers of the 4x4 patch around every block of 2x2, blocks row by row."""
-    x = jnp.pad(_evened(x), ((0, 0), (1, 1), (1, 1), (0, 0)))
-    height, width = x.shape[1] - 3, x.shape[2] - 3
-    patches = [x[:, i : i + height : 2, j : j + width : 2] for i in range(4) for j in range(4)]
-    return [number.reshape(-1, x.shape[-1]) for number in _transform(OF_MAP, patches)]
+def _by_rows(
+    products: Callable[[Float[Array, "16 N C"]], Float[Array, "16 N D"]], x: Float[Array, "B H W C"], features: int
+) -> Float[Array, "B H W D"]:
+    """Transforms `x` to the numbers of its patches, these by `products`, and the results to a map."""
+    batch, height, width, _ = x.shape
+    rows = _rows(x, features)
+    padded = _padded(x, rows, 1)
+
+    def add(step: Int[Array, ""], y: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
+        results = products(_of_patches(OF_MAP, _taken(padded, step, rows, 1), rows))
+        return lax.dynamic_update_slice(y, _outputs(results, rows)[None], _start(step, rows))
+
+    y = _zeros((batch, 2 * rows.number * rows.count, 2 * rows.columns, features), x)
+    return lax.fori_loop(0, batch * rows.count, add, y)[:, :height, :width]
 
 
-def _of_kernel(kernel: Float[Array, "3 3 C D"]) -> list[Float[Array, "C D"]]:
-    return _transform(OF_KERNEL, [kernel[i, j] for i in range(3) for j in range(3)])
+def _rows(x: Float[Array, "B H W C"], features: int) -> Rows:
+    """Returns how many rows of blocks are computed at a time: not all, since XLA would make a single step no loop, and so
+    that few rows are computed in vain."""
+    _, height, width, channels = x.shape
+    number, columns = -(-height // 2), -(-width // 2)
+    at_a_time = max(CACHED, REUSED * 16 * channels * features)
+    least = max(2, min(number, 16 * number * columns * (channels + features) // at_a_time))
+    count = min(range(least, 2 * least), key=lambda count: -(-number // count) * count)
+    return Rows(-(-number // count), columns, count)
 
 
-def _outputs(products: list[Float[Array, "N D"]], like: Float[Array, "B H W _"]) -> Float[Array, "B H W D"]:
-    """Assembles the blocks of 2x2 outputs to a map of the size of `like`."""
-    batch, height, width, _ = like.shape
-    rows, columns, features = -(-height // 2), -(-width // 2), products[0].shape[-1]
-    blocks = [block.reshape(batch, rows, columns, features) for block in _transform(TO_OUTPUT, products)]
-    upper, lower = (jnp.stack(blocks[i : i + 2], axis=3) for i in (0, 2))
-    y = jnp.stack([upper, lower], axis=2).reshape(batch, 2 * rows, 2 * columns, features)
-    return y[:, :height, :width]
+def _zeros(shape: tuple[Any, ...], other: Float[Array, "_ _ _ _"]) -> Array:
+    """Returns zeros, after `other`. Inside a shard_map they vary over the devices as `other` does."""
+    return after(jnp.zeros_like(other, shape=shape), other)
 
 
-def _transform(matrix: Matrix, parts: Sequence[Array]) -> list[Array]:
-    """Computes `matrix` times the square array `parts` (row by row) times `matrix` transposed."""
-    side = len(matrix[0])
-    columns = [_combined(matrix, parts[j::side]) for j in range(side)]
-    return [number for i in range(len(matrix)) for number in _combined(matrix, [column[i] for column in columns])]
+def _padded(x: Float[Array, "B H W C"], rows: Rows, edge: int) -> Float[Array, "B h w C"]:
+    """Adds an edge of zeros, and zeros below and on the right up to complete rows of blocks."""
+    below, right = 2 * rows.number * rows.count - x.shape[1], 2 * rows.columns - x.shape[2]
+    return jnp.pad(x, ((0, 0), (edge, edge + below), (edge, edge + right), (0, 0)))
 
 
-def _combined(matrix: Matrix, parts: Sequence[Array]) -> list[Array]:
-    """Computes `matrix` times the column `parts`, without multiplications by 0 and 1."""
-    combined = []
-    for row in matrix:
-        first, *others = [part if n == 1 else n * part for n, part in zip(row, parts, strict=True) if n]
-        combined.append(sum(others, start=first))
-    return combined
+def _start(step: Int[Array, ""], rows: Rows) -> tuple[Array | int, ...]:
+    """Returns where the outputs of a step of the loop begin: image, row, column, channel."""
+    return step // rows.count, step % rows.count * 2 * rows.number, 0, 0
 
 
-def _transposed(matrix: Matrix) -> Matrix:
-    return tuple(zip(*matrix, strict=True))
+def _taken(x: Float[Array, "B h w C"], step: Int[Array, ""], rows: Rows, edge: int) -> Float[Array, "r w C"]:
+    """Returns what a step of the loop needs of a padded map."""
+    return lax.dynamic_slice(x, _start(step, rows), (1, 2 * rows.number + 2 * edge, *x.shape[2:]))[0]
 
 
-def _evened(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
-    """Adds a row or column of zeros to odd sides."""
-    return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
+def _of_patches(
+    matrix: Float[np.ndarray, "s p"], x: Float[Array, "h w C"], rows: Rows
+) -> Float[Array, "{len(matrix)**2} N C"]:
+    """Computes `matrix` times the p x p patch at each block times `matrix` transposed, for all blocks row by row."""
+    y, x_ = 2 * np.arange(rows.number), 2 * np.arange(rows.columns)
+    numbers = 0.0
+    for i, a in _terms(matrix):
+        for j, b in _terms(matrix):
+            places = (i[:, None] + y)[:, None, :, None] * x.shape[1] + (j[:, None] + x_)[None, :, None, :]
+            numbers += _read(x, places.reshape(len(matrix) ** 2, -1), np.kron(a, b)[:, None])
+    return numbers
+
+
+def _outputs(results: Float[Array, "16 N D"], rows: Rows) -> Float[Array, "h w D"]:
+    """Computes the 2x2 outputs of each block, which make up a map."""
+    y, x = np.arange(2 * rows.number)[:, None], np.arange(2 * rows.columns)[None]
+    block = y // 2 * rows.columns + x // 2
+    outputs = 0.0
+    for i, a in _terms(TO_OUTPUT):
+        for j, b in _terms(TO_OUTPUT):
+            number = 4 * i[y % 2] + j[x % 2]
+            outputs += _read(results, number * results.shape[1] + block, a[y % 2] * b[x % 2])
+    return outputs
+
+
+def _read(x: Float[Array, "a b C"], places: Int[np.ndarray, "r c"], factors: Float[np.ndarray, "#r #c"]) -> Array:
+    """Returns the numbers of all channels at `places` of the first two axes, times `factors`."""
+    x = x.reshape(-1, x.shape[-1]).at[places.astype(np.int32)].get(mode="promise_in_bounds")
+    return x if (factors == 1).all() else x * factors[:, :, None]
+
+
+def _terms(matrix: Float[np.ndarray, "r c"]) -> Terms:
+    """Writes each row as a sum of terms: places of its numbers that are not 0, and the numbers. All rows have as many terms
+    as the longest; those that it lacks are 0."""
+    length = np.count_nonzero(matrix, axis=1).max()
+    places = np.argsort(matrix == 0, axis=1, kind="stable")[:, :length]
+    return list(zip(places.T, np.take_along_axis(matrix, places, axis=1).T, strict=True))
+
+
+def _on_both_sides(
+    matrix: Float[np.ndarray, "r c"], x: Float[Array, "c c C D"], other: Float[Array, "_ _ _ _"]
+) -> Float[Array, "{len(matrix)**2} C D"]:
+    """Computes `matrix` times `x` times `matrix` transposed, for all channels, as one matrix product, after `other`."""
+    factors = after(jnp.asarray(np.kron(matrix, matrix)), other)
+    return (factors @ x.reshape(-1, x.shape[2] * x.shape[3])).reshape(-1, *x.shape[2:])

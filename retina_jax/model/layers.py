@@ -12,7 +12,7 @@ from jax import lax
 from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float
 
-from retina_jax.cpu import convolution, on_cpu, platform
+from retina_jax.cpu import convolution, on_cpu, platform, pooling
 from retina_jax.model.patches import MAPS, UNCUT, Patches, with_edges
 
 FLOAT32 = np.dtype("float32")
@@ -116,6 +116,7 @@ def max_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
     return _max_pool_on_tpu(x) if platform() == "tpu" and x.shape[2] % 2 == 0 else _max_pool(x)
 
 
+@on_cpu(pooling.max_pool_on_cpu)
 def _max_pool(x: Array) -> Array:
     return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 

@@ -183,7 +183,7 @@ def test_batch_norm_statistics_are_of_the_global_batch(tiny: Config, make_inputs
 def test_winograds_convolutions_gather_no_batch(
     tiny: Config, make_inputs: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Winograd's method is used for maps of 4 x 4 here. Each of its kernels is 16 arrays of the all-reduce."""
+    """Winograd's method is used for maps of 4 x 4 here."""
     taken = []
     whole = winograd.convolution
     monkeypatch.setattr(convolution, "FEW_PRODUCTS", 0)
