@@ -54,7 +54,7 @@ def by_platform(kernel: Callable[..., T], plain: Callable[..., T], *arguments: A
 def after(x: Float[Array, "*S"], other: Float[Array, "a b c d"]) -> Float[Array, "*S"]:
     """Returns `x`, which XLA computes after `other`, of four axes. (It removes barriers too early for that.) Without this,
     what depends on parameters and feature maps alone is computed in the forward pass, and kept until the backward pass."""
-    # Adds 0. XLA cannot leave that out: where `other` is NaN, another number is added, too small to matter.
+    # Adds 0. XLA cannot leave that out: where its first number is NaN, another number is added, too small to matter.
     return x + jnp.where(jnp.isnan(other[0, 0, 0, 0]), 1e-30, 0.0).astype(x.dtype)
 
 

@@ -6,7 +6,8 @@ products, and the result is transformed to 2x2 outputs. See Lavin and Gray, "Fas
 Networks" (2015), F(2x2, 3x3). Maps are padded by one zero on all sides, the stride is 1.
 
 A loop computes some rows of blocks of one image at a time, whose numbers fit into the cache. Each transform is one program
-that reads its terms by a table of places; as slices of the map it would be 16 programs, which take longer to compile.
+that reads its terms by a table of places; as slices of the map it would be 16 programs, which take longer to compile. The
+loop takes images by their number: where XLA itself divides a batch over devices, it would gather it. `Driver` divides it.
 """
 
 from collections.abc import Callable
@@ -24,8 +25,8 @@ OF_KERNEL = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], 
 TO_OUTPUT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]], np.float32)
 ROTATED = [3, 1, 2, 0]  # order of a kernel's four numbers along a side after rotating the kernel by 180 degrees
 CACHED, REUSED = 2**21, 2
-"""Least numbers of the rows that are computed at a time, before and after the products (8 MiB), and how many times as many
-as those of the transformed kernel, which each step of the loop reads."""
+"""About how many numbers, before and after the products, a step of the loop computes: 2**21 (8 MiB), or twice as many as the
+transformed kernel has, which each step reads."""
 
 Terms = list[tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]]
 
@@ -83,8 +84,8 @@ def _by_rows(
 
 
 def _rows(x: Float[Array, "B H W C"], features: int) -> Rows:
-    """Returns how many rows of blocks are computed at a time: not all, since XLA would make a single step no loop, and so
-    that few rows are computed in vain."""
+    """Returns how many rows of blocks a step of the loop computes, so that few are computed in vain. There are two steps or
+    more: XLA turns a loop of one step into separate programs that compute numbers several times."""
     _, height, width, channels = x.shape
     number, columns = -(-height // 2), -(-width // 2)
     at_a_time = max(CACHED, REUSED * 16 * channels * features)
@@ -94,8 +95,8 @@ def _rows(x: Float[Array, "B H W C"], features: int) -> Rows:
 
 
 def _zeros(shape: tuple[Any, ...], other: Float[Array, "_ _ _ _"]) -> Array:
-    """Returns zeros, after `other`. Inside a shard_map they vary over the devices as `other` does."""
-    return after(jnp.zeros_like(other, shape=shape), other)
+    """Returns zeros, after `other`. Inside a shard_map they then vary over the devices as `other` does."""
+    return after(jnp.zeros(shape, other.dtype), other)
 
 
 def _padded(x: Float[Array, "B H W C"], rows: Rows, edge: int) -> Float[Array, "B h w C"]:
@@ -118,11 +119,11 @@ def _of_patches(
     matrix: Float[np.ndarray, "s p"], x: Float[Array, "h w C"], rows: Rows
 ) -> Float[Array, "{len(matrix)**2} N C"]:
     """Computes `matrix` times the p x p patch at each block times `matrix` transposed, for all blocks row by row."""
-    y, x_ = 2 * np.arange(rows.number), 2 * np.arange(rows.columns)
+    top, left = 2 * np.arange(rows.number), 2 * np.arange(rows.columns)
     numbers = 0.0
     for i, a in _terms(matrix):
         for j, b in _terms(matrix):
-            places = (i[:, None] + y)[:, None, :, None] * x.shape[1] + (j[:, None] + x_)[None, :, None, :]
+            places = (i[:, None] + top)[:, None, :, None] * x.shape[1] + (j[:, None] + left)[None, :, None, :]
             numbers += _read(x, places.reshape(len(matrix) ** 2, -1), np.kron(a, b)[:, None])
     return numbers
 
@@ -146,8 +147,8 @@ def _read(x: Float[Array, "a b C"], places: Int[np.ndarray, "r c"], factors: Flo
 
 
 def _terms(matrix: Float[np.ndarray, "r c"]) -> Terms:
-    """Writes each row as a sum of terms: places of its numbers that are not 0, and the numbers. All rows have as many terms
-    as the longest; those that it lacks are 0."""
+    """Writes each row as a sum of terms: places of its numbers that are not 0, and these numbers. Rows with fewer terms than
+    the longest are filled with terms of factor 0."""
     length = np.count_nonzero(matrix, axis=1).max()
     places = np.argsort(matrix == 0, axis=1, kind="stable")[:, :length]
     return list(zip(places.T, np.take_along_axis(matrix, places, axis=1).T, strict=True))

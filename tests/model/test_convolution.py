@@ -138,6 +138,27 @@ def test_winograd_with_any_number_of_rows_at_a_time(
     np.testing.assert_array_equal(jax.jit(winograd.kernel_gradient)(x, dy), dkernel)
 
 
+def test_winograd_keeps_nothing_of_the_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `after`, XLA computes transformed kernels and padded maps of the backward pass in the forward pass."""
+    kernels, x = [jnp.ones((3, 3, 32, 32))] * 4, jnp.ones((1, 32, 32, 32))
+
+    def temporaries() -> int:
+        def loss(kernels: list[jax.Array], x: jax.Array) -> jax.Array:
+            for kernel in kernels:
+                x = jax.nn.relu(convolve(x, kernel))
+            return x.sum()
+
+        with cpu.kernels("cpu"):
+            return jax.jit(jax.grad(loss)).lower(kernels, x).compile().memory_analysis().temp_size_in_bytes
+
+    needed = temporaries()
+    for name, without in (("after", lambda x, _: x), ("_zeros", lambda shape, _: jnp.zeros(shape))):
+        monkeypatch.undo()
+        monkeypatch.setattr(convolution, "FEW_PRODUCTS", 0)
+        monkeypatch.setattr(winograd, name, without)
+        assert needed < 0.9 * temporaries()
+
+
 def test_winograd_rounds_about_as_much_as_the_plain_sum() -> None:
     """Compares with sums in float64, on numbers that use all their digits."""
     rng = np.random.default_rng(0)

@@ -29,6 +29,20 @@ def test_the_gradient_equals_xlas(height: int, width: int) -> None:
     np.testing.assert_array_equal(gradient_by("cpu", x, dy), gradient_by("", x, dy))
 
 
+@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
+def test_no_gradient_is_lost_in_windows_of_special_numbers(special: float) -> None:
+    x, dy = few_values((8, 7, 7, 2), 0), few_values((8, 4, 4, 2), 1, 9)
+    x = jnp.where(few_values(x.shape, 2) < -1, special, x).at[0].set(special)
+    np.testing.assert_array_equal(gradient_by("cpu", x, dy).sum((1, 2)), dy.sum((1, 2)))
+
+
+def test_the_gradient_in_bfloat16_equals_xlas() -> None:
+    x, dy = (few_values(shape, 0).astype(jnp.bfloat16) for shape in ((2, 9, 8, 3), (2, 5, 4, 3)))
+    found = gradient_by("cpu", x, dy)
+    assert found.dtype == x.dtype
+    np.testing.assert_array_equal(found, gradient_by("", x, dy))
+
+
 def test_the_form_is_that_of_cpus() -> None:
     x, dy = few_values((1, 6, 6, 2), 0), few_values((1, 3, 3, 2), 1)
     forms = {
@@ -53,4 +67,5 @@ def test_exported_with_a_symbolic_batch_size(batch: int) -> None:
     x, dy = few_values((batch, 7, 4, 2), 0), few_values((batch, 4, 2, 2), 1)
     shapes = [jax.ShapeDtypeStruct((b, *a.shape[1:]), a.dtype) for a in (x, dy)]
     program = export.export(jax.jit(lambda x, dy: jax.vjp(max_pool, x)[1](dy)[0]), platforms=("cpu", "cuda"))(*shapes)
+    assert "select_and_scatter" in program.mlir_module()  # for other devices
     np.testing.assert_array_equal(program.call(x, dy), gradient_by("", x, dy))
