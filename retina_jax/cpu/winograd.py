@@ -7,7 +7,8 @@ Networks" (2015), F(2x2, 3x3). Maps are padded by one zero on all sides, the str
 
 A loop computes some rows of blocks of one image at a time, whose numbers fit into the cache. Each transform is one program
 that reads its terms by a table of places; as slices of the map it would be 16 programs, which take longer to compile. The
-loop takes images by their number: where XLA itself divides a batch over devices, it would gather it. `Driver` divides it.
+loop reads one image after the other. If XLA partitions a batch over devices automatically, it gathers the batch for that;
+`Driver` avoids this with shard_map.
 """
 
 from collections.abc import Callable
