@@ -14,6 +14,7 @@ loop reads one image after the other. If XLA partitions a batch over devices aut
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -40,18 +41,21 @@ class Rows(NamedTuple):
     count: int
 
 
+@jax.jit  # convolutions of the same shapes are traced once
 def convolution(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
     """Convolves `x` with `kernel`."""
     taps = _on_both_sides(OF_KERNEL, kernel, x)
     return _by_rows(lambda patches: jnp.einsum("tnc,tcd->tnd", patches, taps), x, kernel.shape[3])
 
 
+@jax.jit  # convolutions of the same shapes are traced once
 def map_gradient(dy: Float[Array, "B H W D"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W C"]:
     """Computes the gradient of `convolution` by its map."""
     taps = _on_both_sides(OF_KERNEL[ROTATED], kernel, dy)
     return _by_rows(lambda patches: jnp.einsum("tnd,tcd->tnc", patches, taps), dy, kernel.shape[2])
 
 
+@jax.jit  # convolutions of the same shapes are traced once
 def kernel_gradient(x: Float[Array, "B H W C"], dy: Float[Array, "B H W D"]) -> Float[Array, "3 3 C D"]:
     """Computes the gradient of `convolution` by its kernel."""
     channels, features = x.shape[3], dy.shape[3]
@@ -108,7 +112,8 @@ def _padded(x: Float[Array, "B H W C"], rows: Rows, edge: int) -> Float[Array, "
 
 def _start(step: Int[Array, ""], rows: Rows) -> tuple[Array | int, ...]:
     """Returns where the outputs of a step of the loop begin: image, row, column, channel."""
-    return step // rows.count, step % rows.count * 2 * rows.number, 0, 0
+    # lax.div and lax.rem compile faster than // and %, which also hold for negative numbers.
+    return lax.div(step, rows.count), lax.rem(step, rows.count) * 2 * rows.number, 0, 0
 
 
 def _taken(x: Float[Array, "B h w C"], step: Int[Array, ""], rows: Rows, edge: int) -> Float[Array, "r w C"]:

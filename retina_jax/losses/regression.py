@@ -6,6 +6,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from retina_jax.config import LossConfig
+from retina_jax.cpu import platform
 from retina_jax.ops.boxes import decode, encode, giou
 
 
@@ -41,5 +42,6 @@ def box_loss(
         return 1.0 - giou(decode(deltas, anchors), targets_xyxy)
     targets = jnp.moveaxis(encode(targets_xyxy, anchors), -1, 0)
     # By coordinate, not by anchor: TPUs would fill rows of 128 numbers with the four of an anchor.
-    error = lax.optimization_barrier(jnp.moveaxis(deltas, -1, 0)) - targets
+    deltas = jnp.moveaxis(deltas, -1, 0)
+    error = (lax.optimization_barrier(deltas) if platform() == "tpu" else deltas) - targets
     return (l1(error) if config.box == "l1" else smooth_l1(error, beta=config.beta)).sum(axis=0)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -185,9 +185,18 @@ def _joined_groups(kernel: Float[Array, "k k c D"], groups: int) -> tuple[Float[
     return jnp.where(mask, jnp.tile(kernel, (1, 1, joined, 1)), 0), groups // joined
 
 
+class Folded(NamedTuple):
+    """A 1x1 convolution with its norm, not computed yet: `x` convolved with `kernel`, plus `shift`."""
+
+    x: Float[Array, "B h w C"]
+    kernel: Float[Array, "1 1 C D"]
+    shift: Float[Array, " D"]
+
+
 class Conv(nn.Module):
     """`convolve` with a trained or frozen kernel [k, k, C / groups, features], plus an optional bias. `gain` [features]
-    multiplies the kernel's outputs."""
+    multiplies the kernel's outputs. With `fold` nothing is computed yet, and the shift is 0. `added` is such a convolution,
+    whose outputs are added to those of this one, in one convolution of the channels of both maps."""
 
     features: int
     kernel_size: int
@@ -199,11 +208,21 @@ class Conv(nn.Module):
     patches: Patches = UNCUT
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"], gain: Float[Array, " D"] | None = None) -> Float[Array, "B h w D"]:
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        gain: Float[Array, " D"] | None = None,
+        added: Folded | None = None,
+        fold: bool = False,
+    ) -> Float[Array, "B h w D"] | Folded:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
         kernel = weight(self, "kernel", shape, jnp.zeros, self.frozen)
         if gain is not None:
             kernel = kernel * gain[None, None, None]
+        if fold:
+            return Folded(x[:, :: self.stride, :: self.stride], kernel, jnp.zeros(self.features))
+        if added:
+            x, kernel = jnp.concatenate([x, added.x], axis=3), jnp.concatenate([kernel, added.kernel], axis=2)
         y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.groups, self.patches)
         if self.bias:
             bias = weight(self, "bias", (self.features,), jnp.zeros, self.frozen)
@@ -225,7 +244,8 @@ class Norm(nn.Module):
     With `frozen` scale and bias move to the collection `frozen`, and "frozen_statistics" and "batch" become "frozen". If
     mean and var are known before `conv`, its kernel is multiplied by scale / sqrt(var + 1e-5): only an addition remains for
     each number. In a `Driver`'s programs with CPU kernels a "frozen" norm multiplies the outputs, in the pass that adds:
-    multiplying the kernel would read and write every weight once more.
+    multiplying the kernel would read and write every weight once more. `fold` and `added` are those of `Conv`, for norms
+    whose mean and var are known (`folds`).
     """
 
     kind: Literal["frozen", "frozen_statistics", "group", "batch"]
@@ -237,16 +257,23 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B H W C"], train: bool = False, conv: Conv | None = None
-    ) -> Float[Array, "B h w D"]:
+        self,
+        x: Float[Array, "B H W C"],
+        train: bool = False,
+        conv: Conv | None = None,
+        added: Folded | None = None,
+        fold: bool = False,
+    ) -> Float[Array, "B h w D"] | Folded:
         if conv and conv.bias:
             raise ValueError("a convolution with a norm needs no bias of its own")
+        if (fold or added) and not self.folds(train):
+            raise ValueError(f"a norm of kind {self.kind} is no part of a convolution")
         frozen = self.frozen or self.kind == "frozen"
         channels = (conv.features,) if conv else x.shape[-1:]
         scale = weight(self, "scale", channels, jnp.ones, frozen)
         bias = weight(self, "bias", channels, jnp.zeros, frozen)
         fixed = frozen or self.kind == "frozen_statistics"
-        known = self.kind != "group" and (fixed or not train)
+        known = self.folds(train)
         if not known:
             x = (conv(x) if conv else x).astype(jnp.float32)
         if self.kind == "group":
@@ -270,11 +297,20 @@ class Norm(nn.Module):
             if platform() == "cpu" and frozen:
                 y = conv(x).astype(jnp.float32) * gain[None, None, None] + shift[None, None, None]
                 return y.astype(self.dtype)
-            return conv(x, gain) + shift.astype(self.dtype)[None, None, None]
+            if fold:
+                return conv(x, gain, fold=True)._replace(shift=shift)
+            if added:
+                shift += added.shift
+            return conv(x, gain, added) + shift.astype(self.dtype)[None, None, None]
         if known:
             mean, var = mean[None, None, None], var[None, None, None]
         gain = scale[None, None, None] * lax.rsqrt(var + EPSILON)
         return ((x.astype(jnp.float32) - mean) * gain + bias[None, None, None]).astype(self.dtype)
+
+    def folds(self, train: bool) -> bool:
+        """Returns whether mean and var are known before the map is, so that the norm can be part of a convolution."""
+        fixed = self.frozen or self.kind in ("frozen", "frozen_statistics")
+        return self.kind != "group" and (fixed or not train)
 
 
 def group_moments(

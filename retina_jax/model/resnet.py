@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from retina_jax.config import ModelConfig
+from retina_jax.cpu import platform
 from retina_jax.model.layers import Conv, Norm, largest_divisor, max_pool, relu
 from retina_jax.model.patches import cut, join, patches_of
 
@@ -88,17 +89,18 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w D"]:
-        y = x
-        for i, layer in enumerate(self.layers, start=1):
-            y = self.norm(name=f"norm{i}")(y, train, self.conv(*layer, name=f"conv{i}"))
-            if i < len(self.layers):
-                y = relu(y)
+        y, last = x, self.layers[-1]
+        for i, layer in enumerate(self.layers[:-1], start=1):
+            y = relu(self.norm(name=f"norm{i}")(y, train, self.conv(*layer, name=f"conv{i}")))
+        norm, conv = self.norm(name=f"norm{len(self.layers)}"), self.conv(*last, name=f"conv{len(self.layers)}")
         stride = int(np.prod([layer.stride for layer in self.layers]))
-        if x.shape[-1] == y.shape[-1]:
-            x = x[:, ::stride, ::stride]
-        else:
-            x = self.norm(name="shortcut_norm")(x, train, self.conv(y.shape[-1], 1, stride, name="shortcut"))
-        return relu(x + y)
+        if x.shape[-1] == last.features:
+            return relu(x[:, ::stride, ::stride] + norm(y, train, conv))
+        of_shortcut, shortcut = self.norm(name="shortcut_norm"), self.conv(last.features, 1, stride, name="shortcut")
+        if platform() == "gpu" and last.kernel_size == 1 and norm.folds(train):  # a map less to write and to read
+            return relu(norm(y, train, conv, added=of_shortcut(x, train, shortcut, fold=True)))
+        y = norm(y, train, conv)
+        return relu(of_shortcut(x, train, shortcut) + y)
 
 
 class Stem(nn.Module):

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
 from retina_jax.config import DetectionConfig
+from retina_jax.cpu import platform
 from retina_jax.ops.boxes import clip, decode
 from retina_jax.ops.nms import nms
 
@@ -94,10 +95,15 @@ def best_logits(
     """
     classes, size = logits.shape[1], anchors_per_cell * logits.shape[1]
     rows = logits.reshape(-1, size)
-    cells = _best(rows.max(axis=1), top_k)
-    rows = rows[cells]
-    # Slices, because TPUs are slow at reducing rows of K numbers.
-    of_anchors = jnp.stack([part.max(axis=1) for part in jnp.split(rows, anchors_per_cell, axis=1)], axis=1)
+    if platform() == "gpu":  # the logits are read once
+        of_anchors = logits.max(axis=1).reshape(-1, anchors_per_cell)
+        cells = _best(of_anchors.max(axis=1), top_k)
+        of_anchors, rows = of_anchors[cells], rows[cells]
+    else:
+        cells = _best(rows.max(axis=1), top_k)
+        rows = rows[cells]
+        # Slices, because TPUs are slow at reducing rows of K numbers.
+        of_anchors = jnp.stack([part.max(axis=1) for part in jnp.split(rows, anchors_per_cell, axis=1)], axis=1)
     kept = _best(of_anchors.reshape(-1), top_k)
     values, place = lax.top_k(rows.reshape(-1, classes)[kept].reshape(-1), min(top_k, len(kept) * classes))
     anchor = kept[place // classes]

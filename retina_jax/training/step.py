@@ -77,10 +77,11 @@ def train_step(
     divisor, normaliser = denominator(sums["positives"], scope, state.normaliser, num_microbatches=num_microbatches)
     gradients = jax.tree.map(lambda g: g / divisor, gradients)
     gradient_norm = optax.tree.norm(gradients)
-    if not enabled() or config.model.norm == "frozen_statistics":
+    if platform() != "gpu" and (not enabled() or config.model.norm == "frozen_statistics"):
         # This makes every update depend on the last gradient. Otherwise XLA on the CPU copies all parameters before each
         # step, because a layer's kernel may still be read when it is updated. (`cpu.convolution` has dependencies of its
-        # own, but trained scales read a kernel once more.) A step whose norm is not finite is of no use anyway.
+        # own, but trained scales read a kernel once more.) A step whose norm is not finite is of no use anyway. On GPUs
+        # nothing is copied, and each gradient would be read twice.
         gradients = jax.tree.map(lambda g: jnp.where(jnp.isfinite(gradient_norm), g, jnp.nan), gradients)
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes its int32 count with floats
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, gradient_norm=gradient_norm)

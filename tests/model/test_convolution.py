@@ -127,6 +127,7 @@ def test_every_form_is_correct_for_every_shape(case: Case) -> None:
 def test_winograd_with_any_number_of_rows_at_a_time(
     monkeypatch: pytest.MonkeyPatch, height: int, at_a_time: int
 ) -> None:
+    jax.clear_caches()  # of functions with other settings
     case = Case(2, height, 9, 8, 6, 3, 1, 1)
     monkeypatch.setattr(winograd, "REUSED", 0)
     monkeypatch.setattr(winograd, "CACHED", at_a_time * 16 * 5 * (8 + 6))
@@ -143,6 +144,8 @@ def test_winograd_keeps_nothing_of_the_forward_pass(monkeypatch: pytest.MonkeyPa
     kernels, x = [jnp.ones((3, 3, 32, 32))] * 4, jnp.ones((1, 32, 32, 32))
 
     def temporaries() -> int:
+        jax.clear_caches()  # of the functions as they were before
+
         def loss(kernels: list[jax.Array], x: jax.Array) -> jax.Array:
             for kernel in kernels:
                 x = jax.nn.relu(convolve(x, kernel))

@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +112,42 @@ def test_places_that_no_layer_reads_are_not_computed(
     assert len(found[1]) == 6 - low
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max()), found, expected)
     assert early.cost_analysis()["flops"] < 0.95 * late.cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize(
+    ("norm", "frozen", "position", "train", "joined"),
+    [
+        ("frozen", 2, "1x1", True, 4),
+        ("frozen_statistics", 0, "3x3", True, 4),
+        ("batch", 2, "1x1", False, 4),
+        ("batch", 2, "3x3", True, 1),
+        ("group", 0, "1x1", True, 0),
+    ],
+)
+def test_on_gpus_a_shortcut_is_part_of_the_last_convolution(
+    norm: str, frozen: int, position: str, train: bool, joined: int
+) -> None:
+    """Maps, gradients and running statistics equal those of separate convolutions, if the norms are known before the map."""
+    config = replace(TINY, norm=norm, frozen_stages=frozen, stride_position=position)
+    variables, images = (
+        variables_of(config),
+        jnp.asarray(np.random.default_rng(0).standard_normal((2, 35, 64, 3), np.float32)),
+    )
+    others = {name: value for name, value in variables.items() if name != "params"}
+
+    def sums(params: dict, images: Array) -> tuple[Array, Any]:
+        of_model = ResNet(config).apply({**others, "params": params}, images, train, mutable=["stats"])
+        return sum(jnp.square(x).sum() for x in of_model[0]), of_model
+
+    results, convolutions = [], []
+    for forms in ("gpu", ""):
+        with cpu.kernels(forms):
+            program = partial(jax.grad, has_aux=True, argnums=(0, 1))(sums)
+            results.append(jax.jit(lambda *a: program(*a))(variables.get("params", {}), images))  # noqa: B023
+            jaxpr = jax.make_jaxpr(lambda *a: sums(*a)[1][0])(variables.get("params", {}), images)
+            convolutions.append(str(jaxpr).count("= conv_general_dilated["))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max()), *results)
+    assert convolutions[1] - convolutions[0] == joined
 
 
 def test_maps_that_are_read_completely_are_complete() -> None:
