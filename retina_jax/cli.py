@@ -30,9 +30,11 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Ends the script with one line and exit status 2 at an error that its user can fix; others keep their traceback."""
-    interrupts.restore()
+def one_line_errors(starting: bool = False) -> Iterator[None]:
+    """Ends the script with one line and exit status 2 at an error that its user can fix; others keep their traceback. With
+    `starting` a signal ends it as during the imports, until `Interruption` takes over."""
+    if not starting:
+        interrupts.restore()
     try:
         with reader_may_leave():
             yield

@@ -184,5 +184,5 @@ def report_end(run: Run, state: TrainState, clock: Clock, batches: Batches, ende
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(starting=True):
         main()

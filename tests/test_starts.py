@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from retina_jax import console
+from retina_jax import console, interrupts
 from retina_jax.config import Config, DataConfig
 from retina_jax.distributed import Interruption
 from retina_jax.errors import Stopped, ending
+from retina_jax.installation import HOME
 from retina_jax.runs.folder import started_run
 from retina_jax.training.opening import open_run
 
@@ -34,6 +35,38 @@ def test_a_signal_during_imports_ends_in_one_line(name: str, status: int, first:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == status
     assert done.stderr.count("\n") == 1 and name in done.stderr
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 0)])
+def test_a_signal_while_the_config_is_read_ends_in_one_line(tmp_path: Path, name: str, status: int) -> None:
+    config = tmp_path / "config.py"
+    config.write_text(f"import os, signal\ndef get_config():\n    os.kill(os.getpid(), signal.{name})\n")
+    first = f"import signal; signal.signal(signal.{name}, signal.default_int_handler)"
+    program = f"{first}; import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        HOME / "scripts/train.py",
+        "--workdir",
+        tmp_path / "run",
+        "--config",
+        config,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == status
+    assert (done.stdout + done.stderr).count("\n") == 1 and f"stopped by {name} while starting" in done.stderr
+
+
+def test_after_a_run_signals_are_pythons_again() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, interrupts.end_at_start)
+    try:
+        with Interruption():
+            pass
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_signal_in_the_middle_of_a_library_ends_the_start_in_its_line() -> None:

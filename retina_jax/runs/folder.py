@@ -5,7 +5,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class Run:
     data_sha256: str | None = None  # checksum of the training data's sizes, boxes and labels
     num_microbatches: int | None = None
     """Number of micro-batches that a batch is split into: devices times training.accumulate."""
+    place: tuple[int, int] | None = field(default=None, compare=False)
+    """The disk's numbers of the folder in which training was started (`place_of`)."""
 
     @property
     def categories(self) -> list[Category]:
@@ -42,10 +44,25 @@ class Run:
         return list(zip(self.category_ids, self.class_names, strict=True))
 
     def path(self, kind: str, step: int, suffix: str = ".json") -> Path:
-        """Returns RUN/KIND/step_00001000SUFFIX, and makes its folder."""
+        """Returns RUN/KIND/step_00001000SUFFIX, and makes its folder; DiskError if the run was moved."""
+        self.check_place()
         path = self.folder / kind / f"step_{step:08d}{suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=self.place is None, exist_ok=True)
         return path
+
+    def check_place(self) -> None:
+        """Raises DiskError if training was started in another folder than the one that has this path now."""
+        if self.place is not None and distributed.is_primary() and place_of(self.folder) != self.place:
+            raise DiskError(f"{self.folder}: was moved or replaced; the same command resumes with its new path")
+
+
+def place_of(folder: Path) -> tuple[int, int] | None:
+    """Returns the disk's numbers of a folder, which it keeps when it is moved; None if there is no such folder."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 class _Saved(msgspec.Struct):

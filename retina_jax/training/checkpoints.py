@@ -183,7 +183,9 @@ class Checkpoints:
         try:
             if step not in saved_steps(self.folder):
                 self._clear()
-                temporary.parent.mkdir(parents=True, exist_ok=True)
+                if not self.folder.exists():
+                    self.folder.mkdir()  # but not the run's folder: it may have been moved
+                temporary.parent.mkdir(exist_ok=True)
                 save_arrays(temporary, state)
                 write_checksums(temporary)
                 temporary.rename(self.folder / str(step))
@@ -236,11 +238,12 @@ def save_arrays(folder: Path, arrays: PyTree) -> None:
 @contextlib.contextmanager
 def _one_error() -> Iterator[None]:
     """Drops what libraries print of an error that they raise: orbax raises that of the first array; its threads,
-    tensorstore's and asyncio print those of all, until a second later."""
+    tensorstore's and asyncio print those of all, until a second later. asyncio prints those of tasks when they are
+    collected, which may be later still, so from then on it says no more of tasks."""
 
-    loggers, hooks = [logging.getLogger(name) for name in ("absl", "asyncio")], (sys.excepthook, sys.unraisablehook)
-    for logger in loggers:
-        logger.addFilter(_never)
+    absl, hooks = logging.getLogger("absl"), (sys.excepthook, sys.unraisablehook)
+    absl.addFilter(_never)
+    logging.getLogger("asyncio").addFilter(_not_of_tasks)
     main = threading.main_thread()
     sys.excepthook = lambda *error: hooks[0](*error) if threading.current_thread() is main else None
     sys.unraisablehook = lambda event: None
@@ -252,12 +255,15 @@ def _one_error() -> Iterator[None]:
         raise
     finally:
         sys.excepthook, sys.unraisablehook = hooks
-        for logger in loggers:
-            logger.removeFilter(_never)
+        absl.removeFilter(_never)
 
 
 def _never(record: logging.LogRecord) -> bool:
     return False
+
+
+def _not_of_tasks(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def load_arrays(folder: Path, like: T, partial: bool) -> tuple[T | None, str]:

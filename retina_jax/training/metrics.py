@@ -37,7 +37,7 @@ class Metrics(contextlib.AbstractContextManager):
     def __init__(self, run: Run, start_step: int) -> None:
         training = run.config.training
         self._run, self._file, self._start_step = run, run.folder / "metrics.jsonl", start_step
-        self._writes, self._place = distributed.is_primary(), _identity(run.folder)
+        self._writes = distributed.is_primary()
         self._evaluated = distributed.from_primary(_drop_after(self._file, start_step) if self._writes else {})
         self._progress = Progress("step", training.steps, start_step)
         self._views: list[Board | WeightsAndBiases] = []
@@ -153,8 +153,7 @@ class Metrics(contextlib.AbstractContextManager):
         """Writes one line to metrics.jsonl (or raises DiskError), and its numbers to the other views; only on host 0."""
         if not self._writes:
             return
-        if _identity(self._run.folder) != self._place:
-            raise DiskError(f"{self._run.folder}: was moved or replaced; the same command resumes with its new path")
+        self._run.check_place()
         _append(self._file, json.dumps({"step": step, **{name: _rounded(v) for name, v in values.items()}}) + "\n")
         for view in self._views:
             view.add(step, values)
@@ -172,15 +171,6 @@ class Metrics(contextlib.AbstractContextManager):
 def _rounded(value: Any) -> Any:
     """Returns a float as metrics.jsonl has it, with six digits; others unchanged."""
     return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def _identity(folder: Path) -> tuple[int, int] | None:
-    """Returns the disk's numbers of a folder, which it keeps when it is moved; None if there is no such folder."""
-    try:
-        status = folder.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 def _append(path: Path, line: str) -> None:

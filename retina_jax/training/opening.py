@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from retina_jax.console import processor
 from retina_jax.data.classes import class_indices, classes_error
 from retina_jax.installation import HOME, PACKAGE
 from retina_jax.runs.files import read_json, write_json
-from retina_jax.runs.folder import Run, make_writable, saved_steps, started_run
+from retina_jax.runs.folder import Run, make_writable, place_of, saved_steps, started_run
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "tensorflow", "tensorflow-datasets",
@@ -75,7 +76,7 @@ def open_run(
         write_json(folder / "config.json", values)
     if distributed.is_multihost():
         _check_shared(folder)
-    return run
+    return replace(run, place=place_of(folder))
 
 
 def _check_shared(folder: Path) -> None:

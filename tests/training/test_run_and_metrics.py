@@ -17,6 +17,7 @@ from retina_jax.config_io import override
 from retina_jax.runs.files import DiskError, read_json
 from retina_jax.runs.folder import Clock, Run, read_run, record_fact, training_lock
 from retina_jax.runs.record import finish_run, read_metrics
+from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.metrics import Metrics, NonFiniteLoss
 from retina_jax.training.opening import open_run
 
@@ -277,6 +278,24 @@ def test_a_folder_that_is_moved_ends_training_in_one_line(tmp_path: Path, replac
         with pytest.raises(DiskError, match=f"{folder}: was moved or replaced"):
             metrics.write(2, {"event": "train"})
     assert len(lines(moved)) == 1 and not (folder / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_an_evaluation_and_a_save_make_no_new_folder_for_a_run_that_was_moved(tmp_path: Path, replaced: bool) -> None:
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+    run = open_run(folder, Config(), NAMES, IDS)
+    folder.rename(moved)
+    if replaced:
+        folder.mkdir()
+    with pytest.raises(DiskError, match=f"{folder}: was moved or replaced"):
+        run.path("detections", 1)
+    if not replaced:
+        with (
+            pytest.raises(DiskError, match="step 1 could not be saved"),
+            Checkpoints(folder / "checkpoints") as checkpoints,
+        ):
+            checkpoints.save(1, {"x": jnp.zeros(1)})
+    assert folder.exists() == replaced and not any(tmp_path.glob("run/*"))
 
 
 @pytest.mark.parametrize("values", [(np.nan, 1.0), (np.inf, 1.0), (1.0, np.nan), (1.0, 1.0, np.inf)])
