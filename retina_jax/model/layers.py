@@ -185,6 +185,12 @@ def _joined_groups(kernel: Float[Array, "k k c D"], groups: int) -> tuple[Float[
     return jnp.where(mask, jnp.tile(kernel, (1, 1, joined, 1)), 0), groups // joined
 
 
+def _at_each_place(vector: Float[Array, " D"], y: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
+    """Repeats a float32 vector for each place of `y`, in its dtype. The gradient is summed over the places in float32: GPUs
+    add bfloat16 numbers in bfloat16."""
+    return jnp.broadcast_to(vector[None, None, None], y.shape).astype(y.dtype)
+
+
 class Folded(NamedTuple):
     """A 1x1 convolution with its norm, not computed yet: `x` convolved with `kernel`, plus `shift`."""
 
@@ -226,7 +232,7 @@ class Conv(nn.Module):
         y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.groups, self.patches)
         if self.bias:
             bias = weight(self, "bias", (self.features,), jnp.zeros, self.frozen)
-            y = y + bias.astype(self.dtype)[None, None, None]
+            y = y + _at_each_place(bias, y)
         return y
 
 
@@ -301,7 +307,8 @@ class Norm(nn.Module):
                 return conv(x, gain, fold=True)._replace(shift=shift)
             if added:
                 shift += added.shift
-            return conv(x, gain, added) + shift.astype(self.dtype)[None, None, None]
+            y = conv(x, gain, added)
+            return y + _at_each_place(shift, y)
         if known:
             mean, var = mean[None, None, None], var[None, None, None]
         gain = scale[None, None, None] * lax.rsqrt(var + EPSILON)

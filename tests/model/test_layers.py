@@ -88,6 +88,32 @@ def test_the_forms_for_tpus_equal_the_plain_convolution(
     assert len(programs) == 2
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("name", ["bias", "norm/bias"])
+def test_the_gradient_of_a_bias_is_summed_in_float32(platform: str, name: str) -> None:
+    """GPUs add bfloat16 numbers in bfloat16: a sum of many would not grow any more."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            if name == "bias":
+                return Conv(5, 3, bias=True, dtype=jnp.dtype("bfloat16"))(x)
+            norm = Norm("frozen_statistics", dtype=jnp.dtype("bfloat16"))
+            return norm(x, conv=Conv(5, 3, dtype=jnp.dtype("bfloat16"), name="conv"))
+
+    x = jnp.ones((2, 40, 40, 3), jnp.bfloat16)
+    variables = Layer().init(jax.random.key(0), x)
+    frozen = {kind: value for kind, value in variables.items() if kind != "params"}
+    with cpu.kernels(platform):
+        jaxpr = str(
+            jax.make_jaxpr(
+                jax.grad(lambda params: Layer().apply({"params": params, **frozen}, x).astype(jnp.float32).sum())
+            )(variables["params"])
+        )
+    assert "f32[5] = reduce_sum" in jaxpr
+    assert "bf16[5] = reduce_sum" not in jaxpr
+
+
 def test_frozen_weights_are_in_a_separate_collection() -> None:
     x = jnp.zeros((1, 4, 4, 2))
     assert set(Conv(3, 3, bias=True).init(jax.random.key(0), x)) == {"params"}

@@ -62,6 +62,8 @@ def test_a_detector_is_imported_evaluated_and_trained_on_other_classes(
 ) -> None:
     run, data = tmp_path / "run", scenes(tmp_path)
     source = f"torchvision:{weights}"
+    run.mkdir()
+    (run / "config.json").write_text("{}")  # of an import that was interrupted
     script(monkeypatch, "import_weights", "--weights", source, "--workdir", run, "--class-names", *CLASSES)
     output = capsys.readouterr().out
     assert "4 classes" in output and source in output and f"step 0 of {run}" in output
