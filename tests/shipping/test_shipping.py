@@ -531,7 +531,7 @@ def test_fields_that_older_files_lack_are_optional(file: Path, tmp_path: Path) -
     "array",
     [
         np.array(["a"]), np.array([b"a"]), np.array(["2020-01-01"], "datetime64[D]"), np.zeros(3, "timedelta64[s]"),
-        np.zeros(3, "V2"), np.zeros(3, [("a", np.float32)]), np.zeros(3, complex), np.zeros(3, np.longdouble),
+        np.zeros(3, "V2"), np.zeros(3, [("a", np.float32)]), np.zeros(3, complex),
         np.zeros(3, ">f4"),
     ],
     ids=lambda array: str(array.dtype),
