@@ -550,7 +550,6 @@ def test_parameters_that_are_not_numbers_are_refused(file: Path, tmp_path: Path,
         (lambda d: d._programs.update({"programs/prepare_96x64": d._programs["programs/prepare_64x96"]}), "Shape"),
         (lambda d: d._programs.pop("programs/detect_96x64"), "cannot be read"),
         (lambda d: d._parameters.pop(), "structure"),
-        (lambda d: d._parameters.append(np.zeros(3, np.float32)), "structure"),
         (lambda d: d._parameters.__setitem__(0, np.zeros(1, np.int8)), "mismatch"),
         (lambda d: d.about.update(canvases=[[64, 64]]), "no padded shape"),
         (lambda d: d.about.update(canvases=[[128, 128]]), "cannot be read"),
@@ -625,13 +624,14 @@ def test_unpacked_parameters_are_bounded_by_the_size_of_the_file(file: Path, tmp
     """Each of the two archives unpacks to less than 100 times its own size, but both to more than that of the file."""
     inner, path = io.BytesIO(), tmp_path / "detector.zip"
     with zipfile.ZipFile(inner, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("0.npy", array_of(2 * 10**7))
-        archive.writestr("1.npy", array_of(10**6), zipfile.ZIP_STORED)
+        archive.writestr("0.npy", array_of(5 * 10**6))
+        archive.writestr("1.npy", array_of(10**5), zipfile.ZIP_STORED)
     with zipfile.ZipFile(file) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
         new.writestr("about.json", old.read("about.json"))
         new.writestr("parameters.npz", inner.getvalue())
         new.writestr("programs/any", np.random.default_rng(0).bytes(20_000))
-    assert 2 * 10**7 > 100 * path.stat().st_size > len(inner.getvalue()) + 30_000 and len(inner.getvalue()) > 10**6
+    stored = len(inner.getvalue())
+    assert 100 * stored > 5 * 10**6 + 10**5 > 100 * path.stat().st_size > stored + 30_000
     with pytest.raises(LoadError, match="100 times"):
         load(str(path))
 
@@ -646,7 +646,7 @@ def array_of(count: int) -> bytes:
 @pytest.mark.parametrize("part", ["about.json", "parameters.npz", "0.npy"])
 def test_a_false_size_does_not_unpack_more(file: Path, tmp_path: Path, part: str, compression: int) -> None:
     """The stated size of one entry is 100 bytes; zipfile reads that many, but may inflate all of it."""
-    path, false, inner = tmp_path / "detector.zip", array_of(4 * 10**6), io.BytesIO()
+    path, false, inner = tmp_path / "detector.zip", array_of(2 * 10**6), io.BytesIO()
 
     def write(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
         archive.writestr(name, false if name == part else content, compression if name == part else None)
