@@ -17,7 +17,7 @@ import json
 import warnings
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from typing import Any, NamedTuple
 
@@ -29,9 +29,33 @@ PILLOW_FORMAT = "retina_jax detector 2"  # without programs that resize: Pillow 
 STRETCH_FORMAT = "retina_jax detector 3"  # both sides become `short_side`, which older loaders cannot do
 RENEW_DAYS = 150  # jax reads the programs of a release for six months: the file is renewed a month before
 MOST_TIMES = 100  # largest ratio of the unpacked contents to the file
-SETTINGS = {"class_names", "category_ids", "short_side", "long_side", "size_rounding", "canvases"}  # in about.json
+LARGEST = 2**28  # pixels of a padded image
+NUMBERS = [np.dtype(code) for code in "?bBhHiIqQefd"]  # types of parameters that jax takes
 BROKEN = zipfile.BadZipFile, zlib.error, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError
 DAMAGE = (*BROKEN, RuntimeError, TypeError, ValueError)  # what a file that is not this project's raises when it is read
+MISFIT = AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError  # what its programs raise
+COMPILER = "INVALID_ARGUMENT", "UNIMPLEMENTED", "UNKNOWN"  # RuntimeErrors of a program, not of the device or its memory
+
+
+def _is_side(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST
+
+
+def _is_shape(value: Any) -> bool:
+    return type(value) is list and len(value) == 2 and all(map(_is_side, value)) and value[0] * value[1] <= LARGEST
+
+
+FIELDS: dict[str, Callable[[Any], bool]] = {  # of about.json, with their checks; a missing field is None
+    "class_names": lambda value: type(value) is list and all(type(name) is str for name in value),
+    "category_ids": lambda value: type(value) is list and all(type(number) is int for number in value),
+    "short_side": _is_side,
+    "long_side": _is_side,
+    "size_rounding": lambda value: value in ("nearest", "floor"),
+    "canvases": lambda value: type(value) is list and len(value) > 0 and all(map(_is_shape, value)),
+    "resize": lambda value: value is None or type(value) is str,
+    "resize_rule": lambda value: value in (None, "fit", "stretch"),
+    "bits": lambda value: value is None or (type(value) is int and 8 <= value <= 16),
+}
 
 
 class LoadError(ValueError):
@@ -46,41 +70,62 @@ class Found(NamedTuple):
     labels: np.ndarray  # int32 [N], indices into `class_names`
 
 
-def _bounded(archive: zipfile.ZipFile, size: int) -> zipfile.ZipFile:
-    """Returns an archive of `size` bytes; ValueError if it is made to fill the memory."""
-    if sum(entry.file_size for entry in archive.infolist()) > MOST_TIMES * size:
-        raise ValueError(f"its contents have more than {MOST_TIMES} times its size")
-    return archive
+def _shown(value: object, most: int = 200) -> str:
+    """Returns a text of the file or an error on one line, printable and short; of anything else the type."""
+    text = str(value) if isinstance(value, (str, Exception)) else ""
+    line = " ".join(text[:most].split()) or type(value).__name__
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)[:most]
+
+
+def _unpacked(content: bytes, most: int) -> Iterator[tuple[str, bytes]]:
+    """Yields the name and the bytes of each file in an archive; ValueError if they have more than `most` bytes together."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        entries = archive.infolist()
+        if sum(entry.file_size for entry in entries) > most:
+            raise ValueError(f"its contents have more than {MOST_TIMES} times its size")
+        for entry in entries:
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError("its compression is not deflate")
+            with archive.open(entry) as file:
+                # read() without a size inflates an entry of any size. One byte more, or an empty entry's CRC is not checked.
+                yield entry.filename, file.read(entry.file_size + 1)
+
+
+def _parameter(content: bytes) -> np.ndarray:
+    array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    if array.dtype not in NUMBERS:
+        raise ValueError("its parameters are not numbers")
+    return array
 
 
 def load(path: str) -> ExportedDetector:
     """Returns the detector in the file; LoadError if it is damaged or a package is missing, OSError if it is unreadable."""
     with open(path, "rb") as opened:
         content = opened.read()
+    most = MOST_TIMES * len(content)  # bytes, of both archives together
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as file:
-            files = {name: file.read(name) for name in _bounded(file, len(content)).namelist()}
+        files = dict(_unpacked(content, most))
+        most -= sum(map(len, files.values()))
         about, stored = json.loads(files.pop("about.json")), files.pop("parameters.npz")
-        version, missing = about["format"], ", ".join(sorted(SETTINGS - about.keys()))
-        _bounded(zipfile.ZipFile(io.BytesIO(stored)), len(stored))
-        with np.load(io.BytesIO(stored), allow_pickle=False) as arrays:
-            parameters = [arrays[name] for name in arrays.files]
+        version, wrong = about["format"], [name for name, fits in FIELDS.items() if not fits(about.get(name))]
+        parameters = [_parameter(array) for _, array in _unpacked(stored, most)]
     except DAMAGE as error:
-        found = str(error).partition("\n")[0][:200] or type(error).__name__
-        raise LoadError(f"{path}: not a file of scripts/export.py, or damaged ({found}); export it again") from None
+        raise LoadError(
+            f"{path}: not a file of scripts/export.py, or damaged ({_shown(error)}); export it again"
+        ) from None
     if version not in (FORMAT, PILLOW_FORMAT, STRETCH_FORMAT):
         raise LoadError(
-            f"{path}: has format {str(version)[:40]}, but this loader reads {FORMAT}; use the loader of its release"
+            f"{path}: has format {_shown(version, 40)}, but this loader reads {FORMAT}; use the loader of its release"
         )
-    if missing:
-        raise LoadError(f"{path}: about.json lacks {missing}; export it again")
+    if wrong:
+        raise LoadError(f"{path}: about.json: missing or invalid {', '.join(wrong)}; export it again")
     needed = {"flatbuffers": "flatbuffers"} | ({"PIL": "pillow"} if about.get("resize") == "pillow" else {})
     for module, package in needed.items():
         if importlib.util.find_spec(module) is None:
             raise LoadError(f"{path}: needs the package {package}, which is not installed; pip install {package}")
     if line := _expiring(about):
         warnings.warn(f"{path}: {line}", stacklevel=2)
-    return ExportedDetector(about, parameters, files)
+    return ExportedDetector(about, parameters, files, path)
 
 
 def _expiring(about: dict[str, Any]) -> str:
@@ -88,19 +133,21 @@ def _expiring(about: dict[str, Any]) -> str:
     try:
         if (date.today() - date.fromisoformat(about["exported"])).days <= RENEW_DAYS:
             return ""
-        made = f"exported on {about['exported']} with jax {about['versions']['jax']}"
+        made = f"exported on {about['exported']} with jax {_shown(about['versions']['jax'], 40)}"
     except (KeyError, TypeError, ValueError):
         return ""
-    renew = about.get("renew", "scripts/export.py")
-    line = f"{made}; a jax released six months after that one may not read it; renew it with {renew}"
-    return " ".join(line.split())[:500]
+    renew = _shown(about.get("renew", "scripts/export.py"), 400)
+    return f"{made}; a jax released six months after that one may not read it; renew it with {renew}"
 
 
 class ExportedDetector:
     """Network with its weights on the default device; `about` holds the settings in the file."""
 
-    def __init__(self, about: dict[str, Any], parameters: Sequence[np.ndarray], programs: dict[str, bytes]) -> None:
+    def __init__(
+        self, about: dict[str, Any], parameters: Sequence[np.ndarray], programs: dict[str, bytes], path: str
+    ) -> None:
         self.about = about
+        self._path = path
         self.class_names: list[str] = about["class_names"]
         self.category_ids: list[int] = about["category_ids"]
         self._parameters = jax.device_put(list(parameters))
@@ -147,17 +194,34 @@ class ExportedDetector:
     def padded_shape(self, size: tuple[int, int]) -> tuple[int, int]:
         """Returns the smallest padded shape (height, width) for an image of this size after the resize."""
         fitting = [(h, w) for h, w in self.about["canvases"] if size[0] <= h and size[1] <= w]
+        if not fitting:
+            raise self._misfit(f"no padded shape for a resized image of {size[0]}x{size[1]}")
         return min(fitting, key=lambda shape: shape[0] * shape[1])
+
+    def _misfit(self, why: object) -> LoadError:
+        return LoadError(f"{self._path}: its contents do not fit together ({_shown(why)}); export it again")
 
     def _batch(self, shape: tuple[int, int], images: list[np.ndarray], sizes: list[tuple[int, int]]) -> list[Found]:
         original, resized = (np.array(s, np.int32) for s in ([image.shape[:2] for image in images], sizes))
+        detect, prepare = self._program("detect", shape), None
         if self.about.get("resize") == "pillow":
-            pixels = [_by_pillow(image, size, shape) for image, size in zip(images, sizes, strict=True)]
+            pixels: list[Any] = [_by_pillow(image, size, shape) for image, size in zip(images, sizes, strict=True)]
         else:
-            prepare = self._program("prepare", shape)
-            pixels = [prepare(_stored(image), *both) for image, *both in zip(images, original, resized, strict=True)]
-        detect = self._program("detect", shape)
-        found = jax.device_get(detect(self._parameters, jax.numpy.stack(pixels), resized, original))
+            prepare, pixels = self._program("prepare", shape), list(map(_stored, images))
+        try:  # the programs; what reads the images raises its own errors above
+            if prepare is not None:
+                pixels = [prepare(*one) for one in zip(pixels, original, resized, strict=True)]
+            found = boxes, scores, labels = detect(self._parameters, jax.numpy.stack(pixels), resized, original)
+            fit = len(labels) == len(images) and scores.shape == labels.shape and boxes.shape == (*labels.shape, 4)
+            if not fit or labels.ndim != 2 or boxes.dtype.kind + scores.dtype.kind + labels.dtype.kind != "ffi":
+                raise TypeError("other results than boxes, scores and labels")
+        except MISFIT as error:
+            if isinstance(error, RuntimeError) and not str(error).startswith(COMPILER):
+                raise
+            raise self._misfit(error) from error
+        found = jax.device_get(found)
+        if found[2].max(initial=-1) >= min(len(self.class_names), len(self.category_ids)):
+            raise self._misfit("a label without a class")
         real = (found[2] >= 0) & (found[0][..., 2:] > found[0][..., :2]).all(axis=-1)  # padding, boxes without area
         return [Found(*(array[i][kept] for array in found)) for i, kept in enumerate(real)]
 
@@ -167,9 +231,8 @@ class ExportedDetector:
             try:
                 exported = jax.export.deserialize(bytearray(self._programs[name]))
             except Exception as error:  # flatbuffers raises nearly anything for a malformed program
-                raise LoadError(
-                    f"{name}: cannot be read ({type(error).__name__}); copy or export the file again"
-                ) from None
+                why = f"cannot be read ({type(error).__name__}); copy or export the file again"
+                raise LoadError(f"{self._path}: {name}: {why}") from None
             self._compiled[name] = jax.jit(exported.call)
         return self._compiled[name]
 
