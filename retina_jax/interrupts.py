@@ -3,11 +3,12 @@
 Python would end with a traceback at Ctrl-C, and without a line at SIGTERM. `cli.one_line_errors` restores its handlers.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -36,6 +37,21 @@ def catch() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, end_at_start)
+
+
+@contextlib.contextmanager
+def all_as_ctrl_c() -> Iterator[None]:
+    """Makes signals that would kill the process raise KeyboardInterrupt during the block, so that it can clean up. It does
+    nothing outside the main thread."""
+    is_main = threading.current_thread() is threading.main_thread()
+    changed = [number for number in SIGNALS if is_main and signal.getsignal(number) is signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
 
 
 _main = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
