@@ -33,7 +33,7 @@ from retina_jax.errors import shortened
 from retina_jax.evaluate import encoded_png
 from retina_jax.evaluation.drawing import draw
 from retina_jax.runs.files import all_or_none, encoded_json
-from retina_jax.runs.folder import settings_of
+from retina_jax.runs.folder import described_step, settings_of
 from retina_jax.training.checkpoints import Step
 
 
@@ -98,7 +98,8 @@ def main() -> None:
         score, chosen = detector.f1_threshold, "the highest F1 in its evaluation"
     if score is None:
         score, chosen = 0.3, "the default; there is no evaluation with a best F1"
-    log(f"step {detector.step}; detections with a score of {score:.2f} or more are drawn ({chosen})")
+    step = described_step(detector.step, arguments.workdir if arguments.step is None else None)
+    log(f"{step}; detections with a score of {score:.2f} or more are drawn ({chosen})")
     with all_or_none(arguments.out) as write:
         entries, bad = detect_all(detector, files, arguments.out, write, score)
         if not entries:
