@@ -1,6 +1,7 @@
 """Runs a detector on your images: scripts/predict.py (--workdir RUN | --weights KIND:FILE) IMAGE_OR_FOLDER... --out DIR
 
 Writes DIR/detections.json (for each image: boxes in its pixels, scores, class names and ids) and one picture per image.
+They appear at the end, and replace those of an earlier run together: a failure leaves the earlier ones as they were.
 Inference settings can be overridden, for example --detection.nms-iou 0.6. Test-time augmentation: --detection.tta-flip,
 --detection.tta-short-sides 500 700. Large images with small objects: --tile 800 --overlap 0.25.
 """

@@ -227,8 +227,8 @@ def test_predictions_that_do_not_fit_on_the_disk_or_cannot_be_read_leave_the_ear
 ) -> None:
     run, photos, small = trained, tmp_path / "photos", mounted(tmp_path)
     photos.mkdir()
-    for name, side in (("a.png", 64), ("b.png", 640)):
-        Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side, 3), np.uint8)).save(photos / name)
+    Image.new("RGB", (64, 64), "grey").save(photos / "a.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (640, 640, 3), np.uint8)).save(photos / "b.png")
     (photos / "bad.png").write_bytes(b"no image")
     try:
         out = small.folder / "out"
