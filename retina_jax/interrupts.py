@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -40,18 +40,26 @@ def catch() -> None:
 
 
 @contextlib.contextmanager
-def all_as_ctrl_c() -> Iterator[None]:
-    """Makes signals that would kill the process raise KeyboardInterrupt during the block, so that it can clean up. It does
-    nothing outside the main thread."""
+def cleaned_up(clean: Callable[[], object]) -> Iterator[None]:
+    """Calls `clean` if SIGTERM or SIGHUP arrives during the block, before the signal ends the process. It does nothing for
+    ignored signals, and outside the main thread. A handler that raises instead would not do: JAX drops errors that a signal
+    raises in its callbacks."""
     is_main = threading.current_thread() is threading.main_thread()
-    changed = [number for number in SIGNALS if is_main and signal.getsignal(number) is signal.SIG_DFL]
-    for number in changed:
-        signal.signal(number, signal.default_int_handler)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS if is_main and number != signal.SIGINT}
+    handlers = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+
+    def end(number: int, frame: FrameType | None) -> None:
+        clean()
+        signal.signal(number, handlers[number])
+        signal.raise_signal(number)
+
+    for number in handlers:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        for number in changed:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 _main = Path(getattr(sys.modules["__main__"], "__file__", None) or "")

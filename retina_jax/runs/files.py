@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,11 @@ def all_or_none(folder: Path) -> Iterator[Callable[[str, bytes], None]]:
     DiskError if one cannot be written. Until the end all are in a hidden folder, which only SIGKILL leaves behind."""
     written: list[Path] = []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(interrupts.all_as_ctrl_c())
         with _disk_error(folder):
             hidden = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
-        stack.callback(shutil.rmtree, hidden, ignore_errors=True)
+        remove = partial(shutil.rmtree, hidden, ignore_errors=True)
+        stack.callback(remove)
+        stack.enter_context(interrupts.cleaned_up(remove))
         new, old = hidden / "new", hidden / "old"
 
         def write(name: str, content: bytes) -> None:
@@ -100,19 +102,24 @@ def all_or_none(folder: Path) -> Iterator[Callable[[str, bytes], None]]:
 def _replace(files: Sequence[Path], folder: Path, old: Path) -> None:
     """Moves files to `folder`. If one cannot be moved, all in `folder` become as before, from hard links in `old`."""
     existed: dict[Path, bool] = {}
-    try:
-        for file in files:
-            target = folder / file.name
-            existed[target] = os.path.lexists(target)
-            with contextlib.suppress(OSError):  # some file systems have no hard links
-                os.link(target, old / file.name, follow_symlinks=False)
-            with _disk_error(target):
-                file.replace(target)
-    except BaseException:
+
+    def undo() -> None:
         for target, before in existed.items():
             with contextlib.suppress(OSError):
                 (old / target.name).replace(target) if before else target.unlink()
-        raise
+
+    with interrupts.cleaned_up(undo):
+        try:
+            for file in files:
+                target = folder / file.name
+                existed[target] = os.path.lexists(target)
+                with contextlib.suppress(OSError):  # some file systems have no hard links
+                    os.link(target, old / file.name, follow_symlinks=False)
+                with _disk_error(target):
+                    file.replace(target)
+        except BaseException:
+            undo()
+            raise
 
 
 @contextlib.contextmanager

@@ -291,7 +291,9 @@ def test_a_run_survives_its_disk(tmp_path: Path, script: str) -> None:
     assert done.returncode == 0 and done.stderr == "", done.stderr[-3000:] + done.stdout
 
 
-@pytest.mark.parametrize("cause", ["full disk", "error", "Ctrl-C", "SIGTERM", "folder in the way"])
+@pytest.mark.parametrize(
+    "cause", ["full disk", "error", "Ctrl-C", "SIGTERM", "SIGTERM at the end", "folder in the way"]
+)
 def test_files_are_replaced_together_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: str) -> None:
     for name in ("a.png", "c.json"):
         (tmp_path / name).write_text("earlier")
@@ -300,23 +302,39 @@ def test_files_are_replaced_together_or_not_at_all(tmp_path: Path, monkeypatch: 
         (tmp_path / "c.json").unlink()
         (tmp_path / "c.json").mkdir()
         before["c.json"] = b""
-    raised = {"error": ValueError, "Ctrl-C": KeyboardInterrupt, "SIGTERM": KeyboardInterrupt}.get(cause, DiskError)
-    handler = signal.getsignal(signal.SIGTERM)
+    ends = {"error": ValueError, "Ctrl-C": KeyboardInterrupt, "SIGTERM": Terminated, "SIGTERM at the end": Terminated}
+    raised, link = ends.get(cause, DiskError), os.link
+
+    def ended(file: Path, *arguments: object, **options: object) -> None:
+        link(file, *arguments, **options)
+        if file.name == "c.json":
+            signal.raise_signal(signal.SIGTERM)
+
+    handler = signal.signal(signal.SIGTERM, terminate)
     with pytest.raises(raised) as error, all_or_none(tmp_path) as write:
         write("a.png", b"new")
         write("b.png", b"new")
         if cause == "full disk":
             monkeypatch.setattr(Path, "write_bytes", no_space)
         elif cause == "SIGTERM":
-            assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
             signal.raise_signal(signal.SIGTERM)
+        elif cause == "SIGTERM at the end":
+            monkeypatch.setattr(os, "link", ended)
         elif cause != "folder in the way":
             raise raised
         write("c.json", b"new")
     if raised is DiskError:
         assert str(error.value).startswith(f"{tmp_path / 'c.json'}: cannot be written: ")
     assert {path.name: path.read_bytes() if path.is_file() else b"" for path in tmp_path.iterdir()} == before
-    assert signal.getsignal(signal.SIGTERM) == handler
+    assert signal.signal(signal.SIGTERM, handler) is terminate
+
+
+class Terminated(Exception):
+    """Raised where SIGTERM would end the process."""
+
+
+def terminate(*_: object) -> None:
+    raise Terminated
 
 
 def no_space(*_: object) -> None:
