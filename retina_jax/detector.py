@@ -30,9 +30,10 @@ from retina_jax.data import transforms
 from retina_jax.data.classes import unique_names
 from retina_jax.data.decoding import opaque, read_rgb
 from retina_jax.data.pipeline import LARGE, Batch
+from retina_jax.data.source import BadImage
 from retina_jax.data.survey import decoding_of_files
 from retina_jax.data.tiles import Tile, cut_off, tiles_of
-from retina_jax.errors import shortened
+from retina_jax.errors import reason, shortened
 from retina_jax.ops.nms import nms
 from retina_jax.ops.postprocess import Detections
 from retina_jax.runs.folder import best_step, read_run
@@ -90,8 +91,7 @@ class Detector:
         """Returns the detections of images of any sizes, each in its own pixels: files, PIL images, or uint8 arrays
         [h w 3] (RGB). Files are turned as image viewers show them. Images of a batch have one padded shape; the padding
         can change detections a little, as in torchvision and detectron2. Raises ValueError for anything else."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size: invalid value {batch_size}; must be at least 1")
+        _check_positive("batch_size", batch_size)
         if isinstance(images, str | Path | Image.Image) or not isinstance(images, Iterable):
             raise ValueError(f"images: give a list of images, not one {type(images).__name__}")
         found: list[ImageDetections] = []
@@ -121,7 +121,12 @@ class Detector:
         if isinstance(image, Image.Image):
             if image.mode.startswith("I"):
                 raise ValueError(f"{called}: has more than 8 bits per value; pass its path, or convert it to 8 bits")
-            image = opaque(ImageOps.exif_transpose(image))
+            try:
+                image = opaque(ImageOps.exif_transpose(image))
+            except BadImage as error:
+                raise BadImage(f"{called}: {error}") from None
+            except Exception as error:  # PIL decodes only now, and raises nearly anything for a broken file
+                raise BadImage(f"{called}: cannot be decoded: {reason(error)}") from None
         kind, shape = getattr(image, "dtype", type(image).__name__), getattr(image, "shape", ())
         if not isinstance(image, np.ndarray) or kind != np.uint8 or shape[2:] != (3,) or image.size == 0:
             raise ValueError(f"{called}: {kind} of shape {shape}; give uint8 arrays [h, w, 3], PIL images or files")
@@ -195,6 +200,12 @@ class Detector:
         return ImageDetections(boxes_xyxy, scores, labels, names, full_from)
 
 
+def _check_positive(name: str, value: Any) -> None:
+    """Raises ConfigError unless the value of the argument `name` is a positive integer."""
+    if not isinstance(value, int | np.integer) or value < 1:
+        raise ConfigError(f"{name}: invalid value {shortened(repr(value))}; must be an integer, at least 1")
+
+
 def _uncut(
     found: Sequence[tuple[Tile, ImageDetections]], tiles: Sequence[Tile]
 ) -> Iterator[tuple[Float[np.ndarray, "n 4"], Float[np.ndarray, " n"], Int[np.ndarray, " n"]]]:
@@ -261,6 +272,8 @@ def load_detector(
     """
     from retina_jax.weights.importing import import_detector, kind_of  # training does not need these readers
 
+    if not isinstance(source, str | Path):
+        raise ConfigError(f"source: give a path or KIND:FILE, not a {type(source).__name__}")
     imported = None
     if kind_of(str(source)) is not None:
         imported = import_detector(str(source), class_names=class_names, batchnorm_eps=batchnorm_eps)
@@ -274,10 +287,10 @@ def load_detector(
     config = config or override(saved.config, {"devices": 1})
     if short_side is not None or long_side is not None:
         short = config.data.short_side if short_side is None else short_side
-        if short < 1:
-            raise ConfigError(f"short_side: invalid value {short_side}; must be at least 1")
+        _check_positive("short_side", short)
         long = round(config.data.long_side * short / config.data.short_side) if long_side is None else long_side
-        size = {"data.short_side": short, "data.long_side": long, "data.jitter_short_sides": ()}
+        _check_positive("long_side", long)
+        size = {"data.short_side": int(short), "data.long_side": int(long), "data.jitter_short_sides": ()}
         config = validate(override(config, size))
     driver = Driver(config, len(saved.class_names))
     if imported is not None:

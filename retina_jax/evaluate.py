@@ -165,10 +165,15 @@ def _write_pictures(
 
 
 def write_picture(path: Path, picture: UInt8[np.ndarray, "H W 3"]) -> None:
-    """Writes an image in the format of its suffix. Raises DiskError."""
-    encoded, kind = io.BytesIO(), path.suffix.removeprefix(".")
-    Image.fromarray(picture).save(encoded, kind, compress_level=1)  # PNG's quickest
-    write_bytes(path, encoded.getvalue())
+    """Writes an image as PNG. Raises DiskError."""
+    write_bytes(path, encoded_png(picture))
+
+
+def encoded_png(picture: UInt8[np.ndarray, "H W 3"]) -> bytes:
+    """Returns the content of a PNG file."""
+    encoded = io.BytesIO()
+    Image.fromarray(picture).save(encoded, "png", compress_level=1)  # the quickest
+    return encoded.getvalue()
 
 
 def write_submission(run: Run, step: int, variant: str, annotations: str) -> Path:

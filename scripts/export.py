@@ -28,7 +28,7 @@ from retina_jax.config_io import validate
 from retina_jax.console import log
 from retina_jax.detector import load_detector
 from retina_jax.export.agreement import export_detector, images_for
-from retina_jax.runs.folder import settings_of
+from retina_jax.runs.folder import described_step, settings_of
 from retina_jax.training.checkpoints import Step
 
 REFUSED = {
@@ -94,7 +94,8 @@ def main() -> None:
     renew = shlex.join(["scripts/export.py", *sys.argv[1:], *step])  # the best step may be another one by then
     onnx = arguments.format == "onnx" or (arguments.format == "auto" and arguments.out.suffix == ".onnx")
     log(export_detector(detector, arguments.out, source, images, renew, arguments.licence, onnx))
-    log(f"{arguments.out}: {arguments.out.stat().st_size / 2**20:.1f} MiB, step {detector.step}")
+    taken = described_step(detector.step, arguments.workdir if arguments.step is None else None)
+    log(f"{arguments.out}: {arguments.out.stat().st_size / 2**20:.1f} MiB, {taken}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Runs a detector on your images: scripts/predict.py (--workdir RUN | --weights KIND:FILE) IMAGE_OR_FOLDER... --out DIR
 
 Writes DIR/detections.json (for each image: boxes in its pixels, scores, class names and ids) and one picture per image.
+They appear at the end, and replace those of an earlier run together: a failure leaves the earlier ones as they were.
 Inference settings can be overridden, for example --detection.nms-iou 0.6. Test-time augmentation: --detection.tta-flip,
 --detection.tta-short-sides 500 700. Large images with small objects: --tile 800 --overlap 0.25.
 """
@@ -12,7 +13,7 @@ import retina_jax.interrupts  # noqa: F401  handles signals during the imports b
 # isort: split
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,10 +31,10 @@ from retina_jax.data.source import BadImage
 from retina_jax.data.survey import decoding_of_files
 from retina_jax.detector import Detector, load_detector
 from retina_jax.errors import shortened
-from retina_jax.evaluate import write_picture
+from retina_jax.evaluate import encoded_png
 from retina_jax.evaluation.drawing import draw
-from retina_jax.runs.files import write_json
-from retina_jax.runs.folder import settings_of
+from retina_jax.runs.files import all_or_none, encoded_json
+from retina_jax.runs.folder import described_step, settings_of
 from retina_jax.training.checkpoints import Step
 
 
@@ -98,24 +99,24 @@ def main() -> None:
         score, chosen = detector.f1_threshold, "the highest F1 in its evaluation"
     if score is None:
         score, chosen = 0.3, "the default; there is no evaluation with a best F1"
-    log(f"step {detector.step}; detections with a score of {score:.2f} or more are drawn ({chosen})")
-    entries, bad = detect_all(detector, files, arguments.out, score)
-    if not entries:
-        raise BadImage(f"none of the images could be read: {'; '.join(bad)}")
-    write_json(
-        arguments.out / "detections.json",
-        {"detector": arguments.weights or str(arguments.workdir), "step": detector.step, "images": entries},
-    )
+    step = described_step(detector.step, arguments.workdir if arguments.step is None else None)
+    log(f"{step}; detections with a score of {score:.2f} or more are drawn ({chosen})")
+    with all_or_none(arguments.out) as write:
+        entries, bad = detect_all(detector, files, arguments.out, write, score)
+        if not entries:
+            raise BadImage(f"none of the images could be read: {'; '.join(bad)}")
+        source = arguments.weights or str(arguments.workdir)
+        write("detections.json", encoded_json({"detector": source, "step": detector.step, "images": entries}))
     log(f"{len(entries)} images; boxes in {arguments.out / 'detections.json'}")
     if bad:
         raise BadImage(f"{len(bad)} of {len(files)} images could not be read: {'; '.join(bad)}")
 
 
 def detect_all(
-    detector: Detector, files: Mapping[Path, str], out: Path, score: float
+    detector: Detector, files: Mapping[Path, str], out: Path, write: Callable[[str, bytes], None], score: float
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Detects in all files and writes their pictures; warns if detections that would be drawn are left out. Returns the
-    entries of detections.json, and why files could not be read."""
+    """Detects in all files and writes their pictures to `out` by `write`, which takes name and content; warns if detections
+    that would be drawn are left out. Returns the entries of detections.json, and why files could not be read."""
     data = detector.config.data
     if data.tile:
         side = transforms.resized_size(data.tile, data.tile, data.short_side, data.long_side)[0]
@@ -135,7 +136,7 @@ def detect_all(
         picture = draw(
             image, found.boxes_xyxy[good], found.labels[good], found.scores[good], class_names=detector.shown_names
         )
-        write_picture(out / target, picture)
+        write(target, encoded_png(picture))
         entries.append(
             {
                 "file": str(file),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import io
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -19,6 +22,7 @@ from retina_jax.config_io import override
 from retina_jax.data.source import Source
 from retina_jax.detector import Detector, load_detector
 from retina_jax.evaluate import evaluate
+from retina_jax.runs.folder import described_step
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.opening import open_run
 from retina_jax.training.parallel import Driver
@@ -34,6 +38,7 @@ CONFIG = override(
         "training.pictures": 2, "training.eval_batch_size": 10,
     },
 )  # fmt: skip
+THRESHOLD = 0.996  # F1-optimal score in the evaluation of the run `scored`
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +131,13 @@ def test_files_pillow_images_and_arrays_are_detected_alike(tmp_path: Path) -> No
         np.testing.assert_array_equal(other.boxes_xyxy, array.boxes_xyxy)
 
 
+def truncated() -> Image.Image:
+    """Returns an image whose file ends early, which Pillow notices when it decodes the pixels."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(file, "jpeg")
+    return Image.open(io.BytesIO(file.getvalue()[:-500]))
+
+
 @pytest.mark.parametrize(
     ("images", "named"),
     [
@@ -135,6 +147,8 @@ def test_files_pillow_images_and_arrays_are_detected_alike(tmp_path: Path) -> No
         ([np.zeros((0, 4, 3), np.uint8)], "image 0: uint8"),
         ([None], "image 0: NoneType"),
         ([Image.new("I;16", (4, 4))], "image 0"),
+        ([Image.new("F", (4, 4))], "image 0: has floating-point pixels"),
+        ([truncated()], "image 0: cannot be decoded: image file is truncated"),
         (["missing.png"], "missing.png"),
         ("image.png", "list"),
         (Image.new("RGB", (4, 4)), "list"),
@@ -147,35 +161,103 @@ def test_detect_refuses_anything_else_in_one_line(images: Any, named: str) -> No
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("batch_size", [0, -1])
-def test_a_batch_size_below_1_is_refused(batch_size: int) -> None:
-    with pytest.raises(ValueError, match="batch_size"):
-        untrained().detect([np.zeros((4, 4, 3), np.uint8)], batch_size=batch_size)
+@pytest.mark.parametrize("batch_size", [0, -1, "2", 1.5, None])
+def test_a_batch_size_that_is_no_positive_integer_is_refused(batch_size: Any) -> None:
+    with pytest.raises(ValueError, match=f"^batch_size: invalid value {batch_size!r}; must be an integer, at least 1$"):
+        inspect.unwrap(Detector.detect)(untrained(), [np.zeros((4, 4, 3), np.uint8)], batch_size=batch_size)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
-    [(("nope",), "^nope: "), (("a\x1b[31m",), r"^a\\x1b\[31m: "), (("{run}", 0), "^short_side: invalid value 0")],
+    ("source", "options", "named"),
+    [
+        ("nope", {}, "^nope: "),
+        ("a\x1b[31m", {}, r"^a\\x1b\[31m: "),
+        (None, {}, "^source: .*, not a NoneType"),
+        ("{run}", {"short_side": 0}, "^short_side: invalid value 0"),
+        ("{run}", {"short_side": "a"}, "^short_side: invalid value 'a'"),
+        ("{run}", {"short_side": 1.5}, "^short_side: invalid value 1.5"),
+        ("{run}", {"long_side": "a"}, "^long_side: invalid value 'a'"),
+    ],
 )
-def test_load_detector_names_the_argument_that_is_wrong(tmp_path: Path, arguments: tuple, named: str) -> None:
-    open_run(tmp_path, override(CONFIG, {"devices": 1}), ("red", "green"), (1, 2))
-    source, *short_side = arguments
-    with pytest.raises(ConfigError, match=named):
-        load_detector(source.format(run=tmp_path), short_side=short_side[0] if short_side else None)
+def test_load_detector_names_the_argument_that_is_wrong(scored: Path, source: Any, options: dict, named: str) -> None:
+    with pytest.raises(ConfigError, match=named) as error:
+        inspect.unwrap(load_detector)(source and source.format(run=scored), **options)
+    assert "\n" not in str(error.value)
 
 
-def test_the_best_step_and_its_threshold_are_the_default(source: Source, tmp_path: Path) -> None:
-    config = override(CONFIG, {"devices": 1})
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Writes a run of four steps, of which the second has the highest AP and an evaluation."""
+    folder, config = tmp_path_factory.mktemp("scored"), override(CONFIG, {"devices": 1})
     state = Driver(config, 2).init_state()
-    open_run(tmp_path, config, ("red", "green"), (1, 2))
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+    open_run(folder, config, ("red", "green"), (1, 2))
+    with Checkpoints(folder / "checkpoints", keep=None) as checkpoints:
         for step, ap in ((5, None), (6, 0.5), (7, 0.25), (8, None)):
             checkpoints.save(step, state.replace(step=jnp.int32(step)))
             checkpoints.score(step, ap)
-    (tmp_path / "evaluation").mkdir()
-    (tmp_path / "evaluation" / "step_00000006.json").write_text('{"f1_threshold": 0.375}')
-    detector = load_detector(tmp_path)
-    assert detector.step == 6 and detector.f1_threshold == 0.375
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "step_00000006.json").write_text(f'{{"f1_threshold": {THRESHOLD}}}')
+    return folder
+
+
+def test_the_best_step_and_its_threshold_are_the_default(scored: Path) -> None:
+    detector = load_detector(scored)
+    assert detector.step == 6 and detector.f1_threshold == THRESHOLD
     for step, number in (("newest", 8), (7, 7), ("best", 6)):
-        assert load_detector(tmp_path, step=step).step == number
-    assert load_detector(tmp_path, step=7).f1_threshold is None
+        assert load_detector(scored, step=step).step == number
+    assert load_detector(scored, step=7).f1_threshold is None
+
+
+def test_the_best_step_is_described_with_the_newest(scored: Path, tmp_path: Path) -> None:
+    assert described_step(6, scored) == "step 6, the best by AP (--step newest: 8)"
+    assert (described_step(6), described_step(7, scored), described_step(0, tmp_path)) == ("step 6", "step 7", "step 0")
+    for step, ap in ((5, '{"AP": 0.5}'), (8, '{"AP": 0.5}')):
+        (tmp_path / "checkpoints" / str(step) / "metrics").mkdir(parents=True)
+        (tmp_path / "checkpoints" / str(step) / "metrics" / "metrics").write_text(ap)
+    assert described_step(8, tmp_path) == "step 8, the best by AP"
+
+
+def script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> ModuleType:
+    """Runs the main function of a script in this process; returns its module."""
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *map(str, arguments)])
+    module = importlib.import_module(name)
+    module.main()
+    return module
+
+
+def test_predict_takes_the_best_step_and_its_threshold(
+    scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(tmp_path / "a.png")
+    predict, drawn = importlib.import_module("predict"), []
+
+    def draw(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, scores: np.ndarray, **_: object) -> np.ndarray:
+        drawn.extend(scores.tolist())
+        return image
+
+    monkeypatch.setattr(predict, "draw", draw)
+    script(monkeypatch, "predict", tmp_path / "a.png", "--workdir", scored, "--out", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "detections.json").read_text())
+    scores = found["images"][0]["scores"]
+    assert found["step"] == 6 and min(scores) < THRESHOLD <= min(drawn)
+    assert len(drawn) == sum(score >= THRESHOLD for score in scores)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(f"step 6, the best by AP (--step newest: 8); detections with a score of {THRESHOLD:.2f} or")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "detections.json"]
+
+
+def test_export_takes_the_best_step_and_its_threshold(
+    scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export, exported = importlib.import_module("export"), []
+
+    def export_detector(detector: Detector, path: Path, *_: object) -> str:
+        exported.append(detector)
+        path.touch()
+        return "compared"
+
+    monkeypatch.setattr(export, "export_detector", export_detector)
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
+    script(monkeypatch, "export", "--workdir", scored, "--out", tmp_path / "d.zip", "--images", tmp_path / "a.png")
+    assert [(detector.step, detector.f1_threshold) for detector in exported] == [(6, THRESHOLD)]
+    assert capsys.readouterr().out.splitlines()[-1].endswith(" MiB, step 6, the best by AP (--step newest: 8)")

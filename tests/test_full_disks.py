@@ -227,19 +227,20 @@ def test_predictions_that_do_not_fit_on_the_disk_or_cannot_be_read_leave_the_ear
 ) -> None:
     run, photos, small = trained, tmp_path / "photos", mounted(tmp_path)
     photos.mkdir()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(photos / "a.png")
+    Image.new("RGB", (64, 64), "grey").save(photos / "a.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (640, 640, 3), np.uint8)).save(photos / "b.png")
     (photos / "bad.png").write_bytes(b"no image")
     try:
         out = small.folder / "out"
         out.mkdir()
         (out / "detections.json").write_text("earlier")
         (out / "a.png").write_text("earlier")
-        small.fill()
-        for image, line in (
-            ("a.png", "a.png: cannot be written: No space left on device"),
-            ("bad.png", "bad.png: is not"),
+        small.fill(100_000)  # enough for a.png
+        for images, line in (
+            (("a.png", "b.png"), "b.png: cannot be written: No space left on device"),
+            (("bad.png",), "bad.png: is not"),
         ):
-            done = processes.run("predict", photos / image, "--workdir", run, "--out", out)
+            done = processes.run("predict", *(photos / image for image in images), "--workdir", run, "--out", out)
             assert done.returncode == 2 and line in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
         assert {path.name: path.read_text() for path in out.iterdir()} == dict.fromkeys(
             ("detections.json", "a.png"), "earlier"

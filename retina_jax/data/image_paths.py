@@ -161,8 +161,9 @@ def _elsewhere(root: str, name: str, below: dict[str, list[str]], alike: dict[st
 
 def image_files(paths: Sequence[Path], out: Path) -> dict[Path, str]:
     """Returns the image files at these paths and in these folders, each with the name of its picture in `out`. Folders
-    are searched recursively, except `out`; pictures of one name get a number. Raises ConfigError if a path does not
-    exist, a folder has no image, no path is given, or a picture would overwrite one of the files."""
+    are searched recursively, except `out`; a warning names the links, pipes and folders that are skipped. Pictures of one
+    name get a number. Raises ConfigError if a path does not exist or is neither file nor folder, a folder has no image, no
+    path is given, or a picture would overwrite one of the files."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -177,6 +178,10 @@ def image_files(paths: Sequence[Path], out: Path) -> dict[Path, str]:
             files += inside
         elif path.is_file():
             files.append(path)
+        elif path.exists():
+            raise ConfigError(f"{path}: is a pipe, socket or device; give image files or folders")
+        elif path.is_symlink():
+            raise ConfigError(f"{path}: is a link to a file that does not exist ({os.readlink(path)})")
         else:
             raise ConfigError(f"{path}: no such file or folder")
     if not files:

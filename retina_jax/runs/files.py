@@ -6,14 +6,17 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import filelock
 import msgspec
 
-from retina_jax import distributed
+from retina_jax import distributed, interrupts
 from retina_jax.config import ConfigError
 from retina_jax.data.reading import without_links
 from retina_jax.errors import PlainError, reason
@@ -62,8 +65,70 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any, compact: bool = False) -> None:
     """Writes `value` as JSON, as `write_bytes` does. Raises ValueError for NaN and infinity, which JSON does not have.
     `compact` is 25 times as fast, for finite numbers alone."""
-    encoded = msgspec.json.encode(value) if compact else json.dumps(value, indent=1, allow_nan=False).encode()
-    write_bytes(path, encoded + b"\n")
+    write_bytes(path, msgspec.json.encode(value) + b"\n" if compact else encoded_json(value))
+
+
+def encoded_json(value: Any) -> bytes:
+    """Returns the content of a JSON file. Raises ValueError for NaN and infinity, which JSON does not have."""
+    return json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
+
+
+@contextlib.contextmanager
+def all_or_none(folder: Path) -> Iterator[Callable[[str, bytes], None]]:
+    """Yields a function that writes a file of `folder`, given name and content. The files appear at the end of the block.
+    After an error, Ctrl-C or SIGTERM none of them does, and the files that they would have replaced are as before. Raises
+    DiskError if one cannot be written. Until the end all are in a hidden folder, which only SIGKILL leaves behind."""
+    written: list[Path] = []
+    with contextlib.ExitStack() as stack:
+        with _disk_error(folder):
+            hidden = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+        remove = partial(shutil.rmtree, hidden, ignore_errors=True)
+        stack.callback(remove)
+        stack.enter_context(interrupts.cleaned_up(remove))
+        new, old = hidden / "new", hidden / "old"
+
+        def write(name: str, content: bytes) -> None:
+            with _disk_error(folder / name):
+                new.mkdir(exist_ok=True)
+                (new / name).write_bytes(content)
+            written.append(new / name)
+
+        yield write
+        with _disk_error(folder):
+            old.mkdir()
+        _replace(written, folder, old)
+
+
+def _replace(files: Sequence[Path], folder: Path, old: Path) -> None:
+    """Moves files to `folder`. If one cannot be moved, all in `folder` become as before, from hard links in `old`."""
+    existed: dict[Path, bool] = {}
+
+    def undo() -> None:
+        for target, before in existed.items():
+            with contextlib.suppress(OSError):
+                (old / target.name).replace(target) if before else target.unlink()
+
+    with interrupts.cleaned_up(undo):
+        try:
+            for file in files:
+                target = folder / file.name
+                existed[target] = os.path.lexists(target)
+                with contextlib.suppress(OSError):  # some file systems have no hard links
+                    os.link(target, old / file.name, follow_symlinks=False)
+                with _disk_error(target):
+                    file.replace(target)
+        except BaseException:
+            undo()
+            raise
+
+
+@contextlib.contextmanager
+def _disk_error(path: Path) -> Iterator[None]:
+    """Raises DiskError, which names `path`, for an OSError of the block."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be written: {reason(error)}") from error
 
 
 def finite_json(text: str | bytes) -> Any:

@@ -148,6 +148,15 @@ def best_step(checkpoints: Path) -> int | None:
     return max(scored)[1] if scored else None
 
 
+def described_step(step: int, run: Path | None = None) -> str:
+    """Returns the step of a detector in words: "step 20". With the folder of the run that it was taken from by default, and
+    if it is the best there: "step 20, the best by AP (--step newest: 30)"."""
+    if run is None or best_step(run / "checkpoints") != step:
+        return f"step {step}"
+    newest = saved_steps(run / "checkpoints")[-1]
+    return f"step {step}, the best by AP" + (f" (--step newest: {newest})" if newest != step else "")
+
+
 def make_writable(folder: Path) -> None:
     """Makes the folder; ConfigError if nothing can be written in it."""
     probe = folder / f".write_test_{os.getpid()}"

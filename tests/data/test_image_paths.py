@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from retina_jax.config import ConfigError
 from retina_jax.data.coco_entries import leads_outside
-from retina_jax.data.image_paths import PLAIN, Places, _relative, find_images
+from retina_jax.data.image_paths import PLAIN, Places, _relative, find_images, image_files
 
 
 def tree(root: Path, *files: str) -> Path:
@@ -113,3 +114,23 @@ def test_plain_names_need_no_change_and_stay_inside() -> None:
     plain = [name for name in names if PLAIN.fullmatch(name)]
     assert len(plain) == 3 + 3**2 + 3**3
     assert all(_relative(name) == name and not leads_outside(name) for name in plain)
+
+
+def test_links_pipes_and_folders_are_named_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = tree(tmp_path / "photos", "a.png", "folder.png/b.txt")
+    os.mkfifo(photos / "pipe.jpg")
+    (photos / "gone.png").symlink_to("nowhere.png")
+    (photos / "linked").symlink_to(tree(tmp_path / "others", "c.png"))
+    (photos / "link.png").symlink_to(tmp_path / "others" / "c.png")
+    assert image_files([photos], tmp_path / "out") == {photos / "a.png": "a.png", photos / "link.png": "link.png"}
+    line = capsys.readouterr().out
+    assert line.startswith(f"warning: {photos}: 4 links, pipes or folders are skipped: ") and line.count("\n") == 1
+    assert f"{photos / 'folder.png'}, {photos / 'gone.png'}, {photos / 'linked'}, ..." in line
+    for name, why in (
+        ("pipe.jpg", "is a pipe, socket or device; give image files or folders"),
+        ("gone.png", "is a link to a file that does not exist (nowhere.png)"),
+        ("absent.png", "no such file or folder"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            image_files([photos / "a.png", photos / name], tmp_path / "out")
+        assert str(error.value) == f"{photos / name}: {why}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 from pathlib import Path
 
 import jax
@@ -18,7 +19,7 @@ from small_disk import mounted
 from retina_jax.config import Config
 from retina_jax.config_io import override
 from retina_jax.errors import reason
-from retina_jax.runs.files import CHECKSUMS, DiskError, damage, write_checksums
+from retina_jax.runs.files import CHECKSUMS, DiskError, all_or_none, damage, write_checksums
 from retina_jax.runs.folder import Run
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.metrics import Metrics
@@ -288,3 +289,62 @@ def test_a_run_survives_its_disk(tmp_path: Path, script: str) -> None:
     finally:
         disk.close()
     assert done.returncode == 0 and done.stderr == "", done.stderr[-3000:] + done.stdout
+
+
+@pytest.mark.parametrize(
+    "cause", ["full disk", "error", "Ctrl-C", "SIGTERM", "SIGTERM at the end", "folder in the way"]
+)
+def test_files_are_replaced_together_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: str) -> None:
+    for name in ("a.png", "c.json"):
+        (tmp_path / name).write_text("earlier")
+    before = {"a.png": b"earlier", "c.json": b"earlier"}
+    if cause == "folder in the way":  # which only the renaming notices
+        (tmp_path / "c.json").unlink()
+        (tmp_path / "c.json").mkdir()
+        before["c.json"] = b""
+    ends = {"error": ValueError, "Ctrl-C": KeyboardInterrupt, "SIGTERM": Terminated, "SIGTERM at the end": Terminated}
+    raised, link = ends.get(cause, DiskError), os.link
+
+    def ended(file: Path, *arguments: object, **options: object) -> None:
+        link(file, *arguments, **options)
+        if file.name == "c.json":
+            signal.raise_signal(signal.SIGTERM)
+
+    handler = signal.signal(signal.SIGTERM, terminate)
+    with pytest.raises(raised) as error, all_or_none(tmp_path) as write:
+        write("a.png", b"new")
+        write("b.png", b"new")
+        if cause == "full disk":
+            monkeypatch.setattr(Path, "write_bytes", no_space)
+        elif cause == "SIGTERM":
+            signal.raise_signal(signal.SIGTERM)
+        elif cause == "SIGTERM at the end":
+            monkeypatch.setattr(os, "link", ended)
+        elif cause != "folder in the way":
+            raise raised
+        write("c.json", b"new")
+    if raised is DiskError:
+        assert str(error.value).startswith(f"{tmp_path / 'c.json'}: cannot be written: ")
+    assert {path.name: path.read_bytes() if path.is_file() else b"" for path in tmp_path.iterdir()} == before
+    assert signal.signal(signal.SIGTERM, handler) is terminate
+
+
+class Terminated(Exception):
+    """Raised where SIGTERM would end the process."""
+
+
+def terminate(*_: object) -> None:
+    raise Terminated
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_files_written_together_replace_earlier_ones_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("earlier")
+    with all_or_none(tmp_path) as write:
+        write("a.png", b"new")
+        write("b.png", b"new")
+        assert (tmp_path / "a.png").read_text() == "earlier" and not (tmp_path / "b.png").exists()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.png": "new", "b.png": "new"}
