@@ -53,13 +53,14 @@ class Progress:
         self._bar = Bar(*columns, console=self._console, auto_refresh=False, transient=transient)
         self._row = self._bar.add_task(task, total=max(total, 1), detail="")
 
-    def update(self, done: int, detail: str = "") -> None:
-        """Reports that `done` steps are done. A terminal that is too narrow shows the beginning of `detail`."""
+    def update(self, done: int, detail: str = "", excluded: float = 0.0) -> None:
+        """Reports that `done` steps are done. A terminal that is too narrow shows the beginning of `detail`. The time left
+        is estimated without the seconds `excluded` since the start, such as those in which programs were compiled."""
         first, begun = self._since
-        now = time.monotonic()
+        now = time.monotonic() - excluded
         left = (now - begun) / max(done - first, 1) * max(self._total - done, 0)
         counted, eta = f"{self._task} {done}/{self._total}", f"ETA {duration(left)}"
-        if self._first:  # before the first report programs compile: the time left is estimated from the steps after it
+        if self._first:  # the first steps are slower: the time left is estimated from those after the first report
             self._first, self._since, eta = False, (done, now), ""
         if self._bar is None:
             return log("  ".join(filter(None, (counted, detail, eta))))

@@ -108,8 +108,9 @@ def out_of_memory(error: BaseException, program: str = "a program", needed: obje
     return f"out of memory: {program} needs {needed or 'more than there is'}{has} ({detail}); {helps}"
 
 
-def no_device(error: BaseException) -> str | None:
-    """Returns one line if `error` is JAX's that there is no device, else None. Its text is about a backend, or empty."""
+def no_device(error: BaseException, advice: str = "JAX_PLATFORMS=cpu runs on the CPU") -> str | None:
+    """Returns one line, which ends with `advice`, if `error` is JAX's that there is no device, else None. Such an error's
+    text is about a backend, or empty."""
     if str(error) and "backend" not in str(error):
         return None
     import jax
@@ -118,7 +119,7 @@ def no_device(error: BaseException) -> str | None:
         jax.devices()
     except Exception as failure:
         chosen = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: " if os.environ.get("JAX_PLATFORMS") else ""
-        return f"{chosen}JAX finds no such device here ({reason(failure)}); JAX_PLATFORMS=cpu runs on the CPU"
+        return f"{chosen}JAX finds no such device here ({reason(failure)}); {advice}"
     return None
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import processes
 import pytest
-from benchmarks import device_check, network
+from benchmarks import device_check, network, worker
 from benchmarks.alternation import measure
 from benchmarks.inputs import candidates, class_outputs, scene
 from benchmarks.table import table
@@ -105,6 +105,35 @@ def test_a_variant_that_cannot_run_is_named(folder: Path, body: str, line: str) 
     good = variant(folder, "good", "def make(task): return Work(lambda: None)\n")
     with pytest.raises(BenchmarkError, match=line):
         measure(TASK, {"a": good, "b": variant(folder, "bad", body)}, 5)
+
+
+@pytest.mark.parametrize("library", ["torch", "jax"])
+def test_a_gpu_that_is_missing_is_one_line_before_anything_is_made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], library: str
+) -> None:
+    """JAX raises an error if JAX_PLATFORMS excludes the devices that it finds. torch is a small stand-in."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    if library == "torch":
+        (folder / "torch.py").write_text("class cuda:\n    def is_available(): return False\n")
+    body = f"import {library}, pathlib\ndef make(task): pathlib.Path(__file__).with_name('made').touch()\n"
+    found = {
+        "torch": "--device gpu: no GPU is found here",
+        "jax": "JAX_PLATFORMS=cuda: JAX finds no such device here .*",
+    }
+    with pytest.raises(BenchmarkError, match=f"^a: {found[library]}; --device cpu times the CPU$"):
+        measure(replace(TASK, device="gpu"), {"a": variant(folder, "on_gpu", body)}, 2)
+    assert not (folder / "made").exists()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_gpu_is_looked_for_by_the_library_of_the_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert worker.has_gpu() == (backend == "gpu")
+    monkeypatch.delitem(sys.modules, "jax")  # as in a variant without either library
+    assert not worker.has_gpu()
 
 
 @pytest.mark.slow

@@ -120,9 +120,11 @@ def test_detections_are_coco_results_inside_their_images(run: Path, folder: Path
 
 def test_a_finished_run_started_again_changes_nothing(run: Path, folder: Path) -> None:
     before = read(run / "summary.json")
-    script("train", "--config", folder / "tiny.py", "--workdir", run)
+    done = script("train", "--config", folder / "tiny.py", "--workdir", run)
     after = read(run / "summary.json")
     assert {**before, "seconds": 0} == {**after, "seconds": 0}
+    assert f"{run} is complete: step 12 is its last\n" in done.stdout and "resuming" not in done.stdout
+    assert "Average Precision" in done.stdout
 
 
 @pytest.mark.slow
@@ -314,7 +316,7 @@ def test_a_failed_evaluation_loses_no_step_and_is_repeated(folder: Path) -> None
     assert (folder / "late_run/checkpoints/2").is_dir()
     coco(folder / "late_val")
     done = script("train", *command)
-    assert "resuming" in done.stdout
+    assert f"resuming {folder / 'late_run'} at step 2, which is its last\n" in done.stdout, "it is not complete yet"
     assert read(folder / "late_run/summary.json")["evaluation"]["images"] == 4
 
 

@@ -17,6 +17,7 @@ from retina_jax.console import log
 from retina_jax.errors import OutOfMemory, device_memory, out_of_memory, size
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
+TRACED, LOWERED = "/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration"
 CACHE_HIT = "/jax/compilation_cache/cache_hits"
 STEPS_UNTIL_FREED = 3  # steps after which the buffers of the initial state have been freed
 Shape = tuple[int, int]  # padded shape of a batch's images: height and width, pixels
@@ -182,6 +183,11 @@ def compile_events() -> Iterator[Counter[str]]:
     finally:
         jax.monitoring.unregister_event_listener(count)
         jax.monitoring.unregister_event_duration_listener(count)
+
+
+def compile_seconds(events: Counter[str]) -> float:
+    """Returns the seconds in which the programs of `compile_events` were traced, lowered and compiled."""
+    return float(sum(events[f"{event} seconds"] for event in (TRACED, LOWERED, COMPILED)))
 
 
 def _kind(leaf: Any) -> tuple[Any, Any]:

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from retina_jax.console import Progress, log, warn
 from retina_jax.errors import PlainError, Stopped, reason
 from retina_jax.runs.files import DAMAGED, DiskError, write_bytes
 from retina_jax.runs.folder import Run, is_due, saved_steps
+from retina_jax.training.compilation import compile_events, compile_seconds
 from retina_jax.training.parallel import peak_memory_bytes
 from retina_jax.training.step import FINITE
 from retina_jax.training.writers import Board, WeightsAndBiases
@@ -47,9 +49,15 @@ class Metrics(contextlib.AbstractContextManager):
             self._views.append(Board(run.folder / "tensorboard", start_step))
         self._pending: list[tuple[int, dict[str, Array], list[int]]] = []
         self._found_positives = False
+        self._compiling, self._compiled = contextlib.ExitStack(), Counter[str]()
         self.restart_window()
 
+    def __enter__(self) -> "Metrics":
+        self._compiled = self._compiling.enter_context(compile_events())
+        return self
+
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._compiling.close()
         self._progress.close()
         for view in self._views:
             view.close(failed=not isinstance(error, Stopped | None))
@@ -143,6 +151,7 @@ class Metrics(contextlib.AbstractContextManager):
                 f"lr {mean['learning_rate']:.2g}  gradient {mean['gradient_norm']:.2f}  "
                 f"positives {mean['positives_per_image']:.1f}  {mean['images_per_second']:.1f} img/s  "
                 f"data wait {mean['data_wait_percent']:.0f}%  peak memory {mean['peak_memory_mib'] / 1024:.1f} GiB",
+                excluded=compile_seconds(self._compiled),  # of the step, of detection in evaluations, of anything else
             )
 
     def restart_window(self) -> None:

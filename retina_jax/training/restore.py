@@ -46,7 +46,9 @@ def restore_or_init(
         state = checkpoints.restore(driver.init_state())
         origin = f"resuming {run.folder} at step {int(state.step)}"
         if int(state.step) >= driver.config.training.steps:
-            origin += ", which is its last"
+            complete = (run.folder / "summary.json").is_file()  # else its evaluation or its summary is missing
+            is_last = f"{run.folder} is complete: step {int(state.step)} is its last"
+            origin = is_last if complete else f"{origin}, which is its last"
     elif driver.config.model.backbone_weights:
         from retina_jax.weights.importing import with_backbone  # reads foreign formats, which other runs do not need
 

@@ -34,19 +34,24 @@ def main(module: str, task: str) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["JAX_PLATFORMS"] = "cpu"
     from benchmarks.work import BenchmarkError, Task
+    from retina_jax.errors import no_device
 
+    advice = "--device cpu times the CPU"
     try:
-        work = importlib.import_module(module).make(Task(**wanted))
-        if wanted["device"] == "gpu" and not has_gpu():
-            raise BenchmarkError("--device gpu: no GPU is found here; --device cpu times the CPU")
+        variant = importlib.import_module(module)
+        if wanted["device"] == "gpu" and not has_gpu():  # before the inputs are made, which may take minutes
+            raise BenchmarkError(f"--device gpu: no GPU is found here; {advice}")
+        work = variant.make(Task(**wanted))
         for _ in range(WARM_UP):
             work.before()
             work.run()
-    except (ImportError, RuntimeError) as error:  # BenchmarkError, and JAX's and torch's errors, are RuntimeErrors
+    # BenchmarkError, and JAX's and torch's errors, are RuntimeErrors; without a device JAX also raises an AssertionError.
+    except (ImportError, RuntimeError, AssertionError) as error:
         expected = isinstance(error, (ImportError, BenchmarkError)) or "out of memory" in str(error).lower()
-        if not expected:
+        line = str(error).splitlines()[0] if expected else "jax" in sys.modules and no_device(error, advice)
+        if not line:
             raise
-        answer(error=str(error).splitlines()[0])
+        answer(error=line)
         return
     facts = {"hardware": accelerator()} | work.facts if wanted["device"] == "gpu" else work.facts
     answer(images=work.images, flops=work.flops, facts=facts)
@@ -71,8 +76,8 @@ def reset_peak() -> None:
 
 def has_gpu() -> bool:
     """Whether the library of this variant finds a GPU."""
-    torch = sys.modules.get("torch")
-    return torch.cuda.is_available() if torch else sys.modules["jax"].default_backend() == "gpu"
+    torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
+    return torch.cuda.is_available() if torch else jax is not None and jax.default_backend() == "gpu"
 
 
 def accelerator() -> str:

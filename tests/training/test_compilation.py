@@ -23,7 +23,7 @@ from retina_jax.config import Config
 from retina_jax.config_io import override
 from retina_jax.errors import OutOfMemory, out_of_memory
 from retina_jax.training import compilation
-from retina_jax.training.compilation import CompiledStep, Memory, memory_of
+from retina_jax.training.compilation import CompiledStep, Memory, compile_events, compile_seconds, memory_of
 from retina_jax.training.parallel import Driver
 from retina_jax.training.step import Inputs
 
@@ -115,6 +115,20 @@ def test_the_announced_program_is_the_one_that_runs(uncached: None) -> None:
     finally:
         jax.monitoring.unregister_event_duration_listener(hear)
     assert len(heard) == 1
+
+
+def test_the_seconds_of_a_program_count_each_phase_once(uncached: None) -> None:
+    """Functions that it calls are jitted too; the second call compiles nothing."""
+    inner = jax.jit(lambda x: jnp.where(x > 0, x, 0.0))
+    outer, x = jax.jit(lambda x: inner(inner(x) + 1.0)), np.ones(3, np.float32)
+    with compile_events() as events:
+        outer(x)
+    phases = (compilation.TRACED, compilation.LOWERED, compilation.COMPILED)
+    assert [events[phase] for phase in phases] == [1, 1, 1]
+    assert compile_seconds(events) == sum(events[f"{phase} seconds"] for phase in phases) > 0
+    with compile_events() as events:
+        outer(x)
+    assert compile_seconds(events) == 0
 
 
 def test_results_and_donation_equal_those_of_the_plain_step() -> None:

@@ -1,4 +1,5 @@
-"""Progress: one rewritten line with a bar on a terminal, plain lines in a log file."""
+"""What a person who watches a run reads: the line about the devices, and progress, one rewritten line with a bar on a
+terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -8,10 +9,11 @@ import re
 import sys
 import time
 
+import jax
 import pytest
 
 from retina_jax import console
-from retina_jax.console import BAR, Progress, duration, track, warn
+from retina_jax.console import BAR, Progress, devices_line, duration, track, warn
 
 DETAIL = "loss 1.5000 (class 1.0000 box 0.5000)  [rate] 0.01"
 
@@ -137,6 +139,49 @@ def test_the_time_left_excludes_the_first_window_which_compiles(monkeypatch: pyt
     for step in (10, 20, 30):
         progress.update(step)
     assert re.findall(r"ETA (\S+)", log.getvalue()) == ["0:00:30", "0:00:30"]
+
+
+def test_the_time_left_leaves_out_the_excluded_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    log, clock = io.StringIO(), iter([0.0, 100.0, 160.0, 240.0])
+    monkeypatch.setattr(sys, "stdout", log)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    progress = Progress("step", 50)
+    for step, excluded in ((10, 90.0), (20, 140.0), (30, 210.0)):  # 10 s per 10 steps, and 50 and 70 s
+        progress.update(step, excluded=excluded)
+    assert re.findall(r"ETA (\S+)", log.getvalue()) == ["0:00:30", "0:00:20"]
+
+
+class Device:
+    """A device of JAX that has a name alone."""
+
+    def __init__(self, platform: str, kind: str) -> None:
+        self.platform, self.device_kind = platform, kind
+
+
+@pytest.mark.parametrize(
+    ("platform", "count", "small", "line"),
+    [
+        ("cpu", 1, True, "device: CPU (a processor, 2 cores), as 1 device; no GPU or TPU found"),
+        ("cpu", 8, True, "device: CPU (a processor, 2 cores), as 8 devices; no GPU or TPU found"),
+        (
+            "cpu",
+            1,
+            False,
+            "device: CPU (a processor, 2 cores), as 1 device; no GPU or TPU found; "
+            "a CPU is fast enough for small images: --data.short-side 256, or configs/demo.py",
+        ),
+        ("gpu", 2, False, "devices: 2 x NVIDIA H100"),
+        ("gpu", 1, True, "devices: 1 x NVIDIA H100"),
+    ],
+)
+def test_the_line_about_the_devices_has_advice_on_a_cpu_unless_the_images_are_small(
+    monkeypatch: pytest.MonkeyPatch, platform: str, count: int, small: bool, line: str
+) -> None:
+    monkeypatch.setattr(jax, "devices", lambda: [Device(platform, "NVIDIA H100")] * count)
+    monkeypatch.setattr(jax, "device_count", lambda: count)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(console, "processor", lambda: "a processor, 2 cores")
+    assert devices_line(small) == line
 
 
 def test_a_long_line_above_the_bar_is_not_broken(monkeypatch: pytest.MonkeyPatch) -> None:

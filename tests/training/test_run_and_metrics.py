@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import processes
@@ -18,6 +20,7 @@ from retina_jax.runs.files import DiskError, read_json
 from retina_jax.runs.folder import Clock, Run, read_run, record_fact, training_lock
 from retina_jax.runs.record import finish_run, read_metrics
 from retina_jax.training.checkpoints import Checkpoints
+from retina_jax.training.compilation import COMPILED, LOWERED, TRACED
 from retina_jax.training.metrics import Metrics, NonFiniteLoss
 from retina_jax.training.opening import open_run
 
@@ -192,6 +195,35 @@ def test_a_line_has_the_mean_of_its_window(tmp_path: Path) -> None:
     assert line["step"] == 3 and line["loss"] == pytest.approx(3.0) and line["event"] == "train"
     assert line["images_per_second"] > 0 and line["data_wait_percent"] > 0 and line["peak_memory_mib"] > 0
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_the_time_left_leaves_out_what_compiles_after_the_first_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A step takes 1 s. The step compiles in the first and the third window, and detection in the evaluation after the
+    first one, which takes 7 s more."""
+    run, clock = open_run(tmp_path, override(Config(), {"training.steps": 60}), NAMES, IDS), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def compile_for(traced: float, lowered: float, compiled: float) -> None:
+        for event, seconds in ((TRACED, traced), (LOWERED, lowered), (COMPILED, compiled)):
+            jax.monitoring.record_event_duration_secs(event, seconds)
+            clock[0] += seconds
+
+    with Metrics(run, 0) as metrics:
+        for step in range(1, 41):
+            if step in (1, 25):
+                compile_for(20.0, 10.0, 300.0)
+            clock[0] += 1.0
+            metrics.add(step, step_metrics(1.0), [step], 0.0)
+            if step % 10 == 0:
+                metrics.flush()
+            if step == 10:
+                compile_for(5.0, 5.0, 100.0)
+                clock[0] += 7.0
+                metrics.restart_window()
+    # 7 s of the evaluation are in the estimate: 17 s for 10 steps, 27 s for 20, 37 s for 30.
+    assert re.findall(r"ETA (\S+)", capsys.readouterr().out) == ["0:01:08", "0:00:40", "0:00:25"]
 
 
 def test_skipped_steps_are_reported_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
