@@ -3,12 +3,11 @@
 Python would end with a traceback at Ctrl-C, and without a line at SIGTERM. `cli.one_line_errors` restores its handlers.
 """
 
-import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 
@@ -37,29 +36,6 @@ def catch() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, end_at_start)
-
-
-@contextlib.contextmanager
-def cleaned_up(clean: Callable[[], object]) -> Iterator[None]:
-    """Calls `clean` if SIGTERM or SIGHUP arrives during the block, before the signal ends the process. It does nothing for
-    ignored signals, and outside the main thread. A handler that raises instead would not do: JAX drops errors that a signal
-    raises in its callbacks."""
-    is_main = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in SIGNALS if is_main and number != signal.SIGINT}
-    handlers = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
-
-    def end(number: int, frame: FrameType | None) -> None:
-        clean()
-        signal.signal(number, handlers[number])
-        signal.raise_signal(number)
-
-    for number in handlers:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 _main = Path(getattr(sys.modules["__main__"], "__file__", None) or "")

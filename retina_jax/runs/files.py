@@ -7,16 +7,14 @@ import json
 import math
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import filelock
 import msgspec
 
-from retina_jax import distributed, interrupts
+from retina_jax import distributed
 from retina_jax.config import ConfigError
 from retina_jax.data.reading import without_links
 from retina_jax.errors import PlainError, reason
@@ -75,51 +73,26 @@ def encoded_json(value: Any) -> bytes:
 
 @contextlib.contextmanager
 def all_or_none(folder: Path) -> Iterator[Callable[[str, bytes], None]]:
-    """Yields a function that writes a file of `folder`, given name and content. The files appear at the end of the block.
-    After an error, Ctrl-C or SIGTERM none of them does, and the files that they would have replaced are as before. Raises
-    DiskError if one cannot be written. Until the end all are in a hidden folder, which only SIGKILL leaves behind."""
-    written: list[Path] = []
-    with contextlib.ExitStack() as stack:
+    """Yields a function that writes a file of `folder`, given name and content. The files are in a hidden folder until the
+    end of the block, and are then renamed. After an error none of them appears, and earlier files are as before. Raises
+    DiskError if one cannot be written. The next call removes what a killed process left."""
+    hidden, names = folder / ".writing", list[str]()
+
+    def write(name: str, content: bytes) -> None:
+        with _disk_error(folder / name):
+            (hidden / name).write_bytes(content)
+        names.append(name)
+
+    try:
         with _disk_error(folder):
-            hidden = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
-        remove = partial(shutil.rmtree, hidden, ignore_errors=True)
-        stack.callback(remove)
-        stack.enter_context(interrupts.cleaned_up(remove))
-        new, old = hidden / "new", hidden / "old"
-
-        def write(name: str, content: bytes) -> None:
-            with _disk_error(folder / name):
-                new.mkdir(exist_ok=True)
-                (new / name).write_bytes(content)
-            written.append(new / name)
-
+            shutil.rmtree(hidden, ignore_errors=True)
+            hidden.mkdir()
         yield write
-        with _disk_error(folder):
-            old.mkdir()
-        _replace(written, folder, old)
-
-
-def _replace(files: Sequence[Path], folder: Path, old: Path) -> None:
-    """Moves files to `folder`. If one cannot be moved, all in `folder` become as before, from hard links in `old`."""
-    existed: dict[Path, bool] = {}
-
-    def undo() -> None:
-        for target, before in existed.items():
-            with contextlib.suppress(OSError):
-                (old / target.name).replace(target) if before else target.unlink()
-
-    with interrupts.cleaned_up(undo):
-        try:
-            for file in files:
-                target = folder / file.name
-                existed[target] = os.path.lexists(target)
-                with contextlib.suppress(OSError):  # some file systems have no hard links
-                    os.link(target, old / file.name, follow_symlinks=False)
-                with _disk_error(target):
-                    file.replace(target)
-        except BaseException:
-            undo()
-            raise
+        for name in names:
+            with _disk_error(folder / name):
+                (hidden / name).replace(folder / name)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 @contextlib.contextmanager
