@@ -126,7 +126,8 @@ def report(found: Needs, target: Target) -> str:
     """Returns what a program needs as text."""
     lines = [f"{found.padded_hw[0]}x{found.padded_hw[1]}, {found.images} images per device:"]
     verdict = "fits" if found.fits else "does NOT fit"
-    lines.append(f"  memory      {found.memory}: {verdict} in {target.memory / 2**30:.0f} GiB")
+    of_all = ", three quarters of the GPU's, which JAX reserves by default" if target.usable < target.memory else ""
+    lines.append(f"  memory      {found.memory}: {verdict} in {target.usable / 2**30:.0f} GiB{of_all}")
     if found.largest_batch:
         lines.append(f"  batch       about {found.largest_batch} images per device fit (extrapolated)")
     for kind, (number, size) in found.collectives.items():
@@ -138,6 +139,10 @@ def report(found: Needs, target: Target) -> str:
         lines.append(f"  cycles      {found.cycles / 1e6:.1f} M, the compiler's estimate")
     for kind, (number, size) in found.kernels.items():
         lines.append(f"  kernels     {number} {kind}, {size / 2**30:.2f} GiB")
+    if found.kernels:
+        moved = sum(size for _, size in found.kernels.values()) / target.bandwidth
+        at_peak = f"{1e3 * found.flops / target.peak_flops:.1f} ms of arithmetic, {1e3 * moved:.1f} ms of memory"
+        lines.append(f"  at the peak {at_peak}")
     lines.append(
         f"  time        {1e3 * found.floor_seconds:.1f} ms floor, {1e3 * found.estimate_seconds:.1f} ms estimate"
     )

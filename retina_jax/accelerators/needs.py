@@ -19,6 +19,7 @@ from retina_jax.training.compilation import Memory, memory_of
 
 _FACTOR = re.compile(r"dense<[-+0-9.eE]+> : tensor<b?f\d+>")  # a scalar; an integer may be the trips of a loop
 LARGEST = 12  # places in the model that are listed
+SPARE = 1.1  # temporaries per image of a large batch, assumed, over those of the compiled batch
 UNKNOWN_TRIPS = 3
 """Assumed for loops that end by their data: two blocks of NMS keep 100 boxes, and its rounds settle after two or three."""
 
@@ -76,7 +77,7 @@ def needs(
         padded_hw=padded_hw,
         images=images,
         memory=memory,
-        fits=memory is None or sum(memory) <= target.memory,
+        fits=memory is None or sum(memory) <= target.usable,
         largest_batch=_largest_batch(memory, images, target),
         compile_seconds=seconds,
         flops=flops // len(devices),
@@ -109,8 +110,9 @@ def _times(program: Program, target: Target, flops: int) -> tuple[float, float, 
 
 
 def _largest_batch(memory: Memory | None, images: int, target: Target) -> int:
-    """Estimates how many images per device fit: temporaries grow with them, all else is constant."""
+    """Estimates how many images per device fit: temporaries grow with them, all else is constant. From 16 to 384 images of
+    a step of ResNet-50 they grew by 6 % more."""
     if memory is None or not memory.temporaries:  # small programs live in the cores' own memory
         return 0
     constant = sum(memory) - memory.temporaries
-    return max(math.floor((target.memory - constant) / (memory.temporaries / images)), 0)
+    return max(math.floor((target.usable - constant) / (SPARE * memory.temporaries / images)), 0)

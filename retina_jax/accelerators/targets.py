@@ -33,6 +33,11 @@ class Target:
     shared_memory: int = 0  # bytes that a block of threads may use (opt-in)
     l2_cache: int = 0  # bytes
 
+    @property
+    def usable(self) -> int:
+        """Bytes for programs. JAX reserves three quarters of a GPU, unless XLA_PYTHON_CLIENT_MEM_FRACTION is set."""
+        return self.memory * 3 // 4 if self.platform == "gpu" else self.memory
+
 
 GIB = 2**30
 TARGETS = {

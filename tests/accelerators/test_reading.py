@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compile_for import padded_shapes
+from compile_for import padded_shapes, report, schedule
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from retina_jax.accelerators import targets
 from retina_jax.accelerators.hlo import parse
-from retina_jax.accelerators.needs import without_factors
+from retina_jax.accelerators.needs import Needs, _largest_batch, without_factors
 from retina_jax.accelerators.targets import TARGETS, TPU_TOPOLOGIES, parse_target, topology_devices
 from retina_jax.config import Config, ConfigError
+from retina_jax.training.compilation import Memory
 
 TPU_TEXT = """\
 HloModule jit_f, is_scheduled=true
@@ -172,3 +174,20 @@ def test_programs_are_equal_up_to_factors_but_not_up_to_trips_or_arrays() -> Non
 
     assert text() == text(factor=0.25) == text(factor=1e-30)
     assert text() != text(trips=16) and text() != text(row=(1.0, 2.0, 4.0))
+
+
+def test_the_report_shows_what_fits_into_the_memory_that_jax_reserves() -> None:
+    """60 of the 80 GiB of an H100; 2.2 GiB per image with the tenth to spare, after 1 GiB that does not grow."""
+    target = TARGETS["gpu", "h100"]
+    memory = Memory(2**30, 0, 16 * 2**30, 0)
+    assert _largest_batch(memory, 8, target) == 26 and _largest_batch(memory, 8, TARGETS["tpu", "v4"]) == 14
+    assert _largest_batch(None, 8, target) == _largest_batch(Memory(1, 1, 0, 0), 8, target) == 0
+    kernels = {"elementwise": (2, 2 * 10**12), "copies": (1, 1350 * 10**9)}
+    found = Needs((640, 1024), 8, memory, True, 26, 1.0, 989 * 10**11, {}, 0, 0, kernels, 1.0, 1.1, [("c3", 2**30)])
+    text = report(found, target)
+    assert "fits in 60 GiB, three quarters" in text and "about 26 images" in text
+    assert "100.0 ms of arithmetic, 1000.0 ms of memory" in text and "1.00  c3" in text
+    assert "in 16 GiB\n" in report(replace(found, kernels={}, cycles=5), TARGETS["tpu", "v5e"])
+    hours = schedule([found, replace(found, floor_seconds=0.5)], Config(), 8, "step")
+    assert hours == "90000 steps: 12.50 to 27.50 hours on 8 devices (not measured)"
+    assert schedule([found], Config(), 8, "detect").startswith("detection: 15 to 16 images/s")
