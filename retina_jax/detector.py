@@ -125,6 +125,8 @@ class Detector:
                 image = opaque(ImageOps.exif_transpose(image))
             except BadImage as error:
                 raise BadImage(f"{called}: {error}") from None
+            except MemoryError:
+                raise
             except Exception as error:  # PIL decodes only now, and raises nearly anything for a broken file
                 raise BadImage(f"{called}: cannot be decoded: {reason(error)}") from None
         kind, shape = getattr(image, "dtype", type(image).__name__), getattr(image, "shape", ())

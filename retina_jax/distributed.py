@@ -74,7 +74,6 @@ def joined(options: Hosts) -> Iterator[None]:
     """Connects all hosts while the `with` block runs; on one host it does nothing. ConfigError for invalid options. An
     error ends this host's process at once, and thereby the others, which would wait for it in a collective."""
     if options != ALONE:
-        interrupts.restore()  # `_connect` and JAX have handlers of their own
         _connect(options)
     if not is_multihost():
         yield
@@ -267,7 +266,8 @@ class Interruption:
             os.close(self._signalled)  # ends the thread
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        interrupts.restore()  # the start is over
+        # The start is over. On several hosts JAX's handler of SIGTERM stays, which it set without Python.
+        interrupts.restore({*interrupts.SIGNALS} - ({signal.SIGTERM} if is_multihost() else set()))
 
     def defer(self) -> None:
         """Starts the part of the run that a signal may only stop at a `check`."""

@@ -1,6 +1,7 @@
 """Ends a script with one line at a signal while its imports run. Scripts import this module before all others.
 
-Python would end with a traceback at Ctrl-C, and without a line at SIGTERM. `cli.one_line_errors` restores its handlers.
+Python would end with a traceback at Ctrl-C, and without a line at SIGTERM. `cli.one_line_errors` restores its handlers; in
+train.py, which is still starting then, `distributed.Interruption` does.
 """
 
 import os

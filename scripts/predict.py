@@ -107,7 +107,7 @@ def main() -> None:
             raise BadImage(f"none of the images could be read: {'; '.join(bad)}")
         source = arguments.weights or str(arguments.workdir)
         write("detections.json", encoded_json({"detector": source, "step": detector.step, "images": entries}))
-    log(f"{len(entries)} images; boxes in {arguments.out / 'detections.json'}")
+    log(f"{len(entries)} images; their pictures and detections.json are in {arguments.out}")
     if bad:
         raise BadImage(f"{len(bad)} of {len(files)} images could not be read: {'; '.join(bad)}")
 
@@ -148,7 +148,7 @@ def detect_all(
                 "category_ids": [detector.category_ids[label] for label in found.labels],
             }
         )
-        log(f"{file}: {int(good.sum())} detections -> {out / target}")
+        log(f"{file}: {int(good.sum())} detections")
     if full:
         most = detector.config.detection.max_detections
         shown = ", ".join(map(shortened, full[:5])) + (", ..." if len(full) > 5 else "")

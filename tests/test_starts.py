@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from retina_jax import console, interrupts
+from retina_jax import console, distributed, interrupts
 from retina_jax.config import Config, DataConfig
 from retina_jax.distributed import Interruption
 from retina_jax.errors import Stopped, ending
@@ -58,13 +58,16 @@ def test_a_signal_while_the_config_is_read_ends_in_one_line(tmp_path: Path, name
     assert (done.stdout + done.stderr).count("\n") == 1 and f"stopped by {name} while starting" in done.stderr
 
 
-def test_after_a_run_signals_are_pythons_again() -> None:
+@pytest.mark.parametrize(("hosts", "after"), [(1, signal.SIG_DFL), (2, interrupts.end_at_start)])
+def test_after_a_run_signals_are_pythons_again(monkeypatch: pytest.MonkeyPatch, hosts: int, after: object) -> None:
+    """But on several hosts SIGTERM is JAX's, which set its handler without Python."""
+    monkeypatch.setattr(distributed, "is_multihost", lambda: hosts > 1)
     before = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, interrupts.end_at_start)
     try:
         with Interruption():
             pass
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) == after
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -27,7 +27,8 @@ ValueAndGradient = Callable[[Numbers, Labels], tuple[Float32[Array, "*N K"], Num
 
 kernels = jax.make_user_context(None)
 """The switch. `with kernels("cpu"):` traces programs with CPU kernels, "tpu" with the forms for TPUs (`model.layers`,
-`model.patches`), "gpu" with those for GPUs (`ops.matching`, `training.step`, `model.fpn`), and "" with none of them.
+`model.patches`, `losses.regression`), "gpu" with those for GPUs (`ops.matching`, `ops.postprocess`, `training.step`,
+`model.fpn`, `model.resnet`), and "" with none of them.
 "exported": with CPU kernels for CPUs and plain forms for others. None, the default: "exported" if the default backend is the
 CPU, else the forms of that backend. It is read when a program is traced, and is part of the key of JAX's caches."""
 

@@ -112,7 +112,7 @@ def _padded(x: Float[Array, "B H W C"], rows: Rows, edge: int) -> Float[Array, "
 
 def _start(step: Int[Array, ""], rows: Rows) -> tuple[Array | int, ...]:
     """Returns where the outputs of a step of the loop begin: image, row, column, channel."""
-    # lax.div and lax.rem compile faster than // and %, which also hold for negative numbers.
+    # // and % also handle negative numbers, and take longer to compile.
     return lax.div(step, rows.count), lax.rem(step, rows.count) * 2 * rows.number, 0, 0
 
 

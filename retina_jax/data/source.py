@@ -177,7 +177,8 @@ def classify_boxes(
 
 @contextlib.contextmanager
 def paused_collector() -> Iterator[None]:
-    """Pauses garbage collection: a large file becomes millions of objects, which it would visit again and again."""
+    """Pauses garbage collection: a large file or the trace of a program becomes many objects, and it would visit all that
+    there are again and again."""
     collecting = gc.isenabled()
     gc.disable()
     try:

@@ -87,7 +87,8 @@ def _unpacked(content: bytes, most: int) -> Iterator[tuple[str, bytes]]:
             if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError("its compression is not deflate")
             with archive.open(entry) as file:
-                # read() without a size inflates an entry of any size. One byte more, or an empty entry's CRC is not checked.
+                # read() without a size inflates an entry of any size. It asks for one byte more, since zipfile would not
+                # check the CRC of an empty entry otherwise.
                 yield entry.filename, file.read(entry.file_size + 1)
 
 
@@ -215,11 +216,12 @@ class ExportedDetector:
             fit = len(labels) == len(images) and scores.shape == labels.shape and boxes.shape == (*labels.shape, 4)
             if not fit or labels.ndim != 2 or boxes.dtype.kind + scores.dtype.kind + labels.dtype.kind != "ffi":
                 raise TypeError("other results than boxes, scores and labels")
+            found = jax.device_get(found)
         except MISFIT as error:
-            if isinstance(error, RuntimeError) and not str(error).startswith(COMPILER):
+            of_device = isinstance(error, RuntimeError) and not str(error).startswith(COMPILER)
+            if of_device or "exported for platforms" in str(error):
                 raise
             raise self._misfit(error) from error
-        found = jax.device_get(found)
         if found[2].max(initial=-1) >= min(len(self.class_names), len(self.category_ids)):
             raise self._misfit("a label without a class")
         real = (found[2] >= 0) & (found[0][..., 2:] > found[0][..., :2]).all(axis=-1)  # padding, boxes without area

@@ -84,8 +84,10 @@ def _detect(detector: Detector, shape: tuple[int, int]) -> Any:
         with cpu.kernels(forms):
             variables = jax.tree.unflatten(structure, parameters)
             levels = model.apply(variables, images, resized_hw, train=False, method="levels")
-        logits, deltas = zip(*levels, strict=True)
-        found = detect(logits, deltas, anchors, resized_hw, config.detection, anchors_per_cell=model.anchors_per_cell)
+            logits, deltas = zip(*levels, strict=True)
+            found = detect(
+                logits, deltas, anchors, resized_hw, config.detection, anchors_per_cell=model.anchors_per_cell
+            )
         # To pixels of the original images, as in evaluation, and clipped to them.
         before, after = (jnp.tile(size[:, ::-1], 2)[:, None].astype(jnp.float32) for size in (size_hw, resized_hw))
         scale, boxes_xyxy = after / before, found.boxes_xyxy

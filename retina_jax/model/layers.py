@@ -201,8 +201,8 @@ class Folded(NamedTuple):
 
 class Conv(nn.Module):
     """`convolve` with a trained or frozen kernel [k, k, C / groups, features], plus an optional bias. `gain` [features]
-    multiplies the kernel's outputs. With `fold` nothing is computed yet, and the shift is 0. `added` is such a convolution,
-    whose outputs are added to those of this one, in one convolution of the channels of both maps."""
+    multiplies the kernel's outputs. With `fold`, returns a `Folded` with shift 0 and computes nothing. `added` is a `Folded`
+    whose outputs are added, in one convolution of the channels of both maps."""
 
     features: int
     kernel_size: int

@@ -36,7 +36,7 @@ class Run:
     num_microbatches: int | None = None
     """Number of micro-batches that a batch is split into: devices times training.accumulate."""
     place: tuple[int, int] | None = field(default=None, compare=False)
-    """The disk's numbers of the folder in which training was started (`place_of`)."""
+    """Device and inode number of the folder in which training was started (`place_of`)."""
 
     @property
     def categories(self) -> list[Category]:
@@ -57,7 +57,7 @@ class Run:
 
 
 def place_of(folder: Path) -> tuple[int, int] | None:
-    """Returns the disk's numbers of a folder, which it keeps when it is moved; None if there is no such folder."""
+    """Returns device and inode number of a folder, which it keeps when it is moved; None if there is no such folder."""
     try:
         status = folder.stat()
     except OSError:
@@ -149,8 +149,8 @@ def best_step(checkpoints: Path) -> int | None:
 
 
 def described_step(step: int, run: Path | None = None) -> str:
-    """Returns the step of a detector in words: "step 20". With the folder of the run that it was taken from by default, and
-    if it is the best there: "step 20, the best by AP (--step newest: 30)"."""
+    """Returns the step of a detector in words: "step 20". If it is the best step of the folder `run`, it adds that and the
+    newest one: "step 20, the best by AP (--step newest: 30)"."""
     if run is None or best_step(run / "checkpoints") != step:
         return f"step {step}"
     newest = saved_steps(run / "checkpoints")[-1]

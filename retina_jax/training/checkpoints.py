@@ -11,6 +11,7 @@ import shutil
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -238,12 +239,12 @@ def save_arrays(folder: Path, arrays: PyTree) -> None:
 @contextlib.contextmanager
 def _one_error() -> Iterator[None]:
     """Drops what libraries print of an error that they raise: orbax raises that of the first array; its threads,
-    tensorstore's and asyncio print those of all, until a second later. asyncio prints those of tasks when they are
-    collected, which may be later still, so from then on it says no more of tasks."""
+    tensorstore's and asyncio print those of all, until a second later. asyncio reports a task when it is collected, which
+    may be later still: after an error its reports of orbax's tasks are dropped from then on."""
 
-    absl, hooks = logging.getLogger("absl"), (sys.excepthook, sys.unraisablehook)
-    absl.addFilter(_never)
-    logging.getLogger("asyncio").addFilter(_not_of_tasks)
+    loggers, hooks = [logging.getLogger(name) for name in ("absl", "asyncio")], (sys.excepthook, sys.unraisablehook)
+    for logger in loggers:
+        logger.addFilter(_never)
     main = threading.main_thread()
     sys.excepthook = lambda *error: hooks[0](*error) if threading.current_thread() is main else None
     sys.unraisablehook = lambda event: None
@@ -252,18 +253,21 @@ def _one_error() -> Iterator[None]:
     except Exception:
         time.sleep(1)
         gc.collect()
+        loggers[1].addFilter(_not_of_orbax)
         raise
     finally:
         sys.excepthook, sys.unraisablehook = hooks
-        absl.removeFilter(_never)
+        for logger in loggers:
+            logger.removeFilter(_never)
 
 
 def _never(record: logging.LogRecord) -> bool:
     return False
 
 
-def _not_of_tasks(record: logging.LogRecord) -> bool:
-    return "exception was never retrieved" not in record.getMessage()
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    trace = record.exc_info[2] if record.exc_info else None
+    return not any("orbax" in frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace))
 
 
 def load_arrays(folder: Path, like: T, partial: bool) -> tuple[T | None, str]:

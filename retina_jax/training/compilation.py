@@ -14,6 +14,7 @@ from jax.errors import JaxRuntimeError
 from jaxtyping import PyTree
 
 from retina_jax.console import log
+from retina_jax.data.source import paused_collector
 from retina_jax.errors import OutOfMemory, device_memory, out_of_memory, size
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -108,7 +109,7 @@ class CompiledStep:
             total = len({*self._ahead, *self._memory, shape})
             self._announce(f"compiling program {len(self._memory) + 1} of {total} ({shape[0]}x{shape[1]}) ...")
         started = time.monotonic()
-        with _named_shape(shape), compile_events() as events, _no_collection():
+        with _named_shape(shape), compile_events() as events, paused_collector():
             program = self._step.lower(state, inputs).compile()
         elapsed = time.monotonic() - started
         release_freed_memory()
@@ -118,20 +119,6 @@ class CompiledStep:
             needed = f": {memory}{_share(memory)}" if memory else ""
             self._announce(f"step for {shape[0]}x{shape[1]} {done} in {elapsed:.1f} s{needed}")
         return events[COMPILED] > 0
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keeps Python from looking for reference cycles, which a trace makes it do every few thousand objects, among all of JAX
-    and TensorFlow: a tenth to a quarter of the time of a trace."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from retina_jax.data.classes import Category, class_indices
 from retina_jax.model.initialisation import initialise, variable_shapes
 from retina_jax.ops.anchors import anchors_per_cell
 from retina_jax.runs.files import read_json, write_json
-from retina_jax.runs.folder import Run, fresh_import, record_fact, saved_steps
+from retina_jax.runs.folder import Run, fresh_import, record_fact, saved_steps, training_lock
 from retina_jax.training.checkpoints import Checkpoints, Step
 from retina_jax.training.opening import open_run
 from retina_jax.training.parallel import Driver
@@ -110,12 +110,13 @@ def adapt_classes(
 
 def make_run(imported: Imported, folder: Path) -> Run:
     """Makes a run's folder with an imported detector as step 0; ConfigError if a run has saved a step there."""
-    if saved_steps(folder / "checkpoints"):
-        raise ConfigError(f"--workdir {folder}: holds a run already; import into another folder")
-    run = open_run(folder, imported.config, imported.class_names, imported.category_ids)
-    driver = Driver(imported.config, len(imported.class_names))
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        checkpoints.save(0, driver.init_state(imported.variables))
-    saved = read_json(folder / "config.json")
-    write_json(folder / "imported.json", {**saved, "source": imported.source, "missing": list(imported.missing)})
+    with training_lock(folder):
+        if saved_steps(folder / "checkpoints"):
+            raise ConfigError(f"--workdir {folder}: holds a run already; import into another folder")
+        run = open_run(folder, imported.config, imported.class_names, imported.category_ids)
+        driver = Driver(imported.config, len(imported.class_names))
+        with Checkpoints(folder / "checkpoints") as checkpoints:
+            checkpoints.save(0, driver.init_state(imported.variables))
+        saved = read_json(folder / "config.json")
+        write_json(folder / "imported.json", {**saved, "source": imported.source, "missing": list(imported.missing)})
     return run

@@ -3,6 +3,8 @@ message."""
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import random
 import shutil
 import socket
@@ -316,6 +318,23 @@ def test_a_reader_of_the_best_step_survives_its_deletion_without_a_librarys_trac
     script.write_text(PRUNED)
     done = processes.run(script, tmp_path / "checkpoints", 0.06, times)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_failed_tasks_of_an_application_are_still_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also after an error of orbax, whose own tasks are not."""
+
+    async def fail() -> None:
+        raise ValueError("of the application")
+
+    async def start() -> None:
+        asyncio.ensure_future(fail())  # noqa: RUF006  nobody waits for it
+        await asyncio.sleep(0)
+
+    state, wrong = module.load_arrays(tmp_path / "nowhere", {"x": jnp.zeros(2)}, partial=False)
+    assert state is None and wrong
+    asyncio.run(start())
+    gc.collect()
+    assert "of the application" in caplog.text
 
 
 def test_a_failed_save_is_reported_once_and_the_next_one_is_tried(

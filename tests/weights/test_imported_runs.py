@@ -23,7 +23,7 @@ from retina_jax.errors import WeightsError
 from retina_jax.model.initialisation import initialise
 from retina_jax.model.retinanet import RetinaNet
 from retina_jax.presets import FIELDS, PRESETS
-from retina_jax.runs.folder import Run
+from retina_jax.runs.folder import Run, training_lock
 from retina_jax.training.parallel import Driver
 from retina_jax.training.restore import adapt_classes
 from retina_jax.weights.importing import import_detector, with_backbone
@@ -64,6 +64,9 @@ def test_a_detector_is_imported_evaluated_and_trained_on_other_classes(
     source = f"torchvision:{weights}"
     run.mkdir()
     (run / "config.json").write_text("{}")  # of an import that was interrupted
+    with training_lock(run), pytest.raises(SystemExit):
+        script(monkeypatch, "import_weights", "--weights", source, "--workdir", run, "--class-names", *CLASSES)
+    assert "another process is training there" in capsys.readouterr().err
     script(monkeypatch, "import_weights", "--weights", source, "--workdir", run, "--class-names", *CLASSES)
     output = capsys.readouterr().out
     assert "4 classes" in output and source in output and f"step 0 of {run}" in output
