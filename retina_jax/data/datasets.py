@@ -153,7 +153,7 @@ def open_sources(
     facts = {"training": train.sha256, "evaluation": val.sha256, "images": [len(train), len(val)]}
     facts |= {"decoding": [str(train.decoding), str(val.decoding)]}
     distributed.check_same("data", {**facts, "classes": list(train.class_names), "ids": list(val.category_ids)})
-    log(f"train: {train}\nval: {val}")
+    log(f"train: {train}" + (f"\nval: {val}" if config.training.eval_every >= 0 else ""))
     most = max(len(record.labels) for record in train.records)
     if config.data.max_boxes == "auto":
         config = override(config, {"data.max_boxes": max_boxes(train, config.data)})
