@@ -204,7 +204,7 @@ class Detector:
 
 def _check_positive(name: str, value: Any) -> None:
     """Raises ConfigError unless the value of the argument `name` is a positive integer."""
-    if not isinstance(value, int | np.integer) or value < 1:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name}: invalid value {shortened(repr(value))}; must be an integer, at least 1")
 
 

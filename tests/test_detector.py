@@ -161,7 +161,7 @@ def test_detect_refuses_anything_else_in_one_line(images: Any, named: str) -> No
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("batch_size", [0, -1, "2", 1.5, None])
+@pytest.mark.parametrize("batch_size", [0, -1, "2", 1.5, None, True])
 def test_a_batch_size_that_is_no_positive_integer_is_refused(batch_size: Any) -> None:
     with pytest.raises(ValueError, match=f"^batch_size: invalid value {batch_size!r}; must be an integer, at least 1$"):
         inspect.unwrap(Detector.detect)(untrained(), [np.zeros((4, 4, 3), np.uint8)], batch_size=batch_size)

@@ -226,6 +226,8 @@ class Conv(nn.Module):
         if gain is not None:
             kernel = kernel * gain[None, None, None]
         if fold:
+            if self.kernel_size > 1 or self.bias:
+                raise ValueError("only 1x1 convolutions without a bias can be folded")
             return Folded(x[:, :: self.stride, :: self.stride], kernel, jnp.zeros(self.features))
         if added:
             x, kernel = jnp.concatenate([x, added.x], axis=3), jnp.concatenate([kernel, added.kernel], axis=2)

@@ -74,8 +74,9 @@ def encoded_json(value: Any) -> bytes:
 @contextlib.contextmanager
 def all_or_none(folder: Path) -> Iterator[Callable[[str, bytes], None]]:
     """Yields a function that writes a file of `folder`, given name and content. The files are in a hidden folder until the
-    end of the block, and are then renamed. After an error none of them appears, and earlier files are as before. Raises
-    DiskError if one cannot be written. The next call removes what a killed process left."""
+    end of the block, and are then renamed. After an error in the block none of them appears, and earlier files are as
+    before. Raises DiskError if one cannot be written. The next call removes what a killed process left, so only one process
+    at a time may write to `folder`."""
     hidden, names = folder / ".writing", list[str]()
 
     def write(name: str, content: bytes) -> None:

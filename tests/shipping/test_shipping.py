@@ -575,7 +575,7 @@ RESULTS = {
     "names": {"boxes": BOXES, "scores": SCORES, "labels": LABELS},
     "other order": (SCORES, BOXES, LABELS),
     "scores as labels": (BOXES, SCORES, SCORES),
-    "whole boxes": (BOXES.astype(np.int32), SCORES, LABELS),
+    "integer boxes": (BOXES.astype(np.int32), SCORES, LABELS),
     "another batch": (np.ones((2, 2, 4), np.float32), np.ones((2, 2), np.float32), np.ones((2, 2), np.int32)),
     "no detections axis": (np.ones((1, 4), np.float32), np.ones(1, np.float32), np.ones(1, np.int32)),
     "a label without a class": (BOXES, SCORES, 2 * LABELS),
