@@ -35,6 +35,7 @@ from retina_jax.sweeps.points import expand, load_sweeps
 
 PAPER = Path(__file__).parents[1] / "configs" / "paper_r50_600.py"
 CLASSES = 80  # of a config whose number of classes comes from the data
+VERDICTS = {True: "fits", False: "does NOT fit", None: "not reported, so it is unknown whether it fits"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def main() -> None:
     if arguments.sweep:
         return compile_sweeps(arguments, config, target, devices)
     shapes = padded_shapes(arguments.shape, config)
-    found = []
+    found, too_large = [], []
     for index, shape in enumerate(shapes, start=1):
         if not arguments.json:
             log(f"compiling program {index} of {len(shapes)} ({shape[0]}x{shape[1]}) for {number} x {target.kind} ...")
@@ -80,13 +81,21 @@ def main() -> None:
                 json.dumps({"padded_hw": shape, "fits": False}) if arguments.json else f"does NOT fit: {error}",
                 flush=True,
             )
+            too_large.append(shape)
             continue
         print(json.dumps(asdict(result)) if arguments.json else report(result, target), flush=True)
         found.append(result)
+        if result.fits is False:
+            too_large.append(shape)
         if arguments.hlo:
             arguments.hlo.write_text(text)
-    if found and not arguments.json:
+    if arguments.json:
+        return
+    if found:
         print(schedule(found, config, number, arguments.what))
+    if too_large:
+        names = ", ".join(f"{height}x{width}" for height, width in too_large)
+        print(f"{len(too_large)} of {len(shapes)} shapes do not fit ({names}); use a smaller data.batch_size")
 
 
 def compile_sweeps(arguments: Arguments, config: Config, target: Target, devices: Sequence[Any]) -> None:
@@ -105,7 +114,7 @@ def compile_sweeps(arguments: Arguments, config: Config, target: Target, devices
         except OutOfMemory as error:
             line = json.dumps({"point": name, "fits": False}) if arguments.json else f"{name}  does NOT fit: {error}"
         else:
-            verdict = "fits" if found.fits else "does NOT fit"
+            verdict = VERDICTS[found.fits]
             times = f"{1e3 * found.floor_seconds:.1f} to {1e3 * found.estimate_seconds:.1f} ms"
             line = f"{name}  {shape[0]}x{shape[1]}  {found.memory}: {verdict}  {times}"
             line = json.dumps({"point": name, **asdict(found)}) if arguments.json else line
@@ -125,9 +134,9 @@ def padded_shapes(given: str, config: Config) -> Sequence[tuple[int, int]]:
 def report(found: Needs, target: Target) -> str:
     """Returns what a program needs as text."""
     lines = [f"{found.padded_hw[0]}x{found.padded_hw[1]}, {found.images} images per device:"]
-    verdict = "fits" if found.fits else "does NOT fit"
+    needed, usable = found.memory or "of the program", target.usable / 2**30
     of_all = ", three quarters of the GPU's, which JAX reserves by default" if target.usable < target.memory else ""
-    lines.append(f"  memory      {found.memory}: {verdict} in {target.usable / 2**30:.0f} GiB{of_all}")
+    lines.append(f"  memory      {needed}: {VERDICTS[found.fits]} in {usable:.0f} GiB{of_all}")
     if found.largest_batch:
         lines.append(f"  batch       about {found.largest_batch} images per device fit (extrapolated)")
     for kind, (number, size) in found.collectives.items():

@@ -26,22 +26,20 @@ def lower(
     """Lowers `Driver.step` or `Driver.detect` for a global batch of `config.data.batch_size` images of shape `padded_hw`.
 
     Returns the program, which `.compile()` makes for the devices, and its operations over all devices in the plain form
-    (`summary.jaxpr_flops`), without the zeros between joined groups. Detection is always that of jit. Raises ConfigError if
-    the batch does not divide evenly over the devices.
+    (`summary.jaxpr_flops`), without the zeros between joined groups. Raises ConfigError if the batch does not divide evenly
+    over the devices.
     """
-    if what == "detect":
-        config = replace(config, parallel="jit")
     driver = Driver(config, num_classes, tuple(devices))
     driver.check_batch_size()
     plain = Driver(replace(config, parallel="jit", devices=1, cpu_kernels=False), num_classes)
     variables = initialise(driver.model, config.seed)
+    sharding = None if config.parallel == "pmap" else driver.replicated
     if what == "detect":
         counted = plain.detect.trace(_shapes(variables, plain.replicated), _inputs(plain, padded_hw))
-        lowered = driver.detect.lower(_shapes(variables, driver.replicated), _inputs(driver, padded_hw))
+        lowered = driver.detect.lower(_shapes(variables, sharding), _inputs(driver, padded_hw))
         return lowered, jaxpr_flops(counted.jaxpr.jaxpr)
     state = state_from(variables, driver.optimizer, averaged=config.optimizer.ema_decay > 0)
     counted = plain.step.trace(_shapes(state, plain.replicated), _inputs(plain, padded_hw))
-    sharding = None if config.parallel == "pmap" else driver.replicated
     lowered = driver.step.lower(_shapes(state, sharding), _inputs(driver, padded_hw))
     return lowered, jaxpr_flops(counted.jaxpr.jaxpr)
 

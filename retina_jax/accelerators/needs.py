@@ -31,7 +31,7 @@ class Needs:
     padded_hw: tuple[int, int]
     images: int  # per device
     memory: Memory | None
-    fits: bool
+    fits: bool | None  # None if the compiler does not report the memory
     largest_batch: int  # images per device that fit, estimated from the memory of this batch; 0 if unknown
     compile_seconds: float
     flops: int
@@ -77,7 +77,7 @@ def needs(
         padded_hw=padded_hw,
         images=images,
         memory=memory,
-        fits=memory is None or sum(memory) <= target.usable,
+        fits=None if memory is None else sum(memory) <= target.usable,
         largest_batch=_largest_batch(memory, images, target),
         compile_seconds=seconds,
         flops=flops // len(devices),

@@ -1,7 +1,6 @@
 """Accelerators that programs can be compiled for without having one: their public figures, and topologies of their devices.
 
-XLA's compilers for TPUs and NVIDIA GPUs come as wheels (libtpu, the CUDA plugin) and need no device. The figures are public:
-https://cloud.google.com/tpu/docs/system-architecture-tpu-vm for TPUs, the data sheets of A100, H100 and H200 for GPUs.
+XLA's compilers for TPUs and NVIDIA GPUs come as wheels (libtpu, the CUDA plugin) and need no device.
 """
 
 import importlib.util
@@ -24,10 +23,11 @@ class Target:
 
     platform: str  # tpu or gpu
     kind: str  # v5e, h100
+    source: str  # of the figures
     peak_flops: float  # bfloat16 operations per second of the matrix units, without sparsity
     memory: int  # bytes
     bandwidth: float  # bytes per second between the memory and the cores
-    clock: float = 0.0  # Hz of the cycles that the TPU compiler estimates; 0 for GPUs
+    clock: float = 0.0  # Hz of the cycles that the TPU compiler estimates (peak over operations per cycle); 0 for GPUs
     cores: int = 0  # multiprocessors of a GPU
     capability: tuple[int, int] = (0, 0)  # CUDA compute capability
     shared_memory: int = 0  # bytes that a block of threads may use (opt-in)
@@ -40,16 +40,17 @@ class Target:
 
 
 GIB = 2**30
+CLOUD, NVIDIA = "https://docs.cloud.google.com/tpu/docs/", "https://www.nvidia.com/en-us/data-center/"
 TARGETS = {
     (target.platform, target.kind): target
     for target in (
-        Target("tpu", "v4", 275e12, 32 * GIB, 1228e9, clock=1.05e9),
-        Target("tpu", "v5e", 197e12, 16 * GIB, 819e9, clock=1.5e9),
-        Target("tpu", "v5p", 459e12, 95 * GIB, 2765e9, clock=1.75e9),
-        Target("tpu", "v6e", 918e12, 32 * GIB, 1638e9, clock=1.75e9),
-        Target("gpu", "a100", 312e12, 80 * GIB, 2.039e12, 0.0, 108, (8, 0), 166912, 40 * 2**20),
-        Target("gpu", "h100", 989e12, 80 * GIB, 3.35e12, 0.0, 132, (9, 0), 232448, 50 * 2**20),
-        Target("gpu", "h200", 989e12, 141 * 10**9, 4.8e12, 0.0, 132, (9, 0), 232448, 50 * 2**20),
+        Target("tpu", "v4", CLOUD + "v4", 275e12, 32 * GIB, 1228e9, clock=1.05e9),
+        Target("tpu", "v5e", CLOUD + "v5e", 197e12, 16 * GIB, 819e9, clock=1.5e9),
+        Target("tpu", "v5p", CLOUD + "v5p", 459e12, 95 * GIB, 2765e9, clock=1.75e9),
+        Target("tpu", "v6e", CLOUD + "v6e", 918e12, 32 * GIB, 1638e9, clock=1.75e9),
+        Target("gpu", "a100", NVIDIA + "a100", 312e12, 80 * GIB, 2.039e12, 0.0, 108, (8, 0), 166912, 40 * 2**20),
+        Target("gpu", "h100", NVIDIA + "h100", 989e12, 80 * GIB, 3.35e12, 0.0, 132, (9, 0), 232448, 50 * 2**20),
+        Target("gpu", "h200", NVIDIA + "h200", 989e12, 141 * 10**9, 4.8e12, 0.0, 132, (9, 0), 232448, 50 * 2**20),
     )
 }
 TPU_TOPOLOGIES = {

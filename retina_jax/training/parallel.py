@@ -104,7 +104,8 @@ class Driver:
             accumulate = self.config.training.accumulate
             each = f" with {accumulate} micro-batches each (training.accumulate)" if accumulate > 1 else ""
             found = f"{batch_size} is not divisible by {self.num_devices} devices{each}"
-            raise ConfigError(f"data.batch_size: {found}; use a multiple of {self.num_microbatches} or --devices")
+            other = "" if self.topology else " or --devices"
+            raise ConfigError(f"data.batch_size: {found}; use a multiple of {self.num_microbatches}{other}")
 
     def replicate(self, state: PyTree) -> PyTree:
         """Copies `state`, equal on all hosts, to every device."""
@@ -187,7 +188,12 @@ class Driver:
         one_device = self._traced(one_device)
         if self.config.parallel == "pmap":
             mapped = jax.pmap(one_device, axis_name=AXIS, in_axes=(None, 0), devices=list(self.mesh.devices.flat))
-            return lambda *arguments: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), mapped(*arguments))
+
+            def by_rows(*arguments: Any) -> PyTree:
+                return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), mapped(*arguments))
+
+            by_rows.lower = mapped.lower  # as that of a jitted function
+            return by_rows
         specs = {"in_specs": (P(), P(AXIS)), "out_specs": P(AXIS)}
         return jax.jit(jax.shard_map(one_device, mesh=self.mesh, **specs, check_vma=False))
 

@@ -17,9 +17,11 @@ from jax.sharding import PartitionSpec as P
 
 from retina_jax.accelerators import targets
 from retina_jax.accelerators.hlo import parse
+from retina_jax.accelerators.lowering import What, lower
 from retina_jax.accelerators.needs import Needs, _largest_batch, without_factors
 from retina_jax.accelerators.targets import TARGETS, TPU_TOPOLOGIES, parse_target, topology_devices
 from retina_jax.config import Config, ConfigError
+from retina_jax.config_io import override
 from retina_jax.training.compilation import Memory
 
 TPU_TEXT = """\
@@ -138,6 +140,7 @@ def test_an_unknown_target_is_refused(text: str) -> None:
 
 def test_targets_are_consistent() -> None:
     for (platform, kind), target in TARGETS.items():
+        assert target.source.startswith("https://") and target.source.endswith(kind)
         assert (target.platform, target.kind) == (platform, kind)
         assert (target.clock > 0) == (platform == "tpu") and (target.cores > 0) == (platform == "gpu")
     for kind, shapes in TPU_TOPOLOGIES.items():
@@ -155,6 +158,19 @@ def test_a_missing_compiler_names_the_extra(target: str, monkeypatch: pytest.Mon
     extra = targets.EXTRAS[target[:3]][1]
     with pytest.raises(ConfigError, match=rf"pip install 'retina-jax\[{extra}\]'"):
         topology_devices(*parse_target(target))
+
+
+@pytest.mark.parametrize("what", ["step", "detect"])
+def test_each_driver_has_its_own_programs(what: What) -> None:
+    """pmap takes the images of each device as rows of an axis of their own."""
+    small = {"model.backbone": "resnet18", "model.base_width": 8, "model.stage_blocks": (1, 1, 1, 1)}
+    small |= {"model.fpn_channels": 8, "model.head_channels": 8, "model.head_convs": 0, "model.max_level": 5}
+    for parallel, images in (("jit", (4, 64, 64, 3)), ("pmap", (2, 2, 64, 64, 3))):
+        config = override(Config(), {**small, "data.batch_size": 4, "parallel": parallel})
+        lowered, flops = lower(config, 3, jax.devices()[:2], what, (64, 64))
+        assert flops > 0 and images in {array.shape for array in jax.tree.leaves(lowered.in_avals)}
+    with pytest.raises(ConfigError, match=r"use a multiple of 2$"):
+        lower(override(Config(), {"data.batch_size": 3}), 3, jax.devices()[:2], what, (64, 64))
 
 
 def test_shapes_are_those_of_training_or_given() -> None:
@@ -187,6 +203,8 @@ def test_the_report_shows_what_fits_into_the_memory_that_jax_reserves() -> None:
     text = report(found, target)
     assert "fits in 60 GiB, three quarters" in text and "about 26 images" in text
     assert "100.0 ms of arithmetic, 1000.0 ms of memory" in text and "1.00  c3" in text
+    assert "does NOT fit in 60 GiB" in report(replace(found, fits=False), target)
+    assert "unknown whether it fits" in report(replace(found, memory=None, fits=None), target)
     assert "in 16 GiB\n" in report(replace(found, kernels={}, cycles=5), TARGETS["tpu", "v5e"])
     hours = schedule([found, replace(found, floor_seconds=0.5)], Config(), 8, "step")
     assert hours == "90000 steps: 12.50 to 27.50 hours on 8 devices (not measured)"

@@ -207,6 +207,16 @@ def test_a_step_copies_no_kernel(tiny: Config, make_inputs: Make, kernels: bool,
     assert re.findall(r"= f32\[\d+,\d+,\d+,\d+\]\S* copy\(%\w*params", entry) == []
 
 
+def test_in_bfloat16_gradients_and_sums_cross_in_float32(tiny: Config, make_inputs: Make) -> None:
+    """Read before compilation: XLA for CPUs would turn sums of bfloat16 into float32."""
+    config = with_drivers(tiny, "jit", 2, model__dtype="bfloat16")
+    driver = driver_of(config)
+    text = driver.step.lower(first_state(driver), driver.shard_batch(make_inputs(0))).as_text()
+    crossing = re.findall(r"stablehlo\.all_reduce.*?\}\) .*?: \((.*?)\) ->", text, re.DOTALL)
+    assert "bf16" in text and len(crossing) > 20
+    assert {dtype for types in crossing for dtype in re.findall(r"(b?f\d+|i\d+)>", types)} == {"f32"}
+
+
 def test_grouped_convolutions_gather_no_batch(tiny: Config, make_inputs: Make) -> None:
     """The compiler would gather the batch for each of them if the step were written for the complete batch."""
     resnext = override(tiny, {"model.backbone": "resnext101_32x8d"})
