@@ -104,13 +104,18 @@ def test_errors_are_not_ready_to_train_and_warnings_are(
 def test_tiny_boxes_are_not_ready_until_the_suggestion_is_applied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    monkeypatch.setattr("retina_jax.console.SECONDS_IN_LOG", 0.0)
     splits = clean()
     for document in splits.documents.values():
         for box in document["annotations"]:
             box["bbox"][2:] = [11, 13]
     pairs = splits.write(tmp_path)
     assert run(monkeypatch, pairs, tmp_path / "out") == 3
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("suggestion: --")]
+    lines = capsys.readouterr().out.splitlines()
+    for task in ("train: images", "val: images", "anchors: images", "suggested anchors: images"):
+        counted = [re.match(rf"{task} (\d+)/(\d+)", line) for line in lines if line.startswith(task)]
+        assert [int(count[1]) for count in counted] == list(range(1, int(counted[0][2]) + 1)), task
+    (line,) = [line for line in lines if line.startswith("suggestion: --")]
     claimed = json.loads((tmp_path / "out" / "data_check.json").read_text())["suggestion"]
     assert line.removeprefix("suggestion: ").startswith(claimed["options"])
     page = Page((tmp_path / "out" / "data_check.html").read_text())

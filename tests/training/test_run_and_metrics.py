@@ -82,6 +82,16 @@ def test_two_processes_never_train_in_one_folder(tmp_path: Path) -> None:
         pass
 
 
+def test_the_lock_of_a_run_follows_no_link(tmp_path: Path) -> None:
+    with training_lock(tmp_path / "run"):
+        (lock,) = [path for path in (tmp_path / "run").iterdir() if "lock" in path.name]
+    lock.unlink()
+    lock.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=re.escape(str(lock))), training_lock(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_a_run_that_is_interrupted_keeps_its_folder_until_the_process_ends(tmp_path: Path) -> None:
     script, run, log = tmp_path / "interrupted.py", tmp_path / "run", tmp_path / "log"
     script.write_text(
