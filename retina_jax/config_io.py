@@ -272,7 +272,8 @@ def _typed(value: Any, hint: Any) -> Any:
 def training_changes(old: Config, new: Config) -> list[str]:
     """Returns "field: old -> new" for each difference that changes what a training step computes."""
     before, after, known = flatten(old), flatten(new), options(Config)
-    changed = [k for k in before if before[k] != after[k]]
+    unread = "data.scenes." if "scenes" not in (old.data.source, new.data.source) else "-"
+    changed = [k for k in before if before[k] != after[k] and not k.startswith(unread)]
     # The BatchNorm statistics are those of a micro-batch; the rate of a cosine is a function of the last step.
     fixed = {"training.accumulate"} if "batch" in (new.model.norm, new.model.head_norm) else set()
     fixed |= {"training.steps"} if new.optimizer.schedule == "cosine" else set()

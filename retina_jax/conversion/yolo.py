@@ -1,9 +1,11 @@
 """YOLO: one text file per image, a line per box: class, centre x, centre y, width, height as fractions of the image. The
 classes, and the splits, are in a YAML file. Images without a text file have no objects, as Ultralytics reads them."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,8 +38,53 @@ from retina_jax.errors import reason
 NAMES = ("classes.txt", "obj.names", "names.txt")
 OTHERS = {*NAMES, "labels.txt", "train.txt", "val.txt", "test.txt"}  # text files that hold no boxes
 Names = dict[int, str]
+KEYPOINTS_IN = "write kpt_shape into data.yaml: [keypoints, 2 or 3 numbers of each], or 0 for polygons"
+FEWEST_LINES, MARGIN = 3, 0.01
+"""Lines, and fraction of the image, for `Longer`."""
 LARGEST_FRACTION = 1.5
 """What is partly outside the image may exceed 1; pixels, and the flags of keypoints (2), exceed this."""
+
+
+@dataclass
+class Longer:
+    """How lines with more numbers than a box are read. `keypoints` is how many a box has and how many numbers each; () is
+    for polygons; None means polygons too, unless all of them look like a box with keypoints inside it."""
+
+    keypoints: tuple[int, ...] | None
+    lines: int = 0
+    lengths: frozenset[int] = frozenset()
+    as_keypoints: bool = True  # all polygons so far are also a box with keypoints inside it
+    only_keypoints: bool = False  # one of them makes a strange polygon
+
+    def add(self, numbers: Sequence[float]) -> None:
+        """Notes the numbers of a line that was read as a polygon."""
+        if self.keypoints is None and self.as_keypoints:
+            fits, strange = with_keypoints(numbers[1:])
+            self.lines, self.lengths = self.lines + 1, self.lengths | {len(numbers)}
+            self.as_keypoints = fits and len(self.lengths) == 1
+            self.only_keypoints |= strange
+
+    def check(self, where: str) -> None:
+        """Raises DataError if the lines of a dataset are rather boxes with keypoints than polygons."""
+        if self.keypoints is None and self.lines >= FEWEST_LINES and self.as_keypoints and self.only_keypoints:
+            found = f"{self.lines} lines with {min(self.lengths)} numbers are boxes with keypoints inside them"
+            raise DataError(f"{where}: {found}, or strange polygons; {KEYPOINTS_IN}")
+
+
+def with_keypoints(numbers: Sequence[float]) -> tuple[bool, bool]:
+    """Returns whether numbers after a class can be a box in the image with keypoints inside it, and whether they are hardly
+    a polygon: its second corner, which would be the box's size, is outside the box, or each third number is a flag."""
+    x, y, width, height, *rest = numbers
+
+    def inside(px: float, py: float) -> bool:
+        return abs(px - x) <= width / 2 + MARGIN and abs(py - y) <= height / 2 + MARGIN
+
+    of_image = min(x - width / 2, y - height / 2) >= -MARGIN and max(x + width / 2, y + height / 2) <= 1 + MARGIN
+    flagged = len(rest) % 3 == 0 and set(rest[2::3]) <= {0, 1}
+    number = 3 if flagged else 2
+    points = [point for point in zip(rest[::number], rest[1::number], strict=False) if point != (0, 0)]  # 0 0: no label
+    fits = of_image and len(rest) % number == 0 and all(inside(*point) for point in points)
+    return fits, flagged or not inside(width, height)
 
 
 def read_yolo(path: Path, reading: Reading, images: Path | None = None) -> Annotated:
@@ -53,13 +100,14 @@ def read_yolo(path: Path, reading: Reading, images: Path | None = None) -> Annot
         if content.get(key)
     }
     if not listed:  # supervision writes the names alone
-        return read_folder(file.parent, tuple(names.values()), images, content.get("kpt_shape"))
-    found = Annotated([], [], list(names.values()))
+        return read_folder(file.parent, tuple(names.values()), images, keypoints_of(content, file))
+    found, longer = Annotated([], [], list(names.values())), Longer(keypoints_of(content, file))
     if listed.get("val") and listed["val"] == listed.get("train"):  # there is no validation set
         found.skipped["images of val, which are those of train"] += len(listed.pop("val"))
     for split, paths in listed.items():
         for image in paths:
-            found.pictures.append(picture_of(image, label_file(image), split, names, content.get("kpt_shape")))
+            found.pictures.append(picture_of(image, label_file(image), split, names, longer))
+    longer.check(str(file))
     check_labels(found, str(file))
     return found
 
@@ -110,6 +158,21 @@ def names_of(content: dict[str, Any], file: Path) -> Names:
     return dict(zip(found, unique_names(list(found.items())), strict=True))
 
 
+def keypoints_of(content: dict[str, Any], file: Path) -> tuple[int, ...] | None:
+    """Returns `kpt_shape`: how many keypoints a line has and how many numbers each; () for none, None if it is not given."""
+    shape = content.get("kpt_shape")
+    if not shape:
+        return () if "kpt_shape" in content else None
+    if (
+        isinstance(shape, list)
+        and len(shape) == 2
+        and all(type(n) is int and n > 0 for n in shape)
+        and shape[1] in (2, 3)
+    ):
+        return tuple(shape)
+    raise DataError(f"{file}: kpt_shape must be [keypoints, 2 or 3 numbers of each], not {short(shape)}")
+
+
 def images_of(key: str, content: dict[str, Any], file: Path) -> Iterator[Path]:
     """Yields the images of a split: of folders, or named by lists in text files. Roboflow writes ../train/images for
     train/images, and a test that it did not export; a `path` of another machine is ignored."""
@@ -154,7 +217,9 @@ def listed_names(root: Path) -> tuple[str, ...]:
     raise DataError(f"{root}: the class names are missing; give --classes, or write them into {root / NAMES[0]}")
 
 
-def read_folder(root: Path, names: Sequence[str], images: Path | None, keypoints: Any = None) -> Annotated:
+def read_folder(
+    root: Path, names: Sequence[str], images: Path | None, keypoints: tuple[int, ...] | None = None
+) -> Annotated:
     """Reads the text files of a folder; the images are in `images`, in images/ next to it, or in it, and have the paths of
     the text files there, or other ones and a stem that no other image has."""
     labels = root / "labels" if (root / "labels").is_dir() else root
@@ -162,46 +227,51 @@ def read_folder(root: Path, names: Sequence[str], images: Path | None, keypoints
         places = (labels.parent / "images", labels.parent / "JPEGImages", labels)
         images = next((place for place in places if place.is_dir()), labels)
     known = dict(enumerate(unique_names(list(enumerate(names)))))
-    found = Annotated([], [images], list(known.values()))
+    found, longer = Annotated([], [images], list(known.values())), Longer(keypoints)
     paths, files = files_below(images, *SUFFIXES), {*files_below(labels, ".txt")}
     stems = Counter(path.stem for path in paths), Counter(file.stem for file in files)
     alone = {file.stem: file for file in files if stems[0][file.stem] == stems[1][file.stem] == 1}
     for image in paths:
         inside = image.relative_to(images).with_suffix(".txt")
         file = labels / inside if labels / inside in files else alone.get(image.stem, labels / inside)
-        found.pictures.append(picture_of(image, file, split_of(file.relative_to(labels).as_posix()), known, keypoints))
+        found.pictures.append(picture_of(image, file, split_of(file.relative_to(labels).as_posix()), known, longer))
+    longer.check(str(labels))
     check_labels(found, str(labels), files)
     return found
 
 
-def picture_of(image: Path, labels: Path, split: str, names: Names, keypoints: Any = None) -> Picture:
+def picture_of(image: Path, labels: Path, split: str, names: Names, longer: Longer) -> Picture:
     """Returns an image with the boxes of its text file, if there is one."""
     boxes = []
     for n, line in enumerate(read_lines(labels) if labels.is_file() else (), 1):
         if words := line.split():
             try:
-                boxes.append(read_line(words, names, keypoints))
+                boxes.append(read_line(words, names, longer))
             except ValueError as error:
                 raise DataError(f"{labels}: line {n}: {error}") from None
     return Picture((image.as_posix(),), boxes, (0, 0), split, str(labels), fractions=True, path=image)
 
 
-def read_line(words: list[str], names: Names, keypoints: Any) -> Box:
+def read_line(words: list[str], names: Names, longer: Longer) -> Box:
     """Returns the box of a line: four numbers, or with a confidence or keypoints after them, or those of a polygon."""
     numbers = [number(word, f"number {n}") for n, word in enumerate(words)]
     if numbers[0] not in names:
         listed = ", ".join(map(str, list(names)[:5])) + (", ..." if len(names) > 5 else "")
         raise ValueError(f"class {words[0][:20]} is not in names ({listed})")
     corners: Corners
-    if len(numbers) in (5, 6) or keypoints:
-        if len(numbers) < 5:
-            raise ValueError("must be a class and four numbers")
+    more = math.prod(longer.keypoints) if longer.keypoints else 0
+    if len(numbers) - more in (5, 6) or len(numbers) in (5, 6):
         x, y, width, height = numbers[1:5]
         corners = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+    elif more:
+        raise ValueError(
+            f"has {len(numbers)} numbers, but must be a class with 4 and, by kpt_shape, {more} of keypoints"
+        )
     elif len(numbers) >= 7 and len(numbers) % 2:
         if (largest := max(numbers[1:])) > LARGEST_FRACTION:
             kinds = "a polygon has fractions of the image; keypoints need names and kpt_shape in a data.yaml"
             raise ValueError(f"has the coordinate {largest:g}, but {kinds}")
+        longer.add(numbers)
         corners = around(zip(numbers[1::2], numbers[2::2], strict=True))
     else:
         kinds = "a class with 4 numbers (a box), 5 (with confidence) or pairs (a polygon)"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from retina_jax import distributed
 from retina_jax.config import Config, ConfigError
@@ -20,8 +21,10 @@ from retina_jax.config_io import flatten, options, to_dict, training_changes, un
 from retina_jax.console import processor
 from retina_jax.data.classes import class_indices, classes_error
 from retina_jax.installation import HOME, PACKAGE
+from retina_jax.model.initialisation import variable_shapes
 from retina_jax.runs.files import read_json, write_json
 from retina_jax.runs.folder import Run, make_writable, place_of, saved_steps, started_run
+from retina_jax.training.parallel import Driver
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "tensorflow", "tensorflow-datasets",
@@ -96,6 +99,14 @@ def _check_shared(folder: Path) -> None:
         raise ConfigError(f"--workdir {folder}: {found}; it must be on a disk that all hosts share")
 
 
+def _state_shapes(config: Config) -> tuple[PyTree, list[tuple[int, ...]]]:
+    """Returns the structure and the shapes of what a checkpoint holds: variables and optimizer."""
+    driver = Driver(config, config.model.num_classes)
+    variables = variable_shapes(driver.model)
+    state = variables, jax.eval_shape(driver.optimizer.init, variables["params"])
+    return jax.tree.structure(state), [leaf.shape for leaf in jax.tree.leaves(state)]
+
+
 def _changes(before: Run, run: Run, allowed: Sequence[str]) -> list[str]:
     """Returns how `run` differs from the run that is in its folder; ConfigError if a difference is not allowed."""
     where, old, new = f"--workdir {run.folder}", before.config, run.config
@@ -105,9 +116,12 @@ def _changes(before: Run, run: Run, allowed: Sequence[str]) -> list[str]:
         found = f"its run has optimizer.ema_decay {decay:g}; a resumed run can neither start nor stop averaging (EMA)"
         raise ConfigError(f"{where}: {found}; use that value, or another --workdir")
     changes = training_changes(old, new)
+    if changes and _state_shapes(old) != _state_shapes(new):
+        found = f"a resumed run keeps its parameters and optimizer, but {'; '.join(changes)}"
+        raise ConfigError(f"{where}: {found}; its checkpoints do not fit; use another --workdir")
     if refused := {change: name for change in changes if (name := change.partition(":")[0]) not in allowed}:
-        found = f"a resumed run keeps its config, but {'; '.join(refused)}"
-        raise ConfigError(f"{where}: {found} (if this is intended: --allow-changes {' '.join(refused.values())})")
+        found, accepted = f"a resumed run keeps its config, but {'; '.join(refused)}", " ".join(refused.values())
+        raise ConfigError(f"{where}: {found}; use another --workdir (or, in the same run: --allow-changes {accepted})")
     if run.data_sha256 and before.data_sha256 not in (None, run.data_sha256):
         found = "its run was trained on other images or boxes than the training data has now"
         raise ConfigError(f"{where}: {found}; restore them, or use another --workdir")

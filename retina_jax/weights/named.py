@@ -65,15 +65,15 @@ NAMED: dict[tuple[str, str], Named] = {
     ("torchvision", "retinanet_resnet50_fpn_coco"): _torchvision("retinanet_resnet50_fpn_coco", "eeacb38b", eps=0.0),
     ("torchvision", "retinanet_resnet50_fpn_v2_coco"): _torchvision("retinanet_resnet50_fpn_v2_coco", "5905b1c5"),
     **{
-        ("torchvision", f"resnet{kind}"): _torchvision(f"resnet{kind}", sha256)
-        for kind, sha256 in (
-            ("18", "f37072fd"),
-            ("34", "b627a593"),
-            ("50", "0676ba61"),
-            ("101", "63fe2227"),
-            ("ext50_32x4d", "7cdf4587"),
-            ("ext101_32x8d", "8ba56ff5"),
-            ("ext101_64x4d", "173b62eb"),
+        ("torchvision", name): _torchvision(name, sha256)
+        for name, sha256 in (
+            ("resnet18", "f37072fd"),
+            ("resnet34", "b627a593"),
+            ("resnet50", "0676ba61"),
+            ("resnet101", "63fe2227"),
+            ("resnext50_32x4d", "7cdf4587"),
+            ("resnext101_32x8d", "8ba56ff5"),
+            ("resnext101_64x4d", "173b62eb"),
         )
     },
     ("detectron2", "retinanet_R_50_FPN_1x"): _detectron2("retinanet_R_50_FPN_1x", 190397773, "bfca0b"),

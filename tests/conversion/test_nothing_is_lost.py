@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import sys
 from pathlib import Path
 
 import convert_data
+import numpy as np
 import pytest
 from test_broken_annotations import LABELME
 from test_conventions_of_formats import boxes, picture, read, text
@@ -17,6 +19,7 @@ from retina_jax.config import ConfigError
 from retina_jax.conversion import formats
 from retina_jax.conversion.annotated import Annotated, Box, Picture, Reading
 from retina_jax.conversion.formats import Format
+from retina_jax.conversion.yolo import Longer
 from retina_jax.errors import PlainError
 
 CSV = "a.png,1,2,3,4,a\nb.png,1,2,3,4,a\n"
@@ -198,3 +201,52 @@ def test_text_that_xml_excludes_is_refused(to: Format, character: str) -> None:
         found = Annotated([Picture((name,), [Box(label, (1, 2, 3, 4))], (4, 4))], [])
         with pytest.raises(PlainError, match="which XML excludes"):
             formats.write(found, [label], to, Reading(), Path("out"))
+
+
+@pytest.mark.parametrize("numbers", [2, 3])
+@pytest.mark.parametrize("where", ["labels", "data.yaml"])
+def test_keypoints_within_the_image_are_not_taken_for_polygons(tmp_path: Path, where: str, numbers: int) -> None:
+    """Also without a flag, or with flags 0 and 1. Other lines hold a box alone."""
+    rng = np.random.default_rng(numbers)
+    lines, expected = ["0 0.5 0.5 0.2 0.2\n"], [("a", (16, 8, 24, 12))]
+    for _ in range(8):
+        size = rng.uniform(0.1, 0.4, 2)
+        centre = rng.uniform(size / 2, 1 - size / 2)
+        points = [
+            [*rng.uniform(centre - size / 2, centre + size / 2), *[rng.integers(2)] * (numbers - 2)] for _ in range(2)
+        ]
+        lines.append(" ".join(map(str, [0, *centre, *size, *itertools.chain(*points)])) + "\n")
+        low, high = (centre - size / 2) * (40, 20), (centre + size / 2) * (40, 20)
+        expected.append(("a", tuple(np.round([*low, *high], 3))))
+    picture(tmp_path / "images/a.png")
+    text(tmp_path / "labels/a.txt", "".join(lines))
+    text(tmp_path / "labels/classes.txt", "a\n")
+    if where == "data.yaml":
+        text(tmp_path / "data.yaml", "names: [a]\n")
+    with pytest.raises(PlainError, match=rf"8 lines with {5 + 2 * numbers} numbers .* kpt_shape into data.yaml"):
+        read(tmp_path)
+    text(tmp_path / "data.yaml", f"names: [a]\nkpt_shape: [2, {numbers}]\n")
+    found = [(label, tuple(np.round(corners, 3))) for label, corners in boxes(read(tmp_path))["a.png"]]
+    assert found == expected
+    text(tmp_path / "data.yaml", "names: [a]\nkpt_shape: [3, 3]\n")
+    with pytest.raises(PlainError, match=rf"line 2: has {5 + 2 * numbers} numbers, .* by kpt_shape, 9 of keypoints"):
+        read(tmp_path)
+    text(tmp_path / "data.yaml", "names: [a]\nkpt_shape: 0\n")  # polygons, whatever they look like
+    assert len(boxes(read(tmp_path))["a.png"]) == 9
+    text(tmp_path / "data.yaml", "names: [a]\nkpt_shape: [2, 4]\n")
+    with pytest.raises(PlainError, match="kpt_shape must be"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("corners", [3, 4, 7])
+def test_polygons_are_not_taken_for_keypoints(corners: int) -> None:
+    """Objects of all sizes and places, with their corners around a circle, from any corner on."""
+    rng = np.random.default_rng(corners)
+    for _ in range(500):
+        longer = Longer(None)
+        for _ in range(6):
+            radius, start = rng.uniform(0.01, 0.4), rng.uniform(0, 2 * np.pi)
+            centre, angles = rng.uniform(radius, 1 - radius, 2), start + 2 * np.pi * np.arange(corners) / corners
+            points = centre + radius * np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+            longer.add([0.0, *points.ravel().tolist()])
+        longer.check("labels")
