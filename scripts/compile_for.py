@@ -32,6 +32,7 @@ from retina_jax.data.transforms import buckets, train_short_sides
 from retina_jax.errors import OutOfMemory
 from retina_jax.runs.folder import config_of
 from retina_jax.sweeps.points import expand, load_sweeps
+from retina_jax.training.parallel import Driver
 
 PAPER = Path(__file__).parents[1] / "configs" / "paper_r50_600.py"
 CLASSES = 80  # of a config whose number of classes comes from the data
@@ -69,6 +70,7 @@ def main() -> None:
     devices = topology_devices(target, number)
     if arguments.sweep:
         return compile_sweeps(arguments, config, target, devices)
+    Driver(config, config.model.num_classes or CLASSES, tuple(devices)).check_batch_size()
     shapes = padded_shapes(arguments.shape, config)
     found, too_large = [], []
     for index, shape in enumerate(shapes, start=1):
@@ -172,7 +174,7 @@ def schedule(found: Sequence[Needs], config: Config, devices: int, what: str) ->
         rates = [config.data.batch_size / seconds for seconds in (estimate, floor)]
         return f"training.epochs {config.training.epochs:g}: {rates[0]:.0f} to {rates[1]:.0f} images/s (not measured)"
     hours = [config.training.steps * seconds / 3600 for seconds in (floor, estimate)]
-    return f"{config.training.steps} steps: {hours[0]:.2f} to {hours[1]:.2f} hours on {devices} devices (not measured)"
+    return f"{config.training.steps} steps: {hours[0]:.3g} to {hours[1]:.3g} hours on {devices} devices (not measured)"
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Arguments:
     weights: str = ""
     """KIND:FILE or KIND:NAME of a detector of another library; KIND is torchvision, detectron2 or detectron."""
     format: Literal["auto", "stablehlo", "savedmodel", "onnx"] = "auto"
-    """Format of the file; auto: onnx if its name ends in .onnx, otherwise stablehlo. savedmodel is refused, because no
+    """Format of the file; auto: by the end of its name, .onnx or .zip (stablehlo). savedmodel is refused, because no
     converter works yet (docs/export.md)."""
     step: Step = None
     """Saved step, best (the step with the highest AP) or newest; default: the best, or the newest if none was evaluated."""
@@ -79,6 +79,8 @@ def main() -> None:
         raise ConfigError(f"--count: invalid value {arguments.count}; must be at least 1")
     if arguments.out.is_dir():
         raise ConfigError(f"--out {arguments.out}: is a folder; give a file")
+    if arguments.format == "auto" and arguments.out.suffix not in (".zip", ".onnx"):
+        raise ConfigError(f"--out {arguments.out}: must end in .zip (StableHLO) or .onnx, or give --format")
     set_up_jax()
     source = arguments.weights or str(arguments.workdir)
     detector = load_detector(

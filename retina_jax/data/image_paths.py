@@ -159,19 +159,26 @@ def _elsewhere(root: str, name: str, below: dict[str, list[str]], alike: dict[st
     return ""
 
 
+def _hidden(path: Path, folder: Path) -> bool:
+    """Returns whether `path` is hidden below `folder`, or one of macOS's companions of files (._a.jpg, __MACOSX/)."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
+
+
 def image_files(paths: Sequence[Path], out: Path) -> dict[Path, str]:
-    """Returns the image files at these paths and in these folders, each with the name of its picture in `out`. Folders
-    are searched recursively, except `out`; a warning names the links, pipes and folders that are skipped. Pictures of one
-    name get a number. Raises ConfigError if a path does not exist or is neither file nor folder, a folder has no image, no
-    path is given, or a picture would overwrite one of the files."""
+    """Returns the image files at these paths and in these folders, each with the name of its picture in `out`. Folders are
+    searched recursively, except `out`; a warning names the links, pipes, folders and hidden files that are skipped.
+    Pictures of one name get a number. Raises ConfigError if a path does not exist or is neither file nor folder, a folder
+    has no image, no path is given, or a picture would overwrite one of the files."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
             named_as_images = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES or p.is_symlink())
-            inside = [p for p in named_as_images if p.suffix.lower() in SUFFIXES and p.is_file()]
-            if others := [str(p) for p in named_as_images if not p.is_file()]:
+            inside = [
+                p for p in named_as_images if p.suffix.lower() in SUFFIXES and p.is_file() and not _hidden(p, path)
+            ]
+            if others := [str(p) for p in named_as_images if not p.is_file() or _hidden(p, path)]:
                 shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-                warn(f"{path}: {len(others)} links, pipes or folders are skipped: {shown}")
+                warn(f"{path}: skipped (links, pipes, folders, hidden files): {len(others)}: {shown}")
             inside = [p for p in inside if path.resolve() == out.resolve() or out.resolve() not in p.resolve().parents]
             if not inside:
                 raise ConfigError(f"{path}: no image in this folder ({', '.join(SUFFIXES)})")

@@ -105,8 +105,10 @@ def config_of(argv: Sequence[str], default: str) -> Config:
 
 
 def settings_of(argv: Sequence[str]) -> Config:
-    """Returns the config of a detector: of the file in `--weights`, else of the run in `--workdir`."""
+    """Returns the config of a detector: of the file in `--weights`, or of the run in `--workdir`. ConfigError for both."""
     workdir, weights = option_value(argv, "--workdir"), option_value(argv, "--weights")
+    if workdir and weights:
+        raise ConfigError("--workdir: give the folder of a run, or --weights KIND:FILE, and not both")
     if weights:
         from retina_jax.weights.importing import convert  # only a named file needs the readers
 

@@ -99,9 +99,9 @@ def _check_shared(folder: Path) -> None:
         raise ConfigError(f"--workdir {folder}: {found}; it must be on a disk that all hosts share")
 
 
-def _state_shapes(config: Config) -> tuple[PyTree, list[tuple[int, ...]]]:
+def _state_shapes(config: Config, num_classes: int) -> tuple[PyTree, list[tuple[int, ...]]]:
     """Returns the structure and the shapes of what a checkpoint holds: variables and optimizer."""
-    driver = Driver(config, config.model.num_classes)
+    driver = Driver(config, num_classes)
     variables = variable_shapes(driver.model)
     state = variables, jax.eval_shape(driver.optimizer.init, variables["params"])
     return jax.tree.structure(state), [leaf.shape for leaf in jax.tree.leaves(state)]
@@ -116,12 +116,14 @@ def _changes(before: Run, run: Run, allowed: Sequence[str]) -> list[str]:
         found = f"its run has optimizer.ema_decay {decay:g}; a resumed run can neither start nor stop averaging (EMA)"
         raise ConfigError(f"{where}: {found}; use that value, or another --workdir")
     changes = training_changes(old, new)
-    if changes and _state_shapes(old) != _state_shapes(new):
+    if changes and _state_shapes(old, len(run.class_names)) != _state_shapes(new, len(run.class_names)):
         found = f"a resumed run keeps its parameters and optimizer, but {'; '.join(changes)}"
         raise ConfigError(f"{where}: {found}; its checkpoints do not fit; use another --workdir")
     if refused := {change: name for change in changes if (name := change.partition(":")[0]) not in allowed}:
         found, accepted = f"a resumed run keeps its config, but {'; '.join(refused)}", " ".join(refused.values())
-        raise ConfigError(f"{where}: {found}; use another --workdir (or, in the same run: --allow-changes {accepted})")
+        raise ConfigError(
+            f"{where}: {found} (use another --workdir, or if this is intended --allow-changes {accepted})"
+        )
     if run.data_sha256 and before.data_sha256 not in (None, run.data_sha256):
         found = "its run was trained on other images or boxes than the training data has now"
         raise ConfigError(f"{where}: {found}; restore them, or use another --workdir")

@@ -50,7 +50,7 @@ def convert(source: str, *, class_names: Sequence[str] = (), batchnorm_eps: floa
     kind = kind_of(source)
     if kind is None:
         raise WeightsError(f"{source}: give KIND:FILE; KIND is one of {', '.join(KINDS)}")
-    path, eps = find_weights(kind, source.partition(":")[2])
+    path, eps = find_weights(kind, source.partition(":")[2], detector=True)
     state = read_weights(path)
     if kind in ("torchvision", "timm"):
         eps = eps if batchnorm_eps is None else batchnorm_eps
@@ -94,7 +94,7 @@ def with_backbone(
     """
     if model.backbone_weights == "imagenet":
         key = model.backbone, model.input_normalisation == "imagenet"
-        if (model.backbone, True) not in IMAGENET:
+        if model.backbone not in {backbone for backbone, _ in IMAGENET}:
             found = f"imagenet, but no ImageNet weights of {model.backbone} are published"
             raise ConfigError(f"model.backbone_weights: {found}; give a file, or leave it empty for random weights")
         if key not in IMAGENET:

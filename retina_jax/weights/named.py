@@ -5,6 +5,7 @@ no hash, that of the first download is kept in FILE.sha256, and another file is 
 """
 
 import contextlib
+import difflib
 import errno
 import hashlib
 import http.client
@@ -101,19 +102,22 @@ IMAGENET = {(name, True): (kind, name) for kind, name in NAMED if kind == "torch
 """(backbone, whether model.input_normalisation is "imagenet") to (kind, name)."""
 
 
-def find_weights(kind: str, name_or_file: str) -> tuple[Path, float]:
-    """Returns a weight file and the epsilon of its BatchNorms; downloads the file if it is a name of this kind.
+def find_weights(kind: str, name_or_file: str, detector: bool = False) -> tuple[Path, float]:
+    """Returns a weight file and the epsilon of its BatchNorms; downloads the file if it is a name of this kind, of a
+    `detector` if that is needed.
 
     An existing file takes precedence over a name. Published files are recognised by their hash; one with the name of a
     published file must have its hash.
     """
     path = Path(name_or_file)
     if not path.is_file():
-        named = NAMED.get((kind, name_or_file))
-        if named is None:
-            known = ", ".join(name for k, name in NAMED if k == kind)
-            names = f", and not the name of a published file; published for {kind}: {known}" if known else ""
-            raise WeightsError(f"{path}: no such file{names}")
+        known = [name for k, name in NAMED if k == kind and (name.startswith("retinanet_") or not detector)]
+        if name_or_file not in known:
+            near = difflib.get_close_matches(name_or_file, known, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            of = f"a published {'detector' if detector else 'file'}{meant or ';'} published for {kind}: {', '.join(known)}"
+            raise WeightsError(f"{path}: no such file{f', and not the name of {of}' if known else ''}")
+        named = NAMED[kind, name_or_file]
         return fetch(named), named.eps
     digest = sha256_of(path)
     for named in NAMED.values():

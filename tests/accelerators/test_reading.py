@@ -207,5 +207,5 @@ def test_the_report_shows_what_fits_into_the_memory_that_jax_reserves() -> None:
     assert "unknown whether it fits" in report(replace(found, memory=None, fits=None), target)
     assert "in 16 GiB\n" in report(replace(found, kernels={}, cycles=5), TARGETS["tpu", "v5e"])
     hours = schedule([found, replace(found, floor_seconds=0.5)], Config(), 8, "step")
-    assert hours == "90000 steps: 12.50 to 27.50 hours on 8 devices (not measured)"
+    assert hours == "90000 steps: 12.5 to 27.5 hours on 8 devices (not measured)"
     assert schedule([found], Config(), 8, "detect").startswith("detection: 15 to 16 images/s")

@@ -116,6 +116,16 @@ def test_plain_names_need_no_change_and_stay_inside() -> None:
     assert all(_relative(name) == name and not leads_outside(name) for name in plain)
 
 
+def test_hidden_files_and_those_of_macos_are_named_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = tree(
+        tmp_path / ".of a user" / "photos", "a.png", "._a.png", ".thumbs/b.png", "__MACOSX/c.png", ".DS_Store"
+    )
+    assert image_files([photos], tmp_path / "out") == {photos / "a.png": "a.png"}
+    assert "hidden files): 3: " in capsys.readouterr().out
+    assert image_files([photos / ".thumbs"], tmp_path / "out") == {photos / ".thumbs/b.png": "b.png"}
+    assert image_files([photos / "._a.png"], tmp_path / "out") == {photos / "._a.png": "._a.png"}
+
+
 def test_links_pipes_and_folders_are_named_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = tree(tmp_path / "photos", "a.png", "folder.png/b.txt")
     os.mkfifo(photos / "pipe.jpg")
@@ -124,7 +134,10 @@ def test_links_pipes_and_folders_are_named_not_read(tmp_path: Path, capsys: pyte
     (photos / "link.png").symlink_to(tmp_path / "others" / "c.png")
     assert image_files([photos], tmp_path / "out") == {photos / "a.png": "a.png", photos / "link.png": "link.png"}
     line = capsys.readouterr().out
-    assert line.startswith(f"warning: {photos}: 4 links, pipes or folders are skipped: ") and line.count("\n") == 1
+    assert (
+        line.startswith(f"warning: {photos}: skipped (links, pipes, folders, hidden files): 4: ")
+        and line.count("\n") == 1
+    )
     assert f"{photos / 'folder.png'}, {photos / 'gone.png'}, {photos / 'linked'}, ..." in line
     for name, why in (
         ("pipe.jpg", "is a pipe, socket or device; give image files or folders"),

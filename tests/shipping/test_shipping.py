@@ -693,9 +693,13 @@ def test_a_damaged_program_is_refused_in_one_line(file: Path, program: bytes) ->
     ("options", "complaint"),
     [
         ((), "--workdir: "),
-        (("--workdir", "RUN", "--weights", "torchvision:FILE"), "--workdir: "),
+        (("--workdir", "RUN", "--weights", "torchvision:FILE"), "--workdir: .* and not both"),
         (("--workdir", "RUN", "--format", "savedmodel"), r"--format savedmodel: .*docs/export\.md"),
         (("--workdir", "RUN", "--format", "other"), "other"),
+        (
+            ("--workdir", "RUN", "--out", "detector.onn"),
+            r"--out detector\.onn: must end in \.zip \(StableHLO\) or \.onnx",
+        ),
         (("--workdir", "RUN", "--count", "0"), "--count: invalid value 0"),
         (("--workdir", "RUN", "--images", "/no/folder"), "/no/folder: no such file"),
     ],

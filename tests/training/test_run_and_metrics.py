@@ -7,6 +7,7 @@ import json
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +137,33 @@ def test_a_change_that_is_asked_for_is_taken_and_noted(tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "config.json").read_text())
     assert [change["field"] for change in saved["changes"]] == ["data.flip: True -> False", "loss.gamma: 2.0 -> 5.0"]
     assert saved["first_start"] == {name: first[name] for name in ("command", "commit", "versions")}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model.base_width": 32},
+        {"model.frozen_stages": 4},
+        {"anchors.ratios": (1.0,)},
+        {"optimizer.name": "adamw"},
+        {"optimizer.clip_norm": 1.0, "loss.gamma": 5.0},
+    ],
+)
+def test_a_change_that_no_checkpoint_fits_is_never_taken(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Neither proposed nor accepted: the run would be left with a config that its checkpoints do not have."""
+    small = override(Config(), {"model.backbone": "resnet18", "model.base_width": 16, "model.fpn_channels": 16})
+    open_and_save(tmp_path, small)
+    saved = (tmp_path / "config.json").read_text()
+    for allowed in ([], list(change)):
+        with pytest.raises(ConfigError, match=rf"{re.escape(next(iter(change)))}: .* use another --workdir$") as caught:
+            open_run(tmp_path, override(small, change), NAMES, IDS, allow_changes=allowed)
+        assert "--allow-changes" not in str(caught.value)
+    assert (tmp_path / "config.json").read_text() == saved
+
+
+def test_fields_of_another_source_may_change(tmp_path: Path) -> None:
+    open_and_save(tmp_path, Config())
+    open_run(tmp_path, override(Config(), {"data.scenes.train_images": 7}), NAMES, IDS)
 
 
 @pytest.mark.parametrize(("normaliser", "refused"), [("global", False), ("per_device", True), ("ema", True)])

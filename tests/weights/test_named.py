@@ -18,10 +18,14 @@ import numpy as np
 import processes
 import pytest
 
+from retina_jax.config_io import load_config
 from retina_jax.errors import WeightsError
+from retina_jax.model.resnet import ARCHITECTURES
+from retina_jax.sweeps.points import expand, load_sweeps
 from retina_jax.weights import named
 from retina_jax.weights.named import IMAGENET, NAMED, Named, fetch, find_weights
 
+ROOT = Path(__file__).parents[2]
 CONTENT = np.random.default_rng(0).bytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
@@ -269,6 +273,32 @@ def test_a_published_file_is_recognised_by_its_hash_under_any_name(
 def test_the_error_for_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(WeightsError, match=r"^resnet51: no such file, and not the name.*torchvision: .*resnet50"):
         find_weights("torchvision", "resnet51")
+
+
+def test_the_nearest_name_is_proposed_and_only_detectors_where_one_is_needed() -> None:
+    with pytest.raises(
+        WeightsError, match=r"published file; did you mean resnext50_32x4d\? published for torchvision: "
+    ):
+        find_weights("torchvision", "resnetext50_32x4d")
+    for name in ("resnet50", "retinanet_resnet50"):
+        with pytest.raises(
+            WeightsError, match=rf"^{name}: .* a published detector; .*torchvision: retinanet_"
+        ) as caught:
+            find_weights("torchvision", name, detector=True)
+        assert "resnet18" not in str(caught.value)
+
+
+def test_every_backbone_of_the_configs_has_its_imagenet_weights() -> None:
+    """Also those of all sweeps over the paper's tables, and every backbone that torchvision publishes."""
+    assert {name for name, normalised in IMAGENET if normalised} == {*ARCHITECTURES} - {"resnext101_32x4d"}
+    configs = [load_config(path) for path in sorted((ROOT / "configs").glob("*.py"))]
+    ablations = load_config(ROOT / "configs" / "paper_ablations.py")
+    for path, module in load_sweeps([str(path) for path in sorted((ROOT / "configs" / "sweeps").glob("*.py"))]).items():
+        configs += [point.config for point in expand(path, module, ablations, [0])]
+    models = [config.model for config in configs if config.model.backbone_weights == "imagenet"]
+    assert {model.backbone for model in models} >= {"resnet50", "resnet101", "resnext101_32x8d"}
+    for model in models:
+        assert (model.backbone, model.input_normalisation == "imagenet") in IMAGENET, model.backbone
 
 
 def test_the_table_is_valid() -> None:

@@ -28,6 +28,7 @@ from retina_jax.training.state import state_from
 from retina_jax.training.step import Inputs, train_step
 from retina_jax.weights.converted import renamed
 from retina_jax.weights.importing import convert_backbone, fill
+from retina_jax.weights.named import NAMED
 from retina_jax.weights.torchvision import RULES
 
 # conftest loads them if parity tests are selected: torch must come before TensorFlow.
@@ -224,6 +225,16 @@ def largest(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> tuple
     quotients = [np.linalg.norm(ours[path] - theirs[path]) / np.linalg.norm(theirs[path]) for path in paths]
     place = int(np.argmax(quotients))
     return float(quotients[place]), paths[place]
+
+
+def test_published_files_are_those_of_torchvision() -> None:
+    urls = {
+        weights.url
+        for name in torchvision.models.list_models()
+        for weights in torchvision.models.get_model_weights(name)
+    }
+    ours = {named.url for (kind, _), named in NAMED.items() if kind == "torchvision"}
+    assert len(ours) == 9 and ours <= urls
 
 
 @pytest.mark.parametrize(
