@@ -184,12 +184,14 @@ def check_classes(classes: Sequence[Category], val: Source) -> None:
 
 def _check_images_exist(source: Source, number: int) -> None:
     """Raises DataError if one of the first `number` image files is missing; their content is checked when they are read."""
+    number = min(number, len(source))
     missing = [index for index in source.missing if index < number]
     if missing:
         first = source.records[missing[0]]
         known = next((f"; {place}" for index in missing if (place := source.missing[index])), "")
+        leave = ", or leave them out with --data.bad-images skip" if len(missing) < number else ""
         raise DataError(
-            f"{source.name}: {len(missing)} of {min(number, len(source))} images are missing: file_name "
-            f"{quoted(first.file_name)} of image id {first.image_id} is not {source.where(missing[0])}{known}; put the "
-            "files there, name the folder that file_name is relative to, or leave these images out with data.bad_images skip"
+            f"{source.name}: {len(missing)} of {number} images are missing: file_name {quoted(first.file_name)} of image id "
+            f"{first.image_id} is not {source.where(missing[0])}{known}; name the folder that file_name is relative to, or put "
+            f"the files there{leave}"
         )
