@@ -97,7 +97,8 @@ def main() -> None:
         print(schedule(found, config, number, arguments.what))
     if too_large:
         names = ", ".join(f"{height}x{width}" for height, width in too_large)
-        print(f"{len(too_large)} of {len(shapes)} shapes do not fit ({names}); use a smaller data.batch_size")
+        how = "use a smaller data.batch_size, more devices or smaller images"
+        print(f"{len(too_large)} of {len(shapes)} shapes do not fit ({names}); {how}")
 
 
 def compile_sweeps(arguments: Arguments, config: Config, target: Target, devices: Sequence[Any]) -> None:
@@ -118,7 +119,7 @@ def compile_sweeps(arguments: Arguments, config: Config, target: Target, devices
         else:
             verdict = VERDICTS[found.fits]
             times = f"{1e3 * found.floor_seconds:.1f} to {1e3 * found.estimate_seconds:.1f} ms"
-            line = f"{name}  {shape[0]}x{shape[1]}  {found.memory}: {verdict}  {times}"
+            line = f"{name}  {shape[0]}x{shape[1]}  {found.memory or 'memory'}: {verdict}  {times}"
             line = json.dumps({"point": name, **asdict(found)}) if arguments.json else line
         print(line, flush=True)
 
@@ -174,7 +175,8 @@ def schedule(found: Sequence[Needs], config: Config, devices: int, what: str) ->
         rates = [config.data.batch_size / seconds for seconds in (estimate, floor)]
         return f"training.epochs {config.training.epochs:g}: {rates[0]:.0f} to {rates[1]:.0f} images/s (not measured)"
     hours = [config.training.steps * seconds / 3600 for seconds in (floor, estimate)]
-    return f"{config.training.steps} steps: {hours[0]:.3g} to {hours[1]:.3g} hours on {devices} devices (not measured)"
+    low, high = (f"{value:.1f}" if value >= 1 else f"{value:.2g}" for value in hours)
+    return f"{config.training.steps} steps: {low} to {high} hours on {devices} devices (not measured)"
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class Arguments:
 
 def main() -> None:
     """Loads the detector, writes the file, compares the two, and prints how they differ."""
-    settings = settings_of(sys.argv[1:])
+    settings = settings_of(sys.argv[1:], exclusive=True)
     defaults = Arguments(tyro.MISSING, detection=settings.detection)
     arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__)
     if (arguments.workdir is None) == (not arguments.weights):

@@ -70,7 +70,7 @@ class Arguments:
 
 def main() -> None:
     """Runs the detector on all images; writes detections.json and the pictures."""
-    settings = settings_of(sys.argv[1:])
+    settings = settings_of(sys.argv[1:], exclusive=True)
     defaults = Arguments(tyro.MISSING, tyro.MISSING, detection=settings.detection)
     arguments = parse_command_line(Arguments, defaults, sys.argv[1:], __doc__)
     if (arguments.workdir is None) == (not arguments.weights):

@@ -96,7 +96,9 @@ def script(path: Path) -> ModuleType:
         raise Parsed
 
     module.parse_command_line = parse_only
-    module.settings_of = lambda argv: Config()  # instead of the config of a run, which does not exist here
+    module.settings_of = lambda argv, exclusive=False: (
+        Config()
+    )  # instead of the config of a run, which does not exist here
     return module
 
 

@@ -85,7 +85,7 @@ def topology_devices(target: Target, number: int) -> list[Any]:
     if target.platform == "tpu":
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the metadata server of a TPU VM, which this machine lacks
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # of this machine; without it libtpu prints a warning
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # any; without one libtpu prints a warning
         shape = TPU_TOPOLOGIES[target.kind][number]
         found = topologies.get_topology_desc(topology_name=f"{target.kind}:{shape}", platform="tpu")
     else:

@@ -5,7 +5,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,8 +38,8 @@ from retina_jax.errors import reason
 NAMES = ("classes.txt", "obj.names", "names.txt")
 OTHERS = {*NAMES, "labels.txt", "train.txt", "val.txt", "test.txt"}  # text files that hold no boxes
 Names = dict[int, str]
-KEYPOINTS_IN = "write kpt_shape into data.yaml: [keypoints, 2 or 3 numbers of each], or 0 for polygons"
-FEWEST_LINES, MARGIN = 3, 0.01
+KEYPOINTS = "[keypoints, 2 or 3 numbers of each]"
+FEWEST_LINES, MARGIN = 5, 0.01
 """Lines, and fraction of the image, for `Longer`."""
 LARGEST_FRACTION = 1.5
 """What is partly outside the image may exceed 1; pixels, and the flags of keypoints (2), exceed this."""
@@ -48,43 +48,48 @@ LARGEST_FRACTION = 1.5
 @dataclass
 class Longer:
     """How lines with more numbers than a box are read. `keypoints` is how many a box has and how many numbers each; () is
-    for polygons; None means polygons too, unless all of them look like a box with keypoints inside it."""
+    for polygons; None means polygons too, unless most lines of one length look like a box with keypoints inside it."""
 
     keypoints: tuple[int, ...] | None
-    lines: int = 0
-    lengths: frozenset[int] = frozenset()
-    as_keypoints: bool = True  # all polygons so far are also a box with keypoints inside it
-    only_keypoints: bool = False  # one of them makes a strange polygon
+    lines: Counter[int] = field(default_factory=Counter)  # by their number of numbers
+    alike: Counter[int] = field(default_factory=Counter)  # those of them that look like a box with keypoints
 
     def add(self, numbers: Sequence[float]) -> None:
         """Notes the numbers of a line that was read as a polygon."""
-        if self.keypoints is None and self.as_keypoints:
-            fits, strange = with_keypoints(numbers[1:])
-            self.lines, self.lengths = self.lines + 1, self.lengths | {len(numbers)}
-            self.as_keypoints = fits and len(self.lengths) == 1
-            self.only_keypoints |= strange
+        if self.keypoints is None:
+            self.lines[len(numbers)] += 1
+            self.alike[len(numbers)] += with_keypoints(numbers[1:])
 
-    def check(self, where: str) -> None:
-        """Raises DataError if the lines of a dataset are rather boxes with keypoints than polygons."""
-        if self.keypoints is None and self.lines >= FEWEST_LINES and self.as_keypoints and self.only_keypoints:
-            found = f"{self.lines} lines with {min(self.lengths)} numbers are boxes with keypoints inside them"
-            raise DataError(f"{where}: {found}, or strange polygons; {KEYPOINTS_IN}")
+    def check(self, where: str, how: str) -> None:
+        """Raises DataError if lines of a dataset are rather boxes with keypoints than polygons; `how` to tell which."""
+        for length, lines in self.lines.items():
+            if lines >= FEWEST_LINES and 2 * self.alike[length] >= lines:
+                found = (
+                    f"{self.alike[length]} of {lines} lines with {length} numbers look like a box with keypoints in it"
+                )
+                raise DataError(f"{where}: {found}; {how} kpt_shape: {KEYPOINTS}, or 0 if they are polygons")
 
 
-def with_keypoints(numbers: Sequence[float]) -> tuple[bool, bool]:
-    """Returns whether numbers after a class can be a box in the image with keypoints inside it, and whether they are hardly
-    a polygon: its second corner, which would be the box's size, is outside the box, or each third number is a flag."""
+def with_keypoints(numbers: Sequence[float]) -> bool:
+    """Returns whether numbers after a class look like a box in the image with keypoints inside it, not like a polygon: its
+    second corner, which would be the box's size, is outside the box, or each third number is a flag, 0 or 1. Keypoints
+    may be followed by a confidence each, and by one of the box; those at 0 0 or below 0 are not labelled."""
     x, y, width, height, *rest = numbers
 
     def inside(px: float, py: float) -> bool:
         return abs(px - x) <= width / 2 + MARGIN and abs(py - y) <= height / 2 + MARGIN
 
-    of_image = min(x - width / 2, y - height / 2) >= -MARGIN and max(x + width / 2, y + height / 2) <= 1 + MARGIN
-    flagged = len(rest) % 3 == 0 and set(rest[2::3]) <= {0, 1}
-    number = 3 if flagged else 2
-    points = [point for point in zip(rest[::number], rest[1::number], strict=False) if point != (0, 0)]  # 0 0: no label
-    fits = of_image and len(rest) % number == 0 and all(inside(*point) for point in points)
-    return fits, flagged or not inside(width, height)
+    if min(x - width / 2, y - height / 2) < -MARGIN or max(x + width / 2, y + height / 2) > 1 + MARGIN:
+        return False
+    for stride, points in ((2, rest), (3, rest), (3, rest[:-1])):
+        thirds = points[2::stride] if stride == 3 else []
+        if len(points) % stride or not all(0 <= third <= 1 for third in thirds):
+            continue
+        labelled = [(px, py) for px, py in zip(points[::stride], points[1::stride], strict=True) if px > 0 or py > 0]
+        flagged = stride == 3 and set(thirds) <= {0, 1}
+        if labelled and all(inside(*point) for point in labelled) and (flagged or not inside(width, height)):
+            return True
+    return False
 
 
 def read_yolo(path: Path, reading: Reading, images: Path | None = None) -> Annotated:
@@ -107,7 +112,7 @@ def read_yolo(path: Path, reading: Reading, images: Path | None = None) -> Annot
     for split, paths in listed.items():
         for image in paths:
             found.pictures.append(picture_of(image, label_file(image), split, names, longer))
-    longer.check(str(file))
+    longer.check(str(file), "add")
     check_labels(found, str(file))
     return found
 
@@ -170,7 +175,7 @@ def keypoints_of(content: dict[str, Any], file: Path) -> tuple[int, ...] | None:
         and shape[1] in (2, 3)
     ):
         return tuple(shape)
-    raise DataError(f"{file}: kpt_shape must be [keypoints, 2 or 3 numbers of each], not {short(shape)}")
+    raise DataError(f"{file}: kpt_shape must be {KEYPOINTS}, not {short(shape)}")
 
 
 def images_of(key: str, content: dict[str, Any], file: Path) -> Iterator[Path]:
@@ -235,7 +240,7 @@ def read_folder(
         inside = image.relative_to(images).with_suffix(".txt")
         file = labels / inside if labels / inside in files else alone.get(image.stem, labels / inside)
         found.pictures.append(picture_of(image, file, split_of(file.relative_to(labels).as_posix()), known, longer))
-    longer.check(str(labels))
+    longer.check(str(labels), f"write {root / 'data.yaml'} with names and")
     check_labels(found, str(labels), files)
     return found
 
@@ -268,9 +273,10 @@ def read_line(words: list[str], names: Names, longer: Longer) -> Box:
             f"has {len(numbers)} numbers, but must be a class with 4 and, by kpt_shape, {more} of keypoints"
         )
     elif len(numbers) >= 7 and len(numbers) % 2:
-        if (largest := max(numbers[1:])) > LARGEST_FRACTION:
+        far = max(numbers[1:], key=lambda value: abs(value - 0.5))
+        if abs(far - 0.5) > LARGEST_FRACTION - 0.5:
             kinds = "a polygon has fractions of the image; keypoints need names and kpt_shape in a data.yaml"
-            raise ValueError(f"has the coordinate {largest:g}, but {kinds}")
+            raise ValueError(f"has the coordinate {far:g}, but {kinds}")
         longer.add(numbers)
         corners = around(zip(numbers[1::2], numbers[2::2], strict=True))
     else:

@@ -192,6 +192,6 @@ def _check_images_exist(source: Source, number: int) -> None:
         leave = ", or leave them out with --data.bad-images skip" if len(missing) < number else ""
         raise DataError(
             f"{source.name}: {len(missing)} of {number} images are missing: file_name {quoted(first.file_name)} of image id "
-            f"{first.image_id} is not {source.where(missing[0])}{known}; name the folder that file_name is relative to, or put "
-            f"the files there{leave}"
+            f"{first.image_id} is not {source.where(missing[0])}{known}; name the folder that file_name is relative to, or "
+            f"put the files there{leave}"
         )

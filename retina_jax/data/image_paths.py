@@ -172,14 +172,12 @@ def image_files(paths: Sequence[Path], out: Path) -> dict[Path, str]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            named_as_images = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES or p.is_symlink())
-            inside = [
-                p for p in named_as_images if p.suffix.lower() in SUFFIXES and p.is_file() and not _hidden(p, path)
-            ]
-            if others := [str(p) for p in named_as_images if not p.is_file() or _hidden(p, path)]:
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES or p.is_symlink())
+            found = [p for p in found if path.resolve() == out.resolve() or out.resolve() not in p.resolve().parents]
+            inside = [p for p in found if p.suffix.lower() in SUFFIXES and p.is_file() and not _hidden(p, path)]
+            if others := [str(p) for p in found if not p.is_file() or _hidden(p, path)]:
                 shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
                 warn(f"{path}: skipped (links, pipes, folders, hidden files): {len(others)}: {shown}")
-            inside = [p for p in inside if path.resolve() == out.resolve() or out.resolve() not in p.resolve().parents]
             if not inside:
                 raise ConfigError(f"{path}: no image in this folder ({', '.join(SUFFIXES)})")
             files += inside

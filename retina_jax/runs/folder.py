@@ -104,10 +104,11 @@ def config_of(argv: Sequence[str], default: str) -> Config:
     return load_config(file or default)
 
 
-def settings_of(argv: Sequence[str]) -> Config:
-    """Returns the config of a detector: of the file in `--weights`, or of the run in `--workdir`. ConfigError for both."""
+def settings_of(argv: Sequence[str], exclusive: bool = False) -> Config:
+    """Returns the config of a detector: of the file in `--weights`, else of the run in `--workdir`. ConfigError for both, if
+    they are `exclusive`."""
     workdir, weights = option_value(argv, "--workdir"), option_value(argv, "--weights")
-    if workdir and weights:
+    if exclusive and workdir and weights:
         raise ConfigError("--workdir: give the folder of a run, or --weights KIND:FILE, and not both")
     if weights:
         from retina_jax.weights.importing import convert  # only a named file needs the readers

@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from retina_jax import distributed
 from retina_jax.config import Config, ConfigError
-from retina_jax.config_io import flatten, options, to_dict, training_changes, unknown_name
+from retina_jax.config_io import flatten, options, override, to_dict, training_changes, unknown_name
 from retina_jax.console import processor
 from retina_jax.data.classes import class_indices, classes_error
 from retina_jax.installation import HOME, PACKAGE
@@ -101,7 +101,7 @@ def _check_shared(folder: Path) -> None:
 
 def _state_shapes(config: Config, num_classes: int) -> tuple[PyTree, list[tuple[int, ...]]]:
     """Returns the structure and the shapes of what a checkpoint holds: variables and optimizer."""
-    driver = Driver(config, num_classes)
+    driver = Driver(config, num_classes, (jax.devices()[0],))  # on whatever devices it was trained
     variables = variable_shapes(driver.model)
     state = variables, jax.eval_shape(driver.optimizer.init, variables["params"])
     return jax.tree.structure(state), [leaf.shape for leaf in jax.tree.leaves(state)]
@@ -116,8 +116,10 @@ def _changes(before: Run, run: Run, allowed: Sequence[str]) -> list[str]:
         found = f"its run has optimizer.ema_decay {decay:g}; a resumed run can neither start nor stop averaging (EMA)"
         raise ConfigError(f"{where}: {found}; use that value, or another --workdir")
     changes = training_changes(old, new)
-    if changes and _state_shapes(old, len(run.class_names)) != _state_shapes(new, len(run.class_names)):
-        found = f"a resumed run keeps its parameters and optimizer, but {'; '.join(changes)}"
+    if changes and (saved := _state_shapes(old, len(run.class_names))) != _state_shapes(new, len(run.class_names)):
+        values = {change: {name: flatten(new)[name]} for change in changes if (name := change.partition(":")[0])}
+        alone = [c for c, value in values.items() if _state_shapes(override(old, value), len(run.class_names)) != saved]
+        found = f"a resumed run keeps its parameters and optimizer, but {'; '.join(alone or changes)}"
         raise ConfigError(f"{where}: {found}; its checkpoints do not fit; use another --workdir")
     if refused := {change: name for change in changes if (name := change.partition(":")[0]) not in allowed}:
         found, accepted = f"a resumed run keeps its config, but {'; '.join(refused)}", " ".join(refused.values())

@@ -103,8 +103,8 @@ IMAGENET = {(name, True): (kind, name) for kind, name in NAMED if kind == "torch
 
 
 def find_weights(kind: str, name_or_file: str, detector: bool = False) -> tuple[Path, float]:
-    """Returns a weight file and the epsilon of its BatchNorms; downloads the file if it is a name of this kind, of a
-    `detector` if that is needed.
+    """Returns a weight file and the epsilon of its BatchNorms; downloads the file if it is a name of this kind. With
+    `detector`, only names of detectors are accepted.
 
     An existing file takes precedence over a name. Published files are recognised by their hash; one with the name of a
     published file must have its hash.
@@ -112,6 +112,9 @@ def find_weights(kind: str, name_or_file: str, detector: bool = False) -> tuple[
     path = Path(name_or_file)
     if not path.is_file():
         known = [name for k, name in NAMED if k == kind and (name.startswith("retinanet_") or not detector)]
+        if name_or_file not in known and (kind, name_or_file) in NAMED:
+            how = f"train a detector from it with --model.backbone-weights {kind}:{name_or_file}"
+            raise WeightsError(f"{name_or_file}: a backbone without heads; {how}")
         if name_or_file not in known:
             near = difflib.get_close_matches(name_or_file, known, n=1)
             meant = f"; did you mean {near[0]}?" if near else ""

@@ -104,14 +104,15 @@ TASKS = {
     ),
 }
 MEASURE = """
-import resource, time
+import re, time
 {imports}
 started = time.process_time()
 try:
     {work}
 except SystemExit:
     pass
-print(time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+seconds, status = time.process_time() - started, open('/proc/self/status').read()
+print(seconds, int(re.search(r'VmHWM:\\s*(\\d+)', status)[1]) / 2**20)  # ru_maxrss starts at the parent's peak
 """
 
 

@@ -122,6 +122,9 @@ def test_hidden_files_and_those_of_macos_are_named_not_read(tmp_path: Path, caps
     )
     assert image_files([photos], tmp_path / "out") == {photos / "a.png": "a.png"}
     assert "hidden files): 3: " in capsys.readouterr().out
+    tree(photos / ".out", "1.png")
+    image_files([photos], photos / ".out")
+    assert "hidden files): 3: " in capsys.readouterr().out  # none of the earlier results
     assert image_files([photos / ".thumbs"], tmp_path / "out") == {photos / ".thumbs/b.png": "b.png"}
     assert image_files([photos / "._a.png"], tmp_path / "out") == {photos / "._a.png": "._a.png"}
 

@@ -100,7 +100,7 @@ def export(live: Detector, *options: object) -> str:
     """Returns the output of scripts/export.py, in this process, for a run with the detector `live`."""
     script = imported(ROOT / "scripts" / "export.py", "export_script")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
-        patch.setattr(script, "settings_of", lambda argv: live.config)
+        patch.setattr(script, "settings_of", lambda argv, exclusive=False: live.config)
         patch.setattr(script, "load_detector", lambda source, **options: live)
         patch.setattr(sys, "argv", ["export.py", *map(str, options)])
         script.main()

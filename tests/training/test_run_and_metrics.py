@@ -157,8 +157,16 @@ def test_a_change_that_no_checkpoint_fits_is_never_taken(tmp_path: Path, change:
     for allowed in ([], list(change)):
         with pytest.raises(ConfigError, match=rf"{re.escape(next(iter(change)))}: .* use another --workdir$") as caught:
             open_run(tmp_path, override(small, change), NAMES, IDS, allow_changes=allowed)
-        assert "--allow-changes" not in str(caught.value)
+        assert "--allow-changes" not in str(caught.value) and "loss.gamma" not in str(caught.value)
     assert (tmp_path / "config.json").read_text() == saved
+
+
+def test_a_change_is_accepted_on_other_devices_than_those_of_the_run(tmp_path: Path) -> None:
+    open_and_save(tmp_path, override(Config(), {"devices": 64}))
+    changed = override(Config(), {"loss.gamma": 5.0})
+    with pytest.raises(ConfigError, match=r"--allow-changes loss\.gamma"):
+        open_run(tmp_path, changed, NAMES, IDS)
+    open_run(tmp_path, changed, NAMES, IDS, allow_changes=["loss.gamma"])
 
 
 def test_fields_of_another_source_may_change(tmp_path: Path) -> None:

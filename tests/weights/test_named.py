@@ -280,12 +280,13 @@ def test_the_nearest_name_is_proposed_and_only_detectors_where_one_is_needed() -
         WeightsError, match=r"published file; did you mean resnext50_32x4d\? published for torchvision: "
     ):
         find_weights("torchvision", "resnetext50_32x4d")
-    for name in ("resnet50", "retinanet_resnet50"):
-        with pytest.raises(
-            WeightsError, match=rf"^{name}: .* a published detector; .*torchvision: retinanet_"
-        ) as caught:
-            find_weights("torchvision", name, detector=True)
-        assert "resnet18" not in str(caught.value)
+    with pytest.raises(
+        WeightsError, match=r"retinanet_resnet50: .* a published detector; did you mean retinanet_"
+    ) as caught:
+        find_weights("torchvision", "retinanet_resnet50", detector=True)
+    assert "resnet18" not in str(caught.value)
+    with pytest.raises(WeightsError, match=r"^resnet50: a backbone .*--model.backbone-weights torchvision:resnet50$"):
+        find_weights("torchvision", "resnet50", detector=True)
 
 
 def test_every_backbone_of_the_configs_has_its_imagenet_weights() -> None:
