@@ -51,18 +51,20 @@ def boxes_in_pixels(
         columns = [column[given][:: 1 + int(given.sum()) // SAMPLE] for column in (numbers, areas, sizes_wh)]
         guess = guess_format(*columns) if box_format == "auto" else guess_other(*columns, box_format)
         guesses += [guess] if guess else []
-        other = guess_fractions(numbers[polygons], sizes_wh[polygons], "polygons", ("xywh",))
-        if other and not fractions and not (guess and guess.formats):
-            formats, sure, why = other
+        mixed = guess_fractions(numbers[polygons], sizes_wh[polygons], "polygons", ("xywh",))
+        if mixed and not fractions and not (guess and guess.formats):
+            formats, sure, why = mixed
             if given.any() and formats:
                 formats, why = (), f"{why}, but those of the boxes do not; convert all of them to pixels"
             guesses.append(Guess(formats, sure and box_format == "auto", why))
     scaled = polygons & (fractions and are_fractions(numbers[polygons], sizes_wh[polygons]))
-    boxes = np.where(scaled[:, None], to_xywh(numbers, "xywh_fractions", sizes_wh), numbers)
-    boxes = np.where(given[:, None], to_xywh(numbers, box_format, sizes_wh), boxes)
-    products = boxes[:, 2:].prod(1)
+    other = given & (box_format not in ("auto", "xywh"))
+    boxes = numbers.copy()
+    boxes[scaled] = to_xywh(numbers[scaled], "xywh_fractions", sizes_wh[scaled])
+    boxes[other] = to_xywh(numbers[other], box_format, sizes_wh[other])
+    products = boxes[:, 2] * boxes[:, 3]
     # The area of a box in another format is in that format too, or that of a smaller mask in pixels.
-    converted = scaled | (given & (box_format not in ("auto", "xywh")) & (fractions | (areas > products)))
+    converted = scaled | (other & (fractions | (areas > products)))
     return boxes, np.where(np.isnan(areas) | converted, products, areas), guesses
 
 

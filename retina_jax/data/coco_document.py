@@ -251,7 +251,7 @@ class _Parser:
         origin, kept = np.full(len(ids), "bbox", object), np.ones(len(ids), bool)
         without_box: list[int] = []
         # Only annotations without image, category or a bbox of positive size, one by one: COCO has 860,000 others.
-        for m in np.flatnonzero((owners < 0) | (labels < 0) | (numbers[:, 2:] <= 0).any(1)).tolist():
+        for m in np.flatnonzero((owners < 0) | (labels < 0) | (numbers[:, 2] <= 0) | (numbers[:, 3] <= 0)).tolist():
             index, wrong, around = positions[m], "", None
             if owners[m] < 0:
                 wrong = f"image_id must be the id of one of the images, not {image_ids[m]}"
@@ -290,8 +290,9 @@ class _Parser:
 
 
 def _decoded(entry: Any) -> Any:
-    """Returns the JSON value of an annotation of a CocoFile; others unchanged. json reads more than msgspec (1e400)."""
-    return json.loads(bytes(entry)) if isinstance(entry, msgspec.Raw) else entry
+    """Returns the JSON value of an annotation of a CocoFile; others unchanged. json reads more than msgspec (1e400), here
+    also bytes that are not UTF-8, which msgspec accepts in fields that are not read."""
+    return json.loads(bytes(entry).decode(errors="replace")) if isinstance(entry, msgspec.Raw) else entry
 
 
 def _places(ids: Iterable[int], wanted: Rows) -> Rows:

@@ -108,9 +108,9 @@ class Columns(NamedTuple):
         ValueError if one has a field of another type."""
         columns = cls.of([])
         columns = cls(*(np.zeros((len(annotations), *column.shape[1:]), column.dtype) for column in columns))
+        decode = msgspec.json.Decoder(AnnotationEntry).decode
         for start in range(0, len(annotations), CHUNK):
-            text = b"[" + b",".join(annotations[start : start + CHUNK]) + b"]"
-            part = cls.of(msgspec.json.decode(text, type=list[AnnotationEntry]))
+            part = cls.of(list(map(decode, annotations[start : start + CHUNK])))
             for column, of_part in zip(columns, part, strict=True):
                 column[start : start + CHUNK] = of_part
         return columns

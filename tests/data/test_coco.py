@@ -1,5 +1,6 @@
 """COCO files: what is read and what is cleaned, and one line for every mistake."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -43,6 +44,19 @@ def test_labels_follow_the_order_of_the_file(tmp_path: Path) -> None:
     assert [record.image_id for record in source.records] == [1, 2]
     assert source.records[0].boxes_xyxy.tolist() == [[4, 5, 24, 15]]
     assert source.records[1].boxes_xyxy.tolist() == [[1.5, 2, 4.5, 6.25]]
+
+
+@pytest.mark.parametrize(
+    ("key", "refused"),
+    [(b'"\xe9mage_id"', "image_id must be an integer, but is missing"), (b'"n": "\xe9", "image_id"', "")],
+)
+def test_bytes_of_another_encoding_in_an_annotation_are_named_or_not_read(
+    tmp_path: Path, key: bytes, refused: str
+) -> None:
+    path, images = write_coco(tmp_path, document())
+    path.write_bytes(path.read_bytes().replace(b'"image_id"', key, 1))
+    with pytest.raises(DataError, match=refused) if refused else contextlib.nullcontext():
+        assert len(read_coco(path, images)) == 2
 
 
 def test_images_without_annotations_are_accepted_only_on_request(tmp_path: Path) -> None:
