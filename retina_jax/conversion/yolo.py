@@ -40,15 +40,16 @@ OTHERS = {*NAMES, "labels.txt", "train.txt", "val.txt", "test.txt"}  # text file
 Names = dict[int, str]
 KEYPOINTS = "[keypoints, 2 or 3 numbers of each]"
 FEWEST_LINES, MARGIN = 5, 0.01
-"""Lines, and fraction of the image, for `Longer`."""
+"""Lines, and fraction of the image, for `LongLines`."""
 LARGEST_FRACTION = 1.5
 """What is partly outside the image may exceed 1; pixels, and the flags of keypoints (2), exceed this."""
 
 
 @dataclass
-class Longer:
-    """How lines with more numbers than a box are read. `keypoints` is how many a box has and how many numbers each; () is
-    for polygons; None means polygons too, unless most lines of one length look like a box with keypoints inside it."""
+class LongLines:
+    """What the lines with more numbers than a box are. `keypoints` is `kpt_shape`: how many keypoints follow a box, and how
+    many numbers each has; () if the lines are polygons. None: it is not given, and they are read as polygons, but `check`
+    refuses the dataset if most lines of one length look like a box with keypoints."""
 
     keypoints: tuple[int, ...] | None
     lines: Counter[int] = field(default_factory=Counter)  # by their number of numbers
@@ -61,7 +62,7 @@ class Longer:
             self.alike[len(numbers)] += with_keypoints(numbers[1:])
 
     def check(self, where: str, how: str) -> None:
-        """Raises DataError if lines of a dataset are rather boxes with keypoints than polygons; `how` to tell which."""
+        """Raises DataError if most lines of one length look like a box with keypoints. `how` begins the advice."""
         for length, lines in self.lines.items():
             if lines >= FEWEST_LINES and 2 * self.alike[length] >= lines:
                 found = (
@@ -71,9 +72,12 @@ class Longer:
 
 
 def with_keypoints(numbers: Sequence[float]) -> bool:
-    """Returns whether numbers after a class look like a box in the image with keypoints inside it, not like a polygon: its
-    second corner, which would be the box's size, is outside the box, or each third number is a flag, 0 or 1. Keypoints
-    may be followed by a confidence each, and by one of the box; those at 0 0 or below 0 are not labelled."""
+    """Returns whether the numbers after a class look like a box with keypoints, and not like a polygon.
+
+    As a box with keypoints, the box is in the image and all labelled keypoints (not 0 0 or below) are in the box. Each may
+    have a flag or a confidence, and one of the box may follow. As a polygon, the second corner would be the box's size: that
+    is a strange corner if it is outside the box. Flags, 0 or 1 in each third number, are no corners at all.
+    """
     x, y, width, height, *rest = numbers
 
     def inside(px: float, py: float) -> bool:
@@ -106,13 +110,13 @@ def read_yolo(path: Path, reading: Reading, images: Path | None = None) -> Annot
     }
     if not listed:  # supervision writes the names alone
         return read_folder(file.parent, tuple(names.values()), images, keypoints_of(content, file))
-    found, longer = Annotated([], [], list(names.values())), Longer(keypoints_of(content, file))
+    found, long = Annotated([], [], list(names.values())), LongLines(keypoints_of(content, file))
     if listed.get("val") and listed["val"] == listed.get("train"):  # there is no validation set
         found.skipped["images of val, which are those of train"] += len(listed.pop("val"))
     for split, paths in listed.items():
         for image in paths:
-            found.pictures.append(picture_of(image, label_file(image), split, names, longer))
-    longer.check(str(file), "add")
+            found.pictures.append(picture_of(image, label_file(image), split, names, long))
+    long.check(str(file), "add")
     check_labels(found, str(file))
     return found
 
@@ -232,39 +236,39 @@ def read_folder(
         places = (labels.parent / "images", labels.parent / "JPEGImages", labels)
         images = next((place for place in places if place.is_dir()), labels)
     known = dict(enumerate(unique_names(list(enumerate(names)))))
-    found, longer = Annotated([], [images], list(known.values())), Longer(keypoints)
+    found, long = Annotated([], [images], list(known.values())), LongLines(keypoints)
     paths, files = files_below(images, *SUFFIXES), {*files_below(labels, ".txt")}
     stems = Counter(path.stem for path in paths), Counter(file.stem for file in files)
     alone = {file.stem: file for file in files if stems[0][file.stem] == stems[1][file.stem] == 1}
     for image in paths:
         inside = image.relative_to(images).with_suffix(".txt")
         file = labels / inside if labels / inside in files else alone.get(image.stem, labels / inside)
-        found.pictures.append(picture_of(image, file, split_of(file.relative_to(labels).as_posix()), known, longer))
-    longer.check(str(labels), f"write {root / 'data.yaml'} with names and")
+        found.pictures.append(picture_of(image, file, split_of(file.relative_to(labels).as_posix()), known, long))
+    long.check(str(labels), f"write {root / 'data.yaml'} with names and")
     check_labels(found, str(labels), files)
     return found
 
 
-def picture_of(image: Path, labels: Path, split: str, names: Names, longer: Longer) -> Picture:
+def picture_of(image: Path, labels: Path, split: str, names: Names, long: LongLines) -> Picture:
     """Returns an image with the boxes of its text file, if there is one."""
     boxes = []
     for n, line in enumerate(read_lines(labels) if labels.is_file() else (), 1):
         if words := line.split():
             try:
-                boxes.append(read_line(words, names, longer))
+                boxes.append(read_line(words, names, long))
             except ValueError as error:
                 raise DataError(f"{labels}: line {n}: {error}") from None
     return Picture((image.as_posix(),), boxes, (0, 0), split, str(labels), fractions=True, path=image)
 
 
-def read_line(words: list[str], names: Names, longer: Longer) -> Box:
+def read_line(words: list[str], names: Names, long: LongLines) -> Box:
     """Returns the box of a line: four numbers, or with a confidence or keypoints after them, or those of a polygon."""
     numbers = [number(word, f"number {n}") for n, word in enumerate(words)]
     if numbers[0] not in names:
         listed = ", ".join(map(str, list(names)[:5])) + (", ..." if len(names) > 5 else "")
         raise ValueError(f"class {words[0][:20]} is not in names ({listed})")
     corners: Corners
-    more = math.prod(longer.keypoints) if longer.keypoints else 0
+    more = math.prod(long.keypoints) if long.keypoints else 0
     if len(numbers) - more in (5, 6) or len(numbers) in (5, 6):
         x, y, width, height = numbers[1:5]
         corners = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
@@ -277,7 +281,7 @@ def read_line(words: list[str], names: Names, longer: Longer) -> Box:
         if abs(far - 0.5) > LARGEST_FRACTION - 0.5:
             kinds = "a polygon has fractions of the image; keypoints need names and kpt_shape in a data.yaml"
             raise ValueError(f"has the coordinate {far:g}, but {kinds}")
-        longer.add(numbers)
+        long.add(numbers)
         corners = around(zip(numbers[1::2], numbers[2::2], strict=True))
     else:
         kinds = "a class with 4 numbers (a box), 5 (with confidence) or pairs (a polygon)"

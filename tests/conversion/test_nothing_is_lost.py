@@ -18,7 +18,7 @@ from retina_jax.config import ConfigError
 from retina_jax.conversion import formats
 from retina_jax.conversion.annotated import Annotated, Box, Picture, Reading
 from retina_jax.conversion.formats import Format
-from retina_jax.conversion.yolo import Longer
+from retina_jax.conversion.yolo import LongLines
 from retina_jax.errors import PlainError
 
 CSV = "a.png,1,2,3,4,a\nb.png,1,2,3,4,a\n"
@@ -280,14 +280,14 @@ def test_polygons_are_not_taken_for_keypoints(shape: str, centred: bool) -> None
     rng, refused = np.random.default_rng(7), 0
     kinds = {"triangle": 3, "quadrilateral": 4, "heptagon": 7}
     for _ in range(300):
-        longer = Longer(None)
+        long = LongLines(None)
         for _ in range(rng.integers(5, 31)):
             points = rectangle(rng) if shape == "rectangle" else polygon(kinds[shape], rng)
             low, high = -points.min(axis=0), 1 - points.max(axis=0)
             points = points + (0.5 + rng.normal(0, 0.1, 2) if centred else low + rng.random(2) * (high - low))
-            longer.add([0.0, *np.clip(points, 0, 1).ravel().tolist()])
+            long.add([0.0, *np.clip(points, 0, 1).ravel().tolist()])
         try:
-            longer.check("labels", "")
+            long.check("labels", "")
         except PlainError:
             refused += 1
     assert refused <= 3
