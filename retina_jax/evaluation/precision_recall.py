@@ -223,17 +223,23 @@ def overlapping(
     order = np.argsort(box_groups, kind="stable")
     first = np.searchsorted(box_groups[order], groups)
     numbers = np.searchsorted(box_groups[order], groups, "right") - first
-    ends_d, ends_g = (boxes[:, :2] + boxes[:, 2:] for boxes in (boxes_xywh, ground_truth.boxes_xywh))
+    # Columns of numbers are gathered several times faster than rows of two.
+    (left_d, top_d, right_d, bottom_d), (left_g, top_g, right_g, bottom_g) = (
+        np.ascontiguousarray(np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1).T)
+        for boxes in (boxes_xywh, ground_truth.boxes_xywh)
+    )
     areas_d, areas_g = (boxes[:, 2] * boxes[:, 3] for boxes in (boxes_xywh, ground_truth.boxes_xywh))
     parts = [Pairs(np.zeros(0, int), np.zeros(0, int), np.zeros(0))]
     for span in _spans(numbers, PAIRS):
         number = numbers[span]
         d = np.repeat(np.arange(span.start, span.stop), number)
         g = order[np.arange(len(d)) - np.repeat(number.cumsum() - number, number) + first[d]]
-        sides = np.minimum(ends_d[d], ends_g[g]) - np.maximum(boxes_xywh[d, :2], ground_truth.boxes_xywh[g, :2])
-        touching = np.flatnonzero((sides > 0).all(axis=1))
-        d, g, sides = d[touching], g[touching], sides[touching]
-        both = sides[:, 0] * sides[:, 1]
+        width = np.minimum(right_d[d], right_g[g]) - np.maximum(left_d[d], left_g[g])
+        touching = np.flatnonzero(width > 0)
+        d, g, width = d[touching], g[touching], width[touching]
+        height = np.minimum(bottom_d[d], bottom_g[g]) - np.maximum(top_d[d], top_g[g])
+        touching = np.flatnonzero(height > 0)
+        d, g, both = d[touching], g[touching], width[touching] * height[touching]
         ious = both / np.where(ground_truth.crowds[g], areas_d[d], areas_d[d] + areas_g[g] - both)
         near = ious >= least_iou
         parts.append(Pairs(d[near], g[near], ious[near]))

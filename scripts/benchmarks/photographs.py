@@ -27,7 +27,7 @@ class Photograph(NamedTuple):
     size_hw: tuple[int, int]
     """Height and width after the resize, pixels, by Detectron's rule."""
     padded_hw: tuple[int, int]
-    """Height and width after padding: the smallest of the four padded shapes of this project's training."""
+    """Height and width after padding: the smallest of four padded shapes of this project's training."""
 
 
 def photographs(task: Task) -> list[Photograph]:

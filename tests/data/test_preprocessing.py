@@ -54,7 +54,7 @@ def test_resized_size_keeps_its_bounds(height: int, width: int, short_side: int,
     side,
     st.lists(st.integers(1, 900), min_size=1, max_size=4),
     st.integers(1, 1500),
-    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2, 4, 6]),
     st.sampled_from([32, 64, 128]),
 )
 def test_every_image_fits_into_a_padded_shape(
@@ -73,14 +73,21 @@ def test_every_image_fits_into_a_padded_shape(
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, ((608, 800), (800, 608), (608, 1024), (1024, 608))),
-        ({"short_side": 800, "long_side": 1333}, ((800, 1088), (1088, 800), (800, 1344), (1344, 800))),
+        ({}, ((608, 800), (800, 608), (608, 928), (928, 608), (608, 1024), (1024, 608))),
+        ({"buckets": 4}, ((608, 800), (800, 608), (608, 1024), (1024, 608))),
+        (
+            {"short_side": 800, "long_side": 1333},
+            ((800, 1088), (1088, 800), (800, 1216), (1216, 800), (800, 1344), (1344, 800)),
+        ),
         ({"buckets": 2}, ((608, 1024), (1024, 608))),
         ({"buckets": 1}, ((1024, 1024),)),
-        ({"pad_multiple": 128}, ((640, 896), (896, 640), (640, 1024), (1024, 640))),
+        ({"pad_multiple": 128, "buckets": 4}, ((640, 896), (896, 640), (640, 1024), (1024, 640))),
         ({"short_side": 128, "long_side": 128}, ((128, 128),)),
         ({"short_side": 600, "long_side": 800}, ((608, 800), (800, 608))),
-        ({"jitter_short_sides": (400, 800), "long_side": 1333}, ((800, 1088), (1088, 800), (800, 1344), (1344, 800))),
+        (
+            {"jitter_short_sides": (400, 800), "long_side": 1333, "buckets": 4},
+            ((800, 1088), (1088, 800), (800, 1344), (1344, 800)),
+        ),
     ],
 )
 def test_padded_shapes(changes: dict, expected: tuple) -> None:
@@ -109,8 +116,8 @@ def test_the_smallest_padded_shape_is_used() -> None:
     shapes = buckets(DataConfig(), (600,))
     assert [shapes[assign_bucket(size, shapes)] for size in ((600, 800), (600, 801), (899, 600), (600, 600))] == [
         (608, 800),
-        (608, 1024),
-        (1024, 608),
+        (608, 928),
+        (928, 608),
         (608, 800),
     ]
     with pytest.raises(ValueError, match="fits none of"):
