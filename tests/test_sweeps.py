@@ -466,7 +466,7 @@ def test_training_that_ends_without_a_summary_is_an_error(tmp_path: Path) -> Non
 
 
 def test_the_mean_padded_area_is_of_the_padded_shapes() -> None:
-    assert mean_padded_area(Config()) == 608 * (800 + 1024) / 2  # 608 x 800, 608 x 1024 and these turned
+    assert mean_padded_area(Config()) == 608 * (800 + 928 + 1024) / 3  # and these turned
     assert mean_padded_area(Config(data=DataConfig(short_side=128, long_side=128))) == 128**2
 
 

@@ -41,7 +41,7 @@ def of_random_sizes(count: int) -> Source:
     return Source("random sizes", records, [(1, "a"), (2, "b"), (3, "c")], {}, read, str, dict)
 
 
-@pytest.mark.parametrize("number", [2, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 4))])
+@pytest.mark.parametrize("number", [2, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 4, 6))])
 def test_there_are_as_many_programs_as_buckets_for_any_sizes(tiny: Config, number: int) -> None:
     config = override(
         tiny,
