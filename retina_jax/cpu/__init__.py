@@ -59,6 +59,22 @@ def after(x: Float[Array, "*S"], other: Float[Array, "a b c d"]) -> Float[Array,
     return x + jnp.where(jnp.isnan(other[0, 0, 0, 0]), 1e-30, 0.0).astype(x.dtype)
 
 
+@jax.custom_vjp
+def stored(x: Float[Array, "a b c d"]) -> Float[Array, "a b c d"]:
+    """Returns `x`, which XLA on the CPU computes once. Otherwise it computes sums and maxima again in each operation that
+    reads them, in a residual network all those since the first block."""
+    return by_platform(_stored, lambda x: x, x)
+
+
+def _stored(x: Array) -> Array:
+    # XLA joins nothing with a loop. This one ends before its first turn; where the first number is NaN, after it.
+    first = jnp.isnan(x[0, 0, 0, 0]), x
+    return lax.while_loop(lambda state: state[0], lambda state: (~state[0], state[1] + 1e-30), first)[1]
+
+
+stored.defvjp(lambda x: (stored(x), None), lambda _, dy: (dy,))
+
+
 def on_cpu(kernel: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates a function: with the switch on, `kernel(function, *arguments)` is called in its place."""
 

@@ -19,12 +19,14 @@ from jax.custom_derivatives import SymbolicZero
 from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float, Float32
 
-from retina_jax.cpu import after, by_platform, winograd
+from retina_jax.cpu import after, by_platform, stored, winograd
 
 Convolution = Callable[[Array, Array, int, int], Array]
 
 FEW_PRODUCTS, SMALL_KERNEL = 2**26, 2**18
 """Products of a small convolution of one image, for instance 128 channels on a map of 21x21, and numbers in its kernel."""
+FEW_PLACES = 16
+"""A kernel with this many times as many channels, in and out, as the map has places is the left factor of a product."""
 WINOGRAD_PLACES = 1024
 """Smallest number of places of a map for which Winograd's method is faster, for instance 32x32."""
 
@@ -57,6 +59,10 @@ def map_gradient(
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     if groups > 1:  # as maps of the groups, so that XLA does not transpose the columns
         columns = product("gnd,gcd->gnc", _by_group(dy, groups), _by_group(after(kernel, dy), groups))
+    elif k == 1 and FEW_PLACES * len(_flat(dy)) <= min(c, features):
+        # With the kernel as the left factor XLA does not copy it to another layout first, as it does with a right one.
+        columns = product("cd,dn->cn", kernel[0, 0], lax.optimization_barrier(_flat(dy).T))
+        columns = lax.optimization_barrier(columns).T
     else:
         columns = product("nd,cd->nc", _flat(dy), kernel.reshape(k * k * c, features))
     x = jax.ShapeDtypeStruct((groups * batch, *size_hw, c), columns.dtype)
@@ -130,7 +136,7 @@ def _windows(x: Array, k: int, groups: int) -> Array:
     table = np.lib.stride_tricks.sliding_window_view(places, (k, k)).reshape(-1).astype(np.int32)
     maps = _by_group(x, groups).reshape(groups, batch, height * width, channels // groups)
     maps = jnp.pad(maps, ((0, 0), (0, 0), (0, 1), (0, 0)))  # a place of zeros
-    maps = lax.optimization_barrier(maps)
+    maps = stored(maps)
     windows = maps.at[:, :, table].get(mode="promise_in_bounds")
     return windows.reshape(groups, -1, k * k * channels // groups)
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from retina_jax.config import ModelConfig
-from retina_jax.cpu import platform
+from retina_jax.cpu import platform, stored
 from retina_jax.model.layers import Conv, Norm, largest_divisor, max_pool, relu
 from retina_jax.model.patches import cut, join, patches_of
 
@@ -139,7 +139,7 @@ class Stage(nn.Module):
         for i in range(self.blocks):
             stride, early = self.stride if i == 0 else 1, self.early if i == self.blocks - 1 else 1
             layers = block_layers(self.config, self.width, stride, early)
-            x = block(layers, conv, norm, name=f"block{i + 1}")(x, train)
+            x = stored(block(layers, conv, norm, name=f"block{i + 1}")(x, train))
         return join(x, patches)
 
 

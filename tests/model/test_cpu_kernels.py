@@ -92,3 +92,34 @@ def test_configs_without_the_field_have_the_kernels() -> None:
     assert not from_dict(saved).cpu_kernels
     del saved["cpu_kernels"]
     assert from_dict(saved).cpu_kernels
+
+
+@pytest.mark.parametrize("first", [-1.5, np.nan, np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_stored_map_and_its_gradient_are_unchanged(first: float, dtype: str) -> None:
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4, 5)), dtype).at[0, 0, 0, 0].set(first)
+    for forms in ("cpu", "", "exported"):
+        with cpu.kernels(forms):
+            y, pullback = jax.vjp(jax.jit(cpu.stored), x)
+            for found in (y, *pullback(x), jax.vmap(cpu.stored)(x[None])[0]):
+                np.testing.assert_array_equal(found.astype(np.float32), x.astype(np.float32))
+
+
+def test_a_residual_network_computes_each_sum_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums, maxima and products per block are as many in a long network as in a short one."""
+
+    def operations(blocks: int) -> float:
+        config = override(TINY, {"model.stage_blocks": (1, 1, blocks, 1)})
+        driver = Driver(config, 2)
+        inputs = Inputs(
+            images=np.zeros((1, 64, 64, 3), np.uint8), image_sizes=np.full((1, 2), 64, np.int32),
+            boxes_xyxy=np.zeros((1, 1, 4), np.float32), labels=np.full((1, 1), -1, np.int32), valid=np.ones(1, bool),
+        )  # fmt: skip
+        program = driver.losses.lower(driver.init_state().variables, driver.shard_batch(inputs)).compile()
+        return program.cost_analysis()["flops"]
+
+    first, second, third = (operations(blocks) for blocks in (2, 4, 6))
+    assert third - second == pytest.approx(second - first, rel=0.002)
+    monkeypatch.setattr(cpu, "_stored", lambda x: x)
+    first, second, third = (operations(blocks) for blocks in (2, 4, 6))
+    assert third - second > 1.01 * (second - first)  # otherwise XLA would do without it
