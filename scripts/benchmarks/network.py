@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks.inputs import scene
 from benchmarks.work import Task, Work
+from retina_jax.cli import limit_heaps
 from retina_jax.config import Config
 from retina_jax.config_io import override
 from retina_jax.model.summary import forward_flops, jaxpr_flops
@@ -74,6 +75,7 @@ def step_flops(driver: Driver, state: TrainState, inputs: Inputs) -> int:
 
 def step(task: Task, driver: Driver, inputs: Inputs) -> Work:
     """Prepares a training step with a donated state, as in training."""
+    limit_heaps()  # as scripts/train.py does
     state = driver.init_state()
     flops = step_flops(driver, state, inputs)
     jax.clear_caches()  # of programs that training does not trace
