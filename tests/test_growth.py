@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -77,3 +78,42 @@ def test_threads_and_memory_do_not_grow(tmp_path: Path, request: pytest.FixtureR
         draw(Path(folder) / "threads_and_memory.png", steps, threads, memory, growth)
     assert last <= first + 2  # some come and go: of a save, of the watch for slow files
     assert growth < 5
+
+
+PAGES = """
+import resource
+import jax, numpy as np
+from retina_jax.cli import limit_heaps
+from retina_jax.config import Config
+from retina_jax.config_io import override
+from retina_jax.training.parallel import Driver
+from retina_jax.training.step import Inputs
+
+limit_heaps()
+small = {
+    "model.backbone": "resnet18", "model.base_width": 16, "model.fpn_channels": 32, "model.head_channels": 32,
+    "model.head_convs": 1, "model.frozen_stages": 0, "data.batch_size": 4, "devices": 1,
+}
+driver = Driver(override(Config(), small), 2)
+inputs = driver.shard_batch(Inputs(
+    images=np.zeros((4, 256, 256, 3), np.uint8), image_sizes=np.full((4, 2), 256, np.int32),
+    boxes_xyxy=np.ones((4, 1, 4), np.float32), labels=np.zeros((4, 1), np.int32), valid=np.ones(4, bool),
+))
+state = driver.init_state()
+program = driver.step.lower(state, inputs).compile()
+faults = []
+for _ in range(8):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    state, metrics = jax.block_until_ready(program(state, inputs))
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(program.memory_analysis().temp_size_in_bytes // resource.getpagesize(), *faults[3:])
+"""
+
+
+def test_temporaries_of_a_step_stay_in_the_process() -> None:
+    """Larger blocks than glibc keeps would be mapped anew in each step, with a fault per page."""
+    done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages, *faults = map(int, done.stdout.split())
+    assert pages > 2**25 // resource.getpagesize()  # one block would be mapped
+    assert sorted(faults)[len(faults) // 2] < pages / 20
