@@ -33,7 +33,7 @@ from retina_jax.training.state import TrainState, state_from
 from retina_jax.training.step import Inputs, train_step
 
 AXIS = "data"
-BLOCK = 31 * 2**20  # bytes; glibc keeps freed blocks below 32 MiB (`cli.limit_heaps`)
+BLOCK = 31 * 2**20  # bytes of temporaries on CPUs; glibc keeps freed blocks below 32 MiB (`cli.limit_heaps`)
 
 
 @dataclass(frozen=True)
@@ -143,13 +143,6 @@ class Driver:
         traced.__name__ = getattr(getattr(function, "func", function), "__name__", "traced")  # names the program
         return traced
 
-    @property
-    def _compiler_options(self) -> dict[str, Any] | None:
-        """On CPUs, temporaries are divided into blocks of at most BLOCK bytes. Larger ones come from the system and return
-        to it in each step, which costs a page fault per 4 KiB: 4 to 10 % of a step."""
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        return {"xla_multiheap_size_constraint_per_heap": BLOCK} if on_cpu else None
-
     @cached_property
     def step(self) -> Callable[[TrainState, Inputs], tuple[TrainState, dict[str, Array]]]:
         """The compiled training step; one program per padded shape. Its argument `state` is consumed (donated)."""
@@ -162,8 +155,12 @@ class Driver:
         specs = {"in_specs": (P(), P(AXIS)), "out_specs": P()}
         mapped = jax.shard_map(self._traced(step), mesh=self.mesh, **specs, check_vma=False)
         shardings = self.replicated, NamedSharding(self.mesh, P(AXIS))
+        options = None
+        if self.mesh.devices.flat[0].platform == "cpu":
+            # A larger block comes from the system and returns to it in each step: a page fault per 4 KiB, 4 to 10 % of a step.
+            options = {"xla_multiheap_size_constraint_per_heap": BLOCK}
         arguments = {"in_shardings": shardings, "out_shardings": self.replicated, "donate_argnums": 0}
-        return jax.jit(mapped, **arguments, compiler_options=self._compiler_options)
+        return jax.jit(mapped, **arguments, compiler_options=options)
 
     @cached_property
     def detect(self) -> Callable[[dict[str, PyTree], Inputs], Detections]:
@@ -204,8 +201,7 @@ class Driver:
             by_rows.lower = mapped.lower  # as that of a jitted function
             return by_rows
         specs = {"in_specs": (P(), P(AXIS)), "out_specs": P(AXIS)}
-        mapped = jax.shard_map(one_device, mesh=self.mesh, **specs, check_vma=False)
-        return jax.jit(mapped, compiler_options=self._compiler_options)
+        return jax.jit(jax.shard_map(one_device, mesh=self.mesh, **specs, check_vma=False))
 
 
 def local_rows(batch: PyTree) -> PyTree:

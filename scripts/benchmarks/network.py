@@ -70,7 +70,7 @@ def inputs_of(task: Task) -> Inputs:
 def step_flops(driver: Driver, state: TrainState, inputs: Inputs) -> int:
     """Returns the operations of a step with plain convolutions; Winograd's method needs fewer."""
     plain = Driver(override(driver.config, {"cpu_kernels": False}), driver.num_classes)
-    return jaxpr_flops(jax.make_jaxpr(plain.step)(state, inputs).jaxpr)
+    return jaxpr_flops(plain.step.trace(state, inputs).jaxpr.jaxpr)
 
 
 def step(task: Task, driver: Driver, inputs: Inputs) -> Work:
