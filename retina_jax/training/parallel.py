@@ -157,7 +157,7 @@ class Driver:
         shardings = self.replicated, NamedSharding(self.mesh, P(AXIS))
         options = None
         if self.mesh.devices.flat[0].platform == "cpu":
-            # A larger block comes from the system and returns to it in each step: a page fault per 4 KiB, 4 to 10 % of a step.
+            # A larger block is mapped anew in each step, with a page fault per 4 KiB: 4 to 10 % of a step.
             options = {"xla_multiheap_size_constraint_per_heap": BLOCK}
         arguments = {"in_shardings": shardings, "out_shardings": self.replicated, "donate_argnums": 0}
         return jax.jit(mapped, **arguments, compiler_options=options)
