@@ -174,7 +174,7 @@ def test_each_driver_has_its_own_programs(what: What) -> None:
 
 
 def test_shapes_are_those_of_training_or_given() -> None:
-    assert (608, 1024) in padded_shapes("", Config()) and len(padded_shapes("", Config())) == 4
+    assert (608, 1024) in padded_shapes("", Config()) and len(padded_shapes("", Config())) == 6
     assert padded_shapes("64x96", Config()) == [(64, 96)]
     for text in ("64", "64x", "64x95", "0x64", "64x96x3", "-64x96"):
         with pytest.raises(ConfigError, match=f"--shape {text}"):
