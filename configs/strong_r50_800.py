@@ -4,7 +4,7 @@ r"""The strongest recipe for a ResNet-50 here: torchvision v2's training with th
 
 Expected, not measured: AP about 41.5 on val2017, what torchvision publishes for `retinanet_resnet50_fpn_v2` (26 epochs
 of 16 images on 8 GPUs). It differs from that recipe, `configs/torchvision_v2_r50_800.py`, where this project's defaults
-do: the paper's anchors instead of torchvision's rounded ones, four padded shapes, sides of images rounded to nearest,
+do: the paper's anchors instead of torchvision's rounded ones, six padded shapes, sides of images rounded to nearest,
 pixels rounded to uint8, and 100 instead of 300 detections. EMA of the parameters is added; it may gain nothing after
 both drops of the learning rate (docs/results/ema_tta.md).
 

@@ -121,9 +121,9 @@ class DataConfig:
     """Pixels after the resize: rounded to uint8 (PIL, detectron2), or float32, 4 times larger (Detectron, torchvision)."""
     box_ends: Literal["half_open", "inclusive"] = "half_open"
     """How the right and lower ends of boxes are resized: as edges, x2 s; or as last pixels, (x2 - 1) s + 1 (Detectron)."""
-    buckets: Literal[0, 1, 2, 4, 6] = 6
+    buckets: Literal[0, 1, 2, 4, 6] = option(6, first_default=4)
     """Padded shapes of the images, each compiled once: 6 = 2 orientations x 3 long sides, 4 = 2 x 2 (5 % more pixels on
-    COCO than 6), 2 = orientations, 1 = one square. 0: training uses 6; detection and evaluation pad each batch to its
+    COCO than 6), 2 = orientations, 1 = one square. 0: training uses 4; detection and evaluation pad each batch to its
     largest image (torchvision, detectron2, Detectron)."""
     pad_multiple: int = option(32, ">= 32", unit="px")
     """Sides of padded shapes are multiples of this, which is itself a multiple of 32."""

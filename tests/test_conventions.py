@@ -92,7 +92,7 @@ def test_no_buckets_give_the_smallest_padded_shape_that_contains_the_images() ->
     assert batch.valid.tolist() == [True, True, False]
     assert (batch.images[0, :100, :132] == 9).all() and (batch.images[0, 100:] == 0).all()
     # Training has four nevertheless.
-    assert buckets(data, (100,)) == buckets(DataConfig(short_side=100, long_side=200), (100,))
+    assert buckets(data, (100,)) == buckets(DataConfig(short_side=100, long_side=200, buckets=4), (100,))
 
 
 def test_images_that_fit_no_common_bucket_get_separate_padded_shapes() -> None:

@@ -134,14 +134,15 @@ def test_folder_names_do_not_change() -> None:
     def named(**changes: Any) -> str:
         return folder_name(override(base, {k.replace("__", "."): v for k, v in changes.items()}), base)
 
-    assert named() == "base-f66fd119"
-    assert named(loss__normaliser="global").endswith("-44136fa3")  # the default of earlier versions
+    assert named() == "base-4f66c01d"
+    assert named(data__buckets=4).endswith("-f66fd119")
+    assert named(loss__normaliser="global", data__buckets=4).endswith("-44136fa3")  # the defaults of earlier versions
     assert named(loss__kind="balanced_cross_entropy", loss__alpha=0.75) == (
         "alpha_0.75-kind_balanced_cross_entropy-"
         + digest(Config(loss=LossConfig(kind="balanced_cross_entropy", alpha=0.75)))
     )
-    assert named(loss__gamma=5.0) == "gamma_5-19d0e749"
-    assert named(loss__gamma=5.0, loss__normaliser="global").endswith("-ba977d8c")
+    assert named(loss__gamma=5.0, data__buckets=4).endswith("-19d0e749")
+    assert named(loss__gamma=5.0, loss__normaliser="global", data__buckets=4).endswith("-ba977d8c")
     assert named(loss__gamma=5.0, seed=1).startswith("gamma_5-seed1-")
     assert named(seed=2).startswith("base-seed2-")
     assert named(model__backbone="resnet101", model__backbone_weights="a/r.pth").startswith("backbone_resnet101-")

@@ -59,7 +59,7 @@ def map_gradient(
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     if groups > 1:  # as maps of the groups, so that XLA does not transpose the columns
         columns = product("gnd,gcd->gnc", _by_group(dy, groups), _by_group(after(kernel, dy), groups))
-    elif k == 1 and FEW_PLACES * len(_flat(dy)) <= min(c, features):
+    elif k == 1 and FEW_PLACES * _places(dy) <= min(c, features):
         # With the kernel as the left factor XLA does not copy it to another layout first, as it does with a right one.
         columns = product("cd,dn->cn", kernel[0, 0], lax.optimization_barrier(_flat(dy).T))
         columns = lax.optimization_barrier(columns).T

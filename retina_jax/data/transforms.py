@@ -74,13 +74,13 @@ def train_short_sides(data: DataConfig) -> tuple[int, ...]:
 
 def buckets(data: DataConfig, short_sides: tuple[int, ...]) -> Shapes:
     """Returns padded shapes (height, width) for images resized to any of `short_sides`; multiples of `pad_multiple`.
-    With S the largest short side and L the long side, 6 buckets (and 0) are S by 4/3 S, 3/2 S and L, landscape and
-    portrait; 4 buckets leave 3/2 out; 2 buckets are S by L and L by S; 1 bucket is L by L."""
+    With S the largest short side and L the long side, 6 buckets are S by 4/3 S, 3/2 S and L, landscape and portrait; 4
+    buckets (and 0) leave 3/2 out; 2 buckets are S by L and L by S; 1 bucket is L by L."""
     long = _padded(data.long_side, data)
     short = min(_padded(max(short_sides), data), long)
     if data.buckets == 1:
         return ((long, long),)
-    ratios = {2: (), 4: (4 / 3,)}.get(data.buckets, (4 / 3, 3 / 2))
+    ratios = {2: (), 6: (4 / 3, 3 / 2)}.get(data.buckets, (4 / 3,))
     longs = [*(min(_padded(ratio * max(short_sides), data), long) for ratio in ratios), long]
     return tuple(dict.fromkeys(shape for side in longs for shape in ((short, side), (side, short))))
 

@@ -12,7 +12,7 @@ from jax import lax
 from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float
 
-from retina_jax.cpu import convolution, on_cpu, platform, pooling
+from retina_jax.cpu import convolution, on_cpu, platform, pooling, stored
 from retina_jax.model.patches import MAPS, UNCUT, Patches, with_edges
 
 FLOAT32 = np.dtype("float32")
@@ -48,7 +48,19 @@ def _relu(x: Array) -> tuple[Array, Array]:
     return y, lax.optimization_barrier(y)  # XLA would compare x instead of y with 0, and store both
 
 
+@jax.custom_vjp
+def stored_relu(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    """Computes `relu`, and on the CPU stores the result for all who read it (`cpu.stored`)."""
+    return stored(relu(x))
+
+
+def _stored_relu(x: Array) -> tuple[Array, Array]:
+    y = stored_relu(x)
+    return y, y
+
+
 relu.defvjp(_relu, lambda y, dy: (jnp.where(y > 0, dy, 0),))
+stored_relu.defvjp(_stored_relu, lambda y, dy: (jnp.where(y > 0, dy, 0),))
 
 
 def convolve(

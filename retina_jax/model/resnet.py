@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from retina_jax.config import ModelConfig
-from retina_jax.cpu import platform, stored
-from retina_jax.model.layers import Conv, Norm, largest_divisor, max_pool, relu
+from retina_jax.cpu import platform
+from retina_jax.model.layers import Conv, Norm, largest_divisor, max_pool, relu, stored_relu
 from retina_jax.model.patches import cut, join, patches_of
 
 
@@ -95,12 +95,12 @@ class Block(nn.Module):
         norm, conv = self.norm(name=f"norm{len(self.layers)}"), self.conv(*last, name=f"conv{len(self.layers)}")
         stride = int(np.prod([layer.stride for layer in self.layers]))
         if x.shape[-1] == last.features:
-            return relu(x[:, ::stride, ::stride] + norm(y, train, conv))
+            return stored_relu(x[:, ::stride, ::stride] + norm(y, train, conv))
         of_shortcut, shortcut = self.norm(name="shortcut_norm"), self.conv(last.features, 1, stride, name="shortcut")
         if platform() == "gpu" and last.kernel_size == 1 and norm.folds(train):  # a map less to write and to read
             return relu(norm(y, train, conv, added=of_shortcut(x, train, shortcut, fold=True)))
         y = norm(y, train, conv)
-        return relu(of_shortcut(x, train, shortcut) + y)
+        return stored_relu(of_shortcut(x, train, shortcut) + y)
 
 
 class Stem(nn.Module):
@@ -139,7 +139,7 @@ class Stage(nn.Module):
         for i in range(self.blocks):
             stride, early = self.stride if i == 0 else 1, self.early if i == self.blocks - 1 else 1
             layers = block_layers(self.config, self.width, stride, early)
-            x = stored(block(layers, conv, norm, name=f"block{i + 1}")(x, train))
+            x = block(layers, conv, norm, name=f"block{i + 1}")(x, train)
         return join(x, patches)
 
 

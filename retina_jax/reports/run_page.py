@@ -187,7 +187,7 @@ def _command(start: dict[str, Any]) -> str | None:
 
 def measured(windows: Sequence[dict[str, Any]], name: str) -> list[float]:
     """Returns the values of a metric in the windows that have it."""
-    return [window[name] for window in windows if isinstance(window.get(name), int | float)]
+    return [float(window[name]) for window in windows if isinstance(window.get(name), int | float)]
 
 
 def _speed(windows: Sequence[dict[str, Any]]) -> str | None:

@@ -145,7 +145,8 @@ class Driver:
 
     @cached_property
     def step(self) -> Callable[[TrainState, Inputs], tuple[TrainState, dict[str, Array]]]:
-        """The compiled training step; one program per padded shape. Its argument `state` is consumed (donated)."""
+        """The compiled training step; one program per padded shape. Its argument `state` is consumed (donated). On CPUs it
+        cannot be called in another `jit` or `scan`, because it has compiler options; `train_step` can."""
         parts = {"model": self.model, "config": self.config, "optimizer": self.optimizer, "schedule": self.schedule}
         step = partial(train_step, **parts, num_devices=self.num_devices, axis_name=self.axis_name)
         if self.config.parallel == "pmap":
@@ -157,7 +158,7 @@ class Driver:
         shardings = self.replicated, NamedSharding(self.mesh, P(AXIS))
         options = None
         if self.mesh.devices.flat[0].platform == "cpu":
-            # A larger block is mapped anew in each step, with a page fault per 4 KiB: 4 to 10 % of a step.
+            # A larger block is mapped anew in each step, with a page fault per 4 KiB: 4 to 16 % of a step.
             options = {"xla_multiheap_size_constraint_per_heap": BLOCK}
         arguments = {"in_shardings": shardings, "out_shardings": self.replicated, "donate_argnums": 0}
         return jax.jit(mapped, **arguments, compiler_options=options)

@@ -27,7 +27,7 @@ class Photograph(NamedTuple):
     size_hw: tuple[int, int]
     """Height and width after the resize, pixels, by Detectron's rule."""
     padded_hw: tuple[int, int]
-    """Height and width after padding: the smallest of four padded shapes of this project's training."""
+    """Height and width after padding: the smallest of the six padded shapes of this project's training."""
 
 
 def photographs(task: Task) -> list[Photograph]:
@@ -92,7 +92,7 @@ def _photograph(folder: Path, entry: dict, short: int, long: int) -> Photograph:
     lower, longest = _padded(short), _padded(long)
     shapes = [
         shape
-        for side in (min(_padded(4 / 3 * short), longest), longest)
+        for side in (*(min(_padded(ratio * short), longest) for ratio in (4 / 3, 3 / 2)), longest)
         for shape in ((min(lower, longest), side), (side, min(lower, longest)))
         if size[0] <= shape[0] and size[1] <= shape[1]
     ]
