@@ -59,9 +59,10 @@ def set_up_jax() -> None:
 
 
 def limit_heaps() -> None:
-    """Makes glibc's threads share two heaps, which keep up to 256 MiB of freed arrays for the next ones. By default each
-    thread has a heap, in which arrays leave holes: a small run grew by 8 MB per 1000 steps. If glibc returned the arrays to
-    the system at once, each image would cost 3600 page faults: at 600/1000 11.8 ms of CPU time instead of 4.6."""
+    """Makes glibc's threads share two heaps, which keep freed arrays for the next ones, and a step's temporaries for the
+    next step. By default each thread has a heap, in which arrays leave holes: a small run grew by 8 MB per 1000 steps. If
+    glibc returned the arrays to the system at once, each image would cost 3600 page faults: at 600/1000 11.8 ms of CPU
+    time instead of 4.6."""
     with contextlib.suppress(AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-8, 2)  # M_ARENA_MAX

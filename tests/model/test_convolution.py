@@ -304,6 +304,19 @@ def test_one_exported_program_serves_all_devices(case: Case) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_gradient_is_exported_for_any_number_of_images() -> None:
+    case = Case(1, 1, 2, 64, 64, 1, 1, 1)
+    ours, plain = both(case)
+    (batch,) = export.symbolic_shape("b")
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in integers(case)]
+    x, dy = (jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype) for a in (shapes[0], shapes[2]))
+    exported = export.export(ours, platforms=("cpu",))(x, shapes[1], dy)
+    for number in (1, 3):
+        arrays = integers(case._replace(batch=number))
+        for a, b in zip(exported.call(*arrays), plain(*arrays), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("case", [COLUMNS, TAPS, STRIDED, GROUPS, WINOGRAD], ids=str)
 def test_a_gradient_that_is_not_needed_is_not_computed(case: Case) -> None:
     """The first trained convolution has a map without a gradient."""
