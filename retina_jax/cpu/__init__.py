@@ -61,15 +61,16 @@ def after(x: Float[Array, "*S"], other: Float[Array, "a b c d"]) -> Float[Array,
 
 @jax.custom_vjp
 def stored(x: Float[Array, "a b c d"]) -> Float[Array, "a b c d"]:
-    """Returns `x`, and makes XLA on the CPU store it. Otherwise XLA computes sums and maxima again in each operation that
-    reads them, in a residual network all those since the first block. (If its first number is NaN, zeros become 1e-30.)"""
+    """Returns `x`, and makes XLA on the CPU store it. Otherwise XLA fuses sums and maxima with each operation that reads
+    them, and computes them again there: in a residual network all those since the first block of the stage. If the first
+    number of `x` is NaN, zeros become 1e-30."""
     return by_platform(_stored, lambda x: x, x)
 
 
 def _stored(x: Array) -> Array:
     if 0 in x.shape:
         return x
-    # XLA joins nothing with a loop. This one ends before its first turn; where the first number is NaN, after it.
+    # XLA does not fuse across a loop. This one has no iterations, or one if the first number is NaN.
     first = jnp.isnan(x[0, 0, 0, 0]), x
     return lax.while_loop(lambda state: state[0], lambda state: (~state[0], state[1] + 1e-30), first)[1]
 

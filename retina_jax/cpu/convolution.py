@@ -26,7 +26,8 @@ Convolution = Callable[[Array, Array, int, int], Array]
 FEW_PRODUCTS, SMALL_KERNEL = 2**26, 2**18
 """Products of a small convolution of one image, for instance 128 channels on a map of 21x21, and numbers in its kernel."""
 FEW_PLACES = 16
-"""A kernel with this many times as many channels, in and out, as the map has places is the left factor of a product."""
+"""In the gradient by the map, a 1x1 kernel is the left factor of the product if both of its channel numbers are at least
+this many times the number of places of the map."""
 WINOGRAD_PLACES = 1024
 """Smallest number of places of a map for which Winograd's method is faster, for instance 32x32."""
 
@@ -60,7 +61,7 @@ def map_gradient(
     if groups > 1:  # as maps of the groups, so that XLA does not transpose the columns
         columns = product("gnd,gcd->gnc", _by_group(dy, groups), _by_group(after(kernel, dy), groups))
     elif k == 1 and FEW_PLACES * _places(dy) <= min(c, features):
-        # With the kernel as the left factor XLA does not copy it to another layout first, as it does with a right one.
+        # XLA copies the right factor of a product to another layout, which for a large kernel takes as long as the product.
         columns = product("cd,dn->cn", kernel[0, 0], lax.optimization_barrier(_flat(dy).T))
         columns = lax.optimization_barrier(columns).T
     else:

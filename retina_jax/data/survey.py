@@ -156,7 +156,7 @@ def read_headers(paths: Sequence[Path]) -> list[Header | str]:
         width, height = header.size
         return header if 0 < width * height <= MAX_PIXELS else f"it has {width} x {height} pixels"
 
-    size = 8  # handing one header over costs as much as reading it
+    size = 8  # paths per task of a thread: a task costs as much time as reading one header
     blocks = (paths[start : start + size] for start in range(0, len(paths), size))
     with ThreadPoolExecutor(READERS) as pool:
         return list(chain.from_iterable(pool.map(lambda block: list(map(header_or_reason, block)), blocks)))
