@@ -26,8 +26,10 @@ Convolution = Callable[[Array, Array, int, int], Array]
 FEW_PRODUCTS, SMALL_KERNEL = 2**26, 2**18
 """Products of a small convolution of one image, for instance 128 channels on a map of 21x21, and numbers in its kernel."""
 FEW_PLACES = 16
-"""In the gradient by the map, a 1x1 kernel is the left factor of the product if both of its channel numbers are at least
-this many times the number of places of the map."""
+"""A kernel's product with a map is taken in another form if both sides of the kernel, as a matrix, are at least this many
+times the number of places: XLA would copy the kernel to another layout, which then takes as long as the product."""
+FEW_NUMBERS = 2**22
+"""Largest number of inputs of all taps at all places for which a convolution of several groups is one product per group."""
 WINOGRAD_PLACES = 1024
 """Smallest number of places of a map for which Winograd's method is faster, for instance 32x32."""
 
@@ -43,13 +45,28 @@ def convolve_on_cpu(
         return by_platform(winograd.convolution, by_xla, x, kernel)
     if groups == 1 and (len(kernel) == 1 or (_for_products(x, kernel) and 4 * _places(x, stride) <= x.shape[-1])):
         return by_platform(partial(by_columns, stride=stride), by_xla, x, kernel)
+    if groups > 1 and stride == 1 and _few_inputs(x, kernel, groups):
+        return by_platform(partial(by_windows, groups=groups), by_xla, x, kernel)
     return by_xla(x, kernel)
 
 
 def by_columns(x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"], stride: int) -> Float[Array, "B h w D"]:
     """Computes the convolution of one group as one matrix product."""
     columns = _columns(x, len(kernel), stride)
-    return (_flat(columns) @ kernel.reshape(-1, kernel.shape[-1])).reshape(*columns.shape[:3], kernel.shape[-1])
+    kernel = kernel.reshape(-1, kernel.shape[-1])
+    if _few_places(columns, *kernel.shape):
+        # With the places last XLA takes Eigen's product instead of YNNPACK's.
+        y = jnp.einsum("cn,cd->nd", lax.optimization_barrier(_flat(columns).T), kernel)
+    else:
+        y = _flat(columns) @ kernel
+    return y.reshape(*columns.shape[:3], kernel.shape[-1])
+
+
+def by_windows(x: Float[Array, "B H W C"], kernel: Float[Array, "k k c D"], groups: int) -> Float[Array, "B H W D"]:
+    """Computes the convolution of several groups with stride 1 as one matrix product per group."""
+    factors = _windows(x, len(kernel), groups), _kernel_by_group(kernel, groups, x)
+    y = jnp.einsum("gnc,gcd->gnd", *factors, preferred_element_type=jnp.float32)
+    return y.swapaxes(0, 1).reshape(*x.shape[:3], kernel.shape[-1]).astype(x.dtype)
 
 
 def map_gradient(
@@ -59,9 +76,8 @@ def map_gradient(
     (batch, h, w, features), (k, _, c, _) = dy.shape, kernel.shape
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     if groups > 1:  # as maps of the groups, so that XLA does not transpose the columns
-        columns = product("gnd,gcd->gnc", _by_group(dy, groups), _by_group(after(kernel, dy), groups))
-    elif k == 1 and FEW_PLACES * _places(dy) <= min(c, features):
-        # XLA copies the right factor of a product to another layout, which for a large kernel takes as long as the product.
+        columns = product("gnd,gcd->gnc", _by_group(dy, groups), _kernel_by_group(kernel, groups, dy))
+    elif k == 1 and _few_places(dy, c, features):  # XLA copies right factors
         columns = product("cd,dn->cn", kernel[0, 0], lax.optimization_barrier(_flat(dy).T))
         columns = lax.optimization_barrier(columns).T
     else:
@@ -101,11 +117,11 @@ def kernel_gradient(
     return jnp.stack(products).reshape(k, k, c, features)
 
 
-def _columns(x: Array, k: int, stride: int) -> Array:
+def _columns(x: Array, k: int, stride: int, keep: Callable[[Array], Array] = lambda x: x) -> Array:
     """Returns the inputs of all taps at each place, in the order of the kernel: [B, h, w, k * k * C]."""
     height, width = x.shape[1:3]
-    x = _padded(x, k)
-    x = jnp.concatenate([x[:, :, j : j + width : stride] for j in range(k)], axis=-1)
+    x = keep(_padded(x, k))
+    x = keep(jnp.concatenate([x[:, :, j : j + width : stride] for j in range(k)], axis=-1))
     return jnp.concatenate([x[:, i : i + height : stride] for i in range(k)], axis=-1)
 
 
@@ -129,15 +145,23 @@ def _by_group(x: Array, groups: int) -> Array:
     return _grouped(x, groups).swapaxes(0, 1)
 
 
+def _kernel_by_group(kernel: Array, groups: int, other: Array) -> Array:
+    """Reshapes to [groups, k * k * c, D / groups], after `other` is computed. A kernel that is copied first is in the caches
+    when it is read in long strides, which takes a third of the time."""
+    return _by_group(stored(after(kernel, other)), groups)
+
+
 def _windows(x: Array, k: int, groups: int) -> Array:
-    """Returns the inputs of all taps at each place, one group after another: [groups, B * H * W, k * k * C / groups]. They
-    are read by a table of places, which is up to ten times as fast as slices of padded maps."""
+    """Returns the inputs of all taps at each place, one group after another: [groups, B * H * W, k * k * C / groups]."""
     batch, height, width, channels = x.shape
+    maps = _by_group(x, groups).reshape(groups * batch, height, width, channels // groups)
+    if _places(x) * k * k * channels <= FEW_NUMBERS:
+        return _columns(maps, k, 1, keep=stored).reshape(groups, -1, k * k * channels // groups)
+    # Read by a table of places, which is up to twice as fast as slices when they do not fit into the caches.
     places = np.pad(np.arange(height * width).reshape(height, width), k // 2, constant_values=height * width)
     table = np.lib.stride_tricks.sliding_window_view(places, (k, k)).reshape(-1).astype(np.int32)
-    maps = _by_group(x, groups).reshape(groups, batch, height * width, channels // groups)
-    maps = jnp.pad(maps, ((0, 0), (0, 0), (0, 1), (0, 0)))  # a place of zeros
-    maps = stored(maps)
+    maps = maps.reshape(groups, batch, height * width, channels // groups)
+    maps = stored(jnp.pad(maps, ((0, 0), (0, 0), (0, 1), (0, 0))))  # a place of zeros
     windows = maps.at[:, :, table].get(mode="promise_in_bounds")
     return windows.reshape(groups, -1, k * k * channels // groups)
 
@@ -151,6 +175,15 @@ def _places(x: Array, stride: int = 1) -> int:
     """Returns the number of output places; a symbolic batch size (`jax.export`) counts as one image."""
     batch, height, width, _ = x.shape
     return (1 if is_symbolic_dim(batch) else batch) * -(-height // stride) * -(-width // stride)
+
+
+def _few_places(x: Array, *sides: int) -> bool:
+    return FEW_PLACES * _places(x) <= min(sides)
+
+
+def _few_inputs(x: Array, kernel: Array, groups: int) -> bool:
+    """Returns whether the inputs of all taps at all places of a map of the size of `x` are few."""
+    return _places(x) * kernel.size // kernel.shape[-1] * groups <= FEW_NUMBERS
 
 
 def _for_products(x: Array, kernel: Array) -> bool:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from retina_jax import cpu
 from retina_jax.cpu import convolution, winograd
-from retina_jax.cpu.convolution import by_columns, kernel_gradient, map_gradient
+from retina_jax.cpu.convolution import by_columns, by_windows, kernel_gradient, map_gradient
 from retina_jax.model.layers import convolve
 
 Form = Callable[[jax.Array, jax.Array], jax.Array]
@@ -108,7 +108,7 @@ def test_convolution_and_its_gradients_equal_the_plain_ones(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_form_is_correct_for_every_shape(case: Case) -> None:
+def test_every_form_is_correct_for_every_shape(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice of the form only affects speed."""
     x, kernel, dy = integers(case, seed=1)
     y, dx, dkernel = both(case)[1](x, kernel, dy)
@@ -117,8 +117,12 @@ def test_every_form_is_correct_for_every_shape(case: Case) -> None:
         np.testing.assert_array_equal(jax.jit(by_columns, static_argnums=2)(x, kernel, stride), y)
     ours = jax.jit(lambda x, kernel, dy: map_gradient(dy, kernel, stride, groups, x.shape[1:3]))(x, kernel, dy)
     np.testing.assert_array_equal(ours, dx)
-    ours = jax.jit(lambda x, kernel, dy: kernel_gradient(x, dy, k, stride, groups))(x, kernel, dy)
-    np.testing.assert_array_equal(ours, dkernel)
+    if groups > 1 and stride == 1:
+        np.testing.assert_array_equal(jax.jit(by_windows, static_argnums=2)(x, kernel, groups), y)
+    for few in {True, groups == 1}:  # windows of several groups, by slices and by a table
+        monkeypatch.setattr(convolution, "FEW_NUMBERS", 10**9 if few else 0)
+        ours = jax.jit(lambda x, dy: kernel_gradient(x, dy, k, stride, groups))(x, dy)
+        np.testing.assert_array_equal(ours, dkernel)
     if (k, stride, groups) == (3, 1, 1):
         np.testing.assert_array_equal(jax.jit(winograd.convolution)(x, kernel), y)
         np.testing.assert_array_equal(jax.jit(winograd.map_gradient)(dy, kernel), dx)
@@ -195,7 +199,7 @@ def test_winograd_is_used_only_where_it_is_faster() -> None:
     assert loops("cuda") == loops("tpu") == 0
     for change in ({"stride": 2}, {"k": 5}, {"features": 24}, {"height": 20}):
         assert loops("cpu", **change) == 0, change
-    assert loops("cpu", groups=2) == 1  # that of `cpu.stored`
+    assert loops("cpu", groups=2) == 6  # of `cpu.stored`: twice for windows and once for the kernel, in both passes
     assert loops("cpu", "bfloat16") == 0
 
 
@@ -285,13 +289,16 @@ def test_on_several_devices_by_jit_shard_map_and_pmap(case: Case) -> None:
             np.testing.assert_array_equal(a, b)
 
 
-def test_the_gradient_of_groups_uses_matrix_products_only_on_the_cpu() -> None:
+def test_groups_use_matrix_products_only_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(1, 4, 4, 8, 8, 3, 1, 4)
-    on_cpu, on_gpu = (
-        export.export(both(case)[0], platforms=(platform,))(*integers(case)).mlir_module()
-        for platform in ("cpu", "cuda")
-    )
-    assert on_cpu.count("stablehlo.convolution") == 1 and "stablehlo.dot_general" in on_cpu
+
+    def program(platform: str) -> str:
+        return export.export(both(case)[0], platforms=(platform,))(*integers(case)).mlir_module()
+
+    on_cpu, on_gpu = program("cpu"), program("cuda")
+    assert "stablehlo.convolution" not in on_cpu and "stablehlo.dot_general" in on_cpu
+    monkeypatch.setattr(convolution, "FEW_NUMBERS", 3 * 3 * 4 * 4 * 8 - 1)
+    assert program("cpu").count("stablehlo.convolution") == 1  # the forward pass
     assert on_gpu.count("stablehlo.convolution") == 3 and "stablehlo.dot_general" not in on_gpu
 
 
