@@ -26,7 +26,8 @@ def test_the_tour_is_stored_with_the_outputs_of_one_run() -> None:
 def test_the_tour_runs_from_top_to_bottom(tmp_path: Path) -> None:
     code = "\n".join("".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code")
     drawn = 'print("figures drawn:", len(plt.get_fignums()))'
-    (tmp_path / "tour.py").write_text(f"{code}\n{drawn}")
+    bytecode = "import sys; sys.dont_write_bytecode = False"  # that of a temporary module would be left
+    (tmp_path / "tour.py").write_text(f"{bytecode}\n{code}\n{drawn}")
     environment = {"TOUR_STEPS": "8", "TMPDIR": str(tmp_path), "MPLBACKEND": "Agg"}
     # In docs/, where Jupyter starts it; plt.show() of a backend without a screen leaves the figures open.
     done = processes.run(tmp_path / "tour.py", environment=environment, folder=ROOT / "docs")

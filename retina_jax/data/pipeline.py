@@ -248,8 +248,9 @@ class Batches(Iterator[Batch]):
         options.threading.private_threadpool_size = parallel["num_parallel_calls"]
         options.threading.max_intra_op_parallelism = 1  # images are processed in parallel instead
         stop = tf.int64.max if self._stop is None else self._stop * self._local
-        groups = tf.data.Dataset.range(self._step * self._local, stop, GROUP).map(self._group, **parallel)
-        image = tf.autograph.experimental.do_not_convert(self._image)
+        # Conversion by AutoGraph would leave compiled files in the folder of temporary files.
+        group, image = map(tf.autograph.experimental.do_not_convert, (self._group, self._image))
+        groups = tf.data.Dataset.range(self._step * self._local, stop, GROUP).map(group, **parallel)
         batches = groups.unbatch().map(image, **parallel).batch(self._local, drop_remainder=True)
         return batches.prefetch(self._data.prefetch).with_options(options)
 
