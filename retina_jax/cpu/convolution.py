@@ -3,8 +3,8 @@
 A convolution is a sum over the k * k taps of its kernel; each tap is a matrix product with a shifted map. It can be
 computed tap by tap, or as one product with the shifted maps in columns. For gradients, XLA on the CPU first transposes
 kernels and maps element by element, which takes longer than the sums. Large maps with 3x3 kernels use Winograd's method.
-A small convolution is left to XLA, whose own is as fast there; each other form is many small programs to compile.
-The choice depends on shapes alone. docs/results/performance.md has the measurements.
+A small convolution of one group is left to XLA, whose own is as fast there; each other form is many small programs to
+compile. The choice depends on shapes and the type alone. docs/results/performance.md has the measurements.
 """
 
 from collections.abc import Callable
@@ -26,10 +26,11 @@ Convolution = Callable[[Array, Array, int, int], Array]
 FEW_PRODUCTS, SMALL_KERNEL = 2**26, 2**18
 """Products of a small convolution of one image, for instance 128 channels on a map of 21x21, and numbers in its kernel."""
 FEW_PLACES = 16
-"""A kernel's product with a map is taken in another form if both sides of the kernel, as a matrix, are at least this many
-times the number of places: XLA would copy the kernel to another layout, which then takes as long as the product."""
+"""A kernel is large for a map if both of its sides, as a matrix, are at least this many times the number of places. XLA's
+product by YNNPACK first copies its right factor to another layout, which for a large kernel takes as long as the product."""
 FEW_NUMBERS = 2**22
-"""Largest number of inputs of all taps at all places for which a convolution of several groups is one product per group."""
+"""Largest number of inputs of all taps at all places for which windows of several groups fit into the caches: they are
+taken by slices, also for the forward pass."""
 WINOGRAD_PLACES = 1024
 """Smallest number of places of a map for which Winograd's method is faster, for instance 32x32."""
 
@@ -45,7 +46,7 @@ def convolve_on_cpu(
         return by_platform(winograd.convolution, by_xla, x, kernel)
     if groups == 1 and (len(kernel) == 1 or (_for_products(x, kernel) and 4 * _places(x, stride) <= x.shape[-1])):
         return by_platform(partial(by_columns, stride=stride), by_xla, x, kernel)
-    if groups > 1 and stride == 1 and _few_inputs(x, kernel, groups):
+    if groups > 1 and stride == 1 and len(kernel) > 1 and _few_inputs(x, len(kernel)):
         return by_platform(partial(by_windows, groups=groups), by_xla, x, kernel)
     return by_xla(x, kernel)
 
@@ -55,7 +56,7 @@ def by_columns(x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"], stri
     columns = _columns(x, len(kernel), stride)
     kernel = kernel.reshape(-1, kernel.shape[-1])
     if _few_places(columns, *kernel.shape):
-        # With the places last XLA takes Eigen's product instead of YNNPACK's.
+        # With the places last XLA takes Eigen's product. The barrier keeps it from reversing the transposition.
         y = jnp.einsum("cn,cd->nd", lax.optimization_barrier(_flat(columns).T), kernel)
     else:
         y = _flat(columns) @ kernel
@@ -65,8 +66,7 @@ def by_columns(x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"], stri
 def by_windows(x: Float[Array, "B H W C"], kernel: Float[Array, "k k c D"], groups: int) -> Float[Array, "B H W D"]:
     """Computes the convolution of several groups with stride 1 as one matrix product per group."""
     factors = _windows(x, len(kernel), groups), _kernel_by_group(kernel, groups, x)
-    y = jnp.einsum("gnc,gcd->gnd", *factors, preferred_element_type=jnp.float32)
-    return y.swapaxes(0, 1).reshape(*x.shape[:3], kernel.shape[-1]).astype(x.dtype)
+    return jnp.einsum("gnc,gcd->ngd", *factors).reshape(*x.shape[:3], kernel.shape[-1])
 
 
 def map_gradient(
@@ -77,7 +77,7 @@ def map_gradient(
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     if groups > 1:  # as maps of the groups, so that XLA does not transpose the columns
         columns = product("gnd,gcd->gnc", _by_group(dy, groups), _kernel_by_group(kernel, groups, dy))
-    elif k == 1 and _few_places(dy, c, features):  # XLA copies right factors
+    elif k == 1 and _few_places(dy, c, features):  # as the left factor it is not copied
         columns = product("cd,dn->cn", kernel[0, 0], lax.optimization_barrier(_flat(dy).T))
         columns = lax.optimization_barrier(columns).T
     else:
@@ -118,7 +118,8 @@ def kernel_gradient(
 
 
 def _columns(x: Array, k: int, stride: int, keep: Callable[[Array], Array] = lambda x: x) -> Array:
-    """Returns the inputs of all taps at each place, in the order of the kernel: [B, h, w, k * k * C]."""
+    """Returns the inputs of all taps at each place, in the order of the kernel: [B, h, w, k * k * C]. `keep` is applied to
+    the maps between the steps."""
     height, width = x.shape[1:3]
     x = keep(_padded(x, k))
     x = keep(jnp.concatenate([x[:, :, j : j + width : stride] for j in range(k)], axis=-1))
@@ -146,8 +147,8 @@ def _by_group(x: Array, groups: int) -> Array:
 
 
 def _kernel_by_group(kernel: Array, groups: int, other: Array) -> Array:
-    """Reshapes to [groups, k * k * c, D / groups], after `other` is computed. A kernel that is copied first is in the caches
-    when it is read in long strides, which takes a third of the time."""
+    """Reshapes to [groups, k * k * c, D / groups], after `other` is computed. Reading in long strides is three times as fast
+    if the kernel was copied first: the copy is in the caches."""
     return _by_group(stored(after(kernel, other)), groups)
 
 
@@ -155,9 +156,9 @@ def _windows(x: Array, k: int, groups: int) -> Array:
     """Returns the inputs of all taps at each place, one group after another: [groups, B * H * W, k * k * C / groups]."""
     batch, height, width, channels = x.shape
     maps = _by_group(x, groups).reshape(groups * batch, height, width, channels // groups)
-    if _places(x) * k * k * channels <= FEW_NUMBERS:
+    if _few_inputs(x, k):
         return _columns(maps, k, 1, keep=stored).reshape(groups, -1, k * k * channels // groups)
-    # Read by a table of places, which is up to twice as fast as slices when they do not fit into the caches.
+    # Windows that do not fit into the caches are read by a table of places, up to twice as fast as by slices.
     places = np.pad(np.arange(height * width).reshape(height, width), k // 2, constant_values=height * width)
     table = np.lib.stride_tricks.sliding_window_view(places, (k, k)).reshape(-1).astype(np.int32)
     maps = maps.reshape(groups, batch, height * width, channels // groups)
@@ -178,12 +179,17 @@ def _places(x: Array, stride: int = 1) -> int:
 
 
 def _few_places(x: Array, *sides: int) -> bool:
-    return FEW_PLACES * _places(x) <= min(sides)
+    """Returns whether a matrix with these sides is large for the number of places, which must be known."""
+    return _known(x) and FEW_PLACES * _places(x) <= min(sides)
 
 
-def _few_inputs(x: Array, kernel: Array, groups: int) -> bool:
-    """Returns whether the inputs of all taps at all places of a map of the size of `x` are few."""
-    return _places(x) * kernel.size // kernel.shape[-1] * groups <= FEW_NUMBERS
+def _few_inputs(x: Array, k: int) -> bool:
+    """Returns whether the inputs of all taps at all places of `x` are few; their number must be known."""
+    return _known(x) and _places(x) * k * k * x.shape[-1] <= FEW_NUMBERS
+
+
+def _known(x: Array) -> bool:
+    return not any(map(is_symbolic_dim, x.shape))
 
 
 def _for_products(x: Array, kernel: Array) -> bool:
