@@ -80,6 +80,11 @@ class Detector:
         """Unique name of each class; a repeated name is followed by its category id, "wheel (1)"."""
         return unique_names(list(zip(self.category_ids, self.class_names, strict=True)))
 
+    @cached_property
+    def prepared(self) -> dict[str, PyTree]:
+        """What the driver's programs of inference take in place of `variables`; computed once."""
+        return self.driver.prepare(self.variables)
+
     @property
     def config(self) -> Config:
         """Config of the driver."""
@@ -144,7 +149,7 @@ class Detector:
             for plain in batches:
                 for flipped in (False, True)[: 1 + self.config.detection.tta_flip]:
                     batch = mirrored(plain) if flipped else plain
-                    yield batch, self.driver.detect(self.variables, self.driver.shard_batch(Inputs.of(batch))), flipped
+                    yield batch, self.driver.detect(self.prepared, self.driver.shard_batch(Inputs.of(batch))), flipped
 
         # The device computes a batch while the previous one is read back.
         for (batch, detections, flipped), _ in itertools.pairwise(itertools.chain(running(), [None])):

@@ -141,7 +141,7 @@ def validation_loss(
     found: list[list[float]] = []
     for batch in check(batches):
         inputs = driver.shard_batch(Inputs.of(batch._replace(labels=labels[batch.labels])))
-        rows = np.stack(local_rows(driver.losses(detector.variables, inputs)), axis=1)
+        rows = np.stack(local_rows(driver.losses(detector.prepared, inputs)), axis=1)
         found += rows[batch.valid].tolist()
     every = sorted(itertools.chain(*distributed.exchange(found)))  # in one order, whichever host had an image
     columns = np.array(every, np.float64).reshape(-1, len(ImageLosses._fields))

@@ -1,6 +1,6 @@
 """The programs that training and inference run, lowered for described devices: no arrays are made on them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -35,8 +35,9 @@ def lower(
     variables = initialise(driver.model, config.seed)
     sharding = None if config.parallel == "pmap" else driver.replicated
     if what == "detect":
-        counted = plain.detect.trace(_shapes(variables, plain.replicated), _inputs(plain, padded_hw))
-        lowered = driver.detect.lower(_shapes(variables, sharding), _inputs(driver, padded_hw))
+        prepared = jax.eval_shape(driver.prepare, variables)
+        counted = plain.detect.trace(_shapes(prepared, plain.replicated), _inputs(plain, padded_hw))
+        lowered = driver.detect.lower(_shapes(prepared, sharding and driver.stored), _inputs(driver, padded_hw))
         return lowered, jaxpr_flops(counted.jaxpr.jaxpr)
     state = state_from(variables, driver.optimizer, averaged=config.optimizer.ema_decay > 0)
     counted = plain.step.trace(_shapes(state, plain.replicated), _inputs(plain, padded_hw))
@@ -44,8 +45,9 @@ def lower(
     return lowered, jaxpr_flops(counted.jaxpr.jaxpr)
 
 
-def _shapes(tree: PyTree, sharding: NamedSharding | None) -> PyTree:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+def _shapes(tree: PyTree, sharding: NamedSharding | Callable[[Any], Any] | None) -> PyTree:
+    of = sharding if callable(sharding) else lambda leaf: sharding
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=of(leaf)), tree)
 
 
 def _inputs(driver: Driver, padded_hw: tuple[int, int]) -> Inputs:

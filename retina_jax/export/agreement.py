@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from retina_jax.config import ConfigError, DataConfig, ScenesConfig
+from retina_jax.config import Config, ConfigError, ScenesConfig
 from retina_jax.config_io import override
 from retina_jax.console import log, warn
 from retina_jax.data.datasets import open_source
@@ -31,7 +31,16 @@ from retina_jax.data.survey import decoding_of_files
 from retina_jax.detector import Detector, ImageDetections, versions
 from retina_jax.errors import PlainError, reason
 from retina_jax.export.card import CARD, card, facts
-from retina_jax.export.loader import FORMAT, PILLOW_FORMAT, RENEW_DAYS, STRETCH_FORMAT, ExportedDetector, Found, load
+from retina_jax.export.loader import (
+    BFLOAT16_FORMAT,
+    FORMAT,
+    PILLOW_FORMAT,
+    RENEW_DAYS,
+    STRETCH_FORMAT,
+    ExportedDetector,
+    Found,
+    load,
+)
 from retina_jax.export.programs import PLATFORMS, padded_shapes, programs
 
 RENEW = "scripts/export.py"
@@ -127,7 +136,7 @@ def write_file(path: Path, detector: Detector, about: dict[str, Any]) -> None:
     """Writes `detector` and the facts about it for loader.py, with a model card."""
     data = detector.config.data
     about = {
-        "format": _format_of(data),
+        "format": _format_of(detector.config),
         **about,
         "canvases": padded_shapes(data),
         "platforms": PLATFORMS,
@@ -135,7 +144,7 @@ def write_file(path: Path, detector: Detector, about: dict[str, Any]) -> None:
     }
     arrays = io.BytesIO()
     # Numbered in the order of the programs' first argument.
-    np.savez(arrays, **{f"{i:04d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(detector.variables))})
+    np.savez(arrays, **{f"{i:04d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(detector.prepared))})
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr(CARD, card(about))
         file.writestr("about.json", json.dumps(about, indent=1))
@@ -144,11 +153,13 @@ def write_file(path: Path, detector: Detector, about: dict[str, Any]) -> None:
             file.writestr(f"programs/{name}", program)
 
 
-def _format_of(data: DataConfig) -> str:
-    """Returns the oldest format whose loaders resize as `data` asks."""
-    if data.resize_rule == "stretch":
+def _format_of(config: Config) -> str:
+    """Returns the oldest format whose loaders read the parameters, and resize as the config asks."""
+    if config.model.dtype == "bfloat16":
+        return BFLOAT16_FORMAT
+    if config.data.resize_rule == "stretch":
         return STRETCH_FORMAT
-    return PILLOW_FORMAT if data.resize == "pillow" else FORMAT
+    return PILLOW_FORMAT if config.data.resize == "pillow" else FORMAT
 
 
 class Comparison(NamedTuple):

@@ -27,6 +27,8 @@ import numpy as np
 FORMAT = "retina_jax detector 1"
 PILLOW_FORMAT = "retina_jax detector 2"  # without programs that resize: Pillow does it
 STRETCH_FORMAT = "retina_jax detector 3"  # both sides become `short_side`, which older loaders cannot do
+BFLOAT16_FORMAT = "retina_jax detector 4"  # with parameters in bfloat16, which older loaders refuse
+FORMATS = FORMAT, PILLOW_FORMAT, STRETCH_FORMAT, BFLOAT16_FORMAT
 RENEW_DAYS = 150  # jax reads the programs of a release for six months: the file is renewed a month before
 MOST_TIMES = 100  # largest ratio of the unpacked contents to the file
 LARGEST = 2**28  # pixels of a padded image
@@ -94,6 +96,8 @@ def _unpacked(content: bytes, most: int) -> Iterator[tuple[str, bytes]]:
 
 def _parameter(content: bytes) -> np.ndarray:
     array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    if array.dtype == np.dtype("V2"):  # bfloat16 in a file of numpy's
+        return array.view(jax.numpy.bfloat16)
     if array.dtype not in NUMBERS:
         raise ValueError("its parameters are not numbers")
     return array
@@ -114,7 +118,7 @@ def load(path: str) -> ExportedDetector:
         raise LoadError(
             f"{path}: not a file of scripts/export.py, or damaged ({_shown(error)}); export it again"
         ) from None
-    if version not in (FORMAT, PILLOW_FORMAT, STRETCH_FORMAT):
+    if version not in FORMATS:
         raise LoadError(
             f"{path}: has format {_shown(version, 40)}, but this loader reads {FORMAT}; use the loader of its release"
         )

@@ -54,7 +54,7 @@ def programs(detector: Detector) -> Iterator[tuple[str, bytes]]:
     h, w, b = export.symbolic_shape("h, w, b")
     data, size = detector.config.data, jax.ShapeDtypeStruct((2,), np.int32)
     sizes = jax.ShapeDtypeStruct((b, 2), np.int32)
-    parameters = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(detector.variables)]
+    parameters = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(detector.prepared)]
 
     def exported(program: Any, *arguments: Any) -> bytes:
         return bytes(export.export(jax.jit(program), platforms=PLATFORMS)(*arguments).serialize())
@@ -71,7 +71,7 @@ def programs(detector: Detector) -> Iterator[tuple[str, bytes]]:
 def _detect(detector: Detector, shape: tuple[int, int]) -> Any:
     """Returns the function from parameters, padded images and their sizes to detections."""
     config, model = detector.config, detector.driver.model
-    structure = jax.tree.structure(detector.variables)
+    structure = jax.tree.structure(detector.prepared)
     anchors = anchor_grid(shape, config.anchors, config.model)
 
     def detect_batch(

@@ -1,5 +1,6 @@
 """Convolution, ReLU and normalisation. The collection of a weight decides whether it is trained (`params`) or `frozen`."""
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
@@ -35,6 +36,22 @@ def weight(
     else:
         value = module.param(name, lambda _, shape: fill(shape, jnp.float32), shape)
     return jnp.asarray(value)  # outside jit it may be a numpy array
+
+
+def prepared(module: nn.Module, name: str, compute: Callable[[], Array]) -> Array:
+    """Returns what `compute` makes of weights alone, from the collection `prepared` if the module has it there.
+    `preparation.prepare` makes that collection, so that inference computes this once for all images."""
+    if module.has_variable("prepared", name):
+        return module.get_variable("prepared", name)
+    value = compute()
+    if prepares(module):
+        module.put_variable("prepared", name, value)
+    return value
+
+
+def prepares(module: nn.Module) -> bool:
+    """Returns whether the collection `prepared` is being made."""
+    return module.is_mutable_collection("prepared") and not module.is_initializing()
 
 
 @jax.custom_vjp
@@ -212,9 +229,10 @@ class Folded(NamedTuple):
 
 
 class Conv(nn.Module):
-    """`convolve` with a trained or frozen kernel [k, k, C / groups, features], plus an optional bias. `gain` [features]
-    multiplies the kernel's outputs. With `fold`, returns a `Folded` with shift 0 and computes nothing. `added` is a `Folded`
-    whose outputs are added, in one convolution of the channels of both maps."""
+    """`convolve` with a trained or frozen kernel [k, k, C / groups, features], plus an optional bias. The result of `gain`,
+    [features], multiplies the kernel's outputs; the module `of_gain` has the product among its `prepared`. With `fold`,
+    returns a `Folded` with shift 0 and computes no map. `added` is a `Folded` whose outputs are added, in one convolution of
+    the channels of both maps."""
 
     features: int
     kernel_size: int
@@ -229,23 +247,27 @@ class Conv(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B H W C"],
-        gain: Float[Array, " D"] | None = None,
+        gain: Callable[[], Float[Array, " D"]] | None = None,
+        of_gain: nn.Module | None = None,
         added: Folded | None = None,
         fold: bool = False,
     ) -> Float[Array, "B h w D"] | Folded:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
-        kernel = weight(self, "kernel", shape, jnp.zeros, self.frozen)
-        if gain is not None:
-            kernel = kernel * gain[None, None, None]
+
+        def scaled() -> Array:
+            kernel = weight(self, "kernel", shape, jnp.zeros, self.frozen)
+            return (kernel * gain()[None, None, None] if gain else kernel).astype(self.dtype)
+
+        kernel = prepared(of_gain or self, "kernel", scaled)
         if fold:
             if self.kernel_size > 1 or self.bias:
                 raise ValueError("only 1x1 convolutions without a bias can be folded")
             return Folded(x[:, :: self.stride, :: self.stride], kernel, jnp.zeros(self.features))
         if added:
             x, kernel = jnp.concatenate([x, added.x], axis=3), jnp.concatenate([kernel, added.kernel], axis=2)
-        y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.groups, self.patches)
+        y = convolve(x.astype(self.dtype), kernel, self.stride, self.groups, self.patches)
         if self.bias:
-            bias = weight(self, "bias", (self.features,), jnp.zeros, self.frozen)
+            bias = prepared(self, "bias", lambda: weight(self, "bias", (self.features,), jnp.zeros, self.frozen))
             y = y + _at_each_place(bias, y)
         return y
 
@@ -263,9 +285,9 @@ class Norm(nn.Module):
 
     With `frozen` scale and bias move to the collection `frozen`, and "frozen_statistics" and "batch" become "frozen". If
     mean and var are known before `conv`, its kernel is multiplied by scale / sqrt(var + 1e-5): only an addition remains for
-    each number. In a `Driver`'s programs with CPU kernels a "frozen" norm multiplies the outputs, in the pass that adds:
-    multiplying the kernel would read and write every weight once more. `fold` and `added` are those of `Conv`, for norms
-    whose mean and var are known (`folds`).
+    each number. In a `Driver`'s training step with CPU kernels a "frozen" norm multiplies the outputs, in the pass that
+    adds: multiplying the kernel would read and write every weight once more. `fold` and `added` are those of `Conv`, for
+    norms whose mean and var are known (`folds`).
     """
 
     kind: Literal["frozen", "frozen_statistics", "group", "batch"]
@@ -290,43 +312,57 @@ class Norm(nn.Module):
             raise ValueError(f"a norm of kind {self.kind} is no part of a convolution")
         frozen = self.frozen or self.kind == "frozen"
         channels = (conv.features,) if conv else x.shape[-1:]
-        scale = weight(self, "scale", channels, jnp.ones, frozen)
-        bias = weight(self, "bias", channels, jnp.zeros, frozen)
-        fixed = frozen or self.kind == "frozen_statistics"
-        known = self.folds(train)
-        if not known:
-            x = (conv(x) if conv else x).astype(jnp.float32)
-        if self.kind == "group":
-            mean, var = group_moments(x, largest_divisor(x.shape[-1], self.groups), self.patches)
-        elif fixed:
+
+        @functools.cache
+        def affine() -> tuple[Array, Array]:
+            return weight(self, "scale", channels, jnp.ones, frozen), weight(self, "bias", channels, jnp.zeros, frozen)
+
+        def running() -> tuple[nn.Variable, nn.Variable]:
+            mean = self.variable("stats", "mean", jnp.zeros, channels, jnp.float32)
+            return mean, self.variable("stats", "var", jnp.ones, channels, jnp.float32)
+
+        def known() -> tuple[Array, Array]:
+            if not frozen and self.kind == "batch":
+                mean, var = running()
+                return mean.value, var.value
             mean = weight(self, "mean", channels, jnp.zeros, frozen=True)
-            var = weight(self, "var", channels, jnp.ones, frozen=True)
-        else:
-            running_mean = self.variable("stats", "mean", jnp.zeros, channels, jnp.float32)
-            running_var = self.variable("stats", "var", jnp.ones, channels, jnp.float32)
-            mean, var = running_mean.value, running_var.value
-            if train:
-                mean, var = batch_moments(x, self.axis_name)
-                running_mean.value = MOMENTUM * running_mean.value + (1 - MOMENTUM) * mean[0, 0, 0]
-                running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * var[0, 0, 0]
-        if known and conv:
-            gain = scale * lax.rsqrt(var + EPSILON)
-            shift = bias - mean * gain
+            return mean, weight(self, "var", channels, jnp.ones, frozen=True)
+
+        if conv and self.folds(train):
+
+            @functools.cache
+            def gain_and_shift() -> tuple[Array, Array]:
+                (scale, bias), (mean, var) = affine(), known()
+                gain = scale * lax.rsqrt(var + EPSILON)
+                return gain, bias - mean * gain
+
+            inference = prepares(self) or self.has_variable("prepared", "shift")
             # Not in exported programs, which other devices run too. The gradient of a trained scale would store the
             # convolution's result.
-            if platform() == "cpu" and frozen:
+            if platform() == "cpu" and frozen and not inference:
+                gain, shift = gain_and_shift()
                 y = conv(x).astype(jnp.float32) * gain[None, None, None] + shift[None, None, None]
                 return y.astype(self.dtype)
+            y = conv(x, lambda: gain_and_shift()[0], self, added, fold)
+            shift = prepared(self, "shift", lambda: gain_and_shift()[1])
             if fold:
-                return conv(x, gain, fold=True)._replace(shift=shift)
+                return y._replace(shift=shift)
             if added:
                 shift += added.shift
-            y = conv(x, gain, added)
             return y + _at_each_place(shift, y)
-        if known:
-            mean, var = mean[None, None, None], var[None, None, None]
+        x = (conv(x) if conv else x).astype(jnp.float32)
+        if self.kind == "group":
+            mean, var = group_moments(x, largest_divisor(x.shape[-1], self.groups), self.patches)
+        elif self.folds(train):
+            mean, var = (moment[None, None, None] for moment in known())
+        else:
+            running_mean, running_var = running()
+            mean, var = batch_moments(x, self.axis_name)
+            running_mean.value = MOMENTUM * running_mean.value + (1 - MOMENTUM) * mean[0, 0, 0]
+            running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * var[0, 0, 0]
+        scale, bias = (prepared(self, name, lambda i=i: affine()[i]) for i, name in enumerate(("scale", "bias")))
         gain = scale[None, None, None] * lax.rsqrt(var + EPSILON)
-        return ((x.astype(jnp.float32) - mean) * gain + bias[None, None, None]).astype(self.dtype)
+        return ((x - mean) * gain + bias[None, None, None]).astype(self.dtype)
 
     def folds(self, train: bool) -> bool:
         """Returns whether mean and var are known before the map is, so that the norm can be part of a convolution."""

@@ -131,7 +131,7 @@ def latency(detector: Detector, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], *,
         inputs = detector.driver.shard_batch(Inputs.of(padded_batch([image], detector.config.data, 1)))
         for turn in range(2 + repeats):
             started = time.perf_counter()
-            jax.block_until_ready(detector.driver.detect(detector.variables, inputs))
+            jax.block_until_ready(detector.driver.detect(detector.prepared, inputs))
             if turn >= 2:
                 times.append(1000 * (time.perf_counter() - started))
     return statistics.median(times)
@@ -221,7 +221,7 @@ def sample_windows(
     of_positives, of_negatives = Sample(positives, seed), Sample(negatives, seed + 1)
     for batch in batches:
         inputs = jax.tree.map(jnp.asarray, Inputs.of(batch))
-        x_t, positive, negative = jax.device_get(of_batch(detector.variables, inputs))
+        x_t, positive, negative = jax.device_get(of_batch(detector.prepared, inputs))
         of_positives.add(x_t[positive])
         of_negatives.add(x_t[negative])
     return of_positives, of_negatives

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
@@ -24,7 +25,8 @@ from jaxtyping import Array, PyTree
 from retina_jax import cpu
 from retina_jax.config import Config, ConfigError
 from retina_jax.losses.total import ImageLosses, image_losses
-from retina_jax.model.initialisation import initialise
+from retina_jax.model.initialisation import initialise, variable_shapes
+from retina_jax.model.preparation import prepare
 from retina_jax.model.retinanet import RetinaNet
 from retina_jax.ops.anchors import anchor_grid, anchors_per_cell
 from retina_jax.ops.postprocess import Detections, detect
@@ -162,6 +164,19 @@ class Driver:
             options = {"xla_multiheap_size_constraint_per_heap": BLOCK}
         arguments = {"in_shardings": shardings, "out_shardings": self.replicated, "donate_argnums": 0}
         return jax.jit(mapped, **arguments, compiler_options=options)
+
+    @cached_property
+    def prepare(self) -> Callable[[dict[str, PyTree]], dict[str, PyTree]]:
+        """The compiled `model.preparation.prepare`: variables to those that `detect` and `losses` take in their place."""
+        function = partial(prepare, self.model)
+        shapes = jax.eval_shape(function, variable_shapes(self.model))
+        return jax.jit(function, out_shardings=jax.tree.map(self.stored, shapes))
+
+    def stored(self, weight: jax.ShapeDtypeStruct) -> Format | NamedSharding:
+        """Returns how a weight of inference is stored: on GPUs kernels in the order of cuDNN, output channels first."""
+        if self.mesh.devices.flat[0].platform != "gpu" or weight.ndim != 4:
+            return self.replicated
+        return Format(Layout((3, 0, 1, 2)), self.replicated)
 
     @cached_property
     def detect(self) -> Callable[[dict[str, PyTree], Inputs], Detections]:

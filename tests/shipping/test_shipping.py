@@ -159,6 +159,16 @@ def test_the_other_conventions_are_exported_too(tmp_path: Path) -> None:
         assert_same(exported.detect([image])[0], live.detect([image])[0])
 
 
+def test_kernels_in_bfloat16_are_exported_as_they_are(tmp_path: Path) -> None:
+    live, path = detector_of(override(GROUP, {"model.dtype": "bfloat16", "data.buckets": 1})), tmp_path / "detector.zip"
+    agreement.export_detector(live, path, "a test", photographs()[:1])
+    exported = load(str(path))
+    assert exported.about["format"] == loader.BFLOAT16_FORMAT
+    assert {x.dtype.name for x in exported._parameters if x.ndim == 4} == {"bfloat16"}
+    (image, *_) = photographs()
+    assert_same(exported.detect([image])[0], live.detect([image])[0])
+
+
 def test_pillows_pixels_are_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With `data.resize pillow` the network of the file gets exactly the pixels of evaluation, without a program that
     resizes; a missing package is named."""
@@ -308,7 +318,9 @@ def test_sizes_and_padded_shapes_are_those_of_evaluation(
 def test_stretched_sizes_and_padded_shapes_are_those_of_evaluation(count: int) -> None:
     for h, w in ((7, 300), (120, 90), (64, 64)):
         check_sizes(h, w, count, short_side=100, long_side=100, resize_rule="stretch")
-    assert agreement._format_of(DataConfig(resize_rule="stretch", resize="pillow")) == loader.STRETCH_FORMAT
+    assert (
+        agreement._format_of(Config(data=DataConfig(resize_rule="stretch", resize="pillow"))) == loader.STRETCH_FORMAT
+    )
 
 
 def check_sizes(h: int, w: int, count: int, **rule: int | str) -> None:
@@ -531,7 +543,7 @@ def test_fields_that_older_files_lack_are_optional(file: Path, tmp_path: Path) -
     "array",
     [
         np.array(["a"]), np.array([b"a"]), np.array(["2020-01-01"], "datetime64[D]"), np.zeros(3, "timedelta64[s]"),
-        np.zeros(3, "V2"), np.zeros(3, [("a", np.float32)]), np.zeros(3, complex),
+        np.zeros(3, "V3"), np.zeros(3, [("a", np.float32)]), np.zeros(3, complex),
         np.zeros(3, ">f4"),
     ],
     ids=lambda array: str(array.dtype),
