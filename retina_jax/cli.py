@@ -5,6 +5,7 @@ import ast
 import contextlib
 import ctypes
 import dataclasses
+import glob
 import inspect
 import io
 import itertools
@@ -12,7 +13,10 @@ import re
 import sys
 import textwrap
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import jax
@@ -22,11 +26,13 @@ from retina_jax import interrupts
 from retina_jax.command import as_typed
 from retina_jax.config import Config, ConfigError, Option
 from retina_jax.config_io import flatten, unknown_name
-from retina_jax.console import cache_folder
+from retina_jax.console import cache_folder, warn
 from retina_jax.distributed import Hosts, end_at_once
 from retina_jax.errors import Stopped, ending, one_line, reader_may_leave
 
 T = TypeVar("T")
+CACHE_TROUBLE = re.compile(r"Error (reading|writing) persistent compilation cache entry for '(.*?)': (.*)", re.DOTALL)
+SEVERAL_BLOCKS = "Multiple temp buffer allocations found"  # XLA's reason not to serialise a program for CPUs
 
 
 @contextlib.contextmanager
@@ -56,6 +62,24 @@ def set_up_jax() -> None:
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+    warnings.showwarning = partial(_show_warning, warnings.showwarning)
+
+
+def _show_warning(show: Callable[..., None], message: Warning | str, *where: Any) -> None:
+    """Shows JAX's warnings of its compilation cache as one line, and removes damaged entries, which it would keep. A step in
+    several blocks of memory (`Driver.step`) is left out of the cache without a warning."""
+    if not (trouble := CACHE_TROUBLE.match(str(message))):
+        return show(message, *where)
+    access, program, cause = trouble.groups()
+    if access == "reading":
+        for entry in Path(jax.config.jax_compilation_cache_dir).glob(f"{glob.escape(program)}-*"):
+            with contextlib.suppress(OSError):
+                entry.unlink()
+        warn(f"the compilation cache had a damaged entry of {program}, which is compiled again")
+    elif SEVERAL_BLOCKS not in cause:
+        warn(f"the compilation cache cannot keep {program} ({cause})")
 
 
 def limit_heaps() -> None:

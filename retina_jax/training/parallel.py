@@ -35,6 +35,7 @@ from retina_jax.training.state import TrainState, state_from
 from retina_jax.training.step import Inputs, train_step
 
 AXIS = "data"
+LONG_RUN = 500  # steps from which on blocks save more time than the compilation cache does
 BLOCK = 31 * 2**20  # bytes of temporaries on CPUs; glibc keeps freed blocks below 32 MiB (`cli.limit_heaps`)
 
 
@@ -159,8 +160,9 @@ class Driver:
         mapped = jax.shard_map(self._traced(step), mesh=self.mesh, **specs, check_vma=False)
         shardings = self.replicated, NamedSharding(self.mesh, P(AXIS))
         options = None
-        if self.mesh.devices.flat[0].platform == "cpu":
-            # A larger block is mapped anew in each step, with a page fault per 4 KiB: 4 to 16 % of a step.
+        if self.mesh.devices.flat[0].platform == "cpu" and self.config.training.steps >= LONG_RUN:
+            # A larger block is mapped anew in each step, with a page fault per 4 KiB: 4 to 25 % of a step. But JAX cannot
+            # cache a program with several blocks (`cli.set_up_jax`).
             options = {"xla_multiheap_size_constraint_per_heap": BLOCK}
         arguments = {"in_shardings": shardings, "out_shardings": self.replicated, "donate_argnums": 0}
         return jax.jit(mapped, **arguments, compiler_options=options)

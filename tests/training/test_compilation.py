@@ -3,7 +3,9 @@ suffice."""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -75,6 +77,59 @@ def take(step: CompiledStep, state: State, *batches: Pixels) -> State:
     for inputs in batches:
         state, _ = step(state, inputs)
     return state
+
+
+CACHED = """
+from pathlib import Path
+import jax, numpy as np
+from retina_jax.cli import set_up_jax
+from retina_jax.config import Config
+from retina_jax.config_io import override
+from retina_jax.training.compilation import CACHE_HIT, compile_events
+from retina_jax.training.parallel import Driver
+from retina_jax.training.step import Inputs
+
+set_up_jax()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+small = {
+    "model.backbone": "resnet18", "model.base_width": 8, "model.fpn_channels": 16, "model.head_channels": 16,
+    "model.stage_blocks": (1, 1, 1, 1), "model.head_convs": 1, "model.frozen_stages": 0, "devices": 1,
+}
+inputs = Inputs(
+    images=np.zeros((8, 256, 256, 3), np.uint8), image_sizes=np.full((8, 2), 256, np.int32),
+    boxes_xyxy=np.ones((8, 1, 4), np.float32), labels=np.zeros((8, 1), np.int32), valid=np.ones(8, bool),
+)
+
+def step_of(steps):
+    jax.clear_caches()
+    driver = Driver(override(Config(), {**small, "training.steps": steps}), 2)
+    state, batch = driver.init_state(), driver.shard_batch(inputs)
+    with compile_events() as events:
+        program = driver.step.lower(state, batch).compile()
+    return events[CACHE_HIT], program.memory_analysis().temp_size_in_bytes
+
+def other():
+    jax.clear_caches()
+    with compile_events() as events:
+        jax.jit(lambda x: x + 1).lower(1.0).compile()
+    return events[CACHE_HIT]
+
+(_, size), (again, _), (of_long, _) = step_of(2), step_of(2), step_of(500)
+assert size > 2**25 and again == 1 and of_long == 0, (size, again, of_long)
+assert [other(), other()] == [0, 1]
+for entry in Path(jax.config.jax_compilation_cache_dir).glob("jit__lambda*-cache"):
+    entry.write_bytes(entry.read_bytes()[:-20])
+assert [other(), other()] == [0, 1]
+"""
+
+
+def test_steps_of_short_runs_are_cached_and_damaged_entries_are_replaced(tmp_path: Path) -> None:
+    """A step of a long run is in several blocks of memory, which JAX cannot cache; nobody is warned of that."""
+    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_ENABLE_COMPILATION_CACHE": "1"}
+    done = subprocess.run([sys.executable, "-c", CACHED], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = "warning: the compilation cache had a damaged entry of jit__lambda, which is compiled again"
+    assert (done.stdout.splitlines(), done.stderr) == ([said], "")
 
 
 def test_two_hundred_batches_of_four_shapes_are_four_programs_and_four_lines(uncached: None) -> None:
