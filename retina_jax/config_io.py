@@ -180,7 +180,8 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def override(config: T, changes: Mapping[str, Any]) -> T:
-    """Returns `config` with other values: override(config, {"loss.gamma": 5.0}). ConfigError for an unknown name."""
+    """Returns `config` with other values: override(config, {"loss.gamma": 5.0}). ConfigError for an unknown name; `validate`
+    checks the values, as all scripts do."""
 
     def replaced(group: Any, name: str, value: Any) -> Any:
         first, dot, rest = name.partition(".")

@@ -58,7 +58,7 @@ class ImageDetections:
     full_from: float = 0.0  # detections below this score may be missing, because of detection.max_detections
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Detector:
     """Network with weights and the names of its classes."""
 
@@ -85,19 +85,26 @@ class Detector:
         """What the driver's programs of inference take in place of `variables`; computed once."""
         return self.driver.prepare(self.variables)
 
+    def __repr__(self) -> str:
+        size = f"{self.config.data.short_side}/{self.config.data.long_side} px"
+        return shortened(
+            f"Detector({self.config.model.backbone}, {size}, step {self.step}, {', '.join(self.shown_names)})"
+        )
+
     @property
     def config(self) -> Config:
         """Config of the driver."""
         return self.driver.config
 
     def detect(
-        self, images: Iterable[np.ndarray | Image.Image | str | Path], *, batch_size: int = 1
+        self, images: Iterable[np.ndarray | jax.Array | Image.Image | str | Path], *, batch_size: int = 1
     ) -> list[ImageDetections]:
         """Returns the detections of images of any sizes, each in its own pixels: files, PIL images, or uint8 arrays
         [h w 3] (RGB). Files are turned as image viewers show them. Images of a batch have one padded shape; the padding
         can change detections a little, as in torchvision and detectron2. Raises ValueError for anything else."""
         _check_positive("batch_size", batch_size)
-        if isinstance(images, str | Path | Image.Image) or not isinstance(images, Iterable):
+        one = isinstance(images, str | Path | Image.Image) or getattr(images, "ndim", 4) in (2, 3)
+        if one or not isinstance(images, Iterable):
             raise ValueError(f"images: give a list of images, not one {type(images).__name__}")
         found: list[ImageDetections] = []
         remaining = iter(images)
@@ -123,6 +130,8 @@ class Detector:
         """Returns the RGB of an image for `detect`."""
         if isinstance(image, str | Path):
             return read_rgb(Path(image), decoding_of_files([Path(image)], self.config.data))
+        if isinstance(image, jax.Array):
+            image = np.asarray(image)
         if isinstance(image, Image.Image):
             if image.mode.startswith("I"):
                 raise ValueError(f"{called}: has more than 8 bits per value; pass its path, or convert it to 8 bits")
@@ -209,8 +218,9 @@ class Detector:
 
 def _check_positive(name: str, value: Any) -> None:
     """Raises ConfigError unless the value of the argument `name` is a positive integer."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name}: invalid value {shortened(repr(value))}; must be an integer, at least 1")
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 1 <= value < 2**31:
+        right = "an integer, at least 1 and below 2^31"
+        raise ConfigError(f"{name}: invalid value {shortened(repr(value))}; must be {right}")
 
 
 def _uncut(
@@ -281,6 +291,10 @@ def load_detector(
 
     if not isinstance(source, str | Path):
         raise ConfigError(f"source: give a path or KIND:FILE, not a {type(source).__name__}")
+    if not isinstance(config, Config | None):
+        raise ConfigError(f"config: give a Config, not a {type(config).__name__}; `load_config` reads one from a file")
+    if step not in ("best", "newest", None) and (type(step) is not int or step < 0):
+        raise ConfigError(f"step: invalid value {shortened(repr(step))}; must be an integer, best, newest or None")
     imported = None
     if kind_of(str(source)) is not None:
         imported = import_detector(str(source), class_names=class_names, batchnorm_eps=batchnorm_eps)

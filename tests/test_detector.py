@@ -6,6 +6,7 @@ import importlib
 import inspect
 import io
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -124,7 +125,14 @@ def test_files_pillow_images_and_arrays_are_detected_alike(tmp_path: Path) -> No
     rgba = Image.fromarray(pixels)
     rgba.putalpha(255)
     array, *others = untrained().detect(
-        [pixels, tmp_path / "image.png", str(tmp_path / "image.png"), Image.fromarray(pixels), rgba]
+        [
+            pixels,
+            jnp.asarray(pixels),
+            tmp_path / "image.png",
+            str(tmp_path / "image.png"),
+            Image.fromarray(pixels),
+            rgba,
+        ]
     )
     assert len(array.scores) > 0 and ((array.boxes_xyxy[:, 2:] > array.boxes_xyxy[:, :2]).all())
     for other in others:
@@ -151,6 +159,8 @@ def truncated() -> Image.Image:
         ([truncated()], "image 0: cannot be decoded: image file is truncated"),
         (["missing.png"], "missing.png"),
         ("image.png", "list"),
+        (np.zeros((4, 4, 3), np.uint8), "list"),
+        (jnp.zeros((4, 4, 3), jnp.uint8), "list"),
         (Image.new("RGB", (4, 4)), "list"),
         (3, "list"),
     ],
@@ -161,9 +171,9 @@ def test_detect_refuses_anything_else_in_one_line(images: Any, named: str) -> No
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("batch_size", [0, -1, "2", 1.5, None, True])
+@pytest.mark.parametrize("batch_size", [0, -1, "2", 1.5, None, True, 10**30])
 def test_a_batch_size_that_is_no_positive_integer_is_refused(batch_size: Any) -> None:
-    with pytest.raises(ValueError, match=f"^batch_size: invalid value {batch_size!r}; must be an integer, at least 1$"):
+    with pytest.raises(ValueError, match=f"^batch_size: invalid value {batch_size!r}; must be an integer, at least 1"):
         inspect.unwrap(Detector.detect)(untrained(), [np.zeros((4, 4, 3), np.uint8)], batch_size=batch_size)
 
 
@@ -174,15 +184,33 @@ def test_a_batch_size_that_is_no_positive_integer_is_refused(batch_size: Any) ->
         ("a\x1b[31m", {}, r"^a\\x1b\[31m: "),
         (None, {}, "^source: .*, not a NoneType"),
         ("{run}", {"short_side": 0}, "^short_side: invalid value 0"),
+        ("{run}", {"short_side": 10**6}, "^data.short_side: invalid value 1000000; must be >= 1, <= 16384 px"),
         ("{run}", {"short_side": "a"}, "^short_side: invalid value 'a'"),
         ("{run}", {"short_side": 1.5}, "^short_side: invalid value 1.5"),
         ("{run}", {"long_side": "a"}, "^long_side: invalid value 'a'"),
+        ("{run}", {"step": "6"}, "^step: invalid value '6'"),
+        ("{run}", {"step": -1}, "^step: invalid value -1"),
+        ("{run}", {"config": "configs/demo.py"}, "^config: .*, not a str"),
     ],
 )
 def test_load_detector_names_the_argument_that_is_wrong(scored: Path, source: Any, options: dict, named: str) -> None:
     with pytest.raises(ConfigError, match=named) as error:
         inspect.unwrap(load_detector)(source and source.format(run=scored), **options)
     assert "\n" not in str(error.value)
+
+
+def test_a_damaged_best_step_is_named_with_the_others(scored: Path, tmp_path: Path) -> None:
+    shutil.copytree(scored, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6" / "state" / "d")
+    with pytest.raises(
+        ConfigError, match=r"step 6, the best by AP, is damaged \(.* missing.*\[5, 6, 7, 8\]; .*--step newest"
+    ):
+        load_detector(tmp_path / "run")
+    assert load_detector(tmp_path / "run", step="newest").step == 8
+
+
+def test_a_detector_is_shown_in_one_short_line() -> None:
+    assert repr(untrained()) == "Detector(resnet18, 64/96 px, step 0, a, b)"
 
 
 @pytest.fixture(scope="module")

@@ -120,6 +120,13 @@ def test_matches_are_integers() -> None:
     assert matches.labels.dtype == matches.box_index.dtype == jnp.int32
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_an_image_without_rows_of_boxes_is_background(platform: str) -> None:
+    with cpu.kernels(platform):
+        matches = match(np.ones((A, 4), np.float32), jnp.zeros((0, 4)), jnp.zeros(0, jnp.int32), MatchingConfig())
+    assert (matches.labels == BACKGROUND).all()
+
+
 @pytest.mark.usefixtures("optimised")  # numerics, as users' programs compute them, from here on
 @pytest.mark.parametrize(("mode", "platform"), [*((mode, "cpu") for mode in MODES), ("all", "gpu")])
 @settings(max_examples=30, deadline=None)

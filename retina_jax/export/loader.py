@@ -166,6 +166,8 @@ class ExportedDetector:
         Images with the same padded shape go through the network `batch_size` at a time; each batch size is compiled once.
         Every image has the padded shape that it has alone, so its detections do not depend on the others.
         """
+        if getattr(images, "ndim", 4) in (2, 3):
+            raise LoadError("images: give a list of images, not one array")
         bits, images = self.about.get("bits"), list(images)
         for number, image in enumerate(images):
             if bits is not None and getattr(image, "dtype", None) == np.uint16:
@@ -173,8 +175,8 @@ class ExportedDetector:
             kind, shape = getattr(image, "dtype", type(image).__name__), getattr(image, "shape", ())
             if kind != np.uint8 or len(shape) != 3 or shape[2] != 3 or min(shape) == 0:
                 raise LoadError(f"image {number}: {kind} of shape {tuple(shape)}; give uint8 arrays [h, w, 3]")
-        if batch_size < 1:
-            raise LoadError(f"batch_size: {batch_size}; give 1 or more")
+        if not isinstance(batch_size, (int, np.integer)) or not 1 <= batch_size < 2**31:
+            raise LoadError(f"batch_size: {_shown(repr(batch_size), 40)}; give an integer, 1 or more")
         sizes = [self.resized_size(*image.shape[:2]) for image in images]
         by_shape: dict[tuple[int, int], list[int]] = {}
         for number, size in enumerate(sizes):

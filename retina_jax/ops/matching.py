@@ -54,10 +54,11 @@ def match(
         4, -1, LANES
     )
     on_gpu = platform() == "gpu"
-    size = min(BLOCK_ON_GPUS, max(boxes_xyxy.shape[0], 1)) if on_gpu else BLOCK
-    padding = -boxes_xyxy.shape[0] % size
+    size = min(BLOCK_ON_GPUS, max(len(labels), 1)) if on_gpu else BLOCK
+    padding = -len(labels) % size if len(labels) else size
     boxes = jnp.pad(boxes_xyxy.astype(jnp.float32), ((0, padding), (0, 0)))
-    is_box = jnp.pad(labels >= 0, (0, padding))
+    labels = jnp.pad(labels, (0, padding), constant_values=-1)
+    is_box = labels >= 0
 
     def add_boxes(block: Int[Array, ""], state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         best, box_index, is_best = state

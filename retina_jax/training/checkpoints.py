@@ -147,6 +147,12 @@ class Checkpoints:
             damaged[left[-1]] = wrong
         if is_best and step not in self.steps():  # its run has saved a better one and deleted it meanwhile
             return self.restore(like, "best", partial=partial)
+        if damaged and step is not None:
+            best = ", the best by AP," if is_best else ""
+            raise ConfigError(
+                f"{self.folder}: step {step}{best} is damaged ({damaged[step]}); saved steps: {self.steps()}; use another "
+                f"one, or --step newest for the newest that is intact"
+            )
         if damaged:
             listed = "; ".join(f"{step}: {wrong}" for step, wrong in damaged.items())
             raise ConfigError(f"{self.folder}: no checkpoint can be restored ({listed}); saved steps: {self.steps()}")

@@ -228,7 +228,7 @@ def test_if_all_are_damaged_one_line_reports_it_and_nothing_is_moved(saved: Path
 def test_a_requested_step_is_never_replaced_by_another(saved: Path) -> None:
     flip(largest(saved / "3"), 700)
     with Checkpoints(saved) as checkpoints:
-        with pytest.raises(ConfigError, match=r"3: .* changed\); saved steps: \[1, 2, 3\]"):
+        with pytest.raises(ConfigError, match=r"step 3 is damaged \(.* changed\); saved steps: \[1, 2, 3\]"):
             checkpoints.restore(small(9), 3)
         assert_same(checkpoints.restore(small(9), 1), small(1))
 
@@ -254,7 +254,7 @@ def test_a_checkpoint_without_a_checksum_for_each_file_is_damaged(saved: Path, w
     else:
         (saved / str(newest) / "state" / "added").write_bytes(b"")
     with Checkpoints(saved, read_only=True) as checkpoints:
-        with pytest.raises(ConfigError, match=f"{newest}: .*checksums.json"):
+        with pytest.raises(ConfigError, match=f"step {newest} is damaged .*checksums.json"):
             checkpoints.restore(small(9), newest)
         assert int(checkpoints.restore(small(9))["step"]) < newest
 
