@@ -37,6 +37,7 @@ from retina_jax.conversion.locating import (
     split_by_content,
 )
 from retina_jax.conversion.output import check_inputs_kept, commands, images_in, summary, write_folder
+from retina_jax.data.classes import similar_names
 from retina_jax.data.coco_document import load_json
 from retina_jax.errors import shortened
 
@@ -97,6 +98,12 @@ def main() -> None:
     for what, count in found.skipped.items():
         warn(f"left out: {count} {what}")
     log(f"{len(classes)} classes: {', '.join(map(shortened, classes))}\n{summary(found, classes)}")
+    for split in found.splits:
+        if not any(picture.boxes for picture in found.split(split)):
+            result = "there is nothing to train on" if split == "train" else "AP cannot be computed"
+            warn(f"{split}: no boxes: {result}")
+    for names in similar_names(classes):
+        warn(f"classes {names} differ only in case or spaces; each is a separate class")
     leaks = leakage(found)
     for (first, second), names in leaks.items():
         warn(

@@ -24,7 +24,14 @@ from small_sets import rectangles, write_coco
 
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import override
-from retina_jax.data.classes import Category, category_ids, class_indices, excluded_categories, unique_names
+from retina_jax.data.classes import (
+    Category,
+    category_ids,
+    class_indices,
+    excluded_categories,
+    similar_names,
+    unique_names,
+)
 from retina_jax.data.coco_entries import LARGEST_ID
 from retina_jax.data.datasets import open_sources, read_coco
 from retina_jax.data.source import Source
@@ -160,13 +167,26 @@ def test_classes_are_matched_by_unique_name_or_by_id_and_name() -> None:
 
 @pytest.mark.parametrize(
     ("boxes_of", "named"),
-    [((3, "c"), "detector lacks: c \\(3\\)"), ((3, "a"), "boxes of a \\(3\\) .* a \\(1\\), a \\(2\\)")],
+    [
+        ((3, "c"), "detector lacks: c \\(3\\); its classes are a \\(1\\), a \\(2\\); remove"),
+        ((3, "a"), "boxes of a \\(3\\) .* a \\(1\\), a \\(2\\)"),
+        ((3, "A "), "detector lacks: A  \\(3\\); .*; 'A ' differs from 'a' only in case or spaces"),
+    ],
 )
 def test_boxes_of_an_unknown_class_are_refused_by_name(boxes_of: Category, named: str) -> None:
     annotated = frozenset([boxes_of[0]])
     data = Source("data", [], [boxes_of, (9, "z")], {}, str.encode, str, dict, annotated=annotated)
     with pytest.raises(ConfigError, match=f"^here: .*{named}"):
         category_ids([(1, "a"), (2, "a")], data, "here")
+
+
+def test_names_that_differ_only_in_case_or_spaces_are_grouped() -> None:
+    names = ["Star", "ring", "star", "STRASSE", " star", "Straße", "bar  code", "bar code", "ring", "rings"]
+    assert similar_names(names) == [
+        "'Star' and 'star' and ' star'",
+        "'STRASSE' and 'Straße'",
+        "'bar  code' and 'bar code'",
+    ]
 
 
 def test_repeated_names_are_shown_with_ids_and_stay_unique() -> None:

@@ -51,6 +51,7 @@ class Picture:
     size: Size = (0, 0)  # 0, 0: unknown
     split: str = "train"
     place: str = ""  # file, and line or entry, that annotates it, for messages
+    unlabelled: bool = False  # whether a format with a file of labels per image has none for it
     fractions: bool = False  # whether the boxes are in fractions of the image until `locate` knows its size
     path: Path | None = None  # the image file; None: not found
     image_id: int | None = None  # in a COCO JSON

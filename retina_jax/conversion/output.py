@@ -88,9 +88,11 @@ def summary(found: Annotated, classes: list[str]) -> str:
         pictures = found.split(split)
         boxes = [box for picture in pictures for box in picture.boxes]
         counts = Counter(box.label for box in boxes)
-        empty = sum(not picture.boxes for picture in pictures)
+        empty = [picture for picture in pictures if not picture.boxes]
+        unlabelled = sum(picture.unlabelled for picture in empty)
+        without = f"{len(empty)} without boxes" + f", {unlabelled} of them without a label file" * bool(unlabelled)
         by_class = ", ".join(f"{shortened(name)} {counts[name]}" for name in classes)
-        lines.append(f"{split}: {len(pictures)} images ({empty} without boxes), {len(boxes)} boxes: {by_class}")
+        lines.append(f"{split}: {len(pictures)} images ({without}), {len(boxes)} boxes: {by_class}")
         sizes = np.array([p.size for p in pictures for _ in p.boxes], np.int64).reshape(-1, 2)
         corners = np.array([box.corners for box in boxes], np.float64).reshape(-1, 4)
         kinds = classify_boxes(corners, np.array([box.crowd for box in boxes], bool), sizes)[1]

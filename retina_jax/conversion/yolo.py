@@ -208,14 +208,15 @@ def images_of(key: str, content: dict[str, Any], file: Path) -> Iterator[Path]:
 
 
 def label_file(image: Path) -> Path:
-    """Returns where the boxes of an image are: in labels/ instead of the last images/ of its path, else next to it."""
-    parts = list(image.parts)
+    """Returns where the boxes of an image are: in labels/ instead of the last images/ of its path, else next to it. If
+    there is no such file, returns the first of these places."""
+    parts, adjacent = list(image.parts), image.with_suffix(".txt")
     places = [n for n, part in enumerate(parts[:-1]) if part == "images"]
     if places:
         parts[places[-1]] = "labels"
-        if (elsewhere := Path(*parts).with_suffix(".txt")).is_file():
+        if (elsewhere := Path(*parts).with_suffix(".txt")).is_file() or not adjacent.is_file():
             return elsewhere
-    return image.with_suffix(".txt")
+    return adjacent
 
 
 def listed_names(root: Path) -> tuple[str, ...]:
@@ -251,14 +252,15 @@ def read_folder(
 
 def picture_of(image: Path, labels: Path, split: str, names: Names, long: LongLines) -> Picture:
     """Returns an image with the boxes of its text file, if there is one."""
-    boxes = []
-    for n, line in enumerate(read_lines(labels) if labels.is_file() else (), 1):
+    boxes, unlabelled = [], not labels.is_file()
+    for n, line in enumerate(() if unlabelled else read_lines(labels), 1):
         if words := line.split():
             try:
                 boxes.append(read_line(words, names, long))
             except ValueError as error:
                 raise DataError(f"{labels}: line {n}: {error}") from None
-    return Picture((image.as_posix(),), boxes, (0, 0), split, str(labels), fractions=True, path=image)
+    place = str(labels)
+    return Picture((image.as_posix(),), boxes, (0, 0), split, place, unlabelled=unlabelled, fractions=True, path=image)
 
 
 def read_line(words: list[str], names: Names, long: LongLines) -> Box:
@@ -290,11 +292,16 @@ def read_line(words: list[str], names: Names, long: LongLines) -> Box:
 
 
 def check_labels(found: Annotated, where: str, files: set[Path] | None = None) -> None:
-    """Raises DataError if no image has a text file, or if most boxes are in pixels; counts text files without an image."""
+    """Raises DataError if there is no image, if no image of a split has a text file (of test only without other splits), or
+    if most boxes are in pixels; counts text files without an image."""
     used = {Path(picture.place) for picture in found.pictures}
-    if not any(path.is_file() for path in used):
-        expected = f"; expected for example {min(used)}" if used else ""
-        raise DataError(f"{where}: none of {len(used)} images has a file of labels{expected}")
+    if not used:
+        raise DataError(f"{where}: has no images; name their folder with --images DIR")
+    for split in found.splits:
+        pictures = found.split(split)
+        if all(picture.unlabelled for picture in pictures) and (split != "test" or found.splits == ["test"]):
+            expected = min(picture.place for picture in pictures)
+            raise DataError(f"{where}: no image of split {split} has a file of labels; expected for example {expected}")
     corners = [(max(map(abs, box.corners)), picture.place) for picture in found.pictures for box in picture.boxes]
     large = [(number, place) for number, place in corners if number > LARGEST_FRACTION]
     if 2 * len(large) > len(corners):

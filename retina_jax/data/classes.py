@@ -1,12 +1,12 @@
 """Classes of runs and datasets: which of them are the same, which are left out, and how they are shown. Label k is the k-th
 class in the order of the file, or of the run that is resumed. Several classes may share a name."""
 
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 from retina_jax.config import ConfigError
-from retina_jax.errors import shortened
+from retina_jax.errors import quoted, shortened
 
 Category = tuple[int, str]  # id and name
 SHOWN = 5  # classes that a message names
@@ -48,11 +48,27 @@ def category_ids(classes: Sequence[Category], data: HasClasses, where: str) -> l
             "unique name"
         )
     if unknown:
+        own = {folded(name): quoted(name) for _, name in classes}
+        near = [(quoted(name), own[folded(name)]) for _, name in unknown[:SHOWN] if folded(name) in own]
+        renamed = (f"{name} differs from {one} only in case or spaces: rename it; " for name, one in near)
         raise ConfigError(
             f"{where}: has boxes of categories that the detector lacks: {_with_ids(unknown)}; its classes are "
-            f"{listed(classes)}; remove these boxes, or list these categories in the training data too"
+            f"{listed(classes)}; {''.join(renamed)}remove these boxes, or list these categories in the training data too"
         )
     return [None if i is None else categories[i][0] for i in found]
+
+
+def folded(name: str) -> str:
+    """Returns a name without its case and without spaces around it or repeated ones."""
+    return " ".join(name.casefold().split())
+
+
+def similar_names(names: Iterable[str]) -> list[str]:
+    """Returns the groups of names that differ only in case or spaces, each as "'Star' and 'star'"."""
+    groups = defaultdict(list)
+    for name in dict.fromkeys(names):
+        groups[folded(name)].append(quoted(name))
+    return [" and ".join(group) for group in groups.values() if len(group) > 1]
 
 
 def _with_ids(categories: Sequence[Category]) -> str:

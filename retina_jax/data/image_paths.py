@@ -62,7 +62,9 @@ def find_images(folder: Path, names: Sequence[str]) -> Places:
     found = {row: path for row, path in found.items() if users[path] == 1}
     paths = [found.get(row, path) for row, path in enumerate(paths)]
     missing = dict.fromkeys(sorted(lost - set(found)), "")
-    alike = {_stem(base): files[0] for base, files in below.items()} if missing else {}
+    alike = defaultdict(list)
+    for base, files in below.items() if missing else ():
+        alike[_stem(base)] += files
     for row in list(missing)[:LOCATED]:
         missing[row] = _elsewhere(root, inside[row], below, alike)
     real = cache(os.path.realpath)  # of folders
@@ -139,11 +141,19 @@ def _stem(base: str) -> str:
     return os.path.splitext(base)[0].casefold()
 
 
-def _elsewhere(root: str, name: str, below: dict[str, list[str]], alike: dict[str, str]) -> str:
-    """Describes where files with a missing one's base name are; `alike` has a file for each `_stem`."""
-    base = os.path.basename(name)
-    plain = PREFIX.sub("", base)
+def _elsewhere(root: str, name: str, below: dict[str, list[str]], alike: dict[str, list[str]]) -> str:
+    """Describes which files a missing one may be, those in its own folder first; `alike` has the files of each `_stem`."""
+    parent, base = os.path.split(name)
+    plain, places = PREFIX.sub("", base), []
     found = [os.path.join(root, path) for path in below.get(base, [])]
+    similar = [path for path in alike.get(_stem(base), []) if os.path.basename(path) != base]
+    own = [path for path in similar if os.path.dirname(path) == parent]
+    if own or (similar and not found):
+        path = os.path.join(root, (own or similar)[0])
+        places.append(f"{shortened(path)} differs from that name only in case or extension")
+    if plain != base and plain in below:
+        path = os.path.join(root, below[plain][0])
+        places.append(f"{path} has that name without the prefix {short(base[: -len(plain)])}")
     if not found:
         with contextlib.suppress(OSError, ValueError):
             above = Path(root).absolute().parent
@@ -151,12 +161,8 @@ def _elsewhere(root: str, name: str, below: dict[str, list[str]], alike: dict[st
             found = [str(path / base) for path in (above, *siblings) if (path / base).is_file()]
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        return f"files of that name: {', '.join(map(shortened, found[:3]))}{more}"
-    if plain != base and plain in below:
-        return f"{os.path.join(root, below[plain][0])} has that name without the prefix {short(base[: -len(plain)])}"
-    if _stem(base) in alike:
-        return f"{shortened(os.path.join(root, alike[_stem(base)]))} differs from that name only in case or extension"
-    return ""
+        places.append(f"files of that name: {', '.join(map(shortened, found[:3]))}{more}")
+    return "; ".join(places)
 
 
 def _hidden(path: Path, folder: Path) -> bool:

@@ -88,10 +88,16 @@ def check_data(config: Config, pairs: dict[str, tuple[Path, Path]], *, search: b
     found += duplicates(digests, splits)
     train = splits[0]
     counts = {split.name: count_classes(split) for split in splits}
-    found += [Finding("empty_class", name, c.name) for name, rows in counts.items() for c in rows if not c.boxes]
+    for name, rows in counts.items():
+        if any(c.boxes for c in rows):
+            found += [Finding("empty_class", name, c.name, f"in {name}") for c in rows if not c.boxes]
+        elif name == "val":
+            found.append(Finding("nothing_to_score", name, splits[-1].annotations.name, "AP cannot be computed"))
     found += [Finding("no_class", s.name, f"{c[1]} ({c[0]})", why) for s in splits for c, why in s.left_out.items()]
     try:
-        category_ids(train.categories, splits[-1], "data.val_annotations")
+        ids = category_ids(train.categories, splits[-1], "data.val_annotations")
+        lacking = [name for name, same in zip(train.class_names, ids, strict=True) if same is None]
+        found += [Finding("unscored_class", "val", name) for name in lacking]
         with_classes(config, len(train.categories))
     except ConfigError as error:
         field, _, text = str(error).partition(": ")

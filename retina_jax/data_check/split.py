@@ -17,7 +17,7 @@ from PIL import Image
 
 from retina_jax.config import Config, DataConfig
 from retina_jax.console import cores, track
-from retina_jax.data.classes import Category, unique_names
+from retina_jax.data.classes import Category, similar_names, unique_names
 from retina_jax.data.coco_document import DEFAULTS, Content, load_json, parse_document
 from retina_jax.data.coco_entries import Mistake, as_number
 from retina_jax.data.decoding import DECODING, NO_BOXES, is_one_colour, read_image, to_rgb
@@ -109,6 +109,7 @@ def split_findings(split: Split, config: Config) -> list[Finding]:
         *(Finding("without_box", split.name, split.annotation_name(row)) for row in split.without_box),
         *(Finding("same_id", split.name, f"annotation {i}", f"{n} annotations") for i, n in ids.items() if n > 1),
         *(Finding("same_name", split.name, name, f"{n} categories") for name, n in names.items() if n > 1),
+        *(Finding("similar_name", split.name, both, f"in {split.name}") for both in similar_names(names)),
         *_duplicates(split),
         *_too_many(split, config),
     ]

@@ -119,6 +119,21 @@ def test_a_broken_line_of_yolo_is_named(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("yaml", ["train: images/train\nval: images/val\nnames: [a]\n", "names: [a]\n"])
+def test_a_split_of_yolo_without_any_text_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, yaml: str
+) -> None:
+    for name in ("train/a.png", "val/b.png", "val/c.png"):
+        picture(tmp_path / "images" / name)
+    text(tmp_path / "labels/train/a.txt", "0 0.5 0.5 0.5 0.5\n")
+    text(tmp_path / "labels/valid/c2.txt", "0 0.5 0.5 0.5 0.5\n")  # a wrong name
+    text(tmp_path / "data.yaml", yaml)
+    with pytest.raises(PlainError) as caught:
+        convert(monkeypatch, "--annotations", tmp_path, "--out", tmp_path / "out")
+    assert_named(caught.value, "no image of split val has a file of labels", str(tmp_path / "labels/val/b.txt"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("lines", "refused"), [(["0 90 60 40 20", "0 30 20 9 8"], True), (["0 0.5 0.5 0.2 0.2", "0 90 60 40 20"], False)]
 )

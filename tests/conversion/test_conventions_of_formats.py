@@ -152,6 +152,20 @@ def test_yolo_folders_of_roboflow_and_text_files_alone(tmp_path: Path) -> None:
     assert boxes(read(tmp_path / "train")) == boxes(found)
 
 
+def test_yolo_images_without_a_text_file_and_splits_without_boxes_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    yaml = "train: images/train\nval: images/val\ntest: images/test\nnames: [Star, star]\n"
+    labels = {"train/a.png": "0 .25 .25 .5 .5", "train/b.png": "", "val/c.png": ""}
+    yolo(tmp_path, yaml, labels, "train/d.png", "train/e.png", "test/f.png")
+    convert(monkeypatch, "--annotations", tmp_path, "--out", tmp_path / "out")
+    lines = capsys.readouterr().out
+    assert "train: 4 images (3 without boxes, 2 of them without a label file), 1 boxes" in lines
+    assert "val: 1 images (1 without boxes), 0 boxes" in lines
+    assert all(f"warning: {split}: no boxes: AP cannot be computed\n" in lines for split in ("val", "test"))
+    assert "warning: train: no boxes" not in lines and "warning: classes 'Star' and 'star' differ" in lines
+
+
 def test_yolo_boxes_lie_on_photographs_as_viewers_show_them(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

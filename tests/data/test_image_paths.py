@@ -100,6 +100,15 @@ def test_the_error_names_where_missing_files_were_expected(tmp_path: Path) -> No
     assert str(folder / "Five.JPG") in places[4]
 
 
+def test_files_in_the_folder_of_a_missing_one_are_named_first(tmp_path: Path) -> None:
+    """Before files of its name in other folders, below the image folder and next to it."""
+    tree(tmp_path, "images/1.JPG", "others/1.jpg", "images/a/2.png", "images/b/2.jpeg", "images/b/3.jpg")
+    folder = tmp_path / "images"
+    first, second, third = find_images(folder, ["1.jpg", "b/2.png", "b/4.jpg"]).missing.values()
+    assert 0 <= first.index(str(folder / "1.JPG")) < first.index(str(tmp_path / "others/1.jpg"))
+    assert 0 <= second.index(str(folder / "b/2.jpeg")) < second.index(str(folder / "a/2.png")) and third == ""
+
+
 def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     tree(tmp_path, "store/1.png", "images/x.txt")
     (tmp_path / "images/linked").symlink_to(tmp_path / "store")

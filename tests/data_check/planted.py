@@ -173,6 +173,12 @@ def two_classes_have_one_name(s: Splits) -> None:
         document["categories"][1]["name"] = "cell"
 
 
+@mistake(("similar_name", "train", "'cell' and 'Cell '"), ("unscored_class", "val", "Cell "))
+def two_classes_differ_in_case(s: Splits) -> None:
+    s.documents["train"]["categories"].append({"id": 8, "name": "Cell "})
+    s.box(0)["category_id"] = 8
+
+
 @mistake(("leakage", "val", "007.jpg"))
 def image_is_in_both_splits(s: Splits) -> None:
     s.files["val"]["007.jpg"] = s.files["train"]["004.jpg"]

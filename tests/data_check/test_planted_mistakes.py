@@ -153,6 +153,18 @@ def test_a_training_split_without_boxes_is_an_error(tmp_path: Path) -> None:
     assert check.suggestion is None and check.shares.positives_per_image == 0
 
 
+def test_evaluation_images_without_boxes_of_all_or_of_one_class_are_a_warning(tmp_path: Path) -> None:
+    splits = clean()
+    every = splits.documents["val"]["annotations"]
+    for name, kept, kind, what in (
+        ("none", [], "nothing_to_score", "val.json"),
+        ("cells", [box for box in every if box["category_id"] == 1], "empty_class", "dust"),
+    ):
+        splits.documents["val"]["annotations"] = kept
+        check = check_of(splits, tmp_path / name)
+        assert {f for f in found(check) if f[0] != "no_boxes"} == {(kind, "val", what)} and check.ready
+
+
 def test_a_file_with_a_mistake_in_every_entry_is_reported_completely(tmp_path: Path) -> None:
     splits = clean()
     for entry in splits.documents["train"]["images"]:
