@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -43,6 +43,9 @@ from retina_jax.training.parallel import Driver, local_rows
 from retina_jax.training.restore import load_variables
 from retina_jax.training.state import TrainState
 from retina_jax.training.step import Inputs
+
+if TYPE_CHECKING:
+    from retina_jax.weights.importing import Imported
 
 _nms = jax.jit(nms, static_argnames=("iou_threshold", "max_detections"))
 
@@ -324,6 +327,16 @@ def load_detector(
         variables, number = load_variables(driver, checkpoints, step)
     threshold = f1_threshold(Path(source), number)
     return Detector(driver, variables, saved.class_names, saved.category_ids, number, threshold)
+
+
+def import_run(folder: Path) -> Imported:
+    """Returns the detector of a run, its best step, or the newest if none was evaluated, to start another run from."""
+    from retina_jax.weights.importing import Imported
+
+    detector = load_detector(folder)
+    config = override(detector.config, {"model.num_classes": None, "model.backbone_weights": ""})
+    variables = jax.device_get(detector.variables)
+    return Imported(str(folder), config, variables, detector.class_names, detector.category_ids, missing=())
 
 
 def sizes(config: Config) -> tuple[DataConfig, ...]:

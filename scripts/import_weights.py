@@ -1,8 +1,9 @@
-"""Imports a detector of another library as a run: python scripts/import_weights.py --weights torchvision:FILE --workdir RUN
+"""Imports a detector as a new run: python scripts/import_weights.py --weights torchvision:FILE --workdir RUN
 
 The run has the detector as step 0, and the config that its weights need. evaluate.py and predict.py use it like any other
 run; train.py --workdir RUN --data.train-annotations ... continues from it, with a new class head if the classes differ.
-The library is torchvision, detectron2 or detectron. Instead of FILE, give the name of a published file to download it.
+The library is torchvision, timm, detectron2 or detectron. Instead of FILE, give the name of a published file to download
+it. --weights OTHER_RUN takes the best step of a run of this project, and its config.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from pathlib import Path
 import tyro
 
 from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
+from retina_jax.config import ConfigError
 from retina_jax.console import log, warn
+from retina_jax.detector import import_run
 from retina_jax.model.summary import parameter_table
 from retina_jax.training.restore import make_run
 from retina_jax.weights.converted import report
-from retina_jax.weights.importing import import_detector
+from retina_jax.weights.importing import import_detector, kind_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Arguments:
     """Options of this script."""
 
     weights: str
-    """KIND:FILE or KIND:NAME."""
+    """KIND:FILE, KIND:NAME, or the folder of a run."""
     workdir: Path
     """Folder for the new run."""
     class_names: tuple[str, ...] = ()
@@ -45,12 +48,13 @@ def main() -> None:
     """Reads and converts the weights, writes the run, and prints a table of parameters."""
     arguments = parse_command_line(Arguments, Arguments(tyro.MISSING, tyro.MISSING), sys.argv[1:], __doc__)
     set_up_jax()
-    imported = import_detector(
-        arguments.weights,
-        class_names=arguments.class_names,
-        batchnorm_eps=arguments.batchnorm_eps,
-        allow_missing=arguments.allow_missing,
-    )
+    options = {name: getattr(arguments, name) for name in ("class_names", "batchnorm_eps", "allow_missing")}
+    if kind_of(arguments.weights) is None and (Path(arguments.weights) / "config.json").is_file():
+        if any(option not in ((), None) for option in options.values()):
+            raise ConfigError(f"--weights {arguments.weights}: a run's class names and weights stay as they are")
+        imported = import_run(Path(arguments.weights))
+    else:
+        imported = import_detector(arguments.weights, **options)
     run = make_run(imported, arguments.workdir)
     log(parameter_table(imported.variables))
     if imported.missing:

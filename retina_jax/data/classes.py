@@ -78,7 +78,8 @@ def _with_ids(categories: Sequence[Category]) -> str:
 def classes_error(classes: Sequence[Category], categories: Sequence[Category], where: str) -> ConfigError:
     """Returns the error of a run of `classes` that cannot be resumed on data of `categories`."""
     sides = f"{len(classes)} classes ({listed(classes)}), the data has {len(categories)} ({listed(categories)})"
-    return ConfigError(f"{where}: its run has {sides}; use the same data or another --workdir")
+    other = "to train it on other classes, make a new run from it with import-weights --weights RUN --workdir NEW"
+    return ConfigError(f"{where}: its run has {sides}; use the same data or another --workdir; {other}")
 
 
 def unique_names(categories: Sequence[Category]) -> tuple[str, ...]:

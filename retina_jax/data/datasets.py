@@ -176,10 +176,13 @@ def _cut_into_tiles(train: Source, data: DataConfig) -> Source:
 
 
 def check_classes(classes: Sequence[Category], val: Source) -> None:
-    """Raises ConfigError if a detector of `classes` cannot be scored on `val`; warns of classes that are not scored."""
+    """Raises ConfigError if a detector of `classes` cannot be scored on `val`; warns of classes that are not scored, and if
+    there is no box to score."""
     ids = category_ids(classes, val, f"data.val_annotations {val.name}")
     if lacking := [category for category, same in zip(classes, ids, strict=True) if same is None]:
         warn(f"{val.name}: has no category for {listed(lacking)}: {len(lacking)} of {len(ids)} classes are not scored")
+    if val.labelled and not any(len(record.labels) for record in val.records):
+        warn(f"{val.name}: no usable box: AP cannot be computed")
 
 
 def _check_images_exist(source: Source, number: int) -> None:

@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from retina_jax.config import Config, ConfigError, ModelConfig
 from retina_jax.config_io import override
-from retina_jax.errors import WeightsError
+from retina_jax.errors import WeightsError, shortened
 from retina_jax.model.initialisation import initialise, variable_shapes
 from retina_jax.model.retinanet import RetinaNet
 from retina_jax.ops.anchors import anchors_per_cell
@@ -24,9 +24,9 @@ KINDS = ("torchvision", "timm", "detectron2", "detectron")  # timm's ResNets hav
 
 @dataclass(frozen=True)
 class Imported:
-    """A detector trained by another system, as this package runs it."""
+    """A detector trained by another system, or in a run of this one, as this package runs it."""
 
-    source: str  # KIND:FILE
+    source: str  # KIND:FILE, or the folder of a run
     config: Config
     """All fields that the weights need; `model.num_classes` is None, so that it can be trained on other classes."""
     variables: dict[str, Any]
@@ -49,7 +49,8 @@ def convert(source: str, *, class_names: Sequence[str] = (), batchnorm_eps: floa
     """
     kind = kind_of(source)
     if kind is None:
-        raise WeightsError(f"{source}: give KIND:FILE; KIND is one of {', '.join(KINDS)}")
+        known = f"KIND:FILE (KIND is {', '.join(KINDS[:-1])} or {KINDS[-1]}), or the folder of a run"
+        raise WeightsError(f"{shortened(source)}: give {known}")
     path, eps = find_weights(kind, source.partition(":")[2], detector=True)
     state = read_weights(path)
     if kind in ("torchvision", "timm"):

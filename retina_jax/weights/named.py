@@ -115,6 +115,9 @@ def find_weights(kind: str, name_or_file: str, detector: bool = False) -> tuple[
         if name_or_file not in known and (kind, name_or_file) in NAMED:
             how = f"train a detector from it with --model.backbone-weights {kind}:{name_or_file}"
             raise WeightsError(f"{name_or_file}: a backbone without heads; {how}")
+        if (path / "config.json").is_file():
+            how = "import-weights makes a run from all of it, for the same or other classes"
+            raise WeightsError(f"{shortened(path)}: is a run's folder, not a file of weights; {how}")
         if name_or_file not in known:
             near = difflib.get_close_matches(name_or_file, known, n=1)
             meant = f"; did you mean {near[0]}?" if near else ""

@@ -110,6 +110,30 @@ def test_a_detector_is_imported_evaluated_and_trained_on_other_classes(
     assert all(np.array_equal(before[path], after[path]) for path in same)
     np.testing.assert_allclose(after["class_head/output/bias"], -np.log(99), rtol=1e-6)
 
+    # A run of this project is imported too, with its config.
+    again = tmp_path / "again"
+    script(monkeypatch, "import_weights", "--weights", run, "--workdir", again)
+    copied = load_detector(again)
+    assert (copied.step, copied.class_names, copied.config.data) == (0, trained.class_names, trained.config.data)
+    jax.tree.map(np.testing.assert_array_equal, copied.variables, trained.variables)
+    script(monkeypatch, "train", "--workdir", again, "--data.scenes.classes", 3, "--data.scenes.folder", tmp_path / "three",
+           "--training.steps", 0)  # fmt: skip
+    assert "a new class head for 3 classes" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        script(
+            monkeypatch,
+            "train",
+            "--workdir",
+            run,
+            "--data.scenes.classes",
+            3,
+            "--data.scenes.folder",
+            tmp_path / "three",
+        )
+    assert "import-weights" in capsys.readouterr().err
+    with pytest.raises(WeightsError, match=r"is a run's folder.*import-weights"):
+        with_backbone({}, ModelConfig(backbone_weights=str(run)))
+
     # Classes are scored by name, in any columns; a class whose name the data lacks is left out.
     first, second = trained.class_names
     script(monkeypatch, "evaluate", "--weights", source, "--class-names", second, "thing", first, *data,
