@@ -9,6 +9,7 @@ import json
 import runpy
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,7 @@ from retina_jax.data.classes import (
     unique_names,
 )
 from retina_jax.data.coco_entries import LARGEST_ID
-from retina_jax.data.datasets import open_sources, read_coco
+from retina_jax.data.datasets import check_classes, open_sources, read_coco
 from retina_jax.data.source import Source
 from retina_jax.detector import Detector, ImageDetections
 from retina_jax.evaluate import evaluate
@@ -187,6 +188,20 @@ def test_names_that_differ_only_in_case_or_spaces_are_grouped() -> None:
         "'STRASSE' and 'Straße'",
         "'bar  code' and 'bar code'",
     ]
+
+
+def test_validation_data_that_cannot_score_every_class_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, classes = {"id": 1, "file_name": "a.jpg", "width": 40, "height": 30}, [(1, "cat"), (2, "dog")]
+    document = {"images": [image], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+    val = read_coco(*write_coco(tmp_path, document))
+    check_classes(classes, val)
+    one, two = capsys.readouterr().out.splitlines()
+    assert one.endswith("has no category for dog: 1 of 2 classes are not scored")
+    assert two.endswith("no usable box: AP cannot be computed")
+    check_classes(classes[:1], replace(val, labelled=False))  # images without annotations, to detect in
+    assert not capsys.readouterr().out
 
 
 def test_repeated_names_are_shown_with_ids_and_stay_unique() -> None:
