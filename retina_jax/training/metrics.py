@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from retina_jax import distributed
-from retina_jax.console import Progress, log, warn
+from retina_jax.console import Progress, duration, log, warn
 from retina_jax.errors import PlainError, Stopped, reason
 from retina_jax.runs.files import DAMAGED, DiskError, write_bytes
 from retina_jax.runs.folder import Run, is_due, saved_steps
@@ -26,6 +26,7 @@ from retina_jax.training.writers import Board, WeightsAndBiases
 
 AHEAD_ON_CPU = 16
 """Maximum number of steps that CPU devices have in flight: with some hundreds they wait for each other until XLA aborts."""
+TIMED, LONG_WAIT = 3, 60.0  # step that ends the first estimate; seconds until the first line from which it is logged
 FIRST_STEPS = 50  # without a positive anchor, after which a warning is given
 
 
@@ -50,6 +51,7 @@ class Metrics(contextlib.AbstractContextManager):
         self._pending: list[tuple[int, dict[str, Array], list[int]]] = []
         self._found_positives = False
         self._compiling, self._compiled = contextlib.ExitStack(), Counter[str]()
+        self._first_step_ended = 0.0
         self.restart_window()
 
     def __enter__(self) -> "Metrics":
@@ -90,6 +92,21 @@ class Metrics(contextlib.AbstractContextManager):
         self._timed += 1
         if len(self._pending) % AHEAD_ON_CPU == 0 and jax.default_backend() == "cpu":
             jax.block_until_ready(metrics)
+        if step - self._start_step in (1, TIMED):
+            jax.block_until_ready(metrics)
+            self._estimate(step)
+
+    def _estimate(self, step: int) -> None:
+        """Logs the time that the run will take, if its first line of metrics is still far: seconds per step from the end of
+        the first step to that of step TIMED, without compilations."""
+        now = time.monotonic() - compile_seconds(self._compiled)
+        if step == self._start_step + 1:
+            self._first_step_ended = now
+            return
+        training, seconds = self._run.config.training, (now - self._first_step_ended) / (TIMED - 1)
+        if self._writes and seconds * training.log_every > LONG_WAIT:
+            left, every = duration(seconds * (training.steps - step)), training.log_every
+            log(f"a step takes about {seconds:.1f} s: {left} for {training.steps - step} more; a line every {every} steps")
 
     def flush(self) -> None:
         """Waits for the pending steps, writes and shows the mean of those that were not skipped. Raises NonFiniteLoss,

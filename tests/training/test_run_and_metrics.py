@@ -272,6 +272,24 @@ def test_the_time_left_leaves_out_what_compiles_after_the_first_window(
     assert re.findall(r"ETA (\S+)", capsys.readouterr().out) == ["0:01:08", "0:00:40", "0:00:25"]
 
 
+@pytest.mark.parametrize(("seconds", "said"), [(1.0, []), (16.0, ["a step takes about 16.0 s: 4:25:52 for 997 more"])])
+def test_slow_steps_are_announced_before_the_first_line_of_metrics(
+    seconds: float, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the compilation of another padded shape in the third step."""
+    changes = {"training.steps": 1000, "training.log_every": 20}
+    run, clock = open_run(tmp_path, override(Config(), changes), NAMES, IDS), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with Metrics(run, 0) as metrics:
+        for step in range(1, 10):
+            compiling = 300.0 if step in (1, 3) else 0.0
+            jax.monitoring.record_event_duration_secs(COMPILED, compiling)
+            clock[0] += compiling + seconds
+            metrics.add(step, step_metrics(1.0), [step], 0.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(";")[0] for line in lines if "a step takes" in line] == said
+
+
 def test_skipped_steps_are_reported_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two steps may be skipped and are in no mean; the third ends the run, even with finite steps before it in the
     window."""
