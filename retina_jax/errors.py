@@ -20,7 +20,11 @@ OUT_OF_MEMORY = re.compile(r"out.of.memory|failed to allocate|attempting to (all
 
 
 class PlainError(Exception):
-    """An error whose message, one line that names what is wrong and what would be right, replaces the traceback."""
+    """An error whose message, one line that names what is wrong and what would be right, replaces the traceback. Names of
+    files in it are escaped."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class WeightsError(PlainError, ValueError):
@@ -119,8 +123,13 @@ def no_device(error: BaseException, advice: str = "JAX_PLATFORMS=cpu runs on the
         jax.devices()
     except Exception as failure:
         chosen = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: " if os.environ.get("JAX_PLATFORMS") else ""
-        return f"{chosen}JAX finds no such device here ({reason(failure)}); {advice}"
+        return f"{chosen}JAX finds no such device here ({why_no_device(failure)}); {advice}"
     return None
+
+
+def why_no_device(error: BaseException) -> str:
+    """Returns the reason of an error of JAX's search for devices, which has no text if there is no plugin to ask."""
+    return reason(error) if str(error) else "its plugin is not installed: retina-jax[cuda] or retina-jax[tpu]"
 
 
 def device_memory() -> int | None:

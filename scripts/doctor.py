@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError
 from retina_jax import installation
 from retina_jax.command import as_typed
 from retina_jax.console import cache_folder, processor
-from retina_jax.errors import ending, one_line, reader_may_leave, reason, size
+from retina_jax.errors import ending, one_line, reader_may_leave, size, why_no_device
 
 PURPOSES = {
     "cuda": "NVIDIA GPUs, and compile-for --target gpu:...",
@@ -107,7 +107,7 @@ def devices() -> Iterator[str]:
 
         found = jax.devices()
     except Exception as error:  # whatever a broken installation raises
-        yield one_line(f"none: {reason(error)}")
+        yield one_line(f"none: {why_no_device(error)}")
     finally:
         logger.removeHandler(handler)
     for kind in dict.fromkeys(device.device_kind for device in found):

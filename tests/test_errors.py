@@ -19,7 +19,7 @@ from retina_jax.config_io import from_dict
 from retina_jax.console import log, warn
 from retina_jax.data.datasets import open_sources
 from retina_jax.data.pipeline import train_batches
-from retina_jax.errors import LONGEST_LINE, PlainError, one_line
+from retina_jax.errors import LONGEST_LINE, PlainError, one_line, why_no_device
 from retina_jax.evaluation.coco_scores import SUMMARY, Scores, coco_table
 from retina_jax.evaluation.drawing import draw
 from retina_jax.weights.importing import convert
@@ -109,3 +109,13 @@ def test_names_of_weights_are_shortened_and_escaped(tmp_path: Path, kind: str) -
         convert(f"{kind}:{path}")
     line = str(raised.value)
     assert line.isprintable() and len(line) <= LONGEST_LINE and all(f"{i}\\x1b[31mred" in line for i in range(3))
+
+
+def test_a_platform_without_a_plugin_is_explained() -> None:
+    """JAX raises an AssertionError without a text."""
+    assert why_no_device(AssertionError()) == "its plugin is not installed: retina-jax[cuda] or retina-jax[tpu]"
+    assert why_no_device(RuntimeError("no driver\nhere")) == "no driver"
+
+
+def test_plain_errors_are_one_printable_line() -> None:
+    assert str(PlainError("a\x1b[31m\nb: is broken")) == "a\\x1b[31m b: is broken"
