@@ -127,12 +127,13 @@ def variables_with_scores(driver: Driver, inputs: Inputs, batch: int) -> dict[st
 
 
 def compile_step(task: Task, driver: Driver, inputs: Inputs) -> Work:
-    """Prepares the compilation of the training step; the facts include the time with a warm compilation cache."""
-    state = driver.init_state()
+    """Prepares the compilation of the training step; the facts include the time with a warm compilation cache. The step is
+    that of a short run, which is cached on CPUs too."""
+    state, config = driver.init_state(), override(driver.config, {"training.steps": 1})
 
     def compiled() -> Any:
         jax.clear_caches()
-        return Driver(driver.config, driver.num_classes).step.lower(state, inputs).compile()
+        return Driver(config, driver.num_classes).step.lower(state, inputs).compile()
 
     with tempfile.TemporaryDirectory() as folder:
         jax.config.update("jax_compilation_cache_dir", folder)
