@@ -28,7 +28,7 @@ from retina_jax.config import Config, ConfigError, Option
 from retina_jax.config_io import flatten, unknown_name
 from retina_jax.console import cache_folder, warn
 from retina_jax.distributed import Hosts, end_at_once
-from retina_jax.errors import Stopped, ending, one_line, reader_may_leave
+from retina_jax.errors import Stopped, drop_unwritten, ending, one_line, reader_may_leave
 
 T = TypeVar("T")
 CACHE_TROUBLE = re.compile(r"Error (reading|writing) persistent compilation cache entry for '(.*?)': (.*)", re.DOTALL)
@@ -37,12 +37,11 @@ SEVERAL_BLOCKS = "Multiple temp buffer allocations found"  # XLA's reason not to
 
 @contextlib.contextmanager
 def one_line_errors(starting: bool = False) -> Iterator[None]:
-    """Ends the script with one line and exit status 2 at an error that its user can fix; others keep their traceback. With
-    `starting` a signal ends it as during the imports, until `Interruption` takes over."""
-    if not starting:
-        interrupts.restore()
+    """Ends the script with one line and exit status 2 at an error that its user can fix; others keep their traceback. A
+    signal raises Interrupted; with `starting` it ends the script as during the imports, until `Interruption` takes over. A
+    log that cannot be written does not change the status."""
     try:
-        with reader_may_leave():
+        with contextlib.nullcontext() if starting else interrupts.raised(), reader_may_leave():
             yield
     except BaseException as error:
         line, status = ending(error)
@@ -55,6 +54,8 @@ def one_line_errors(starting: bool = False) -> Iterator[None]:
             # A thread may be in the middle of a save, whose libraries once hung in an orderly exit of the interpreter.
             end_at_once(status)
         sys.exit(status)
+    finally:
+        drop_unwritten()
 
 
 def set_up_jax() -> None:
@@ -62,7 +63,6 @@ def set_up_jax() -> None:
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
 
     warnings.showwarning = partial(_show_warning, warnings.showwarning)
 

@@ -67,12 +67,17 @@ class Progress:
         room = max(self._console.width - len(counted) - BAR - 2, 0)
         text = f"{eta}  {detail}".strip()[:room]
         self._bar.update(self._row, completed=done, description=counted, detail=text)
-        self._bar.refresh() if self._bar.live.is_started else self._bar.start()
+        try:
+            self._bar.refresh() if self._bar.live.is_started else self._bar.start()
+        except OSError:  # the terminal was closed
+            self.close()
 
     def close(self) -> None:
         """Leaves the terminal on a line of its own."""
-        if self._bar is not None:
-            self._bar.stop()
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            with contextlib.suppress(OSError):
+                bar.stop()
 
 
 def track(task: str, items: Iterable[T], total: int) -> Iterator[T]:

@@ -9,6 +9,8 @@ import signal
 import sys
 from collections.abc import Iterator
 
+from retina_jax.interrupts import Interrupted
+
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
 """Errors that libraries wrap in long messages of their own."""
 LONGEST_LINE, LONGEST_REASON, LONGEST_NAME = 1000, 200, 120
@@ -53,8 +55,12 @@ def ending(error: BaseException) -> tuple[str | None, int]:
         return str(error), 130 if error.number == signal.SIGINT else 0
     if isinstance(error, OSError) and error.filename is not None:
         return one_line(f"error: {error.filename}: {error.strerror}"), 2
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:  # such as the standard output's
+        return f"error: {error.strerror}", 2
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; everything saved before is intact", 130
+        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+        how = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+        return f"{how}; everything saved before is intact", 128 + number
     if isinstance(error, RuntimeError | AssertionError) and (line := out_of_memory(error) or no_device(error)):
         return one_line(f"error: {line}"), 2
     if isinstance(error, SystemExit):
@@ -73,7 +79,7 @@ def _signal_at_start(error: BaseException | None) -> "Stopped | None":
 @contextlib.contextmanager
 def reader_may_leave() -> Iterator[None]:
     """Ends the process without a message, and with the status of SIGPIPE, if it writes what nobody reads any more, as after
-    `| head`. At the end of the block, what is still to be written to such a pipe is dropped."""
+    `| head`. At the end of the block, what cannot be written is dropped."""
     try:
         yield
     except BrokenPipeError:
@@ -81,8 +87,17 @@ def reader_may_leave() -> Iterator[None]:
             raise
         sys.exit(128 + signal.SIGPIPE)
     finally:
-        if _unread():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # the interpreter flushes at its exit
+        drop_unwritten()
+
+
+def drop_unwritten() -> None:
+    """Drops what the standard output and error still hold if it cannot be written, as on a full disk or without a terminal.
+    The interpreter would try again at its exit, and end with status 120."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _unread() -> bool:

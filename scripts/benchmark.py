@@ -90,7 +90,7 @@ def main() -> None:
     arguments = parse_command_line(Arguments, Arguments(name=tyro.MISSING), sys.argv[1:], __doc__)
     variants = {HERE: OURS[arguments.name]} | {peer: PEERS[peer] for peer in arguments.peer}
     rows = measure(task_of(arguments), variants, arguments.repetitions, arguments.peer_python)
-    print("\n".join(map(json.dumps, rows)) if arguments.json else table(rows))
+    print("\n".join(map(json.dumps, rows)) if arguments.json else table(rows), flush=True)
 
 
 def task_of(arguments: Arguments) -> Task:

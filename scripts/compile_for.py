@@ -94,11 +94,11 @@ def main() -> None:
     if arguments.json:
         return
     if found:
-        print(schedule(found, config, number, arguments.what))
+        print(schedule(found, config, number, arguments.what), flush=True)
     if too_large:
         names = ", ".join(f"{height}x{width}" for height, width in too_large)
         how = "use a smaller data.batch_size, more devices or smaller images"
-        print(f"{len(too_large)} of {len(shapes)} shapes do not fit ({names}); {how}")
+        print(f"{len(too_large)} of {len(shapes)} shapes do not fit ({names}); {how}", flush=True)
 
 
 def compile_sweeps(arguments: Arguments, config: Config, target: Target, devices: Sequence[Any]) -> None:

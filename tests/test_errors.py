@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,6 +49,22 @@ def test_errors_and_warnings_cannot_colour_the_terminal(capsys: pytest.CaptureFi
     log(f"{RED * 1000}\n  indented as before")
     for line in "".join(capsys.readouterr()).splitlines():
         assert line.isprintable() and len(line) <= LONGEST_LINE
+
+
+@pytest.mark.parametrize(
+    ("statement", "status", "error"),
+    [("log('a line')", 0, ""), ("print('a result', flush=True)", 2, "error: No space left on device\n")],
+)
+def test_a_log_that_cannot_be_written_changes_no_status(
+    tmp_path: Path, statement: str, status: int, error: str
+) -> None:
+    """But a result does."""
+    script, printed = tmp_path / "script.py", tmp_path / "error.txt"
+    imports = "from retina_jax.cli import one_line_errors; from retina_jax.console import log"
+    script.write_text(f"{imports}\nwith one_line_errors():\n    {statement}\n")
+    with open("/dev/full", "wb") as full, printed.open("wb") as stderr:
+        assert processes.start(script, stdout=full, stderr=stderr).wait(60) == status
+    assert printed.read_text() == error
 
 
 def test_log_lines_keep_their_form(capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,7 +120,7 @@ from retina_jax import distributed
 from retina_jax.cli import one_line_errors
 from retina_jax.distributed import Hosts, joined
 distributed.CONNECT_SECONDS = 1
-with one_line_errors(), joined(Hosts(coordinator="127.0.0.1:" + sys.argv[2], hosts=2, host=int(sys.argv[1]))):
+with one_line_errors(starting=True), joined(Hosts(coordinator="127.0.0.1:" + sys.argv[2], hosts=2, host=int(sys.argv[1]))):
     pass
 """
 

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
 
 from retina_jax import console, distributed, interrupts
@@ -122,6 +123,45 @@ def test_a_signal_during_a_long_call_of_a_compiler_ends_the_start(name: str, sta
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
     assert done.returncode == status and done.stderr == ""
     assert done.stdout.startswith("compiling\n") and done.stdout.count("\n") == 2 and name in done.stdout
+
+
+COMMAND = """
+import gc, os, signal, sys, time
+from pathlib import Path
+from retina_jax.cli import one_line_errors
+from retina_jax.runs.files import all_or_none
+number, before, dropped = getattr(signal, sys.argv[2]), getattr(signal, sys.argv[3]), sys.argv[4] == "dropped"
+signal.signal(number, before)
+with one_line_errors(), all_or_none(Path(sys.argv[1])) as write:
+    write("a.png", b"new")
+    if dropped:
+        gc.callbacks.append(lambda phase, _: phase == "start" and os.kill(os.getpid(), number))
+        gc.collect()
+        gc.callbacks.clear()
+        time.sleep(20)
+    os.kill(os.getpid(), number)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "where", "status", "line"),
+    [
+        ("SIGINT", "default_int_handler", "", 130, "interrupted"),
+        ("SIGTERM", "SIG_DFL", "", 143, "stopped by SIGTERM"),
+        ("SIGHUP", "SIG_DFL", "", 129, "stopped by SIGHUP"),
+        ("SIGTERM", "SIG_DFL", "dropped", 143, "stopped by SIGTERM"),
+        ("SIGHUP", "SIG_IGN", "", 0, ""),
+    ],
+)
+def test_a_signal_ends_a_command_in_one_line_and_leaves_no_file(
+    tmp_path: Path, name: str, before: str, where: str, status: int, line: str
+) -> None:
+    """Also if Python drops the exception, as in callbacks of the garbage collector. `nohup` ignores SIGHUP."""
+    script, out = tmp_path / "command.py", tmp_path / "out"
+    script.write_text(COMMAND)
+    done = processes.run(script, out, name, before, where, timeout=60)
+    assert done.returncode == status and done.stderr == (f"{line}; everything saved before is intact\n" if line else "")
+    assert [path.name for path in out.iterdir()] == ([] if line else ["a.png"])
 
 
 def test_a_run_that_saved_no_step_leaves_its_folder_free(tmp_path: Path) -> None:

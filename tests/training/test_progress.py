@@ -3,6 +3,7 @@ terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -55,6 +56,19 @@ def test_a_log_file_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
         progress.update(step, DETAIL)
     progress.close()
     assert log.getvalue() == f"step 2/4  {DETAIL}\nstep 4/4  {DETAIL}  ETA 0:00:00\n"
+
+
+def test_a_terminal_that_is_closed_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal(monkeypatch)
+    progress = Progress("step", 4)
+    progress.update(1)
+    os.close(terminal.master)
+    for step in (2, 3, 4):
+        progress.update(step, DETAIL)
+    progress.close()
+    assert sys.stdout is terminal.stream
+    with contextlib.suppress(OSError):
+        terminal.stream.close()
 
 
 def test_a_terminal_gets_one_line_with_a_bar_that_is_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
