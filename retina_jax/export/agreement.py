@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -42,6 +41,7 @@ from retina_jax.export.loader import (
     load,
 )
 from retina_jax.export.programs import PLATFORMS, padded_shapes, programs
+from retina_jax.runs.files import DiskError, hidden_folder
 
 RENEW = "scripts/export.py"
 MOST_SHAPES = 4  # number of padded shapes up to which each one is tried; each takes time to compile
@@ -92,17 +92,15 @@ def export_detector(
         warn(f"data.tile {side} is not part of the file: cut images into tiles (data/tiles.py) before its detector")
         config = override(detector.config, {"data.tile": 0})
         detector = replace(detector, driver=replace(detector.driver, config=config))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     write = _write_onnx if onnx else _write_programs
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = write(temporary, detector, facts(detector, source, renew, licence), images)
-        temporary.replace(path)
+        with hidden_folder(path.with_name(f".{path.name}.writing"), path) as hidden:
+            text = write(hidden / path.name, detector, facts(detector, source, renew, licence), images)
+            (hidden / path.name).replace(path)
+    except DiskError as error:
+        raise ExportError(f"--out {error}") from None
     except OSError as error:
         raise ExportError(f"--out {path}: cannot be written: {reason(error)}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return text
 
 

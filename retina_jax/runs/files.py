@@ -41,7 +41,7 @@ def exclusive_lock(path: Path, timeout: float = -1.0) -> Iterator[bool]:
         except filelock.Timeout:
             pass
         except (OSError, NotImplementedError) as error:
-            raise ConfigError(f"{path}: cannot be locked: {reason(error)}; use a --workdir on another disk") from None
+            raise ConfigError(f"{path}: cannot be locked: {reason(error)}; use a folder on another disk") from None
         yield lock.is_locked
 
 
@@ -75,25 +75,41 @@ def encoded_json(value: Any) -> bytes:
 def all_or_none(folder: Path) -> Iterator[Callable[[str, bytes], None]]:
     """Yields a function that writes a file of `folder`, given name and content. The files are in a hidden folder until the
     end of the block, and are then renamed. After an error in the block none of them appears, and earlier files are as
-    before. Raises DiskError if one cannot be written. The next call removes what a killed process left, so only one process
-    at a time may write to `folder`."""
-    hidden, names = folder / ".writing", list[str]()
+    before. Raises DiskError if one cannot be written, or if another process writes to `folder`."""
+    with hidden_folder(folder / ".writing", folder) as hidden:
+        names = list[str]()
 
-    def write(name: str, content: bytes) -> None:
-        with _disk_error(folder / name):
-            (hidden / name).write_bytes(content)
-        names.append(name)
+        def write(name: str, content: bytes) -> None:
+            with _disk_error(folder / name):
+                (hidden / name).write_bytes(content)
+            names.append(name)
 
-    try:
-        with _disk_error(folder):
-            shutil.rmtree(hidden, ignore_errors=True)
-            hidden.mkdir()
         yield write
         for name in names:
             with _disk_error(folder / name):
                 (hidden / name).replace(folder / name)
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def hidden_folder(hidden: Path, target: Path) -> Iterator[Path]:
+    """Yields the new folder `hidden`, in which a file or folder `target` is written; it is removed at the end of the block.
+    What a killed process left in it is removed first. Raises DiskError, which names `target`, if it cannot be made, or if
+    another process uses it."""
+    lock = hidden.with_name(f"{hidden.name}.lock")
+    with _disk_error(target):
+        hidden.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(lock, timeout=0.0) as locked:
+        if not locked:
+            raise DiskError(f"{target}: another process writes to it; wait for it, or use another --out")
+        try:
+            with _disk_error(target):
+                shutil.rmtree(hidden, ignore_errors=True)
+                hidden.mkdir()
+            yield hidden
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                lock.unlink()
 
 
 @contextlib.contextmanager

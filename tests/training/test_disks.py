@@ -313,6 +313,15 @@ def no_space(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def test_a_second_process_that_writes_to_a_folder_is_refused(tmp_path: Path) -> None:
+    with all_or_none(tmp_path / "out") as write:
+        write("a.png", b"first")
+        with pytest.raises(DiskError, match="another process writes to it"), all_or_none(tmp_path / "out"):
+            pass
+        write("b.png", b"first")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.png", "b.png"}
+
+
 def test_files_written_together_replace_earlier_ones_at_the_end(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("earlier")
     with all_or_none(tmp_path) as write:
