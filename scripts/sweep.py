@@ -32,6 +32,7 @@ import tyro
 from retina_jax.cli import one_line_errors, parse_command_line, set_up_jax
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import load_config
+from retina_jax.console import log
 from retina_jax.errors import TRY_AGAIN
 from retina_jax.installation import config_path
 from retina_jax.sweeps.launchers import launch_local, launch_slurm
@@ -91,7 +92,7 @@ def main() -> int:
         return run_index(every_task, arguments.index, workdir)
     if arguments.list:
         jax.config.update("jax_platforms", "cpu")  # counting costs needs no GPU, which may be training
-        print(listing(workdir, chosen(every_task, arguments.only, seeds)))
+        print(listing(workdir, chosen(every_task, arguments.only, seeds)), flush=True)
         return 0
     selected = chosen(every_task, arguments.only, seeds or (settings.seed,))
     if arguments.launcher == "slurm":
@@ -128,7 +129,7 @@ def run_index(every_task: Sequence[Task], index: int, workdir: Path) -> int:
     except SystemExit as end:  # a stopped run ends with 0, but the point is not done
         return {0: TRY_AGAIN, 2: 1}.get(end.code, end.code)
     result = "skipped, another worker trains it" if state.kind == "running" else state
-    print(f"index {index}, {point.name}: {result}")
+    log(f"index {index}, {point.name}: {result}")
     return TRY_AGAIN if state.kind == "running" else 0
 
 

@@ -216,13 +216,16 @@ def test_two_launchers_in_one_folder_train_each_point_once(folder: Path) -> None
     assert len(calls(folder)) == len(set(calls(folder))) == 2
 
 
-def test_sigterm_to_the_launcher_ends_its_points(folder: Path, sweep: Sweep) -> None:
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)]
+)
+def test_a_signal_to_the_launcher_ends_its_points(folder: Path, sweep: Sweep, number: int, expected: int) -> None:
     started = start(folder, "--jobs", 2, seconds=100)
     until(lambda: len(calls(folder)) == 2, started)
     begun = time.monotonic()
-    started.process.terminate()
+    started.process.send_signal(number)
     status, _, error = started.ended(60)
-    assert status == 130 and "interrupted" in error and time.monotonic() - begun < 30
+    assert status == expected and signal.Signals(number).name in error and time.monotonic() - begun < 30
     assert "done" in line_of("gamma_1.0", sweep("--index", 0))  # its lock is free
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import runpy
+import sys
 import threading
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +26,7 @@ from retina_jax.config import (
 from retina_jax.config_io import flatten, load_config, options, override
 from retina_jax.model.summary import forward_flops
 from retina_jax.runs.files import exclusive_lock
-from retina_jax.sweeps.launchers import _core_slots, _settings
+from retina_jax.sweeps.launchers import _core_slots, _log, _settings
 from retina_jax.sweeps.points import (
     Point,
     Task,
@@ -344,6 +346,12 @@ def test_points_are_chosen_by_name_and_seed() -> None:
     assert indices(("a",), (0,)) == [0, 1] and indices(("u/a", "d"), None) == [1, 2, 4, 5]
     with pytest.raises(ConfigError, match="--only e: no such point; there are "):
         chosen(found, ("e",), None)
+
+
+def test_a_launcher_whose_log_cannot_be_written_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:  # closing it tries to write again
+        monkeypatch.setattr(sys, "stdout", full)
+        _log(Task(0, POINT, ("p",)), "started")
 
 
 # States.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from retina_jax.config import ConfigError
+from retina_jax.console import log
 from retina_jax.errors import TRY_AGAIN
 from retina_jax.sweeps.points import Task, distinct
 from retina_jax.sweeps.status import ENDED, State, state_of
@@ -37,15 +38,13 @@ def launch_local(tasks: Sequence[Task], command: Sequence[str], workdir: Path, j
     """Runs `command --index I` for each task, `jobs` at a time; returns how many failed. A failure does not stop the others.
 
     The output of a point goes to DIR/logs/FOLDER.txt; a line reports when a point starts and when it ends. Points that have
-    ended or that another worker trains are skipped. Ctrl-C and SIGTERM also end the running points.
+    ended or that another worker trains are skipped. KeyboardInterrupt also ends the running points.
     """
     if jobs < 1:
         raise ConfigError(f"--jobs: invalid value {jobs}; must be at least 1")
     waiting, children, failed = distinct(tasks), [], 0
     free = _core_slots(jobs) or [set() for _ in range(jobs)]
     with contextlib.ExitStack() as stack:
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
-        stack.callback(signal.signal, signal.SIGTERM, before)
         stack.callback(_end, children)
         while waiting or children:
             while waiting and free:
@@ -73,14 +72,14 @@ def _startable(task: Task, workdir: Path) -> State | None:
 
 
 def _start(task: Task, command: Sequence[str], workdir: Path, cores: set[int]) -> _Child:
-    log = workdir / "logs" / f"{task.point.folder}.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as out, contextlib.ExitStack() as stack:
+    file = workdir / "logs" / f"{task.point.folder}.txt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab") as out, contextlib.ExitStack() as stack:
         if cores:
             stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
             os.sched_setaffinity(0, cores)  # the process inherits it
         process = subprocess.Popen([*command, "--index", str(task.index)], stdout=out, stderr=subprocess.STDOUT)
-    return _Child(task, process, log, cores, time.monotonic())
+    return _Child(task, process, file, cores, time.monotonic())
 
 
 def _succeeded(child: _Child, workdir: Path) -> bool:
@@ -97,11 +96,11 @@ def _succeeded(child: _Child, workdir: Path) -> bool:
 
 
 def _log(task: Task, what: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {task.index:>3}  {task.labels[0]}  seed {task.point.seed}: {what}", flush=True)
+    log(f"{time.strftime('%H:%M:%S')}  {task.index:>3}  {task.labels[0]}  seed {task.point.seed}: {what}")
 
 
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+def _last_line(file: Path) -> str:
+    lines = [line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][:300] if lines else "no output"
 
 
