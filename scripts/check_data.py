@@ -28,6 +28,7 @@ from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import validate
 from retina_jax.console import log
 from retina_jax.data_check.check import Check, check_data, facts_of
+from retina_jax.errors import one_line
 from retina_jax.reports.check_page import check_page, labelled_images, worst_pictures
 from retina_jax.runs.files import write_bytes, write_json
 from retina_jax.runs.folder import config_of
@@ -92,7 +93,7 @@ def main() -> None:
 def summarise(check: Check) -> None:
     """Prints one line per kind of finding, the anchor coverage and the suggestion."""
     for group in check.groups:
-        log(group.line())
+        log(one_line(group.line()))
     shares, total = check.shares, check.shares.total
     if not total.boxes:
         return

@@ -148,7 +148,7 @@ def detect_all(
                 "category_ids": [detector.category_ids[label] for label in found.labels],
             }
         )
-        log(f"{file}: {int(good.sum())} detections")
+        log(f"{shortened(file)}: {int(good.sum())} detections")
     if full:
         most = detector.config.detection.max_detections
         shown = ", ".join(map(shortened, full[:5])) + (", ..." if len(full) > 5 else "")

@@ -256,7 +256,8 @@ def script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> Mo
 def test_predict_takes_the_best_step_and_its_threshold(
     scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(tmp_path / "a.png")
+    image = tmp_path / "a\nerror: \x1b[31m.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(image)
     predict, drawn = importlib.import_module("predict"), []
 
     def draw(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, scores: np.ndarray, **_: object) -> np.ndarray:
@@ -264,14 +265,15 @@ def test_predict_takes_the_best_step_and_its_threshold(
         return image
 
     monkeypatch.setattr(predict, "draw", draw)
-    script(monkeypatch, "predict", tmp_path / "a.png", "--workdir", scored, "--out", tmp_path / "out")
+    script(monkeypatch, "predict", image, "--workdir", scored, "--out", tmp_path / "out")
     found = json.loads((tmp_path / "out" / "detections.json").read_text())
     scores = found["images"][0]["scores"]
     assert found["step"] == 6 and min(scores) < THRESHOLD <= min(drawn)
     assert len(drawn) == sum(score >= THRESHOLD for score in scores)
-    first = capsys.readouterr().out.splitlines()[0]
+    first, second, _ = capsys.readouterr().out.splitlines()
+    assert second.endswith(rf"/a\nerror: \x1b[31m.png: {len(drawn)} detections")
     assert first.startswith(f"step 6, the best by AP (--step newest: 8); detections with a score of {THRESHOLD:.2f} or")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "detections.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [image.name, "detections.json"]
 
 
 def test_export_takes_the_best_step_and_its_threshold(

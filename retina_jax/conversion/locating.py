@@ -15,7 +15,7 @@ from retina_jax.data.image_paths import SUFFIXES, find_images
 from retina_jax.data.reading import read_again, read_file
 from retina_jax.data.source import BadImage, DataError, Orientation
 from retina_jax.data.survey import read_headers
-from retina_jax.errors import quoted, reason
+from retina_jax.errors import quoted, reason, shortened
 
 
 def locate(found: Annotated, images: Path | None) -> None:
@@ -52,7 +52,8 @@ def report_unused(folder: Path, pictures: Iterable[Picture]) -> None:
     used = {os.path.abspath(picture.path) for picture in pictures if picture.path}
     unused = [path for path in files_below(folder, *SUFFIXES) if os.path.abspath(path) not in used]
     if unused:
-        log(f"images in {folder} without annotations, which are not used: {len(unused)}, such as {unused[0].name}")
+        example = shortened(unused[0].name)
+        log(f"images in {folder} without annotations, which are not used: {len(unused)}, such as {example}")
 
 
 def find_in(folder: Path, pictures: Sequence[Picture]) -> dict[int, Path]:
