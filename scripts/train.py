@@ -98,12 +98,15 @@ def train(config: Config, workdir: Path, missing: Sequence[str] = (), changes: S
         for warning in filter(None, (schedule_warning(config), rate_warning(config))):
             warn(warning)
         start = int(state.step)
-        clock = Clock(workdir, resumed=start > 0)
         batches = train_batches(source, config.data, seed=config.seed, start_step=start, **distributed.share())
         shapes = batches.padded_shapes(training.steps - start)
         eager = jax.default_backend() != "cpu"  # a program takes 30 s on a CPU, and a first run is often stopped early
         take_step = CompiledStep(driver.step, batches.num_shapes, ahead=shapes, eager=eager)
-        with clock, Metrics(run, start) as metrics, Profiler(workdir, parse_window(training.profile_steps)) as profiler:
+        with (
+            Metrics(run, start) as metrics,
+            Clock(workdir, resumed=start > 0, counts=not metrics.is_complete()) as clock,
+            Profiler(workdir, parse_window(training.profile_steps)) as profiler,
+        ):
             score = partial(score_step, run, driver, val_source, checkpoints, metrics, interruption)
             if metrics.evaluation_is_missing():  # it failed or was interrupted before
                 score(state, start)
@@ -171,7 +174,7 @@ def report_end(run: Run, state: TrainState, clock: Clock, batches: Batches, ende
     """Writes summary.json, with the field that `ended` training; logs the last evaluation and the images of all hosts that
     were skipped or have one colour."""
     checksum = parameters_sha256(state.all_parameters)
-    summary = finish_run(run, int(state.step), clock.seconds(), checksum, ended)
+    summary = finish_run(run, int(state.step), clock.seconds, checksum, ended)
     if (evaluation := summary["evaluation"]) is not None:
         log(coco_table(Scores({name: evaluation[name] for name in SUMMARY}, evaluation["per_class"])))
     for what, names in (

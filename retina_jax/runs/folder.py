@@ -215,22 +215,23 @@ def is_due(step: int, every: int, last: bool) -> bool:
 class Clock(contextlib.AbstractContextManager):
     """The seconds that a run has taken over all its starts; saved when the `with` block ends, however it ends."""
 
-    def __init__(self, folder: Path, resumed: bool) -> None:
+    def __init__(self, folder: Path, resumed: bool, counts: bool = True) -> None:
+        """Starts with the seconds of earlier starts if the run is `resumed`; this start adds its own if it `counts`."""
         self._path = folder / "seconds.json"
         try:
             before = float(finite_json(self._path.read_bytes())) if resumed else 0.0
         except DAMAGED:  # only the time of earlier starts is lost
             before = 0.0
-        self._start = time.monotonic() - before
+        self.seconds = before
+        """The seconds up to the last save."""
+        self._start = time.monotonic() - before if counts else None
 
     def __exit__(self, *error: object) -> None:
         self.save()
 
-    def seconds(self) -> float:
-        """Returns the seconds so far."""
-        return time.monotonic() - self._start
-
     def save(self) -> None:
         """Saves the time for a later start. A full disk only loses the time."""
-        with contextlib.suppress(DiskError):
-            write_json(self._path, round(self.seconds(), 1))
+        if self._start is not None:
+            self.seconds = round(time.monotonic() - self._start, 1)
+            with contextlib.suppress(DiskError):
+                write_json(self._path, self.seconds)

@@ -44,9 +44,10 @@ class Metrics(contextlib.AbstractContextManager):
         self._evaluated = distributed.from_primary(_drop_after(self._file, start_step) if self._writes else {})
         self._progress = Progress("step", training.steps, start_step)
         self._views: list[Board | WeightsAndBiases] = []
-        if self._writes and training.wandb:
+        shows = self._writes and not self.is_complete()
+        if shows and training.wandb:
             self._views.append(WeightsAndBiases(run))
-        if self._writes and training.tensorboard:
+        if shows and training.tensorboard:
             self._views.append(Board(run.folder / "tensorboard", start_step))
         self._pending: list[tuple[int, dict[str, Array], list[int]]] = []
         self._found_positives = False
@@ -68,6 +69,11 @@ class Metrics(contextlib.AbstractContextManager):
         """Returns whether the run resumes from a step whose evaluation was due and is missing; the same on all hosts."""
         training, step = self._run.config.training, self._start_step
         return step > 0 and is_due(step, training.eval_every, step >= training.steps) and step not in self._evaluated
+
+    def is_complete(self) -> bool:
+        """Returns whether there is nothing left to train or to evaluate; the same on all hosts."""
+        ended = self._start_step >= self._run.config.training.steps or self.ended_early()
+        return ended and not self.evaluation_is_missing()
 
     def remaining_steps(self) -> Iterator[int]:
         """Yields the steps to take, up to `training.steps`; fewer if `ended_early`. The same on all hosts."""
@@ -106,7 +112,9 @@ class Metrics(contextlib.AbstractContextManager):
         training, seconds = self._run.config.training, (now - self._first_step_ended) / (TIMED - 1)
         if self._writes and seconds * training.log_every > LONG_WAIT:
             left, every = duration(seconds * (training.steps - step)), training.log_every
-            log(f"a step takes about {seconds:.1f} s: {left} for {training.steps - step} more; a line every {every} steps")
+            log(
+                f"a step takes about {seconds:.1f} s: {left} for {training.steps - step} more; a line every {every} steps"
+            )
 
     def flush(self) -> None:
         """Waits for the pending steps, writes and shows the mean of those that were not skipped. Raises NonFiniteLoss,

@@ -80,7 +80,7 @@ def use(folder: Path) -> None:
     run = read_run(folder)
     ended(folder, run.config)
     with Clock(folder, resumed=True) as clock, Metrics(run, 40):
-        assert math.isfinite(clock.seconds())
+        assert math.isfinite(clock.seconds)
     record_fact(run, "name", "value")
     open_run(folder, run.config, run.class_names, run.category_ids, run.data_sha256, run.num_microbatches)
     finish_run(run, 40, 12.0, "0" * 64)

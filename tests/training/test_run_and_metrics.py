@@ -205,7 +205,7 @@ def test_batch_norm_with_micro_batches_keeps_its_devices(tmp_path: Path) -> None
 def test_a_run_with_more_steps_than_before_is_not_complete(tmp_path: Path) -> None:
     run = open_run(tmp_path, Config(), NAMES, IDS)
     with Clock(tmp_path, resumed=False) as clock:
-        finish_run(run, 90_000, clock.seconds(), "sum")
+        finish_run(run, 90_000, clock.seconds, "sum")
     open_run(tmp_path, Config(), NAMES, IDS)
     assert (tmp_path / "summary.json").exists() and (tmp_path / "seconds.json").exists()
     open_run(tmp_path, override(Config(), {"training.steps": 100_000}), NAMES, IDS)
@@ -357,10 +357,20 @@ def test_a_malformed_line_is_dropped_by_a_resumed_run_and_named_by_a_reader(tmp_
         assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
 
 
+def test_a_start_that_trains_nothing_adds_no_time_and_no_curves(tmp_path: Path) -> None:
+    run = open_run(tmp_path, override(Config(), {"training.steps": 2}), NAMES, IDS)
+    (tmp_path / "seconds.json").write_text("7.5")
+    (tmp_path / "metrics.jsonl").write_text('{"event": "evaluation", "step": 2, "AP": 0.5}\n')
+    with Metrics(run, 2) as metrics, Clock(tmp_path, resumed=True, counts=not metrics.is_complete()) as clock:
+        assert metrics.is_complete()
+    assert clock.seconds == 7.5 and (tmp_path / "seconds.json").read_text() == "7.5"
+    assert not (tmp_path / "tensorboard").exists()
+
+
 @pytest.mark.parametrize("content", ["Infinity", "NaN", "[" * 200_000, "{}", ""])
 def test_a_damaged_time_of_a_run_costs_that_time_alone(tmp_path: Path, content: str) -> None:
     (tmp_path / "seconds.json").write_text(content)
-    assert 0 <= Clock(tmp_path, resumed=True).seconds() < 60
+    assert 0 <= Clock(tmp_path, resumed=True).seconds < 60
 
 
 @pytest.mark.parametrize("replaced", [False, True])
