@@ -14,6 +14,7 @@ import sys
 import textwrap
 import typing
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from retina_jax.distributed import Hosts, end_at_once
 from retina_jax.errors import Stopped, drop_unwritten, ending, one_line, reader_may_leave
 
 T = TypeVar("T")
-CACHE_TROUBLE = re.compile(r"Error (reading|writing) persistent compilation cache entry for '(.*?)': (.*)", re.DOTALL)
+CACHE_WARNING = re.compile(r"Error (reading|writing) persistent compilation cache entry for '(.*?)': (.*)", re.DOTALL)
 SEVERAL_BLOCKS = "Multiple temp buffer allocations found"  # XLA's reason not to serialise a program for CPUs
 
 
@@ -59,7 +60,8 @@ def one_line_errors(starting: bool = False) -> Iterator[None]:
 
 
 def set_up_jax() -> None:
-    """Makes JAX keep compiled programs in ~/.cache/retina_jax (or JAX_COMPILATION_CACHE_DIR) for later runs."""
+    """Makes JAX keep compiled programs in ~/.cache/retina_jax (or JAX_COMPILATION_CACHE_DIR) for later runs, and shows its
+    warnings of that in one line. A script calls it once."""
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -70,16 +72,30 @@ def set_up_jax() -> None:
 def _show_warning(show: Callable[..., None], message: Warning | str, *where: Any) -> None:
     """Shows JAX's warnings of its compilation cache as one line, and removes damaged entries, which it would keep. A step in
     several blocks of memory (`Driver.step`) is left out of the cache without a warning."""
-    if not (trouble := CACHE_TROUBLE.match(str(message))):
+    if not (found := CACHE_WARNING.match(str(message))):
         return show(message, *where)
-    access, program, cause = trouble.groups()
-    if access == "reading":
-        for entry in Path(jax.config.jax_compilation_cache_dir).glob(f"{glob.escape(program)}-*"):
-            with contextlib.suppress(OSError):
-                entry.unlink()
-        warn(f"the compilation cache had a damaged entry of {program}, which is compiled again")
-    elif SEVERAL_BLOCKS not in cause:
-        warn(f"the compilation cache cannot keep {program} ({cause})")
+    access, program, cause = found.groups()
+    if access == "writing":
+        if SEVERAL_BLOCKS not in cause:
+            warn(f"the compilation cache cannot keep {program} ({cause})")
+        return
+    entries = Path(jax.config.jax_compilation_cache_dir).glob(f"{glob.escape(program)}-*-cache")
+    for entry in filter(_is_cut_off, entries):
+        with contextlib.suppress(OSError):
+            entry.unlink()
+    warn(f"the compilation cache has no readable entry of {program}, which is compiled again ({cause})")
+
+
+def _is_cut_off(entry: Path) -> bool:
+    """Returns whether an entry of JAX's compilation cache ends early or is damaged otherwise. Where the package zstandard is
+    installed, JAX compresses with it, and this is true of every entry."""
+    try:
+        zlib.decompress(entry.read_bytes())
+    except zlib.error:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def limit_heaps() -> None:

@@ -47,6 +47,7 @@ from retina_jax.training.step import Inputs
 if TYPE_CHECKING:
     from retina_jax.weights.importing import Imported
 
+MOST_PIXELS = 2**14  # of a side that `load_detector` is asked to resize to: a padded image of 0.8 GB
 _nms = jax.jit(nms, static_argnames=("iou_threshold", "max_detections"))
 
 
@@ -86,7 +87,7 @@ class Detector:
     @cached_property
     def prepared(self) -> dict[str, PyTree]:
         """What the driver's programs of inference take in place of `variables`; computed once."""
-        return self.driver.prepare(self.variables)
+        return self.driver.for_inference(self.variables)
 
     def __repr__(self) -> str:
         size = f"{self.config.data.short_side}/{self.config.data.long_side} px"
@@ -102,9 +103,9 @@ class Detector:
     def detect(
         self, images: Iterable[np.ndarray | jax.Array | Image.Image | str | Path], *, batch_size: int = 1
     ) -> list[ImageDetections]:
-        """Returns the detections of images of any sizes, each in its own pixels: files, PIL images, or uint8 arrays
-        [h w 3] (RGB). Files are turned as image viewers show them. Images of a batch have one padded shape; the padding
-        can change detections a little, as in torchvision and detectron2. Raises ValueError for anything else."""
+        """Returns the detections of images of any sizes, each in its own pixels: files, PIL images, or uint8 arrays of numpy
+        or JAX [h w 3] (RGB). Files are turned as image viewers show them. Images of a batch have one padded shape; the
+        padding can change detections a little, as in torchvision and detectron2. Raises ValueError for anything else."""
         _check_positive("batch_size", batch_size)
         one = isinstance(images, str | Path | Image.Image) or getattr(images, "ndim", 4) in (2, 3)
         if one or not isinstance(images, Iterable):
@@ -219,11 +220,14 @@ class Detector:
         return ImageDetections(boxes_xyxy, scores, labels, names, full_from)
 
 
-def _check_positive(name: str, value: Any) -> None:
-    """Raises ConfigError unless the value of the argument `name` is a positive integer."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 1 <= value < 2**31:
-        right = "an integer, at least 1 and below 2^31"
-        raise ConfigError(f"{name}: invalid value {shortened(repr(value))}; must be {right}")
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _check_positive(name: str, value: Any, most: int = 2**31 - 1) -> None:
+    """Raises ConfigError unless the value of the argument `name` is an integer from 1 to `most`."""
+    if not _is_integer(value) or not 1 <= value <= most:
+        raise ConfigError(f"{name}: invalid value {shortened(repr(value))}; must be an integer from 1 to {most}")
 
 
 def _uncut(
@@ -296,7 +300,8 @@ def load_detector(
         raise ConfigError(f"source: give a path or KIND:FILE, not a {type(source).__name__}")
     if not isinstance(config, Config | None):
         raise ConfigError(f"config: give a Config, not a {type(config).__name__}; `load_config` reads one from a file")
-    if step not in ("best", "newest", None) and (type(step) is not int or step < 0):
+    step = int(step) if _is_integer(step) else step
+    if step not in ("best", "newest", None) and not (_is_integer(step) and step >= 0):
         raise ConfigError(f"step: invalid value {shortened(repr(step))}; must be an integer, best, newest or None")
     imported = None
     if kind_of(str(source)) is not None:
@@ -311,9 +316,9 @@ def load_detector(
     config = config or override(saved.config, {"devices": 1})
     if short_side is not None or long_side is not None:
         short = config.data.short_side if short_side is None else short_side
-        _check_positive("short_side", short)
+        _check_positive("short_side", short, MOST_PIXELS)
         long = round(config.data.long_side * short / config.data.short_side) if long_side is None else long_side
-        _check_positive("long_side", long)
+        _check_positive("long_side", long, MOST_PIXELS)
         size = {"data.short_side": int(short), "data.long_side": int(long), "data.jitter_short_sides": ()}
         config = validate(override(config, size))
     driver = Driver(config, len(saved.class_names))
@@ -333,10 +338,10 @@ def import_run(folder: Path) -> Imported:
     """Returns the detector of a run, its best step, or the newest if none was evaluated, to start another run from."""
     from retina_jax.weights.importing import Imported
 
-    detector = load_detector(folder)
-    config = override(detector.config, {"model.num_classes": None, "model.backbone_weights": ""})
-    variables = jax.device_get(detector.variables)
-    return Imported(str(folder), config, variables, detector.class_names, detector.category_ids, missing=())
+    detector, run = load_detector(folder), read_run(folder)
+    config = override(run.config, {"model.num_classes": None, "model.backbone_weights": ""})
+    source, variables = f"{folder}, step {detector.step}", jax.device_get(detector.variables)
+    return Imported(source, config, variables, run.class_names, run.category_ids, missing=())
 
 
 def sizes(config: Config) -> tuple[DataConfig, ...]:

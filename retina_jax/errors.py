@@ -26,7 +26,7 @@ class PlainError(Exception):
     files in it are escaped."""
 
     def __str__(self) -> str:
-        return one_line(super().__str__())
+        return printable(" ".join(super().__str__().splitlines()))
 
 
 class WeightsError(PlainError, ValueError):
@@ -173,7 +173,7 @@ def reason(error: BaseException) -> str:
 def one_line(message: object) -> str:
     """Returns a message on one line of at most LONGEST_LINE printable characters; a longer one loses its middle."""
     try:
-        return bounded(" ".join(str(message).split()))
+        return bounded(" ".join(filter(None, map(str.strip, str(message).splitlines()))))
     except Exception:
         return "an error that cannot be shown"
 

@@ -51,7 +51,10 @@ def main() -> None:
     options = {name: getattr(arguments, name) for name in ("class_names", "batchnorm_eps", "allow_missing")}
     if kind_of(arguments.weights) is None and (Path(arguments.weights) / "config.json").is_file():
         if any(option not in ((), None) for option in options.values()):
-            raise ConfigError(f"--weights {arguments.weights}: a run's class names and weights stay as they are")
+            unused = "--class-names, --batchnorm-eps and --allow-missing"
+            raise ConfigError(
+                f"--weights {arguments.weights}: is a run, to which {unused} do not apply; leave them out"
+            )
         imported = import_run(Path(arguments.weights))
     else:
         imported = import_detector(arguments.weights, **options)
@@ -59,7 +62,7 @@ def main() -> None:
     log(parameter_table(imported.variables))
     if imported.missing:
         warn(report({"missing and left random": imported.missing}))
-    log(f"{len(imported.class_names)} classes; {arguments.weights} is step 0 of {run.folder}")
+    log(f"{len(imported.class_names)} classes; {imported.source} is step 0 of {run.folder}")
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from small_sets import rectangles
 from retina_jax.config import Config, ConfigError
 from retina_jax.config_io import override
 from retina_jax.data.source import Source
-from retina_jax.detector import Detector, load_detector
+from retina_jax.detector import Detector, import_run, load_detector
 from retina_jax.evaluate import evaluate
-from retina_jax.runs.folder import described_step
+from retina_jax.runs.folder import described_step, read_run
 from retina_jax.training.checkpoints import Checkpoints
 from retina_jax.training.opening import open_run
 from retina_jax.training.parallel import Driver
@@ -173,7 +173,9 @@ def test_detect_refuses_anything_else_in_one_line(images: Any, named: str) -> No
 
 @pytest.mark.parametrize("batch_size", [0, -1, "2", 1.5, None, True, 10**30])
 def test_a_batch_size_that_is_no_positive_integer_is_refused(batch_size: Any) -> None:
-    with pytest.raises(ValueError, match=f"^batch_size: invalid value {batch_size!r}; must be an integer, at least 1"):
+    with pytest.raises(
+        ValueError, match=f"^batch_size: invalid value {batch_size!r}; must be an integer from 1 to 2147483647$"
+    ):
         inspect.unwrap(Detector.detect)(untrained(), [np.zeros((4, 4, 3), np.uint8)], batch_size=batch_size)
 
 
@@ -184,11 +186,12 @@ def test_a_batch_size_that_is_no_positive_integer_is_refused(batch_size: Any) ->
         ("a\x1b[31m", {}, r"^a\\x1b\[31m: "),
         (None, {}, "^source: .*, not a NoneType"),
         ("{run}", {"short_side": 0}, "^short_side: invalid value 0"),
-        ("{run}", {"short_side": 10**6}, "^data.short_side: invalid value 1000000; must be >= 1, <= 16384 px"),
+        ("{run}", {"short_side": 10**6}, "^short_side: invalid value 1000000; must be an integer from 1 to 16384"),
         ("{run}", {"short_side": "a"}, "^short_side: invalid value 'a'"),
         ("{run}", {"short_side": 1.5}, "^short_side: invalid value 1.5"),
         ("{run}", {"long_side": "a"}, "^long_side: invalid value 'a'"),
         ("{run}", {"step": "6"}, "^step: invalid value '6'"),
+        ("{run}", {"step": np.int64(4)}, "^--step 4: no such checkpoint"),
         ("{run}", {"step": -1}, "^step: invalid value -1"),
         ("{run}", {"config": "configs/demo.py"}, "^config: .*, not a str"),
     ],
@@ -207,6 +210,13 @@ def test_a_damaged_best_step_is_named_with_the_others(scored: Path, tmp_path: Pa
     ):
         load_detector(tmp_path / "run")
     assert load_detector(tmp_path / "run", step="newest").step == 8
+
+
+def test_a_run_is_imported_with_its_best_step_and_its_config(scored: Path) -> None:
+    imported, saved = import_run(scored), read_run(scored)
+    assert imported.source == f"{scored}, step 6"
+    assert imported.config == override(saved.config, {"model.num_classes": None})
+    assert (imported.class_names, imported.category_ids) == (saved.class_names, saved.category_ids)
 
 
 def test_a_detector_is_shown_in_one_short_line() -> None:

@@ -35,7 +35,7 @@ def lower(
     variables = initialise(driver.model, config.seed)
     sharding = None if config.parallel == "pmap" else driver.replicated
     if what == "detect":
-        prepared = jax.eval_shape(driver.prepare, variables)
+        prepared = jax.eval_shape(driver.for_inference, variables)
         counted = plain.detect.trace(_shapes(prepared, plain.replicated), _inputs(plain, padded_hw))
         lowered = driver.detect.lower(_shapes(prepared, sharding and driver.stored), _inputs(driver, padded_hw))
         return lowered, jaxpr_flops(counted.jaxpr.jaxpr)

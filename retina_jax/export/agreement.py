@@ -140,14 +140,14 @@ def write_file(path: Path, detector: Detector, about: dict[str, Any]) -> None:
         "platforms": PLATFORMS,
         "renew_before": (date.fromisoformat(about["exported"]) + timedelta(days=RENEW_DAYS)).isoformat(),
     }
-    arrays = io.BytesIO()
+    arrays, weights = io.BytesIO(), detector.driver.prepare(detector.variables)
     # Numbered in the order of the programs' first argument.
-    np.savez(arrays, **{f"{i:04d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(detector.prepared))})
+    np.savez(arrays, **{f"{i:04d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(weights))})
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr(CARD, card(about))
         file.writestr("about.json", json.dumps(about, indent=1))
         file.writestr("parameters.npz", arrays.getbuffer(), zipfile.ZIP_STORED)
-        for name, program in programs(detector):
+        for name, program in programs(detector, weights):
             file.writestr(f"programs/{name}", program)
 
 

@@ -112,16 +112,18 @@ def load(path: str) -> ExportedDetector:
         files = dict(_unpacked(content, most))
         most -= sum(map(len, files.values()))
         about, stored = json.loads(files.pop("about.json")), files.pop("parameters.npz")
-        version, wrong = about["format"], [name for name, fits in FIELDS.items() if not fits(about.get(name))]
+        version = about["format"]
+        if version not in FORMATS:
+            this, known = _shown(version, 40), f"{FORMAT} to {FORMATS[-1][-1]}"
+            raise LoadError(f"{path}: has format {this}, but this loader reads {known}; use the loader of its release")
+        wrong = [name for name, fits in FIELDS.items() if not fits(about.get(name))]
         parameters = [_parameter(array) for _, array in _unpacked(stored, most)]
+    except LoadError:
+        raise
     except DAMAGE as error:
         raise LoadError(
             f"{path}: not a file of scripts/export.py, or damaged ({_shown(error)}); export it again"
         ) from None
-    if version not in FORMATS:
-        raise LoadError(
-            f"{path}: has format {_shown(version, 40)}, but this loader reads {FORMAT}; use the loader of its release"
-        )
     if wrong:
         raise LoadError(f"{path}: about.json: missing or invalid {', '.join(wrong)}; export it again")
     needed = {"flatbuffers": "flatbuffers"} | ({"PIL": "pillow"} if about.get("resize") == "pillow" else {})
@@ -175,7 +177,7 @@ class ExportedDetector:
             kind, shape = getattr(image, "dtype", type(image).__name__), getattr(image, "shape", ())
             if kind != np.uint8 or len(shape) != 3 or shape[2] != 3 or min(shape) == 0:
                 raise LoadError(f"image {number}: {kind} of shape {tuple(shape)}; give uint8 arrays [h, w, 3]")
-        if not isinstance(batch_size, (int, np.integer)) or not 1 <= batch_size < 2**31:
+        if not isinstance(batch_size, (int, np.integer)) or batch_size is True or not 1 <= batch_size < 2**31:
             raise LoadError(f"batch_size: {_shown(repr(batch_size), 40)}; give an integer, 1 or more")
         sizes = [self.resized_size(*image.shape[:2]) for image in images]
         by_shape: dict[tuple[int, int], list[int]] = {}

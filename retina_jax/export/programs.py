@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
-from jaxtyping import Array, Float, Float32, Int, UInt8
+from jax.tree_util import PyTreeDef
+from jaxtyping import Array, Float, Float32, Int, PyTree, UInt8
 
 from retina_jax import cpu
 from retina_jax.config import DataConfig
@@ -45,8 +46,9 @@ def padded_shapes(data: DataConfig) -> tuple[tuple[int, int], ...]:
     return tuple(dict.fromkeys(exact))
 
 
-def programs(detector: Detector) -> Iterator[tuple[str, bytes]]:
-    """Yields (name, serialised program) for every padded shape. docs/export.md lists their arguments and results.
+def programs(detector: Detector, weights: PyTree) -> Iterator[tuple[str, bytes]]:
+    """Yields (name, serialised program) for every padded shape. docs/export.md lists their arguments and results. `weights`
+    are the detector's, prepared.
 
     The sides of the image in prepare_HxW and the batch of detect_HxW are symbolic. With `data.resize` "pillow" there is no
     prepare_HxW: the loader calls Pillow.
@@ -54,7 +56,7 @@ def programs(detector: Detector) -> Iterator[tuple[str, bytes]]:
     h, w, b = export.symbolic_shape("h, w, b")
     data, size = detector.config.data, jax.ShapeDtypeStruct((2,), np.int32)
     sizes = jax.ShapeDtypeStruct((b, 2), np.int32)
-    parameters = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(detector.prepared)]
+    parameters = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(weights)]
 
     def exported(program: Any, *arguments: Any) -> bytes:
         return bytes(export.export(jax.jit(program), platforms=PLATFORMS)(*arguments).serialize())
@@ -65,13 +67,15 @@ def programs(detector: Detector) -> Iterator[tuple[str, bytes]]:
             prepare = partial(resize_and_pad, shape=shape, kind=data.resize, pixels=data.pixels)
             yield f"prepare_{name}", exported(prepare, jax.ShapeDtypeStruct((h, w, 3), np.uint8), size, size)
         batch = jax.ShapeDtypeStruct((b, *shape, 3), data.pixels)
-        yield f"detect_{name}", exported(_detect(detector, shape), parameters, batch, sizes, sizes)
+        yield (
+            f"detect_{name}",
+            exported(_detect(detector, jax.tree.structure(weights), shape), parameters, batch, sizes, sizes),
+        )
 
 
-def _detect(detector: Detector, shape: tuple[int, int]) -> Any:
+def _detect(detector: Detector, structure: PyTreeDef, shape: tuple[int, int]) -> Any:
     """Returns the function from parameters, padded images and their sizes to detections."""
     config, model = detector.config, detector.driver.model
-    structure = jax.tree.structure(detector.prepared)
     anchors = anchor_grid(shape, config.anchors, config.model)
 
     def detect_batch(

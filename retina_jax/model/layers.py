@@ -230,7 +230,7 @@ class Folded(NamedTuple):
 
 class Conv(nn.Module):
     """`convolve` with a trained or frozen kernel [k, k, C / groups, features], plus an optional bias. The result of `gain`,
-    [features], multiplies the kernel's outputs; the module `of_gain` has the product among its `prepared`. With `fold`,
+    [features], multiplies the kernel's outputs; the module `owner` has the product among its `prepared`. With `fold`,
     returns a `Folded` with shift 0 and computes no map. `added` is a `Folded` whose outputs are added, in one convolution of
     the channels of both maps."""
 
@@ -248,7 +248,7 @@ class Conv(nn.Module):
         self,
         x: Float[Array, "B H W C"],
         gain: Callable[[], Float[Array, " D"]] | None = None,
-        of_gain: nn.Module | None = None,
+        owner: nn.Module | None = None,
         added: Folded | None = None,
         fold: bool = False,
     ) -> Float[Array, "B h w D"] | Folded:
@@ -258,7 +258,7 @@ class Conv(nn.Module):
             kernel = weight(self, "kernel", shape, jnp.zeros, self.frozen)
             return (kernel * gain()[None, None, None] if gain else kernel).astype(self.dtype)
 
-        kernel = prepared(of_gain or self, "kernel", scaled)
+        kernel = prepared(owner or self, "kernel", scaled)
         if fold:
             if self.kernel_size > 1 or self.bias:
                 raise ValueError("only 1x1 convolutions without a bias can be folded")
@@ -360,7 +360,7 @@ class Norm(nn.Module):
             mean, var = batch_moments(x, self.axis_name)
             running_mean.value = MOMENTUM * running_mean.value + (1 - MOMENTUM) * mean[0, 0, 0]
             running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * var[0, 0, 0]
-        scale, bias = (prepared(self, name, lambda i=i: affine()[i]) for i, name in enumerate(("scale", "bias")))
+        scale, bias = prepared(self, "scale", lambda: affine()[0]), prepared(self, "bias", lambda: affine()[1])
         gain = scale[None, None, None] * lax.rsqrt(var + EPSILON)
         return ((x - mean) * gain + bias[None, None, None]).astype(self.dtype)
 

@@ -110,11 +110,10 @@ class Metrics(contextlib.AbstractContextManager):
             self._first_step_ended = now
             return
         training, seconds = self._run.config.training, (now - self._first_step_ended) / (TIMED - 1)
-        if self._writes and seconds * training.log_every > LONG_WAIT:
-            left, every = duration(seconds * (training.steps - step)), training.log_every
-            log(
-                f"a step takes about {seconds:.1f} s: {left} for {training.steps - step} more; a line every {every} steps"
-            )
+        left, first_window = training.steps - step, len(self._pending) == TIMED
+        if self._writes and left and first_window and seconds * training.log_every > LONG_WAIT:
+            remaining = f"{duration(seconds * left)} for the {left} steps left"
+            log(f"a step takes about {seconds:.1f} s: {remaining}; metrics are logged every {training.log_every} steps")
 
     def flush(self) -> None:
         """Waits for the pending steps, writes and shows the mean of those that were not skipped. Raises NonFiniteLoss,

@@ -67,6 +67,11 @@ class Driver:
         return Mesh(np.array(of_host).reshape(-1), (AXIS,))
 
     @property
+    def platform(self) -> str:
+        """Platform of the devices: cpu, gpu or tpu."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
     def num_devices(self) -> int:
         """Number of devices used, over all hosts."""
         return self.mesh.size
@@ -135,9 +140,8 @@ class Driver:
 
     def _traced(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns `function`, traced in the forms for the platform: on CPUs only with config.cpu_kernels."""
-        platform = self.mesh.devices.flat[0].platform
-        plain = platform == "cpu" and not self.config.cpu_kernels
-        forms = "" if plain else platform
+        plain = self.platform == "cpu" and not self.config.cpu_kernels
+        forms = "" if plain else self.platform
 
         def traced(*arguments: Any) -> Any:
             with cpu.kernels(forms):
@@ -148,8 +152,8 @@ class Driver:
 
     @cached_property
     def step(self) -> Callable[[TrainState, Inputs], tuple[TrainState, dict[str, Array]]]:
-        """The compiled training step; one program per padded shape. Its argument `state` is consumed (donated). On CPUs it
-        cannot be called in another `jit` or `scan`, because it has compiler options; `train_step` can."""
+        """The compiled training step; one program per padded shape. Its argument `state` is consumed (donated). On CPUs that
+        of a long run cannot be called in another `jit` or `scan`, because it has compiler options; `train_step` can."""
         parts = {"model": self.model, "config": self.config, "optimizer": self.optimizer, "schedule": self.schedule}
         step = partial(train_step, **parts, num_devices=self.num_devices, axis_name=self.axis_name)
         if self.config.parallel == "pmap":
@@ -160,26 +164,28 @@ class Driver:
         mapped = jax.shard_map(self._traced(step), mesh=self.mesh, **specs, check_vma=False)
         shardings = self.replicated, NamedSharding(self.mesh, P(AXIS))
         options = None
-        if self.mesh.devices.flat[0].platform == "cpu" and self.config.training.steps >= LONG_RUN:
+        if self.platform == "cpu" and self.config.training.steps >= LONG_RUN:
             # A larger block is mapped anew in each step, with a page fault per 4 KiB: 4 to 25 % of a step. But JAX cannot
             # cache a program with several blocks (`cli.set_up_jax`).
             options = {"xla_multiheap_size_constraint_per_heap": BLOCK}
         arguments = {"in_shardings": shardings, "out_shardings": self.replicated, "donate_argnums": 0}
         return jax.jit(mapped, **arguments, compiler_options=options)
 
+    def for_inference(self, variables: dict[str, PyTree]) -> dict[str, PyTree]:
+        """Returns what `detect` and `losses` take in place of variables: those of `prepare`, on TPUs the variables. By XLA's
+        estimate detection with prepared weights takes as long on a v5e, 1.07 times as long on a v6e."""
+        return variables if self.platform == "tpu" else self.prepare(variables)
+
     @cached_property
     def prepare(self) -> Callable[[dict[str, PyTree]], dict[str, PyTree]]:
-        """The compiled `model.preparation.prepare`: variables to those that `detect` and `losses` take in their place. TPUs
-        take the variables: by XLA's estimate detection with prepared weights takes as long on a v5e, 1.07 times on a v6e."""
-        if self.mesh.devices.flat[0].platform == "tpu":
-            return lambda variables: variables
+        """The compiled `model.preparation.prepare`; the results are on all devices."""
         function = partial(prepare, self.model)
         shapes = jax.eval_shape(function, variable_shapes(self.model))
         return jax.jit(function, out_shardings=jax.tree.map(self.stored, shapes))
 
     def stored(self, weight: jax.ShapeDtypeStruct) -> Format | NamedSharding:
         """Returns how a weight of inference is stored: on GPUs kernels in the order of cuDNN, output channels first."""
-        if self.mesh.devices.flat[0].platform != "gpu" or weight.ndim != 4:
+        if self.platform != "gpu" or weight.ndim != 4:
             return self.replicated
         return Format(Layout((3, 0, 1, 2)), self.replicated)
 

@@ -92,7 +92,7 @@ def step(task: Task, driver: Driver, inputs: Inputs) -> Work:
 
 def forward(task: Task, driver: Driver, inputs: Inputs) -> Work:
     """Prepares the forward pass of the network alone."""
-    variables = driver.prepare(driver.init_state().variables)
+    variables = driver.for_inference(driver.init_state().variables)
     program = jax.jit(partial(driver.model.apply, train=False))
     flops = task.batch * forward_flops(driver.config, task.classes, task.padded_hw)
     return Work(
@@ -105,7 +105,7 @@ def forward(task: Task, driver: Driver, inputs: Inputs) -> Work:
 
 def detect(task: Task, driver: Driver, inputs: Inputs) -> Work:
     """Prepares detection, from pixels to detections."""
-    variables = driver.prepare(variables_with_scores(driver, inputs, task.batch))
+    variables = driver.for_inference(variables_with_scores(driver, inputs, task.batch))
     flops = task.batch * forward_flops(driver.config, task.classes, task.padded_hw)
     facts = memory_facts(driver.detect.lower(variables, inputs).compile()) | peak_of(task)
     return Work(lambda: jax.block_until_ready(driver.detect(variables, inputs)), task.batch, flops, facts)

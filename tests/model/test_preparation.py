@@ -40,8 +40,9 @@ def test_prepared_weights_give_the_outputs_of_the_weights(config: ModelConfig, p
     """Of all norms and both kinds of head; the weights themselves are not needed then."""
     model, image_sizes = RetinaNet(config, 2, 3), jnp.array([[64, 90]])
     noise = np.random.default_rng(1)
+    # Vectors are means, variances, scales and biases: those of 0 and 1 would hide one that is left out.
     variables = jax.tree.map(
-        lambda x: jnp.asarray(x + 0.05 * noise.uniform(size=x.shape)).astype(x.dtype), initialise(model, 0)
+        lambda x: jnp.asarray(x + noise.uniform(size=x.shape) * (x.ndim == 1), x.dtype), initialise(model, 0)
     )
     prepared = jax.jit(lambda variables: prepare(model, variables))(variables)
 
@@ -88,3 +89,15 @@ def test_kernels_may_be_stored_in_another_order(parallel: str, monkeypatch: pyte
     assert (expected.labels >= 0).any()
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_only_kernels_on_gpus_are_stored_in_another_order(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(Config(model=TINY, devices=1), num_classes=3)
+    monkeypatch.setattr(Driver, "platform", platform)
+    kernel, vector = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((3, 3, 8, 16), (16,)))
+    assert driver.stored(vector) == driver.replicated
+    expected = Format(Layout((3, 0, 1, 2)), driver.replicated) if platform == "gpu" else driver.replicated
+    assert driver.stored(kernel) == expected
+    variables = {"params": {}}
+    assert platform != "tpu" or driver.for_inference(variables) is variables

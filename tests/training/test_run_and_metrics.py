@@ -272,7 +272,9 @@ def test_the_time_left_leaves_out_what_compiles_after_the_first_window(
     assert re.findall(r"ETA (\S+)", capsys.readouterr().out) == ["0:01:08", "0:00:40", "0:00:25"]
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(1.0, []), (16.0, ["a step takes about 16.0 s: 4:25:52 for 997 more"])])
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(1.0, []), (16.0, ["a step takes about 16.0 s: 4:25:52 for the 997 steps left"])]
+)
 def test_slow_steps_are_announced_before_the_first_line_of_metrics(
     seconds: float, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
