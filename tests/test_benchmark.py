@@ -22,6 +22,7 @@ from benchmarks.variants import OURS, PEERS
 from benchmarks.work import BENCHMARKS, BenchmarkError, Task
 from benchmarks.worker import WARM_UP
 
+from retina_jax.config import Config
 from retina_jax.config_io import override
 
 ROOT = Path(__file__).parents[1]
@@ -241,7 +242,7 @@ def test_the_benchmark_of_compilation_reports_the_size_of_the_program(monkeypatc
     """Of a trivial step; the tests' own compilation cache is used again afterwards."""
 
     class Trivial:
-        config, num_classes = None, 3
+        config, num_classes = Config(), 3
 
         def __init__(self, *arguments: object) -> None:
             self.step = jax.jit(lambda state, inputs: state + inputs)
