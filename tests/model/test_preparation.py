@@ -99,5 +99,16 @@ def test_only_kernels_on_gpus_are_stored_in_another_order(platform: str, monkeyp
     assert driver.stored(vector) == driver.replicated
     expected = Format(Layout((3, 0, 1, 2)), driver.replicated) if platform == "gpu" else driver.replicated
     assert driver.stored(kernel) == expected
-    variables = {"params": {}}
-    assert platform != "tpu" or driver.for_inference(variables) is variables
+
+
+@pytest.mark.parametrize(
+    ("platform", "norm", "prepared"),
+    [("gpu", "frozen", True), ("cpu", "frozen", False), ("cpu", "batch", True), ("tpu", "batch", False)],
+)
+def test_weights_are_prepared_where_this_saves_time(
+    platform: str, norm: str, prepared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Driver(Config(model=replace(TINY, norm=norm), devices=1), num_classes=3)
+    monkeypatch.setattr(Driver, "platform", platform)
+    monkeypatch.setattr(Driver, "prepare", lambda self, variables: {"prepared": variables})
+    assert ("prepared" in driver.for_inference({"params": {}})) == prepared
