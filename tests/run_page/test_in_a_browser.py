@@ -100,7 +100,9 @@ def test_a_followed_page_reloads_itself_and_keeps_its_place(tmp_path: Path, brow
     write("old", 1)
     browser.open(page, DESKTOP)
     # The page is already being reloaded when the list is opened, so its state must be saved last of all.
-    browser.value("(location.reload(), window.scrollTo(0, 1234), document.querySelector('details').open = true)")
+    action = "(location.reload(), window.scrollTo(0, 1234), document.querySelector('details').open = true)"
+    while not browser.value(f"document.readyState === 'complete' && {action}"):  # the page may be reloading itself
+        time.sleep(0.1)
     write("new", 0)
     for _ in range(100):
         kept = browser.value(
