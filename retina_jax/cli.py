@@ -51,8 +51,9 @@ def one_line_errors(starting: bool = False) -> Iterator[None]:
         line, where = as_typed(line, bare=False), sys.stdout if isinstance(error, Stopped) else sys.stderr
         with contextlib.suppress(OSError):  # a log on a full disk
             print(f"\n{line}" if sys.stdout and sys.stdout.isatty() else line, file=where, flush=True)
-        if isinstance(error, KeyboardInterrupt):
-            # A thread may be in the middle of a save, whose libraries once hung in an orderly exit of the interpreter.
+        if isinstance(error, KeyboardInterrupt) or (isinstance(error, Stopped) and not error.step):
+            # A thread may be in the middle of a save, whose libraries once hung in an orderly exit of the interpreter, or of
+            # a compilation, in which one exit crashed.
             end_at_once(status)
         sys.exit(status)
     finally:
