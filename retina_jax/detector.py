@@ -47,7 +47,7 @@ from retina_jax.training.step import Inputs
 if TYPE_CHECKING:
     from retina_jax.weights.importing import Imported
 
-MOST_PIXELS = 2**14  # of a side that `load_detector` is asked to resize to: a padded image of 0.8 GB
+LONGEST_SIDE = 2**14  # pixels; the longest side that `load_detector` may be asked for: a square image then has 0.8 GB
 _nms = jax.jit(nms, static_argnames=("iou_threshold", "max_detections"))
 
 
@@ -316,9 +316,9 @@ def load_detector(
     config = config or override(saved.config, {"devices": 1})
     if short_side is not None or long_side is not None:
         short = config.data.short_side if short_side is None else short_side
-        _check_positive("short_side", short, MOST_PIXELS)
+        _check_positive("short_side", short, LONGEST_SIDE)
         long = round(config.data.long_side * short / config.data.short_side) if long_side is None else long_side
-        _check_positive("long_side", long, MOST_PIXELS)
+        _check_positive("long_side", long, LONGEST_SIDE)
         size = {"data.short_side": int(short), "data.long_side": int(long), "data.jitter_short_sides": ()}
         config = validate(override(config, size))
     driver = Driver(config, len(saved.class_names))

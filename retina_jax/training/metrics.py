@@ -26,7 +26,8 @@ from retina_jax.training.writers import Board, WeightsAndBiases
 
 AHEAD_ON_CPU = 16
 """Maximum number of steps that CPU devices have in flight: with some hundreds they wait for each other until XLA aborts."""
-TIMED, LONG_WAIT = 3, 60.0  # step that ends the first estimate; seconds until the first line from which it is logged
+LAST_TIMED_STEP = 3  # after the start; the time per step is estimated from those after the first one
+LONG_WAIT = 60.0  # seconds until the first line of metrics, from which on the estimate is logged
 FIRST_STEPS = 50  # without a positive anchor, after which a warning is given
 
 
@@ -98,19 +99,19 @@ class Metrics(contextlib.AbstractContextManager):
         self._timed += 1
         if len(self._pending) % AHEAD_ON_CPU == 0 and jax.default_backend() == "cpu":
             jax.block_until_ready(metrics)
-        if step - self._start_step in (1, TIMED):
+        if step - self._start_step in (1, LAST_TIMED_STEP):
             jax.block_until_ready(metrics)
             self._estimate(step)
 
     def _estimate(self, step: int) -> None:
         """Logs the time that the run will take, if its first line of metrics is still far: seconds per step from the end of
-        the first step to that of step TIMED, without compilations."""
+        the first step to that of step LAST_TIMED_STEP, without compilations."""
         now = time.monotonic() - compile_seconds(self._compiled)
         if step == self._start_step + 1:
             self._first_step_ended = now
             return
-        training, seconds = self._run.config.training, (now - self._first_step_ended) / (TIMED - 1)
-        left, first_window = training.steps - step, len(self._pending) == TIMED
+        training, seconds = self._run.config.training, (now - self._first_step_ended) / (LAST_TIMED_STEP - 1)
+        left, first_window = training.steps - step, len(self._pending) == LAST_TIMED_STEP
         if self._writes and left and first_window and seconds * training.log_every > LONG_WAIT:
             remaining = f"{duration(seconds * left)} for the {left} steps left"
             log(f"a step takes about {seconds:.1f} s: {remaining}; metrics are logged every {training.log_every} steps")
